@@ -1,0 +1,3 @@
+from flowtrain.cli import main
+
+main()

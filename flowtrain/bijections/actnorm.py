@@ -1,0 +1,89 @@
+"""Per-channel scale and shift, learned from the start or set from the first batch."""
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, bounded, sum_per_example, unbounded
+
+# exp(8) is about 3,000: dequantization noise alone has a standard deviation of 1/887 in y, so a channel
+# that is constant in the data can still be brought to the size of the others, and its inverse is harmless.
+LOG_SCALE_LIMIT = 8.0
+
+
+class DiagonalAffine(Bijection):
+    """`z = x * exp(s) + shift` with one `s` (bounded by tanh to +-8) and one shift for each entry.
+
+    NICE's diagonal scaling (Dinh et al. 2015, eq. 11), and the learned top prior of Glow (Kingma & Dhariwal 2018,
+    the release's `learn_top`): scaling the latent is the same as learning its mean and variance.
+
+    `shape` is the shape of the parameters, broadcast against one example: `(D,)`, `(C, 1, 1)`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], shift: bool = True):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
+
+    def bounded_log_scale(self) -> Tensor:
+        return bounded(self.log_scale, LOG_SCALE_LIMIT)
+
+    def _log_det(self, log_scale: Tensor, like: Tensor) -> Tensor:
+        return sum_per_example(log_scale.expand_as(like[:1])).expand(like.shape[0])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale = self.bounded_log_scale()
+        z = x * log_scale.exp()
+        if self.shift is not None:
+            z = z + self.shift
+        return z, self._log_det(log_scale, x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale = self.bounded_log_scale()
+        x = z if self.shift is None else z - self.shift
+        return x * (-log_scale).exp(), self._log_det(-log_scale, z)
+
+
+class ActNorm(DiagonalAffine):
+    """Activation normalization (Glow, section 3.1): zero mean and unit variance per channel on the first batch.
+
+    After that the parameters are trained like any others. Whether it has been initialized is a buffer, so it
+    survives saving. Raises `RuntimeError` when used before.
+    """
+
+    initialized: Tensor
+    shift: nn.Parameter
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__(shape)
+        self.register_buffer("initialized", torch.tensor(False))
+        self._known_initialized = False  # spares a device synchronisation a call
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        if self.initialized:
+            return
+        # Over the batch and every dimension in which the parameters are broadcast.
+        dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
+        std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
+        limit = torch.finfo(std.dtype).tiny
+        self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
+        self.shift.copy_((-mean[0] * self.bounded_log_scale().exp()))
+        self.initialized.fill_(True)
+
+    def _require_initialized(self) -> None:
+        if not self._known_initialized:
+            if not self.initialized:
+                raise RuntimeError("ActNorm is not initialized: call flowtrain.flow.initialize(flow, batch) first")
+            self._known_initialized = True
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self._known_initialized = False
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._require_initialized()
+        return super().forward(x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._require_initialized()
+        return super().inverse(z, context)

@@ -1,0 +1,59 @@
+"""Layers that only move entries: their log-determinant is zero."""
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection
+
+
+class Squeeze(Bijection):
+    """Each 2x2 patch becomes channels: `(B, C, H, W)` to `(B, 4C, H/2, W/2)` (RealNVP, section 3.6).
+
+    The order is top-left, bottom-right, top-right, bottom-left, so that the two halves of the channels are the two
+    colours of a checkerboard (RealNVP, figure 3). Works on channels-last memory and returns it.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pixels = x.movedim(1, -1)  # (B, H, W, C)
+        patches = [pixels[:, i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
+        return torch.cat(patches, dim=-1).movedim(-1, 1), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        batch, channels, height, width = z.shape
+        pixels = z.new_empty(batch, 2 * height, 2 * width, channels // 4)
+        patches = z.movedim(1, -1).chunk(4, dim=-1)
+        for (i, j), patch in zip(((0, 0), (1, 1), (0, 1), (1, 0)), patches, strict=True):
+            pixels[:, i::2, j::2] = patch
+        return pixels.movedim(-1, 1), z.new_zeros(batch)
+
+
+class Flatten(Bijection):
+    """`(B, C, H, W)` to `(B, C*H*W)`, for models on vectors."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z.reshape(-1, *self.shape), z.new_zeros(z.shape[0])
+
+
+class Permute(Bijection):
+    """A fixed permutation of dimension 1 (channels, or the entries of a vector), kept as a buffer."""
+
+    order: Tensor
+    inverse_order: Tensor
+
+    def __init__(self, order: Tensor):
+        super().__init__()
+        self.register_buffer("order", order)
+        self.register_buffer("inverse_order", order.argsort())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x[:, self.order], x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z[:, self.inverse_order], z.new_zeros(z.shape[0])

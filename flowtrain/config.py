@@ -1,0 +1,329 @@
+"""The configuration: its schema, YAML files, `--set` overrides, and the JSON schema (`python -m flowtrain.config`).
+
+`model.name` and `data.name` name a module; the keyword arguments of its `build` are the options that the section takes
+beside the keys declared here. A dotted name is the user's own module.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import re
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from flowtrain.configfiles import nearest
+from flowtrain.errors import UserError
+
+
+# So that a run finds its data again from any folder.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Component(Section):
+    """A section whose `name` is a module of `package`, and whose further keys are that module's options."""
+
+    package: ClassVar[str]
+    name: str
+
+    def options(self) -> dict[str, Any]:
+        """The keys that the module's `build` takes."""
+        own = component_base(self.package).model_fields
+        return {key: getattr(self, key) for key in type(self).model_fields if key not in own}
+
+
+class Data(Component):
+    """Which images, how they are split, and what is done to them."""
+
+    package = "datasets"
+    name: str = Field("digits", description="data set: a module of flowtrain.datasets, or your own (dotted)")
+    root: AbsolutePath = Field(Path("data"), validate_default=True, description="where downloaded data sets live")
+    validation: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="held out of the training images for model selection: a count, or a fraction below 1"
+    )
+    split_seed: Annotated[int, Field(ge=0)] = Field(0, description="which images are held out; apart from `seed`")
+    n_bits: Annotated[int, Field(ge=1, le=8)] = Field(8, description="keep this many bits of 8-bit images")
+    flip: bool | None = Field(None, description="random horizontal flips in training; null is the data set's default")
+    shift: Annotated[int, Field(ge=0)] = Field(0, description="random shifts in training, up to this many pixels")
+    max_in_memory: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="GiB; a larger training set is streamed by worker processes instead of held on the device"
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read a streamed training set")
+
+
+class Model(Component):
+    """Which flow."""
+
+    package = "models"
+    name: str = Field("glow", description="model: a module of flowtrain.models, or your own (dotted)")
+
+
+class Dequantization(Section):
+    """How integers become reals."""
+
+    name: Literal["uniform"] = Field("uniform", description="the noise")
+    transform: Literal["center", "logit"] = Field("center", description="what follows: y - 1/2, or the logit")
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="how far the logit stays from 0 and 1")
+
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?)?\s*")
+
+
+def _seconds(value: Any) -> Any:
+    """`30min`, `90s`, `1.5h` or a number of seconds, to seconds."""
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value)
+    if not match:
+        raise ValueError("expected a duration such as 90s, 30min or 1.5h")
+    unit = (match[2] or "s")[0]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[unit]
+
+
+Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(_seconds, json_schema_input_type=float | str)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Train(Section):
+    """Optimization, and how often things happen. Periods are in steps; one longer than the run is legal."""
+
+    num_steps: Positive | None = Field(None, description="optimizer steps; or give budget")
+    budget: Duration | None = Field(None, description="wall-clock time, such as 30min; or give num_steps")
+    batch_size: Positive = Field(64, description="images of one forward pass")
+    accumulate: Positive = Field(1, description="forward passes whose gradients make one step")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
+    warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the rate after warm-up")
+    optimizer: Literal["adam", "adamw", "adamax"] = Field("adam", description="torch.optim's")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="on the weights of the conditioners' convolutions and linear layers only"
+    )
+    clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm of the gradient; 0 does not clip")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the conditioners; all else is float32")
+    memory: Literal["store", "checkpoint"] = Field(
+        "store", description="keep the conditioners' activations for the backward pass, or compute them again"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the averaged weights; 0 for none")
+    max_non_finite: Count = Field(5, description="non-finite steps after which the run stops with exit code 1")
+    log_every: Positive = Field(50, description="steps between lines of metrics")
+    validate_every: Positive = Field(500, description="steps between evaluations on the validation split")
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(1, description="numbered checkpoints to keep, beside last and best")
+    sample_every: Positive = Field(500, description="steps between sample grids")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.num_steps is None) == (self.budget is None):
+            given = "both are given" if self.num_steps is not None else "neither is given"
+            raise ValueError(f"give one of train.num_steps and train.budget: {given}")
+        return self
+
+
+class Config(Section):
+    """A whole run. `data` and `model` also hold the options of the modules that they name."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the weights, the order and the noise")
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    dequantization: Dequantization = Field(default_factory=Dequantization)
+    train: Train = Field(default_factory=Train)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data for YAML and JSON."""
+        return self.model_dump(mode="json")
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+
+def component_base(package: str) -> type[Component]:
+    return {"datasets": Data, "models": Model}[package]
+
+
+def component_names(package: str) -> list[str]:
+    """The modules of `flowtrain.<package>` that have a `build`."""
+    spec = importlib.util.find_spec(f"flowtrain.{package}")
+    assert spec is not None
+    names = [info.name for info in pkgutil.iter_modules(spec.submodule_search_locations)]
+    return sorted(n for n in names if hasattr(importlib.import_module(f"flowtrain.{package}.{n}"), "build"))
+
+
+def component_module(package: str, name: str) -> ModuleType:
+    """The module behind a name; a dotted name is imported as it is. Raises `UserError` where there is none."""
+    key = {"datasets": "data.name", "models": "model.name"}[package]
+    if "." in name:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{key}: cannot import {name!r}: {error}") from error
+        if not hasattr(module, "build"):
+            raise UserError(f"{key}: module {name!r} has no function `build`")
+        return module
+    names = component_names(package)
+    if name not in names:
+        raise UserError(f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+    return importlib.import_module(f"flowtrain.{package}.{name}")
+
+
+@functools.cache
+def component_schema(package: str, name: str) -> type[Component]:
+    """The section's own keys and the options of the named module's `build`, as one pydantic model."""
+    base = component_base(package)
+    fields: dict[str, Any] = {}
+    for parameter in _option_parameters(component_module(package, name)):
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[parameter.name] = (AbsolutePath if parameter.annotation is Path else parameter.annotation, default)
+    return create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
+
+
+def _option_parameters(module: ModuleType) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(module.build, include_extras=True)
+    parameters = inspect.signature(module.build).parameters.values()
+    own = ("shape", "root", "split", "seed")  # what the trainer passes, not the user
+    return [p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in own]
+
+
+def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Checks a nested mapping and fills in the defaults. Raises `UserError` naming the key and the value."""
+    for section in ("data", "model", "train", "dequantization"):
+        if not isinstance(values.get(section, {}), Mapping):
+            raise UserError(f"{where}: {section}: expected keys and values, got {values[section]!r}")
+    data = component_schema("datasets", str(values.get("data", {}).get("name", Data.model_fields["name"].default)))
+    model = component_schema("models", str(values.get("model", {}).get("name", Model.model_fields["name"].default)))
+    fields: dict[str, Any] = {
+        "data": (data, Field(default_factory=dict, validate_default=True)),
+        "model": (model, Field(default_factory=dict, validate_default=True)),
+        "train": (Train, Field(default_factory=dict, validate_default=True)),
+    }
+    schema = create_model("ConfigOfThese", __base__=Config, **fields)
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(e, schema, where) for e in error.errors())) from error
+
+
+def _describe(error: Mapping[str, Any], schema: type[BaseModel], where: str) -> str:
+    loc = [str(part) for part in error["loc"]]
+    key = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = list(_keys(schema))
+        return f"{where}: {key}: unknown key{nearest(key, known)} (value {error['input']!r})"
+    if error["type"] == "missing":
+        return f"{where}: {key}: missing; it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and len(loc) <= 1:
+        return f"{where}: {message}"
+    return f"{where}: {key}: {message}, got {error['input']!r}"
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in schema.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """A YAML file with `--set` overrides."""
+    overrides = list(overrides)
+    values = override(load_yaml(path), overrides)
+    where = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
+    return parse(values, where)
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies `key.sub=value` strings to a nested mapping, in place, and returns it.
+
+    Another `data.name` or `model.name` drops the options that belonged to the old one; of `train.num_steps` and
+    `train.budget`, setting one clears the other.
+    """
+    assignments = [_assignment(text) for text in overrides]
+    # Names first, so that the order on the command line does not matter.
+    for keys, value in sorted(assignments, key=lambda a: a[0][-1:] != ["name"]):
+        section = values
+        for depth, key in enumerate(keys[:-1]):
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} has no keys")
+        if keys in (["data", "name"], ["model", "name"]):
+            base = Data if keys[0] == "data" else Model
+            if section.get("name", base.model_fields["name"].default) != value:
+                for option in [k for k in section if k not in base.model_fields]:
+                    del section[option]
+        if keys[0] == "train" and keys[-1] in ("num_steps", "budget") and value is not None:
+            section.pop("budget" if keys[-1] == "num_steps" else "num_steps", None)
+        section[keys[-1]] = value
+    return values
+
+
+def _assignment(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: expected key=value, such as train.lr=5e-4")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not YAML: {error}") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """`(key, old value, new value)` for each key in which two resolved configurations differ."""
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors: every shipped data set and model with its options."""
+    fields: dict[str, Any] = {}
+    for section, base in (("data", Data), ("model", Model)):
+        default = base.model_fields["name"].default
+        kinds = []
+        for name in component_names(base.package):
+            field = (Literal[name], name) if name == default else (Literal[name], ...)
+            kinds.append(create_model(f"{section}_{name}", __base__=component_schema(base.package, name), name=field))  # type: ignore[call-overload]
+        fields[section] = (typing.Union[tuple(kinds)], Field(default_factory=dict))  # noqa: UP007
+    schema = create_model("flowtrain", __base__=Config, **fields).model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,47 @@
+"""Finding configuration files by name. Imports nothing heavy: the command line's help and completion use it."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from flowtrain.errors import UserError
+
+DEMO = "glow_digits.yaml"
+
+
+def config_folders() -> list[Path]:
+    """Where a bare name is looked up: `configs/` here, in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return [Path("configs"), package / "configs", package.parent / "configs"]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with flowtrain, by file name."""
+    return {path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))}
+
+
+def headline(path: Path) -> str:
+    """The first comment line of a configuration: what it is."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def find_config(name: str) -> Path:
+    """`name` as given, then in `configs/`, then among the shipped ones. Raises `UserError` where there is none."""
+    for candidate in [Path(name), *(folder / name for folder in config_folders())]:
+        if candidate.is_file():
+            return candidate
+    shipped = shipped_configs()
+    raise UserError(
+        f"--config {name}: no such file, here, in configs/ or among the shipped ones"
+        f"{nearest(name, shipped)} (shipped: {', '.join(shipped)})"
+    )
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    words = list(words)
+    # A key in the wrong section is as common a slip as a misspelt one.
+    same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = same_leaf or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

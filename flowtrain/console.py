@@ -1,0 +1,46 @@
+"""What the commands print: rich on a terminal, plain lines in a log."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`75` to `1:15`, `4000` to `1:06:40`."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ProgressBar:
+    """Progress of a long job: a live bar on a terminal; elsewhere a line now and then.
+
+    Call it with what is done and the total; `text` is shown behind the bar.
+    """
+
+    def __init__(self, title: str, seconds_between_lines: float = 10.0):
+        self.title = title
+        self.seconds_between_lines = seconds_between_lines
+        self.started = self.last_line = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=None, text="")
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: float, total: float, text: str = "") -> None:
+        self.bar.update(self.task, completed=done, total=total, text=text)
+        now = time.monotonic()
+        if not console.is_terminal and done < total and now - self.last_line > self.seconds_between_lines:
+            self.last_line = now
+            left = (now - self.started) / max(done, 1e-9) * (total - done)
+            console.print(f"{self.title}: {done:g} of {total:g}, {duration(left)} left")

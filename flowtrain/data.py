@@ -1,0 +1,231 @@
+"""From a data set to batches: the splits, the fingerprint, the seeded order and augmentation."""
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain import config as configuration
+from flowtrain.config import Config
+from flowtrain.config import Data as DataConfig
+from flowtrain.datasets.base import Images, hold_out
+from flowtrain.device import Stream, generator
+from flowtrain.errors import UserError
+
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of an array: `pixels[indices]`, reduced by `drop_bits`."""
+
+    pixels: np.ndarray  # uint8 (N, C, H, W); perhaps a memory map
+    indices: np.ndarray
+    drop_bits: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: np.ndarray | slice) -> Tensor:
+        """The images at some positions of this split, uint8 `(B, C, H, W)` on the CPU, values 0..Q-1."""
+        return torch.from_numpy(np.ascontiguousarray(self.pixels[self.indices[positions]])) >> self.drop_bits
+
+
+class DataSet:
+    """The images that a configuration names. Nothing is read or downloaded before a split is asked for.
+
+    Raises `UserError` where the options do not fit together.
+    """
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        module = configuration.component_module("datasets", config.name)
+        options = config.options()
+        self.train_images: Images = module.build(Path(config.root), "train", seed=config.split_seed, **options)
+        self.test_images: Images = module.build(Path(config.root), "test", seed=config.split_seed, **options)
+        self.shape = self.train_images.shape
+        if self.test_images.shape != self.shape:
+            raise UserError(f"data: test images have shape {self.test_images.shape}, training images {self.shape}")
+        if config.n_bits < 8 and self.train_images.levels != 256:
+            raise UserError(f"data.n_bits: {config.name} has {self.train_images.levels} levels; only 256 can be reduced")
+        self.drop_bits = 8 - config.n_bits
+        self.levels = self.train_images.levels >> self.drop_bits
+        if max(self.shape[1:]) <= config.shift:
+            raise UserError(f"data.shift: {config.shift} is not smaller than the images ({self.shape})")
+
+    @property
+    def flip(self) -> bool:
+        return self.train_images.flip if self.config.flip is None else self.config.flip
+
+    @cached_property
+    def _training_pixels(self) -> np.ndarray:
+        return _checked(self.train_images, f"{self.config.name}, training images")
+
+    @cached_property
+    def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return hold_out(len(self._training_pixels), self.config.validation, self.config.split_seed)
+        except UserError as error:
+            raise UserError(f"data.validation: {error}") from error
+
+    def split(self, name: SplitName) -> Split:
+        """The images of one split. Reads them, and downloads them on first use."""
+        if name == "test":
+            pixels = _checked(self.test_images, f"{self.config.name}, test images")
+            return Split(pixels, np.arange(len(pixels)), self.drop_bits)
+        kept, held = self._held_out
+        return Split(self._training_pixels, kept if name == "train" else held, self.drop_bits)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the training and validation images are: their number, their content, and how they were split."""
+        kept, held = self._held_out
+        content = self.train_images.key or hashlib.sha256(np.ascontiguousarray(self._training_pixels).data).hexdigest()
+        return {
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "train": len(kept),
+            "validation": len(held),
+            "split_seed": self.config.split_seed,
+            "content": content,
+        }
+
+
+def _checked(images: Images, what: str) -> np.ndarray:
+    pixels = images.read()
+    if pixels.shape[1:] != images.shape or len(pixels) == 0:
+        raise UserError(f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected {images.shape}")
+    if images.levels < 256 and int(pixels.max()) >= images.levels:
+        raise UserError(f"data: {what}: a value of {int(pixels.max())}, expected 0..{images.levels - 1}")
+    return pixels
+
+
+# --- training batches -------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """The batches of a training run: batch `step` is a function of the seed and the step, on the training device.
+
+    The order is one seeded permutation of the split after the other, cut into batches of `batch_size`; a batch may span
+    two of them. A split that fits is one tensor on the device; a larger one is read by worker processes.
+    """
+
+    def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
+        self.source = data.split("train")
+        self.batch_size = batch_size
+        self.seed = config.seed
+        self.device = device
+        self.flip, self.shift = data.flip, config.data.shift
+        self.workers = config.data.workers
+        nbytes = len(self.source) * self.source.pixels[0].nbytes
+        self.streams = nbytes > config.data.max_in_memory * 2**30
+        self.resident = None if self.streams else self.source.take(slice(None)).to(device)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def positions(self, step: int) -> np.ndarray:
+        """Which images of the split make batch `step`."""
+        wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(wanted, len(self.source))
+        parts = [self._permutation(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._epoch[0] != epoch:
+            order = torch.randperm(len(self.source), generator=generator(self.seed, Stream.ORDER, int(epoch)))
+            self._epoch = (epoch, order.numpy())
+        return self._epoch[1]
+
+    def starting_at(self, step: int) -> Iterator[Tensor]:
+        """Batches from `step` on, without end: uint8 `(B, C, H, W)` on the device, augmented."""
+        for x in self._stream(step) if self.streams else self._gather(step):
+            yield augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, step))
+            step += 1
+
+    def _gather(self, step: int) -> Iterator[Tensor]:
+        assert self.resident is not None
+        while True:
+            yield self.resident[torch.from_numpy(self.positions(step)).to(self.device)]
+            step += 1
+
+    def _stream(self, step: int) -> Iterator[Tensor]:
+        loader = torch.utils.data.DataLoader(
+            _Reader(self.source),
+            batch_sampler=_Order(self, step),  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            worker_init_fn=_ignore_interrupts,
+            pin_memory=self.device.type == "cuda",
+        )
+        for x in loader:
+            yield x.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The index lists of a data loader, from a step on."""
+
+    batches: Batches
+    step: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        step = self.step
+        while True:
+            yield self.batches.positions(step)
+            step += 1
+
+
+class _Reader(torch.utils.data.Dataset):
+    """A split for worker processes: a memory map is opened again by each, and not copied to it."""
+
+    def __init__(self, split: Split):
+        self.split = split
+
+    def __getitems__(self, positions: np.ndarray) -> Tensor:
+        return self.split.take(positions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        pixels = self.split.pixels
+        if not isinstance(pixels, np.memmap):
+            return {"split": self.split}
+        return {
+            "map": (pixels.filename, pixels.dtype, pixels.offset, pixels.shape),
+            "rest": (self.split.indices, self.split.drop_bits),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "split" in state:
+            self.split = state["split"]
+        else:
+            filename, dtype, offset, shape = state["map"]
+            self.split = Split(np.memmap(filename, dtype, "r", offset, shape), *state["rest"])
+
+
+def _as_it_is(batch: Tensor) -> Tensor:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; only the trainer decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def augment(x: Tensor, flip: bool, shift: int, randomness: torch.Generator) -> Tensor:
+    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge repeated. A new tensor."""
+    batch, _, height, width = x.shape
+    if flip:
+        mirrored = (torch.rand(batch, generator=randomness) < 0.5).to(x.device)
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    if shift:
+        moves = torch.randint(-shift, shift + 1, (2, batch, 1), generator=randomness).to(x.device)
+        rows = (torch.arange(height, device=x.device) + moves[0]).clamp(0, height - 1)
+        columns = (torch.arange(width, device=x.device) + moves[1]).clamp(0, width - 1)
+        images = torch.arange(batch, device=x.device)[:, None, None]
+        x = x.movedim(1, -1)[images, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+    return x

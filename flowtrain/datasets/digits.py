@@ -1,0 +1,23 @@
+"""The 8x8 handwritten digits that ship inside scikit-learn: no download.
+
+1,797 images, the test part of https://archive.ics.uci.edu/dataset/80 (Alpaydin & Kaynak, 1998).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from flowtrain.datasets.base import Images, Split, contiguous, hold_out
+
+
+def build(root: Path, split: Split, *, seed: int = 0) -> Images:
+    """1x8x8 images of 17 levels; a seeded tenth (180) is the test split. `root` is not used."""
+
+    def read() -> np.ndarray:
+        from sklearn.datasets import load_digits
+
+        pixels = load_digits().images[:, None]  # (1797, 1, 8, 8), floats 0..16
+        kept, held = hold_out(len(pixels), 0.1, seed)
+        return contiguous(pixels[kept if split == "train" else held])
+
+    return Images(shape=(1, 8, 8), levels=17, read=read)

@@ -1,0 +1,306 @@
+"""A user's own folder of image files, decoded once into a memory-mapped cache."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from flowtrain.datasets import base
+from flowtrain.datasets.base import Images, Policy, Shape, Split, short
+from flowtrain.errors import RunError, UserError
+
+log = logging.getLogger("flowtrain")
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CHUNK = 256  # images decoded ahead of the one being written
+LISTED = 50  # unreadable files named in a message; the cache's index.json has them all
+ABANDONED = 24 * 3600  # seconds after which another process's unfinished cache is taken for dead
+
+
+class File(NamedTuple):
+    name: str  # relative to data.path, with "/"
+    size: int
+    mtime_ns: int
+    mode: int  # so that chmod gives an unreadable file another chance
+
+
+def build(
+    root: Path,
+    split: Split,
+    *,
+    seed: int = 0,
+    path: Path,
+    size: int,
+    channels: Literal[1, 3] = 3,
+    resize: Policy = "crop",
+) -> Images:
+    """PNG, JPEG, WebP and BMP images in any tree, as `channels` x `size` x `size`, 256 levels.
+
+    path: the folder. A folder `test/` in it is the test split, and the training split is `train/`,
+        or all the rest if there is none. With only `train/`, its images are split and nothing else
+        is used; with neither, all images are: a seeded tenth is the test split. Names that begin
+        with a dot are ignored, links are followed.
+    size: side of the square images.
+    channels: 3 for RGB, 1 for grey.
+    resize: `crop`, `stretch` or `exact`, as in `flowtrain.datasets.base.resize`.
+
+    The tree is listed here; `read` decodes the files of the split, the first time, into
+    `$FLOWTRAIN_CACHE` (else `$XDG_CACHE_HOME/flowtrain`, else `~/.cache/flowtrain`), keyed by the
+    files' paths, sizes and times and by the options. Files that cannot be decoded are left out and
+    listed as a warning of the logger `flowtrain`, each time. Raises UserError for a folder
+    without images, for sizes that differ under `exact`, and where the cache cannot be written.
+    """
+    folder = Path(path).expanduser().resolve()
+    if size < 1:
+        raise UserError(f"data.size is {size}: give the side of the images in pixels")
+    files = _split(folder, split, seed)
+    shape: Shape = (channels, size, size)
+    options = json.dumps([1, channels, size, resize])  # 1: the version of the cache
+    # The cache must notice an edited file. The fingerprint must survive a copy to another machine.
+    cached = _digest([os.fspath(folder), options, *(repr(tuple(file)) for file in files)])
+    content = _digest([options, *(repr((file.name, file.size)) for file in files)])
+
+    def read() -> np.ndarray:
+        target = _cache() / "folder" / cached
+        images, unreadable = _open(target, shape) or _fill(target, folder, files, shape, resize)
+        if unreadable:
+            lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+            if len(unreadable) > LISTED:
+                lines.append(f"  and {len(unreadable) - LISTED} more, see {target / 'index.json'}")
+            log.warning(
+                "data.path: %d of %d %s images in %s cannot be read and are left out:\n%s",
+                len(unreadable), len(files), split, folder, "\n".join(lines),
+            )  # fmt: skip
+        return images
+
+    return Images(shape=shape, levels=256, read=read, key=content)
+
+
+def _split(folder: Path, split: Split, seed: int) -> list[File]:
+    if not folder.is_dir():
+        raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
+    train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
+    if test:
+        part = split if split == "test" or train else ""
+        return list(_found(folder, part, skip="" if part else "test"))
+    files = list(_found(folder, "train" if train else ""))
+    if len(files) < 2:
+        raise UserError(
+            f"data.path: {folder} has one image, which cannot be split: add images, or folders train/ and test/"
+        )
+    kept, held = base.hold_out(len(files), 0.1, seed)
+    return [files[i] for i in (kept if split == "train" else held)]
+
+
+def _found(folder: Path, part: str, skip: str = "") -> list[File]:
+    """The image files under folder/part, sorted by name as every machine sorts them."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"data.path: {error.filename} cannot be listed ({short(error)})")
+
+    files, seen = [], set()
+    for here, folders, names in os.walk(folder / part, onerror=fail, followlinks=True):
+        status = Path(here).stat()
+        if (status.st_dev, status.st_ino) in seen:  # links that go in a circle
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        relative = Path(here).relative_to(folder)
+        top = relative == Path()
+        folders[:] = sorted(name for name in folders if name[0] != "." and not (top and name == skip))
+        for name in names:
+            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:
+                files.append(_file(Path(here, name), (relative / name).as_posix()))
+    if not files:
+        raise UserError(
+            f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, in subfolders too)"
+        )
+    return sorted(files)
+
+
+def _file(path: Path, name: str) -> File:
+    try:
+        status = path.stat()
+    except OSError:  # a dangling link: listed as unreadable when decoded
+        return File(name, -1, 0, 0)
+    return File(name, status.st_size, status.st_mtime_ns, status.st_mode)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    text = "\0".join(parts)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _cache() -> Path:
+    given = os.environ.get("FLOWTRAIN_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    base_folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base_folder) if base_folder else Path.home() / ".cache") / "flowtrain"
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache: set FLOWTRAIN_CACHE") from None
+
+
+def _open(target: Path, shape: Shape) -> tuple[np.ndarray, dict[str, str]] | None:
+    """A finished cache, mapped read-only, with its unreadable files; None if absent or damaged."""
+    try:
+        index = json.loads((target / "index.json").read_text())
+        images = np.load(target / "images.npy", mmap_mode="r")
+        if images.shape != (index["count"], *shape) or images.dtype != np.uint8:
+            raise ValueError(f"it holds {images.shape}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
+        return None
+    return images, index["unreadable"]
+
+
+def _fill(
+    target: Path, folder: Path, files: list[File], shape: Shape, policy: Policy
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Decode into a folder of another name and rename it, so that `target` is whole or absent."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _remove_abandoned(target.parent)
+        log.info("decoding %d images of %s, once, into %s", len(files), folder, target)
+        unreadable = _write(temporary / "images.npy", folder, files, shape, policy)
+        count = len(files) - len(unreadable)
+        if not count:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
+            raise UserError(f"data.path: no image in {folder} can be read ({listed})")
+        index = {"source": os.fspath(folder), "count": count, "unreadable": unreadable}
+        (temporary / "index.json").write_text(json.dumps(index, indent=1))
+        opened = _open(temporary, shape)
+        assert opened is not None
+        try:
+            temporary.rename(target)
+        except OSError:  # there is one: another process was faster, or it is the damaged one
+            if _open(target, shape) is None:
+                shutil.rmtree(target, ignore_errors=True)
+                # If yet another process was faster still, our copy lives on in the open map.
+                with contextlib.suppress(OSError):
+                    temporary.rename(target)
+        return opened
+    except OSError as error:
+        if base.is_disk_full(error):
+            raise base.disk_full(target.parent, error) from None
+        raise UserError(
+            f"the image cache {target.parent} cannot be written ({short(error)}): set the "
+            "environment variable FLOWTRAIN_CACHE to a folder that can"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for entry in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [entry, *entry.iterdir()])
+            if time.time() - newest > ABANDONED:
+                shutil.rmtree(entry)
+
+
+def _write(path: Path, folder: Path, files: list[File], shape: Shape, policy: Policy) -> dict[str, str]:
+    """Write the images that can be read, in order, as .npy; returns the others, with the cause."""
+    unreadable = {}
+    with (
+        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,  # Pillow decodes without the GIL
+        path.open("wb") as out,
+    ):
+        if policy == "exact":
+            _check_sizes(pool, folder, files, shape)
+        # Written in sequence, not through a map: a full disk is then an error, not a SIGBUS.
+        _write_header(out, (len(files), *shape))
+        for start in _progress(range(0, len(files), CHUNK), len(files)):
+            chunk = files[start : start + CHUNK]
+            decoded = pool.map(lambda file: _decode(folder / file.name, shape, policy), chunk)
+            for file, image in zip(chunk, decoded, strict=True):
+                if isinstance(image, str):
+                    unreadable[file.name] = image
+                else:
+                    out.write(image.tobytes())
+        out.seek(0)  # numpy pads the header, so that a smaller count fits the same space
+        _write_header(out, (len(files) - len(unreadable), *shape))
+        out.flush()
+        os.fsync(out.fileno())
+    return unreadable
+
+
+def _write_header(out: BinaryIO, shape: tuple[int, ...]) -> None:
+    header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
+    out.write(buffer.getvalue())
+
+
+def _decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray | str:
+    """The image, or why it cannot be read."""
+    try:
+        return base.decode(path, shape, policy)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE):
+            raise RunError(f"{path} cannot be read ({short(error)})") from None  # not its fault
+        why = " ".join(str(error).split()).replace(f" '{path}'", "").rstrip(":")
+        return why[:200] or type(error).__name__
+
+
+def _check_sizes(pool: ThreadPoolExecutor, folder: Path, files: list[File], shape: Shape) -> None:
+    """Raises UserError if any image that can be opened is of another size than `exact` demands."""
+    wanted = shape[2], shape[1]
+
+    def size(file: File) -> tuple[int, int]:
+        try:
+            with Image.open(folder / file.name) as image:
+                return image.size
+        except Exception:  # reported when it is decoded
+            return wanted
+
+    sizes = zip(files, pool.map(size, files), strict=True)
+    wrong = [(file.name, found) for file, found in sizes if found != wanted]
+    if wrong:
+        name, (width, height) = wrong[0]
+        raise UserError(
+            f"data.size: {len(wrong)} of {len(files)} images in {folder} are not "
+            f"{wanted[0]}x{wanted[1]}, the first {name} ({width}x{height}): set data.resize to "
+            "crop or stretch"
+        )
+
+
+def _progress(chunks: range, total: int) -> Iterator[int]:
+    """The chunks' starts, with a bar on a terminal and now and then a line elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("decoding images", total=total)
+            for start in chunks:
+                yield start
+                progress.update(task, completed=min(start + CHUNK, total))
+        return
+    said = time.monotonic()
+    for start in chunks:
+        yield start
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            log.info("decoded %d of %d images", min(start + CHUNK, total), total)

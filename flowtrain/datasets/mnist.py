@@ -1,0 +1,25 @@
+"""MNIST handwritten digits: LeCun, Bottou, Bengio & Haffner, 1998."""
+
+from pathlib import Path
+
+from flowtrain.datasets import torchvision_source
+from flowtrain.datasets.base import Images, Split
+
+COUNTS = {"train": 60000, "test": 10000}
+SIZES = torchvision_source.IDX_SIZES
+
+
+def build(root: Path, split: Split, *, seed: int = 0) -> Images:
+    """1x28x28 images: 60,000 for training, 10,000 for test, under `root/MNIST/raw`."""
+    return torchvision_source.images(
+        "MNIST",
+        root,
+        shape=(1, 28, 28),
+        count=COUNTS[split],
+        load=lambda cls, r: cls(r, train=split == "train", download=True).data.numpy()[:, None],
+        urls=lambda cls: cls.mirrors,
+        folder="MNIST/raw",
+        files=[f"{file}.gz" for file in SIZES],
+        unpacked=SIZES,
+        sizes=SIZES,
+    )

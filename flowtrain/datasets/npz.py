@@ -1,0 +1,128 @@
+"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test."""
+
+import contextlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+
+from flowtrain.datasets.base import Images, Shape, Split, contiguous, hold_out, short
+from flowtrain.errors import UserError
+
+Layout = Literal["nhwc", "nchw"]
+
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
+    """uint8 images of 256 levels, from arrays named x_train and x_test (labels y_* are not read).
+
+    path: the .npz file. Without x_test, a seeded tenth of x_train is the test split.
+    layout: the order of the axes, `nhwc` or `nchw`; (N, H, W) is grey in either. C is 1 or 3.
+
+    Only the headers inside the file are read here; `read` takes the whole array into memory.
+    Raises UserError that names the file and the key. `root` is not used.
+    """
+    path = Path(path).expanduser()
+    with _opened(path) as archive:
+        keys = sorted(name.removesuffix(".npy") for name in archive.namelist())
+        if "x_train" not in keys:
+            raise UserError(
+                f"data.path: {path} has no array x_train (it has {', '.join(keys) or 'nothing'}): "
+                "save it with np.savez(path, x_train=..., x_test=...)"
+            )
+        count, train = _shape(path, archive, "x_train", layout)
+        own_test = "x_test" in keys
+        if own_test and (test := _shape(path, archive, "x_test", layout)[1]) != train:
+            raise UserError(
+                f"data.path: in {path}, the images of x_train are {_by(train)} and those of "
+                f"x_test {_by(test)}: they have to be of one size"
+            )
+
+        if not own_test and count < 2:
+            raise UserError(f"data.path: {path} has one image, which cannot be split: add more, or x_test")
+
+    def read() -> np.ndarray:
+        key = "x_test" if own_test and split == "test" else "x_train"
+        with _opened(path) as archive, _member(path, archive, key) as file:
+            pixels = np.lib.format.read_array(file, allow_pickle=False)
+            file.read(1)  # at the end of the member, its checksum is compared
+        if pixels.ndim == 4 and layout == "nhwc":
+            pixels = pixels.transpose(0, 3, 1, 2)
+        pixels = pixels.reshape(-1, *train)  # (N, C, H, W)
+        if not own_test:
+            kept, held = hold_out(len(pixels), 0.1, seed)
+            pixels = pixels[kept if split == "train" else held]
+        return contiguous(pixels)
+
+    return Images(shape=train, levels=256, read=read)
+
+
+def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tuple[int, Shape]:
+    """N and (C, H, W) of an array from its header, without unpacking its pixels."""
+    with _member(path, archive, key) as file:
+        header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(file)]
+        shape, _, dtype = header(file)
+        there = archive.getinfo(f"{key}.npy").file_size - file.tell()
+    where = f"data.path: {key} in {path}"
+    if dtype != np.uint8:
+        raise UserError(
+            f"{where} has the type {dtype}, not uint8: convert it to whole numbers 0..255 with .astype(np.uint8)"
+        )
+    if there != math.prod(shape):
+        raise UserError(f"{where} is damaged: it has {there} bytes for an array {shape}")
+    if len(shape) == 3:
+        shape = (shape[0], 1, *shape[1:])
+        n, *image = shape
+    elif len(shape) == 4:
+        n, *image = shape if layout == "nchw" else (shape[0], shape[3], shape[1], shape[2])
+    else:
+        raise UserError(
+            f"{where} has the shape {shape}: images are (N, H, W), (N, H, W, C), or (N, C, H, W) with data.layout: nchw"
+        )
+    if image[0] not in (1, 3):
+        other = "nhwc" if layout == "nchw" else "nchw"
+        fits = shape[1 if other == "nchw" else 3] in (1, 3)
+        hint = f": set data.layout: {other}" if fits else ", where 1 or 3 are allowed"
+        raise UserError(f"{where} has the shape {shape}, which is {image[0]} channels in the layout {layout}{hint}")
+    if n == 0 or 0 in image:
+        raise UserError(f"{where} has the shape {shape}: it holds no pixels")
+    return n, (image[0], image[1], image[2])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UserError(f"data.path: there is no file {path}") from None
+    except zipfile.BadZipFile:
+        raise UserError(
+            f"data.path: {path} is not an .npz file, or is cut short: save it again with np.savez"
+        ) from None
+    except OSError as error:
+        raise UserError(f"data.path: {path} cannot be opened ({short(error)})") from None
+    with archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def _member(path: Path, archive: zipfile.ZipFile, key: str) -> Iterator[IO[bytes]]:
+    try:
+        with archive.open(f"{key}.npy") as file:
+            yield file
+    except (*DAMAGE, KeyError) as error:
+        raise UserError(
+            f"data.path: {key} in {path} is damaged or not a plain array ({short(error)}): copy or save the file again"
+        ) from None
+
+
+def _by(shape: Shape) -> str:
+    return "x".join(map(str, shape[1:])) + f" with {shape[0]} channel(s)"

@@ -1,0 +1,81 @@
+"""Integers to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
+
+An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` (uniform, so log q(u|x) = 0), and `y`
+becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_levels` is the exact inverse.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import sum_per_example
+
+# u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 * 17 can fall below x;
+# 2**-14 is more than twice the largest rounding error of (x + u) / Q * Q for Q up to 256, and moves u by nothing that
+# matters (one draw in 8,192, by less than 2**-14 of a level).
+EDGE = 2.0**-14
+
+
+def draw_noise(shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1) for `Dequantizer.forward`, float32.
+
+    Drawn on the generator's own device: with a CPU generator an image's noise depends neither on the device
+    nor on how the images are cut into batches.
+    """
+    where = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=where).to(device)
+
+
+class Dequantizer(nn.Module):
+    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016), then `center` or `logit`.
+
+    Args:
+        levels: Q.
+        transform: `center`, `y - 1/2`; or `logit`, `logit(alpha + (1 - 2 alpha) y)` (RealNVP, section 4.1, with both
+            ends kept away from infinity).
+        alpha: for `logit`.
+    """
+
+    def __init__(self, levels: int, transform: Literal["center", "logit"] = "center", alpha: float = 0.05):
+        super().__init__()
+        self.levels = levels
+        self.transform = transform
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its log-likelihood terms.
+
+        The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the first to get the
+        bound on log P(x). Neither argument is changed.
+        """
+        y = (x.to(noise.dtype) + noise.clamp(EDGE, 1 - EDGE)) / self.levels
+        return self._to_real(y)
+
+    def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The flow's input at the middle of each bin: `x` without randomness."""
+        return self._to_real((x.to(dtype) + 0.5) / self.levels)[0]
+
+    def to_unit(self, v: Tensor) -> Tensor:
+        """The flow's input back to `y`, nominally in [0, 1)."""
+        if self.transform == "center":
+            return v + 0.5
+        return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
+
+    def to_levels(self, v: Tensor) -> Tensor:
+        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it is not finite."""
+        if not torch.isfinite(v).all():
+            bad = (~torch.isfinite(v.flatten(1))).any(dim=1).sum()
+            raise FloatingPointError(f"{bad} of {len(v)} decoded images are not finite")
+        return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
+
+    def _to_real(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        dims = y[0].numel()
+        constant = -dims * math.log(self.levels)
+        if self.transform == "center":
+            return y - 0.5, y.new_full((y.shape[0],), constant)
+        s = self.alpha + (1 - 2 * self.alpha) * y
+        log_s, log_rest = s.log(), torch.log1p(-s)
+        log_det = sum_per_example(-log_s - log_rest) + dims * math.log(1 - 2 * self.alpha)
+        return log_s - log_rest, log_det + constant

@@ -1,0 +1,47 @@
+"""`--device`, and random generators that are functions of a key instead of a history."""
+
+import enum
+
+import numpy as np
+import torch
+
+from flowtrain.errors import UserError
+
+
+def resolve(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError` otherwise."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine, or this build of torch, has no CUDA device; use --device cpu")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: this machine has no MPS device; use --device cpu")
+    return torch.device(name)
+
+
+class Stream(enum.IntEnum):
+    """What random numbers are for; each purpose has its own stream under one seed."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    AUGMENTATION = 2
+    DEQUANTIZATION = 3
+    LATENTS = 4
+    EVALUATION = 5
+    PAIRS = 6
+
+
+def generator(seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on its key alone (such as the step, or an image's index).
+
+    So the state of a resumed run needs no generator, and neither batch size nor device changes what is drawn on the CPU.
+    """
+    state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))

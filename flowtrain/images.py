@@ -1,0 +1,63 @@
+"""Pictures: grids, PNG and GIF files."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from flowtrain.checkpoint import write_atomically
+from flowtrain.errors import RunError, UserError
+
+SMALLEST_SIDE = 32  # images smaller than this are enlarged in pictures
+
+
+def to_8bit(images: Tensor, levels: int) -> Tensor:
+    """Values 0..Q-1 to 0..255."""
+    return (images.to(torch.int32) * 255 // max(levels - 1, 1)).to(torch.uint8)
+
+
+def grid(images: Tensor, levels: int, columns: int) -> Tensor:
+    """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`; small ones enlarged."""
+    factor = max(1, -(-SMALLEST_SIDE // min(images.shape[-2:])))
+    enlarged = to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return make_grid(enlarged, nrow=columns, padding=2, pad_value=64)
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+
+
+def save_png(path: Path, pixels: Tensor) -> None:
+    """Writes a `(3, H, W)` uint8 picture."""
+    buffer = io.BytesIO()
+    _picture(pixels).save(buffer, "PNG")
+    save(path, buffer.getvalue())
+
+
+def save_gif(path: Path, frames: list[Tensor], milliseconds: int = 120) -> None:
+    """Writes `(3, H, W)` uint8 pictures as an endless animation."""
+    buffer = io.BytesIO()
+    first, *rest = (_picture(frame).quantize(256) for frame in frames)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    save(path, buffer.getvalue())
+
+
+def save(path: Path, data: bytes) -> None:
+    """Writes a file that the user asked for; its missing parent folder is made."""
+    try:
+        write_atomically(path, data)
+    except RunError as error:
+        if path.is_dir() or isinstance(error.__cause__, (PermissionError, NotADirectoryError, FileExistsError)):
+            raise UserError(str(error)) from error
+        raise
+
+
+def check_suffix(path: Path, suffixes: tuple[str, ...]) -> str:
+    """The suffix of an output file, or `UserError`: said before any work is done."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise UserError(f"--out {path}: expected a name that ends in {' or '.join(suffixes)}")
+    return suffix

@@ -1,0 +1,62 @@
+"""Optimizers, the learning rate and the average of the weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from flowtrain.config import Train
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
+
+
+def build_optimizer(flow: nn.Module, config: Train) -> torch.optim.Optimizer:
+    """Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is.
+
+    A decayed ActNorm scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
+    """
+    decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    parameters = list(flow.parameters())
+    groups = [
+        {"params": [p for p in parameters if p in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return OPTIMIZERS[config.optimizer](groups, lr=config.lr)  # type: ignore[operator]
+
+
+def learning_rate(config: Train, step: int, seconds: float) -> float:
+    """The rate of step `step` (from 0), `seconds` into the run.
+
+    Warm-up is by steps; the decay to zero ends with the run, at `num_steps` or when the budget is used up.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.num_steps is not None:
+        length = max(1, config.num_steps - config.warmup_steps)
+        progress = (step - config.warmup_steps) / length
+    else:
+        assert config.budget is not None
+        progress = seconds / config.budget
+    progress = min(max(progress, 0.0), 1.0)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    return config.lr * warmup * decay
+
+
+def average(flow: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights: a copy of the flow that `update_parameters` moves along.
+
+    The decay is at most `(1 + n) / (10 + n)` after n steps, so that the random start is soon forgotten.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averages, current, weight)
+
+    return AveragedModel(flow, multi_avg_fn=update)  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""A run directory: its files, its lock, and what happens to them when a run goes on."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from flowtrain import checkpoint
+from flowtrain.checkpoint import SUFFIX, write_atomically
+from flowtrain.config import Config
+from flowtrain.errors import RunError, UserError
+
+
+class RunDirectory:
+    """Paths and files under `RUN`; see the README for what each holds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.last = self.checkpoints / f"last{SUFFIX}"
+        self.best = self.checkpoints / f"best{SUFFIX}"
+        self.metrics = path / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+
+    def holds_a_run(self) -> bool:
+        return (self.path / "config.yaml").exists() or self.last.exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out; the lock goes with the process, however it ends. Raises `UserError` if taken."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise UserError(
+                    f"--run-dir {self.path}: in use by another process (pid {file.read().strip() or 'unknown'}); "
+                    "wait for it, stop it, or choose another directory"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                self.close()
+
+    def begin(self, config: Config) -> None:
+        """Writes the resolved configuration, and clears away what a killed process left half-written."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            folder.mkdir(exist_ok=True)
+            for left_over in folder.glob(".*.tmp"):
+                left_over.unlink()
+        write_atomically(self.path / "config.yaml", config.yaml().encode())
+
+    def cut_back(self, step: int, config: Config) -> None:
+        """Forgets what was logged after `step`: in `metrics.jsonl` by removing it, in TensorBoard by its purge mark."""
+        self.close()
+        if self.metrics.exists():
+            kept = [row for row in _rows(self.metrics) if row["step"] <= step]
+            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
+        self._writer.add_text("configuration", f"```yaml\n{config.yaml()}```", step)
+
+    @property
+    def tensorboard(self) -> SummaryWriter:
+        assert self._writer is not None, "cut_back comes first"
+        return self._writer
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One object to `metrics.jsonl`, flushed; its figures to TensorBoard."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
+        split = row["split"]
+        for key in ("bits_per_dim", "grad_norm", "lr", "images_per_second"):
+            if key in row:
+                self.tensorboard.add_scalar(f"{split}/{key}", row[key], row["step"])
+
+    def save_last(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool) -> None:
+        """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the newest `keep` stay."""
+        checkpoint.write(self.last, meta, tensors)
+        if numbered and keep:
+            # Another name for the same bytes: `last` is replaced, never written into.
+            name = self.checkpoints / f"step-{meta['step']:08d}{SUFFIX}"
+            temporary = name.with_name(f".{name.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.last, temporary)
+                os.replace(temporary, name)
+            except OSError:  # a file system without hard links
+                write_atomically(name, self.last.read_bytes())
+        for old in sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))[: -keep or None]:
+            old.unlink()
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+        path = self.path / name
+        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+        return path
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # The last line may have been cut by a kill.
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)

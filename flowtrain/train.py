@@ -1,0 +1,464 @@
+"""Training: the loop, its state, and what survives a kill or a number that is not finite."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from flowtrain import checkpoint, images
+from flowtrain.checkpoint import Checkpoint
+from flowtrain.config import Config, differences
+from flowtrain.console import ProgressBar, console, duration
+from flowtrain.data import Batches, DataSet, Split
+from flowtrain.dequantize import draw_noise
+from flowtrain.device import Stream, generator
+from flowtrain.diagnostics import first_non_finite, log_scale_ranges
+from flowtrain.errors import RunError, UserError
+from flowtrain.evaluate import mean_bits_per_dim
+from flowtrain.flow import Flow, bits_per_dim, initialize
+from flowtrain.memory import memory_mode
+from flowtrain.optim import average, build_optimizer, learning_rate
+from flowtrain.run import RunDirectory
+
+SAMPLES = 64  # in a sample grid
+RANGES_BATCH = 64  # images on which log-scale ranges are measured
+
+# Where the data lie and how they are read may change between two parts of a run; what they are may not.
+FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after saving."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain numbers that travel in the checkpoint."""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    best: float | None = None  # validation bits/dim
+    best_step: int | None = None
+    lr_scale: float = 1.0
+    non_finite: int = 0
+    averaged: int = 0  # steps in the average of the weights
+    window_bits: float = 0.0  # sum of the training bits/dim since the last line of metrics
+    window_steps: int = 0
+
+
+@dataclass
+class State:
+    """All that a step changes."""
+
+    config: Config
+    flow: Flow
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    data: dict[str, Any]  # the fingerprint
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def evaluated(self) -> Flow:
+        """The flow whose figures and samples are shown: with averaged weights where there are any."""
+        return self.flow if self.average is None else self.average.module
+
+    def finished(self) -> bool:
+        train = self.config.train
+        if train.num_steps is not None:
+            return self.progress.step >= train.num_steps
+        assert train.budget is not None
+        return self.progress.seconds >= train.budget
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "config": self.config.resolved(),
+            "shape": list(self.flow.shape),
+            "levels": self.flow.levels,
+            "step": self.progress.step,
+            "data": self.data,
+            "progress": dataclasses.asdict(self.progress),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"model": self.flow.state_dict()}
+        if self.average is not None:
+            parts["ema"] = self.average.module.state_dict()
+        tensors = {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
+        for name, parameter in self.flow.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes everything from a checkpoint of a run with this model and optimizer."""
+        checkpoint.load_weights(self.flow, saved, "raw")
+        self.progress = Progress(**saved.meta["progress"])
+        if self.average is not None:
+            checkpoint.load_weights(self.average.module, saved, "ema")
+            self.average.n_averaged.fill_(self.progress.averaged)
+        self.optimizer.state.clear()
+        names = {name: parameter for name, parameter in self.flow.named_parameters()}
+        for full_name, value in saved.part("optimizer").items():
+            key, _, name = full_name.partition(".")
+            parameter = names[name]
+            # In the memory layout of the parameter: the order of additions, and so the last bit, depends on it.
+            like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            self.optimizer.state[parameter][key] = like_parameter.detach()
+
+
+def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean bits/dim of a batch; returns the loss and the gradient's norm, 0-dimensional.
+
+    `x` holds `accumulate` times `batch_size` images. The noise belongs to the seed and the step.
+    """
+    config = state.config.train
+    noise = draw_noise(x.shape, _noise_generator(state), x.device)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=x.device)
+    for part, part_noise in zip(x.split(config.batch_size), noise.split(config.batch_size), strict=True):
+        with _precision(config.precision, x.device), memory_mode(config.memory):
+            log_prob = state.flow(part, part_noise).total
+        part_loss = bits_per_dim(log_prob, state.flow.dims).sum() / len(x)
+        part_loss.backward()
+        loss = loss + part_loss.detach()
+    gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
+    return loss, torch.nn.utils.get_total_norm(gradients)
+
+
+def _noise_generator(state: State) -> torch.Generator:
+    return generator(state.config.seed, Stream.DEQUANTIZATION, state.progress.step)
+
+
+def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 for the conditioners; the data path casts back and does its own products in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def fit(
+    config: Config,
+    run: RunDirectory,
+    device: torch.device,
+    resume: str = "auto",
+    init_from: str | None = None,
+    trust_code: bool = False,
+) -> None:
+    """Trains to the end, or raises `Interrupted` after a signal, with everything saved in `run`.
+
+    Raises:
+        UserError: for a configuration, data set or checkpoint that does not fit.
+        RunError: after too many steps that were not finite, or where the disk is full.
+    """
+    data = DataSet(config.data)
+    flow = checkpoint.build_flow(config, data.shape, data.levels)
+    with run.locked(), _signals() as stop:
+        saved = _checkpoint_to_resume(config, run, resume)
+        if saved is not None and resume == "auto" and _is_finished(config, saved):
+            console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
+            return
+        console.print(f"reading {config.data.name}")
+        train_config = config.train
+        batches = Batches(data, config, train_config.batch_size * train_config.accumulate, device)
+        validation = data.split("validation")
+        state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches, trust_code)
+        run.begin(config)
+        run.cut_back(state.progress.step, config)
+        _announce(state, run, data, batches, saved)
+        if saved is None:
+            _save(state, run, numbered=False)
+        with ProgressBar("training", seconds_between_lines=math.inf) as bar:
+            _loop(state, run, batches, validation, stop, bar)
+        if not state.finished():
+            console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
+            console.print("the same command goes on from there")
+            raise Interrupted(stop.signum)
+        console.print(f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, TensorBoard events)")
+
+
+def _loop(
+    state: State, run: RunDirectory, batches: Batches, validation: Split, stop: "_Stop", bar: ProgressBar
+) -> None:
+    config = state.config.train
+    clock = _Clock(state)
+    while not state.finished() and not stop.signum:
+        for x in batches.starting_at(state.progress.step):
+            rate = learning_rate(config, state.progress.step, state.progress.seconds) * state.progress.lr_scale
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            loss, grad_norm = train_step(state, x)
+            if not math.isfinite(loss.item() + grad_norm.item()):
+                _go_back(state, run, x, loss.item(), grad_norm.item(), rate)
+                break  # the order of the batches starts again from the step that was restored
+            if config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(state.flow.parameters(), config.clip_norm, grad_norm)
+            state.optimizer.step()
+            progress = state.progress
+            if state.average is not None:
+                state.average.update_parameters(state.flow)
+                progress.averaged += 1
+            progress.step += 1
+            progress.images += len(x)
+            progress.window_bits += loss.item()
+            progress.window_steps += 1
+            clock.tick(len(x))
+            ends = state.finished()
+            if ends or progress.step % config.log_every == 0:
+                _log(state, run, grad_norm.item(), rate, clock, bar)
+            if ends or progress.step % config.validate_every == 0:
+                _validate(state, run, validation)
+            if ends or progress.step % config.sample_every == 0:
+                _sample(state, run)
+            clock.skip()
+            periodic = progress.step % config.checkpoint_every == 0
+            if ends or periodic or stop.signum:
+                _save(state, run, numbered=ends or periodic)
+            if ends or stop.signum:
+                break
+
+
+def _validate(state: State, run: RunDirectory, validation: Split) -> None:
+    if len(validation) == 0:
+        return
+    progress = state.progress
+    bits = mean_bits_per_dim(state.evaluated, validation, seed=state.config.seed)
+    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "validation"}
+    run.log({**row, "bits_per_dim": bits if math.isfinite(bits) else None})
+    x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
+    noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
+    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
+        run.tensorboard.add_scalar(f"log_scale_min/{name}", low, progress.step)
+        run.tensorboard.add_scalar(f"log_scale_max/{name}", high, progress.step)
+    best = math.isfinite(bits) and (progress.best is None or bits < progress.best)
+    console.print(f"step {progress.step}: validation {bits:.4f} bits/dim{' (best)' if best else ''}")
+    if best:
+        progress.best, progress.best_step = bits, progress.step
+        checkpoint.write(run.best, state.meta(), state.tensors())
+
+
+def _sample(state: State, run: RunDirectory) -> None:
+    """A grid from latents that are the same all along, so that one sees each image take shape."""
+    z = state.flow.draw_latents(SAMPLES, generator(state.config.seed, Stream.LATENTS))
+    try:
+        samples = state.evaluated.decode(z)
+    except FloatingPointError as error:
+        console.print(f"step {state.progress.step}: no sample grid: {error}")
+        return
+    picture = images.grid(samples, state.flow.levels, columns=8)
+    images.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
+    run.tensorboard.add_image("samples", picture, state.progress.step)
+
+
+def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "_Clock", bar: ProgressBar) -> None:
+    progress, config = state.progress, state.config.train
+    bits = progress.window_bits / progress.window_steps
+    progress.window_bits, progress.window_steps = 0.0, 0
+    speed = clock.images_per_second()
+    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "train"}
+    run.log({**row, "bits_per_dim": bits, "grad_norm": grad_norm, "lr": rate, "images_per_second": speed})
+    if config.num_steps is not None:
+        done, total = progress.step, config.num_steps
+        left = progress.seconds / max(progress.step, 1) * (total - done)
+        of = f"/{total}"
+    else:
+        assert config.budget is not None
+        done, total, of = progress.seconds, config.budget, ""
+        left = total - done
+    text = f"{bits:.4f} bits/dim  {speed:.0f} images/s  {duration(left)} left"
+    bar(done, total, text)
+    if not console.is_terminal:
+        console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}")
+
+
+def _save(state: State, run: RunDirectory, numbered: bool) -> None:
+    run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
+    progress = state.progress
+    run.write_json(
+        "summary.json",
+        {
+            "step": progress.step,
+            "images": progress.images,
+            "seconds": progress.seconds,
+            "finished": state.finished(),
+            "best_validation_bits_per_dim": progress.best,
+            "best_step": progress.best_step,
+            "parameters": sum(p.numel() for p in state.flow.parameters()),
+            "non_finite_steps": progress.non_finite,
+            "versions": checkpoint.versions(),
+            "device": str(state.flow.device),
+        },
+    )
+
+
+def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float) -> None:
+    """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or the end."""
+    failed_step = state.progress.step
+    layer = first_non_finite(state.flow, x, draw_noise(x.shape, _noise_generator(state), x.device))
+    where = layer or "no layer, when computed again in float32"
+    events = state.progress.non_finite + 1
+    evidence = run.write_json(
+        f"non-finite-{events}.json",
+        {"step": failed_step, "loss": str(loss), "grad_norm": str(grad_norm), "lr": rate, "first_non_finite": layer},
+    )
+    console.print(f"step {failed_step}: loss {loss}, gradient norm {grad_norm}: first not finite: {where} ({evidence})")
+    lr_scale, seconds = state.progress.lr_scale / 2, state.progress.seconds
+    state.restore(checkpoint.read(run.last))
+    state.progress.non_finite, state.progress.lr_scale, state.progress.seconds = events, lr_scale, seconds
+    run.cut_back(state.progress.step, state.config)
+    _save(state, run, numbered=False)
+    limit = state.config.train.max_non_finite
+    if events > limit:
+        raise RunError(
+            f"{run.path}: stopped at step {failed_step}: {events} steps were not finite (train.max_non_finite: {limit}); the "
+            f"first value that was not: {where}. The weights in checkpoints/ are from before. Evidence: {evidence}. "
+            "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
+        )
+    console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")
+
+
+# --- starting and resuming --------------------------------------------------------------------------------------------
+
+
+def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+    if resume == "never":
+        if run.holds_a_run():
+            raise UserError(f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it")
+        return None
+    if resume == "auto":
+        if not run.last.exists():
+            return None
+        saved = checkpoint.read(run.last)
+    else:
+        path = checkpoint.find(resume)
+        saved = checkpoint.read(path)
+        if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
+            raise UserError(f"--resume {resume}: {run.path} holds another run; choose another --run-dir")
+    for key, there, here in differences(saved.meta["config"], config.resolved()):
+        # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
+        if key in FREE_KEYS or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
+            continue
+        raise UserError(
+            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose another --run-dir; "
+            "to go on, use the run's configuration"
+        )
+    if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
+        raise UserError(f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}")
+    return saved
+
+
+def _is_finished(config: Config, saved: Checkpoint) -> bool:
+    progress, train = saved.meta["progress"], config.train
+    if train.num_steps is not None:
+        return progress["step"] >= train.num_steps
+    assert train.budget is not None
+    return progress["seconds"] >= train.budget
+
+
+def _start(
+    config: Config,
+    flow: Flow,
+    fingerprint: dict[str, Any],
+    saved: Checkpoint | None,
+    init_from: str | None,
+    batches: Batches,
+    trust_code: bool,
+) -> State:
+    """The state of step 0, or of a checkpoint."""
+    if saved is None:
+        if init_from is not None:
+            checkpoint.load_weights(flow, checkpoint.read(checkpoint.find(init_from)))
+        x = next(batches.starting_at(0))
+        initialize(flow, x, draw_noise(x.shape, generator(config.seed, Stream.DEQUANTIZATION), x.device))
+    averaged = average(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizer(flow, config.train), averaged, fingerprint)
+    if saved is not None:
+        changed = differences(saved.meta["data"], fingerprint)
+        if changed:
+            key, there, here = changed[0]
+            raise UserError(f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}")
+        state.restore(saved)
+    return state
+
+
+def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
+    parameters = sum(p.numel() for p in state.flow.parameters())
+    fingerprint = state.data
+    console.print(
+        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}; {data.config.name}: {fingerprint['train']:,} images to "
+        f"train on, {fingerprint['validation']:,} to validate, {'x'.join(map(str, data.shape))}, {data.levels} levels"
+        f"{', streamed' if batches.streams else ''}"
+    )
+    if saved is None:
+        console.print(f"run directory: {run.path}")
+    else:
+        console.print(f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}")
+
+
+# --- signals and time -------------------------------------------------------------------------------------------------
+
+
+class _Stop:
+    """The signal that asked for the end, 0 before."""
+
+    signum = 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signum).name
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        console.print(f"{self.name}: finishing the step and saving")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class _Clock:
+    """Adds the wall-clock time to the progress, and measures the speed of training alone."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.last = time.perf_counter()
+        self.window_images = 0
+        self.window_seconds = 0.0
+
+    def _elapsed(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        self.state.progress.seconds += elapsed
+        return elapsed
+
+    def tick(self, images: int) -> None:
+        """A step is done."""
+        self.window_seconds += self._elapsed()
+        self.window_images += images
+
+    def skip(self) -> None:
+        """Something else is done: validation, a grid. It counts as time of the run, not of training."""
+        self._elapsed()
+
+    def images_per_second(self) -> float:
+        speed = self.window_images / max(self.window_seconds, 1e-9)
+        self.window_images, self.window_seconds = 0, 0.0
+        return speed
