@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file with a JSON description and a checksum over every byte.
 
-The file is an ordinary safetensors file. Its metadata has two strings: `flowtrain`, the description as JSON (format, versions,
-configuration, image shape, levels, step, the data's fingerprint, the trainer's counters), and `checksum`, the SHA-256
-of the whole file with these 64 digits at zero. Nothing in it can run code.
+The file is an ordinary safetensors file. Its metadata has two strings: `flowtrain`, the description as JSON (format,
+versions, configuration, image shape, levels, step, the data's fingerprint, the trainer's counters), and `checksum`,
+the SHA-256 of the whole file with these 64 digits at zero. Nothing in it can run code.
 """
 
 import hashlib
@@ -78,11 +78,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}; what was saved before is kept") from error
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error}; what was saved before is kept"
+        ) from error
 
 
 def read(path: Path) -> Checkpoint:
@@ -91,7 +93,9 @@ def read(path: Path) -> Checkpoint:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    foreign = UserError(f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles are never loaded)")
+    foreign = UserError(
+        f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles are never loaded)"
+    )
     try:
         header = json.loads(data[8 : _header_end(data)])
         metadata = header["__metadata__"]
@@ -143,7 +147,9 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     if path.is_dir():
         found = _checkpoint_of(path)
         if found is None:
-            raise UserError(f"{path}: has no checkpoint (looked for checkpoints/best{SUFFIX} and checkpoints/last{SUFFIX})")
+            raise UserError(
+                f"{path}: has no checkpoint (looked for checkpoints/best{SUFFIX} and checkpoints/last{SUFFIX})"
+            )
         return found
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint or run directory")
@@ -203,7 +209,9 @@ def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None)
         here, there = own.get(name), state.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = ["nothing" if t is None else "x".join(map(str, t.shape)) or "a number" for t in (there, here)]
-            raise UserError(f"{checkpoint.path}: does not fit this model: {name} is {shapes[0]} there and {shapes[1]} here")
+            raise UserError(
+                f"{checkpoint.path}: does not fit this model: {name} is {shapes[0]} there and {shapes[1]} here"
+            )
     flow.load_state_dict(state)
     return chosen
 

@@ -3,7 +3,6 @@
 import functools
 import logging
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +70,9 @@ def _complete_config(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _config_list() -> str:
-    rows = [f"[bold]{name}[/bold]  {configfiles.headline(path)}" for name, path in configfiles.shipped_configs().items()]
+    rows = [
+        f"[bold]{name}[/bold]  {configfiles.headline(path)}" for name, path in configfiles.shipped_configs().items()
+    ]
     return "\n\n".join(["[bold]Configurations that come with flowtrain:[/bold]", *rows])
 
 
@@ -97,7 +98,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         show_default=False,
-        help="A checkpoint, or a run directory (its best checkpoint, else its last); by default the newest run in runs/.",
+        help="A checkpoint, or a run directory (its best checkpoint, else its last); or the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")]
@@ -111,12 +112,14 @@ TrustOption = Annotated[
 ]
 DataSetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override where the data are, such as data.root=DIR.", show_default=False),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override where the data are, such as data.root=DIR.", show_default=False
+    ),
 ]
 
 
 @app.command(
-    epilog="Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set train.budget=20min --set train.lr=1e-3[/cyan]\n\n"
+    epilog="Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set train.budget=20min[/cyan]\n\n"
     + _config_list()
 )
 @_command
@@ -132,10 +135,15 @@ def train(
     ] = configfiles.DEMO,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=5e-4; repeatable.", show_default=False),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=5e-4; repeatable.", show_default=False
+        ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where everything is written.", show_default="runs/<config name>")
+        Path | None,
+        typer.Option(
+            "--run-dir", metavar="DIR", help="Where everything is written.", show_default="runs/<config name>"
+        ),
     ] = None,
     resume: Annotated[
         str,
@@ -147,7 +155,9 @@ def train(
     ] = "auto",
     init_from: Annotated[
         str | None,
-        typer.Option("--init-from", metavar="MODEL", help="Start from this model's weights (fine-tuning).", show_default=False),
+        typer.Option(
+            "--init-from", metavar="MODEL", help="Start from this model's weights (fine-tuning).", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print parameters, memory, speed and estimated time, and stop.")
@@ -175,16 +185,20 @@ def train(
         raise typer.Exit(stopped.exit_code) from None
 
 
-@app.command(epilog="Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --json result.json --scores scores.csv[/cyan]")
+@app.command(epilog="Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]")
 @_command
 def evaluate(
     model: ModelArgument = None,
     split: Annotated[str, typer.Option("--split", metavar="test|validation|train", help="Which images.")] = "test",
     num_images: Annotated[
-        int | None, typer.Option("--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all")
+        int | None,
+        typer.Option("--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, metavar="K", help="Dequantization draws: above 1, the importance-weighted bound.")
+        int,
+        typer.Option(
+            "--samples", min=1, metavar="K", help="Dequantization draws; above 1, the importance-weighted bound."
+        ),
     ] = 1,
     seed: SeedOption = 0,
     batch_size: Annotated[
@@ -193,7 +207,9 @@ def evaluate(
     weights: WeightsOption = None,
     json_out: Annotated[
         str | None,
-        typer.Option("--json", metavar="FILE|-", help="Where the result goes.", show_default="evaluate-<split>.json in the run"),
+        typer.Option(
+            "--json", metavar="FILE|-", help="Where the result goes.", show_default="evaluate-<split>.json in the run"
+        ),
     ] = None,
     scores_out: Annotated[
         Path | None, typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False)
@@ -205,9 +221,8 @@ def evaluate(
     """Bits per dimension of a data set's split, in float32, with standard error."""
     import json
 
-    from flowtrain import checkpoint
+    from flowtrain import checkpoint, images
     from flowtrain import evaluate as evaluation
-    from flowtrain import images
     from flowtrain.console import ProgressBar, console
 
     if split not in ("test", "validation", "train"):
@@ -238,23 +253,35 @@ def evaluate(
         images.save(scores_out, evaluation.scores_csv(scores, loaded.flow.dims))
         console.print(f"wrote {scores_out}")
     if result["non_finite_images"]:
-        raise RunError(f"{result['non_finite_images']} of {result['num_images']} images have a likelihood that is not finite")
+        raise RunError(
+            f"{result['non_finite_images']} of {result['num_images']} images have a likelihood that is not finite"
+        )
 
 
-@app.command(epilog="Example: [cyan]flowtrain sample runs/glow_digits --num 16 --temperature 0.7 --temperature 1 --out samples.png[/cyan]")
+@app.command(
+    epilog="Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 --out t.png[/cyan]"
+)
 @_command
 def sample(
     model: ModelArgument = None,
     num: Annotated[int, typer.Option("--num", min=1, help="Images for each temperature.")] = 64,
     temperature: Annotated[
         list[float] | None,
-        typer.Option("--temperature", min=0, metavar="T", help="Repeatable, a row each; 0 is the mode of the base.", show_default="1.0"),
+        typer.Option(
+            "--temperature",
+            min=0,
+            metavar="T",
+            help="Repeatable, a row each; 0 is the mode of the base.",
+            show_default="1.0",
+        ),
     ] = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.png|.npz", help="A grid, or the images.", show_default="sample.png in the run"),
+        typer.Option(
+            "--out", metavar="FILE.png|.npz", help="A grid, or the images.", show_default="sample.png in the run"
+        ),
     ] = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
@@ -285,7 +312,9 @@ def sample(
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 
 
-@app.command(epilog="Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 --out path.gif[/cyan]")
+@app.command(
+    epilog="Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 --out path.gif[/cyan]"
+)
 @_command
 def interpolate(
     model: ModelArgument = None,
@@ -298,7 +327,9 @@ def interpolate(
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.png|.gif", help="A grid, or an animation.", show_default="interpolate.png in the run"),
+        typer.Option(
+            "--out", metavar="FILE.png|.gif", help="A grid, or an animation.", show_default="interpolate.png in the run"
+        ),
     ] = None,
     weights: WeightsOption = None,
     overrides: DataSetOption = None,
@@ -359,4 +390,4 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,11 +19,19 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from flowtrain.configfiles import nearest
 from flowtrain.errors import UserError
-
 
 # So that a run finds its data again from any folder.
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -137,10 +145,10 @@ class Config(Section):
     """A whole run. `data` and `model` also hold the options of the modules that they name."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the weights, the order and the noise")
-    data: Data = Field(default_factory=Data)
-    model: Model = Field(default_factory=Model)
-    dequantization: Dequantization = Field(default_factory=Dequantization)
-    train: Train = Field(default_factory=Train)
+    data: Data
+    model: Model
+    dequantization: Dequantization = Dequantization()
+    train: Train
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data for YAML and JSON."""
@@ -189,7 +197,8 @@ def component_schema(package: str, name: str) -> type[Component]:
     for parameter in _option_parameters(component_module(package, name)):
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (AbsolutePath if parameter.annotation is Path else parameter.annotation, default)
-    return create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
+    schema: Any = create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
+    return schema
 
 
 def _option_parameters(module: ModuleType) -> list[inspect.Parameter]:
@@ -240,7 +249,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
             yield f"{prefix}{name}"
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -317,10 +326,11 @@ def json_schema() -> dict[str, Any]:
         default = base.model_fields["name"].default
         kinds = []
         for name in component_names(base.package):
-            field = (Literal[name], name) if name == default else (Literal[name], ...)
-            kinds.append(create_model(f"{section}_{name}", __base__=component_schema(base.package, name), name=field))  # type: ignore[call-overload]
+            field: Any = (Literal[name], name) if name == default else (Literal[name], ...)
+            kinds.append(create_model(f"{section}_{name}", __base__=component_schema(base.package, name), name=field))
         fields[section] = (typing.Union[tuple(kinds)], Field(default_factory=dict))  # noqa: UP007
-    schema = create_model("flowtrain", __base__=Config, **fields).model_json_schema()
+    model: Any = create_model("flowtrain", __base__=Config, **fields)
+    schema: dict[str, Any] = model.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
 

@@ -27,14 +27,18 @@ class ProgressBar:
         self.seconds_between_lines = seconds_between_lines
         self.started = self.last_line = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            *columns, TextColumn("{task.fields[text]}"), console=console, disable=not console.is_terminal
+        )
         self.task = self.bar.add_task(title, total=None, text="")
 
     def __enter__(self) -> "ProgressBar":
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
 
     def __call__(self, done: float, total: float, text: str = "") -> None:

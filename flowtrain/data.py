@@ -54,7 +54,9 @@ class DataSet:
         if self.test_images.shape != self.shape:
             raise UserError(f"data: test images have shape {self.test_images.shape}, training images {self.shape}")
         if config.n_bits < 8 and self.train_images.levels != 256:
-            raise UserError(f"data.n_bits: {config.name} has {self.train_images.levels} levels; only 256 can be reduced")
+            raise UserError(
+                f"data.n_bits: {config.name} has {self.train_images.levels} levels; only 256 can be reduced"
+            )
         self.drop_bits = 8 - config.n_bits
         self.levels = self.train_images.levels >> self.drop_bits
         if max(self.shape[1:]) <= config.shift:
@@ -158,7 +160,7 @@ class Batches:
         loader = torch.utils.data.DataLoader(
             _Reader(self.source),
             batch_sampler=_Order(self, step),  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=self.workers,
             worker_init_fn=_ignore_interrupts,
             pin_memory=self.device.type == "cuda",
@@ -217,7 +219,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def augment(x: Tensor, flip: bool, shift: int, randomness: torch.Generator) -> Tensor:
-    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge repeated. A new tensor."""
+    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge repeated."""
     batch, _, height, width = x.shape
     if flip:
         mirrored = (torch.rand(batch, generator=randomness) < 0.5).to(x.device)

@@ -41,7 +41,7 @@ class Stream(enum.IntEnum):
 def generator(seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on its key alone (such as the step, or an image's index).
 
-    So the state of a resumed run needs no generator, and neither batch size nor device changes what is drawn on the CPU.
+    So the state of a resumed run needs no generator, and neither batch size nor device changes the draws.
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))

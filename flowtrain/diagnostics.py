@@ -49,8 +49,8 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
     """Names the first layer with a value that is not finite: a parameter, an output, or else a gradient.
 
-    Gradients travel from the last layer to the first, so of those the last in the forward order is named. They are the ones
-    left by the failed step.
+    Gradients travel from the last layer to the first, so of those the last in the forward order is named: they are
+    what the failed step left.
     """
     for name, parameter in flow.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -67,7 +67,9 @@ def dry_run(config: Config, device: torch.device) -> None:
         console.print(f"peak memory on {device}: {torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB")
     console.print(f"speed: {per_step:.3f} s a step, {batch / per_step:,.0f} images/s (median of {TIMED_STEPS} steps)")
     if train.num_steps is not None:
-        console.print(f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} steps, validation apart")
+        console.print(
+            f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} steps, validation apart"
+        )
     else:
         assert train.budget is not None
         steps = train.budget / per_step

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowtrain.checkpoint import LoadedModel
 from flowtrain.data import DataSet, Split
-from flowtrain.device import Stream, generator
 from flowtrain.dequantize import draw_noise
+from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow, bits_per_dim
 
@@ -131,7 +131,7 @@ def _finite(value: float) -> float | None:
 
 
 def scores_csv(scores: Scores, dims: int) -> bytes:
-    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` the single-draw bound of the first draw."""
+    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first draw."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"])

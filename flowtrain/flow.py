@@ -37,7 +37,7 @@ class Flow(nn.Module):
         super().__init__()
         self.bijection = bijection
         self.dequantizer = dequantizer
-        self.shape = tuple(shape)
+        self.shape = shape
 
     @property
     def levels(self) -> int:
@@ -128,7 +128,7 @@ def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
     Every module with a method `initialize(*inputs)` takes part; one that is initialized already leaves itself alone.
     """
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: module.initialize(*inputs))  # type: ignore[operator]
+        module.register_forward_pre_hook(lambda module, inputs: module.initialize(*inputs))
         for module in flow.modules()
         if hasattr(module, "initialize")
     ]

@@ -37,7 +37,7 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
 
 
 def from_test_images(data: DataSet, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random pairs of different test images: two tensors uint8 `(P, C, H, W)`. Raises `UserError` where there are too few."""
+    """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if there are too few."""
     split = data.split("test")
     if len(split) < 2 * pairs:
         raise UserError(f"--pairs {pairs}: the test split has only {len(split)} images")

@@ -35,7 +35,7 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     """Appends the context's channels, averaged down to the size of `x` where it is larger."""
     if context is None:
         return x
-    return torch.cat([x, F.adaptive_avg_pool2d(context, x.shape[-2:])], dim=1)
+    return torch.cat([x, F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))], dim=1)
 
 
 class GlowNet(nn.Module):

@@ -101,7 +101,7 @@ class RunDirectory:
             temporary.unlink(missing_ok=True)
             try:
                 os.link(self.last, temporary)
-                os.replace(temporary, name)
+                temporary.replace(name)
             except OSError:  # a file system without hard links
                 write_atomically(name, self.last.read_bytes())
         for old in sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))[: -keep or None]:

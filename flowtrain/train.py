@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class State:
     @property
     def evaluated(self) -> Flow:
         """The flow whose figures and samples are shown: with averaged weights where there are any."""
-        return self.flow if self.average is None else self.average.module
+        return self.flow if self.average is None else cast(Flow, self.average.module)
 
     def finished(self) -> bool:
         train = self.config.train
@@ -108,10 +108,10 @@ class State:
         checkpoint.load_weights(self.flow, saved, "raw")
         self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
-            checkpoint.load_weights(self.average.module, saved, "ema")
+            checkpoint.load_weights(self.evaluated, saved, "ema")
             self.average.n_averaged.fill_(self.progress.averaged)
         self.optimizer.state.clear()
-        names = {name: parameter for name, parameter in self.flow.named_parameters()}
+        names = dict(self.flow.named_parameters())
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")
             parameter = names[name]
@@ -154,7 +154,6 @@ def fit(
     device: torch.device,
     resume: str = "auto",
     init_from: str | None = None,
-    trust_code: bool = False,
 ) -> None:
     """Trains to the end, or raises `Interrupted` after a signal, with everything saved in `run`.
 
@@ -173,7 +172,7 @@ def fit(
         train_config = config.train
         batches = Batches(data, config, train_config.batch_size * train_config.accumulate, device)
         validation = data.split("validation")
-        state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches, trust_code)
+        state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches)
         run.begin(config)
         run.cut_back(state.progress.step, config)
         _announce(state, run, data, batches, saved)
@@ -263,6 +262,8 @@ def _sample(state: State, run: RunDirectory) -> None:
 
 def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "_Clock", bar: ProgressBar) -> None:
     progress, config = state.progress, state.config.train
+    done: float
+    total: float
     bits = progress.window_bits / progress.window_steps
     progress.window_bits, progress.window_steps = 0.0, 0
     speed = clock.images_per_second()
@@ -321,8 +322,8 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(
-            f"{run.path}: stopped at step {failed_step}: {events} steps were not finite (train.max_non_finite: {limit}); the "
-            f"first value that was not: {where}. The weights in checkpoints/ are from before. Evidence: {evidence}. "
+            f"{run.path}: stopped at step {failed_step}: {events} steps not finite (train.max_non_finite: {limit}); "
+            f"the first value that was not: {where}. The checkpoints are from before. Evidence: {evidence}. "
             "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
         )
     console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")
@@ -373,7 +374,6 @@ def _start(
     saved: Checkpoint | None,
     init_from: str | None,
     batches: Batches,
-    trust_code: bool,
 ) -> State:
     """The state of step 0, or of a checkpoint."""
     if saved is None:
@@ -387,7 +387,9 @@ def _start(
         changed = differences(saved.meta["data"], fingerprint)
         if changed:
             key, there, here = changed[0]
-            raise UserError(f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}")
+            raise UserError(
+                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}"
+            )
         state.restore(saved)
     return state
 
@@ -396,9 +398,9 @@ def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, 
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint = state.data
     console.print(
-        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}; {data.config.name}: {fingerprint['train']:,} images to "
-        f"train on, {fingerprint['validation']:,} to validate, {'x'.join(map(str, data.shape))}, {data.levels} levels"
-        f"{', streamed' if batches.streams else ''}"
+        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}; {data.config.name}: "
+        f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
+        f"{'x'.join(map(str, data.shape))}, {data.levels} levels{', streamed' if batches.streams else ''}"
     )
     if saved is None:
         console.print(f"run directory: {run.path}")
@@ -412,7 +414,7 @@ def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, 
 class _Stop:
     """The signal that asked for the end, 0 before."""
 
-    signum = 0
+    signum: int = 0
 
     @property
     def name(self) -> str:

@@ -67,7 +67,7 @@ class ActNorm(DiagonalAffine):
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
-        self.shift.copy_((-mean[0] * self.bounded_log_scale().exp()))
+        self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
         self.initialized.fill_(True)
 
     def _require_initialized(self) -> None:
@@ -78,7 +78,7 @@ class ActNorm(DiagonalAffine):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._known_initialized = False
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._require_initialized()

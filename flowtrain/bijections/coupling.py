@@ -12,7 +12,7 @@ Conditioner = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class AffineTransform(nn.Module):
-    """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4 and 7, up to the order).
+    """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4, shifted first).
 
     Takes `2 C` parameters for C entries. Bounded both ways: one layer scales by at most `exp(limit)`, so that neither
     direction can overflow.
@@ -85,8 +85,8 @@ class Coupling(Bijection):
 class CheckerboardCoupling(Bijection):
     """Keeps the pixels of one colour of a checkerboard and transforms the others (RealNVP, section 3.4, eq. 9).
 
-    `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees the image with the other
-    pixels at zero.
+    `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees the image with
+    the other pixels at zero.
     """
 
     keep: Tensor

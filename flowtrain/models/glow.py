@@ -2,8 +2,8 @@
 
 Deliberate differences from the paper and its release:
 - no ActNorm inside the conditioners (plain biases, He initialization);
-- the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h + 2)`: bounded both ways, and the
-  identity at the start; ActNorm's and the 1x1 convolution's log-scales are bounded by tanh to +-8;
+- the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h + 2)`: bounded both
+  ways, and the identity at the start; ActNorm's and the 1x1 convolution's log-scales are bounded by tanh to +-8;
 - `initialization: whitening` sets each 1x1 convolution from the first batch by PCA (`rotation` is the paper's);
 - the learned priors scale the latents instead of the base density, which is the same likelihood.
 """

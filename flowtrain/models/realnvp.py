@@ -3,8 +3,8 @@
 Its data transform is the logit (`dequantization.transform: logit`, alpha 0.05 as in section 4.1).
 
 Deliberate differences from the paper:
-- ActNorm stands where it has batch normalization, between the couplings and inside the conditioners: no example sees its
-  batch mates, and training and evaluation compute the same function;
+- ActNorm stands where it has batch normalization, between the couplings and inside the conditioners: no example sees
+  its batch mates, and training and evaluation compute the same function;
 - the log-scale is `2 tanh(h / 2)` with a learned gain inside, where the paper has a learned scale times tanh;
 - no weight normalization: ActNorm inside the residual blocks plays its part at the start;
 - a residual block is two 3x3 convolutions.
@@ -37,8 +37,8 @@ def build(
 ) -> Bijection:
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 
-    Each level but the last: three checkerboard couplings, squeeze, three channel couplings, and half of the channels leave. The
-    last: four checkerboard couplings.
+    Each level but the last: three checkerboard couplings, squeeze, three channel couplings, and half of the channels
+    leave. The last: four checkerboard couplings.
 
     Args:
         levels: scales; the image is squeezed `levels - 1` times (the paper: "downscale only once" for CIFAR-10 is 2).

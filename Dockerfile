@@ -1,0 +1,44 @@
+# flowtrain in a container, for a CPU or (docker run --gpus all) an NVIDIA GPU: PyPI's torch for Linux brings CUDA with it.
+#
+#   docker build -t flowtrain .
+#   docker run --rm --gpus all -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" flowtrain train --config glow_cifar.yaml
+#
+# docker/check.sh builds this file and tries the image without a Docker engine.
+
+# Any image with Python >= 3.11 and its venv module, on which `useradd` is there.
+ARG BASE_IMAGE=python:3.12-slim
+FROM ${BASE_IMAGE}
+
+# More options for pip, such as --extra-index-url URL to take torch from another index.
+ARG PIP_ARGS=""
+# The user's number: that of the owner of the folders you mount saves a --user at every run.
+ARG UID=1000
+
+# Open to every user, so that `docker run --user` works with a number that has no name here.
+RUN useradd --uid "${UID}" --create-home flowtrain \
+    && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /work /work/data /work/runs /work/cache
+
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/home/flowtrain \
+    FLOWTRAIN_CACHE=/work/cache \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+# The dependencies are a layer of their own: gigabytes that a change of the source does not build again.
+RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
+    python3 -m venv /opt/venv \
+    && python -c 'import tomllib; print(*tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    | pip install --no-cache-dir ${PIP_ARGS} -r /dev/stdin
+
+RUN --mount=type=bind,target=/src \
+    pip install --no-cache-dir --no-deps ${PIP_ARGS} /src \
+    && pip check \
+    && flowtrain --version
+
+USER flowtrain
+WORKDIR /work
+VOLUME ["/work/data", "/work/runs", "/work/cache"]
+
+# Without a shell in between: flowtrain is process 1, and `docker stop` reaches it.
+ENTRYPOINT ["flowtrain"]
+CMD ["--help"]

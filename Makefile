@@ -1,0 +1,52 @@
+# Each target sets up what it needs in .venv; PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/glow_digits
+
+.PHONY: demo test test-slow test-gpu check format docker-check clean
+
+demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
+	$(BIN)/flowtrain train
+	$(BIN)/flowtrain evaluate $(DEMO)
+	$(BIN)/flowtrain sample $(DEMO) --num 100
+	$(BIN)/flowtrain interpolate $(DEMO)
+	@echo
+	@echo "The model:          $(DEMO)/checkpoints/best.safetensors"
+	@echo "The figures:        $(DEMO)/evaluate-test.json, $(DEMO)/summary.json, $(DEMO)/metrics.jsonl"
+	@echo "Samples:            $(DEMO)/sample.png"
+	@echo "An interpolation:   $(DEMO)/interpolate.png"
+	@echo "The curves:         $(BIN)/tensorboard --logdir runs"
+
+test: .venv/installed-dev  ## the fast tests
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/installed-dev  ## tests that train to a threshold
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: .venv/installed-dev  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+check: .venv/installed-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docker-check:  ## build the container image without a Docker engine and run the demo in it (as root)
+	bash docker/check.sh
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("flowtrain needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
