@@ -147,7 +147,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the weights, the order and the noise")
     data: Data
     model: Model
-    dequantization: Dequantization = Dequantization()
+    dequantization: Dequantization
     train: Train
 
     def resolved(self) -> dict[str, Any]:
@@ -159,7 +159,8 @@ class Config(Section):
 
 
 def component_base(package: str) -> type[Component]:
-    return {"datasets": Data, "models": Model}[package]
+    bases: dict[str, type[Component]] = {"datasets": Data, "models": Model}
+    return bases[package]
 
 
 def component_names(package: str) -> list[str]:
@@ -215,11 +216,9 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
             raise UserError(f"{where}: {section}: expected keys and values, got {values[section]!r}")
     data = component_schema("datasets", str(values.get("data", {}).get("name", Data.model_fields["name"].default)))
     model = component_schema("models", str(values.get("model", {}).get("name", Model.model_fields["name"].default)))
-    fields: dict[str, Any] = {
-        "data": (data, Field(default_factory=dict, validate_default=True)),
-        "model": (model, Field(default_factory=dict, validate_default=True)),
-        "train": (Train, Field(default_factory=dict, validate_default=True)),
-    }
+    sections = {"data": data, "model": model, "dequantization": Dequantization, "train": Train}
+    # A section that is left out is checked like an empty one.
+    fields: Any = {k: (kind, Field(default_factory=dict, validate_default=True)) for k, kind in sections.items()}
     schema = create_model("ConfigOfThese", __base__=Config, **fields)
     try:
         return schema.model_validate(dict(values))
@@ -329,6 +328,8 @@ def json_schema() -> dict[str, Any]:
             field: Any = (Literal[name], name) if name == default else (Literal[name], ...)
             kinds.append(create_model(f"{section}_{name}", __base__=component_schema(base.package, name), name=field))
         fields[section] = (typing.Union[tuple(kinds)], Field(default_factory=dict))  # noqa: UP007
+    for section, kind in (("dequantization", Dequantization), ("train", Train)):
+        fields[section] = (kind, Field(default_factory=dict))
     model: Any = create_model("flowtrain", __base__=Config, **fields)
     schema: dict[str, Any] = model.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
