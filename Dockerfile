@@ -11,18 +11,8 @@ FROM ${BASE_IMAGE}
 
 # More options for pip, such as --extra-index-url URL to take torch from another index.
 ARG PIP_ARGS=""
-# The user's number: that of the owner of the folders you mount saves a --user at every run.
-ARG UID=1000
 
-# Open to every user, so that `docker run --user` works with a number that has no name here.
-RUN useradd --uid "${UID}" --create-home flowtrain \
-    && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /work /work/data /work/runs /work/cache
-
-ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/home/flowtrain \
-    FLOWTRAIN_CACHE=/work/cache \
-    PYTHONUNBUFFERED=1 \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV PATH=/opt/venv/bin:$PATH
 
 # The dependencies are a layer of their own: gigabytes that a change of the source does not build again.
 RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
@@ -33,7 +23,20 @@ RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
 RUN --mount=type=bind,target=/src \
     pip install --no-cache-dir --no-deps ${PIP_ARGS} /src \
     && pip check \
+    && python -c "import torchvision" \
     && flowtrain --version
+
+# The user's number: that of the owner of the folders you mount saves a --user at every run.
+ARG UID=1000
+
+# Open to every user, so that `docker run --user` works with a number that has no name here.
+RUN useradd --uid "${UID}" --create-home flowtrain \
+    && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /work /work/data /work/runs /work/cache
+
+ENV HOME=/home/flowtrain \
+    FLOWTRAIN_CACHE=/work/cache \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER flowtrain
 WORKDIR /work

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class RunDirectory:
             raise UserError(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Not flock, which the workers of a killed trainer would hold for some more seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
                 raise UserError(
@@ -53,14 +55,24 @@ class RunDirectory:
             file.write(str(os.getpid()))
             file.flush()
             try:
-                yield
-            finally:
-                self.close()
+                with _failing_quietly():
+                    try:
+                        yield
+                    finally:
+                        self.close()
+            except OSError as error:
+                raise RunError(
+                    f"{error.filename or self.path}: cannot be written: {error.strerror or error}; "
+                    f"what was saved before in {self.path} is kept"
+                ) from error
 
     def begin(self, config: Config) -> None:
         """Writes the resolved configuration, and clears away what a killed process left half-written."""
         for folder in (self.path, self.checkpoints, self.samples):
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileExistsError as error:
+                raise UserError(f"--run-dir {self.path}: {folder} is not a folder; remove it") from error
             for left_over in folder.glob(".*.tmp"):
                 left_over.unlink()
         write_atomically(self.path / "config.yaml", config.yaml().encode())
@@ -88,7 +100,7 @@ class RunDirectory:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
         split = row["split"]
         for key in ("bits_per_dim", "grad_norm", "lr", "images_per_second"):
-            if key in row:
+            if row.get(key) is not None:
                 self.tensorboard.add_scalar(f"{split}/{key}", row[key], row["step"])
 
     def save_last(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool) -> None:
@@ -104,7 +116,9 @@ class RunDirectory:
                 temporary.replace(name)
             except OSError:  # a file system without hard links
                 write_atomically(name, self.last.read_bytes())
-        for old in sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))[: -keep or None]:
+        # After `--resume` of an earlier checkpoint there may be later ones, which are not older than this one.
+        names = sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))
+        for old in [n for n in names if n.name <= f"step-{meta['step']:08d}{SUFFIX}"][: -keep or None]:
             old.unlink()
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
@@ -116,6 +130,17 @@ class RunDirectory:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+@contextlib.contextmanager
+def _failing_quietly() -> Iterator[None]:
+    """No traceback from TensorBoard's thread where it cannot write: the writer's next use raises the error."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -314,9 +314,11 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
         {"step": failed_step, "loss": str(loss), "grad_norm": str(grad_norm), "lr": rate, "first_non_finite": layer},
     )
     console.print(f"step {failed_step}: loss {loss}, gradient norm {grad_norm}: first not finite: {where} ({evidence})")
-    lr_scale, seconds = state.progress.lr_scale / 2, state.progress.seconds
+    lr_scale = state.progress.lr_scale / 2
+    # The best checkpoint stays, though it may be of a later step.
+    kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
     state.restore(checkpoint.read(run.last))
-    state.progress.non_finite, state.progress.lr_scale, state.progress.seconds = events, lr_scale, seconds
+    state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
     run.cut_back(state.progress.step, state.config)
     _save(state, run, numbered=False)
     limit = state.config.train.max_non_finite

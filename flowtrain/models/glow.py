@@ -1,7 +1,7 @@
 """Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal 2018, arXiv:1807.03039).
 
 Deliberate differences from the paper and its release:
-- no ActNorm inside the conditioners (plain biases, He initialization);
+- no ActNorm inside the conditioners (plain biases, PyTorch's initialization);
 - the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h + 2)`: bounded both
   ways, and the identity at the start; ActNorm's and the 1x1 convolution's log-scales are bounded by tanh to +-8;
 - `initialization: whitening` sets each 1x1 convolution from the first batch by PCA (`rotation` is the paper's);

@@ -1,0 +1,274 @@
+#!/usr/bin/env bash
+# Builds the image from ../Dockerfile without a Docker engine, and tries it: as root, `bash docker/check.sh [SUITE]`.
+#
+# SUITE is the Debian release that debootstrap makes the base image from: trixie by default; another one brings another
+# Python, such as bookworm 3.11. pip takes torch from wherever this machine's own pip would: on the usual index that is
+# the CUDA build, several gigabytes.
+#
+# From the environment:
+#   BASE_IMAGE      an image to build on instead of debootstrap's, such as python:3.12-slim
+#   MIRROR          where debootstrap gets packages; by default where this machine's apt does
+#   PIP_ARGS        the build argument of that name
+#   CHECK_DIR       a folder for images and runs, kept at the end; by default a new one, removed at the end
+#   STORAGE_DRIVER  how buildah keeps layers: vfs (works everywhere, copies) by default, or overlay
+set -euo pipefail
+
+suite=${1:-trixie}
+here=$(cd "$(dirname "$0")/.." && pwd)
+image=localhost/flowtrain-check
+container=flowtrain-check
+uid=1000 # the Dockerfile's own
+
+die() { echo "docker/check.sh: $*" >&2; exit 2; }
+step() { echo; echo "== $*"; }
+checked=()
+ok() { checked+=("$*"); echo "ok: $*"; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+check() { local what=$1; shift; if "$@"; then ok "$what"; else fail "$what"; fi; }
+
+[ "$(id -u)" = 0 ] || die "needs root, for chroot and debootstrap"
+for tool in buildah unshare chroot setpriv; do
+    command -v "$tool" > /dev/null || die "$tool is missing; on Debian: apt-get install buildah debootstrap util-linux"
+done
+
+if [ -n "${CHECK_DIR:-}" ]; then
+    mkdir -p "$CHECK_DIR"
+    dir=$(cd "$CHECK_DIR" && pwd)
+else
+    dir=$(mktemp -d "${TMPDIR:-/var/tmp}/flowtrain-check.XXXXXX")
+fi
+
+driver=${STORAGE_DRIVER:-vfs}
+unset STORAGE_DRIVER
+b() { buildah --storage-driver "$driver" --root "$dir/storage" --runroot "$dir/run" "$@"; }
+
+init= # the process that is process 1 in the container, while one runs
+clean_up() {
+    status=$?
+    [ -z "$init" ] || kill -KILL "$init" 2> /dev/null || true
+    b rm "$container" "$container-base" > /dev/null 2>&1 || true
+    if [ -z "${CHECK_DIR:-}" ]; then
+        b rmi --all --force > /dev/null 2>&1 || true
+        mountpoint -q "$dir/storage/$driver" && umount "$dir/storage/$driver" || true
+        rm -rf --one-file-system "$dir"
+    fi
+    exit "$status"
+}
+trap clean_up EXIT
+trap 'echo "FAILED: line $LINENO: $BASH_COMMAND" >&2' ERR
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# buildah raises limits that are not given, which needs a capability that root in a virtual machine or container may lack.
+limits=(--ulimit nofile=20000:20000)
+processes=$(ulimit -u)
+[ "$processes" = unlimited ] || limits+=(--ulimit "nproc=$processes:$processes")
+
+# --- the base image ---------------------------------------------------------------------------------------------------
+
+if [ -n "${BASE_IMAGE:-}" ]; then
+    base=$BASE_IMAGE
+    described="BASE_IMAGE=$base"
+else
+    command -v debootstrap > /dev/null || die "debootstrap is missing; on Debian: apt-get install debootstrap"
+    base=localhost/flowtrain-check-base:$suite
+    described="debootstrap $suite"
+    if ! b inspect --type image "$base" > /dev/null 2>&1; then
+        mirror=${MIRROR:-$(
+            codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+            apt-get indextargets --format '$(REPO_URI) $(RELEASE)' | awk -v r="$codename" '$1 ~ /^https?:/ && $2 == r { print $1; exit }'
+        )}
+        [ -n "$mirror" ] || die "MIRROR is not set, and apt's configuration names none"
+        step "base image: debootstrap $suite"
+        b from --name "$container-base" scratch > /dev/null
+        root=$(b mount "$container-base")
+        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$root" "$mirror" > "$dir/debootstrap.log" 2>&1 \
+            || { tail -n 20 "$dir/debootstrap.log" >&2; fail "debootstrap $suite"; }
+        rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
+        b umount "$container-base" > /dev/null
+        b commit --rm -q "$container-base" "$base" > /dev/null
+    fi
+fi
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+# The build reads this machine's certificates and pip configuration (an index, a folder of wheels, constraints: whatever
+# there is), mounted for the build alone: nothing of them is in the Dockerfile or the image.
+mounts=()
+certificates=/etc/ssl/certs/ca-certificates.crt
+[ ! -f "$certificates" ] || mounts+=(-v "$certificates:$certificates:ro")
+if python3 -m pip --version > /dev/null 2>&1; then
+    python3 - "$dir/pip.conf" > "$dir/pip-paths" << 'PYTHON'
+import ast, pathlib, subprocess, sys
+
+listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+sections, paths = {}, set()
+for line in sorted(listing.splitlines(), key=lambda line: line.startswith(":env:")):  # the environment wins
+    name, _, value = line.partition("=")
+    section, _, key = name.partition(".")
+    value = ast.literal_eval(value)
+    sections.setdefault("global" if section == ":env:" else section, {})[key] = value
+    paths.update(word.removeprefix("file://") for word in value.split() if word.removeprefix("file://").startswith("/"))
+with open(sys.argv[1], "w") as file:
+    for section, values in sections.items():
+        print(f"[{section}]", *(f"{k} = {v}".replace("\n", "\n    ") for k, v in values.items()), sep="\n", file=file)
+print(*sorted(path for path in paths if pathlib.Path(path).exists()), sep="\n")
+PYTHON
+    chmod a+r "$dir/pip.conf"
+    mounts+=(-v "$dir/pip.conf:/etc/pip.conf:ro")
+    while read -r path; do
+        [ -z "$path" ] || [ "$path" = "$certificates" ] || mounts+=(-v "$path:$path:ro")
+    done < "$dir/pip-paths"
+fi
+
+step "buildah bud on $described"
+b bud --isolation chroot "${limits[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}" \
+    "${mounts[@]}" -t "$image" "$here"
+ok "the Dockerfile builds on $described"
+
+# --- what the image says ----------------------------------------------------------------------------------------------
+
+config() { b inspect --type image --format "$1" "$image"; }
+mapfile -t entrypoint < <(config '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' | sed '/^$/d')
+mapfile -t cmd < <(config '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' | sed '/^$/d')
+mapfile -t environment < <(config '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' | sed '/^$/d')
+workdir=$(config '{{.OCIv1.Config.WorkingDir}}')
+check "ENTRYPOINT is [flowtrain], CMD [--help], USER flowtrain" \
+    [ "${entrypoint[*]} / ${cmd[*]} / $(config '{{.OCIv1.Config.User}}')" = "flowtrain / --help / flowtrain" ]
+volumes=$(config '{{range $path, $_ := .OCIv1.Config.Volumes}}{{$path}} {{end}}')
+check "volumes are declared for data, runs and cache" [ "$volumes" = "/work/cache /work/data /work/runs " ]
+
+b from "${limits[@]}" --name "$container" "$image" > /dev/null
+root=$(b mount "$container")
+left_over=$(find "$root/root/.cache" "$root/home/flowtrain/.cache" "$root/src" "$root/tmp" -type f 2> /dev/null | head || true)
+check "no cache of pip's, no copy of the source and no temporary file is left in the image" [ -z "$left_over" ]
+echo "size of the image's files: $(du -sh --one-file-system "$root" | cut -f1), of which /opt/venv: $(du -sh "$root/opt/venv" | cut -f1)"
+
+# --- the demo, as the image's user, with mounted volumes --------------------------------------------------------------
+
+# `run [OPTION]... -- ARGUMENT...` is `docker run [OPTION]... IMAGE ARGUMENT...`.
+run() {
+    local options=()
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
+    b run --isolation chroot "${options[@]}" "$container" "${entrypoint[@]}" "$@"
+}
+python() { b run --isolation chroot "${volume_options[@]}" "$container" python "$@"; }
+
+mkdir -p "$dir/data" "$dir/runs"
+rm -rf "$dir/data/"* "$dir/runs/"*
+chown "$uid:$uid" "$dir/data" "$dir/runs"
+volume_options=(-v "$dir/data:/work/data" -v "$dir/runs:/work/runs")
+runs=$dir/runs
+short=(--set train.num_steps=60 --set train.log_every=20)
+
+step "as the image's user"
+who=$(b run --isolation chroot "$container" sh -c 'echo "$(id -u):$(id -g) $(pwd) $HOME"')
+check "the user is $uid, not root, in /work" [ "$who" = "$uid:$uid /work /home/flowtrain" ]
+run -- "${cmd[@]}" > "$dir/help.log"
+check "the image without arguments prints the help" grep -q Usage "$dir/help.log"
+run -- train --help > "$dir/train-help.log"
+check "the configurations came with the package" grep -q glow_digits.yaml "$dir/train-help.log"
+python -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__, "built for CUDA", torch.version.cuda)'
+
+step "train, evaluate, sample and interpolate the demo (60 steps)"
+run "${volume_options[@]}" -- train "${short[@]}"
+run "${volume_options[@]}" -- evaluate --json runs/glow_digits/result.json
+run "${volume_options[@]}" -- sample --num 16 --out runs/glow_digits/samples.npz
+run "${volume_options[@]}" -- sample --num 16
+run "${volume_options[@]}" -- interpolate --pairs 2
+for file in config.yaml metrics.jsonl summary.json result.json samples.npz sample.png interpolate.png; do
+    [ -s "$runs/glow_digits/$file" ] || fail "train, evaluate, sample and interpolate: no $file in the volume"
+done
+ls "$runs"/glow_digits/checkpoints/last* "$runs"/glow_digits/checkpoints/best* "$runs"/glow_digits/events.out.tfevents.* "$runs"/glow_digits/samples/*.png
+ok "train, evaluate, sample and interpolate of the demo write their files to the mounted runs"
+foreign=$(find "$runs/glow_digits" ! \( -uid "$uid" -gid "$uid" \) | head)
+check "every file of the run belongs to $uid:$uid" [ -z "$foreign" ]
+bits=$(python -c 'import json; print(json.load(open("runs/glow_digits/result.json"))["bits_per_dim"])')
+check "evaluate reports a figure below log2(17) = 4.09 bits/dim: $bits" awk -v b="$bits" 'BEGIN { exit !(b > 0 && b < 4.09) }'
+
+step "data from the mounted volume, read-only"
+python - << 'PYTHON'
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+images = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 1), dtype=np.uint8)
+np.savez("data/noise.npz", x_train=images[:32], x_test=images[32:])
+for i, image in enumerate(images):
+    file = Path("data/noise", "train" if i < 32 else "test", f"{i}.png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[:, :, 0]).save(file)
+PYTHON
+read_only=(-v "$dir/data:/work/data:ro" -v "$runs:/work/runs")
+tiny=(--set data.validation=8 --set train.num_steps=2 --set train.batch_size=8)
+run "${read_only[@]}" -- train --set data.name=npz --set data.path=data/noise.npz "${tiny[@]}" --run-dir runs/npz
+run "${read_only[@]}" -- train --set data.name=folder --set data.path=data/noise --set data.size=8 "${tiny[@]}" --run-dir runs/folder
+check "data sets npz and folder train from a volume that is mounted read-only" \
+    [ -s "$runs/npz/summary.json" -a -s "$runs/folder/summary.json" ]
+
+step "a user that has no name in the image, as docker run --user makes"
+mkdir -p "$dir/other"
+rm -rf "$dir/other/"*
+chown 12345:12345 "$dir/other"
+run --user 12345:12345 -v "$dir/other:/work/runs" -v "$dir/data:/work/data:ro" -- \
+    train --set data.name=folder --set data.path=data/noise --set data.size=8 "${tiny[@]}" --run-dir runs/folder
+run --user 12345:12345 -v "$dir/other:/work/runs" -- sample --num 4
+check "train and sample work as user 12345, and the files are that user's" \
+    [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+# buildah's chroot isolation has no process namespace. Here the entry point is process 1 of one, as in Docker: such a
+# process gets only the signals it has a handler for.
+step "docker stop: SIGTERM to process 1 during train, then the same command again"
+start() { # in the background; sets `init` to the number, outside, of the container's process 1
+    local log=$1; shift
+    unshare --mount --pid --fork bash -c '
+        root=$1 runs=$2 uid=$3 workdir=$4; shift 4
+        mount --bind "$runs" "$root/work/runs"
+        mount -t proc proc "$root/proc"
+        mount --rbind /dev "$root/dev"
+        cd "$root"
+        exec chroot --userspec "$uid:$uid" . env -i --chdir="$workdir" "$@"
+    ' start "$root" "$runs" "$uid" "$workdir" "${environment[@]}" "${entrypoint[@]}" "$@" > "$log" 2>&1 &
+    outer=$!
+    for _ in $(seq 100); do
+        init=$(cat "/proc/$outer/task/$outer/children" 2> /dev/null | tr -d ' ')
+        [ -z "$init" ] || return 0
+        sleep 0.05
+    done
+    fail "no process in the container: $(cat "$log")"
+}
+command=(train --set train.num_steps=400 --set train.log_every=10 --run-dir runs/stopped)
+log=$dir/stopped.log
+start "$log" "${command[@]}"
+for _ in $(seq 1200); do
+    ! grep -q '^step 10/' "$log" || break
+    kill -0 "$init" 2> /dev/null || break
+    sleep 0.1
+done
+inside=$(awk '/^NSpid:/ { print $NF }' "/proc/$init/status")
+name=$(tr '\0' ' ' < "/proc/$init/cmdline")
+kill -TERM "$init"
+code=0
+wait "$outer" || code=$?
+init=
+cat "$log"
+check "flowtrain is process 1 ($name)" [ "$inside" = 1 ]
+check "SIGTERM during train gives exit code 143, not $code" [ "$code" = 143 ]
+stopped_at=$(grep -o '"step": [0-9]*' "$runs/stopped/summary.json" | grep -o '[0-9]*')
+check "a checkpoint of step $stopped_at is there" \
+    [ "$stopped_at" -ge 10 -a "$stopped_at" -lt 400 -a -n "$(ls "$runs"/stopped/checkpoints/last*)" ]
+run "${volume_options[@]}" -- "${command[@]}" | tee "$dir/resumed.log"
+first=$(grep -o -m 1 '^step [0-9]*/' "$dir/resumed.log" | grep -o '[0-9]*')
+check "the same command goes on from there (its first line is of step $first)" [ "$first" -gt "$stopped_at" ]
+check "and finishes" grep -q '"finished": true' "$runs/stopped/summary.json"
+
+step "checked, on $described"
+printf '  %s\n' "${checked[@]}"
+echo "NOT checked here:"
+echo "  a GPU (docker run --gpus all): nothing here passes one to a container"
+echo "  a Docker engine: the build and the runs were buildah's, with chroot for isolation, and without docker's network, seccomp or limits"
+[ -n "${BASE_IMAGE:-}" ] || echo "  the default base image of the Dockerfile: the base was made with debootstrap"

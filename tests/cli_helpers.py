@@ -1,0 +1,209 @@
+"""flowtrain run as its users run it: every command is a process of its own, started in a folder of the test's choice.
+
+`flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` do the same in a process
+that is forked from one in which torch is imported already (flowtrain itself is not): a tenth of the time, for the long
+tables. Both kinds have their own exit code, output files and signals.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import multiprocessing.forkserver
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flowtrain import checkpoint
+from forked_command import become_flowtrain
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
+
+SLOW_IMPORTS = [
+    *["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "torchvision.datasets"],
+    *["sklearn.datasets", "pytest", "rich.progress", "rich.table", "typer", "pydantic", "yaml", "safetensors.torch"],
+]
+FOLDER = Path(tempfile.mkdtemp(prefix="flowtrain-tests-"))  # what several tests share
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+
+
+def sets(**values) -> list[str]:
+    """`sets(train__lr=1)` is `["--set", "train.lr=1"]`."""
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+SMALL = sets(model__steps=1, model__width=8, train__batch_size=32)  # of glow_digits.yaml
+TINY = [*SMALL, *sets(train__num_steps=20, train__log_every=5, train__validate_every=10)]
+TINY += sets(train__checkpoint_every=5, train__sample_every=10, train__keep_checkpoints=2)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> "Result":
+        assert self.code == 0, self
+        assert "Traceback" not in self.err + self.out
+        return self
+
+    def failed(self, code: int, *fragments: str) -> "Result":
+        """It ended with this code and a message that has all the fragments, and no traceback."""
+        assert "Traceback" not in self.err + self.out, self.err
+        assert self.code == code, self
+        said = " ".join(self.err.split())
+        missing = [fragment for fragment in fragments if fragment not in said]
+        assert not missing, f"{missing} not in {said}"
+        return self
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Plain output, one thread (the tests share two cores), no network."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLOWTRAIN", "FORCE_COLOR", "TTY_"))}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
+    return {**kept, **plain, **nowhere, "FLOWTRAIN_CACHE": str(FOLDER / "cache"), **extra}
+
+
+# --- as a user does ---------------------------------------------------------------------------------------------------
+
+
+def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    words = [*command, *map(str, args)]
+    return subprocess.Popen(words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+
+
+def result(process: subprocess.Popen) -> Result:
+    out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, err)
+
+
+def flowtrain(*args, cwd: Path, **options) -> Result:
+    return result(start(*args, cwd=cwd, **options))
+
+
+# --- the same, forked -------------------------------------------------------------------------------------------------
+
+
+class Forked:
+    """A running command."""
+
+    def __init__(self, args, cwd: Path, file_limit: int | None = None, **env: str):
+        self.folder = Path(tempfile.mkdtemp(dir=FOLDER))
+        context = _context()
+        words = [str(arg) for arg in args]
+        self.process = context.Process(
+            target=become_flowtrain, args=(words, str(cwd), environment(**env), str(self.folder), file_limit)
+        )
+        with mock.patch.dict(sys.modules["__main__"].__dict__, __spec__=None):  # the child need not import pytest's main
+            self.process.start()
+
+    @property
+    def out(self) -> str:
+        file = self.folder / "out"
+        return file.read_text() if file.exists() else ""
+
+    def result(self) -> Result:
+        self.process.join(120)
+        assert self.process.exitcode is not None, "it did not end"
+        return Result(self.process.exitcode, self.out, (self.folder / "err").read_text())
+
+
+def quick(*args, cwd: Path, **options) -> Result:
+    return Forked(args, cwd, **options).result()
+
+
+@functools.cache
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+def metrics(run: Path, timeless: bool = False) -> list[dict]:
+    """The rows of metrics.jsonl; `timeless` without what a clock says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_second") if timeless else ()
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "last.safetensors"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: weights, their average, the optimizer's state, and what was logged."""
+    a, b = checkpoint.read(last(one)), checkpoint.read(last(other))
+    assert a.tensors.keys() == b.tensors.keys() and any(name.startswith("optimizer.") for name in a.tensors)
+    assert [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])] == []
+    assert {**a.meta["progress"], "seconds": 0} == {**b.meta["progress"], "seconds": 0}
+    assert metrics(one, timeless=True) == metrics(other, timeless=True)
+
+
+def left_overs(run: Path) -> list[str]:
+    return [str(path) for path in run.rglob("*") if ".tmp" in path.name]
+
+
+def events(run: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """For loops that wait: `with within(...) as expired: while not ...: expired()`."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.002)
+
+    yield check
+
+
+# --- runs that several tests look at ----------------------------------------------------------------------------------
+
+MODELS = {
+    "glow": ["--config", "glow_digits.yaml", *TINY],
+    "realnvp": ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1), *TINY[4:]],
+    "nice": ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1), *TINY[4:]],
+}
+
+
+@functools.cache
+def trained() -> dict[str, Path]:
+    """Finished runs of each model on the digits, trained side by side; not to be written to."""
+    processes = {name: start("train", *args, "--run-dir", name, cwd=FOLDER) for name, args in MODELS.items()}
+    for process in processes.values():
+        result(process).ok()
+    return {name: FOLDER / name for name in MODELS}

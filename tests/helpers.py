@@ -1,0 +1,78 @@
+"""What several test files share: tiny models with every parameter moved off its start, and tiny data sets."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flowtrain import checkpoint
+from flowtrain import config as configuration
+from flowtrain.bijections import ActNorm
+from flowtrain.dequantize import draw_noise
+from flowtrain.flow import initialize
+
+torch.set_num_threads(1)  # on tensors this small, more threads are ten times slower
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+# Options with which each model is small enough to differentiate in full. Every model of flowtrain.models is here.
+TINY = {
+    "glow": {"levels": 2, "steps": 2, "width": 6},
+    "realnvp": {"levels": 2, "width": 4, "blocks": 1},
+    "nice": {"couplings": 4, "width": 8, "hidden_layers": 2},
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def perturb(module, scale=0.2, seed=0):
+    """Moves every parameter: a coupling that starts as the identity would pass any test unperturbed."""
+    generator = seeded(seed)
+    for parameter in module.parameters():
+        parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def ready(module):
+    """Calls every layer initialized as it stands, where no data are at hand to do it."""
+    for layer in module.modules():
+        if isinstance(layer, ActNorm):
+            layer.initialized.fill_(True)
+    return module
+
+
+def images(count, shape, levels=256, seed=0):
+    return torch.randint(levels, (count, *shape), generator=seeded(seed), dtype=torch.uint8)
+
+
+def a_config(model="glow", data=None, train=None, **sections):
+    """A checked configuration of a tiny model."""
+    return configuration.parse(
+        {
+            "data": data or {"name": "digits"},
+            "model": {"name": model, **TINY[model]} if isinstance(model, str) else model,
+            "train": {"num_steps": 5, **(train or {})},
+            **sections,
+        }
+    )
+
+
+def tiny_flow(model="glow", shape=(1, 4, 4), q=256, transform="center", alpha=0.05, seed=0, scale=0.2, **options):
+    """A tiny flow for images of q levels: all parameters moved, then initialized on random images."""
+    named = {"name": model, **TINY[model], **options}
+    config = a_config(named, dequantization={"transform": transform, "alpha": alpha}, seed=seed)
+    flow = perturb(checkpoint.build_flow(config, shape, q), scale, seed)
+    x = images(64, shape, q, seed)
+    initialize(flow, x, draw_noise(x.shape, seeded(seed), x.device))
+    return flow
+
+
+def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):
+    """Saves random images (NHWC), and gives the `data` section that reads them."""
+    rng = np.random.default_rng(seed)
+    np.savez(path, **{f"x_{k}": rng.integers(0, 256, (n, *shape), "u1") for k, n in (("train", train), ("test", test))})
+    return {"name": "npz", "path": str(path), **options}

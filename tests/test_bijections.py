@@ -1,0 +1,461 @@
+"""The bijection contract, for every layer and model in one table; then what single layers promise beyond it."""
+
+import copy
+import importlib
+import math
+import pkgutil
+
+import pytest
+import torch
+from helpers import TINY, perturb, ready, seeded
+
+import flowtrain.bijections
+import flowtrain.models
+from flowtrain.bijections import (
+    ActNorm,
+    AdditiveTransform,
+    AffineTransform,
+    Bijection,
+    CheckerboardCoupling,
+    Conv1x1,
+    Conv1x1LU,
+    Coupling,
+    DiagonalAffine,
+    Flatten,
+    Multiscale,
+    Permute,
+    Sequential,
+    Squeeze,
+)
+from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
+from flowtrain.memory import memory_mode
+from flowtrain.nets import DenseNet, GlowNet, ResidualNet, ZeroNet
+
+
+def model(name, shape, **options):
+    return importlib.import_module(f"flowtrain.models.{name}").build(shape, **{**TINY[name], **options})
+
+
+def multiscale():
+    """Two levels of 2 channels by hand, the second prior conditioned on the context."""
+    return Multiscale(
+        [Sequential(Squeeze(), Conv1x1LU(8)), Sequential(ActNorm((4, 1, 1)))],
+        [Coupling(4, ZeroNet(4, 8), AffineTransform()), Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform())],
+        [(4, 2, 2), (4, 2, 2)],
+    )
+
+
+# name: how to build it, the shape of an example, and of its context
+TABLE = {
+    "actnorm-1d": (lambda: ActNorm((5,)), (5,), None),
+    "actnorm-3d": (lambda: ActNorm((3, 1, 1)), (3, 2, 4), None),
+    "actnorm-one-channel": (lambda: ActNorm((1, 1, 1)), (1, 3, 3), None),
+    "diagonal": (lambda: DiagonalAffine((5,)), (5,), None),
+    "diagonal-channels": (lambda: DiagonalAffine((3, 1, 1)), (3, 2, 2), None),
+    "diagonal-no-shift": (lambda: DiagonalAffine((2, 1, 1), shift=False), (2, 2, 3), None),
+    "conv1x1": (lambda: Conv1x1(4), (4, 2, 3), None),
+    "conv1x1-whitening": (lambda: Conv1x1(3, "whitening"), (3, 2, 2), None),
+    "conv1x1-lu": (lambda: Conv1x1LU(4), (4, 2, 3), None),
+    "conv1x1-lu-odd": (lambda: Conv1x1LU(5), (5, 1, 2), None),
+    "conv1x1-lu-whitening": (lambda: Conv1x1LU(4, "whitening"), (4, 2, 2), None),
+    "squeeze": (Squeeze, (3, 4, 2), None),
+    "squeeze-one-channel": (Squeeze, (1, 2, 6), None),
+    "flatten": (lambda: Flatten((2, 3, 2)), (2, 3, 2), None),
+    "permute": (lambda: Permute(torch.randperm(6)), (6, 2, 2), None),
+    "permute-vector": (lambda: Permute(torch.randperm(9)), (9,), None),
+    "coupling": (lambda: Coupling(2, GlowNet(2, 4, 5), AffineTransform()), (4, 3, 2), None),
+    "coupling-additive": (lambda: Coupling(2, GlowNet(2, 2, 5), AdditiveTransform()), (4, 2, 2), None),
+    "coupling-swap": (lambda: Coupling(2, GlowNet(2, 4, 5), AffineTransform(), swap=True), (4, 2, 2), None),
+    "coupling-odd": (lambda: Coupling(2, GlowNet(2, 6, 5), AffineTransform()), (5, 2, 2), None),
+    "coupling-odd-swap": (lambda: Coupling(3, ResidualNet(3, 4, 4, 1), AffineTransform(), swap=True), (5, 2, 2), None),
+    "coupling-zeronet": (lambda: Coupling(1, ZeroNet(1, 4), AffineTransform(1.0)), (3, 2, 2), None),
+    "coupling-dense": (lambda: Coupling(3, DenseNet(3, 4, 6, 2), AdditiveTransform(), swap=True), (7,), None),
+    "coupling-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
+    "coupling-larger-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 4, 4)),
+    "checkerboard-0": (lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 4, 4, 1), AffineTransform()), (2, 3, 4), None),
+    "checkerboard-1": (lambda: CheckerboardCoupling((3, 3), GlowNet(1, 2, 4), AffineTransform(), 1), (1, 3, 3), None),
+    "checkerboard-additive": (
+        lambda: CheckerboardCoupling((2, 4), GlowNet(2, 2, 4), AdditiveTransform()),
+        (2, 2, 4),
+        None,
+    ),
+    "checkerboard-context": (
+        lambda: CheckerboardCoupling((2, 4), ResidualNet(2, 4, 4, 0, 1), AffineTransform(), 1),
+        (2, 2, 4),
+        (1, 2, 4),
+    ),
+    "multiscale": (multiscale, (2, 4, 4), (3, 2, 2)),
+    "sequential": (
+        lambda: Sequential(
+            ActNorm((4, 1, 1)), Conv1x1(4), Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), Squeeze()
+        ),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
+    "sequential-empty": (Sequential, (4, 2, 2), None),
+    "glow": (lambda: model("glow", (1, 4, 4)), (1, 4, 4), None),
+    "glow-rgb": (lambda: model("glow", (3, 4, 2), levels=1, permutation="conv1x1"), (3, 4, 2), None),
+    "glow-additive": (lambda: model("glow", (1, 4, 4), coupling="additive", permutation="shuffle"), (1, 4, 4), None),
+    "glow-reverse": (lambda: model("glow", (1, 4, 8), permutation="reverse"), (1, 4, 8), None),
+    "glow-whitening": (lambda: model("glow", (1, 4, 4), initialization="whitening"), (1, 4, 4), None),
+    "realnvp": (lambda: model("realnvp", (1, 4, 4)), (1, 4, 4), None),
+    "realnvp-rgb": (lambda: model("realnvp", (3, 2, 4)), (3, 2, 4), None),
+    "realnvp-one-level": (lambda: model("realnvp", (2, 3, 3), levels=1), (2, 3, 3), None),
+    "nice": (lambda: model("nice", (1, 4, 4)), (1, 4, 4), None),
+    "nice-odd": (lambda: model("nice", (1, 3, 3), couplings=3), (1, 3, 3), None),
+}
+row = pytest.mark.parametrize("name", TABLE)
+B = 3
+
+
+def a_row(name, dtype=torch.float32, batch=B, seed=0):
+    """The bijection with all its parameters moved, an input and a context."""
+    build, shape, context_shape = TABLE[name]
+    torch.manual_seed(seed)
+    bijection = ready(perturb(build(), seed=seed)).to(dtype)
+    x = torch.randn((batch, *shape), generator=seeded(1), dtype=dtype)
+    context = None
+    if context_shape is not None:
+        context = torch.randn((batch, *context_shape), generator=seeded(2), dtype=dtype)
+    return bijection, x, context
+
+
+def test_every_bijection_is_in_the_table():
+    for info in pkgutil.iter_modules(flowtrain.bijections.__path__):
+        importlib.import_module(f"flowtrain.bijections.{info.name}")
+
+    def subclasses(cls):
+        return {cls} | {below for child in cls.__subclasses__() for below in subclasses(child)}
+
+    concrete = {
+        cls
+        for cls in subclasses(Bijection)
+        if cls.__module__.startswith("flowtrain.bijections") and cls is not Bijection and cls.__name__[0] != "_"
+    }
+    tested = {type(build()) for build, _, _ in TABLE.values()}
+    assert concrete == tested
+    assert {cls.__name__ for cls in concrete} <= set(flowtrain.bijections.__all__)
+
+
+def test_every_model_is_in_the_table():
+    for info in pkgutil.iter_modules(flowtrain.models.__path__):
+        if hasattr(importlib.import_module(f"flowtrain.models.{info.name}"), "build"):
+            assert info.name in TABLE
+
+
+# ---------------------------------------------------------------- the contract
+
+
+@row
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-3)])
+def test_round_trip_both_ways(name, dtype, tolerance):
+    bijection, x, context = a_row(name, dtype)
+    with torch.no_grad():
+        z, log_det = bijection(x, context)
+        back, inverse_log_det = bijection.inverse(z, context)
+        torch.testing.assert_close(back, x, rtol=0, atol=tolerance)
+        torch.testing.assert_close(inverse_log_det, -log_det, rtol=0, atol=tolerance)
+        # And from latents that no data gave.
+        z = torch.randn(z.shape, generator=seeded(3), dtype=dtype)
+        x, log_det = bijection.inverse(z, context)
+        again, forward_log_det = bijection(x, context)
+        torch.testing.assert_close(again, z, rtol=0, atol=tolerance)
+        torch.testing.assert_close(forward_log_det, -log_det, rtol=0, atol=tolerance)
+
+
+@row
+def test_log_det_is_that_of_the_jacobian(name):
+    bijection, x, context = a_row(name, torch.float64, batch=2)
+    dims = x[0].numel()
+    for function, point in ((bijection.forward, x), (bijection.inverse, bijection(x, context)[0].detach())):
+        jacobian = torch.autograd.functional.jacobian(lambda v, f=function: f(v, context)[0], point, vectorize=True)
+        jacobian = jacobian.reshape(2, dims, 2, dims)
+        # No example sees another one.
+        assert jacobian[0, :, 1].count_nonzero() == jacobian[1, :, 0].count_nonzero() == 0
+        expected = torch.stack([torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(2)])
+        torch.testing.assert_close(function(point, context)[1].detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+@row
+def test_log_det_does_not_see_batch_mates(name):
+    # The Jacobian of z says nothing about a log-determinant that is a mean over the batch.
+    bijection, x, context = a_row(name, torch.float64)
+    with torch.no_grad():
+        together = bijection(x, context)
+        for i in range(B):
+            alone = bijection(x[i : i + 1], None if context is None else context[i : i + 1])
+            torch.testing.assert_close(alone[0][0], together[0][i], rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(alone[1][0], together[1][i], rtol=1e-11, atol=1e-11)
+
+
+@row
+@pytest.mark.parametrize("batch", [1, 4])
+def test_shapes_and_types(name, batch):
+    bijection, x, context = a_row(name, batch=batch)
+    before = x.clone()
+    z, log_det = bijection(x, context)
+    back, inverse_log_det = bijection.inverse(z, context)
+    assert z.shape[0] == batch and z[0].numel() == x[0].numel() and back.shape == x.shape
+    assert log_det.shape == inverse_log_det.shape == (batch,)
+    assert {t.dtype for t in (z, log_det, back, inverse_log_det)} == {torch.float32}
+    assert torch.equal(x, before)
+
+
+@row
+def test_every_parameter_gets_a_gradient(name):
+    bijection, x, context = a_row(name, torch.float64)
+    z, log_det = bijection(x, context)
+    loss = (z * torch.randn(z.shape, generator=seeded(4), dtype=z.dtype)).sum() + log_det.sum()
+    if loss.requires_grad:
+        loss.backward()
+    for parameter_name, parameter in bijection.named_parameters():
+        assert parameter.grad is not None and parameter.grad.count_nonzero() > 0, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, context) in TABLE.items() if context])
+def test_context_is_used_both_ways(name):
+    bijection, x, context = a_row(name)
+    other = context + 1
+    with torch.no_grad():
+        for function in (bijection.forward, bijection.inverse):
+            point = x if function == bijection.forward else bijection(x, context)[0]
+            assert not torch.allclose(function(point, context)[0], function(point, other)[0])
+            assert not torch.allclose(function(point, context)[1], function(point, other)[1])
+
+
+@row
+def test_state_survives_loading(name):
+    bijection, x, context = a_row(name)
+    build, _, _ = TABLE[name]
+    torch.manual_seed(99)
+    other = build()  # other permutations and rotations, and not initialized
+    other.load_state_dict(copy.deepcopy(bijection.state_dict()))
+    with torch.no_grad():
+        for function, same in ((bijection.forward, other.forward), (bijection.inverse, other.inverse)):
+            point = x if function == bijection.forward else bijection(x, context)[0]
+            for here, there in zip(function(point, context), same(point, context), strict=True):
+                assert torch.equal(here, there)
+
+
+@row
+def test_tensors_are_parameters_or_buffers(name):
+    for module in a_row(name)[0].modules():
+        for key, value in vars(module).items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            assert not any(isinstance(v, torch.Tensor) for v in values), f"{type(module).__name__}.{key}"
+
+
+@row
+def test_autocast_leaves_the_data_path_in_float32(name):
+    bijection, x, context = a_row(name)
+    with torch.no_grad():
+        z, log_det = bijection(x, context)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = (*bijection(x, context), *bijection.inverse(z, context))
+    assert {t.dtype for t in low} == {torch.float32}
+    assert (low[0] - z).abs().mean() < 0.1 * max(1, z.abs().mean())
+    if isinstance(bijection, (Conv1x1, Conv1x1LU, ActNorm, DiagonalAffine)):
+        for a, b in zip(low, (z, log_det, *bijection.inverse(z, context)), strict=True):
+            assert torch.equal(a, b)
+
+
+@row
+def test_recomputing_gives_the_same_gradients(name):
+    bijection, x, context = a_row(name, torch.float64)
+    gradients = []
+    for mode in ("store", "checkpoint"):
+        bijection.zero_grad()
+        with memory_mode(mode):
+            z, log_det = bijection(x.clone().requires_grad_(), context)
+            (z.square().sum() + log_det.sum()).backward()
+        gradients.append([p.grad.clone() for p in bijection.parameters()])
+    for stored, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, stored, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- ActNorm
+
+
+@pytest.mark.parametrize("shape, example", [((5,), (5,)), ((3, 1, 1), (3, 4, 2)), ((1, 1, 1), (1, 3, 3))])
+def test_actnorm_normalizes_its_first_batch(shape, example):
+    x = 3 * torch.randn(50, *example, generator=seeded()) + 7
+    layer = ActNorm(shape)
+    layer.initialize(x)
+    z = layer(x)[0].detach().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(z.mean(0), torch.zeros(example[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(example[0]), rtol=1e-4, atol=0)
+
+
+def test_actnorm_raises_until_it_is_initialized():
+    layer, x = ActNorm((3, 1, 1)), torch.randn(4, 3, 2, 2)
+    for direction in (layer.forward, layer.inverse):
+        with pytest.raises(RuntimeError, match="not initialized"):
+            direction(x)
+    layer.initialize(x)
+    layer(x), layer.inverse(x)
+    # Loading a state that is not initialized takes it back.
+    layer.load_state_dict(ActNorm((3, 1, 1)).state_dict())
+    for direction in (layer.forward, layer.inverse):
+        with pytest.raises(RuntimeError, match="not initialized"):
+            direction(x)
+
+
+def test_actnorm_is_initialized_once():
+    layer = ActNorm((3, 1, 1))
+    layer.initialize(torch.randn(20, 3, 2, 2, generator=seeded()))
+    state = copy.deepcopy(layer.state_dict())
+
+    def unchanged(module):
+        return all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+    other_data = 5 + 9 * torch.randn(20, 3, 2, 2, generator=seeded(1))
+    layer.initialize(other_data)
+    assert unchanged(layer)
+    loaded = ActNorm((3, 1, 1))
+    loaded.load_state_dict(state)
+    loaded.initialize(other_data)
+    loaded(other_data), loaded.inverse(other_data)
+    assert unchanged(loaded)
+    assert unchanged(copy.deepcopy(loaded))
+
+
+def test_actnorm_with_a_constant_channel():
+    x = torch.randn(10, 3, 2, 2, generator=seeded())
+    x[:, 1] = 0.25
+    layer = ActNorm((3, 1, 1))
+    layer.initialize(x)
+    for values in (*layer(x), *layer.inverse(torch.randn(4, 3, 2, 2))):
+        assert torch.isfinite(values).all()
+    assert layer(x)[0].abs().max() < 10
+    # With dequantization noise the channel is brought to the size of the others.
+    noisy = x.clone()
+    noisy[:, 1] += torch.rand(10, 2, 2, generator=seeded()) / 256
+    layer = ActNorm((3, 1, 1))
+    layer.initialize(noisy)
+    torch.testing.assert_close(layer(noisy)[0][:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-3, atol=0)
+
+
+# ---------------------------------------------------------------- 1x1 convolutions
+
+
+@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+def test_rotation_preserves_volume(layer):
+    convolution = layer(6)
+    x = torch.randn(2, 6, 3, 3)
+    z, log_det = convolution(x)
+    torch.testing.assert_close(z.square().sum(), x.square().sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(log_det, torch.zeros(2), rtol=0, atol=1e-4)
+    assert not torch.allclose(z, x)
+
+
+@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+def test_whitening(layer):
+    mixing = torch.randn(4, 4, generator=seeded())
+    x = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(200, 4, 3, 3, generator=seeded(1))) + 2
+    convolution = layer(4, "whitening")
+    convolution.initialize(x)
+    pixels = convolution(x)[0].detach().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(torch.cov(pixels.T), torch.eye(4), rtol=0, atol=1e-3)
+    weight = convolution.weight().clone()
+    convolution.initialize(3 * x.flip(1))  # once only
+    assert torch.equal(convolution.weight(), weight)
+
+
+@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+@pytest.mark.parametrize("spoil", ["duplicated", "constant", "all constant", "tiny"])
+def test_whitening_of_degenerate_channels_is_finite(layer, spoil):
+    x = torch.randn(20, 3, 2, 2, generator=seeded())
+    if spoil == "duplicated":
+        x[:, 2] = x[:, 0]
+    elif spoil == "tiny":
+        x = 1e-20 * x
+    else:
+        x[:, 1 if spoil == "constant" else slice(None)] = 0.5
+    convolution = layer(3, "whitening")
+    convolution.initialize(x)
+    z, log_det = convolution(x)
+    back, _ = convolution.inverse(z)
+    assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
+
+
+def test_rotations_are_not_whitened():
+    convolution = Conv1x1LU(3)
+    before = convolution.weight().clone()
+    convolution.initialize(torch.randn(20, 3, 2, 2))
+    assert torch.equal(convolution.weight(), before)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("raw", [-1e30, -50.0, 50.0, 1e30])
+def test_affine_transform_is_bounded_both_ways(raw):
+    transform = AffineTransform()
+    x = torch.randn(2, 3, 2, 2)
+    parameters = torch.cat([torch.randn(2, 3, 2, 2), torch.full((2, 3, 2, 2), raw)], dim=1)
+    z, log_scale = transform(x, parameters)
+    back, inverse_log_scale = transform.inverse(z, parameters)
+    assert log_scale.abs().max() <= transform.limit and torch.equal(inverse_log_scale, -log_scale)
+    assert z.abs().max() <= math.exp(transform.limit) * 10
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
+    far = transform.inverse(torch.full_like(z, 1e3), parameters)[0]
+    assert far.abs().max() <= 1e3 * math.exp(transform.limit) + 10
+
+
+@pytest.mark.parametrize("raw", [-1e30, -100.0, 100.0, 1e30])
+@pytest.mark.parametrize("build", [lambda: DiagonalAffine((3, 1, 1)), lambda: ready(ActNorm((3, 1, 1))), lambda: Conv1x1LU(3)])
+def test_learned_log_scales_are_bounded_both_ways(build, raw):
+    layer, x = build(), torch.randn(2, 3, 2, 2)
+    with torch.no_grad():
+        layer.log_scale.fill_(raw)
+        z, log_det = layer(x)
+        back, _ = layer.inverse(x)
+    assert log_det.abs().max() <= 3 * 4 * LOG_SCALE_LIMIT + 1e-3
+    # A 1x1 convolution has triangular factors too, on which the scale acts up to three times over.
+    limit = math.exp(LOG_SCALE_LIMIT) ** (3 if isinstance(layer, Conv1x1LU) else 1) * 10
+    assert z.abs().max() < limit and back.abs().max() < limit
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_squeeze_puts_the_colours_of_a_checkerboard_into_the_halves():
+    rows, columns = torch.arange(4.0)[:, None], torch.arange(4.0)[None, :]
+    x = torch.stack([(rows + columns) % 2, 2 + (rows + columns) % 2])[None]
+    z = Squeeze()(x)[0]
+    assert z.shape == (1, 8, 2, 2)
+    assert set(z[:, :4].flatten().tolist()) == {0.0, 2.0} and set(z[:, 4:].flatten().tolist()) == {1.0, 3.0}
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_checkerboard_keeps_one_colour(parity):
+    coupling = perturb(CheckerboardCoupling((3, 4), GlowNet(2, 4, 4), AffineTransform(), parity))
+    x = torch.randn(2, 2, 3, 4)
+    z = coupling(x)[0]
+    colour = (torch.arange(3)[:, None] + torch.arange(4)) % 2
+    assert torch.equal(z[..., colour == parity], x[..., colour == parity])
+    assert (z != x)[..., colour != parity].all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_coupling_keeps_one_part(swap):
+    coupling = perturb(Coupling(2, GlowNet(2, 6, 4), AffineTransform(), swap))
+    x = torch.randn(2, 5, 2, 2)
+    z = coupling(x)[0]
+    assert torch.equal(z[:, -2:] if swap else z[:, :2], x[:, -2:] if swap else x[:, :2])
+    assert (z != x)[:, :-2].all() if swap else (z != x)[:, 2:].all()
+
+
+def test_split_latents_are_the_levels():
+    bijection, x, context = a_row("multiscale")
+    z = bijection(x, context)[0]
+    parts = bijection.split_latents(z)
+    assert [tuple(part.shape) for part in parts] == [(B, 4, 2, 2), (B, 4, 2, 2)]
+    assert torch.equal(torch.cat([part.flatten(1) for part in parts], dim=1), z)
+    # The first level's latent leaves before the second level: the second has no say in it.
+    with torch.no_grad():
+        bijection.levels[1].layers[0].shift += 1
+    changed = bijection.split_latents(bijection(x, context)[0])
+    assert torch.equal(changed[0], parts[0]) and not torch.allclose(changed[1], parts[1])

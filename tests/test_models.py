@@ -1,0 +1,209 @@
+"""Every model: its size, its geometry, its start, and the losses of five steps.
+
+`python tests/test_models.py` prints the golden losses anew.
+"""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY, a_config, images, seeded, tiny_flow
+
+from flowtrain import checkpoint
+from flowtrain import config as configuration
+from flowtrain.bijections import ActNorm, CheckerboardCoupling, Coupling, Sequential
+from flowtrain.dequantize import draw_noise
+from flowtrain.errors import UserError
+from flowtrain.flow import initialize
+from flowtrain.models import geometry, glow, nice, realnvp
+from flowtrain.nets import ZeroConv2d
+from flowtrain.optim import build_optimizer
+from flowtrain.train import State, train_step
+
+MODELS = {"glow": glow, "realnvp": realnvp, "nice": nice}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_every_model_is_tested():
+    assert set(configuration.component_names("models")) == set(MODELS) == set(TINY) == {name for name, _ in GOLDEN}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_build_documents_itself(name):
+    build = MODELS[name].build
+    assert "arXiv" in MODELS[name].__doc__ and "differences" in MODELS[name].__doc__
+    for option in configuration.component_schema("models", name).model_fields:
+        if option != "name":
+            assert f"{option}:" in build.__doc__, option
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_glow_of_the_paper_has_44_million_parameters():
+    # Kingma & Dhariwal 2018, section 6: K = 32, L = 3, 512 channels on CIFAR-10.
+    with torch.device("meta"):
+        assert 43.5e6 < count(glow.build((3, 32, 32), levels=3, steps=32, width=512)) < 44.5e6
+
+
+def test_the_defaults_are_the_papers():
+    with torch.device("meta"):
+        assert count(glow.build((3, 32, 32))) == count(glow.build((3, 32, 32), levels=3, steps=32, width=512))
+
+
+def test_glow_size_by_hand():
+    # Two steps on 4 channels: ActNorm 8; LU 16 + 16 + 4; 3x3 from 2 to 5, 1x1 from 5 to 5, 3x3 from 5 to 4 with a gain.
+    step = 8 + 36 + (2 * 9 * 5 + 5) + (5 * 5 + 5) + (5 * 9 * 4 + 4 + 4)
+    assert count(glow.build((1, 2, 2), levels=1, steps=2, width=5)) == 2 * step + 8  # and the top prior
+
+
+def test_nice_of_the_paper():
+    # Section 5.1: four couplings, each of five hidden layers of 1000, on 784 entries.
+    coupling = 392 * 1000 + 1000 + 4 * (1000 * 1000 + 1000) + 1000 * 392 + 392
+    with torch.device("meta"):
+        assert count(nice.build((1, 28, 28))) == 4 * coupling + 2 * 784
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(
+    "build, shape, options, message",
+    [
+        (glow, (1, 28, 28), 3, "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 3 needs a multiple of 8"),
+        (glow, (1, 8, 8), 4, "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16"),
+        (glow, (3, 30, 32), 2, "30x32 can be squeezed once (30x32 -> 15x16); levels: 2 needs a multiple of 4"),
+        (glow, (1, 7, 7), 1, "7x7 cannot be squeezed; levels: 1 needs a multiple of 2"),
+        (glow, (1, 2, 8), 2, "2x8 can be squeezed once (2x8 -> 1x4); levels: 2 needs a multiple of 4"),
+        (realnvp, (1, 28, 28), 4, "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 4 needs a multiple of 8"),
+        (realnvp, (1, 5, 5), 2, "5x5 cannot be squeezed; levels: 2 needs a multiple of 2"),
+    ],
+)
+def test_impossible_geometry(build, shape, options, message):
+    with pytest.raises(UserError) as error:
+        build.build(shape, levels=options)
+    assert str(error.value) == f"model.levels: {message}"
+
+
+def test_possible_geometry():
+    for shape, squeezes in (((1, 28, 28), 2), ((3, 32, 32), 5), ((1, 7, 7), 0), ((1, 12, 8), 2)):
+        geometry.check_squeezes(shape, squeezes, squeezes)
+
+
+def test_geometry_comes_before_any_data():
+    config = a_config({"name": "glow", "levels": 3}, data={"name": "mnist", "root": "/nowhere"})
+    with pytest.raises(UserError, match="can be squeezed twice"):
+        checkpoint.build_flow(config, (1, 28, 28), 256)
+
+
+# ---------------------------------------------------------------- the start
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_couplings_start_as_the_identity(name):
+    flow = checkpoint.build_flow(a_config(name), (1, 4, 4), 256)
+    x = images(16, (1, 4, 4))
+    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    seen = []
+
+    def hook(module, inputs, output):
+        assert torch.equal(output[0], inputs[0]) and output[1].count_nonzero() == 0
+        seen.append(module)
+
+    couplings = [m for m in flow.modules() if isinstance(m, (Coupling, CheckerboardCoupling))]
+    for module in couplings:
+        module.register_forward_hook(hook)
+    flow(x, torch.rand(x.shape))
+    assert len(seen) == len(couplings) >= 4
+
+
+def test_the_weights_are_a_function_of_the_seed():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, again, other = (checkpoint.build_flow(a_config(seed=seed), (1, 4, 4), 256) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)]
+    assert all(same)
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_zero_convolution_has_a_gain():
+    layer = ZeroConv2d(2, 3, 3)
+    x = torch.randn(2, 2, 4, 4)
+    assert layer(x).count_nonzero() == 0
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+        before = layer(x)
+        layer.log_gain.fill_(0.1)
+    torch.testing.assert_close(layer(x), before * torch.tensor(0.3).exp())
+
+
+@pytest.mark.parametrize("name, shape", [("glow", (1, 4, 4)), ("realnvp", (1, 4, 4)), ("nice", (1, 3, 3))])
+def test_every_entry_of_the_image_is_transformed(name, shape):
+    flow = tiny_flow(name, shape).double()
+    x = torch.rand(1, *shape, generator=seeded(), dtype=torch.float64) - 0.5
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0], x).reshape(x.numel(), -1)
+    # Each latent depends on several pixels, and on each pixel does more than one latent.
+    assert (jacobian.abs() > 1e-9).sum(0).min() > 1 and (jacobian.abs() > 1e-9).sum(1).min() > 1
+
+
+def test_glow_is_as_the_paper_says():
+    bijection = glow.build((1, 4, 4), levels=2, steps=3, width=4)
+    kinds = [type(layer).__name__ for layer in bijection.levels[0].layers]
+    assert kinds == ["Squeeze", *["ActNorm", "Conv1x1LU", "Coupling"] * 3]
+    assert [type(prior).__name__ for prior in bijection.priors] == ["Coupling", "DiagonalAffine"]
+
+
+def test_realnvp_is_as_the_paper_says():
+    bijection = realnvp.build((1, 4, 4), levels=2, width=4, blocks=1)
+    first, last = ([m for m in level.layers if not isinstance(m, ActNorm)] for level in bijection.levels)
+    assert [type(m).__name__ for m in first] == [*["CheckerboardCoupling"] * 3, "Squeeze", *["Coupling"] * 3]
+    assert [type(m).__name__ for m in last] == ["CheckerboardCoupling"] * 4
+    for a, b in zip(last, last[1:], strict=False):
+        assert (a.keep ^ b.keep).all()
+    assert [m.swap for m in first[4:]] == [False, True, False]
+    assert all(type(prior) is Sequential and not len(prior.layers) for prior in bijection.priors)
+
+
+# ---------------------------------------------------------------- golden losses
+
+# Bits/dim of five steps: {(model, transform): losses}, on fixed images, noise, weights and rates.
+GOLDEN = {
+    ("glow", "center"): [4.384139, 4.25001, 4.172232, 4.114116, 4.069449],
+    ("realnvp", "logit"): [4.414389, 4.181016, 3.984494, 3.871194, 3.707537],
+    ("nice", "center"): [5.486706, 5.468375, 5.450791, 5.435526, 5.42045],
+}
+
+
+def five_steps(name, transform):
+    train = {"num_steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "weight_decay": 0.1, "optimizer": "adamw"}
+    config = a_config(name, train=train, dequantization={"transform": transform}, seed=1)
+    flow = checkpoint.build_flow(config, (1, 4, 4), 17)
+    with torch.no_grad():
+        for i, parameter in enumerate(flow.parameters()):
+            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(parameter.shape)
+    rows, columns = torch.arange(4)[:, None], torch.arange(4)
+    numbers = torch.arange(16)[:, None, None]
+    x = ((numbers * 3 + rows * (numbers % 5) + columns * columns) % 17).to(torch.uint8)[:, None]
+    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    state = State(config, flow, build_optimizer(flow, config.train), None, {})
+    losses = []
+    for _ in range(5):
+        losses.append(train_step(state, x)[0].item())
+        state.optimizer.step()
+        state.progress.step += 1
+    return losses
+
+
+@pytest.mark.parametrize("name, transform", GOLDEN)
+def test_golden_losses(name, transform):
+    assert five_steps(name, transform) == pytest.approx(GOLDEN[name, transform], abs=1e-4)
+
+
+if __name__ == "__main__":
+    for key in GOLDEN:
+        print(f"    ({json.dumps(key)[1:-1]}): {[round(loss, 6) for loss in five_steps(*key)]},")

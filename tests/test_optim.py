@@ -1,0 +1,133 @@
+"""The learning rate, weight decay where it belongs, and the average of the weights."""
+
+import math
+
+import pytest
+import torch
+from helpers import TINY, a_config, images, perturb, ready, tiny_flow
+from torch import nn
+
+from flowtrain.bijections import ActNorm
+from flowtrain.config import Train
+from flowtrain.optim import OPTIMIZERS, average, build_optimizer, learning_rate
+
+
+def rates(steps, **options):
+    config = Train(lr=0.1, **options)
+    return [learning_rate(config, step, 0.0) for step in steps]
+
+
+@pytest.mark.parametrize(
+    "options, steps, expected",
+    [
+        ({"schedule": "constant"}, [0, 50, 99, 200], [0.1, 0.1, 0.1, 0.1]),
+        ({"schedule": "linear"}, [0, 25, 50, 99, 100, 500], [0.1, 0.075, 0.05, 0.001, 0, 0]),
+        ({"schedule": "cosine"}, [0, 25, 50, 75, 100, 500], [0.1, 0.05 + 0.05 / 2**0.5, 0.05, 0.05 - 0.05 / 2**0.5, 0, 0]),
+        ({"schedule": "constant", "warmup_steps": 10}, [0, 1, 4, 8, 9, 10, 99], [0.01, 0.02, 0.05, 0.09, 0.1, 0.1, 0.1]),
+        ({"schedule": "linear", "warmup_steps": 20}, [0, 9, 19, 20, 60, 100], [0.005, 0.05, 0.1, 0.1, 0.05, 0]),
+        ({"schedule": "cosine", "warmup_steps": 20}, [0, 19, 20, 60, 100], [0.005, 0.1, 0.1, 0.05, 0]),
+        ({"schedule": "linear", "warmup_steps": 100}, [0, 49, 99], [0.001, 0.05, 0.1]),
+        ({"schedule": "linear", "warmup_steps": 1000}, [0, 99], [0.0001, 0.01]),
+    ],
+)
+def test_schedules_by_steps(options, steps, expected):
+    assert rates(steps, num_steps=100, **options) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])]
+)
+def test_schedules_by_budget(schedule, expected):
+    config = Train(budget="1min", lr=1.0, schedule=schedule)
+    assert [learning_rate(config, 5, s) for s in (0, 30, 60, 90)] == pytest.approx(expected, abs=1e-12)
+    warming = Train(budget=60, lr=1.0, schedule=schedule, warmup_steps=4)
+    assert learning_rate(warming, 0, 0.0) == 0.25
+    assert learning_rate(warming, 3, 30.0) == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_of_a_step_has_no_history(schedule):
+    # A resumed run asks for the same step and gets the same rate: warm-up does not start again.
+    config = Train(num_steps=50, warmup_steps=10, schedule=schedule)
+    assert all(learning_rate(config, step, 1.0) == learning_rate(config, step, 2.0) for step in range(50))
+    assert all(0 < learning_rate(config, step, 0.0) <= config.lr for step in range(50))
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
+    flow = tiny_flow(model)
+    config = a_config(model, train={"optimizer": name, "weight_decay": 0.1, "lr": 0.5}).train
+    optimizer = build_optimizer(flow, config)
+    names = {id(p): n for n, p in flow.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    # By their names: weights of convolutions and linear layers, which only conditioners have.
+    decayed = {n for n in names.values() if n.endswith(".weight")}
+    assert groups == {0.1: decayed, 0.0: set(names.values()) - decayed}
+    assert decayed and all(".conditioner." in n or ".priors." in n for n in decayed)
+    assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
+    # And by what it does: without a gradient, decay is all there is.
+    before = {n: p.detach().clone() for n, p in flow.named_parameters()}
+    for parameter in flow.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert {n for n, p in flow.named_parameters() if not torch.equal(p, before[n])} == decayed
+
+
+@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)])
+def test_optimizers(name, kind):
+    flow = tiny_flow("nice")
+    optimizer = build_optimizer(flow, a_config("nice", train={"optimizer": name, "lr": 0.01}).train)
+    assert type(optimizer) is kind and set(OPTIMIZERS) == {"adam", "adamw", "adamax"}
+    before = [p.detach().clone() for p in flow.parameters()]
+    flow.bits_per_dim(images(8, flow.shape)).mean().backward()
+    optimizer.step()
+    for parameter, old in zip(flow.parameters(), before, strict=True):
+        moved = parameter.grad.abs() > 1e-4  # the first step of each of the three has the length of the rate
+        expected = -0.01 * parameter.grad.sign()
+        torch.testing.assert_close((parameter - old)[moved], expected[moved], rtol=1e-2, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the average
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.5, 0.2])
+def test_average_by_hand(decay):
+    layer = nn.Linear(1, 1, bias=False)
+    averaged = average(layer, decay)
+    expected = None
+    for n in range(30):
+        value = math.sin(n)
+        nn.init.constant_(layer.weight, value)
+        averaged.update_parameters(layer)
+        # The first is a copy; after n of them the decay is at most (1 + n) / (10 + n).
+        keep = min(decay, (1 + n) / (10 + n))
+        expected = value if n == 0 else keep * expected + (1 - keep) * value
+        assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_average_is_a_flow_of_its_own(model):
+    flow = tiny_flow(model)
+    start = {key: value.clone() for key, value in flow.state_dict().items()}
+    averaged = average(flow, 0.9)
+    averaged.update_parameters(flow)
+    perturb(flow, seed=5)
+    averaged.update_parameters(flow)
+    state = averaged.module.state_dict()
+    assert list(state) == list(start)  # no prefix
+    for name, parameter in flow.named_parameters():
+        torch.testing.assert_close(state[name], torch.lerp(start[name], parameter.detach(), 1 - 2 / 11))
+    x = images(3, flow.shape)
+    assert torch.isfinite(averaged.module.log_prob(x)).all()
+    assert not torch.equal(averaged.module.encode(x), flow.encode(x))
+
+
+def test_average_takes_the_flags_along():
+    layer = ActNorm((2, 1, 1))
+    averaged = average(layer, 0.9)
+    averaged.update_parameters(ready(layer))
+    averaged.module(torch.zeros(1, 2, 1, 1))

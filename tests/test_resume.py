@@ -1,0 +1,310 @@
+"""Runs that are stopped, killed and continued: nothing may differ from a run that was left alone (design, section 6)."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from cli_helpers import (
+    FOLDER,
+    SMALL,
+    TINY,
+    Forked,
+    assert_same_run,
+    copy_of,
+    events,
+    last,
+    left_overs,
+    metrics,
+    quick,
+    result,
+    sets,
+    start,
+    summary,
+    trained,
+    within,
+)
+from flowtrain import checkpoint
+
+# All that has a memory: the window of the metrics, the average, warm-up and decay, two-part steps, the order of the images.
+EVERYTHING = sets(train__accumulate=2, train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine")
+EVERYTHING += sets(train__log_every=3, train__validate_every=4, train__sample_every=7, train__batch_size=100, data__shift=1)
+EVERYTHING += sets(train__num_steps=20, train__checkpoint_every=10, train__keep_checkpoints=5, train__weight_decay=1e-2)
+SMALL_MODEL = SMALL[:4]
+
+LONG = [*SMALL, *sets(train__log_every=1, train__validate_every=25, train__checkpoint_every=10, train__sample_every=1000)]
+LONG += sets(train__num_steps=120, train__keep_checkpoints=0)
+
+
+def put_back(run, step):
+    """The run as a kill just after `step` would have left it: its last checkpoint is that one, its logs are longer."""
+    last(run).unlink()
+    last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
+
+
+def wait_for_step(run, step, process=None):
+    with within(60, f"step {step} of {run}") as expired:
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count('"train"') < step:
+            expired()
+
+
+def assert_curve_without_gaps(run, num_steps):
+    """Each step once, in metrics.jsonl and in what TensorBoard shows."""
+    wanted = list(range(1, num_steps + 1))
+    assert [row["step"] for row in metrics(run) if row["split"] == "train"] == wanted
+    assert [scalar.step for scalar in events(run).Scalars("train/bits_per_dim")] == wanted
+    seconds = [row["seconds"] for row in metrics(run)]
+    assert seconds == sorted(seconds)
+    assert left_overs(run) == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The long run that nobody stopped."""
+    run = FOLDER / "uninterrupted"
+    quick("train", *LONG, "--run-dir", run, cwd=FOLDER).ok()
+    return run
+
+
+# --- 10 + 10 = 20 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        sets(train__precision="fp32", train__optimizer="adam"),
+        sets(train__precision="bf16", train__optimizer="adamw"),
+        sets(train__optimizer="adamax", train__memory="checkpoint", train__ema=0),
+        sets(data__max_in_memory=0, data__workers=1),
+        ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1, train__precision="bf16")],
+        ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
+    ],
+    ids=["fp32-adam", "bf16-adamw", "recomputed-adamax-no-ema", "streamed", "realnvp", "nice"],
+)
+def test_20_steps_are_10_and_10(variant, tmp_path):
+    command = ["train", *([] if "--config" in variant else SMALL_MODEL), *EVERYTHING, *variant]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    quick(*command, "--run-dir", whole, cwd=tmp_path).ok()
+    copy_of(whole, halves)
+    put_back(halves, 10)
+    (halves / "checkpoints" / ".last.safetensors.abc.tmp").write_text("half a checkpoint")
+    with (halves / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "split": "tr')  # cut by the kill
+    done = quick(*command, "--run-dir", halves, cwd=tmp_path).ok()
+    assert "going on from" in done.out and "at step 10" in done.out
+    assert_same_run(whole, halves)
+    assert left_overs(halves) == []
+    steps = [scalar.step for scalar in events(halves).Scalars("train/bits_per_dim")]
+    assert steps == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_the_test_above_would_notice(tmp_path):
+    """The same run but for one thing that only later steps see is not the same run."""
+    command = ["train", *SMALL_MODEL, *EVERYTHING, "--run-dir"]
+    quick(*command, tmp_path / "a", cwd=tmp_path).ok()
+    copy_of(tmp_path / "a", tmp_path / "b")
+    put_back(tmp_path / "b", 10)
+    path = last(tmp_path / "b")
+    saved = checkpoint.read(path)
+    name = next(name for name in sorted(saved.tensors) if name.startswith("optimizer.exp_avg."))
+    saved.tensors[name] *= 1.001
+    path.unlink()
+    checkpoint.write(path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors)
+    quick(*command, tmp_path / "b", cwd=tmp_path).ok()
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path):
+    process = start("train", *LONG, cwd=tmp_path)
+    run = tmp_path / "runs" / "glow_digits"
+    wait_for_step(run, 3)
+    process.send_signal(signum)
+    stopped = result(process)
+    assert stopped.code == code and stopped.err == "", stopped
+    step = summary(run)["step"]
+    assert 3 <= step < 120 and not summary(run)["finished"]
+    assert checkpoint.read(last(run)).meta["step"] == step  # the step was finished, and saved
+    assert f"{signum.name}: finishing the step" in stopped.out and f"at step {step}; saved" in stopped.out
+    done = quick("train", *LONG, cwd=tmp_path).ok()
+    assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
+    assert_same_run(run, uninterrupted)
+    assert_curve_without_gaps(run, 120)
+
+
+def test_a_signal_before_the_first_step_is_obeyed(tmp_path):
+    process = start("train", *LONG, cwd=tmp_path)
+    with within(60, "the lock") as expired:
+        while not (tmp_path / "runs" / "glow_digits" / ".lock").exists():
+            expired()
+    process.send_signal(signal.SIGTERM)
+    stopped = result(process)
+    assert stopped.code in (143, -signal.SIGTERM) and "Traceback" not in stopped.err
+
+
+def test_kill_9_at_any_moment(uninterrupted, tmp_path):
+    """Also while a checkpoint is written, which here is most of the time; each kill loses one step at most."""
+    random.seed(0)
+    command = ["train", *LONG, *sets(train__checkpoint_every=1, train__keep_checkpoints=2), "--run-dir", "r"]
+    run, reached, mid_write = tmp_path / "r", 0, 0
+    for attempt in range(6):
+        process = Forked(command, cwd=tmp_path)
+        wait_for_step(run, reached + 2)
+        if attempt % 2:
+            time.sleep(random.random() / 20)
+        else:
+            with within(60, "a checkpoint that is being written") as expired:
+                while not list((run / "checkpoints").glob(".last.*.tmp")) and process.process.is_alive():
+                    expired()
+        os.kill(process.process.pid, signal.SIGKILL)
+        assert process.result().code == -signal.SIGKILL
+        mid_write += left_overs(run) != []
+        step = checkpoint.read(last(run)).meta["step"]  # whole, whatever happened
+        logged = [row["step"] for row in metrics(run) if row["split"] == "train"]
+        assert reached < step < 120 and logged[-1] - step in (0, 1)
+        reached = step
+    assert mid_write > 0
+    done = Forked(command, cwd=tmp_path).result().ok()
+    assert f"at step {reached}" in done.out
+    assert_curve_without_gaps(run, 120)
+    assert [p.name for p in sorted((run / "checkpoints").glob("step*"))] == [
+        *["step-00000119.safetensors", "step-00000120.safetensors"]
+    ]
+    a, b = checkpoint.read(last(run)), checkpoint.read(last(uninterrupted))
+    assert all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors) and a.tensors.keys() == b.tensors.keys()
+    assert metrics(run, timeless=True) == metrics(uninterrupted, timeless=True)
+
+
+def test_a_killed_run_leaves_no_lock_behind(tmp_path):
+    """Not even for the moments in which its worker processes live on."""
+    command = ["train", *LONG, *sets(data__max_in_memory=0, data__workers=2, train__num_steps=400), "--run-dir", "r"]
+    process = Forked(command, cwd=tmp_path)
+    wait_for_step(tmp_path / "r", 12)
+    os.kill(process.process.pid, signal.SIGKILL)
+    process.process.join()
+    done = quick(*command, *sets(train__num_steps=400), cwd=tmp_path).ok()
+    assert "streamed" in done.out and "going on from" in done.out
+
+
+# --- the same command, or nearly --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = quick("train", *TINY, cwd=tmp_path).ok()
+    assert "runs/glow_digits is finished (step 20): nothing to do" in done.out
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == after
+
+
+def test_never_refuses_a_folder_that_holds_a_run(run, tmp_path):
+    quick("train", *TINY, "--resume", "never", cwd=tmp_path).failed(2, "--resume never", "runs/glow_digits", "--run-dir")
+    quick("train", *TINY, "--resume", "never", "--run-dir", "new", cwd=tmp_path).ok()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("model.width", 9), ("train.lr", 1e-4), ("train.num_steps", 21), ("data.validation", 50), ("seed", 1)]
+    + [("model.name", "nice"), ("train.ema", 0), ("data.split_seed", 3), ("train.budget", "1h")],
+)
+def test_a_changed_key_is_named(key, value, run, tmp_path):
+    done = quick("train", *TINY, "--set", f"{key}={value}", cwd=tmp_path)
+    named = "train.num_steps" if key == "train.budget" else key
+    done.failed(2, f"{named}:", "last.safetensors has", "--run-dir")
+    assert checkpoint.read(last(run)).meta["step"] == 20 and len(metrics(run)) == 6
+
+
+def test_where_the_data_lie_may_change(run, tmp_path):
+    assert "nothing to do" in quick("train", *TINY, *sets(data__root="moved", data__workers=7), cwd=tmp_path).ok().out
+
+
+def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
+    """From there on with another schedule; the old run stays as it is."""
+    source = run / "checkpoints" / "step-00000015.safetensors"
+    more = [*TINY, *sets(train__num_steps=30, train__lr=1e-4), "--resume", source, "--run-dir", "new"]
+    done = quick("train", *more, cwd=tmp_path).ok()
+    assert f"going on from {source} at step 15" in done.out
+    assert [row["step"] for row in metrics(tmp_path / "new") if row["split"] == "train"] == [20, 25, 30]
+    assert summary(tmp_path / "new")["step"] == 30 and summary(run)["step"] == 20
+    assert "nothing to do" in quick("train", *more[:-4], "--run-dir", "new", cwd=tmp_path).ok().out  # it is a run like any
+    quick("train", *more, *sets(model__width=9), cwd=tmp_path).failed(2, "model.width")
+    quick("train", *more, "--run-dir", "runs/glow_digits", "--resume", "new", cwd=tmp_path).failed(2, "another run")
+
+
+def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
+    """The curve after it is forgotten; new checkpoints are not taken for older than the abandoned ones."""
+    source = run / "checkpoints" / "step-00000015.safetensors"
+    options = [*TINY, *sets(train__lr=1e-4, train__num_steps=17, train__checkpoint_every=1)]
+    quick("train", *options, "--resume", source, cwd=tmp_path).ok()
+    assert [row["step"] for row in metrics(run) if row["split"] == "train"] == [5, 10, 15, 17]
+    assert [scalar.step for scalar in events(run).Scalars("train/lr")] == [5, 10, 15, 17]
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert {"step-00000016.safetensors", "step-00000017.safetensors"} <= names
+
+
+def test_changed_images_are_noticed(tmp_path):
+    def write(seed):
+        images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "own.npz", x_train=images, x_test=images[:5])
+
+    command = ["train", *SMALL, *sets(data__name="npz", data__path="own.npz", train__log_every=1), "--run-dir", "r"]
+    write(seed=0)
+    process = Forked([*command, *sets(train__num_steps=100_000)], cwd=tmp_path)
+    wait_for_step(tmp_path / "r", 2)
+    process.process.terminate()
+    assert process.result().code == 143
+    write(seed=1)
+    quick(*command, *sets(train__num_steps=100_000), cwd=tmp_path).failed(2, "data:", "content", "last.safetensors")
+
+
+def test_one_process_at_a_time(tmp_path):
+    first = Forked(["train", *LONG, *sets(train__num_steps=100_000), "--run-dir", "r"], cwd=tmp_path)
+    wait_for_step(tmp_path / "r", 1)
+    second = quick("train", *LONG, *sets(train__num_steps=100_000), "--run-dir", "r", cwd=tmp_path)
+    second.failed(2, "--run-dir r", "in use by another process", f"pid {first.process.pid}")
+    first.process.terminate()
+    assert first.result().code == 143
+    steps = [row["step"] for row in metrics(tmp_path / "r") if row["split"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_budget_knows_the_time_that_was_used(tmp_path):
+    command = ["train", *LONG, *sets(train__budget="3s", train__schedule="linear"), "--run-dir", "r"]
+    first = Forked(command, cwd=tmp_path)
+    with within(60, "a second of training") as expired:
+        while not any(row["seconds"] > 1 for row in (metrics_so_far(tmp_path / "r"))):
+            expired()
+    first.process.terminate()
+    assert first.result().code == 143
+    used = summary(tmp_path / "r")["seconds"]
+    assert 1 < used < 3
+    quick(*command, cwd=tmp_path).ok()
+    rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and summary(tmp_path / "r")["finished"]
+    assert 3 <= summary(tmp_path / "r")["seconds"] < 4.5
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    lr = 2e-3
+    assert rows[-1]["lr"] < 0.2 * lr and rows[-1]["lr"] < max(row["lr"] for row in rows) / 3  # decays with the time
+    assert "nothing to do" in quick(*command, cwd=tmp_path).ok().out
+
+
+def metrics_so_far(run):
+    """While the run writes: the last line may be half there."""
+    if not (run / "metrics.jsonl").exists():
+        return []
+    whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]
+    return [yaml.safe_load(line) for line in whole.splitlines()[-1:]]
