@@ -23,7 +23,6 @@ RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
 RUN --mount=type=bind,target=/src \
     pip install --no-cache-dir --no-deps ${PIP_ARGS} /src \
     && pip check \
-    && python -c "import torchvision" \
     && flowtrain --version
 
 # The user's number: that of the owner of the folders you mount saves a --user at every run.

@@ -46,7 +46,7 @@ init= # the process that is process 1 in the container, while one runs
 clean_up() {
     status=$?
     [ -z "$init" ] || kill -KILL "$init" 2> /dev/null || true
-    b rm "$container" "$container-base" > /dev/null 2>&1 || true
+    b rm "$container" "$container-base" "$container-context" > /dev/null 2>&1 || true
     if [ -z "${CHECK_DIR:-}" ]; then
         b rmi --all --force > /dev/null 2>&1 || true
         mountpoint -q "$dir/storage/$driver" && umount "$dir/storage/$driver" || true
@@ -121,9 +121,19 @@ PYTHON
     done < "$dir/pip-paths"
 fi
 
+# A Docker engine applies .dockerignore to all that a build sees, buildah only to COPY: so the context is filtered first.
+step "build context, as .dockerignore leaves it"
+printf 'FROM scratch\nCOPY . /\n' | b bud --isolation chroot -q -t "$image-context" -f - "$here" > /dev/null
+b from --name "$container-context" "$image-context" > /dev/null
+context=$(b mount "$container-context")
+(cd "$context" && du -sh . && ls -A)
+foreign=$(cd "$context" && find . -type f | grep -v -E '^./(flowtrain/.*\.(py|typed)|configs/[a-z_]*\.yaml|pyproject\.toml|README\.md|LICENSE)$' || true)
+check "the build context holds the package, its configurations and nothing else" [ -z "$foreign" ]
+
 step "buildah bud on $described"
 b bud --isolation chroot "${limits[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}" \
-    "${mounts[@]}" -t "$image" "$here"
+    "${mounts[@]}" -t "$image" -f "$here/Dockerfile" "$context"
+b rm "$container-context" > /dev/null
 ok "the Dockerfile builds on $described"
 
 # --- what the image says ----------------------------------------------------------------------------------------------
@@ -140,7 +150,7 @@ check "volumes are declared for data, runs and cache" [ "$volumes" = "/work/cach
 
 b from "${limits[@]}" --name "$container" "$image" > /dev/null
 root=$(b mount "$container")
-left_over=$(find "$root/root/.cache" "$root/home/flowtrain/.cache" "$root/src" "$root/tmp" -type f 2> /dev/null | head || true)
+left_over=$(find "$root"/{root/.cache,home/flowtrain/.cache,src,tmp,work} -mindepth 1 ! -path "$root/work/*" 2> /dev/null | head || true)
 check "no cache of pip's, no copy of the source and no temporary file is left in the image" [ -z "$left_over" ]
 echo "size of the image's files: $(du -sh --one-file-system "$root" | cut -f1), of which /opt/venv: $(du -sh "$root/opt/venv" | cut -f1)"
 
@@ -196,10 +206,11 @@ from PIL import Image
 
 images = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 1), dtype=np.uint8)
 np.savez("data/noise.npz", x_train=images[:32], x_test=images[32:])
-for i, image in enumerate(images):
-    file = Path("data/noise", "train" if i < 32 else "test", f"{i}.png")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image[:, :, 0]).save(file)
+for tree in ("noise", "other"):
+    for i, image in enumerate(images):
+        file = Path("data", tree, "train" if i < 32 else "test", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[:, :, 0]).save(file)
 PYTHON
 read_only=(-v "$dir/data:/work/data:ro" -v "$runs:/work/runs")
 tiny=(--set data.validation=8 --set train.num_steps=2 --set train.batch_size=8)
@@ -212,8 +223,9 @@ step "a user that has no name in the image, as docker run --user makes"
 mkdir -p "$dir/other"
 rm -rf "$dir/other/"*
 chown 12345:12345 "$dir/other"
+b run --isolation chroot --user 0:0 "$container" rm -rf /work/cache/folder # as in a new container
 run --user 12345:12345 -v "$dir/other:/work/runs" -v "$dir/data:/work/data:ro" -- \
-    train --set data.name=folder --set data.path=data/noise --set data.size=8 "${tiny[@]}" --run-dir runs/folder
+    train --set data.name=folder --set data.path=data/other --set data.size=8 "${tiny[@]}" --run-dir runs/folder
 run --user 12345:12345 -v "$dir/other:/work/runs" -- sample --num 4
 check "train and sample work as user 12345, and the files are that user's" \
     [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
@@ -223,7 +235,7 @@ check "train and sample work as user 12345, and the files are that user's" \
 # buildah's chroot isolation has no process namespace. Here the entry point is process 1 of one, as in Docker: such a
 # process gets only the signals it has a handler for.
 step "docker stop: SIGTERM to process 1 during train, then the same command again"
-start() { # in the background; sets `init` to the number, outside, of the container's process 1
+start() { # LOG ARGUMENT...: in the background; sets `init` to the number, outside, of the container's process 1
     local log=$1; shift
     unshare --mount --pid --fork bash -c '
         root=$1 runs=$2 uid=$3 workdir=$4; shift 4
@@ -231,40 +243,54 @@ start() { # in the background; sets `init` to the number, outside, of the contai
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
         cd "$root"
-        exec chroot --userspec "$uid:$uid" . env -i --chdir="$workdir" "$@"
+        exec chroot --userspec "$uid:$uid" . env -i --default-signal=INT --chdir="$workdir" "$@"
     ' start "$root" "$runs" "$uid" "$workdir" "${environment[@]}" "${entrypoint[@]}" "$@" > "$log" 2>&1 &
     outer=$!
     for _ in $(seq 100); do
-        init=$(cat "/proc/$outer/task/$outer/children" 2> /dev/null | tr -d ' ')
+        init=$(tr -d ' ' 2> /dev/null < "/proc/$outer/task/$outer/children" || true)
         [ -z "$init" ] || return 0
         sleep 0.05
     done
     fail "no process in the container: $(cat "$log")"
 }
-command=(train --set train.num_steps=400 --set train.log_every=10 --run-dir runs/stopped)
+stop() { # SIGNAL PATTERN LOG: sends the signal once the log has the pattern, waits as long as docker stop would, sets `code`
+    local _
+    for _ in $(seq 1800); do
+        if grep -q "$2" "$3" || ! kill -0 "$init" 2> /dev/null; then break; fi
+        sleep 0.1
+    done
+    inside=$(awk '/^NSpid:/ { print $NF }' "/proc/$init/status" 2> /dev/null || true)
+    kill "-$1" "$init" || true
+    for _ in $(seq 100); do
+        kill -0 "$init" 2> /dev/null || break
+        sleep 0.1
+    done
+    kill -KILL "$init" 2> /dev/null || true
+    code=0
+    wait "$outer" || code=$?
+    init=
+    cat "$3"
+}
+command=(train --set train.num_steps=200 --set train.log_every=10 --run-dir runs/stopped)
 log=$dir/stopped.log
 start "$log" "${command[@]}"
-for _ in $(seq 1200); do
-    ! grep -q '^step 10/' "$log" || break
-    kill -0 "$init" 2> /dev/null || break
-    sleep 0.1
-done
-inside=$(awk '/^NSpid:/ { print $NF }' "/proc/$init/status")
-name=$(tr '\0' ' ' < "/proc/$init/cmdline")
-kill -TERM "$init"
-code=0
-wait "$outer" || code=$?
-init=
-cat "$log"
-check "flowtrain is process 1 ($name)" [ "$inside" = 1 ]
-check "SIGTERM during train gives exit code 143, not $code" [ "$code" = 143 ]
+stop TERM '^step 10/' "$log"
+check "flowtrain is process 1 in the container" [ "$inside" = 1 ]
+check "SIGTERM during train: exit code 143 (it was $code)" [ "$code" = 143 ]
 stopped_at=$(grep -o '"step": [0-9]*' "$runs/stopped/summary.json" | grep -o '[0-9]*')
-check "a checkpoint of step $stopped_at is there" \
-    [ "$stopped_at" -ge 10 -a "$stopped_at" -lt 400 -a -n "$(ls "$runs"/stopped/checkpoints/last*)" ]
+check "a checkpoint of step $stopped_at was saved" \
+    [ "$stopped_at" -ge 10 -a "$stopped_at" -lt 200 -a -n "$(ls "$runs"/stopped/checkpoints/last*)" ]
 run "${volume_options[@]}" -- "${command[@]}" | tee "$dir/resumed.log"
 first=$(grep -o -m 1 '^step [0-9]*/' "$dir/resumed.log" | grep -o '[0-9]*')
-check "the same command goes on from there (its first line is of step $first)" [ "$first" -gt "$stopped_at" ]
-check "and finishes" grep -q '"finished": true' "$runs/stopped/summary.json"
+check "the same command goes on from there (its first line is of step $first) and finishes" \
+    [ "$first" -gt "$stopped_at" -a -n "$(grep '"finished": true' "$runs/stopped/summary.json")" ]
+
+step "docker stop and Ctrl-C during evaluate"
+for signal in TERM:143 INT:130; do
+    start "$dir/evaluate.log" evaluate runs/glow_digits --samples 5000 --json result.json
+    stop "${signal%:*}" '^evaluating' "$dir/evaluate.log"
+    check "SIG${signal%:*} during evaluate: exit code ${signal#*:} (it was $code)" [ "$code" = "${signal#*:}" ]
+done
 
 step "checked, on $described"
 printf '  %s\n' "${checked[@]}"

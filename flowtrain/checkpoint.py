@@ -142,7 +142,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
         candidates = [run for run in runs.glob("*") if _checkpoint_of(run) is not None]
         if not candidates:
             raise UserError(f"no MODEL given, and there is no run under {runs}/: give a checkpoint or a run directory")
-        model = str(max(candidates, key=lambda run: (run / "checkpoints" / f"last{SUFFIX}").stat().st_mtime_ns))
+        model = str(max(candidates, key=lambda run: max(file.stat().st_mtime_ns for file in _checkpoints_of(run))))
     path = Path(model)
     if path.is_dir():
         found = _checkpoint_of(path)
@@ -156,9 +156,13 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     return path
 
 
-def _checkpoint_of(run: Path) -> Path | None:
+def _checkpoints_of(run: Path) -> list[Path]:
     files = [run / "checkpoints" / f"{name}{SUFFIX}" for name in ("best", "last")]
-    return next((file for file in files if file.is_file()), None)
+    return [file for file in files if file.is_file()]
+
+
+def _checkpoint_of(run: Path) -> Path | None:
+    return next(iter(_checkpoints_of(run)), None)
 
 
 def run_of(path: Path) -> Path:

@@ -41,7 +41,7 @@ def find_config(name: str) -> Path:
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?`, or nothing."""
     words = list(words)
-    # A key in the wrong section is as common a slip as a misspelt one.
+    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of files, or `name`.)
     same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = same_leaf or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -347,7 +348,10 @@ def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Che
         path = checkpoint.find(resume)
         saved = checkpoint.read(path)
         if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
-            raise UserError(f"--resume {resume}: {run.path} holds another run; choose another --run-dir")
+            raise UserError(
+                f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
+                "or leave --resume out to go on with that run"
+            )
     for key, there, here in differences(saved.meta["config"], config.resolved()):
         # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
         if key in FREE_KEYS or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
@@ -424,7 +428,9 @@ class _Stop:
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        console.print(f"{self.name}: finishing the step and saving")
+        # Not through rich, which may be in the middle of printing, or of an import.
+        with contextlib.suppress(OSError):  # nobody reads
+            os.write(1, f"{self.name}: finishing the step and saving\n".encode())
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def a_config(model="glow", data=None, train=None, **sections):
     """A checked configuration of a tiny model."""
     return configuration.parse(
         {
-            "data": data or {"name": "digits"},
+            "data": data or {},
             "model": {"name": model, **TINY[model]} if isinstance(model, str) else model,
             "train": {"num_steps": 5, **(train or {})},
             **sections,

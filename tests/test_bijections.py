@@ -22,6 +22,7 @@ from flowtrain.bijections import (
     Coupling,
     DiagonalAffine,
     Flatten,
+    LogisticToNormal,
     Multiscale,
     Permute,
     Sequential,
@@ -53,6 +54,8 @@ TABLE = {
     "diagonal": (lambda: DiagonalAffine((5,)), (5,), None),
     "diagonal-channels": (lambda: DiagonalAffine((3, 1, 1)), (3, 2, 2), None),
     "diagonal-no-shift": (lambda: DiagonalAffine((2, 1, 1), shift=False), (2, 2, 3), None),
+    "logistic": (LogisticToNormal, (3, 2, 2), None),
+    "logistic-vector": (LogisticToNormal, (7,), None),
     "conv1x1": (lambda: Conv1x1(4), (4, 2, 3), None),
     "conv1x1-whitening": (lambda: Conv1x1(3, "whitening"), (3, 2, 2), None),
     "conv1x1-lu": (lambda: Conv1x1LU(4), (4, 2, 3), None),
@@ -72,7 +75,11 @@ TABLE = {
     "coupling-dense": (lambda: Coupling(3, DenseNet(3, 4, 6, 2), AdditiveTransform(), swap=True), (7,), None),
     "coupling-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
     "coupling-larger-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 4, 4)),
-    "checkerboard-0": (lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 4, 4, 1), AffineTransform()), (2, 3, 4), None),
+    "checkerboard-0": (
+        lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 4, 4, 1), AffineTransform()),
+        (2, 3, 4),
+        None,
+    ),
     "checkerboard-1": (lambda: CheckerboardCoupling((3, 3), GlowNet(1, 2, 4), AffineTransform(), 1), (1, 3, 3), None),
     "checkerboard-additive": (
         lambda: CheckerboardCoupling((2, 4), GlowNet(2, 2, 4), AdditiveTransform()),
@@ -102,6 +109,7 @@ TABLE = {
     "realnvp-rgb": (lambda: model("realnvp", (3, 2, 4)), (3, 2, 4), None),
     "realnvp-one-level": (lambda: model("realnvp", (2, 3, 3), levels=1), (2, 3, 3), None),
     "nice": (lambda: model("nice", (1, 4, 4)), (1, 4, 4), None),
+    "nice-gaussian": (lambda: model("nice", (1, 2, 4), prior="gaussian"), (1, 2, 4), None),
     "nice-odd": (lambda: model("nice", (1, 3, 3), couplings=3), (1, 3, 3), None),
 }
 row = pytest.mark.parametrize("name", TABLE)
@@ -405,7 +413,9 @@ def test_affine_transform_is_bounded_both_ways(raw):
 
 
 @pytest.mark.parametrize("raw", [-1e30, -100.0, 100.0, 1e30])
-@pytest.mark.parametrize("build", [lambda: DiagonalAffine((3, 1, 1)), lambda: ready(ActNorm((3, 1, 1))), lambda: Conv1x1LU(3)])
+@pytest.mark.parametrize(
+    "build", [lambda: DiagonalAffine((3, 1, 1)), lambda: ready(ActNorm((3, 1, 1))), lambda: Conv1x1LU(3)]
+)
 def test_learned_log_scales_are_bounded_both_ways(build, raw):
     layer, x = build(), torch.randn(2, 3, 2, 2)
     with torch.no_grad():
@@ -416,6 +426,36 @@ def test_learned_log_scales_are_bounded_both_ways(build, raw):
     # A 1x1 convolution has triangular factors too, on which the scale acts up to three times over.
     limit = math.exp(LOG_SCALE_LIMIT) ** (3 if isinstance(layer, Conv1x1LU) else 1) * 10
     assert z.abs().max() < limit and back.abs().max() < limit
+
+
+# ---------------------------------------------------------------- the logistic base
+
+
+def test_logistic_to_normal_gives_the_logistic_density():
+    x = torch.cat([torch.linspace(-300, 300, 1201), torch.linspace(-3, 3, 601)])[:, None]
+    z, log_det = LogisticToNormal()(x)
+    assert torch.isfinite(z).all() and (z[:1201].diff(dim=0) >= 0).all()
+    density = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det
+    x = x[:, 0].double()
+    expected = -x.abs() - 2 * torch.log1p((-x.abs()).exp())
+    torch.testing.assert_close(density.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_logistic_to_normal_makes_normal_numbers():
+    u = torch.rand(50_000, 1, generator=seeded()).clamp(1e-6, 1 - 1e-6)
+    z = LogisticToNormal()(torch.logit(u))[0]
+    assert abs(z.mean().item()) < 0.02 and abs(z.std().item() - 1) < 0.01
+    torch.testing.assert_close(torch.special.ndtr(z), u, rtol=1e-3, atol=1e-5)
+
+
+def test_logistic_to_normal_is_harmless_far_out():
+    z = torch.tensor([-1e3, -30.0, -12.0, 0.0, 12.0, 30.0, 1e3])[:, None]
+    for x, log_det in (LogisticToNormal().inverse(z), LogisticToNormal()(1e3 * z)):
+        assert torch.isfinite(x).all() and torch.isfinite(log_det).all()
+    x = torch.tensor([[-1e4], [0.0], [1e4]], requires_grad=True)
+    z, log_det = LogisticToNormal()(x)
+    (z.sum() + log_det.sum()).backward()
+    assert torch.isfinite(x.grad).all()
 
 
 # ---------------------------------------------------------------- layouts

@@ -1,15 +1,17 @@
 """From a data set to batches: splits, their fingerprint, the order, streaming and augmentation."""
 
 import itertools
+import pickle
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, SHARED, a_config, npz, seeded
+from helpers import SHARED, a_config, npz, seeded
 from PIL import Image
 
-from flowtrain.data import Batches, DataSet, Split, augment
+from flowtrain import config as configuration
+from flowtrain.data import Batches, DataSet, Split, _Reader, augment
 from flowtrain.errors import UserError
 
 CPU = torch.device("cpu")
@@ -101,10 +103,10 @@ def test_n_bits_keeps_the_upper_bits(tmp_path, n_bits):
         expected = arrays["x_test"].transpose(0, 3, 1, 2) // 2 ** (8 - n_bits)
     assert np.array_equal(data.split("test").take(slice(None)), expected)
     for x in first(batches(section), 3):
-        assert x.dtype == torch.uint8 and x.max() < 2**n_bits and (n_bits > 1 or x.max() == 1)
+        assert x.dtype == torch.uint8 and 0.9 * 2**n_bits < int(x.max()) + 1 <= 2**n_bits
 
 
-def test_taking_images_leaves_the_array_alone(tmp_path):
+def test_taking_images_leaves_the_array_alone():
     pixels = np.arange(64, dtype=np.uint8).reshape(4, 1, 4, 4)
     split = Split(pixels, np.array([3, 1]), 0)
     split.take(slice(None)).zero_()
@@ -142,8 +144,6 @@ def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read,
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.startswith("users_own")]:
         monkeypatch.delitem(sys.modules, name)
-    from flowtrain import config as configuration
-
     configuration.component_schema.cache_clear()
     with pytest.raises(UserError, match=message):
         data_set({"name": "users_own.images"}).split("train")
@@ -186,7 +186,7 @@ def test_the_last_order_is_not_assumed(numbered):
     # One object, asked out of order.
     source = batches(numbered)
     late = source.positions(9).tolist()
-    source.positions(0)
+    assert source.positions(0).tolist() == batches(numbered).positions(0).tolist()
     assert source.positions(9).tolist() == late
 
 
@@ -219,10 +219,6 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
 
 
 def test_a_memory_map_is_opened_again_by_another_process(tmp_path):
-    import pickle
-
-    from flowtrain.data import _Reader
-
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 16, 16), "u1")
     np.save(tmp_path / "a.npy", pixels)
     reader = _Reader(Split(np.load(tmp_path / "a.npy", mmap_mode="r"), np.arange(10, 90), 3))
@@ -330,6 +326,6 @@ def test_real_cifar10():
 
 
 def test_digits_are_the_default():
-    data = data_set({"name": "digits"})
-    assert (data.shape, data.levels, REPOSITORY.is_dir()) == ((1, 8, 8), 17, True)
+    data = data_set({})
+    assert (data.shape, data.levels) == ((1, 8, 8), 17)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]

@@ -158,7 +158,7 @@ def test_samples(model):
 
 def test_samples_follow_the_model():
     # A model of known mean and spread: sampling that is not the inverse of preprocessing would shift it.
-    flow = tiny_flow("nice", (1, 1, 2))
+    flow = tiny_flow("nice", (1, 1, 2), prior="gaussian")
     for parameter in flow.parameters():
         torch.nn.init.zeros_(parameter)
     diagonal = flow.bijection.layers[-1]
@@ -206,7 +206,7 @@ def test_initialize_sets_each_layer_from_its_own_input(model):
 
     hooks = [m.register_forward_hook(hook) for m in flow.modules() if isinstance(m, ActNorm)]
     flow(x, draw_noise(x.shape, seeded(), x.device))  # the batch that tiny_flow initialized it on
-    assert len(seen) == len(hooks) and (model == "nice") == (not seen)
+    assert len(seen) == len(hooks) > 0
     for values in seen:
         assert values.mean(0).abs().max() < 1e-3 and (values.std(0, correction=0) - 1).abs().max() < 1e-2
     for handle in hooks:
@@ -214,7 +214,7 @@ def test_initialize_sets_each_layer_from_its_own_input(model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in flow.modules())
 
 
-@pytest.mark.parametrize("model", ["glow", "realnvp"])
+@every_model
 def test_an_uninitialized_model_raises(model):
     flow = tiny_flow(model)
     x = images(3, flow.shape)

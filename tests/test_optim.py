@@ -22,8 +22,16 @@ def rates(steps, **options):
     [
         ({"schedule": "constant"}, [0, 50, 99, 200], [0.1, 0.1, 0.1, 0.1]),
         ({"schedule": "linear"}, [0, 25, 50, 99, 100, 500], [0.1, 0.075, 0.05, 0.001, 0, 0]),
-        ({"schedule": "cosine"}, [0, 25, 50, 75, 100, 500], [0.1, 0.05 + 0.05 / 2**0.5, 0.05, 0.05 - 0.05 / 2**0.5, 0, 0]),
-        ({"schedule": "constant", "warmup_steps": 10}, [0, 1, 4, 8, 9, 10, 99], [0.01, 0.02, 0.05, 0.09, 0.1, 0.1, 0.1]),
+        (
+            {"schedule": "cosine"},
+            [0, 25, 50, 75, 100, 500],
+            [0.1, 0.05 + 0.05 / 2**0.5, 0.05, 0.05 - 0.05 / 2**0.5, 0, 0],
+        ),
+        (
+            {"schedule": "constant", "warmup_steps": 10},
+            [0, 1, 4, 8, 9, 10, 99],
+            [0.01, 0.02, 0.05, 0.09, 0.1, 0.1, 0.1],
+        ),
         ({"schedule": "linear", "warmup_steps": 20}, [0, 9, 19, 20, 60, 100], [0.005, 0.05, 0.1, 0.1, 0.05, 0]),
         ({"schedule": "cosine", "warmup_steps": 20}, [0, 19, 20, 60, 100], [0.005, 0.1, 0.1, 0.05, 0]),
         ({"schedule": "linear", "warmup_steps": 100}, [0, 49, 99], [0.001, 0.05, 0.1]),
@@ -77,7 +85,9 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
     assert {n for n, p in flow.named_parameters() if not torch.equal(p, before[n])} == decayed
 
 
-@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)])
+@pytest.mark.parametrize(
+    "name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)]
+)
 def test_optimizers(name, kind):
     flow = tiny_flow("nice")
     optimizer = build_optimizer(flow, a_config("nice", train={"optimizer": name, "lr": 0.01}).train)

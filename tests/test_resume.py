@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and continued: nothing may differ from a run that was left alone (design, section 6)."""
+"""Runs that are stopped, killed and continued: nothing differs from a run that was left alone (design, section 6)."""
 
 import os
 import random
@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import yaml
-
 from cli_helpers import (
     FOLDER,
     SMALL,
@@ -28,15 +27,23 @@ from cli_helpers import (
     trained,
     within,
 )
+
 from flowtrain import checkpoint
 
-# All that has a memory: the window of the metrics, the average, warm-up and decay, two-part steps, the order of the images.
-EVERYTHING = sets(train__accumulate=2, train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine")
-EVERYTHING += sets(train__log_every=3, train__validate_every=4, train__sample_every=7, train__batch_size=100, data__shift=1)
+# All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the order of the images.
+EVERYTHING = sets(
+    train__accumulate=2, train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine"
+)
+EVERYTHING += sets(
+    train__log_every=3, train__validate_every=4, train__sample_every=7, train__batch_size=100, data__shift=1
+)
 EVERYTHING += sets(train__num_steps=20, train__checkpoint_every=10, train__keep_checkpoints=5, train__weight_decay=1e-2)
 SMALL_MODEL = SMALL[:4]
 
-LONG = [*SMALL, *sets(train__log_every=1, train__validate_every=25, train__checkpoint_every=10, train__sample_every=1000)]
+LONG = [
+    *SMALL,
+    *sets(train__log_every=1, train__validate_every=25, train__checkpoint_every=10, train__sample_every=1000),
+]
 LONG += sets(train__num_steps=120, train__keep_checkpoints=0)
 
 
@@ -46,7 +53,7 @@ def put_back(run, step):
     last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
 
 
-def wait_for_step(run, step, process=None):
+def wait_for_step(run, step):
     with within(60, f"step {step} of {run}") as expired:
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count('"train"') < step:
             expired()
@@ -179,19 +186,28 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
         *["step-00000119.safetensors", "step-00000120.safetensors"]
     ]
     a, b = checkpoint.read(last(run)), checkpoint.read(last(uninterrupted))
-    assert all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors) and a.tensors.keys() == b.tensors.keys()
+    assert (
+        all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors) and a.tensors.keys() == b.tensors.keys()
+    )
     assert metrics(run, timeless=True) == metrics(uninterrupted, timeless=True)
 
 
 def test_a_killed_run_leaves_no_lock_behind(tmp_path):
     """Not even for the moments in which its worker processes live on."""
-    command = ["train", *LONG, *sets(data__max_in_memory=0, data__workers=2, train__num_steps=400), "--run-dir", "r"]
-    process = Forked(command, cwd=tmp_path)
-    wait_for_step(tmp_path / "r", 12)
-    os.kill(process.process.pid, signal.SIGKILL)
-    process.process.join()
-    done = quick(*command, *sets(train__num_steps=400), cwd=tmp_path).ok()
-    assert "streamed" in done.out and "going on from" in done.out
+    streamed = sets(data__max_in_memory=0, data__workers=1, train__num_steps=5000, train__log_every=100)
+    command = ["train", *SMALL, *streamed, *sets(train__checkpoint_every=5), "--run-dir", "r"]
+    first = Forked(command, cwd=tmp_path)
+    with within(60, "a checkpoint") as expired:
+        while not list((tmp_path / "r" / "checkpoints").glob("step-*")):
+            expired()
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.join()
+    second = Forked(command, cwd=tmp_path)
+    with within(60, "the second start") as expired:
+        while "going on from" not in second.out and second.process.is_alive():
+            expired()
+    second.process.terminate()
+    assert second.result().code == 143 and "streamed" in second.out, second.result()
 
 
 # --- the same command, or nearly --------------------------------------------------------------------------------------
@@ -211,14 +227,16 @@ def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path):
 
 
 def test_never_refuses_a_folder_that_holds_a_run(run, tmp_path):
-    quick("train", *TINY, "--resume", "never", cwd=tmp_path).failed(2, "--resume never", "runs/glow_digits", "--run-dir")
+    quick("train", *TINY, "--resume", "never", cwd=tmp_path).failed(
+        2, "--resume never", "runs/glow_digits", "--run-dir"
+    )
     quick("train", *TINY, "--resume", "never", "--run-dir", "new", cwd=tmp_path).ok()
 
 
 @pytest.mark.parametrize(
     "key, value",
     [("model.width", 9), ("train.lr", 1e-4), ("train.num_steps", 21), ("data.validation", 50), ("seed", 1)]
-    + [("model.name", "nice"), ("train.ema", 0), ("data.split_seed", 3), ("train.budget", "1h")],
+    + [("model.coupling", "additive"), ("train.ema", 0), ("data.split_seed", 3), ("train.budget", "1h")],
 )
 def test_a_changed_key_is_named(key, value, run, tmp_path):
     done = quick("train", *TINY, "--set", f"{key}={value}", cwd=tmp_path)
@@ -239,9 +257,13 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     assert f"going on from {source} at step 15" in done.out
     assert [row["step"] for row in metrics(tmp_path / "new") if row["split"] == "train"] == [20, 25, 30]
     assert summary(tmp_path / "new")["step"] == 30 and summary(run)["step"] == 20
-    assert "nothing to do" in quick("train", *more[:-4], "--run-dir", "new", cwd=tmp_path).ok().out  # it is a run like any
-    quick("train", *more, *sets(model__width=9), cwd=tmp_path).failed(2, "model.width")
-    quick("train", *more, "--run-dir", "runs/glow_digits", "--resume", "new", cwd=tmp_path).failed(2, "another run")
+    assert (
+        "nothing to do" in quick("train", *more[:-4], "--run-dir", "new", cwd=tmp_path).ok().out
+    )  # it is a run like any
+    quick("train", *more, cwd=tmp_path).failed(2, "--resume", "new holds another run", "leave --resume out")
+    for key, value in [("model.width", 9), ("train.optimizer", "adamax"), ("data.flip", "true")]:
+        other = quick("train", *more, "--set", f"{key}={value}", "--run-dir", "newer", cwd=tmp_path)
+        other.failed(2, f"{key}: {source} has")
 
 
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):

@@ -9,6 +9,7 @@ from flowtrain.bijections.coupling import (
     CheckerboardCoupling,
     Coupling,
 )
+from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.multiscale import Multiscale
 from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
 
@@ -23,6 +24,7 @@ __all__ = [
     "Coupling",
     "DiagonalAffine",
     "Flatten",
+    "LogisticToNormal",
     "Multiscale",
     "Permute",
     "Sequential",

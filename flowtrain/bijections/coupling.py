@@ -7,9 +7,6 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, bounded, sum_per_example
 
-# A conditioner: the kept part `(B, C, ...)` (and perhaps context) to the parameters of the transform.
-Conditioner = Callable[[Tensor, Tensor | None], Tensor]
-
 
 class AffineTransform(nn.Module):
     """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4, shifted first).
@@ -50,7 +47,25 @@ class AdditiveTransform(nn.Module):
         return z - parameters, torch.zeros_like(z)
 
 
-class Coupling(Bijection):
+class _ConditionedTransform(Bijection):
+    """What couplings share: the same split and conditioner in both directions, only the transform differs."""
+
+    def __init__(self, conditioner: nn.Module, transform: nn.Module):
+        super().__init__()
+        self.conditioner = conditioner
+        self.transform = transform
+
+    def _couple(self, x: Tensor, context: Tensor | None, transform: Callable) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(x, context, self.transform)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(z, context, self.transform.inverse)  # type: ignore[arg-type]
+
+
+class Coupling(_ConditionedTransform):
     """Splits dimension 1 in two; the first `kept` entries pass through and condition the transform of the rest.
 
     With `swap` the last `kept` entries are the ones that pass. The log-determinant is the sum of the transform's
@@ -59,11 +74,9 @@ class Coupling(Bijection):
     """
 
     def __init__(self, kept: int, conditioner: nn.Module, transform: nn.Module, swap: bool = False):
-        super().__init__()
+        super().__init__(conditioner, transform)
         self.kept = kept
         self.swap = swap
-        self.conditioner = conditioner
-        self.transform = transform
 
     def _couple(self, x: Tensor, context: Tensor | None, transform: Callable) -> tuple[Tensor, Tensor]:
         if self.swap:
@@ -75,14 +88,8 @@ class Coupling(Bijection):
         parts = (changed, kept) if self.swap else (kept, changed)
         return torch.cat(parts, dim=1), sum_per_example(log_derivative)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, context, self.transform)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(z, context, self.transform.inverse)  # type: ignore[arg-type]
-
-
-class CheckerboardCoupling(Bijection):
+class CheckerboardCoupling(_ConditionedTransform):
     """Keeps the pixels of one colour of a checkerboard and transforms the others (RealNVP, section 3.4, eq. 9).
 
     `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees the image with
@@ -92,19 +99,11 @@ class CheckerboardCoupling(Bijection):
     keep: Tensor
 
     def __init__(self, size: tuple[int, int], conditioner: nn.Module, transform: nn.Module, parity: int = 0):
-        super().__init__()
+        super().__init__(conditioner, transform)
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
-        self.conditioner = conditioner
-        self.transform = transform
 
     def _couple(self, x: Tensor, context: Tensor | None, transform: Callable) -> tuple[Tensor, Tensor]:
         parameters = self.conditioner(x * self.keep, context).to(x.dtype)
         changed, log_derivative = transform(x, parameters)
         return torch.where(self.keep, x, changed), sum_per_example(log_derivative * ~self.keep)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, context, self.transform)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(z, context, self.transform.inverse)  # type: ignore[arg-type]

@@ -1,0 +1,422 @@
+"""What a user, a disk or a number can get wrong: one message with what, where and what to do; never a traceback."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import (
+    SMALL,
+    TINY,
+    Forked,
+    checkpoint,
+    copy_of,
+    flowtrain,
+    last,
+    left_overs,
+    metrics,
+    quick,
+    sets,
+    trained,
+    tree,
+    within,
+)
+
+from flowtrain.errors import RunError
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with one of everything that can be wrong, and a good run."""
+    here = tmp_path_factory.mktemp("bad")
+    run = copy_of(trained()["glow"], here / "run")
+    good = (run / "checkpoints" / "best.safetensors").read_bytes()
+    flipped = bytearray(good)
+    flipped[-100] ^= 1
+    header = bytearray(good)
+    header[100] ^= 1
+    files = {
+        "syntax.yaml": "model: {steps: 1\ntrain: [",
+        "list.yaml": "- 1\n- 2\n",
+        "section.yaml": "model: glow\ntrain: {num_steps: 1}\n",
+        "no_length.yaml": "model: {levels: 2, steps: 1, width: 8}\n",
+        "both.yaml": "train: {num_steps: 1, budget: 1min}\n",
+        "text": "a file, not a folder\n",
+        "text.npz": "not a zip archive",
+        "picture.png": "not an image",
+    }
+    for name, text in files.items():
+        (here / name).write_text(text)
+    blobs = {"flipped": flipped, "header": header, "cut": good[:-1], "cut_header": good[:200], "empty": b""}
+    for name, blob in blobs.items():
+        (here / f"{name}.safetensors").write_bytes(blob)
+    (here / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    saved = checkpoint.read(last(run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        patch.setattr(checkpoint, "versions", lambda: {"flowtrain": "9.8.7"})
+        meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+        checkpoint.write(here / "future.safetensors", meta, saved.tensors)
+    safetensors_of_others = {"weight": torch.zeros(3)}
+    checkpoint.safetensors.torch.save_file(safetensors_of_others, here / "foreign.safetensors")
+    named = {**meta, "config": {**meta["config"], "model": {"name": "os.path"}}}
+    checkpoint.write(here / "dotted.safetensors", named, saved.tensors)
+    named = {**meta, "config": {**meta["config"], "data": {**meta["config"]["data"], "name": "os.path"}}}
+    checkpoint.write(here / "dotted_data.safetensors", named, saved.tensors)
+    (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    (here / "evil.safetensors").write_bytes(pickle.dumps(Evil()))
+    torch.save({"model": Evil()}, here / "evil_torch.pt")
+    rng = np.random.default_rng(0)
+    np.savez(here / "large.npz", x_train=rng.integers(0, 256, (20, 16, 16), dtype=np.uint8))
+    np.savez(here / "same.npz", x_train=rng.integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    np.savez(here / "floats.npz", x_train=rng.random((20, 8, 8)))
+    np.savez(here / "labels.npz", y_train=np.zeros(20))
+    damaged = bytearray((here / "same.npz").read_bytes())
+    damaged[700] ^= 255  # a pixel
+    (here / "damaged.npz").write_bytes(damaged)
+    (here / "cut.npz").write_bytes((here / "same.npz").read_bytes()[:-40])
+    for name in ("empty", "grid.png", "runs_of_nobody"):
+        (here / name).mkdir()
+    raw = here / "mnist_damaged" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{part}-ubyte").write_bytes(b"\0" * 100)
+    return here
+
+
+class Evil:
+    """Loading it as a pickle makes a folder `executed` in the current folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def npz(path, *more):
+    return ["train", *SMALL, *sets(data__name="npz", data__path=path, train__num_steps=2), *more]
+
+
+# command line (train has the options of TINY): exit code, and what the message has to say
+BAD_CONFIGURATIONS = [
+    ("model.stepz=3", "model.stepz", "did you mean model.steps?", "3"),
+    ("train.learning_rate=1", "train.learning_rate", "unknown key", "1"),
+    ("train.steps=3", "train.steps", "did you mean model.steps?"),
+    ("num_steps=3", "num_steps", "did you mean train.num_steps?"),
+    ("model.coupling=afine", "model.coupling", "'affine' or 'additive'", "'afine'"),
+    ("model.width=wide", "model.width", "integer", "'wide'"),
+    ("model.width=0", "model.width", "greater than or equal to 1", "0"),
+    ("model.width=2.5", "model.width", "integer", "2.5"),
+    ("train.lr=fast", "train.lr", "number", "'fast'"),
+    ("train.lr=-1", "train.lr", "greater than 0", "-1"),
+    ("train.lr=.nan", "train.lr", "finite", "nan"),
+    ("train.ema=1", "train.ema", "less than 1", "1"),
+    ("train.budget=soon", "train.budget", "a duration such as 90s, 30min or 1.5h", "'soon'"),
+    ("train.log_every=0", "train.log_every", "greater than or equal to 1"),
+    ("data.validation=-1", "data.validation", "greater than or equal to 0", "-1"),
+    ("data.validation=5000", "data.validation", "cannot hold 5000 of 1617 images out"),
+    ("data.flip=maybe", "data.flip", "boolean", "'maybe'"),
+    ("data.n_bits=5", "data.n_bits", "digits has 17 levels"),
+    ("data.shift=8", "data.shift", "8"),
+    ("data.path=x.npz", "data.path", "unknown key"),
+    ("data=digits", "data:", "'digits'"),
+    ("data.name=mnits", "data.name", "did you mean mnist?", "cifar10, cifar100, digits"),
+    ("model.name=glo", "model.name", "did you mean glow?", "glow, nice, realnvp"),
+    ("model.name=no.such.module", "model.name", "no.such.module"),
+    ("model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16"),
+    ("dequantization.name=variatonal", "dequantization.name", "'variatonal'"),
+    ("dequantization.alpha=0.5", "dequantization.alpha", "less than 0.5"),
+    ("seed=-1", "seed", "-1"),
+    ("train.precision=fp16", "train.precision", "'fp16'"),
+    ("train", "--set train", "key=value"),
+    ("=3", "--set =3", "key=value"),
+    ("train.lr=[1", "--set train.lr=[1", "not YAML"),
+    ("train.lr.peak=1", "train.lr"),
+]
+
+BAD_COMMANDS = [
+    (
+        ["train", "--config", "glow_digit.yaml"],
+        "--config glow_digit.yaml",
+        "did you mean glow_digits.yaml?",
+        "shipped:",
+    ),
+    (["train", "--config", "syntax.yaml"], "syntax.yaml", "cannot be read as YAML", "line 2"),
+    (["train", "--config", "binary.yaml"], "binary.yaml", "cannot be read as YAML"),
+    (["train", "--config", "list.yaml"], "list.yaml", "expected keys and values, got list"),
+    (["train", "--config", "section.yaml"], "section.yaml", "model: expected keys and values, got 'glow'"),
+    (["train", "--config", "no_length.yaml"], "train.num_steps and train.budget", "neither is given"),
+    (["train", "--config", "both.yaml"], "train.num_steps and train.budget", "both are given"),
+    (["train", "--config", "empty"], "--config empty"),
+    (["train", *TINY, "--run-dir", "text"], "--run-dir text", "cannot be used"),
+    (["train", *TINY, "--run-dir", "text/below"], "--run-dir text/below", "cannot be used"),
+    (["train", *TINY, "--resume", "nowhere", "--run-dir", "new"], "nowhere: no such checkpoint or run directory"),
+    (["train", *TINY, "--init-from", "nowhere", "--run-dir", "new"], "nowhere: no such checkpoint"),
+    (["train", *TINY, "--resume", "flipped.safetensors", "--run-dir", "new"], "flipped.safetensors: damaged"),
+    (["train", *TINY, "--device", "gpu"], "--device gpu", "auto, cpu, cuda, cuda:N or mps"),
+    (["train", *TINY, "--device", "cuda:x"], "--device cuda:x", "auto, cpu, cuda, cuda:N or mps"),
+    (["train", *TINY, "--device", "cuda:"], "--device cuda:", "auto, cpu, cuda, cuda:N or mps"),
+    (["train", *TINY, "--device", "cuda:99"], "--device cuda:99", "CUDA device"),
+    (["train", "--sett", "seed=1"], "No such option", "--set"),
+    (npz("nowhere.npz"), "data.path: there is no file", "nowhere.npz"),
+    (npz("text.npz"), "data.path", "text.npz is not an .npz file"),
+    (npz("cut.npz"), "data.path", "cut.npz", "cut short"),
+    (npz("damaged.npz"), "data.path: x_train in", "damaged.npz is damaged", "copy or save the file again"),
+    (npz("floats.npz"), "data.path", "float64, not uint8", ".astype(np.uint8)"),
+    (npz("labels.npz"), "data.path", "has no array x_train (it has y_train)"),
+    (npz("large.npz", "--set", "model.levels=5"), "16x16 can be squeezed 4 times", "levels: 5"),
+    (["train", *TINY, *sets(data__name="npz")], "data.path", "missing"),
+    (["train", *TINY, *sets(data__name="folder", data__path="empty", data__size=8)], "data.path", "no image in"),
+    (["train", *TINY, *sets(data__name="folder", data__path="text", data__size=8)], "data.path", "not a folder"),
+    (["evaluate"], "no MODEL given", "no run under runs/"),
+    (["evaluate", "nowhere"], "nowhere: no such checkpoint or run directory"),
+    (["evaluate", "empty"], "empty: has no checkpoint", "checkpoints/best.safetensors"),
+    (["evaluate", "run", "--split", "dev"], "--split dev", "test, validation or train"),
+    (["evaluate", "run", "--weights", "best"], "--weights best", "ema or raw"),
+    (["evaluate", "run", "--num-images", "0"], "--num-images"),
+    (["evaluate", "run", "--samples", "0"], "--samples"),
+    (["evaluate", "run", *sets(data__validation=0), "--split", "validation"], "--split validation", "empty"),
+    (
+        ["evaluate", "run", *sets(data__name="npz", data__path="large.npz")],
+        "(1, 16, 16)",
+        "(1, 8, 8)",
+        "run/checkpoints",
+    ),
+    (["evaluate", "run", *sets(data__name="npz", data__path="same.npz")], "256 levels", "17 levels"),
+    (["evaluate", "run", "--json", "text/a.json"], "text/a.json: cannot be written"),
+    (["evaluate", "run", "--json", "empty"], "empty: cannot be written"),
+    (["evaluate", "run", "--scores", "empty", "--json", "a.json"], "empty: cannot be written"),
+    (["evaluate", "flipped.safetensors"], "flipped.safetensors: damaged", "checksum"),
+    (["evaluate", "cut.safetensors"], "cut.safetensors: damaged", "checksum"),
+    (["evaluate", "header.safetensors"], "header.safetensors", "damaged"),
+    (["evaluate", "cut_header.safetensors"], "cut_header.safetensors: damaged", "header"),
+    (["evaluate", "empty.safetensors"], "empty.safetensors: damaged", "header"),
+    (["evaluate", "foreign.safetensors"], "foreign.safetensors"),
+    (["evaluate", "text"], "text: not a flowtrain checkpoint"),
+    (["evaluate", "future.safetensors"], "checkpoint format 99 by flowtrain 9.8.7", "reads format 1", "train again"),
+    (["evaluate", "evil.pt"], "evil.pt: not a flowtrain checkpoint", "pickles are never loaded"),
+    (["evaluate", "evil.safetensors"], "evil.safetensors: damaged"),
+    (["evaluate", "evil_torch.pt"], "evil_torch.pt: not a flowtrain checkpoint", "pickles are never loaded"),
+    (["train", *TINY, "--init-from", "evil.pt", "--run-dir", "new"], "evil.pt: not a flowtrain checkpoint"),
+    (["sample", "dotted.safetensors"], "model.name is 'os.path'", "--trust-code"),
+    (["sample", "dotted_data.safetensors"], "data.name is 'os.path'", "--trust-code"),
+    (["sample", "run", "--out", "a.jpg"], "--out a.jpg", ".png or .npz"),
+    (["sample", "run", "--out", "a"], "--out a:", ".png or .npz"),
+    (["sample", "run", "--out", "grid.png"], "grid.png", "cannot be written"),
+    (["sample", "run", "--out", "text/a.png"], "text/a.png: cannot be written"),
+    (["sample", "run", "--num", "0"], "--num"),
+    (["sample", "run", "--temperature", "-1"], "--temperature"),
+    (["sample", "run", "--temperature", "nan"], "--temperature"),
+    (["sample", "run", "--temperature", "hot"], "--temperature"),
+    (["sample", "run", "--seed", "-1"], "--seed"),
+    (["interpolate", "run", "--steps", "1"], "--steps"),
+    (["interpolate", "run", "--pairs", "91"], "--pairs 91", "180 images"),
+    (["interpolate", "run", "--out", "a.npz"], "--out a.npz", ".png or .gif"),
+    (["interpolate", "run", "--images", "nowhere.png", "picture.png"], "nowhere.png: there is no such image file"),
+    (["interpolate", "run", "--images", "picture.png", "picture.png"], "picture.png cannot be read as an image"),
+    (["interpolate", "run", "--images", "picture.png"], "--images"),
+]
+
+
+def case_id(case):
+    words = case if isinstance(case, str) else " ".join(map(str, case))
+    return words.replace(" ".join(TINY), "").replace(" ".join(SMALL), "")[:60]
+
+
+@pytest.mark.parametrize("override, fragments", [(c[0], c[1:]) for c in BAD_CONFIGURATIONS], ids=case_id)
+def test_bad_configuration(override, fragments, folder):
+    before = tree(folder)
+    options = [] if override.startswith("model.name") else TINY
+    quick("train", *options, "--set", override, cwd=folder).failed(2, *fragments)
+    forget(folder, "runs")
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("command, fragments", [(c[0], c[1:]) for c in BAD_COMMANDS], ids=case_id)
+def test_bad_input(command, fragments, folder):
+    before = tree(folder)
+    quick(*command, cwd=folder).failed(2, *fragments)
+    forget(folder, "runs", "new", "a.json")
+    assert tree(folder) == before  # nothing written, nothing executed, nothing lost
+
+
+def forget(folder, *names):
+    """Folders that a refused start may leave: they hold a lock at most."""
+    for name in names:
+        assert not list((folder / name).rglob("*.safetensors"))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
+
+
+def test_as_a_user_would_see_it(folder):
+    """The table runs forked; this one does not."""
+    done = flowtrain("train", *sets(model__stepz=3), cwd=folder).failed(2)
+    assert done.out == ""
+    assert done.err.startswith("flowtrain: ") and done.err.count("\n") == 1
+    assert done.err.rstrip().endswith("model.stepz: unknown key; did you mean model.steps? (value 3)")
+
+
+def test_several_mistakes_are_told_at_once(folder):
+    done = quick("train", *sets(model__stepz=3, train__lr="fast", nonsense=1), cwd=folder)
+    done.failed(2, "model.stepz", "train.lr", "nonsense")
+
+
+@pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [["train", *TINY], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]])
+def test_no_cuda(command, folder):
+    quick(*command, "--device", "cuda", cwd=folder).failed(2, "--device cuda", "no CUDA device", "--device cpu")
+
+
+def test_mnist_without_a_network(folder):
+    with socket.socket() as closed:  # a port on which nobody listens
+        closed.bind(("127.0.0.1", 0))
+        proxy = dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{closed.getsockname()[1]}")
+        done = quick("train", *SMALL, *sets(data__name="mnist", data__root="dl"), cwd=folder, **proxy)
+    wanted = "data.root: MNIST is not in", "could not be downloaded", "train-images-idx3-ubyte.gz", "https://"
+    done.failed(2, *wanted, str(folder / "dl" / "MNIST" / "raw"))
+    forget(folder, "runs", "dl")
+
+
+def test_damaged_mnist(folder):
+    done = quick("train", *SMALL, *sets(data__name="mnist", data__root="mnist_damaged"), cwd=folder)
+    done.failed(2, "data.root: the MNIST files in", "are damaged", "100 bytes, not 47040016", "Delete")
+    forget(folder, "runs")
+
+
+def test_the_pickles_above_are_malicious(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    pickle.loads((folder / "evil.pt").read_bytes())
+    assert (folder / "executed").is_dir()
+    (folder / "executed").rmdir()
+
+
+def test_weights_that_were_not_kept(tmp_path):
+    quick("train", *TINY, *sets(train__ema=0), cwd=tmp_path).ok()
+    quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(2, "--weights ema", "train.ema was 0", "--weights raw")
+    assert '"raw"' in quick("evaluate", "--json", "-", cwd=tmp_path).ok().out
+
+
+def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):
+    """Resuming says which file; it neither starts over nor removes anything."""
+    run = copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+    data = bytearray(last(run).read_bytes())
+    data[-1] ^= 1
+    last(run).write_bytes(data)
+    before = tree(run)
+    quick("train", *TINY, cwd=tmp_path).failed(2, "runs/glow_digits/checkpoints/last.safetensors: damaged")
+    assert tree(run) == before
+    (run / "checkpoints").rename(run / "aside")
+    (run / "checkpoints").write_text("in the way")
+    quick("train", *TINY, cwd=tmp_path).failed(2, "--run-dir", "checkpoints is not a folder")
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "room, what, options",  # room: the longest file that the disk takes, beyond a checkpoint's bytes
+    [
+        (-1000, "last.safetensors", []),
+        (6000, "", sets(train__sample_every=1)),  # TensorBoard's file outgrows that
+        (2000, "metrics.jsonl", sets(train__sample_every=5000, train__validate_every=5000)),
+    ],
+    ids=["checkpoint", "tensorboard", "metrics"],
+)
+def test_no_space_left(room, what, options, tmp_path):
+    """Exit 1, with a message; what was saved before is whole, and no half-written file stays."""
+    command = ["train", *SMALL, *sets(train__checkpoint_every=2, train__log_every=5, train__num_steps=400), *options]
+    first = Forked(command, cwd=tmp_path)
+    run = tmp_path / "runs" / "glow_digits"
+    with within(60, "a checkpoint") as expired:
+        while not list((run / "checkpoints").glob("step-*")):
+            expired()
+    first.process.terminate()
+    assert first.result().code == 143
+    limit = last(run).stat().st_size + room
+    step = checkpoint.read(last(run)).meta["step"]
+    if what == "metrics.jsonl":  # nearly as long as it may be
+        row = '{"step": 1, "split": "train"}\n'
+        (run / "metrics.jsonl").write_text(row * ((limit - 10) // len(row)))
+    failed = quick(*command, cwd=tmp_path, file_limit=limit)
+    failed.failed(1, "runs/glow_digits", what, "cannot be written", "File too large")
+    assert checkpoint.read(last(run)).meta["step"] >= step
+    assert left_overs(run) == []
+
+
+def test_no_space_left_for_an_output(tmp_path):
+    args = [trained()["glow"], "--num", 2000, "--out", "a.npz"]
+    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(1, "a.npz: cannot be written", "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoint.write(path, {"step": 1}, {"w": torch.ones(3)})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"a.safetensors: cannot be written: No space left on device"):
+        checkpoint.write(path, {"step": 2}, {"w": torch.zeros(3)})
+    assert checkpoint.read(path).meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_a_rate_that_is_far_too_high(tmp_path):
+    """It goes back, names a layer, lowers the rate, and in the end stops with evidence and finite weights."""
+    often = sets(train__checkpoint_every=100, train__log_every=1, train__validate_every=1)
+    done = quick("train", *TINY, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path)
+    done.failed(1, "4 steps", "train.max_non_finite: 3", "bijection.", "runs/glow_digits/non-finite-4.json", "train.lr")
+    assert "back at step 0, with the learning rate times 0.5" in done.out
+    assert done.out.count("first not finite: ") == 4
+    run = tmp_path / "runs" / "glow_digits"
+    evidence = [json.loads((run / f"non-finite-{n}.json").read_text()) for n in (1, 2, 3, 4)]
+    assert [e["lr"] for e in evidence] == pytest.approx([evidence[0]["lr"] / 2**n for n in range(4)])
+    assert all(e["first_non_finite"].split()[-1].startswith("bijection.") for e in evidence)
+    assert all(e["loss"] in ("nan", "inf", "-inf") or e["grad_norm"] in ("nan", "inf") for e in evidence)
+    for path in (run / "checkpoints").iterdir():
+        tensors = checkpoint.read(path).tensors
+        assert [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()] == []
+    steps = [(row["split"], row["step"]) for row in metrics(run)]
+    assert len(steps) == len(set(steps))
+
+
+def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
+    """After the first event, half the rate is enough, and the run ends well."""
+    code = """
+import torch
+from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
+from flowtrain.bijections.base import Bijection
+
+class Once(Bijection):
+    calls = 0
+
+    def forward(self, x, context=None):
+        self.calls += torch.is_grad_enabled()
+        bad = self.calls == 8 and torch.is_grad_enabled()
+        return x * (torch.nan if bad else 1.0), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return z, z.new_zeros(len(z))
+
+def build(shape):
+    return Sequential(Flatten(shape), Once(), DiagonalAffine((64,)))
+"""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "once.py").write_text(code)
+    options = [*sets(model__name="mine.once"), *TINY[4:], *sets(train__log_every=1, train__warmup_steps=0)]
+    done = quick("train", *options, *sets(train__schedule="constant"), "--run-dir", "r", cwd=tmp_path).ok()
+    assert "step 7: loss nan" in done.out and "back at step 5, with the learning rate times 0.5" in done.out
+    rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["non_finite_steps"] == 1
+    assert (tmp_path / "r" / "non-finite-1.json").exists()

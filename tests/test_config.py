@@ -1,0 +1,321 @@
+"""The configuration: what is accepted, what `--set` does, and what the messages say."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers import REPOSITORY
+
+from flowtrain import checkpoint
+from flowtrain.config import component_names, differences, json_schema, load_config, override, parse
+from flowtrain.configfiles import find_config, headline, nearest, shipped_configs
+from flowtrain.errors import UserError
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+STEPS = {"train": {"num_steps": 10}}
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+PAPER_SIZED = {"glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist"}
+SMALL = {"glow_cifar_small", "glow_mnist_small", "glow_digits", "realnvp_digits", "nice_digits"}
+
+
+def parsed(overrides, values=STEPS):
+    return parse(override(json.loads(json.dumps(values)), overrides))
+
+
+def value(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "text, key, expected",
+    [
+        ("train.lr=5e-4", "train.lr", 5e-4),  # a string to PyYAML
+        ("train.lr=0.1", "train.lr", 0.1),
+        ("train.lr=1", "train.lr", 1.0),
+        ("train.batch_size=32", "train.batch_size", 32),
+        ("train.ema=0", "train.ema", 0.0),
+        ("seed=7", "seed", 7),
+        ("data.flip=true", "data.flip", True),
+        ("data.flip=null", "data.flip", None),
+        ("data.validation=5000", "data.validation", 5000.0),
+        ("data.validation=0.2", "data.validation", 0.2),
+        ("model.coupling=additive", "model.coupling", "additive"),
+        ("model.levels = 2", "model.levels", 2),
+        ("train.budget=90", "train.budget", 90.0),
+        ("train.budget=90s", "train.budget", 90.0),
+        ("train.budget=30min", "train.budget", 1800.0),
+        ("train.budget=2 m", "train.budget", 120.0),
+        ("train.budget=1.5h", "train.budget", 5400.0),
+        ("train.budget=2hours", "train.budget", 7200.0),
+    ],
+)
+def test_set(text, key, expected):
+    found = value(parsed([text]), key)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_a_whole_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "seed: 3\ndata: {name: digits}\nmodel:\n  name: nice\n  width: 5\ntrain:\n  num_steps: 7\n  lr: 5e-4\n"
+    )
+    config = load_config(path, ["train.lr=1e-2", "model.couplings=6"])
+    assert (config.seed, config.model.width, config.model.couplings, config.train.lr) == (3, 5, 6, 0.01)
+    # What was resolved is itself a configuration, and the same one.
+    (tmp_path / "resolved.yaml").write_text(config.yaml())
+    assert load_config(tmp_path / "resolved.yaml").resolved() == config.resolved()
+    assert json.loads(json.dumps(config.resolved())) == yaml.safe_load(config.yaml())
+
+
+def test_defaults_are_the_models_own():
+    config = parse(STEPS)
+    assert (config.model.name, config.model.levels, config.model.steps, config.model.width) == ("glow", 3, 32, 512)
+    assert config.data.root.is_absolute()
+
+
+# ---------------------------------------------------------------- --set and sections
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_name_drops_the_options_of_the_old_one(order):
+    values = {"model": {"name": "glow", "levels": 2, "coupling": "additive"}, "data": {"n_bits": 5}, **STEPS}
+    config = parsed(["model.name=nice", "model.width=9"][::order], values)
+    assert (config.model.name, config.model.width) == ("nice", 9)
+    assert not hasattr(config.model, "levels") and config.data.n_bits == 5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_data_set_drops_the_options_of_the_old_one(order):
+    values = {"data": {"name": "folder", "path": "/a", "size": 8, "channels": 1, "validation": 7, "shift": 1}, **STEPS}
+    config = parsed(["data.name=npz", "data.path=/b.npz"][::order], values)
+    assert (config.data.name, str(config.data.path), config.data.validation) == ("npz", "/b.npz", 7)
+    assert config.data.shift == 1 and not hasattr(config.data, "size")
+
+
+def test_the_same_name_drops_nothing():
+    values = {"model": {"levels": 2, "width": 16}, **STEPS}
+    config = parsed(["model.name=glow"], values)  # the default, said
+    assert (config.model.levels, config.model.width) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "before, text, num_steps, budget",
+    [
+        ({"num_steps": 10}, "train.budget=1min", None, 60.0),
+        ({"budget": "1min"}, "train.num_steps=10", 10, None),
+        ({"num_steps": 10}, "train.num_steps=20", 20, None),
+        ({"num_steps": 10, "budget": None}, "train.budget=5", None, 5.0),
+        ({}, "train.budget=5", None, 5.0),
+    ],
+)
+def test_steps_and_budget_clear_each_other(before, text, num_steps, budget):
+    train = parsed([text], {"train": before}).train
+    assert (train.num_steps, train.budget) == (num_steps, budget)
+
+
+def test_the_later_of_two_lengths_counts():
+    assert parsed(["train.budget=60", "train.num_steps=3"]).train.num_steps == 3
+    assert parsed(["train.num_steps=3", "train.budget=60"]).train.budget == 60
+
+
+def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text("train: {num_steps: 10, budget: 1min}\n")
+    with pytest.raises(UserError, match=r"both\.yaml.*train\.num_steps and train\.budget: both are given"):
+        load_config(path)
+    path.write_text("train: {lr: 1e-3}\n")
+    with pytest.raises(UserError, match="neither is given"):
+        load_config(path)
+    path.write_text("seed: 1\n")
+    with pytest.raises(UserError, match="neither is given"):
+        load_config(path)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        # a misspelt key, and the nearest right one
+        ("train.batchsize=3", r"train\.batchsize: unknown key; did you mean train\.batch_size\? \(value 3\)"),
+        ("train.learning_rate=3", r"train\.learning_rate: unknown key"),
+        ("train.warmup=3", r"unknown key; did you mean train\.warmup_steps\?"),
+        ("model.level=3", r"did you mean model\.levels\?"),
+        ("model.lr=3", r"model\.lr: unknown key; did you mean train\.lr\?"),
+        ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
+        ("data.nbits=3", r"did you mean data\.n_bits\?"),
+        ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
+        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are glow, nice, realnvp"),
+        ("data.name=minst", r"data\.name: unknown name 'minst'; did you mean mnist\?"),
+        ("data.path=/a", r"data\.path: unknown key"),  # the digits have none
+        ("data.name=npz", r"data\.path: missing"),
+        ("model.name=no_such.module", r"model\.name: cannot import 'no_such\.module'"),
+        ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
+        # a wrong type or value
+        ("train.batch_size=x", r"train\.batch_size: .*integer.*got 'x'"),
+        ("train.batch_size=1.5", r"train\.batch_size: .*got 1\.5"),
+        ("train.batch_size=0", r"train\.batch_size: .*greater than or equal to 1.*got 0"),
+        ("train.lr=0", r"train\.lr: .*greater than 0"),
+        ("train.lr=.nan", r"train\.lr: .*finite"),
+        ("train.lr=.inf", r"train\.lr: .*finite"),
+        ("train.lr=fast", r"train\.lr: .*got 'fast'"),
+        ("train.ema=1", r"train\.ema: .*less than 1"),
+        ("train.schedule=step", r"train\.schedule: .*'constant', 'linear' or 'cosine', got 'step'"),
+        ("train.optimizer=sgd", r"train\.optimizer: .*'adam', 'adamw' or 'adamax', got 'sgd'"),
+        ("train.budget=soon", r"train\.budget: expected a duration such as 90s, 30min or 1\.5h, got 'soon'"),
+        ("train.budget=0", r"train\.budget: .*greater than 0"),
+        ("train.budget=-5", r"train\.budget: "),
+        ("data.n_bits=9", r"data\.n_bits: .*got 9"),
+        ("data.validation=-1", r"data\.validation: .*got -1"),
+        ("data.flip=perhaps", r"data\.flip: .*got 'perhaps'"),
+        ("model.coupling=spline", r"model\.coupling: .*got 'spline'"),
+        ("model.levels=0", r"model\.levels: .*got 0"),
+        ("seed=-1", r"seed: .*got -1"),
+        ("dequantization.alpha=0.5", r"dequantization\.alpha: "),
+        # no key, or no section
+        ("train.lr", r"--set train\.lr: expected key=value"),
+        ("=3", r"--set =3: expected key=value"),
+        ("train.lr=[1", r"--set train\.lr=\[1: the value is not YAML"),
+        ("train.num_steps.x=3", r"--set train\.num_steps\.x: train\.num_steps has no keys"),
+        ("seed.x=3", r"seed: .*got \{'x': 3\}"),
+        ("train=3", r"train: expected keys and values, got 3"),
+        ("model=glow", r"model: expected keys and values, got 'glow'"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_value(text, message):
+    with pytest.raises(UserError, match=message):
+        parsed([text])
+
+
+def test_every_mistake_is_named():
+    with pytest.raises(UserError) as error:
+        parsed(["train.lr=x", "data.n_bits=0", "model.wdith=3"])
+    assert all(key in str(error.value) for key in ("train.lr", "data.n_bits", "model.wdith"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [1", "cannot be read as YAML"),
+        ("- 1\n- 2\n", "expected keys and values, got list"),
+        ("just words", "expected keys and values, got str"),
+        ("train:\n", r"train: expected keys and values, got None"),
+        ("!!python/object/apply:os.system ['touch /tmp/it-ran']", "cannot be read as YAML"),
+        ("1: 2\ntrain: {num_steps: 3}\n", "1: Keys should be strings"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"bad\.yaml.*{message}"):
+        load_config(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml: cannot be read as YAML"):
+        load_config(tmp_path / "binary.yaml")
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_nearest():
+    assert nearest("train.lrr", ["train.lr", "seed"]) == "; did you mean train.lr?"
+    assert nearest("zzz", ["train.lr", "seed"]) == ""
+
+
+def test_differences():
+    old, new = parsed([]).resolved(), parsed(["train.lr=0.5", "model.width=3"]).resolved()
+    assert differences(old, new) == [("model.width", 512, 3), ("train.lr", 0.001, 0.5)]
+    assert differences(old, old) == []
+    assert differences({"a": 1}, {"b": {"c": 2}}) == [("a", 1, None), ("b", None, {"c": 2})]
+
+
+# ---------------------------------------------------------------- a user's own module
+
+
+def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
+    (tmp_path / "my_flows").mkdir()
+    (tmp_path / "my_flows" / "small.py").write_text(
+        "from flowtrain.bijections import Flatten\n"
+        "def build(shape, *, depth: int, wide: bool = False):\n"
+        "    return Flatten(shape)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = parsed(["model.name=my_flows.small", "model.depth=3"])
+    assert config.model.options() == {"depth": 3, "wide": False}
+    with pytest.raises(UserError, match=r"model\.depth: missing"):
+        parsed(["model.name=my_flows.small"])
+    with pytest.raises(UserError, match=r"model\.depth: .*got 'x'"):
+        parsed(["model.name=my_flows.small", "model.depth=x"])
+
+
+# ---------------------------------------------------------------- the schema and the shipped files
+
+
+def resolve(schema, node):
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return node
+
+
+def section_schema(schema, section, name):
+    """The properties of a section; of several kinds, those of the kind of that name."""
+    node = resolve(schema, schema["properties"][section])
+    kinds = [resolve(schema, kind) for kind in node.get("anyOf", [node])]
+    if len(kinds) == 1:
+        return kinds[0]["properties"]
+    return next(kind["properties"] for kind in kinds if kind["properties"]["name"]["const"] == name)
+
+
+def test_the_schema_knows_every_key():
+    schema = json.loads(json.dumps(json_schema()))
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    for path in CONFIGS:
+        config = load_config(path).resolved()
+        for section in ("data", "model", "train", "dequantization"):
+            known = section_schema(schema, section, config[section].get("name"))
+            assert set(config[section]) == set(known), (path.name, section)
+    assert schema["additionalProperties"] is False
+    for section, package in (("data", "datasets"), ("model", "models")):
+        for name in component_names(package):
+            assert "name" in section_schema(schema, section, name)
+    assert "description" in section_schema(schema, "train", None)["lr"]
+
+
+def test_the_shipped_configurations():
+    assert {path.stem for path in CONFIGS} >= PAPER_SIZED | SMALL
+    assert set(shipped_configs()) >= {path.name for path in CONFIGS}
+    assert len(headline(REPOSITORY / "configs" / "glow_digits.yaml")) > 20
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_builds_its_model(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        flow = checkpoint.build_flow(config, SHAPES[config.data.name], 17 if config.data.name == "digits" else 256)
+    count = sum(p.numel() for p in flow.parameters())
+    assert count > 1e6 if path.stem in PAPER_SIZED else count < 5e6
+    assert headline(path) and not headline(path).startswith("data:")
+    # Only keys that differ from the defaults, or that a reader wants to see: none that is unknown.
+    assert parse(yaml.safe_load(path.read_text())).resolved() == config.resolved()
+
+
+def test_a_configuration_is_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("glow_digits.yaml").samefile(REPOSITORY / "configs" / "glow_digits.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "glow_digits.yaml").write_text("")
+    assert find_config("glow_digits.yaml").samefile(tmp_path / "configs" / "glow_digits.yaml")
+    (tmp_path / "glow_digits.yaml").write_text("")
+    assert find_config("glow_digits.yaml").samefile(tmp_path / "glow_digits.yaml")
+    with pytest.raises(UserError, match=r"--config glow_digts\.yaml: no such file.*did you mean glow_digits\.yaml\?"):
+        find_config("glow_digts.yaml")

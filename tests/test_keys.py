@@ -1,0 +1,273 @@
+"""Every configuration key has an effect: each is flipped, and something that a user can see changes.
+
+A key of the schema that is not in the tables fails `test_every_key_is_flipped`.
+"""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowtrain import config as configuration
+from flowtrain.checkpoint import build_flow, read
+from flowtrain.config import Config, Data, Dequantization, Model, Train, component_names, component_schema, parse
+from flowtrain.data import Batches, DataSet
+from flowtrain.errors import RunError, UserError
+from flowtrain.flow import initialize
+from flowtrain.optim import build_optimizer
+from flowtrain.run import RunDirectory
+from flowtrain.train import State, fit, train_step
+
+BASE = {
+    "data": {"name": "digits", "root": "data"},
+    "model": {"name": "glow", "levels": 1, "steps": 1, "width": 8},
+    "train": {"num_steps": 8, "batch_size": 16, "log_every": 1, "validate_every": 4, "checkpoint_every": 4}
+    | {"keep_checkpoints": 1, "sample_every": 4, "ema": 0.5, "lr": 0.01},
+}
+LOGIT = {"dequantization": {"transform": "logit"}}
+REALNVP = {"model": {"name": "realnvp", "levels": 1, "width": 4, "blocks": 1}}
+NICE = {"model": {"name": "nice", "couplings": 2, "width": 8, "hidden_layers": 1}}
+NPZ = {"data": {"name": "npz", "path": "square.npz"}}
+FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
+LAYOUT = {"data": {"name": "npz", "path": "layout.npz"}, **NICE}
+ALSO = {"data.name": ["data.path=square.npz"], "model.name": ["model.width=8"]}  # what another kind cannot be without
+
+# key, another value, the part of the outcome that has to change, and what the start has beside BASE
+FLIPS = [
+    ("seed", 1, "loss"),
+    ("data.name", "npz", "content"),
+    ("data.split_seed", 1, "content"),
+    ("data.validation", 20, "content"),
+    ("data.n_bits", 3, "levels", NPZ),
+    ("data.flip", True, "loss"),
+    ("data.shift", 2, "loss"),
+    ("npz:data.path", "other.npz", "content", NPZ),
+    ("npz:data.layout", "nchw", "shape", LAYOUT),
+    ("folder:data.path", "more_pictures", "content", FOLDER),
+    ("folder:data.size", 4, "shape", FOLDER),
+    ("folder:data.channels", 3, "shape", FOLDER),
+    ("folder:data.resize", "stretch", "loss", FOLDER),
+    ("model.name", "nice", "parameters"),
+    ("glow:model.levels", 2, "parameters"),
+    ("glow:model.steps", 2, "parameters"),
+    ("glow:model.width", 9, "parameters"),
+    ("glow:model.coupling", "additive", "parameters"),
+    ("glow:model.permutation", "reverse", "parameters"),
+    ("glow:model.permutation", "conv1x1", "parameters"),
+    ("glow:model.permutation", "shuffle", "parameters"),
+    ("glow:model.permutation", "shuffle", "loss", {"model": {"permutation": "reverse"}}),
+    ("glow:model.initialization", "whitening", "loss"),
+    ("realnvp:model.levels", 2, "parameters", REALNVP),
+    ("realnvp:model.width", 5, "parameters", REALNVP),
+    ("realnvp:model.blocks", 2, "parameters", REALNVP),
+    ("nice:model.couplings", 3, "parameters", NICE),
+    ("nice:model.width", 9, "parameters", NICE),
+    ("nice:model.hidden_layers", 2, "parameters", NICE),
+    ("nice:model.prior", "gaussian", "loss", NICE),
+    ("dequantization.transform", "logit", "loss"),
+    ("dequantization.alpha", 0.2, "loss", LOGIT),
+    ("train.num_steps", 6, "steps"),
+    ("train.batch_size", 17, "images"),
+    ("train.accumulate", 2, "images"),
+    ("train.lr", 0.02, "lr"),
+    ("train.warmup_steps", 3, "lr"),
+    ("train.schedule", "linear", "lr"),
+    ("train.schedule", "cosine", "lr"),
+    ("train.optimizer", "adamw", "loss", {"train": {"weight_decay": 0.5}}),
+    ("train.optimizer", "adamax", "loss"),
+    ("train.weight_decay", 1.0, "loss"),
+    ("train.clip_norm", 0.01, "loss"),
+    ("train.precision", "bf16", "loss"),
+    ("train.ema", 0, "weights"),
+    ("train.ema", 0.1, "validation"),
+    ("train.log_every", 2, "steps"),
+    ("train.validate_every", 2, "validation"),
+    ("train.checkpoint_every", 3, "files", {"train": {"keep_checkpoints": 5}}),
+    ("train.keep_checkpoints", 2, "files"),
+    ("train.sample_every", 3, "files"),
+]
+# Keys with a test of their own below.
+SPECIAL = {
+    *("data.root", "data.max_in_memory", "data.workers", "dequantization.name"),
+    *("train.budget", "train.memory", "train.max_non_finite"),
+}
+
+
+def schema_keys():
+    """`data.root`, `glow:model.steps`: every key, the options of a model or data set with its name."""
+    yield "seed"
+    for name, section in {"data": Data, "model": Model, "dequantization": Dequantization, "train": Train}.items():
+        yield from (f"{name}.{key}" for key in section.model_fields)
+    for package, section, base in (("datasets", "data", Data), ("models", "model", Model)):
+        for kind in component_names(package):
+            fields = component_schema(package, kind).model_fields
+            yield from (f"{kind}:{section}.{key}" for key in fields if key not in base.model_fields)
+
+
+def test_every_key_is_flipped():
+    assert set(Config.model_fields) == {"seed", "data", "model", "dequantization", "train"}
+    flipped = {key for key, *_ in FLIPS} | SPECIAL
+    assert set(schema_keys()) == flipped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """The current folder: a few images in every form."""
+    folder = tmp_path_factory.mktemp("keys")
+    before, threads = Path.cwd(), torch.get_num_threads()
+    os.chdir(folder)
+    torch.set_num_threads(1)  # such small models wait for threads more than they gain
+    random = np.random.default_rng(0)
+    for name, shape in {"square": (8, 8, 1), "other": (8, 8, 1), "layout": (3, 8, 3)}.items():
+        np.savez(f"{name}.npz", x_train=random.integers(0, 256, (60, *shape), dtype=np.uint8))
+    for name, count in {"pictures": 40, "more_pictures": 50}.items():
+        Path(name).mkdir()
+        for index in range(count):
+            Image.fromarray(random.integers(0, 256, (10, 17, 3), dtype=np.uint8)).save(f"{name}/{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWTRAIN_CACHE", str(folder / "cache"))
+        yield folder
+    os.chdir(before)
+    torch.set_num_threads(threads)
+
+
+def merged(*layers):
+    values = {}
+    for layer in layers:
+        for section, options in layer.items():
+            values[section] = {**values.get(section, {}), **options} if isinstance(options, dict) else options
+    for section, options in values.items():  # another kind has other options
+        if section in ("model", "data") and options["name"] != BASE[section]["name"]:
+            values[section] = dict(next(layer[section] for layer in layers[1:] if "name" in layer.get(section, {})))
+    return values
+
+
+def train(values, folder):
+    """Trains, and returns what a user can see of it."""
+    settings = parse(values)
+    run = RunDirectory(folder)
+    fit(settings, run, torch.device("cpu"))
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    steps = [row for row in rows if row["split"] == "train"]
+    saved = read(run.last)
+    return {
+        "loss": [row["bits_per_dim"] for row in steps],
+        "lr": [row["lr"] for row in steps],
+        "steps": [row["step"] for row in steps],
+        "images": [row["images"] for row in steps],
+        "validation": [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "validation"],
+        "files": sorted(path.name for part in (run.checkpoints, run.samples) for path in part.iterdir()),
+        "content": saved.meta["data"],
+        "shape": saved.meta["shape"],
+        "levels": saved.meta["levels"],
+        "parameters": {name: tuple(t.shape) for name, t in saved.part("model").items()},
+        "weights": sorted({name.partition(".")[0] for name in saved.tensors}),
+    }
+
+
+@pytest.fixture(scope="module")
+def outcome(here):
+    """Cached: many flips start from the same configuration."""
+    cache = {}
+
+    def of(values):
+        key = json.dumps(values, sort_keys=True)
+        if key not in cache:
+            cache[key] = train(values, here / f"run{len(cache)}")
+        return cache[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "key, value, part, base",
+    [(*flip, {})[:4] for flip in FLIPS],
+    ids=[f"{flip[0]}={flip[1]}".replace(":", "-") for flip in FLIPS],
+)
+def test_flip(key, value, part, base, outcome):
+    start = merged(BASE, base)
+    key = key.partition(":")[2] or key
+    flipped = configuration.override(json.loads(json.dumps(start)), [f"{key}={json.dumps(value)}", *ALSO.get(key, [])])
+    assert configuration.differences(parse(start).resolved(), parse(flipped).resolved()) != []
+    assert outcome(start)[part] != outcome(flipped)[part]
+
+
+@pytest.mark.parametrize("layer", [{}, LOGIT, REALNVP, NPZ], ids=["base", "logit", "realnvp", "npz"])
+def test_nothing_flipped_nothing_changed(layer, outcome, here):
+    values = merged(BASE, layer)
+    assert train(values, here / f"again-{len(list(here.iterdir()))}") == outcome(values)
+
+
+# --- the keys whose effect is not in those files ----------------------------------------------------------------------
+
+
+def test_data_root(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for root in ("one", "two"):
+        values = merged(BASE, {"data": {"name": "mnist", "root": str(tmp_path / root)}})
+        with pytest.raises(UserError, match=f"data.root: MNIST is not in {tmp_path / root}"):
+            DataSet(parse(values).data).split("test")
+
+
+@pytest.mark.parametrize("gigabytes, workers, children", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)])
+def test_data_max_in_memory_and_workers(gigabytes, workers, children):
+    """The batches are the same, and whether they are streamed, and by how many processes, is as asked for."""
+    values = merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}})
+    settings = parse(values)
+    made = Batches(DataSet(settings.data), settings, 16, torch.device("cpu"))
+    assert made.streams == (gigabytes == 0)
+    before = len(multiprocessing.active_children())
+    stream = made.starting_at(3)
+    first = next(stream)
+    assert len(multiprocessing.active_children()) - before == children
+    plain = parse(BASE)
+    assert torch.equal(first, next(Batches(DataSet(plain.data), plain, 16, torch.device("cpu")).starting_at(3)))
+
+
+def test_dequantization_name():
+    with pytest.raises(UserError, match=r"dequantization.name.*got 'none'"):
+        parse(merged(BASE, {"dequantization": {"name": "none"}}))
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5])
+def test_train_budget(seconds, tmp_path):
+    values = configuration.override(merged(BASE), [f"train.budget={seconds}s"])
+    assert "num_steps" not in values["train"]
+    fit(parse(values), RunDirectory(tmp_path / "run"), torch.device("cpu"))
+    spent = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert seconds <= spent < seconds + 0.4
+
+
+def test_train_memory():
+    """The same gradients, from fewer activations."""
+    kept, gradients = {}, {}
+    for mode in ("store", "checkpoint"):
+        settings = parse(merged(BASE, {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}}))
+        flow = build_flow(settings, (1, 8, 8), 17)
+        x = torch.randint(17, (16, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        initialize(flow, x, torch.rand(x.shape, generator=torch.Generator().manual_seed(1)))
+        kept[mode] = 0
+
+        def pack(tensor, mode=mode):
+            kept[mode] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train_step(State(settings, flow, build_optimizer(flow, settings.train), None, {}), x)
+        gradients[mode] = [p.grad.clone() for p in flow.parameters() if p.grad is not None]
+    assert kept["checkpoint"] < kept["store"]
+    torch.testing.assert_close(gradients["store"], gradients["checkpoint"])
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_train_max_non_finite(limit, tmp_path):
+    values = merged(BASE, {"train": {"max_non_finite": limit, "lr": 1e30}})
+    with pytest.raises(RunError, match=f"train.max_non_finite: {limit}"):
+        fit(parse(values), RunDirectory(tmp_path / "run"), torch.device("cpu"))
+    assert len(list((tmp_path / "run").glob("non-finite-*.json"))) == limit + 1
