@@ -83,7 +83,7 @@ class Dequantization(Section):
     """How integers become reals."""
 
     name: Literal["uniform"] = Field("uniform", description="the noise")
-    transform: Literal["center", "logit"] = Field("center", description="what follows: y - 1/2, or the logit")
+    transform: Literal["center", "logit"] = Field("center", description="what follows: center (y - 1/2), or logit")
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="how far the logit stays from 0 and 1")
 
 
@@ -115,15 +115,19 @@ class Train(Section):
     accumulate: Positive = Field(1, description="forward passes whose gradients make one step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the rate after warm-up")
-    optimizer: Literal["adam", "adamw", "adamax"] = Field("adam", description="torch.optim's")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="the rate after warm-up: constant, or down to 0 at the end, linear or cosine"
+    )
+    optimizer: Literal["adam", "adamw", "adamax"] = Field("adam", description="torch.optim's adam, adamw or adamax")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on the weights of the conditioners' convolutions and linear layers only"
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm of the gradient; 0 does not clip")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the conditioners; all else is float32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the conditioners, fp32 or bf16; all else is float32"
+    )
     memory: Literal["store", "checkpoint"] = Field(
-        "store", description="keep the conditioners' activations for the backward pass, or compute them again"
+        "store", description="store the activations for the backward pass, or checkpoint: compute them again"
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the averaged weights; 0 for none")
     max_non_finite: Count = Field(5, description="non-finite steps after which the run stops with exit code 1")

@@ -282,6 +282,16 @@ def test_recomputing_gives_the_same_gradients(name):
         torch.testing.assert_close(recomputed, stored, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode, times", [("store", 1), ("checkpoint", 2)])
+def test_layers_are_recomputed_when_asked_for(mode, times):
+    bijection, x, _ = a_row("glow")
+    calls = []
+    bijection.levels[0].layers[-1].register_forward_pre_hook(lambda *args: calls.append(mode))
+    with memory_mode(mode):
+        bijection(x)[1].sum().backward()
+    assert len(calls) == times
+
+
 # ---------------------------------------------------------------- ActNorm
 
 

@@ -12,7 +12,7 @@ from helpers import TINY, a_config, images, seeded, tiny_flow
 
 from flowtrain import checkpoint
 from flowtrain import config as configuration
-from flowtrain.bijections import ActNorm, CheckerboardCoupling, Coupling, Sequential
+from flowtrain.bijections import ActNorm, CheckerboardCoupling, Coupling, Permute, Sequential
 from flowtrain.dequantize import draw_noise
 from flowtrain.errors import UserError
 from flowtrain.flow import initialize
@@ -157,6 +157,24 @@ def test_glow_is_as_the_paper_says():
     kinds = [type(layer).__name__ for layer in bijection.levels[0].layers]
     assert kinds == ["Squeeze", *["ActNorm", "Conv1x1LU", "Coupling"] * 3]
     assert [type(prior).__name__ for prior in bijection.priors] == ["Coupling", "DiagonalAffine"]
+
+
+@pytest.mark.parametrize(
+    "options, kinds, couplings",
+    [
+        ({}, {"Conv1x1LU"}, {"AffineTransform"}),
+        ({"coupling": "additive"}, {"Conv1x1LU"}, {"AdditiveTransform"}),
+        ({"permutation": "conv1x1"}, {"Conv1x1"}, {"AffineTransform"}),
+        ({"permutation": "shuffle"}, {"Permute"}, {"AffineTransform"}),
+        ({"permutation": "reverse", "coupling": "additive"}, {"Permute"}, {"AdditiveTransform"}),
+    ],
+)
+def test_options_of_glow(options, kinds, couplings):
+    layers = glow.build((1, 4, 4), levels=1, steps=2, width=4, **options).levels[0].layers
+    assert {type(layer).__name__ for layer in layers} == {"Squeeze", "ActNorm", "Coupling"} | kinds
+    assert {type(m.transform).__name__ for m in layers if isinstance(m, Coupling)} == couplings
+    orders = [m.order.tolist() for m in layers if isinstance(m, Permute)]
+    assert "reverse" not in options.values() or orders == [[3, 2, 1, 0]] * 2
 
 
 def test_realnvp_is_as_the_paper_says():

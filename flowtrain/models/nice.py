@@ -41,7 +41,7 @@ def build(
         couplings: coupling layers; which half is kept alternates.
         width: units of a hidden layer.
         hidden_layers: hidden layers of each conditioner.
-        prior: of the latent; the paper takes the logistic for MNIST and the Gaussian for TFD and CIFAR-10.
+        prior: of the latent; the paper takes the Gaussian for TFD and the logistic elsewhere.
     """
     dims = shape[0] * shape[1] * shape[2]
     entries = torch.arange(dims)
