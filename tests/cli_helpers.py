@@ -115,6 +115,7 @@ class Forked:
             sys.modules["__main__"].__dict__, __spec__=None
         ):  # the child need not import pytest's main
             self.process.start()
+        atexit.register(self.process.kill)  # of a test that failed: otherwise pytest would wait for it at its end
 
     @property
     def out(self) -> str:
