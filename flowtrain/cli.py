@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,13 @@ app = typer.Typer(
 )
 
 
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
 def main() -> None:
+    # Process 1 of a container gets no signal that it has no handler for. `train` puts its own in place.
+    signal.signal(signal.SIGTERM, _stop)
     app(prog_name="flowtrain")
 
 

@@ -72,8 +72,9 @@ class DataSet:
 
     @cached_property
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self._training_pixels)
         try:
-            return hold_out(len(self._training_pixels), self.config.validation, self.config.split_seed)
+            return hold_out(count, self.config.validation, self.config.split_seed)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from error
 
@@ -162,7 +163,7 @@ class Batches:
             batch_sampler=_Order(self, step),  # type: ignore[arg-type]
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=self.workers,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
         )
         for x in loader:
@@ -213,9 +214,10 @@ def _as_it_is(batch: Tensor) -> Tensor:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _leave_signals_to_the_trainer(worker: int) -> None:
     # Ctrl-C reaches the whole process group; only the trainer decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def augment(x: Tensor, flip: bool, shift: int, randomness: torch.Generator) -> Tensor:

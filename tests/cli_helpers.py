@@ -86,7 +86,9 @@ def environment(**extra: str) -> dict[str, str]:
 def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
     words = [*command, *map(str, args)]
-    return subprocess.Popen(words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    atexit.register(process.kill)  # of a test that failed
+    return process
 
 
 def result(process: subprocess.Popen) -> Result:
@@ -111,9 +113,8 @@ class Forked:
         self.process = context.Process(
             target=become_flowtrain, args=(words, str(cwd), environment(**env), str(self.folder), file_limit)
         )
-        with mock.patch.dict(
-            sys.modules["__main__"].__dict__, __spec__=None
-        ):  # the child need not import pytest's main
+        # So that the child does not import pytest's main module.
+        with mock.patch.dict(sys.modules["__main__"].__dict__, __spec__=None):
             self.process.start()
         atexit.register(self.process.kill)  # of a test that failed: otherwise pytest would wait for it at its end
 

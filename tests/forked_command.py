@@ -1,5 +1,6 @@
 """What `cli_helpers.Forked` runs in a forked process. Imports nothing of flowtrain, which is to start as for a user."""
 
+import multiprocessing
 import os
 import resource
 import runpy
@@ -14,6 +15,7 @@ def become_flowtrain(args: list[str], cwd: str, env: dict[str, str], folder: str
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, for workers of its own
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = ["flowtrain", *args]
