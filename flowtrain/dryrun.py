@@ -12,7 +12,8 @@ from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.flow import Flow, initialize
 from flowtrain.optim import average, build_optimizer
-from flowtrain.train import State, train_step
+from flowtrain.state import State
+from flowtrain.train import train_step
 
 TIMED_STEPS = 3
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""Training: the loop, its state, and what survives a kill or a number that is not finite."""
+"""Training: the loop, resuming, signals, and what happens to a number that is not finite."""
 
 import contextlib
 import dataclasses
@@ -7,13 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from flowtrain import checkpoint, images
 from flowtrain.checkpoint import Checkpoint
@@ -29,6 +27,7 @@ from flowtrain.flow import Flow, bits_per_dim, initialize
 from flowtrain.memory import memory_mode
 from flowtrain.optim import average, build_optimizer, learning_rate
 from flowtrain.run import RunDirectory
+from flowtrain.state import State
 
 SAMPLES = 64  # in a sample grid
 RANGES_BATCH = 64  # images on which log-scale ranges are measured
@@ -43,82 +42,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.exit_code = 128 + signum
-
-
-@dataclass
-class Progress:
-    """How far a run is: plain numbers that travel in the checkpoint."""
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    best: float | None = None  # validation bits/dim
-    best_step: int | None = None
-    lr_scale: float = 1.0
-    non_finite: int = 0
-    averaged: int = 0  # steps in the average of the weights
-    window_bits: float = 0.0  # sum of the training bits/dim since the last line of metrics
-    window_steps: int = 0
-
-
-@dataclass
-class State:
-    """All that a step changes."""
-
-    config: Config
-    flow: Flow
-    optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
-    data: dict[str, Any]  # the fingerprint
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def evaluated(self) -> Flow:
-        """The flow whose figures and samples are shown: with averaged weights where there are any."""
-        return self.flow if self.average is None else cast(Flow, self.average.module)
-
-    def finished(self) -> bool:
-        train = self.config.train
-        if train.num_steps is not None:
-            return self.progress.step >= train.num_steps
-        assert train.budget is not None
-        return self.progress.seconds >= train.budget
-
-    def meta(self) -> dict[str, Any]:
-        return {
-            "config": self.config.resolved(),
-            "shape": list(self.flow.shape),
-            "levels": self.flow.levels,
-            "step": self.progress.step,
-            "data": self.data,
-            "progress": dataclasses.asdict(self.progress),
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        parts = {"model": self.flow.state_dict()}
-        if self.average is not None:
-            parts["ema"] = self.average.module.state_dict()
-        tensors = {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
-        for name, parameter in self.flow.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        return tensors
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Takes everything from a checkpoint of a run with this model and optimizer."""
-        checkpoint.load_weights(self.flow, saved, "raw")
-        self.progress = Progress(**saved.meta["progress"])
-        if self.average is not None:
-            checkpoint.load_weights(self.evaluated, saved, "ema")
-            self.average.n_averaged.fill_(self.progress.averaged)
-        self.optimizer.state.clear()
-        names = dict(self.flow.named_parameters())
-        for full_name, value in saved.part("optimizer").items():
-            key, _, name = full_name.partition(".")
-            parameter = names[name]
-            # In the memory layout of the parameter: the order of additions, and so the last bit, depends on it.
-            like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            self.optimizer.state[parameter][key] = like_parameter.detach()
 
 
 def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:

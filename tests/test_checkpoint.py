@@ -17,7 +17,8 @@ from flowtrain import checkpoint
 from flowtrain.checkpoint import find, load_model, load_weights, read, write
 from flowtrain.errors import RunError, UserError
 from flowtrain.optim import average, build_optimizer
-from flowtrain.train import State, train_step
+from flowtrain.state import State
+from flowtrain.train import train_step
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)

@@ -21,7 +21,8 @@ from flowtrain.errors import RunError, UserError
 from flowtrain.flow import initialize
 from flowtrain.optim import build_optimizer
 from flowtrain.run import RunDirectory
-from flowtrain.train import State, fit, train_step
+from flowtrain.state import State
+from flowtrain.train import fit, train_step
 
 BASE = {
     "data": {"name": "digits", "root": "data"},

@@ -19,7 +19,8 @@ from flowtrain.flow import initialize
 from flowtrain.models import geometry, glow, nice, realnvp
 from flowtrain.nets import ZeroConv2d
 from flowtrain.optim import build_optimizer
-from flowtrain.train import State, train_step
+from flowtrain.state import State
+from flowtrain.train import train_step
 
 MODELS = {"glow": glow, "realnvp": realnvp, "nice": nice}
 
