@@ -390,7 +390,7 @@ def test_a_rate_that_is_far_too_high(tmp_path):
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
-    """After the first event, half the rate is enough, and the run ends well."""
+    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is not lost."""
     code = """
 import torch
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
@@ -413,10 +413,13 @@ def build(shape):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "once.py").write_text(code)
     options = [*sets(model__name="mine.once"), *TINY[4:], *sets(train__log_every=1, train__warmup_steps=0)]
-    done = quick("train", *options, *sets(train__schedule="constant"), "--run-dir", "r", cwd=tmp_path).ok()
+    options += sets(train__schedule="constant", train__validate_every=1)
+    done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     assert "step 7: loss nan" in done.out and "back at step 5, with the learning rate times 0.5" in done.out
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["non_finite_steps"] == 1
     assert (tmp_path / "r" / "non-finite-1.json").exists()
+    best = [float(words[3]) for words in map(str.split, done.out.splitlines()) if words[-1] == "(best)"]
+    assert best == sorted(best, reverse=True) and len(best) > 7  # also across the way back
