@@ -103,7 +103,7 @@ def _options(
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         show_default=False,
         help="A checkpoint, or a run directory (its best checkpoint, else its last); or the newest run in runs/.",
     ),

@@ -53,6 +53,9 @@ class State:
         assert train.budget is not None
         return self.progress.seconds >= train.budget
 
+    def weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.flow.parameters())
+
     def meta(self) -> dict[str, Any]:
         return {
             "config": self.config.resolved(),

@@ -138,16 +138,21 @@ def _loop(
             progress.window_steps += 1
             clock.tick(len(x))
             ends = state.finished()
+            validates = ends or progress.step % config.validate_every == 0
+            periodic = ends or progress.step % config.checkpoint_every == 0
+            # A finite gradient may still have taken a weight to infinity: no such state is ever saved.
+            if (validates or periodic or stop.signum) and not state.weights_are_finite():
+                _go_back(state, run, x, loss.item(), grad_norm.item(), rate)
+                break
             if ends or progress.step % config.log_every == 0:
                 _log(state, run, grad_norm.item(), rate, clock, bar)
-            if ends or progress.step % config.validate_every == 0:
+            if validates:
                 _validate(state, run, validation)
             if ends or progress.step % config.sample_every == 0:
                 _sample(state, run)
             clock.skip()
-            periodic = progress.step % config.checkpoint_every == 0
-            if ends or periodic or stop.signum:
-                _save(state, run, numbered=ends or periodic)
+            if periodic or stop.signum:
+                _save(state, run, numbered=periodic)
             if ends or stop.signum:
                 break
 

@@ -389,6 +389,15 @@ def test_a_rate_that_is_far_too_high(tmp_path):
     assert len(steps) == len(set(steps))
 
 
+def test_weights_that_overflow_are_not_saved(tmp_path):
+    """The gradient is finite, and the step takes the weights to infinity, just before a checkpoint."""
+    options = sets(train__lr=1e39, train__warmup_steps=0, train__checkpoint_every=1, train__max_non_finite=0)
+    quick("train", *TINY, *options, cwd=tmp_path).failed(1, "1 steps not finite", "parameter bijection.")
+    saved = checkpoint.read(tmp_path / "runs" / "glow_digits" / "checkpoints" / "last.safetensors")
+    assert saved.meta["step"] == 0
+    assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
+
+
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
     """After the first event, half the rate is enough, and the run ends well; its best checkpoint is not lost."""
     code = """
