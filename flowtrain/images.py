@@ -1,5 +1,6 @@
 """Pictures: grids, PNG and GIF files."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torchvision.utils import make_grid
 from flowtrain.checkpoint import write_atomically
 from flowtrain.errors import RunError, UserError
 
+# What is wrong with a path, where any other error of writing is the disk's.
+_BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 SMALLEST_SIDE = 32  # images smaller than this are enlarged in pictures
 
 
@@ -50,7 +53,7 @@ def save(path: Path, data: bytes) -> None:
     try:
         write_atomically(path, data)
     except RunError as error:
-        if path.is_dir() or isinstance(error.__cause__, (PermissionError, NotADirectoryError, FileExistsError)):
+        if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
             raise UserError(str(error)) from error
         raise
 
