@@ -167,8 +167,8 @@ def _validate(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
     noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
     for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
-        run.tensorboard.add_scalar(f"log_scale_min/{name}", low, progress.step)
-        run.tensorboard.add_scalar(f"log_scale_max/{name}", high, progress.step)
+        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, progress.step)
+        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, progress.step)
     best = math.isfinite(bits) and (progress.best is None or bits < progress.best)
     console.print(f"step {progress.step}: validation {bits:.4f} bits/dim{' (best)' if best else ''}")
     if best:

@@ -234,7 +234,7 @@ def test_tensorboard():
     assert cells(drawn, 8, 8).shape == (8, 8, 8, 8)
     text = [seen.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in seen.Tags()["tensors"]]
     assert any((run / "config.yaml").read_text() in t for t in text)
-    assert any(tag.startswith("log_scale_min/") for tag in seen.Tags()["scalars"])
+    assert any(tag.startswith("validation_log_scale_min/") for tag in seen.Tags()["scalars"])
 
 
 def test_what_train_prints(tmp_path):
