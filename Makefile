@@ -9,7 +9,7 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 	$(BIN)/flowtrain train
 	$(BIN)/flowtrain evaluate $(DEMO)
 	$(BIN)/flowtrain sample $(DEMO) --num 100
-	$(BIN)/flowtrain interpolate $(DEMO)
+	$(BIN)/flowtrain interpolate $(DEMO) --pairs 10
 	@echo
 	@echo "The model:          $(DEMO)/checkpoints/best.safetensors"
 	@echo "The figures:        $(DEMO)/evaluate-test.json, $(DEMO)/summary.json, $(DEMO)/metrics.jsonl"
