@@ -391,6 +391,8 @@ def _print_table(result: dict[str, Any]) -> None:
     from flowtrain.console import console
 
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is of no use with its end cut off
     for key, value in result.items():
         table.add_row(key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value))
     console.print(table)
