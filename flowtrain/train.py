@@ -100,7 +100,10 @@ def fit(
         run.begin(config)
         run.cut_back(state.progress.step, config)
         _announce(state, run, data, batches, saved)
-        if saved is None:
+        if saved is None or saved.path.resolve() != run.last.resolve():
+            # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
+            if not run.best.exists():
+                state.progress.best = state.progress.best_step = None  # it was another run's
             _save(state, run, numbered=False)
         with ProgressBar("training", seconds_between_lines=math.inf) as bar:
             _loop(state, run, batches, validation, stop, bar)

@@ -277,6 +277,15 @@ def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
     assert {"step-00000016.safetensors", "step-00000017.safetensors"} <= names
 
 
+@pytest.mark.parametrize("folder", [[], ["--run-dir", "new"]], ids=["same folder", "new folder"])
+def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_path):
+    """Not a later one that lies in the folder, nor none: the first step is not finite, and goes back to it."""
+    source = run / "checkpoints" / "step-00000015.safetensors"
+    options = [*TINY, *sets(train__lr=1e39, train__checkpoint_every=1, train__max_non_finite=0)]
+    quick("train", *options, "--resume", source, *folder, cwd=tmp_path).failed(1, "stopped at step 16")
+    assert checkpoint.read(last(tmp_path / "new" if folder else run)).meta["step"] == 15
+
+
 def test_changed_images_are_noticed(tmp_path):
     def write(seed):
         images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
