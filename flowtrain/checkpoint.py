@@ -100,7 +100,7 @@ def read(path: Path) -> Checkpoint:
         header = json.loads(data[8 : _header_end(data)])
         metadata = header["__metadata__"]
         described, checksum = metadata["flowtrain"], metadata["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         # A damaged header cannot be told from a file of another kind, unless it says whose it is.
         if b'"flowtrain"' in data[:1_000_000] or path.suffix == SUFFIX:
             raise UserError(f"{path}: damaged: its header cannot be read (truncated, or bytes changed)") from error
