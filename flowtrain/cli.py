@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flowtrain import configfiles
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError, UserError, is_disk_full
 
 # torch takes seconds to import, so the commands import what they need themselves: `--help` is instant.
 
@@ -46,6 +47,11 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(str(error), error.exit_code)
         except FloatingPointError as error:
             _fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
+        except BrokenPipeError:
+            raise  # for the command line library, which ends quietly
+        except OSError as error:
+            code = RunError.exit_code if is_disk_full(error) else UserError.exit_code
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", code)
         except KeyboardInterrupt:
             _fail("interrupted", 128 + signal.SIGINT)
         except MemoryError as error:
@@ -304,6 +310,8 @@ def sample(
 
     suffix = images.check_suffix(out, (".png", ".npz")) if out else ".png"
     temperatures = temperature or [1.0]
+    if not all(map(math.isfinite, temperatures)):
+        raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
     loaded = _load(model, device, weights, trust_code)
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(loaded.flow, num, temperatures, seed, bar)
@@ -353,7 +361,7 @@ def interpolate(
     if files is not None:
         ends = paths.from_files(files, loaded)
     else:
-        ends = paths.from_test_images(_data(loaded, overrides), pairs, seed)
+        ends = paths.from_test_images(loaded, _data(loaded, overrides), pairs, seed)
     rows = paths.interpolate(loaded.flow, *ends, steps).cpu()  # (P, S, C, H, W)
     path = out or checkpoint.run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":

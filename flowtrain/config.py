@@ -33,8 +33,16 @@ from pydantic import (
 from flowtrain.configfiles import nearest
 from flowtrain.errors import UserError
 
-# So that a run finds its data again from any folder.
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+def _absolute(path: Path) -> Path:
+    """So that a run finds its data again from any folder."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from error
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Section(BaseModel):
@@ -178,7 +186,7 @@ def component_names(package: str) -> list[str]:
 def component_module(package: str, name: str) -> ModuleType:
     """The module behind a name; a dotted name is imported as it is. Raises `UserError` where there is none."""
     key = {"datasets": "data.name", "models": "model.name"}[package]
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
@@ -258,7 +266,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
 def load_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if values is None:
         return {}
@@ -306,7 +314,7 @@ def _assignment(text: str) -> tuple[list[str], Any]:
         raise UserError(f"--set {text}: expected key=value, such as train.lr=5e-4")
     try:
         return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"--set {text}: the value is not YAML: {error}") from error
 
 

@@ -62,6 +62,14 @@ class DataSet:
         if max(self.shape[1:]) <= config.shift:
             raise UserError(f"data.shift: {config.shift} is not smaller than the images ({self.shape})")
 
+    def require(self, shape: tuple[int, ...], levels: int, model: Path) -> None:
+        """Raises `UserError` unless the images are of this shape and number of levels, those of `model`."""
+        if (self.shape, self.levels) != (shape, levels):
+            raise UserError(
+                f"data of shape {self.shape} with {self.levels} levels cannot be evaluated by {model}, "
+                f"a model of shape {shape} with {levels} levels"
+            )
+
     @property
     def flip(self) -> bool:
         return self.train_images.flip if self.config.flip is None else self.config.flip

@@ -11,9 +11,7 @@ from flowtrain.errors import UserError
 def resolve(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError` otherwise."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdigit())):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
@@ -23,6 +21,8 @@ def resolve(name: str) -> torch.device:
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: this machine has no MPS device; use --device cpu")
+    if kind == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; its default rounds convolutions to 10 bits
     return torch.device(name)
 
 

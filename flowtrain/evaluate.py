@@ -93,11 +93,7 @@ def evaluate(
     Raises `UserError` where the data do not have the model's shape and levels, or the split is empty.
     """
     flow = model.flow
-    if (data.shape, data.levels) != (flow.shape, flow.levels):
-        raise UserError(
-            f"data of shape {data.shape} with {data.levels} levels cannot be evaluated by {model.checkpoint.path}, "
-            f"a model of shape {flow.shape} with {flow.levels} levels"
-        )
+    data.require(flow.shape, flow.levels, model.checkpoint.path)
     split = data.split(split_name)
     if len(split) == 0:
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")

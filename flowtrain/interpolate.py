@@ -36,8 +36,9 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
     return torch.stack([flow.decode(path) for path in paths])
 
 
-def from_test_images(data: DataSet, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+def from_test_images(model: LoadedModel, data: DataSet, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if there are too few."""
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
     split = data.split("test")
     if len(split) < 2 * pairs:
         raise UserError(f"--pairs {pairs}: the test split has only {len(split)} images")

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from flowtrain import checkpoint
 from flowtrain.checkpoint import SUFFIX, write_atomically
 from flowtrain.config import Config
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError, UserError, is_disk_full
 
 
 class RunDirectory:
@@ -38,23 +38,24 @@ class RunDirectory:
         """Keeps other processes out; the lock goes with the process, however it ends. Raises `UserError` if taken."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            file = (self.path / ".lock").open("ab+", buffering=0)
         except OSError as error:
-            raise UserError(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
+            kind = RunError if is_disk_full(error) else UserError
+            raise kind(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
         with file:
             try:
                 # Not flock, which the workers of a killed trainer would hold for some more seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
+                owner = file.read().decode().strip() or "unknown"
                 raise UserError(
-                    f"--run-dir {self.path}: in use by another process (pid {file.read().strip() or 'unknown'}); "
+                    f"--run-dir {self.path}: in use by another process (pid {owner}); "
                     "wait for it, stop it, or choose another directory"
                 ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             try:
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
                 with _failing_quietly():
                     try:
                         yield

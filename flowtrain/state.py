@@ -26,6 +26,7 @@ class Progress:
     lr_scale: float = 1.0
     non_finite: int = 0
     averaged: int = 0  # steps in the average of the weights
+    finished: bool = False  # with the validation and the samples of the end
     window_bits: float = 0.0  # sum of the training bits/dim since the last line of metrics
     window_steps: int = 0
 
@@ -46,7 +47,8 @@ class State:
         """The flow whose figures and samples are shown: with averaged weights where there are any."""
         return self.flow if self.average is None else cast(Flow, self.average.module)
 
-    def finished(self) -> bool:
+    def reached_end(self) -> bool:
+        """Whether the steps are done or the budget is used up; `progress.finished` says that the end was seen to."""
         train = self.config.train
         if train.num_steps is not None:
             return self.progress.step >= train.num_steps
@@ -83,11 +85,15 @@ class State:
         if self.average is not None:
             checkpoint.load_weights(self.evaluated, saved, "ema")
             self.average.n_averaged.fill_(self.progress.averaged)
-        self.optimizer.state.clear()
-        names = dict(self.flow.named_parameters())
+        # Through torch's own format, which knows on which device each value belongs.
+        names = {parameter: name for name, parameter in self.flow.named_parameters()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        index = {names[parameter]: i for i, parameter in enumerate(parameters)}
+        values: dict[int, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")
-            parameter = names[name]
+            parameter = parameters[index[name]]
             # In the memory layout of the parameter: the order of additions, and so the last bit, depends on it.
             like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            self.optimizer.state[parameter][key] = like_parameter.detach()
+            values.setdefault(index[name], {})[key] = like_parameter.detach()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": values})

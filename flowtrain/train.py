@@ -54,10 +54,11 @@ def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=x.device)
     for part, part_noise in zip(x.split(config.batch_size), noise.split(config.batch_size), strict=True):
-        with _precision(config.precision, x.device), memory_mode(config.memory):
-            log_prob = state.flow(part, part_noise).total
-        part_loss = bits_per_dim(log_prob, state.flow.dims).sum() / len(x)
-        part_loss.backward()
+        with memory_mode(config.memory):  # also for what the backward pass computes again
+            with _precision(config.precision, x.device):
+                log_prob = state.flow(part, part_noise).total
+            part_loss = bits_per_dim(log_prob, state.flow.dims).sum() / len(x)
+            part_loss.backward()
         loss = loss + part_loss.detach()
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     return loss, torch.nn.utils.get_total_norm(gradients)
@@ -87,9 +88,9 @@ def fit(
     """
     data = DataSet(config.data)
     flow = checkpoint.build_flow(config, data.shape, data.levels)
-    with run.locked(), _signals() as stop:
+    with run.locked():
         saved = _checkpoint_to_resume(config, run, resume)
-        if saved is not None and resume == "auto" and _is_finished(config, saved):
+        if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
         console.print(f"reading {config.data.name}")
@@ -97,17 +98,19 @@ def fit(
         batches = Batches(data, config, train_config.batch_size * train_config.accumulate, device)
         validation = data.split("validation")
         state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches)
-        run.begin(config)
-        run.cut_back(state.progress.step, config)
-        _announce(state, run, data, batches, saved)
-        if saved is None or saved.path.resolve() != run.last.resolve():
-            # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
-            if not run.best.exists():
-                state.progress.best = state.progress.best_step = None  # it was another run's
-            _save(state, run, numbered=False)
-        with ProgressBar("training", seconds_between_lines=math.inf) as bar:
-            _loop(state, run, batches, validation, stop, bar)
-        if not state.finished():
+        # Until here a signal ends the process at once: there is nothing to save.
+        with _signals() as stop:
+            run.begin(config)
+            run.cut_back(state.progress.step, config)
+            _announce(state, run, data, batches, saved)
+            if saved is None or saved.path.resolve() != run.last.resolve():
+                # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
+                if not run.best.exists():
+                    state.progress.best = state.progress.best_step = None  # it was another run's
+                _save(state, run, numbered=False)
+            with ProgressBar("training", seconds_between_lines=math.inf) as bar:
+                _loop(state, run, batches, validation, stop, bar)
+        if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
@@ -119,7 +122,7 @@ def _loop(
 ) -> None:
     config = state.config.train
     clock = _Clock(state)
-    while not state.finished() and not stop.signum:
+    while not state.progress.finished and not stop.signum:
         for x in batches.starting_at(state.progress.step):
             rate = learning_rate(config, state.progress.step, state.progress.seconds) * state.progress.lr_scale
             for group in state.optimizer.param_groups:
@@ -140,13 +143,14 @@ def _loop(
             progress.window_bits += loss.item()
             progress.window_steps += 1
             clock.tick(len(x))
-            ends = state.finished()
+            ends = state.reached_end()
             validates = ends or progress.step % config.validate_every == 0
             periodic = ends or progress.step % config.checkpoint_every == 0
             # A finite gradient may still have taken a weight to infinity: no such state is ever saved.
             if (validates or periodic or stop.signum) and not state.weights_are_finite():
                 _go_back(state, run, x, loss.item(), grad_norm.item(), rate)
                 break
+            progress.finished = ends
             if ends or progress.step % config.log_every == 0:
                 _log(state, run, grad_norm.item(), rate, clock, bar)
             if validates:
@@ -224,7 +228,7 @@ def _save(state: State, run: RunDirectory, numbered: bool) -> None:
             "step": progress.step,
             "images": progress.images,
             "seconds": progress.seconds,
-            "finished": state.finished(),
+            "finished": state.progress.finished,
             "best_validation_bits_per_dim": progress.best,
             "best_step": progress.best_step,
             "parameters": sum(p.numel() for p in state.flow.parameters()),
@@ -296,14 +300,6 @@ def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Che
     return saved
 
 
-def _is_finished(config: Config, saved: Checkpoint) -> bool:
-    progress, train = saved.meta["progress"], config.train
-    if train.num_steps is not None:
-        return progress["step"] >= train.num_steps
-    assert train.budget is not None
-    return progress["seconds"] >= train.budget
-
-
 def _start(
     config: Config,
     flow: Flow,
@@ -328,6 +324,9 @@ def _start(
                 f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}"
             )
         state.restore(saved)
+        # A checkpoint that the user names may be of a run that was to be shorter, or longer.
+        if config.train.num_steps is not None or not state.reached_end():
+            state.progress.finished = state.reached_end()
     return state
 
 

@@ -509,3 +509,13 @@ def test_split_latents_are_the_levels():
         bijection.levels[1].layers[0].shift += 1
     changed = bijection.split_latents(bijection(x, context)[0])
     assert torch.equal(changed[0], parts[0]) and not torch.allclose(changed[1], parts[1])
+
+
+def test_a_singular_plain_convolution_gives_nan():
+    """Not an exception: evaluation counts what is not finite, and decoding names it."""
+    layer = flowtrain.bijections.Conv1x1(3)
+    with torch.no_grad():
+        layer.matrix.zero_()
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.isneginf(layer(x)[1]).all()
+    assert torch.isnan(layer.inverse(x)[0]).all()

@@ -312,6 +312,25 @@ def test_one_process_at_a_time(tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_budget_that_runs_out_beside_the_steps_is_seen_to(tmp_path):
+    """Used up by a validation, say, and then killed: the next start takes a step and sees to the end."""
+    budget = sets(train__budget="1h", train__validate_every=10, train__checkpoint_every=5)
+    stopped = Forked(["train", *SMALL, *budget, "--run-dir", "r"], cwd=tmp_path)
+    with within(60, "a checkpoint") as expired:
+        while not last(tmp_path / "r").exists() or checkpoint.read(last(tmp_path / "r")).meta["step"] == 0:
+            expired()
+    stopped.process.kill()
+    stopped.result()
+    saved = checkpoint.read(last(tmp_path / "r"))
+    progress = {**saved.meta["progress"], "seconds": 3601.0}
+    meta = {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}
+    checkpoint.write(last(tmp_path / "r"), {**meta, "progress": progress}, saved.tensors)
+    quick("train", *SMALL, *budget, "--run-dir", "r", cwd=tmp_path).ok()
+    after = summary(tmp_path / "r")
+    assert after["finished"] and after["step"] == saved.meta["step"] + 1
+    assert metrics(tmp_path / "r")[-1]["split"] == "validation"
+
+
 def test_a_budget_knows_the_time_that_was_used(tmp_path):
     command = ["train", *LONG, *sets(train__budget="3s", train__schedule="linear"), "--run-dir", "r"]
     first = Forked(command, cwd=tmp_path)

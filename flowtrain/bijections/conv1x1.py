@@ -139,7 +139,8 @@ class Conv1x1(_LinearChannels):
         return self.matrix
 
     def inverse_weight(self) -> Tensor:
-        return torch.linalg.inv(self.matrix)
+        inverse, failed = torch.linalg.inv_ex(self.matrix)
+        return torch.where(failed == 0, inverse, torch.nan)  # a singular matrix gives NaN, not an exception
 
     def log_abs_det(self) -> Tensor:
         return torch.linalg.slogdet(self.matrix).logabsdet

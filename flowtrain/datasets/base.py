@@ -1,6 +1,5 @@
 """What every data set gives (`Images`), held-out splits, and image files brought to a shape."""
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +135,6 @@ def short(error: BaseException, limit: int = 300) -> str:
     """An exception as one line for a message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is about space on the disk, which is not the user's input (exit 1)."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_full(folder: Path | str, error: BaseException) -> RunError:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Policy, Shape, Split, short
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError, UserError, is_disk_full
 
 log = logging.getLogger("flowtrain")
 
@@ -199,7 +199,7 @@ def _fill(
                     temporary.rename(target)
         return opened
     except OSError as error:
-        if base.is_disk_full(error):
+        if is_disk_full(error):
             raise base.disk_full(target.parent, error) from None
         raise UserError(
             f"the image cache {target.parent} cannot be written ({short(error)}): set the "

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Shape, contiguous, disk_full, is_disk_full, short
-from flowtrain.errors import UserError
+from flowtrain.datasets.base import Images, Shape, contiguous, disk_full, short
+from flowtrain.errors import UserError, is_disk_full
 
 log = logging.getLogger("flowtrain")
 
