@@ -1,7 +1,7 @@
 # flowtrain in a container, for a CPU or (docker run --gpus all) an NVIDIA GPU: PyPI's torch for Linux brings CUDA with it.
 #
 #   docker build -t flowtrain .
-#   docker run --rm --gpus all -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" flowtrain train --config glow_cifar.yaml
+#   docker run --rm --gpus all -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" flowtrain train --config glow_cifar.yaml
 #
 # docker/check.sh builds this file and tries the image without a Docker engine.
 
@@ -30,16 +30,16 @@ ARG UID=1000
 
 # Open to every user, so that `docker run --user` works with a number that has no name here.
 RUN useradd --uid "${UID}" --create-home flowtrain \
-    && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /work /work/data /work/runs /work/cache
+    && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /app /app/data /app/runs /app/cache
 
 ENV HOME=/home/flowtrain \
-    FLOWTRAIN_CACHE=/work/cache \
+    FLOWTRAIN_CACHE=/app/cache \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER flowtrain
-WORKDIR /work
-VOLUME ["/work/data", "/work/runs", "/work/cache"]
+WORKDIR /app
+VOLUME ["/app/data", "/app/runs", "/app/cache"]
 
 # Without a shell in between: flowtrain is process 1, and `docker stop` reaches it.
 ENTRYPOINT ["flowtrain"]

@@ -146,11 +146,11 @@ workdir=$(config '{{.OCIv1.Config.WorkingDir}}')
 check "ENTRYPOINT is [flowtrain], CMD [--help], USER flowtrain" \
     [ "${entrypoint[*]} / ${cmd[*]} / $(config '{{.OCIv1.Config.User}}')" = "flowtrain / --help / flowtrain" ]
 volumes=$(config '{{range $path, $_ := .OCIv1.Config.Volumes}}{{$path}} {{end}}')
-check "volumes are declared for data, runs and cache" [ "$volumes" = "/work/cache /work/data /work/runs " ]
+check "volumes are declared for data, runs and cache" [ "$volumes" = "/app/cache /app/data /app/runs " ]
 
 b from "${limits[@]}" --name "$container" "$image" > /dev/null
 root=$(b mount "$container")
-left_over=$(find "$root"/{root/.cache,home/flowtrain/.cache,src,tmp,work} -mindepth 1 ! -path "$root/work/*" 2> /dev/null | head || true)
+left_over=$(find "$root"/{root/.cache,home/flowtrain/.cache,src,tmp,app} -mindepth 1 ! -path "$root/app/*" 2> /dev/null | head || true)
 check "no cache of pip's, no copy of the source and no temporary file is left in the image" [ -z "$left_over" ]
 echo "size of the image's files: $(du -sh --one-file-system "$root" | cut -f1), of which /opt/venv: $(du -sh "$root/opt/venv" | cut -f1)"
 
@@ -168,13 +168,13 @@ python() { b run --isolation chroot "${volume_options[@]}" "$container" python "
 mkdir -p "$dir/data" "$dir/runs"
 rm -rf "$dir/data/"* "$dir/runs/"*
 chown "$uid:$uid" "$dir/data" "$dir/runs"
-volume_options=(-v "$dir/data:/work/data" -v "$dir/runs:/work/runs")
+volume_options=(-v "$dir/data:/app/data" -v "$dir/runs:/app/runs")
 runs=$dir/runs
 short=(--set train.num_steps=60 --set train.log_every=20)
 
 step "as the image's user"
 who=$(b run --isolation chroot "$container" sh -c 'echo "$(id -u):$(id -g) $(pwd) $HOME"')
-check "the user is $uid, not root, in /work" [ "$who" = "$uid:$uid /work /home/flowtrain" ]
+check "the user is $uid, not root, in /app" [ "$who" = "$uid:$uid /app /home/flowtrain" ]
 run -- "${cmd[@]}" > "$dir/help.log"
 check "the image without arguments prints the help" grep -q Usage "$dir/help.log"
 run -- train --help > "$dir/train-help.log"
@@ -212,7 +212,7 @@ for tree in ("noise", "other"):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[:, :, 0]).save(file)
 PYTHON
-read_only=(-v "$dir/data:/work/data:ro" -v "$runs:/work/runs")
+read_only=(-v "$dir/data:/app/data:ro" -v "$runs:/app/runs")
 tiny=(--set data.validation=8 --set train.num_steps=2 --set train.batch_size=8)
 run "${read_only[@]}" -- train --set data.name=npz --set data.path=data/noise.npz "${tiny[@]}" --run-dir runs/npz
 run "${read_only[@]}" -- train --set data.name=folder --set data.path=data/noise --set data.size=8 "${tiny[@]}" --run-dir runs/folder
@@ -223,10 +223,10 @@ step "a user that has no name in the image, as docker run --user makes"
 mkdir -p "$dir/other"
 rm -rf "$dir/other/"*
 chown 12345:12345 "$dir/other"
-b run --isolation chroot --user 0:0 "$container" rm -rf /work/cache/folder # as in a new container
-run --user 12345:12345 -v "$dir/other:/work/runs" -v "$dir/data:/work/data:ro" -- \
+b run --isolation chroot --user 0:0 "$container" rm -rf /app/cache/folder # as in a new container
+run --user 12345:12345 -v "$dir/other:/app/runs" -v "$dir/data:/app/data:ro" -- \
     train --set data.name=folder --set data.path=data/other --set data.size=8 "${tiny[@]}" --run-dir runs/folder
-run --user 12345:12345 -v "$dir/other:/work/runs" -- sample --num 4
+run --user 12345:12345 -v "$dir/other:/app/runs" -- sample --num 4
 check "train and sample work as user 12345, and the files are that user's" \
     [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
 
@@ -239,7 +239,7 @@ start() { # LOG ARGUMENT...: in the background; sets `init` to the number, outsi
     local log=$1; shift
     unshare --mount --pid --fork bash -c '
         root=$1 runs=$2 uid=$3 workdir=$4; shift 4
-        mount --bind "$runs" "$root/work/runs"
+        mount --bind "$runs" "$root/app/runs"
         mount -t proc proc "$root/proc"
         mount --rbind /dev "$root/dev"
         cd "$root"
