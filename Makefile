@@ -3,7 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/glow_digits
 
-.PHONY: demo test test-slow test-gpu check format docker-check clean
+# The programs of `make bench`, and the numbers of threads they are run with.
+BENCHMARKS ?= $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) \
+	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
+THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo test test-slow test-gpu bench check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -25,6 +30,12 @@ test-slow: .venv/installed-dev  ## tests that train to a threshold
 
 test-gpu: .venv/installed-dev  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown tables; more than an hour
+	@for threads in $(THREADS); do for words in $(BENCHMARKS); do \
+		echo "<!-- OMP_NUM_THREADS=$$threads python $$words --threads $$threads -->"; \
+		OMP_NUM_THREADS=$$threads $(BIN)/python $$words --threads $$threads || exit 1; \
+	done; done
 
 check: .venv/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -49,4 +60,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain import config as configuration
+from flowtrain import distributed
 from flowtrain.config import Config
 from flowtrain.dequantize import Dequantizer
 from flowtrain.device import Stream
@@ -89,10 +90,25 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def read(path: Path) -> Checkpoint:
     """Reads and verifies a checkpoint. Raises `UserError` naming the file where it is missing, damaged or foreign."""
+    return _parse(path, _bytes(path))
+
+
+def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
+    """As `read`, by one process for all: the others need neither the file nor to look for it."""
+    path = distributed.from_main(lambda: None if (found := find()) is None else str(found))
+    if path is None:
+        return None
+    return _parse(Path(path), distributed.bytes_from_main(lambda: _bytes(Path(path))))
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parse(path: Path, data: bytes) -> Checkpoint:
     foreign = UserError(
         f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles are never loaded)"
     )
@@ -224,7 +240,8 @@ def load_model(
     model: str | None, device: torch.device, weights: str | None = None, trust_code: bool = False
 ) -> LoadedModel:
     """The flow of a checkpoint or run directory, on `device`, in evaluation mode. See `flowtrain.load`."""
-    checkpoint = read(find(model))
+    checkpoint = read_by_main(lambda: find(model))
+    assert checkpoint is not None
     for section in ("model", "data"):
         name = checkpoint.meta["config"][section]["name"]
         if "." in name and not trust_code:

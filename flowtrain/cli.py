@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flowtrain import configfiles
-from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
 
 # torch takes seconds to import, so the commands import what they need themselves: `--help` is instant.
 
@@ -43,6 +44,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         _log_warnings()
         try:
             function(*args, **kwargs)
+        except (Interrupted, EndedElsewhere) as ended:  # it has been said why
+            raise typer.Exit(ended.exit_code) from None
         except (UserError, RunError) as error:
             _fail(str(error), error.exit_code)
         except FloatingPointError as error:
@@ -50,10 +53,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             raise  # for the command line library, which ends quietly
         except OSError as error:
-            code = RunError.exit_code if is_disk_full(error) else UserError.exit_code
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", code)
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
         except KeyboardInterrupt:
-            _fail("interrupted", 128 + signal.SIGINT)
+            _fail("interrupted", exit_code(KeyboardInterrupt()))
         except MemoryError as error:
             _fail(f"out of memory: {error}", RunError.exit_code)
         except RuntimeError as error:
@@ -62,6 +64,36 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
 
     return wrapped
+
+
+def _on_all_processes(function: Callable[..., None]) -> Callable[..., None]:
+    """Where torchrun has started several, they do it together."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from flowtrain import distributed
+
+        with distributed.setup():
+            function(*args, **kwargs)
+
+    return wrapped
+
+
+def _on_one_process(function: Callable[..., None]) -> Callable[..., None]:
+    """Where torchrun has started several, the first does it, and the others have nothing to do."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        if os.environ.get("RANK", "0") == "0" or not _launched():
+            function(*args, **kwargs)
+
+    return wrapped
+
+
+def _launched() -> bool:
+    from flowtrain import distributed
+
+    return distributed.launched()
 
 
 def _fail(message: str, code: int) -> None:
@@ -136,6 +168,7 @@ DataSetOption = Annotated[
     + _config_list()
 )
 @_command
+@_on_all_processes
 def train(
     config: Annotated[
         str,
@@ -179,27 +212,24 @@ def train(
 ) -> None:
     """Train a flow. The same command again goes on where it stopped."""
     from flowtrain import config as configuration
-    from flowtrain import device as devices
 
     path = configfiles.find_config(config)
     settings = configuration.load_config(path, overrides or [])
-    target = devices.resolve(device)
+    target = _device(device)
     if dry_run:
         from flowtrain.dryrun import dry_run as run_dry
 
         run_dry(settings, target)
         return
     from flowtrain.run import RunDirectory
-    from flowtrain.train import Interrupted, fit
+    from flowtrain.train import fit
 
-    try:
-        fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
-    except Interrupted as stopped:
-        raise typer.Exit(stopped.exit_code) from None
+    fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
 
 
 @app.command(epilog="Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]")
 @_command
+@_on_all_processes
 def evaluate(
     model: ModelArgument = None,
     split: Annotated[str, typer.Option("--split", metavar="test|validation|train", help="Which images.")] = "test",
@@ -234,7 +264,7 @@ def evaluate(
     """Bits per dimension of a data set's split, in float32, with standard error."""
     import json
 
-    from flowtrain import checkpoint, images
+    from flowtrain import checkpoint, distributed, images
     from flowtrain import evaluate as evaluation
     from flowtrain.console import ProgressBar, console
 
@@ -254,6 +284,8 @@ def evaluate(
             batch_size=batch_size,
             progress=bar,
         )
+    if not distributed.is_main():
+        return  # the rest is writing
     _print_table(result)
     text = json.dumps(result, indent=2, allow_nan=False)
     if json_out == "-":
@@ -275,6 +307,7 @@ def evaluate(
     epilog="Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 --out t.png[/cyan]"
 )
 @_command
+@_on_one_process
 def sample(
     model: ModelArgument = None,
     num: Annotated[int, typer.Option("--num", min=1, help="Images for each temperature.")] = 64,
@@ -331,6 +364,7 @@ def sample(
     epilog="Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 --out path.gif[/cyan]"
 )
 @_command
+@_on_one_process
 def interpolate(
     model: ModelArgument = None,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Pairs of test images, a row each.")] = 4,
@@ -376,9 +410,18 @@ def _load(model: str | None, device: str, weights: str | None, trust_code: bool)
     if weights not in (None, "ema", "raw"):
         raise UserError(f"--weights {weights}: expected ema or raw")
     from flowtrain import checkpoint
+
+    return checkpoint.load_model(model, _device(device), weights, trust_code)
+
+
+def _device(name: str) -> Any:
+    from flowtrain import allocator
     from flowtrain import device as devices
 
-    return checkpoint.load_model(model, devices.resolve(device), weights, trust_code)
+    device = devices.resolve(name)
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
+    return device
 
 
 def _data(loaded: Any, overrides: list[str] | None) -> Any:

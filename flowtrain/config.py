@@ -134,8 +134,10 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the conditioners, fp32 or bf16; all else is float32"
     )
-    memory: Literal["store", "checkpoint"] = Field(
-        "store", description="store the activations for the backward pass, or checkpoint: compute them again"
+    memory: Literal["store", "checkpoint", "reversible"] = Field(
+        "store",
+        description="what a backward pass keeps: store all activations, checkpoint the layers' inputs, or reversible: "
+        "no more than the output, from which the inverse computes them again",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the averaged weights; 0 for none")
     max_non_finite: Count = Field(5, description="non-finite steps after which the run stops with exit code 1")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
+from flowtrain import distributed
 from flowtrain.config import Config
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets.base import Images, hold_out
@@ -122,15 +123,17 @@ def _checked(images: Images, what: str) -> np.ndarray:
 
 
 class Batches:
-    """The batches of a training run: batch `step` is a function of the seed and the step, on the training device.
+    """The batches of a training run, on the training device.
 
-    The order is one seeded permutation of the split after the other, cut into batches of `batch_size`; a batch may span
-    two of them. A split that fits is one tensor on the device; a larger one is read by worker processes.
+    The order is one seeded permutation of the split after the other. A step takes the next images of it, which may span
+    two permutations: `batch_size` for each process, in the order of their ranks. A split that fits is one tensor on the
+    device; a larger one is read by worker processes.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
         self.source = data.split("train")
         self.batch_size = batch_size
+        self.all_processes = batch_size * distributed.world()  # images of a step
         self.seed = config.seed
         self.device = device
         self.flip, self.shift = data.flip, config.data.shift
@@ -140,9 +143,12 @@ class Batches:
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def positions(self, step: int) -> np.ndarray:
-        """Which images of the split make batch `step`."""
-        wanted = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+    def positions(self, images: int) -> np.ndarray:
+        """Which images of the split this process takes in a step, after `images` of the order are used up."""
+        return self._order(images + distributed.rank() * self.batch_size, self.batch_size)
+
+    def _order(self, start: int, count: int) -> np.ndarray:
+        wanted = np.arange(start, start + count)
         epochs, offsets = np.divmod(wanted, len(self.source))
         parts = [self._permutation(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(parts)
@@ -153,22 +159,35 @@ class Batches:
             self._epoch = (epoch, order.numpy())
         return self._epoch[1]
 
-    def starting_at(self, step: int) -> Iterator[Tensor]:
-        """Batches from `step` on, without end: uint8 `(B, C, H, W)` on the device, augmented."""
-        for x in self._stream(step) if self.streams else self._gather(step):
-            yield augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, step))
+    def starting_at(self, step: int, images: int | None = None) -> Iterator[Tensor]:
+        """This process's batches from `step` on, without end: uint8 `(B, C, H, W)` on the device, augmented.
+
+        Before it `images` were used up; by default those of as many steps like these.
+        """
+        images = step * self.all_processes if images is None else images
+        for x in self._stream(images) if self.streams else self._gather(images):
+            yield self._augment(x, step, distributed.rank() * self.batch_size)
             step += 1
 
-    def _gather(self, step: int) -> Iterator[Tensor]:
+    def first_of_all(self) -> Tensor:
+        """The first batches of all processes together, in order."""
+        x = self.source.take(self._order(0, self.all_processes)).to(self.device)
+        return self._augment(x, step=0, start=0)
+
+    def _augment(self, x: Tensor, step: int, start: int) -> Tensor:
+        randomness = generator(self.seed, Stream.AUGMENTATION, step)
+        return augment(x, self.flip, self.shift, randomness, start, self.all_processes)
+
+    def _gather(self, images: int) -> Iterator[Tensor]:
         assert self.resident is not None
         while True:
-            yield self.resident[torch.from_numpy(self.positions(step)).to(self.device)]
-            step += 1
+            yield self.resident[torch.from_numpy(self.positions(images)).to(self.device)]
+            images += self.all_processes
 
-    def _stream(self, step: int) -> Iterator[Tensor]:
+    def _stream(self, images: int) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(
             _Reader(self.source),
-            batch_sampler=_Order(self, step),  # type: ignore[arg-type]
+            batch_sampler=_Order(self, images),  # type: ignore[arg-type]
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=self.workers,
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -180,16 +199,16 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Order:
-    """The index lists of a data loader, from a step on."""
+    """The index lists of a data loader, after some images."""
 
     batches: Batches
-    step: int
+    images: int
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        step = self.step
+        images = self.images
         while True:
-            yield self.batches.positions(step)
-            step += 1
+            yield self.batches.positions(images)
+            images += self.batches.all_processes
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -228,14 +247,22 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def augment(x: Tensor, flip: bool, shift: int, randomness: torch.Generator) -> Tensor:
-    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge repeated."""
+def augment(
+    x: Tensor, flip: bool, shift: int, randomness: torch.Generator, start: int = 0, whole: int | None = None
+) -> Tensor:
+    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge repeated.
+
+    `x` are the images from `start` on of a batch of `whole`: what happens to an image does not depend on the parts that
+    a batch is cut into.
+    """
     batch, _, height, width = x.shape
+    whole = batch if whole is None else whole
     if flip:
-        mirrored = (torch.rand(batch, generator=randomness) < 0.5).to(x.device)
+        mirrored = (torch.rand(whole, generator=randomness)[start : start + batch] < 0.5).to(x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if shift:
-        moves = torch.randint(-shift, shift + 1, (2, batch, 1), generator=randomness).to(x.device)
+        moves = torch.randint(-shift, shift + 1, (2, whole, 1), generator=randomness)
+        moves = moves[:, start : start + batch].to(x.device)
         rows = (torch.arange(height, device=x.device) + moves[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=x.device) + moves[1]).clamp(0, width - 1)
         images = torch.arange(batch, device=x.device)[:, None, None]

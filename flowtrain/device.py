@@ -5,11 +5,15 @@ import enum
 import numpy as np
 import torch
 
+from flowtrain import distributed
 from flowtrain.errors import UserError
 
 
 def resolve(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError` otherwise."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError` otherwise.
+
+    Of several processes on a machine each has a GPU of its own: `cuda` is that of its local rank.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, colon, index = name.partition(":")
@@ -21,6 +25,16 @@ def resolve(name: str) -> torch.device:
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: this machine has no MPS device; use --device cpu")
+    if distributed.world() > 1 and (index or kind == "mps"):
+        raise UserError(f"--device {name}: there are {distributed.world()} processes; expected auto, cpu or cuda")
+    if kind == "cuda" and distributed.world() > 1:
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: {torch.cuda.device_count()} CUDA devices on this machine, none for the process of "
+                f"local rank {distributed.local_rank()}: start no more processes than devices (--nproc-per-node)"
+            )
+        name = f"cuda:{distributed.local_rank()}"
+        torch.cuda.set_device(name)
     if kind == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32; its default rounds convolutions to 10 bits
     return torch.device(name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections import AdditiveTransform, AffineTransform, DiagonalAffine
+from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.flow import Flow
 
 Hook = Callable[[str, nn.Module, Any], None]
@@ -21,7 +22,8 @@ def _watching(flow: nn.Module, hook: Hook) -> Iterator[None]:
         for name, module in flow.named_modules()
     ]
     try:
-        yield
+        with layer_by_layer():
+            yield
     finally:
         for handle in handles:
             handle.remove()

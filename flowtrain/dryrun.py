@@ -1,19 +1,24 @@
 """`train --dry-run`: what a run will cost, from random pixels, so that nothing is downloaded or written."""
 
+import dataclasses
+import functools
 import time
+from typing import get_args
 
 import torch
 
 from flowtrain import checkpoint
+from flowtrain.capacity import available, peak
 from flowtrain.config import Config
 from flowtrain.console import console, duration
 from flowtrain.data import DataSet
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.flow import Flow, initialize
-from flowtrain.optim import average, build_optimizer
+from flowtrain.memory import Mode
+from flowtrain.optim import Average, build_optimizer
 from flowtrain.state import State
-from flowtrain.train import train_step
+from flowtrain.train import optimizer_step, train_step
 
 TIMED_STEPS = 3
 MIB = 2**20
@@ -30,42 +35,21 @@ def dry_run(config: Config, device: torch.device) -> None:
     random = generator(config.seed, Stream.ORDER)
     x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
     initialize(flow, x, draw_noise(x.shape, random, device))
-    averaged = average(flow, train.ema) if train.ema else None
+    averaged = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizer(flow, train), averaged, {})
 
-    kept: dict[int, int] = {}  # the bytes of each tensor that the backward pass needs, by its storage
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        train_step(state, x[: train.batch_size])
-    for parameter in flow.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    copies = 1 + 1 + 2 + (averaged is not None)  # weights, gradients, the optimizer's two averages, their own average
-    weights = copies * sum(p.numel() * p.element_size() for p in flow.parameters())
-    activations = sum(kept.values())
-    console.print(
-        f"memory: {(weights + activations) / MIB:,.0f} MiB: {weights / MIB:,.0f} for weights, gradients and optimizer, "
-        f"{activations / MIB:,.0f} for the activations of {train.batch_size} images"
-    )
+    _print_memory(state, x[: train.batch_size], device)
 
     seconds = []
     for step in range(TIMED_STEPS + 1):
         started = time.perf_counter()
-        train_step(state, x)
-        state.optimizer.step()
-        if averaged is not None:
-            averaged.update_parameters(flow)
+        _, grad_norm = train_step(state, x)
+        optimizer_step(state, grad_norm)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if step > 0:  # the first one warms up
             seconds.append(time.perf_counter() - started)
     per_step = sorted(seconds)[len(seconds) // 2]
-    if device.type == "cuda":
-        console.print(f"peak memory on {device}: {torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB")
     console.print(f"speed: {per_step:.3f} s a step, {batch / per_step:,.0f} images/s (median of {TIMED_STEPS} steps)")
     if train.num_steps is not None:
         console.print(
@@ -75,6 +59,34 @@ def dry_run(config: Config, device: torch.device) -> None:
         assert train.budget is not None
         steps = train.budget / per_step
         console.print(f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart")
+
+
+def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> None:
+    """What each mode of `train.memory` takes at this batch size, and the largest batch that would fit."""
+    chosen = state.config.train
+    # Weights, gradients, the optimizer's two averages, and the weights' own.
+    copies = 1 + 1 + 2 + (state.average is not None)
+    gradients = sum(p.numel() * p.element_size() for p in state.flow.parameters())
+    left = available(device) - (copies - 1) * gradients  # the weights are there already
+    console.print(
+        f"memory: {copies * gradients / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
+        f"with {available(device) / MIB:,.0f} MiB available:"
+    )
+    for mode in get_args(Mode):
+        settings = chosen.model_copy(update={"memory": mode})
+        trial = dataclasses.replace(state, config=state.config.model_copy(update={"train": settings}))
+        train_step(trial, x[:1])  # what is made once
+        state.optimizer.zero_grad(set_to_none=True)
+        activations = peak(functools.partial(train_step, trial, x), device) - gradients
+        fits = max(0, int(left / max(1, activations / len(x))))
+        console.print(
+            f"  {mode}: {activations / MIB:,.0f} MiB for {len(x)} images, up to {fits:,} images would fit"
+            + (" (chosen)" if mode == chosen.memory else "")
+        )
+    if activations > left:
+        console.print(
+            f"  train.batch_size {chosen.batch_size} does not fit in any mode: lower it, and raise train.accumulate"
+        )
 
 
 def _print_parameters(flow: Flow) -> None:

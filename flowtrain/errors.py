@@ -1,6 +1,7 @@
-"""The two ways in which a command ends badly, with their exit codes."""
+"""The ways in which a command ends early, with their exit codes."""
 
 import errno
+import signal
 
 
 class UserError(Exception):
@@ -13,6 +14,33 @@ class RunError(Exception):
     """It failed while running: a non-finite likelihood, a full disk. Exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after saving. Exit code 128 and the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class EndedElsewhere(Exception):
+    """Another process of the same run has failed and said why: this one ends without a word, with its exit code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"another process failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that an error ends."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, OSError):
+        return RunError.exit_code if is_disk_full(error) else UserError.exit_code
+    return getattr(error, "exit_code", RunError.exit_code)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowtrain import distributed
 from flowtrain.checkpoint import LoadedModel
 from flowtrain.data import DataSet, Split
 from flowtrain.dequantize import draw_noise
@@ -44,11 +45,14 @@ def score(
 
     With `samples` K > 1 it is the importance-weighted bound `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et
     al. 2019, section 3.1). An image's noise depends on the seed, its index and the draw, and on nothing else.
+
+    Of several processes each scores a part of the images, and has the scores of all.
     """
     count = len(split) if num_images is None else min(num_images, len(split))
-    rows = []
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
+    own = distributed.share(count)
+    rows = [torch.empty(3, 0, dtype=torch.float64)]  # of a process without an image
+    for start in range(own.start, own.stop, batch_size):
+        stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
         generators = [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)]
         draws = []
@@ -59,8 +63,8 @@ def score(
         by_draw = torch.stack(draws)  # (K, 2, B)
         bound = by_draw.sum(dim=1).logsumexp(dim=0) - math.log(samples)
         rows.append(torch.stack([bound, *by_draw[0]]))
-        progress(stop, count)
-    return Scores(*torch.cat(rows, dim=1))
+        progress(stop - own.start, len(own))
+    return Scores(*distributed.gather(torch.cat(rows, dim=1), count))
 
 
 def mean_bits_per_dim(flow: Flow, split: Split, **options: Any) -> float:
@@ -72,7 +76,7 @@ def mean_bits_per_dim(flow: Flow, split: Split, **options: Any) -> float:
 def reconstruction_error(flow: Flow, x: Tensor) -> float:
     """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2 all come back."""
     v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
-    back = flow.bijection.inverse(flow.bijection(v.contiguous(memory_format=torch.channels_last))[0])[0]
+    back = flow.bijection.inverse(flow.bijection(v)[0])[0]
     error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.levels
     return error.max().item()
 
@@ -94,7 +98,11 @@ def evaluate(
     """
     flow = model.flow
     data.require(flow.shape, flow.levels, model.checkpoint.path)
-    split = data.split(split_name)
+    with distributed.one_first():
+        split = data.split(split_name)
+    counts = distributed.exchange(len(split))
+    if len(set(counts)) > 1:
+        raise UserError(f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} images")
     if len(split) == 0:
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size or BATCH_SIZE}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.dequantize import Dequantizer, draw_noise
 
 
@@ -60,7 +61,7 @@ class Flow(nn.Module):
     def forward(self, x: Tensor, noise: Tensor) -> LogProb:
         """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape, in its parts."""
         v, log_det = self.dequantizer(x, noise.to(self.dtype))
-        z, flow_log_det = self.bijection(v.contiguous(memory_format=torch.channels_last))
+        z, flow_log_det = self.bijection(v)
         base = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
         return LogProb(base, log_det + flow_log_det)
 
@@ -85,7 +86,7 @@ class Flow(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The latent at the middle of each image's bin, `(B, D)`: no randomness, so that `decode` gives `x` back."""
         v = self.dequantizer.middle(self._checked(x), self.dtype)
-        return self.bijection(v.contiguous(memory_format=torch.channels_last))[0]
+        return self.bijection(v)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
         if hasattr(module, "initialize")
     ]
     try:
-        flow(x, noise)
+        with layer_by_layer():
+            flow(x, noise)
     finally:
         for hook in hooks:
             hook.remove()

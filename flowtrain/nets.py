@@ -4,11 +4,15 @@ Every last layer starts at zero, so that every coupling starts as the identity (
 `net(kept, context)`; under autocast these networks, and nothing else, run in low precision.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import ActNorm
+from flowtrain.precision import conditioner_input
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -32,10 +36,48 @@ class ZeroConv2d(nn.Conv2d):
 
 
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
-    """Appends the context's channels, averaged down to the size of `x` where it is larger."""
+    """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it is larger."""
+    x = conditioner_input(x)
     if context is None:
         return x
+    context = conditioner_input(context)
     return torch.cat([x, F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))], dim=1)
+
+
+class _IntegerReLU(torch.autograd.Function):
+    """ReLU of bfloat16, in place, on its bits as 16-bit integers: three times as fast on a CPU, forward and backward.
+
+    As integers the numbers >= 0 are >= 0, minus infinity is -128, everything negative is below that or equal, and what
+    lies between is NaN with a sign: it stays NaN, as it must (a ReLU fused into oneDNN's convolution would hide it).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        torch.threshold_(x.view(torch.int16), -128, 0)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        passed = torch.ops.aten.threshold_backward(grad.view(torch.int16), y.view(torch.int16), 0)
+        return passed.view(torch.bfloat16)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """ReLU in place."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return _IntegerReLU.apply(x)
+    return F.relu_(x)
+
+
+class ReLU(nn.Module):
+    """ReLU in place, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu_(x)
 
 
 class GlowNet(nn.Module):
@@ -45,9 +87,9 @@ class GlowNet(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels + context_channels, width, 3, padding=1),
-            nn.ReLU(inplace=True),
+            ReLU(),
             nn.Conv2d(width, width, 1),
-            nn.ReLU(inplace=True),
+            ReLU(),
             ZeroConv2d(width, out_channels, 3),
         )
 
@@ -63,7 +105,7 @@ class ZeroNet(nn.Module):
         self.layer = ZeroConv2d(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layer(x)
+        return self.layer(conditioner_input(x))
 
 
 class _ResidualBlock(nn.Module):
@@ -76,8 +118,8 @@ class _ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.relu(self.norm1(x)[0]))
-        return x + self.conv2(F.relu(self.norm2(h)[0]))
+        h = self.conv1(relu_(self.norm1(x)[0]))
+        return x + self.conv2(relu_(self.norm2(h)[0]))
 
 
 class ResidualNet(nn.Module):
@@ -95,7 +137,7 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.blocks(self.first(with_context(x, context)))
-        return self.last(F.relu(self.norm(h)[0]))
+        return self.last(relu_(self.norm(h)[0]))
 
 
 class DenseNet(nn.Module):
@@ -105,7 +147,7 @@ class DenseNet(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(hidden_layers):
-            layers += [nn.Linear(in_features if i == 0 else width, width), nn.ReLU(inplace=True)]
+            layers += [nn.Linear(in_features if i == 0 else width, width), ReLU()]
         last = nn.Linear(width, out_features)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

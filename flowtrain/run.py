@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from flowtrain import checkpoint
+from flowtrain import checkpoint, distributed
 from flowtrain.checkpoint import SUFFIX, write_atomically
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, is_disk_full
 
 
 class RunDirectory:
-    """Paths and files under `RUN`; see the README for what each holds."""
+    """Paths and files under `RUN`; see the README for what each holds. Of several processes, process 0 alone writes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,7 +35,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out; the lock goes with the process, however it ends. Raises `UserError` if taken."""
+        """Keeps other runs out; the lock goes with the process, however it ends. Raises `UserError` if taken."""
+        if not distributed.is_main():
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("ab+", buffering=0)
@@ -67,6 +70,7 @@ class RunDirectory:
                     f"what was saved before in {self.path} is kept"
                 ) from error
 
+    @distributed.main_only
     def begin(self, config: Config) -> None:
         """Writes the resolved configuration, and clears away what a killed process left half-written."""
         for folder in (self.path, self.checkpoints, self.samples):
@@ -78,6 +82,7 @@ class RunDirectory:
                 left_over.unlink()
         write_atomically(self.path / "config.yaml", config.yaml().encode())
 
+    @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
         """Forgets what was logged after `step`: in `metrics.jsonl` by removing it, in TensorBoard by its purge mark."""
         self.close()
@@ -92,6 +97,7 @@ class RunDirectory:
         assert self._writer is not None, "cut_back comes first"
         return self._writer
 
+    @distributed.main_only
     def log(self, row: Mapping[str, Any]) -> None:
         """One object to `metrics.jsonl`, flushed; its figures to TensorBoard."""
         try:
@@ -104,6 +110,11 @@ class RunDirectory:
             if row.get(key) is not None:
                 self.tensorboard.add_scalar(f"{split}/{key}", row[key], row["step"])
 
+    @distributed.main_only
+    def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        checkpoint.write(self.best, meta, tensors)
+
+    @distributed.main_only
     def save_last(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool) -> None:
         """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the newest `keep` stay."""
         checkpoint.write(self.last, meta, tensors)
@@ -124,7 +135,8 @@ class RunDirectory:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         path = self.path / name
-        write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+        if distributed.is_main():
+            write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
         return path
 
     def close(self) -> None:

@@ -2,16 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
-from flowtrain import checkpoint
+from flowtrain import checkpoint, distributed
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config
 from flowtrain.flow import Flow
+from flowtrain.optim import Average
 
 
 @dataclass
@@ -38,14 +38,18 @@ class State:
     config: Config
     flow: Flow
     optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
+    average: Average | None
     data: dict[str, Any]  # the fingerprint
     progress: Progress = field(default_factory=Progress)
+    parallel: nn.Module = field(init=False)  # the flow to call in training
+
+    def __post_init__(self) -> None:
+        self.parallel = distributed.parallel(self.flow)
 
     @property
     def evaluated(self) -> Flow:
         """The flow whose figures and samples are shown: with averaged weights where there are any."""
-        return self.flow if self.average is None else cast(Flow, self.average.module)
+        return self.flow if self.average is None else self.average.flow
 
     def reached_end(self) -> bool:
         """Whether the steps are done or the budget is used up; `progress.finished` says that the end was seen to."""
@@ -65,13 +69,14 @@ class State:
             "levels": self.flow.levels,
             "step": self.progress.step,
             "data": self.data,
+            "processes": distributed.world(),
             "progress": dataclasses.asdict(self.progress),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {"model": self.flow.state_dict()}
         if self.average is not None:
-            parts["ema"] = self.average.module.state_dict()
+            parts["ema"] = self.average.flow.state_dict()
         tensors = {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
         for name, parameter in self.flow.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -84,7 +89,6 @@ class State:
         self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
             checkpoint.load_weights(self.evaluated, saved, "ema")
-            self.average.n_averaged.fill_(self.progress.averaged)
         # Through torch's own format, which knows on which device each value belongs.
         names = {parameter: name for name, parameter in self.flow.named_parameters()}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -7,13 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowtrain import checkpoint, images
+from flowtrain import checkpoint, distributed, images
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
 from flowtrain.console import ProgressBar, console, duration
@@ -21,42 +22,42 @@ from flowtrain.data import Batches, DataSet, Split
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_bits_per_dim
 from flowtrain.flow import Flow, bits_per_dim, initialize
 from flowtrain.memory import memory_mode
-from flowtrain.optim import average, build_optimizer, learning_rate
+from flowtrain.optim import Average, build_optimizer, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAMPLES = 64  # in a sample grid
 RANGES_BATCH = 64  # images on which log-scale ranges are measured
 
 # Where the data lie and how they are read may change between two parts of a run; what they are may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal, after saving."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+# These may too, where with the number of processes they come to as many images a step.
+SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
+NOISE_BLOCK = 512  # images whose noise comes from one generator
 
 
 def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the mean bits/dim of a batch; returns the loss and the gradient's norm, 0-dimensional.
 
-    `x` holds `accumulate` times `batch_size` images. The noise belongs to the seed and the step.
+    `x` holds `accumulate` times `batch_size` images: this process's part of the batch, as the loss is its part's. The
+    gradient is that of the batch of all processes. The noise belongs to the seed and the step.
     """
     config = state.config.train
-    noise = draw_noise(x.shape, _noise_generator(state), x.device)
+    noise = _noise(state.config, state.progress.step, x, distributed.rank() * len(x))
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=x.device)
+    left = len(x)
     for part, part_noise in zip(x.split(config.batch_size), noise.split(config.batch_size), strict=True):
-        with memory_mode(config.memory):  # also for what the backward pass computes again
+        left -= len(part)
+        # The memory mode is also for what the backward pass computes again.
+        with distributed.accumulating(state.parallel, more=left > 0), memory_mode(config.memory):
             with _precision(config.precision, x.device):
-                log_prob = state.flow(part, part_noise).total
+                log_prob = state.parallel(part, part_noise).total
             part_loss = bits_per_dim(log_prob, state.flow.dims).sum() / len(x)
             part_loss.backward()
         loss = loss + part_loss.detach()
@@ -64,13 +65,33 @@ def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     return loss, torch.nn.utils.get_total_norm(gradients)
 
 
-def _noise_generator(state: State) -> torch.Generator:
-    return generator(state.config.seed, Stream.DEQUANTIZATION, state.progress.step)
+def optimizer_step(state: State, grad_norm: Tensor) -> None:
+    """Moves the weights along the gradient, clipped to the configured norm, and their average after them."""
+    if state.config.train.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(state.flow.parameters(), state.config.train.clip_norm, grad_norm)
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update(state.progress.averaged)
+        state.progress.averaged += 1
+
+
+def _noise(config: Config, step: int, x: Tensor, start: int) -> Tensor:
+    """The noise for `x`, the images from `start` on of the batch of all processes in a step.
+
+    A generator serves a block of images, so that a process draws little beside its own part, however many there are.
+    """
+    stop = start + len(x)
+    blocks = []
+    for block in range(start // NOISE_BLOCK, math.ceil(stop / NOISE_BLOCK)):
+        count = min(stop - block * NOISE_BLOCK, NOISE_BLOCK)
+        random = generator(config.seed, Stream.DEQUANTIZATION, step, *([block] if block else []))
+        blocks.append(draw_noise((count, *x.shape[1:]), random, torch.device("cpu")))
+    return torch.cat(blocks)[start % NOISE_BLOCK :].to(x.device)
 
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 for the conditioners; the data path casts back and does its own products in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def fit(
@@ -94,9 +115,10 @@ def fit(
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
         console.print(f"reading {config.data.name}")
-        train_config = config.train
-        batches = Batches(data, config, train_config.batch_size * train_config.accumulate, device)
-        validation = data.split("validation")
+        with distributed.one_first():  # it may download
+            batches = Batches(data, config, config.train.batch_size * config.train.accumulate, device)
+            validation = data.split("validation")
+        _require_same_everywhere(config, data.fingerprint)
         state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches)
         # Until here a signal ends the process at once: there is nothing to save.
         with _signals() as stop:
@@ -105,10 +127,15 @@ def fit(
             _announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
                 # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
-                if not run.best.exists():
+                if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # it was another run's
                 _save(state, run, numbered=False)
-            with ProgressBar("training", seconds_between_lines=math.inf) as bar:
+            distributed.ready()  # what could not be written has been said
+            advice = f"{run.last} is the last checkpoint, and good: the same command goes on from there"
+            with (
+                distributed.losing_a_process(advice),
+                ProgressBar("training", seconds_between_lines=math.inf) as bar,
+            ):
                 _loop(state, run, batches, validation, stop, bar)
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
@@ -123,36 +150,32 @@ def _loop(
     config = state.config.train
     clock = _Clock(state)
     while not state.progress.finished and not stop.signum:
-        for x in batches.starting_at(state.progress.step):
+        for x in batches.starting_at(state.progress.step, state.progress.images):
+            own_loss, gradient = train_step(state, x)
+            loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
             rate = learning_rate(config, state.progress.step, state.progress.seconds) * state.progress.lr_scale
+            if not math.isfinite(loss + grad_norm):
+                _go_back(state, run, x, loss, grad_norm, rate)
+                break  # the order of the batches starts again from the step that was restored
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            loss, grad_norm = train_step(state, x)
-            if not math.isfinite(loss.item() + grad_norm.item()):
-                _go_back(state, run, x, loss.item(), grad_norm.item(), rate)
-                break  # the order of the batches starts again from the step that was restored
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(state.flow.parameters(), config.clip_norm, grad_norm)
-            state.optimizer.step()
+            optimizer_step(state, gradient)
             progress = state.progress
-            if state.average is not None:
-                state.average.update_parameters(state.flow)
-                progress.averaged += 1
             progress.step += 1
-            progress.images += len(x)
-            progress.window_bits += loss.item()
+            progress.images += batches.all_processes
+            progress.window_bits += loss
             progress.window_steps += 1
-            clock.tick(len(x))
-            ends = state.reached_end()
+            ends = state.reached_end()  # by the time that all have agreed on
+            clock.tick(batches.all_processes)
             validates = ends or progress.step % config.validate_every == 0
             periodic = ends or progress.step % config.checkpoint_every == 0
             # A finite gradient may still have taken a weight to infinity: no such state is ever saved.
             if (validates or periodic or stop.signum) and not state.weights_are_finite():
-                _go_back(state, run, x, loss.item(), grad_norm.item(), rate)
+                _go_back(state, run, x, loss, grad_norm, rate)
                 break
             progress.finished = ends
             if ends or progress.step % config.log_every == 0:
-                _log(state, run, grad_norm.item(), rate, clock, bar)
+                _log(state, run, grad_norm, rate, clock, bar)
             if validates:
                 _validate(state, run, validation)
             if ends or progress.step % config.sample_every == 0:
@@ -164,6 +187,17 @@ def _loop(
                 break
 
 
+def _agree(state: State, clock: "_Clock", stop: "_Stop", loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+    """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's clock, any signal."""
+    means = [loss.item() / distributed.world(), grad_norm.item() / distributed.world()]  # waits for the device
+    clock.tick()
+    seconds = state.progress.seconds if distributed.is_main() else 0.0
+    asked = [float(stop.asked == signum) for signum in STOPPING]
+    loss_mean, norm_mean, state.progress.seconds, *asked = distributed.total([*means, seconds, *asked])
+    stop.signum = next((signum for signum, count in zip(STOPPING, asked, strict=True) if count), 0)
+    return loss_mean, norm_mean
+
+
 def _validate(state: State, run: RunDirectory, validation: Split) -> None:
     if len(validation) == 0:
         return
@@ -171,18 +205,24 @@ def _validate(state: State, run: RunDirectory, validation: Split) -> None:
     bits = mean_bits_per_dim(state.evaluated, validation, seed=state.config.seed)
     row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "validation"}
     run.log({**row, "bits_per_dim": bits if math.isfinite(bits) else None})
-    x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
-    noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
-    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
-        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, progress.step)
-        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, progress.step)
+    _log_ranges(state, run, validation)
     best = math.isfinite(bits) and (progress.best is None or bits < progress.best)
     console.print(f"step {progress.step}: validation {bits:.4f} bits/dim{' (best)' if best else ''}")
     if best:
         progress.best, progress.best_step = bits, progress.step
-        checkpoint.write(run.best, state.meta(), state.tensors())
+        run.save_best(state.meta(), state.tensors())
 
 
+@distributed.main_only
+def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
+    x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
+    noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
+    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
+        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, state.progress.step)
+        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, state.progress.step)
+
+
+@distributed.main_only
 def _sample(state: State, run: RunDirectory) -> None:
     """A grid from latents that are the same all along, so that one sees each image take shape."""
     z = state.flow.draw_latents(SAMPLES, generator(state.config.seed, Stream.LATENTS))
@@ -219,6 +259,7 @@ def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: 
         console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}")
 
 
+@distributed.main_only
 def _save(state: State, run: RunDirectory, numbered: bool) -> None:
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
     progress = state.progress
@@ -242,7 +283,10 @@ def _save(state: State, run: RunDirectory, numbered: bool) -> None:
 def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float) -> None:
     """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or the end."""
     failed_step = state.progress.step
-    layer = first_non_finite(state.flow, x, draw_noise(x.shape, _noise_generator(state), x.device))
+    noise = _noise(state.config, failed_step, x, distributed.rank() * len(x))
+    layers = [layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer]
+    # A gradient is that of all processes, an output that of the one with the image to blame.
+    layer = next((layer for layer in layers if not layer.startswith("gradient")), layers[0] if layers else None)
     where = layer or "no layer, when computed again in float32"
     events = state.progress.non_finite + 1
     evidence = run.write_json(
@@ -253,10 +297,13 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
     lr_scale = state.progress.lr_scale / 2
     # The best checkpoint stays, though it may be of a later step.
     kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
-    state.restore(checkpoint.read(run.last))
+    last = checkpoint.read_by_main(lambda: run.last)
+    assert last is not None
+    state.restore(last)
     state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
     run.cut_back(state.progress.step, state.config)
     _save(state, run, numbered=False)
+    distributed.ready()  # when that is done
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(
@@ -270,26 +317,43 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
 # --- starting and resuming --------------------------------------------------------------------------------------------
 
 
-def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+def _require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
+    """Raises `UserError` where the processes of several machines have other configurations or images."""
+    described = distributed.exchange({**config.resolved(), "images": fingerprint})
+    for rank, other in enumerate(described):
+        for key, here, there in differences(described[0], other):
+            if key not in FREE_KEYS:
+                raise UserError(f"{key}: process 0 has {here!r}, process {rank} {there!r}")
+
+
+def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
     if resume == "never":
         if run.holds_a_run():
             raise UserError(f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it")
         return None
     if resume == "auto":
-        if not run.last.exists():
-            return None
-        saved = checkpoint.read(run.last)
-    else:
-        path = checkpoint.find(resume)
-        saved = checkpoint.read(path)
-        if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
-            raise UserError(
-                f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
-                "or leave --resume out to go on with that run"
-            )
+        return run.last if run.last.exists() else None
+    path = checkpoint.find(resume)
+    if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
+        raise UserError(
+            f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
+            "or leave --resume out to go on with that run"
+        )
+    return path
+
+
+def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+    saved = checkpoint.read_by_main(lambda: _path_to_resume(run, resume))
+    if saved is None:
+        return None
+    free = set(FREE_KEYS)
+    if _images_of_a_step(saved.meta["config"]["train"], saved.meta.get("processes", 1)) == _images_of_a_step(
+        config.resolved()["train"], distributed.world()
+    ):
+        free |= SPLIT_KEYS
     for key, there, here in differences(saved.meta["config"], config.resolved()):
         # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
-        if key in FREE_KEYS or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
+        if key in free or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
             continue
         raise UserError(
             f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose another --run-dir; "
@@ -298,6 +362,10 @@ def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Che
     if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
         raise UserError(f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}")
     return saved
+
+
+def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
+    return train["batch_size"] * train["accumulate"] * processes
 
 
 def _start(
@@ -310,11 +378,9 @@ def _start(
 ) -> State:
     """The state of step 0, or of a checkpoint."""
     if saved is None:
-        if init_from is not None:
-            checkpoint.load_weights(flow, checkpoint.read(checkpoint.find(init_from)))
-        x = next(batches.starting_at(0))
-        initialize(flow, x, draw_noise(x.shape, generator(config.seed, Stream.DEQUANTIZATION), x.device))
-    averaged = average(flow, config.train.ema) if config.train.ema else None
+        _initialize(config, flow, init_from, batches)
+        distributed.copy_from_main(flow)
+    averaged = Average(flow, config.train.ema) if config.train.ema else None
     state = State(config, flow, build_optimizer(flow, config.train), averaged, fingerprint)
     if saved is not None:
         changed = differences(saved.meta["data"], fingerprint)
@@ -330,11 +396,20 @@ def _start(
     return state
 
 
+@distributed.main_only
+def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
+    if init_from is not None:
+        checkpoint.load_weights(flow, checkpoint.read(checkpoint.find(init_from)))
+    x = batches.first_of_all()
+    initialize(flow, x, _noise(config, step=0, x=x, start=0))
+
+
 def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint = state.data
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
-        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}; {data.config.name}: "
+        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; {data.config.name}: "
         f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
         f"{'x'.join(map(str, data.shape))}, {data.levels} levels{', streamed' if batches.streams else ''}"
     )
@@ -348,8 +423,9 @@ def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, 
 
 
 class _Stop:
-    """The signal that asked for the end, 0 before."""
+    """The signal that asked for the end, 0 before: `asked` this process, `signum` all of them."""
 
+    asked: int = 0
     signum: int = 0
 
     @property
@@ -357,16 +433,22 @@ class _Stop:
         return signal.Signals(self.signum).name
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        first = not self.asked
+        self.asked = signum
+        if distributed.world() == 1:  # nobody to agree with
+            self.signum = signum
+        # torchrun hands on to every process what it gets, and Ctrl-C reaches them anyway.
+        if not distributed.is_main() or (distributed.world() > 1 and not first):
+            return
         # Not through rich, which may be in the middle of printing, or of an import.
         with contextlib.suppress(OSError):  # nobody reads
-            os.write(1, f"{self.name}: finishing the step and saving\n".encode())
+            os.write(1, f"{signal.Signals(signum).name}: finishing the step and saving\n".encode())
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop()
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in STOPPING}
     try:
         yield stop
     finally:
@@ -389,8 +471,8 @@ class _Clock:
         self.state.progress.seconds += elapsed
         return elapsed
 
-    def tick(self, images: int) -> None:
-        """A step is done."""
+    def tick(self, images: int = 0) -> None:
+        """A part of a step is done, the last one with its number of images."""
         self.window_seconds += self._elapsed()
         self.window_images += images
 

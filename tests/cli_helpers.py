@@ -106,12 +106,12 @@ def flowtrain(*args, cwd: Path, **options) -> Result:
 class Forked:
     """A running command."""
 
-    def __init__(self, args, cwd: Path, file_limit: int | None = None, **env: str):
+    def __init__(self, args, cwd: Path, file_limit: int | None = None, first: str = "", **env: str):
         self.folder = Path(tempfile.mkdtemp(dir=FOLDER))
         context = _context()
         words = [str(arg) for arg in args]
         self.process = context.Process(
-            target=become_flowtrain, args=(words, str(cwd), environment(**env), str(self.folder), file_limit)
+            target=become_flowtrain, args=(words, str(cwd), environment(**env), str(self.folder), file_limit, first)
         )
         # So that the child does not import pytest's main module.
         with mock.patch.dict(sys.modules["__main__"].__dict__, __spec__=None):

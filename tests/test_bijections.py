@@ -4,6 +4,7 @@ import copy
 import importlib
 import math
 import pkgutil
+from typing import get_args
 
 import pytest
 import torch
@@ -29,8 +30,13 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.memory import memory_mode
-from flowtrain.nets import DenseNet, GlowNet, ResidualNet, ZeroNet
+from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.bijections.fused import FusedLinear, layer_by_layer
+from flowtrain.capacity import peak
+from flowtrain.memory import Mode, memory_mode
+from flowtrain.nets import DenseNet, GlowNet, ResidualNet, ZeroNet, relu_
+
+MODES = get_args(Mode)
 
 
 def model(name, shape, **options):
@@ -138,8 +144,10 @@ def test_every_bijection_is_in_the_table():
     concrete = {
         cls
         for cls in subclasses(Bijection)
-        if cls.__module__.startswith("flowtrain.bijections") and cls is not Bijection and cls.__name__[0] != "_"
+        if cls.__module__.startswith("flowtrain.bijections") and cls.__name__[0] != "_"
     }
+    # What others inherit from, and what only a Sequential makes (tested below, and in each row with one).
+    concrete -= {Bijection, LinearChannels, FusedLinear}
     tested = {type(build()) for build, _, _ in TABLE.values()}
     assert concrete == tested
     assert {cls.__name__ for cls in concrete} <= set(flowtrain.bijections.__all__)
@@ -268,28 +276,126 @@ def test_autocast_leaves_the_data_path_in_float32(name):
             assert torch.equal(a, b)
 
 
+def gradients(bijection, x, context, mode):
+    """Of the parameters, the input and the context, in one memory mode; and the result."""
+    bijection.zero_grad()
+    inputs = [t.clone().requires_grad_() for t in (x, context) if t is not None]
+    with memory_mode(mode):
+        z, log_det = bijection(*inputs)
+        (z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()).backward()
+    return [p.grad for p in bijection.parameters()] + [t.grad for t in inputs], (z.detach(), log_det.detach())
+
+
 @row
-def test_recomputing_gives_the_same_gradients(name):
+@pytest.mark.parametrize("mode, tolerance", [("checkpoint", 1e-12), ("reversible", 1e-10)])
+def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
     bijection, x, context = a_row(name, torch.float64)
-    gradients = []
-    for mode in ("store", "checkpoint"):
-        bijection.zero_grad()
-        with memory_mode(mode):
-            z, log_det = bijection(x.clone().requires_grad_(), context)
-            (z.square().sum() + log_det.sum()).backward()
-        gradients.append([p.grad.clone() for p in bijection.parameters()])
-    for stored, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, stored, rtol=1e-12, atol=1e-12)
+    stored, results = gradients(bijection, x, context, "store")
+    recomputed, same_results = gradients(bijection, x, context, mode)
+    torch.testing.assert_close(same_results, results, rtol=0, atol=0)
+    torch.testing.assert_close(recomputed, stored, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("mode, times", [("store", 1), ("checkpoint", 2)])
+def test_reversible_gradients_at_paper_depth_in_float32():
+    torch.manual_seed(0)
+    bijection = ready(perturb(model("glow", (3, 32, 32), levels=3, steps=32, width=16), 0.02))
+    x = torch.rand(2, 3, 32, 32, generator=seeded()) - 0.5
+    stored, recomputed = (
+        torch.cat([g.flatten() for g in gradients(bijection, x, None, mode)[0]]) for mode in MODES[::2]
+    )
+    assert (recomputed - stored).norm() < 1e-3 * stored.norm()
+
+
+@pytest.mark.parametrize("mode, times", [("store", 1), ("checkpoint", 2), ("reversible", 2)])
 def test_layers_are_recomputed_when_asked_for(mode, times):
+    """With the inverse, too, a conditioner is computed twice, and not three times."""
     bijection, x, _ = a_row("glow")
     calls = []
-    bijection.levels[0].layers[-1].register_forward_pre_hook(lambda *args: calls.append(mode))
+    bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(lambda *args: calls.append(mode))
     with memory_mode(mode):
-        bijection(x)[1].sum().backward()
+        z, log_det = bijection(x.requires_grad_())
+        log_det.sum().backward(retain_graph=True)
     assert len(calls) == times
+    with torch.no_grad(), memory_mode(mode):
+        bijection(x)
+    assert len(calls) == times + 1
+    if mode != "store":
+        with pytest.raises(RuntimeError, match="second time"):
+            z.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_against_depth(mode):
+    """The activations of a reversible chain do not grow with its length."""
+
+    def activations(steps):
+        flow = ready(model("glow", (3, 16, 16), levels=1, steps=steps, width=64))
+        x = torch.rand(64, 3, 16, 16)
+        taken = peak(lambda: gradients(flow, x, None, mode), torch.device("cpu"))
+        return taken - sum(p.nbytes for p in flow.parameters())  # the gradients
+
+    growth = activations(24) / activations(4)
+    assert growth < 1.05 if mode == "reversible" else growth > 2
+
+
+# ---------------------------------------------------------------- fused layers
+
+
+def chain_of(layer):
+    torch.manual_seed(0)
+    layers = [Squeeze()]
+    for _ in range(3):
+        layers += [ActNorm((4, 1, 1)), layer(4), Coupling(2, GlowNet(2, 4, 5), AffineTransform())]
+    return ready(perturb(Sequential(*layers))).double()
+
+
+@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+def test_fused_layers_are_the_layers_one_after_the_other(layer):
+    chain = chain_of(layer)
+    x = torch.randn(3, 1, 4, 6, generator=seeded(), dtype=torch.float64)
+    assert sum(isinstance(part, FusedLinear) for part in chain._chain()) == 3
+    fused, (z, log_det) = gradients(chain, x, None, "store")
+    with layer_by_layer():
+        assert chain._chain() == list(chain.layers)
+        apart, results = gradients(chain, x, None, "store")
+        back = chain.inverse(z)
+    torch.testing.assert_close((z, log_det), results, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused, apart, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(chain.inverse(z), back, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer, name", [(Conv1x1, "inverse_weights"), (Conv1x1LU, "inverse_weights")])
+def test_inverses_of_a_chain_are_computed_once_a_call(layer, name, monkeypatch):
+    chain, calls = chain_of(layer), []
+    before = getattr(layer, name).__func__
+    monkeypatch.setattr(layer, name, classmethod(lambda cls, layers: calls.append(len(layers)) or before(cls, layers)))
+    chain.inverse(torch.randn(2, 4, 2, 3, dtype=torch.float64))
+    assert calls == [3]
+
+
+def test_other_neighbours_are_not_fused():
+    vector = Sequential(ActNorm((4,)), Flatten((4,)))
+    apart = Sequential(ActNorm((4, 1, 1)), Squeeze(), Conv1x1(16), ActNorm((16, 1, 1)))
+    for chain in (vector, apart):
+        assert ready(chain)._chain() == list(chain.layers)
+
+
+def test_fused_layers_raise_until_they_are_initialized():
+    for direction in ("forward", "inverse"):
+        with pytest.raises(RuntimeError, match="not initialized"):
+            getattr(Sequential(ActNorm((4, 1, 1)), Conv1x1(4)), direction)(torch.zeros(1, 4, 2, 2))
+
+
+# ---------------------------------------------------------------- conditioners
+
+
+def test_integer_relu_is_relu():
+    """Of every bfloat16 number there is: infinities, both zeros, NaN of either sign, denormals."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    torch.testing.assert_close(relu_(x.clone()), torch.relu(x), rtol=0, atol=0, equal_nan=True)
+    leaf = torch.randn(50, generator=seeded()).bfloat16().requires_grad_()
+    (relu_(leaf * 1) * 3).sum().backward()
+    assert torch.equal(leaf.grad, 3.0 * (leaf > 0).bfloat16())
 
 
 # ---------------------------------------------------------------- ActNorm

@@ -16,7 +16,7 @@ import flowtrain
 from flowtrain import checkpoint
 from flowtrain.checkpoint import find, load_model, load_weights, read, write
 from flowtrain.errors import RunError, UserError
-from flowtrain.optim import average, build_optimizer
+from flowtrain.optim import Average, build_optimizer
 from flowtrain.state import State
 from flowtrain.train import train_step
 
@@ -28,13 +28,13 @@ def a_state(model="glow", ema=0.9, optimizer="adam", steps=2, **options):
     """The state of a run after a few steps."""
     config = a_config(model, train={"ema": ema, "optimizer": optimizer, "batch_size": 8}, **options)
     flow = tiny_flow(model if isinstance(model, str) else "glow")
-    averaged = average(flow, ema) if ema else None
+    averaged = Average(flow, ema) if ema else None
     state = State(config, flow, build_optimizer(flow, config.train), averaged, {"train": 20, "content": "abc"})
     for step in range(steps):
         train_step(state, images(8, SHAPE, seed=step))
         state.optimizer.step()
         if averaged is not None:
-            averaged.update_parameters(flow)
+            averaged.update(state.progress.averaged)
             state.progress.averaged += 1
         state.progress.step += 1
     return state
@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, model, ema, opt
             train_step(one, images(8, SHAPE, seed=step))
             one.optimizer.step()
             if one.average is not None:
-                one.average.update_parameters(one.flow)
+                one.average.update(one.progress.averaged)
                 one.progress.averaged += 1
             one.progress.step += 1
     tensors = other.tensors()

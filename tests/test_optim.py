@@ -9,7 +9,7 @@ from torch import nn
 
 from flowtrain.bijections import ActNorm
 from flowtrain.config import Train
-from flowtrain.optim import OPTIMIZERS, average, build_optimizer, learning_rate
+from flowtrain.optim import OPTIMIZERS, Average, build_optimizer, learning_rate
 
 
 def rates(steps, **options):
@@ -107,37 +107,36 @@ def test_optimizers(name, kind):
 @pytest.mark.parametrize("decay", [0.999, 0.5, 0.2])
 def test_average_by_hand(decay):
     layer = nn.Linear(1, 1, bias=False)
-    averaged = average(layer, decay)
+    averaged = Average(layer, decay)
     expected = None
     for n in range(30):
         value = math.sin(n)
         nn.init.constant_(layer.weight, value)
-        averaged.update_parameters(layer)
+        averaged.update(n)
         # The first is a copy; after n of them the decay is at most (1 + n) / (10 + n).
         keep = min(decay, (1 + n) / (10 + n))
         expected = value if n == 0 else keep * expected + (1 - keep) * value
-        assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-6)
+        assert averaged.flow.weight.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("model", TINY)
 def test_average_is_a_flow_of_its_own(model):
     flow = tiny_flow(model)
     start = {key: value.clone() for key, value in flow.state_dict().items()}
-    averaged = average(flow, 0.9)
-    averaged.update_parameters(flow)
+    averaged = Average(flow, 0.9)
+    averaged.update(0)
     perturb(flow, seed=5)
-    averaged.update_parameters(flow)
-    state = averaged.module.state_dict()
+    averaged.update(1)
+    state = averaged.flow.state_dict()
     assert list(state) == list(start)  # no prefix
     for name, parameter in flow.named_parameters():
         torch.testing.assert_close(state[name], torch.lerp(start[name], parameter.detach(), 1 - 2 / 11))
     x = images(3, flow.shape)
-    assert torch.isfinite(averaged.module.log_prob(x)).all()
-    assert not torch.equal(averaged.module.encode(x), flow.encode(x))
+    assert torch.isfinite(averaged.flow.log_prob(x)).all()
+    assert not torch.equal(averaged.flow.encode(x), flow.encode(x))
 
 
 def test_average_takes_the_flags_along():
     layer = ActNorm((2, 1, 1))
-    averaged = average(layer, 0.9)
-    averaged.update_parameters(ready(layer))
-    averaged.module(torch.zeros(1, 2, 1, 1))
+    averaged = Average(ready(layer), 0.9)
+    averaged.flow(torch.zeros(1, 2, 1, 1))

@@ -1,7 +1,7 @@
 """Invertible layers with exact log-determinants; one file a family."""
 
 from flowtrain.bijections.actnorm import ActNorm, DiagonalAffine
-from flowtrain.bijections.base import Bijection, Sequential
+from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.conv1x1 import Conv1x1, Conv1x1LU
 from flowtrain.bijections.coupling import (
     AdditiveTransform,
@@ -12,6 +12,7 @@ from flowtrain.bijections.coupling import (
 from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.multiscale import Multiscale
 from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
+from flowtrain.bijections.sequential import Sequential
 
 __all__ = [
     "ActNorm",

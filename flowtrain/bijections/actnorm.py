@@ -24,8 +24,12 @@ class DiagonalAffine(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
 
+    @staticmethod
+    def bound(log_scale: Tensor) -> Tensor:
+        return bounded(log_scale, LOG_SCALE_LIMIT)
+
     def bounded_log_scale(self) -> Tensor:
-        return bounded(self.log_scale, LOG_SCALE_LIMIT)
+        return self.bound(self.log_scale)
 
     def _log_det(self, log_scale: Tensor, like: Tensor) -> Tensor:
         return sum_per_example(log_scale.expand_as(like[:1])).expand(like.shape[0])
@@ -70,7 +74,8 @@ class ActNorm(DiagonalAffine):
         self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
         self.initialized.fill_(True)
 
-    def _require_initialized(self) -> None:
+    def require_initialized(self) -> None:
+        """Raises `RuntimeError` before `initialize`, or the loading of weights that were."""
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError("ActNorm is not initialized: call flowtrain.flow.initialize(flow, batch) first")
@@ -81,9 +86,9 @@ class ActNorm(DiagonalAffine):
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._require_initialized()
+        self.require_initialized()
         return super().forward(x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._require_initialized()
+        self.require_initialized()
         return super().inverse(z, context)

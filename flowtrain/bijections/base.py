@@ -1,10 +1,9 @@
-"""The contract of an invertible layer, and the one place where log-determinants are added up."""
+"""The contract of an invertible layer, and what many of them need."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from flowtrain.memory import recomputes
 
 
 class Bijection(nn.Module):
@@ -24,37 +23,27 @@ class Bijection(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def tensors(self) -> list[Tensor]:
+        """What the layer computes with and needs a gradient: its parameters."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def reconstruct(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The input `x` of a known output `z`, as a leaf of autograd, and from it `forward(x)` with its graph.
+
+        For backward passes that have kept outputs only. A layer for which the two directions share work says so here.
+        """
+        with torch.no_grad():
+            x = self.inverse(z, context)[0]
+        return x.requires_grad_(), *self(x, context)
+
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or `[z]`."""
         return [z]
 
 
-class Sequential(Bijection):
-    """Bijections one after the other; the sum of their log-determinants."""
-
-    def __init__(self, *layers: Bijection):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        for layer in self.layers:
-            if recomputes():
-                x, log_det = checkpoint(layer, x, context, use_reentrant=False)
-            else:
-                x, log_det = layer(x, context)
-            total = total + log_det
-        return x, total
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(z.shape[0])
-        for layer in reversed(self.layers):
-            z, log_det = layer.inverse(z, context)  # type: ignore[operator]
-            total = total + log_det
-        return z, total
-
-    def split_latents(self, z: Tensor) -> list[Tensor]:
-        return self.layers[-1].split_latents(z)  # type: ignore[operator]
+def stacked(layers: Sequence[nn.Module], name: str) -> Tensor:
+    """One parameter or buffer of several layers: K times `(...)` to `(K, ...)`."""
+    return torch.stack([getattr(layer, name) for layer in layers])
 
 
 def sum_per_example(values: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Invertible 1x1 convolutions (Glow, section 3.2): a learned mixing of the channels at every pixel."""
 
+import contextlib
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import Bijection, bounded, unbounded
+from flowtrain.bijections.base import Bijection, bounded, stacked, unbounded
 
 
 def random_rotation(channels: int) -> Tensor:
@@ -26,7 +30,21 @@ def whitening_matrix(x: Tensor) -> Tensor:
     return (directions * variance.rsqrt()).T
 
 
-class _LinearChannels(Bijection):
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast: in low precision the products of the data path cost likelihood."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`W x + b` at every pixel: `(B, C, H, W)`, `(C, C)`, `(C,)` to `(B, C, H, W)`."""
+    # A product for each image, not `conv2d`, which is slower at any width, nor one over all pixels, which would need
+    # the channels last in memory: there the halves of a coupling are strided, and all else is up to ten times slower.
+    pixels, weights = x.flatten(2), weight.expand(x.shape[0], *weight.shape)
+    z = weights @ pixels if bias is None else torch.baddbmm(bias[:, None], weights, pixels)
+    return z.view_as(x)
+
+
+class LinearChannels(Bijection):
     """What both parametrizations share: `z = W x` at every pixel.
 
     `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch).
@@ -40,12 +58,22 @@ class _LinearChannels(Bijection):
         self.register_buffer("initialized", torch.tensor(not self.whitens))
 
     def weight(self) -> Tensor:
+        """W, `(C, C)`."""
+        return self.weights([self])[0]
+
+    @classmethod
+    def weights(cls, layers: Sequence[Self]) -> Tensor:
+        """The W of some layers of one size, `(K, C, C)`: together they take the operations of one."""
         raise NotImplementedError
 
-    def inverse_weight(self) -> Tensor:
+    @classmethod
+    def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
+        """Their inverses, `(K, C, C)`."""
         raise NotImplementedError
 
-    def log_abs_det(self) -> Tensor:
+    @classmethod
+    def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
+        """log|det W| of each, `(K,)`."""
         raise NotImplementedError
 
     def set_weight(self, weight: Tensor) -> None:
@@ -57,28 +85,19 @@ class _LinearChannels(Bijection):
             self.set_weight(whitening_matrix(x))
             self.initialized.fill_(True)
 
-    def _apply_channels(self, x: Tensor, matrix: Tensor) -> Tensor:
-        # The data path stays in full precision: under autocast this product costs likelihood.
-        with torch.autocast(x.device.type, enabled=False):
-            # With channels last in memory this is one matrix product over all pixels, without a copy.
-            return nn.functional.linear(x.movedim(1, -1), matrix).movedim(-1, 1)
-
     def _log_det(self, x: Tensor) -> Tensor:
-        pixels = x[0, 0].numel()
-        return (self.log_abs_det() * pixels).expand(x.shape[0])
+        return (self.log_abs_dets([self]) * x[0, 0].numel()).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight()
-        return self._apply_channels(x, weight), self._log_det(x)
+        with full_precision(x):
+            return mix_channels(x, self.weights([self])[0]), self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
-            weight = self.inverse_weight()
-        return self._apply_channels(z, weight), -self._log_det(z)
+        with full_precision(z):
+            return mix_channels(z, self.inverse_weights([self])[0]), -self._log_det(z)
 
 
-class Conv1x1LU(_LinearChannels):
+class Conv1x1LU(LinearChannels):
     """`W = P L (U + diag(sign * exp(log_scale)))` (Glow, eq. 10): the determinant costs C additions.
 
     `P` and the signs are fixed buffers; `log_scale` is bounded by tanh to +-8, so W cannot become singular.
@@ -106,25 +125,30 @@ class Conv1x1LU(_LinearChannels):
         self.sign.copy_(diagonal.sign())
         self.log_scale.copy_(unbounded(diagonal.abs().log(), LOG_SCALE_LIMIT))
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        diagonal = self.sign * bounded(self.log_scale, LOG_SCALE_LIMIT).exp()
-        identity = torch.eye(len(diagonal), dtype=diagonal.dtype, device=diagonal.device)
-        return self.lower.tril(-1) + identity, self.upper.triu(1) + diagonal.diag()
+    @classmethod
+    def _factors(cls, layers: Sequence[Self]) -> tuple[Tensor, Tensor]:
+        diagonal = stacked(layers, "sign") * bounded(stacked(layers, "log_scale"), LOG_SCALE_LIMIT).exp()
+        identity = torch.eye(diagonal.shape[1], dtype=diagonal.dtype, device=diagonal.device)
+        lower = stacked(layers, "lower").tril(-1) + identity
+        return lower, stacked(layers, "upper").triu(1) + diagonal.diag_embed()
 
-    def weight(self) -> Tensor:
-        lower, upper = self._factors()
-        return self.permutation @ (lower @ upper)
+    @classmethod
+    def weights(cls, layers: Sequence[Self]) -> Tensor:
+        lower, upper = cls._factors(layers)
+        return stacked(layers, "permutation") @ (lower @ upper)
 
-    def inverse_weight(self) -> Tensor:
-        lower, upper = self._factors()
-        inverse_lower = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False)
+    @classmethod
+    def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
+        lower, upper = cls._factors(layers)
+        inverse_lower = torch.linalg.solve_triangular(lower, stacked(layers, "permutation").mT, upper=False)
         return torch.linalg.solve_triangular(upper, inverse_lower, upper=True)
 
-    def log_abs_det(self) -> Tensor:
-        return bounded(self.log_scale, LOG_SCALE_LIMIT).sum()
+    @classmethod
+    def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
+        return bounded(stacked(layers, "log_scale"), LOG_SCALE_LIMIT).sum(dim=1)
 
 
-class Conv1x1(_LinearChannels):
+class Conv1x1(LinearChannels):
     """The plain parametrization: W itself, its determinant by LU at every call (Glow, eq. 9)."""
 
     def __init__(self, channels: int, initialization: str = "rotation"):
@@ -135,12 +159,15 @@ class Conv1x1(_LinearChannels):
     def set_weight(self, weight: Tensor) -> None:
         self.matrix.copy_(weight)
 
-    def weight(self) -> Tensor:
-        return self.matrix
+    @classmethod
+    def weights(cls, layers: Sequence[Self]) -> Tensor:
+        return stacked(layers, "matrix")
 
-    def inverse_weight(self) -> Tensor:
-        inverse, failed = torch.linalg.inv_ex(self.matrix)
-        return torch.where(failed == 0, inverse, torch.nan)  # a singular matrix gives NaN, not an exception
+    @classmethod
+    def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
+        inverse, failed = torch.linalg.inv_ex(stacked(layers, "matrix"))
+        return torch.where(failed[:, None, None] == 0, inverse, torch.nan)  # singular gives NaN, not an exception
 
-    def log_abs_det(self) -> Tensor:
-        return torch.linalg.slogdet(self.matrix).logabsdet
+    @classmethod
+    def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
+        return torch.linalg.slogdet(stacked(layers, "matrix")).logabsdet

@@ -47,7 +47,7 @@ class Multiscale(Bijection):
         latents = self.split_latents(z)
         x = latents[-1][:, :0]
         for level, prior, latent in zip(reversed(self.levels), reversed(self.priors), reversed(latents), strict=True):
-            x = torch.cat([x, latent], dim=1).contiguous(memory_format=torch.channels_last)
+            x = torch.cat([x, latent], dim=1)
             x, prior_log_det = prior.inverse(x, context)  # type: ignore[operator]
             x, log_det = level.inverse(x, context)  # type: ignore[operator]
             total = total + log_det + prior_log_det

@@ -10,21 +10,21 @@ class Squeeze(Bijection):
     """Each 2x2 patch becomes channels: `(B, C, H, W)` to `(B, 4C, H/2, W/2)` (RealNVP, section 3.6).
 
     The order is top-left, bottom-right, top-right, bottom-left, so that the two halves of the channels are the two
-    colours of a checkerboard (RealNVP, figure 3). Works on channels-last memory and returns it.
+    colours of a checkerboard (RealNVP, figure 3).
     """
 
+    OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pixels = x.movedim(1, -1)  # (B, H, W, C)
-        patches = [pixels[:, i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
-        return torch.cat(patches, dim=-1).movedim(-1, 1), x.new_zeros(x.shape[0])
+        patches = [x[:, :, i::2, j::2] for i, j in self.OFFSETS]
+        return torch.cat(patches, dim=1), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = z.shape
-        pixels = z.new_empty(batch, 2 * height, 2 * width, channels // 4)
-        patches = z.movedim(1, -1).chunk(4, dim=-1)
-        for (i, j), patch in zip(((0, 0), (1, 1), (0, 1), (1, 0)), patches, strict=True):
-            pixels[:, i::2, j::2] = patch
-        return pixels.movedim(-1, 1), z.new_zeros(batch)
+        x = z.new_empty(batch, channels // 4, 2 * height, 2 * width)
+        for (i, j), patch in zip(self.OFFSETS, z.chunk(4, dim=1), strict=True):
+            x[:, :, i::2, j::2] = patch
+        return x, z.new_zeros(batch)
 
 
 class Flatten(Bijection):

@@ -1,0 +1,63 @@
+"""Evaluation: `flowtrain.evaluate.score` beside bare forward passes of the same images, at several batch sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import WORK, arguments, flowtrain_state, heading, images, in_turns, table
+from torch import Tensor
+
+from flowtrain.data import Split
+from flowtrain.dequantize import draw_noise
+from flowtrain.device import Stream, generator
+from flowtrain.evaluate import score
+from flowtrain.flow import Flow
+
+
+@torch.no_grad()
+def bare(flow: Flow, x: Tensor, noise: Tensor, batch_size: int) -> None:
+    for part, part_noise in zip(x.split(batch_size), noise.split(batch_size), strict=True):
+        flow(part, part_noise)
+
+
+def noise_of_each(count: int, shape: tuple[int, ...]) -> Tensor:
+    """As evaluation draws it: a generator an image."""
+    device = torch.device("cpu")
+    return torch.stack([draw_noise(shape, generator(0, Stream.EVALUATION, index), device) for index in range(count)])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=5)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128, 250, 500])
+    parser.add_argument("--give-back", action="store_true", help="leave the C library's malloc as it is")
+    options = parser.parse_args()
+    if not options.give_back:
+        from flowtrain.allocator import keep_freed_memory  # as the commands do
+
+        keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    heading(f"Evaluation of {options.images} images by S", options.threads)
+    flow = flowtrain_state(WORK["S"]).flow
+    x = images(options.images)
+    split = Split(x.numpy(), np.arange(len(x)), 0)
+    noise = noise_of_each(len(x), flow.shape)
+    contenders: dict[str, Callable[[], object]] = {
+        f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)  # type: ignore[misc]
+        for size in options.batch_sizes
+    }
+    contenders["flowtrain.evaluate.score, as it chooses"] = lambda: score(flow, split)
+    contenders["of it, the noise"] = lambda: noise_of_each(len(x), flow.shape)
+    seconds = in_turns(contenders, options.repeats, warmup=1)
+    fastest = min(
+        list(seconds)[: len(options.batch_sizes)], key=lambda name: sorted(seconds[name])[options.repeats // 2]
+    )
+    table(seconds, {"to the fastest forward passes": fastest})
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(f"peak memory: {int(peak.split()[1]) // 1024} MiB\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Memory against depth: the peak of a training step's activations for each `train.memory`, and a peer; and their times.
+
+Beyond parameters, gradients, the optimizer's state and the average. Writes the picture with `--picture FILE.png`.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from common import WORK, arguments, flowtrain_state, flowtrain_step, heading, images, in_turns, peers, table
+
+from flowtrain.capacity import peak
+
+MODES = ("store", "checkpoint", "reversible")
+DEPTHS = (8, 16, 32, 64)
+MIB = 2**20
+
+
+def main() -> None:
+    parser = arguments(__doc__, work="S", precision="fp32", picture="")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    _times(options)
+    _peaks(options)
+
+
+def _times(options: argparse.Namespace) -> None:
+    work = WORK[options.work]
+    heading(f"A training step with each `train.memory`, {options.work}, {options.precision}: {work}", options.threads)
+    x = images(work.batch_size)
+    states = {mode: flowtrain_state(work, memory=mode, precision=options.precision) for mode in MODES}
+    steps = {mode: lambda state=state: flowtrain_step(state, x) for mode, state in states.items()}
+    table(in_turns(steps, options.repeats), {"to store": "store"})
+
+
+def _peaks(options: argparse.Namespace) -> None:
+    work = WORK[options.work]
+    heading(f"Peak of the activations (MiB) against K, {options.work}, {options.precision}: {work}", options.threads)
+    x = images(work.batch_size)
+    rows: dict[str, list[float]] = {}
+    for depth in DEPTHS:
+        deep = replace(work, steps=depth)
+        for mode in MODES:
+            state = flowtrain_state(deep, memory=mode, precision=options.precision)
+            step = functools.partial(flowtrain_step, state, x)
+            rows.setdefault(f"flowtrain, {mode}", []).append(_activations(step, state.flow))
+        for name, peer in peers(deep).items():
+            rows.setdefault(name, []).append(_activations(functools.partial(peer.step, x), peer.model))
+    print("| | " + " | ".join(f"K = {depth}" for depth in DEPTHS) + f" | {DEPTHS[-1]} to {DEPTHS[0]} |")
+    print("|---|" + "---|" * (len(DEPTHS) + 1))
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {values[-1] / values[0]:.2f} |")
+    print(flush=True)
+    if options.picture:
+        _draw(rows, options.picture)
+
+
+def _activations(step: Callable[[], object], model: torch.nn.Module) -> float:
+    step()  # makes the state of the optimizer
+    model.zero_grad(set_to_none=True)
+    return (peak(step, torch.device("cpu")) - sum(p.nbytes for p in model.parameters())) / MIB
+
+
+def _draw(rows: dict[str, list[float]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, values in rows.items():
+        axes.plot(DEPTHS, values, "o-" if "flowtrain" in name else "s--", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="K, steps of flow per level", ylabel="peak of the activations (MiB)")
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

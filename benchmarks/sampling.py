@@ -1,0 +1,27 @@
+"""Sampling: seconds for 64 images, beside a forward pass of as many and the peers."""
+
+import torch
+from common import WORK, arguments, flowtrain_state, heading, images, in_turns, peers, table
+
+IMAGES = 64
+
+
+def main() -> None:
+    options = arguments(__doc__, work="S").parse_args()
+    torch.set_num_threads(options.threads)
+    work = WORK[options.work]
+    heading(f"Sampling {IMAGES} images, {options.work}: {work}", options.threads)
+    flow = flowtrain_state(work).flow.eval().requires_grad_(False)
+    x = images(IMAGES)
+    contenders = {
+        "flowtrain, forward pass": lambda: flow.log_prob(x),
+        "flowtrain, sampling": lambda: flow.sample(IMAGES),
+    }
+    for name, peer in peers(work).items():
+        contenders[f"{name}, sampling"] = lambda peer=peer: peer.sample(IMAGES)
+    seconds = in_turns(contenders, options.repeats)
+    table(seconds, {"to the forward pass": "flowtrain, forward pass", "to sampling": "flowtrain, sampling"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""How much memory a device has left, and how much a computation takes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be allocated; on the CPU within the limit of the container, if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_of_the_machine(), _of_the_container(Path("/sys/fs/cgroup")))
+
+
+def _of_the_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fields = dict(line.split(":") for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def _of_the_container(cgroup: Path) -> int:
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        # Of the pages that count as used, those of files are given up when memory is needed.
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 2**63 - 1
+    return 2**63 - 1 if limit == "max" else max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+
+
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `run` has allocated, in tensors, at its peak, beyond what there was before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its stages on standard error
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    allocated = largest = 0
+    for event in trace.profiler.kineto_results.events():  # in the order of time
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            largest = max(largest, allocated)
+    return largest
