@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowtrain import checkpoint
 from flowtrain import config as configuration
+from flowtrain.allocator import keep_freed_memory
 from flowtrain.dequantize import draw_noise
 from flowtrain.flow import initialize
 from flowtrain.optim import Average, build_optimizer
@@ -44,7 +45,18 @@ def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=7, help="times that each contender is timed, in turns")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default)
+    parser.add_argument(
+        "--malloc", choices=("kept", "default"), default="kept", help="freed memory is kept, as by flowtrain's commands"
+    )
     return parser
+
+
+def begin(title: str, options: argparse.Namespace) -> None:
+    """Sets threads and allocator, the same for all contenders, and prints the heading."""
+    torch.set_num_threads(options.threads)
+    if options.malloc == "kept":
+        keep_freed_memory()
+    heading(f"{title}; freed memory {'kept' if options.malloc == 'kept' else 'as the C library does'}", options.threads)
 
 
 def heading(title: str, threads: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SHAPE, WORK, arguments, flowtrain_state, flowtrain_step, heading, images
+from common import SHAPE, WORK, arguments, begin, flowtrain_state, flowtrain_step, images
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps for each source")
     parser.add_argument("--images", type=int, default=4000)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     work = WORK["S"]
-    heading(f"Waiting for a batch, beside a training step of S in {options.precision}", options.threads)
+    begin(f"Waiting for a batch, beside a training step of S in {options.precision}", options)
     with tempfile.TemporaryDirectory() as name:
         os.environ["FLOWTRAIN_CACHE"] = str(Path(name, "cache"))
         state = flowtrain_state(work, precision=options.precision)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import WORK, arguments, flowtrain_state, heading, images, in_turns, table
+from common import WORK, arguments, begin, flowtrain_state, images, in_turns, table
 from torch import Tensor
 
 from flowtrain.data import Split
@@ -32,14 +32,8 @@ def main() -> None:
     parser.set_defaults(repeats=5)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128, 250, 500])
-    parser.add_argument("--give-back", action="store_true", help="leave the C library's malloc as it is")
     options = parser.parse_args()
-    if not options.give_back:
-        from flowtrain.allocator import keep_freed_memory  # as the commands do
-
-        keep_freed_memory()
-    torch.set_num_threads(options.threads)
-    heading(f"Evaluation of {options.images} images by S", options.threads)
+    begin(f"Evaluation of {options.images} images by S", options)
     flow = flowtrain_state(WORK["S"]).flow
     x = images(options.images)
     split = Split(x.numpy(), np.arange(len(x)), 0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import WORK, arguments, flowtrain_state, flowtrain_step, heading, images, in_turns, peers, table
+from common import WORK, arguments, begin, flowtrain_state, flowtrain_step, heading, images, in_turns, peers, table
 
 from flowtrain.capacity import peak
 
@@ -21,14 +21,13 @@ MIB = 2**20
 def main() -> None:
     parser = arguments(__doc__, work="S", precision="fp32", picture="")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     _times(options)
     _peaks(options)
 
 
 def _times(options: argparse.Namespace) -> None:
     work = WORK[options.work]
-    heading(f"A training step with each `train.memory`, {options.work}, {options.precision}: {work}", options.threads)
+    begin(f"A training step with each `train.memory`, {options.work}, {options.precision}: {work}", options)
     x = images(work.batch_size)
     states = {mode: flowtrain_state(work, memory=mode, precision=options.precision) for mode in MODES}
     steps = {mode: lambda state=state: flowtrain_step(state, x) for mode, state in states.items()}

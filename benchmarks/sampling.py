@@ -1,16 +1,14 @@
 """Sampling: seconds for 64 images, beside a forward pass of as many and the peers."""
 
-import torch
-from common import WORK, arguments, flowtrain_state, heading, images, in_turns, peers, table
+from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
 
 IMAGES = 64
 
 
 def main() -> None:
     options = arguments(__doc__, work="S").parse_args()
-    torch.set_num_threads(options.threads)
     work = WORK[options.work]
-    heading(f"Sampling {IMAGES} images, {options.work}: {work}", options.threads)
+    begin(f"Sampling {IMAGES} images, {options.work}: {work}", options)
     flow = flowtrain_state(work).flow.eval().requires_grad_(False)
     x = images(IMAGES)
     contenders = {

@@ -4,10 +4,10 @@ import torch
 from common import (
     WORK,
     arguments,
+    begin,
     fastest_floor,
     flowtrain_state,
     flowtrain_step,
-    heading,
     images,
     in_turns,
     peers,
@@ -17,10 +17,9 @@ from common import (
 
 def main() -> None:
     options = arguments(__doc__, work="S").parse_args()
-    torch.set_num_threads(options.threads)
     work = WORK[options.work]
     x = images(work.batch_size)
-    heading(f"Training step, {options.work}: {work}", options.threads)
+    begin(f"Training step, {options.work}: {work}", options)
     contenders, floors = {}, {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         layout, run = fastest_floor(work, dtype)

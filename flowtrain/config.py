@@ -75,9 +75,11 @@ class Data(Component):
     flip: bool | None = Field(None, description="random horizontal flips in training; null is the data set's default")
     shift: Annotated[int, Field(ge=0)] = Field(0, description="random shifts in training, up to this many pixels")
     max_in_memory: Annotated[float, Field(ge=0)] = Field(
-        4.0, description="GiB; a larger training set is streamed by worker processes instead of held on the device"
+        4.0, description="GiB; a larger training set is read by threads as it is needed instead of held on the device"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that read a streamed training set")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        2, description="threads that read a training set that is not held on the device"
+    )
 
 
 class Model(Component):
@@ -119,7 +121,7 @@ class Train(Section):
 
     num_steps: Positive | None = Field(None, description="optimizer steps; or give budget")
     budget: Duration | None = Field(None, description="wall-clock time, such as 30min; or give num_steps")
-    batch_size: Positive = Field(64, description="images of one forward pass")
+    batch_size: Positive = Field(64, description="images of one forward pass, of each process")
     accumulate: Positive = Field(1, description="forward passes whose gradients make one step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")

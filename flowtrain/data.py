@@ -1,8 +1,10 @@
 """From a data set to batches: the splits, the fingerprint, the seeded order and augmentation."""
 
+import collections
 import hashlib
-import signal
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,8 @@ class Split:
 
     def take(self, positions: np.ndarray | slice) -> Tensor:
         """The images at some positions of this split, uint8 `(B, C, H, W)` on the CPU, values 0..Q-1."""
-        return torch.from_numpy(np.ascontiguousarray(self.pixels[self.indices[positions]])) >> self.drop_bits
+        pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
+        return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
 
 
 class DataSet:
@@ -127,7 +130,7 @@ class Batches:
 
     The order is one seeded permutation of the split after the other. A step takes the next images of it, which may span
     two permutations: `batch_size` for each process, in the order of their ranks. A split that fits is one tensor on the
-    device; a larger one is read by worker processes.
+    device; a larger one is read by threads.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
@@ -154,10 +157,11 @@ class Batches:
         return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            order = torch.randperm(len(self.source), generator=generator(self.seed, Stream.ORDER, int(epoch)))
-            self._epoch = (epoch, order.numpy())
-        return self._epoch[1]
+        known, order = self._epoch  # at once: other threads put theirs there
+        if known != epoch:
+            order = torch.randperm(len(self.source), generator=generator(self.seed, Stream.ORDER, int(epoch))).numpy()
+            self._epoch = (epoch, order)
+        return order
 
     def starting_at(self, step: int, images: int | None = None) -> Iterator[Tensor]:
         """This process's batches from `step` on, without end: uint8 `(B, C, H, W)` on the device, augmented.
@@ -165,8 +169,9 @@ class Batches:
         Before it `images` were used up; by default those of as many steps like these.
         """
         images = step * self.all_processes if images is None else images
-        for x in self._stream(images) if self.streams else self._gather(images):
-            yield self._augment(x, step, distributed.rank() * self.batch_size)
+        starts = itertools.count(images, self.all_processes)
+        for x in _ahead(self._read, starts, self.workers) if self.streams else map(self._gather, starts):
+            yield self._augment(x.to(self.device, non_blocking=True), step, distributed.rank() * self.batch_size)
             step += 1
 
     def first_of_all(self) -> Tensor:
@@ -178,73 +183,35 @@ class Batches:
         randomness = generator(self.seed, Stream.AUGMENTATION, step)
         return augment(x, self.flip, self.shift, randomness, start, self.all_processes)
 
-    def _gather(self, images: int) -> Iterator[Tensor]:
+    def _gather(self, images: int) -> Tensor:
+        """A batch out of the tensor on the device."""
         assert self.resident is not None
+        return self.resident[torch.from_numpy(self.positions(images)).to(self.device)]
+
+    def _read(self, images: int) -> Tensor:
+        """A batch, ready to go to the device."""
+        x = self.source.take(self.positions(images))
+        return x.pin_memory() if self.device.type == "cuda" else x
+
+
+def _ahead(function: Callable[[int], Tensor], arguments: Iterator[int], threads: int) -> Iterator[Tensor]:
+    """The function's results in order, computed by threads before they are asked for.
+
+    Threads do: what takes time is the disk, and copies, for neither of which Python's lock is held. The function is not
+    to compute with torch on large tensors, which would start as many more threads as training itself uses.
+    """
+    if threads == 0:
+        yield from map(function, arguments)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
+    try:
+        waiting = collections.deque(pool.submit(function, next(arguments)) for _ in range(2 * threads))
         while True:
-            yield self.resident[torch.from_numpy(self.positions(images)).to(self.device)]
-            images += self.all_processes
-
-    def _stream(self, images: int) -> Iterator[Tensor]:
-        loader = torch.utils.data.DataLoader(
-            _Reader(self.source),
-            batch_sampler=_Order(self, images),  # type: ignore[arg-type]
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            num_workers=self.workers,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            pin_memory=self.device.type == "cuda",
-        )
-        for x in loader:
-            yield x.to(self.device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The index lists of a data loader, after some images."""
-
-    batches: Batches
-    images: int
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        images = self.images
-        while True:
-            yield self.batches.positions(images)
-            images += self.batches.all_processes
-
-
-class _Reader(torch.utils.data.Dataset):
-    """A split for worker processes: a memory map is opened again by each, and not copied to it."""
-
-    def __init__(self, split: Split):
-        self.split = split
-
-    def __getitems__(self, positions: np.ndarray) -> Tensor:
-        return self.split.take(positions)
-
-    def __getstate__(self) -> dict[str, Any]:
-        pixels = self.split.pixels
-        if not isinstance(pixels, np.memmap):
-            return {"split": self.split}
-        return {
-            "map": (pixels.filename, pixels.dtype, pixels.offset, pixels.shape),
-            "rest": (self.split.indices, self.split.drop_bits),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "split" in state:
-            self.split = state["split"]
-        else:
-            filename, dtype, offset, shape = state["map"]
-            self.split = Split(np.memmap(filename, dtype, "r", offset, shape), *state["rest"])
-
-
-def _as_it_is(batch: Tensor) -> Tensor:
-    return batch
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; only the trainer decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            x = waiting.popleft().result()
+            waiting.append(pool.submit(function, next(arguments)))
+            yield x
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def augment(

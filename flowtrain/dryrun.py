@@ -21,6 +21,7 @@ from flowtrain.state import State
 from flowtrain.train import optimizer_step, train_step
 
 TIMED_STEPS = 3
+MEASURED_IMAGES = 8  # activations are in proportion to the batch
 MIB = 2**20
 
 
@@ -67,25 +68,23 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> None:
     # Weights, gradients, the optimizer's two averages, and the weights' own.
     copies = 1 + 1 + 2 + (state.average is not None)
     gradients = sum(p.numel() * p.element_size() for p in state.flow.parameters())
-    left = available(device) - (copies - 1) * gradients  # the weights are there already
+    free = available(device)
+    left = free - (copies - 1) * gradients  # the weights are there already
     console.print(
         f"memory: {copies * gradients / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
-        f"with {available(device) / MIB:,.0f} MiB available:"
+        f"with {free / MIB:,.0f} MiB available:"
     )
+    few = x[:MEASURED_IMAGES]
     for mode in get_args(Mode):
-        settings = chosen.model_copy(update={"memory": mode})
-        trial = dataclasses.replace(state, config=state.config.model_copy(update={"train": settings}))
-        train_step(trial, x[:1])  # what is made once
+        settings = state.config.model_copy(update={"train": chosen.model_copy(update={"memory": mode})})
+        step = functools.partial(train_step, dataclasses.replace(state, config=settings), few)
+        step()  # makes what is made once
         state.optimizer.zero_grad(set_to_none=True)
-        activations = peak(functools.partial(train_step, trial, x), device) - gradients
-        fits = max(0, int(left / max(1, activations / len(x))))
+        per_image = (peak(step, device) - gradients) / len(few)
+        fits = int(max(0, left) / max(1, per_image))
         console.print(
-            f"  {mode}: {activations / MIB:,.0f} MiB for {len(x)} images, up to {fits:,} images would fit"
+            f"  {mode}: {per_image * len(x) / MIB:,.0f} MiB for {len(x)} images, up to {fits:,} images would fit"
             + (" (chosen)" if mode == chosen.memory else "")
-        )
-    if activations > left:
-        console.print(
-            f"  train.batch_size {chosen.batch_size} does not fit in any mode: lower it, and raise train.accumulate"
         )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flowtrain import distributed
 from flowtrain.checkpoint import LoadedModel
@@ -18,7 +19,36 @@ from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow, bits_per_dim
 
-BATCH_SIZE = 250
+ENOUGH_FOR_A_CPU = 256 * 2**20  # bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
+LARGEST_BATCH = 2048  # so that progress is seen
+ALIVE = 6  # times the largest activation, while a batch is computed: a convolution's input, output, their copies
+
+
+@torch.no_grad()
+def fitting_batch_size(flow: Flow) -> int:
+    """How many images to score at a time: a power of two, as many as fit into a quarter of a GPU's memory.
+
+    Of all of it, not of what is free just now: the last digits of a likelihood depend on the batch size, and are to be
+    the same the next time. On a CPU speed is the limit, well before memory.
+    """
+    largest = 0
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
+
+    handles = [module.register_forward_hook(note) for module in flow.modules()]
+    try:
+        x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
+        flow(x, torch.full_like(x, 0.5, dtype=flow.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    budget: float = ENOUGH_FOR_A_CPU
+    if flow.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
+    fitting = min(budget / (ALIVE * largest), LARGEST_BATCH)
+    return 2 ** int(math.log2(max(fitting, 1)))
 
 
 @dataclass(frozen=True)
@@ -38,7 +68,7 @@ def score(
     num_images: int | None = None,
     samples: int = 1,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """The bound on log P(x) of the first `num_images` images of a split.
@@ -50,6 +80,7 @@ def score(
     """
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
+    batch_size = batch_size or fitting_batch_size(flow)
     rows = [torch.empty(3, 0, dtype=torch.float64)]  # of a process without an image
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
@@ -105,7 +136,7 @@ def evaluate(
         raise UserError(f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} images")
     if len(split) == 0:
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
-    options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size or BATCH_SIZE}
+    options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
     bits = bits_per_dim(scores.log_prob, flow.dims)
     stderr = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan

@@ -47,7 +47,7 @@ class RunDirectory:
             raise kind(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
         with file:
             try:
-                # Not flock, which the workers of a killed trainer would hold for some more seconds.
+                # Not flock, which any process that a killed trainer had started would go on holding.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)

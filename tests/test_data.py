@@ -1,8 +1,9 @@
 """From a data set to batches: splits, their fingerprint, the order, streaming and augmentation."""
 
 import itertools
-import pickle
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helpers import SHARED, a_config, npz, seeded
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.data import Batches, DataSet, Split, _Reader, augment
+from flowtrain.data import Batches, DataSet, Split, _ahead, augment
 from flowtrain.errors import UserError
 
 CPU = torch.device("cpu")
@@ -218,14 +219,22 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
         assert torch.equal(a, b)
 
 
-def test_a_memory_map_is_opened_again_by_another_process(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 16, 16), "u1")
-    np.save(tmp_path / "a.npy", pixels)
-    reader = _Reader(Split(np.load(tmp_path / "a.npy", mmap_mode="r"), np.arange(10, 90), 3))
-    data = pickle.dumps(reader)
-    assert len(data) < 10_000
-    positions = np.array([5, 70])
-    assert np.array_equal(pickle.loads(data).__getitems__(positions), pixels[positions + 10] >> 3)
+def test_reading_ahead_is_in_order_and_ends_with_its_reader():
+    """However long each takes; and the error of a thread is that of its reader."""
+    running = threading.active_count()
+
+    def function(n):
+        time.sleep(0.01 * (n % 3 == 0))
+        if n == 20:
+            raise OSError("the disk is gone")
+        return torch.tensor(n)
+
+    results = _ahead(function, itertools.count(1), 3)
+    assert [int(next(results)) for _ in range(19)] == list(range(1, 20))
+    assert threading.active_count() == running + 3
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(results)
+    assert threading.active_count() == running
 
 
 def test_what_fits_is_held_in_memory(tmp_path):

@@ -78,7 +78,9 @@ def test_importance_weighted_bound_by_hand():
             return LogProb(torch.full((len(x),), -100.0 * self.calls), torch.zeros(len(x)))
 
     # -100 - log 2 and nothing more from the second draw, whose weight is exp(-100): computed as it stands, 0.
-    assert score(Known(), a_split(5), samples=2).log_prob.tolist() == pytest.approx([-100 - math.log(2)] * 5)
+    assert score(Known(), a_split(5), samples=2, batch_size=5).log_prob.tolist() == pytest.approx(
+        [-100 - math.log(2)] * 5
+    )
 
 
 def test_draws_of_one_image_are_independent(flow):

@@ -29,7 +29,7 @@ def train(path: Path, device: str, *overrides: str) -> checkpoint.Checkpoint:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_trains_as_on_the_cpu(tmp_path: Path, precision: str, memory: str) -> None:
     overrides = [f"train.precision={precision}", f"train.memory={memory}"]
     runs = {device: train(tmp_path / device, device, *overrides) for device in ("cpu", "cuda")}

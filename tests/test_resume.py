@@ -193,7 +193,6 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
 
 
 def test_a_killed_run_leaves_no_lock_behind(tmp_path):
-    """Not even for the moments in which its worker processes live on."""
     streamed = sets(data__max_in_memory=0, data__workers=2, train__num_steps=5000, train__log_every=100)
     command = ["train", *SMALL, *streamed, *sets(train__checkpoint_every=5), "--run-dir", "r"]
     first = Forked(command, cwd=tmp_path)
