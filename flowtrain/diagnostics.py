@@ -15,7 +15,7 @@ Hook = Callable[[str, nn.Module, Any], None]
 
 
 @contextlib.contextmanager
-def _watching(flow: nn.Module, hook: Hook) -> Iterator[None]:
+def watching(flow: nn.Module, hook: Hook) -> Iterator[None]:
     """Calls `hook(name, module, output)` after each module's forward pass."""
     handles = [
         module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, module, output))
@@ -43,7 +43,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
             return
         ranges[name.removeprefix("bijection.")] = (log_scale.min().item(), log_scale.max().item())
 
-    with _watching(flow, hook):
+    with watching(flow, hook):
         flow(x, noise)
     return ranges
 
@@ -64,7 +64,7 @@ def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
         if not found and not all(torch.isfinite(t).all() for t in tensors):
             found.append(f"output of {name or 'the flow'}")
 
-    with torch.no_grad(), _watching(flow, hook):
+    with torch.no_grad(), watching(flow, hook):
         flow(x, noise)
     if found:
         return found[0]

@@ -16,6 +16,7 @@ from flowtrain.checkpoint import LoadedModel
 from flowtrain.data import DataSet, Split
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
+from flowtrain.diagnostics import watching
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow, bits_per_dim
 
@@ -33,17 +34,13 @@ def fitting_batch_size(flow: Flow) -> int:
     """
     largest = 0
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+    def note(name: str, module: nn.Module, output: Any) -> None:
         nonlocal largest
         largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
 
-    handles = [module.register_forward_hook(note) for module in flow.modules()]
-    try:
+    with watching(flow, note):
         x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
         flow(x, torch.full_like(x, 0.5, dtype=flow.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
     budget: float = ENOUGH_FOR_A_CPU
     if flow.device.type == "cuda":
         budget = torch.cuda.get_device_properties(flow.device).total_memory / 4

@@ -287,6 +287,29 @@ def gradients(bijection, x, context, mode):
 
 
 @row
+def test_gradients_are_those_of_finite_differences(name):
+    """Along one direction of all there is. (A determinant does not see the gradient through a conditioner.)"""
+    bijection, x, context = a_row(name, torch.float64)
+    grads, _ = gradients(bijection, x, context, "store")
+    inputs = [t for t in (x, context) if t is not None]
+    places = [*bijection.parameters(), *inputs]
+    direction = [torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) for i, p in enumerate(places)]
+
+    def objective(step):
+        with torch.no_grad():
+            for place, along in zip(places, direction, strict=True):
+                place.add_(step * along)
+            z, log_det = bijection(*inputs)
+            value = z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()
+            for place, along in zip(places, direction, strict=True):
+                place.sub_(step * along)
+        return value.item()
+
+    slope = sum((g * d).sum().item() for g, d in zip(grads, direction, strict=True) if g is not None)
+    assert (objective(1e-6) - objective(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-5, abs=1e-5)
+
+
+@row
 @pytest.mark.parametrize("mode, tolerance", [("checkpoint", 1e-12), ("reversible", 1e-10)])
 def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
     bijection, x, context = a_row(name, torch.float64)

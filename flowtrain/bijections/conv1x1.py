@@ -90,7 +90,7 @@ class LinearChannels(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(x):
-            return mix_channels(x, self.weights([self])[0]), self._log_det(x)
+            return mix_channels(x, self.weight()), self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with full_precision(z):
