@@ -19,7 +19,7 @@ from flowtrain import config as configuration
 from flowtrain.allocator import keep_freed_memory
 from flowtrain.dequantize import draw_noise
 from flowtrain.flow import initialize
-from flowtrain.optim import Average, build_optimizer
+from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.train import optimizer_step, train_step
 
@@ -129,7 +129,7 @@ def flowtrain_state(work: Work, device: str = "cpu", **train: object) -> State:
     x = images(64).to(device)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
     averaged = Average(flow, config.train.ema) if config.train.ema else None
-    return State(config, flow, build_optimizer(flow, config.train), averaged, {})
+    return State(config, flow, build_optimizers(flow, config.train), averaged, {})
 
 
 def flowtrain_step(state: State, x: Tensor) -> None:

@@ -25,10 +25,11 @@ import flowtrain
 from flowtrain import config as configuration
 from flowtrain import distributed
 from flowtrain.config import Config
-from flowtrain.dequantize import Dequantizer
+from flowtrain.dequantize import Dequantizer, UniformNoise
 from flowtrain.device import Stream
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow import Flow
+from flowtrain.variational import VariationalNoise
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -205,12 +206,15 @@ def build_flow(config: Config, shape: tuple[int, int, int], levels: int) -> Flow
     Raises `UserError` where the options do not fit the shape.
     """
     module = configuration.component_module("models", config.model.name)
+    options = config.dequantization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
         bijection = module.build(shape, **config.model.options())
-    dequantizer = Dequantizer(levels, config.dequantization.transform, config.dequantization.alpha)
-    # Convolutions on the CPU are up to three times faster so, and never slower.
-    return Flow(bijection, dequantizer, shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # After the bijection, whose weights are the same with any noise.
+        variational = options.name == "variational"
+        noise_model = VariationalNoise(shape, options.steps, options.width) if variational else UniformNoise()
+    dequantizer = Dequantizer(levels, options.transform, options.alpha, noise_model)
+    return Flow(bijection, dequantizer, shape)
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:

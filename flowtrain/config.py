@@ -92,7 +92,13 @@ class Model(Component):
 class Dequantization(Section):
     """How integers become reals."""
 
-    name: Literal["uniform"] = Field("uniform", description="the noise")
+    name: Literal["uniform", "variational"] = Field(
+        "uniform", description="the noise: uniform, or variational, drawn by a flow that sees the image"
+    )
+    steps: Annotated[int, Field(ge=1)] = Field(4, description="for variational: steps of the noise's flow")
+    width: Annotated[int, Field(ge=1)] = Field(
+        32, description="for variational: channels of its networks' hidden layers"
+    )
     transform: Literal["center", "logit"] = Field("center", description="what follows: center (y - 1/2), or logit")
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="how far the logit stays from 0 and 1")
 
@@ -128,7 +134,9 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="the rate after warm-up: constant, or down to 0 at the end, linear or cosine"
     )
-    optimizer: Literal["adam", "adamw", "adamax"] = Field("adam", description="torch.optim's adam, adamw or adamax")
+    optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
+        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' hidden weights, Adam for the rest"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on the weights of the conditioners' convolutions and linear layers only"
     )
@@ -211,18 +219,18 @@ def component_schema(package: str, name: str) -> type[Component]:
     """The section's own keys and the options of the named module's `build`, as one pydantic model."""
     base = component_base(package)
     fields: dict[str, Any] = {}
-    for parameter in _option_parameters(component_module(package, name)):
+    for parameter in _option_parameters(package, component_module(package, name)):
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (AbsolutePath if parameter.annotation is Path else parameter.annotation, default)
     schema: Any = create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
     return schema
 
 
-def _option_parameters(module: ModuleType) -> list[inspect.Parameter]:
+def _option_parameters(package: str, module: ModuleType) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(module.build, include_extras=True)
     parameters = inspect.signature(module.build).parameters.values()
-    own = ("shape", "root", "split", "seed")  # what the trainer passes, not the user
-    return [p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in own]
+    trainers = {"models": {"shape"}, "datasets": {"root", "split", "seed"}}[package]  # what it passes, not the user
+    return [p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in trainers]
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:

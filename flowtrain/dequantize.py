@@ -1,7 +1,8 @@
 """Integers to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
 
-An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` (uniform, so log q(u|x) = 0), and `y`
-becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_levels` is the exact inverse.
+An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x), uniform or learned
+(`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_levels` is
+the exact inverse.
 """
 
 import math
@@ -28,21 +29,40 @@ def draw_noise(shape: tuple[int, ...] | torch.Size, generator: torch.Generator |
     return torch.rand(shape, generator=generator, device=where).to(device)
 
 
+class UniformNoise(nn.Module):
+    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016): `u` is the noise, and log q(u|x) = 0.
+
+    The interface of noise models: uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` in
+    `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
+    """
+
+    def forward(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return noise.clamp(EDGE, 1 - EDGE), noise.new_zeros(noise.shape[0])
+
+
 class Dequantizer(nn.Module):
-    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016), then `center` or `logit`.
+    """The noise `u ~ q(u|x)` (Theis et al. 2016; Ho et al. 2019), then `center` or `logit`.
 
     Args:
         levels: Q.
         transform: `center`, `y - 1/2`; or `logit`, `logit(alpha + (1 - 2 alpha) y)` (RealNVP, section 4.1, with both
             ends kept away from infinity).
         alpha: for `logit`.
+        noise_model: uniform noise and image to `u` and `log q(u|x)`; by default `UniformNoise`.
     """
 
-    def __init__(self, levels: int, transform: Literal["center", "logit"] = "center", alpha: float = 0.05):
+    def __init__(
+        self,
+        levels: int,
+        transform: Literal["center", "logit"] = "center",
+        alpha: float = 0.05,
+        noise_model: nn.Module | None = None,
+    ):
         super().__init__()
         self.levels = levels
         self.transform = transform
         self.alpha = alpha
+        self.noise_model = UniformNoise() if noise_model is None else noise_model
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its log-likelihood terms.
@@ -50,8 +70,10 @@ class Dequantizer(nn.Module):
         The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the first to get the
         bound on log P(x). Neither argument is changed.
         """
-        y = (x.to(noise.dtype) + noise.clamp(EDGE, 1 - EDGE)) / self.levels
-        return self._to_real(y)
+        x = x.to(noise.dtype)
+        u, log_q = self.noise_model(noise, x / self.levels - 0.5)
+        v, log_det = self._to_real((x + u) / self.levels)
+        return v, log_det - log_q
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The flow's input at the middle of each bin: `x` without randomness."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections import AdditiveTransform, AffineTransform, DiagonalAffine
+from flowtrain.bijections import DiagonalAffine, Transform
 from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.flow import Flow
 
@@ -35,7 +35,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
     ranges: dict[str, tuple[float, float]] = {}
 
     def hook(name: str, module: nn.Module, output: Any) -> None:
-        if isinstance(module, AffineTransform | AdditiveTransform):
+        if isinstance(module, Transform):
             log_scale = output[1]
         elif isinstance(module, DiagonalAffine):
             log_scale = module.bounded_log_scale()

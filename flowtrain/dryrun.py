@@ -6,6 +6,7 @@ import time
 from typing import get_args
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain import checkpoint
 from flowtrain.capacity import available, peak
@@ -16,7 +17,7 @@ from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.flow import Flow, initialize
 from flowtrain.memory import Mode
-from flowtrain.optim import Average, build_optimizer
+from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.train import optimizer_step, train_step
 
@@ -37,8 +38,9 @@ def dry_run(config: Config, device: torch.device) -> None:
     x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
     initialize(flow, x, draw_noise(x.shape, random, device))
     averaged = Average(flow, train.ema) if train.ema else None
-    state = State(config, flow, build_optimizer(flow, train), averaged, {})
+    state = State(config, flow, build_optimizers(flow, train), averaged, {})
 
+    _print_compute(state, x)
     _print_memory(state, x[: train.batch_size], device)
 
     seconds = []
@@ -62,6 +64,11 @@ def dry_run(config: Config, device: torch.device) -> None:
         console.print(f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart")
 
 
+def _with_memory(state: State, mode: Mode) -> State:
+    train = state.config.train.model_copy(update={"memory": mode})
+    return dataclasses.replace(state, config=state.config.model_copy(update={"train": train}))
+
+
 def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> None:
     """What each mode of `train.memory` takes at this batch size, and the largest batch that would fit."""
     chosen = state.config.train
@@ -76,16 +83,32 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> None:
     )
     few = x[:MEASURED_IMAGES]
     for mode in get_args(Mode):
-        settings = state.config.model_copy(update={"train": chosen.model_copy(update={"memory": mode})})
-        step = functools.partial(train_step, dataclasses.replace(state, config=settings), few)
+        step = functools.partial(train_step, _with_memory(state, mode), few)
         step()  # makes what is made once
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         per_image = (peak(step, device) - gradients) / len(few)
         fits = int(max(0, left) / max(1, per_image))
         console.print(
             f"  {mode}: {per_image * len(x) / MIB:,.0f} MiB for {len(x)} images, up to {fits:,} images would fit"
             + (" (chosen)" if mode == chosen.memory else "")
         )
+
+
+def _print_compute(state: State, x: torch.Tensor) -> None:
+    """Floating-point operations of matrix products and convolutions; a multiplication and an addition are two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        state.flow(x, torch.full(x.shape, 0.5, device=x.device))
+    counts = {name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()}
+    conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
+    with FlopCounterMode(display=False) as step:
+        train_step(_with_memory(state, "store"), x)  # what is computed again is not counted
+    state.zero_grad()
+    total = max(1, forward.get_total_flops())
+    image = total / len(x) / 1e9
+    console.print(
+        f"compute: {image:.4g} GFLOP for the likelihood of an image, {100 * conditioners / total:.1f}% of it in "
+        f"conditioners; {step.get_total_flops() / 1e9:.4g} GFLOP a training step"
+    )
 
 
 def _print_parameters(flow: Flow) -> None:

@@ -36,8 +36,8 @@ class Flow(nn.Module):
 
     def __init__(self, bijection: Bijection, dequantizer: Dequantizer, shape: tuple[int, int, int]):
         super().__init__()
+        self.dequantizer = dequantizer  # first: parameters are in the order in which they are used
         self.bijection = bijection
-        self.dequantizer = dequantizer
         self.shape = shape
 
     @property

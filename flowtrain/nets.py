@@ -15,24 +15,56 @@ from flowtrain.bijections.actnorm import ActNorm
 from flowtrain.precision import conditioner_input
 
 
-class ZeroConv2d(nn.Conv2d):
+class Conv2d(nn.Linear):
+    """A convolution of odd size `k` that keeps the image's, `(B, C, H, W)` to `(B, C', H, W)`.
+
+    Its weight is a matrix, `(C', k * k * C / groups)`: what Muon takes, and as filters the order in memory that goes
+    with the activations of conditioners (channels last).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, groups: int = 1):
+        super().__init__(kernel_size**2 * in_channels // groups, out_channels, bias)
+        self.kernel_size = kernel_size
+        self.groups = groups
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        filters = weight.unflatten(1, (self.kernel_size, self.kernel_size, -1)).movedim(-1, 1)
+        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2, groups=self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight, self.bias)
+
+
+class ZeroConv2d(Conv2d):
     """A convolution that starts at zero, with a learned gain of each output channel: `exp(3 * log_gain)`.
 
     As in the Glow release: the gain lets the outputs grow faster than the rate of Adam's steps would.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        super().__init__(in_channels, out_channels, kernel_size)
         nn.init.zeros_(self.weight)
-        assert self.bias is not None
         nn.init.zeros_(self.bias)
         self.log_gain = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         gain = (3 * self.log_gain).exp()
-        assert self.bias is not None
         # On the weights, which are smaller than the activations.
-        return F.conv2d(x, self.weight * gain[:, None, None, None], self.bias * gain, padding=self.padding)
+        return self._convolve(x, self.weight * gain[:, None], self.bias * gain)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def hidden_weights(module: nn.Module) -> list[Tensor]:
+    """The matrices of all conditioners, without the last layers, which start at zero, and depthwise filters."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, ZeroConv2d | ZeroLinear)]
+    return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
 
 
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
@@ -41,7 +73,9 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     if context is None:
         return x
     context = conditioner_input(context)
-    return torch.cat([x, F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))], dim=1)
+    if context.shape[-2:] != x.shape[-2:]:
+        context = F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))
+    return torch.cat([x, context], dim=1)
 
 
 class _IntegerReLU(torch.autograd.Function):
@@ -86,9 +120,9 @@ class GlowNet(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, width: int, context_channels: int = 0):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(in_channels + context_channels, width, 3, padding=1),
+            Conv2d(in_channels + context_channels, width, 3),
             ReLU(),
-            nn.Conv2d(width, width, 1),
+            Conv2d(width, width, 1),
             ReLU(),
             ZeroConv2d(width, out_channels, 3),
         )
@@ -114,8 +148,8 @@ class _ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm1, self.norm2 = ActNorm((width, 1, 1)), ActNorm((width, 1, 1))
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = Conv2d(width, width, 3, bias=False)
+        self.conv2 = Conv2d(width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(relu_(self.norm1(x)[0]))
@@ -130,7 +164,7 @@ class ResidualNet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
         super().__init__()
-        self.first = nn.Conv2d(in_channels + context_channels, width, 3, padding=1)
+        self.first = Conv2d(in_channels + context_channels, width, 3)
         self.blocks = nn.Sequential(*(_ResidualBlock(width) for _ in range(blocks)))
         self.norm = ActNorm((width, 1, 1))
         self.last = ZeroConv2d(width, out_channels, 1)
@@ -138,6 +172,74 @@ class ResidualNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.blocks(self.first(with_context(x, context)))
         return self.last(relu_(self.norm(h)[0]))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalization over the channels of each pixel, `(B, C, H, W)` (as in Flow++, Ho et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class _GatedBlock(nn.Module):
+    """`x + a * sigmoid(b)`, with `a` and `b` from normalization, 3x3, ReLU and 1x1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            ChannelNorm(width), Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1), nn.GLU(dim=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class _DepthwiseBlock(nn.Module):
+    """A depthwise-separable convolution and a residual: `x +` depthwise 3x3, normalization, ReLU, 1x1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Conv2d(width, width, 3, groups=width), ChannelNorm(width), ReLU(), Conv2d(width, width, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class GatedNet(nn.Module):
+    """3x3, `blocks` gated residual blocks, zero 3x3: the convolutional part of Flow++'s conditioner (section 3.3).
+
+    With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no attention.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Conv2d(in_channels + context_channels, width, 3),
+            *(_GatedBlock(width) for _ in range(blocks)),
+            ReLU(),
+            ZeroConv2d(width, out_channels, 3),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.layers(with_context(x, context))
+
+
+class DepthwiseNet(nn.Module):
+    """1x1, `blocks` depthwise-separable residual blocks (Chollet 2017), zero 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Conv2d(in_channels + context_channels, width, 1),
+            *(_DepthwiseBlock(width) for _ in range(blocks)),
+            ReLU(),
+            ZeroConv2d(width, out_channels, 1),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.layers(with_context(x, context))
 
 
 class DenseNet(nn.Module):
@@ -148,10 +250,7 @@ class DenseNet(nn.Module):
         layers: list[nn.Module] = []
         for i in range(hidden_layers):
             layers += [nn.Linear(in_features if i == 0 else width, width), ReLU()]
-        last = nn.Linear(width, out_features)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*layers, last)
+        self.layers = nn.Sequential(*layers, ZeroLinear(width, out_features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.layers(x)

@@ -9,28 +9,42 @@ from torch import Tensor, nn
 
 from flowtrain.config import Train
 from flowtrain.flow import Flow
+from flowtrain.nets import hidden_weights
 
 # The fused kernels do the same arithmetic in one pass over all parameters; torch has none for Adamax.
-OPTIMIZERS = {
+ADAM_AND_KIN = {
     "adam": functools.partial(torch.optim.Adam, fused=True),
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "adamax": torch.optim.Adamax,
 }
 
 
-def build_optimizer(flow: nn.Module, config: Train) -> torch.optim.Optimizer:
-    """Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is.
+def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
+    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' hidden weights, Adam for the rest.
 
-    A decayed ActNorm scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
+    Muon (Jordan et al. 2024) is scaled so that one learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+
+    Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is. A decayed ActNorm
+    scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
     """
-    decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     parameters = list(flow.parameters())
+    optimizers: list[torch.optim.Optimizer] = []
+    kind = config.optimizer
+    if kind == "muon":
+        matrices = hidden_weights(flow)
+        options = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, **options))  # type: ignore[arg-type]
+        theirs = set(matrices)
+        parameters = [p for p in parameters if p not in theirs]
+        kind = "adam"
+    decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     groups = [
         {"params": [p for p in parameters if p in decayed], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return OPTIMIZERS[config.optimizer](groups, lr=config.lr)  # type: ignore[operator]
+    optimizers.append(ADAM_AND_KIN[kind](groups, lr=config.lr))  # type: ignore[operator]
+    return optimizers
 
 
 def learning_rate(config: Train, step: int, seconds: float) -> float:

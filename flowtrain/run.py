@@ -106,7 +106,7 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
         split = row["split"]
-        for key in ("bits_per_dim", "grad_norm", "lr", "images_per_second"):
+        for key in ("bits_per_dim", "grad_norm", "clip_norm", "lr", "images_per_second"):
             if row.get(key) is not None:
                 self.tensorboard.add_scalar(f"{split}/{key}", row[key], row["step"])
 

@@ -37,7 +37,7 @@ class State:
 
     config: Config
     flow: Flow
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     average: Average | None
     data: dict[str, Any]  # the fingerprint
     progress: Progress = field(default_factory=Progress)
@@ -59,6 +59,15 @@ class State:
         assert train.budget is not None
         return self.progress.seconds >= train.budget
 
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
     def weights_are_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.flow.parameters())
 
@@ -78,9 +87,10 @@ class State:
         if self.average is not None:
             parts["ema"] = self.average.flow.state_dict()
         tensors = {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
-        for name, parameter in self.flow.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.flow.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, values in optimizer.state.items():
+                tensors |= {f"optimizer.{key}.{names[parameter]}": value for key, value in values.items()}
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
@@ -89,15 +99,13 @@ class State:
         self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
             checkpoint.load_weights(self.evaluated, saved, "ema")
-        # Through torch's own format, which knows on which device each value belongs.
-        names = {parameter: name for name, parameter in self.flow.named_parameters()}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        index = {names[parameter]: i for i, parameter in enumerate(parameters)}
-        values: dict[int, dict[str, Tensor]] = {}
+        by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")
-            parameter = parameters[index[name]]
-            # In the memory layout of the parameter: the order of additions, and so the last bit, depends on it.
-            like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            values.setdefault(index[name], {})[key] = like_parameter.detach()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": values})
+            by_name.setdefault(name, {})[key] = value
+        names = {parameter: name for name, parameter in self.flow.named_parameters()}
+        for optimizer in self.optimizers:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}
+            # Through torch's own format, which knows on which device each value belongs.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

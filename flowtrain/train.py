@@ -26,7 +26,7 @@ from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_bits_per_dim
 from flowtrain.flow import Flow, bits_per_dim, initialize
 from flowtrain.memory import memory_mode
-from flowtrain.optim import Average, build_optimizer, learning_rate
+from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
 
@@ -49,7 +49,7 @@ def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     config = state.config.train
     noise = _noise(state.config, state.progress.step, x, distributed.rank() * len(x))
-    state.optimizer.zero_grad(set_to_none=True)
+    state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
     for part, part_noise in zip(x.split(config.batch_size), noise.split(config.batch_size), strict=True):
@@ -69,7 +69,8 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     """Moves the weights along the gradient, clipped to the configured norm, and their average after them."""
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(state.flow.parameters(), state.config.train.clip_norm, grad_norm)
-    state.optimizer.step()
+    for optimizer in state.optimizers:
+        optimizer.step()
     if state.average is not None:
         state.average.update(state.progress.averaged)
         state.progress.averaged += 1
@@ -157,8 +158,7 @@ def _loop(
             if not math.isfinite(loss + grad_norm):
                 _go_back(state, run, x, loss, grad_norm, rate)
                 break  # the order of the batches starts again from the step that was restored
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
+            state.set_learning_rate(rate)
             optimizer_step(state, gradient)
             progress = state.progress
             progress.step += 1
@@ -244,7 +244,8 @@ def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: 
     progress.window_bits, progress.window_steps = 0.0, 0
     speed = clock.images_per_second()
     row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "train"}
-    run.log({**row, "bits_per_dim": bits, "grad_norm": grad_norm, "lr": rate, "images_per_second": speed})
+    gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
+    run.log({**row, "bits_per_dim": bits, **gradient, "lr": rate, "images_per_second": speed})
     if config.num_steps is not None:
         done, total = progress.step, config.num_steps
         left = progress.seconds / max(progress.step, 1) * (total - done)
@@ -256,7 +257,8 @@ def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: 
     text = f"{bits:.4f} bits/dim  {speed:.0f} images/s  {duration(left)} left"
     bar(done, total, text)
     if not console.is_terminal:
-        console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}")
+        clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
+        console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}{clipped}")
 
 
 @distributed.main_only
@@ -381,7 +383,7 @@ def _start(
         _initialize(config, flow, init_from, batches)
         distributed.copy_from_main(flow)
     averaged = Average(flow, config.train.ema) if config.train.ema else None
-    state = State(config, flow, build_optimizer(flow, config.train), averaged, fingerprint)
+    state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
     if saved is not None:
         changed = differences(saved.meta["data"], fingerprint)
         if changed:

@@ -24,9 +24,11 @@ from flowtrain.bijections import (
     DiagonalAffine,
     Flatten,
     LogisticToNormal,
+    MixtureTransform,
     Multiscale,
     Permute,
     Sequential,
+    SplineTransform,
     Squeeze,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
@@ -34,7 +36,7 @@ from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, layer_by_layer
 from flowtrain.capacity import peak
 from flowtrain.memory import Mode, memory_mode
-from flowtrain.nets import DenseNet, GlowNet, ResidualNet, ZeroNet, relu_
+from flowtrain.nets import DenseNet, DepthwiseNet, GatedNet, GlowNet, ResidualNet, ZeroNet, relu_
 
 MODES = get_args(Mode)
 
@@ -81,6 +83,14 @@ TABLE = {
     "coupling-dense": (lambda: Coupling(3, DenseNet(3, 4, 6, 2), AdditiveTransform(), swap=True), (7,), None),
     "coupling-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
     "coupling-larger-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 4, 4)),
+    "coupling-gated": (lambda: Coupling(2, GatedNet(2, 4, 5, 2), AffineTransform()), (4, 3, 2), None),
+    "coupling-gated-context": (lambda: Coupling(2, GatedNet(2, 4, 5, 1, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
+    "coupling-depthwise": (lambda: Coupling(2, DepthwiseNet(2, 4, 5, 2), AffineTransform()), (4, 3, 2), None),
+    "coupling-depthwise-context": (
+        lambda: Coupling(2, DepthwiseNet(2, 4, 5, 1, 3), AffineTransform()),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
     "checkerboard-0": (
         lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 4, 4, 1), AffineTransform()),
         (2, 3, 4),
@@ -97,6 +107,22 @@ TABLE = {
         (2, 2, 4),
         (1, 2, 4),
     ),
+    "coupling-spline": (lambda: Coupling(2, GlowNet(2, 46, 5), SplineTransform()), (4, 2, 2), None),
+    "coupling-spline-odd": (lambda: Coupling(2, GlowNet(2, 15, 5), SplineTransform(2), swap=True), (5, 2, 2), None),
+    "coupling-spline-context": (lambda: Coupling(2, GlowNet(2, 28, 5, 3), SplineTransform(5)), (4, 2, 2), (3, 2, 2)),
+    "checkerboard-spline": (
+        lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 22, 4, 1), SplineTransform(4)),
+        (2, 3, 4),
+        None,
+    ),
+    "coupling-mixture": (lambda: Coupling(2, GlowNet(2, 28, 5), MixtureTransform()), (4, 2, 2), None),
+    "coupling-mixture-odd": (lambda: Coupling(2, GlowNet(2, 24, 5), MixtureTransform(2), swap=True), (5, 2, 2), None),
+    "coupling-mixture-context": (lambda: Coupling(2, GlowNet(2, 22, 5, 3), MixtureTransform(3)), (4, 2, 2), (3, 2, 2)),
+    "checkerboard-mixture": (
+        lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 28, 4, 1), MixtureTransform(), 1),
+        (2, 3, 4),
+        None,
+    ),
     "multiscale": (multiscale, (2, 4, 4), (3, 2, 2)),
     "sequential": (
         lambda: Sequential(
@@ -111,6 +137,12 @@ TABLE = {
     "glow-additive": (lambda: model("glow", (1, 4, 4), coupling="additive", permutation="shuffle"), (1, 4, 4), None),
     "glow-reverse": (lambda: model("glow", (1, 4, 8), permutation="reverse"), (1, 4, 8), None),
     "glow-whitening": (lambda: model("glow", (1, 4, 4), initialization="whitening"), (1, 4, 4), None),
+    "glow-checkerboard": (lambda: model("glow", (3, 4, 2), levels=1, split="checkerboard"), (3, 4, 2), None),
+    "glow-mixed": (lambda: model("glow", (1, 4, 4), steps=4, levels=1, split="mixed"), (1, 4, 4), None),
+    "glow-spline": (lambda: model("glow", (1, 4, 4), coupling="spline", bins=4), (1, 4, 4), None),
+    "glow-mixture": (lambda: model("glow", (1, 4, 4), coupling="mixture", components=2), (1, 4, 4), None),
+    "glow-gated": (lambda: model("glow", (1, 4, 4), conditioner="gated", blocks=2), (1, 4, 4), None),
+    "glow-depthwise": (lambda: model("glow", (1, 4, 4), conditioner="depthwise"), (1, 4, 4), None),
     "realnvp": (lambda: model("realnvp", (1, 4, 4)), (1, 4, 4), None),
     "realnvp-rgb": (lambda: model("realnvp", (3, 2, 4)), (3, 2, 4), None),
     "realnvp-one-level": (lambda: model("realnvp", (2, 3, 3), levels=1), (2, 3, 3), None),

@@ -16,7 +16,7 @@ import flowtrain
 from flowtrain import checkpoint
 from flowtrain.checkpoint import find, load_model, load_weights, read, write
 from flowtrain.errors import RunError, UserError
-from flowtrain.optim import Average, build_optimizer
+from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.train import train_step
 
@@ -29,10 +29,10 @@ def a_state(model="glow", ema=0.9, optimizer="adam", steps=2, **options):
     config = a_config(model, train={"ema": ema, "optimizer": optimizer, "batch_size": 8}, **options)
     flow = tiny_flow(model if isinstance(model, str) else "glow")
     averaged = Average(flow, ema) if ema else None
-    state = State(config, flow, build_optimizer(flow, config.train), averaged, {"train": 20, "content": "abc"})
+    state = State(config, flow, build_optimizers(flow, config.train), averaged, {"train": 20, "content": "abc"})
     for step in range(steps):
         train_step(state, images(8, SHAPE, seed=step))
-        state.optimizer.step()
+        [optimizer.step() for optimizer in state.optimizers]
         if averaged is not None:
             averaged.update(state.progress.averaged)
             state.progress.averaged += 1
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, model, ema, opt
     for one in (state, other):
         for step in (5, 6):
             train_step(one, images(8, SHAPE, seed=step))
-            one.optimizer.step()
+            [optimizer.step() for optimizer in one.optimizers]
             if one.average is not None:
                 one.average.update(one.progress.averaged)
                 one.progress.averaged += 1
@@ -331,7 +331,7 @@ def test_the_dequantization_travels_along(tmp_path):
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"width": 7}, r"bijection\.levels\.0\.layers\.3\.conditioner\.\S+ is 6x2x3x3 there and 7x2x3x3 here"),
+        ({"width": 7}, r"bijection\.levels\.0\.layers\.3\.conditioner\.\S+ is 6x18 there and 7x18 here"),
         ({"steps": 3}, r"bijection\.\S+ is nothing there and \S+ here"),
         ({"steps": 1}, r"bijection\.\S+ is \S+ there and nothing here"),
         ({"permutation": "conv1x1"}, r"matrix is nothing there and 4x4 here"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,13 @@ from PIL import Image
 
 import flowtrain as package
 from flowtrain import checkpoint
+from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
 from flowtrain.data import DataSet
+from flowtrain.diagnostics import watching
+from flowtrain.flow import initialize
+from flowtrain.nets import Conv2d
 
 KEYS = {
     *("bits_per_dim", "bits_per_dim_stderr", "bound", "samples", "nats_per_image", "num_images", "dims", "levels"),
@@ -168,7 +173,7 @@ def test_files_of_a_run(name):
 def test_metrics(name):
     rows = metrics(trained()[name])
     common = ["step", "images", "seconds", "split", "bits_per_dim"]
-    keys = {"train": [*common, "grad_norm", "lr", "images_per_second"], "validation": common}
+    keys = {"train": [*common, "grad_norm", "clip_norm", "lr", "images_per_second"], "validation": common}
     assert [(r["split"], r["step"]) for r in rows] == [
         *[("train", 5), ("train", 10), ("validation", 10)],
         *[("train", 15), ("train", 20), ("validation", 20)],
@@ -220,7 +225,13 @@ def test_tensorboard():
     run = trained()["glow"]
     seen = events(run)
     for split, key in [
-        *[("train", "bits_per_dim"), ("train", "lr"), ("train", "grad_norm"), ("train", "images_per_second")],
+        *[
+            ("train", "bits_per_dim"),
+            ("train", "lr"),
+            ("train", "grad_norm"),
+            ("train", "clip_norm"),
+            ("train", "images_per_second"),
+        ],
         ("validation", "bits_per_dim"),
     ]:
         logged = [(r["step"], r[key]) for r in metrics(run) if r["split"] == split]
@@ -309,6 +320,30 @@ def test_dry_run(name, tmp_path):
     assert [line for line in out.splitlines() if "parameters" in line][0].split() == ["parameters:", str(expected)]
     assert all(word in out for word in ("memory", "images/s", "estimated time"))
     assert tree(tmp_path) == []
+
+
+def test_dry_run_counts_operations(tmp_path):
+    """Against the sizes of the layers; a step is about three times the likelihood of its images."""
+    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), SMALL[1::2]), (1, 8, 8), 17)
+    initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
+    operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
+
+    def count(name, module, outputs):
+        if isinstance(module, Conv2d):
+            operations[".conditioner." in name] += 2 * module.weight.numel() * outputs[0, 0].numel()
+        elif isinstance(module, LinearChannels):
+            operations[False] += 2 * module.weight().numel() * outputs[0][0, 0].numel()
+
+    with torch.no_grad(), watching(flow, count):
+        flow(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.rand(1, 1, 8, 8))
+    total = sum(operations.values())
+    out = quick("train", *SMALL, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path).ok().out
+    numbers = re.search(r"compute: (\S+) GFLOP .*, (\S+)% of it in conditioners; (\S+) GFLOP", " ".join(out.split()))
+    image, share, step = map(float, numbers.groups())
+    assert image * 1e9 == pytest.approx(total, rel=0.02)
+    assert share == pytest.approx(100 * operations[True] / total, abs=2)
+    batch = load_config(find_config("glow_digits.yaml"), SMALL[1::2]).train.batch_size
+    assert step == pytest.approx(3 * image * batch, rel=0.15)
 
 
 def test_dry_run_of_a_budget(tmp_path):

@@ -15,8 +15,8 @@ from flowtrain.errors import UserError
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-PAPER_SIZED = {"glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist"}
-SMALL = {"glow_cifar_small", "glow_mnist_small", "glow_digits", "realnvp_digits", "nice_digits"}
+PAPER_SIZED = {"best_cifar", "glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist"}
+SMALL = {"baseline_cifar", "glow_cifar_small", "glow_mnist_small", "glow_digits", "realnvp_digits", "nice_digits"}
 
 
 def parsed(overrides, values=STEPS):
@@ -168,14 +168,14 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("train.lr=fast", r"train\.lr: .*got 'fast'"),
         ("train.ema=1", r"train\.ema: .*less than 1"),
         ("train.schedule=step", r"train\.schedule: .*'constant', 'linear' or 'cosine', got 'step'"),
-        ("train.optimizer=sgd", r"train\.optimizer: .*'adam', 'adamw' or 'adamax', got 'sgd'"),
+        ("train.optimizer=sgd", r"train\.optimizer: .*'adamax' or 'muon', got 'sgd'"),
         ("train.budget=soon", r"train\.budget: expected a duration such as 90s, 30min or 1\.5h, got 'soon'"),
         ("train.budget=0", r"train\.budget: .*greater than 0"),
         ("train.budget=-5", r"train\.budget: "),
         ("data.n_bits=9", r"data\.n_bits: .*got 9"),
         ("data.validation=-1", r"data\.validation: .*got -1"),
         ("data.flip=perhaps", r"data\.flip: .*got 'perhaps'"),
-        ("model.coupling=spline", r"model\.coupling: .*got 'spline'"),
+        ("model.coupling=cubic", r"model\.coupling: .*got 'cubic'"),
         ("model.levels=0", r"model\.levels: .*got 0"),
         ("seed=-1", r"seed: .*got -1"),
         ("dequantization.alpha=0.5", r"dequantization\.alpha: "),

@@ -1,7 +1,7 @@
 """Invertible layers with exact log-determinants; one file a family."""
 
 from flowtrain.bijections.actnorm import ActNorm, DiagonalAffine
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Transform
 from flowtrain.bijections.conv1x1 import Conv1x1, Conv1x1LU
 from flowtrain.bijections.coupling import (
     AdditiveTransform,
@@ -10,9 +10,11 @@ from flowtrain.bijections.coupling import (
     Coupling,
 )
 from flowtrain.bijections.logistic import LogisticToNormal
+from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
 from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
 from flowtrain.bijections.sequential import Sequential
+from flowtrain.bijections.spline import SplineTransform
 
 __all__ = [
     "ActNorm",
@@ -26,8 +28,11 @@ __all__ = [
     "DiagonalAffine",
     "Flatten",
     "LogisticToNormal",
+    "MixtureTransform",
     "Multiscale",
     "Permute",
     "Sequential",
+    "SplineTransform",
     "Squeeze",
+    "Transform",
 ]

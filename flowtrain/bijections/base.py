@@ -41,6 +41,23 @@ class Bijection(nn.Module):
         return [z]
 
 
+class Transform(nn.Module):
+    """An increasing map of one entry, given the parameters that a coupling's conditioner predicts for it.
+
+    `forward(x, parameters) -> (z, log_derivative)`, and `inverse` likewise: `(B, C, ...)` and `(B, P C, ...)`, one
+    parameter of all entries after the other, to the transformed entries and the log-derivatives of the direction just
+    computed, both `(B, C, ...)`.
+    """
+
+    parameters_per_entry: int  # P
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
 def stacked(layers: Sequence[nn.Module], name: str) -> Tensor:
     """One parameter or buffer of several layers: K times `(...)` to `(K, ...)`."""
     return torch.stack([getattr(layer, name) for layer in layers])

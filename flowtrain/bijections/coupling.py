@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flowtrain.bijections.base import Bijection, sum_per_example
+from flowtrain.bijections.base import Bijection, Transform, sum_per_example
 from flowtrain.precision import conditioner_output
 
 
-class AffineTransform(nn.Module):
+class AffineTransform(Transform):
     """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4, shifted first).
 
     Takes `2 C` parameters for C entries. Bounded both ways: one layer scales by at most `exp(limit)`, so that neither
@@ -25,20 +25,19 @@ class AffineTransform(nn.Module):
         self.limit = limit
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """`(B, C, ...)`, `(B, 2C, ...)` to the transformed entries and their log-derivatives, both `(B, C, ...)`."""
         return _Affine.apply(x, parameters, self.limit)
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.chunk(2, dim=1)
-        log_scale = _log_scale(_gate(raw, self.limit), self.limit)
+        log_scale = gated_log_scale(log_scale_gate(raw, self.limit), self.limit)
         return z * (-log_scale).exp() - shift, -log_scale
 
 
-def _gate(raw: Tensor, limit: float) -> Tensor:
+def log_scale_gate(raw: Tensor, limit: float) -> Tensor:
     return torch.sigmoid(raw * (2 / limit))
 
 
-def _log_scale(gate: Tensor, limit: float) -> Tensor:
+def gated_log_scale(gate: Tensor, limit: float) -> Tensor:
     """`limit * tanh(raw / limit)`, by the sigmoid, which is six times as fast as tanh on a CPU."""
     return gate * (2 * limit) - limit
 
@@ -49,8 +48,8 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.chunk(2, dim=1)
-        gate = _gate(raw, limit)
-        log_scale = _log_scale(gate, limit)
+        gate = log_scale_gate(raw, limit)
+        log_scale = gated_log_scale(gate, limit)
         scale = log_scale.exp()
         z = (x + shift).mul_(scale)
         ctx.save_for_backward(gate, scale, z)
@@ -66,7 +65,7 @@ class _Affine(torch.autograd.Function):
         return grad_x, torch.cat([grad_x, grad_raw], dim=1), None
 
 
-class AdditiveTransform(nn.Module):
+class AdditiveTransform(Transform):
     """`z = x + shift` (NICE, eq. 8): volume preserving."""
 
     parameters_per_entry = 1
@@ -81,7 +80,7 @@ class AdditiveTransform(nn.Module):
 class _ConditionedTransform(Bijection):
     """What couplings share: the same split and conditioner in both directions, only the transform differs."""
 
-    def __init__(self, conditioner: nn.Module, transform: nn.Module):
+    def __init__(self, conditioner: nn.Module, transform: Transform):
         super().__init__()
         self.conditioner = conditioner
         self.transform = transform
@@ -102,14 +101,14 @@ class _ConditionedTransform(Bijection):
         return self._transformed(x, self._predicted(x, context), self.transform)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transformed(z, self._predicted(z, context), self.transform.inverse)  # type: ignore[arg-type]
+        return self._transformed(z, self._predicted(z, context), self.transform.inverse)
 
     def reconstruct(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         x = z.detach().clone().requires_grad_()
         parameters = self._predicted(x, context)  # once for both directions
         with torch.no_grad():
             # Not seen by autograd, and rightly: the kept part, all that the conditioner has read, stays as it is.
-            x.data = self._transformed(z, parameters, self.transform.inverse)[0]  # type: ignore[arg-type]
+            x.data = self._transformed(z, parameters, self.transform.inverse)[0]
         return x, *self._transformed(x, parameters, self.transform)
 
 
@@ -121,7 +120,7 @@ class Coupling(_ConditionedTransform):
     half that goes on as `kept` (see `Multiscale`).
     """
 
-    def __init__(self, kept: int, conditioner: nn.Module, transform: nn.Module, swap: bool = False):
+    def __init__(self, kept: int, conditioner: nn.Module, transform: Transform, swap: bool = False):
         super().__init__(conditioner, transform)
         self.kept = kept
         self.swap = swap
@@ -148,7 +147,7 @@ class CheckerboardCoupling(_ConditionedTransform):
 
     keep: Tensor
 
-    def __init__(self, size: tuple[int, int], conditioner: nn.Module, transform: nn.Module, parity: int = 0):
+    def __init__(self, size: tuple[int, int], conditioner: nn.Module, transform: Transform, parity: int = 0):
         super().__init__(conditioner, transform)
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)

@@ -8,27 +8,33 @@ Deliberate differences from the paper and its release:
 - the learned priors scale the latents instead of the base density, which is the same likelihood.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from flowtrain.bijections import (
     ActNorm,
     AdditiveTransform,
     AffineTransform,
     Bijection,
+    CheckerboardCoupling,
     Conv1x1,
     Conv1x1LU,
     Coupling,
     DiagonalAffine,
+    MixtureTransform,
     Multiscale,
     Permute,
     Sequential,
+    SplineTransform,
     Squeeze,
+    Transform,
 )
 from flowtrain.models.geometry import check_squeezes
-from flowtrain.nets import GlowNet, ZeroNet
+from flowtrain.nets import DepthwiseNet, GatedNet, GlowNet, ZeroNet
 
 
 def build(
@@ -37,7 +43,12 @@ def build(
     levels: Annotated[int, Field(ge=1)] = 3,
     steps: Annotated[int, Field(ge=1)] = 32,
     width: Annotated[int, Field(ge=1)] = 512,
-    coupling: Literal["affine", "additive"] = "affine",
+    coupling: Literal["affine", "additive", "spline", "mixture"] = "affine",
+    bins: Annotated[int, Field(ge=2)] = 8,
+    components: Annotated[int, Field(ge=1)] = 4,
+    split: Literal["channel", "checkerboard", "mixed"] = "channel",
+    conditioner: Literal["glow", "gated", "depthwise"] = "glow",
+    blocks: Annotated[int, Field(ge=1)] = 1,
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
 ) -> Bijection:
@@ -47,7 +58,13 @@ def build(
         levels: L; each halves the size, so both sides must be multiples of 2**L.
         steps: K, steps of flow (ActNorm, permutation, coupling) per level.
         width: channels of the conditioners' hidden layers.
-        coupling: affine, or additive (volume preserving).
+        coupling: affine, additive (volume preserving), spline (rational-quadratic, Durkan et al. 2019), or mixture (of
+            logistics, Ho et al. 2019).
+        bins: of a spline.
+        components: logistics of a mixture.
+        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by turns.
+        conditioner: glow (3x3, 1x1, 3x3), gated (residual blocks with gates), or depthwise (separable residual blocks).
+        blocks: of a gated or depthwise conditioner.
         permutation: what mixes the channels before each coupling.
         initialization: of the 1x1 convolutions: random rotations, or PCA whitening of the first batch.
 
@@ -55,6 +72,28 @@ def build(
         UserError: where the image cannot be squeezed `levels` times.
     """
     check_squeezes(shape, levels, levels)
+    transforms: dict[str, Callable[[], Transform]] = {
+        "affine": AffineTransform,
+        "additive": AdditiveTransform,
+        "spline": lambda: SplineTransform(bins),
+        "mixture": lambda: MixtureTransform(components),
+    }
+    nets: dict[str, Callable[[int, int], nn.Module]] = {
+        "glow": lambda inputs, outputs: GlowNet(inputs, outputs, width),
+        "gated": lambda inputs, outputs: GatedNet(inputs, outputs, width, blocks),
+        "depthwise": lambda inputs, outputs: DepthwiseNet(inputs, outputs, width, blocks),
+    }
+
+    def couple(step: int, channels: int, size: tuple[int, int]) -> Bijection:
+        transform = transforms[coupling]()
+        if split == "channel" or (split == "mixed" and step % 2 == 0):
+            kept = channels // 2
+            net = nets[conditioner](kept, transform.parameters_per_entry * (channels - kept))
+            return Coupling(kept, net, transform)
+        net = nets[conditioner](channels, transform.parameters_per_entry * channels)
+        parity = (step // 2 if split == "mixed" else step) % 2
+        return CheckerboardCoupling(size, net, transform, parity)
+
     channels, height, side = shape
     level_bijections: list[Bijection] = []
     priors: list[Bijection] = []
@@ -62,12 +101,9 @@ def build(
     for level in range(levels):
         channels, height, side = 4 * channels, height // 2, side // 2
         layers: list[Bijection] = [Squeeze()]
-        for _ in range(steps):
-            layers += [
-                ActNorm((channels, 1, 1)),
-                _permutation(permutation, channels, initialization),
-                _coupling(coupling, channels, width),
-            ]
+        for step in range(steps):
+            layers += [ActNorm((channels, 1, 1)), _permutation(permutation, channels, initialization)]
+            layers.append(couple(step, channels, (height, side)))
         level_bijections.append(Sequential(*layers))
         if level < levels - 1:
             kept = channels // 2
@@ -88,10 +124,3 @@ def _permutation(kind: str, channels: int, initialization: str) -> Bijection:
     if kind == "shuffle":
         return Permute(torch.randperm(channels))
     return Permute(torch.arange(channels).flip(0))
-
-
-def _coupling(kind: str, channels: int, width: int) -> Bijection:
-    transform = AffineTransform() if kind == "affine" else AdditiveTransform()
-    kept = channels // 2
-    outputs = transform.parameters_per_entry * (channels - kept)
-    return Coupling(kept, GlowNet(kept, outputs, width), transform)

@@ -1,0 +1,106 @@
+"""The final comparison of recipes: trains each configuration for its budget, then reads the test split once.
+
+`python benchmarks/recipe.py` prints a table of test bits/dim and draws validation bits/dim against time with
+`--picture FILE.png`. All of it takes two and a half hours; `--only NAME...` runs a part. A run that is there goes on.
+`--set` is for where the data lie, as in `flowtrain train`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import heading
+
+from flowtrain.console import duration
+
+
+@dataclass(frozen=True)
+class Recipe:
+    title: str
+    config: str
+    settings: tuple[str, ...] = ()
+
+
+RECIPES = {
+    "cifar-baseline": Recipe("CIFAR-10, the peers' recipe", "baseline_cifar.yaml"),
+    "cifar": Recipe("CIFAR-10", "glow_cifar_small.yaml"),
+    "cifar-3min": Recipe("CIFAR-10, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)),
+    "mnist": Recipe("MNIST, uniform dequantization", "glow_mnist_small.yaml", ("dequantization.name=uniform",)),
+    "mnist-variational": Recipe(
+        "MNIST, variational dequantization", "glow_mnist_small.yaml", ("dequantization.name=variational",)
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="which recipes")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where the run directories are")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="data.KEY=VALUE, for all recipes")
+    parser.add_argument("--picture", help="a PNG of validation bits/dim against time")
+    options = parser.parse_args()
+    heading("Bits per dimension for equal time", torch.get_num_threads())
+    print("| recipe | configuration | budget | images seen | test bits/dim | validation |")
+    print("|---|---|---|---|---|---|", flush=True)
+    runs = {name: options.runs / name for name in options.only}
+    for name, run in runs.items():
+        recipe = RECIPES[name]
+        settings = [word for setting in (*recipe.settings, *options.settings) for word in ("--set", setting)]
+        _flowtrain("train", "--config", recipe.config, *settings, "--run-dir", str(run))
+        result = run / "evaluate-test.json"
+        if not result.exists():
+            _flowtrain("evaluate", str(run), "--json", str(result))
+        print(_row(recipe, run, json.loads(result.read_text())), flush=True)
+    if options.picture:
+        _draw(runs, options.picture)
+
+
+def _flowtrain(*words: str) -> None:
+    """The command line, as a user has it; what it prints goes to standard error."""
+    subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
+
+
+def _row(recipe: Recipe, run: Path, test: dict[str, Any]) -> str:
+    summary = json.loads((run / "summary.json").read_text())
+    changes = "".join(f" `{setting}`" for setting in recipe.settings)
+    return (
+        f"| {recipe.title} | `{recipe.config}`{changes} | {duration(summary['seconds'])} | {summary['images']:,} "
+        f"| {test['bits_per_dim']:.3f} +- {test['bits_per_dim_stderr']:.3f} "
+        f"| {summary['best_validation_bits_per_dim']:.3f} |"
+    )
+
+
+def curve(run: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Minutes of training, and validation bits/dim."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "validation" and row["bits_per_dim"] is not None]
+    return [row["seconds"] / 60 for row in rows], [row["bits_per_dim"] for row in rows]
+
+
+def _draw(runs: dict[str, Path], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = sorted({RECIPES[name].title.partition(",")[0] for name in runs})
+    figure, panels = pyplot.subplots(1, len(sets), figsize=(6.5 * len(sets), 4.5), layout="constrained", squeeze=False)
+    for axes, dataset in zip(panels[0], sets, strict=True):
+        for name, run in runs.items():
+            if RECIPES[name].title.startswith(dataset):
+                axes.plot(*curve(run), ".-", label=RECIPES[name].title)
+        axes.set(title=dataset, xlabel="minutes of training", ylabel="validation bits/dim")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

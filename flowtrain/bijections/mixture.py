@@ -1,0 +1,149 @@
+"""Mixtures of logistics as an elementwise transform (Ho et al. 2019, "Flow++", section 3.2)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flowtrain.bijections.base import Transform
+from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
+from flowtrain.bijections.monotone import solve_monotone
+
+
+class MixtureTransform(Transform):
+    """`z = logit(F(x)) * exp(a) + shift`, with the distribution function F of a mixture of K logistics.
+
+    `F(x) = sum_i pi_i sigmoid(u_i)`, `u_i = (x - mu_i) exp(-s_i)`. Takes `(2 + 3 K) C` parameters for C entries: the
+    shift, K logits of pi, K means, and the log-scales `a, s_1, ..., s_K` before their bound, `limit * tanh(h / limit)`.
+    With parameters of zero the components stand side by side, 2 / K apart around zero with a scale of 1, as no two of
+    them would ever differ if they were equal at the start: for K = 4 the slope is 0.93 at zero and 1 in the tails.
+
+    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z at most `exp(2 limit)`. Between components
+    far apart it may be as small as the density there, `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)` or more. All
+    is computed in logs: the results are finite, however far out `x` and the means are.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, components: int = 4, limit: float = 2.0):
+        super().__init__()
+        self.components = components
+        self.limit = limit
+        self.parameters_per_entry = 2 + 3 * components
+        self.register_buffer("offsets", (torch.arange(components) - (components - 1) / 2) * (2 / components))
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return _Mixture.apply(x, self._by_entry(parameters), self.offsets, self.limit)
+
+    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """By Newton's method. Its first derivatives are those of the inverse function."""
+        with torch.no_grad():
+            shift, logits, means, gate = _split(self._by_entry(parameters), self.offsets, self.limit)
+            log_scales = gated_log_scale(gate, self.limit)
+            inverse_scales = (-log_scales[:, 1:]).exp()
+            total = logits.logsumexp(dim=1)
+            target = (z - shift) * (-log_scales[:, 0]).exp()
+
+            def logit(x: Tensor) -> tuple[Tensor, Tensor]:
+                w, log_derivative, *_ = _logit_of_mixture(x, logits, means, inverse_scales, total)
+                return w, log_derivative.exp()
+
+            # Where each component alone would reach the target: F does in between.
+            ends = means + target[:, None] / inverse_scales
+            x = solve_monotone(logit, target, ends.amin(dim=1), ends.amax(dim=1))
+        if torch.is_grad_enabled():
+            again, log_derivative = self(x, parameters)
+            missing = z - again
+            # Zero, with the gradient of a Newton step. (No number is large enough for one across a wide gap.)
+            x = x + (missing - missing.detach()) * (-log_derivative.detach()).clamp(max=80).exp()
+        return x, -self(x, parameters)[1]
+
+    def _by_entry(self, parameters: Tensor) -> Tensor:
+        return parameters.unflatten(1, (self.parameters_per_entry, -1))  # (B, 2 + 3 K, C, ...)
+
+
+def _split(parameters: Tensor, offsets: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift `(B, C, ...)`; logits and means `(B, K, C, ...)`; the gates of `a` and the s_i, `(B, 1 + K, C, ...)`."""
+    k = len(offsets)
+    shift, logits, means, raw = parameters.split([1, k, k, 1 + k], dim=1)
+    return shift[:, 0], logits, means + offsets.view(-1, *[1] * (parameters.ndim - 2)), log_scale_gate(raw, limit)
+
+
+def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """`log(sum_i factor_i exp(exponent_i))` over dimension 1, and each summand's share of the sum.
+
+    By softmax, of which the largest value is the inverse of what logsumexp would have to compute once more.
+    """
+    share = exponent.softmax(dim=1)
+    largest = share.amax(dim=1)
+    share = share.mul_(factor)
+    total = share.sum(dim=1)
+    return exponent.amax(dim=1) + (total / largest).log(), share.div_(total[:, None])
+
+
+def _logit_of_mixture(
+    x: Tensor, logits: Tensor, means: Tensor, inverse_scales: Tensor, total: Tensor
+) -> tuple[Tensor, ...]:
+    """`logit(F(x))` and the log of its derivative, `(B, C, ...)`; the `u_i`, and the shares of the components in F,
+    1 - F and the density, `(B, K, C, ...)`. `total` is the logsumexp of the logits.
+
+    `sigmoid(u) = v exp(min(u, 0))` with `v = sigmoid(|u|)` in [1/2, 1]: no logarithm of a component is needed.
+    """
+    u = (x[:, None] - means).mul_(inverse_scales)
+    v = u.abs().sigmoid_()
+    negative = u.clamp(max=0)
+    below = logits + negative
+    above = below - u
+    log_below, in_below = _log_sum(below, v)
+    log_above, in_above = _log_sum(above, v)
+    log_density, in_density = _log_sum(above + negative, v.square().mul_(inverse_scales))
+    return (
+        log_below - log_above,
+        log_density - log_below - log_above + total,
+        u,
+        in_below,
+        in_above,
+        in_density,
+    )
+
+
+class _Mixture(torch.autograd.Function):
+    """The transform with a gradient from the shares of the components, which the forward pass knows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameters: Tensor, offsets: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        shift, logits, means, gate = _split(parameters, offsets, limit)
+        log_scales = gated_log_scale(gate, limit)
+        # exp2 is four times as fast as exp on a CPU.
+        inverse_scales = (log_scales[:, 1:] * -math.log2(math.e)).exp2_()
+        scale = log_scales[:, 0].exp()
+        weights = logits.softmax(dim=1)
+        total = logits.amax(dim=1) - weights.amax(dim=1).log()
+        w, log_derivative, u, *shares = _logit_of_mixture(x, logits, means, inverse_scales, total)
+        w = w.mul_(scale)
+        ctx.save_for_backward(gate, inverse_scales, scale, weights, w, u, *shares)
+        return w + shift, log_derivative + log_scales[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_log_derivative: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, inverse_scales, scale, weights, w, u, in_below, in_above, in_density = ctx.saved_tensors
+        # Of the logs of F, 1 - F, and (as of log_derivative itself) the density and the sum of the weights.
+        grad_w = grad_z * scale
+        grad_below = (grad_w - grad_log_derivative)[:, None]
+        grad_above = (-grad_w - grad_log_derivative)[:, None]
+        grad_density = grad_log_derivative[:, None]
+
+        density = grad_density * in_density
+        rising = torch.addcmul(density, grad_below, in_below)  # of what grows with log sigmoid(u)
+        falling = torch.addcmul(density, grad_above, in_above)  # and with log sigmoid(-u)
+        grad_logits = torch.addcmul(rising + falling - density, grad_density, weights)
+        grad_u = rising - u.sigmoid().mul(rising + falling)
+        grad_means = grad_u * -inverse_scales
+        grad_a = torch.addcmul(grad_log_derivative, grad_z, w)
+        grad_log_scales = torch.cat([grad_a[:, None], -torch.addcmul(density, grad_u, u)], dim=1)
+        grad_raw = torch.ops.aten.sigmoid_backward(grad_log_scales, gate).mul_(4)
+        grad_parameters = torch.cat([grad_z[:, None], grad_logits, grad_means, grad_raw], dim=1)
+        return -grad_means.sum(dim=1), grad_parameters, None, None
