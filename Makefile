@@ -4,11 +4,14 @@ BIN := .venv/bin
 DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
-BENCHMARKS ?= $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)) \
+BENCHMARKS ?= $(filter-out benchmarks/common.py benchmarks/recipe.py,$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test test-slow test-gpu bench check format docker-check clean
+# What `make recipe` adds: where the data lie, or `--only NAME`.
+RECIPE ?=
+
+.PHONY: demo test test-slow test-gpu bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -36,6 +39,9 @@ bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown t
 		echo "<!-- OMP_NUM_THREADS=$$threads python $$words --threads $$threads -->"; \
 		OMP_NUM_THREADS=$$threads $(BIN)/python $$words --threads $$threads || exit 1; \
 	done; done
+
+recipe: .venv/installed-bench  ## train the final recipes and their baseline, and compare them; two hours
+	$(BIN)/python benchmarks/recipe.py --picture docs/recipe.png $(RECIPE)
 
 check: .venv/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -132,6 +132,36 @@ def test_the_weights_are_a_function_of_the_seed():
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("key", ["steps", "width"])
+def test_numbers_for_each_level(key):
+    with pytest.raises(UserError, match=rf"model.{key}: \[3, 4\] has 2 numbers, for 3 levels"):
+        glow.build((1, 8, 8), levels=3, **{"steps": 1, "width": 4, key: [3, 4]})
+    flow = glow.build((1, 8, 8), levels=2, **{"steps": 1, "width": 4, key: [3, 5]})
+    couplings = [[m for m in level.layers if isinstance(m, Coupling)] for level in flow.levels]
+    assert [len(level) for level in couplings] == ([3, 5] if key == "steps" else [1, 1])
+    widths = [level[0].conditioner.layers[0].out_features for level in couplings]
+    assert widths == ([3, 5] if key == "width" else [4, 4])
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("channel", ["channel"] * 4),
+        ("checkerboard", [0, 1, 0, 1]),
+        ("mixed", ["channel", 0, "channel", 1]),
+    ],
+)
+def test_splits(split, expected):
+    """A checkerboard by the parity of the pixels that it keeps."""
+    (level,) = glow.build((1, 4, 4), levels=1, steps=4, width=2, split=split).levels
+    kinds = [
+        (0 if m.keep[0, 0] else 1) if isinstance(m, CheckerboardCoupling) else "channel"
+        for m in level.layers
+        if isinstance(m, Coupling | CheckerboardCoupling)
+    ]
+    assert kinds == expected
+
+
 @pytest.mark.parametrize("size, groups", [(1, 1), (3, 1), (3, 4), (5, 2)])
 def test_convolution_by_a_matrix(size, groups):
     """A row of the weight is a filter, its channels last."""

@@ -33,31 +33,36 @@ from flowtrain.bijections import (
     Squeeze,
     Transform,
 )
+from flowtrain.errors import UserError
 from flowtrain.models.geometry import check_squeezes
 from flowtrain.nets import DepthwiseNet, GatedNet, GlowNet, ZeroNet
+
+Positive = Annotated[int, Field(ge=1)]
+PerLevel = Positive | list[Positive]
 
 
 def build(
     shape: tuple[int, int, int],
     *,
-    levels: Annotated[int, Field(ge=1)] = 3,
-    steps: Annotated[int, Field(ge=1)] = 32,
-    width: Annotated[int, Field(ge=1)] = 512,
+    levels: Positive = 3,
+    steps: PerLevel = 32,
+    width: PerLevel = 512,
     coupling: Literal["affine", "additive", "spline", "mixture"] = "affine",
     bins: Annotated[int, Field(ge=2)] = 8,
-    components: Annotated[int, Field(ge=1)] = 4,
+    components: Positive = 4,
     split: Literal["channel", "checkerboard", "mixed"] = "channel",
     conditioner: Literal["glow", "gated", "depthwise"] = "glow",
-    blocks: Annotated[int, Field(ge=1)] = 1,
+    blocks: Positive = 1,
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
+    prior: Literal["affine", "spline", "mixture"] = "affine",
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W): `levels` times squeeze, `steps` of flow, and a split.
 
     Args:
         levels: L; each halves the size, so both sides must be multiples of 2**L.
-        steps: K, steps of flow (ActNorm, permutation, coupling) per level.
-        width: channels of the conditioners' hidden layers.
+        steps: K, steps of flow (ActNorm, permutation, coupling) per level; or one number for each level, finest first.
+        width: channels of the conditioners' hidden layers; or one number for each level. The coarser ones cost less.
         coupling: affine, additive (volume preserving), spline (rational-quadratic, Durkan et al. 2019), or mixture (of
             logistics, Ho et al. 2019).
         bins: of a spline.
@@ -67,30 +72,32 @@ def build(
         blocks: of a gated or depthwise conditioner.
         permutation: what mixes the channels before each coupling.
         initialization: of the 1x1 convolutions: random rotations, or PCA whitening of the first batch.
+        prior: the transform of the half that leaves at a split, given the other, to the standard normal; as `coupling`.
 
     Raises:
-        UserError: where the image cannot be squeezed `levels` times.
+        UserError: where the image cannot be squeezed `levels` times, or there are not `levels` numbers.
     """
     check_squeezes(shape, levels, levels)
+    steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     transforms: dict[str, Callable[[], Transform]] = {
         "affine": AffineTransform,
         "additive": AdditiveTransform,
         "spline": lambda: SplineTransform(bins),
         "mixture": lambda: MixtureTransform(components),
     }
-    nets: dict[str, Callable[[int, int], nn.Module]] = {
-        "glow": lambda inputs, outputs: GlowNet(inputs, outputs, width),
-        "gated": lambda inputs, outputs: GatedNet(inputs, outputs, width, blocks),
-        "depthwise": lambda inputs, outputs: DepthwiseNet(inputs, outputs, width, blocks),
+    nets: dict[str, Callable[[int, int, int], nn.Module]] = {
+        "glow": GlowNet,
+        "gated": lambda inputs, outputs, width: GatedNet(inputs, outputs, width, blocks),
+        "depthwise": lambda inputs, outputs, width: DepthwiseNet(inputs, outputs, width, blocks),
     }
 
-    def couple(step: int, channels: int, size: tuple[int, int]) -> Bijection:
+    def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
         transform = transforms[coupling]()
         if split == "channel" or (split == "mixed" and step % 2 == 0):
             kept = channels // 2
-            net = nets[conditioner](kept, transform.parameters_per_entry * (channels - kept))
+            net = nets[conditioner](kept, transform.parameters_per_entry * (channels - kept), width_of[level])
             return Coupling(kept, net, transform)
-        net = nets[conditioner](channels, transform.parameters_per_entry * channels)
+        net = nets[conditioner](channels, transform.parameters_per_entry * channels, width_of[level])
         parity = (step // 2 if split == "mixed" else step) % 2
         return CheckerboardCoupling(size, net, transform, parity)
 
@@ -101,19 +108,28 @@ def build(
     for level in range(levels):
         channels, height, side = 4 * channels, height // 2, side // 2
         layers: list[Bijection] = [Squeeze()]
-        for step in range(steps):
+        for step in range(steps_of[level]):
             layers += [ActNorm((channels, 1, 1)), _permutation(permutation, channels, initialization)]
-            layers.append(couple(step, channels, (height, side)))
+            layers.append(couple(level, step, channels, (height, side)))
         level_bijections.append(Sequential(*layers))
         if level < levels - 1:
             kept = channels // 2
-            priors.append(Coupling(kept, ZeroNet(kept, 2 * (channels - kept)), AffineTransform()))
+            transform = transforms[prior]()
+            net = ZeroNet(kept, transform.parameters_per_entry * (channels - kept))
+            priors.append(Coupling(kept, net, transform))
             latent_shapes.append((channels - kept, height, side))
             channels = kept
         else:
             priors.append(DiagonalAffine((channels, 1, 1)))
             latent_shapes.append((channels, height, side))
     return Multiscale(level_bijections, priors, latent_shapes)
+
+
+def _per_level(key: str, value: int | list[int], levels: int) -> list[int]:
+    values = value if isinstance(value, list) else [value] * levels
+    if len(values) != levels:
+        raise UserError(f"model.{key}: {values} has {len(values)} numbers, for {levels} levels (model.levels)")
+    return values
 
 
 def _permutation(kind: str, channels: int, initialization: str) -> Bijection:
