@@ -105,9 +105,9 @@ def npz(path, *more):
 BAD_CONFIGURATIONS = [
     ("model.stepz=3", "model.stepz", "did you mean model.steps?", "3"),
     ("train.learning_rate=1", "train.learning_rate", "unknown key", "1"),
-    ("train.steps=3", "train.steps", "did you mean model.steps?"),
+    ("train.steps=3", "train.steps", "did you mean train.num_steps?"),
     ("num_steps=3", "num_steps", "did you mean train.num_steps?"),
-    ("model.coupling=afine", "model.coupling", "'affine' or 'additive'", "'afine'"),
+    ("model.coupling=afine", "model.coupling", "'affine', 'additive', 'spline' or 'mixture'", "'afine'"),
     ("model.width=wide", "model.width", "integer", "'wide'"),
     ("model.width=0", "model.width", "greater than or equal to 1", "0"),
     ("model.width=2.5", "model.width", "integer", "2.5"),

@@ -1,6 +1,7 @@
 """The commands, from the outside: what they print, what they write, how they end (design, section 5)."""
 
 import csv
+import inspect
 import io
 import json
 import math
@@ -44,6 +45,7 @@ from flowtrain.configfiles import find_config
 from flowtrain.data import DataSet
 from flowtrain.diagnostics import watching
 from flowtrain.flow import initialize
+from flowtrain.models import glow
 from flowtrain.nets import Conv2d
 
 KEYS = {
@@ -193,9 +195,9 @@ def test_resolved_configuration(monkeypatch):
     monkeypatch.chdir(FOLDER)  # where it was trained: data.root is below
     assert values == load_config(find_config("glow_digits.yaml"), TINY[1::2]).resolved() == parse(values).resolved()
     assert set(values) == {"seed", "data", "model", "dequantization", "train"}
+    defaults = {p.name: p.default for p in inspect.signature(glow.build).parameters.values() if p.name != "shape"}
     assert values["model"] == {
-        "coupling": "affine",
-        "permutation": "conv1x1_lu",
+        **defaults,
         **file["model"],
         "steps": 1,
         "width": 8,

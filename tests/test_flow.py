@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, images, perturb, ready, seeded, tiny_flow
+from helpers import TINY, assert_an_image_scores_alone, images, perturb, ready, seeded, tiny_flow
 
 from flowtrain.bijections import (
     ActNorm,
@@ -50,16 +50,7 @@ def test_bits_per_dim():
 @every_model
 @pytest.mark.parametrize("batch", [1, 7, 33])
 def test_an_image_scores_the_same_in_any_batch(model, batch):
-    flow = tiny_flow(model)
-    x = images(33, flow.shape)
-    expected = flow.log_prob(x, seeded(1)).detach()
-    generator = seeded(1)
-    found = torch.cat([flow.log_prob(part, generator).detach() for part in x.split(batch)])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    # Nor do the values of its batch mates matter.
-    others = images(33, flow.shape, seed=5)
-    others[10] = x[10]
-    torch.testing.assert_close(flow.log_prob(others, seeded(1))[10].detach(), expected[10], rtol=1e-5, atol=1e-4)
+    assert_an_image_scores_alone(tiny_flow(model), batch)
 
 
 def test_noise_is_fresh_without_a_generator_and_fixed_with_one():
@@ -254,7 +245,7 @@ def glow_layers():
 
 TWO_DIMENSIONS = {
     "glow's layers": glow_layers,
-    "realnvp": lambda: (tiny_flow("realnvp", (1, 1, 2), levels=1, seed=4).bijection, (1, 1, 2)),
+    "realnvp": lambda: (tiny_flow("realnvp", (1, 1, 2), levels=1, seed=1).bijection, (1, 1, 2)),
     "nice": lambda: (tiny_flow("nice", (1, 1, 2)).bijection, (1, 1, 2)),
     "multiscale": lambda: (
         Multiscale(
