@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,16 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
             cells.append(f"{statistics.median(ratios):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(flush=True)
+
+
+def pyplot() -> Any:
+    """matplotlib's, drawing to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def images(count: int) -> Tensor:

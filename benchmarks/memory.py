@@ -9,7 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import WORK, arguments, begin, flowtrain_state, flowtrain_step, heading, images, in_turns, peers, table
+from common import (
+    WORK,
+    arguments,
+    begin,
+    flowtrain_state,
+    flowtrain_step,
+    heading,
+    images,
+    in_turns,
+    peers,
+    pyplot,
+    table,
+)
 
 from flowtrain.capacity import peak
 
@@ -63,12 +75,7 @@ def _activations(step: Callable[[], object], model: torch.nn.Module) -> float:
 
 
 def _draw(rows: dict[str, list[float]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for name, values in rows.items():
         axes.plot(DEPTHS, values, "o-" if "flowtrain" in name else "s--", label=name)
     axes.set(xscale="log", yscale="log", xlabel="K, steps of flow per level", ylabel="peak of the activations (MiB)")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import heading
+from common import heading, pyplot
 
 from flowtrain.console import duration
 
@@ -84,13 +84,10 @@ def curve(run: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _draw(runs: dict[str, Path], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sets = sorted({RECIPES[name].title.partition(",")[0] for name in runs})
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(6.5 * len(sets), 4.5), layout="constrained", squeeze=False)
+    figure, panels = pyplot().subplots(
+        1, len(sets), figsize=(6.5 * len(sets), 4.5), layout="constrained", squeeze=False
+    )
     for axes, dataset in zip(panels[0], sets, strict=True):
         for name, run in runs.items():
             if RECIPES[name].title.startswith(dataset):

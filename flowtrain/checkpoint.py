@@ -229,7 +229,7 @@ def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None)
     if not state:
         raise UserError(f"--weights {chosen}: {checkpoint.path} has none (train.ema was 0); use --weights raw")
     own = flow.state_dict()
-    for name in [*own, *(n for n in state if n not in own)]:
+    for name in [*own, *sorted(state.keys() - own.keys())]:  # safetensors has no order
         here, there = own.get(name), state.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = ["nothing" if t is None else "x".join(map(str, t.shape)) or "a number" for t in (there, here)]

@@ -181,65 +181,53 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class _GatedBlock(nn.Module):
-    """`x + a * sigmoid(b)`, with `a` and `b` from normalization, 3x3, ReLU and 1x1."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            ChannelNorm(width), Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1), nn.GLU(dim=1)
-        )
+class _Residual(nn.Sequential):
+    """`x +` the layers of `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        return x + super().forward(x)
 
 
-class _DepthwiseBlock(nn.Module):
-    """A depthwise-separable convolution and a residual: `x +` depthwise 3x3, normalization, ReLU, 1x1."""
+class _BlockNet(nn.Module):
+    """A convolution, residual blocks, ReLU, a convolution that starts at zero: `(B, C, H, W)` to `(B, C', H, W)`."""
 
-    def __init__(self, width: int):
+    kernel_size: int  # of the first convolution and the last
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
         super().__init__()
         self.layers = nn.Sequential(
-            Conv2d(width, width, 3, groups=width), ChannelNorm(width), ReLU(), Conv2d(width, width, 1)
+            Conv2d(in_channels + context_channels, width, self.kernel_size),
+            *(_Residual(*self._block(width)) for _ in range(blocks)),
+            ReLU(),
+            ZeroConv2d(width, out_channels, self.kernel_size),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+    def _block(self, width: int) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.layers(with_context(x, context))
 
 
-class GatedNet(nn.Module):
-    """3x3, `blocks` gated residual blocks, zero 3x3: the convolutional part of Flow++'s conditioner (section 3.3).
+class GatedNet(_BlockNet):
+    """Residual blocks `a * sigmoid(b)`, `a` and `b` from normalization, 3x3, ReLU, 1x1, as in Flow++ (section 3.3).
 
     With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no attention.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
-        super().__init__()
-        self.layers = nn.Sequential(
-            Conv2d(in_channels + context_channels, width, 3),
-            *(_GatedBlock(width) for _ in range(blocks)),
-            ReLU(),
-            ZeroConv2d(width, out_channels, 3),
-        )
+    kernel_size = 3
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(with_context(x, context))
+    def _block(self, width: int) -> list[nn.Module]:
+        return [ChannelNorm(width), Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1), nn.GLU(dim=1)]
 
 
-class DepthwiseNet(nn.Module):
-    """1x1, `blocks` depthwise-separable residual blocks (Chollet 2017), zero 1x1."""
+class DepthwiseNet(_BlockNet):
+    """Residual blocks of a depthwise-separable convolution (Chollet 2017): depthwise 3x3, normalization, ReLU, 1x1."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
-        super().__init__()
-        self.layers = nn.Sequential(
-            Conv2d(in_channels + context_channels, width, 1),
-            *(_DepthwiseBlock(width) for _ in range(blocks)),
-            ReLU(),
-            ZeroConv2d(width, out_channels, 1),
-        )
+    kernel_size = 1
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(with_context(x, context))
+    def _block(self, width: int) -> list[nn.Module]:
+        return [Conv2d(width, width, 3, groups=width), ChannelNorm(width), ReLU(), Conv2d(width, width, 1)]
 
 
 class DenseNet(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.config import Train
+from flowtrain.errors import UserError
 from flowtrain.flow import Flow
 from flowtrain.nets import hidden_weights
 
@@ -26,12 +27,16 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
 
     Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is. A decayed ActNorm
     scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
+
+    Raises `UserError` for `muon` where there is nothing for it.
     """
     parameters = list(flow.parameters())
     optimizers: list[torch.optim.Optimizer] = []
     kind = config.optimizer
     if kind == "muon":
         matrices = hidden_weights(flow)
+        if not matrices:
+            raise UserError("train.optimizer: muon: the model has no hidden weights that are matrices")
         options = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(torch.optim.Muon(matrices, lr=config.lr, **options))  # type: ignore[arg-type]
         theirs = set(matrices)

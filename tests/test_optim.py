@@ -10,6 +10,7 @@ from torch import nn
 from flowtrain.bijections import ActNorm
 from flowtrain.checkpoint import build_flow
 from flowtrain.config import Train
+from flowtrain.errors import UserError
 from flowtrain.optim import Average, build_optimizers, learning_rate
 
 
@@ -126,6 +127,11 @@ def test_muon_takes_the_hidden_weights_and_adam_the_rest(model):
         assert values.max() < 1.3
         rank = torch.linalg.matrix_rank(matrix.grad, rtol=1e-2)
         assert (values > 0.3).sum() >= rank
+
+
+def test_muon_needs_matrices():
+    with pytest.raises(UserError, match="train.optimizer: muon"):
+        build_optimizers(nn.Conv2d(1, 1, 3), Train(num_steps=1, optimizer="muon"))
 
 
 # ---------------------------------------------------------------- the average
