@@ -135,7 +135,7 @@ class Train(Section):
         "constant", description="the rate after warm-up: constant, or down to 0 at the end, linear or cosine"
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
-        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' hidden weights, Adam for the rest"
+        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, Adam for the rest"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on the weights of the conditioners' convolutions and linear layers only"

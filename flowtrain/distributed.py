@@ -8,6 +8,7 @@ all the same, and all end with its exit code and its one message.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import re
 import signal
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -140,7 +142,8 @@ def setup() -> Iterator[None]:
         raise _failed(error) from error
     finally:
         _group = None
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _join() -> _Group:
@@ -214,17 +217,45 @@ def _failed(error: BaseException) -> BaseException:
     Returns when all have failed, or a moment later.
     """
     assert _group is not None
+    failure = error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
     with contextlib.suppress(RuntimeError):  # the store may have been with the process that is lost
         own = json.dumps([rank(), exit_code(error)])
         first, code = json.loads(_group.store.compare_set(FAILED, "", own))
         if first != rank():
-            error = EndedElsewhere(code)
+            failure = EndedElsewhere(code)
+        _hang_up(error)
         _say("failed")
-        give_up = time.monotonic() + LINGER
-        while not _group.store.check(_keys("failed")) and time.monotonic() < give_up:
-            time.sleep(0.01)
-    return error
+        if is_main():  # leaves last: it may be the one that holds the store
+            _linger(_keys("failed"))
+            here = [other for other in range(1, world()) if _group.store.check([f"failed/{other}"])]
+            _say("over")
+            _linger([f"gone/{other}" for other in here])
+        else:
+            _linger(["over/0"])
+            _say("gone")
+    return failure
+
+
+def _linger(keys: list[str]) -> None:
+    """Waits for these keys, but not for long: who should set them may be lost."""
+    assert _group is not None
+    give_up = time.monotonic() + (LINGER if is_main() else 2 * LINGER)
+    while not _group.store.check(keys) and time.monotonic() < give_up:
+        time.sleep(0.01)
+
+
+def _hang_up(error: BaseException) -> None:
+    """Closes the process group's connections: those that wait for a tensor of this process find out that it is gone.
+
+    They do when nothing refers to the group any more, such as DistributedDataParallel in the frames of the error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    dist.destroy_process_group()
+    gc.collect()
 
 
 # --- small facts, through the store -----------------------------------------------------------------------------------

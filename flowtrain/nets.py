@@ -61,9 +61,9 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def hidden_weights(module: nn.Module) -> list[Tensor]:
-    """The matrices of all conditioners, without the last layers, which start at zero, and depthwise filters."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, ZeroConv2d | ZeroLinear)]
+def matrices(module: nn.Module) -> list[Tensor]:
+    """The weights of all conditioners, without depthwise filters, which are vectors side by side."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
 
 

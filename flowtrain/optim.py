@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
-from flowtrain.nets import hidden_weights
+from flowtrain.nets import matrices
 
 # The fused kernels do the same arithmetic in one pass over all parameters; torch has none for Adamax.
 ADAM_AND_KIN = {
@@ -21,7 +21,7 @@ ADAM_AND_KIN = {
 
 
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
-    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' hidden weights, Adam for the rest.
+    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, Adam for the rest.
 
     Muon (Jordan et al. 2024) is scaled so that one learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
 
@@ -34,12 +34,12 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     optimizers: list[torch.optim.Optimizer] = []
     kind = config.optimizer
     if kind == "muon":
-        matrices = hidden_weights(flow)
-        if not matrices:
-            raise UserError("train.optimizer: muon: the model has no hidden weights that are matrices")
+        weights = matrices(flow)
+        if not weights:
+            raise UserError("train.optimizer: muon: the model has no conditioners with weights that are matrices")
         options = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, **options))  # type: ignore[arg-type]
-        theirs = set(matrices)
+        optimizers.append(torch.optim.Muon(weights, lr=config.lr, **options))  # type: ignore[arg-type]
+        theirs = set(weights)
         parameters = [p for p in parameters if p not in theirs]
         kind = "adam"
     decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
