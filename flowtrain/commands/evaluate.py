@@ -1,0 +1,98 @@
+"""`flowtrain evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.commands.base import (
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    SeedOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_all_processes,
+    print_table,
+)
+from flowtrain.errors import RunError, UserError
+
+EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]"
+
+
+@command
+@on_all_processes
+def evaluate(
+    model: ModelArgument = None,
+    split: Annotated[str, typer.Option("--split", metavar="test|validation|train", help="Which images.")] = "test",
+    num_images: Annotated[
+        int | None,
+        typer.Option("--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples", min=1, metavar="K", help="Dequantization draws; above 1, the importance-weighted bound."
+        ),
+    ] = 1,
+    seed: SeedOption = 0,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, metavar="B", help="Images at a time; no effect on the result.")
+    ] = None,
+    weights: WeightsOption = None,
+    json_out: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE|-", help="Where the result goes.", show_default="evaluate-<split>.json in the run"
+        ),
+    ] = None,
+    scores_out: Annotated[
+        Path | None, typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False)
+    ] = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Bits per dimension of a data set's split, in float32, with standard error."""
+    import json
+
+    from flowtrain import checkpoint, distributed, images
+    from flowtrain import evaluate as evaluation
+    from flowtrain.console import ProgressBar, console
+
+    if split not in ("test", "validation", "train"):
+        raise UserError(f"--split {split}: expected test, validation or train")
+    console.stderr = json_out == "-"
+    loaded = load(model, device, weights, trust_code)
+    console.print(f"evaluating {loaded.checkpoint.path} on {split}")
+    with ProgressBar("evaluating") as bar:
+        result, scores = evaluation.evaluate(
+            loaded,
+            data_of(loaded, overrides),
+            split,
+            num_images=num_images,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            progress=bar,
+        )
+    if not distributed.is_main():
+        return  # the rest is writing
+    print_table(result)
+    text = json.dumps(result, indent=2, allow_nan=False)
+    if json_out == "-":
+        print(text)
+    else:
+        file = Path(json_out) if json_out else checkpoint.run_of(loaded.checkpoint.path) / f"evaluate-{split}.json"
+        images.save(file, text.encode() + b"\n")
+        console.print(f"wrote {file}")
+    if scores_out is not None:
+        images.save(scores_out, evaluation.scores_csv(scores, loaded.flow.dims))
+        console.print(f"wrote {scores_out}")
+    if result["non_finite_images"]:
+        raise RunError(
+            f"{result['non_finite_images']} of {result['num_images']} images have a likelihood that is not finite"
+        )
