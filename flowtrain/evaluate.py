@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,11 +51,31 @@ def fitting_batch_size(flow: Flow) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per image, nats, float64 on the CPU, each `(N,)`."""
+    """Per image, nats, float64 on the CPU."""
 
-    log_prob: Tensor  # the bound: single-draw ELBO, or importance-weighted over the draws
-    base: Tensor  # log N(z; 0, I) of the first draw
-    log_det: Tensor  # all the rest of the first draw
+    draws: Tensor  # single-draw bounds, (K, N)
+    base: Tensor  # log N(z; 0, I) of the first draw, (N,)
+    log_det: Tensor  # all the rest of the first draw, (N,)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """`log 1/K sum_k exp(draw_k)`, `(N,)`: the importance-weighted bound, of one draw that draw itself."""
+        return self.draws.logsumexp(dim=0) - math.log(len(self.draws))
+
+    @cached_property
+    def elbo(self) -> Tensor:
+        """The mean of the draws, `(N,)`: an estimate of the single-draw bound's expectation."""
+        return self.draws.mean(dim=0)
+
+    def log_prob_leaving_one_out(self) -> Tensor:
+        """The importance-weighted bound without each of the draws, `(K, N)`, for K > 1."""
+        k = len(self.draws)
+        largest, where = self.draws.max(dim=0)
+        weights = (self.draws - largest).exp()
+        rest = largest + (weights.sum(dim=0) - weights).log()
+        # Without the largest of them the difference may be nothing but rounding: those are summed up anew.
+        without = self.draws.scatter(0, where[None], -torch.inf).logsumexp(dim=0)
+        return rest.scatter(0, where[None], without[None]) - math.log(k - 1)
 
 
 @torch.no_grad()
@@ -68,17 +89,17 @@ def score(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """The bound on log P(x) of the first `num_images` images of a split.
+    """The bounds on log P(x) of the first `num_images` images of a split, from `samples` draws of the noise.
 
-    With `samples` K > 1 it is the importance-weighted bound `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et
-    al. 2019, section 3.1). An image's noise depends on the seed, its index and the draw, and on nothing else.
+    For K > 1 draws the bound is the importance-weighted one, `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho
+    et al. 2019, section 3.1). An image's noise depends on the seed, its index and the draw, and on nothing else.
 
     Of several processes each scores a part of the images, and has the scores of all.
     """
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
-    rows = [torch.empty(3, 0, dtype=torch.float64)]  # of a process without an image
+    rows = [torch.empty(samples + 2, 0, dtype=torch.float64)]  # of a process without an image
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
@@ -89,10 +110,10 @@ def score(
             parts = flow(x, noise.to(flow.device))
             draws.append(torch.stack([parts.base, parts.log_det]).cpu().double())
         by_draw = torch.stack(draws)  # (K, 2, B)
-        bound = by_draw.sum(dim=1).logsumexp(dim=0) - math.log(samples)
-        rows.append(torch.stack([bound, *by_draw[0]]))
+        rows.append(torch.cat([by_draw.sum(dim=1), by_draw[0]]))
         progress(stop - own.start, len(own))
-    return Scores(*distributed.gather(torch.cat(rows, dim=1), count))
+    gathered = distributed.gather(torch.cat(rows, dim=1), count)
+    return Scores(gathered[:samples], gathered[-2], gathered[-1])
 
 
 def mean_bits_per_dim(flow: Flow, split: Split, **options: Any) -> float:
@@ -135,15 +156,12 @@ def evaluate(
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
-    bits = bits_per_dim(scores.log_prob, flow.dims)
-    stderr = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+    count = len(scores.log_prob)
+    bad = torch.isfinite(scores.draws).all(dim=0).logical_not().nonzero().flatten().tolist()
     result = {
-        "bits_per_dim": _finite(bits.mean().item()),
-        "bits_per_dim_stderr": _finite(stderr),
-        "bound": "elbo" if samples == 1 else "iwbo",
-        "samples": samples,
+        **summarize(scores, flow.dims),
         "nats_per_image": _finite(-scores.log_prob.mean().item()),
-        "num_images": len(bits),
+        "num_images": count,
         "dims": flow.dims,
         "levels": flow.levels,
         "split": split_name,
@@ -151,11 +169,35 @@ def evaluate(
         "weights": model.weights,
         "step": model.checkpoint.meta["step"],
         "seed": seed,
-        "non_finite_images": int((~torch.isfinite(scores.log_prob)).sum()),
-        "max_reconstruction_error": _finite(reconstruction_error(flow, split.take(slice(0, min(64, len(bits)))))),
+        "non_finite_images": len(bad),
+        "non_finite_indices": bad,
+        "max_reconstruction_error": _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
         "checkpoint": str(model.checkpoint.path),
     }
     return result, scores
+
+
+def summarize(scores: Scores, dims: int) -> dict[str, Any]:
+    """Mean bits/dim of both bounds, with the standard errors of the mean: over images, and over draws alone.
+
+    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Over draws the error is what another seed
+    would change: from the variance of an image's draws, for the importance-weighted bound by the jackknife (Efron 1982,
+    eq. 3.5). One draw tells nothing about it (None); nor does anything where an image is not finite.
+    """
+    k, n = scores.draws.shape
+    result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
+    variances = [torch.tensor(math.nan)] * 2  # of each image, over draws
+    if k > 1:
+        leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)
+        spread = bits_per_dim(scores.draws, dims).var(dim=0)
+        variances = [(k - 1) * leaving_out.var(dim=0, correction=0), spread / k]
+    for prefix, bound, variance in zip(("", "elbo_"), (scores.log_prob, scores.elbo), variances, strict=True):
+        bits = bits_per_dim(bound, dims)
+        over_images = bits.std().item() / math.sqrt(n) if n > 1 else math.nan
+        result[f"{prefix}bits_per_dim"] = _finite(bits.mean().item())
+        result[f"{prefix}bits_per_dim_stderr"] = _finite(over_images)
+        result[f"{prefix}bits_per_dim_stderr_draws"] = _finite(variance.sum().sqrt().item() / n)
+    return result
 
 
 def _finite(value: float) -> float | None:

@@ -33,7 +33,7 @@ def test_batch_size_does_not_matter(flow, batch_size, samples):
     expected = score(flow, a_split(), samples=samples, batch_size=33)
     found = score(flow, a_split(), samples=samples, batch_size=batch_size)
     for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
-        assert a.shape == (100,) and a.dtype == torch.float64
+        assert a.shape in ((samples, 100), (100,)) and a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * 16)
     bits = [mean_bits_per_dim(flow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)]
     assert bits[0] == pytest.approx(bits[1], abs=1e-5)
@@ -201,3 +201,11 @@ def test_progress_is_reported(flow):
     seen = []
     score(flow, a_split(20), batch_size=8, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(8, 20), (16, 20), (20, 20)]
+
+
+def test_images_that_are_not_finite_are_named(tmp_path):
+    flow = tiny_flow("glow")
+    flow.bijection = Spoiled(flow.bijection, math.nan)
+    result, scores = evaluated(tmp_path, flow)
+    assert result["non_finite_indices"] == [i for i in range(30) if math.isnan(scores.log_prob[i])]
+    assert 0 < len(result["non_finite_indices"]) < 30

@@ -81,7 +81,8 @@ def evaluate(
         )
     if not distributed.is_main():
         return  # the rest is writing
-    print_table(result)
+    bad = result["non_finite_indices"]
+    print_table({key: value for key, value in result.items() if value is not bad})
     text = json.dumps(result, indent=2, allow_nan=False)
     if json_out == "-":
         print(text)
@@ -92,7 +93,8 @@ def evaluate(
     if scores_out is not None:
         images.save(scores_out, evaluation.scores_csv(scores, loaded.flow.dims))
         console.print(f"wrote {scores_out}")
-    if result["non_finite_images"]:
+    if bad:
+        which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
-            f"{result['non_finite_images']} of {result['num_images']} images have a likelihood that is not finite"
+            f"{len(bad)} of {result['num_images']} images have a likelihood that is not finite: those at {which}"
         )
