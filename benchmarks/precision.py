@@ -14,7 +14,7 @@ from common import arguments, heading
 from flowtrain import checkpoint, configfiles
 from flowtrain import config as configuration
 from flowtrain.data import DataSet
-from flowtrain.evaluate import mean_bits_per_dim
+from flowtrain.evaluate import mean_loss
 from flowtrain.run import RunDirectory
 from flowtrain.train import fit
 
@@ -41,9 +41,9 @@ def _row(options: argparse.Namespace, precision: str, seed: int, run: Path) -> N
     fit(config, RunDirectory(run), CPU)
     model = checkpoint.load_model(str(run / "checkpoints" / "last.safetensors"), CPU)
     images = DataSet(model.config.data).split("validation")
-    bits = mean_bits_per_dim(model.flow, images)
+    bits = mean_loss(model.flow, images)
     with torch.autocast("cpu", torch.bfloat16):
-        low = mean_bits_per_dim(model.flow, images)
+        low = mean_loss(model.flow, images)
     step = model.checkpoint.meta["step"]
     print(f"| {precision} | {seed} | {step} | {bits:.4f} | {low:.4f} | {low - bits:+.4f} |", flush=True)
 

@@ -7,6 +7,7 @@ the SHA-256 of the whole file with these 64 digits at zero. Nothing in it can ru
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -24,8 +25,9 @@ from torch import Tensor
 import flowtrain
 from flowtrain import config as configuration
 from flowtrain import distributed
-from flowtrain.config import Config
-from flowtrain.dequantize import Dequantizer, UniformNoise
+from flowtrain.classes import ClassPrior
+from flowtrain.config import Config, Dequantization
+from flowtrain.dequantize import Dequantizer, RealValued, UniformNoise
 from flowtrain.device import Stream
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow import Flow
@@ -200,21 +202,31 @@ class LoadedModel:
     checkpoint: Checkpoint
 
 
-def build_flow(config: Config, shape: tuple[int, int, int], levels: int) -> Flow:
-    """A new flow for images of `shape` with values 0..levels-1; its weights are a function of the seed.
+def build_flow(config: Config, shape: tuple[int, int, int], levels: int | None) -> Flow:
+    """A new flow for images of `shape` with values 0..levels-1, or real-valued; its weights are a function of the seed.
 
-    Raises `UserError` where the options do not fit the shape.
+    Raises `UserError` where the options do not fit the shape, or data without levels.
     """
     module = configuration.component_module("models", config.model.name)
     options = config.dequantization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
         bijection = module.build(shape, **config.model.options())
+        class_prior = None
+        if config.model.classes:
+            probe = torch.zeros(1, bijection.latent_dims(math.prod(shape)))
+            class_prior = ClassPrior(config.model.classes, tuple(bijection.split_latents(probe)[-1].shape[1:]))
+        if levels is None:
+            if options != Dequantization.model_validate({}):
+                raise UserError("dequantization: real-valued data have no levels, and need none of its keys")
+            return Flow(bijection, RealValued(), shape, class_prior)
+        if bijection.latent_dims(math.prod(shape)) != math.prod(shape):
+            raise UserError(f"model.name: {config.model.name} is for real-valued data, these have {levels} levels")
         # After the bijection, whose weights are the same with any noise.
         variational = options.name == "variational"
         noise_model = VariationalNoise(shape, options.steps, options.width) if variational else UniformNoise()
     dequantizer = Dequantizer(levels, options.transform, options.alpha, noise_model)
-    return Flow(bijection, dequantizer, shape)
+    return Flow(bijection, dequantizer, shape, class_prior)
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:

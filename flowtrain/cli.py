@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands import evaluate, interpolate, sample, train
+from flowtrain.commands import compare, compress, decompress, doctor, evaluate, interpolate, ood, report, sample, train
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",
@@ -17,8 +17,14 @@ app = typer.Typer(
 )
 app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=ood.EPILOG)(ood.ood)
+app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=sample.EPILOG)(sample.sample)
 app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
+app.command(epilog=compress.EPILOG)(compress.compress)
+app.command(epilog=decompress.EPILOG)(decompress.decompress)
+app.command(epilog=compare.EPILOG)(compare.compare)
+app.command(epilog=report.EPILOG)(report.report)
 
 
 def _print_version(value: bool) -> None:

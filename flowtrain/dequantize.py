@@ -1,8 +1,8 @@
-"""Integers to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
+"""Data to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
 
 An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x), uniform or learned
 (`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_levels` is
-the exact inverse.
+the exact inverse. Real-valued data are reals already (`RealValued`).
 """
 
 import math
@@ -27,6 +27,12 @@ def draw_noise(shape: tuple[int, ...] | torch.Size, generator: torch.Generator |
     """
     where = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=where).to(device)
+
+
+def _require_finite(v: Tensor) -> None:
+    if not torch.isfinite(v).all():
+        bad = (~torch.isfinite(v.flatten(1))).any(dim=1).sum()
+        raise FloatingPointError(f"{bad} of {len(v)} decoded images are not finite")
 
 
 class UniformNoise(nn.Module):
@@ -64,6 +70,13 @@ class Dequantizer(nn.Module):
         self.alpha = alpha
         self.noise_model = UniformNoise() if noise_model is None else noise_model
 
+    def check(self, x: Tensor) -> None:
+        """Raises `ValueError` for a dtype that is not integral, or a value outside 0..Q-1."""
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):  # int: 256 wraps to 0 in uint8
+            raise ValueError(f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}")
+
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its log-likelihood terms.
 
@@ -87,9 +100,7 @@ class Dequantizer(nn.Module):
 
     def to_levels(self, v: Tensor) -> Tensor:
         """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it is not finite."""
-        if not torch.isfinite(v).all():
-            bad = (~torch.isfinite(v.flatten(1))).any(dim=1).sum()
-            raise FloatingPointError(f"{bad} of {len(v)} decoded images are not finite")
+        _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
 
     def _to_real(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,3 +112,27 @@ class Dequantizer(nn.Module):
         log_s, log_rest = s.log(), torch.log1p(-s)
         log_det = sum_per_example(-log_s - log_rest) + dims * math.log(1 - 2 * self.alpha)
         return log_s - log_rest, log_det + constant
+
+
+class RealValued(nn.Module):
+    """In the place of `Dequantizer` for data that are real numbers: nothing is added, and no density changed."""
+
+    levels = None
+
+    def check(self, x: Tensor) -> None:
+        """Raises `ValueError` for a dtype that is not floating-point."""
+        if not x.is_floating_point():
+            raise ValueError(f"expected real numbers, got {x.dtype}")
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return x.to(noise.dtype), noise.new_zeros(len(x))
+
+    def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.to(dtype)
+
+    def to_unit(self, v: Tensor) -> Tensor:
+        return v
+
+    def to_levels(self, v: Tensor) -> Tensor:
+        _require_finite(v)
+        return v

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from flowtrain.bijections import DiagonalAffine, Transform
+from flowtrain.bijections import Bijection, DiagonalAffine, Sequential, Transform
 from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.flow import Flow
 
 Hook = Callable[[str, nn.Module, Any], None]
+Around = Callable[[str, Bijection, str, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @contextlib.contextmanager
@@ -29,6 +32,60 @@ def watching(flow: nn.Module, hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
+def layers_of(flow: Flow) -> dict[str, Bijection]:
+    """The layers of a flow by name, in its order: bijections that are not made of others, nor part of a conditioner."""
+    return {short_name(name): layer for name, layer in _layers(flow, "", False)}
+
+
+def _layers(module: nn.Module, prefix: str, within: bool) -> list[tuple[str, Bijection]]:
+    within = within or isinstance(module, Bijection)
+    found = [
+        layer
+        for name, part in module.named_children()
+        # Another kind of module in a bijection is a conditioner: its ActNorms run forwards in both directions.
+        if not within or isinstance(part, Bijection | nn.ModuleList | nn.ModuleDict)
+        for layer in _layers(part, f"{prefix}{name}.", within)
+    ]
+    if found or not isinstance(module, Bijection) or isinstance(module, Sequential):
+        return found
+    return [(prefix[:-1], module)]
+
+
+def short_name(name: str) -> str:
+    """A module's name in messages and metrics: that of the bijection's parts is their name in it."""
+    return name.removeprefix("bijection.")
+
+
+@contextlib.contextmanager
+def around_layers(flow: Flow, around: Around) -> Iterator[None]:
+    """Has `around(name, layer, direction, input, context)` called in place of each layer, for either direction.
+
+    It gives the layer's result, which it may have from `call(layer, direction, input, context)`.
+    """
+    layers = layers_of(flow)
+    for name, layer in layers.items():
+        for direction in ("forward", "inverse"):
+            # On the instance: hooks of torch see `forward` alone.
+            setattr(layer, direction, partial(_around, around, name, layer, direction))
+    try:
+        with layer_by_layer():
+            yield
+    finally:
+        for layer in layers.values():
+            del layer.forward, layer.inverse
+
+
+def _around(
+    around: Around, name: str, layer: Bijection, direction: str, x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return around(name, layer, direction, x, context)
+
+
+def call(layer: Bijection, direction: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A layer's own `forward` or `inverse`, also within `around_layers`."""
+    return getattr(type(layer), direction)(layer, x, context)
+
+
 @torch.no_grad()
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
     """The smallest and largest log-scale of each layer: parameters, and on a batch those that couplings predict."""
@@ -41,7 +98,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
             log_scale = module.bounded_log_scale()
         else:
             return
-        ranges[name.removeprefix("bijection.")] = (log_scale.min().item(), log_scale.max().item())
+        ranges[short_name(name)] = (log_scale.min().item(), log_scale.max().item())
 
     with watching(flow, hook):
         flow(x, noise)
@@ -60,7 +117,7 @@ def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
     found: list[str] = []
 
     def hook(name: str, module: nn.Module, output: Any) -> None:
-        tensors = [output] if isinstance(output, Tensor) else output
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not found and not all(torch.isfinite(t).all() for t in tensors):
             found.append(f"output of {name or 'the flow'}")
 

@@ -35,7 +35,10 @@ def dry_run(config: Config, device: torch.device) -> None:
     train = config.train
     batch = train.batch_size * train.accumulate
     random = generator(config.seed, Stream.ORDER)
-    x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
+    if data.levels is None:
+        x = torch.randn(batch, *data.shape, generator=random).to(device)
+    else:
+        x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
     initialize(flow, x, draw_noise(x.shape, random, device))
     averaged = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), averaged, {})

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowtrain import distributed
 from flowtrain.checkpoint import LoadedModel
-from flowtrain.data import DataSet, Split
+from flowtrain.data import DataSet, Split, labels_of
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import watching
@@ -56,6 +56,7 @@ class Scores:
     draws: Tensor  # single-draw bounds, (K, N)
     base: Tensor  # log N(z; 0, I) of the first draw, (N,)
     log_det: Tensor  # all the rest of the first draw, (N,)
+    draws_by_class: Tensor | None = None  # of a class-conditional model, bounds on log P(x | class), (K, C, N)
 
     @cached_property
     def log_prob(self) -> Tensor:
@@ -66,6 +67,12 @@ class Scores:
     def elbo(self) -> Tensor:
         """The mean of the draws, `(N,)`: an estimate of the single-draw bound's expectation."""
         return self.draws.mean(dim=0)
+
+    @cached_property
+    def log_prob_by_class(self) -> Tensor:
+        """The importance-weighted bound on log P(x | class), `(C, N)`."""
+        assert self.draws_by_class is not None
+        return self.draws_by_class.logsumexp(dim=0) - math.log(len(self.draws_by_class))
 
     def log_prob_leaving_one_out(self) -> Tensor:
         """The importance-weighted bound without each of the draws, `(K, N)`, for K > 1."""
@@ -99,34 +106,43 @@ def score(
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
-    rows = [torch.empty(samples + 2, 0, dtype=torch.float64)]  # of a process without an image
+    noisy = flow.levels is not None
+    rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]  # of a process without an image
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
-        generators = [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)]
+        generators = [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)] if noisy else []
         draws = []
         for _ in range(samples):
-            noise = torch.stack([draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators])
+            noise = torch.zeros_like(x, device="cpu")
+            if noisy:
+                noise = torch.stack([draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators])
             parts = flow(x, noise.to(flow.device))
-            draws.append(torch.stack([parts.base, parts.log_det]).cpu().double())
-        by_draw = torch.stack(draws)  # (K, 2, B)
-        rows.append(torch.cat([by_draw.sum(dim=1), by_draw[0]]))
+            of_classes = [] if parts.by_class is None else parts.by_class.T
+            draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
+        by_draw = torch.stack(draws)  # (K, 2 + C, B)
+        bounds = by_draw[:, 1:] + by_draw[:, :1]  # of all classes together, then of each
+        rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
         progress(stop - own.start, len(own))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)
-    return Scores(gathered[:samples], gathered[-2], gathered[-1])
+    bounds = gathered[:-2].unflatten(0, (samples, -1))
+    return Scores(bounds[:, 0], gathered[-1], gathered[-2], bounds[:, 1:] if flow.classes else None)
 
 
-def mean_bits_per_dim(flow: Flow, split: Split, **options: Any) -> float:
-    """The mean over the images; not finite if any image is not."""
-    return bits_per_dim(score(flow, split, **options).log_prob, flow.dims).mean().item()
+def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
+    """The mean over the images, bits/dim (nats of real-valued data); not finite if any image is not."""
+    return flow.loss(score(flow, split, **options).log_prob).mean().item()
 
 
 @torch.no_grad()
 def reconstruction_error(flow: Flow, x: Tensor) -> float:
-    """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2 all come back."""
+    """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2 all come back.
+
+    Of real-valued data it is a distance from the data, in their own unit.
+    """
     v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
     back = flow.bijection.inverse(flow.bijection(v)[0])[0]
-    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.levels
+    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * (flow.levels or 1)
     return error.max().item()
 
 
@@ -154,13 +170,15 @@ def evaluate(
         raise UserError(f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} images")
     if len(split) == 0:
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
+    if flow.levels is None and samples > 1:
+        raise UserError(f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing to draw")
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
     count = len(scores.log_prob)
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().nonzero().flatten().tolist()
     result = {
-        **summarize(scores, flow.dims),
-        "nats_per_image": _finite(-scores.log_prob.mean().item()),
+        **summarize(scores, flow),
+        **_classification(scores, flow, split),
         "num_images": count,
         "dims": flow.dims,
         "levels": flow.levels,
@@ -177,14 +195,23 @@ def evaluate(
     return result, scores
 
 
-def summarize(scores: Scores, dims: int) -> dict[str, Any]:
+def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     """Mean bits/dim of both bounds, with the standard errors of the mean: over images, and over draws alone.
 
-    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Over draws the error is what another seed
+    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Real-valued data have a likelihood in
+    nats and no draws: `bound` is `exact`, and there are no bits. Over draws the error is what another seed
     would change: from the variance of an image's draws, for the importance-weighted bound by the jackknife (Efron 1982,
     eq. 3.5). One draw tells nothing about it (None); nor does anything where an image is not finite.
     """
     k, n = scores.draws.shape
+    nats = -scores.log_prob
+    in_nats = {
+        "nats_per_image": _finite(nats.mean().item()),
+        "nats_per_image_stderr": _finite(nats.std().item() / math.sqrt(n)) if n > 1 else None,
+    }
+    if flow.levels is None:
+        return {"bits_per_dim": None, "bits_per_dim_stderr": None, "bound": "exact", "samples": k, **in_nats}
+    dims = flow.dims
     result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
     variances = [torch.tensor(math.nan)] * 2  # of each image, over draws
     if k > 1:
@@ -197,19 +224,44 @@ def summarize(scores: Scores, dims: int) -> dict[str, Any]:
         result[f"{prefix}bits_per_dim"] = _finite(bits.mean().item())
         result[f"{prefix}bits_per_dim_stderr"] = _finite(over_images)
         result[f"{prefix}bits_per_dim_stderr_draws"] = _finite(variance.sum().sqrt().item() / n)
-    return result
+    return result | in_nats
+
+
+def _classification(scores: Scores, flow: Flow, split: Split) -> dict[str, Any]:
+    """Of a class-conditional model on labelled data: the bits given the class, and the accuracy of Bayes' rule.
+
+    `P(class | x)` is in proportion to `P(x | class)`, all classes being as likely; the most probable is predicted.
+    """
+    if not flow.classes or split.labels is None:
+        return {}
+    by_class = scores.log_prob_by_class
+    labels = labels_of(split, flow.classes, "the data")[: by_class.shape[1]]
+    given = flow.loss(by_class.gather(0, labels[None])[0])
+    correct = (by_class.argmax(dim=0) == labels).double()
+    return {
+        f"{flow.metric}_given_class": _finite(given.mean().item()),
+        "accuracy": correct.mean().item(),
+        "accuracy_stderr": (correct.mean() * (1 - correct.mean()) / len(correct)).sqrt().item(),
+    }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def scores_csv(scores: Scores, dims: int) -> bytes:
-    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first draw."""
+def scores_csv(scores: Scores, flow: Flow) -> bytes:
+    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first draw.
+
+    Of a class-conditional model also the class that it predicts. Real-valued data have no bits.
+    """
+    log_prob = scores.log_prob.tolist()
+    bits = [""] * len(log_prob) if flow.levels is None else bits_per_dim(scores.log_prob, flow.dims).tolist()
+    columns = {"bits_per_dim": bits, "log_prob": log_prob}
+    columns |= {"log_prob_base": scores.base.tolist(), "log_det": scores.log_det.tolist()}
+    if flow.classes:
+        columns["predicted_class"] = scores.log_prob_by_class.argmax(dim=0).tolist()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"])
-    columns = (bits_per_dim(scores.log_prob, dims), scores.log_prob, scores.base, scores.log_det)
-    for index, row in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        writer.writerow([index, *map(repr, row)])
+    writer.writerow(["index", *columns])
+    writer.writerows([index, *row] for index, row in enumerate(zip(*columns.values(), strict=True)))
     return text.getvalue().encode()

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.fused import layer_by_layer
-from flowtrain.dequantize import Dequantizer, draw_noise
+from flowtrain.classes import ClassPrior, normal_log_prob
+from flowtrain.dequantize import Dequantizer, RealValued, draw_noise
 
 
 class LogProb(NamedTuple):
     """The parts of a single-draw bound on log P(x), each `(B,)` in nats; their sum is the bound."""
 
-    base: Tensor  # log N(z; 0, I)
+    base: Tensor  # log N(z; 0, I); of a class-conditional model the class's density, or the mean of all classes'
     log_det: Tensor  # every log-determinant, with -log q(u|x) - D log Q
+    by_class: Tensor | None = None  # the base's log-density given each class, (B, K), where no class was given
 
     @property
     def total(self) -> Tensor:
@@ -26,29 +28,57 @@ class Flow(nn.Module):
     """A normalizing flow on images.
 
     `log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q` (Theis et al. 2016; Ho et al. 2019), with D the
-    number of entries of the image as stored and Q its number of levels.
+    number of entries of the image as stored and Q its number of levels. Of real-valued data it is the likelihood
+    itself, `log p(x) = log N(z; 0, I) + log|det|`, a density.
 
     Args:
         bijection: data to latent, from `(B, C, H, W)` to `(B, D)`.
-        dequantizer: integers to reals.
+        dequantizer: integers to reals, or `RealValued` data as they are.
         shape: of one image, `(C, H, W)`.
+        class_prior: of the latents, for a class-conditional model.
     """
 
-    def __init__(self, bijection: Bijection, dequantizer: Dequantizer, shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        bijection: Bijection,
+        dequantizer: Dequantizer | RealValued,
+        shape: tuple[int, int, int],
+        class_prior: ClassPrior | None = None,
+    ):
         super().__init__()
         self.dequantizer = dequantizer  # first: parameters are in the order in which they are used
         self.bijection = bijection
+        self.class_prior = class_prior
         self.shape = shape
 
     @property
-    def levels(self) -> int:
-        """Q: images have values 0..Q-1."""
+    def levels(self) -> int | None:
+        """Q: images have values 0..Q-1. None for real-valued data."""
         return self.dequantizer.levels
+
+    @property
+    def unit(self) -> str:
+        """Of `loss`, in words."""
+        return "nats" if self.levels is None else "bits/dim"
+
+    @property
+    def metric(self) -> str:
+        """The name of `loss` in files."""
+        return "nats" if self.levels is None else "bits_per_dim"
+
+    def loss(self, log_prob: Tensor) -> Tensor:
+        """What is minimized and reported, from nats: bits per dimension of images, nats of real-valued data."""
+        return -log_prob if self.levels is None else bits_per_dim(log_prob, self.dims)
 
     @property
     def dims(self) -> int:
         """D, the number of entries of an image."""
         return math.prod(self.shape)
+
+    @property
+    def latent_dims(self) -> int:
+        """The number of entries of a latent: D, but for data on a surface, which has fewer dimensions."""
+        return self.bijection.latent_dims(self.dims)
 
     @property
     def device(self) -> torch.device:
@@ -58,28 +88,47 @@ class Flow(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, x: Tensor, noise: Tensor) -> LogProb:
-        """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape, in its parts."""
+    @property
+    def classes(self) -> int:
+        """Of a class-conditional model their number; else 0."""
+        return 0 if self.class_prior is None else self.class_prior.classes
+
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> LogProb:
+        """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape, in its parts.
+
+        Of a class-conditional model log P(x | class), given `labels` `(B,)`, or log P(x), all classes being as likely.
+        """
         v, log_det = self.dequantizer(x, noise.to(self.dtype))
         z, flow_log_det = self.bijection(v)
-        base = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
-        return LogProb(base, log_det + flow_log_det)
+        log_det = log_det + flow_log_det
+        if self.class_prior is None:
+            return LogProb(normal_log_prob(z), log_det)
+        if labels is not None:
+            return LogProb(self.class_prior.log_prob(z, labels), log_det)
+        by_class = self.class_prior.by_class(z)
+        return LogProb(by_class.logsumexp(dim=1) - math.log(self.classes), log_det, by_class)
 
-    def log_prob(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
         """Single-draw bound on log P(x), nats, `(B,)`.
 
         Args:
-            x: integers in 0..Q-1, `(B, C, H, W)`; unchanged.
+            x: integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`; unchanged.
             generator: for the dequantization noise; a CPU one gives an image the same noise in a batch of any size.
+            labels: `(B,)`, for log P(x | class) of a class-conditional model.
 
         Raises:
-            ValueError: for another shape, a dtype that is not integral, or a value outside 0..Q-1.
+            ValueError: for another shape, another kind of numbers, or a value outside 0..Q-1.
         """
         x = self._checked(x)
-        return self(x, draw_noise(x.shape, generator, x.device)).total
+        return self(x, draw_noise(x.shape, generator, x.device), labels).total
 
     def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as `log_prob`."""
+        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as `log_prob`.
+
+        Raises `ValueError` for real-valued data, whose density has no bits.
+        """
+        if self.levels is None:
+            raise ValueError("real-valued data have a density, which has no bits per dimension: use log_prob")
         return bits_per_dim(self.log_prob(x, generator), self.dims)
 
     @torch.no_grad()
@@ -90,17 +139,41 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`. Raises `FloatingPointError` where they are not finite."""
+        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals. Raises `FloatingPointError` if not finite."""
         return self.dequantizer.to_levels(self.bijection.inverse(z.to(self.device))[0]).contiguous()
 
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """`n` images from the model, uint8 `(n, C, H, W)`; the base's standard deviation is `temperature`."""
-        return self.decode(temperature * self.draw_latents(n, generator))
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """`n` images from the model, uint8 `(n, C, H, W)`; the base's standard deviation is `temperature`.
+
+        Of a class-conditional model those of the classes `labels` `(n,)`, or of all of them by turns.
+        """
+        return self.decode(self.place(temperature * self.draw_latents(n, generator), labels))
+
+    def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Standard normal draws `(B, D)` as latents: of a class-conditional model those of the `labels`, or by turns.
+
+        Raises `ValueError` for labels of a model without classes, or outside 0..K-1.
+        """
+        if self.class_prior is None:
+            if labels is not None:
+                raise ValueError("the model is not class-conditional: it has no labels")
+            return noise
+        if labels is None:
+            labels = torch.arange(len(noise)) % self.classes
+        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+            raise ValueError(f"expected classes in 0..{self.classes - 1}, got {labels.unique().tolist()}")
+        return self.class_prior.from_normal(noise.to(self.device), labels.to(self.device))
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` standard normal latents, `(n, D)`, row by row: the first ones do not depend on how many follow."""
         where = self.device if generator is None else generator.device
-        rows = [torch.randn(self.dims, generator=generator, device=where) for _ in range(n)]
+        rows = [torch.randn(self.latent_dims, generator=generator, device=where) for _ in range(n)]
         return torch.stack(rows).to(self.device, self.dtype)
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
@@ -110,10 +183,7 @@ class Flow(nn.Module):
     def _checked(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
             raise ValueError(f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
-        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):  # int: 256 wraps to 0 in uint8
-            raise ValueError(f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}")
+        self.dequantizer.check(x)
         return x.to(self.device)
 
 

@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.checkpoint import LoadedModel
-from flowtrain.data import DataSet
+from flowtrain.data import DataSet, Split
 from flowtrain.datasets.base import open_image
 from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+
+ATTRIBUTE_IMAGES = 500  # of a class, of which a mean latent is the mean
+BATCH_SIZE = 100
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -36,6 +40,28 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
     return torch.stack([flow.decode(path) for path in paths])
 
 
+def between_classes(flow: Flow, split: Split, first: int, second: int, pairs: int, steps: int) -> Tensor:
+    """Images of one class moved to another, along the difference of the classes' mean latents (Glow, section 6.2).
+
+    `P = pairs` images of class `first`, and the means over up to `ATTRIBUTE_IMAGES` images of each class of the split:
+    uint8 `(P, steps, C, H, W)`, the first of each row as it is.
+
+    Raises `UserError` where there are no labels, or too few images of a class.
+    """
+    if split.labels is None:
+        raise UserError(f"--from-class {first}: the data set has no labels")
+    of_class = {}
+    for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
+        where = (split.labels == label).nonzero().flatten()[:ATTRIBUTE_IMAGES].numpy()
+        if len(where) < needed:
+            raise UserError(f"{option} {label}: the split has {len(where)} images of it, {needed} are needed")
+        latents = [flow.encode(split.take(part)) for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))]
+        of_class[label] = torch.cat(latents)
+    direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
+    t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
+    return torch.stack([flow.decode(z + t * direction) for z in of_class[first][:pairs]])
+
+
 def from_test_images(model: LoadedModel, data: DataSet, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if there are too few."""
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
@@ -49,5 +75,8 @@ def from_test_images(model: LoadedModel, data: DataSet, pairs: int, seed: int) -
 def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Tensor]:
     """Two image files, brought to the model's shape by its data set's resize policy (`crop` where it has none)."""
     flow, policy = model.flow, model.config.data.options().get("resize", "crop")
-    first, second = (torch.from_numpy(open_image(path, flow.shape, flow.levels, policy)) for path in files)
+    levels = flow.levels
+    if levels is None:
+        raise UserError("--images: the model is of real-valued data, not of images")
+    first, second = (torch.from_numpy(open_image(path, flow.shape, levels, policy)) for path in files)
     return first[None], second[None]

@@ -33,6 +33,11 @@ def memory_mode(mode: Mode) -> Iterator[None]:
         _mode.reset(token)
 
 
+def wants_gradient() -> bool:
+    """Whether a gradient is recorded, or is to be computed later by running this again."""
+    return torch.is_grad_enabled() or _mode.get() != "store"
+
+
 def apply(layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """The layers one after the other, and the sum of their log-determinants, `(B,)` in nats."""
     if not layers or _mode.get() == "store" or not torch.is_grad_enabled():

@@ -106,9 +106,9 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
         split = row["split"]
-        for key in ("bits_per_dim", "grad_norm", "clip_norm", "lr", "images_per_second"):
-            if row.get(key) is not None:
-                self.tensorboard.add_scalar(f"{split}/{key}", row[key], row["step"])
+        for key, value in row.items():
+            if value is not None and key not in ("step", "images", "seconds", "split"):
+                self.tensorboard.add_scalar(f"{split}/{key}", value, row["step"])
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

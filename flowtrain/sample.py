@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.device import Stream, generator
+from flowtrain.errors import UserError
 from flowtrain.flow import Flow
 
 BATCH_SIZE = 64
@@ -17,15 +18,27 @@ def sample(
     temperatures: Sequence[float],
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    classes: Sequence[int] = (),
 ) -> Tensor:
     """`num` images for each temperature, from the same latents: uint8 `(len(temperatures) * num, C, H, W)`.
 
-    The latents are drawn on the CPU, image by image: the first ones depend on the seed alone.
+    The latents are drawn on the CPU, image by image: the first ones depend on the seed alone. With `classes`, of a
+    class-conditional model, `num` for each temperature and class, from the same latents again.
+
+    Raises `UserError` for a class that the model does not have.
     """
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
+    for label in classes:
+        if not flow.classes:
+            raise UserError(f"--classes {label}: the model is not class-conditional (model.classes is 0)")
+        if not 0 <= label < flow.classes:
+            raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
+    labels = torch.tensor(classes).repeat_interleave(num) if classes else None
     images = []
+    batch_size = BATCH_SIZE if flow.levels is not None else 10 * BATCH_SIZE
     for temperature in temperatures:
-        for part in z.split(BATCH_SIZE):
-            images.append(flow.decode(temperature * part).cpu())
-            progress(sum(map(len, images)), num * len(temperatures))
+        latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
+        for part in latents.split(batch_size):
+            images.append(flow.decode(part).cpu())
+            progress(sum(map(len, images)), len(latents) * len(temperatures))
     return torch.cat(images)

@@ -21,13 +21,13 @@ class Progress:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
-    best: float | None = None  # validation bits/dim
+    best: float | None = None  # validation loss: bits/dim, or nats of real-valued data
     best_step: int | None = None
     lr_scale: float = 1.0
     non_finite: int = 0
     averaged: int = 0  # steps in the average of the weights
     finished: bool = False  # with the validation and the samples of the end
-    window_bits: float = 0.0  # sum of the training bits/dim since the last line of metrics
+    window_loss: float = 0.0  # sum of the training loss since the last line of metrics
     window_steps: int = 0
 
 

@@ -14,24 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import checkpoint, distributed, images
+from flowtrain import checkpoint, distributed, images, pictures
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
 from flowtrain.console import ProgressBar, console, duration
-from flowtrain.data import Batches, DataSet, Split
+from flowtrain.data import Batches, DataSet, Split, levels_in_words
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
-from flowtrain.evaluate import mean_bits_per_dim
-from flowtrain.flow import Flow, bits_per_dim, initialize
+from flowtrain.evaluate import mean_loss
+from flowtrain.flow import Flow, initialize
 from flowtrain.memory import memory_mode
 from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-SAMPLES = 64  # in a sample grid
 RANGES_BATCH = 64  # images on which log-scale ranges are measured
 
 # Where the data lie and how they are read may change between two parts of a run; what they are may not.
@@ -41,24 +40,27 @@ SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
 NOISE_BLOCK = 512  # images whose noise comes from one generator
 
 
-def train_step(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean bits/dim of a batch; returns the loss and the gradient's norm, 0-dimensional.
+def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of a batch's mean loss (see `Flow.loss`); returns it and the gradient's norm, 0-dimensional.
 
     `x` holds `accumulate` times `batch_size` images: this process's part of the batch, as the loss is its part's. The
-    gradient is that of the batch of all processes. The noise belongs to the seed and the step.
+    gradient is that of the batch of all processes. The noise belongs to the seed and the step. With `labels` `(B,)` the
+    loss is that of the class-conditional likelihood.
     """
     config = state.config.train
     noise = _noise(state.config, state.progress.step, x, distributed.rank() * len(x))
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
-    for part, part_noise in zip(x.split(config.batch_size), noise.split(config.batch_size), strict=True):
+    parts = [x.split(config.batch_size), noise.split(config.batch_size)]
+    parts.append([None] * len(parts[0]) if labels is None else labels.split(config.batch_size))
+    for part, part_noise, part_labels in zip(*parts, strict=True):
         left -= len(part)
         # The memory mode is also for what the backward pass computes again.
         with distributed.accumulating(state.parallel, more=left > 0), memory_mode(config.memory):
             with _precision(config.precision, x.device):
-                log_prob = state.parallel(part, part_noise).total
-            part_loss = bits_per_dim(log_prob, state.flow.dims).sum() / len(x)
+                log_prob = state.parallel(part, part_noise, part_labels).total
+            part_loss = state.flow.loss(log_prob).sum() / len(x)
             part_loss.backward()
         loss = loss + part_loss.detach()
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
@@ -151,8 +153,8 @@ def _loop(
     config = state.config.train
     clock = _Clock(state)
     while not state.progress.finished and not stop.signum:
-        for x in batches.starting_at(state.progress.step, state.progress.images):
-            own_loss, gradient = train_step(state, x)
+        for x, labels in batches.labelled_from(state.progress.step, state.progress.images):
+            own_loss, gradient = train_step(state, x, labels)
             loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
             rate = learning_rate(config, state.progress.step, state.progress.seconds) * state.progress.lr_scale
             if not math.isfinite(loss + grad_norm):
@@ -163,7 +165,7 @@ def _loop(
             progress = state.progress
             progress.step += 1
             progress.images += batches.all_processes
-            progress.window_bits += loss
+            progress.window_loss += loss
             progress.window_steps += 1
             ends = state.reached_end()  # by the time that all have agreed on
             clock.tick(batches.all_processes)
@@ -179,7 +181,7 @@ def _loop(
             if validates:
                 _validate(state, run, validation)
             if ends or progress.step % config.sample_every == 0:
-                _sample(state, run)
+                _sample(state, run, validation)
             clock.skip()
             if periodic or stop.signum:
                 _save(state, run, numbered=periodic)
@@ -202,14 +204,15 @@ def _validate(state: State, run: RunDirectory, validation: Split) -> None:
     if len(validation) == 0:
         return
     progress = state.progress
-    bits = mean_bits_per_dim(state.evaluated, validation, seed=state.config.seed)
+    flow = state.evaluated
+    loss = mean_loss(flow, validation, seed=state.config.seed)
     row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "validation"}
-    run.log({**row, "bits_per_dim": bits if math.isfinite(bits) else None})
+    run.log({**row, "bits_per_dim": None, flow.metric: loss if math.isfinite(loss) else None})
     _log_ranges(state, run, validation)
-    best = math.isfinite(bits) and (progress.best is None or bits < progress.best)
-    console.print(f"step {progress.step}: validation {bits:.4f} bits/dim{' (best)' if best else ''}")
+    best = math.isfinite(loss) and (progress.best is None or loss < progress.best)
+    console.print(f"step {progress.step}: validation {loss:.4f} {flow.unit}{' (best)' if best else ''}")
     if best:
-        progress.best, progress.best_step = bits, progress.step
+        progress.best, progress.best_step = loss, progress.step
         run.save_best(state.meta(), state.tensors())
 
 
@@ -223,15 +226,16 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 
 @distributed.main_only
-def _sample(state: State, run: RunDirectory) -> None:
-    """A grid from latents that are the same all along, so that one sees each image take shape."""
-    z = state.flow.draw_latents(SAMPLES, generator(state.config.seed, Stream.LATENTS))
+def _sample(state: State, run: RunDirectory, validation: Split) -> None:
+    """A picture from latents that are the same all along, so that one sees each image take shape."""
+    z = state.flow.draw_latents(pictures.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
     try:
-        samples = state.evaluated.decode(z)
+        samples = state.evaluated.decode(state.evaluated.place(z))
     except FloatingPointError as error:
-        console.print(f"step {state.progress.step}: no sample grid: {error}")
+        console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    picture = images.grid(samples, state.flow.levels, columns=8)
+    seed = state.config.seed
+    picture = pictures.samples(state.evaluated, samples, 8, seed, lambda: validation.take(slice(0, pictures.POINTS)))
     images.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
@@ -240,12 +244,13 @@ def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: 
     progress, config = state.progress, state.config.train
     done: float
     total: float
-    bits = progress.window_bits / progress.window_steps
-    progress.window_bits, progress.window_steps = 0.0, 0
+    loss = progress.window_loss / progress.window_steps
+    progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second()
     row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "train"}
     gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
-    run.log({**row, "bits_per_dim": bits, **gradient, "lr": rate, "images_per_second": speed})
+    loss_row = {"bits_per_dim": None, state.flow.metric: loss}
+    run.log({**row, **loss_row, **gradient, "lr": rate, "images_per_second": speed, **_of_layers(state.flow)})
     if config.num_steps is not None:
         done, total = progress.step, config.num_steps
         left = progress.seconds / max(progress.step, 1) * (total - done)
@@ -254,11 +259,21 @@ def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: 
         assert config.budget is not None
         done, total, of = progress.seconds, config.budget, ""
         left = total - done
-    text = f"{bits:.4f} bits/dim  {speed:.0f} images/s  {duration(left)} left"
+    text = f"{loss:.4f} {state.flow.unit}  {speed:.0f} images/s  {duration(left)} left"
     bar(done, total, text)
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
         console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}{clipped}")
+
+
+def _of_layers(flow: Flow) -> dict[str, float]:
+    """What layers with a method `metrics() -> dict[str, float]` say of the last step; the mean of those who say it."""
+    said: dict[str, list[float]] = {}
+    for module in flow.modules():
+        if (metrics := getattr(module, "metrics", None)) is not None:
+            for name, value in metrics().items():
+                said.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in said.items()}
 
 
 @distributed.main_only
@@ -272,7 +287,8 @@ def _save(state: State, run: RunDirectory, numbered: bool) -> None:
             "images": progress.images,
             "seconds": progress.seconds,
             "finished": state.progress.finished,
-            "best_validation_bits_per_dim": progress.best,
+            "best_validation_bits_per_dim": None,
+            f"best_validation_{state.flow.metric}": progress.best,
             "best_step": progress.best_step,
             "parameters": sum(p.numel() for p in state.flow.parameters()),
             "non_finite_steps": progress.non_finite,
@@ -413,7 +429,7 @@ def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, 
     console.print(
         f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; {data.config.name}: "
         f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
-        f"{'x'.join(map(str, data.shape))}, {data.levels} levels{', streamed' if batches.streams else ''}"
+        f"{'x'.join(map(str, data.shape))}, {levels_in_words(data.levels)}{', streamed' if batches.streams else ''}"
     )
     if saved is None:
         console.print(f"run directory: {run.path}")

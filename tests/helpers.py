@@ -21,6 +21,10 @@ TINY = {
     "glow": {"levels": 2, "steps": 2, "width": 6},
     "realnvp": {"levels": 2, "width": 4, "blocks": 1},
     "nice": {"couplings": 4, "width": 8, "hidden_layers": 2},
+    "planar": {"layers": 3},
+    "maf": {"layers": 2, "width": 8, "hidden_layers": 1},
+    "iaf": {"layers": 2, "width": 8, "hidden_layers": 1},
+    "cnf": {"blocks": 2, "width": 8, "hidden_layers": 1, "solver": "dopri8", "rtol": 1e-12, "atol": 1e-12},
 }
 
 

@@ -10,13 +10,15 @@ from helpers import REPOSITORY
 from flowtrain import checkpoint
 from flowtrain.config import component_names, differences, json_schema, load_config, override, parse
 from flowtrain.configfiles import find_config, headline, nearest, shipped_configs
+from flowtrain.data import DataSet
 from flowtrain.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-PAPER_SIZED = {"best_cifar", "glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist"}
+PAPER_SIZED = {"best_cifar", "glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist", "maf_mnist"}
 SMALL = {"baseline_cifar", "glow_cifar_small", "glow_mnist_small", "glow_digits", "realnvp_digits", "nice_digits"}
+SMALL |= {"glow_cifar_conditional", "glow_mnist_conditional"}
+SMALL |= {"realnvp_two_moons", "planar_eight_gaussians", "maf_checkerboard", "cnf_pinwheel", "cnf_digits"}
 
 
 def parsed(overrides, values=STEPS):
@@ -152,7 +154,7 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
         ("data.nbits=3", r"did you mean data\.n_bits\?"),
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
-        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are glow, nice, realnvp"),
+        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are glow, iaf, "),
         ("data.name=minst", r"data\.name: unknown name 'minst'; did you mean mnist\?"),
         ("data.path=/a", r"data\.path: unknown key"),  # the digits have none
         ("data.name=npz", r"data\.path: missing"),
@@ -300,8 +302,9 @@ def test_the_shipped_configurations():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_builds_its_model(path):
     config = load_config(path)
+    data = DataSet(config.data)
     with torch.device("meta"):
-        flow = checkpoint.build_flow(config, SHAPES[config.data.name], 17 if config.data.name == "digits" else 256)
+        flow = checkpoint.build_flow(config, data.shape, data.levels)
     count = sum(p.numel() for p in flow.parameters())
     assert count > 1e6 if path.stem in PAPER_SIZED else count < 5e6
     assert headline(path) and not headline(path).startswith("data:")

@@ -44,7 +44,9 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-HELPERS = {"base", "torchvision_source"}
+POINTS = {"two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"}  # in test_points.py
+POINTS |= {"sphere"}  # in test_sphere.py
+HELPERS = {"base", "torchvision_source", "points"}
 
 
 def module(name):
@@ -83,7 +85,7 @@ def isolated(monkeypatch, tmp_path_factory):
 
 def test_every_data_set_is_tested():
     found = {info.name for info in pkgutil.iter_modules(flowtrain.datasets.__path__)}
-    assert found == set(DOWNLOADED) | {"digits", "npz", "folder"} | HELPERS
+    assert found == set(DOWNLOADED) | {"digits", "npz", "folder"} | POINTS | HELPERS
 
 
 @pytest.mark.parametrize("name", [*DOWNLOADED, "digits", "npz", "folder"])
@@ -463,7 +465,7 @@ def test_full_disk_is_not_the_users_mistake(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     images = torchvision_source.images(
-        "MNIST", tmp_path, shape=(1, 1, 1), count=1, load=load, urls=lambda cls: [],
+        "MNIST", tmp_path, shape=(1, 1, 1), count=1, load=load, labels=load, urls=lambda cls: [],
         files=[], unpacked=["x"],
     )  # fmt: skip
     with pytest.raises(RunError, match=rf"{tmp_path}.*No space left"):

@@ -35,9 +35,19 @@ LOGIT = {"dequantization": {"transform": "logit"}}
 VARIATIONAL = {"dequantization": {"name": "variational", "steps": 2, "width": 4}}
 REALNVP = {"model": {"name": "realnvp", "levels": 1, "width": 4, "blocks": 1}}
 NICE = {"model": {"name": "nice", "couplings": 2, "width": 8, "hidden_layers": 1}}
+PLANAR = {"model": {"name": "planar", "layers": 2}}
+MAF = {"model": {"name": "maf", "layers": 2, "width": 8, "hidden_layers": 1}}
+CNF = {"model": {"name": "cnf", "width": 8, "hidden_layers": 1}}
+IAF = {"model": {**MAF["model"], "name": "iaf"}}
+SPHERE = {"data": {"name": "sphere", "count": 60}}
+SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
 FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
 LAYOUT = {"data": {"name": "npz", "path": "layout.npz"}, **NICE}
+POINTS = {
+    name: {"data": {"name": name, "count": 60}, **NICE}
+    for name in ("two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings")
+}
 ALSO = {"data.name": ["data.path=square.npz"], "model.name": ["model.width=8"]}  # what another kind cannot be without
 
 # key, another value, the part of the outcome that has to change, and what the start has beside BASE
@@ -55,7 +65,15 @@ FLIPS = [
     ("folder:data.size", 4, "shape", FOLDER),
     ("folder:data.channels", 3, "shape", FOLDER),
     ("folder:data.resize", "stretch", "loss", FOLDER),
+    *((f"{name}:data.count", 61, "content", base) for name, base in POINTS.items()),
+    *((f"{name}:data.noise", 0.3, "content", POINTS[name]) for name in ("two_moons", "eight_gaussians")),
+    *((f"{name}:data.noise", 0.3, "content", POINTS[name]) for name in ("spiral", "rings")),
+    ("pinwheel:data.arms", 3, "content", POINTS["pinwheel"]),
+    ("sphere:data.count", 61, "content", SPHERE),
+    ("sphere:data.components", 3, "content", SPHERE),
+    ("sphere:data.concentration", 3, "content", SPHERE),
     ("model.name", "nice", "parameters"),
+    ("model.classes", 10, "parameters"),
     ("glow:model.levels", 2, "parameters"),
     ("glow:model.steps", 2, "parameters"),
     ("glow:model.width", 9, "parameters"),
@@ -86,6 +104,31 @@ FLIPS = [
     ("nice:model.width", 9, "parameters", NICE),
     ("nice:model.hidden_layers", 2, "parameters", NICE),
     ("nice:model.prior", "gaussian", "loss", NICE),
+    ("planar:model.layers", 3, "parameters", PLANAR),
+    ("maf:model.layers", 3, "parameters", MAF),
+    ("maf:model.width", 9, "parameters", MAF),
+    ("maf:model.hidden_layers", 2, "parameters", MAF),
+    ("maf:model.order", "random", "loss", MAF),
+    ("maf:model.transform", "spline", "parameters", MAF),
+    ("maf:model.transform", "mixture", "parameters", MAF),
+    ("iaf:model.layers", 3, "parameters", IAF),
+    ("iaf:model.width", 9, "parameters", IAF),
+    ("iaf:model.hidden_layers", 2, "parameters", IAF),
+    ("iaf:model.order", "random", "loss", IAF),
+    ("iaf:model.transform", "spline", "parameters", IAF),
+    ("sphere:model.layers", 2, "parameters", SPHERE),
+    ("sphere:model.width", 9, "parameters", SPHERE),
+    ("sphere:model.hidden_layers", 2, "parameters", SPHERE),
+    ("sphere:model.bins", 4, "parameters", SPHERE),
+    ("cnf:model.blocks", 2, "parameters", CNF),
+    ("cnf:model.width", 9, "parameters", CNF),
+    ("cnf:model.hidden_layers", 2, "parameters", CNF),
+    ("cnf:model.solver", "dopri8", "loss", CNF),
+    ("cnf:model.rtol", 0.1, "loss", CNF),
+    ("cnf:model.atol", 0.1, "loss", CNF),
+    ("cnf:model.trace", "exact", "loss", CNF),
+    ("cnf:model.trace", "hutchinson", "loss", {"data": POINTS["pinwheel"]["data"], **CNF}),
+    ("cnf:model.adjoint", True, "loss", CNF),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),
@@ -116,6 +159,7 @@ FLIPS = [
 SPECIAL = {
     *("data.root", "data.max_in_memory", "data.workers"),
     *("train.budget", "train.memory", "train.max_non_finite"),
+    *(f"{name}:data.test_count" for name in [*POINTS, "sphere"]),
 }
 
 
@@ -177,7 +221,7 @@ def train(values, folder):
     steps = [row for row in rows if row["split"] == "train"]
     saved = read(run.last)
     return {
-        "loss": [row["bits_per_dim"] for row in steps],
+        "loss": [row.get("nats", row["bits_per_dim"]) for row in steps],
         "lr": [row["lr"] for row in steps],
         "steps": [row["step"] for row in steps],
         "images": [row["images"] for row in steps],
@@ -236,6 +280,13 @@ def test_data_root(tmp_path, monkeypatch):
         values = merged(BASE, {"data": {"name": "mnist", "root": str(tmp_path / root)}})
         with pytest.raises(UserError, match=f"data.root: MNIST is not in {tmp_path / root}"):
             DataSet(parse(values).data).split("test")
+
+
+@pytest.mark.parametrize("name", [*POINTS, "sphere"])
+def test_data_test_count(name):
+    for count in (5, 6):
+        values = merged(BASE, {"data": {"name": name, "test_count": count}})
+        assert len(DataSet(parse(values).data).split("test")) == count
 
 
 @pytest.mark.parametrize("gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)])

@@ -62,7 +62,7 @@ def elbo_bits(split):
 
 
 def test_the_single_draw_bound_is_the_closed_form(flow, split):
-    result = summarize(score(flow, split, samples=400), flow.dims)
+    result = summarize(score(flow, split, samples=400), flow)
     assert result["elbo_bits_per_dim_stderr_draws"] < 1e-3
     assert result["elbo_bits_per_dim"] == pytest.approx(
         elbo_bits(split), abs=4 * result["elbo_bits_per_dim_stderr_draws"]
@@ -72,7 +72,7 @@ def test_the_single_draw_bound_is_the_closed_form(flow, split):
 def test_the_importance_weighted_bound_lies_between_the_single_draws_and_the_truth(flow, split):
     seeds = range(20)
     means = {
-        k: np.mean([summarize(score(flow, split, samples=k, seed=s), flow.dims)["bits_per_dim"] for s in seeds])
+        k: np.mean([summarize(score(flow, split, samples=k, seed=s), flow)["bits_per_dim"] for s in seeds])
         for k in (1, 2, 8, 64)
     }
     truth, elbo = true_bits(split), elbo_bits(split)
@@ -84,7 +84,7 @@ def test_the_importance_weighted_bound_lies_between_the_single_draws_and_the_tru
 
 @pytest.mark.parametrize("k", [2, 16])
 def test_the_error_over_draws_is_what_another_seed_changes(flow, split, k):
-    results = [summarize(score(flow, split, samples=k, seed=seed), flow.dims) for seed in range(150)]
+    results = [summarize(score(flow, split, samples=k, seed=seed), flow) for seed in range(150)]
     for prefix in ("", "elbo_"):
         spread = np.std([result[f"{prefix}bits_per_dim"] for result in results])
         reported = np.sqrt(np.mean([result[f"{prefix}bits_per_dim_stderr_draws"] ** 2 for result in results]))
@@ -95,7 +95,7 @@ def test_the_error_over_draws_is_what_another_seed_changes(flow, split, k):
 
 
 def test_bounds_of_one_draw_are_the_same(flow, split):
-    result = summarize(score(flow, split), flow.dims)
+    result = summarize(score(flow, split), flow)
     assert result["bound"] == "elbo" and result["elbo_bits_per_dim"] == pytest.approx(result["bits_per_dim"])
     assert result["bits_per_dim_stderr_draws"] is None and result["elbo_bits_per_dim_stderr_draws"] is None
 

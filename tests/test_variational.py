@@ -21,7 +21,10 @@ from flowtrain.variational import VariationalNoise
 
 every_model = pytest.mark.parametrize("model", TINY)
 every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (1, 3, 2), (2, 1, 1)])
-SHAPES = {"glow": (3, 8, 4), "realnvp": (1, 6, 2), "nice": (3, 3, 3)}
+SHAPES = {
+    **{"glow": (3, 8, 4), "realnvp": (1, 6, 2), "nice": (3, 3, 3)},
+    **{"planar": (3, 2, 2), "maf": (3, 3, 2), "iaf": (3, 2, 2), "cnf": (3, 2, 2)},
+}
 
 
 def noise_model(shape, scale=0.2, seed=0):

@@ -1,7 +1,9 @@
 """Invertible layers with exact log-determinants; one file a family."""
 
 from flowtrain.bijections.actnorm import ActNorm, DiagonalAffine
+from flowtrain.bijections.autoregressive import Inverse, MaskedAutoregressive
 from flowtrain.bijections.base import Bijection, Transform
+from flowtrain.bijections.continuous import Continuous
 from flowtrain.bijections.conv1x1 import Conv1x1, Conv1x1LU
 from flowtrain.bijections.coupling import (
     AdditiveTransform,
@@ -12,26 +14,35 @@ from flowtrain.bijections.coupling import (
 from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
+from flowtrain.bijections.planar import Planar
 from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
 from flowtrain.bijections.sequential import Sequential
-from flowtrain.bijections.spline import SplineTransform
+from flowtrain.bijections.sphere import AnglesToNormal, SphereToAngles
+from flowtrain.bijections.spline import CircularSplineTransform, SplineTransform
 
 __all__ = [
     "ActNorm",
     "AdditiveTransform",
     "AffineTransform",
+    "AnglesToNormal",
     "Bijection",
     "CheckerboardCoupling",
+    "CircularSplineTransform",
+    "Continuous",
     "Conv1x1",
     "Conv1x1LU",
     "Coupling",
     "DiagonalAffine",
     "Flatten",
+    "Inverse",
     "LogisticToNormal",
+    "MaskedAutoregressive",
     "MixtureTransform",
     "Multiscale",
     "Permute",
+    "Planar",
     "Sequential",
+    "SphereToAngles",
     "SplineTransform",
     "Squeeze",
     "Transform",

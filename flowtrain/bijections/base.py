@@ -36,6 +36,15 @@ class Bijection(nn.Module):
             x = self.inverse(z, context)[0]
         return x.requires_grad_(), *self(x, context)
 
+    def stages(self, z: Tensor) -> list[Tensor]:
+        """`z` and what becomes of it on the way to `inverse(z)`, layer by layer, without gradients."""
+        with torch.no_grad():
+            return [z, self.inverse(z)[0]]
+
+    def latent_dims(self, dims: int) -> int:
+        """The entries of a latent, where an example has `dims`: as many, but for data on a surface (`sphere.py`)."""
+        return dims
+
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or `[z]`."""
         return [z]

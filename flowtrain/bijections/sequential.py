@@ -37,5 +37,16 @@ class Sequential(Bijection):
             total = total + log_det
         return z, total
 
+    def stages(self, z: Tensor) -> list[Tensor]:
+        stages = [z]
+        for layer in reversed(self._opened()):
+            stages += layer.stages(stages[-1])[1:]
+        return stages
+
+    def latent_dims(self, dims: int) -> int:
+        for layer in self._opened():
+            dims = layer.latent_dims(dims)
+        return dims
+
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return self.layers[-1].split_latents(z)  # type: ignore[operator]

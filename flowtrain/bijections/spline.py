@@ -1,4 +1,4 @@
-"""Monotone rational-quadratic splines (Durkan et al. 2019, "Neural Spline Flows")."""
+"""Monotone rational-quadratic splines (Durkan et al. 2019, "Neural Spline Flows"), of the line and of the circle."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flowtrain.bijections.base import Transform
+from flowtrain.bijections.base import Transform, bounded
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 
 MIN_SIZE = 1e-3  # of a bin's width and height, as parts of the whole
@@ -23,14 +23,16 @@ class SplineTransform(Transform):
     softplus. So parameters of zero are the identity, no derivative at a knot is above 1000 or below its inverse, and
     no log-derivative outside [-23, 8.3]. Twice differentiable inside a bin, once at a knot, in both directions.
 
-    The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside.
+    The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside. For entries that never leave
+    `[-bound, bound]`, `free_ends` makes the derivatives at the ends two more parameters, `3 bins + 1` in all: else
+    they are 1, and no density could be another one there.
     """
 
-    def __init__(self, bins: int = 8, bound: float = 4.0):
+    def __init__(self, bins: int = 8, bound: float = 4.0, free_ends: bool = False):
         super().__init__()
         self.bins = bins
         self.bound = bound
-        self.parameters_per_entry = 3 * bins - 1
+        self.parameters_per_entry = 3 * bins + (1 if free_ends else -1)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(x, parameters, 0)
@@ -55,7 +57,7 @@ class SplineTransform(Transform):
         """Left, width, bottom and height of the bin that each value is in by its x (axis 0) or its z (axis 1), and the
         derivatives at its two ends, as multiples of the slope `height / width`. Each of the shape of `values`.
         """
-        raw = parameters.unflatten(1, (self.parameters_per_entry, -1))
+        raw = self._unflatten(parameters)
         knots, derivatives = _Lookup.apply(values, raw, self.bins, self.bound, axis)
         left, right, bottom, top = knots.flatten(1, 2).unbind(1)
         width, height = right - left, top - bottom
@@ -63,9 +65,55 @@ class SplineTransform(Transform):
         start, end = (derivatives * (width / height)[:, None]).unbind(1)
         return left, width, bottom, height, start, end
 
+    def _unflatten(self, parameters: Tensor) -> Tensor:
+        return parameters.unflatten(1, (self.parameters_per_entry, -1))
+
     def _inside(self, given: Tensor, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
         outside = given.abs() >= self.bound  # not so for NaN
         return torch.where(outside, given, result), log_derivative.masked_fill(outside, 0)
+
+
+class CircularSplineTransform(SplineTransform):
+    """A turn and a spline of the circle (Rezende et al. 2020, arXiv:2002.02428, "circular splines"): `z = S(x + turn)`.
+
+    Entries are angles in radians, and the map is that of the line that goes with the circle's: `z(x + 2 pi) = z(x) +
+    2 pi`, so that an angle may be given with any number of whole turns, and keeps them. S is a rational-quadratic
+    spline of `[-pi, pi]` onto itself, with one derivative for both ends: z is smooth there as at any knot, and as of
+    each layer the cut is at another angle, by its turn, none of them is a special place.
+
+    Takes `(3 bins + 1) C` parameters for C entries: the turn (bounded to half of one either way, `pi * tanh(h / pi)`),
+    `bins` widths, heights and derivatives. Parameters of zero are the identity.
+    """
+
+    def __init__(self, bins: int = 8):
+        super().__init__(bins, math.pi)
+        self.parameters_per_entry = 3 * bins + 1
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        turned = x + self._turn(x, parameters)
+        whole = whole_turns(turned)
+        z, log_derivative = super().forward(turned - whole, parameters)
+        return z + whole, log_derivative
+
+    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        whole = whole_turns(z)
+        turned, log_derivative = super().inverse(z - whole, parameters)
+        return turned + whole - self._turn(z, parameters), log_derivative
+
+    def _turn(self, x: Tensor, parameters: Tensor) -> Tensor:
+        return bounded(parameters[:, : x.shape[1]], math.pi)
+
+    def _unflatten(self, parameters: Tensor) -> Tensor:
+        _, *raw = parameters.unflatten(1, (self.parameters_per_entry, -1)).split([1, 2 * self.bins, self.bins], dim=1)
+        return torch.cat([*raw, raw[-1][:, :1]], dim=1)
+
+    def _inside(self, given: Tensor, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
+        return result, log_derivative  # every angle is inside, the ends too
+
+
+def whole_turns(angle: Tensor) -> Tensor:
+    """What to take from an angle, in radians, to have it in `[-pi, pi]`."""
+    return 2 * math.pi * torch.floor((angle + math.pi) / (2 * math.pi))
 
 
 # Eq. 4 and 5 with everything divided by the slope: sums of positive terms.
@@ -88,9 +136,9 @@ def _log_derivative(xi: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Te
 class _Lookup(torch.autograd.Function):
     """The two knots on either side of each value, and the parameters of the derivatives there.
 
-    `(B, C, ...)`, `(B, 3 K - 1, C, ...)` to `(B, 2, 2, C, ...)`, x and z of the lower and the upper knot, and
-    `(B, 2, C, ...)`; the derivative at the ends of the spline is that of a parameter of zero. By hand, for autograd
-    takes about twice as long, over the cumulative sums.
+    `(B, C, ...)`, `(B, P, C, ...)` to `(B, 2, 2, C, ...)`, x and z of the lower and the upper knot, and
+    `(B, 2, C, ...)`. P is `3 K + 1`, or `3 K - 1`: then the derivative at the ends of the spline is that of a parameter
+    of zero. By hand, for autograd takes about twice as long, over the cumulative sums.
     """
 
     @staticmethod
@@ -103,9 +151,13 @@ class _Lookup(torch.autograd.Function):
         both = torch.cat([index, index + 1], dim=1)
         edge = torch.full_like(shares[:, :, :1], bound)
         knots = torch.cat([-edge, knots, edge], dim=2).gather(2, torch.stack([both, both], dim=1))
-        zero = torch.zeros_like(raw[:, :1])
+        derivatives = raw[:, 2 * bins :]
+        ctx.free_ends = derivatives.shape[1] > bins
+        if not ctx.free_ends:
+            zero = torch.zeros_like(raw[:, :1])
+            derivatives = torch.cat([zero, derivatives, zero], dim=1)
         ctx.save_for_backward(shares, index)
-        return knots, torch.cat([zero, raw[:, 2 * bins :], zero], dim=1).gather(1, both)
+        return knots, derivatives.gather(1, both)
 
     @staticmethod
     @once_differentiable
@@ -122,6 +174,7 @@ class _Lookup(torch.autograd.Function):
         grad_sizes = torch.ops.aten._softmax_backward_data(grad_shares, shares, 2, shares.dtype)
         here = before_upper - before_lower  # 1 for the bin of the value
         grad_start, grad_end = grad_derivatives.unsqueeze(2).unbind(1)
-        grad_inner = torch.addcmul(grad_start * here[:, 1:], grad_end, here[:, :-1])
-        widths, heights = grad_sizes.unbind(1)
-        return None, torch.cat([widths, heights, grad_inner], dim=1), None, None, None
+        grads = [*grad_sizes.unbind(1), torch.addcmul(grad_start * here[:, 1:], grad_end, here[:, :-1])]
+        if ctx.free_ends:
+            grads[2:] = [grad_start * here[:, :1], grads[2], grad_end * here[:, -1:]]
+        return None, torch.cat(grads, dim=1), None, None, None

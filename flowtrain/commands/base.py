@@ -109,6 +109,10 @@ DataSetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override where the data are, such as data.root=DIR.", show_default=False
     ),
 ]
+DATA_NAMES = (
+    "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of image files, an image "
+    "file, or an .npz file. "
+)
 
 
 def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> Any:
@@ -129,16 +133,28 @@ def device_of(name: str) -> Any:
     return device
 
 
-def data_of(loaded: Any, overrides: list[str] | None) -> Any:
-    """The data set that the model was trained on, perhaps from another place."""
+def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None) -> Any:
+    """The data set that the model was trained on, perhaps from another place, or the one that `--dataset` names."""
     from flowtrain import config as configuration
     from flowtrain.data import DataSet
+    from flowtrain.named import section_named, undivided
 
     for text in overrides or []:
         if not text.startswith("data."):
             raise UserError(f"--set {text}: only keys of data can be set here; the model is as it was trained")
-    values = configuration.override(loaded.checkpoint.meta["config"], overrides or [])
-    return DataSet(configuration.parse(values, "--set").data)
+    values = dict(loaded.checkpoint.meta["config"])
+    if dataset is None:
+        return DataSet(configuration.parse(configuration.override(values, overrides or []), "--set").data)
+    values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
+    config = configuration.parse(configuration.override(values, overrides or []), f"--dataset {dataset}").data
+    return DataSet(config, undivided(config, loaded.config.data))
+
+
+def points_of(loaded: Any, overrides: list[str] | None = None) -> Any:
+    """Some of the test split of real-valued data, to draw beside samples."""
+    from flowtrain import pictures
+
+    return data_of(loaded, overrides).split("test").take(slice(0, pictures.POINTS))
 
 
 def print_table(result: dict[str, Any]) -> None:

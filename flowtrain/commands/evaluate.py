@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flowtrain.commands.base import (
+    DATA_NAMES,
     DataSetOption,
     DeviceOption,
     ModelArgument,
@@ -27,7 +28,19 @@ EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scor
 @on_all_processes
 def evaluate(
     model: ModelArgument = None,
-    split: Annotated[str, typer.Option("--split", metavar="test|validation|train", help="Which images.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="test|validation|train", help="Which images.", show_default="test"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            metavar="NAME|PATH",
+            help=DATA_NAMES + "Of a folder without test/ or a file without x_test, all images are evaluated.",
+            show_default="the model's own",
+        ),
+    ] = None,
     num_images: Annotated[
         int | None,
         typer.Option("--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"),
@@ -46,7 +59,10 @@ def evaluate(
     json_out: Annotated[
         str | None,
         typer.Option(
-            "--json", metavar="FILE|-", help="Where the result goes.", show_default="evaluate-<split>.json in the run"
+            "--json",
+            metavar="FILE|-",
+            help="Where the result goes.",
+            show_default="evaluate-<split>.json or evaluate-<dataset>-<split>.json in the run",
         ),
     ] = None,
     scores_out: Annotated[
@@ -56,22 +72,29 @@ def evaluate(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Bits per dimension of a data set's split, in float32, with standard error."""
+    """Bits per dimension of a data set's split, in float32, with standard error.
+
+    By default of the test split of the data that the model was trained on.
+    """
     import json
 
     from flowtrain import checkpoint, distributed, images
     from flowtrain import evaluate as evaluation
     from flowtrain.console import ProgressBar, console
 
-    if split not in ("test", "validation", "train"):
+    if split not in (None, "test", "validation", "train"):
         raise UserError(f"--split {split}: expected test, validation or train")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
-    console.print(f"evaluating {loaded.checkpoint.path} on {split}")
+    data = data_of(loaded, overrides, dataset)
+    if data.undivided and split is not None:
+        raise UserError(f"--split {split}: {dataset} has no splits; without --split, all of its images are evaluated")
+    split = split or ("all" if data.undivided else "test")
+    console.print(f"evaluating {loaded.checkpoint.path} on {split}" + (f" of {dataset}" if dataset else ""))
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
             loaded,
-            data_of(loaded, overrides),
+            data,
             split,
             num_images=num_images,
             samples=samples,
@@ -81,17 +104,21 @@ def evaluate(
         )
     if not distributed.is_main():
         return  # the rest is writing
+    name = f"evaluate-{split}.json"
+    if dataset is not None:
+        result["dataset"] = dataset
+        name = f"evaluate-{Path(dataset).stem}-{split}.json"
     bad = result["non_finite_indices"]
     print_table({key: value for key, value in result.items() if value is not bad})
     text = json.dumps(result, indent=2, allow_nan=False)
     if json_out == "-":
         print(text)
     else:
-        file = Path(json_out) if json_out else checkpoint.run_of(loaded.checkpoint.path) / f"evaluate-{split}.json"
+        file = Path(json_out) if json_out else checkpoint.run_of(loaded.checkpoint.path) / name
         images.save(file, text.encode() + b"\n")
         console.print(f"wrote {file}")
     if scores_out is not None:
-        images.save(scores_out, evaluation.scores_csv(scores, loaded.flow.dims))
+        images.save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")

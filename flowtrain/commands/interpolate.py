@@ -16,7 +16,9 @@ from flowtrain.commands.base import (
     data_of,
     load,
     on_one_process,
+    points_of,
 )
+from flowtrain.errors import UserError
 
 EPILOG = "Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 --out path.gif[/cyan]"
 
@@ -31,6 +33,16 @@ def interpolate(
         tuple[Path, Path] | None,
         typer.Option("--images", metavar="A B", help="Between two image files of your own.", show_default=False),
     ] = None,
+    from_class: Annotated[
+        int | None,
+        typer.Option("--from-class", min=0, metavar="A", help="Move images of this class...", show_default=False),
+    ] = None,
+    to_class: Annotated[
+        int | None,
+        typer.Option(
+            "--to-class", min=0, metavar="B", help="... by the difference of the mean latents.", show_default=False
+        ),
+    ] = None,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
@@ -43,22 +55,35 @@ def interpolate(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Walk between images through the latent space. The ends come back exactly."""
-    from flowtrain import checkpoint, images
+    """Walk between images through the latent space. The ends come back exactly.
+
+    Between two of your own, two random test images, or, with --from-class and --to-class, from test images of one class
+    along the difference of the two classes' mean latents.
+    """
+    from flowtrain import checkpoint, images, pictures
     from flowtrain import interpolate as paths
     from flowtrain.console import console
 
     suffix = images.check_suffix(out, (".png", ".gif")) if out else ".png"
+    if (from_class is None) != (to_class is None):
+        raise UserError("--from-class and --to-class: one is of no use without the other")
+    if from_class is not None and files is not None:
+        raise UserError("--images: with --from-class the images are those of the class")
     loaded = load(model, device, weights, trust_code)
-    if files is not None:
-        ends = paths.from_files(files, loaded)
+    flow = loaded.flow
+    if from_class is not None and to_class is not None:
+        data = data_of(loaded, overrides)
+        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+        rows = paths.between_classes(flow, data.split("test"), from_class, to_class, pairs, steps)
+    elif files is not None:
+        rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
     else:
-        ends = paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed)
-    rows = paths.interpolate(loaded.flow, *ends, steps).cpu()  # (P, S, C, H, W)
+        rows = paths.interpolate(flow, *paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed), steps)
+    rows = rows.cpu()  # (P, S, C, H, W)
     path = out or checkpoint.run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
-        frames = [images.grid(rows[:, step], loaded.flow.levels, columns=len(rows)) for step in range(steps)]
+        frames = pictures.path_frames(flow, rows, lambda: points_of(loaded, overrides))
         images.save_gif(path, frames + frames[-2:0:-1])  # there and back
     else:
-        images.save_png(path, images.grid(rows.flatten(0, 1), loaded.flow.levels, columns=steps))
+        images.save_png(path, pictures.paths(flow, rows, lambda: points_of(loaded, overrides)))
     console.print(f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}")

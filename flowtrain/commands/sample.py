@@ -15,6 +15,7 @@ from flowtrain.commands.base import (
     command,
     load,
     on_one_process,
+    points_of,
 )
 from flowtrain.errors import UserError
 
@@ -25,7 +26,10 @@ EPILOG = "Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --t
 @on_one_process
 def sample(
     model: ModelArgument = None,
-    num: Annotated[int, typer.Option("--num", min=1, help="Images for each temperature.")] = 64,
+    num: Annotated[
+        int | None,
+        typer.Option("--num", min=1, help="Images for each temperature.", show_default="64; 2000 points; 8 a class"),
+    ] = None,
     temperature: Annotated[
         list[float] | None,
         typer.Option(
@@ -36,23 +40,33 @@ def sample(
             show_default="1.0",
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", metavar="0,1,...", help="Of a class-conditional model: a row each.", show_default="by turns"
+        ),
+    ] = None,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE.png|.npz", help="A grid, or the images.", show_default="sample.png in the run"
+            "--out", metavar="FILE.png|.npz", help="A picture, or the images.", show_default="sample.png in the run"
         ),
     ] = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw images from a trained flow. One seed gives the same images, however many are drawn."""
+    """Draw images from a trained flow. One seed gives the same images, however many are drawn.
+
+    Points of the plane or the sphere are shown beside the data and the log-density, and below how the base density is
+    carried to the data, layer by layer.
+    """
     import io
 
     import numpy as np
 
-    from flowtrain import checkpoint, images
+    from flowtrain import checkpoint, images, pictures
     from flowtrain import sample as sampling
     from flowtrain.console import ProgressBar, console
 
@@ -60,16 +74,31 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
+    labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code)
+    flow = loaded.flow
+    num = num or (8 if labels else pictures.default_count(flow))
     with ProgressBar("sampling") as bar:
-        drawn = sampling.sample(loaded.flow, num, temperatures, seed, bar)
+        drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or checkpoint.run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         buffer = io.BytesIO()
-        arrays = {"images": drawn.movedim(1, -1).numpy(), "temperature": np.repeat(temperatures, num)}
-        np.savez_compressed(buffer, **arrays, seed=seed, levels=loaded.flow.levels)  # type: ignore[arg-type]
+        rows = max(1, len(labels))
+        arrays = {"images": drawn.movedim(1, -1).numpy(), "temperature": np.repeat(temperatures, rows * num)}
+        if labels:
+            arrays["classes"] = np.tile(np.repeat(labels, num), len(temperatures))
+        levels = {} if flow.levels is None else {"levels": flow.levels}
+        np.savez_compressed(buffer, **arrays, seed=seed, **levels)  # type: ignore[arg-type]
         images.save(path, buffer.getvalue())
     else:
-        columns = num if len(temperatures) > 1 else max(1, round(num**0.5))
-        images.save_png(path, images.grid(drawn, loaded.flow.levels, columns))
+        columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
+        picture = pictures.samples(flow, drawn, columns, seed, lambda: points_of(loaded), temperatures)
+        images.save_png(path, picture)
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: expected whole numbers with commas between them") from None

@@ -23,18 +23,20 @@ class Images:
     """One split of a data set, described before any pixel is read or downloaded.
 
     shape: (C, H, W) of one image as stored.
-    levels: Q; the values are 0..Q-1.
-    read: gives the pixels, uint8 (N, C, H, W): a C-contiguous array, or a read-only `np.memmap`
+    levels: Q; the values are 0..Q-1. None for real-valued data.
+    read: gives the pixels, uint8 (N, C, H, W), float32 if real-valued: a C-contiguous array, or a read-only `np.memmap`
         where they may not fit in memory. Downloads on first use. Raises UserError or RunError.
     flip: whether a mirrored image belongs to the same distribution (the default of `data.flip`).
+    labels: gives the classes of the same images, int64 (N,), from 0. None where there are none.
     key: identifies the content where hashing the pixels would be slow (None: hash the pixels).
     """
 
     shape: Shape
-    levels: int
+    levels: int | None
     read: Callable[[], np.ndarray]
     flip: bool = False
     key: str | None = None
+    labels: Callable[[], np.ndarray] | None = None
 
 
 def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,11 +13,17 @@ from flowtrain.datasets.base import Images, Split, contiguous, hold_out
 def build(root: Path, split: Split, *, seed: int = 0) -> Images:
     """1x8x8 images of 17 levels; a seeded tenth (180) is the test split. `root` is not used."""
 
-    def read() -> np.ndarray:
+    def part(of: str) -> np.ndarray:
         from sklearn.datasets import load_digits
 
-        pixels = load_digits().images[:, None]  # (1797, 1, 8, 8), floats 0..16
-        kept, held = hold_out(len(pixels), 0.1, seed)
-        return contiguous(pixels[kept if split == "train" else held])
+        values = load_digits()[of]
+        kept, held = hold_out(len(values), 0.1, seed)
+        return values[kept if split == "train" else held]
 
-    return Images(shape=(1, 8, 8), levels=17, read=read)
+    def read() -> np.ndarray:
+        return contiguous(part("images")[:, None])  # (N, 1, 8, 8), floats 0..16
+
+    def labels() -> np.ndarray:
+        return part("target").astype(np.int64)
+
+    return Images(shape=(1, 8, 8), levels=17, read=read, labels=labels)

@@ -96,8 +96,8 @@ def _split(folder: Path, split: Split, seed: int) -> list[File]:
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
     if test:
         part = split if split == "test" or train else ""
-        return list(_found(folder, part, skip="" if part else "test"))
-    files = list(_found(folder, "train" if train else ""))
+        return list(files_of(folder, part, skip="" if part else "test"))
+    files = list(files_of(folder, "train" if train else ""))
     if len(files) < 2:
         raise UserError(
             f"data.path: {folder} has one image, which cannot be split: add images, or folders train/ and test/"
@@ -106,7 +106,7 @@ def _split(folder: Path, split: Split, seed: int) -> list[File]:
     return [files[i] for i in (kept if split == "train" else held)]
 
 
-def _found(folder: Path, part: str, skip: str = "") -> list[File]:
+def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
     """The image files under folder/part, sorted by name as every machine sorts them."""
 
     def fail(error: OSError) -> None:

@@ -17,6 +17,7 @@ def build(root: Path, split: Split, *, seed: int = 0) -> Images:
         shape=(1, 28, 28),
         count=COUNTS[split],
         load=lambda cls, r: cls(r, train=split == "train", download=True).data.numpy()[:, None],
+        labels=lambda cls, r: cls(r, train=split == "train", download=True).targets,
         urls=lambda cls: cls.mirrors,
         folder="MNIST/raw",
         files=[f"{file}.gz" for file in SIZES],

@@ -1,4 +1,4 @@
-"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test."""
+"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test, and perhaps y_train, y_test."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.
 
 
 def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
-    """uint8 images of 256 levels, from arrays named x_train and x_test (labels y_* are not read).
+    """uint8 images of 256 levels, from arrays named x_train and x_test; their classes from y_train and y_test.
 
     path: the .npz file. Without x_test, a seeded tenth of x_train is the test split.
     layout: the order of the axes, `nhwc` or `nchw`; (N, H, W) is grey in either. C is 1 or 3.
@@ -46,20 +46,39 @@ def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout
         if not own_test and count < 2:
             raise UserError(f"data.path: {path} has one image, which cannot be split: add more, or x_test")
 
+    part = "test" if own_test and split == "test" else "train"
+
+    def own(values: np.ndarray) -> np.ndarray:
+        if own_test:
+            return values
+        kept, held = hold_out(len(values), 0.1, seed)
+        return values[kept if split == "train" else held]
+
     def read() -> np.ndarray:
-        key = "x_test" if own_test and split == "test" else "x_train"
-        with _opened(path) as archive, _member(path, archive, key) as file:
-            pixels = np.lib.format.read_array(file, allow_pickle=False)
-            file.read(1)  # at the end of the member, its checksum is compared
+        pixels = _array(path, f"x_{part}")
         if pixels.ndim == 4 and layout == "nhwc":
             pixels = pixels.transpose(0, 3, 1, 2)
-        pixels = pixels.reshape(-1, *train)  # (N, C, H, W)
-        if not own_test:
-            kept, held = hold_out(len(pixels), 0.1, seed)
-            pixels = pixels[kept if split == "train" else held]
-        return contiguous(pixels)
+        return contiguous(own(pixels.reshape(-1, *train)))  # (N, C, H, W)
 
-    return Images(shape=train, levels=256, read=read)
+    def labels() -> np.ndarray:
+        key = f"y_{part}"
+        values = _array(path, key)
+        count = len(_array(path, f"x_{part}"))
+        if values.dtype.kind not in "iu" or values.size != count:
+            raise UserError(
+                f"data.path: {key} in {path} is {values.dtype} of shape {values.shape}: expected a whole number for "
+                f"each of the {count} images"
+            )
+        return own(values.reshape(-1).astype(np.int64))
+
+    return Images(shape=train, levels=256, read=read, labels=labels if f"y_{part}" in keys else None)
+
+
+def _array(path: Path, key: str) -> np.ndarray:
+    with _opened(path) as archive, _member(path, archive, key) as file:
+        values = np.lib.format.read_array(file, allow_pickle=False)
+        file.read(1)  # at the end of the member, its checksum is compared
+    return values
 
 
 def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tuple[int, Shape]:

@@ -17,6 +17,7 @@ def build(root: Path, split: Split, *, seed: int = 0) -> Images:
         shape=(3, 32, 32),
         count=COUNTS[split],
         load=lambda cls, r: cls(r, split=split, download=True).data,
+        labels=lambda cls, r: cls(r, split=split, download=True).labels,
         urls=lambda cls: [cls.split_list[split][0]],
         files=[file],
         unpacked=[file],

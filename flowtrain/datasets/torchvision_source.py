@@ -34,6 +34,7 @@ def images(
     shape: Shape,
     count: int,
     load: Callable[[Any, str], Any],
+    labels: Callable[[Any, str], Any],
     urls: Callable[[Any], Iterable[str]],
     files: Iterable[str],
     unpacked: Iterable[str],
@@ -44,6 +45,7 @@ def images(
     """A split that `torchvision.datasets.<name>` reads, and downloads if it is not under `root`.
 
     load: (class, root) -> `count` images of `shape`, uint8 (N, C, H, W).
+    labels: (class, root) -> their classes, whole numbers from 0.
     urls: class -> where torchvision looks, for the message.
     files: what a user has to put into `root/folder` by hand, as downloaded.
     unpacked: what is in `root/folder` once it is downloaded and unpacked.
@@ -52,7 +54,7 @@ def images(
     home = Path(root).expanduser().resolve()
     place = home / folder
 
-    def read() -> np.ndarray:
+    def guarded(load: Callable[[Any, str], Any], expected: tuple[int, ...]) -> np.ndarray:
         import torchvision.datasets
 
         source = getattr(torchvision.datasets, name)
@@ -67,9 +69,9 @@ def images(
                     present = True
                     raise ValueError(f"{file} has {found} bytes, not {size}")
             with _patient():
-                pixels = contiguous(load(source, str(home)))
-            if pixels.shape != (count, *shape):
-                raise ValueError(f"they hold {pixels.shape}, not {(count, *shape)}")
+                values = np.asarray(load(source, str(home)))
+            if values.shape != expected:
+                raise ValueError(f"they hold {values.shape}, not {expected}")
         except (ImportError, MemoryError):
             raise
         except Exception as error:  # URLError, RuntimeError, EOFError, zlib.error, AssertionError...
@@ -87,9 +89,15 @@ def images(
                 f"({short(error)}). Tried {tried}; to do without a network, put {wanted} into "
                 f"{place} by hand."
             ) from None
-        return pixels
+        return values
 
-    return Images(shape=shape, levels=256, read=read, flip=flip)
+    def read() -> np.ndarray:
+        return contiguous(guarded(load, (count, *shape)))
+
+    def read_labels() -> np.ndarray:
+        return guarded(labels, (count,)).astype(np.int64)
+
+    return Images(shape=shape, levels=256, read=read, flip=flip, labels=read_labels)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ Deliberate differences from the paper:
 - the log-scale is `2 tanh(h / 2)` with a learned gain inside, where the paper has a learned scale times tanh;
 - no weight normalization: ActNorm inside the residual blocks plays its part at the start;
 - a residual block is two 3x3 convolutions.
+
+Data without extent, `(C, 1, 1)`, such as points of the plane, have nothing to squeeze: there it is couplings on the
+halves of a vector by turns, with fully connected conditioners.
 """
 
 from typing import Annotated
@@ -20,12 +23,13 @@ from flowtrain.bijections import (
     Bijection,
     CheckerboardCoupling,
     Coupling,
+    Flatten,
     Multiscale,
     Sequential,
     Squeeze,
 )
 from flowtrain.models.geometry import check_squeezes
-from flowtrain.nets import ResidualNet
+from flowtrain.nets import DenseNet, ResidualNet
 
 
 def build(
@@ -42,12 +46,16 @@ def build(
 
     Args:
         levels: scales; the image is squeezed `levels - 1` times (the paper: "downscale only once" for CIFAR-10 is 2).
-        width: feature maps of the conditioners at the first scale, doubled after each squeeze.
-        blocks: residual blocks in each conditioner.
+            Of vectors: four couplings each.
+        width: feature maps of the conditioners at the first scale, doubled after each squeeze. Of vectors: hidden
+            units.
+        blocks: residual blocks in each conditioner. Of vectors: hidden layers.
 
     Raises:
         UserError: where the image cannot be squeezed `levels - 1` times.
     """
+    if shape[1:] == (1, 1):
+        return _of_vectors(shape, 4 * levels, width, blocks)
     check_squeezes(shape, levels - 1, levels)
     channels, height, side = shape
     level_bijections: list[Bijection] = []
@@ -74,3 +82,13 @@ def build(
         level_bijections.append(Sequential(*layers))
         priors.append(Sequential())  # the prior is N(0, I) at every scale, as in the paper
     return Multiscale(level_bijections, priors, latent_shapes)
+
+
+def _of_vectors(shape: tuple[int, int, int], couplings: int, width: int, hidden_layers: int) -> Bijection:
+    dims = shape[0]
+    layers: list[Bijection] = [Flatten(shape)]
+    for i in range(couplings):
+        kept = (dims + 1) // 2 if i % 2 == 0 else dims // 2
+        net = DenseNet(kept, 2 * (dims - kept), width, hidden_layers)
+        layers += [ActNorm((dims,)), Coupling(kept, net, AffineTransform(), swap=i % 2 == 1)]
+    return Sequential(*layers)

@@ -1,0 +1,55 @@
+"""Archives: images a second each way, by the small CIFAR-10 Glow, and what the flow's own passes take of that."""
+
+import functools
+import statistics
+
+import torch
+from common import SHAPE, arguments, begin, images, in_turns, table
+
+from flowtrain import checkpoint, compression
+from flowtrain import config as configuration
+from flowtrain.bitsback import Codec
+from flowtrain.configfiles import find_config
+from flowtrain.dequantize import draw_noise
+from flowtrain.flow import initialize
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--config", default="glow_cifar_small.yaml", help="of a model for 3x32x32 images")
+    parser.add_argument("--images", type=int, default=128, help="of a stream, of which each thread has one")
+    options = parser.parse_args()
+    begin(f"Compression of {options.images} images a thread by {options.config}", options)
+    flow = (
+        checkpoint.build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256)
+        .eval()
+        .requires_grad_(False)
+    )
+    x = images(options.images * options.threads)
+    initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
+    codec = Codec(flow)
+    with compression.one_thread():
+        expected = compression.estimate(codec, x[: compression.CHUNK])
+    parts = torch.arange(len(x)).view(options.threads, -1).tolist()
+
+    def encode() -> list[compression.Stream]:
+        tasks = [functools.partial(compression.encode_stream, codec, x, part, expected.borrowed) for part in parts]
+        return [stream for stream, _ in compression.in_threads(tasks, len(x), lambda done, total: None)]
+
+    streams = encode()
+
+    def decode() -> None:
+        tasks = [functools.partial(compression.decode_stream, codec, s.words, s.description()) for s in streams]
+        compression.in_threads(tasks, len(x), lambda done, total: None)
+
+    contenders = {"forward passes, float32": lambda: flow.log_prob(x), "compress": encode, "decompress": decode}
+    seconds = in_turns(contenders, options.repeats, warmup=0)
+    table(seconds, {"to the forward passes": "forward passes, float32"})
+    coded = sum(len(stream.images) - stream.carriers for stream in streams)
+    for name, times in seconds.items():
+        print(f"- {name}: {coded / statistics.median(times):.1f} images/s")
+
+
+if __name__ == "__main__":
+    main()

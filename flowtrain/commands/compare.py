@@ -1,0 +1,85 @@
+"""`flowtrain compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowtrain.commands.base import command, on_one_process
+
+EPILOG = "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
+
+
+@command
+@on_one_process
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.png", help="Bits/dim against time and against images seen.")
+    ] = Path("compare.png"),
+    json_out: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE|-", help="The table as JSON, if wanted.", show_default=False),
+    ] = None,
+) -> None:
+    """One table and one plot of several runs, also of those that are still training. Evaluates nothing itself."""
+    import json
+
+    from flowtrain import charts, images, record
+    from flowtrain import compare as comparison
+    from flowtrain.console import console
+
+    images.check_suffix(out, (".png",))
+    console.stderr = json_out == "-"
+    paths = comparison.once(runs)
+    records = [record.read(path) for path in paths]
+    names = comparison.names(paths)
+    results = [comparison.result(*pair) for pair in zip(names, records, strict=True)]
+    notes = comparison.notes(results, records)
+    _print_table(results)
+    for note in notes:
+        console.print(f"- {note}")
+    units = " or ".join(sorted({result.unit for result in results}))
+    images.save(out, charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units))
+    console.print(f"wrote {out}")
+    if json_out is not None:
+        rows = [
+            {**vars(result), "test": None if result.test is None else result.test.model_dump()} for result in results
+        ]
+        text = json.dumps({"runs": rows, "notes": notes}, indent=2, allow_nan=False)
+        if json_out == "-":
+            print(text)
+        else:
+            images.save(Path(json_out), text.encode() + b"\n")
+            console.print(f"wrote {json_out}")
+
+
+def _print_table(results: list[Any]) -> None:
+    from rich.table import Table
+
+    from flowtrain.console import console, duration
+
+    table = Table()
+    for title in ("run", "model", "data"):
+        table.add_column(title, overflow="fold")
+    for title in ("parameters", "images seen", "time", "validation", "test", "unit", "images/s"):
+        table.add_column(title, justify="right", overflow="fold")
+    for row in results:
+        table.add_row(
+            *(row.run, row.model, row.data, f"{row.parameters:,}", f"{row.images:,}", duration(row.seconds)),
+            *(_figure(row.validation, ".4f"), _test(row.test), row.unit, _figure(row.images_per_second, ".0f")),
+        )
+    console.print(table)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _test(test: Any) -> str:
+    if test is None:
+        return "-"
+    value, stderr = test.loss
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"

@@ -1,0 +1,118 @@
+"""`flowtrain compress`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.commands.base import DataSetOption, TrustOption, WeightsOption, command, data_of, load, on_one_process
+from flowtrain.errors import UserError
+
+EPILOG = (
+    "Examples: [cyan]flowtrain compress runs/glow_digits --split test --out digits.fta[/cyan], "
+    "[cyan]flowtrain compress runs/my_model photos/ cat.png --out photos.fta --embed[/cyan]"
+)
+
+
+@command
+@on_one_process
+def compress(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MODEL] INPUT...",
+            show_default=False,
+            help="A checkpoint or run directory, or by default the newest run in runs/; then image files and folders "
+            "of the model's shape, which are not resized. With --split, no INPUT.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The archive.", show_default=False)] = ...,  # type: ignore[assignment]
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", metavar="test|validation|train", help="Images of the model's data set.", show_default=False
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", min=1, metavar="N", help="Only the first N.", show_default="all")
+    ] = None,
+    embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Pack images without loss into as many bits as the flow's likelihood says.
+
+    On the CPU; OMP_NUM_THREADS says how many streams are coded at a time, and changes no byte.
+    """
+    import time
+
+    import torch
+
+    from flowtrain import archive, compression, images
+    from flowtrain.bitsback import Codec, constriction
+    from flowtrain.commands.base import print_table
+    from flowtrain.console import ProgressBar, console, duration
+
+    constriction()
+    model, *files = [None, *(inputs or [])]
+    if files and (files[0].suffix == ".safetensors" or (files[0] / "checkpoints").is_dir()):
+        model, *files = files
+    if split not in (None, "test", "validation", "train"):
+        raise UserError(f"--split {split}: expected test, validation or train")
+    if (split is None) == (not files):
+        raise UserError("INPUT: give image files or folders, or --split test" + (", not both" if files else ""))
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give the name of a file")
+    loaded = load(None if model is None else str(model), "cpu", weights, trust_code)
+    flow = loaded.flow
+    Codec(flow)  # refuses a model that has no rules, before any work is done
+    names: list[str] | str
+    if split is None:
+        names, x = compression.from_files(files, flow.shape, flow.levels)
+        names, x = names[:num_images], x[:num_images]
+    else:
+        data = data_of(loaded, overrides)
+        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+        of_split = data.split(split)
+        if len(of_split) == 0:
+            raise UserError(f"--split {split}: it is empty (data.validation is {data.config.validation:g})")
+        names, x = split, of_split.take(slice(0, num_images))
+    console.print(f"compressing {len(x)} images with {loaded.checkpoint.path} ({loaded.weights} weights)")
+    with ProgressBar("comparing") as bar:
+        others = compression.ordinary_sizes(x, flow.levels, bar)
+    with ProgressBar("compressing") as bar:
+
+        def announce(expected: compression.Estimate, count: int) -> None:
+            bar.started = time.monotonic()  # what is done by now was another kind of work
+            threads = min(torch.get_num_threads(), -(-count // compression.STREAM))
+            there, back = (s * count / threads for s in (expected.encode_seconds, expected.decode_seconds))
+            console.print(f"about {duration(there)} on {threads} thread(s), and {duration(back)} to decompress")
+
+        result = compression.compress(
+            loaded,
+            x,
+            names,
+            embed=embed,
+            ordinary_bytes=min(others.values()),
+            progress=bar,
+            announce=announce,
+        )
+    images.save(out, result.data)
+    values = flow.dims * result.coded
+    table: dict[str, object] = {"images": len(x)}
+    if result.coded:
+        table["bits/dim, net"] = f"{result.net_bits / values:.4f} of {result.coded} images"
+        table["bits/dim, the bound"] = f"{result.bound_bits / values:.4f} of the same images"
+        table["initial bits"] = f"{result.initial_bits} ({result.carriers} images in an ordinary format)"
+        table["images/s"] = f"{result.coded / result.seconds:.1f}"
+    if result.stored:
+        table["stored without the flow"] = f"{result.stored} images, which it cannot code or makes larger"
+    table["bytes of the archive"] = f"{len(result.data)}, {8 * len(result.data) / (flow.dims * len(x)):.4f} bits/dim"
+    for name, size in others.items():
+        table[f"bytes as {name}"] = f"{size}, {8 * size / (flow.dims * len(x)):.4f} bits/dim"
+    print_table(table)
+    missing = [name for name in archive.FORMATS if name not in others]
+    if missing:
+        console.print(f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}")
+    console.print(f"wrote {out}: {len(x)} images" + (", with the model" if embed and result.coded else ""))

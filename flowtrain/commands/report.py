@@ -1,0 +1,68 @@
+"""`flowtrain report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.commands.base import (
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    SeedOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_one_process,
+)
+from flowtrain.errors import RunError, UserError
+
+EPILOG = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cyan]"
+
+
+@command
+@on_one_process
+def report(
+    model: ModelArgument = None,
+    num_images: Annotated[
+        int, typer.Option("--num-images", min=1, metavar="N", help="Test images to reconstruct and examine.")
+    ] = 64,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help="The report.", show_default="report.html in the run"),
+    ] = None,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """One HTML file about a run: curves, samples, reconstructions, nearest training images, evaluation, health.
+
+    What is missing, such as an evaluation of the test split or the data set, is said in the report; the rest is made.
+    """
+    from flowtrain import checkpoint, images
+    from flowtrain import report as reporting
+    from flowtrain.console import ProgressBar, console
+
+    if out is not None:
+        images.check_suffix(out, (".html",))
+    loaded = load(model, device, weights, trust_code)
+    try:
+        data = data_of(loaded, overrides)
+        data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
+        for split in ("train", "test"):
+            data.split(split)
+    except (UserError, RunError) as error:
+        if overrides:
+            raise
+        data = f"{error}; --set data.KEY=VALUE says where the data are"
+    with ProgressBar("report") as bar:
+        html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
+    path = out or checkpoint.run_of(loaded.checkpoint.path) / "report.html"
+    for line in missing:
+        console.print(f"not in it: {line}")
+    images.save(path, html.encode())
+    console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")

@@ -1,0 +1,132 @@
+"""Several runs side by side: what each reached, with how much time and data, and what keeps them from comparing."""
+
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowtrain.config import differences
+from flowtrain.record import Evaluation, Record
+
+# Where images lie, how they are read, and what is written when: no part of what is learned.
+NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
+NO_SETTINGS |= {f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")}
+HELD_OUT = {"data.validation", "data.split_seed"}
+# With these too the test images are the same.
+NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table. Figures that the run does not have are None."""
+
+    run: str
+    model: str
+    data: str
+    finished: bool
+    parameters: int
+    step: int
+    images: int  # seen in training; of a run that goes on, by the last line it wrote
+    seconds: float  # wall-clock, with validation and sample grids
+    unit: str  # of the losses: bits/dim, or nats of real-valued data
+    images_per_second: float | None  # of training alone: the median of what was logged
+    validation: float | None  # the best
+    validation_step: int | None
+    test: Evaluation | None
+
+
+def once(paths: Sequence[Path]) -> list[Path]:
+    """The paths in order, each folder once."""
+    kept: dict[Path, Path] = {}
+    for path in paths:
+        kept.setdefault(path.resolve(), path)
+    return list(kept.values())
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """What to call each run: its folder's name, or its path where two have the same."""
+    short = [path.resolve().name for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def result(name: str, record: Record) -> Result:
+    """What a run has reached."""
+    summary = record.summary
+    states: list[Any] = [summary, *record.rows]
+    newest = max(states, key=lambda state: state.seconds)  # the summary is as old as the last checkpoint
+    speeds = [row.images_per_second for row in record.rows if row.images_per_second is not None]
+    validations = [
+        (loss, row.step) for row in record.rows if row.split == "validation" and (loss := row.loss) is not None
+    ]
+    best = min(validations, default=(summary.best, summary.best_step))
+    return Result(
+        run=name,
+        model=record.config["model"]["name"],
+        data=record.config["data"]["name"],
+        finished=summary.finished,
+        parameters=summary.parameters,
+        step=newest.step,
+        images=newest.images,
+        seconds=newest.seconds,
+        unit=summary.unit,
+        images_per_second=statistics.median(speeds) if speeds else None,
+        validation=best[0],
+        validation_step=best[1],
+        test=record.test,
+    )
+
+
+def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
+    """What a reader of the table has to know: one sentence each."""
+    found = []
+    for own, record in zip(results, records, strict=True):
+        evaluated = record.summary.best_step or record.summary.step  # by `evaluate RUN`
+        if not own.finished:
+            found.append(f"{own.run} is not finished: it is at step {own.step}")
+        if own.validation is None:
+            found.append(f"{own.run} has no validation figure")
+        if own.test is None:
+            found.append(f"{own.run} has no test figure: flowtrain evaluate {record.path} fills it in")
+        elif own.test.dataset != own.data:
+            found.append(f"{own.run}: its test figure is of other data than its own ({own.test.dataset})")
+        elif own.test.step != evaluated:
+            found.append(
+                f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of step {evaluated}: "
+                f"flowtrain evaluate {record.path} brings it up to date"
+            )
+        if not record.rows:
+            found.append(f"{own.run} has no metrics, so no curve")
+    first, first_name = records[0].config, results[0].run
+    for own, record in zip(results[1:], records[1:], strict=True):
+        changed = _changes(first, record.config)
+        of_data = {key for key in changed if key.startswith("data.")}
+        if images := of_data - NOT_THE_TEST_IMAGES:
+            found.append(
+                f"{own.run} and {first_name} have different data ({_listed(changed, images)}): "
+                "their losses do not compare"
+            )
+        elif of_data & HELD_OUT:
+            found.append(f"{own.run} and {first_name} hold out different images: their validation does not compare")
+        if settings := changed.keys() - NO_SETTINGS:
+            found.append(f"{own.run} differs from {first_name} in {_listed(changed, settings)}")
+    tests = [own.test for own in results if own.test is not None]
+    measured = sorted({(test.dataset, test.bound, test.samples, test.num_images) for test in tests})
+    if len(measured) > len({test.dataset for test in tests}):
+        ways = ", ".join(f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured)
+        found.append(f"the test figures were not measured alike ({ways})")
+    return found
+
+
+def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations differ, with both values; of another model or data set just the name."""
+    changed = {key: (old, new) for key, old, new in differences(first, other)}
+    for section in ("data", "model"):
+        if (name := f"{section}.name") in changed:
+            changed = {key: pair for key, pair in changed.items() if key == name or not key.startswith(f"{section}.")}
+    return changed
+
+
+def _listed(changed: dict[str, tuple[Any, Any]], keys: Collection[str]) -> str:
+    """`train.lr: 0.01 (0.001)`: the run's own value, and that of the first run."""
+    return ", ".join(f"{key}: {new} ({old})" for key, (old, new) in changed.items() if key in keys)

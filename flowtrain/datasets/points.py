@@ -1,0 +1,26 @@
+"""What the two-dimensional data sets share: real-valued points `(2, 1, 1)`, as many as are asked for, by seed."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from flowtrain.datasets.base import Images, Split
+
+Count = Annotated[int, Field(ge=1)]
+Noise = Annotated[float, Field(ge=0)]  # a standard deviation
+Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and N to (N, dims)
+
+
+def real_valued(split: Split, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2) -> Images:
+    """`count` points to train on, `test_count` to test with, both functions of the seed alone."""
+
+    def read() -> np.ndarray:
+        # RandomState, because its stream is frozen: a newer numpy gives the same points.
+        test = split == "test"
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, int(test)])))
+        points = generate(random, test_count if test else count)
+        return np.ascontiguousarray(points.reshape(-1, dims, 1, 1), dtype=np.float32)
+
+    return Images(shape=(dims, 1, 1), levels=None, read=read)

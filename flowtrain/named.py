@@ -1,0 +1,78 @@
+"""Data that a command line names: a data set, a folder, an image file, or an .npz file."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtrain import config as configuration
+from flowtrain.config import Data as DataConfig
+from flowtrain.datasets import folder, npz
+from flowtrain.datasets.base import Images, hold_out, open_image
+from flowtrain.errors import UserError
+
+
+def section_named(
+    name: str, own: DataConfig, shape: tuple[int, int, int], option: str, also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The `data` section for a NAME of the command line, with all keys that fit it from a model's section, `own`.
+
+    NAME is a data set that needs no path (or the model's own), a folder of image files, an image file, or an .npz file.
+    Image files get the size and channels of `shape`, the model's. Raises `UserError` naming `option` where it is none
+    of these, nor (for the message) one of `also`.
+    """
+    section = own.model_dump(mode="json")
+    if name == own.name:
+        return section
+    known = configuration.component_names("datasets")
+    schemas = {kind: configuration.component_schema("datasets", kind) for kind in known}
+    names = [kind for kind, schema in schemas.items() if "path" not in schema.model_fields]
+    path = Path(name)
+    values: dict[str, Any] = {"name": name}
+    if name not in names and path.suffix.lower() == ".npz":
+        values = {"name": "npz", "path": name}
+    elif name not in names and (path.is_dir() or path.suffix.lower() in folder.SUFFIXES):
+        values = {"name": "folder", "path": name, "size": max(shape[1:]), "channels": shape[0]}
+    elif name not in names:
+        raise UserError(
+            f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, nor an image file "
+            f"({', '.join(folder.SUFFIXES)}), nor an .npz file"
+        )
+    if "path" in values and not path.exists():
+        raise UserError(f"{option} {name}: there is no such file")
+    fitting = {key: value for key, value in section.items() if key in schemas[values["name"]].model_fields}
+    return {**fitting, **values}
+
+
+def undivided(config: DataConfig, own: DataConfig) -> Images | None:
+    """All images of a folder without `test/`, of an image file, or of an .npz file without x_test, in their order.
+
+    None for any other data, and for the model's `own`. To train, a tenth of these is held out as the test split; to
+    evaluate data that the model was not trained on, that would leave nine tenths unused.
+    """
+    options = config.options()
+    path = options.get("path", Path())
+    if (config.name, path) == (own.name, own.options().get("path", Path())):
+        return None
+    if config.name == "npz":
+        parts = [npz.build(config.root, split, seed=config.split_seed, **options) for split in ("train", "test")]
+        with np.load(path) as arrays:
+            if "x_test" in arrays.files:
+                return None
+
+        def read() -> np.ndarray:
+            pixels = np.concatenate([part.read() for part in parts])
+            return pixels[np.argsort(np.concatenate(hold_out(len(pixels), 0.1, config.split_seed)))]
+
+        return Images(shape=parts[0].shape, levels=256, read=read)
+    if config.name == "folder" and not (path / "test").is_dir():
+        shape = (options["channels"], options["size"], options["size"])
+        files = [path] if path.is_file() else [path / file.name for file in folder.files_of(path, "")]
+
+        def decode() -> np.ndarray:
+            with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
+                return np.stack(list(pool.map(lambda file: open_image(file, shape, 256, options["resize"]), files)))
+
+        return Images(shape=shape, levels=256, read=decode)
+    return None

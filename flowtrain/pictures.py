@@ -1,0 +1,186 @@
+"""Pictures of samples and of paths: grids of images, or, for real-valued points, the points and their density.
+
+Points of the plane, `(2, 1, 1)`, are drawn where they are. Those of the unit sphere, `(3, 1, 1)`, by longitude and
+height: Lambert's cylindrical projection, in which equal areas of the sphere are equal areas of the picture.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain import images
+from flowtrain.device import Stream, generator
+from flowtrain.errors import UserError
+from flowtrain.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANEL = 2.6  # inches
+DPI = 100
+MESH = 160  # points on a side
+STAGES = 6  # of the way from the base to the data
+POINTS = 2000  # in a picture of points
+
+Bounds = tuple[float, float, float, float]  # left, right, bottom, top
+
+
+def default_count(flow: Flow) -> int:
+    """How many samples make a picture."""
+    return 64 if flow.levels is not None else POINTS
+
+
+def samples(
+    flow: Flow,
+    x: Tensor,
+    columns: int,
+    seed: int,
+    data: Callable[[], Tensor],
+    temperatures: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Samples `x` `(T N, C, H, W)`, as many for each temperature, from the latents of `seed`: uint8 `(3, H', W')`.
+
+    Images are a grid of so many columns. Points are shown beside the `data` and the log-density on a mesh, and below
+    how the latents are carried to the data, every few layers, without a temperature.
+
+    Raises `UserError` for real-valued data of which there is no picture.
+    """
+    if flow.levels is not None:
+        return images.grid(x, flow.levels, columns)
+    beside = data()
+    bounds = _bounds(beside)
+    z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
+    stages = _few(flow.bijection.stages(flow.place(z)), STAGES)
+    figure, panels = _figure(2, max(2 + len(temperatures), len(stages)))
+    first, *middle = panels[0][: 2 + len(temperatures)]
+    _scatter(first, f"data ({len(beside):,})", beside, bounds)
+    for axes, part, temperature in zip(middle, x.split(len(z)), temperatures, strict=False):
+        at = "" if temperature == 1 else f" at {temperature:g}"
+        _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
+    _density(middle[-1], flow, bounds)
+    colours = torch.atan2(z[:, 1], z[:, 0])
+    for i, (axes, stage) in enumerate(zip(panels[1], stages, strict=False)):
+        title = "base" if i == 0 else "data" if i == len(stages) - 1 else ""
+        _scatter(axes, title, stage, _bounds(stage), colours)
+    return _pixels(figure)
+
+
+def paths(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> Tensor:
+    """Paths `(P, S, C, H, W)`, uint8 `(3, H', W')`: a row of images each, or lines over the `data`."""
+    if flow.levels is not None:
+        return images.grid(rows.flatten(0, 1), flow.levels, rows.shape[1])
+    return _lines(rows, data())
+
+
+def path_frames(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> list[Tensor]:
+    """The pictures of an animation of paths `(P, S, C, H, W)`: of each step the images, or the lines until there."""
+    steps = range(rows.shape[1])
+    if flow.levels is not None:
+        return [images.grid(rows[:, step], flow.levels, len(rows)) for step in steps]
+    beside = data()
+    return [_lines(rows[:, : step + 1], beside) for step in steps]
+
+
+def _lines(rows: Tensor, beside: Tensor) -> Tensor:
+    figure, panels = _figure(1, 1, 2 * PANEL)
+    axes = panels[0][0]
+    _scatter(axes, "", beside, _bounds(beside))
+    for path in rows:
+        places = _line(path)
+        axes.plot(places[:, 0], places[:, 1], ".-", linewidth=1, markersize=3)
+        axes.plot(places[-1:, 0], places[-1:, 1], "ko", markersize=4)
+    return _pixels(figure)
+
+
+def _line(path: Tensor) -> Tensor:
+    """Where a path is in a picture, `(S + breaks, 2)`: on the sphere it may leave at one side and go on at another."""
+    places = coordinates(path)
+    if path.flatten(1).shape[1] == 3:
+        crossed = (places[:, 0].diff().abs() > math.pi).nonzero().flatten().numpy()
+        places = torch.from_numpy(np.insert(places.numpy(), crossed + 1, np.nan, axis=0))
+    return places
+
+
+def coordinates(x: Tensor) -> Tensor:
+    """Where points are in a picture: those of the plane or of the sphere, `(N, ...)` to `(N, 2)`."""
+    x = x.flatten(1).cpu().double()
+    if x.shape[1] == 3:
+        return torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], dim=1)
+    if x.shape[1] == 2:
+        return x
+    raise UserError(f"real-valued data of {x.shape[1]} dimensions have no picture; use --out FILE.npz")
+
+
+def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:
+    """Points of the data space at the centres of a regular mesh, `(side**2, C, 1, 1)`, and the area of one."""
+    left, right, bottom, top = bounds
+    width, height = (right - left) / side, (top - bottom) / side
+    middle = torch.arange(side, dtype=torch.float64) + 0.5
+    v, u = torch.meshgrid(bottom + height * middle, left + width * middle, indexing="ij")
+    u, v = u.flatten(), v.flatten()
+    if flow.shape[0] == 3:
+        radius = (1 - v.square()).clamp_min(0).sqrt()
+        points = torch.stack([radius * u.cos(), radius * u.sin(), v], dim=1)
+    else:
+        points = torch.stack([u, v], dim=1)
+    return points.to(flow.dtype).reshape(-1, *flow.shape), width * height
+
+
+def _bounds(x: Tensor) -> Bounds:
+    """The whole sphere; or all of the points, with a margin, in a square."""
+    if x.flatten(1).shape[1] == 3:
+        return -math.pi, math.pi, -1, 1
+    places = coordinates(x)
+    low, high = places.quantile(0.002, dim=0), places.quantile(0.998, dim=0)
+    middle, half = (low + high) / 2, 0.65 * float((high - low).max())
+    return tuple((middle[:, None] + torch.tensor([-half, half])).flatten().tolist())
+
+
+def _few(stages: Sequence[Tensor], count: int) -> list[Tensor]:
+    chosen = torch.linspace(0, len(stages) - 1, min(count, len(stages))).round().long().tolist()
+    return [stages[i] for i in chosen]
+
+
+def _figure(rows: int, columns: int, panel: float = PANEL) -> "tuple[Figure, list[list[Axes]]]":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(panel * columns, panel * rows), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).tolist()
+    for axes in [axes for row in panels for axes in row]:
+        axes.set_axis_off()
+    return figure, panels
+
+
+def _scatter(axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None) -> None:
+    places = coordinates(x)[:POINTS]
+    style = {"c": "tab:blue"} if colours is None else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
+    axes.scatter(places[:, 0], places[:, 1], s=2, linewidths=0, **style)
+    _frame(axes, title, bounds)
+
+
+@torch.no_grad()
+def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
+    points, _ = mesh(flow, bounds, MESH)
+    values = torch.cat([flow.log_prob(part).cpu() for part in points.split(4096)]).reshape(MESH, MESH)
+    # Ten nats below the peak is nothing to the eye, and far away the density falls without end.
+    axes.imshow(values, origin="lower", extent=bounds, aspect="auto", cmap="viridis", vmin=float(values.max()) - 10)
+    _frame(axes, "log-density", bounds)
+
+
+def _frame(axes: "Axes", title: str, bounds: Bounds) -> None:
+    axes.set_axis_on()
+    axes.set(xlim=bounds[:2], ylim=bounds[2:], xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+
+
+def _pixels(figure: "Figure") -> Tensor:
+    figure.canvas.draw()
+    rgba = torch.from_numpy(np.array(figure.canvas.buffer_rgba()))  # type: ignore[attr-defined]
+    return rgba[..., :3].movedim(-1, 0).contiguous()

@@ -1,0 +1,238 @@
+"""One HTML file about a model: what it is, how it learned, what it scores, draws and gives back, and its health."""
+
+import base64
+import functools
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+
+import flowtrain
+from flowtrain import charts, images, pictures, record
+from flowtrain.checkpoint import LoadedModel, run_of
+from flowtrain.console import duration
+from flowtrain.data import DataSet, Split, levels_in_words
+from flowtrain.doctor import Finding, examine
+from flowtrain.errors import RunError, UserError
+from flowtrain.evaluate import fitting_batch_size
+from flowtrain.flow import Flow
+from flowtrain.sample import sample
+
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
+SAMPLES = 16  # of each temperature, four in a row
+SHOWN = 8  # reconstructions, and samples with their nearest training images
+NEAREST = 3
+COMPARED = 16  # test images whose distance to the training images is what a sample's is compared with
+CHUNK = 2**22  # pixels of training images at a time
+HEALTH = 16  # how much longer the health table takes than any other part
+SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: what it shows, or why there is nothing to show."""
+
+    content: Any = None
+    problem: str = ""
+
+    @staticmethod
+    def of(make: Callable[[], Any]) -> "Part":
+        """What `make` gives. Missing data, or a model that fails, leave the rest of a report as it is."""
+        try:
+            return Part(make())
+        except (UserError, RunError, FloatingPointError) as error:
+            return Part(problem=str(error))
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images `(N, C, H, W)` that were encoded and decoded, the worst first."""
+
+    x: Tensor
+    back: Tensor
+    exact: int  # how many came back as they were
+    largest: int  # the largest difference of a pixel, in levels
+    difference: Tensor  # amplified, to be looked at
+    amplification: int
+
+
+def _levels(flow: Flow) -> int:
+    if flow.levels is None:
+        raise UserError("real-valued data are no images; their round trip is in the health table")
+    return flow.levels
+
+
+def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
+    """Encodes and decodes integers `x` `(N, C, H, W)`. Raises `FloatingPointError` where that is not finite."""
+    levels = _levels(flow)
+    back = torch.cat([flow.decode(flow.encode(part)).cpu() for part in x.split(fitting_batch_size(flow))])
+    difference = (back.int() - x.int()).abs()
+    by_image = difference.flatten(1).amax(dim=1)  # (N,)
+    worst = by_image.argsort(descending=True, stable=True)
+    amplification = max(1, levels // 4)  # one level is to be seen
+    seen = (amplification * difference).clamp(max=levels - 1).to(torch.uint8)
+    exact = int((by_image == 0).sum())
+    return Reconstructions(x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification)
+
+
+def nearest(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` images of a split nearest to each of the queries `(N, C, H, W)`, by L2 distance of pixels in 0..1.
+
+    Distances `(N, count)` in ascending order, and positions in the split `(N, count)`. The split is read in chunks.
+    """
+    # |q|^2 - 2 qx + |x|^2 of integers is exact in float64: a copy has distance 0.
+    q = queries.flatten(1).double()  # (N, D)
+    best, where = torch.empty(len(q), 0, dtype=q.dtype), torch.empty(len(q), 0, dtype=torch.int64)
+    chunk = max(1, CHUNK // q.shape[1])
+    for start in range(0, len(split), chunk):
+        x = split.take(slice(start, start + chunk)).flatten(1).double()
+        squared = q.square().sum(dim=1, keepdim=True) - 2 * q @ x.T + x.square().sum(dim=1)  # (N, B)
+        both = torch.cat([best, squared], dim=1)
+        positions = torch.cat([where, torch.arange(start, start + len(x)).expand_as(squared)], dim=1)
+        best, order = both.topk(min(count, both.shape[1]), largest=False)
+        where = positions.gather(1, order)
+    return best.sqrt() / (levels - 1), where
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(
+    model: LoadedModel,
+    data: DataSet | str,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    progress: Callable[[float, float, str], None] = lambda done, total, text: None,
+) -> tuple[str, list[str]]:
+    """The report of a model as HTML that needs no other file, and what is missing in it, a line each.
+
+    `data` are of the model's shape, or the reason why they are not there. The run's `metrics.jsonl` and evaluations are
+    read. `num_images` test images are reconstructed, and used for the health table.
+    """
+    temperatures = TEMPERATURES if model.flow.levels is not None else (1.0,)  # points are shown with much else
+    flow, run = model.flow, run_of(model.checkpoint.path)
+
+    def there() -> DataSet:
+        if isinstance(data, str):
+            raise UserError(data)
+        return data
+
+    def samples(temperature: float) -> Tensor:
+        x = sample(flow, SAMPLES if flow.levels is not None else pictures.POINTS, [temperature], seed)
+        return pictures.samples(flow, x, 4, seed, lambda: there().split("test").take(slice(0, pictures.POINTS)))
+
+    def health() -> list[tuple[Finding, list[Finding]]]:
+        def note(done: int, total: int) -> None:
+            progress(len(makers) + HEALTH * done // total, len(makers) + HEALTH, "health")
+
+        return by_check(examine(model, there(), num_images=num_images, seed=seed, progress=note))
+
+    makers: dict[str, Callable[[], Any]] = {
+        "curves": lambda: _curves(run, flow.unit),
+        "evaluations": lambda: _evaluations(run),
+        **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
+        "reconstructions": lambda: reconstruct(flow, there().split("test").take(slice(0, num_images))),
+        "nearest training images": lambda: _neighbours(flow, there(), seed),
+        "health": health,
+    }
+    parts = {}
+    for done, (name, make) in enumerate(makers.items()):
+        progress(done, len(makers) + HEALTH, name)
+        parts[name] = Part.of(make)
+    progress(1, 1, "")
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "duration": duration,
+        "grid": lambda x, columns=1: images.grid(x, _levels(flow), columns),
+        "png": _png,
+    }
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    html = template.render(
+        parts=parts,
+        model=model,
+        run=run,
+        name=run.resolve().name,
+        version=flowtrain.__version__,
+        parameters=sum(p.numel() for p in flow.parameters()),
+        seed=seed,
+        temperatures=temperatures,
+        levels=levels_in_words(flow.levels),
+        never=sys.float_info.max,  # the bound of what is never bad
+        shown=SHOWN,
+    )
+    return html, [f"{name}: {part.problem}" for name, part in parts.items() if part.problem]
+
+
+def _curves(run: Path, unit: str) -> dict[str, str]:
+    rows = record.read_rows(run / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{run / 'metrics.jsonl'}: it has no line yet")
+    return charts.report(rows, unit)
+
+
+def _evaluations(run: Path) -> list[tuple[Path, record.Evaluation]]:
+    files = sorted(run.glob("evaluate-*.json"))
+    if not files:
+        raise UserError(f"the model has not been evaluated; flowtrain evaluate {run} does it")
+    return [(file, record.read_evaluation(file)) for file in files]
+
+
+class Neighbour(NamedTuple):
+    """A training image: `(1, C, H, W)`, its position in the training split, and its distance to a sample."""
+
+    image: Tensor
+    position: int
+    distance: float
+
+
+class Neighbours(NamedTuple):
+    """Samples `(1, C, H, W)` with their nearest training images, and how far new images are from theirs."""
+
+    samples: list[tuple[Tensor, list[Neighbour]]]
+    typical: float  # median distance of test images to their nearest training image
+    compared: int  # of how many test images
+
+
+def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
+    levels, train = _levels(flow), data.split("train")
+    drawn, compared = sample(flow, SHOWN, [1.0], seed), data.split("test").take(slice(0, COMPARED))
+    distances, positions = nearest(torch.cat([drawn, compared]), train, levels, NEAREST)
+    samples = []
+    for one, near, found in zip(drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True):
+        alike = train.take(found).split(1)
+        samples.append((one, [Neighbour(*each) for each in zip(alike, found.tolist(), near.tolist(), strict=True)]))
+    return Neighbours(samples, distances[SHOWN:, 0].median().item(), len(compared))
+
+
+def by_check(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:
+    """Each check's worst finding with all of the check, worst first; the worst check first."""
+    checks: dict[str, list[Finding]] = {}
+    for finding in findings:
+        checks.setdefault(finding.check, []).append(finding)
+    ordered = [sorted(found, key=_rank) for found in checks.values()]
+    return sorted(((found[0], found) for found in ordered), key=lambda pair: SEVERITY[pair[0].verdict])
+
+
+def _rank(finding: Finding) -> tuple[int, float]:
+    return SEVERITY[finding.verdict], -finding.severity
+
+
+def _png(pixels: Tensor) -> str:
+    """A `(3, H, W)` uint8 picture as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

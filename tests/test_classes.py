@@ -1,0 +1,245 @@
+"""Class-conditional models: the prior, the likelihoods, labels through the data sets, and the commands."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import FOLDER, metrics, quick, sets, shared
+from helpers import SHARED, TINY, a_config, images, npz, perturb, seeded
+from PIL import Image
+from torch.distributions import Normal
+
+from flowtrain import distributed
+from flowtrain.checkpoint import build_flow
+from flowtrain.classes import ClassPrior
+from flowtrain.data import Batches, DataSet
+from flowtrain.dequantize import draw_noise
+from flowtrain.errors import UserError
+from flowtrain.evaluate import score
+from flowtrain.flow import initialize
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return perturb(ClassPrior(3, (2, 1, 2)), 0.7)
+
+
+def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
+    z = torch.randn(5, 10, generator=seeded())
+    log_scale = 8 * torch.tanh(prior.log_scale / 8)
+    for label in range(3):
+        mean, scale = (p[label].repeat_interleave(2) for p in (prior.mean, log_scale.exp()))
+        expected = Normal(0, 1).log_prob(z[:, :6]).sum(1) + Normal(mean, scale).log_prob(z[:, 6:]).sum(1)
+        torch.testing.assert_close(prior.log_prob(z, torch.full((5,), label)), expected)
+        torch.testing.assert_close(prior.by_class(z)[:, label], expected)
+    of_each = prior.log_prob(z, torch.tensor([0, 1, 2, 0, 1]))
+    torch.testing.assert_close(of_each, prior.by_class(z)[range(5), [0, 1, 2, 0, 1]])
+
+
+def test_draws_of_a_class(prior):
+    draws = prior.from_normal(torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)).detach()
+    mean, scale = draws[:, 6:].mean(0), draws[:, 6:].std(0)
+    torch.testing.assert_close(mean, prior.mean[1].repeat_interleave(2).detach(), atol=0.05, rtol=0)
+    expected = (8 * torch.tanh(prior.log_scale[1] / 8)).exp().repeat_interleave(2).detach()
+    torch.testing.assert_close(scale, expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(draws[:, :6].std(0), torch.ones(6), rtol=0.03, atol=0)
+
+
+def test_before_training_all_classes_are_the_standard_normal():
+    z = torch.randn(4, 6, generator=seeded())
+    torch.testing.assert_close(ClassPrior(5, (6,)).by_class(z), Normal(0, 1).log_prob(z).sum(1, True).expand(4, 5))
+
+
+def conditional(model="glow", classes=3):
+    config = a_config({"name": model, "classes": classes, **TINY[model]})
+    flow = perturb(build_flow(config, SHAPE, 256))
+    x = images(64, SHAPE)
+    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    return flow
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
+    flow = conditional(model).double()
+    x = images(6, SHAPE)
+    given = torch.stack([flow.log_prob(x, seeded(), torch.full((6,), label)) for label in range(3)])
+    assert given.std(dim=0).min() > 1e-3
+    torch.testing.assert_close(flow.log_prob(x, seeded()), given.logsumexp(dim=0) - math.log(3))
+    mixed = flow.log_prob(x, seeded(), torch.tensor([0, 1, 2, 0, 1, 2]))
+    torch.testing.assert_close(mixed, given[[0, 1, 2, 0, 1, 2], range(6)])
+    mixed.sum().backward()
+    assert flow.class_prior.mean.grad.abs().min() > 0 and flow.class_prior.log_scale.grad.abs().min() > 0
+
+
+def test_images_come_back_and_samples_have_a_class():
+    flow = conditional()
+    x = images(8, SHAPE)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+    labels = torch.tensor([2] * 8)
+    of_class = flow.sample(8, generator=seeded(), labels=labels)
+    by_turns = flow.sample(8, generator=seeded())
+    assert torch.equal(of_class[2::3], by_turns[2::3]) and not torch.equal(of_class[0], by_turns[0])
+    with pytest.raises(ValueError, match="classes in 0..2, got .3."):
+        flow.sample(1, labels=torch.tensor([3]))
+    with pytest.raises(ValueError, match="not class-conditional"):
+        build_flow(a_config("nice"), SHAPE, 256).place(torch.zeros(1, 16), torch.tensor([0]))
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(path, count=50, **options):
+    """Images whose class is in their first pixel."""
+    section = npz(path, train=count, test=20, validation=10, **options)
+    arrays = dict(np.load(path))
+    arrays |= {f"y_{part}": arrays[f"x_{part}"][:, :1, 0, 0] % 3 for part in ("train", "test")}
+    np.savez(path, **arrays)
+    return section
+
+
+@pytest.mark.parametrize("streamed", [{}, {"max_in_memory": 0, "workers": 1}])
+def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
+    section = labelled(tmp_path / "a.npz")
+    config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data={**section, **streamed})
+    data = DataSet(config.data)
+    for rank, world in [(0, 1), (1, 2)]:
+        monkeypatch.setattr(distributed, "_group", distributed._Group(None, rank, world) if world > 1 else None)
+        batches = Batches(data, config, 7, torch.device("cpu"))
+        stream = batches.labelled_from(4)
+        for _ in range(12):  # over the end of the data
+            x, labels = next(stream)
+            assert torch.equal(labels, (x[:, 0, 0, 0] % 3).long())
+        stream.close()
+        assert torch.equal(next(batches.starting_at(4)), next(batches.labelled_from(4))[0])
+    for name, count in [("train", 40), ("validation", 10), ("test", 20)]:
+        split = data.split(name)
+        assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long()) and len(split) == count
+    unlabelled = Batches(data, a_config("glow", data=section), 7, torch.device("cpu"))
+    assert next(unlabelled.labelled_from(0))[1] is None
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    def batches(section, classes=2):
+        config = a_config({"name": "glow", "classes": classes, **TINY["glow"]}, data=section)
+        return Batches(DataSet(config.data), config, 7, torch.device("cpu"))
+
+    with pytest.raises(UserError, match="model.classes: 2, but npz has the labels 0..2"):
+        batches(labelled(tmp_path / "a.npz"))
+    with pytest.raises(UserError, match="model.classes: 2, but npz has no labels"):
+        batches(npz(tmp_path / "b.npz"))
+    section = labelled(tmp_path / "c.npz")
+    for labels in (np.zeros(49, int), np.zeros(50)):
+        np.savez(tmp_path / "c.npz", **{**np.load(tmp_path / "c.npz"), "y_train": labels})
+        with pytest.raises(UserError, match="y_train in .*c.npz is .*: expected a whole number for each of the 50"):
+            batches(section)
+
+
+def test_labels_without_a_test_split_of_their_own(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (30, 4, 4), "u1")
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=x[:, 0, 0])
+    data = DataSet(a_config(data={"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0}).data)
+    for name, count in [("train", 27), ("test", 3)]:
+        split = data.split(name)
+        assert torch.equal(split.labels, split.take(slice(None))[:, 0, 0, 0].long()) and len(split) == count
+
+
+def test_labels_of_the_digits():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    known = {image.tobytes(): target for image, target in zip(digits.images.astype("u1"), digits.target, strict=True)}
+    for name in ("train", "test"):
+        split = DataSet(a_config().data).split(name)
+        assert [known[x.numpy().tobytes()] for x in split.take(slice(None))] == split.labels.tolist()
+
+
+@shared
+def test_labels_of_mnist():
+    split = DataSet(a_config(data={"name": "mnist", "root": str(SHARED)}).data).split("test")
+    assert split.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+RUN = [*sets(model__classes=10, model__steps=2, model__width=16, train__num_steps=150, train__batch_size=64)]
+RUN += sets(train__lr=5e-3, train__log_every=10, train__validate_every=50, train__checkpoint_every=75)
+
+
+@pytest.fixture(scope="module")
+def run():
+    quick("train", *RUN, "--run-dir", "conditional", cwd=FOLDER).ok()
+    return FOLDER / "conditional"
+
+
+def test_evaluation_adds_the_accuracy(run, tmp_path):
+    result = json.loads(quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok().out)
+    assert 0.3 < result["accuracy"] < 1
+    assert result["accuracy_stderr"] == pytest.approx(
+        math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / 180), rel=1e-6
+    )
+    # log P(x) is at least log P(x | class) - log 10, and for most images less than log P(x | class).
+    assert result["bits_per_dim"] - math.log2(10) / 64 < result["bits_per_dim_given_class"]
+    with (tmp_path / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    labels = DataSet(a_config().data).split("test").labels.tolist()
+    hits = [int(row["predicted_class"]) == label for row, label in zip(rows, labels, strict=True)]
+    assert np.mean(hits) == pytest.approx(result["accuracy"])
+    several = json.loads(quick("evaluate", run, "--json", "-", "--samples", 3, cwd=tmp_path).ok().out)
+    assert several["accuracy"] != result["accuracy"] or several["bits_per_dim"] < result["bits_per_dim"]
+
+
+def test_bounds_by_class_are_those_of_the_draws(run):
+    flow = conditional().eval().requires_grad_(False)
+    x = images(9, SHAPE).numpy()
+    from flowtrain.data import Split
+
+    scores = score(flow, Split(x, np.arange(9), 0), samples=2, batch_size=4)
+    assert scores.draws_by_class.shape == (2, 3, 9)
+    torch.testing.assert_close(scores.draws, scores.draws_by_class.logsumexp(dim=1) - math.log(3))
+    torch.testing.assert_close(scores.base + scores.log_det, scores.draws[0])
+
+
+def test_samples_have_a_row_a_class(run, tmp_path):
+    quick("sample", run, "--classes", "3,0", "--num", 5, "--out", "s.npz", cwd=tmp_path).ok()
+    drawn = np.load(tmp_path / "s.npz")
+    assert drawn["classes"].tolist() == [3] * 5 + [0] * 5 and len(drawn["images"]) == 10
+    quick("sample", run, "--classes", "0", "--num", 5, "--out", "0.npz", cwd=tmp_path).ok()
+    assert np.array_equal(np.load(tmp_path / "0.npz")["images"], drawn["images"][5:])
+    quick("sample", run, "--classes", "3,0", "--num", 5, "--out", "s.png", cwd=tmp_path).ok()
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.size == (5 * 34 + 2, 2 * 34 + 2)
+    quick("sample", run, "--classes", "10", cwd=tmp_path).failed(2, "--classes 10", "0..9")
+    quick("sample", run, "--classes", "a", cwd=tmp_path).failed(2, "--classes a", "whole numbers")
+
+
+def test_resumed_with_labels(run):
+    """The loss is the class-conditional one, and what resuming goes on with."""
+    losses = [row["bits_per_dim"] for row in metrics(run) if row["split"] == "train"]
+    assert losses[0] - losses[-1] > 0.5
+
+
+def test_from_one_class_to_another(run, tmp_path):
+    options = ["--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5]
+    quick("interpolate", run, *options, "--out", "i.png", cwd=tmp_path).ok()
+    with Image.open(tmp_path / "i.png") as picture:
+        assert picture.size == (5 * 34 + 2, 3 * 34 + 2)
+        first = np.asarray(picture.convert("L"))[2:34, 2:34][::4, ::4]
+    split = DataSet(a_config().data).split("test")
+    of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
+    assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())
+    quick("interpolate", run, "--from-class", 4, cwd=tmp_path).failed(2, "--from-class and --to-class")
+    quick("interpolate", run, *options[:2], "--to-class", 12, cwd=tmp_path).failed(2, "--to-class 12", "0 images")
+    words = ["--images", "a.png", "b.png"]
+    quick("interpolate", run, *options, *words, cwd=tmp_path).failed(2, "--images", "--from-class")
+
+
+def test_an_unconditional_model_has_no_classes_to_sample(tmp_path):
+    quick("train", *RUN[8:], *sets(train__num_steps=1), "--run-dir", "r", cwd=tmp_path).ok()
+    quick("sample", "r", "--classes", "1", cwd=tmp_path).failed(2, "--classes 1", "not class-conditional")
+    quick("interpolate", "r", "--from-class", 1, "--to-class", 2, cwd=tmp_path).ok()
+    quick("train", *sets(model__classes=5), cwd=tmp_path).failed(2, "model.classes: 5", "labels 0..9")

@@ -1,0 +1,346 @@
+"""Continuous flows: an equation with a known solution, the trace and its estimate, batches, gradients, the command."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from cli_helpers import metrics, quick, sets
+from helpers import TINY, a_config, perturb, ready, seeded
+from torch import nn
+
+from flowtrain import pictures
+from flowtrain.bijections import ActNorm, Continuous, Sequential
+from flowtrain.bijections import continuous as module
+from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, ConcatSquash, Dynamics, random_signs
+from flowtrain.checkpoint import build_flow
+from flowtrain.data import DataSet
+from flowtrain.evaluate import score
+from flowtrain.flow import initialize
+from flowtrain.memory import memory_mode
+from flowtrain.models import cnf
+
+TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
+
+
+def layer_of(dims, width=8, hidden_layers=2, scale=0.3, seed=0, **options):
+    torch.manual_seed(seed)
+    return perturb(Continuous(Dynamics(dims, width, hidden_layers), **options), scale, seed)
+
+
+class Linear(nn.Module):
+    """`f(x, t) = A x + t b`."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, t, x, probes):
+        return x @ self.a.T + t * self.b, (probes @ self.a.T * probes).sum(dim=(1, 2)).expand(len(x))
+
+
+# --- the solution -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
+def test_a_linear_equation(solver):
+    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, which is one matrix exponential; the log-determinant is tr A."""
+    a = torch.randn(3, 3, generator=seeded(), dtype=torch.float64)
+    b = torch.randn(3, generator=seeded(1), dtype=torch.float64)
+    x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
+    # (x, t b, b)' = M (x, t b, b)
+    one, zero = torch.eye(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    matrix = torch.cat([torch.cat(row, dim=1) for row in ([a, one, zero], [zero, zero, one], [zero, zero, zero])])
+    start = torch.cat([x, torch.zeros_like(x), b.expand(5, 3)], dim=1)
+    expected = (start @ torch.linalg.matrix_exp(matrix).T)[:, :3]
+    layer = Continuous(Linear(a, b), solver, 1e-10, 1e-10)
+    with torch.no_grad():
+        z, log_det = layer(x)
+        back, inverse_log_det = layer.inverse(z)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)
+    for found, sign in ((log_det, 1), (inverse_log_det, -1)):
+        torch.testing.assert_close(found, sign * a.trace().expand(5), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("gradient, share", [(True, 1.0), (False, EVALUATION)])
+def test_the_tolerances_hold(tolerance, gradient, share):
+    x = torch.randn(20, 4, generator=seeded(), dtype=torch.float64)
+    exact = layer_of(4, scale=0.6, **TIGHT).double()
+    layer = layer_of(4, scale=0.6, rtol=tolerance, atol=tolerance).double()
+    with torch.set_grad_enabled(gradient):
+        found, expected = layer(x), exact(x)
+    error = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+    assert tolerance * share / 100 < error < 3 * tolerance * share
+
+
+def test_smaller_tolerances_than_float32_has():
+    x = torch.randn(20, 4, generator=seeded())
+    layer, exact = layer_of(4, rtol=1e-12, atol=1e-12), layer_of(4, **TIGHT).double()
+    with torch.no_grad():
+        for found, expected in zip(layer(x), exact(x.double()), strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert layer.evaluations < 200
+
+
+def test_more_evaluations_for_less_error():
+    x = torch.randn(20, 4, generator=seeded())
+    counts = []
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        layer = layer_of(4, scale=1.0, rtol=tolerance, atol=tolerance)
+        calls = []
+        layer.conditioner.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        for _ in range(2):  # counted anew each time
+            calls.clear()
+            layer(x)
+            assert layer.evaluations == len(calls)
+        counts.append(layer.evaluations)
+        assert layer.metrics() == {"function_evaluations": len(calls), "rtol": tolerance, "atol": tolerance}
+    assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
+
+
+def test_concatsquash_by_hand():
+    layer = ConcatSquash(2, 3)
+    t, x, tangents = torch.tensor(0.3), torch.randn(5, 2), torch.randn(5, 4, 2)
+    slope, offset = layer.gate
+    gate = torch.sigmoid(0.3 * slope + offset)
+    value, along = layer(t, x, tangents)
+    torch.testing.assert_close(value, (x @ layer.weight.T + layer.bias) * gate + 0.3 * layer.drift)
+    torch.testing.assert_close(along, (tangents @ layer.weight.T) * gate)
+
+
+def test_stages_are_on_the_way():
+    layer = layer_of(3, **TIGHT).double()
+    z = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)
+    stages = layer.stages(z)
+    assert len(stages) == STAGES + 1 and torch.equal(stages[0], z) and not stages[-1].requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(stages[-1], layer.inverse(z)[0], rtol=0, atol=1e-10)
+        # The velocity at a moment, from its neighbours.
+        middle = STAGES // 2
+        velocity, _ = layer.conditioner(torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64))
+        change = (stages[middle - 1] - stages[middle + 1]) * STAGES / 2
+    torch.testing.assert_close(change, velocity, rtol=0.05, atol=0.02)
+
+
+# --- the trace --------------------------------------------------------------------------------------------------------
+
+
+def test_the_trace_is_that_of_the_jacobian():
+    dynamics = perturb(Dynamics(5, 7, 2)).double()
+    t, x = torch.tensor(0.4, dtype=torch.float64), torch.randn(3, 5, generator=seeded(), dtype=torch.float64)
+    probes = torch.eye(5, dtype=torch.float64)[None]
+    jacobians = torch.stack(
+        [torch.autograd.functional.jacobian(lambda v: dynamics(t, v[None], probes)[0][0], row) for row in x]
+    )
+    torch.testing.assert_close(dynamics(t, x, probes)[1], jacobians.diagonal(dim1=1, dim2=2).sum(1))
+    signs = random_signs(x)
+    expected = torch.einsum("bi,bij,bj->b", signs, jacobians, signs)
+    torch.testing.assert_close(dynamics(t, x, signs[:, None])[1], expected)
+
+
+def test_the_estimate_is_unbiased():
+    """Over many probes of one point, within a few standard errors of the exact value."""
+    layer = layer_of(20, 16, trace="hutchinson")
+    x = torch.randn(1, 20, generator=seeded())
+    with torch.no_grad():
+        exact = layer(x)[1].item()
+    # The same point up to rounding, with other signs.
+    near = (x + 1e-6 * torch.randn(4000, 20, generator=seeded(1))).requires_grad_()
+    estimates = layer(near)[1].detach()
+    error = estimates.std().item() / math.sqrt(4000)
+    assert 0 < error < 0.1 and abs(estimates.mean().item() - exact) < 4 * error
+
+
+@pytest.mark.parametrize("trace", ["auto", "exact", "hutchinson"])
+@pytest.mark.parametrize("dims", [EXACT_DIMS, EXACT_DIMS + 1])
+def test_when_the_trace_is_exact(trace, dims):
+    layer = layer_of(dims, trace=trace, rtol=1e-6, atol=1e-6)
+    x = torch.randn(4, dims, generator=seeded())
+    with torch.no_grad():
+        z, exact = layer(x)
+        torch.testing.assert_close(layer.inverse(z)[1], -exact, rtol=0, atol=1e-4)
+    recorded = layer(x)[1].detach()
+    estimates = trace == "hutchinson" or (trace == "auto" and dims > EXACT_DIMS)
+    assert torch.allclose(recorded, exact, rtol=0, atol=1e-5) != estimates
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint"])
+def test_computing_again_uses_the_same_signs(mode):
+    """In the forward pass of `train.memory: checkpoint` no gradient is recorded, but one is to come."""
+    chain, x = Sequential(layer_of(20, trace="hutchinson")), torch.randn(4, 20, generator=seeded())
+    log_dets = []
+    for current in ("store", mode):
+        chain.zero_grad()
+        with memory_mode(current):
+            log_det = chain(x)[1]
+            log_det.sum().backward()
+        log_dets.append((log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None]))
+    torch.testing.assert_close(log_dets[0], log_dets[1], rtol=1e-6, atol=1e-6)
+
+
+def test_signs_are_a_function_of_the_example():
+    x = torch.randn(500, 40, generator=seeded())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    signs = random_signs(x)
+    assert torch.equal(torch.get_rng_state(), before) and set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert signs.dtype == x.dtype and torch.equal(random_signs(x[7:9]), signs[7:9])
+    moved = random_signs(torch.nextafter(x, x + 1))
+    for other in (moved, signs.roll(1, 0)):  # as good as independent
+        assert abs((signs * other).mean().item()) < 4 / math.sqrt(signs.numel())
+    assert signs.mean(0).abs().max() < 5 / math.sqrt(500)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_batch_mates_change_nothing_beyond_rounding():
+    """Below 1e-5 bits/dim with the default tolerances, though steps are those that the worst of them needs."""
+    layer = layer_of(64, 16, scale=0.5)
+    x = torch.randn(20, 64, generator=seeded())
+
+    def log_probs(part):
+        z, log_det = layer(part)
+        return log_det - 0.5 * z.square().sum(dim=1), layer.evaluations
+
+    with torch.no_grad():
+        together, evaluations = log_probs(x)
+        for size in (1, 7):
+            parts, counts = zip(*(log_probs(part) for part in x.split(size)), strict=True)
+            difference = (torch.cat(parts) - together).abs().max().item() / (64 * math.log(2))
+            assert 0 < difference < 1e-5
+            assert min(counts) < evaluations
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_example_that_is_not_finite_is_alone(bad):
+    layer, x = layer_of(3), torch.randn(4, 3, generator=seeded())
+    broken = x.clone()
+    broken[1, 2] = bad
+    for function in (layer.forward, layer.inverse):
+        z, log_det = function(broken)
+        assert z[1].isnan().all() and log_det[1].isnan()
+        others = [0, 2, 3]
+        expected, expected_log_det = function(x[others])
+        torch.testing.assert_close(z[others], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(log_det[others], expected_log_det, rtol=0, atol=1e-4)
+
+
+def test_too_many_steps_are_not_a_number(monkeypatch):
+    monkeypatch.setattr(module, "MAX_STEPS", 2)
+    layer = layer_of(3, scale=3.0)
+    x = torch.randn(4, 3, generator=seeded()).requires_grad_()
+    z, log_det = layer(x)
+    assert z.isnan().all() and log_det.isnan().all() and z.shape == x.shape
+    log_det.sum().backward()  # the trainer looks at the loss after it
+    with torch.no_grad():
+        layer.conditioner.layers[0].weight.fill_(math.nan)
+    assert layer(x)[0].isnan().all()
+    assert all(stage.isnan().all() for stage in layer.stages(x.detach())[1:])
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_the_adjoint_has_the_same_gradients(direction, trace):
+    gradients, evaluations = [], []
+    for adjoint in (False, True):
+        layer = layer_of(5, trace=trace, adjoint=adjoint, **TIGHT).double()
+        x = torch.randn(4, 5, generator=seeded(), dtype=torch.float64).requires_grad_()
+        z, log_det = getattr(layer, direction)(x)
+        before = layer.evaluations
+        (z.sin().sum() + (log_det * torch.arange(1, 5)).sum()).backward()
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+        evaluations.append(layer.evaluations - before)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-8)
+    assert evaluations[0] == 0 < evaluations[1]
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_size_by_hand():
+    sizes = [(12, 7), (7, 7), (7, 12)]
+    block = 2 * 12 + sum(a * b + b + 3 * b for a, b in sizes)
+    model = cnf.build((3, 2, 2), blocks=2, width=7, hidden_layers=2)
+    assert sum(p.numel() for p in model.parameters()) == 2 * block
+    assert [type(m).__name__ for m in model.layers] == ["Flatten", *["ActNorm", "Continuous"] * 2]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
+    """In float32, with weights that bend the plane."""
+    torch.manual_seed(seed)
+    config = a_config({"name": "cnf", "width": 16, "hidden_layers": 2}, data={"name": "pinwheel", "count": 300})
+    flow = perturb(build_flow(config, (2, 1, 1), None), 0.7, seed)
+    x = DataSet(config.data).split("train").take(slice(None))
+    initialize(flow, x, torch.zeros_like(x))
+    cells, area = pictures.mesh(flow, (-12, 12, -12, 12), 240)
+    with torch.no_grad():
+        density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
+    assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)
+    assert flow.bijection.layers[-1].evaluations > 15  # it does something
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    config = a_config({"name": "cnf", "width": 16, "hidden_layers": 1}, data={"name": "digits"})
+    flow = perturb(build_flow(config, (1, 8, 8), 17), 0.1)
+    split = DataSet(config.data).split("test")
+    x = split.take(slice(0, 60))
+    initialize(flow, x, torch.rand(x.shape, generator=seeded()))
+    bits = [flow.loss(score(flow, split, num_images=60, batch_size=size).log_prob) for size in (60, 7, 1)]
+    torch.testing.assert_close(bits[1], bits[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(bits[2], bits[0], rtol=0, atol=1e-5)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+RUN = [*sets(data__name="digits", model__name="cnf", model__width=8, model__hidden_layers=1, train__num_steps=6)]
+RUN += sets(train__log_every=1, train__validate_every=3, train__checkpoint_every=3, train__sample_every=6)
+RUN += sets(train__batch_size=32, train__lr=1e-2)
+
+
+def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
+    quick("train", *RUN, "--run-dir", "a", cwd=tmp_path).ok()
+    rows = metrics(tmp_path / "a")
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["function_evaluations"] > 5 for row in train] == [True] * 6
+    assert {(row["rtol"], row["atol"]) for row in train} == {(1e-4, 1e-4)}
+    assert not any("function_evaluations" in row for row in rows if row["split"] == "validation")
+    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]
+    assert (written["rtol"], written["atol"], written["solver"], written["trace"]) == (1e-4, 1e-4, "dopri5", "auto")
+    quick("train", *RUN, "--run-dir", "b", *sets(train__num_steps=3), cwd=tmp_path).ok()
+    more = ["--resume", "b/checkpoints/last.safetensors", "--run-dir", "b"]
+    quick("train", *RUN, *more, cwd=tmp_path).ok()
+    losses, again = (
+        [(row["bits_per_dim"], row.get("function_evaluations")) for row in metrics(tmp_path / name)] for name in "ab"
+    )
+    assert again == losses
+    result = json.loads(quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok().out)
+    assert result["max_reconstruction_error"] < 0.01 and 3 < result["bits_per_dim"] < 7
+    quick("sample", "a", "--num", 4, "--out", "s.png", cwd=tmp_path).ok()
+    assert (tmp_path / "s.png").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("rtol", 0), ("atol", 1), ("solver", "euler"), ("trace", "none"), ("blocks", 0), ("hidden_layers", 0)],
+)
+def test_wrong_options(option, value, tmp_path):
+    quick("train", *RUN, *sets(**{f"model__{option}": value}), cwd=tmp_path).failed(2, f"model.{option}", str(value))
+
+
+def test_without_the_extra(tmp_path):
+    done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")  # not installed
+    done.failed(2, "model.name: cnf needs the package torchdiffeq: pip install 'flowtrain[cnf]'")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_tiny_model_is_ready():
+    flow = ready(cnf.build((1, 2, 2), **TINY["cnf"]))
+    assert sum(isinstance(m, ActNorm) for m in flow.layers) == 2

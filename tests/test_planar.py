@@ -1,0 +1,183 @@
+"""Planar layers: their constraint, its edge, and the inverse at it."""
+
+import math
+
+import pytest
+import torch
+from helpers import perturb, ready, seeded, tiny_flow
+
+from flowtrain.bijections import Planar
+from flowtrain.bijections.planar import MIN_DERIVATIVE
+from flowtrain.models import planar
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def layer_of(w, u, b=0.0, dtype=torch.float64):
+    layer = Planar(len(w)).to(dtype)
+    with torch.no_grad():
+        for parameter, value in ((layer.w, w), (layer.u, u), (layer.b, b)):
+            parameter.copy_(torch.as_tensor(value, dtype=torch.float64))
+    return layer
+
+
+def at_the_edge(dims=5, b=0.3, dtype=torch.float64):
+    """`w^T u` would be -20 or so: it is brought to `-1 + MIN_DERIVATIVE`."""
+    w, aside = torch.randn(2, dims, generator=seeded(), dtype=torch.float64)
+    return layer_of(w, -20 * w / w.square().sum() + aside, b, dtype)
+
+
+def test_the_formula():
+    w, u, b = torch.tensor([0.5, -1.0]), torch.tensor([0.3, 0.4]), 0.2
+    x = torch.tensor([[1.0, 2.0], [-0.5, 0.1]])
+    a = x @ w + b
+    u_hat = u + (0.999 * math.expm1(-0.25 / 0.999) + 0.25) * w / 1.25  # w^T u = -0.25
+    z, log_det = layer_of(w, u, b, torch.float32)(x)
+    torch.testing.assert_close(z, x + torch.tanh(a)[:, None] * u_hat, rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_det, (1 + (1 - torch.tanh(a) ** 2) * (u_hat @ w)).log(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("product", [0.0, 0.3, 40.0])
+def test_u_stays_where_the_constraint_holds(product):
+    layer = layer_of([1.0, 2.0], [product + 0.6, -0.3])
+    u, found = layer.constrained()
+    torch.testing.assert_close(u, layer.u, rtol=0, atol=1e-12)
+    assert found.item() == pytest.approx(product, abs=1e-12)
+
+
+@pytest.mark.parametrize("product", [-0.01, -0.9, -1.0, -3.0, -100.0, -1e4])
+@DTYPES
+def test_the_constraint(product, dtype):
+    """`w^T u` above -1, and u moved along w alone."""
+    w = torch.tensor([1.0, 2.0, -1.0], dtype=dtype)
+    aside = torch.tensor([1.0, 0.0, 1.0], dtype=dtype)
+    layer = layer_of(w, product * w / 6 + aside, dtype=dtype)
+    u, found = layer.constrained()
+    assert -1 + MIN_DERIVATIVE - 1e-6 <= found.item() < 0
+    if product > -5:
+        assert found.item() > product
+    precision = 40 * torch.finfo(dtype).eps
+    assert (w @ u).item() == pytest.approx(found.item(), abs=precision * max(1, abs(product)))
+    torch.testing.assert_close(u - found * w / 6, aside, rtol=0, atol=precision * max(1, abs(product)))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-8, 1e-3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_vanishing_w(scale, sign):
+    """No division by it, nor by its square, which is zero before it is."""
+    layer = layer_of(scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2]), 0.5, torch.float32)
+    x = torch.randn(6, 2, generator=seeded())
+    z, log_det = layer(x)
+    expected = x + math.tanh(0.5) * layer.u
+    torch.testing.assert_close(z, expected.detach(), rtol=0, atol=10 * scale + 1e-6)
+    torch.testing.assert_close(log_det, torch.zeros(6), rtol=0, atol=10 * scale)
+    torch.testing.assert_close(layer.inverse(z)[0], x, rtol=0, atol=1e-5)
+    (z.square().sum() + log_det.sum()).backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() < 1e3
+
+
+# ---------------------------------------------------------------- the edge
+
+
+@DTYPES
+def test_a_layer_at_the_edge_still_inverts(dtype):
+    """Along w the derivative is 0.001 at `w^T x + b = 0`: what a rounding of z does there to x is 1000 of it."""
+    layer = at_the_edge(dtype=dtype)
+    u, product = layer.constrained()
+    assert product.item() == pytest.approx(-1 + MIN_DERIVATIVE, abs=1e-6)
+    near = torch.cat([torch.zeros(1), 10.0 ** torch.arange(-9, 3)]).to(dtype)
+    c = torch.cat([near, -near])  # w^T x + b
+    aside = torch.randn(len(c), 5, generator=seeded(2), dtype=dtype)
+    w = layer.w.detach()
+    x = aside + ((c - layer.b.detach() - aside @ w) / w.square().sum())[:, None] * w
+    with torch.no_grad():
+        z, log_det = layer(x)
+        back, inverse_log_det = layer.inverse(z)
+        again, _ = layer(back)
+    assert log_det.isfinite().all() and log_det.min() >= math.log(MIN_DERIVATIVE) - 1e-3
+    assert log_det[0].item() == pytest.approx(math.log(MIN_DERIVATIVE), abs=1e-3)
+    rounding = torch.finfo(dtype).eps * z.abs().amax(dim=1).clamp(min=10)
+    assert ((again - z).abs().amax(dim=1) < 10 * rounding).all()
+    assert ((back - x).abs().amax(dim=1) < 10 * rounding / log_det.exp()).all()
+    precision = 2e-2 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=0, atol=precision)
+
+
+@DTYPES
+def test_the_equation_is_solved_to_float_precision(dtype):
+    """In one dimension, with w = 1 and b = 0, nothing is rounded but the equation itself."""
+    layer = layer_of([1.0], [-20.0], dtype=dtype)
+    _, product = layer.constrained()
+    exact = torch.cat([torch.linspace(-6, 6, 4001), 10.0 ** torch.linspace(-12, 4, 200)]).double()
+    # Backwards from x, in float64, rounded once.
+    z = (exact + product.double() * exact.tanh()).to(dtype)
+    with torch.no_grad():
+        x = layer.inverse(z[:, None])[0][:, 0]
+    slope = 1 + product.double() * (1 - exact.tanh() ** 2)
+    allowed = torch.finfo(dtype).eps * (exact.abs() + z.abs()) / slope + 1e-3 * torch.finfo(dtype).eps
+    assert ((x.double() - exact).abs() <= 4 * allowed).all()
+
+
+def test_gradients_at_the_edge():
+    layer = at_the_edge(3)
+    z = torch.randn(4, 3, generator=seeded(3), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, w, u, b: functional(layer, z, w, u, b), (z, *layer.parameters()))
+
+
+def functional(layer, z, w, u, b):
+    return torch.func.functional_call(Inverse(layer), {"layer.w": w, "layer.u": u, "layer.b": b}, (z,))
+
+
+class Inverse(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z):
+        return self.layer.inverse(z)
+
+
+def test_far_out_and_not_a_number():
+    layer = at_the_edge(2, dtype=torch.float32)
+    z = torch.tensor([[1e6, -1e6], [1e30, 1e30], [float("nan"), 0.0], [0.0, 1.0]])
+    with torch.no_grad():
+        x, log_det = layer.inverse(z)
+        torch.testing.assert_close(layer(x[[0, 1, 3]])[0], z[[0, 1, 3]], rtol=1e-6, atol=1e-5)
+    assert x[2, 0].isnan() and log_det[2].isnan() and log_det[[0, 1, 3]].isfinite().all()
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("shape, layers", [((2, 1, 1), 32), ((1, 8, 8), 16), ((1, 28, 28), 8)])
+def test_round_trip(shape, layers):
+    torch.manual_seed(0)
+    flow = ready(perturb(planar.build(shape, layers=layers), 0.3))
+    z = torch.randn(50, math.prod(shape), generator=seeded())
+    with torch.no_grad():
+        x, inverse_log_det = flow.inverse(z)
+        again, log_det = flow(x)
+    assert x.shape == (50, *shape)
+    torch.testing.assert_close(again, z, rtol=0, atol=1e-3)
+    torch.testing.assert_close(log_det, -inverse_log_det, rtol=0, atol=1e-2)
+
+
+def test_a_plane_has_a_density_of_one():
+    torch.manual_seed(0)
+    flow = ready(perturb(planar.build((2, 1, 1), layers=8), 1.0)).double()
+    points = torch.linspace(-12, 12, 500, dtype=torch.float64)
+    grid = torch.cartesian_prod(points, points).reshape(-1, 2, 1, 1)
+    with torch.no_grad():
+        x, _ = flow.inverse(torch.randn(500, 2, generator=seeded(), dtype=torch.float64))
+        scale, middle = x.std(0), x.mean(0)
+        z, log_det = flow(grid * scale + middle)
+    log_density = log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + scale.log().sum()
+    area = (points[1] - points[0]) ** 2
+    assert (log_density.exp().sum() * area).item() == pytest.approx(1, abs=0.01)
+
+
+def test_samples_are_decoded_to_what_was_encoded():
+    flow = tiny_flow("planar", (1, 3, 3))
+    x = flow.sample(16, generator=seeded())
+    assert torch.equal(flow.decode(flow.encode(x)), x)

@@ -1,0 +1,253 @@
+"""Real-valued points: the data sets, the likelihood in nats, densities that integrate to 1, commands and pictures."""
+
+import importlib
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import metrics, quick, sets, summary
+from helpers import TINY, a_config, perturb, seeded
+from PIL import Image
+
+from flowtrain import pictures
+from flowtrain.bijections import ActNorm
+from flowtrain.checkpoint import build_flow
+from flowtrain.data import DataSet
+from flowtrain.errors import UserError
+from flowtrain.evaluate import score, summarize
+from flowtrain.flow import initialize
+
+POINTS = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"]
+OF_VECTORS = {name: options for name, options in TINY.items() if name != "glow"}
+
+
+def build(name, split="train", **options):
+    return importlib.import_module(f"flowtrain.datasets.{name}").build("", split, **options)
+
+
+def points(name, split="train", **options):
+    return build(name, split, **options).read().reshape(-1, 2).astype(np.float64)
+
+
+def data_section(name="two_moons", **options):
+    return {"name": name, "count": 500, "test_count": 300, **options}
+
+
+# --- the data sets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_any_number_of_points_by_seed(name):
+    images = build(name, count=300, test_count=200)
+    assert (images.shape, images.levels, images.flip, images.labels) == ((2, 1, 1), None, False, None)
+    pixels = images.read()
+    assert pixels.dtype == np.float32 and pixels.shape == (300, 2, 1, 1) and pixels.flags.c_contiguous
+    assert np.array_equal(pixels, build(name, count=300).read())
+    test = build(name, "test", count=300, test_count=200).read()
+    assert len(test) == 200 and not np.isin(test, pixels).any()
+    assert not np.isin(build(name, seed=1, count=300).read(), pixels).any()
+    assert list(inspect.signature(importlib.import_module(f"flowtrain.datasets.{name}").build).parameters)[2] == "seed"
+
+
+def test_two_moons():
+    x, y = points("two_moons", noise=0).T + np.array([[0.5], [0.25]])
+    upper = np.abs(np.hypot(x, y) - 1) < 1e-5
+    lower = np.abs(np.hypot(x - 1, y - 0.5) - 1) < 1e-5
+    assert (upper | lower).all() and 0.45 < upper.mean() < 0.55
+    assert np.abs(points("two_moons", noise=0.1).mean(axis=0)).max() < 0.03
+
+
+def test_eight_gaussians():
+    found = points("eight_gaussians", noise=0.1)
+    angle = np.round(np.arctan2(found[:, 1], found[:, 0]) / (np.pi / 4))
+    centre = 2 * np.stack([np.cos(angle * np.pi / 4), np.sin(angle * np.pi / 4)], axis=1)
+    assert np.std(found - centre) == pytest.approx(0.1, rel=0.03)
+    assert (np.unique(angle % 8, return_counts=True)[1] > 1000).all()
+
+
+def test_checkerboard():
+    found = points("checkerboard")
+    assert found.min() >= -2 and found.max() <= 2
+    squares, counts = np.unique(np.floor(found), axis=0, return_counts=True)
+    assert len(squares) == 8 and (squares.sum(axis=1) % 2 == 0).all()
+    assert counts.min() > 1100
+
+
+def test_rings():
+    radius = np.hypot(*points("rings", noise=0.01).T)
+    ring = np.round(radius / 0.6)
+    assert set(ring) == {1, 2, 3, 4} and np.abs(radius - 0.6 * ring).max() < 0.06
+
+
+def test_spiral():
+    x, y = points("spiral", noise=0).T
+    radius = np.hypot(x, y)
+    turned = np.arctan2(y, -x) - 3 * radius  # the angle of the arm, for both
+    arm = np.round(turned / np.pi)
+    assert np.abs(turned - arm * np.pi).max() < 1e-4 and radius.max() <= np.pi
+    assert 0.45 < (arm % 2).mean() < 0.55
+
+
+@pytest.mark.parametrize("arms", [3, 5])
+def test_pinwheel(arms):
+    found = points("pinwheel", arms=arms)
+    step = 2 * np.pi / arms
+    turn = np.array([[np.cos(step), -np.sin(step)], [np.sin(step), np.cos(step)]])
+    turned = found @ turn.T  # by one arm: the same distribution
+    for power in (1, 2):
+        np.testing.assert_allclose((turned**power).mean(axis=0), (found**power).mean(axis=0), atol=0.08)
+    assert np.abs(found.mean(axis=0)).max() < 0.05
+
+
+def test_points_have_nothing_to_augment():
+    with pytest.raises(UserError, match="data.flip: two_moons has no images"):
+        DataSet(a_config("nice", data=data_section(flip=True)).data)
+    with pytest.raises(UserError, match="data.n_bits: two_moons has real values"):
+        DataSet(a_config("nice", data=data_section(n_bits=5)).data)
+    with pytest.raises(UserError, match="dequantization: real-valued"):
+        build_flow(a_config("nice", dequantization={"transform": "logit"}), (2, 1, 1), None)
+
+
+# --- the likelihood ---------------------------------------------------------------------------------------------------
+
+
+def a_flow(model, seed=0, scale=0.2):
+    config = a_config(model, data=data_section("eight_gaussians"))
+    flow = perturb(build_flow(config, (2, 1, 1), None), scale, seed)
+    x = DataSet(config.data).split("train").take(slice(0, 200))
+    initialize(flow, x, torch.zeros_like(x))
+    return flow
+
+
+@pytest.mark.parametrize("model", OF_VECTORS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_density_integrates_to_one(model, seed):
+    flow = a_flow(model, seed).double()
+    cells, area = pictures.mesh(flow, (-15, 15, -15, 15), 500)
+    with torch.no_grad():
+        total = sum(flow.log_prob(part).exp().sum() for part in cells.split(50_000)) * area
+    assert total.item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("model", OF_VECTORS)
+def test_floats_in_and_floats_out(model):
+    flow = a_flow(model)
+    assert flow.levels is None and flow.unit == "nats"
+    x = flow.sample(20, generator=seeded())
+    assert x.dtype == torch.float32 and x.shape == (20, 2, 1, 1)
+    back = flow.decode(flow.encode(x))
+    torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
+    log_prob = flow.log_prob(x)
+    assert log_prob.shape == (20,) and torch.equal(log_prob, flow.log_prob(x, seeded(1)))
+    with pytest.raises(ValueError, match="real numbers"):
+        flow.log_prob(torch.zeros(3, 2, 1, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no bits per dimension"):
+        flow.bits_per_dim(x)
+
+
+def test_the_result_is_in_nats():
+    flow = a_flow("nice").eval().requires_grad_(False)
+    split = DataSet(a_config("nice", data=data_section("rings")).data).split("test")
+    scores = score(flow, split, batch_size=37)
+    expected = flow.log_prob(split.take(slice(None))).double()
+    torch.testing.assert_close(scores.log_prob, expected, rtol=1e-5, atol=1e-5)
+    result = summarize(scores, flow)
+    assert (result["bits_per_dim"], result["bits_per_dim_stderr"], result["bound"]) == (None, None, "exact")
+    assert result["nats_per_image"] == pytest.approx(-expected.mean().item())
+    assert result["nats_per_image_stderr"] == pytest.approx(expected.std().item() / math.sqrt(300))
+
+
+def test_layer_by_layer_from_the_base_to_the_data():
+    flow = a_flow("realnvp")
+    z = flow.draw_latents(10, seeded())
+    stages = flow.bijection.stages(z)
+    assert torch.equal(stages[0], z) and len(stages) == 1 + 17  # eight couplings with an ActNorm each, and Flatten
+    torch.testing.assert_close(stages[-1], flow.decode(z))
+    assert isinstance(flow.bijection.layers[-2], ActNorm)
+    torch.testing.assert_close(stages[1], flow.bijection.layers[-1].inverse(z)[0])
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+RUN = [*sets(data__name="two_moons", data__count=600, data__test_count=300, model__name="realnvp", model__levels=1)]
+RUN += sets(model__width=16, model__blocks=1, train__num_steps=300, train__batch_size=128, train__lr=5e-3)
+RUN += sets(train__log_every=20, train__validate_every=100, train__checkpoint_every=100, train__sample_every=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("points")
+    done = quick("train", *RUN, "--run-dir", "r", cwd=folder).ok()
+    assert "540 images to train on, 60 to validate, 2x1x1, real values" in done.out and "nats" in done.out
+    return folder / "r"
+
+
+def test_training(run):
+    rows = metrics(run)
+    train = [row for row in rows if row["split"] == "train"]
+    assert all(row["bits_per_dim"] is None for row in rows)
+    assert train[0]["nats"] - train[-1]["nats"] > 0.3
+    written = summary(run)
+    assert written["best_validation_bits_per_dim"] is None
+    assert written["best_validation_nats"] == min(row["nats"] for row in rows if row["split"] == "validation")
+    (picture,) = (run / "samples").iterdir()
+    assert Image.open(picture).size[0] > 600
+
+
+def test_evaluation(run, tmp_path):
+    done = quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok()
+    result = json.loads(done.out)
+    assert result["levels"] is None and result["bits_per_dim"] is None and result["num_images"] == 300
+    assert result["nats_per_image"] < 1.5 and result["max_reconstruction_error"] < 1e-4
+    first = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")
+    assert first[:2] == ["0", ""] and float(first[3]) + float(first[4]) == pytest.approx(float(first[2]))
+    quick("evaluate", run, "--samples", 2, cwd=tmp_path).failed(2, "--samples 2", "exact")
+
+
+def test_samples_and_paths(run, tmp_path):
+    quick("sample", run, "--num", 50, "--temperature", 0.5, "--temperature", 1, "--out", "s.npz", cwd=tmp_path).ok()
+    drawn = np.load(tmp_path / "s.npz")
+    assert drawn["images"].shape == (100, 1, 1, 2) and drawn["images"].dtype == np.float32 and "levels" not in drawn
+    assert drawn["images"][:50].std() < drawn["images"][50:].std()
+    for command, name in [("sample", "s.png"), ("interpolate", "i.png"), ("interpolate", "i.gif")]:
+        quick(command, run, "--out", name, cwd=tmp_path).ok()
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 500
+    with Image.open(tmp_path / "i.gif") as animation:
+        assert animation.n_frames == 14
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    quick("interpolate", run, "--images", "a.png", "a.png", cwd=tmp_path).failed(2, "--images", "real-valued")
+
+
+def test_a_dry_run(tmp_path):
+    assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
+
+
+# --- the pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_the_mesh_of_the_plane():
+    flow = a_flow("nice")
+    cells, area = pictures.mesh(flow, (-1, 3, 0, 2), 4)
+    assert cells.shape == (16, 2, 1, 1) and area == 0.5
+    assert cells[0].flatten().tolist() == [-0.5, 0.25] and cells[1].flatten().tolist() == [0.5, 0.25]
+    assert cells[4].flatten().tolist() == [-0.5, 0.75]
+
+
+def test_the_mesh_of_the_sphere():
+    flow = a_flow("nice")
+    flow.shape = (3, 1, 1)
+    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 50)
+    torch.testing.assert_close(cells.norm(dim=1).flatten(), torch.ones(2500))
+    assert area * 2500 == pytest.approx(4 * math.pi)
+    places = pictures.coordinates(cells)
+    again = torch.stack([places[:, 0].cos(), places[:, 0].sin()], dim=1)
+    torch.testing.assert_close(again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0)
+
+
+def test_other_dimensions_have_no_picture():
+    with pytest.raises(UserError, match="5 dimensions have no picture; use --out FILE.npz"):
+        pictures.coordinates(torch.zeros(4, 5, 1, 1))

@@ -1,0 +1,408 @@
+"""Flows on the sphere: the data, circular splines, the volume of an embedded surface, the density, its commands."""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import quick, sets
+from helpers import a_config, perturb, seeded
+from PIL import Image
+from torch.nn.functional import normalize
+
+from flowtrain import pictures
+from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles, SplineTransform
+from flowtrain.checkpoint import Checkpoint, LoadedModel, build_flow
+from flowtrain.data import DataSet
+from flowtrain.datasets import sphere as data_set
+from flowtrain.doctor import examine
+from flowtrain.errors import UserError
+from flowtrain.evaluate import reconstruction_error
+from flowtrain.flow import Flow
+from flowtrain.models import sphere
+from flowtrain.optim import build_optimizers
+from flowtrain.state import State
+from flowtrain.train import train_step
+
+UNIFORM = math.log(1 / (4 * math.pi))
+TINY = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}
+
+
+def a_flow(scale=0.3, seed=0, **options):
+    return perturb(build_flow(a_config({**TINY, **options}), (3, 1, 1), None), scale, seed)
+
+
+def points(x):
+    return torch.as_tensor(x, dtype=torch.float32).reshape(-1, 3, 1, 1)
+
+
+def uniform(count, seed=0, dtype=torch.float32):
+    return normalize(torch.randn(count, 3, 1, 1, generator=seeded(seed), dtype=dtype), dim=1)
+
+
+def at(longitude, latitude):
+    """Points at angles, float64 rounded once: in float32 `(N, 3, 1, 1)`."""
+    longitude, latitude = (torch.as_tensor(t, dtype=torch.float64) for t in (longitude, latitude))
+    longitude, latitude = torch.broadcast_tensors(longitude, latitude)
+    parts = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
+    return points(torch.stack(parts, dim=-1))
+
+
+def log_density(x, means, concentration):
+    """Of a mixture of von Mises-Fisher distributions in equal parts: nats, `(N,)`."""
+    k = concentration
+    log_constant = math.log(k / (2 * math.pi)) - k - math.log1p(-math.exp(-2 * k))  # k / (4 pi sinh k)
+    cosines = np.asarray(x, np.float64).reshape(-1, 3) @ means.T
+    return np.logaddexp.reduce(log_constant + k * cosines, axis=1) - math.log(len(means))
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def build(split="train", **options):
+    return data_set.build("", split, **options)
+
+
+def test_any_number_of_unit_vectors_by_seed():
+    images = build(count=300, test_count=200)
+    assert (images.shape, images.levels, images.flip, images.labels) == ((3, 1, 1), None, False, None)
+    x = images.read()
+    assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous
+    assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
+    assert np.array_equal(x, build(count=300).read())
+    test = build("test", count=300, test_count=200).read()
+    assert len(test) == 200 and not np.isin(test, x).any()
+    assert not np.isin(build(seed=1, count=300).read(), x).any()
+
+
+@pytest.mark.parametrize("concentration", [1e-6, 0.5, 20, 1e4])
+def test_von_mises_fisher(concentration):
+    """The mean resultant is along the mean, coth k - 1/k long; around the mean it is the same in all directions."""
+    n = 20_000
+    x = build(count=n, components=1, concentration=concentration).read().reshape(-1, 3).astype(np.float64)
+    (mean,) = data_set.means(0, 1)
+    expected = 1 / math.tanh(concentration) - 1 / concentration if concentration > 1e-3 else concentration / 3
+    along = x @ mean
+    assert along.mean() == pytest.approx(expected, abs=4 * along.std() / math.sqrt(n) + 1e-7)
+    across = x - along[:, None] * mean
+    spread = across.std()
+    assert np.abs(across.mean(axis=0)).max() < 4 * spread * math.sqrt(3 / n)
+    covariance = across.T @ across / n
+    trace = np.trace(covariance)
+    np.testing.assert_allclose(covariance / trace, (np.eye(3) - np.outer(mean, mean)) / 2, atol=0.03)
+
+
+def test_components_have_equal_parts():
+    x = build("test", seed=3, components=4, concentration=500).read().reshape(-1, 3)
+    means = data_set.means(3, 4)
+    np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1)
+    counts = np.bincount((x @ means.T).argmax(axis=1), minlength=4)
+    assert counts == pytest.approx(2500, abs=200)
+    assert np.array_equal(means, data_set.means(3, 5)[:4]) and not np.isclose(means, data_set.means(4, 4)).any()
+
+
+# --- splines ----------------------------------------------------------------------------------------------------------
+
+
+def test_zero_parameters_are_the_identity():
+    x = torch.linspace(-9, 9, 100)[:, None]
+    for transform in (CircularSplineTransform(3), SplineTransform(3, 1.0, free_ends=True)):
+        parameters = torch.zeros(100, transform.parameters_per_entry)
+        for values in (*transform(x, parameters), *transform.inverse(x, parameters)):
+            expected = x if values.abs().max() > 1 else 0 * x
+            torch.testing.assert_close(values, expected, rtol=0, atol=2e-6)
+
+
+def circular(count, seed=0, scale=1.5):
+    """A circular spline with one set of random parameters, for so many values."""
+    transform = CircularSplineTransform(5)
+    one = scale * torch.randn(1, transform.parameters_per_entry, generator=seeded(seed), dtype=torch.float64)
+    return transform, one.expand(count, -1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
+    x = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)[:, None]
+    transform, parameters = circular(len(x), seed)
+    z, log_derivative = transform(x, parameters)
+    assert (z.diff(dim=0) > 0).all() and z[-1].item() - z[0].item() == pytest.approx(2 * math.pi)
+    assert log_derivative[0].item() == pytest.approx(log_derivative[-1].item(), abs=1e-9)
+    # The cut of the spline is at pi, less the turn: no jump there either, of the map or of its derivative.
+    turn = math.pi * math.tanh(parameters[0, 0].item() / math.pi)
+    cut = math.pi - turn + torch.tensor([[-1e-7], [0.0], [1e-7]], dtype=torch.float64)
+    z_there, log_there = transform(cut, parameters[:3])
+    assert abs(log_there.diff(dim=0)).max() < 1e-4 and abs(log_there[1]) > 1e-3
+    assert (z_there.diff(dim=0) / 1e-7).log().squeeze().tolist() == pytest.approx([log_there[1].item()] * 2, abs=1e-4)
+
+
+def test_a_circular_spline_keeps_whole_turns():
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    transform, parameters = circular(len(x))
+    z, log_derivative = transform(x, parameters)
+    for turns in (-2, 1, 5):
+        again = transform(x + turns * 2 * math.pi, parameters)
+        torch.testing.assert_close(again, (z + turns * 2 * math.pi, log_derivative))
+        back = transform.inverse(z + turns * 2 * math.pi, parameters)
+        torch.testing.assert_close(back, (x + turns * 2 * math.pi, -log_derivative))
+
+
+def test_free_ends_have_a_derivative_of_their_own():
+    transform = SplineTransform(3, 2.0, free_ends=True)
+    parameters = torch.randn(1, transform.parameters_per_entry, generator=seeded()).double()
+    ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
+    z, log_derivative = transform(ends, parameters.expand(2, -1))
+    torch.testing.assert_close(z, ends, rtol=0, atol=1e-6)
+    for i, k in ((0, 6), (1, 9)):  # widths, heights, then a derivative a knot
+        limit = math.log(1000)
+        expected = limit * math.tanh(parameters[0, k].item() / limit)
+        assert log_derivative[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+# --- the two ends -----------------------------------------------------------------------------------------------------
+
+
+def jacobians(function, x):
+    """Of each example, `(B, outputs, inputs)`."""
+    full = torch.autograd.functional.jacobian(lambda v: function(v)[0].flatten(1).sum(dim=0), x)
+    return full.reshape(full.shape[0], len(x), -1).movedim(1, 0)
+
+
+@pytest.mark.parametrize("bijection", [SphereToAngles(), a_flow().double().bijection], ids=["end", "model"])
+def test_the_volume_change_is_that_of_the_surface(bijection):
+    """Against autograd, on the tangent plane on the way to the latent, by the Gram determinant on the way back."""
+    x = uniform(50, dtype=torch.float64)
+    z, log_det = (t.detach() for t in bijection(x))
+    normal = x.flatten(1)
+    tangents = torch.linalg.svd(normal[:, None]).Vh[:, 1:].mT  # (B, 3, 2), orthonormal
+    there = torch.linalg.slogdet(jacobians(bijection.forward, x) @ tangents).logabsdet
+    torch.testing.assert_close(log_det, there, rtol=0, atol=1e-9)
+    back = jacobians(bijection.inverse, z)
+    gram = torch.linalg.slogdet(back.mT @ back).logabsdet / 2
+    torch.testing.assert_close(bijection.inverse(z)[1].detach(), gram, rtol=0, atol=1e-9)
+    torch.testing.assert_close(gram, -log_det, rtol=0, atol=1e-9)
+
+
+def test_the_other_end_against_autograd():
+    x = torch.stack([torch.linspace(-3, 3, 20), torch.linspace(-1.5, 1.5, 20)], dim=1).double()
+    end = AnglesToNormal()
+    z, log_det = end(x)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobians(end.forward, x)).logabsdet)
+    torch.testing.assert_close(end.inverse(z), (x, -log_det))
+    torch.testing.assert_close(torch.linalg.slogdet(jacobians(end.inverse, z)).logabsdet, -log_det)
+    turned = x + torch.tensor([2 * math.pi, 0], dtype=torch.float64)
+    torch.testing.assert_close(end(turned), (z, log_det))
+
+
+def test_normal_numbers_are_uniform_points():
+    x = Flow.decode(a_flow(scale=0), torch.randn(50_000, 2, generator=seeded())).flatten(1)
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(50_000))
+    assert x.mean(dim=0).abs().max() < 0.01
+    torch.testing.assert_close(x.T @ x / 50_000, torch.eye(3) / 3, rtol=0, atol=0.01)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_documents_itself():
+    assert "arXiv" in sphere.__doc__ and "differences" in sphere.__doc__
+    for option in list(inspect.signature(sphere.build).parameters)[1:]:
+        assert f"{option}:" in sphere.build.__doc__, option
+
+
+def test_size_by_hand():
+    # Two couplings a layer, of cosine and sine to 3 * 4 + 1 parameters.
+    coupling = (2 * 8 + 8) + (8 * 13 + 13)
+    assert sum(p.numel() for p in sphere.build((3, 1, 1), layers=2, width=8, hidden_layers=1, bins=4).parameters()) == (
+        4 * coupling
+    )
+
+
+def test_the_start_is_the_uniform_density():
+    flow = build_flow(a_config({"name": "sphere"}), (3, 1, 1), None)
+    x = torch.cat([uniform(100), points([[0, 0, 1], [0, 0, -1], [-1, 0, 0], [1, 0, 0]])])
+    torch.testing.assert_close(flow.log_prob(x), torch.full((104,), UNIFORM), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_density_integrates_to_one(seed):
+    flow = a_flow(0.2, seed).double()
+    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
+    with torch.no_grad():
+        density = flow.log_prob(cells).exp()
+    assert density.sum().item() * area == pytest.approx(1, abs=0.01)
+    assert density.max() > 3 * density.min()
+
+
+def test_samples_are_from_the_density():
+    """The mean over samples of 1 / density is the area of the sphere; of x, that by quadrature."""
+    flow = a_flow(0.2).requires_grad_(False)
+    x = flow.sample(40_000, generator=seeded())
+    assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
+    assert (-flow.log_prob(x)).exp().mean().item() == pytest.approx(4 * math.pi, rel=0.03)
+    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
+    mean = (cells.flatten(1) * flow.log_prob(cells).exp()[:, None]).sum(dim=0) * area
+    torch.testing.assert_close(x.flatten(1).mean(dim=0), mean.float(), rtol=0, atol=0.02)
+
+
+def test_round_trips():
+    flow = a_flow(0.2).requires_grad_(False)
+    near_a_pole = [1.5707, 1.57079, -1.57, math.pi / 2, -math.pi / 2]
+    at_the_cut = [math.pi, -math.pi, math.pi - 1e-6, 1e-6 - math.pi]
+    x = torch.cat([uniform(1000), at(torch.linspace(-3, 3, 7)[:, None], near_a_pole), at(at_the_cut, 0.3)])
+    z, log_det = flow.bijection(x)
+    assert z.shape == (len(x), 2) and log_det.shape == (len(x),)
+    back, inverse_log_det = flow.bijection.inverse(z)
+    assert (back - x).abs().max() < 1e-5
+    torch.testing.assert_close(inverse_log_det[:1000], -log_det[:1000], rtol=0, atol=1e-3)
+    assert reconstruction_error(flow, x) < 1e-5
+    z = torch.randn(1000, 2, generator=seeded())
+    torch.testing.assert_close(flow.encode(flow.decode(z)), z, rtol=1e-2, atol=1e-3)
+    far = torch.tensor([[0.0, 1e3], [0, -1e3], [1e3, 0], [-1e3, 0], [40, 40]])
+    torch.testing.assert_close(flow.decode(far).norm(dim=1).flatten(), torch.ones(5))
+
+
+def test_the_density_has_no_jump_at_the_cut():
+    flow = a_flow(0.2).double()
+    latitude = torch.linspace(-1.5, 1.5, 50)
+    sides = [flow.log_prob(at(angle, latitude)) for angle in (math.pi - 1e-6, -math.pi, 1e-6 - math.pi)]
+    torch.testing.assert_close(sides[0], sides[1], rtol=0, atol=1e-3)
+    torch.testing.assert_close(sides[2], sides[1], rtol=0, atol=1e-3)
+    assert sides[0].std() > 0.1
+
+
+def test_the_density_at_the_poles_is_its_limit():
+    """On the way to a pole along a meridian. At the pole itself, a point has the longitude 0."""
+    flow = a_flow(0.2)
+    distances = torch.tensor([1e-3, 1e-4, 1e-5, 0])
+    for pole in (1, -1):
+        along = flow.log_prob(at(0.0, pole * (math.pi / 2 - distances.double()))).tolist()
+        precise = flow.double().log_prob(at(0.0, pole * (math.pi / 2 - 1e-4)).double()).item()
+        flow.float()
+        assert along == pytest.approx([precise] * 4, abs=0.05) and abs(precise - UNIFORM) > 0.05
+
+
+def test_gradients_at_the_poles_and_at_the_cut_are_finite():
+    flow = a_flow()
+    x = points([[0, 0, 1], [0, 0, -1], [-1, 0.0, 0], [-1, -0.0, 0], [1, 0, 0]])
+    flow.log_prob(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.count_nonzero() for p in flow.parameters())
+
+
+def test_off_the_sphere_there_is_no_density():
+    flow = a_flow()
+    x = points([[1.01, 0, 0], [1.00001, 0, 0], [0, 0, 0]])
+    assert torch.isneginf(flow.log_prob(x)).tolist() == [True, False, True]
+
+
+def test_latents_have_two_dimensions():
+    flow = a_flow()
+    assert (flow.dims, flow.latent_dims) == (3, 2)
+    assert flow.draw_latents(5).shape == (5, 2)
+    stages = flow.bijection.stages(flow.draw_latents(5, seeded()))
+    assert [tuple(stage.shape) for stage in stages] == [(5, 2)] * 6 + [(5, 3, 1, 1)]
+    torch.testing.assert_close(stages[-1], flow.sample(5, generator=seeded()))
+    with_classes = build_flow(a_config({**TINY, "classes": 3}), (3, 1, 1), None)
+    assert with_classes.sample(6).shape == (6, 3, 1, 1)
+
+
+def test_other_data():
+    with pytest.raises(UserError, match="model.name: sphere is for points of the unit sphere, 3x1x1; got 2x1x1"):
+        build_flow(a_config(TINY), (2, 1, 1), None)
+    with pytest.raises(UserError, match="model.name: sphere is for real-valued data, these have 256 levels"):
+        build_flow(a_config(TINY), (3, 1, 1), 256)
+
+
+def test_no_diagnosis():
+    config = a_config(TINY, data={"name": "sphere"})
+    model = LoadedModel(build_flow(config, (3, 1, 1), None), config, "raw", Checkpoint(Path("m.safetensors"), {}, {}))
+    with pytest.raises(UserError, match="m.safetensors: the data are points of a surface"):
+        examine(model, DataSet(config.data))
+
+
+GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]
+
+
+def five_steps():
+    """Losses in nats of five steps, on fixed points, weights and rates."""
+    config = a_config(TINY, train={"batch_size": 8, "lr": 0.01}, seed=1)
+    flow = build_flow(config, (3, 1, 1), None)
+    with torch.no_grad():
+        for i, parameter in enumerate(flow.parameters()):
+            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(parameter.shape)
+    x = at(torch.linspace(-3, 3, 8), torch.linspace(0.2, 1.2, 8))
+    state = State(config, flow, build_optimizers(flow, config.train), None, {})
+    losses = []
+    for _ in range(5):
+        losses.append(train_step(state, x)[0].item())
+        [optimizer.step() for optimizer in state.optimizers]
+        state.progress.step += 1
+    return losses
+
+
+def test_golden_losses():
+    assert five_steps() == pytest.approx(GOLDEN, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_learned():
+    """The likelihood of test points within 0.05 nats of what their true density gives, and a density like it."""
+    config = a_config(
+        {"name": "sphere", "layers": 2, "width": 32},
+        data={"name": "sphere", "components": 2, "concentration": 10},
+        train={"lr": 5e-3, "num_steps": 400, "batch_size": 256},
+    )
+    flow = build_flow(config, (3, 1, 1), None)
+    state = State(config, flow, build_optimizers(flow, config.train), None, {})
+    data = DataSet(config.data)
+    train, test = data.split("train"), data.split("test").take(slice(None))
+    for step in range(400):
+        train_step(state, train.take(np.arange(256 * step, 256 * (step + 1)) % len(train)))
+        for optimizer in state.optimizers:
+            optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 400)
+            optimizer.step()
+            optimizer.zero_grad()
+    means = data_set.means(config.data.split_seed, 2)
+    found = flow.log_prob(test).detach().double().numpy()
+    expected = log_density(test, means, 10)
+    assert abs(found.mean() - expected.mean()) < 0.05
+    assert np.abs(found - expected).mean() < 0.15
+
+
+def test_no_line_across_the_picture():
+    path = at([2.9, 3.1, -3.1, -2.9], 0.2)
+    places = pictures._line(path)
+    assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
+    torch.testing.assert_close(places[[0, 1, 3, 4]], pictures.coordinates(path))
+    assert not pictures._line(at([3.1, 1, -1, -3.1], 0.2)).isnan().any()
+    assert not pictures._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+RUN = [*sets(data__name="sphere", data__count=600, data__test_count=300, model__name="sphere", model__layers=1)]
+RUN += sets(model__width=16, train__num_steps=60, train__batch_size=128, train__lr=5e-3, train__log_every=20)
+RUN += sets(train__validate_every=60, train__checkpoint_every=60, train__sample_every=60)
+
+
+def test_commands(tmp_path):
+    assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
+    done = quick("train", *RUN, "--run-dir", "r", cwd=tmp_path).ok()
+    assert "540 images to train on, 60 to validate, 3x1x1, real values" in done.out
+    (picture,) = (tmp_path / "r" / "samples").iterdir()
+    assert Image.open(picture).size[0] > 600
+    result = json.loads(quick("evaluate", "r", "--json", "-", cwd=tmp_path).ok().out)
+    assert result["bits_per_dim"] is None and result["nats_per_image"] < -UNIFORM - 0.2
+    assert result["max_reconstruction_error"] < 1e-5 and result["non_finite_images"] == 0
+    quick("sample", "r", "--num", 50, "--out", "s.npz", cwd=tmp_path).ok()
+    drawn = np.load(tmp_path / "s.npz")["images"]
+    assert drawn.shape == (50, 1, 1, 3) and np.abs(np.linalg.norm(drawn, axis=-1) - 1).max() < 1e-5
+    quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()
+    assert min(Image.open(tmp_path / "i.png").size) > 500
+    quick("train", *RUN, *sets(data__concentration=0), cwd=tmp_path).failed(2, "data.concentration", "0")
+
+
+if __name__ == "__main__":
+    print(f"GOLDEN = {[round(loss, 6) for loss in five_steps()]}")
