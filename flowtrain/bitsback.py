@@ -573,12 +573,14 @@ class Variational:
 class Codec:
     """A flow as an exact map between images and bits on a stack. It computes on the CPU.
 
-    Raises `UserError` where a layer has no rule, and for a model of real-valued data.
+    Raises `UserError` where a layer has no rule, and for a model of real-valued data or with classes.
     """
 
     def __init__(self, flow: Flow):
         if flow.levels is None:
             raise UserError("compress: a model of real-valued data has no bits without loss")
+        if flow.classes:
+            raise UserError(f"compress: the model is class-conditional (model.classes is {flow.classes}): no coding rule")
         self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model

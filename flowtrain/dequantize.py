@@ -1,7 +1,7 @@
 """Data to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
 
 An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x), uniform or learned
-(`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_levels` is
+(`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_data` is
 the exact inverse. Real-valued data are reals already (`RealValued`).
 """
 
@@ -98,7 +98,7 @@ class Dequantizer(nn.Module):
             return v + 0.5
         return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
 
-    def to_levels(self, v: Tensor) -> Tensor:
+    def to_data(self, v: Tensor) -> Tensor:
         """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it is not finite."""
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
@@ -133,6 +133,6 @@ class RealValued(nn.Module):
     def to_unit(self, v: Tensor) -> Tensor:
         return v
 
-    def to_levels(self, v: Tensor) -> Tensor:
+    def to_data(self, v: Tensor) -> Tensor:
         _require_finite(v)
         return v

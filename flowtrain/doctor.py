@@ -366,7 +366,7 @@ def _data_round_trip(flow: Flow, precise: Flow, x: Tensor, levels: float, inputs
         notes.add(checks[1], _bits(again, z), inputs=inputs)
         if one is flow:
             finite = _finite(back)
-            restored = int((flow.dequantizer.to_levels(back[finite]) == images[finite]).flatten(1).all(dim=1).sum())
+            restored = int((flow.dequantizer.to_data(back[finite]) == images[finite]).flatten(1).all(dim=1).sum())
     return restored
 
 

@@ -140,7 +140,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals. Raises `FloatingPointError` if not finite."""
-        return self.dequantizer.to_levels(self.bijection.inverse(z.to(self.device))[0]).contiguous()
+        return self.dequantizer.to_data(self.bijection.inverse(z.to(self.device))[0]).contiguous()
 
     def sample(
         self,

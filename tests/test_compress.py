@@ -19,6 +19,7 @@ from torch import nn
 from flowtrain import archive, checkpoint, compression
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.bitsback import Codec, Exhausted, Stack, Uncodable, constriction
+from flowtrain.classes import ClassPrior
 from flowtrain.compression import Opened, encode_stream, random_words
 from flowtrain.data import DataSet
 from flowtrain.dequantize import Dequantizer, RealValued
@@ -133,6 +134,8 @@ def test_a_layer_without_a_rule_is_named():
         Codec(flow)
     with pytest.raises(UserError, match="real-valued"):
         Codec(Flow(Sequential(Flatten(GREY)), RealValued(), GREY))
+    with pytest.raises(UserError, match="model.classes is 3"):
+        Codec(Flow(Sequential(Flatten(GREY)), Dequantizer(256), GREY, ClassPrior(3, (4,))))
 
 
 def test_the_missing_package_is_named(monkeypatch):

@@ -154,7 +154,7 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
         ("data.nbits=3", r"did you mean data\.n_bits\?"),
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
-        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are glow, iaf, "),
+        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are cnf, glow, iaf, "),
         ("data.name=minst", r"data\.name: unknown name 'minst'; did you mean mnist\?"),
         ("data.path=/a", r"data\.path: unknown key"),  # the digits have none
         ("data.name=npz", r"data\.path: missing"),

@@ -280,7 +280,7 @@ def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     flow = perturb(build_flow(config, (2, 1, 1), None), 0.7, seed)
     x = DataSet(config.data).split("train").take(slice(None))
     initialize(flow, x, torch.zeros_like(x))
-    cells, area = pictures.mesh(flow, (-12, 12, -12, 12), 240)
+    cells, area = pictures.mesh(flow, (-10, 10, -10, 10), 200)
     with torch.no_grad():
         density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
     assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)

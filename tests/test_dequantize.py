@@ -34,7 +34,7 @@ def test_noise_stays_in_its_bin(levels, transform, alpha, u):
     noise = torch.rand(x.shape, generator=seeded()) if u == "random" else torch.full(x.shape, u)
     v, log_terms = dequantizer(x, noise)
     assert v.dtype == log_terms.dtype == torch.float32 and torch.isfinite(v).all() and torch.isfinite(log_terms).all()
-    assert torch.equal(dequantizer.to_levels(v), x)
+    assert torch.equal(dequantizer.to_data(v), x)
     y = dequantizer.to_unit(v)
     assert (y >= 0).all() and (y < 1).all()
 
@@ -44,7 +44,7 @@ def test_noise_stays_in_its_bin(levels, transform, alpha, u):
 def test_middle(levels, transform, alpha):
     dequantizer, x = Dequantizer(levels, transform, alpha), every_value(levels)
     v = dequantizer.middle(x)
-    assert torch.equal(dequantizer.to_levels(v), x)
+    assert torch.equal(dequantizer.to_data(v), x)
     torch.testing.assert_close(dequantizer.to_unit(v) * levels, x + 0.5, rtol=0, atol=1e-4)
     assert torch.equal(v, dequantizer(x, torch.full(x.shape, 0.5))[0])
     assert dequantizer.middle(x, torch.float64).dtype == torch.float64
@@ -83,8 +83,8 @@ def test_what_lies_outside_is_clamped(levels, transform, alpha):
     dequantizer = Dequantizer(levels, transform, alpha)
     for far in (20.0, 1e4, 1e30):
         v = torch.tensor([-far, far]).reshape(1, 1, 1, 2)
-        assert dequantizer.to_levels(v).flatten().tolist() == [0, levels - 1]
-    assert dequantizer.to_levels(v).dtype == torch.uint8
+        assert dequantizer.to_data(v).flatten().tolist() == [0, levels - 1]
+    assert dequantizer.to_data(v).dtype == torch.uint8
 
 
 @both
@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_raise(transform, alpha, bad):
     v = torch.zeros(4, 1, 2, 2)
     v[1, 0, 1, 1] = v[3, 0, 0, 0] = bad
     with pytest.raises(FloatingPointError, match="2 of 4"):
-        Dequantizer(256, transform, alpha).to_levels(v)
+        Dequantizer(256, transform, alpha).to_data(v)
 
 
 @both
@@ -105,7 +105,7 @@ def test_nothing_is_changed_in_place(transform, alpha):
     v = dequantizer(x, noise)[0]
     dequantizer.middle(x)
     v_before = v.clone()
-    dequantizer.to_unit(v), dequantizer.to_levels(v)
+    dequantizer.to_unit(v), dequantizer.to_data(v)
     for now, before in ((x, x_before), (noise, noise_before), (v, v_before)):
         assert torch.equal(now, before)
 

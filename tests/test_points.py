@@ -122,7 +122,7 @@ def a_flow(model, seed=0, scale=0.2):
     return flow
 
 
-@pytest.mark.parametrize("model", OF_VECTORS)
+@pytest.mark.parametrize("model", [name for name in OF_VECTORS if name != "cnf"])  # slow: in test_continuous.py
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_density_integrates_to_one(model, seed):
     flow = a_flow(model, seed).double()

@@ -104,7 +104,7 @@ def test_noise_stays_in_its_bin(levels, transform, push, size):
     before = noise.clone()
     v, log_terms = dequantizer(x, noise)
     assert v.dtype == log_terms.dtype == torch.float32 and torch.isfinite(v).all() and torch.isfinite(log_terms).all()
-    assert torch.equal(dequantizer.to_levels(v), x) and torch.equal(noise, before)
+    assert torch.equal(dequantizer.to_data(v), x) and torch.equal(noise, before)
     drawn = model(noise, scaled(x, levels))[0]
     assert drawn.min() >= EDGE and drawn.max() <= 1 - EDGE
     if push:

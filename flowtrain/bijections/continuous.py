@@ -86,14 +86,15 @@ class Continuous(Bijection):
 
     **The trace** is exact wherever no gradient is recorded: every likelihood that is reported. For a gradient, `exact`
     is exact too, `hutchinson` is Hutchinson's estimate by one probe of random signs an example (eq. 7-8), and `auto`
-    is exact up to D = 16. The signs are a function of the values of the example itself: so they change with the
+    is exact up to D = 16. The signs are a function of the bits of the example itself: so they change with the
     dequantization noise and the ActNorm in front, are the same when a step is computed again, after resuming, or with
-    other batch mates, and no random state is left to be saved.
+    other batch mates, and no random state is left to be saved. (With `train.memory: reversible` the backward pass has
+    the example up to rounding, and so other signs: as good a gradient, of another estimate.)
 
     **Tolerances and batch mates**: a step is as long as keeps the error of every entry of x, and of the
-    log-determinant, of every example within `atol + rtol * |value|`. Step sizes are common to a batch, and the one
-    thing that an example has from the others: results in two batches differ by what the tolerances allow. Without a
-    gradient these are a hundredth, with the defaults 1e-6, and then such differences are of the size of float32's
+    log-determinant, of every example within `atol + rtol * |change so far|`. Step sizes are common to a batch, and the
+    one thing that an example has from the others: results in two batches differ by what the tolerances allow. Without
+    a gradient these are a hundredth, with the defaults 1e-6, and then such differences are of the size of float32's
     rounding: a few 1e-6 bits/dim. No tolerance is below 16 times the rounding of the numbers.
 
     **Gradients** are those of the solver's steps (the steps' sizes held fixed), or with `adjoint` solve a second
@@ -149,13 +150,14 @@ class Continuous(Bijection):
     def _solve(self, x: Tensor, forwards: bool, intervals: int = 1) -> Tensor:
         """x and log_det side by side, at the ends of equal `intervals` of time: `(intervals + 1, B, D + 1)`."""
         finite = x.isfinite().all(dim=1, keepdim=True)
-        start = F.pad(torch.where(finite, x, 0), (0, 1))
+        # What is solved for is the way from x, in which rounding is smaller than in where it leads.
+        origin = F.pad(torch.where(finite, x, 0), (0, 1))
         probes = self._probes(x)
         self.evaluations = 0
 
         def rate(s: Tensor, state: Tensor) -> Tensor:
             self.evaluations += 1
-            velocity, trace = self.conditioner(s if forwards else 1 - s, state[:, :-1], probes)
+            velocity, trace = self.conditioner(s if forwards else 1 - s, (origin + state)[:, :-1], probes)
             both = torch.cat([velocity, trace[:, None]], dim=1)
             return both if forwards else -both
 
@@ -174,12 +176,12 @@ class Continuous(Bijection):
         if self.adjoint:
             odeint = torchdiffeq().odeint_adjoint
             settings["adjoint_options"] = {**options, "norm": "seminorm", "step_t": times[:-1].flip(0)}
-            settings["adjoint_params"] = tuple(self.conditioner.parameters())
+            settings["adjoint_params"] = (origin, *self.conditioner.parameters())
         with full_precision(x):
             try:
-                states = odeint(rate, start, times, **settings)
+                states = origin + odeint(rate, torch.zeros_like(origin), times, **settings)
             except AssertionError:  # torchdiffeq's way to give up: too many steps, or a state that is not finite
-                states = (start * torch.nan).expand(intervals + 1, *start.shape)
+                states = (origin * torch.nan).expand(intervals + 1, *origin.shape)
         return torch.where(finite, states, torch.nan)
 
     def _probes(self, x: Tensor) -> Tensor:
