@@ -12,12 +12,17 @@ FROM ${BASE_IMAGE}
 # More options for pip, such as --extra-index-url URL to take torch from another index.
 ARG PIP_ARGS=""
 
+# Optional parts: archives (compress) and continuous flows (cnf).
+ARG EXTRAS="compress cnf"
+
 ENV PATH=/opt/venv/bin:$PATH
 
 # The dependencies are a layer of their own: gigabytes that a change of the source does not build again.
 RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
     python3 -m venv /opt/venv \
-    && python -c 'import tomllib; print(*tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    && python -c 'import sys, tomllib; project = tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]; \
+        parts = [project["optional-dependencies"][name] for name in sys.argv[1:]]; \
+        print(*project["dependencies"], *sum(parts, []), sep="\n")' ${EXTRAS} \
     | pip install --no-cache-dir ${PIP_ARGS} -r /dev/stdin
 
 RUN --mount=type=bind,target=/src \

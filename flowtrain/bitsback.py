@@ -580,7 +580,9 @@ class Codec:
         if flow.levels is None:
             raise UserError("compress: a model of real-valued data has no bits without loss")
         if flow.classes:
-            raise UserError(f"compress: the model is class-conditional (model.classes is {flow.classes}): no coding rule")
+            raise UserError(
+                f"compress: the model is class-conditional (model.classes is {flow.classes}): no coding rule"
+            )
         self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model

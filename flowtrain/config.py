@@ -88,7 +88,9 @@ class Model(Component):
     package = "models"
     name: str = Field("glow", description="model: a module of flowtrain.models, or your own (dotted)")
     classes: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of classes, each with a prior of its own at the coarsest level; 0: without labels"
+        0,
+        description="number of classes, each with a prior of its own at the coarsest level; 0: without labels. The "
+        "training loss is that given the class, validation and evaluation are of the image alone",
     )
 
 

@@ -180,7 +180,7 @@ def examine(
     levels = flow.levels or 256 / float(
         (x.max() - x.min()).clamp_min(1e-6)
     )  # of real values a level is a 256th of their range
-    z = flow.draw_latents(len(x), generator(seed, Stream.LATENTS)).cpu()
+    z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # there: some accelerators have no float64
     notes = _Notes()
@@ -221,6 +221,8 @@ def examine(
 
 
 def _weights(flow: Flow, notes: _Notes) -> None:
+    if flow.class_prior is not None:
+        _log_scale(flow.class_prior.bounded_log_scale(), "class_prior", "", notes)
     layers = layers_of(flow)
     owners = {module: name for name, layer in layers.items() for module in layer.modules()}
     for name, module in flow.named_modules():

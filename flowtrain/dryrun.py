@@ -35,8 +35,11 @@ def dry_run(config: Config, device: torch.device) -> None:
     train = config.train
     batch = train.batch_size * train.accumulate
     random = generator(config.seed, Stream.ORDER)
+    labels = torch.arange(batch, device=device) % flow.classes if flow.classes else None
     if data.levels is None:
         x = torch.randn(batch, *data.shape, generator=random).to(device)
+        if flow.latent_dims < flow.dims:
+            x = x / x.norm(dim=1, keepdim=True)  # on a surface: the unit sphere
     else:
         x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
     initialize(flow, x, draw_noise(x.shape, random, device))
@@ -49,7 +52,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     seconds = []
     for step in range(TIMED_STEPS + 1):
         started = time.perf_counter()
-        _, grad_norm = train_step(state, x)
+        _, grad_norm = train_step(state, x, labels)
         optimizer_step(state, grad_norm)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

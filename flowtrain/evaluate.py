@@ -172,13 +172,16 @@ def evaluate(
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
     if flow.levels is None and samples > 1:
         raise UserError(f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing to draw")
+    # Of other data the classes are others, or have other numbers.
+    own_classes = flow.classes and (data.config.name, data.undivided) == (model.config.data.name, False)
+    labels = labels_of(split, flow.classes, data.config.name) if own_classes else None
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
     count = len(scores.log_prob)
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().nonzero().flatten().tolist()
     result = {
         **summarize(scores, flow),
-        **_classification(scores, flow, split),
+        **_classification(scores, flow, labels),
         "num_images": count,
         "dims": flow.dims,
         "levels": flow.levels,
@@ -189,7 +192,9 @@ def evaluate(
         "seed": seed,
         "non_finite_images": len(bad),
         "non_finite_indices": bad,
-        "max_reconstruction_error": _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
+        "max_reconstruction_error": None
+        if flow.bijection.inverse_is_sequential
+        else _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
         "checkpoint": str(model.checkpoint.path),
     }
     return result, scores
@@ -227,21 +232,22 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     return result | in_nats
 
 
-def _classification(scores: Scores, flow: Flow, split: Split) -> dict[str, Any]:
+def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
     """Of a class-conditional model on labelled data: the bits given the class, and the accuracy of Bayes' rule.
 
     `P(class | x)` is in proportion to `P(x | class)`, all classes being as likely; the most probable is predicted.
     """
-    if not flow.classes or split.labels is None:
+    if labels is None:
         return {}
     by_class = scores.log_prob_by_class
-    labels = labels_of(split, flow.classes, "the data")[: by_class.shape[1]]
+    labels = labels[: by_class.shape[1]]
     given = flow.loss(by_class.gather(0, labels[None])[0])
-    correct = (by_class.argmax(dim=0) == labels).double()
+    correct = torch.where(torch.isfinite(by_class).all(dim=0), by_class.argmax(dim=0) == labels, math.nan).double()
+    accuracy = correct.mean()
     return {
         f"{flow.metric}_given_class": _finite(given.mean().item()),
-        "accuracy": correct.mean().item(),
-        "accuracy_stderr": (correct.mean() * (1 - correct.mean()) / len(correct)).sqrt().item(),
+        "accuracy": _finite(accuracy.item()),
+        "accuracy_stderr": _finite((accuracy * (1 - accuracy) / len(correct)).sqrt().item()),
     }
 
 
@@ -259,7 +265,10 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
     columns = {"bits_per_dim": bits, "log_prob": log_prob}
     columns |= {"log_prob_base": scores.base.tolist(), "log_det": scores.log_det.tolist()}
     if flow.classes:
-        columns["predicted_class"] = scores.log_prob_by_class.argmax(dim=0).tolist()
+        by_class = scores.log_prob_by_class
+        known = torch.isfinite(by_class).all(dim=0).tolist()
+        predicted = by_class.argmax(dim=0).tolist()
+        columns["predicted_class"] = [label if ok else "" for label, ok in zip(predicted, known, strict=True)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])

@@ -114,12 +114,14 @@ class Flow(nn.Module):
         Args:
             x: integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`; unchanged.
             generator: for the dequantization noise; a CPU one gives an image the same noise in a batch of any size.
-            labels: `(B,)`, for log P(x | class) of a class-conditional model.
+            labels: `(B,)`, for log P(x | class) of a class-conditional model; without, it is log P(x).
 
         Raises:
-            ValueError: for another shape, another kind of numbers, or a value outside 0..Q-1.
+            ValueError: for another shape, another kind of numbers, a value outside 0..Q-1, or labels it does not have.
         """
         x = self._checked(x)
+        if labels is not None:
+            labels = self._checked_labels(labels, len(x))
         return self(x, draw_noise(x.shape, generator, x.device), labels).total
 
     def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -160,15 +162,22 @@ class Flow(nn.Module):
 
         Raises `ValueError` for labels of a model without classes, or outside 0..K-1.
         """
-        if self.class_prior is None:
-            if labels is not None:
-                raise ValueError("the model is not class-conditional: it has no labels")
-            return noise
         if labels is None:
+            if self.class_prior is None:
+                return noise
             labels = torch.arange(len(noise)) % self.classes
-        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+        labels = self._checked_labels(labels, len(noise))
+        assert self.class_prior is not None
+        return self.class_prior.from_normal(noise.to(self.device), labels)
+
+    def _checked_labels(self, labels: Tensor, count: int) -> Tensor:
+        if self.class_prior is None:
+            raise ValueError("the model is not class-conditional: it has no labels")
+        if labels.shape != (count,):
+            raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
+        if count and (int(labels.min()) < 0 or int(labels.max()) >= self.classes):
             raise ValueError(f"expected classes in 0..{self.classes - 1}, got {labels.unique().tolist()}")
-        return self.class_prior.from_normal(noise.to(self.device), labels.to(self.device))
+        return labels.to(self.device)
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` standard normal latents, `(n, D)`, row by row: the first ones do not depend on how many follow."""

@@ -43,8 +43,8 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
 def between_classes(flow: Flow, split: Split, first: int, second: int, pairs: int, steps: int) -> Tensor:
     """Images of one class moved to another, along the difference of the classes' mean latents (Glow, section 6.2).
 
-    `P = pairs` images of class `first`, and the means over up to `ATTRIBUTE_IMAGES` images of each class of the split:
-    uint8 `(P, steps, C, H, W)`, the first of each row as it is.
+    The first `P = pairs` images of class `first`, and means over up to `ATTRIBUTE_IMAGES` images of each class: uint8
+    `(P, steps, C, H, W)`, the first of each row as it is.
 
     Raises `UserError` where there are no labels, or too few images of a class.
     """
@@ -52,9 +52,10 @@ def between_classes(flow: Flow, split: Split, first: int, second: int, pairs: in
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
     for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
-        where = (split.labels == label).nonzero().flatten()[:ATTRIBUTE_IMAGES].numpy()
+        where = (split.labels == label).nonzero().flatten().numpy()
         if len(where) < needed:
             raise UserError(f"{option} {label}: the split has {len(where)} images of it, {needed} are needed")
+        where = where[: max(ATTRIBUTE_IMAGES, needed)]
         latents = [flow.encode(split.take(part)) for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))]
         of_class[label] = torch.cat(latents)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)

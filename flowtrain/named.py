@@ -41,7 +41,11 @@ def section_named(
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
-    fitting = {key: value for key, value in section.items() if key in schemas[values["name"]].model_fields}
+    # Options of its own kind are those of another data set; flips and shifts are of training.
+    kept = {**configuration.component_base("datasets").model_fields}
+    if values["name"] == own.name:
+        kept = {**schemas[own.name].model_fields}
+    fitting = {key: value for key, value in section.items() if key in kept and key not in ("flip", "shift")}
     return {**fitting, **values}
 
 

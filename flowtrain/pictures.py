@@ -52,6 +52,8 @@ def samples(
     """
     if flow.levels is not None:
         return images.grid(x, flow.levels, columns)
+    if flow.shape[0] == 3 and flow.latent_dims == 3:
+        raise UserError("there are no pictures of points in space, only .npz files")
     beside = data()
     bounds = _bounds(beside)
     z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
@@ -113,7 +115,7 @@ def coordinates(x: Tensor) -> Tensor:
         return torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], dim=1)
     if x.shape[1] == 2:
         return x
-    raise UserError(f"real-valued data of {x.shape[1]} dimensions have no picture; use --out FILE.npz")
+    raise UserError(f"there are no pictures of real-valued data of {x.shape[1]} dimensions, only .npz files")
 
 
 def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import checkpoint, distributed, images, pictures
+from flowtrain import config as configuration
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
 from flowtrain.console import ProgressBar, console, duration
@@ -121,8 +123,11 @@ def fit(
         with distributed.one_first():  # it may download
             batches = Batches(data, config, config.train.batch_size * config.train.accumulate, device)
             validation = data.split("validation")
-        _require_same_everywhere(config, data.fingerprint)
-        state = _start(config, flow.to(device), data.fingerprint, saved, init_from, batches)
+        fingerprint = data.fingerprint
+        if batches.labels is not None:
+            fingerprint["labels"] = hashlib.sha256(batches.labels.numpy().data).hexdigest()
+        _require_same_everywhere(config, fingerprint)
+        state = _start(config, flow.to(device), fingerprint, saved, init_from, batches)
         # Until here a signal ends the process at once: there is nothing to save.
         with _signals() as stop:
             run.begin(config)
@@ -181,7 +186,7 @@ def _loop(
             if validates:
                 _validate(state, run, validation)
             if ends or progress.step % config.sample_every == 0:
-                _sample(state, run, validation)
+                _sample(state, run, validation if len(validation) else batches.source)
             clock.skip()
             if periodic or stop.signum:
                 _save(state, run, numbered=periodic)
@@ -226,16 +231,16 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 
 @distributed.main_only
-def _sample(state: State, run: RunDirectory, validation: Split) -> None:
+def _sample(state: State, run: RunDirectory, beside: Split) -> None:
     """A picture from latents that are the same all along, so that one sees each image take shape."""
     z = state.flow.draw_latents(pictures.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
+    flow, seed = state.evaluated, state.config.seed
     try:
-        samples = state.evaluated.decode(state.evaluated.place(z))
-    except FloatingPointError as error:
+        samples = flow.decode(flow.place(z))
+        picture = pictures.samples(flow, samples, 8, seed, lambda: beside.take(slice(0, pictures.POINTS)))
+    except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    seed = state.config.seed
-    picture = pictures.samples(state.evaluated, samples, 8, seed, lambda: validation.take(slice(0, pictures.POINTS)))
     images.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
@@ -369,7 +374,9 @@ def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Che
         config.resolved()["train"], distributed.world()
     ):
         free |= SPLIT_KEYS
-    for key, there, here in differences(saved.meta["config"], config.resolved()):
+    # With the defaults of keys that are newer than the checkpoint.
+    earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
+    for key, there, here in differences(earlier, config.resolved()):
         # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
         if key in free or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
             continue

@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, metrics, quick, sets, shared
+from cli_helpers import FOLDER, last, metrics, quick, sets, shared
 from helpers import SHARED, TINY, a_config, images, npz, perturb, seeded
 from PIL import Image
+from test_distributed import begin
 from torch.distributions import Normal
 
-from flowtrain import distributed
+from flowtrain import checkpoint, distributed
 from flowtrain.checkpoint import build_flow
 from flowtrain.classes import ClassPrior
 from flowtrain.data import Batches, DataSet
@@ -33,7 +34,7 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
     z = torch.randn(5, 10, generator=seeded())
     log_scale = 8 * torch.tanh(prior.log_scale / 8)
     for label in range(3):
-        mean, scale = (p[label].repeat_interleave(2) for p in (prior.mean, log_scale.exp()))
+        mean, scale = prior.mean[label], log_scale[label].exp()
         expected = Normal(0, 1).log_prob(z[:, :6]).sum(1) + Normal(mean, scale).log_prob(z[:, 6:]).sum(1)
         torch.testing.assert_close(prior.log_prob(z, torch.full((5,), label)), expected)
         torch.testing.assert_close(prior.by_class(z)[:, label], expected)
@@ -44,8 +45,8 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
 def test_draws_of_a_class(prior):
     draws = prior.from_normal(torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)).detach()
     mean, scale = draws[:, 6:].mean(0), draws[:, 6:].std(0)
-    torch.testing.assert_close(mean, prior.mean[1].repeat_interleave(2).detach(), atol=0.05, rtol=0)
-    expected = (8 * torch.tanh(prior.log_scale[1] / 8)).exp().repeat_interleave(2).detach()
+    torch.testing.assert_close(mean, prior.mean[1].detach(), atol=0.08, rtol=0)
+    expected = (8 * torch.tanh(prior.log_scale[1] / 8)).exp().detach()
     torch.testing.assert_close(scale, expected, rtol=0.03, atol=0)
     torch.testing.assert_close(draws[:, :6].std(0), torch.ones(6), rtol=0.03, atol=0)
 
@@ -168,6 +169,7 @@ def test_labels_of_mnist():
 
 RUN = [*sets(model__classes=10, model__steps=2, model__width=16, train__num_steps=150, train__batch_size=64)]
 RUN += sets(train__lr=5e-3, train__log_every=10, train__validate_every=50, train__checkpoint_every=75)
+RUN += sets(train__keep_checkpoints=2)
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +219,109 @@ def test_samples_have_a_row_a_class(run, tmp_path):
     quick("sample", run, "--classes", "a", cwd=tmp_path).failed(2, "--classes a", "whole numbers")
 
 
-def test_resumed_with_labels(run):
-    """The loss is the class-conditional one, and what resuming goes on with."""
+def test_resumed_with_labels(run, tmp_path):
     losses = [row["bits_per_dim"] for row in metrics(run) if row["split"] == "train"]
     assert losses[0] - losses[-1] > 0.5
+    middle = run / "checkpoints" / "step-00000075.safetensors"
+    quick("train", *RUN, "--run-dir", "r", "--resume", middle, cwd=tmp_path).ok()
+    assert_same_weights(run, tmp_path / "r")
+
+
+def assert_same_weights(one, other):
+    tensors = [checkpoint.read(last(folder)).tensors for folder in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_resuming_notices_other_labels(tmp_path):
+    section = labelled(tmp_path / "a.npz")
+    options = [*sets(data__name="npz", data__path="a.npz", data__validation=10, model__levels=1, model__classes=4)]
+    options += [*sets(model__steps=1, model__width=4, train__batch_size=8, train__checkpoint_every=2)]
+    quick("train", *options, *sets(train__num_steps=2), "--run-dir", "r", cwd=tmp_path).ok()
+    arrays = dict(np.load(section["path"]))
+    np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
+    command = ["train", *options, *sets(train__num_steps=4), "--run-dir", "s"]
+    quick(*command, "--resume", "r", cwd=tmp_path).failed(2, "not the images that", "labels")
+
+
+def test_a_checkpoint_from_before_there_were_classes(tmp_path):
+    options = [*RUN[2:], *sets(train__num_steps=4, train__checkpoint_every=2, train__keep_checkpoints=5)]
+    quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
+    path = tmp_path / "r" / "checkpoints" / "step-00000002.safetensors"
+    saved = checkpoint.read(path)
+    meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+    del meta["config"]["model"]["classes"]
+    meta["progress"]["window_bits"] = meta["progress"].pop("window_loss")
+    path.unlink()
+    checkpoint.write(path, meta, saved.tensors)
+    quick("train", *options, "--run-dir", "s", "--resume", path, cwd=tmp_path).ok()
+    assert_same_weights(tmp_path / "r", tmp_path / "s")
+
+
+def test_two_processes_train_and_evaluate_with_labels(run, tmp_path):
+    short = sets(train__num_steps=10, train__log_every=1)
+    quick("train", *RUN, *short, "--run-dir", "1", cwd=tmp_path).ok()
+    halves = sets(train__batch_size=32)
+    results = [p.result() for p in begin(2, "train", *RUN, *short, *halves, "--run-dir", "2", cwd=tmp_path)]
+    assert all(each.ok() for each in results)
+    one, two = ([row["bits_per_dim"] for row in metrics(tmp_path / name)] for name in "12")
+    assert one == pytest.approx(two, abs=2e-4)
+    alone = json.loads(quick("evaluate", run, "--json", "-", cwd=tmp_path).ok().out)
+    together = [p.result() for p in begin(2, "evaluate", run, "--json", "-", cwd=tmp_path)]
+    found = json.loads(together[0].ok().out)
+    assert found["accuracy"] == alone["accuracy"]
+    assert found["bits_per_dim_given_class"] == pytest.approx(alone["bits_per_dim_given_class"], abs=1e-6)
+
+
+def test_other_data_have_other_classes(run, tmp_path):
+    arrays = {"x_train": digits_images()[:40], "y_train": np.arange(40) + 100}
+    np.savez(tmp_path / "b.npz", **arrays, x_test=arrays["x_train"], y_test=arrays["y_train"])
+    labelled(tmp_path / "a.npz", shape=(8, 8, 1))
+    done = quick("evaluate", run, "--dataset", "b.npz", "--json", "-", cwd=tmp_path)
+    done.failed(2, "with 256 levels")  # the digits have 17
+    quick("train", *RUN, *NPZ, "--run-dir", "r", cwd=tmp_path).ok()
+    result = json.loads(quick("evaluate", "r", "--dataset", "b.npz", "--json", "-", cwd=tmp_path).ok().out)
+    assert "accuracy" not in result and result["num_images"] == 40
+
+
+NPZ = sets(data__name="npz", data__path="a.npz", train__num_steps=2, model__classes=3)
+
+
+def digits_images():
+    return digits_split().take(slice(None)).numpy()[:, 0]
+
+
+def digits_split():
+    return DataSet(a_config().data).split("test")
+
+
+def test_no_accuracy_of_numbers_that_are_not_finite(run, tmp_path):
+    saved = checkpoint.read(last(run))
+    for name in ("model.class_prior.mean", "ema.class_prior.mean"):
+        saved.tensors[name][:] = torch.nan
+    meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+    checkpoint.write(tmp_path / "bad.safetensors", meta, saved.tensors)
+    options = ["--json", "r.json", "--scores", "s.csv"]
+    quick("evaluate", "bad.safetensors", *options, cwd=tmp_path).failed(1, "180 of 180 images")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["accuracy"], result["accuracy_stderr"], result["bits_per_dim_given_class"]) == (None, None, None)
+    with (tmp_path / "s.csv").open() as file:
+        assert {row["predicted_class"] for row in csv.DictReader(file)} == {""}
+
+
+def test_labels_that_the_model_does_not_have():
+    flow, x = conditional(), images(2, SHAPE)
+    for labels in (torch.tensor([-1, 0]), torch.tensor([0, 3])):
+        with pytest.raises(ValueError, match="classes in 0..2"):
+            flow.log_prob(x, labels=labels)
+    with pytest.raises(ValueError, match="expected 2 labels, got .1,."):
+        flow.log_prob(x, labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match="not class-conditional"):
+        build_flow(a_config("nice"), SHAPE, 256).log_prob(x, labels=torch.tensor([0, 1]))
+
+
+def test_a_dry_run(tmp_path):
+    assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
 
 
 def test_from_one_class_to_another(run, tmp_path):

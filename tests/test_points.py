@@ -222,6 +222,40 @@ def test_samples_and_paths(run, tmp_path):
     quick("interpolate", run, "--images", "a.png", "a.png", cwd=tmp_path).failed(2, "--images", "real-valued")
 
 
+OWN_DATA = """
+import numpy as np
+from flowtrain.datasets.base import Images
+
+def build(root, split, *, seed: int = 0, dims: int = 5):
+    read = lambda: np.random.default_rng(0).normal(size=(40, dims, 1, 1)).astype("f4")
+    return Images(shape=(dims, 1, 1), levels=None, read=read)
+"""
+
+
+@pytest.mark.parametrize("dims", [3, 5])
+def test_data_of_ones_own_without_a_picture(dims, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_DATA)
+    options = [*sets(data__name="own.points", data__dims=dims), *RUN[6:]]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own.py").rename(tmp_path / "own" / "points.py")
+    options += sets(train__num_steps=2, train__batch_size=8, train__sample_every=1)
+    done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
+    assert done.out.count("no picture of samples") == 2 and summary(tmp_path / "r")["finished"]
+    quick("sample", "r", "--trust-code", cwd=tmp_path).failed(2, "only .npz files")
+    quick("sample", "r", "--trust-code", "--out", "s.npz", cwd=tmp_path).ok()
+
+
+def test_pictures_without_validation(tmp_path):
+    options = sets(data__validation=0, train__num_steps=2, train__sample_every=1)
+    quick("train", *RUN, *options, "--run-dir", "r", cwd=tmp_path).ok()
+    assert len(list((tmp_path / "r" / "samples").iterdir())) == 2
+
+
+def test_other_points_have_their_own_options(run, tmp_path):
+    done = quick("evaluate", run, "--dataset", "eight_gaussians", "--json", "-", cwd=tmp_path).ok()
+    assert json.loads(done.out)["num_images"] == 10_000  # and not the 300 of the model's data set
+
+
 def test_a_dry_run(tmp_path):
     assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
 
@@ -249,5 +283,5 @@ def test_the_mesh_of_the_sphere():
 
 
 def test_other_dimensions_have_no_picture():
-    with pytest.raises(UserError, match="5 dimensions have no picture; use --out FILE.npz"):
+    with pytest.raises(UserError, match="no pictures of real-valued data of 5 dimensions"):
         pictures.coordinates(torch.zeros(4, 5, 1, 1))

@@ -24,6 +24,8 @@ class MaskedAutoregressive(Bijection):
     The order is that of the entries; other orders come from a `Permute` before it.
     """
 
+    inverse_is_sequential = True
+
     def __init__(self, conditioner: "MaskedDenseNet", transform: Transform):
         super().__init__()
         self.conditioner = conditioner
@@ -54,6 +56,8 @@ class Inverse(Bijection):
 
     Only for layers that do not set themselves from data.
     """
+
+    inverse_is_sequential = False  # but its forward is, if the other's inverse is
 
     def __init__(self, bijection: Bijection):
         super().__init__()

@@ -17,6 +17,11 @@ class Bijection(nn.Module):
     `flowtrain.flow.initialize` calls once with the layer's actual input.
     """
 
+    @property
+    def inverse_is_sequential(self) -> bool:
+        """Whether the inverse computes one entry after the other."""
+        return any(part.inverse_is_sequential for part in self.children() if isinstance(part, Bijection))
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

@@ -27,6 +27,10 @@ class Sequential(Bijection):
             layers += layer._opened() if isinstance(layer, Sequential) else [layer]  # type: ignore[list-item]
         return layers
 
+    @property
+    def inverse_is_sequential(self) -> bool:
+        return any(layer.inverse_is_sequential for layer in self._opened())
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return apply(self._chain(), x, context)
 

@@ -107,7 +107,7 @@ def evaluate(
     name = f"evaluate-{split}.json"
     if dataset is not None:
         result["dataset"] = dataset
-        name = f"evaluate-{Path(dataset).stem}-{split}.json"
+        name = f"evaluate-{Path(dataset).resolve().stem}-{split}.json"
     bad = result["non_finite_indices"]
     print_table({key: value for key, value in result.items() if value is not bad})
     text = json.dumps(result, indent=2, allow_nan=False)

@@ -55,10 +55,10 @@ def interpolate(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Walk between images through the latent space. The ends come back exactly.
+    """Walk between images through the latent space. Images of the data come back exactly.
 
-    Between two of your own, two random test images, or, with --from-class and --to-class, from test images of one class
-    along the difference of the two classes' mean latents.
+    Between two of your own, or random test images; or, with --from-class and --to-class, from the first test images of
+    one class along the difference of the two classes' mean latents.
     """
     from flowtrain import checkpoint, images, pictures
     from flowtrain import interpolate as paths

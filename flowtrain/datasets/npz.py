@@ -37,11 +37,14 @@ def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout
             )
         count, train = _shape(path, archive, "x_train", layout)
         own_test = "x_test" in keys
-        if own_test and (test := _shape(path, archive, "x_test", layout)[1]) != train:
-            raise UserError(
-                f"data.path: in {path}, the images of x_train are {_by(train)} and those of "
-                f"x_test {_by(test)}: they have to be of one size"
-            )
+        counts = {"train": count}
+        if own_test:
+            counts["test"], test = _shape(path, archive, "x_test", layout)
+            if test != train:
+                raise UserError(
+                    f"data.path: in {path}, the images of x_train are {_by(train)} and those of "
+                    f"x_test {_by(test)}: they have to be of one size"
+                )
 
         if not own_test and count < 2:
             raise UserError(f"data.path: {path} has one image, which cannot be split: add more, or x_test")
@@ -63,11 +66,10 @@ def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout
     def labels() -> np.ndarray:
         key = f"y_{part}"
         values = _array(path, key)
-        count = len(_array(path, f"x_{part}"))
-        if values.dtype.kind not in "iu" or values.size != count:
+        if values.dtype.kind not in "iu" or values.size != counts[part]:
             raise UserError(
                 f"data.path: {key} in {path} is {values.dtype} of shape {values.shape}: expected a whole number for "
-                f"each of the {count} images"
+                f"each of the {counts[part]} images"
             )
         return own(values.reshape(-1).astype(np.int64))
 
