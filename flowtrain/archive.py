@@ -10,13 +10,16 @@ no larger than a PNG of it. It says shape, levels, names, the lengths of the par
 import hashlib
 import io
 import json
+import os
 import zlib
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from flowtrain.errors import UserError
@@ -31,30 +34,157 @@ DICTIONARY = (
     b'"0.1.0","torch":"2.","python":"3."},{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test",'
     b'"names":["0.png"],"lengths":[4,'
 )
-# Lossless formats, with what makes each smallest. (JPEG XL: where a plugin has told Pillow about it.)
+LONGEST_DESCRIPTION = 2**26  # bytes of JSON, some 500,000 names: no few bytes are inflated to more
+# Lossless formats, with what makes each small. WebP's method is an effort from 0 to 6: on CIFAR-10, 6 takes 50 times as
+# long as 2 and needs more bits. (JPEG XL: where a plugin has told Pillow about it.)
 FORMATS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
-    "WEBP": {"lossless": True, "quality": 100, "method": 6},
+    "WEBP": {"lossless": True, "quality": 100, "method": 2, "exact": True},
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
     "JXL": {"lossless": True},
 }
-STRIP = 64  # images stored as one picture
+STRIP = 64  # images stored as one picture; never to be changed within a version
 LONGEST = 16383  # pixels, of a WebP's side
+LONGEST_NAME = 255  # bytes, of a file or folder
+
+Side = Annotated[int, Field(ge=1, le=2**16)]
+
+
+# --- the description --------------------------------------------------------------------------------------------------
+
+
+class StreamDescription(BaseModel):
+    """Of a stream: its images, the carriers among them, and how many images were coded together, in order."""
+
+    images: PositiveInt
+    carriers: NonNegativeInt
+    carrier_bytes: NonNegativeInt
+    chunks: list[Annotated[int, Field(ge=1, le=STRIP)]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StreamDescription":
+        if self.carriers + sum(self.chunks) != self.images:
+            raise ValueError("a stream's chunks do not add up to its images")
+        return self
+
+
+class ModelDescription(BaseModel):
+    """The model that the streams were coded with."""
+
+    hash: str
+    path: str
+    weights: Literal["ema", "raw"]
+    embedded: bool
+
+
+class Description(BaseModel):
+    """What an archive says about itself. Without streams all images are stored; with them, those in `stored`.
+
+    The context of its validation is the number of bytes that follow.
+    """
+
+    shape: tuple[Literal[1, 3], Side, Side]
+    levels: Annotated[int, Field(ge=2, le=256)]
+    names: Any  # a list of names, or the name of a split, of which they are made; JSON's text may be no UTF-8
+    count: int | None = None
+    lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    streams: list[StreamDescription] = []
+    stored: list[int] = []
+    model: ModelDescription | None = None
+    probe: int | None = None
+    versions: dict[str, str] = {}
+
+    @property
+    def images(self) -> int:
+        """How many there are, by their checksums."""
+        return self.lengths[0] // 4
+
+    @property
+    def files(self) -> list[str]:
+        """The images' names, relative, with "/"."""
+        if isinstance(self.names, str):
+            return [f"{self.names}-{i:05}.png" for i in range(self.images)]
+        return self.names
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the last part is the model."""
+        return self.model is not None and self.model.embedded
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> "Description":
+        if sum(self.lengths) != info.context:
+            raise ValueError("its parts are longer or shorter than it says")
+        names = self.count if isinstance(self.names, str) else len(self.names) if isinstance(self.names, list) else None
+        if self.lengths[0] % 4 or not self.images or names != self.images:
+            raise ValueError("there is not one name for each checksum")
+        check_names(self.files)
+        if not self.streams:
+            self.stored, self.model = list(range(self.images)), None
+        elif self.model is None or self.probe is None or not self.versions:
+            raise ValueError("there are streams, and no model")
+        if sum(stream.images for stream in self.streams) + len(self.stored) != self.images:
+            raise ValueError("the streams and what is stored do not add up to the images")
+        if len(set(self.stored)) != len(self.stored) or not set(self.stored) <= set(range(self.images)):
+            raise ValueError("what is stored are not some of the images")
+        if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + self.embedded:
+            raise ValueError("there are more or fewer parts than it needs")
+        return self
+
+    @property
+    def strips(self) -> list[int]:
+        """How many images are in each strip."""
+        each = strip_length(self.shape[1])
+        return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises `ValueError` unless files of these names can be written into one folder, and into no other place.
+
+    They are relative, with "/". Whatever else is legal in a file name is taken, so that what can be packed can be
+    unpacked.
+    """
+    names = list(names)
+    seen = set(names)
+    if len(seen) < len(names):
+        raise ValueError("two files have the same name")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no file name")
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"{name!r} is not a plain relative path")
+        if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
+            raise ValueError(f"{name!r} has a character that no file name can have")
+        if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
+            raise ValueError(f"{name!r} is longer than the {LONGEST_NAME} bytes that a file name can have")
+        folder = next((folder for i in range(1, len(parts)) if (folder := "/".join(parts[:i])) in seen), None)
+        if folder is not None:
+            raise ValueError(f"{name!r} needs a folder where the file {folder!r} is")
+
+
+def _file_system_bytes(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} is no file name") from None
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
-    """The bytes of an archive."""
-    text = json.dumps({**description, "lengths": [len(part) for part in parts]}, separators=(",", ":"))
+    """The bytes of an archive. Raises `UserError` where there are too many names."""
+    text = json.dumps({**description, "lengths": [len(part) for part in parts]}, separators=(",", ":")).encode()
+    if len(text) > LONGEST_DESCRIPTION:
+        raise UserError(f"the names take {len(text)} bytes, more than the {LONGEST_DESCRIPTION} of one archive")
     deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
-    described = deflate.compress(text.encode()) + deflate.flush()
+    described = deflate.compress(text) + deflate.flush()
     data = b"".join([MAGIC, len(described).to_bytes(4, "little"), described, *parts])
     return data + _digest(data)
 
 
-def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
     """The description and the parts. Raises `UserError` naming the file, where it is damaged or none of ours."""
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
@@ -64,9 +194,22 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], list[bytes]]:
         raise UserError(f"{path}: damaged: its bytes do not match its checksum (truncated or changed)")
     start = len(MAGIC) + 4
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
-    description = json.loads(zlib.decompressobj(wbits=-15, zdict=DICTIONARY).decompress(data[start:end]))
+    # From here on the file is as somebody wrote it: but perhaps not `pack`.
+    try:
+        inflate = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
+        text = inflate.decompress(data[start:end], LONGEST_DESCRIPTION)
+        if not inflate.eof:
+            raise ValueError("its description does not end")
+        description = Description.model_validate(json.loads(text), context=len(data) - DIGEST - end)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: not a valid archive: {why}") from None
+    except (ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{path}: not a valid archive: {error}") from None
     parts = []
-    for length in description["lengths"]:
+    for length in description.lengths:
         parts.append(data[end : end + length])
         end += length
     return description, parts
@@ -74,18 +217,6 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST).digest()
-
-
-def names(description: dict[str, Any]) -> list[str]:
-    """Of the images' files, relative. Raises `UserError` for one that would leave the folder it is written to."""
-    given = description["names"]
-    if isinstance(given, str):  # of a split
-        return [f"{given}-{i:05}.png" for i in range(description["count"])]
-    for name in given:
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or parts[0] == "/" or any(c in name for c in "\\:\0"):
-            raise UserError(f"the archive has a file named {name!r}, which is not a plain relative path")
-    return given
 
 
 def checksum(image: Tensor) -> int:
@@ -97,9 +228,9 @@ def checksum(image: Tensor) -> int:
 
 
 def formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow writes."""
+    """Those of `FORMATS` that this Pillow writes and reads."""
     Image.init()
-    return [name for name in FORMATS if name in Image.SAVE]
+    return [name for name in FORMATS if name in Image.SAVE and name in Image.OPEN]
 
 
 def encoded(image: Tensor, name: str) -> bytes:
@@ -110,42 +241,51 @@ def encoded(image: Tensor, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def decoded(data: bytes, channels: int) -> Tensor:
-    """The inverse of `encoded`."""
-    pixels = np.asarray(Image.open(io.BytesIO(data), formats=list(FORMATS)))
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    return torch.from_numpy(pixels[..., :channels].copy()).movedim(-1, 0)  # WebP has no grey: three equal channels
+def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of `encoded`: an image of `shape`. Raises `ValueError` for another picture, or what Pillow raises."""
+    channels, height, width = shape
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+        if image.size != (width, height) or image.mode not in ("RGB", "L" if channels == 1 else "RGB"):
+            raise ValueError(f"a picture of {image.width}x{image.height} {image.mode} instead of {width}x{height}")
+        pixels = np.array(image)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return torch.from_numpy(pixels).movedim(-1, 0)[:channels]  # WebP has no grey: three equal channels
 
 
 def sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
-    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if the format does not give them back."""
-    pixels = to_8bit(images, levels)
-    files = [encoded(image, name) for image in pixels[:1]]
-    if not torch.equal(decoded(files[0], images.shape[1]), pixels[0]):
-        return None
-    files += [encoded(image, name) for image in pixels[1:]]
-    return torch.tensor([len(file) for file in files])
+    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give all of them back."""
+    lengths = []
+    for image in to_8bit(images, levels):
+        file = encoded(image, name)
+        channels, height, width = image.shape
+        if not torch.equal(decoded(file, (channels, height, width)), image):
+            return None
+        lengths.append(len(file))
+    return torch.tensor(lengths)
 
 
 def strip(images: Tensor) -> bytes:
     """Some images `(N, C, H, W)`, one above the other, in the fewest bytes: WebP, PNG, or deflated."""
     tall = images.movedim(1, 0).flatten(1, 2)
-    candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9)]
-    candidates += [encoded(tall, name) for name in formats() if name in ("PNG", "WEBP")]
+    candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
+    if "WEBP" in formats() and max(tall.shape) <= LONGEST:
+        candidates.append(encoded(tall, "WEBP"))
     return min(candidates, key=len)
 
 
-def unstrip(data: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """The inverse of `strip`: `(N, C, H, W)`."""
+def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
+    """The inverse of `strip`: `(count, C, H, W)`. Raises almost anything for what `strip` has not made."""
     channels, height, width = shape
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
-        return torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8).view(-1, *shape)
-    return decoded(data, channels).unflatten(1, (-1, height)).movedim(1, 0)
+        size = count * channels * height * width
+        inflate = zlib.decompressobj()
+        pixels = inflate.decompress(data, size + 1)
+        if len(pixels) != size or not inflate.eof:
+            raise ValueError(f"not {count} images")
+        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
+    return decoded(data, (channels, count * height, width)).unflatten(1, (count, height)).movedim(1, 0)
 
 
-def strips(images: Tensor) -> list[bytes]:
-    """Any number of images, a strip for every few."""
-    if len(images) == 0:
-        return []
-    return [strip(part) for part in images.split(min(STRIP, max(1, LONGEST // images.shape[2])))]
+def strip_length(height: int) -> int:
+    """How many images of this height are stored as one picture, at most."""
+    return min(STRIP, max(1, LONGEST // height))

@@ -207,8 +207,16 @@ def _slope(log_scale: Tensor) -> tuple[Tensor, Tensor]:
     return (log_scale.exp() * denominator).round().long().clamp(min=1), denominator
 
 
+def _finite(x: Tensor) -> Tensor:
+    """x, or `FloatingPointError`: there is no whole number for what is not finite."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError("a weight, or what a network computes, is not finite")
+    return x
+
+
 def _best_slope(slope: Tensor) -> tuple[Tensor, Tensor]:
     """`slope` as fractions of small numbers, the closest ones."""
+    _finite(slope)
     limit = 2**SLOPE_BITS
     fractions = []
     for value in slope.flatten().tolist():
@@ -318,7 +326,7 @@ class Diagonal:
 
     def __init__(self, slope: Tensor, shift: Tensor, bits: int):
         self.numerator, self.denominator = _best_slope(slope)
-        self.shift = _whole(shift, bits)
+        self.shift = _whole(_finite(shift), bits)
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return scale(x, self.numerator.expand_as(x), self.denominator.expand_as(x), stack) + self.shift
@@ -337,16 +345,16 @@ class Linear:
     """`W x + b` at every pixel, `W = P L D U` with unit triangular L and U: they are shifts, and take no bits."""
 
     def __init__(self, weight: Tensor, bias: Tensor, bits: int):
-        permutation, lower, upper = torch.linalg.lu(weight)
+        permutation, lower, upper = torch.linalg.lu(_finite(weight))
         diagonal = upper.diagonal()
-        if not (torch.isfinite(weight).all() and (diagonal != 0).all()):
+        if not (diagonal != 0).all():
             raise FloatingPointError("a 1x1 convolution is singular")
         self.order = permutation.argmax(dim=1)  # row i of P L takes row order[i] of L
         self.lower = _whole(lower.tril(-1), MATRIX_BITS)
         self.upper = _whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
         self.sign = diagonal.sign().long()[:, None]
         self.diagonal = Diagonal(diagonal.abs()[:, None], torch.zeros(len(diagonal), 1), bits)
-        self.bias = _whole(bias, bits)[:, None]
+        self.bias = _whole(_finite(bias), bits)[:, None]
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         y = x.flatten(2)
@@ -401,7 +409,7 @@ class Conditioned:
             for i in range(len(x))
         ]
         unit = 2.0**PREDICTED_BITS
-        return (torch.cat(each)[self.of_pixels] * unit).round() / unit
+        return (_finite(torch.cat(each)[self.of_pixels]) * unit).round() / unit
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         z = x.clone()

@@ -10,11 +10,12 @@ import functools
 import hashlib
 import json
 import math
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from flowtrain import archive, checkpoint
 from flowtrain import evaluate as evaluation
+from flowtrain.archive import StreamDescription
 from flowtrain.bitsback import ENOUGH, Codec, Exhausted, Stack, Uncodable
 from flowtrain.checkpoint import LoadedModel
 from flowtrain.data import Split
 from flowtrain.datasets.base import FORMATS, short
-from flowtrain.datasets.folder import SUFFIXES
+from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
 from flowtrain.images import to_8bit
 
@@ -59,9 +61,10 @@ class Stream:
         """Of all images but the carriers."""
         return 32 * len(self.words) - self.initial_bits
 
-    def description(self) -> dict[str, Any]:
-        keys = ("carriers", "carrier_bytes", "chunks")
-        return {"images": len(self.images), **{key: getattr(self, key) for key in keys}}
+    def description(self) -> StreamDescription:
+        return StreamDescription(
+            images=len(self.images), carriers=self.carriers, carrier_bytes=self.carrier_bytes, chunks=self.chunks
+        )
 
 
 @dataclass
@@ -136,6 +139,7 @@ def _encode_stream(
     stack = Stack(_words(initial + bytes(-len(initial) % 4)))
     stream = Stream(list(indices[:carriers]), carriers, len(blob), stack.bits)
     rest, dropped = list(indices[carriers:]), []
+    tick(carriers)
     while rest:
         chunk = rest[: min(max((stack.bits - ENOUGH) // borrowed, 1), CHUNK)]
         while chunk:
@@ -147,6 +151,7 @@ def _encode_stream(
                 dropped += bad
                 chunk = [index for index in chunk if index not in bad]
                 rest = [index for index in rest if index not in bad]
+                tick(len(bad))
             except Exhausted:
                 if len(chunk) == 1:
                     raise
@@ -162,16 +167,17 @@ def _encode_stream(
     return stream, dropped
 
 
-def decode_stream(codec: Codec, words: np.ndarray, described: dict[str, Any], tick: Callable[[int], None]) -> Tensor:
+def decode_stream(codec: Codec, words: np.ndarray, described: StreamDescription, tick: Callable[[int], None]) -> Tensor:
     """The images of a stream, uint8 `(N, C, H, W)`. Where the model's numerics differ it raises, or they are wrong."""
     stack = Stack(words, again=True)
     parts = []
-    for count in reversed(described["chunks"]):
+    for count in reversed(described.chunks):
         parts.append(codec.decode(count, stack))
         tick(count)
-    blob = stack.first_words().astype("<u4").tobytes()[: described["carrier_bytes"]]
-    if described["carriers"]:
-        parts.append(archive.unstrip(blob, codec.shape))
+    blob = stack.first_words().astype("<u4").tobytes()[: described.carrier_bytes]
+    if described.carriers:
+        parts.append(archive.unstrip(blob, codec.shape, described.carriers))
+        tick(described.carriers)
     return torch.cat(parts[::-1])
 
 
@@ -194,11 +200,13 @@ def in_threads(tasks: Sequence[Callable[[Callable[[int], None]], Any]], total: i
     with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(task, tick) for task in tasks]
         try:
-            return [future.result() for future in futures]
+            for future in as_completed(futures):  # the first that fails ends all
+                future.result()
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        return [future.result() for future in futures]
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -244,6 +252,50 @@ def probe(codec: Codec) -> int:
 
 
 @dataclass
+class Prepared:
+    """Images, uint8 `(N, C, H, W)`, and what the model says about them before any is coded."""
+
+    model: LoadedModel
+    codec: Codec
+    probe: int
+    images: Tensor
+    bound: Tensor  # bits of each image, `(N,)`: the single-draw bound that `evaluate` computes
+    promising: list[
+        int
+    ]  # the images worth coding: one that the model knows nothing about is not worth more than stored
+    expected: Estimate
+
+
+def prepare(model: LoadedModel, images: Tensor, progress: Progress = lambda done, total: None) -> Prepared:
+    """What comes before coding. `progress` is called with images scored and all.
+
+    Raises `UserError` for a model that has no rules or does not invert, `FloatingPointError` for weights that are not
+    finite.
+    """
+    with one_thread():
+        codec = Codec(model.flow)
+        probed = probe(codec)
+    split = Split(images.numpy(), np.arange(len(images)), 0)
+    bound = evaluation.score(model.flow, split, progress=progress).log_prob / -math.log(2)
+    promising = (bound < codec.dims * math.log2(codec.levels)).nonzero()[:, 0].tolist()
+    with one_thread():
+        expected = estimate(codec, images[promising[:CHUNK]])
+    return Prepared(model, codec, probed, images, bound, promising, expected)
+
+
+def strips(images: Tensor, progress: Progress = lambda done, total: None) -> list[bytes]:
+    """Images `(N, C, H, W)`, stored without a flow: `archive.strip` of every few."""
+    tasks = [functools.partial(_strip, part) for part in images.split(archive.strip_length(images.shape[2]))]
+    return in_threads(tasks, len(images), progress) if len(images) else []
+
+
+def _strip(images: Tensor, tick: Callable[[int], None]) -> bytes:
+    data = archive.strip(images)
+    tick(len(images))
+    return data
+
+
+@dataclass
 class Compressed:
     """An archive's bytes, and what was measured on the way. Bits are those of all images together."""
 
@@ -258,58 +310,49 @@ class Compressed:
 
 
 def compress(
-    model: LoadedModel,
-    images: Tensor,
+    prepared: Prepared,
     names: list[str] | str,
     *,
+    plain: list[bytes] | None = None,
     embed: bool = False,
-    ordinary_bytes: float = math.inf,
+    stream_size: int = STREAM,
     progress: Progress = lambda done, total: None,
     announce: Callable[[Estimate, int], None] = lambda estimate, images: None,
 ) -> Compressed:
-    """An archive of images, uint8 `(N, C, H, W)`, with values 0..Q-1.
+    """An archive of images with values 0..Q-1.
 
     Args:
         names: a file name for each, or one word, of which the names are made.
-        embed: puts the model into the archive.
-        ordinary_bytes: about what the images take in an ordinary format: where the flow would take more, they are
-            stored like that.
+        plain: the images' `strips`: where the flow takes more than they do, they are the archive. Without them it is
+            made with the flow in any case.
+        embed: puts the model into the archive, if it is made with the flow.
+        stream_size: images of a stream, at most.
         progress: called with images done and all.
         announce: called once before the coding, with what it will take, and the number of images.
     """
-    codec = Codec(model.flow)
-    count = len(images)
-    split = Split(images.numpy(), np.arange(count), 0)
-    bound = evaluation.score(model.flow, split).log_prob / -math.log(2)  # bits
-    # An image that the model knows nothing about is not worth more than its bytes.
-    promising = (bound < codec.dims * math.log2(codec.levels)).nonzero()[:, 0].tolist()
-    with one_thread():
-        expected = estimate(codec, images[promising[:CHUNK]])
-    ordinary_bits = 8 * ordinary_bytes / count
-    carriers = expected.borrowed / ordinary_bits
-    bits = bound[promising].sum().item() + (expected.borrowed - carriers * bound[promising].mean().item())
-    worth = expected.borrowed > 0 and len(promising) > carriers and bits < 1.15 * ordinary_bits * len(promising)
+    images, bound, promising = prepared.images, prepared.bound, prepared.promising
+    without = math.inf if plain is None else len(_packed(prepared, names, [], plain, b""))
+    embedded = model_bytes(prepared.model) if embed else b""
+    number = -(-len(promising) // stream_size)  # of streams
     streams: list[Stream] = []
+    data = b""
     started = time.perf_counter()
-    if worth:
-        announce(expected, len(promising))
-        number = -(-len(promising) // STREAM)
+    if prepared.expected.borrowed and (plain is None or _promises(prepared, number, plain, len(embedded))):
+        announce(prepared.expected, len(promising))
         tasks = [
-            functools.partial(encode_stream, codec, images, part.tolist(), expected.borrowed)
+            functools.partial(encode_stream, prepared.codec, images, part.tolist(), prepared.expected.borrowed)
             for part in np.array_split(np.array(promising), number)
         ]
         streams = [stream for stream, _ in in_threads(tasks, len(promising), progress)]
+        data = _packed(prepared, names, streams, strips(images[_others(streams, len(images))]), embedded)
     seconds = time.perf_counter() - started
-    data = _packed(model, codec, images, names, streams, embed)
-    # Ordinary formats gain from being packed, but never a seventh (and packing takes a while where there are many).
-    if streams and (count <= archive.STRIP or len(data) > 0.85 * ordinary_bytes):
-        plain = _packed(model, codec, images, names, [], embed)
-        if len(plain) <= len(data):
-            data, streams = plain, []
+    if not streams or len(data) >= without:
+        streams = []
+        data = _packed(prepared, names, [], strips(images) if plain is None else plain, b"")
     coded = [index for stream in streams for index in stream.images[stream.carriers :]]
     return Compressed(
         data=data,
-        stored=count - sum(len(stream.images) for stream in streams),
+        stored=len(_others(streams, len(images))),
         carriers=sum(stream.carriers for stream in streams),
         coded=len(coded),
         net_bits=sum(stream.net_bits for stream in streams),
@@ -319,26 +362,38 @@ def compress(
     )
 
 
-def _packed(
-    model: LoadedModel, codec: Codec, images: Tensor, names: list[str] | str, streams: list[Stream], embed: bool
-) -> bytes:
+def _promises(prepared: Prepared, streams: int, plain: list[bytes], model_bytes: int) -> bool:
+    """Whether the flow might take less than the strips `plain`, give or take a twentieth: coding will tell."""
+    plain_bits = 8 * sum(len(part) for part in plain) / len(prepared.images)  # of an image
+    bound = prepared.bound[prepared.promising]
+    carriers = prepared.expected.borrowed / plain_bits  # of a stream
+    bits = bound.sum().item() + streams * (prepared.expected.borrowed - carriers * bound.mean().item())
+    return streams * carriers < len(bound) and bits + 8 * model_bytes < 1.05 * plain_bits * len(bound)
+
+
+def _others(streams: list[Stream], count: int) -> list[int]:
+    """The images that are in no stream."""
     used = {index for stream in streams for index in stream.images}
-    stored = [index for index in range(len(images)) if index not in used]
+    return [index for index in range(count) if index not in used]
+
+
+def _packed(
+    prepared: Prepared, names: list[str] | str, streams: list[Stream], stored: list[bytes], embedded: bytes
+) -> bytes:
+    codec, model = prepared.codec, prepared.model
     description: dict[str, Any] = {"shape": list(codec.shape), "levels": codec.levels, "names": names}
     if isinstance(names, str):
-        description["count"] = len(images)
-    parts = [np.array([archive.checksum(image) for image in images], "<u4").tobytes()]
-    parts += archive.strips(images[stored])
+        description["count"] = len(prepared.images)
+    parts = [np.array([archive.checksum(image) for image in prepared.images], "<u4").tobytes(), *stored]
     if streams:
-        description["stored"] = stored
-        description["streams"] = [stream.description() for stream in streams]
+        description["stored"] = _others(streams, len(prepared.images))
+        description["streams"] = [stream.description().model_dump() for stream in streams]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
-        path = str(model.checkpoint.path)
-        described = {"hash": model_hash(model), "path": path, "weights": model.weights, "embedded": embed}
-        with one_thread():
-            description |= {"model": described, "probe": probe(codec), "versions": versions()}
-        if embed:
-            parts.append(model_bytes(model))
+        path = os.fsencode(model.checkpoint.path).decode(errors="replace")
+        described = {"hash": model_hash(model), "path": path, "weights": model.weights, "embedded": bool(embedded)}
+        description |= {"model": described, "probe": prepared.probe, "versions": versions()}
+        if embedded:
+            parts.append(embedded)
     return archive.pack(description, parts)
 
 
@@ -352,84 +407,109 @@ class Opened:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         self.description, self.parts = archive.unpack(path, data)
-        self.names = archive.names(self.description)
-        self.levels: int = self.description["levels"]
-        self.streams: list[dict[str, Any]] = self.description.get("streams", [])
+        self.names = self.description.files
+        self.levels = self.description.levels
+        self.streams = self.description.streams
 
     def load(self, given: str | None, trust_code: bool) -> LoadedModel:
         """The model: the one given, else the embedded one, else the one at the path where it was.
 
         Raises `UserError` where it is not there, or is not the one that the images were coded with.
         """
-        wanted = self.description["model"]
-        if given is None and wanted["embedded"]:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "embedded.safetensors"
-                path.write_bytes(self.parts[-1])
-                model = checkpoint.load_model(str(path), torch.device("cpu"), "raw", trust_code)
+        wanted = self.description.model
+        assert wanted is not None  # there are streams
+        if given is None and wanted.embedded:
+            model = self._embedded_model(trust_code)
         else:
-            if given is None and not Path(wanted["path"]).exists():
+            if given is None and not Path(wanted.path).is_file():
                 raise UserError(
-                    f"{self.path}: it needs the model {wanted['hash'][:16]}, which was {wanted['path']}: "
+                    f"{self.path}: it needs the model {wanted.hash[:16]}, which was {wanted.path}: "
                     "say where it is with --model"
                 )
-            model = checkpoint.load_model(given or wanted["path"], torch.device("cpu"), wanted["weights"], trust_code)
+            model = checkpoint.load_model(given or wanted.path, torch.device("cpu"), wanted.weights, trust_code)
         found = model_hash(model)
-        if found != wanted["hash"]:
+        if found != wanted.hash:
             raise UserError(
-                f"{self.path}: it was coded with the model {wanted['hash'][:16]}, {wanted['weights']} weights; "
+                f"{self.path}: it was coded with the model {wanted.hash[:16]}, {wanted.weights} weights; "
                 f"{model.checkpoint.path} is another one, {found[:16]}: say where it is with --model"
             )
+        if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
+            raise UserError(f"{self.path}: not a valid archive: its images are not of its model's shape and levels")
         return model
+
+    def _embedded_model(self, trust_code: bool) -> LoadedModel:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "embedded.safetensors"
+            path.write_bytes(self.parts[-1])
+            try:
+                return checkpoint.load_model(str(path), torch.device("cpu"), "raw", trust_code)
+            except (MemoryError, OSError):
+                raise
+            except Exception as error:  # its checksum may be right, and its content anything
+                raise UserError(f"{self.path}: the model in it cannot be loaded ({short(error)})") from None
 
     def images(self, model: LoadedModel | None, progress: Progress = lambda done, total: None) -> Tensor:
         """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is needed if there are streams.
 
         Raises `UserError` where this machine computes other numbers than the one that wrote the archive.
         """
-        channels, height, width = self.description["shape"]
-        shape = channels, height, width
+        described = self.description
         checksums = np.frombuffer(self.parts[0], "<u4").tolist()
-        count = len(checksums)
-        stored = self.description.get("stored", range(count))
-        strips = self.parts[1 : len(self.parts) - len(self.streams) - self._embedded]
-        found = torch.empty(count, *shape, dtype=torch.uint8)
-        if strips:
-            found[list(stored)] = torch.cat([archive.unstrip(data, shape) for data in strips])
+        stored = self._stored()
+        found = torch.empty(described.images, *described.shape, dtype=torch.uint8)
+        if described.stored:
+            found[described.stored] = stored
         if self.streams:
             assert model is not None
-            others = sorted(set(range(count)) - set(stored))
-            found[others] = self._decoded(Codec(model.flow), progress)
+            others = sorted(set(range(described.images)) - set(described.stored))
+            found[others] = self._decoded(model, progress)
         wrong = [
             i for i, (image, known) in enumerate(zip(found, checksums, strict=True)) if archive.checksum(image) != known
         ]
         if wrong:
-            raise self._irreproducible(f"{len(wrong)} of {count} images do not match their checksums")
+            raise self._irreproducible(f"{len(wrong)} of {len(found)} images do not match their checksums")
+        if self.levels < 256 and (found >= self.levels).any():
+            raise UserError(f"{self.path}: not a valid archive: it has values that are not in 0..{self.levels - 1}")
         return found
 
-    @property
-    def _embedded(self) -> int:
-        return int(bool(self.streams) and self.description["model"]["embedded"])
-
-    def _decoded(self, codec: Codec, progress: Progress) -> Tensor:
-        with one_thread():
-            if probe(codec) != self.description["probe"]:
-                raise self._irreproducible("the model computes other numbers here")
-        end = len(self.parts) - self._embedded
-        tasks = [
-            functools.partial(decode_stream, codec, _words(data), described)
-            for data, described in zip(self.parts[end - len(self.streams) : end], self.streams, strict=True)
-        ]
-        total = sum(sum(described["chunks"]) for described in self.streams)
+    def _stored(self) -> Tensor:
+        described = self.description
         try:
-            return torch.cat(in_threads(tasks, total, progress))
-        except (Uncodable, Exhausted, ValueError, OSError) as error:
-            raise self._irreproducible(str(error)) from error
+            return torch.cat(
+                [
+                    torch.empty(0, *described.shape, dtype=torch.uint8),
+                    *(
+                        archive.unstrip(data, described.shape, count)
+                        for data, count in zip(self.parts[1:], described.strips, strict=False)
+                    ),
+                ]
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # bytes that are no picture make Pillow raise almost anything
+            raise UserError(f"{self.path}: an image that is stored in it cannot be read ({short(error)})") from None
+
+    def _decoded(self, model: LoadedModel, progress: Progress) -> Tensor:
+        first = 1 + len(self.description.strips)
+        try:
+            with one_thread():
+                codec = Codec(model.flow)
+                if probe(codec) != self.description.probe:
+                    raise self._irreproducible("the model computes other numbers here")
+            tasks = [
+                functools.partial(decode_stream, codec, _words(data), described)
+                for data, described in zip(self.parts[first:], self.streams, strict=False)
+            ]
+            return torch.cat(in_threads(tasks, sum(stream.images for stream in self.streams), progress))
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # the coder and Pillow raise almost anything for bits that mean nothing
+            raise self._irreproducible(short(error)) from error
 
     def _irreproducible(self, why: str) -> UserError:
-        wrote = self.description["versions"]
+        wrote = self.description.versions
         here = versions()
-        differing = [f"{name} {wrote[name]}, here {here[name]}" for name in wrote if wrote[name] != here[name]]
+        differing = [f"{name} {wrote[name]}, here {here.get(name)}" for name in wrote if wrote[name] != here.get(name)]
         return UserError(
             f"{self.path}: this machine does not reproduce the numbers of the one that wrote it ({why}"
             + "".join(f"; written with {text}" for text in differing)
@@ -440,27 +520,43 @@ class Opened:
 # --- what goes in -----------------------------------------------------------------------------------------------------
 
 
-def from_files(paths: list[Path], shape: tuple[int, int, int], levels: int) -> tuple[list[str], Tensor]:
-    """Image files, and those in folders, as they are: names for `decompress` to write, and uint8 `(N, C, H, W)`.
+def find_files(paths: list[Path]) -> dict[str, Path]:
+    """Image files, and those in folders, by the names that `decompress` will write.
 
-    Raises `UserError` that names the file where it is missing, has other pixels than images of `shape` with `levels`,
-    or would be written to the place of another one.
+    In folders, as the data set `folder` does: at any depth, links are followed, and what begins with a dot is ignored.
+    Raises `UserError` where a folder has none, or where a file cannot be unpacked beside the others.
     """
     files: dict[str, Path] = {}
     for path in paths:
+        named = [(path.name, path)]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not found:
-                raise UserError(f"{path}: there is no image in this folder (looked for {', '.join(SUFFIXES)})")
-            named = [(Path(path.resolve().name, file.relative_to(path)).as_posix(), file) for file in found]
-        else:
-            named = [(path.name, path)]
+            try:
+                found = [file.name for file in files_of(path, "")]
+            except UserError as error:
+                raise UserError(str(error).removeprefix("data.path: ")) from None
+            named = [(Path(path.resolve().name, name).as_posix(), path / name) for name in found]
         for name, file in named:
             name = name if name.lower().endswith(".png") else f"{name}.png"
             if name in files:
-                raise UserError(f"{file}: it would be unpacked as {name}, and so would {files[name]}")
+                raise UserError(f"{file}: it would be unpacked as {name!r}, and so would {files[name]}")
+            try:
+                archive.check_names([name])
+            except ValueError as error:
+                raise UserError(f"{file}: it cannot be unpacked: {error}") from None
             files[name] = file
-    return list(files), torch.stack([_pixels(file, shape, levels) for file in files.values()])
+    try:
+        archive.check_names(files)
+    except ValueError as error:
+        raise UserError(f"INPUT: it cannot be unpacked: {error}") from None
+    return files
+
+
+def read_files(files: list[Path], shape: tuple[int, int, int], levels: int) -> Tensor:
+    """Image files as they are: uint8 `(N, C, H, W)`.
+
+    Raises `UserError` naming the file where it is missing, or has other pixels than images of `shape` with `levels`.
+    """
+    return torch.stack([_pixels(file, shape, levels) for file in files])
 
 
 def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
@@ -470,6 +566,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         with Image.open(path, formats=FORMATS) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
+            transparent = "transparency" in image.info  # a colour or level that is to be seen through: PNG's tRNS
             pixels = np.array(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image file") from None
@@ -480,6 +577,8 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
             f"{path}: it has {frames} picture(s) of {found}, and the model is for {width}x{height} {mode}; "
             "nothing is converted, as that would not be lossless"
         )
+    if transparent:
+        raise UserError(f"{path}: a part of it is transparent, which would be lost")
     # What `to_8bit` makes of each level: the values that `decompress` writes.
     values = to_8bit(torch.arange(levels), levels)
     level_of = torch.full((256,), -1)
@@ -512,3 +611,13 @@ def _sizes(name: str, images: Tensor, levels: int, tick: Callable[[int], None]) 
     sizes = archive.sizes(images, levels, name)
     tick(len(images))
     return name, sizes
+
+
+def require_writable(out: Path, folder: Path) -> None:
+    """Raises `UserError`, naming --out, where no file can be made in `folder`: said before any work is done."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: there is no permission to write into {existing}")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import watching
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow, bits_per_dim
+
+log = logging.getLogger("flowtrain")
 
 ENOUGH_FOR_A_CPU = 256 * 2**20  # bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
 LARGEST_BATCH = 2048  # so that progress is seen
@@ -172,9 +175,7 @@ def evaluate(
         raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
     if flow.levels is None and samples > 1:
         raise UserError(f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing to draw")
-    # Of other data the classes are others, or have other numbers.
-    own_classes = flow.classes and (data.config.name, data.undivided) == (model.config.data.name, False)
-    labels = labels_of(split, flow.classes, data.config.name) if own_classes else None
+    labels = _labels(model, data, split)
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
     count = len(scores.log_prob)
@@ -230,6 +231,17 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         result[f"{prefix}bits_per_dim_stderr"] = _finite(over_images)
         result[f"{prefix}bits_per_dim_stderr_draws"] = _finite(variance.sum().sqrt().item() / n)
     return result | in_nats
+
+
+def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
+    """The classes of a split for a class-conditional model; None, and said, where they cannot be the model's."""
+    if not model.flow.classes or data.undivided or data.config.name != model.config.data.name:
+        return None  # of other data the classes are others, or have other numbers
+    try:
+        return labels_of(split, model.flow.classes, data.config.name)
+    except UserError as error:
+        log.warning("no accuracy: %s", error)
+        return None
 
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:

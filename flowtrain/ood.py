@@ -19,6 +19,7 @@ import torch
 from PIL import Image, features
 
 from flowtrain import config as configuration
+from flowtrain.archive import FORMATS
 from flowtrain.checkpoint import LoadedModel
 from flowtrain.config import Data as DataConfig
 from flowtrain.data import DataSet, Split
@@ -83,11 +84,10 @@ def _share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
 # --- lossless coders --------------------------------------------------------------------------------------------------
 
 # What Pillow is asked for, and the bytes of the file that are there whatever the image: a PNG's signature, IHDR, IEND
-# and the frame of IDAT; a WebP's RIFF header and the header of its one chunk. WebP's method is an effort from 0 to 6:
-# on CIFAR-10, 6 takes 80 times as long as 2 and needs more bits.
+# and the frame of IDAT; a WebP's RIFF header and the header of its one chunk.
 CODERS: dict[str, tuple[dict[str, Any], int]] = {
-    "PNG": ({"optimize": True}, 8 + 25 + 12 + 12),
-    "WEBP": ({"lossless": True, "quality": 100, "method": 2, "exact": True}, 12 + 8),
+    "PNG": (FORMATS["PNG"], 8 + 25 + 12 + 12),
+    "WEBP": (FORMATS["WEBP"], 12 + 8),
 }
 
 

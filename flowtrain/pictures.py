@@ -94,8 +94,8 @@ def _lines(rows: Tensor, beside: Tensor) -> Tensor:
     _scatter(axes, "", beside, _bounds(beside))
     for path in rows:
         places = _line(path)
-        axes.plot(places[:, 0], places[:, 1], ".-", linewidth=1, markersize=3)
-        axes.plot(places[-1:, 0], places[-1:, 1], "ko", markersize=4)
+        axes.plot(*places.T.numpy(), ".-", linewidth=1, markersize=3)
+        axes.plot(*places[-1:].T.numpy(), "ko", markersize=4)
     return _pixels(figure)
 
 
@@ -163,7 +163,7 @@ def _figure(rows: int, columns: int, panel: float = PANEL) -> "tuple[Figure, lis
 def _scatter(axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None) -> None:
     places = coordinates(x)[:POINTS]
     style = {"c": "tab:blue"} if colours is None else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
-    axes.scatter(places[:, 0], places[:, 1], s=2, linewidths=0, **style)
+    axes.scatter(*places.T.numpy(), s=2, linewidths=0, **style)
     _frame(axes, title, bounds)
 
 
@@ -172,7 +172,9 @@ def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     points, _ = mesh(flow, bounds, MESH)
     values = torch.cat([flow.log_prob(part).cpu() for part in points.split(4096)]).reshape(MESH, MESH)
     # Ten nats below the peak is nothing to the eye, and far away the density falls without end.
-    axes.imshow(values, origin="lower", extent=bounds, aspect="auto", cmap="viridis", vmin=float(values.max()) - 10)
+    axes.imshow(
+        values.numpy(), origin="lower", extent=bounds, aspect="auto", cmap="viridis", vmin=float(values.max()) - 10
+    )
     _frame(axes, "log-density", bounds)
 
 

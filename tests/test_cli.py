@@ -201,6 +201,7 @@ def test_resolved_configuration(monkeypatch):
         **file["model"],
         "steps": 1,
         "width": 8,
+        "classes": 0,
     }
     expected = {**file["train"], "num_steps": 20, "budget": None, "batch_size": 32, "lr": 2e-3, "log_every": 5}
     expected |= {"validate_every": 10, "checkpoint_every": 5, "sample_every": 10, "keep_checkpoints": 2}

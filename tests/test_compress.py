@@ -3,16 +3,21 @@
 import copy
 import dataclasses
 import functools
+import json
 import math
+import os
 import shutil
 import sys
+import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cli_helpers import FOLDER, quick, sets, tree
-from helpers import images, perturb, tiny_flow
+from helpers import a_config, images, perturb, tiny_flow
 from PIL import Image
 from torch import nn
 
@@ -20,10 +25,11 @@ from flowtrain import archive, checkpoint, compression
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.bitsback import Codec, Exhausted, Stack, Uncodable, constriction
 from flowtrain.classes import ClassPrior
+from flowtrain.commands import decompress
 from flowtrain.compression import Opened, encode_stream, random_words
 from flowtrain.data import DataSet
 from flowtrain.dequantize import Dequantizer, RealValued
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 from flowtrain.flow import Flow
 from flowtrain.variational import VariationalNoise
 
@@ -205,6 +211,11 @@ def digits(model):
     return DataSet(model.config.data).split("train").take(slice(0, 500))
 
 
+def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compression.Compressed:
+    """With the flow, however much it takes, unless `plain` is given."""
+    return compression.compress(compression.prepare(model, x), names, plain=plain, **options)
+
+
 def opened(path, data: bytes) -> Opened:
     path.write_bytes(data)
     return Opened(path)
@@ -215,7 +226,7 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
     x = digits[:count]
     sizes = compression.ordinary_sizes(x, 17, lambda done, total: None)
     assert {"PNG", "WEBP"} <= sizes.keys()
-    result = compression.compress(model, x, "train", ordinary_bytes=min(sizes.values()))
+    result = made(model, x, plain=None if count == 500 else compression.strips(x))
     assert len(result.data) < 1.05 * sizes["PNG"]
     assert result.stored + result.carriers + result.coded == count
     assert (result.coded > 450) == (count == 500)
@@ -230,7 +241,7 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
 def test_a_small_archive_is_no_larger_than_png(count, shape):
     x = smooth(count, shape)
-    parts = [bytes(4 * count), *archive.strips(x)]
+    parts = [bytes(4 * count), *compression.strips(x)]
     names = [f"{i}.png" for i in range(count)]
     data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
     assert len(data) < 1.03 * sum(archive.sizes(x, 256, "PNG").tolist())
@@ -238,40 +249,110 @@ def test_a_small_archive_is_no_larger_than_png(count, shape):
 
 def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp_path):
     x = torch.cat([images(4, (1, 8, 8), 17), digits[:100]])
-    result = compression.compress(model, x, "some")
+    said: list[int] = []
+    result = made(model, x, "some", progress=lambda done, total: said.append(done))
     assert result.stored == 4 and result.coded > 80
+    assert said[-1] == 100  # carriers and all
     assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
 
 
-def test_the_smaller_of_both_ways_is_taken(model, tmp_path):
-    x = torch.zeros(80, 1, 8, 8, dtype=torch.uint8)
-    flow = compression.compress(model, x, "zeros")  # nobody has said what else there is
-    assert flow.stored == 0
-    for ordinary, tried in ((1.1 * len(flow.data), [80]), (1.0, [])):  # about the same, far less
+def of_size(size: int, prepared: compression.Prepared) -> list[bytes]:
+    """Strips with which an archive takes about so many bytes."""
+    return [bytes(size - len(compression._packed(prepared, "train", [], [b""], b"")))]
+
+
+def test_the_smaller_of_both_ways_is_taken(model, digits, tmp_path):
+    x = digits[compression.prepare(model, digits[:90]).promising]
+    prepared = compression.prepare(model, x)
+    flow = compression.compress(prepared, "train").data
+    for size, tried, wins in ((len(flow) + 20, True, True), (len(flow) - 20, True, False), (2000, False, False)):
         said: list[int] = []
         result = compression.compress(
-            model, x, "zeros", ordinary_bytes=ordinary, announce=lambda estimate, count, said=said: said.append(count)
+            prepared, "train", plain=of_size(size, prepared), announce=lambda _, count, said=said: said.append(count)
         )
-        assert said == tried and result.stored == 80 and len(result.data) < len(flow.data)
-        assert torch.equal(opened(tmp_path / "a", result.data).images(None), x)
+        assert (said, result.coded > 0) == ([len(x)] * tried, wins)
+        assert len(result.data) <= min(len(flow), size + 10)
+    few = made(model, x[:10], plain=compression.strips(x[:10]))
+    assert few.stored == 10
+    assert torch.equal(opened(tmp_path / "a", few.data).images(None), x[:10])
+
+
+def test_an_embedded_model_is_counted(model, digits):
+    prepared = compression.prepare(model, digits[:90])
+    plain = of_size(2 * len(compression.compress(prepared, "train").data), prepared)
+    assert compression.compress(prepared, "train", plain=plain).coded > 0
+    said: list[int] = []
+    result = compression.compress(
+        prepared, "train", plain=plain, embed=True, announce=lambda estimate, count: said.append(count)
+    )
+    assert said == [] and result.stored == 90
+
+
+@functools.cache
+def embedding() -> bytes:
+    """With the model in it, and three streams."""
+    model = checkpoint.load_model(str(runs()["run"]), torch.device("cpu"))
+    x = DataSet(model.config.data).split("train").take(slice(0, 120))
+    return made(model, x, embed=True, stream_size=40).data
 
 
 def test_threads_and_streams_change_no_byte(model, digits, monkeypatch, tmp_path):
-    monkeypatch.setattr(compression, "STREAM", 40)
-    made = set()
+    made_ = set()
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        made.add(compression.compress(model, digits[:120], "train").data)
-    assert len(made) == 1
-    found = opened(tmp_path / "a", made.pop())
+        made_.add(made(model, digits[:120], stream_size=40).data)
+    assert len(made_) == 1
+    found = opened(tmp_path / "a", made_.pop())
     assert len(found.streams) == 3
     assert torch.equal(found.images(model), digits[:120])
 
 
+def test_the_first_stream_that_fails_ends_all():
+    def fails(tick):
+        raise ValueError("the second")
+
+    def slow(tick):
+        for _ in range(2000):
+            time.sleep(0.005)
+            tick(1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="the second"):
+            compression.in_threads([slow, fails], 1, lambda done, total: None)
+        assert time.monotonic() - started < 5
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_colours_of_few_levels_come_back(tmp_path):
+    flow = affine_flow((3, 8, 8), 32)
+    meta = {"config": a_config().resolved()}
+    file = checkpoint.Checkpoint(Path("affine.safetensors"), meta, {})
+    model = checkpoint.LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
+    x = smooth(70, (3, 8, 8)) // 16 + 8
+    result = made(model, x, stream_size=35)
+    assert result.coded > 30
+    found = opened(tmp_path / "a", result.data)
+    assert (len(found.streams), found.levels, found.description.shape) == (2, 32, (3, 8, 8))
+    assert torch.equal(found.images(model), x)
+
+
+def test_weights_that_are_not_finite_are_named(model, digits):
+    for word in ("conditioner", "weight", "log_scale", "shift"):
+        flow = copy.deepcopy(model.flow)
+        found = next(p for name, p in [*flow.named_parameters(), *flow.named_buffers()] if word in name)
+        found.view(-1)[0] = math.nan
+        with pytest.raises(FloatingPointError, match="not finite|singular"):
+            compression.prepare(dataclasses.replace(model, flow=flow), digits[:10])
+
+
 def test_a_flipped_bit_anywhere_is_caught(model, digits, tmp_path):
     for data in (
-        compression.compress(model, digits[:1], ["a.png"], ordinary_bytes=1.0).data,
-        compression.compress(model, digits[:90], "train").data,
+        made(model, digits[:1], ["a.png"], plain=compression.strips(digits[:1])).data,
+        made(model, digits[:90]).data,
     ):
         for position in range(len(data)):
             damaged = bytearray(data)
@@ -291,18 +372,18 @@ def moved(model: checkpoint.LoadedModel, by: float) -> checkpoint.LoadedModel:
 
 
 def test_numerics_that_do_not_reproduce_are_an_error(model, digits, tmp_path):
-    found = opened(tmp_path / "a", compression.compress(model, digits[:100], "train").data)
+    found = opened(tmp_path / "a", made(model, digits[:100]).data)
     other = moved(model, 0.2)
-    found.description["versions"]["torch"] = "0.1"
+    found.description.versions["torch"] = "0.1"
     with pytest.raises(UserError, match="other numbers here; written with torch 0.1, here"):
         found.images(other)
-    found.description["probe"] = compression.probe(Codec(other.flow))  # so that only the images tell
+    found.description.probe = compression.probe(Codec(other.flow))  # so that only the images tell
     with pytest.raises(UserError, match="does not reproduce"):
         found.images(other)
     damaged = bytearray(found.parts[0])
     damaged[4 * 70] ^= 1
     found.parts[0] = bytes(damaged)
-    found.description["probe"] = compression.probe(Codec(model.flow))
+    found.description.probe = compression.probe(Codec(model.flow))
     with pytest.raises(UserError, match="1 of 100 images do not match their checksums"):
         found.images(model)
 
@@ -310,12 +391,159 @@ def test_numerics_that_do_not_reproduce_are_an_error(model, digits, tmp_path):
 def test_a_model_that_does_not_invert_is_refused(model, digits, monkeypatch):
     monkeypatch.setattr(Codec, "decode", lambda self, count, stack: torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(UserError, match="do not reproduce on this machine"):
-        compression.compress(model, digits[:60], "train")
+        made(model, digits[:60])
 
 
 def test_the_hash_is_of_what_is_computed(model):
     assert compression.model_hash(model) == compression.model_hash(moved(model, 0.0))
     assert compression.model_hash(model) != compression.model_hash(moved(model, 0.001))
+
+
+# --- what others write, with a checksum that is right -----------------------------------------------------------------
+
+
+def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **changes) -> bytes:
+    """An archive of two images without a model, in which something is changed; None leaves it out."""
+    x = images(2, (1, 8, 8), 17)
+    sums = b"".join(archive.checksum(image).to_bytes(4, "little") for image in x)
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png", "b.png"], **changes}
+    described = {key: value for key, value in described.items() if value is not None}
+    return archive.pack(described, [sums, strip or archive.strip(x), *(parts or [])])
+
+
+def repacked(data: bytes, parts=lambda parts: parts, model=None, **changes) -> bytes:
+    description, old = archive.unpack(Path("old"), data)
+    described = description.model_dump(exclude_unset=True)
+    described["model"] |= model or {}
+    return archive.pack({**described, **changes}, parts(old)[: len(old) - (not described["model"]["embedded"])])
+
+
+STREAM = {"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}
+NAMES = [
+    "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800", "n" * 256, "ö" * 128,
+    "b.png", "b.png/c.png", f"{'n' * 256}/a",
+]  # fmt: skip
+CRAFTED = [
+    *({key: None} for key in ("shape", "levels", "names")),
+    *({"shape": shape} for shape in ([1, 8], [2, 8, 8], [1, 8, 0], [1, 8, 10**9], [1, 4, 8], [3, 8, 8], "x")),
+    *({"levels": levels} for levels in (1, 257, "x", [], 3)),
+    *({"names": names} for names in (["a.png"], ["a.png"] * 2, ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")),
+    *({"names": "test", "count": count} for count in (1, 3, 10**12, -1, "x")),
+    {"streams": [STREAM]},
+    {"streams": 5},
+    {"parts": [b"more"]},
+    *({"strip": strip} for strip in (b"x", b"\x78", b"\x89PNG", zlib.compress(bytes(127)), zlib.compress(bytes(129)))),
+    {"strip": archive.encoded(torch.zeros(1, 24, 8, dtype=torch.uint8), "PNG")},
+]
+
+
+@pytest.mark.parametrize("changes", CRAFTED, ids=str)
+def test_a_crafted_archive_is_one_error(changes, tmp_path):
+    with pytest.raises(UserError, match="not a valid archive|cannot be read"):
+        opened(tmp_path / "a", stored(**changes)).images(None)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_a_name_that_leads_elsewhere_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="not a valid archive"):
+        opened(tmp_path / "a", stored(names=[name, "b.png"]))
+
+
+def test_any_other_name_is_taken(tmp_path):
+    """The same rules on both sides: what can be packed can be unpacked."""
+    names = [
+        "shot 12:30.png",
+        "a\\b.png",
+        "c\ud8ff.png".replace("\ud8ff", "\udcff"),
+        "n" * 251 + ".png",
+        " .png",
+        "ö/-",
+    ]
+    for name in names:
+        assert opened(tmp_path / "a", stored(names=[name, "b.png"])).names == [name, "b.png"]
+
+
+def test_windows_has_other_names(monkeypatch):
+    with monkeypatch.context() as windows:
+        windows.setattr(archive.os, "name", "nt")
+        refused = []
+        for name in ("c:x", "a\\..\\b", "plain.png"):
+            try:
+                archive.check_names([name])
+            except ValueError:
+                refused.append(name)
+    assert refused == ["c:x", "a\\..\\b"]
+
+
+def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
+    bomb = zlib.compress(bytes(10**8), 9)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="cannot be read"):
+        opened(tmp_path / "a", stored(strip=bomb)).images(None)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    monkeypatch.setattr(archive, "LONGEST_DESCRIPTION", 10**5)
+    with pytest.raises(UserError, match="the names take"):
+        stored(names=["a" * 10**5, "b"])
+    monkeypatch.undo()
+    data = stored(names=["a" * 10**5, "b"])
+    monkeypatch.setattr(archive, "LONGEST_DESCRIPTION", 10**5)
+    with pytest.raises(UserError, match="does not end"):
+        opened(tmp_path / "a", data)
+
+
+def test_a_description_that_is_none_is_one_error(tmp_path):
+    for described in (b"", b"\xff" * 20, zlib.compress(b"{}"), deflated(b"{"), deflated(b"[" * 10**5), deflated(b"7")):
+        data = archive.MAGIC + len(described).to_bytes(4, "little") + described
+        with pytest.raises(UserError, match="not a valid archive"):
+            opened(tmp_path / "a", data + archive._digest(data))
+
+
+@pytest.mark.parametrize("lengths", [[8], [8, 10**9], [4 * 10**12, 1], []])
+def test_parts_are_as_long_as_it_says(lengths, tmp_path):
+    """Before anything is made of their number."""
+    described = {"shape": [1, 8, 8], "levels": 17, "names": "x", "count": 2, "lengths": lengths}
+    text = deflated(json.dumps(described).encode())
+    data = archive.MAGIC + len(text).to_bytes(4, "little") + text + bytes(40)
+    with pytest.raises(UserError, match="longer or shorter than it says|lengths"):
+        opened(tmp_path / "a", data + archive._digest(data))
+
+
+def deflated(text: bytes) -> bytes:
+    deflate = zlib.compressobj(9, wbits=-15, zdict=archive.DICTIONARY)
+    return deflate.compress(text) + deflate.flush()
+
+
+def test_crafted_streams_are_one_error(model, digits, tmp_path):
+    data = embedding()
+    described = archive.unpack(Path(), data)[0].model_dump(exclude_unset=True)
+    streams = described["streams"]
+    for changes in (
+        {"stored": [0, 0]},
+        {"stored": [*described["stored"], 10**6]},
+        {"streams": streams[:2]},
+        {"streams": [{**streams[0], "chunks": [10**9]}, *streams[1:]]},
+        {"streams": [{**streams[0], "carriers": streams[0]["carriers"] + 1}, *streams[1:]]},
+        {"model": None},
+        {"probe": None},
+        {"versions": {}},
+    ):
+        with pytest.raises(UserError, match="not a valid archive"):
+            opened(tmp_path / "a", archive.pack({**described, **changes}, archive.unpack(Path(), data)[1]))
+    with pytest.raises(UserError, match="not of its model's shape"):
+        opened(tmp_path / "a", repacked(data, shape=[1, 4, 16])).load(None, False)
+    with pytest.raises(UserError, match="the model in it cannot be loaded"):
+        opened(tmp_path / "a", repacked(data, lambda parts: [*parts[:-1], parts[-1][:-5]])).load(None, False)
+    size = len(archive.unpack(Path(), data)[1][-2])
+    for change in [lambda part, i=i: part[:i] + bytes([part[i] ^ 129]) + part[i + 1 :] for i in range(0, size, 53)] + [
+        lambda part: part[4:],
+        lambda part: part[:-4],
+        lambda part: part[1:],
+        lambda part: b"",
+    ]:
+        changed = repacked(data, lambda parts, change=change: [*parts[:-2], change(parts[-2]), parts[-1]])
+        with pytest.raises(UserError, match="does not reproduce"):
+            opened(tmp_path / "a", changed).images(model)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -324,20 +552,43 @@ def test_the_hash_is_of_what_is_computed(model):
 def test_files_come_back_in_a_process_with_other_threads(tmp_path):
     """From files to files, with the model embedded; n_bits is of no concern to 17 levels in 0..255."""
     shutil.copytree(runs()["run"], tmp_path / "run")
-    said = quick("compress", "run", "--split", "train", "--num-images", 80, "--out", "x/one.fta", cwd=tmp_path).ok()
-    for word in ("bits/dim, net", "the bound", "initial bits", "images/s", "bytes as PNG", "bytes as WEBP", "about 0:"):
+    said = quick("compress", "run", "--split", "train", "--num-images", 20, "--out", "x/one.fta", cwd=tmp_path).ok()
+    for word in ("the bound", "bytes as PNG", "bytes as WEBP", "with the flow they take more", "without a model"):
         assert word in said.out, said.out
     quick("decompress", "x/one.fta", "--out", "a/b", cwd=tmp_path, OMP_NUM_THREADS="2").ok()
-    assert len(tree(tmp_path / "a" / "b")) == 80
+    assert len(tree(tmp_path / "a" / "b")) == 20
     shutil.copy(tmp_path / "a/b/train-00007.png", tmp_path / "single.png")
-    words = ["compress", "run", "a/b", "single.png", "--embed", "--out", "two.fta", "--weights", "raw"]
-    quick(*words, cwd=tmp_path).ok()
+    words = ["compress", "run", "single.png", "a/b", "--embed", "--out", "two.fta", "--weights", "raw"]
+    said = quick(*words, "--num-images", 10, cwd=tmp_path).ok()
+    assert "with the model in it, the archive would be larger" in said.out
     shutil.rmtree(tmp_path / "run")
     quick("decompress", "two.fta", "--out", "c", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
-    assert tree(tmp_path / "c") == ["b", *(f"b/train-{i:05}.png" for i in range(80)), "single.png"]
+    assert tree(tmp_path / "c") == ["b", *(f"b/train-{i:05}.png" for i in range(9)), "single.png"]
     for name in tree(tmp_path / "c")[1:]:
         original = tmp_path / name if name == "single.png" else tmp_path / "a" / name
         assert np.array_equal(np.asarray(Image.open(tmp_path / "c" / name)), np.asarray(Image.open(original)))
+
+
+def test_streams_and_an_embedded_model_come_back_in_a_process_with_other_threads(digits, tmp_path):
+    (tmp_path / "a.fta").write_bytes(embedding())
+    assert Opened(tmp_path / "a.fta").description.embedded
+    quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
+    for i, image in enumerate(compression.to_8bit(digits[:120], 17)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png")), image[0].numpy())
+
+
+def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
+    shutil.copytree(runs()["run"], tmp_path / "run")
+    said = quick("compress", "run", "--split", "train", "--num-images", 900, "--out", "all.fta", cwd=tmp_path).ok()
+    for word in (
+        "bits/dim, net",
+        "the bound",
+        "initial bits",
+        "images/s",
+        "about 0:",
+        "keep a copy of run/checkpoints",
+    ):
+        assert word in said.out, said.out
 
 
 @pytest.mark.parametrize("levels", [256, 32, 17, 2])
@@ -345,13 +596,51 @@ def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
     x = images(3, (3, 4, 4), levels)
     for i, image in enumerate(x):
         (tmp_path / f"{i}.png").write_bytes(archive.encoded(compression.to_8bit(image, levels), "PNG"))
-    names, found = compression.from_files([tmp_path], (3, 4, 4), levels)
-    assert torch.equal(found, x) and names == [f"{tmp_path.name}/{i}.png" for i in range(3)]
+    files = compression.find_files([tmp_path])
+    assert list(files) == [f"{tmp_path.name}/{i}.png" for i in range(3)]
+    assert torch.equal(compression.read_files(list(files.values()), (3, 4, 4), levels), x)
+
+
+def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
+    x = images(3, (3, 4, 4))
+    lossless = archive.decoded
+    assert set(compression.ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
+    last = archive.encoded(x[2], "WEBP")
+    monkeypatch.setattr(archive, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last))
+    assert "WEBP" not in compression.ordinary_sizes(x, 256, lambda done, total: None)
+
+
+def test_folders_are_read_as_the_data_set_reads_them(tmp_path):
+    picture(tmp_path / "one" / "a.png")
+    picture(tmp_path / "one" / ".hidden.png")
+    picture(tmp_path / "two" / "shot 12:30.JPG")
+    (tmp_path / "one" / "link").symlink_to(tmp_path / "two")
+    assert list(compression.find_files([tmp_path / "one"])) == ["one/a.png", "one/link/shot 12:30.JPG.png"]
+
+
+def test_long_names_and_odd_ones_come_back(tmp_path):
+    shutil.copytree(runs()["run"], tmp_path / "run")
+    for name in ("shot 12:30.png", f"{'n' * 251}.png", "a\\b.png"):
+        picture(tmp_path / "in" / name)
+    out = "o" * 255
+    quick("compress", "run", "in", "--out", out, cwd=tmp_path).ok()
+    quick("decompress", out, "--out", "out", cwd=tmp_path).ok()
+    assert tree(tmp_path / "out" / "in") == tree(tmp_path / "in")
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="--out x: there is no permission"):
+        compression.require_writable(Path("x"), tmp_path)
+    picture(tmp_path / "there")
+    with pytest.raises(RunError, match="there: cannot be written"):
+        decompress._write(tmp_path / "there", b"")
+    assert (tmp_path / "there").stat().st_size > 0
 
 
 def picture(path, size=(8, 8), mode="L", value=0):
     path.parent.mkdir(exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path)
+    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -360,29 +649,33 @@ def folder(tmp_path_factory):
     here = tmp_path_factory.mktemp("compress")
     shutil.copytree(runs()["run"], here / "run")
     shutil.copytree(runs()["other"], here / "other")
-    quick("compress", "run", "--split", "train", "--num-images", 90, "--out", "good.fta", cwd=here).ok()
-    data = (here / "good.fta").read_bytes()
+    data = embedding()
+    (here / "good.fta").write_bytes(data)
     (here / "cut.fta").write_bytes(data[:-1])
-    (here / "moved.fta").write_bytes(compression_moved(data))
-    evil = {"shape": [1, 8, 8], "levels": 17, "names": ["../up.png"]}
-    (here / "evil.fta").write_bytes(archive.pack(evil, [bytes(4)]))
+    (here / "flip.fta").write_bytes(data[:300] + bytes([data[300] ^ 4]) + data[301:])
+    (here / "moved.fta").write_bytes(repacked(data, model={"embedded": False, "path": "gone/best.safetensors"}))
+    (here / "evil.fta").write_bytes(stored(names=["../up.png", "b.png"]))
+    (here / "escape.fta").write_bytes(stored(names="../../x", count=2))
+    (here / "fields.fta").write_bytes(stored(levels="many"))
+    (here / "strips.fta").write_bytes(stored(strip=b"no picture"))
+    (here / "files.fta").write_bytes(stored(names=["good.png/a.png", "b.png"]))
     (here / "broken.png").write_bytes(b"no image")
     picture(here / "good.png")
     picture(here / "sub" / "good.png")
     picture(here / "wide.png", (9, 8))
     picture(here / "rgb.png", mode="RGB")
     picture(here / "deep.png", value=100)
+    Image.new("L", (8, 8)).save(here / "clear.png", transparency=0)
+    picture(here / "both" / "a.png.png")
+    (here / "deeper" / "a.png").mkdir(parents=True)
+    picture(here / "deeper" / "a.png" / "b.png")
+    shutil.copytree(here / "deeper" / "a.png", here / "a.png")
+    picture(here / "sub" / "a.png")
+    picture(here / f"{'n' * 250}.jpg")
     (here / "empty").mkdir()
     (here / "taken").mkdir()
     picture(here / "taken" / "train-00003.png")
     return here
-
-
-def compression_moved(data: bytes) -> bytes:
-    """An archive whose model was somewhere else."""
-    description, parts = archive.unpack(FOLDER, data)
-    description["model"]["path"] = "gone/best.safetensors"
-    return archive.pack(description, parts)
 
 
 WRONG = [
@@ -398,19 +691,33 @@ WRONG = [
     ("compress run good.png sub/good.png --out x", ["sub/good.png", "good.png"]),
     ("compress run empty --out x", ["empty", "no image"]),
     ("compress run good.png --out x --weights best", ["--weights best"]),
+    ("compress run clear.png --out x", ["clear.png", "transparent"]),
+    ("compress run a.png sub/a.png --out x", ["a.png/b.png", "folder where the file 'a.png' is"]),
+    (f"compress run {'n' * 250}.jpg --out x", ["n.jpg", "255 bytes"]),
+    ("compress run good.png --out good.png", ["--out good.png", "one of the files"]),
+    ("compress run sub --out sub/good.png", ["--out sub/good.png", "one of the files"]),
+    ("compress run sub --out run/checkpoints/best.safetensors", ["--out run", "one of the files"]),
+    ("compress run good.png --out wide.png/x", ["--out wide.png/x", "wide.png is not a folder"]),
+    ("compress run good.png --out x --set data.root=y", ["--set", "--split"]),
     ("compress none.safetensors good.png --out x", ["none.safetensors"]),
     ("decompress none.fta --out x", ["none.fta", "cannot be read"]),
     ("decompress good.png --out x", ["good.png", "not an archive"]),
     ("decompress cut.fta --out x", ["cut.fta", "damaged"]),
-    ("decompress evil.fta --out x", ["../up.png"]),
-    ("decompress good.fta --out good.png", ["--out good.png", "file"]),
+    ("decompress flip.fta --out x", ["flip.fta", "damaged"]),
+    ("decompress evil.fta --out x/y", ["evil.fta", "../up.png"]),
+    ("decompress escape.fta --out x/y/z", ["escape.fta", "../../x-00000.png"]),
+    ("decompress fields.fta --out x", ["fields.fta", "not a valid archive: levels"]),
+    ("decompress strips.fta --out x", ["strips.fta", "cannot be read"]),
+    ("decompress files.fta --out .", ["--out .", "good.png", "folder"]),
+    ("decompress good.fta --out good.png", ["--out good.png", "not a folder"]),
+    ("decompress good.fta --out good.png/x", ["--out good.png/x", "good.png is not a folder"]),
     ("decompress good.fta --out taken", ["--out taken", "train-00003.png"]),
     ("decompress good.fta --out x --model other", ["other", "another one", "--model"]),
     ("decompress moved.fta --out x", ["moved.fta", "gone/best.safetensors", "--model"]),
 ]
 
 
-@pytest.mark.parametrize("words, said", WRONG, ids=[words for words, _ in WRONG])
+@pytest.mark.parametrize("words, said", WRONG, ids=[words.replace("n" * 250, "long") for words, _ in WRONG])
 def test_wrong_input_is_one_message_and_writes_nothing(folder, words, said):
     before = tree(folder)
     quick(*words.split(), cwd=folder).failed(2, *said)

@@ -64,23 +64,32 @@ def compress(
         raise UserError("INPUT: give image files or folders, or --split test" + (", not both" if files else ""))
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; give the name of a file")
+    if overrides and split is None:
+        raise UserError("--set: only with --split, where it says where the data are")
+    compression.require_writable(out, out.parent)
     loaded = load(None if model is None else str(model), "cpu", weights, trust_code)
-    flow = loaded.flow
+    flow, path = loaded.flow, loaded.checkpoint.path
     Codec(flow)  # refuses a model that has no rules, before any work is done
     names: list[str] | str
     if split is None:
-        names, x = compression.from_files(files, flow.shape, flow.levels)
-        names, x = names[:num_images], x[:num_images]
+        found = compression.find_files(files)
+        for file in (*found.values(), path):
+            if out.exists() and file.exists() and out.samefile(file):
+                raise UserError(f"--out {out}: is one of the files that are read; give another name")
+        names = list(found)[:num_images]
+        x = compression.read_files([found[name] for name in names], flow.shape, flow.levels)
     else:
         data = data_of(loaded, overrides)
-        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+        data.require(flow.shape, flow.levels, path)
         of_split = data.split(split)
         if len(of_split) == 0:
             raise UserError(f"--split {split}: it is empty (data.validation is {data.config.validation:g})")
         names, x = split, of_split.take(slice(0, num_images))
-    console.print(f"compressing {len(x)} images with {loaded.checkpoint.path} ({loaded.weights} weights)")
-    with ProgressBar("comparing") as bar:
-        others = compression.ordinary_sizes(x, flow.levels, bar)
+    console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights)")
+    with ProgressBar("scoring") as bar:
+        prepared = compression.prepare(loaded, x, bar)
+    with ProgressBar("packing without the flow") as bar:
+        plain = compression.strips(x, bar)
     with ProgressBar("compressing") as bar:
 
         def announce(expected: compression.Estimate, count: int) -> None:
@@ -89,16 +98,10 @@ def compress(
             there, back = (s * count / threads for s in (expected.encode_seconds, expected.decode_seconds))
             console.print(f"about {duration(there)} on {threads} thread(s), and {duration(back)} to decompress")
 
-        result = compression.compress(
-            loaded,
-            x,
-            names,
-            embed=embed,
-            ordinary_bytes=min(others.values()),
-            progress=bar,
-            announce=announce,
-        )
+        result = compression.compress(prepared, names, plain=plain, embed=embed, progress=bar, announce=announce)
     images.save(out, result.data)
+    with ProgressBar("comparing") as bar:
+        others = compression.ordinary_sizes(x, flow.levels, bar)
     values = flow.dims * result.coded
     table: dict[str, object] = {"images": len(x)}
     if result.coded:
@@ -106,8 +109,12 @@ def compress(
         table["bits/dim, the bound"] = f"{result.bound_bits / values:.4f} of the same images"
         table["initial bits"] = f"{result.initial_bits} ({result.carriers} images in an ordinary format)"
         table["images/s"] = f"{result.coded / result.seconds:.1f}"
-    if result.stored:
-        table["stored without the flow"] = f"{result.stored} images, which it cannot code or makes larger"
+        if result.stored:
+            table["stored without the flow"] = f"{result.stored} images, which it cannot code or makes larger"
+    else:
+        table["bits/dim, the bound"] = f"{prepared.bound.sum().item() / (flow.dims * len(x)):.4f}"
+        why = "with the model in it, the archive would be larger" if embed else "with the flow they take more"
+        table["stored without the flow"] = f"all: {why if prepared.promising else 'it cannot code them'}"
     table["bytes of the archive"] = f"{len(result.data)}, {8 * len(result.data) / (flow.dims * len(x)):.4f} bits/dim"
     for name, size in others.items():
         table[f"bytes as {name}"] = f"{size}, {8 * size / (flow.dims * len(x)):.4f} bits/dim"
@@ -116,3 +123,10 @@ def compress(
     if missing:
         console.print(f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}")
     console.print(f"wrote {out}: {len(x)} images" + (", with the model" if embed and result.coded else ""))
+    if not result.coded:
+        console.print("it can be unpacked without a model")
+    elif not embed:
+        console.print(
+            f"flowtrain decompress needs the model {compression.model_hash(loaded)[:16]}, {loaded.weights} weights: "
+            f"keep a copy of {path}, which more training replaces, or use --embed"
+        )

@@ -1,12 +1,13 @@
 """`flowtrain decompress`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flowtrain.commands.base import TrustOption, command, on_one_process
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 
 EPILOG = "Example: [cyan]flowtrain decompress digits.fta --out digits[/cyan]"
 
@@ -33,15 +34,27 @@ def decompress(
     from flowtrain.console import ProgressBar, console
 
     opened = compression.Opened(file)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give the name of a folder")
-    present = next((name for name in opened.names if (out / name).exists()), None)
+    compression.require_writable(out, out)
+    present = next((name for name in opened.names if os.path.lexists(out / name)), None)
     if present is not None:
-        raise UserError(f"--out {out}: {present} is there already; give another folder")
+        raise UserError(f"--out {out}: {present!r} is there already; give another folder")
+    for folder in {parent for name in opened.names for parent in Path(name).parents}:
+        if os.path.lexists(out / folder) and not (out / folder).is_dir():
+            raise UserError(f"--out {out}: {str(folder)!r} is a file, and a folder in the archive; give another folder")
     device_of("cpu")
     loaded = opened.load(model, trust_code) if opened.streams else None
     with ProgressBar("decompressing") as bar:
         x = opened.images(loaded, bar)
     for name, image in zip(opened.names, images.to_8bit(x, opened.levels), strict=True):
-        images.save(out / name, archive.encoded(image, "PNG"))
+        _write(out / name, archive.encoded(image, "PNG"))
     console.print(f"wrote {out}: {len(x)} images, each of which matches its checksum")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A new file. What a crash leaves of thousands is of no use, so none is flushed to the disk by itself."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written, the images before it were: {error.strerror or error}") from error
