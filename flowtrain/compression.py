@@ -344,9 +344,10 @@ def compress(
             for part in np.array_split(np.array(promising), number)
         ]
         streams = [stream for stream, _ in in_threads(tasks, len(promising), progress)]
-        data = _packed(prepared, names, streams, strips(images[_others(streams, len(images))]), embedded)
     seconds = time.perf_counter() - started
-    if not streams or len(data) >= without:
+    if any(stream.chunks for stream in streams):  # there may be no more than carriers
+        data = _packed(prepared, names, streams, strips(images[_others(streams, len(images))]), embedded)
+    if not data or len(data) >= without:
         streams = []
         data = _packed(prepared, names, [], strips(images) if plain is None else plain, b"")
     coded = [index for stream in streams for index in stream.images[stream.carriers :]]

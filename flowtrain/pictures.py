@@ -161,9 +161,9 @@ def _figure(rows: int, columns: int, panel: float = PANEL) -> "tuple[Figure, lis
 
 
 def _scatter(axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None) -> None:
-    places = coordinates(x)[:POINTS]
+    places = coordinates(x)[:POINTS].numpy()
     style = {"c": "tab:blue"} if colours is None else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
-    axes.scatter(*places.T.numpy(), s=2, linewidths=0, **style)
+    axes.scatter(places[:, 0], places[:, 1], s=2, linewidths=0, **style)
     _frame(axes, title, bounds)
 
 
