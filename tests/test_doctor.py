@@ -510,7 +510,7 @@ def values_of(result, check):
 def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, cwd=tmp_path).ok()
     values = json.loads((run / "doctor.json").read_text())
-    assert f"wrote runs/glow_digits/doctor.json: {len(values['findings'])} findings" in done.out
+    assert "wrote runs/glow_digits/doctor.json" in done.out
     assert done.out.splitlines()[-1].startswith(f"verdict: {values['verdict']} ({values['counts']['ok']} ok")
     assert values["verdict"] == "ok" and sum(values["counts"].values()) == len(values["findings"])
     about = ("step", "dataset", "num_images", "seed", "weights")

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -155,6 +156,22 @@ def points_of(loaded: Any, overrides: list[str] | None = None) -> Any:
     from flowtrain import pictures
 
     return data_of(loaded, overrides).split("test").take(slice(0, pictures.POINTS))
+
+
+def write_json(result: Any, given: str | None, default: Path) -> None:
+    """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and says where."""
+    import json
+
+    from flowtrain import images
+    from flowtrain.console import console
+
+    text = json.dumps(result, indent=2, allow_nan=False)
+    if given == "-":
+        print(text)
+        return
+    file = Path(given) if given else default
+    images.save(file, text.encode() + b"\n")
+    console.print(f"wrote {file}")
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowtrain.commands.base import command, on_one_process
+from flowtrain.commands.base import command, on_one_process, write_json
 
 EPILOG = "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
 
@@ -23,7 +23,6 @@ def compare(
     ] = None,
 ) -> None:
     """One table and one plot of several runs, also of those that are still training. Evaluates nothing itself."""
-    import json
 
     from flowtrain import charts, images, record
     from flowtrain import compare as comparison
@@ -46,12 +45,7 @@ def compare(
         rows = [
             {**vars(result), "test": None if result.test is None else result.test.model_dump()} for result in results
         ]
-        text = json.dumps({"runs": rows, "notes": notes}, indent=2, allow_nan=False)
-        if json_out == "-":
-            print(text)
-        else:
-            images.save(Path(json_out), text.encode() + b"\n")
-            console.print(f"wrote {json_out}")
+        write_json({"runs": rows, "notes": notes}, json_out, Path(json_out))
 
 
 def _print_table(results: list[Any]) -> None:

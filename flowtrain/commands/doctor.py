@@ -1,6 +1,5 @@
 """`flowtrain doctor`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +15,7 @@ from flowtrain.commands.base import (
     data_of,
     load,
     on_one_process,
+    write_json,
 )
 from flowtrain.errors import RunError
 
@@ -49,9 +49,8 @@ def doctor(
     Every number has a verdict: ok, watch or bad. Exit code 1 if anything is bad.
     """
     import dataclasses
-    import json
 
-    from flowtrain import checkpoint, images
+    from flowtrain import checkpoint
     from flowtrain import doctor as diagnosis
     from flowtrain.console import ProgressBar, console
 
@@ -75,13 +74,7 @@ def doctor(
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
     _print(findings)
-    text = json.dumps(result, indent=2, allow_nan=False)
-    if json_out == "-":
-        print(text)
-    else:
-        file = Path(json_out) if json_out else checkpoint.run_of(loaded.checkpoint.path) / "doctor.json"
-        images.save(file, text.encode() + b"\n")
-        console.print(f"wrote {file}: {len(findings)} findings")
+    write_json(result, json_out, checkpoint.run_of(loaded.checkpoint.path) / "doctor.json")
     console.print(f"verdict: {verdict} ({', '.join(_counts(findings))})")
     if verdict == "bad":
         names = list(dict.fromkeys(finding.layer or "the whole model" for finding in diagnosis.worst(findings)))

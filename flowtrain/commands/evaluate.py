@@ -18,6 +18,7 @@ from flowtrain.commands.base import (
     load,
     on_all_processes,
     print_table,
+    write_json,
 )
 from flowtrain.errors import RunError, UserError
 
@@ -76,7 +77,6 @@ def evaluate(
 
     By default of the test split of the data that the model was trained on.
     """
-    import json
 
     from flowtrain import checkpoint, distributed, images
     from flowtrain import evaluate as evaluation
@@ -110,13 +110,7 @@ def evaluate(
         name = f"evaluate-{Path(dataset).resolve().stem}-{split}.json"
     bad = result["non_finite_indices"]
     print_table({key: value for key, value in result.items() if value is not bad})
-    text = json.dumps(result, indent=2, allow_nan=False)
-    if json_out == "-":
-        print(text)
-    else:
-        file = Path(json_out) if json_out else checkpoint.run_of(loaded.checkpoint.path) / name
-        images.save(file, text.encode() + b"\n")
-        console.print(f"wrote {file}")
+    write_json(result, json_out, checkpoint.run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
         images.save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")

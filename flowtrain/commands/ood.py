@@ -17,6 +17,7 @@ from flowtrain.commands.base import (
     data_of,
     load,
     on_one_process,
+    write_json,
 )
 from flowtrain.errors import UserError
 
@@ -81,7 +82,6 @@ def ood(
 
     Images of another size, number of channels or of levels are brought to the model's.
     """
-    import json
 
     from flowtrain import checkpoint, images
     from flowtrain import ood as scoring
@@ -121,13 +121,7 @@ def ood(
         )
     outcome = scoring.result(comparison, loaded, seed)
     _print(outcome)
-    text = json.dumps(outcome, indent=2, allow_nan=False)
-    if json_out == "-":
-        print(text)
-    else:
-        file = Path(json_out) if json_out else run / "ood.json"
-        images.save(file, text.encode() + b"\n")
-        console.print(f"wrote {file}")
+    write_json(outcome, json_out, run / "ood.json")
     if scores_out is not None:
         images.save(scores_out, scoring.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
