@@ -17,7 +17,7 @@ from flowtrain.data import Batches, DataSet
 
 
 def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:
-    """The same `count` images in an .npz file and in a folder, read into memory or streamed by worker processes."""
+    """The same `count` images in an .npz file and in a folder, read into memory or by threads as they are needed."""
     pixels = images(count).movedim(1, -1).numpy()
     np.savez(folder / "data.npz", x_train=pixels)
     (folder / "pictures").mkdir()

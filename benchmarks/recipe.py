@@ -1,7 +1,7 @@
 """The final comparison of recipes: trains each configuration for its budget, then reads the test split once.
 
 `python benchmarks/recipe.py` prints a table of test bits/dim and draws validation bits/dim against time with
-`--picture FILE.png`. All of it takes two and a half hours; `--only NAME...` runs a part. A run that is there goes on.
+`--picture FILE.png`. All of it takes two hours; `--only NAME...` runs a part. A run that is there goes on.
 `--set` is for where the data lie, as in `flowtrain train`.
 """
 

@@ -11,8 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 def available(device: torch.device) -> int:
     """Bytes that can still be allocated; on the CPU within the limit of the container, if there is one."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(_of_the_machine(), _of_the_container(Path("/sys/fs/cgroup")))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for tensors
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(
+        _of_the_machine(), *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+    )
 
 
 def _of_the_machine() -> int:
@@ -24,7 +27,18 @@ def _of_the_machine() -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def _of_the_container(cgroup: Path) -> int:
+def _control_groups(mount: Path, own: Path) -> list[Path]:
+    """The folder of this process's control group (version 2) and those above it: of a container, just `mount`."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    group = mount / path.strip("/")
+    return [folder for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+
+
+def _of_the_group(cgroup: Path) -> int:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())

@@ -108,7 +108,7 @@ class Dequantization(Section):
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="how far the logit stays from 0 and 1")
 
 
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?)?\s*")
+_DURATION = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(s|sec|m|min|h|hours?)?\s*")
 
 
 def _seconds(value: Any) -> Any:
@@ -137,10 +137,12 @@ class Train(Section):
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="the rate after warm-up: constant, or down to 0 at the end, linear or cosine"
+        "constant",
+        description="the rate: constant, or down to 0 at the end, linear or cosine, after the warm-up (with a budget, "
+        "from 0 s)",
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
-        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, Adam for the rest"
+        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, AdamW for the rest"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on the weights of the conditioners' convolutions and linear layers only"
@@ -252,19 +254,30 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError("\n".join(_describe(e, schema, where) for e in error.errors())) from error
+        raise UserError("\n".join(_described(error, schema, where))) from error
 
 
-def _describe(error: Mapping[str, Any], schema: type[BaseModel], where: str) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
+def _described(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
+    """A line a key, with what is wrong by each of its alternatives, such as a number or a list of them."""
+    known = set(_keys(schema))
+    lines: dict[str, str] = {}
+    for each in error.errors():
+        loc = [str(part) for part in each["loc"]]
+        # What pydantic appends are its names of the alternatives.
+        key = next((name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in known), ".".join(loc))
+        line = _describe(each, key, schema, where)
+        lines[key] = f"{lines[key]}; or {line.removeprefix(f'{where}: {key}: ')}" if key in lines else line
+    return list(lines.values())
+
+
+def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel], where: str) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_keys(schema))
         return f"{where}: {key}: unknown key{nearest(key, known)} (value {error['input']!r})"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; it has no default"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error" and len(loc) <= 1:
+    if error["type"] == "value_error" and "." not in key:
         return f"{where}: {message}"
     return f"{where}: {key}: {message}, got {error['input']!r}"
 

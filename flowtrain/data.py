@@ -22,6 +22,8 @@ from flowtrain.datasets.base import Images, hold_out
 from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 
+INITIALIZATION_IMAGES = 64  # at least, where there are as many: fewer say little of the coarsest level
+
 SplitName = Literal["train", "validation", "test", "all"]
 
 
@@ -77,7 +79,7 @@ class DataSet:
         self.levels = None if levels is None else levels >> self.drop_bits
         if levels is None and (config.flip or config.shift):
             raise UserError(f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment")
-        if max(self.shape[1:]) <= config.shift:
+        if min(self.shape[1:]) <= config.shift:
             raise UserError(f"data.shift: {config.shift} is not smaller than the images ({self.shape})")
 
     def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
@@ -215,9 +217,10 @@ class Batches:
             images += self.all_processes
 
     def first_of_all(self) -> Tensor:
-        """The first batches of all processes together, in order."""
-        x = self.source.take(self._order(0, self.all_processes)).to(self.device)
-        return self._augment(x, step=0, start=0)
+        """The images that layers set themselves from: the first of the order, of all processes, or some more."""
+        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        x = self.source.take(self._order(0, count)).to(self.device)
+        return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
 
     def _augment(self, x: Tensor, step: int, start: int) -> Tensor:
         randomness = generator(self.seed, Stream.AUGMENTATION, step)

@@ -96,6 +96,12 @@ def local_rank() -> int:
     return int(_variable("LOCAL_RANK")) if _group else 0
 
 
+def local_world() -> int:
+    """How many of the processes are on this machine, as far as the launcher says so."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(value) if _group and value.isdigit() else 1
+
+
 def _variable(name: str) -> str:
     value = os.environ.get(name, "")
     if not value or (name != "MASTER_ADDR" and not value.isdigit()):

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import math
+import statistics
 import time
 from typing import get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain import checkpoint
+from flowtrain import checkpoint, distributed
 from flowtrain.capacity import available, peak
 from flowtrain.config import Config
 from flowtrain.console import console, duration
@@ -19,10 +21,10 @@ from flowtrain.flow import Flow, initialize
 from flowtrain.memory import Mode
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
-from flowtrain.train import optimizer_step, train_step
+from flowtrain.train import optimizer_step, require_trainable, train_step
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # activations are in proportion to the batch
+MEASURED_IMAGES = 8  # from which follows what a batch of any size takes
 MIB = 2**20
 
 
@@ -30,6 +32,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     """Prints the parameters, the memory and the speed of a run. Raises `UserError` where it could not start."""
     data = DataSet(config.data)
     flow = checkpoint.build_flow(config, data.shape, data.levels).to(device)
+    require_trainable(flow, config)
     _print_parameters(flow)
 
     train = config.train
@@ -47,19 +50,13 @@ def dry_run(config: Config, device: torch.device) -> None:
     state = State(config, flow, build_optimizers(flow, train), averaged, {})
 
     _print_compute(state, x)
-    _print_memory(state, x[: train.batch_size], device)
-
-    seconds = []
-    for step in range(TIMED_STEPS + 1):
-        started = time.perf_counter()
-        _, grad_norm = train_step(state, x, labels)
-        optimizer_step(state, grad_norm)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if step > 0:  # the first one warms up
-            seconds.append(time.perf_counter() - started)
-    per_step = sorted(seconds)[len(seconds) // 2]
-    console.print(f"speed: {per_step:.3f} s a step, {batch / per_step:,.0f} images/s (median of {TIMED_STEPS} steps)")
+    fits = _print_memory(state, x[: train.batch_size], device)
+    if not all(distributed.exchange(fits)):
+        console.print("speed: not measured, for that would not fit")
+        return
+    per_step = _seconds_of_a_step(state, x, labels)
+    images = distributed.world() * batch / per_step
+    console.print(f"speed: {per_step:.3f} s a step, {images:,.0f} images/s (median of {TIMED_STEPS} steps)")
     if train.num_steps is not None:
         console.print(
             f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} steps, validation apart"
@@ -70,50 +67,85 @@ def dry_run(config: Config, device: torch.device) -> None:
         console.print(f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart")
 
 
+def _seconds_of_a_step(state: State, x: torch.Tensor, labels: torch.Tensor | None) -> float:
+    seconds = []
+    for step in range(TIMED_STEPS + 1):
+        started = time.perf_counter()
+        _, grad_norm = train_step(state, x, labels)
+        optimizer_step(state, grad_norm)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        if step > 0:  # the first one warms up
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def _with_memory(state: State, mode: Mode) -> State:
     train = state.config.train.model_copy(update={"memory": mode})
     return dataclasses.replace(state, config=state.config.model_copy(update={"train": train}))
 
 
-def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> None:
-    """What each mode of `train.memory` takes at this batch size, and the largest batch that would fit."""
-    chosen = state.config.train
-    # Weights, gradients, the optimizer's two averages, and the weights' own.
-    copies = 1 + 1 + 2 + (state.average is not None)
-    gradients = sum(p.numel() * p.element_size() for p in state.flow.parameters())
+def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
+    """What each mode of `train.memory` takes at this batch size, and the largest batch that would fit.
+
+    Measured with a few images, so that it can be said of too large a batch. Returns whether the chosen mode fits.
+    """
+    few = x[:MEASURED_IMAGES]
+    _, grad_norm = train_step(state, few)
+    optimizer_step(state, grad_norm)  # makes the optimizers' state
+    state.zero_grad()
+    gradients = sum(p.nbytes for p in state.flow.parameters())
+    kept = [t for optimizer in state.optimizers for values in optimizer.state.values() for t in values.values()]
+    kept += [] if state.average is None else state.average.flow.parameters()
+    fixed = 2 * gradients + sum(t.nbytes for t in kept)
     free = available(device)
-    left = free - (copies - 1) * gradients  # the weights are there already
+    left = free - gradients  # all else is there already
+    if device.type == "cpu":
+        left //= distributed.local_world()  # they share it
     console.print(
-        f"memory: {copies * gradients / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
+        f"memory: {fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
         f"with {free / MIB:,.0f} MiB available:"
     )
-    few = x[:MEASURED_IMAGES]
+    chosen_fits = True
     for mode in get_args(Mode):
-        step = functools.partial(train_step, _with_memory(state, mode), few)
-        step()  # makes what is made once
-        state.zero_grad()
-        per_image = (peak(step, device) - gradients) / len(few)
-        fits = int(max(0, left) / max(1, per_image))
+        sizes = sorted({math.ceil(len(few) / 2), len(few)})
+        peaks = [_peak_of_a_step(_with_memory(state, mode), few[:size], device) - gradients for size in sizes]
+        # Beside what each image takes, a step has copies of weights in another precision and the like.
+        per_image = max(1.0, (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else peaks[0])
+        constant = peaks[-1] - per_image * sizes[-1]
+        needed = constant + per_image * len(x)
+        chosen = mode == state.config.train.memory
+        if chosen:
+            chosen_fits = needed <= left
         console.print(
-            f"  {mode}: {per_image * len(x) / MIB:,.0f} MiB for {len(x)} images, up to {fits:,} images would fit"
-            + (" (chosen)" if mode == chosen.memory else "")
+            f"  {mode}: {needed / MIB:,.0f} MiB for {len(x)} images, up to {max(0, left - constant) // per_image:,.0f} "
+            f"images would fit{' (chosen)' if chosen else ''}"
         )
+    return chosen_fits
+
+
+def _peak_of_a_step(state: State, x: torch.Tensor, device: torch.device) -> int:
+    step = functools.partial(train_step, state, x)
+    step()  # makes what is made once
+    state.zero_grad()
+    return peak(step, device)
 
 
 def _print_compute(state: State, x: torch.Tensor) -> None:
     """Floating-point operations of matrix products and convolutions; a multiplication and an addition are two."""
+    few = x[:MEASURED_IMAGES]
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        state.flow(x, torch.full(x.shape, 0.5, device=x.device))
+        state.flow(few, torch.full(few.shape, 0.5, device=x.device))
     counts = {name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()}
     conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
     with FlopCounterMode(display=False) as step:
-        train_step(_with_memory(state, "store"), x)  # what is computed again is not counted
+        train_step(_with_memory(state, "store"), few)  # what is computed again is not counted
     state.zero_grad()
     total = max(1, forward.get_total_flops())
-    image = total / len(x) / 1e9
     console.print(
-        f"compute: {image:.4g} GFLOP for the likelihood of an image, {100 * conditioners / total:.1f}% of it in "
-        f"conditioners; {step.get_total_flops() / 1e9:.4g} GFLOP a training step"
+        f"compute: {total / len(few) / 1e9:.4g} GFLOP for the likelihood of an image, "
+        f"{100 * conditioners / total:.1f}% of it in conditioners; "
+        f"{step.get_total_flops() / len(few) * len(x) / 1e9:.4g} GFLOP a training step"
     )
 
 

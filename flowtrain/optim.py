@@ -76,7 +76,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
-    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, Adam for the rest.
+    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, AdamW for the rest.
 
     Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is. A decayed ActNorm
     scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
@@ -93,7 +93,7 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
         optimizers.append(Muon(weights, config.lr, config.weight_decay))
         theirs = set(weights)
         parameters = [p for p in parameters if p not in theirs]
-        kind = "adam"
+        kind = "adamw"  # its decay acts as Muon's does
     decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     groups = [
         {"params": [p for p in parameters if p in decayed], "weight_decay": config.weight_decay},

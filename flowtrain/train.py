@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowtrain import checkpoint, distributed, images, pictures
 from flowtrain import config as configuration
+from flowtrain.bijections import MaskedAutoregressive
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
 from flowtrain.console import ProgressBar, console, duration
@@ -114,6 +115,7 @@ def fit(
     """
     data = DataSet(config.data)
     flow = checkpoint.build_flow(config, data.shape, data.levels)
+    require_trainable(flow, config)
     with run.locked():
         saved = _checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
@@ -180,6 +182,8 @@ def _loop(
             if (validates or periodic or stop.signum) and not state.weights_are_finite():
                 _go_back(state, run, x, loss, grad_norm, rate)
                 break
+            if stop.signum and validates and not ends:
+                _save(state, run, numbered=False)  # at once: who asks for the end may not wait for a validation
             progress.finished = ends
             if ends or progress.step % config.log_every == 0:
                 _log(state, run, grad_norm, rate, clock, bar)
@@ -190,13 +194,14 @@ def _loop(
             clock.skip()
             if periodic or stop.signum:
                 _save(state, run, numbered=periodic)
+                clock.skip()
             if ends or stop.signum:
                 break
 
 
 def _agree(state: State, clock: "_Clock", stop: "_Stop", loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
     """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's clock, any signal."""
-    means = [loss.item() / distributed.world(), grad_norm.item() / distributed.world()]  # waits for the device
+    means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]  # waits for the device
     clock.tick()
     seconds = state.progress.seconds if distributed.is_main() else 0.0
     asked = [float(stop.asked == signum) for signum in STOPPING]
@@ -338,6 +343,16 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
 
 
 # --- starting and resuming --------------------------------------------------------------------------------------------
+
+
+def require_trainable(flow: Flow, config: Config) -> None:
+    """Raises `UserError` for a memory mode that would give this flow wrong gradients."""
+    autoregressive = any(isinstance(module, MaskedAutoregressive) for module in flow.modules())
+    if autoregressive and config.train.memory == "reversible" and config.train.precision == "bf16":
+        raise UserError(
+            "train.memory: reversible computes the input of an autoregressive layer again in float32, but its output "
+            "was computed in bf16: set train.precision=fp32, or another train.memory"
+        )
 
 
 def _require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from flowtrain import checkpoint
 from flowtrain import config as configuration
-from flowtrain.bijections import ActNorm
+from flowtrain.bijections.base import SetFromData
 from flowtrain.dequantize import draw_noise
 from flowtrain.flow import initialize
 
@@ -44,7 +44,7 @@ def perturb(module, scale=0.2, seed=0):
 def ready(module):
     """Calls every layer initialized as it stands, where no data are at hand to do it."""
     for layer in module.modules():
-        if isinstance(layer, ActNorm):
+        if isinstance(layer, SetFromData):
             layer.initialized.fill_(True)
     return module
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers import perturb, ready, seeded, tiny_flow
+from helpers import a_config, perturb, ready, seeded, tiny_flow
 from torch.autograd.functional import jacobian
 
 from flowtrain.bijections import AffineTransform, Inverse, MaskedAutoregressive, MixtureTransform, SplineTransform
+from flowtrain.errors import UserError
 from flowtrain.models import iaf, maf
 from flowtrain.nets import MaskedDenseNet, MaskedLinear
+from flowtrain.train import require_trainable
 
 # dims, width, hidden layers, features of a context
 SIZES = [(1, 4, 1, 0), (2, 5, 2, 0), (6, 40, 1, 0), (6, 40, 3, 0), (9, 3, 2, 0), (5, 30, 2, 3), (1, 4, 1, 3)]
@@ -34,6 +36,17 @@ def entry_after_entry(layer, z, context):
     for d in range(z.shape[1]):
         x = torch.where(torch.arange(z.shape[1]) == d, layer.transform.inverse(z, layer.conditioner(x, context))[0], x)
     return x, layer.transform.inverse(z, layer.conditioner(x, context))[1].sum(1)
+
+
+def test_reversible_is_refused_in_bf16():
+    """The input that float32 gives back is not the one of which bf16 has made the output."""
+    for model in ("maf", "iaf"):
+        flow, train = tiny_flow(model), {"memory": "reversible", "precision": "bf16"}
+        with pytest.raises(UserError, match="train.memory: reversible"):
+            require_trainable(flow, a_config(model, train=train))
+        for key in train:
+            require_trainable(flow, a_config(model, train={**train, key: {"memory": "store"}.get(key, "fp32")}))
+    require_trainable(tiny_flow("glow"), a_config("glow", train=train))
 
 
 # ---------------------------------------------------------------- the conditioner

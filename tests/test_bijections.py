@@ -37,6 +37,7 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
+from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, layer_by_layer
@@ -227,7 +228,7 @@ def test_every_bijection_is_in_the_table():
         if cls.__module__.startswith("flowtrain.bijections") and cls.__name__[0] != "_"
     }
     # What others inherit from, and what only a Sequential makes (tested below, and in each row with one).
-    concrete -= {Bijection, LinearChannels, FusedLinear}
+    concrete -= {Bijection, SetFromData, LinearChannels, FusedLinear}
     tested = {type(build()) for build, _, _ in TABLE.values()}
     concrete = {cls for cls in concrete if cls.__name__ not in OF_SURFACES}
     assert concrete == tested
@@ -606,6 +607,33 @@ def test_whitening_of_degenerate_channels_is_finite(layer, spoil):
     back, _ = convolution.inverse(z)
     assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
     torch.testing.assert_close(back, x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("pixels", [1, 5, 8, 16])
+def test_whitening_from_few_pixels(pixels):
+    """What did not vary among them is not blown up in images that layers have not seen, layer after layer."""
+    channels = 8
+    mixing = torch.randn(channels, channels, generator=seeded())
+    x = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(pixels + 100, channels, 1, 1, generator=seeded(1)))
+    for _ in range(4):
+        for layer in (ActNorm((channels, 1, 1)), Conv1x1LU(channels, "whitening")):
+            layer.initialize(x[:pixels])
+            x = layer(x)[0].detach()
+    assert x[pixels:].std() < 30
+
+
+@pytest.mark.parametrize("layer", [lambda: Conv1x1(3, "whitening"), lambda: Conv1x1LU(3, "whitening")])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_whitening_before_initialization_raises(layer, direction):
+    convolution = layer()
+    with pytest.raises(RuntimeError, match="is not initialized"):
+        getattr(convolution, direction)(torch.randn(2, 3, 1, 1))
+    fused = Sequential(ready(ActNorm((3, 1, 1))), convolution)
+    with pytest.raises(RuntimeError, match="Conv1x1.* is not initialized"):
+        getattr(fused, direction)(torch.randn(2, 3, 1, 1))
+    other = layer()
+    other.load_state_dict(ready(convolution).state_dict())
+    getattr(other, direction)(torch.randn(2, 3, 1, 1))
 
 
 def test_rotations_are_not_whitened():

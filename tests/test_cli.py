@@ -38,7 +38,7 @@ from cli_helpers import (
 from PIL import Image
 
 import flowtrain as package
-from flowtrain import checkpoint
+from flowtrain import capacity, checkpoint
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
@@ -46,7 +46,7 @@ from flowtrain.data import DataSet
 from flowtrain.diagnostics import watching
 from flowtrain.flow import initialize
 from flowtrain.models import glow
-from flowtrain.nets import Conv2d
+from flowtrain.nets import Conv2d, matrices
 
 KEYS = {
     *("bits_per_dim", "bits_per_dim_stderr", "bound", "samples", "nats_per_image", "num_images", "dims", "levels"),
@@ -347,6 +347,53 @@ def test_dry_run_counts_operations(tmp_path):
     assert share == pytest.approx(100 * operations[True] / total, abs=2)
     batch = load_config(find_config("glow_digits.yaml"), SMALL[1::2]).train.batch_size
     assert step == pytest.approx(3 * image * batch, rel=0.15)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_dry_run_counts_what_the_optimizer_keeps(optimizer, tmp_path):
+    options = [*SMALL, *sets(model__width=512, train__optimizer=optimizer)]
+    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
+    count = sum(p.numel() for p in flow.parameters())
+    # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
+    numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
+    out = quick("train", *options, "--dry-run", cwd=tmp_path).ok().out
+    assert float(re.search(r"memory: (\S+) MiB", out)[1]) == pytest.approx(4 * numbers / 2**20, abs=1)
+
+
+def test_dry_run_of_what_does_not_fit(tmp_path):
+    """Nothing as large as the batch is tried."""
+    small = "from flowtrain import dryrun; dryrun.available = lambda device: 3 * 2**20"
+    options = [*SMALL, *sets(train__batch_size=4096)]
+    out = quick("train", *options, "--dry-run", cwd=tmp_path, first=small).ok().out
+    assert "with 3 MiB available" in " ".join(out.split()) and "speed: not measured" in out
+    few = int(re.search(r"store: .* up to ([\d,]+) images would fit \(chosen\)", " ".join(out.split()))[1])
+    assert 1 <= few < 4096
+    out = quick("train", *SMALL, *sets(train__batch_size=few), "--dry-run", cwd=tmp_path, first=small).ok().out
+    assert "images/s" in out
+
+
+def test_memory_limits_of_control_groups(tmp_path):
+    """Of the own group and of those above it; files are given up when memory is needed."""
+
+    def limit(folder, maximum, used=100, files=30):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{maximum}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
+
+    own = tmp_path / "cgroup"
+    own.write_text("1:name=x:/other\n0::/slurm/job/step\n")
+    mount = tmp_path / "fs"
+    limit(mount / "slurm" / "job", 1000)
+    limit(mount / "slurm" / "job" / "step", "max")
+    limit(mount / "slurm", 5000)
+    groups = capacity._control_groups(mount, own)
+    assert groups == [mount / "slurm/job/step", mount / "slurm/job", mount / "slurm", mount]
+    assert min(map(capacity._of_the_group, groups)) == 930
+    own.write_text("0::/\n")  # of a container
+    limit(mount, 500, used=600)
+    assert list(map(capacity._of_the_group, capacity._control_groups(mount, own))) == [0]
+    assert capacity._control_groups(mount, tmp_path / "nothing") == []
 
 
 def test_dry_run_of_a_budget(tmp_path):

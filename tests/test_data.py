@@ -131,6 +131,12 @@ def test_options_that_do_not_fit(section, message):
         data_set(section)
 
 
+def test_a_shift_leaves_something_of_the_shorter_side(tmp_path):
+    data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=1))
+    with pytest.raises(UserError, match="data.shift: 2"):
+        data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=2))
+
+
 @pytest.mark.parametrize(
     "images, read, message",
     [

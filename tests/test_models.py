@@ -38,6 +38,14 @@ MODELS |= {"cnf": cnf}
 LEARNED = (CheckerboardCoupling, Continuous, Coupling, Inverse, MaskedAutoregressive, Planar)
 
 
+@pytest.mark.parametrize("split", ["channel", "checkerboard", "mixed"])
+def test_glow_learns_at_a_single_pixel_too(split):
+    """Which a checkerboard would leave alone, or not see."""
+    flow = tiny_flow("glow", split=split, width=16)  # of 4x4 images, in two levels
+    flow.bits_per_dim(images(8, flow.shape)).mean().backward()
+    assert [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
 

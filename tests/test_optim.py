@@ -114,7 +114,7 @@ def test_optimizers(name, kind):
 def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     flow = ready(build_flow(a_config(model), (1, 4, 4), 17))
     muon, adam = build_optimizers(flow, a_config(model, train={"optimizer": "muon", "lr": 0.01}).train)
-    assert type(muon) is Muon and type(adam) is torch.optim.Adam
+    assert type(muon) is Muon and type(adam) is torch.optim.AdamW
     matrices = {p for group in muon.param_groups for p in group["params"]}
     # All weights, also those that start at zero; depthwise filters are vectors, and biases and gains have other names.
     assert matrices == {p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1}

@@ -86,11 +86,12 @@ def uninterrupted():
         sets(train__precision="fp32", train__optimizer="adam"),
         sets(train__precision="bf16", train__optimizer="adamw"),
         sets(train__optimizer="adamax", train__memory="checkpoint", train__ema=0),
+        sets(train__optimizer="muon", train__precision="bf16", train__clip_norm=1, model__conditioner="depthwise"),
         sets(data__max_in_memory=0, data__workers=1),
         ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1, train__precision="bf16")],
         ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
     ],
-    ids=["fp32-adam", "bf16-adamw", "recomputed-adamax-no-ema", "streamed", "realnvp", "nice"],
+    ids=["fp32-adam", "bf16-adamw", "recomputed-adamax-no-ema", "muon", "streamed", "realnvp", "nice"],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
     command = ["train", *([] if "--config" in variant else SMALL_MODEL), *EVERYTHING, *variant]
@@ -145,6 +146,26 @@ def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path
     assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
     assert_same_run(run, uninterrupted)
     assert_curve_without_gaps(run, 120)
+
+
+STOPPED_BEFORE_VALIDATION = """
+import os, signal
+from flowtrain import checkpoint, train
+step = train.optimizer_step
+def optimizer_step(state, grad_norm):
+    step(state, grad_norm)
+    if state.progress.step == 9:  # it will be 10
+        os.kill(os.getpid(), signal.SIGTERM)
+def validate(state, run, validation):
+    print("validating", state.progress.step, "saved", checkpoint.read(run.last).meta["step"])
+train.optimizer_step, train._validate = optimizer_step, validate
+"""
+
+
+def test_what_a_signal_stops_is_saved_before_it_is_validated(tmp_path):
+    command = ["train", *LONG, *sets(train__validate_every=10, train__checkpoint_every=5), "--run-dir", "r"]
+    stopped = quick(*command, cwd=tmp_path, first=STOPPED_BEFORE_VALIDATION)
+    assert stopped.code == 143 and "validating 10 saved 10" in stopped.out
 
 
 def test_a_signal_before_the_first_step_is_obeyed(tmp_path):

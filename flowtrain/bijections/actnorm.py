@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import Bijection, SetFromData, bounded, sum_per_example, unbounded
 
 # exp(8) is about 3,000: dequantization noise alone has a standard deviation of 1/887 in y, so a channel
 # that is constant in the data can still be brought to the size of the others, and its inverse is harmless.
@@ -47,20 +47,16 @@ class DiagonalAffine(Bijection):
         return x * (-log_scale).exp(), self._log_det(-log_scale, z)
 
 
-class ActNorm(DiagonalAffine):
+class ActNorm(SetFromData, DiagonalAffine):
     """Activation normalization (Glow, section 3.1): zero mean and unit variance per channel on the first batch.
 
-    After that the parameters are trained like any others. Whether it has been initialized is a buffer, so it
-    survives saving. Raises `RuntimeError` when used before.
+    After that the parameters are trained like any others.
     """
 
-    initialized: Tensor
     shift: nn.Parameter
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__(shape)
-        self.register_buffer("initialized", torch.tensor(False))
-        self._known_initialized = False  # spares a device synchronisation a call
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -69,21 +65,12 @@ class ActNorm(DiagonalAffine):
         # Over the batch and every dimension in which the parameters are broadcast.
         dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
+        if std.numel() == x.numel():
+            std = torch.ones_like(std)  # one value of each says nothing of how it varies
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
         self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
         self.initialized.fill_(True)
-
-    def require_initialized(self) -> None:
-        """Raises `RuntimeError` before `initialize`, or the loading of weights that were."""
-        if not self._known_initialized:
-            if not self.initialized:
-                raise RuntimeError("ActNorm is not initialized: call flowtrain.flow.initialize(flow, batch) first")
-            self._known_initialized = True
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._known_initialized = False
-        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()

@@ -1,6 +1,7 @@
 """The contract of an invertible layer, and what many of them need."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ class Bijection(nn.Module):
     just computed**, in nats, per example, shape `(B,)`. Nothing may depend on the rest of the batch.
     `context` is extra input that a conditional layer may read, shape `(B, C', H, W)`.
 
-    A layer that sets itself from data has a method `initialize(x, context)`, which
+    A layer that sets itself from data (`SetFromData`) has a method `initialize(x, context)`, which
     `flowtrain.flow.initialize` calls once with the layer's actual input.
     """
 
@@ -53,6 +54,36 @@ class Bijection(nn.Module):
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or `[z]`."""
         return [z]
+
+
+class SetFromData(Bijection):
+    """A layer that its `initialize` sets from the first batch.
+
+    Whether that is done is a buffer, so it survives saving. Its two directions raise `RuntimeError` before.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.register_buffer("initialized", torch.tensor(False))
+        self._known_initialized = False  # spares a device synchronisation a call
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        raise NotImplementedError
+
+    def require_initialized(self) -> None:
+        """Raises `RuntimeError` before `initialize`, or the loading of weights that were."""
+        if not self._known_initialized:
+            if not self.initialized:
+                raise RuntimeError(
+                    f"{type(self).__name__} is not initialized: call flowtrain.flow.initialize(flow, batch) first"
+                )
+            self._known_initialized = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._known_initialized = False
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Transform(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import Bijection, bounded, stacked, unbounded
+from flowtrain.bijections.base import SetFromData, bounded, stacked, unbounded
 
 
 def random_rotation(channels: int) -> Tensor:
@@ -20,13 +20,15 @@ def random_rotation(channels: int) -> Tensor:
 def whitening_matrix(x: Tensor) -> Tensor:
     """PCA whitening of the channels of `x` `(B, C, H, W)`: decorrelates and scales to unit variance, `(C, C)`.
 
-    Computed in float64 on the CPU. The smallest eigenvalues are floored, so that a constant or a duplicated
-    channel gives a large scale and not an infinite one.
+    Computed in float64 on the CPU. The smallest eigenvalues are floored, so that a constant or a duplicated channel
+    gives a large scale and not an infinite one, and neither does a direction in which a few pixels happen not to vary
+    (of n pixels of white noise the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0 if n <= C).
     """
     pixels = x.movedim(1, -1).flatten(0, -2).double().cpu()
-    covariance = torch.cov(pixels.T).reshape(x.shape[1], x.shape[1])
+    covariance = torch.cov(pixels.T, correction=0).reshape(x.shape[1], x.shape[1])
     variance, directions = torch.linalg.eigh(covariance)
-    variance = variance.clamp_min(1e-6 * variance.max().clamp_min(1e-6))
+    few = min(1.0, x.shape[1] / len(pixels)) ** 2
+    variance = variance.clamp_min(max(1e-6 * float(variance.max()), few * float(variance.mean()), 1e-12))
     return (directions * variance.rsqrt()).T
 
 
@@ -44,18 +46,16 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return z.view_as(x)
 
 
-class LinearChannels(Bijection):
+class LinearChannels(SetFromData):
     """What both parametrizations share: `z = W x` at every pixel.
 
-    `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch).
+    `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch, if that has more than two
+    pixels for each channel).
     """
-
-    initialized: Tensor
 
     def __init__(self, initialization: str):
         super().__init__()
-        self.whitens = initialization == "whitening"
-        self.register_buffer("initialized", torch.tensor(not self.whitens))
+        self.initialized.fill_(initialization != "whitening")
 
     def weight(self) -> Tensor:
         """W, `(C, C)`."""
@@ -82,17 +82,21 @@ class LinearChannels(Bijection):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         if not self.initialized:
-            self.set_weight(whitening_matrix(x))
+            pixels, channels = x[:, 0].numel(), x.shape[1]
+            if pixels > 2 * channels:  # else it stays a rotation: C pixels do not even vary in C directions
+                self.set_weight(whitening_matrix(x))
             self.initialized.fill_(True)
 
     def _log_det(self, x: Tensor) -> Tensor:
         return (self.log_abs_dets([self]) * x[0, 0].numel()).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.require_initialized()
         with full_precision(x):
             return mix_channels(x, self.weight()), self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.require_initialized()
         with full_precision(z):
             return mix_channels(z, self.inverse_weights([self])[0]), -self._log_det(z)
 

@@ -44,6 +44,7 @@ def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
         before = result[-1] if result else None
         if isinstance(layer, LinearChannels) and isinstance(before, ActNorm) and before.shift.shape[1:] == (1, 1):
             before.require_initialized()
+            layer.require_initialized()
             products = kinds.setdefault((type(layer), before.shift.shape), _Products())
             result[-1] = products.add(before, layer)
         else:

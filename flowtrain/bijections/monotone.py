@@ -20,7 +20,7 @@ def solve_monotone(
     bracket wider than `2^(-(k - FREE_STEPS) / 2)` of the first after k steps. So no `f`, however flat or steep, takes
     more than `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, twice those of bisection.
 
-    Bisection ends at a few roundings of `max(1, |x|)`. Newton's step is the last one if it is shorter than a quarter
+    Bisection ends at two roundings of `max(1, |x|)`. Newton's step is the last one if it is shorter than a quarter
     of the root of that: the error it leaves is its square times `|f'' / 2 f'|`, which should not be far above 10.
     Nobody waits for an `f` whose own rounding keeps it from getting nearer. Where target, bracket or `f` is NaN,
     so is `x`. Not differentiable.
@@ -40,7 +40,8 @@ def solve_monotone(
         bisect = (newton < lower) | (newton > upper) | (width > first_width * 2 ** ((FREE_STEPS - step) / 2))
         # A NaN is not outside the bracket: it stays, and compares as arrived.
         moved = torch.where(bisect, lower + width / 2, newton)
-        enough = torch.where(bisect, 2 * eps, math.sqrt(eps) / 4) * moved.abs().clamp(min=1)
+        scale = moved.abs().clamp(min=1)
+        enough = torch.where(bisect, 2 * eps * scale, (eps * scale).sqrt() / 4)
         moved = torch.where(active, moved, x)
         active = (moved - x).abs() > enough
         x = moved

@@ -11,6 +11,7 @@ from flowtrain.bijections.base import Transform, bounded
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 
 MIN_SIZE = 1e-3  # of a bin's width and height, as parts of the whole
+MAX_BINS = 256  # of the whole, three quarters are left to share
 MIN_DERIVATIVE = 1e-3  # at a knot; 1 / MIN_DERIVATIVE is the largest
 DERIVATIVE_LIMIT = -math.log(MIN_DERIVATIVE)
 
@@ -22,6 +23,7 @@ class SplineTransform(Transform):
     derivatives at the inner knots the log `limit * tanh(h / limit)`, `limit = log 1000`, where the paper has a
     softplus. So parameters of zero are the identity, no derivative at a knot is above 1000 or below its inverse, and
     no log-derivative outside [-23, 8.3]. Twice differentiable inside a bin, once at a knot, in both directions.
+    Raises `ValueError` for more than MAX_BINS bins.
 
     The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside. For entries that never leave
     `[-bound, bound]`, `free_ends` makes the derivatives at the ends two more parameters, `3 bins + 1` in all: else
@@ -30,6 +32,8 @@ class SplineTransform(Transform):
 
     def __init__(self, bins: int = 8, bound: float = 4.0, free_ends: bool = False):
         super().__init__()
+        if not 1 <= bins <= MAX_BINS:
+            raise ValueError(f"{bins} bins: expected 1 to {MAX_BINS}")
         self.bins = bins
         self.bound = bound
         self.parameters_per_entry = 3 * bins + (1 if free_ends else -1)

@@ -33,6 +33,7 @@ from flowtrain.bijections import (
     Squeeze,
     Transform,
 )
+from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.models.geometry import check_squeezes
 from flowtrain.nets import DepthwiseNet, GatedNet, GlowNet, ZeroNet
@@ -48,7 +49,7 @@ def build(
     steps: PerLevel = 32,
     width: PerLevel = 512,
     coupling: Literal["affine", "additive", "spline", "mixture"] = "affine",
-    bins: Annotated[int, Field(ge=2)] = 8,
+    bins: Annotated[int, Field(ge=2, le=MAX_BINS)] = 8,
     components: Positive = 4,
     split: Literal["channel", "checkerboard", "mixed"] = "channel",
     conditioner: Literal["glow", "gated", "depthwise"] = "glow",
@@ -67,7 +68,8 @@ def build(
             logistics, Ho et al. 2019).
         bins: of a spline.
         components: logistics of a mixture.
-        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by turns.
+        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by turns. A single
+            pixel has no second colour: there it is by channel.
         conditioner: glow (3x3, 1x1, 3x3), gated (residual blocks with gates), or depthwise (separable residual blocks).
         blocks: of a gated or depthwise conditioner.
         permutation: what mixes the channels before each coupling.
@@ -93,7 +95,7 @@ def build(
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
         transform = transforms[coupling]()
-        if split == "channel" or (split == "mixed" and step % 2 == 0):
+        if split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0):
             kept = channels // 2
             net = nets[conditioner](kept, transform.parameters_per_entry * (channels - kept), width_of[level])
             return Coupling(kept, net, transform)

@@ -29,6 +29,7 @@ from flowtrain.bijections import (
     SphereToAngles,
     SplineTransform,
 )
+from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.nets import DenseNet
 
@@ -52,7 +53,7 @@ def build(
     layers: Positive = 4,
     width: Positive = 64,
     hidden_layers: Positive = 2,
-    bins: Positive = 8,
+    bins: Annotated[int, Field(ge=1, le=MAX_BINS)] = 8,
 ) -> Bijection:
     """Recursive flow for points of the unit sphere, `shape` (3, 1, 1).
 
