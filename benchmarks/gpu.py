@@ -15,6 +15,7 @@ from common import WORK, Work, arguments, begin, flowtrain_state, flowtrain_step
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowtrain import device as devices
 from flowtrain.capacity import peak
 from flowtrain.state import State
 from flowtrain.train import train_step
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
     options = parser.parse_args()
     work = dataclasses.replace(WORK[options.work], batch_size=options.batch_size)
-    device = torch.device(options.device)
+    device = devices.resolve(options.device)
     begin(f"Training steps on {_name(device)}, {options.precision}, {options.memory}: {work}", options)
     state = flowtrain_state(work, options.device, precision=options.precision, memory=options.memory)
     x = images(work.batch_size).to(device)

@@ -19,7 +19,7 @@ from flowtrain import distributed
 from flowtrain.config import Config
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets.base import Images, hold_out
-from flowtrain.device import Stream, generator
+from flowtrain.device import Stream, generator, send
 from flowtrain.errors import UserError
 
 INITIALIZATION_IMAGES = 64  # at least, where there are as many: fewer say little of the coarsest level
@@ -210,7 +210,7 @@ class Batches:
         images = step * self.all_processes if images is None else images
         starts = itertools.count(images, self.all_processes)
         for x in _ahead(self._read, starts, self.workers) if self.streams else map(self._gather, starts):
-            labels = None if self.labels is None else self.labels[self.positions(images)].to(self.device)
+            labels = None if self.labels is None else send(self.labels[self.positions(images)], self.device)
             x = self._augment(x.to(self.device, non_blocking=True), step, distributed.rank() * self.batch_size)
             yield x, labels
             step += 1
@@ -229,7 +229,7 @@ class Batches:
     def _gather(self, images: int) -> Tensor:
         """A batch out of the tensor on the device."""
         assert self.resident is not None
-        return self.resident[torch.from_numpy(self.positions(images)).to(self.device)]
+        return self.resident[send(torch.from_numpy(self.positions(images)), self.device)]
 
     def _read(self, images: int) -> Tensor:
         """A batch, ready to go to the device."""
@@ -268,11 +268,11 @@ def augment(
     batch, _, height, width = x.shape
     whole = batch if whole is None else whole
     if flip:
-        mirrored = (torch.rand(whole, generator=randomness)[start : start + batch] < 0.5).to(x.device)
+        mirrored = send(torch.rand(whole, generator=randomness)[start : start + batch] < 0.5, x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if shift:
         moves = torch.randint(-shift, shift + 1, (2, whole, 1), generator=randomness)
-        moves = moves[:, start : start + batch].to(x.device)
+        moves = send(moves[:, start : start + batch], x.device)
         rows = (torch.arange(height, device=x.device) + moves[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=x.device) + moves[1]).clamp(0, width - 1)
         images = torch.arange(batch, device=x.device)[:, None, None]

@@ -40,6 +40,11 @@ def resolve(name: str) -> torch.device:
     return torch.device(name)
 
 
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait until it has come to that."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Stream(enum.IntEnum):
     """What random numbers are for; each purpose has its own stream under one seed."""
 

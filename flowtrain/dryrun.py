@@ -14,17 +14,18 @@ from flowtrain import checkpoint, distributed
 from flowtrain.capacity import available, peak
 from flowtrain.config import Config
 from flowtrain.console import console, duration
-from flowtrain.data import DataSet
+from flowtrain.data import INITIALIZATION_IMAGES, DataSet
 from flowtrain.dequantize import draw_noise
 from flowtrain.device import Stream, generator
 from flowtrain.flow import Flow, initialize
 from flowtrain.memory import Mode
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
-from flowtrain.train import optimizer_step, require_trainable, train_step
+from flowtrain.train import is_trainable, optimizer_step, require_trainable, train_step
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # from which follows what a batch of any size takes
+MEASURED_IMAGES = 8  # at first, from which follows what a batch of any size takes
+DOUBLED = 1.75  # from here on, what twice the images take is called twice as much
 MIB = 2**20
 
 
@@ -45,7 +46,8 @@ def dry_run(config: Config, device: torch.device) -> None:
             x = x / x.norm(dim=1, keepdim=True)  # on a surface: the unit sphere
     else:
         x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
-    initialize(flow, x, draw_noise(x.shape, random, device))
+    some = x[:INITIALIZATION_IMAGES]
+    initialize(flow, some, draw_noise(some.shape, random, device))
     averaged = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), averaged, {})
 
@@ -81,8 +83,9 @@ def _seconds_of_a_step(state: State, x: torch.Tensor, labels: torch.Tensor | Non
 
 
 def _with_memory(state: State, mode: Mode) -> State:
+    """The same with another `train.memory`. Without optimizers gradients stay, and add up."""
     train = state.config.train.model_copy(update={"memory": mode})
-    return dataclasses.replace(state, config=state.config.model_copy(update={"train": train}))
+    return dataclasses.replace(state, config=state.config.model_copy(update={"train": train}), optimizers=[])
 
 
 def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
@@ -93,26 +96,22 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
     few = x[:MEASURED_IMAGES]
     _, grad_norm = train_step(state, few)
     optimizer_step(state, grad_norm)  # makes the optimizers' state
-    state.zero_grad()
     gradients = sum(p.nbytes for p in state.flow.parameters())
     kept = [t for optimizer in state.optimizers for values in optimizer.state.values() for t in values.values()]
     kept += [] if state.average is None else state.average.flow.parameters()
     fixed = 2 * gradients + sum(t.nbytes for t in kept)
     free = available(device)
-    left = free - gradients  # all else is there already
-    if device.type == "cpu":
-        left //= distributed.local_world()  # they share it
+    # The processes of a machine share its memory. All but the activations is there already.
+    left = free // distributed.local_world() if device.type == "cpu" else free
     console.print(
         f"memory: {fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
         f"with {free / MIB:,.0f} MiB available:"
     )
     chosen_fits = True
     for mode in get_args(Mode):
-        sizes = sorted({math.ceil(len(few) / 2), len(few)})
-        peaks = [_peak_of_a_step(_with_memory(state, mode), few[:size], device) - gradients for size in sizes]
-        # Beside what each image takes, a step has copies of weights in another precision and the like.
-        per_image = max(1.0, (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else peaks[0])
-        constant = peaks[-1] - per_image * sizes[-1]
+        if not is_trainable(state.flow, mode, state.config.train.precision):
+            continue
+        constant, per_image = _activations(_with_memory(state, mode), x, device)
         needed = constant + per_image * len(x)
         chosen = mode == state.config.train.memory
         if chosen:
@@ -121,13 +120,28 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
             f"  {mode}: {needed / MIB:,.0f} MiB for {len(x)} images, up to {max(0, left - constant) // per_image:,.0f} "
             f"images would fit{' (chosen)' if chosen else ''}"
         )
+    state.zero_grad()
     return chosen_fits
+
+
+def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[float, float]:
+    """Bytes of a step beyond the gradients, whatever its images, and those for each image.
+
+    From two numbers of images, so many that what each takes outweighs the rest (copies of weights, and the like).
+    """
+    size = math.ceil(min(MEASURED_IMAGES, len(x)) / 2)
+    peaks = [_peak_of_a_step(state, x[:size], device)]
+    while size < len(x) and (len(peaks) < 2 or peaks[-1] < DOUBLED * peaks[-2]):
+        before, size = size, min(2 * size, len(x))
+        peaks.append(_peak_of_a_step(state, x[:size], device))
+    per_image = (peaks[-1] - peaks[-2]) / (size - before) if len(peaks) > 1 else peaks[0] / size
+    per_image = max(1.0, per_image)
+    return peaks[-1] - per_image * size, per_image
 
 
 def _peak_of_a_step(state: State, x: torch.Tensor, device: torch.device) -> int:
     step = functools.partial(train_step, state, x)
     step()  # makes what is made once
-    state.zero_grad()
     return peak(step, device)
 
 

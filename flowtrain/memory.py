@@ -98,7 +98,9 @@ class _Recomputed(torch.autograd.Function):
         grad_context: Tensor | None = None
         grad_tensors: list[Tensor | None] = []
         z = kept[-1]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+        # Autograd has a thread of its own for a GPU, to which the context of the forward pass does not extend.
+        mode: Mode = "reversible" if ctx.reversible else "checkpoint"
+        with torch.enable_grad(), torch.autocast(*ctx.autocast), memory_mode(mode):
             for layer, tensors in reversed(chain):
                 if ctx.reversible:
                     x, *outputs = layer.reconstruct(z, context)

@@ -23,12 +23,12 @@ from flowtrain.config import Config, differences
 from flowtrain.console import ProgressBar, console, duration
 from flowtrain.data import Batches, DataSet, Split, levels_in_words
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
+from flowtrain.device import Stream, generator, send
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_loss
 from flowtrain.flow import Flow, initialize
-from flowtrain.memory import memory_mode
+from flowtrain.memory import Mode, memory_mode
 from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
@@ -59,7 +59,6 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     parts.append([None] * len(parts[0]) if labels is None else labels.split(config.batch_size))
     for part, part_noise, part_labels in zip(*parts, strict=True):
         left -= len(part)
-        # The memory mode is also for what the backward pass computes again.
         with distributed.accumulating(state.parallel, more=left > 0), memory_mode(config.memory):
             with _precision(config.precision, x.device):
                 log_prob = state.parallel(part, part_noise, part_labels).total
@@ -92,7 +91,7 @@ def _noise(config: Config, step: int, x: Tensor, start: int) -> Tensor:
         count = min(stop - block * NOISE_BLOCK, NOISE_BLOCK)
         random = generator(config.seed, Stream.DEQUANTIZATION, step, *([block] if block else []))
         blocks.append(draw_noise((count, *x.shape[1:]), random, torch.device("cpu")))
-    return torch.cat(blocks)[start % NOISE_BLOCK :].to(x.device)
+    return send(torch.cat(blocks)[start % NOISE_BLOCK :], x.device)
 
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -345,10 +344,15 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
 # --- starting and resuming --------------------------------------------------------------------------------------------
 
 
+def is_trainable(flow: Flow, memory: Mode, precision: str) -> bool:
+    """Whether this memory mode gives the flow right gradients."""
+    autoregressive = any(isinstance(module, MaskedAutoregressive) for module in flow.modules())
+    return not (autoregressive and memory == "reversible" and precision == "bf16")
+
+
 def require_trainable(flow: Flow, config: Config) -> None:
     """Raises `UserError` for a memory mode that would give this flow wrong gradients."""
-    autoregressive = any(isinstance(module, MaskedAutoregressive) for module in flow.modules())
-    if autoregressive and config.train.memory == "reversible" and config.train.precision == "bf16":
+    if not is_trainable(flow, config.train.memory, config.train.precision):
         raise UserError(
             "train.memory: reversible computes the input of an autoregressive layer again in float32, but its output "
             "was computed in bf16: set train.precision=fp32, or another train.memory"

@@ -12,6 +12,7 @@ from helpers import TINY, perturb, ready, seeded
 
 import flowtrain.bijections
 import flowtrain.models
+from flowtrain import memory
 from flowtrain.bijections import (
     ActNorm,
     AdditiveTransform,
@@ -427,6 +428,19 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
     if mode != "store":
         with pytest.raises(RuntimeError, match="second time"):
             z.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_what_is_computed_again_has_the_mode_of_the_forward_pass(mode):
+    """Wherever that is: a GPU's backward pass runs in a thread that knows nothing of the context."""
+    bijection, x, _ = a_row("glow")
+    with memory_mode(mode):
+        _, log_det = bijection(x.requires_grad_())
+    seen = []
+    conditioner = bijection.levels[0].layers[-1].conditioner
+    conditioner.register_forward_pre_hook(lambda *args: seen.append(memory._mode.get()))
+    log_det.sum().backward()
+    assert seen == [mode]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -35,6 +35,7 @@ from cli_helpers import (
     trained,
     tree,
 )
+from helpers import images, ready
 from PIL import Image
 
 import flowtrain as package
@@ -47,6 +48,9 @@ from flowtrain.diagnostics import watching
 from flowtrain.flow import initialize
 from flowtrain.models import glow
 from flowtrain.nets import Conv2d, matrices
+from flowtrain.optim import build_optimizers
+from flowtrain.state import State
+from flowtrain.train import train_step
 
 KEYS = {
     *("bits_per_dim", "bits_per_dim_stderr", "bound", "samples", "nats_per_image", "num_images", "dims", "levels"),
@@ -360,8 +364,23 @@ def test_dry_run_counts_what_the_optimizer_keeps(optimizer, tmp_path):
     assert float(re.search(r"memory: (\S+) MiB", out)[1]) == pytest.approx(4 * numbers / 2**20, abs=1)
 
 
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
+def test_dry_run_says_what_a_step_takes(mode, tmp_path):
+    """From a few images, of a model whose gradients are larger than what those take."""
+    options = [*SMALL, *sets(model__steps=4, model__width=128, train__batch_size=512, train__memory=mode)]
+    out = " ".join(quick("train", *options, "--dry-run", cwd=tmp_path).ok().out.split())
+    said = float(re.search(rf"{mode}: ([\d,]+) MiB for 512 images", out)[1].replace(",", ""))
+    config = load_config(find_config("glow_digits.yaml"), options[1::2])
+    flow = ready(checkpoint.build_flow(config, (1, 8, 8), 17))
+    state = State(config, flow, build_optimizers(flow, config.train), None, {})
+    x = images(512, (1, 8, 8), 17)
+    train_step(state, x)  # makes what is made once
+    state.zero_grad()
+    assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), x.device) / 2**20, rel=0.1)
+
+
 def test_dry_run_of_what_does_not_fit(tmp_path):
-    """Nothing as large as the batch is tried."""
+    """No step of the whole batch is tried."""
     small = "from flowtrain import dryrun; dryrun.available = lambda device: 3 * 2**20"
     options = [*SMALL, *sets(train__batch_size=4096)]
     out = quick("train", *options, "--dry-run", cwd=tmp_path, first=small).ok().out

@@ -9,11 +9,12 @@ import pytest
 import torch
 from helpers import a_config, npz, tiny_flow
 
+from flowtrain import evaluate as evaluation
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoint import Checkpoint, LoadedModel
 from flowtrain.data import DataSet, Split
 from flowtrain.errors import UserError
-from flowtrain.evaluate import evaluate, mean_loss, reconstruction_error, score, scores_csv
+from flowtrain.evaluate import evaluate, fitting_batch_size, mean_loss, reconstruction_error, score, scores_csv
 from flowtrain.flow import LogProb
 
 
@@ -38,6 +39,16 @@ def test_batch_size_does_not_matter(flow, batch_size, samples):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * 16)
     bits = [mean_loss(flow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)]
     assert bits[0] == pytest.approx(bits[1], abs=1e-5)
+
+
+def test_the_batch_is_chosen_by_memory(flow, monkeypatch):
+    assert fitting_batch_size(flow) == evaluation.LARGEST_BATCH
+    sizes = []
+    for budget in (1, 2**16, 2**17, 2**19):
+        monkeypatch.setattr(evaluation, "ENOUGH_FOR_A_CPU", budget)
+        sizes.append(fitting_batch_size(flow))
+    assert sizes[0] == 1 < sizes[1] and sizes[2:] == [2 * sizes[1], 8 * sizes[1]]
+    assert fitting_batch_size(tiny_flow("glow", width=24)) == sizes[3] // 4
 
 
 def test_the_number_of_images_and_the_split_do_not_change_an_images_score(flow):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowtrain import checkpoint
+from flowtrain import device as devices
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data import DataSet
@@ -24,7 +25,7 @@ SMALL = ["model.steps=2", "model.width=16", "train.num_steps=20", "train.log_eve
 
 def train(path: Path, device: str, *overrides: str) -> checkpoint.Checkpoint:
     config = load_config(find_config("glow_digits.yaml"), [*SMALL, *overrides])
-    fit(config, RunDirectory(path), torch.device(device))
+    fit(config, RunDirectory(path), devices.resolve(device))
     return checkpoint.read(path / "checkpoints" / "last.safetensors")
 
 
@@ -40,7 +41,7 @@ def test_trains_as_on_the_cpu(tmp_path: Path, precision: str, memory: str) -> No
 def test_scores_and_samples_as_on_the_cpu(tmp_path: Path) -> None:
     train(tmp_path / "run", "cuda")
     split = DataSet(load_config(find_config("glow_digits.yaml")).data).split("test")
-    models = [checkpoint.load_model(str(tmp_path / "run"), torch.device(d)) for d in ("cpu", "cuda")]
+    models = [checkpoint.load_model(str(tmp_path / "run"), devices.resolve(d)) for d in ("cpu", "cuda")]
     on_cpu, on_cuda = (score(model.flow, split).log_prob for model in models)
     torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-2)
     images = [sample(model.flow, 16, [1.0], seed=0) for model in models]
@@ -53,5 +54,5 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
     train(tmp_path / "run", "cpu")
     longer = load_config(find_config("glow_digits.yaml"), [*SMALL, "train.num_steps=30"])
     saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
-    fit(longer, RunDirectory(tmp_path / "more"), torch.device("cuda"), resume=saved)
+    fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
     assert checkpoint.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30

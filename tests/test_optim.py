@@ -8,6 +8,7 @@ from helpers import TINY, a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
 from flowtrain.bijections import ActNorm
+from flowtrain.capacity import peak
 from flowtrain.checkpoint import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
@@ -131,7 +132,9 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
         assert (values > 0.3).sum() >= rank
 
 
-def test_muon_takes_the_steps_of_torchs():
+@pytest.mark.parametrize("together", [Muon.TOGETHER, 500, 1])
+def test_muon_takes_the_steps_of_torchs(together, monkeypatch):
+    monkeypatch.setattr(Muon, "TOGETHER", together)
     torch.manual_seed(0)
     shapes = [(6, 40), (40, 6), (6, 40), (12, 12), (1, 5), (6, 40), (12, 12)]
     ours = [torch.randn(shape).requires_grad_() for shape in shapes]
@@ -148,6 +151,18 @@ def test_muon_takes_the_steps_of_torchs():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
         momenta = [optimizer.state[x]["momentum_buffer"] for optimizer, x in ((muon, p), (reference, q))]
         torch.testing.assert_close(*momenta)
+
+
+def test_muons_memory_does_not_grow_with_the_number_of_matrices():
+    def taken(count):
+        weights = [torch.randn(512, 512).requires_grad_() for _ in range(count)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        muon = Muon(weights, 0.02, 0.0)
+        muon.step()  # makes its state
+        return peak(muon.step, torch.device("cpu"))
+
+    assert taken(24) < 1.05 * taken(8)
 
 
 def test_muon_needs_matrices():
