@@ -338,7 +338,7 @@ class Diagonal:
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
     slope = layer.bounded_log_scale().exp()
-    return Diagonal(slope, torch.zeros_like(slope) if layer.shift is None else layer.shift, bits)
+    return Diagonal(slope, layer.shift, bits)
 
 
 class Linear:

@@ -77,7 +77,6 @@ TABLE = {
     "actnorm-one-channel": (lambda: ActNorm((1, 1, 1)), (1, 3, 3), None),
     "diagonal": (lambda: DiagonalAffine((5,)), (5,), None),
     "diagonal-channels": (lambda: DiagonalAffine((3, 1, 1)), (3, 2, 2), None),
-    "diagonal-no-shift": (lambda: DiagonalAffine((2, 1, 1), shift=False), (2, 2, 3), None),
     "logistic": (LogisticToNormal, (3, 2, 2), None),
     "logistic-vector": (LogisticToNormal, (7,), None),
     "conv1x1": (lambda: Conv1x1(4), (4, 2, 3), None),

@@ -19,10 +19,10 @@ class DiagonalAffine(Bijection):
     `shape` is the shape of the parameters, broadcast against one example: `(D,)`, `(C, 1, 1)`.
     """
 
-    def __init__(self, shape: tuple[int, ...], shift: bool = True):
+    def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(shape))
-        self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
+        self.shift = nn.Parameter(torch.zeros(shape))
 
     @staticmethod
     def bound(log_scale: Tensor) -> Tensor:
@@ -36,15 +36,11 @@ class DiagonalAffine(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale = self.bounded_log_scale()
-        z = x * log_scale.exp()
-        if self.shift is not None:
-            z = z + self.shift
-        return z, self._log_det(log_scale, x)
+        return x * log_scale.exp() + self.shift, self._log_det(log_scale, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale = self.bounded_log_scale()
-        x = z if self.shift is None else z - self.shift
-        return x * (-log_scale).exp(), self._log_det(-log_scale, z)
+        return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)
 
 
 class ActNorm(SetFromData, DiagonalAffine):
@@ -52,8 +48,6 @@ class ActNorm(SetFromData, DiagonalAffine):
 
     After that the parameters are trained like any others.
     """
-
-    shift: nn.Parameter
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__(shape)
