@@ -1,5 +1,6 @@
 """The command line: the commands in the order of `--help`."""
 
+import os
 import signal
 from types import FrameType
 from typing import Annotated
@@ -51,4 +52,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     # Process 1 of a container gets no signal that it has no handler for. `train` puts its own in place.
     signal.signal(signal.SIGTERM, _stop)
+    # What Apple's GPUs lack, such as the normal quantiles of variational dequantization, runs on the CPU. torch reads
+    # this when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     app(prog_name="flowtrain")

@@ -149,7 +149,7 @@ class Train(Section):
     )
     clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm of the gradient; 0 does not clip")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the conditioners, fp32 or bf16; all else is float32"
+        "fp32", description="of the conditioners, fp32 or bf16; the rest of the flow is float32"
     )
     memory: Literal["store", "checkpoint", "reversible"] = Field(
         "store",

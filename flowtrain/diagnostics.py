@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flowtrain.bijections import Bijection, DiagonalAffine, Sequential, Transform
+from flowtrain.bijections import Bijection, CheckerboardCoupling, DiagonalAffine, Sequential, Transform
 from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.flow import Flow
 
@@ -90,15 +90,17 @@ def call(layer: Bijection, direction: str, x: Tensor, context: Tensor | None) ->
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
     """The smallest and largest log-scale of each layer: parameters, and on a batch those that couplings predict."""
     ranges: dict[str, tuple[float, float]] = {}
+    checkerboards = {m.transform: m for m in flow.modules() if isinstance(m, CheckerboardCoupling)}
 
     def hook(name: str, module: nn.Module, output: Any) -> None:
         if isinstance(module, Transform):
-            log_scale = output[1]
+            log_scale = checkerboards[module].of_changed(output[1]) if module in checkerboards else output[1]
         elif isinstance(module, DiagonalAffine):
             log_scale = module.bounded_log_scale()
         else:
             return
-        ranges[short_name(name)] = (log_scale.min().item(), log_scale.max().item())
+        if log_scale.numel():  # else a checkerboard that keeps all of an image of one pixel
+            ranges[short_name(name)] = (log_scale.min().item(), log_scale.max().item())
 
     with watching(flow, hook):
         flow(x, noise)

@@ -318,10 +318,8 @@ def _layer(
     notes.add(checks[0], _relative_error(back, given), name, inputs)
     notes.add(checks[1], _relative_error(again, result), name, inputs)
     for log_scale in log_scales:
-        # Of the pixels that it keeps a checkerboard's transform has a log-scale too, which nothing uses. (Of an image
-        # of one pixel it may be all that it has.)
-        used = log_scale[..., ~layer.keep] if isinstance(layer, CheckerboardCoupling) else log_scale
-        if used.numel():
+        used = layer.of_changed(log_scale) if isinstance(layer, CheckerboardCoupling) else log_scale
+        if used.numel():  # else it keeps all of an image of one pixel
             _log_scale(used, name, inputs, notes)
 
 

@@ -5,10 +5,10 @@ import functools
 import math
 import statistics
 import time
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from flowtrain import checkpoint, distributed
 from flowtrain.capacity import available, peak
@@ -142,7 +142,13 @@ def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[f
 def _peak_of_a_step(state: State, x: torch.Tensor, device: torch.device) -> int:
     step = functools.partial(train_step, state, x)
     step()  # makes what is made once
-    return peak(step, device)
+    return max(distributed.exchange(peak(step, device)))  # the same everywhere: all take as many steps
+
+
+def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
+    """Each gradient costs what the convolution does. (torch's count of the weight's knows of no groups.)"""
+    of_x, of_weight, _ = others[-1]
+    return conv_flop_count(x, weight, grad) * (of_x + of_weight)
 
 
 def _print_compute(state: State, x: torch.Tensor) -> None:
@@ -152,12 +158,13 @@ def _print_compute(state: State, x: torch.Tensor) -> None:
         state.flow(few, torch.full(few.shape, 0.5, device=x.device))
     counts = {name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()}
     conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
-    with FlopCounterMode(display=False) as step:
+    own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
         train_step(_with_memory(state, "store"), few)  # what is computed again is not counted
     state.zero_grad()
     total = max(1, forward.get_total_flops())
     console.print(
-        f"compute: {total / len(few) / 1e9:.4g} GFLOP for the likelihood of an image, "
+        f"compute: {total / len(few) / 1e9:.4g} GFLOP of products and convolutions for the likelihood of an image, "
         f"{100 * conditioners / total:.1f}% of it in conditioners; "
         f"{step.get_total_flops() / len(few) * len(x) / 1e9:.4g} GFLOP a training step"
     )

@@ -113,9 +113,12 @@ def test_help_names_every_command_and_is_instant(tmp_path):
     out = flowtrain("--help", cwd=tmp_path).ok().out
     assert all(command in out for command in ("train", "evaluate", "sample", "interpolate"))
     code = (
-        "import sys, runpy; sys.argv = ['flowtrain', '--help']\ntry: runpy.run_module('flowtrain', run_name='__main__')"
+        "import os, sys, runpy\nsys.argv = ['flowtrain', '--help']\n"
+        "os.environ.pop('PYTORCH_ENABLE_MPS_FALLBACK', None)\n"
+        "try: runpy.run_module('flowtrain', run_name='__main__')\n"
+        "except SystemExit: assert 'torch' not in sys.modules\n"
+        "assert os.environ['PYTORCH_ENABLE_MPS_FALLBACK'] == '1'  # in time for torch, which reads it when imported\n"
     )
-    code += "\nexcept SystemExit: assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
 
@@ -329,9 +332,11 @@ def test_dry_run(name, tmp_path):
     assert tree(tmp_path) == []
 
 
-def test_dry_run_counts_operations(tmp_path):
+@pytest.mark.parametrize("conditioner", ["glow", "gated", "depthwise"])
+def test_dry_run_counts_operations(conditioner, tmp_path):
     """Against the sizes of the layers; a step is about three times the likelihood of its images."""
-    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), SMALL[1::2]), (1, 8, 8), 17)
+    options = [*SMALL, *sets(model__conditioner=conditioner, model__width=32)]
+    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
     initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
     operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
 
@@ -344,12 +349,12 @@ def test_dry_run_counts_operations(tmp_path):
     with torch.no_grad(), watching(flow, count):
         flow(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.rand(1, 1, 8, 8))
     total = sum(operations.values())
-    out = quick("train", *SMALL, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path).ok().out
+    out = quick("train", *options, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path).ok().out
     numbers = re.search(r"compute: (\S+) GFLOP .*, (\S+)% of it in conditioners; (\S+) GFLOP", " ".join(out.split()))
     image, share, step = map(float, numbers.groups())
     assert image * 1e9 == pytest.approx(total, rel=0.02)
     assert share == pytest.approx(100 * operations[True] / total, abs=2)
-    batch = load_config(find_config("glow_digits.yaml"), SMALL[1::2]).train.batch_size
+    batch = load_config(find_config("glow_digits.yaml"), options[1::2]).train.batch_size
     assert step == pytest.approx(3 * image * batch, rel=0.15)
 
 

@@ -184,6 +184,9 @@ def test_a_checkerboard_counts_what_it_transforms(tmp_path):
     assert isinstance(layer, CheckerboardCoupling)
     value = examined(model, data, num_images=2)["highest log-scale", "levels.0.layers.3", IMAGES].value
     assert value == pytest.approx(2 * math.tanh(0.125), rel=1e-4)
+    x = data.split("test").take(slice(0, 2))
+    ranges = log_scale_ranges(model.flow, x, torch.full(x.shape, 0.5))
+    assert ranges["levels.0.layers.3.transform"] == pytest.approx((value, value), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [Conv1x1, Conv1x1LU])

@@ -135,6 +135,25 @@ def test_decode_inverts_encode_for_glow_on_colours(shape, options):
     assert torch.equal(flow.decode(flow.encode(x)), x)
 
 
+@pytest.mark.parametrize("transform", ["spline", "mixture"])
+@pytest.mark.parametrize("key", ["coupling", "prior"])
+def test_decode_inverts_encode_for_every_transform(key, transform):
+    # Much further off, layers of a spline have slopes of 1/1000 one after the other, and float32 seven digits.
+    flow = tiny_flow("glow", (1, 8, 8), scale=0.1, **{key: transform})
+    x = images(50, flow.shape, seed=9)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+
+
+@pytest.mark.parametrize("coupling", ["affine", "spline", "mixture"])
+@pytest.mark.parametrize(
+    "options", [{"split": "checkerboard"}, {"split": "mixed"}, {"conditioner": "gated"}, {"conditioner": "depthwise"}]
+)
+def test_decode_inverts_encode_for_every_split_and_conditioner(coupling, options):
+    flow = tiny_flow("glow", (1, 8, 8), scale=0.1, coupling=coupling, **options)
+    x = images(50, flow.shape, seed=9)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+
+
 @every_model
 def test_samples(model):
     flow = tiny_flow(model, q=17)

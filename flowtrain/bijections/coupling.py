@@ -152,6 +152,10 @@ class CheckerboardCoupling(_ConditionedTransform):
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
 
+    def of_changed(self, values: Tensor) -> Tensor:
+        """Those of `(..., H, W)` that belong to pixels that it changes. The transform is computed for the others too."""
+        return values[..., ~self.keep]
+
     def _kept(self, x: Tensor) -> Tensor:
         return x * self.keep
 
