@@ -20,9 +20,10 @@ def random_rotation(channels: int) -> Tensor:
 def whitening_matrix(x: Tensor) -> Tensor:
     """PCA whitening of the channels of `x` `(B, C, H, W)`: decorrelates and scales to unit variance, `(C, C)`.
 
-    Computed in float64 on the CPU (Apple's GPUs have none). The smallest eigenvalues are floored, so that a constant or a duplicated channel
-    gives a large scale and not an infinite one, and neither does a direction in which a few pixels happen not to vary
-    (of n pixels of white noise the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0 if n <= C).
+    Computed in float64 on the CPU (Apple's GPUs have none). The smallest eigenvalues are floored, so that a constant or
+    a duplicated channel gives a large scale and not an infinite one, and neither does a direction in which a few pixels
+    happen not to vary (of n pixels of white noise the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0
+    if n <= C).
     """
     pixels = x.movedim(1, -1).flatten(0, -2).cpu().double()
     covariance = torch.cov(pixels.T, correction=0).reshape(x.shape[1], x.shape[1])

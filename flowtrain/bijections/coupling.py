@@ -153,7 +153,7 @@ class CheckerboardCoupling(_ConditionedTransform):
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
 
     def of_changed(self, values: Tensor) -> Tensor:
-        """Those of `(..., H, W)` that belong to pixels that it changes. The transform is computed for the others too."""
+        """Those of `(..., H, W)` at the pixels that it changes. (The transform is computed for all of them.)"""
         return values[..., ~self.keep]
 
     def _kept(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, operations, memory, speed and estimated time, and stop.")
+        bool, typer.Option("--dry-run", help="Print parameters, operations, memory and estimated time, and stop.")
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:
