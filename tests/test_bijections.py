@@ -401,14 +401,23 @@ def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
     torch.testing.assert_close(recomputed, stored, rtol=tolerance, atol=tolerance)
 
 
-def test_reversible_gradients_at_paper_depth_in_float32():
+@pytest.mark.parametrize("coupling", ["affine", "mixture"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_reversible_gradients_at_paper_depth(coupling, bf16):
+    """In bf16 they differ about as much as those of `store` from float32: an input off by an ulp may round elsewhere."""
     torch.manual_seed(0)
-    bijection = ready(perturb(model("glow", (3, 32, 32), levels=3, steps=32, width=16), 0.02))
+    bijection = model("glow", (3, 32, 32), levels=3, steps=32, width=16, coupling=coupling)
+    bijection = ready(perturb(bijection, 0.02))
     x = torch.rand(2, 3, 32, 32, generator=seeded()) - 0.5
-    stored, recomputed = (
-        torch.cat([g.flatten() for g in gradients(bijection, x, None, mode)[0]]) for mode in MODES[::2]
-    )
-    assert (recomputed - stored).norm() < 1e-3 * stored.norm()
+
+    def gradient(mode, bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return torch.cat([g.flatten() for g in gradients(bijection, x, None, mode)[0]])
+
+    stored = gradient("store", bf16)
+    difference = (gradient("reversible", bf16) - stored).norm()
+    bound = 3 * (stored - gradient("store", False)).norm() if bf16 else 1e-3 * stored.norm()
+    assert difference < bound
 
 
 @pytest.mark.parametrize("mode, times", [("store", 1), ("checkpoint", 2), ("reversible", 2)])
