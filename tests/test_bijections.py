@@ -404,7 +404,7 @@ def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_reversible_gradients_at_paper_depth(coupling, bf16):
-    """In bf16 they differ about as much as those of `store` from float32: an input off by an ulp may round elsewhere."""
+    """In bf16 they differ by about what bf16 costs anyway: an input that is off by an ulp may round elsewhere."""
     torch.manual_seed(0)
     bijection = model("glow", (3, 32, 32), levels=3, steps=32, width=16, coupling=coupling)
     bijection = ready(perturb(bijection, 0.02))
