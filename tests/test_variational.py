@@ -301,6 +301,9 @@ def test_diagnostics_name_its_layers():
     assert first_non_finite(flow, x, noise) is None
     ranges = log_scale_ranges(flow, x, noise)
     assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 4
+    pixel = variational_flow("planar", shape=(1, 1, 1))  # of which a checkerboard keeps all, or nothing
+    ranges = log_scale_ranges(pixel, images(4, pixel.shape), torch.full((4, 1, 1, 1), 0.5))
+    assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 2
 
     weight = flow.dequantizer.noise_model.context[0].weight
     kept = weight.detach().clone()
