@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from common import WORK, arguments, flowtrain_state, flowtrain_step, heading, images
 
-from flowtrain.allocator import keep_freed_memory
+from flowtrain.system.allocator import keep_freed_memory
 
 KINDS = {"step fp32": 32, "step bf16": 32, "sampling 64": 64, "likelihood of 250": 250}
 EARLY = 5  # calls after which the memory should have reached its peak

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from flowtrain import checkpoint
 from flowtrain import config as configuration
-from flowtrain.allocator import keep_freed_memory
 from flowtrain.dequantize import draw_noise
 from flowtrain.flow import initialize
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
+from flowtrain.system.allocator import keep_freed_memory
 from flowtrain.train import optimizer_step, train_step
 
 SHAPE = (3, 32, 32)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowtrain.data import Split
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
 from flowtrain.evaluate import score
 from flowtrain.flow import Flow
+from flowtrain.system.random import Stream, generator
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from common import WORK, Work, arguments, begin, flowtrain_state, flowtrain_step
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain import device as devices
-from flowtrain.capacity import peak
 from flowtrain.state import State
+from flowtrain.system import device as devices
+from flowtrain.system.capacity import peak
 from flowtrain.train import train_step
 
 COUNTED_IMAGES = 8

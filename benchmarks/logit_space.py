@@ -13,7 +13,7 @@ from flowtrain import checkpoint
 from flowtrain import config as configuration
 from flowtrain.data import DataSet
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
+from flowtrain.system.random import Stream, generator
 
 
 @torch.no_grad()

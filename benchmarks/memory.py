@@ -23,7 +23,7 @@ from common import (
     table,
 )
 
-from flowtrain.capacity import peak
+from flowtrain.system.capacity import peak
 
 MODES = ("store", "checkpoint", "reversible")
 DEPTHS = (8, 16, 32, 64)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import heading, pyplot
 
-from flowtrain.console import duration
+from flowtrain.system.console import duration
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,6 @@ def load(model: str, device: str = "cpu", weights: str | None = None, trust_code
         flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not there.
     """
     from flowtrain import checkpoint  # torch is imported only when it is needed
-    from flowtrain import device as devices
+    from flowtrain.system import device as devices
 
     return checkpoint.load_model(model, devices.resolve(device), weights, trust_code).flow

@@ -8,10 +8,8 @@ the SHA-256 of the whole file with these 64 digits at zero. Nothing in it can ru
 import hashlib
 import json
 import math
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +22,25 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain import config as configuration
-from flowtrain import distributed
 from flowtrain.classes import ClassPrior
 from flowtrain.config import Config, Dequantization
 from flowtrain.dequantize import Dequantizer, RealValued, UniformNoise
-from flowtrain.device import Stream
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+from flowtrain.system import distributed
+from flowtrain.system.files import write_atomically
+from flowtrain.system.random import Stream
 from flowtrain.variational import VariationalNoise
 
 FORMAT = 1
+
+
 SUFFIX = ".safetensors"
+
+
 _ZEROS = b"0" * 64
+
+
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 
 
@@ -69,26 +74,6 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     assert match is not None
     data[match.start(1) : match.end(1)] = hashlib.sha256(data).hexdigest().encode()
     write_atomically(path, bytes(data))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """To a temporary name, flushed to the disk, then renamed. Raises `RunError` where that fails."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: cannot be written: {error.strerror or error}; what was saved before is kept"
-        ) from error
 
 
 def read(path: Path) -> Checkpoint:
@@ -149,9 +134,6 @@ def _header_end(data: bytes | bytearray) -> int:
     return 8 + length
 
 
-# --- finding a model --------------------------------------------------------------------------------------------------
-
-
 def find(model: str | None, runs: Path = Path("runs")) -> Path:
     """`MODEL` to a checkpoint file: a file, a run directory (best, else last), or by default the newest run.
 
@@ -187,9 +169,6 @@ def _checkpoint_of(run: Path) -> Path | None:
 def run_of(path: Path) -> Path:
     """The run directory that a checkpoint file lies in, or its own folder."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

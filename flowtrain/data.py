@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
-from flowtrain import distributed
 from flowtrain.config import Config
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets.base import Images, hold_out
-from flowtrain.device import Stream, generator, send
 from flowtrain.errors import UserError
+from flowtrain.system import distributed
+from flowtrain.system.device import send
+from flowtrain.system.random import Stream, generator
 
 INITIALIZATION_IMAGES = 64  # at least, where there are as many: fewer say little of the coarsest level
 

@@ -19,10 +19,10 @@ from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.checkpoint import LoadedModel, build_flow
 from flowtrain.data import DataSet
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import around_layers, call, layers_of, short_name
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+from flowtrain.system.random import Stream, generator
 
 Verdict = Literal["ok", "watch", "bad"]
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]

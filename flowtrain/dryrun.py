@@ -10,17 +10,18 @@ from typing import Any, get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from flowtrain import checkpoint, distributed
-from flowtrain.capacity import available, peak
+from flowtrain import checkpoint
 from flowtrain.config import Config
-from flowtrain.console import console, duration
 from flowtrain.data import INITIALIZATION_IMAGES, DataSet
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
 from flowtrain.flow import Flow, initialize
 from flowtrain.memory import Mode
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
+from flowtrain.system import distributed
+from flowtrain.system.capacity import available, peak
+from flowtrain.system.console import console, duration
+from flowtrain.system.random import Stream, generator
 from flowtrain.train import is_trainable, optimizer_step, require_trainable, train_step
 
 TIMED_STEPS = 3

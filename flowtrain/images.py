@@ -1,6 +1,5 @@
 """Pictures: grids, PNG and GIF files."""
 
-import errno
 import io
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtrain.checkpoint import write_atomically
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import UserError
+from flowtrain.system.files import save
 
-# What is wrong with a path, where any other error of writing is the disk's.
-_BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 SMALLEST_SIDE = 32  # images smaller than this are enlarged in pictures
+
+
 FRAME, GREY = 2, 64  # the pixels between and around the images of a grid
 
 
@@ -59,16 +58,6 @@ def save_gif(path: Path, frames: list[Tensor], milliseconds: int = 120) -> None:
     first, *rest = (_picture(frame).quantize(256) for frame in frames)
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
     save(path, buffer.getvalue())
-
-
-def save(path: Path, data: bytes) -> None:
-    """Writes a file that the user asked for; its missing parent folder is made."""
-    try:
-        write_atomically(path, data)
-    except RunError as error:
-        if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
-            raise UserError(str(error)) from error
-        raise
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 from flowtrain.checkpoint import LoadedModel
 from flowtrain.data import DataSet, Split
 from flowtrain.datasets.base import open_image
-from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+from flowtrain.system.random import Stream, generator
 
 ATTRIBUTE_IMAGES = 500  # of a class, of which a mean latent is the mean
 BATCH_SIZE = 100

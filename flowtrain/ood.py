@@ -24,12 +24,12 @@ from flowtrain.checkpoint import LoadedModel
 from flowtrain.config import Data as DataConfig
 from flowtrain.data import DataSet, Split
 from flowtrain.datasets.base import Policy, Shape, resize
-from flowtrain.device import Stream, generator
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import score
 from flowtrain.flow import bits_per_dim
 from flowtrain.images import to_8bit
 from flowtrain.named import section_named, undivided
+from flowtrain.system.random import Stream, generator
 
 SCORES = ("likelihood", "typicality", "complexity_corrected")
 COLUMNS = (

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from flowtrain import images
-from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+from flowtrain.system.random import Stream, generator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

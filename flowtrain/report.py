@@ -17,13 +17,13 @@ from torch import Tensor
 import flowtrain
 from flowtrain import charts, images, pictures, record
 from flowtrain.checkpoint import LoadedModel, run_of
-from flowtrain.console import duration
 from flowtrain.data import DataSet, Split, levels_in_words
 from flowtrain.doctor import Finding, examine
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import fitting_batch_size
 from flowtrain.flow import Flow
 from flowtrain.sample import sample
+from flowtrain.system.console import duration
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 SAMPLES = 16  # of each temperature, four in a row

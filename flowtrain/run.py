@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from flowtrain import checkpoint, distributed
-from flowtrain.checkpoint import SUFFIX, write_atomically
+from flowtrain import checkpoint
+from flowtrain.checkpoint import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.system import distributed
+from flowtrain.system.files import write_atomically
 
 
 class RunDirectory:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowtrain.device import Stream, generator
 from flowtrain.errors import UserError
 from flowtrain.flow import Flow
+from flowtrain.system.random import Stream, generator
 
 BATCH_SIZE = 64
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain import checkpoint, distributed
+from flowtrain import checkpoint
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config
 from flowtrain.flow import Flow
 from flowtrain.optim import Average
+from flowtrain.system import distributed
 
 
 @dataclass

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import checkpoint, distributed, images, pictures
+from flowtrain import checkpoint, images, pictures
 from flowtrain import config as configuration
 from flowtrain.bijections import MaskedAutoregressive
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
-from flowtrain.console import ProgressBar, console, duration
 from flowtrain.data import Batches, DataSet, Split, levels_in_words
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator, send
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_loss
@@ -32,6 +30,10 @@ from flowtrain.memory import Mode, memory_mode
 from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
+from flowtrain.system import distributed
+from flowtrain.system.console import ProgressBar, console, duration
+from flowtrain.system.device import send
+from flowtrain.system.random import Stream, generator
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 RANGES_BATCH = 64  # images on which log-scale ranges are measured

@@ -42,9 +42,9 @@ from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, layer_by_layer
-from flowtrain.capacity import peak
 from flowtrain.memory import Mode, memory_mode
 from flowtrain.nets import DenseNet, DepthwiseNet, GatedNet, GlowNet, MaskedDenseNet, ResidualNet, ZeroNet, relu_
+from flowtrain.system.capacity import peak
 
 MODES = get_args(Mode)
 

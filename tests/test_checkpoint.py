@@ -18,6 +18,7 @@ from flowtrain.checkpoint import find, load_model, load_weights, read, write
 from flowtrain.errors import RunError, UserError
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
+from flowtrain.system.files import write_atomically
 from flowtrain.train import train_step
 
 CPU = torch.device("cpu")
@@ -249,7 +250,7 @@ def test_it_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda *args: (done.append("fsync"), fsync(*args))[1])
     monkeypatch.setattr(os, "replace", lambda *args: (done.append("replace"), replace(*args))[1])
-    checkpoint.write_atomically(tmp_path / "a", b"abc")
+    write_atomically(tmp_path / "a", b"abc")
     assert done[:2] == ["fsync", "replace"] and (tmp_path / "a").read_bytes() == b"abc"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_distributed import begin
 from torch.distributions import Normal
 
-from flowtrain import checkpoint, distributed
+from flowtrain import checkpoint
 from flowtrain.checkpoint import build_flow
 from flowtrain.classes import ClassPrior
 from flowtrain.data import Batches, DataSet
@@ -21,6 +21,7 @@ from flowtrain.dequantize import draw_noise
 from flowtrain.errors import UserError
 from flowtrain.evaluate import score
 from flowtrain.flow import initialize
+from flowtrain.system import distributed
 
 SHAPE = (1, 4, 4)
 

@@ -39,7 +39,7 @@ from helpers import images, ready
 from PIL import Image
 
 import flowtrain as package
-from flowtrain import capacity, checkpoint
+from flowtrain import checkpoint
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
@@ -50,6 +50,7 @@ from flowtrain.models import glow
 from flowtrain.nets import Conv2d, matrices
 from flowtrain.optim import build_optimizers
 from flowtrain.state import State
+from flowtrain.system import capacity
 from flowtrain.train import train_step
 
 KEYS = {

@@ -33,9 +33,10 @@ from cli_helpers import (
 )
 from helpers import a_config, images, npz, seeded, tiny_flow
 
-from flowtrain import checkpoint, distributed
+from flowtrain import checkpoint
 from flowtrain.data import Batches, DataSet, augment
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
+from flowtrain.system import distributed
 from flowtrain.train import NOISE_BLOCK, _noise, _Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"

@@ -24,11 +24,11 @@ from flowtrain.bijections import (
 from flowtrain.checkpoint import Checkpoint, LoadedModel, build_flow
 from flowtrain.data import DataSet
 from flowtrain.dequantize import draw_noise
-from flowtrain.device import Stream, generator
 from flowtrain.diagnostics import around_layers, call, layers_of, log_scale_ranges
 from flowtrain.doctor import BOUNDS, IMAGES, NOISE, SAMPLES, examine, jacobian_log_det, judge, overall, reduced, worst
 from flowtrain.errors import UserError
 from flowtrain.flow import initialize
+from flowtrain.system.random import Stream, generator
 
 BOTH = ("inverse of forward", "forward of inverse")
 FIRST = "levels.0.layers.1"  # Glow's first ActNorm; then the 1x1 convolution and the coupling

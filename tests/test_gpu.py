@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from flowtrain import checkpoint
-from flowtrain import device as devices
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data import DataSet
 from flowtrain.evaluate import score
 from flowtrain.run import RunDirectory
 from flowtrain.sample import sample
+from flowtrain.system import device as devices
 from flowtrain.train import fit
 
 pytestmark = [

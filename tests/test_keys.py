@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.capacity import peak
 from flowtrain.checkpoint import build_flow, read
 from flowtrain.config import Config, Data, Dequantization, Model, Train, component_names, component_schema, parse
 from flowtrain.data import Batches, DataSet
@@ -23,6 +22,7 @@ from flowtrain.flow import initialize
 from flowtrain.optim import build_optimizers
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
+from flowtrain.system.capacity import peak
 from flowtrain.train import fit, train_step
 
 BASE = {

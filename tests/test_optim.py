@@ -8,11 +8,11 @@ from helpers import TINY, a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
 from flowtrain.bijections import ActNorm
-from flowtrain.capacity import peak
 from flowtrain.checkpoint import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.optim import Average, Muon, build_optimizers, learning_rate
+from flowtrain.system.capacity import peak
 
 WITH_NETWORKS = [name for name in TINY if name != "planar"]  # whose layers have a few numbers each
 

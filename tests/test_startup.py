@@ -10,7 +10,8 @@ import torch
 from cli_helpers import REPOSITORY, SMALL, result, sets, start, trained
 from torchvision.utils import make_grid
 
-from flowtrain import allocator, images
+from flowtrain import images
+from flowtrain.system import allocator
 
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "torchvision", "tensorboard", "PIL", "safetensors", "yaml"}
 
@@ -70,7 +71,7 @@ def test_a_grid_is_that_of_torchvision(count, channels, columns):
 
 FAULTS = """\
 import resource
-from flowtrain.allocator import keep_freed_memory
+from flowtrain.system.allocator import keep_freed_memory
 import torch
 
 kept = {keep} and keep_freed_memory()

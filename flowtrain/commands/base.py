@@ -49,7 +49,7 @@ def on_all_processes(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from flowtrain import distributed
+        from flowtrain.system import distributed
 
         with distributed.setup():
             function(*args, **kwargs)
@@ -69,7 +69,7 @@ def on_one_process(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _launched() -> bool:
-    from flowtrain import distributed
+    from flowtrain.system import distributed
 
     return distributed.launched()
 
@@ -125,8 +125,8 @@ def load(model: str | None, device: str, weights: str | None, trust_code: bool) 
 
 
 def device_of(name: str) -> Any:
-    from flowtrain import allocator
-    from flowtrain import device as devices
+    from flowtrain.system import allocator
+    from flowtrain.system import device as devices
 
     device = devices.resolve(name)
     if device.type == "cpu":
@@ -162,22 +162,22 @@ def write_json(result: Any, given: str | None, default: Path) -> None:
     """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and says where."""
     import json
 
-    from flowtrain import images
-    from flowtrain.console import console
+    from flowtrain.system.console import console
+    from flowtrain.system.files import save
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if given == "-":
         print(text)
         return
     file = Path(given) if given else default
-    images.save(file, text.encode() + b"\n")
+    save(file, text.encode() + b"\n")
     console.print(f"wrote {file}")
 
 
 def print_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from flowtrain.console import console
+    from flowtrain.system.console import console
 
     table = Table(show_header=False)
     table.add_column()

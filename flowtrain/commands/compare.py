@@ -26,7 +26,8 @@ def compare(
 
     from flowtrain import charts, images, record
     from flowtrain import compare as comparison
-    from flowtrain.console import console
+    from flowtrain.system.console import console
+    from flowtrain.system.files import save
 
     images.check_suffix(out, (".png",))
     console.stderr = json_out == "-"
@@ -39,7 +40,7 @@ def compare(
     for note in notes:
         console.print(f"- {note}")
     units = " or ".join(sorted({result.unit for result in results}))
-    images.save(out, charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units))
+    save(out, charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units))
     console.print(f"wrote {out}")
     if json_out is not None:
         rows = [
@@ -51,7 +52,7 @@ def compare(
 def _print_table(results: list[Any]) -> None:
     from rich.table import Table
 
-    from flowtrain.console import console, duration
+    from flowtrain.system.console import console, duration
 
     table = Table()
     for title in ("run", "model", "data"):

@@ -49,10 +49,11 @@ def compress(
 
     import torch
 
-    from flowtrain import archive, compression, images
+    from flowtrain import archive, compression
     from flowtrain.bitsback import Codec, constriction
     from flowtrain.commands.base import print_table
-    from flowtrain.console import ProgressBar, console, duration
+    from flowtrain.system.console import ProgressBar, console, duration
+    from flowtrain.system.files import save
 
     constriction()
     model, *files = [None, *(inputs or [])]
@@ -99,7 +100,7 @@ def compress(
             console.print(f"about {duration(there)} on {threads} thread(s), and {duration(back)} to decompress")
 
         result = compression.compress(prepared, names, plain=plain, embed=embed, progress=bar, announce=announce)
-    images.save(out, result.data)
+    save(out, result.data)
     with ProgressBar("comparing") as bar:
         others = compression.ordinary_sizes(x, flow.levels, bar)
     values = flow.dims * result.coded

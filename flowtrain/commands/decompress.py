@@ -31,7 +31,7 @@ def decompress(
     """Unpack an archive: every image bit for bit, or an error before anything is written."""
     from flowtrain import archive, compression, images
     from flowtrain.commands.base import device_of
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console
 
     opened = compression.Opened(file)
     compression.require_writable(out, out)

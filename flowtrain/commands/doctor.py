@@ -52,7 +52,7 @@ def doctor(
 
     from flowtrain import checkpoint
     from flowtrain import doctor as diagnosis
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console
 
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
@@ -91,8 +91,8 @@ def _print(findings: "list[Finding]") -> None:
     """
     from rich.table import Table
 
-    from flowtrain.console import console
     from flowtrain.doctor import BOUNDS
+    from flowtrain.system.console import console
 
     for check, (watch, bad) in BOUNDS.items():
         beyond = "below" if bad < watch else "above"

@@ -78,9 +78,11 @@ def evaluate(
     By default of the test split of the data that the model was trained on.
     """
 
-    from flowtrain import checkpoint, distributed, images
+    from flowtrain import checkpoint
     from flowtrain import evaluate as evaluation
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system import distributed
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
 
     if split not in (None, "test", "validation", "train"):
         raise UserError(f"--split {split}: expected test, validation or train")
@@ -112,7 +114,7 @@ def evaluate(
     print_table({key: value for key, value in result.items() if value is not bad})
     write_json(result, json_out, checkpoint.run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
-        images.save(scores_out, evaluation.scores_csv(scores, loaded.flow))
+        save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")

@@ -62,7 +62,7 @@ def interpolate(
     """
     from flowtrain import checkpoint, images, pictures
     from flowtrain import interpolate as paths
-    from flowtrain.console import console
+    from flowtrain.system.console import console
 
     suffix = images.check_suffix(out, (".png", ".gif")) if out else ".png"
     if (from_class is None) != (to_class is None):

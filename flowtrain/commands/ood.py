@@ -83,9 +83,10 @@ def ood(
     Images of another size, number of channels or of levels are brought to the model's.
     """
 
-    from flowtrain import checkpoint, images
+    from flowtrain import checkpoint
     from flowtrain import ood as scoring
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
 
     if picture_out is not None and picture_out.suffix.lower() != ".png":
         raise UserError(f"--picture {picture_out}: expected a name that ends in .png")
@@ -123,10 +124,10 @@ def ood(
     _print(outcome)
     write_json(outcome, json_out, run / "ood.json")
     if scores_out is not None:
-        images.save(scores_out, scoring.scores_csv(comparison))
+        save(scores_out, scoring.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
     picture = picture_out or run / "ood.png"
-    images.save(picture, scoring.draw(comparison, outcome))
+    save(picture, scoring.draw(comparison, outcome))
     console.print(f"wrote {picture}")
     scoring.check_finite(comparison)
 
@@ -135,8 +136,8 @@ def _print(outcome: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from flowtrain.console import console
     from flowtrain.ood import SCORES
+    from flowtrain.system.console import console
 
     def figure(value: float | None, error: float | None) -> str:
         if value is None:

@@ -45,7 +45,8 @@ def report(
     """
     from flowtrain import checkpoint, images
     from flowtrain import report as reporting
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
 
     if out is not None:
         images.check_suffix(out, (".html",))
@@ -64,5 +65,5 @@ def report(
     path = out or checkpoint.run_of(loaded.checkpoint.path) / "report.html"
     for line in missing:
         console.print(f"not in it: {line}")
-    images.save(path, html.encode())
+    save(path, html.encode())
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")

@@ -68,7 +68,8 @@ def sample(
 
     from flowtrain import checkpoint, images, pictures
     from flowtrain import sample as sampling
-    from flowtrain.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
 
     suffix = images.check_suffix(out, (".png", ".npz")) if out else ".png"
     temperatures = temperature or [1.0]
@@ -89,7 +90,7 @@ def sample(
             arrays["classes"] = np.tile(np.repeat(labels, num), len(temperatures))
         levels = {} if flow.levels is None else {"levels": flow.levels}
         np.savez_compressed(buffer, **arrays, seed=seed, **levels)  # type: ignore[arg-type]
-        images.save(path, buffer.getvalue())
+        save(path, buffer.getvalue())
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
         picture = pictures.samples(flow, drawn, columns, seed, lambda: points_of(loaded), temperatures)

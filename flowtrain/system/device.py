@@ -1,12 +1,9 @@
 """`--device`, and random generators that are functions of a key instead of a history."""
 
-import enum
-
-import numpy as np
 import torch
 
-from flowtrain import distributed
 from flowtrain.errors import UserError
+from flowtrain.system import distributed
 
 
 def resolve(name: str) -> torch.device:
@@ -43,24 +40,3 @@ def resolve(name: str) -> torch.device:
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait until it has come to that."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-class Stream(enum.IntEnum):
-    """What random numbers are for; each purpose has its own stream under one seed."""
-
-    WEIGHTS = 0
-    ORDER = 1
-    AUGMENTATION = 2
-    DEQUANTIZATION = 3
-    LATENTS = 4
-    EVALUATION = 5
-    PAIRS = 6
-
-
-def generator(seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on its key alone (such as the step, or an image's index).
-
-    So the state of a resumed run needs no generator, and neither batch size nor device changes the draws.
-    """
-    state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))

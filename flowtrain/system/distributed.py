@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.console import console
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
+from flowtrain.system.console import console
 
 P = ParamSpec("P")
 T = TypeVar("T")
