@@ -11,11 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from flowtrain import checkpoint
+from flowtrain.bijections.memory import Mode
 from flowtrain.config import Config
 from flowtrain.data import INITIALIZATION_IMAGES, DataSet
 from flowtrain.dequantize import draw_noise
 from flowtrain.flow import Flow, initialize
-from flowtrain.memory import Mode
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.system import distributed

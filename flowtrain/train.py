@@ -18,6 +18,7 @@ from torch import Tensor
 from flowtrain import checkpoint, images, pictures
 from flowtrain import config as configuration
 from flowtrain.bijections import MaskedAutoregressive
+from flowtrain.bijections.memory import Mode, memory_mode
 from flowtrain.checkpoint import Checkpoint
 from flowtrain.config import Config, differences
 from flowtrain.data import Batches, DataSet, Split, levels_in_words
@@ -26,7 +27,6 @@ from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_loss
 from flowtrain.flow import Flow, initialize
-from flowtrain.memory import Mode, memory_mode
 from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State

@@ -15,9 +15,9 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.bijections.base import sum_per_example
+from flowtrain.bijections.precision import conditioner_input
 from flowtrain.dequantize import EDGE
-from flowtrain.nets import Conv2d, GlowNet, ReLU
-from flowtrain.precision import conditioner_input
+from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 
 # float32's uniform numbers are multiples of 2**-24 and may be 0, whose normal quantile is -infinity.
 SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24

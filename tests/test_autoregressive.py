@@ -8,7 +8,7 @@ from torch.autograd.functional import jacobian
 from flowtrain.bijections import AffineTransform, Inverse, MaskedAutoregressive, MixtureTransform, SplineTransform
 from flowtrain.errors import UserError
 from flowtrain.models import iaf, maf
-from flowtrain.nets import MaskedDenseNet, MaskedLinear
+from flowtrain.nets.masked import MaskedDenseNet, MaskedLinear
 from flowtrain.train import require_trainable
 
 # dims, width, hidden layers, features of a context

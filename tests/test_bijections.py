@@ -12,7 +12,6 @@ from helpers import TINY, perturb, ready, seeded
 
 import flowtrain.bijections
 import flowtrain.models
-from flowtrain import memory
 from flowtrain.bijections import (
     ActNorm,
     AdditiveTransform,
@@ -36,14 +35,18 @@ from flowtrain.bijections import (
     Sequential,
     SplineTransform,
     Squeeze,
+    memory,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, layer_by_layer
-from flowtrain.memory import Mode, memory_mode
-from flowtrain.nets import DenseNet, DepthwiseNet, GatedNet, GlowNet, MaskedDenseNet, ResidualNet, ZeroNet, relu_
+from flowtrain.bijections.memory import Mode, memory_mode
+from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
+from flowtrain.nets.dense import DenseNet
+from flowtrain.nets.masked import MaskedDenseNet
+from flowtrain.nets.residual import DepthwiseNet, GatedNet, ResidualNet
 from flowtrain.system.capacity import peak
 
 MODES = get_args(Mode)

@@ -47,7 +47,7 @@ from flowtrain.data import DataSet
 from flowtrain.diagnostics import watching
 from flowtrain.flow import initialize
 from flowtrain.models import glow
-from flowtrain.nets import Conv2d, matrices
+from flowtrain.nets.convolution import Conv2d, matrices
 from flowtrain.optim import build_optimizers
 from flowtrain.state import State
 from flowtrain.system import capacity

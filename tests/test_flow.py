@@ -21,7 +21,7 @@ from flowtrain.bijections import (
 from flowtrain.bijections.fused import layer_by_layer
 from flowtrain.dequantize import Dequantizer, draw_noise
 from flowtrain.flow import Flow, bits_per_dim, initialize
-from flowtrain.nets import GlowNet
+from flowtrain.nets.convolution import GlowNet
 
 every_model = pytest.mark.parametrize("model", TINY)
 

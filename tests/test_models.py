@@ -27,7 +27,7 @@ from flowtrain.dequantize import draw_noise
 from flowtrain.errors import UserError
 from flowtrain.flow import initialize
 from flowtrain.models import cnf, geometry, glow, iaf, maf, nice, planar, realnvp
-from flowtrain.nets import Conv2d, ZeroConv2d
+from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 from flowtrain.optim import build_optimizers
 from flowtrain.state import State
 from flowtrain.train import train_step

@@ -12,11 +12,11 @@ from torch import nn
 import flowtrain
 from flowtrain import checkpoint
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
+from flowtrain.bijections.memory import memory_mode
 from flowtrain.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.flow import Flow, initialize
-from flowtrain.memory import memory_mode
-from flowtrain.nets import Conv2d, ZeroConv2d
+from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 from flowtrain.variational import VariationalNoise
 
 every_model = pytest.mark.parametrize("model", TINY)

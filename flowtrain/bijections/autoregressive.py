@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Transform, sum_per_example
-from flowtrain.bijections.conv1x1 import full_precision
-from flowtrain.precision import conditioner_output
+from flowtrain.bijections.precision import conditioner_output, full_precision
 
 if TYPE_CHECKING:
-    from flowtrain.nets import MaskedDenseNet
+    from flowtrain.nets.masked import MaskedDenseNet
 
 
 class MaskedAutoregressive(Bijection):

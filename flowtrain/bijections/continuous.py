@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.conv1x1 import full_precision
+from flowtrain.bijections.memory import wants_gradient
+from flowtrain.bijections.precision import full_precision
 from flowtrain.errors import UserError
-from flowtrain.memory import wants_gradient
 
 Solver = Literal["dopri5", "dopri8"]
 Trace = Literal["auto", "exact", "hutchinson"]

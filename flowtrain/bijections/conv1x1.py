@@ -1,6 +1,5 @@
 """Invertible 1x1 convolutions (Glow, section 3.2): a learned mixing of the channels at every pixel."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Self
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData, bounded, stacked, unbounded
+from flowtrain.bijections.precision import full_precision
 
 
 def random_rotation(channels: int) -> Tensor:
@@ -31,11 +31,6 @@ def whitening_matrix(x: Tensor) -> Tensor:
     few = min(1.0, x.shape[1] / len(pixels)) ** 2
     variance = variance.clamp_min(max(1e-6 * float(variance.max()), few * float(variance.mean()), 1e-12))
     return (directions * variance.rsqrt()).T
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast: in low precision the products of the data path cost likelihood."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

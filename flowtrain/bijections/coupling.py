@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Transform, sum_per_example
-from flowtrain.precision import conditioner_output
+from flowtrain.bijections.precision import conditioner_output
 
 
 class AffineTransform(Transform):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flowtrain.bijections.actnorm import ActNorm
 from flowtrain.bijections.base import Bijection, stacked
-from flowtrain.bijections.conv1x1 import LinearChannels, full_precision, mix_channels
+from flowtrain.bijections.conv1x1 import LinearChannels, mix_channels
+from flowtrain.bijections.precision import full_precision
 
 Pair = tuple[ActNorm, LinearChannels]
 

@@ -4,13 +4,13 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.fused import fuse
-from flowtrain.memory import apply
+from flowtrain.bijections.memory import apply
 
 
 class Sequential(Bijection):
     """Bijections one after the other; the sum of their log-determinants.
 
-    `train.memory` says what a backward pass keeps of them (see `flowtrain.memory`).
+    `train.memory` says what a backward pass keeps of them (see `flowtrain.bijections.memory`).
     """
 
     def __init__(self, *layers: Bijection):

@@ -36,7 +36,8 @@ from flowtrain.bijections import (
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.models.geometry import check_squeezes
-from flowtrain.nets import DepthwiseNet, GatedNet, GlowNet, ZeroNet
+from flowtrain.nets.convolution import GlowNet, ZeroNet
+from flowtrain.nets.residual import DepthwiseNet, GatedNet
 
 Positive = Annotated[int, Field(ge=1)]
 PerLevel = Positive | list[Positive]

@@ -29,7 +29,7 @@ from flowtrain.bijections import (
     SplineTransform,
     Transform,
 )
-from flowtrain.nets import MaskedDenseNet
+from flowtrain.nets.masked import MaskedDenseNet
 
 Positive = Annotated[int, Field(ge=1)]
 Order = Literal["reverse", "random"]

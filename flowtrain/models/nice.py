@@ -24,7 +24,7 @@ from flowtrain.bijections import (
     Permute,
     Sequential,
 )
-from flowtrain.nets import DenseNet
+from flowtrain.nets.dense import DenseNet
 
 
 def build(

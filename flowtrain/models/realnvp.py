@@ -29,7 +29,8 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.models.geometry import check_squeezes
-from flowtrain.nets import DenseNet, ResidualNet
+from flowtrain.nets.dense import DenseNet
+from flowtrain.nets.residual import ResidualNet
 
 
 def build(

@@ -31,7 +31,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
-from flowtrain.nets import DenseNet
+from flowtrain.nets.dense import DenseNet
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -4,6 +4,7 @@ Data paths are float32 (or float64) with an image's channels apart (NCHW), so th
 contiguous. Conditioners, under autocast in bf16, are convolutions, which are fastest with the channels last.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -43,3 +44,8 @@ def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
         x = x.to(dtype)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
     return x.to(dtype)
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast: in low precision the products of the data path cost likelihood."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,87 @@
+"""Residual conditioners of images: RealNVP's, gated ones and depthwise-separable ones."""
+
+from torch import Tensor, nn
+
+from flowtrain.bijections.actnorm import ActNorm
+from flowtrain.nets.convolution import ChannelNorm, Conv2d, ReLU, ZeroConv2d, relu_, with_context
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, "identity mappings")."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = ActNorm((width, 1, 1)), ActNorm((width, 1, 1))
+        self.conv1 = Conv2d(width, width, 3, bias=False)
+        self.conv2 = Conv2d(width, width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(relu_(self.norm1(x)[0]))
+        return x + self.conv2(relu_(self.norm2(h)[0]))
+
+
+class ResidualNet(nn.Module):
+    """The residual conditioner of RealNVP (section 3.7): 3x3, `blocks` residual blocks, zero 1x1.
+
+    ActNorm stands where the paper has batch normalization, so that an example does not see its batch mates.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+        super().__init__()
+        self.first = Conv2d(in_channels + context_channels, width, 3)
+        self.blocks = nn.Sequential(*(_ResidualBlock(width) for _ in range(blocks)))
+        self.norm = ActNorm((width, 1, 1))
+        self.last = ZeroConv2d(width, out_channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.blocks(self.first(with_context(x, context)))
+        return self.last(relu_(self.norm(h)[0]))
+
+
+class _Residual(nn.Sequential):
+    """`x +` the layers of `x`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class _BlockNet(nn.Module):
+    """A convolution, residual blocks, ReLU, a convolution that starts at zero: `(B, C, H, W)` to `(B, C', H, W)`."""
+
+    kernel_size: int  # of the first convolution and the last
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Conv2d(in_channels + context_channels, width, self.kernel_size),
+            *(_Residual(*self._block(width)) for _ in range(blocks)),
+            ReLU(),
+            ZeroConv2d(width, out_channels, self.kernel_size),
+        )
+
+    def _block(self, width: int) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.layers(with_context(x, context))
+
+
+class GatedNet(_BlockNet):
+    """Residual blocks `a * sigmoid(b)`, `a` and `b` from normalization, 3x3, ReLU, 1x1, as in Flow++ (section 3.3).
+
+    With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no attention.
+    """
+
+    kernel_size = 3
+
+    def _block(self, width: int) -> list[nn.Module]:
+        return [ChannelNorm(width), Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1), nn.GLU(dim=1)]
+
+
+class DepthwiseNet(_BlockNet):
+    """Residual blocks of a depthwise-separable convolution (Chollet 2017): depthwise 3x3, normalization, ReLU, 1x1."""
+
+    kernel_size = 1
+
+    def _block(self, width: int) -> list[nn.Module]:
+        return [Conv2d(width, width, 3, groups=width), ChannelNorm(width), ReLU(), Conv2d(width, width, 1)]
