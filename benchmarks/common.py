@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import checkpoint
 from flowtrain import config as configuration
-from flowtrain.dequantize import draw_noise
-from flowtrain.flow import initialize
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.system.allocator import keep_freed_memory
@@ -136,7 +136,7 @@ def flowtrain_state(work: Work, device: str = "cpu", **train: object) -> State:
     options = {"num_steps": 1000, "batch_size": work.batch_size, "clip_norm": 1.0, **train}
     model = {"name": "glow", "levels": work.levels, "steps": work.steps, "width": work.width}
     config = configuration.parse({"data": {"name": "cifar10"}, "model": model, "train": options}, "benchmark")
-    flow = checkpoint.build_flow(config, SHAPE, 256).to(device)
+    flow = build_flow(config, SHAPE, 256).to(device)
     x = images(64).to(device)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
     averaged = Average(flow, config.train.ema) if config.train.ema else None

@@ -6,12 +6,13 @@ import statistics
 import torch
 from common import SHAPE, arguments, begin, images, in_turns, table
 
-from flowtrain import checkpoint, compression
+from flowtrain import compression
 from flowtrain import config as configuration
 from flowtrain.bitsback import Codec
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.configfiles import find_config
-from flowtrain.dequantize import draw_noise
-from flowtrain.flow import initialize
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 
 
 def main() -> None:
@@ -21,11 +22,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="of a stream, of which each thread has one")
     options = parser.parse_args()
     begin(f"Compression of {options.images} images a thread by {options.config}", options)
-    flow = (
-        checkpoint.build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256)
-        .eval()
-        .requires_grad_(False)
-    )
+    flow = build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256).eval().requires_grad_(False)
     x = images(options.images * options.threads)
     initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
     codec = Codec(flow)

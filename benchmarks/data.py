@@ -13,7 +13,8 @@ from common import SHAPE, WORK, arguments, begin, flowtrain_state, flowtrain_ste
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.data import Batches, DataSet
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet
 
 
 def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:

@@ -8,10 +8,10 @@ import torch
 from common import WORK, arguments, begin, flowtrain_state, images, in_turns, table
 from torch import Tensor
 
-from flowtrain.data import Split
-from flowtrain.dequantize import draw_noise
+from flowtrain.data.splits import Split
 from flowtrain.evaluate import score
-from flowtrain.flow import Flow
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 

@@ -9,10 +9,10 @@ import math
 
 import torch
 
-from flowtrain import checkpoint
 from flowtrain import config as configuration
-from flowtrain.data import DataSet
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints.load import load_model
+from flowtrain.data.splits import DataSet
+from flowtrain.flow.dequantize import draw_noise
 from flowtrain.system.random import Stream, generator
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("model", help="a run directory or a checkpoint")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="data.KEY=VALUE")
     options = parser.parse_args()
-    model = checkpoint.load_model(options.model, torch.device("cpu"))
+    model = load_model(options.model, torch.device("cpu"))
     values = configuration.override(model.checkpoint.meta["config"], options.settings)
     split = DataSet(configuration.parse(values, "--set").data).split("test")
     flow, nats = model.flow, []

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from common import arguments, heading
 
-from flowtrain import checkpoint, configfiles
 from flowtrain import config as configuration
-from flowtrain.data import DataSet
+from flowtrain import configfiles
+from flowtrain.checkpoints.load import load_model
+from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import mean_loss
 from flowtrain.run import RunDirectory
 from flowtrain.train import fit
@@ -39,7 +40,7 @@ def _row(options: argparse.Namespace, precision: str, seed: int, run: Path) -> N
     overrides = [*options.set, f"train.precision={precision}", f"seed={seed}"]
     config = configuration.load_config(configfiles.find_config(options.config), overrides)
     fit(config, RunDirectory(run), CPU)
-    model = checkpoint.load_model(str(run / "checkpoints" / "last.safetensors"), CPU)
+    model = load_model(str(run / "checkpoints" / "last.safetensors"), CPU)
     images = DataSet(model.config.data).split("validation")
     bits = mean_loss(model.flow, images)
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowtrain.flow import Flow
+    from flowtrain.flow.flow import Flow
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,7 @@ def load(model: str, device: str = "cpu", weights: str | None = None, trust_code
     Raises:
         flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not there.
     """
-    from flowtrain import checkpoint  # torch is imported only when it is needed
+    from flowtrain.checkpoints.load import load_model  # torch is imported only when it is needed
     from flowtrain.system import device as devices
 
-    return checkpoint.load_model(model, devices.resolve(device), weights, trust_code).flow
+    return load_model(model, devices.resolve(device), weights, trust_code).flow

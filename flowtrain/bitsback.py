@@ -43,8 +43,8 @@ from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow import Flow
-from flowtrain.variational import VariationalNoise
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.variational import VariationalNoise
 
 DATA_BITS = 20  # of the data path
 PARTS = 2**12  # of a level: the noise in it is one of them

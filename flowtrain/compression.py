@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtrain import archive, checkpoint
+from flowtrain import archive
 from flowtrain import evaluate as evaluation
 from flowtrain.archive import StreamDescription
 from flowtrain.bitsback import ENOUGH, Codec, Exhausted, Stack, Uncodable
-from flowtrain.checkpoint import LoadedModel
-from flowtrain.data import Split
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.load import LoadedModel, load_model
+from flowtrain.data.splits import Split
 from flowtrain.datasets.base import FORMATS, short
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
@@ -229,12 +230,12 @@ def model_bytes(model: LoadedModel) -> bytes:
     keys = ("config", "shape", "levels", "step")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        checkpoint.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
+        format.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
         return path.read_bytes()
 
 
 def versions() -> dict[str, str]:
-    return {**checkpoint.versions(), "constriction": metadata.version("constriction")}
+    return {**format.versions(), "constriction": metadata.version("constriction")}
 
 
 def probe(codec: Codec) -> int:
@@ -427,7 +428,7 @@ class Opened:
                     f"{self.path}: it needs the model {wanted.hash[:16]}, which was {wanted.path}: "
                     "say where it is with --model"
                 )
-            model = checkpoint.load_model(given or wanted.path, torch.device("cpu"), wanted.weights, trust_code)
+            model = load_model(given or wanted.path, torch.device("cpu"), wanted.weights, trust_code)
         found = model_hash(model)
         if found != wanted.hash:
             raise UserError(
@@ -443,7 +444,7 @@ class Opened:
             path = Path(folder) / "embedded.safetensors"
             path.write_bytes(self.parts[-1])
             try:
-                return checkpoint.load_model(str(path), torch.device("cpu"), "raw", trust_code)
+                return load_model(str(path), torch.device("cpu"), "raw", trust_code)
             except (MemoryError, OSError):
                 raise
             except Exception as error:  # its checksum may be right, and its content anything

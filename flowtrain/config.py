@@ -30,8 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowtrain.configfiles import nearest
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, nearest
 
 
 def _absolute(path: Path) -> Path:

@@ -1,10 +1,8 @@
 """Finding configuration files by name. Imports nothing heavy: the command line's help and completion use it."""
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, nearest
 
 DEMO = "glow_digits.yaml"
 
@@ -36,12 +34,3 @@ def find_config(name: str) -> Path:
         f"--config {name}: no such file, here, in configs/ or among the shipped ones"
         f"{nearest(name, shipped)} (shipped: {', '.join(shipped)})"
     )
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    words = list(words)
-    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of files, or `name`.)
-    same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowtrain.bijections import Bijection, CheckerboardCoupling, DiagonalAffine, Sequential, Transform
 from flowtrain.bijections.fused import layer_by_layer
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 
 Hook = Callable[[str, nn.Module, Any], None]
 Around = Callable[[str, Bijection, str, Tensor, Tensor | None], tuple[Tensor, Tensor]]

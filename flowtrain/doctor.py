@@ -16,12 +16,13 @@ from torch import Tensor
 
 from flowtrain.bijections import Bijection, CheckerboardCoupling, DiagonalAffine, Transform
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.checkpoint import LoadedModel, build_flow
-from flowtrain.data import DataSet
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
 from flowtrain.diagnostics import around_layers, call, layers_of, short_name
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 Verdict = Literal["ok", "watch", "bad"]

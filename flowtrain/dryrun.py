@@ -10,12 +10,13 @@ from typing import Any, get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from flowtrain import checkpoint
 from flowtrain.bijections.memory import Mode
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data import INITIALIZATION_IMAGES, DataSet
-from flowtrain.dequantize import draw_noise
-from flowtrain.flow import Flow, initialize
+from flowtrain.data.batches import INITIALIZATION_IMAGES
+from flowtrain.data.splits import DataSet
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.optim import Average, build_optimizers
 from flowtrain.state import State
 from flowtrain.system import distributed
@@ -33,7 +34,7 @@ MIB = 2**20
 def dry_run(config: Config, device: torch.device) -> None:
     """Prints the parameters, the memory and the speed of a run. Raises `UserError` where it could not start."""
     data = DataSet(config.data)
-    flow = checkpoint.build_flow(config, data.shape, data.levels).to(device)
+    flow = build_flow(config, data.shape, data.levels).to(device)
     require_trainable(flow, config)
     _print_parameters(flow)
 

@@ -1,7 +1,9 @@
 """The ways in which a command ends early, with their exit codes."""
 
+import difflib
 import errno
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -46,3 +48,12 @@ def exit_code(error: BaseException) -> int:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error is about space on the disk, which is not the user's input (exit 1)."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    words = list(words)
+    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of files, or `name`.)
+    same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

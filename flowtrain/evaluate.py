@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flowtrain.checkpoint import LoadedModel
-from flowtrain.data import DataSet, Split, labels_of
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, Split, labels_of
 from flowtrain.diagnostics import watching
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow, bits_per_dim
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow, bits_per_dim
 from flowtrain.system import distributed
 from flowtrain.system.random import Stream, generator
 

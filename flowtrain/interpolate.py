@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoint import LoadedModel
-from flowtrain.data import DataSet, Split
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 ATTRIBUTE_IMAGES = 500  # of a class, of which a mean latent is the mean

@@ -20,15 +20,15 @@ from PIL import Image, features
 
 from flowtrain import config as configuration
 from flowtrain.archive import FORMATS
-from flowtrain.checkpoint import LoadedModel
+from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.config import Data as DataConfig
-from flowtrain.data import DataSet, Split
+from flowtrain.data.named import section_named, undivided
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import Policy, Shape, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import score
-from flowtrain.flow import bits_per_dim
+from flowtrain.flow.flow import bits_per_dim
 from flowtrain.images import to_8bit
-from flowtrain.named import section_named, undivided
 from flowtrain.system.random import Stream, generator
 
 SCORES = ("likelihood", "typicality", "complexity_corrected")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowtrain.config import Train
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.nets.convolution import matrices
 
 # The fused kernels do the same arithmetic in one pass over all parameters; torch has none for Adamax.

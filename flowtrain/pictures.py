@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowtrain import images
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain import charts, images, pictures, record
-from flowtrain.checkpoint import LoadedModel, run_of
-from flowtrain.data import DataSet, Split, levels_in_words
+from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.data.splits import DataSet, Split, levels_in_words
 from flowtrain.doctor import Finding, examine
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import fitting_batch_size
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.sample import sample
 from flowtrain.system.console import duration
 

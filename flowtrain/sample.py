@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.errors import UserError
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 BATCH_SIZE = 64

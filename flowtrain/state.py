@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain import checkpoint
-from flowtrain.checkpoint import Checkpoint
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import load_weights
 from flowtrain.config import Config
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.optim import Average
 from flowtrain.system import distributed
 
@@ -96,11 +96,11 @@ class State:
 
     def restore(self, saved: Checkpoint) -> None:
         """Takes everything from a checkpoint of a run with this model and optimizer."""
-        checkpoint.load_weights(self.flow, saved, "raw")
+        load_weights(self.flow, saved, "raw")
         progress = {"window_loss" if key == "window_bits" else key: v for key, v in saved.meta["progress"].items()}
         self.progress = Progress(**progress)
         if self.average is not None:
-            checkpoint.load_weights(self.evaluated, saved, "ema")
+            load_weights(self.evaluated, saved, "ema")
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")

@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain import checkpoint, images, pictures
 from flowtrain import config as configuration
+from flowtrain import images, pictures
 from flowtrain.bijections import MaskedAutoregressive
 from flowtrain.bijections.memory import Mode, memory_mode
-from flowtrain.checkpoint import Checkpoint
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import find, load_weights
 from flowtrain.config import Config, differences
-from flowtrain.data import Batches, DataSet, Split, levels_in_words
-from flowtrain.dequantize import draw_noise
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet, Split, levels_in_words
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.evaluate import mean_loss
-from flowtrain.flow import Flow, initialize
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.optim import Average, build_optimizers, learning_rate
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
@@ -115,7 +119,7 @@ def fit(
         RunError: after too many steps that were not finite, or where the disk is full.
     """
     data = DataSet(config.data)
-    flow = checkpoint.build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.levels)
     require_trainable(flow, config)
     with run.locked():
         saved = _checkpoint_to_resume(config, run, resume)
@@ -303,7 +307,7 @@ def _save(state: State, run: RunDirectory, numbered: bool) -> None:
             "best_step": progress.best_step,
             "parameters": sum(p.numel() for p in state.flow.parameters()),
             "non_finite_steps": progress.non_finite,
-            "versions": checkpoint.versions(),
+            "versions": format.versions(),
             "device": str(state.flow.device),
         },
     )
@@ -326,7 +330,7 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
     lr_scale = state.progress.lr_scale / 2
     # The best checkpoint stays, though it may be of a later step.
     kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
-    last = checkpoint.read_by_main(lambda: run.last)
+    last = format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
     state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
@@ -377,7 +381,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return run.last if run.last.exists() else None
-    path = checkpoint.find(resume)
+    path = find(resume)
     if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
         raise UserError(
             f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
@@ -387,7 +391,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
 
 
 def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
-    saved = checkpoint.read_by_main(lambda: _path_to_resume(run, resume))
+    saved = format.read_by_main(lambda: _path_to_resume(run, resume))
     if saved is None:
         return None
     free = set(FREE_KEYS)
@@ -445,7 +449,7 @@ def _start(
 @distributed.main_only
 def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
     if init_from is not None:
-        checkpoint.load_weights(flow, checkpoint.read(checkpoint.find(init_from)))
+        load_weights(flow, format.read(find(init_from)))
     x = batches.first_of_all()
     initialize(flow, x, _noise(config, step=0, x=x, start=0))
 

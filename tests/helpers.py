@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowtrain import checkpoint
 from flowtrain import config as configuration
 from flowtrain.bijections.base import SetFromData
-from flowtrain.dequantize import draw_noise
-from flowtrain.flow import initialize
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 
 torch.set_num_threads(1)  # on tensors this small, more threads are ten times slower
 
@@ -69,7 +69,7 @@ def tiny_flow(model="glow", shape=(1, 4, 4), q=256, transform="center", alpha=0.
     """A tiny flow for images of q levels: all parameters moved, then initialized on random images."""
     named = {"name": model, **TINY[model], **options}
     config = a_config(named, dequantization={"transform": transform, "alpha": alpha}, seed=seed)
-    flow = perturb(checkpoint.build_flow(config, shape, q), scale, seed)
+    flow = perturb(build_flow(config, shape, q), scale, seed)
     x = images(64, shape, q, seed)
     initialize(flow, x, draw_noise(x.shape, seeded(seed), x.device))
     return flow

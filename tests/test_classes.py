@@ -13,14 +13,15 @@ from PIL import Image
 from test_distributed import begin
 from torch.distributions import Normal
 
-from flowtrain import checkpoint
-from flowtrain.checkpoint import build_flow
-from flowtrain.classes import ClassPrior
-from flowtrain.data import Batches, DataSet
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluate import score
-from flowtrain.flow import initialize
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 from flowtrain.system import distributed
 
 SHAPE = (1, 4, 4)
@@ -199,7 +200,7 @@ def test_evaluation_adds_the_accuracy(run, tmp_path):
 def test_bounds_by_class_are_those_of_the_draws(run):
     flow = conditional().eval().requires_grad_(False)
     x = images(9, SHAPE).numpy()
-    from flowtrain.data import Split
+    from flowtrain.data.splits import Split
 
     scores = score(flow, Split(x, np.arange(9), 0), samples=2, batch_size=4)
     assert scores.draws_by_class.shape == (2, 3, 9)
@@ -229,7 +230,7 @@ def test_resumed_with_labels(run, tmp_path):
 
 
 def assert_same_weights(one, other):
-    tensors = [checkpoint.read(last(folder)).tensors for folder in (one, other)]
+    tensors = [format.read(last(folder)).tensors for folder in (one, other)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
@@ -249,12 +250,12 @@ def test_a_checkpoint_from_before_there_were_classes(tmp_path):
     options = [*RUN[2:], *sets(train__num_steps=4, train__checkpoint_every=2, train__keep_checkpoints=5)]
     quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     path = tmp_path / "r" / "checkpoints" / "step-00000002.safetensors"
-    saved = checkpoint.read(path)
+    saved = format.read(path)
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
     del meta["config"]["model"]["classes"]
     meta["progress"]["window_bits"] = meta["progress"].pop("window_loss")
     path.unlink()
-    checkpoint.write(path, meta, saved.tensors)
+    format.write(path, meta, saved.tensors)
     quick("train", *options, "--run-dir", "s", "--resume", path, cwd=tmp_path).ok()
     assert_same_weights(tmp_path / "r", tmp_path / "s")
 
@@ -297,11 +298,11 @@ def digits_split():
 
 
 def test_no_accuracy_of_numbers_that_are_not_finite(run, tmp_path):
-    saved = checkpoint.read(last(run))
+    saved = format.read(last(run))
     for name in ("model.class_prior.mean", "ema.class_prior.mean"):
         saved.tensors[name][:] = torch.nan
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
-    checkpoint.write(tmp_path / "bad.safetensors", meta, saved.tensors)
+    format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
     options = ["--json", "r.json", "--scores", "s.csv"]
     quick("evaluate", "bad.safetensors", *options, cwd=tmp_path).failed(1, "180 of 180 images")
     result = json.loads((tmp_path / "r.json").read_text())

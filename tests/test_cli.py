@@ -39,13 +39,14 @@ from helpers import images, ready
 from PIL import Image
 
 import flowtrain as package
-from flowtrain import checkpoint
 from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
-from flowtrain.data import DataSet
+from flowtrain.data.splits import DataSet
 from flowtrain.diagnostics import watching
-from flowtrain.flow import initialize
+from flowtrain.flow.flow import initialize
 from flowtrain.models import glow
 from flowtrain.nets.convolution import Conv2d, matrices
 from flowtrain.optim import build_optimizers
@@ -228,7 +229,7 @@ def test_summary():
     assert values["versions"]["torch"] == torch.__version__ and values["versions"]["flowtrain"] == package.__version__
     flow = package.load(str(run))
     assert values["parameters"] == sum(p.numel() for p in flow.parameters())
-    saved = checkpoint.read(run / "checkpoints" / "best.safetensors")
+    saved = format.read(run / "checkpoints" / "best.safetensors")
     assert saved.meta["step"] == values["best_step"]
 
 
@@ -305,14 +306,14 @@ def test_periods_longer_than_the_run_are_legal(tmp_path):
     quick("train", *TINY, *periods, "--run-dir", "a", cwd=tmp_path).ok()
     assert [(r["split"], r["step"]) for r in metrics(tmp_path / "a")] == [("train", 20), ("validation", 20)]
     assert (tmp_path / "a" / "samples" / "step-00000020.png").exists()
-    assert checkpoint.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"] == 20
+    assert format.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"] == 20
 
 
 def test_init_from(run, tmp_path):
     """The weights are those of the other model; step, optimizer and run are new."""
     options = [*TINY, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
     quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
-    tuned, source = checkpoint.read(last(tmp_path / "tuned")), checkpoint.read(run / "checkpoints" / "best.safetensors")
+    tuned, source = format.read(last(tmp_path / "tuned")), format.read(run / "checkpoints" / "best.safetensors")
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)
@@ -327,7 +328,7 @@ def test_dry_run(name, tmp_path):
     options = [*SMALL, *sets(data__name=name, data__root="nowhere")]
     out = quick("train", *options, "--dry-run", cwd=tmp_path).ok().out
     config = load_config(find_config("glow_digits.yaml"), SMALL[1::2])
-    expected = sum(p.numel() for p in checkpoint.build_flow(config, shape, 256).parameters())
+    expected = sum(p.numel() for p in build_flow(config, shape, 256).parameters())
     assert [line for line in out.splitlines() if "parameters" in line][0].split() == ["parameters:", str(expected)]
     assert all(word in out for word in ("memory", "images/s", "estimated time"))
     assert tree(tmp_path) == []
@@ -337,7 +338,7 @@ def test_dry_run(name, tmp_path):
 def test_dry_run_counts_operations(conditioner, tmp_path):
     """Against the sizes of the layers; a step is about three times the likelihood of its images."""
     options = [*SMALL, *sets(model__conditioner=conditioner, model__width=32)]
-    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
+    flow = build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
     initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
     operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
 
@@ -362,7 +363,7 @@ def test_dry_run_counts_operations(conditioner, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_dry_run_counts_what_the_optimizer_keeps(optimizer, tmp_path):
     options = [*SMALL, *sets(model__width=512, train__optimizer=optimizer)]
-    flow = checkpoint.build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
+    flow = build_flow(load_config(find_config("glow_digits.yaml"), options[1::2]), (1, 8, 8), 17)
     count = sum(p.numel() for p in flow.parameters())
     # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
     numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
@@ -377,7 +378,7 @@ def test_dry_run_says_what_a_step_takes(mode, tmp_path):
     out = " ".join(quick("train", *options, "--dry-run", cwd=tmp_path).ok().out.split())
     said = float(re.search(rf"{mode}: ([\d,]+) MiB for 512 images", out)[1].replace(",", ""))
     config = load_config(find_config("glow_digits.yaml"), options[1::2])
-    flow = ready(checkpoint.build_flow(config, (1, 8, 8), 17))
+    flow = ready(build_flow(config, (1, 8, 8), 17))
     state = State(config, flow, build_optimizers(flow, config.train), None, {})
     x = images(512, (1, 8, 8), 17)
     train_step(state, x)  # makes what is made once
@@ -496,9 +497,9 @@ def test_json_into_a_missing_folder(run, tmp_path):
 
 @pytest.mark.parametrize("target", ["-", "a.json"])
 def test_non_finite_images_fail_after_the_json_is_written(target, run, tmp_path):
-    saved = checkpoint.read(run / "checkpoints" / "best.safetensors")
+    saved = format.read(run / "checkpoints" / "best.safetensors")
     saved.tensors["ema.bijection.levels.0.layers.1.log_scale"].flatten()[0] = math.nan
-    checkpoint.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
     done = quick("evaluate", "nan.safetensors", "--num-images", 10, "--json", target, cwd=tmp_path)
     done.failed(1, "10 of 10 images", "not finite")
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())

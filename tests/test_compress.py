@@ -21,17 +21,19 @@ from helpers import a_config, images, perturb, tiny_flow
 from PIL import Image
 from torch import nn
 
-from flowtrain import archive, checkpoint, compression
+from flowtrain import archive, compression
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.bitsback import Codec, Exhausted, Stack, Uncodable, constriction
-from flowtrain.classes import ClassPrior
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.commands import decompress
 from flowtrain.compression import Opened, encode_stream, random_words
-from flowtrain.data import DataSet
-from flowtrain.dequantize import Dequantizer, RealValued
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow import Flow
-from flowtrain.variational import VariationalNoise
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.dequantize import Dequantizer, RealValued
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.variational import VariationalNoise
 
 pytest.importorskip("constriction")
 
@@ -203,7 +205,7 @@ def runs() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def model():
-    return checkpoint.load_model(str(runs()["run"]), torch.device("cpu"))
+    return load_model(str(runs()["run"]), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ def test_an_embedded_model_is_counted(model, digits):
 @functools.cache
 def embedding() -> bytes:
     """With the model in it, and three streams."""
-    model = checkpoint.load_model(str(runs()["run"]), torch.device("cpu"))
+    model = load_model(str(runs()["run"]), torch.device("cpu"))
     x = DataSet(model.config.data).split("train").take(slice(0, 120))
     return made(model, x, embed=True, stream_size=40).data
 
@@ -331,8 +333,8 @@ def test_the_first_stream_that_fails_ends_all():
 def test_colours_of_few_levels_come_back(tmp_path):
     flow = affine_flow((3, 8, 8), 32)
     meta = {"config": a_config().resolved()}
-    file = checkpoint.Checkpoint(Path("affine.safetensors"), meta, {})
-    model = checkpoint.LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
+    file = format.Checkpoint(Path("affine.safetensors"), meta, {})
+    model = LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
     x = smooth(70, (3, 8, 8)) // 16 + 8
     result = made(model, x, stream_size=35)
     assert result.coded > 30
@@ -365,7 +367,7 @@ def test_a_flipped_bit_anywhere_is_caught(model, digits, tmp_path):
                 archive.unpack(tmp_path, data[:length])
 
 
-def moved(model: checkpoint.LoadedModel, by: float) -> checkpoint.LoadedModel:
+def moved(model: LoadedModel, by: float) -> LoadedModel:
     """The model with one number changed, and the same description."""
     flow = copy.deepcopy(model.flow)
     next(p for name, p in flow.named_parameters() if "conditioner" in name).view(-1)[0] += by

@@ -7,11 +7,11 @@ import torch
 import yaml
 from helpers import REPOSITORY
 
-from flowtrain import checkpoint
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import component_names, differences, json_schema, load_config, override, parse
-from flowtrain.configfiles import find_config, headline, nearest, shipped_configs
-from flowtrain.data import DataSet
-from flowtrain.errors import UserError
+from flowtrain.configfiles import find_config, headline, shipped_configs
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError, nearest
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
@@ -307,7 +307,7 @@ def test_a_shipped_configuration_builds_its_model(path):
     config = load_config(path)
     data = DataSet(config.data)
     with torch.device("meta"):
-        flow = checkpoint.build_flow(config, data.shape, data.levels)
+        flow = build_flow(config, data.shape, data.levels)
     count = sum(p.numel() for p in flow.parameters())
     assert count > 1e6 if path.stem in PAPER_SIZED else count < 5e6
     assert headline(path) and not headline(path).startswith("data:")

@@ -15,10 +15,10 @@ from flowtrain.bijections import ActNorm, Continuous, Sequential
 from flowtrain.bijections import continuous as module
 from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, ConcatSquash, Dynamics, random_signs
 from flowtrain.bijections.memory import memory_mode
-from flowtrain.checkpoint import build_flow
-from flowtrain.data import DataSet
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import score
-from flowtrain.flow import initialize
+from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf
 
 TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}

@@ -15,9 +15,10 @@ from helpers import SHARED, a_config, npz, seeded
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.data import Batches, DataSet, Split, _ahead, augment
+from flowtrain.data.batches import Batches, _ahead, augment
+from flowtrain.data.named import section_named, undivided
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
-from flowtrain.named import section_named, undivided
 
 CPU = torch.device("cpu")
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")

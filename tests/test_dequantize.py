@@ -9,8 +9,8 @@ from torch import nn
 
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.base import sum_per_example
-from flowtrain.dequantize import EDGE, Dequantizer, draw_noise
-from flowtrain.flow import Flow
+from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
+from flowtrain.flow.flow import Flow
 
 every_q = pytest.mark.parametrize("levels", [2, 16, 17, 256])
 both = pytest.mark.parametrize("transform, alpha", [("center", 0.05), ("logit", 0.05), ("logit", 1e-5)])

@@ -11,8 +11,8 @@ from helpers import TINY as TINY_MODELS
 from helpers import a_config, images, npz, perturb, seeded
 from torch import nn
 
-from flowtrain import checkpoint, doctor
 from flowtrain import config as configuration
+from flowtrain import doctor
 from flowtrain.bijections import (
     ActNorm,
     Bijection,
@@ -21,13 +21,16 @@ from flowtrain.bijections import (
     Conv1x1LU,
     Sequential,
 )
-from flowtrain.checkpoint import Checkpoint, LoadedModel, build_flow
-from flowtrain.data import DataSet
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel, load_model
+from flowtrain.data.splits import DataSet
 from flowtrain.diagnostics import around_layers, call, layers_of, log_scale_ranges
 from flowtrain.doctor import BOUNDS, IMAGES, NOISE, SAMPLES, examine, jacobian_log_det, judge, overall, reduced, worst
 from flowtrain.errors import UserError
-from flowtrain.flow import initialize
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 from flowtrain.system.random import Stream, generator
 
 BOTH = ("inverse of forward", "forward of inverse")
@@ -519,7 +522,7 @@ def test_the_command(run, tmp_path):
     about = ("step", "dataset", "num_images", "seed", "weights")
     assert [values[key] for key in about] == [20, "digits", 5, 1, "ema"]
     assert values["checkpoint"] == "runs/glow_digits/checkpoints/best.safetensors"
-    model = checkpoint.load_model(str(run), torch.device("cpu"))
+    model = load_model(str(run), torch.device("cpu"))
     found = examined(model, DataSet(model.config.data), num_images=5, seed=1)
     for row in values["findings"]:
         finding = found.pop((row["check"], row["layer"], row["inputs"]))
@@ -547,10 +550,10 @@ def test_its_json_alone_on_standard_output(run, tmp_path):
 
 @pytest.mark.parametrize("target", ["-", "a.json"])
 def test_a_damaged_model_exits_with_1_after_writing(target, run, tmp_path):
-    saved = checkpoint.read(run / "checkpoints" / "best.safetensors")
+    saved = format.read(run / "checkpoints" / "best.safetensors")
     saved.tensors["ema.bijection.levels.1.layers.1.log_scale"].flatten()[0] = -1e3
     saved.tensors["ema.bijection.levels.0.layers.3.conditioner.layers.0.weight"].flatten()[0] = math.nan
-    checkpoint.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
     done = quick("doctor", "nan.safetensors", "--num-images", 2, "--json", target, cwd=tmp_path)
     done.failed(1, "findings are bad, the worst first: levels.0.layers.3, levels.1.layers.1, the whole model")
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())

@@ -11,11 +11,12 @@ from helpers import a_config, npz, tiny_flow
 
 from flowtrain import evaluate as evaluation
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoint import Checkpoint, LoadedModel
-from flowtrain.data import DataSet, Split
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
 from flowtrain.evaluate import evaluate, fitting_batch_size, mean_loss, reconstruction_error, score, scores_csv
-from flowtrain.flow import LogProb
+from flowtrain.flow.flow import LogProb
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from flowtrain.bijections import (
     Sequential,
 )
 from flowtrain.bijections.fused import layer_by_layer
-from flowtrain.dequantize import Dequantizer, draw_noise
-from flowtrain.flow import Flow, bits_per_dim, initialize
+from flowtrain.flow.dequantize import Dequantizer, draw_noise
+from flowtrain.flow.flow import Flow, bits_per_dim, initialize
 from flowtrain.nets.convolution import GlowNet
 
 every_model = pytest.mark.parametrize("model", TINY)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowtrain import checkpoint
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.load import load_model
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
-from flowtrain.data import DataSet
+from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import score
 from flowtrain.run import RunDirectory
 from flowtrain.sample import sample
@@ -23,10 +24,10 @@ pytestmark = [
 SMALL = ["model.steps=2", "model.width=16", "train.num_steps=20", "train.log_every=5", "train.validate_every=10"]
 
 
-def train(path: Path, device: str, *overrides: str) -> checkpoint.Checkpoint:
+def train(path: Path, device: str, *overrides: str) -> format.Checkpoint:
     config = load_config(find_config("glow_digits.yaml"), [*SMALL, *overrides])
     fit(config, RunDirectory(path), devices.resolve(device))
-    return checkpoint.read(path / "checkpoints" / "last.safetensors")
+    return format.read(path / "checkpoints" / "last.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -41,7 +42,7 @@ def test_trains_as_on_the_cpu(tmp_path: Path, precision: str, memory: str) -> No
 def test_scores_and_samples_as_on_the_cpu(tmp_path: Path) -> None:
     train(tmp_path / "run", "cuda")
     split = DataSet(load_config(find_config("glow_digits.yaml")).data).split("test")
-    models = [checkpoint.load_model(str(tmp_path / "run"), devices.resolve(d)) for d in ("cpu", "cuda")]
+    models = [load_model(str(tmp_path / "run"), devices.resolve(d)) for d in ("cpu", "cuda")]
     on_cpu, on_cuda = (score(model.flow, split).log_prob for model in models)
     torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-2)
     images = [sample(model.flow, 16, [1.0], seed=0) for model in models]
@@ -55,4 +56,4 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
     longer = load_config(find_config("glow_digits.yaml"), [*SMALL, "train.num_steps=30"])
     saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
     fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
-    assert checkpoint.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30
+    assert format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30

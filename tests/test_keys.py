@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.checkpoint import build_flow, read
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.format import read
 from flowtrain.config import Config, Data, Dequantization, Model, Train, component_names, component_schema, parse
-from flowtrain.data import Batches, DataSet
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow import initialize
+from flowtrain.flow.flow import initialize
 from flowtrain.optim import build_optimizers
 from flowtrain.run import RunDirectory
 from flowtrain.state import State

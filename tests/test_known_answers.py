@@ -8,10 +8,10 @@ import torch
 from torch.distributions import Normal
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
-from flowtrain.data import Split
-from flowtrain.dequantize import Dequantizer, UniformNoise
+from flowtrain.data.splits import Split
 from flowtrain.evaluate import Scores, score, summarize
-from flowtrain.flow import Flow
+from flowtrain.flow.dequantize import Dequantizer, UniformNoise
+from flowtrain.flow.flow import Flow
 
 LEVELS = 8
 SHAPE = (1, 2, 2)

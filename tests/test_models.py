@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import TINY, a_config, images, seeded, tiny_flow
 
-from flowtrain import checkpoint
 from flowtrain import config as configuration
 from flowtrain.bijections import (
     ActNorm,
@@ -23,9 +22,10 @@ from flowtrain.bijections import (
     Planar,
     Sequential,
 )
-from flowtrain.dequantize import draw_noise
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
-from flowtrain.flow import initialize
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf, geometry, glow, iaf, maf, nice, planar, realnvp
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 from flowtrain.optim import build_optimizers
@@ -131,7 +131,7 @@ def test_possible_geometry():
 def test_geometry_comes_before_any_data():
     config = a_config({"name": "glow", "levels": 3}, data={"name": "mnist", "root": "/nowhere"})
     with pytest.raises(UserError, match="can be squeezed twice"):
-        checkpoint.build_flow(config, (1, 28, 28), 256)
+        build_flow(config, (1, 28, 28), 256)
 
 
 # ---------------------------------------------------------------- the start
@@ -139,7 +139,7 @@ def test_geometry_comes_before_any_data():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_start_as_the_identity(name):
-    flow = checkpoint.build_flow(a_config(name), (1, 4, 4), 256)
+    flow = build_flow(a_config(name), (1, 4, 4), 256)
     x = images(16, (1, 4, 4))
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     seen = []
@@ -159,7 +159,7 @@ def test_layers_start_as_the_identity(name):
 def test_the_weights_are_a_function_of_the_seed():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, again, other = (checkpoint.build_flow(a_config(seed=seed), (1, 4, 4), 256) for seed in (3, 3, 4))
+    first, again, other = (build_flow(a_config(seed=seed), (1, 4, 4), 256) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)]
     assert all(same)
@@ -317,7 +317,7 @@ GOLDEN = {
 def five_steps(name, transform):
     train = {"num_steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "weight_decay": 0.1, "optimizer": "adamw"}
     config = a_config(name, train=train, dequantization={"transform": transform}, seed=1)
-    flow = checkpoint.build_flow(config, (1, 4, 4), 17)
+    flow = build_flow(config, (1, 4, 4), 17)
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
             parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(parameter.shape)

@@ -16,8 +16,9 @@ from sklearn.metrics import roc_auc_score
 
 from flowtrain import ood
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoint import Checkpoint, LoadedModel
-from flowtrain.data import DataSet
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import score

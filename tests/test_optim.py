@@ -8,7 +8,7 @@ from helpers import TINY, a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
 from flowtrain.bijections import ActNorm
-from flowtrain.checkpoint import build_flow
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.optim import Average, Muon, build_optimizers, learning_rate

@@ -14,11 +14,11 @@ from PIL import Image
 
 from flowtrain import pictures
 from flowtrain.bijections import ActNorm
-from flowtrain.checkpoint import build_flow
-from flowtrain.data import DataSet
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluate import score, summarize
-from flowtrain.flow import initialize
+from flowtrain.flow.flow import initialize
 
 POINTS = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"]
 OF_VECTORS = {name: options for name, options in TINY.items() if name != "glow"}

@@ -17,9 +17,11 @@ from helpers import images, npz, tiny_flow
 from PIL import Image
 
 import flowtrain
-from flowtrain import checkpoint, doctor, report
+from flowtrain import doctor, report
 from flowtrain import images as pictures
-from flowtrain.data import DataSet, Split
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.load import load_model
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.doctor import Finding
 from flowtrain.sample import sample
 
@@ -136,7 +138,7 @@ def test_the_page_says_what_the_model_is(digits):
         f"{summary['best_validation_bits_per_dim']:.4f}, step {summary['best_step']}",
     ):
         assert text in page.text
-    config = checkpoint.load_model(str(run), torch.device("cpu")).config
+    config = load_model(str(run), torch.device("cpu")).config
     (found,) = [word for word in page.words if word.startswith("seed:")]
     assert found == config.yaml()
 
@@ -165,7 +167,7 @@ def test_the_curves_are_there(digits):
 
 def test_reconstructions_are_counted_and_shown(digits):
     run, flow, page = digits
-    x = DataSet(checkpoint.load_model(str(run), torch.device("cpu")).config.data).split("test").take(slice(0, 10))
+    x = DataSet(load_model(str(run), torch.device("cpu")).config.data).split("test").take(slice(0, 10))
     assert torch.equal(flow.decode(flow.encode(x)), x)
     assert "10 of 10 test images come back exactly" in page.text
     assert torch.equal(page.picture("8 test images"), pictures.grid(x[:8], 17, 8))
@@ -175,7 +177,7 @@ def test_reconstructions_are_counted_and_shown(digits):
 
 def test_the_nearest_training_images_are_nearest(digits):
     run, flow, page = digits
-    data = DataSet(checkpoint.load_model(str(run), torch.device("cpu")).config.data)
+    data = DataSet(load_model(str(run), torch.device("cpu")).config.data)
     train, drawn = data.split("train").take(slice(None)), sample(flow, 8, [1.0], 3)
     assert torch.equal(page.picture("Sample 2"), pictures.grid(drawn[1:2], 17, 1))
     distance = (drawn[1] / 16 - train / 16).flatten(1).norm(dim=1)
@@ -190,7 +192,7 @@ def test_the_nearest_training_images_are_nearest(digits):
 
 def test_the_health_table_is_the_doctors(digits):
     run, _, page = digits
-    model = checkpoint.load_model(str(run), torch.device("cpu"))
+    model = load_model(str(run), torch.device("cpu"))
     findings = doctor.examine(model, DataSet(model.config.data), num_images=10, seed=3)
     worst, *checks = page.tables[1:]
     rows = [row for table in checks for row in table[1:]]
@@ -266,11 +268,11 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
 
 def test_a_damaged_model_has_a_page(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
-    best = checkpoint.read(run / "checkpoints" / "best.safetensors")
+    best = format.read(run / "checkpoints" / "best.safetensors")
     for name, tensor in best.tensors.items():
         if tensor.is_floating_point():
             best.tensors[name] = torch.full_like(tensor, math.nan)
-    checkpoint.write(run / "checkpoints" / "best.safetensors", best.meta, best.tensors)
+    format.write(run / "checkpoints" / "best.safetensors", best.meta, best.tensors)
     page, done = page_of("run", "--num-images", 2, cwd=tmp_path)
     assert "not in it: samples at 0.5: " in done.out and "not in it: reconstructions: " in done.out
     assert page.tables[1][1][0] == "bad" and "not finite" in page.text

@@ -15,13 +15,15 @@ from torch.nn.functional import normalize
 
 from flowtrain import pictures
 from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles, SplineTransform
-from flowtrain.checkpoint import Checkpoint, LoadedModel, build_flow
-from flowtrain.data import DataSet
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
 from flowtrain.datasets import sphere as data_set
 from flowtrain.doctor import examine
 from flowtrain.errors import UserError
 from flowtrain.evaluate import reconstruction_error
-from flowtrain.flow import Flow
+from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.optim import build_optimizers
 from flowtrain.state import State

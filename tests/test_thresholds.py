@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain import checkpoint
+from flowtrain.checkpoints.load import load_model
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
-from flowtrain.data import DataSet
+from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import evaluate
 from flowtrain.run import RunDirectory
 from flowtrain.train import fit
@@ -26,7 +26,7 @@ def trained(tmp_path: Path, config: str, *overrides: str) -> dict[str, float]:
     settings = load_config(find_config(config), overrides)
     run = RunDirectory(tmp_path / "run")
     fit(settings, run, torch.device("cpu"))
-    model = checkpoint.load_model(str(run.path), torch.device("cpu"))
+    model = load_model(str(run.path), torch.device("cpu"))
     result, _ = evaluate(model, DataSet(settings.data), "test")
     assert json.loads((run.path / "summary.json").read_text())["finished"]
     return result

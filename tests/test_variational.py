@@ -10,14 +10,15 @@ from helpers import TINY, a_config, assert_an_image_scores_alone, images, pertur
 from torch import nn
 
 import flowtrain
-from flowtrain import checkpoint
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.memory import memory_mode
-from flowtrain.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
+from flowtrain.checkpoints import format
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
-from flowtrain.flow import Flow, initialize
+from flowtrain.flow.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
+from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.variational import VariationalNoise
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
-from flowtrain.variational import VariationalNoise
 
 every_model = pytest.mark.parametrize("model", TINY)
 every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (1, 3, 2), (2, 1, 1)])
@@ -36,7 +37,7 @@ def variational_flow(model="glow", shape=(1, 4, 4), q=256, scale=0.2, **options)
     """`helpers.tiny_flow`, with learned noise."""
     dequantization = {"name": "variational", "steps": 4, "width": 6}
     config = a_config({"name": model, **TINY[model], **options}, dequantization=dequantization)
-    flow = perturb(checkpoint.build_flow(config, shape, q), scale)
+    flow = perturb(build_flow(config, shape, q), scale)
     x = images(64, shape, q)
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     return flow
@@ -282,7 +283,7 @@ def test_decoding_and_sampling_do_without_it(model):
 
 def test_the_weights_are_a_function_of_the_seed():
     def built(name, seed=3):
-        return checkpoint.build_flow(a_config(dequantization={"name": name}, seed=seed), (1, 4, 4), 256).state_dict()
+        return build_flow(a_config(dequantization={"name": name}, seed=seed), (1, 4, 4), 256).state_dict()
 
     uniform, first, again, other = built("uniform"), built("variational"), built("variational"), built("variational", 4)
     assert set(uniform) == {name for name in first if not name.startswith("dequantizer.")}
@@ -348,7 +349,7 @@ def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
     assert "at step 4" in quick(*command, "--run-dir", halves, cwd=tmp_path).ok().out
     assert_same_run(whole, halves)
 
-    saved = checkpoint.read(last(whole))
+    saved = format.read(last(whole))
     assert {"model", "ema", "optimizer"} <= {n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n}
     flow = flowtrain.load(str(last(whole)))
     assert f"parameters: {sum(p.numel() for p in flow.parameters())}\n" in parameters

@@ -15,7 +15,7 @@ class Bijection(nn.Module):
     `context` is extra input that a conditional layer may read, shape `(B, C', H, W)`.
 
     A layer that sets itself from data (`SetFromData`) has a method `initialize(x, context)`, which
-    `flowtrain.flow.initialize` calls once with the layer's actual input.
+    `flowtrain.flow.flow.initialize` calls once with the layer's actual input.
     """
 
     @property
@@ -77,7 +77,7 @@ class SetFromData(Bijection):
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError(
-                    f"{type(self).__name__} is not initialized: call flowtrain.flow.initialize(flow, batch) first"
+                    f"{type(self).__name__} is not initialized: call flowtrain.flow.flow.initialize(flow, batch) first"
                 )
             self._known_initialized = True
 

@@ -119,9 +119,9 @@ DATA_NAMES = (
 def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> Any:
     if weights not in (None, "ema", "raw"):
         raise UserError(f"--weights {weights}: expected ema or raw")
-    from flowtrain import checkpoint
+    from flowtrain.checkpoints.load import load_model
 
-    return checkpoint.load_model(model, device_of(device), weights, trust_code)
+    return load_model(model, device_of(device), weights, trust_code)
 
 
 def device_of(name: str) -> Any:
@@ -137,8 +137,8 @@ def device_of(name: str) -> Any:
 def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None) -> Any:
     """The data set that the model was trained on, perhaps from another place, or the one that `--dataset` names."""
     from flowtrain import config as configuration
-    from flowtrain.data import DataSet
-    from flowtrain.named import section_named, undivided
+    from flowtrain.data.named import section_named, undivided
+    from flowtrain.data.splits import DataSet
 
     for text in overrides or []:
         if not text.startswith("data."):

@@ -50,8 +50,8 @@ def doctor(
     """
     import dataclasses
 
-    from flowtrain import checkpoint
     from flowtrain import doctor as diagnosis
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system.console import ProgressBar, console
 
     console.stderr = json_out == "-"
@@ -74,7 +74,7 @@ def doctor(
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
     _print(findings)
-    write_json(result, json_out, checkpoint.run_of(loaded.checkpoint.path) / "doctor.json")
+    write_json(result, json_out, run_of(loaded.checkpoint.path) / "doctor.json")
     console.print(f"verdict: {verdict} ({', '.join(_counts(findings))})")
     if verdict == "bad":
         names = list(dict.fromkeys(finding.layer or "the whole model" for finding in diagnosis.worst(findings)))

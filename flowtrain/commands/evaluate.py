@@ -78,8 +78,8 @@ def evaluate(
     By default of the test split of the data that the model was trained on.
     """
 
-    from flowtrain import checkpoint
     from flowtrain import evaluate as evaluation
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system import distributed
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
@@ -112,7 +112,7 @@ def evaluate(
         name = f"evaluate-{Path(dataset).resolve().stem}-{split}.json"
     bad = result["non_finite_indices"]
     print_table({key: value for key, value in result.items() if value is not bad})
-    write_json(result, json_out, checkpoint.run_of(loaded.checkpoint.path) / name)
+    write_json(result, json_out, run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")

@@ -60,8 +60,9 @@ def interpolate(
     Between two of your own, or random test images; or, with --from-class and --to-class, from the first test images of
     one class along the difference of the two classes' mean latents.
     """
-    from flowtrain import checkpoint, images, pictures
+    from flowtrain import images, pictures
     from flowtrain import interpolate as paths
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system.console import console
 
     suffix = images.check_suffix(out, (".png", ".gif")) if out else ".png"
@@ -80,7 +81,7 @@ def interpolate(
     else:
         rows = paths.interpolate(flow, *paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed), steps)
     rows = rows.cpu()  # (P, S, C, H, W)
-    path = out or checkpoint.run_of(loaded.checkpoint.path) / "interpolate.png"
+    path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
         frames = pictures.path_frames(flow, rows, lambda: points_of(loaded, overrides))
         images.save_gif(path, frames + frames[-2:0:-1])  # there and back

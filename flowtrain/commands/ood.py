@@ -83,8 +83,8 @@ def ood(
     Images of another size, number of channels or of levels are brought to the model's.
     """
 
-    from flowtrain import checkpoint
     from flowtrain import ood as scoring
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
@@ -95,7 +95,7 @@ def ood(
     data = data_of(loaded, overrides)
     own = data.config
     scoring.check_names(inside or own.name, outside)
-    run = checkpoint.run_of(loaded.checkpoint.path)
+    run = run_of(loaded.checkpoint.path)
 
     def named(name: str, option: str) -> scoring.Collection:
         found = scoring.named(name, option, loaded, own, num_images)

@@ -43,8 +43,9 @@ def report(
 
     What is missing, such as an evaluation of the test split or the data set, is said in the report; the rest is made.
     """
-    from flowtrain import checkpoint, images
+    from flowtrain import images
     from flowtrain import report as reporting
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
@@ -62,7 +63,7 @@ def report(
         data = f"{error}; --set data.KEY=VALUE says where the data are"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
-    path = out or checkpoint.run_of(loaded.checkpoint.path) / "report.html"
+    path = out or run_of(loaded.checkpoint.path) / "report.html"
     for line in missing:
         console.print(f"not in it: {line}")
     save(path, html.encode())

@@ -66,8 +66,9 @@ def sample(
 
     import numpy as np
 
-    from flowtrain import checkpoint, images, pictures
+    from flowtrain import images, pictures
     from flowtrain import sample as sampling
+    from flowtrain.checkpoints.load import run_of
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
@@ -81,7 +82,7 @@ def sample(
     num = num or (8 if labels else pictures.default_count(flow))
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
-    path = out or checkpoint.run_of(loaded.checkpoint.path) / "sample.png"
+    path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         buffer = io.BytesIO()
         rows = max(1, len(labels))

@@ -16,7 +16,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.bijections.base import sum_per_example
 from flowtrain.bijections.precision import conditioner_input
-from flowtrain.dequantize import EDGE
+from flowtrain.flow.dequantize import EDGE
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 
 # float32's uniform numbers are multiples of 2**-24 and may be 0, whose normal quantile is -infinity.

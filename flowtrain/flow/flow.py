@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.fused import layer_by_layer
-from flowtrain.classes import ClassPrior, normal_log_prob
-from flowtrain.dequantize import Dequantizer, RealValued, draw_noise
+from flowtrain.flow.class_prior import ClassPrior, normal_log_prob
+from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 
 
 class LogProb(NamedTuple):

@@ -1,0 +1,126 @@
+"""Checkpoints: one safetensors file with a JSON description and a checksum over every byte.
+
+The file is an ordinary safetensors file. Its metadata has two strings: `flowtrain`, the description as JSON (format,
+versions, configuration, image shape, levels, step, the data's fingerprint, the trainer's counters), and `checksum`,
+the SHA-256 of the whole file with these 64 digits at zero. Nothing in it can run code.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import flowtrain
+from flowtrain.errors import UserError
+from flowtrain.system import distributed
+from flowtrain.system.files import write_atomically
+
+FORMAT = 1
+
+
+SUFFIX = ".safetensors"
+
+
+_ZEROS = b"0" * 64
+
+
+_CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's file, description and tensors (named `model.*`, `ema.*`, `optimizer.*`)."""
+
+    path: Path
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part, without its prefix."""
+        prefix = f"{name}."
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def versions() -> dict[str, str]:
+    return {"flowtrain": flowtrain.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one, never a part.
+
+    Raises `RunError` where the disk does not take it; what was there before is kept.
+    """
+    described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = bytearray(safetensors.torch.save(contiguous, {"flowtrain": described, "checksum": _ZEROS.decode()}))
+    match = _CHECKSUM.search(data, 0, _header_end(data))
+    assert match is not None
+    data[match.start(1) : match.end(1)] = hashlib.sha256(data).hexdigest().encode()
+    write_atomically(path, bytes(data))
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint. Raises `UserError` naming the file where it is missing, damaged or foreign."""
+    return _parse(path, _bytes(path))
+
+
+def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
+    """As `read`, by one process for all: the others need neither the file nor to look for it."""
+    path = distributed.from_main(lambda: None if (found := find()) is None else str(found))
+    if path is None:
+        return None
+    return _parse(Path(path), distributed.bytes_from_main(lambda: _bytes(Path(path))))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parse(path: Path, data: bytes) -> Checkpoint:
+    foreign = UserError(
+        f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles are never loaded)"
+    )
+    try:
+        header = json.loads(data[8 : _header_end(data)])
+        metadata = header["__metadata__"]
+        described, checksum = metadata["flowtrain"], metadata["checksum"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # A damaged header cannot be told from a file of another kind, unless it says whose it is.
+        if b'"flowtrain"' in data[:1_000_000] or path.suffix == SUFFIX:
+            raise UserError(f"{path}: damaged: its header cannot be read (truncated, or bytes changed)") from error
+        raise foreign from error
+    match = _CHECKSUM.search(data, 0, _header_end(data))
+    if match is None:
+        raise UserError(f"{path}: damaged: it has no checksum")
+    digest = hashlib.sha256()
+    for part in (data[: match.start(1)], _ZEROS, data[match.end(1) :]):
+        digest.update(part)
+    if digest.hexdigest() != checksum:
+        raise UserError(f"{path}: damaged: its bytes do not match its checksum (truncated or changed)")
+    meta = json.loads(described)
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: written in checkpoint format {meta.get('format')} by flowtrain "
+            f"{meta.get('versions', {}).get('flowtrain', '?')}; this is flowtrain {flowtrain.__version__}, "
+            f"which reads format {FORMAT}: use that version, or train again"
+        )
+    return Checkpoint(path, meta, safetensors.torch.load(data))
+
+
+def _header_end(data: bytes | bytearray) -> int:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, 100_000_000):
+        raise ValueError("header length")
+    return 8 + length

@@ -1,0 +1,148 @@
+"""From a data set to batches: the splits, the fingerprint, the seeded order and augmentation."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain import config as configuration
+from flowtrain.config import Data as DataConfig
+from flowtrain.datasets.base import Images, hold_out
+from flowtrain.errors import UserError
+
+SplitName = Literal["train", "validation", "test", "all"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of an array: `pixels[indices]`, reduced by `drop_bits`."""
+
+    pixels: np.ndarray  # uint8 (N, C, H, W), perhaps a memory map; float32 for real-valued data
+    indices: np.ndarray
+    drop_bits: int
+    read_labels: Callable[[], np.ndarray] | None = None  # of all of the array, int64 (N,); None: there are none
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: np.ndarray | slice) -> Tensor:
+        """The images at some positions of this split, `(B, C, H, W)` on the CPU: uint8, 0..Q-1, or float32."""
+        pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
+        return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """The classes of all images of this split, int64 `(N,)` on the CPU; None where there are none."""
+        return None if self.read_labels is None else torch.from_numpy(self.read_labels()[self.indices])
+
+
+class DataSet:
+    """The images that a configuration names. Nothing is read or downloaded before a split is asked for.
+
+    Where they have no division of their own, `undivided` gives all of them, and `all` is the only split to ask for.
+    Raises `UserError` where the options do not fit together.
+    """
+
+    def __init__(self, config: DataConfig, undivided: Images | None = None):
+        self.config = config
+        self.undivided = undivided is not None
+        if undivided is not None:
+            self.train_images = self.test_images = undivided
+        else:
+            module = configuration.component_module("datasets", config.name)
+            options = config.options()
+            self.train_images = module.build(Path(config.root), "train", seed=config.split_seed, **options)
+            self.test_images = module.build(Path(config.root), "test", seed=config.split_seed, **options)
+        self.shape = self.train_images.shape
+        if self.test_images.shape != self.shape:
+            raise UserError(f"data: test images have shape {self.test_images.shape}, training images {self.shape}")
+        if config.n_bits < 8 and self.train_images.levels != 256:
+            raise UserError(
+                f"data.n_bits: {config.name} has {levels_in_words(self.train_images.levels)}; only 256 can be reduced"
+            )
+        self.drop_bits = 8 - config.n_bits
+        levels = self.train_images.levels
+        self.levels = None if levels is None else levels >> self.drop_bits
+        if levels is None and (config.flip or config.shift):
+            raise UserError(f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment")
+        if min(self.shape[1:]) <= config.shift:
+            raise UserError(f"data.shift: {config.shift} is not smaller than the images ({self.shape})")
+
+    def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
+        """Raises `UserError` unless the images are of this shape and number of levels, those of `model`."""
+        if (self.shape, self.levels) != (shape, levels):
+            raise UserError(
+                f"data of shape {self.shape} with {levels_in_words(self.levels)} cannot be evaluated by {model}, "
+                f"a model of shape {shape} with {levels_in_words(levels)}"
+            )
+
+    @property
+    def flip(self) -> bool:
+        return self.train_images.flip if self.config.flip is None else self.config.flip
+
+    @cached_property
+    def _training_pixels(self) -> np.ndarray:
+        return _checked(self.train_images, f"{self.config.name}, training images")
+
+    @cached_property
+    def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self._training_pixels)
+        try:
+            return hold_out(count, self.config.validation, self.config.split_seed)
+        except UserError as error:
+            raise UserError(f"data.validation: {error}") from error
+
+    def split(self, name: SplitName) -> Split:
+        """The images of one split. Reads them, and downloads them on first use."""
+        if name in ("test", "all"):
+            pixels = _checked(self.test_images, f"{self.config.name}, {name} images")
+            return Split(pixels, np.arange(len(pixels)), self.drop_bits, self.test_images.labels)
+        kept, held = self._held_out
+        indices = kept if name == "train" else held
+        return Split(self._training_pixels, indices, self.drop_bits, self.train_images.labels)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the training and validation images are: their number, their content, and how they were split."""
+        kept, held = self._held_out
+        content = self.train_images.key or hashlib.sha256(np.ascontiguousarray(self._training_pixels).data).hexdigest()
+        return {
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "train": len(kept),
+            "validation": len(held),
+            "split_seed": self.config.split_seed,
+            "content": content,
+        }
+
+
+def levels_in_words(levels: int | None) -> str:
+    return "real values" if levels is None else f"{levels} levels"
+
+
+def _checked(images: Images, what: str) -> np.ndarray:
+    pixels = images.read()
+    if pixels.shape[1:] != images.shape or len(pixels) == 0:
+        raise UserError(f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected {images.shape}")
+    if images.levels is None:
+        if not np.isfinite(pixels).all():
+            raise UserError(f"data: {what}: a value that is not finite")
+    elif images.levels < 256 and int(pixels.max()) >= images.levels:
+        raise UserError(f"data: {what}: a value of {int(pixels.max())}, expected 0..{images.levels - 1}")
+    return pixels
+
+
+def labels_of(split: Split, classes: int, name: str) -> Tensor:
+    """The labels for a model of so many classes, int64 `(N,)`. Raises `UserError` where there are none, or others."""
+    labels = split.labels
+    if labels is None:
+        raise UserError(f"model.classes: {classes}, but {name} has no labels")
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise UserError(f"model.classes: {classes}, but {name} has the labels {int(labels.min())}..{int(labels.max())}")
+    return labels
