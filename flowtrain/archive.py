@@ -252,7 +252,7 @@ def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0)[:channels]  # WebP has no grey: three equal channels
 
 
-def sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
+def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
     """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give all of them back."""
     lengths = []
     for image in to_8bit(images, levels):

@@ -30,7 +30,7 @@ from flowtrain import archive
 from flowtrain import evaluate as evaluation
 from flowtrain.archive import StreamDescription
 from flowtrain.bitsback import ENOUGH, Codec, Exhausted, Stack, Uncodable
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.data.splits import Split
 from flowtrain.datasets.base import FORMATS, short
@@ -230,12 +230,12 @@ def model_bytes(model: LoadedModel) -> bytes:
     keys = ("config", "shape", "levels", "step")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        format.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
+        checkpoint_format.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
         return path.read_bytes()
 
 
 def versions() -> dict[str, str]:
-    return {**format.versions(), "constriction": metadata.version("constriction")}
+    return {**checkpoint_format.versions(), "constriction": metadata.version("constriction")}
 
 
 def probe(codec: Codec) -> int:
@@ -610,7 +610,7 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str,
 
 
 def _sizes(name: str, images: Tensor, levels: int, tick: Callable[[int], None]) -> tuple[str, Tensor | None]:
-    sizes = archive.sizes(images, levels, name)
+    sizes = archive.file_sizes(images, levels, name)
     tick(len(images))
     return name, sizes
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, is_disk_full
@@ -114,12 +114,12 @@ class RunDirectory:
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        format.write(self.best, meta, tensors)
+        checkpoint_format.write(self.best, meta, tensors)
 
     @distributed.main_only
     def save_last(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool) -> None:
         """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the newest `keep` stay."""
-        format.write(self.last, meta, tensors)
+        checkpoint_format.write(self.last, meta, tensors)
         if numbered and keep:
             # Another name for the same bytes: `last` is replaced, never written into.
             name = self.checkpoints / f"step-{meta['step']:08d}{SUFFIX}"

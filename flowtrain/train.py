@@ -19,7 +19,7 @@ from flowtrain import config as configuration
 from flowtrain import images, pictures
 from flowtrain.bijections import MaskedAutoregressive
 from flowtrain.bijections.memory import Mode, memory_mode
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
@@ -307,7 +307,7 @@ def _save(state: State, run: RunDirectory, numbered: bool) -> None:
             "best_step": progress.best_step,
             "parameters": sum(p.numel() for p in state.flow.parameters()),
             "non_finite_steps": progress.non_finite,
-            "versions": format.versions(),
+            "versions": checkpoint_format.versions(),
             "device": str(state.flow.device),
         },
     )
@@ -330,7 +330,7 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
     lr_scale = state.progress.lr_scale / 2
     # The best checkpoint stays, though it may be of a later step.
     kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
-    last = format.read_by_main(lambda: run.last)
+    last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
     state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
@@ -391,7 +391,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
 
 
 def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
-    saved = format.read_by_main(lambda: _path_to_resume(run, resume))
+    saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
     if saved is None:
         return None
     free = set(FREE_KEYS)
@@ -449,7 +449,7 @@ def _start(
 @distributed.main_only
 def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
     if init_from is not None:
-        load_weights(flow, format.read(find(init_from)))
+        load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all()
     initialize(flow, x, _noise(config, step=0, x=x, start=0))
 

@@ -26,7 +26,7 @@ import torch
 from forked_command import become_flowtrain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -162,7 +162,7 @@ def last(run: Path) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit: weights, their average, the optimizer's state, and what was logged."""
-    a, b = format.read(last(one)), format.read(last(other))
+    a, b = checkpoint_format.read(last(one)), checkpoint_format.read(last(other))
     assert a.tensors.keys() == b.tensors.keys() and any(name.startswith("optimizer.") for name in a.tensors)
     assert [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])] == []
     assert {**a.meta["progress"], "seconds": 0} == {**b.meta["progress"], "seconds": 0}

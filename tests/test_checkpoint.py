@@ -13,7 +13,7 @@ import torch
 from helpers import a_config, images, perturb, seeded, tiny_flow
 
 import flowtrain
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import read, write
 from flowtrain.checkpoints.load import find, load_model, load_weights
 from flowtrain.errors import RunError, UserError
@@ -80,7 +80,7 @@ def test_round_trip(tmp_path):
     write(tmp_path / "new folder" / "a.safetensors", meta, tensors)
     found = read(tmp_path / "new folder" / "a.safetensors")
     assert {key: found.meta[key] for key in meta} == meta
-    assert found.meta["format"] == format.FORMAT and found.meta["versions"]["torch"] == torch.__version__
+    assert found.meta["format"] == checkpoint_format.FORMAT and found.meta["versions"]["torch"] == torch.__version__
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
@@ -218,10 +218,10 @@ def test_other_files_are_not_checkpoints(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(format, "FORMAT", format.FORMAT + 1)
+    monkeypatch.setattr(checkpoint_format, "FORMAT", checkpoint_format.FORMAT + 1)
     saved(tmp_path / "a.safetensors")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"a\.safetensors: written in checkpoint format {format.FORMAT + 1}"):
+    with pytest.raises(UserError, match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}"):
         read(tmp_path / "a.safetensors")
 
 

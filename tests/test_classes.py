@@ -13,7 +13,7 @@ from PIL import Image
 from test_distributed import begin
 from torch.distributions import Normal
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
@@ -230,7 +230,7 @@ def test_resumed_with_labels(run, tmp_path):
 
 
 def assert_same_weights(one, other):
-    tensors = [format.read(last(folder)).tensors for folder in (one, other)]
+    tensors = [checkpoint_format.read(last(folder)).tensors for folder in (one, other)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
@@ -250,12 +250,12 @@ def test_a_checkpoint_from_before_there_were_classes(tmp_path):
     options = [*RUN[2:], *sets(train__num_steps=4, train__checkpoint_every=2, train__keep_checkpoints=5)]
     quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     path = tmp_path / "r" / "checkpoints" / "step-00000002.safetensors"
-    saved = format.read(path)
+    saved = checkpoint_format.read(path)
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
     del meta["config"]["model"]["classes"]
     meta["progress"]["window_bits"] = meta["progress"].pop("window_loss")
     path.unlink()
-    format.write(path, meta, saved.tensors)
+    checkpoint_format.write(path, meta, saved.tensors)
     quick("train", *options, "--run-dir", "s", "--resume", path, cwd=tmp_path).ok()
     assert_same_weights(tmp_path / "r", tmp_path / "s")
 
@@ -298,11 +298,11 @@ def digits_split():
 
 
 def test_no_accuracy_of_numbers_that_are_not_finite(run, tmp_path):
-    saved = format.read(last(run))
+    saved = checkpoint_format.read(last(run))
     for name in ("model.class_prior.mean", "ema.class_prior.mean"):
         saved.tensors[name][:] = torch.nan
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
-    format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
+    checkpoint_format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
     options = ["--json", "r.json", "--scores", "s.csv"]
     quick("evaluate", "bad.safetensors", *options, cwd=tmp_path).failed(1, "180 of 180 images")
     result = json.loads((tmp_path / "r.json").read_text())

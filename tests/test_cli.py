@@ -40,7 +40,7 @@ from PIL import Image
 
 import flowtrain as package
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
@@ -229,7 +229,7 @@ def test_summary():
     assert values["versions"]["torch"] == torch.__version__ and values["versions"]["flowtrain"] == package.__version__
     flow = package.load(str(run))
     assert values["parameters"] == sum(p.numel() for p in flow.parameters())
-    saved = format.read(run / "checkpoints" / "best.safetensors")
+    saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     assert saved.meta["step"] == values["best_step"]
 
 
@@ -306,14 +306,14 @@ def test_periods_longer_than_the_run_are_legal(tmp_path):
     quick("train", *TINY, *periods, "--run-dir", "a", cwd=tmp_path).ok()
     assert [(r["split"], r["step"]) for r in metrics(tmp_path / "a")] == [("train", 20), ("validation", 20)]
     assert (tmp_path / "a" / "samples" / "step-00000020.png").exists()
-    assert format.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"] == 20
+    assert checkpoint_format.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"] == 20
 
 
 def test_init_from(run, tmp_path):
     """The weights are those of the other model; step, optimizer and run are new."""
     options = [*TINY, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
     quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
-    tuned, source = format.read(last(tmp_path / "tuned")), format.read(run / "checkpoints" / "best.safetensors")
+    tuned, source = checkpoint_format.read(last(tmp_path / "tuned")), checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)
@@ -497,9 +497,9 @@ def test_json_into_a_missing_folder(run, tmp_path):
 
 @pytest.mark.parametrize("target", ["-", "a.json"])
 def test_non_finite_images_fail_after_the_json_is_written(target, run, tmp_path):
-    saved = format.read(run / "checkpoints" / "best.safetensors")
+    saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     saved.tensors["ema.bijection.levels.0.layers.1.log_scale"].flatten()[0] = math.nan
-    format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    checkpoint_format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
     done = quick("evaluate", "nan.safetensors", "--num-images", 10, "--json", target, cwd=tmp_path)
     done.failed(1, "10 of 10 images", "not finite")
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())

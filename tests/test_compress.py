@@ -24,7 +24,7 @@ from torch import nn
 from flowtrain import archive, compression
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.bitsback import Codec, Exhausted, Stack, Uncodable, constriction
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.commands import decompress
 from flowtrain.compression import Opened, encode_stream, random_words
@@ -246,7 +246,7 @@ def test_a_small_archive_is_no_larger_than_png(count, shape):
     parts = [bytes(4 * count), *compression.strips(x)]
     names = [f"{i}.png" for i in range(count)]
     data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
-    assert len(data) < 1.03 * sum(archive.sizes(x, 256, "PNG").tolist())
+    assert len(data) < 1.03 * sum(archive.file_sizes(x, 256, "PNG").tolist())
 
 
 def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp_path):
@@ -333,7 +333,7 @@ def test_the_first_stream_that_fails_ends_all():
 def test_colours_of_few_levels_come_back(tmp_path):
     flow = affine_flow((3, 8, 8), 32)
     meta = {"config": a_config().resolved()}
-    file = format.Checkpoint(Path("affine.safetensors"), meta, {})
+    file = checkpoint_format.Checkpoint(Path("affine.safetensors"), meta, {})
     model = LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
     x = smooth(70, (3, 8, 8)) // 16 + 8
     result = made(model, x, stream_size=35)

@@ -33,7 +33,7 @@ from cli_helpers import (
 )
 from helpers import a_config, images, npz, seeded, tiny_flow
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
@@ -97,7 +97,7 @@ def assert_close_runs(one, other, tolerance):
         (row["step"], row["split"], row["images"]) for row in metrics(other)
     ]
     assert losses(one) == pytest.approx(losses(other), abs=tolerance, rel=0)
-    a, b = format.read(last(one)), format.read(last(other))
+    a, b = checkpoint_format.read(last(one)), checkpoint_format.read(last(other))
     assert a.tensors.keys() == b.tensors.keys() and any(name.startswith("ema.") for name in a.tensors)
     for name, tensor in a.tensors.items():
         torch.testing.assert_close(tensor, b.tensors[name], atol=tolerance, rtol=0, msg=lambda text, n=name: n + text)
@@ -127,7 +127,7 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
     assert f"on cpu, {count} processes" in out
     assert_close_runs(alone, tmp_path / "r", 1e-9)
     assert losses(alone)[0] - losses(alone)[-1] > 0.02
-    assert format.read(last(tmp_path / "r")).meta["processes"] == count
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["processes"] == count
 
 
 def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
@@ -176,7 +176,7 @@ def test_every_process_has_the_same_weights_and_average_and_other_images(tmp_pat
     assert len(order) == 2800 and sorted(order[:1455]) == list(range(1455))  # each image once an epoch
     # The data-dependent initialization is that of one process with the whole batch.
     quick("train", *ALL, *parts(200), *sets(train__num_steps=1, train__lr=1e-30), "--run-dir", "1", cwd=tmp_path).ok()
-    one = format.read(last(tmp_path / "1")).part("model")
+    one = checkpoint_format.read(last(tmp_path / "1")).part("model")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, saved[0][0][f"model.{name}"], rtol=0, atol=1e-29)
 
@@ -292,10 +292,10 @@ def test_a_checkpoint_of_before(tmp_path):
     """Without the number of processes: there was one."""
     quick("train", *ALL, *parts(32), "--run-dir", "r", cwd=tmp_path).ok()
     run = put_back(tmp_path / "r")
-    saved = format.read(last(run))
+    saved = checkpoint_format.read(last(run))
     old = {key: value for key, value in saved.meta.items() if key not in ("format", "versions", "processes")}
     last(run).unlink()
-    format.write(last(run), old, saved.tensors)
+    checkpoint_format.write(last(run), old, saved.tensors)
     quick("train", *ALL, *parts(16), "--run-dir", "r", cwd=tmp_path).failed(2, "train.batch_size", "has 32")
     all_ok(together(2, "train", *ALL, *parts(16), "--run-dir", "r", cwd=tmp_path))
 
@@ -354,7 +354,7 @@ def test_steps_that_are_not_finite(tmp_path):
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
     assert "back at step 0, with the learning rate times 0.5" in results[0].out
     assert len(list((tmp_path / "r").glob("non-finite-*.json"))) == 2
-    assert format.read(last(tmp_path / "r")).meta["progress"]["non_finite"] == 2
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["progress"]["non_finite"] == 2
 
 
 def wait_for_step(run, step):
@@ -371,7 +371,7 @@ def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
     results = [process.result() for process in processes]
     assert [each.code for each in results] == [code, code] and not any(each.err for each in results), results
     step = summary(tmp_path / "r")["step"]
-    assert format.read(last(tmp_path / "r")).meta["step"] == step >= 3
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] == step >= 3
     assert f"stopped by {signum.name} at step {step}; saved" in results[0].out and results[1].out == ""
     assert left_overs(tmp_path / "r") == []
 
@@ -392,7 +392,7 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     results = [process.result() for process in processes]
     assert results.pop(1).code == -signal.SIGKILL
     all_failed(results, 1, "has lost another process of this run: it was killed", "r/checkpoints/last.safetensors")
-    assert format.read(last(tmp_path / "r")).meta["step"] >= 10
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
 def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
@@ -462,11 +462,11 @@ def test_evaluation_is_sharded(count, images, alone, tmp_path):
 
 
 def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(alone, tmp_path):
-    saved = format.read(last(alone))
+    saved = checkpoint_format.read(last(alone))
     name = next(name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift"))
     saved.tensors[name][:] = torch.nan
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
-    format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
+    checkpoint_format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
     options = ["evaluate", "bad.safetensors", "--num-images", 5, "--json", "r.json"]
     all_failed(together(2, *options, cwd=tmp_path), 1, "5 of 5 images")
     assert (tmp_path / "r.json").exists()

@@ -21,7 +21,7 @@ from flowtrain.bijections import (
     Conv1x1LU,
     Sequential,
 )
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model
@@ -550,10 +550,10 @@ def test_its_json_alone_on_standard_output(run, tmp_path):
 
 @pytest.mark.parametrize("target", ["-", "a.json"])
 def test_a_damaged_model_exits_with_1_after_writing(target, run, tmp_path):
-    saved = format.read(run / "checkpoints" / "best.safetensors")
+    saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     saved.tensors["ema.bijection.levels.1.layers.1.log_scale"].flatten()[0] = -1e3
     saved.tensors["ema.bijection.levels.0.layers.3.conditioner.layers.0.weight"].flatten()[0] = math.nan
-    format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    checkpoint_format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
     done = quick("doctor", "nan.safetensors", "--num-images", 2, "--json", target, cwd=tmp_path)
     done.failed(1, "findings are bad, the worst first: levels.0.layers.3, levels.1.layers.1, the whole model")
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())

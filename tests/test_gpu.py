@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
@@ -24,10 +24,10 @@ pytestmark = [
 SMALL = ["model.steps=2", "model.width=16", "train.num_steps=20", "train.log_every=5", "train.validate_every=10"]
 
 
-def train(path: Path, device: str, *overrides: str) -> format.Checkpoint:
+def train(path: Path, device: str, *overrides: str) -> checkpoint_format.Checkpoint:
     config = load_config(find_config("glow_digits.yaml"), [*SMALL, *overrides])
     fit(config, RunDirectory(path), devices.resolve(device))
-    return format.read(path / "checkpoints" / "last.safetensors")
+    return checkpoint_format.read(path / "checkpoints" / "last.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -56,4 +56,4 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
     longer = load_config(find_config("glow_digits.yaml"), [*SMALL, "train.num_steps=30"])
     saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
     fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
-    assert format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30
+    assert checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30

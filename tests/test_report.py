@@ -19,7 +19,7 @@ from PIL import Image
 import flowtrain
 from flowtrain import doctor, report
 from flowtrain import images as pictures
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.doctor import Finding
@@ -268,11 +268,11 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
 
 def test_a_damaged_model_has_a_page(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
-    best = format.read(run / "checkpoints" / "best.safetensors")
+    best = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     for name, tensor in best.tensors.items():
         if tensor.is_floating_point():
             best.tensors[name] = torch.full_like(tensor, math.nan)
-    format.write(run / "checkpoints" / "best.safetensors", best.meta, best.tensors)
+    checkpoint_format.write(run / "checkpoints" / "best.safetensors", best.meta, best.tensors)
     page, done = page_of("run", "--num-images", 2, cwd=tmp_path)
     assert "not in it: samples at 0.5: " in done.out and "not in it: reconstructions: " in done.out
     assert page.tables[1][1][0] == "bad" and "not finite" in page.text

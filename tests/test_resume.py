@@ -28,7 +28,7 @@ from cli_helpers import (
     within,
 )
 
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 
 # All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the order of the images.
 EVERYTHING = sets(
@@ -117,11 +117,11 @@ def test_the_test_above_would_notice(tmp_path):
     copy_of(tmp_path / "a", tmp_path / "b")
     put_back(tmp_path / "b", 10)
     path = last(tmp_path / "b")
-    saved = format.read(path)
+    saved = checkpoint_format.read(path)
     name = next(name for name in sorted(saved.tensors) if name.startswith("optimizer.exp_avg."))
     saved.tensors[name] *= 1.001
     path.unlink()
-    format.write(path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors)
+    checkpoint_format.write(path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors)
     quick(*command, tmp_path / "b", cwd=tmp_path).ok()
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -140,7 +140,7 @@ def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path
     assert stopped.code == code and stopped.err == "", stopped
     step = summary(run)["step"]
     assert 3 <= step < 120 and not summary(run)["finished"]
-    assert format.read(last(run)).meta["step"] == step  # the step was finished, and saved
+    assert checkpoint_format.read(last(run)).meta["step"] == step  # the step was finished, and saved
     assert f"{signum.name}: finishing the step" in stopped.out and f"at step {step}; saved" in stopped.out
     done = quick("train", *LONG, cwd=tmp_path).ok()
     assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
@@ -195,7 +195,7 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
         os.kill(process.process.pid, signal.SIGKILL)
         assert process.result().code == -signal.SIGKILL
         mid_write += left_overs(run) != []
-        step = format.read(last(run)).meta["step"]  # whole, whatever happened
+        step = checkpoint_format.read(last(run)).meta["step"]  # whole, whatever happened
         logged = [row["step"] for row in metrics(run) if row["split"] == "train"]
         assert reached < step < 120 and logged[-1] - step in (0, 1)
         reached = step
@@ -206,7 +206,7 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     assert [p.name for p in sorted((run / "checkpoints").glob("step*"))] == [
         *["step-00000119.safetensors", "step-00000120.safetensors"]
     ]
-    a, b = format.read(last(run)), format.read(last(uninterrupted))
+    a, b = checkpoint_format.read(last(run)), checkpoint_format.read(last(uninterrupted))
     assert (
         all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors) and a.tensors.keys() == b.tensors.keys()
     )
@@ -262,7 +262,7 @@ def test_a_changed_key_is_named(key, value, run, tmp_path):
     done = quick("train", *TINY, "--set", f"{key}={value}", cwd=tmp_path)
     named = "train.num_steps" if key == "train.budget" else key
     done.failed(2, f"{named}:", "last.safetensors has", "--run-dir")
-    assert format.read(last(run)).meta["step"] == 20 and len(metrics(run)) == 6
+    assert checkpoint_format.read(last(run)).meta["step"] == 20 and len(metrics(run)) == 6
 
 
 def test_where_the_data_lie_may_change(run, tmp_path):
@@ -303,7 +303,7 @@ def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_pat
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY, *sets(train__lr=1e39, train__checkpoint_every=1, train__max_non_finite=0)]
     quick("train", *options, "--resume", source, *folder, cwd=tmp_path).failed(1, "stopped at step 16")
-    assert format.read(last(tmp_path / "new" if folder else run)).meta["step"] == 15
+    assert checkpoint_format.read(last(tmp_path / "new" if folder else run)).meta["step"] == 15
 
 
 def test_changed_images_are_noticed(tmp_path):
@@ -337,14 +337,14 @@ def test_a_budget_that_runs_out_beside_the_steps_is_seen_to(tmp_path):
     budget = sets(train__budget="1h", train__validate_every=10, train__checkpoint_every=5)
     stopped = Forked(["train", *SMALL, *budget, "--run-dir", "r"], cwd=tmp_path)
     with within(60, "a checkpoint") as expired:
-        while not last(tmp_path / "r").exists() or format.read(last(tmp_path / "r")).meta["step"] == 0:
+        while not last(tmp_path / "r").exists() or checkpoint_format.read(last(tmp_path / "r")).meta["step"] == 0:
             expired()
     stopped.process.kill()
     stopped.result()
-    saved = format.read(last(tmp_path / "r"))
+    saved = checkpoint_format.read(last(tmp_path / "r"))
     progress = {**saved.meta["progress"], "seconds": 3601.0}
     meta = {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}
-    format.write(last(tmp_path / "r"), {**meta, "progress": progress}, saved.tensors)
+    checkpoint_format.write(last(tmp_path / "r"), {**meta, "progress": progress}, saved.tensors)
     quick("train", *SMALL, *budget, "--run-dir", "r", cwd=tmp_path).ok()
     after = summary(tmp_path / "r")
     assert after["finished"] and after["step"] == saved.meta["step"] + 1

@@ -12,7 +12,7 @@ from torch import nn
 import flowtrain
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.memory import memory_mode
-from flowtrain.checkpoints import format
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.flow.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
@@ -349,7 +349,7 @@ def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
     assert "at step 4" in quick(*command, "--run-dir", halves, cwd=tmp_path).ok().out
     assert_same_run(whole, halves)
 
-    saved = format.read(last(whole))
+    saved = checkpoint_format.read(last(whole))
     assert {"model", "ema", "optimizer"} <= {n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n}
     flow = flowtrain.load(str(last(whole)))
     assert f"parameters: {sum(p.numel() for p in flow.parameters())}\n" in parameters
