@@ -8,7 +8,6 @@ no larger than a PNG of it. It says shape, levels, names, the lengths of the par
 """
 
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -16,17 +15,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from flowtrain.errors import UserError
-from flowtrain.images import to_8bit
+from flowtrain.pictures.lossless import decoded, encoded, formats
 
 MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
+
+
 DIGEST = 8  # bytes
+
+
 # Never to be changed within a version.
 DICTIONARY = (
     b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],"model":{"hash":"'
@@ -34,23 +35,21 @@ DICTIONARY = (
     b'"0.1.0","torch":"2.","python":"3."},{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test",'
     b'"names":["0.png"],"lengths":[4,'
 )
+
+
 LONGEST_DESCRIPTION = 2**26  # bytes of JSON, some 500,000 names: no few bytes are inflated to more
-# Lossless formats, with what makes each small. WebP's method is an effort from 0 to 6: on CIFAR-10, 6 takes 50 times as
-# long as 2 and needs more bits. (JPEG XL: where a plugin has told Pillow about it.)
-FORMATS: dict[str, dict[str, Any]] = {
-    "PNG": {"optimize": True},
-    "WEBP": {"lossless": True, "quality": 100, "method": 2, "exact": True},
-    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
-    "JXL": {"lossless": True},
-}
+
+
 STRIP = 64  # images stored as one picture; never to be changed within a version
+
+
 LONGEST = 16383  # pixels, of a WebP's side
+
+
 LONGEST_NAME = 255  # bytes, of a file or folder
 
+
 Side = Annotated[int, Field(ge=1, le=2**16)]
-
-
-# --- the description --------------------------------------------------------------------------------------------------
 
 
 class StreamDescription(BaseModel):
@@ -170,9 +169,6 @@ def _file_system_bytes(name: str) -> bytes:
         raise ValueError(f"{name!r} is no file name") from None
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     """The bytes of an archive. Raises `UserError` where there are too many names."""
     text = json.dumps({**description, "lengths": [len(part) for part in parts]}, separators=(",", ":")).encode()
@@ -222,46 +218,6 @@ def _digest(data: bytes) -> bytes:
 def checksum(image: Tensor) -> int:
     """CRC-32 of an image's pixels."""
     return zlib.crc32(image.contiguous().numpy().data)
-
-
-# --- images without a flow --------------------------------------------------------------------------------------------
-
-
-def formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow writes and reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.SAVE and name in Image.OPEN]
-
-
-def encoded(image: Tensor, name: str) -> bytes:
-    """An image `(C, H, W)`, uint8, C 1 or 3, as a file of a lossless format."""
-    buffer = io.BytesIO()
-    pixels = image.movedim(0, -1).contiguous().numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, name, **FORMATS[name])
-    return buffer.getvalue()
-
-
-def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """The inverse of `encoded`: an image of `shape`. Raises `ValueError` for another picture, or what Pillow raises."""
-    channels, height, width = shape
-    with Image.open(io.BytesIO(data), formats=formats()) as image:
-        if image.size != (width, height) or image.mode not in ("RGB", "L" if channels == 1 else "RGB"):
-            raise ValueError(f"a picture of {image.width}x{image.height} {image.mode} instead of {width}x{height}")
-        pixels = np.array(image)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return torch.from_numpy(pixels).movedim(-1, 0)[:channels]  # WebP has no grey: three equal channels
-
-
-def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
-    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give all of them back."""
-    lengths = []
-    for image in to_8bit(images, levels):
-        file = encoded(image, name)
-        channels, height, width = image.shape
-        if not torch.equal(decoded(file, (channels, height, width)), image):
-            return None
-        lengths.append(len(file))
-    return torch.tensor(lengths)
 
 
 def strip(images: Tensor) -> bytes:

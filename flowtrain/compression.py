@@ -36,7 +36,8 @@ from flowtrain.data.splits import Split
 from flowtrain.datasets.base import FORMATS, short
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
-from flowtrain.images import to_8bit
+from flowtrain.pictures.grid import to_8bit
+from flowtrain.pictures.lossless import file_sizes, formats
 
 STREAM = 1000  # images of a stream, at most
 CHUNK = 16  # images coded together, at most
@@ -596,7 +597,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
 
 def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str, int]:
     """Bytes of all images, each as a file, in the lossless formats that Pillow has."""
-    names = archive.formats()
+    names = formats()
     parts = images.split(archive.STRIP)
     tasks = [functools.partial(_sizes, name, part, levels) for name in names for part in parts]
     totals = dict.fromkeys(names, 0)
@@ -610,7 +611,7 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str,
 
 
 def _sizes(name: str, images: Tensor, levels: int, tick: Callable[[int], None]) -> tuple[str, Tensor | None]:
-    sizes = archive.file_sizes(images, levels, name)
+    sizes = file_sizes(images, levels, name)
     tick(len(images))
     return name, sizes
 

@@ -9,17 +9,14 @@ import csv
 import io
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, features
 
 from flowtrain import config as configuration
-from flowtrain.archive import FORMATS
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.config import Data as DataConfig
 from flowtrain.data.named import section_named, undivided
@@ -28,17 +25,17 @@ from flowtrain.datasets.base import Policy, Shape, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import score
 from flowtrain.flow.flow import bits_per_dim
-from flowtrain.images import to_8bit
+from flowtrain.pictures.grid import to_8bit
+from flowtrain.pictures.lossless import _picture, coders, complexity
 from flowtrain.system.random import Stream, generator
 
 SCORES = ("likelihood", "typicality", "complexity_corrected")
+
+
 COLUMNS = (
     *("dataset", "index", "bits_per_dim", "log_prob"),
     *("typicality", "complexity_bits_per_dim", "complexity_corrected"),
 )
-
-
-# --- the scores -------------------------------------------------------------------------------------------------------
 
 
 def typicality(bits: np.ndarray, entropy: float) -> np.ndarray:
@@ -79,51 +76,6 @@ def _share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
     """For each value, the share of the sample that is smaller; what is equal counts half."""
     ordered = np.sort(sample)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(sample))
-
-
-# --- lossless coders --------------------------------------------------------------------------------------------------
-
-# What Pillow is asked for, and the bytes of the file that are there whatever the image: a PNG's signature, IHDR, IEND
-# and the frame of IDAT; a WebP's RIFF header and the header of its one chunk.
-CODERS: dict[str, tuple[dict[str, Any], int]] = {
-    "PNG": (FORMATS["PNG"], 8 + 25 + 12 + 12),
-    "WEBP": (FORMATS["WEBP"], 12 + 8),
-}
-
-
-def coders() -> list[str]:
-    """The coders that this Pillow has: PNG, and WebP unless it was built without."""
-    return [name for name in CODERS if name == "PNG" or features.check(name.lower())]
-
-
-def compressed_bytes(image: np.ndarray, coder: str) -> int:
-    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without the constant ones of its container."""
-    options, constant = CODERS[coder]
-    buffer = io.BytesIO()
-    _picture(image).save(buffer, coder, **options)
-    return buffer.tell() - constant
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-    """`(1, H, W)` in grey or `(3, H, W)` in colour."""
-    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
-
-
-def complexity(images: np.ndarray) -> np.ndarray:
-    """L(x): bits/dim of the shortest of the lossless coders' codes, for uint8 `(N, C, H, W)`: `(N,)`.
-
-    What is coded are the values as they are, 0..Q-1, not stretched to 0..255.
-    """
-    available = coders()
-
-    def shortest(image: np.ndarray) -> int:
-        return min(compressed_bytes(image, coder) for coder in available)
-
-    with ThreadPoolExecutor() as pool:  # Pillow encodes without the GIL
-        return np.array(list(pool.map(shortest, images))) * 8 / math.prod(images.shape[1:])
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,9 +187,6 @@ def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
     return Collection(name, make(len(like.images), like.images.shape[1:], levels, seed))
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Scored:
     """A collection's figures, each `(N,)` float64; all but `log_prob` (nats) in bits/dim."""
@@ -328,9 +277,6 @@ def check_finite(comparison: Comparison) -> None:
             )
     if said:
         raise RunError("; ".join(said))
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def result(comparison: Comparison, model: LoadedModel, seed: int) -> dict[str, Any]:

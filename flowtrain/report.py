@@ -15,14 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 import flowtrain
-from flowtrain import charts, images, pictures, record
+from flowtrain import charts, record
 from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.data.splits import DataSet, Split, levels_in_words
 from flowtrain.doctor import Finding, examine
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import fitting_batch_size
 from flowtrain.flow.flow import Flow
-from flowtrain.sample import sample
+from flowtrain.pictures import draw, grid
+from flowtrain.pictures.sample import sample
 from flowtrain.system.console import duration
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
@@ -129,8 +130,8 @@ def page(
         return data
 
     def samples(temperature: float) -> Tensor:
-        x = sample(flow, SAMPLES if flow.levels is not None else pictures.POINTS, [temperature], seed)
-        return pictures.samples(flow, x, 4, seed, lambda: there().split("test").take(slice(0, pictures.POINTS)))
+        x = sample(flow, SAMPLES if flow.levels is not None else draw.POINTS, [temperature], seed)
+        return draw.samples(flow, x, 4, seed, lambda: there().split("test").take(slice(0, draw.POINTS)))
 
     def health() -> list[tuple[Finding, list[Finding]]]:
         def note(done: int, total: int) -> None:
@@ -157,7 +158,7 @@ def page(
     )
     environment.filters |= {
         "duration": duration,
-        "grid": lambda x, columns=1: images.grid(x, _levels(flow), columns),
+        "grid": lambda x, columns=1: grid.grid(x, _levels(flow), columns),
         "png": _png,
     }
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))

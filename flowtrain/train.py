@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
-from flowtrain import images, pictures
 from flowtrain.bijections import MaskedAutoregressive
 from flowtrain.bijections.memory import Mode, memory_mode
 from flowtrain.checkpoints import format as checkpoint_format
@@ -32,6 +31,7 @@ from flowtrain.evaluate import mean_loss
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.optim import Average, build_optimizers, learning_rate
+from flowtrain.pictures import draw, grid
 from flowtrain.run import RunDirectory
 from flowtrain.state import State
 from flowtrain.system import distributed
@@ -243,15 +243,15 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 @distributed.main_only
 def _sample(state: State, run: RunDirectory, beside: Split) -> None:
     """A picture from latents that are the same all along, so that one sees each image take shape."""
-    z = state.flow.draw_latents(pictures.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
+    z = state.flow.draw_latents(draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
     flow, seed = state.evaluated, state.config.seed
     try:
         samples = flow.decode(flow.place(z))
-        picture = pictures.samples(flow, samples, 8, seed, lambda: beside.take(slice(0, pictures.POINTS)))
+        picture = draw.samples(flow, samples, 8, seed, lambda: beside.take(slice(0, draw.POINTS)))
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    images.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
+    grid.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
 

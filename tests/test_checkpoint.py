@@ -221,7 +221,9 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_format, "FORMAT", checkpoint_format.FORMAT + 1)
     saved(tmp_path / "a.safetensors")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}"):
+    with pytest.raises(
+        UserError, match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}"
+    ):
         read(tmp_path / "a.safetensors")
 
 

@@ -313,7 +313,10 @@ def test_init_from(run, tmp_path):
     """The weights are those of the other model; step, optimizer and run are new."""
     options = [*TINY, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
     quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
-    tuned, source = checkpoint_format.read(last(tmp_path / "tuned")), checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    tuned, source = (
+        checkpoint_format.read(last(tmp_path / "tuned")),
+        checkpoint_format.read(run / "checkpoints" / "best.safetensors"),
+    )
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)

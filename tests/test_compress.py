@@ -34,6 +34,7 @@ from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
+from flowtrain.pictures.lossless import decoded, encoded, file_sizes
 
 pytest.importorskip("constriction")
 
@@ -246,7 +247,7 @@ def test_a_small_archive_is_no_larger_than_png(count, shape):
     parts = [bytes(4 * count), *compression.strips(x)]
     names = [f"{i}.png" for i in range(count)]
     data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
-    assert len(data) < 1.03 * sum(archive.file_sizes(x, 256, "PNG").tolist())
+    assert len(data) < 1.03 * sum(file_sizes(x, 256, "PNG").tolist())
 
 
 def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp_path):
@@ -436,7 +437,7 @@ CRAFTED = [
     {"streams": 5},
     {"parts": [b"more"]},
     *({"strip": strip} for strip in (b"x", b"\x78", b"\x89PNG", zlib.compress(bytes(127)), zlib.compress(bytes(129)))),
-    {"strip": archive.encoded(torch.zeros(1, 24, 8, dtype=torch.uint8), "PNG")},
+    {"strip": encoded(torch.zeros(1, 24, 8, dtype=torch.uint8), "PNG")},
 ]
 
 
@@ -598,7 +599,7 @@ def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
 def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
     x = images(3, (3, 4, 4), levels)
     for i, image in enumerate(x):
-        (tmp_path / f"{i}.png").write_bytes(archive.encoded(compression.to_8bit(image, levels), "PNG"))
+        (tmp_path / f"{i}.png").write_bytes(encoded(compression.to_8bit(image, levels), "PNG"))
     files = compression.find_files([tmp_path])
     assert list(files) == [f"{tmp_path.name}/{i}.png" for i in range(3)]
     assert torch.equal(compression.read_files(list(files.values()), (3, 4, 4), levels), x)
@@ -606,10 +607,10 @@ def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
 
 def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     x = images(3, (3, 4, 4))
-    lossless = archive.decoded
+    lossless = decoded
     assert set(compression.ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
-    last = archive.encoded(x[2], "WEBP")
-    monkeypatch.setattr(archive, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last))
+    last = encoded(x[2], "WEBP")
+    monkeypatch.setattr(lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last))
     assert "WEBP" not in compression.ordinary_sizes(x, 256, lambda done, total: None)
 
 

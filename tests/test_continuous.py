@@ -10,7 +10,6 @@ from cli_helpers import metrics, quick, sets
 from helpers import TINY, a_config, perturb, ready, seeded
 from torch import nn
 
-from flowtrain import pictures
 from flowtrain.bijections import ActNorm, Continuous, Sequential
 from flowtrain.bijections import continuous as module
 from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, ConcatSquash, Dynamics, random_signs
@@ -20,6 +19,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import score
 from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf
+from flowtrain.pictures import draw
 
 TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
 
@@ -280,7 +280,7 @@ def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     flow = perturb(build_flow(config, (2, 1, 1), None), 0.7, seed)
     x = DataSet(config.data).split("train").take(slice(None))
     initialize(flow, x, torch.zeros_like(x))
-    cells, area = pictures.mesh(flow, (-10, 10, -10, 10), 200)
+    cells, area = draw.mesh(flow, (-10, 10, -10, 10), 200)
     with torch.no_grad():
         density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
     assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)

@@ -11,8 +11,8 @@ from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluate import score
+from flowtrain.pictures.sample import sample
 from flowtrain.run import RunDirectory
-from flowtrain.sample import sample
 from flowtrain.system import device as devices
 from flowtrain.train import fit
 

@@ -22,6 +22,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluate import score
+from flowtrain.pictures.lossless import CODERS, _picture, coders, complexity, compressed_bytes
 
 
 def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
@@ -64,15 +65,15 @@ def test_complexity_is_the_shorter_code(shape):
             picture.save(buffer, **options)
             sizes.append(buffer.tell() - container)
         expected.append(min(sizes) * 8 / math.prod(shape))
-    assert ood.complexity(pixels).tolist() == expected
+    assert complexity(pixels).tolist() == expected
     assert expected[3] < 0.25 * expected[0]
 
 
-@pytest.mark.parametrize("coder", ood.coders())
+@pytest.mark.parametrize("coder", coders())
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
 def test_the_coders_are_lossless(coder, shape):
-    options, _ = ood.CODERS[coder]
-    picture = ood._picture(images(1, shape)[0].numpy())
+    options, _ = CODERS[coder]
+    picture = _picture(images(1, shape)[0].numpy())
     buffer = io.BytesIO()
     picture.save(buffer, coder, **options)
     back = Image.open(buffer)
@@ -82,19 +83,19 @@ def test_the_coders_are_lossless(coder, shape):
 def test_the_constant_bytes_of_a_png_are_counted():
     """All bytes outside of IDAT's content."""
     buffer = io.BytesIO()
-    ood._picture(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
+    _picture(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
     data, content, at = buffer.getvalue(), 0, 8
     while at < len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         content += length if kind == b"IDAT" else 0
         at += length + 12
-    assert ood.compressed_bytes(images(1, (3, 8, 8))[0].numpy(), "PNG") == content
+    assert compressed_bytes(images(1, (3, 8, 8))[0].numpy(), "PNG") == content
 
 
 def test_without_webp_there_is_png(monkeypatch):
     monkeypatch.setattr(ood.features, "check", lambda name: False)
-    assert ood.coders() == ["PNG"]
-    assert ood.complexity(np.zeros((1, 1, 8, 8), "u1"))[0] == ood.compressed_bytes(np.zeros((1, 8, 8), "u1"), "PNG") / 8
+    assert coders() == ["PNG"]
+    assert complexity(np.zeros((1, 1, 8, 8), "u1"))[0] == compressed_bytes(np.zeros((1, 8, 8), "u1"), "PNG") / 8
 
 
 # ---------------------------------------------------------------- AUROC
@@ -239,7 +240,7 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     assert comparison.reference.entropy == pytest.approx(entropy) and abs(entropy - bits["test"].mean()) > 1e-3
     assert inside.likelihood == pytest.approx(bits["test"], rel=1e-5)
     assert inside.typicality == pytest.approx(abs(bits["test"] - entropy), abs=1e-4)
-    length = ood.complexity(data.split("test").take(slice(None)).numpy())
+    length = complexity(data.split("test").take(slice(None)).numpy())
     assert inside.complexity_corrected == pytest.approx(bits["test"] - length, abs=1e-4)
     (made,) = comparison.outside
     assert np.array_equal(made.collection.images, ood.noise(30, (1, 4, 4), 256, 2))

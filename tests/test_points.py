@@ -12,13 +12,13 @@ from cli_helpers import metrics, quick, sets, summary
 from helpers import TINY, a_config, perturb, seeded
 from PIL import Image
 
-from flowtrain import pictures
 from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluate import score, summarize
 from flowtrain.flow.flow import initialize
+from flowtrain.pictures import draw
 
 POINTS = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"]
 OF_VECTORS = {name: options for name, options in TINY.items() if name != "glow"}
@@ -126,7 +126,7 @@ def a_flow(model, seed=0, scale=0.2):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_density_integrates_to_one(model, seed):
     flow = a_flow(model, seed).double()
-    cells, area = pictures.mesh(flow, (-15, 15, -15, 15), 500)
+    cells, area = draw.mesh(flow, (-15, 15, -15, 15), 500)
     with torch.no_grad():
         total = sum(flow.log_prob(part).exp().sum() for part in cells.split(50_000)) * area
     assert total.item() == pytest.approx(1, abs=0.01)
@@ -265,7 +265,7 @@ def test_a_dry_run(tmp_path):
 
 def test_the_mesh_of_the_plane():
     flow = a_flow("nice")
-    cells, area = pictures.mesh(flow, (-1, 3, 0, 2), 4)
+    cells, area = draw.mesh(flow, (-1, 3, 0, 2), 4)
     assert cells.shape == (16, 2, 1, 1) and area == 0.5
     assert cells[0].flatten().tolist() == [-0.5, 0.25] and cells[1].flatten().tolist() == [0.5, 0.25]
     assert cells[4].flatten().tolist() == [-0.5, 0.75]
@@ -274,14 +274,14 @@ def test_the_mesh_of_the_plane():
 def test_the_mesh_of_the_sphere():
     flow = a_flow("nice")
     flow.shape = (3, 1, 1)
-    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 50)
+    cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 50)
     torch.testing.assert_close(cells.norm(dim=1).flatten(), torch.ones(2500))
     assert area * 2500 == pytest.approx(4 * math.pi)
-    places = pictures.coordinates(cells)
+    places = draw.coordinates(cells)
     again = torch.stack([places[:, 0].cos(), places[:, 0].sin()], dim=1)
     torch.testing.assert_close(again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0)
 
 
 def test_other_dimensions_have_no_picture():
     with pytest.raises(UserError, match="no pictures of real-valued data of 5 dimensions"):
-        pictures.coordinates(torch.zeros(4, 5, 1, 1))
+        draw.coordinates(torch.zeros(4, 5, 1, 1))

@@ -18,12 +18,12 @@ from PIL import Image
 
 import flowtrain
 from flowtrain import doctor, report
-from flowtrain import images as pictures
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.doctor import Finding
-from flowtrain.sample import sample
+from flowtrain.pictures import grid as pictures
+from flowtrain.pictures.sample import sample
 
 SECTIONS = ["evaluation", "curves", "samples", "reconstructions", "nearest", "health", "configuration"]
 EMPTY = {"meta", "img", "path", "use", "link", "br", "hr"}

@@ -121,7 +121,9 @@ def test_the_test_above_would_notice(tmp_path):
     name = next(name for name in sorted(saved.tensors) if name.startswith("optimizer.exp_avg."))
     saved.tensors[name] *= 1.001
     path.unlink()
-    checkpoint_format.write(path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors)
+    checkpoint_format.write(
+        path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors
+    )
     quick(*command, tmp_path / "b", cwd=tmp_path).ok()
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "b")

@@ -13,7 +13,6 @@ from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
 
-from flowtrain import pictures
 from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles, SplineTransform
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
@@ -26,6 +25,7 @@ from flowtrain.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.optim import build_optimizers
+from flowtrain.pictures import draw
 from flowtrain.state import State
 from flowtrain.train import train_step
 
@@ -231,7 +231,7 @@ def test_the_start_is_the_uniform_density():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_density_integrates_to_one(seed):
     flow = a_flow(0.2, seed).double()
-    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
+    cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
     with torch.no_grad():
         density = flow.log_prob(cells).exp()
     assert density.sum().item() * area == pytest.approx(1, abs=0.01)
@@ -244,7 +244,7 @@ def test_samples_are_from_the_density():
     x = flow.sample(40_000, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
     assert (-flow.log_prob(x)).exp().mean().item() == pytest.approx(4 * math.pi, rel=0.03)
-    cells, area = pictures.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
+    cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
     mean = (cells.flatten(1) * flow.log_prob(cells).exp()[:, None]).sum(dim=0) * area
     torch.testing.assert_close(x.flatten(1).mean(dim=0), mean.float(), rtol=0, atol=0.02)
 
@@ -375,11 +375,11 @@ def test_a_mixture_is_learned():
 
 def test_no_line_across_the_picture():
     path = at([2.9, 3.1, -3.1, -2.9], 0.2)
-    places = pictures._line(path)
+    places = draw._line(path)
     assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
-    torch.testing.assert_close(places[[0, 1, 3, 4]], pictures.coordinates(path))
-    assert not pictures._line(at([3.1, 1, -1, -3.1], 0.2)).isnan().any()
-    assert not pictures._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
+    torch.testing.assert_close(places[[0, 1, 3, 4]], draw.coordinates(path))
+    assert not draw._line(at([3.1, 1, -1, -3.1], 0.2)).isnan().any()
+    assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

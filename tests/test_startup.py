@@ -10,7 +10,7 @@ import torch
 from cli_helpers import REPOSITORY, SMALL, result, sets, start, trained
 from torchvision.utils import make_grid
 
-from flowtrain import images
+from flowtrain.pictures import grid
 from flowtrain.system import allocator
 
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "torchvision", "tensorboard", "PIL", "safetensors", "yaml"}
@@ -64,7 +64,7 @@ def test_importing_the_package_is_light():
 def test_a_grid_is_that_of_torchvision(count, channels, columns):
     x = torch.randint(0, 256, (count, channels, 40, 33), dtype=torch.uint8)
     expected = make_grid(x, nrow=columns, padding=2, pad_value=64)
-    assert torch.equal(images.grid(x, 256, columns), expected)
+    assert torch.equal(grid.grid(x, 256, columns), expected)
 
 
 # --- flowtrain/allocator.py -------------------------------------------------------------------------------------------

@@ -153,9 +153,9 @@ def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None
 
 def points_of(loaded: Any, overrides: list[str] | None = None) -> Any:
     """Some of the test split of real-valued data, to draw beside samples."""
-    from flowtrain import pictures
+    from flowtrain.pictures import draw
 
-    return data_of(loaded, overrides).split("test").take(slice(0, pictures.POINTS))
+    return data_of(loaded, overrides).split("test").take(slice(0, draw.POINTS))
 
 
 def write_json(result: Any, given: str | None, default: Path) -> None:

@@ -24,12 +24,13 @@ def compare(
 ) -> None:
     """One table and one plot of several runs, also of those that are still training. Evaluates nothing itself."""
 
-    from flowtrain import charts, images, record
+    from flowtrain import charts, record
     from flowtrain import compare as comparison
+    from flowtrain.pictures import grid
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
-    images.check_suffix(out, (".png",))
+    grid.check_suffix(out, (".png",))
     console.stderr = json_out == "-"
     paths = comparison.once(runs)
     records = [record.read(path) for path in paths]

@@ -49,9 +49,10 @@ def compress(
 
     import torch
 
-    from flowtrain import archive, compression
+    from flowtrain import compression
     from flowtrain.bitsback import Codec, constriction
     from flowtrain.commands.base import print_table
+    from flowtrain.pictures.lossless import FORMATS
     from flowtrain.system.console import ProgressBar, console, duration
     from flowtrain.system.files import save
 
@@ -120,7 +121,7 @@ def compress(
     for name, size in others.items():
         table[f"bytes as {name}"] = f"{size}, {8 * size / (flow.dims * len(x)):.4f} bits/dim"
     print_table(table)
-    missing = [name for name in archive.FORMATS if name not in others]
+    missing = [name for name in FORMATS if name not in others]
     if missing:
         console.print(f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}")
     console.print(f"wrote {out}: {len(x)} images" + (", with the model" if embed and result.coded else ""))

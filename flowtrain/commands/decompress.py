@@ -29,8 +29,10 @@ def decompress(
     trust_code: TrustOption = False,
 ) -> None:
     """Unpack an archive: every image bit for bit, or an error before anything is written."""
-    from flowtrain import archive, compression, images
+    from flowtrain import compression
     from flowtrain.commands.base import device_of
+    from flowtrain.pictures import grid
+    from flowtrain.pictures.lossless import encoded
     from flowtrain.system.console import ProgressBar, console
 
     opened = compression.Opened(file)
@@ -45,8 +47,8 @@ def decompress(
     loaded = opened.load(model, trust_code) if opened.streams else None
     with ProgressBar("decompressing") as bar:
         x = opened.images(loaded, bar)
-    for name, image in zip(opened.names, images.to_8bit(x, opened.levels), strict=True):
-        _write(out / name, archive.encoded(image, "PNG"))
+    for name, image in zip(opened.names, grid.to_8bit(x, opened.levels), strict=True):
+        _write(out / name, encoded(image, "PNG"))
     console.print(f"wrote {out}: {len(x)} images, each of which matches its checksum")
 
 

@@ -60,12 +60,12 @@ def interpolate(
     Between two of your own, or random test images; or, with --from-class and --to-class, from the first test images of
     one class along the difference of the two classes' mean latents.
     """
-    from flowtrain import images, pictures
-    from flowtrain import interpolate as paths
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.pictures import draw, grid
+    from flowtrain.pictures import interpolate as paths
     from flowtrain.system.console import console
 
-    suffix = images.check_suffix(out, (".png", ".gif")) if out else ".png"
+    suffix = grid.check_suffix(out, (".png", ".gif")) if out else ".png"
     if (from_class is None) != (to_class is None):
         raise UserError("--from-class and --to-class: one is of no use without the other")
     if from_class is not None and files is not None:
@@ -83,8 +83,8 @@ def interpolate(
     rows = rows.cpu()  # (P, S, C, H, W)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
-        frames = pictures.path_frames(flow, rows, lambda: points_of(loaded, overrides))
-        images.save_gif(path, frames + frames[-2:0:-1])  # there and back
+        frames = draw.path_frames(flow, rows, lambda: points_of(loaded, overrides))
+        grid.save_gif(path, frames + frames[-2:0:-1])  # there and back
     else:
-        images.save_png(path, pictures.paths(flow, rows, lambda: points_of(loaded, overrides)))
+        grid.save_png(path, draw.paths(flow, rows, lambda: points_of(loaded, overrides)))
     console.print(f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}")

@@ -43,14 +43,14 @@ def report(
 
     What is missing, such as an evaluation of the test split or the data set, is said in the report; the rest is made.
     """
-    from flowtrain import images
     from flowtrain import report as reporting
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.pictures import grid
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
     if out is not None:
-        images.check_suffix(out, (".html",))
+        grid.check_suffix(out, (".html",))
     loaded = load(model, device, weights, trust_code)
     try:
         data = data_of(loaded, overrides)

@@ -66,20 +66,20 @@ def sample(
 
     import numpy as np
 
-    from flowtrain import images, pictures
-    from flowtrain import sample as sampling
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.pictures import draw, grid
+    from flowtrain.pictures import sample as sampling
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    suffix = images.check_suffix(out, (".png", ".npz")) if out else ".png"
+    suffix = grid.check_suffix(out, (".png", ".npz")) if out else ".png"
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
-    num = num or (8 if labels else pictures.default_count(flow))
+    num = num or (8 if labels else draw.default_count(flow))
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
@@ -94,8 +94,8 @@ def sample(
         save(path, buffer.getvalue())
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
-        picture = pictures.samples(flow, drawn, columns, seed, lambda: points_of(loaded), temperatures)
-        images.save_png(path, picture)
+        picture = draw.samples(flow, drawn, columns, seed, lambda: points_of(loaded), temperatures)
+        grid.save_png(path, picture)
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 
 

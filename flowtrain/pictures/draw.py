@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain import images
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.pictures import grid
 from flowtrain.system.random import Stream, generator
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def samples(
     Raises `UserError` for real-valued data of which there is no picture.
     """
     if flow.levels is not None:
-        return images.grid(x, flow.levels, columns)
+        return grid.grid(x, flow.levels, columns)
     if flow.shape[0] == 3 and flow.latent_dims == 3:
         raise UserError("there are no pictures of points in space, only .npz files")
     beside = data()
@@ -75,7 +75,7 @@ def samples(
 def paths(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> Tensor:
     """Paths `(P, S, C, H, W)`, uint8 `(3, H', W')`: a row of images each, or lines over the `data`."""
     if flow.levels is not None:
-        return images.grid(rows.flatten(0, 1), flow.levels, rows.shape[1])
+        return grid.grid(rows.flatten(0, 1), flow.levels, rows.shape[1])
     return _lines(rows, data())
 
 
@@ -83,7 +83,7 @@ def path_frames(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> list[Te
     """The pictures of an animation of paths `(P, S, C, H, W)`: of each step the images, or the lines until there."""
     steps = range(rows.shape[1])
     if flow.levels is not None:
-        return [images.grid(rows[:, step], flow.levels, len(rows)) for step in steps]
+        return [grid.grid(rows[:, step], flow.levels, len(rows)) for step in steps]
     beside = data()
     return [_lines(rows[:, : step + 1], beside) for step in steps]
 
