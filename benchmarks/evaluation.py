@@ -1,4 +1,4 @@
-"""Evaluation: `flowtrain.evaluate.score` beside bare forward passes of the same images, at several batch sizes."""
+"""Evaluation: `flowtrain.evaluation.score.score` beside bare forward passes of the same images, at several batch sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from common import WORK, arguments, begin, flowtrain_state, images, in_turns, ta
 from torch import Tensor
 
 from flowtrain.data.splits import Split
-from flowtrain.evaluate import score
+from flowtrain.evaluation.score import score
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
@@ -42,7 +42,7 @@ def main() -> None:
         f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)  # type: ignore[misc]
         for size in options.batch_sizes
     }
-    contenders["flowtrain.evaluate.score, as it chooses"] = lambda: score(flow, split)
+    contenders["flowtrain.evaluation.score.score, as it chooses"] = lambda: score(flow, split)
     contenders["of it, the noise"] = lambda: noise_of_each(len(x), flow.shape)
     seconds = in_turns(contenders, options.repeats, warmup=1)
     fastest = min(

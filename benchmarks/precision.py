@@ -15,7 +15,7 @@ from flowtrain import config as configuration
 from flowtrain import configfiles
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.evaluate import mean_loss
+from flowtrain.evaluation.score import mean_loss
 from flowtrain.run import RunDirectory
 from flowtrain.train import fit
 

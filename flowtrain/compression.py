@@ -27,7 +27,6 @@ from PIL import Image
 from torch import Tensor
 
 from flowtrain import archive
-from flowtrain import evaluate as evaluation
 from flowtrain.archive import StreamDescription
 from flowtrain.bitsback import ENOUGH, Codec, Exhausted, Stack, Uncodable
 from flowtrain.checkpoints import format as checkpoint_format
@@ -36,6 +35,7 @@ from flowtrain.data.splits import Split
 from flowtrain.datasets.base import FORMATS, short
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
+from flowtrain.evaluation.score import score
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import file_sizes, formats
 
@@ -278,7 +278,7 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = lambda done
         codec = Codec(model.flow)
         probed = probe(codec)
     split = Split(images.numpy(), np.arange(len(images)), 0)
-    bound = evaluation.score(model.flow, split, progress=progress).log_prob / -math.log(2)
+    bound = score(model.flow, split, progress=progress).log_prob / -math.log(2)
     promising = (bound < codec.dims * math.log2(codec.levels)).nonzero()[:, 0].tolist()
     with one_thread():
         expected = estimate(codec, images[promising[:CHUNK]])

@@ -18,9 +18,9 @@ import flowtrain
 from flowtrain import charts, record
 from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.data.splits import DataSet, Split, levels_in_words
-from flowtrain.doctor import Finding, examine
 from flowtrain.errors import RunError, UserError
-from flowtrain.evaluate import fitting_batch_size
+from flowtrain.evaluation.doctor import Finding, examine
+from flowtrain.evaluation.score import fitting_batch_size
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
 from flowtrain.pictures.sample import sample

@@ -25,9 +25,9 @@ from flowtrain.checkpoints.load import find, load_weights
 from flowtrain.config import Config, differences
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet, Split, levels_in_words
-from flowtrain.diagnostics import first_non_finite, log_scale_ranges
 from flowtrain.errors import Interrupted, RunError, UserError
-from flowtrain.evaluate import mean_loss
+from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
+from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.optim import Average, build_optimizers, learning_rate

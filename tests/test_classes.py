@@ -18,7 +18,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
-from flowtrain.evaluate import score
+from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize

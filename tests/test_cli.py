@@ -45,7 +45,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
-from flowtrain.diagnostics import watching
+from flowtrain.evaluation.layers import watching
 from flowtrain.flow.flow import initialize
 from flowtrain.models import glow
 from flowtrain.nets.convolution import Conv2d, matrices

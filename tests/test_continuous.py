@@ -16,7 +16,7 @@ from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, Conc
 from flowtrain.bijections.memory import memory_mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
-from flowtrain.evaluate import score
+from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf
 from flowtrain.pictures import draw

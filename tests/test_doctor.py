@@ -12,7 +12,6 @@ from helpers import a_config, images, npz, perturb, seeded
 from torch import nn
 
 from flowtrain import config as configuration
-from flowtrain import doctor
 from flowtrain.bijections import (
     ActNorm,
     Bijection,
@@ -26,9 +25,21 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.diagnostics import around_layers, call, layers_of, log_scale_ranges
-from flowtrain.doctor import BOUNDS, IMAGES, NOISE, SAMPLES, examine, jacobian_log_det, judge, overall, reduced, worst
 from flowtrain.errors import UserError
+from flowtrain.evaluation import doctor
+from flowtrain.evaluation.doctor import (
+    BOUNDS,
+    IMAGES,
+    NOISE,
+    SAMPLES,
+    examine,
+    jacobian_log_det,
+    judge,
+    overall,
+    reduced,
+    worst,
+)
+from flowtrain.evaluation.layers import around_layers, call, layers_of, log_scale_ranges
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.system.random import Stream, generator

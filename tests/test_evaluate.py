@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import a_config, npz, tiny_flow
 
-from flowtrain import evaluate as evaluation
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
-from flowtrain.evaluate import evaluate, fitting_batch_size, mean_loss, reconstruction_error, score, scores_csv
+from flowtrain.evaluation import evaluate as evaluation
+from flowtrain.evaluation.evaluate import evaluate, reconstruction_error, scores_csv
+from flowtrain.evaluation.score import LARGEST_BATCH, fitting_batch_size, mean_loss, score
 from flowtrain.flow.flow import LogProb
 
 
@@ -43,7 +44,7 @@ def test_batch_size_does_not_matter(flow, batch_size, samples):
 
 
 def test_the_batch_is_chosen_by_memory(flow, monkeypatch):
-    assert fitting_batch_size(flow) == evaluation.LARGEST_BATCH
+    assert fitting_batch_size(flow) == LARGEST_BATCH
     sizes = []
     for budget in (1, 2**16, 2**17, 2**19):
         monkeypatch.setattr(evaluation, "ENOUGH_FOR_A_CPU", budget)

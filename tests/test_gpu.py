@@ -10,7 +10,7 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
-from flowtrain.evaluate import score
+from flowtrain.evaluation.score import score
 from flowtrain.pictures.sample import sample
 from flowtrain.run import RunDirectory
 from flowtrain.system import device as devices

@@ -9,7 +9,8 @@ from torch.distributions import Normal
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.data.splits import Split
-from flowtrain.evaluate import Scores, score, summarize
+from flowtrain.evaluation.evaluate import summarize
+from flowtrain.evaluation.score import Scores, score
 from flowtrain.flow.dequantize import Dequantizer, UniformNoise
 from flowtrain.flow.flow import Flow
 

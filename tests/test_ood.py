@@ -14,14 +14,14 @@ from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from flowtrain import ood
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
-from flowtrain.evaluate import score
+from flowtrain.evaluation import ood
+from flowtrain.evaluation.score import score
 from flowtrain.pictures.lossless import CODERS, _picture, coders, complexity, compressed_bytes
 
 
@@ -426,7 +426,7 @@ def test_wrong_input(tmp_path, words, fragments):
 
 def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
     first = (
-        "import torch, flowtrain.evaluate as e; score = e.score\n"
+        "import torch, flowtrain.evaluation.evaluate as e; score = e.score\n"
         "def bad(*a, **k):\n"
         "    scores = score(*a, **k); scores.log_prob[1] = torch.nan; return scores\n"
         "e.score = bad"

@@ -16,7 +16,8 @@ from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
-from flowtrain.evaluate import score, summarize
+from flowtrain.evaluation.evaluate import summarize
+from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
 

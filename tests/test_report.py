@@ -17,11 +17,12 @@ from helpers import images, npz, tiny_flow
 from PIL import Image
 
 import flowtrain
-from flowtrain import doctor, report
+from flowtrain import report
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet, Split
-from flowtrain.doctor import Finding
+from flowtrain.evaluation import doctor
+from flowtrain.evaluation.doctor import Finding
 from flowtrain.pictures import grid as pictures
 from flowtrain.pictures.sample import sample
 

@@ -19,9 +19,9 @@ from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets import sphere as data_set
-from flowtrain.doctor import examine
 from flowtrain.errors import UserError
-from flowtrain.evaluate import reconstruction_error
+from flowtrain.evaluation.doctor import examine
+from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.optim import build_optimizers

@@ -12,7 +12,7 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
-from flowtrain.evaluate import evaluate
+from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.run import RunDirectory
 from flowtrain.train import fit
 

@@ -14,7 +14,7 @@ from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.memory import memory_mode
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.diagnostics import first_non_finite, log_scale_ranges
+from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
 from flowtrain.flow.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise

@@ -20,7 +20,7 @@ from flowtrain.commands.base import (
 from flowtrain.errors import RunError
 
 if TYPE_CHECKING:
-    from flowtrain.doctor import Finding
+    from flowtrain.evaluation.doctor import Finding
 
 EPILOG = "Example: [cyan]flowtrain doctor runs/glow_digits --json doctor.json[/cyan]"
 
@@ -50,8 +50,8 @@ def doctor(
     """
     import dataclasses
 
-    from flowtrain import doctor as diagnosis
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.evaluation import doctor as diagnosis
     from flowtrain.system.console import ProgressBar, console
 
     console.stderr = json_out == "-"
@@ -91,7 +91,7 @@ def _print(findings: "list[Finding]") -> None:
     """
     from rich.table import Table
 
-    from flowtrain.doctor import BOUNDS
+    from flowtrain.evaluation.doctor import BOUNDS
     from flowtrain.system.console import console
 
     for check, (watch, bad) in BOUNDS.items():

@@ -78,8 +78,8 @@ def evaluate(
     By default of the test split of the data that the model was trained on.
     """
 
-    from flowtrain import evaluate as evaluation
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save

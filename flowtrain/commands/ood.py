@@ -83,8 +83,8 @@ def ood(
     Images of another size, number of channels or of levels are brought to the model's.
     """
 
-    from flowtrain import ood as scoring
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.evaluation import ood as scoring
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
@@ -136,7 +136,7 @@ def _print(outcome: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from flowtrain.ood import SCORES
+    from flowtrain.evaluation.ood import SCORES
     from flowtrain.system.console import console
 
     def figure(value: float | None, error: float | None) -> str:

@@ -23,7 +23,7 @@ from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import Policy, Shape, resize
 from flowtrain.errors import RunError, UserError
-from flowtrain.evaluate import score
+from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import _picture, coders, complexity

@@ -19,8 +19,8 @@ from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
-from flowtrain.diagnostics import around_layers, call, layers_of, short_name
 from flowtrain.errors import UserError
+from flowtrain.evaluation.layers import around_layers, call, layers_of, short_name
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator

@@ -1,0 +1,134 @@
+"""The likelihood of each image of a split."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from flowtrain.data.splits import Split
+from flowtrain.evaluation.layers import watching
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow
+from flowtrain.system import distributed
+from flowtrain.system.random import Stream, generator
+
+ENOUGH_FOR_A_CPU = 256 * 2**20  # bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
+
+
+LARGEST_BATCH = 2048  # so that progress is seen
+
+
+ALIVE = 6  # times the largest activation, while a batch is computed: a convolution's input, output, their copies
+
+
+@torch.no_grad()
+def fitting_batch_size(flow: Flow) -> int:
+    """How many images to score at a time: a power of two, as many as fit into a quarter of a GPU's memory.
+
+    Of all of it, not of what is free just now: the last digits of a likelihood depend on the batch size, and are to be
+    the same the next time. On a CPU speed is the limit, well before memory.
+    """
+    largest = 0
+
+    def note(name: str, module: nn.Module, output: Any) -> None:
+        nonlocal largest
+        largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
+
+    with watching(flow, note):
+        x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
+        flow(x, torch.full_like(x, 0.5, dtype=flow.dtype))
+    budget: float = ENOUGH_FOR_A_CPU
+    if flow.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
+    fitting = min(budget / (ALIVE * largest), LARGEST_BATCH)
+    return 2 ** int(math.log2(max(fitting, 1)))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per image, nats, float64 on the CPU."""
+
+    draws: Tensor  # single-draw bounds, (K, N)
+    base: Tensor  # log N(z; 0, I) of the first draw, (N,)
+    log_det: Tensor  # all the rest of the first draw, (N,)
+    draws_by_class: Tensor | None = None  # of a class-conditional model, bounds on log P(x | class), (K, C, N)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """`log 1/K sum_k exp(draw_k)`, `(N,)`: the importance-weighted bound, of one draw that draw itself."""
+        return self.draws.logsumexp(dim=0) - math.log(len(self.draws))
+
+    @cached_property
+    def elbo(self) -> Tensor:
+        """The mean of the draws, `(N,)`: an estimate of the single-draw bound's expectation."""
+        return self.draws.mean(dim=0)
+
+    @cached_property
+    def log_prob_by_class(self) -> Tensor:
+        """The importance-weighted bound on log P(x | class), `(C, N)`."""
+        assert self.draws_by_class is not None
+        return self.draws_by_class.logsumexp(dim=0) - math.log(len(self.draws_by_class))
+
+    def log_prob_leaving_one_out(self) -> Tensor:
+        """The importance-weighted bound without each of the draws, `(K, N)`, for K > 1."""
+        k = len(self.draws)
+        largest, where = self.draws.max(dim=0)
+        weights = (self.draws - largest).exp()
+        rest = largest + (weights.sum(dim=0) - weights).log()
+        # Without the largest of them the difference may be nothing but rounding: those are summed up anew.
+        without = self.draws.scatter(0, where[None], -torch.inf).logsumexp(dim=0)
+        return rest.scatter(0, where[None], without[None]) - math.log(k - 1)
+
+
+@torch.no_grad()
+def score(
+    flow: Flow,
+    split: Split,
+    *,
+    num_images: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """The bounds on log P(x) of the first `num_images` images of a split, from `samples` draws of the noise.
+
+    For K > 1 draws the bound is the importance-weighted one, `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho
+    et al. 2019, section 3.1). An image's noise depends on the seed, its index and the draw, and on nothing else.
+
+    Of several processes each scores a part of the images, and has the scores of all.
+    """
+    count = len(split) if num_images is None else min(num_images, len(split))
+    own = distributed.share(count)
+    batch_size = batch_size or fitting_batch_size(flow)
+    noisy = flow.levels is not None
+    rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]  # of a process without an image
+    for start in range(own.start, own.stop, batch_size):
+        stop = min(start + batch_size, own.stop)
+        x = split.take(slice(start, stop)).to(flow.device)
+        generators = [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)] if noisy else []
+        draws = []
+        for _ in range(samples):
+            noise = torch.zeros_like(x, device="cpu")
+            if noisy:
+                noise = torch.stack([draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators])
+            parts = flow(x, noise.to(flow.device))
+            of_classes = [] if parts.by_class is None else parts.by_class.T
+            draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
+        by_draw = torch.stack(draws)  # (K, 2 + C, B)
+        bounds = by_draw[:, 1:] + by_draw[:, :1]  # of all classes together, then of each
+        rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
+        progress(stop - own.start, len(own))
+    gathered = distributed.gather(torch.cat(rows, dim=1), count)
+    bounds = gathered[:-2].unflatten(0, (samples, -1))
+    return Scores(bounds[:, 0], gathered[-1], gathered[-2], bounds[:, 1:] if flow.classes else None)
+
+
+def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
+    """The mean over the images, bits/dim (nats of real-valued data); not finite if any image is not."""
+    return flow.loss(score(flow, split, **options).log_prob).mean().item()
