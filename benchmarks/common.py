@@ -19,10 +19,10 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.optim import Average, build_optimizers
-from flowtrain.state import State
 from flowtrain.system.allocator import keep_freed_memory
-from flowtrain.train import optimizer_step, train_step
+from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import optimizer_step, train_step
 
 SHAPE = (3, 32, 32)
 

@@ -15,10 +15,10 @@ from common import WORK, Work, arguments, begin, flowtrain_state, flowtrain_step
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtrain.state import State
 from flowtrain.system import device as devices
 from flowtrain.system.capacity import peak
-from flowtrain.train import train_step
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 COUNTED_IMAGES = 8
 PROFILED_STEPS = 3

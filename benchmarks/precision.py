@@ -16,8 +16,8 @@ from flowtrain import configfiles
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import mean_loss
-from flowtrain.run import RunDirectory
-from flowtrain.train import fit
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 

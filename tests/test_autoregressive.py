@@ -9,7 +9,7 @@ from flowtrain.bijections import AffineTransform, Inverse, MaskedAutoregressive,
 from flowtrain.errors import UserError
 from flowtrain.models import iaf, maf
 from flowtrain.nets.masked import MaskedDenseNet, MaskedLinear
-from flowtrain.train import require_trainable
+from flowtrain.training.step import require_trainable
 
 # dims, width, hidden layers, features of a context
 SIZES = [(1, 4, 1, 0), (2, 5, 2, 0), (6, 40, 1, 0), (6, 40, 3, 0), (9, 3, 2, 0), (5, 30, 2, 3), (1, 4, 1, 3)]

@@ -17,10 +17,10 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import read, write
 from flowtrain.checkpoints.load import find, load_model, load_weights
 from flowtrain.errors import RunError, UserError
-from flowtrain.optim import Average, build_optimizers
-from flowtrain.state import State
 from flowtrain.system.files import write_atomically
-from flowtrain.train import train_step
+from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)

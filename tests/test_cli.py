@@ -48,11 +48,11 @@ from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.layers import watching
 from flowtrain.flow.flow import initialize
 from flowtrain.models import glow
-from flowtrain.nets.convolution import Conv2d, matrices
-from flowtrain.optim import build_optimizers
-from flowtrain.state import State
+from flowtrain.nets.convolution import Conv2d
 from flowtrain.system import capacity
-from flowtrain.train import train_step
+from flowtrain.training.optim import build_optimizers, matrices
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 KEYS = {
     *("bits_per_dim", "bits_per_dim_stderr", "bound", "samples", "nats_per_image", "num_images", "dims", "levels"),

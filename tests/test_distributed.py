@@ -38,7 +38,8 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.train import NOISE_BLOCK, _noise, _Stop
+from flowtrain.training.step import NOISE_BLOCK, _noise
+from flowtrain.training.stop import _Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")

@@ -12,9 +12,9 @@ from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import score
 from flowtrain.pictures.sample import sample
-from flowtrain.run import RunDirectory
 from flowtrain.system import device as devices
-from flowtrain.train import fit
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,11 +21,12 @@ from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
-from flowtrain.optim import build_optimizers
-from flowtrain.run import RunDirectory
-from flowtrain.state import State
 from flowtrain.system.capacity import peak
-from flowtrain.train import fit, train_step
+from flowtrain.training.loop import fit
+from flowtrain.training.optim import build_optimizers
+from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 BASE = {
     "data": {"name": "digits", "root": "data"},

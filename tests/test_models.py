@@ -28,9 +28,9 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf, geometry, glow, iaf, maf, nice, planar, realnvp
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
-from flowtrain.optim import build_optimizers
-from flowtrain.state import State
-from flowtrain.train import train_step
+from flowtrain.training.optim import build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 MODELS = {"glow": glow, "realnvp": realnvp, "nice": nice, "planar": planar, "maf": maf, "iaf": iaf}
 MODELS |= {"cnf": cnf}

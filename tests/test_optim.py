@@ -11,8 +11,8 @@ from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
-from flowtrain.optim import Average, Muon, build_optimizers, learning_rate
 from flowtrain.system.capacity import peak
+from flowtrain.training.optim import Average, Muon, build_optimizers, learning_rate
 
 WITH_NETWORKS = [name for name in TINY if name != "planar"]  # whose layers have a few numbers each
 

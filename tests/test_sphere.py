@@ -24,10 +24,10 @@ from flowtrain.evaluation.doctor import examine
 from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
-from flowtrain.optim import build_optimizers
 from flowtrain.pictures import draw
-from flowtrain.state import State
-from flowtrain.train import train_step
+from flowtrain.training.optim import build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 UNIFORM = math.log(1 / (4 * math.pi))
 TINY = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}

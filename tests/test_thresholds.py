@@ -13,8 +13,8 @@ from flowtrain.config import load_config
 from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
-from flowtrain.run import RunDirectory
-from flowtrain.train import fit
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

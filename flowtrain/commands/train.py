@@ -76,11 +76,11 @@ def train(
     settings = configuration.load_config(path, overrides or [])
     target = device_of(device)
     if dry_run:
-        from flowtrain.dryrun import dry_run as run_dry
+        from flowtrain.training.dry_run import dry_run as run_dry
 
         run_dry(settings, target)
         return
-    from flowtrain.run import RunDirectory
-    from flowtrain.train import fit
+    from flowtrain.training.loop import fit
+    from flowtrain.training.run_directory import RunDirectory
 
     fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)

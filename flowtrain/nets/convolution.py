@@ -52,12 +52,6 @@ class ZeroConv2d(Conv2d):
         return self._convolve(x, self.weight * gain[:, None], self.bias * gain)
 
 
-def matrices(module: nn.Module) -> list[Tensor]:
-    """The weights of all conditioners, without depthwise filters, which are vectors side by side."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
-
-
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it is larger."""
     x = conditioner_input(x)

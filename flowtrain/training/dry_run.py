@@ -17,13 +17,13 @@ from flowtrain.data.batches import INITIALIZATION_IMAGES
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
-from flowtrain.optim import Average, build_optimizers
-from flowtrain.state import State
 from flowtrain.system import distributed
 from flowtrain.system.capacity import available, peak
 from flowtrain.system.console import console, duration
 from flowtrain.system.random import Stream, generator
-from flowtrain.train import is_trainable, optimizer_step, require_trainable, train_step
+from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import is_trainable, optimizer_step, require_trainable, train_step
 
 TIMED_STEPS = 3
 MEASURED_IMAGES = 8  # at first, from which follows what a batch of any size takes

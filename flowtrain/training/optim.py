@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
-from flowtrain.nets.convolution import matrices
 
 # The fused kernels do the same arithmetic in one pass over all parameters; torch has none for Adamax.
 ADAM_AND_KIN = {
@@ -146,3 +145,9 @@ class Average:
         """Takes in the weights, after `n` times before."""
         weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         torch._foreach_lerp_(self._averages, self._current, weight)
+
+
+def matrices(module: nn.Module) -> list[Tensor]:
+    """The weights of all conditioners, without depthwise filters, which are vectors side by side."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]

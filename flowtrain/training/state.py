@@ -11,8 +11,8 @@ from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import load_weights
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
-from flowtrain.optim import Average
 from flowtrain.system import distributed
+from flowtrain.training.optim import Average
 
 
 @dataclass

@@ -1,0 +1,118 @@
+"""What a run says while it trains: metrics, validation, samples, checkpoints."""
+
+import math
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.data.splits import Split
+from flowtrain.errors import UserError
+from flowtrain.evaluation.layers import log_scale_ranges
+from flowtrain.evaluation.score import mean_loss
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import Flow
+from flowtrain.pictures import draw, grid
+from flowtrain.system import distributed
+from flowtrain.system.console import ProgressBar, console, duration
+from flowtrain.system.random import Stream, generator
+from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.state import State
+from flowtrain.training.stop import _Clock
+
+RANGES_BATCH = 64  # images on which log-scale ranges are measured
+
+
+def _validate(state: State, run: RunDirectory, validation: Split) -> None:
+    if len(validation) == 0:
+        return
+    progress = state.progress
+    flow = state.evaluated
+    loss = mean_loss(flow, validation, seed=state.config.seed)
+    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "validation"}
+    run.log({**row, "bits_per_dim": None, flow.metric: loss if math.isfinite(loss) else None})
+    _log_ranges(state, run, validation)
+    best = math.isfinite(loss) and (progress.best is None or loss < progress.best)
+    console.print(f"step {progress.step}: validation {loss:.4f} {flow.unit}{' (best)' if best else ''}")
+    if best:
+        progress.best, progress.best_step = loss, progress.step
+        run.save_best(state.meta(), state.tensors())
+
+
+@distributed.main_only
+def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
+    x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
+    noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
+    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
+        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, state.progress.step)
+        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, state.progress.step)
+
+
+@distributed.main_only
+def _sample(state: State, run: RunDirectory, beside: Split) -> None:
+    """A picture from latents that are the same all along, so that one sees each image take shape."""
+    z = state.flow.draw_latents(draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
+    flow, seed = state.evaluated, state.config.seed
+    try:
+        samples = flow.decode(flow.place(z))
+        picture = draw.samples(flow, samples, 8, seed, lambda: beside.take(slice(0, draw.POINTS)))
+    except (FloatingPointError, UserError) as error:
+        console.print(f"step {state.progress.step}: no picture of samples: {error}")
+        return
+    grid.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
+    run.tensorboard.add_image("samples", picture, state.progress.step)
+
+
+def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "_Clock", bar: ProgressBar) -> None:
+    progress, config = state.progress, state.config.train
+    done: float
+    total: float
+    loss = progress.window_loss / progress.window_steps
+    progress.window_loss, progress.window_steps = 0.0, 0
+    speed = clock.images_per_second()
+    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "train"}
+    gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
+    loss_row = {"bits_per_dim": None, state.flow.metric: loss}
+    run.log({**row, **loss_row, **gradient, "lr": rate, "images_per_second": speed, **_of_layers(state.flow)})
+    if config.num_steps is not None:
+        done, total = progress.step, config.num_steps
+        left = progress.seconds / max(progress.step, 1) * (total - done)
+        of = f"/{total}"
+    else:
+        assert config.budget is not None
+        done, total, of = progress.seconds, config.budget, ""
+        left = total - done
+    text = f"{loss:.4f} {state.flow.unit}  {speed:.0f} images/s  {duration(left)} left"
+    bar(done, total, text)
+    if not console.is_terminal:
+        clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
+        console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}{clipped}")
+
+
+def _of_layers(flow: Flow) -> dict[str, float]:
+    """What layers with a method `metrics() -> dict[str, float]` say of the last step; the mean of those who say it."""
+    said: dict[str, list[float]] = {}
+    for module in flow.modules():
+        if (metrics := getattr(module, "metrics", None)) is not None:
+            for name, value in metrics().items():
+                said.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in said.items()}
+
+
+@distributed.main_only
+def _save(state: State, run: RunDirectory, numbered: bool) -> None:
+    run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
+    progress = state.progress
+    run.write_json(
+        "summary.json",
+        {
+            "step": progress.step,
+            "images": progress.images,
+            "seconds": progress.seconds,
+            "finished": state.progress.finished,
+            "best_validation_bits_per_dim": None,
+            f"best_validation_{state.flow.metric}": progress.best,
+            "best_step": progress.best_step,
+            "parameters": sum(p.numel() for p in state.flow.parameters()),
+            "non_finite_steps": progress.non_finite,
+            "versions": checkpoint_format.versions(),
+            "device": str(state.flow.device),
+        },
+    )

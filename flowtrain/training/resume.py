@@ -1,0 +1,131 @@
+"""Starting a run, or going on with one."""
+
+from pathlib import Path
+from typing import Any
+
+from flowtrain import config as configuration
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import find, load_weights
+from flowtrain.config import Config, differences
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet, levels_in_words
+from flowtrain.errors import UserError
+from flowtrain.flow.flow import Flow, initialize
+from flowtrain.system import distributed
+from flowtrain.system.console import console
+from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.state import State
+from flowtrain.training.step import _noise
+
+# Where the data lie and how they are read may change between two parts of a run; what they are may not.
+FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
+
+
+# These may too, where with the number of processes they come to as many images a step.
+SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
+
+
+def _require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
+    """Raises `UserError` where the processes of several machines have other configurations or images."""
+    described = distributed.exchange({**config.resolved(), "images": fingerprint})
+    for rank, other in enumerate(described):
+        for key, here, there in differences(described[0], other):
+            if key not in FREE_KEYS:
+                raise UserError(f"{key}: process 0 has {here!r}, process {rank} {there!r}")
+
+
+def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
+    if resume == "never":
+        if run.holds_a_run():
+            raise UserError(f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it")
+        return None
+    if resume == "auto":
+        return run.last if run.last.exists() else None
+    path = find(resume)
+    if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
+        raise UserError(
+            f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
+            "or leave --resume out to go on with that run"
+        )
+    return path
+
+
+def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+    saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
+    if saved is None:
+        return None
+    free = set(FREE_KEYS)
+    if _images_of_a_step(saved.meta["config"]["train"], saved.meta.get("processes", 1)) == _images_of_a_step(
+        config.resolved()["train"], distributed.world()
+    ):
+        free |= SPLIT_KEYS
+    # With the defaults of keys that are newer than the checkpoint.
+    earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
+    for key, there, here in differences(earlier, config.resolved()):
+        # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
+        if key in free or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
+            continue
+        raise UserError(
+            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose another --run-dir; "
+            "to go on, use the run's configuration"
+        )
+    if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
+        raise UserError(f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}")
+    return saved
+
+
+def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
+    return train["batch_size"] * train["accumulate"] * processes
+
+
+def _start(
+    config: Config,
+    flow: Flow,
+    fingerprint: dict[str, Any],
+    saved: Checkpoint | None,
+    init_from: str | None,
+    batches: Batches,
+) -> State:
+    """The state of step 0, or of a checkpoint."""
+    if saved is None:
+        _initialize(config, flow, init_from, batches)
+        distributed.copy_from_main(flow)
+    averaged = Average(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
+    if saved is not None:
+        changed = differences(saved.meta["data"], fingerprint)
+        if changed:
+            key, there, here = changed[0]
+            raise UserError(
+                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}"
+            )
+        state.restore(saved)
+        # A checkpoint that the user names may be of a run that was to be shorter, or longer.
+        if config.train.num_steps is not None or not state.reached_end():
+            state.progress.finished = state.reached_end()
+    return state
+
+
+@distributed.main_only
+def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
+    if init_from is not None:
+        load_weights(flow, checkpoint_format.read(find(init_from)))
+    x = batches.first_of_all()
+    initialize(flow, x, _noise(config, step=0, x=x, start=0))
+
+
+def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
+    parameters = sum(p.numel() for p in state.flow.parameters())
+    fingerprint = state.data
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    console.print(
+        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; {data.config.name}: "
+        f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
+        f"{'x'.join(map(str, data.shape))}, {levels_in_words(data.levels)}{', streamed' if batches.streams else ''}"
+    )
+    if saved is None:
+        console.print(f"run directory: {run.path}")
+    else:
+        console.print(f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}")
