@@ -11,8 +11,8 @@ from helpers import a_config
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flowtrain import charts, compare, record
 from flowtrain.errors import UserError
+from flowtrain.runs import charts, compare, record
 
 
 def train_row(step, bits, **changes):

@@ -17,7 +17,6 @@ from helpers import images, npz, tiny_flow
 from PIL import Image
 
 import flowtrain
-from flowtrain import report
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet, Split
@@ -25,6 +24,7 @@ from flowtrain.evaluation import doctor
 from flowtrain.evaluation.doctor import Finding
 from flowtrain.pictures import grid as pictures
 from flowtrain.pictures.sample import sample
+from flowtrain.runs import report
 
 SECTIONS = ["evaluation", "curves", "samples", "reconstructions", "nearest", "health", "configuration"]
 EMPTY = {"meta", "img", "path", "use", "link", "br", "hr"}

@@ -24,9 +24,9 @@ def compare(
 ) -> None:
     """One table and one plot of several runs, also of those that are still training. Evaluates nothing itself."""
 
-    from flowtrain import charts, record
-    from flowtrain import compare as comparison
     from flowtrain.pictures import grid
+    from flowtrain.runs import charts, record
+    from flowtrain.runs import compare as comparison
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 

@@ -43,9 +43,9 @@ def report(
 
     What is missing, such as an evaluation of the test split or the data set, is said in the report; the rest is made.
     """
-    from flowtrain import report as reporting
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import grid
+    from flowtrain.runs import report as reporting
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 

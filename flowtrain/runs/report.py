@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 import flowtrain
-from flowtrain import charts, record
 from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.data.splits import DataSet, Split, levels_in_words
 from flowtrain.errors import RunError, UserError
@@ -24,6 +23,7 @@ from flowtrain.evaluation.score import fitting_batch_size
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
 from flowtrain.pictures.sample import sample
+from flowtrain.runs import charts, record
 from flowtrain.system.console import duration
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)

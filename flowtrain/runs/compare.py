@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.config import differences
-from flowtrain.record import Evaluation, Record
+from flowtrain.runs.record import Evaluation, Record
 
 # Where images lie, how they are read, and what is written when: no part of what is learned.
 NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flowtrain.record import Row
+from flowtrain.runs.record import Row
 
 COLOURS = ("#4477cc", "#dd7722", "#2a9d5c", "#cc3344", "#8866cc", "#997755", "#cc66aa", "#888888", "#a0a020", "#1fa0b0")
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
