@@ -6,10 +6,10 @@ import statistics
 import torch
 from common import SHAPE, arguments, begin, images, in_turns, table
 
-from flowtrain import compression
 from flowtrain import config as configuration
-from flowtrain.bitsback import Codec
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.compression.codec import Codec
+from flowtrain.compression.streams import CHUNK, Stream, decode_stream, encode_stream, estimate, in_threads, one_thread
 from flowtrain.configfiles import find_config
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
@@ -26,19 +26,19 @@ def main() -> None:
     x = images(options.images * options.threads)
     initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
     codec = Codec(flow)
-    with compression.one_thread():
-        expected = compression.estimate(codec, x[: compression.CHUNK])
+    with one_thread():
+        expected = estimate(codec, x[:CHUNK])
     parts = torch.arange(len(x)).view(options.threads, -1).tolist()
 
-    def encode() -> list[compression.Stream]:
-        tasks = [functools.partial(compression.encode_stream, codec, x, part, expected.borrowed) for part in parts]
-        return [stream for stream, _ in compression.in_threads(tasks, len(x), lambda done, total: None)]
+    def encode() -> list[Stream]:
+        tasks = [functools.partial(encode_stream, codec, x, part, expected.borrowed) for part in parts]
+        return [stream for stream, _ in in_threads(tasks, len(x), lambda done, total: None)]
 
     streams = encode()
 
     def decode() -> None:
-        tasks = [functools.partial(compression.decode_stream, codec, s.words, s.description()) for s in streams]
-        compression.in_threads(tasks, len(x), lambda done, total: None)
+        tasks = [functools.partial(decode_stream, codec, s.words, s.description()) for s in streams]
+        in_threads(tasks, len(x), lambda done, total: None)
 
     contenders = {"forward passes, float32": lambda: flow.log_prob(x), "compress": encode, "decompress": decode}
     seconds = in_turns(contenders, options.repeats, warmup=0)

@@ -21,13 +21,17 @@ from helpers import a_config, images, perturb, tiny_flow
 from PIL import Image
 from torch import nn
 
-from flowtrain import archive, compression
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
-from flowtrain.bitsback import Codec, Exhausted, Stack, Uncodable, constriction
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.commands import decompress
-from flowtrain.compression import Opened, encode_stream, random_words
+from flowtrain.compression import compress
+from flowtrain.compression import format as archive
+from flowtrain.compression.codec import Codec, model_hash, probe
+from flowtrain.compression.decompress import Opened
+from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files, require_writable
+from flowtrain.compression.stack import Exhausted, Stack, Uncodable, constriction
+from flowtrain.compression.streams import MOST_CARRIERS, Stream, decode_stream, encode_stream, in_threads, random_words
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.class_prior import ClassPrior
@@ -156,10 +160,10 @@ def test_the_missing_package_is_named(monkeypatch):
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> compression.Stream:
+def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> Stream:
     stream, dropped = encode_stream(codec, x, list(range(len(x))), borrowed, lambda count: None)
     assert sorted(stream.images + dropped) == list(range(len(x)))
-    back = compression.decode_stream(codec, stream.words, stream.description(), lambda count: None)
+    back = decode_stream(codec, stream.words, stream.description(), lambda count: None)
     assert torch.equal(back, x[stream.images])
     return stream
 
@@ -182,7 +186,7 @@ def test_a_stream_that_borrows_more_than_it_has_begins_again(borrowed):
 def test_random_bits_are_borrowed_where_images_are_too_small_to_carry():
     x = torch.full((50, 1, 8, 8), 7, dtype=torch.uint8)
     stream = round_trip(Codec(affine_flow((1, 8, 8))), x, 50_000)
-    assert stream.carriers == compression.MOST_CARRIERS and stream.initial_bits >= 50_000
+    assert stream.carriers == MOST_CARRIERS and stream.initial_bits >= 50_000
 
 
 def test_an_image_that_cannot_be_coded_is_left_out_of_its_stream():
@@ -214,9 +218,9 @@ def digits(model):
     return DataSet(model.config.data).split("train").take(slice(0, 500))
 
 
-def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compression.Compressed:
+def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compress.Compressed:
     """With the flow, however much it takes, unless `plain` is given."""
-    return compression.compress(compression.prepare(model, x), names, plain=plain, **options)
+    return compress.compress(compress.prepare(model, x), names, plain=plain, **options)
 
 
 def opened(path, data: bytes) -> Opened:
@@ -227,9 +231,9 @@ def opened(path, data: bytes) -> Opened:
 @pytest.mark.parametrize("count", [1, 2, 500])
 def test_archives_of_few_and_many(model, digits, count, tmp_path):
     x = digits[:count]
-    sizes = compression.ordinary_sizes(x, 17, lambda done, total: None)
+    sizes = ordinary_sizes(x, 17, lambda done, total: None)
     assert {"PNG", "WEBP"} <= sizes.keys()
-    result = made(model, x, plain=None if count == 500 else compression.strips(x))
+    result = made(model, x, plain=None if count == 500 else compress.strips(x))
     assert len(result.data) < 1.05 * sizes["PNG"]
     assert result.stored + result.carriers + result.coded == count
     assert (result.coded > 450) == (count == 500)
@@ -244,7 +248,7 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
 def test_a_small_archive_is_no_larger_than_png(count, shape):
     x = smooth(count, shape)
-    parts = [bytes(4 * count), *compression.strips(x)]
+    parts = [bytes(4 * count), *compress.strips(x)]
     names = [f"{i}.png" for i in range(count)]
     data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
     assert len(data) < 1.03 * sum(file_sizes(x, 256, "PNG").tolist())
@@ -259,34 +263,34 @@ def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp
     assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
 
 
-def of_size(size: int, prepared: compression.Prepared) -> list[bytes]:
+def of_size(size: int, prepared: compress.Prepared) -> list[bytes]:
     """Strips with which an archive takes about so many bytes."""
-    return [bytes(size - len(compression._packed(prepared, "train", [], [b""], b"")))]
+    return [bytes(size - len(compress._packed(prepared, "train", [], [b""], b"")))]
 
 
 def test_the_smaller_of_both_ways_is_taken(model, digits, tmp_path):
-    x = digits[compression.prepare(model, digits[:90]).promising]
-    prepared = compression.prepare(model, x)
-    flow = compression.compress(prepared, "train").data
+    x = digits[compress.prepare(model, digits[:90]).promising]
+    prepared = compress.prepare(model, x)
+    flow = compress.compress(prepared, "train").data
     for size, tried, wins in ((len(flow) + 20, True, True), (len(flow) - 20, True, False), (2000, False, False)):
         said: list[int] = []
-        result = compression.compress(
+        result = compress.compress(
             prepared, "train", plain=of_size(size, prepared), announce=lambda _, count, said=said: said.append(count)
         )
         assert (said, result.coded > 0) == ([len(x)] * tried, wins)
         assert len(result.data) <= min(len(flow), size + 10)
     assert made(model, x[:3]).stored == 3  # all of them would be carriers
-    few = made(model, x[:10], plain=compression.strips(x[:10]))
+    few = made(model, x[:10], plain=compress.strips(x[:10]))
     assert few.stored == 10
     assert torch.equal(opened(tmp_path / "a", few.data).images(None), x[:10])
 
 
 def test_an_embedded_model_is_counted(model, digits):
-    prepared = compression.prepare(model, digits[:90])
-    plain = of_size(2 * len(compression.compress(prepared, "train").data), prepared)
-    assert compression.compress(prepared, "train", plain=plain).coded > 0
+    prepared = compress.prepare(model, digits[:90])
+    plain = of_size(2 * len(compress.compress(prepared, "train").data), prepared)
+    assert compress.compress(prepared, "train", plain=plain).coded > 0
     said: list[int] = []
-    result = compression.compress(
+    result = compress.compress(
         prepared, "train", plain=plain, embed=True, announce=lambda estimate, count: said.append(count)
     )
     assert said == [] and result.stored == 90
@@ -325,7 +329,7 @@ def test_the_first_stream_that_fails_ends_all():
     try:
         started = time.monotonic()
         with pytest.raises(ValueError, match="the second"):
-            compression.in_threads([slow, fails], 1, lambda done, total: None)
+            in_threads([slow, fails], 1, lambda done, total: None)
         assert time.monotonic() - started < 5
     finally:
         torch.set_num_threads(threads)
@@ -350,12 +354,12 @@ def test_weights_that_are_not_finite_are_named(model, digits):
         found = next(p for name, p in [*flow.named_parameters(), *flow.named_buffers()] if word in name)
         found.view(-1)[0] = math.nan
         with pytest.raises(FloatingPointError, match="not finite|singular"):
-            compression.prepare(dataclasses.replace(model, flow=flow), digits[:10])
+            compress.prepare(dataclasses.replace(model, flow=flow), digits[:10])
 
 
 def test_a_flipped_bit_anywhere_is_caught(model, digits, tmp_path):
     for data in (
-        made(model, digits[:1], ["a.png"], plain=compression.strips(digits[:1])).data,
+        made(model, digits[:1], ["a.png"], plain=compress.strips(digits[:1])).data,
         made(model, digits[:90]).data,
     ):
         for position in range(len(data)):
@@ -381,13 +385,13 @@ def test_numerics_that_do_not_reproduce_are_an_error(model, digits, tmp_path):
     found.description.versions["torch"] = "0.1"
     with pytest.raises(UserError, match="other numbers here; written with torch 0.1, here"):
         found.images(other)
-    found.description.probe = compression.probe(Codec(other.flow))  # so that only the images tell
+    found.description.probe = probe(Codec(other.flow))  # so that only the images tell
     with pytest.raises(UserError, match="does not reproduce"):
         found.images(other)
     damaged = bytearray(found.parts[0])
     damaged[4 * 70] ^= 1
     found.parts[0] = bytes(damaged)
-    found.description.probe = compression.probe(Codec(model.flow))
+    found.description.probe = probe(Codec(model.flow))
     with pytest.raises(UserError, match="1 of 100 images do not match their checksums"):
         found.images(model)
 
@@ -399,8 +403,8 @@ def test_a_model_that_does_not_invert_is_refused(model, digits, monkeypatch):
 
 
 def test_the_hash_is_of_what_is_computed(model):
-    assert compression.model_hash(model) == compression.model_hash(moved(model, 0.0))
-    assert compression.model_hash(model) != compression.model_hash(moved(model, 0.001))
+    assert model_hash(model) == model_hash(moved(model, 0.0))
+    assert model_hash(model) != model_hash(moved(model, 0.001))
 
 
 # --- what others write, with a checksum that is right -----------------------------------------------------------------
@@ -577,7 +581,7 @@ def test_streams_and_an_embedded_model_come_back_in_a_process_with_other_threads
     (tmp_path / "a.fta").write_bytes(embedding())
     assert Opened(tmp_path / "a.fta").description.embedded
     quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
-    for i, image in enumerate(compression.to_8bit(digits[:120], 17)):
+    for i, image in enumerate(compress.to_8bit(digits[:120], 17)):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png")), image[0].numpy())
 
 
@@ -599,19 +603,19 @@ def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
 def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
     x = images(3, (3, 4, 4), levels)
     for i, image in enumerate(x):
-        (tmp_path / f"{i}.png").write_bytes(encoded(compression.to_8bit(image, levels), "PNG"))
-    files = compression.find_files([tmp_path])
+        (tmp_path / f"{i}.png").write_bytes(encoded(compress.to_8bit(image, levels), "PNG"))
+    files = find_files([tmp_path])
     assert list(files) == [f"{tmp_path.name}/{i}.png" for i in range(3)]
-    assert torch.equal(compression.read_files(list(files.values()), (3, 4, 4), levels), x)
+    assert torch.equal(read_files(list(files.values()), (3, 4, 4), levels), x)
 
 
 def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     x = images(3, (3, 4, 4))
     lossless = decoded
-    assert set(compression.ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
+    assert set(ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
     last = encoded(x[2], "WEBP")
     monkeypatch.setattr(lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last))
-    assert "WEBP" not in compression.ordinary_sizes(x, 256, lambda done, total: None)
+    assert "WEBP" not in ordinary_sizes(x, 256, lambda done, total: None)
 
 
 def test_folders_are_read_as_the_data_set_reads_them(tmp_path):
@@ -619,7 +623,7 @@ def test_folders_are_read_as_the_data_set_reads_them(tmp_path):
     picture(tmp_path / "one" / ".hidden.png")
     picture(tmp_path / "two" / "shot 12:30.JPG")
     (tmp_path / "one" / "link").symlink_to(tmp_path / "two")
-    assert list(compression.find_files([tmp_path / "one"])) == ["one/a.png", "one/link/shot 12:30.JPG.png"]
+    assert list(find_files([tmp_path / "one"])) == ["one/a.png", "one/link/shot 12:30.JPG.png"]
 
 
 def test_long_names_and_odd_ones_come_back(tmp_path):
@@ -635,7 +639,7 @@ def test_long_names_and_odd_ones_come_back(tmp_path):
 def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="--out x: there is no permission"):
-        compression.require_writable(Path("x"), tmp_path)
+        require_writable(Path("x"), tmp_path)
     picture(tmp_path / "there")
     with pytest.raises(RunError, match="there: cannot be written"):
         decompress._write(tmp_path / "there", b"")

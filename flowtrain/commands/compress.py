@@ -49,9 +49,12 @@ def compress(
 
     import torch
 
-    from flowtrain import compression
-    from flowtrain.bitsback import Codec, constriction
     from flowtrain.commands.base import print_table
+    from flowtrain.compression import compress as compression
+    from flowtrain.compression.codec import Codec, model_hash
+    from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files, require_writable
+    from flowtrain.compression.stack import constriction
+    from flowtrain.compression.streams import Estimate
     from flowtrain.pictures.lossless import FORMATS
     from flowtrain.system.console import ProgressBar, console, duration
     from flowtrain.system.files import save
@@ -68,18 +71,18 @@ def compress(
         raise UserError(f"--out {out}: is a folder; give the name of a file")
     if overrides and split is None:
         raise UserError("--set: only with --split, where it says where the data are")
-    compression.require_writable(out, out.parent)
+    require_writable(out, out.parent)
     loaded = load(None if model is None else str(model), "cpu", weights, trust_code)
     flow, path = loaded.flow, loaded.checkpoint.path
     Codec(flow)  # refuses a model that has no rules, before any work is done
     names: list[str] | str
     if split is None:
-        found = compression.find_files(files)
+        found = find_files(files)
         for file in (*found.values(), path):
             if out.exists() and file.exists() and out.samefile(file):
                 raise UserError(f"--out {out}: is one of the files that are read; give another name")
         names = list(found)[:num_images]
-        x = compression.read_files([found[name] for name in names], flow.shape, flow.levels)
+        x = read_files([found[name] for name in names], flow.shape, flow.levels)
     else:
         data = data_of(loaded, overrides)
         data.require(flow.shape, flow.levels, path)
@@ -94,7 +97,7 @@ def compress(
         plain = compression.strips(x, bar)
     with ProgressBar("compressing") as bar:
 
-        def announce(expected: compression.Estimate, count: int) -> None:
+        def announce(expected: Estimate, count: int) -> None:
             bar.started = time.monotonic()  # what is done by now was another kind of work
             threads = min(torch.get_num_threads(), -(-count // compression.STREAM))
             there, back = (s * count / threads for s in (expected.encode_seconds, expected.decode_seconds))
@@ -103,7 +106,7 @@ def compress(
         result = compression.compress(prepared, names, plain=plain, embed=embed, progress=bar, announce=announce)
     save(out, result.data)
     with ProgressBar("comparing") as bar:
-        others = compression.ordinary_sizes(x, flow.levels, bar)
+        others = ordinary_sizes(x, flow.levels, bar)
     values = flow.dims * result.coded
     table: dict[str, object] = {"images": len(x)}
     if result.coded:
@@ -129,6 +132,6 @@ def compress(
         console.print("it can be unpacked without a model")
     elif not embed:
         console.print(
-            f"flowtrain decompress needs the model {compression.model_hash(loaded)[:16]}, {loaded.weights} weights: "
+            f"flowtrain decompress needs the model {model_hash(loaded)[:16]}, {loaded.weights} weights: "
             f"keep a copy of {path}, which more training replaces, or use --embed"
         )

@@ -29,14 +29,15 @@ def decompress(
     trust_code: TrustOption = False,
 ) -> None:
     """Unpack an archive: every image bit for bit, or an error before anything is written."""
-    from flowtrain import compression
     from flowtrain.commands.base import device_of
+    from flowtrain.compression.decompress import Opened
+    from flowtrain.compression.inputs import require_writable
     from flowtrain.pictures import grid
     from flowtrain.pictures.lossless import encoded
     from flowtrain.system.console import ProgressBar, console
 
-    opened = compression.Opened(file)
-    compression.require_writable(out, out)
+    opened = Opened(file)
+    require_writable(out, out)
     present = next((name for name in opened.names if os.path.lexists(out / name)), None)
     if present is not None:
         raise UserError(f"--out {out}: {present!r} is there already; give another folder")

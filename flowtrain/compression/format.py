@@ -4,7 +4,7 @@
 
 The description is JSON, deflated with a dictionary of the words that it always has, so that an archive of one image is
 no larger than a PNG of it. It says shape, levels, names, the lengths of the parts, and how the streams were coded (see
-`flowtrain.compression`). The first part is the images' checksums.
+`flowtrain.compression.compress`). The first part is the images' checksums.
 """
 
 import hashlib

@@ -1,0 +1,180 @@
+"""A flow as an exact map between images and bits on a stack."""
+
+import copy
+import hashlib
+import json
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.compression import format as archive
+from flowtrain.compression.rules import rule
+from flowtrain.compression.stack import Stack, _require, _whole, scale, unscale
+from flowtrain.compression.streams import random_words
+from flowtrain.errors import UserError
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.variational import VariationalNoise
+
+DATA_BITS = 20  # of the data path
+
+
+PARTS = 2**12  # of a level: the noise in it is one of them
+
+
+GROUP_BITS = 2  # the dequantizer's map is linear within groups of 2**2 parts
+
+
+NOISE_BITS = 14  # of variational noise before it is squeezed into its level; a part is ten units or more
+
+
+LATENT_REACH = 64  # standard deviations: a latent further out cannot be coded. None takes more than 24 bits and a few
+
+
+NOISE_REACH = 6  # of the normal numbers that become variational noise
+
+
+SQUEEZED_REACH = 16  # and of what the noise's flow makes of them
+
+
+class Uniform:
+    """Uniform noise."""
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        """Levels `(B, C, H, W)` to the part of each, in `[0, PARTS)`, which is drawn from the stack."""
+        return stack.pop(torch.full_like(x, PARTS))
+
+    def push(self, part: Tensor, x: Tensor, stack: Stack) -> None:
+        """The inverse: the noise, given the levels, goes back onto the stack."""
+        stack.push(part, torch.full_like(x, PARTS))
+
+
+class Variational:
+    """Noise that a flow makes of normal numbers, given the image, and the normal distribution function of it.
+
+    The last is a table of the numbers' bins, in each of which they are uniform.
+    """
+
+    def __init__(self, noise_model: VariationalNoise, levels: int):
+        self.model = noise_model
+        self.levels = levels
+        self.squeeze = rule(noise_model.squeeze, NOISE_BITS)
+        self.flow = rule(noise_model.flow, NOISE_BITS)
+        quantiles = torch.special.ndtri(torch.arange(1, PARTS, dtype=torch.float64) / PARTS)
+        reach = torch.tensor([SQUEEZED_REACH * 2**NOISE_BITS])
+        self.edges = torch.cat([-reach, _whole(quantiles, NOISE_BITS), reach])
+
+    def _context(self, x: Tensor) -> Tensor:
+        scaled = self.model.squeeze(x.double() / self.levels - 0.5)[0]
+        return torch.cat([self.model.context(each[None]) for each in scaled])
+
+    def pop(self, x: Tensor, stack: Stack) -> Tensor:
+        eps = stack.pop_normal(tuple(self.model.squeeze(x)[0].shape), NOISE_BITS, NOISE_REACH)
+        w = self.flow.forward(eps, self._context(x), stack)
+        _require((w >= self.edges[0]) & (w < self.edges[-1]))
+        part = torch.searchsorted(self.edges, w, right=True) - 1
+        stack.push(w - self.edges[part], self.edges[part + 1] - self.edges[part])
+        return self.model.squeeze.inverse(part)[0]
+
+    def push(self, part: Tensor, x: Tensor, stack: Stack) -> None:
+        part = self.model.squeeze(part)[0]
+        w = self.edges[part] + stack.pop(self.edges[part + 1] - self.edges[part])
+        stack.push_normal(self.flow.inverse(w, self._context(x), stack), NOISE_BITS, NOISE_REACH)
+
+
+class Codec:
+    """A flow as an exact map between images and bits on a stack. It computes on the CPU.
+
+    Raises `UserError` where a layer has no rule, and for a model of real-valued data or with classes.
+    """
+
+    def __init__(self, flow: Flow):
+        if flow.levels is None:
+            raise UserError("compress: a model of real-valued data has no bits without loss")
+        if flow.classes:
+            raise UserError(
+                f"compress: the model is class-conditional (model.classes is {flow.classes}): no coding rule"
+            )
+        self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
+        flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
+        noise = flow.dequantizer.noise_model
+        self.noise = Variational(noise, self.levels) if isinstance(noise, VariationalNoise) else Uniform()
+        # The dequantizer's map, of the lower edge of each group: `middle(x)` is that of x + 1/2.
+        groups = torch.arange(self.levels * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
+        edges = flow.dequantizer.middle(groups * 2**GROUP_BITS / PARTS - 0.5, torch.float64)
+        self.edges = _whole(edges, DATA_BITS)
+        self.flow = rule(flow.bijection, DATA_BITS)
+
+    def encode(self, x: Tensor, stack: Stack) -> None:
+        """Images, uint8 `(B, C, H, W)`, onto the stack. Raises `Uncodable`, `Exhausted`: the stack is then useless."""
+        stack.push_normal(self.forward(x, stack), DATA_BITS, LATENT_REACH)
+
+    def forward(self, x: Tensor, stack: Stack) -> Tensor:
+        """Images to latents, `(B, D)` int64: `encode` without its last step."""
+        x = x.long()
+        y = x * PARTS + self.noise.pop(x, stack)
+        group = y >> GROUP_BITS
+        v = self.edges[group] + scale(y - (group << GROUP_BITS), *self._slope(group), stack)
+        return self.flow.forward(v, None, stack)
+
+    def decode(self, count: int, stack: Stack) -> Tensor:
+        """The inverse of `encode`: uint8 `(count, C, H, W)`.
+
+        What the stack is left with is only then what `encode` began with if all was computed to the same bits.
+        Raises `Uncodable` or `Exhausted` where it plainly was not.
+        """
+        z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
+        v = self.flow.inverse(z, None, stack)
+        _require((v >= self.edges[0]) & (v < self.edges[-1]))
+        group = torch.searchsorted(self.edges, v, right=True) - 1
+        y = (group << GROUP_BITS) + unscale(v - self.edges[group], *self._slope(group), stack)
+        x = y.div(PARTS, rounding_mode="floor")
+        self.noise.push(y - x * PARTS, x, stack)
+        return x.to(torch.uint8)
+
+    def _slope(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        return self.edges[group + 1] - self.edges[group], torch.full_like(group, 2**GROUP_BITS)
+
+
+PROBE = 2  # images
+
+
+def model_hash(model: LoadedModel) -> str:
+    """SHA-256 of what the model computes with: its options, shape, levels and the weights that are used."""
+    described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
+    described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(model.flow.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_bytes(model: LoadedModel) -> bytes:
+    """A checkpoint of the weights that are used, and of nothing else."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.flow.state_dict().items()}
+    keys = ("config", "shape", "levels", "step")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        checkpoint_format.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
+        return path.read_bytes()
+
+
+def versions() -> dict[str, str]:
+    return {**checkpoint_format.versions(), "constriction": metadata.version("constriction")}
+
+
+def probe(codec: Codec) -> int:
+    """A checksum of what the model computes for fixed images: another one means other numerics."""
+    channels, height, width = codec.shape
+    ramp = torch.arange(height)[:, None] + torch.arange(width) * 2
+    level = torch.arange(PROBE * channels).view(PROBE, channels, 1, 1) * 3
+    images = ((ramp + level) * codec.levels // (4 * (height + width))) % codec.levels
+    stack = Stack(random_words(4 * images.numel()))
+    z = codec.forward(images.to(torch.uint8), stack)
+    return archive.checksum(z) ^ archive.checksum(torch.from_numpy(stack.words().astype(np.int64)))
