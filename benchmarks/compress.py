@@ -8,9 +8,9 @@ from common import SHAPE, arguments, begin, images, in_turns, table
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config
 from flowtrain.compression.codec import Codec
 from flowtrain.compression.streams import CHUNK, Stream, decode_stream, encode_stream, estimate, in_threads, one_thread
-from flowtrain.configfiles import find_config
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 

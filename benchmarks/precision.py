@@ -12,8 +12,8 @@ import torch
 from common import arguments, heading
 
 from flowtrain import config as configuration
-from flowtrain import configfiles
 from flowtrain.checkpoints.load import load_model
+from flowtrain.cli import configs
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.training.loop import fit
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _row(options: argparse.Namespace, precision: str, seed: int, run: Path) -> None:
     overrides = [*options.set, f"train.precision={precision}", f"seed={seed}"]
-    config = configuration.load_config(configfiles.find_config(options.config), overrides)
+    config = configuration.load_config(configs.find_config(options.config), overrides)
     fit(config, RunDirectory(run), CPU)
     model = load_model(str(run / "checkpoints" / "last.safetensors"), CPU)
     images = DataSet(model.config.data).split("validation")

@@ -1,3 +1,3 @@
-from flowtrain.cli import main
+from flowtrain.cli.main import main
 
 main()

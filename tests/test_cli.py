@@ -42,8 +42,8 @@ import flowtrain as package
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config, load_yaml, parse
-from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.layers import watching
 from flowtrain.flow.flow import initialize

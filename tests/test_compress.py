@@ -24,7 +24,7 @@ from torch import nn
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
-from flowtrain.commands import decompress
+from flowtrain.cli import decompress
 from flowtrain.compression import compress
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec, model_hash, probe

@@ -8,8 +8,8 @@ import yaml
 from helpers import REPOSITORY
 
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config, headline, shipped_configs
 from flowtrain.config import component_names, differences, json_schema, load_config, override, parse
-from flowtrain.configfiles import find_config, headline, shipped_configs
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, nearest
 

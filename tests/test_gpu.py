@@ -7,8 +7,8 @@ import torch
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
+from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import score
 from flowtrain.pictures.sample import sample

@@ -21,7 +21,7 @@ def imported(*args, cwd) -> set[str]:
     done = result(start(*args, cwd=cwd, command=(sys.executable, "-X", "importtime", "-m", "flowtrain")))
     assert done.code == 0, done.err[-2000:]
     names = set(re.findall(r"^import time:.*\| +(\S+)$", done.err, re.MULTILINE))
-    assert "flowtrain.cli" in names
+    assert "flowtrain.cli.main" in names
     return names
 
 

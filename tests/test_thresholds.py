@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flowtrain.checkpoints.load import load_model
+from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.configfiles import find_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.training.loop import fit

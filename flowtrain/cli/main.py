@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands import compare, compress, decompress, doctor, evaluate, interpolate, ood, report, sample, train
+from flowtrain.cli import compare, compress, decompress, doctor, evaluate, interpolate, ood, report, sample, train
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",

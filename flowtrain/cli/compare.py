@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowtrain.commands.base import command, on_one_process, write_json
+from flowtrain.cli.base import command, on_one_process, write_json
 
 EPILOG = "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtrain.commands.base import (
+from flowtrain.cli.base import (
     DataSetOption,
     DeviceOption,
     ModelArgument,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands.base import DataSetOption, TrustOption, WeightsOption, command, data_of, load, on_one_process
+from flowtrain.cli.base import DataSetOption, TrustOption, WeightsOption, command, data_of, load, on_one_process
 from flowtrain.errors import UserError
 
 EPILOG = (
@@ -49,7 +49,7 @@ def compress(
 
     import torch
 
-    from flowtrain.commands.base import print_table
+    from flowtrain.cli.base import print_table
     from flowtrain.compression import compress as compression
     from flowtrain.compression.codec import Codec, model_hash
     from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files, require_writable

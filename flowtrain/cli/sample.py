@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands.base import (
+from flowtrain.cli.base import (
     DeviceOption,
     ModelArgument,
     SeedOption,

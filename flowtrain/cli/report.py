@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands.base import (
+from flowtrain.cli.base import (
     DataSetOption,
     DeviceOption,
     ModelArgument,

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flowtrain import configfiles
-from flowtrain.commands.base import DeviceOption, command, device_of, on_all_processes
+from flowtrain.cli import configs as configfiles
+from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
 
 
 def _complete_config(incomplete: str) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.commands.base import TrustOption, command, on_one_process
+from flowtrain.cli.base import TrustOption, command, on_one_process
 from flowtrain.errors import RunError, UserError
 
 EPILOG = "Example: [cyan]flowtrain decompress digits.fta --out digits[/cyan]"
@@ -29,7 +29,7 @@ def decompress(
     trust_code: TrustOption = False,
 ) -> None:
     """Unpack an archive: every image bit for bit, or an error before anything is written."""
-    from flowtrain.commands.base import device_of
+    from flowtrain.cli.base import device_of
     from flowtrain.compression.decompress import Opened
     from flowtrain.compression.inputs import require_writable
     from flowtrain.pictures import grid
