@@ -1,4 +1,4 @@
-"""Evaluation: `flowtrain.evaluation.score.score` beside bare forward passes of the same images, at several batch sizes."""
+"""Evaluation beside bare forward passes of the same images, at several batch sizes."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -38,6 +38,7 @@ from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
+from flowtrain.pictures import lossless as lossless_formats
 from flowtrain.pictures.lossless import decoded, encoded, file_sizes
 
 pytest.importorskip("constriction")

@@ -9,7 +9,7 @@ DEMO = "glow_digits.yaml"
 
 def config_folders() -> list[Path]:
     """Where a bare name is looked up: `configs/` here, in the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return [Path("configs"), package / "configs", package.parent / "configs"]
 
 

@@ -1,4 +1,18 @@
-"""A flow as an exact map between images and bits on a stack."""
+"""A flow as an exact map between images and bits on a stack: local bits-back coding in whole numbers.
+
+Local bits-back coding (Ho, Lohn & Abbeel 2019, "Compression with Flows via Local Bits-Back Coding") codes with a
+continuous flow, layer by layer. A layer that stretches space by |det J| takes `log2 |det J|` bits off the stack, as
+noise below the resolution of its output. A layer that shrinks space puts as many bits there.
+
+The paper's noise is Gaussian, far wider than the grid of the values, and each layer is linearized within its reach.
+Here the noise is uniform within one cell of the grid (Zhang et al. 2021, "iFlow: Numerically Invertible Flows for
+Efficient Lossless Compression via a Uniform Coder"). Whole shifts (additive couplings, the triangular factors of a 1x1
+convolution) then take no bits at all, less is borrowed at the start, and each layer is a bijection of values and stack
+together.
+
+All values are whole numbers, int64, in units of `2**-bits`. Networks compute in float64, for each image by itself, and
+what they predict is rounded to `2**-PREDICTED_BITS` before it is used. So neither batch nor threads change an archive.
+"""
 
 import copy
 import hashlib
@@ -15,7 +29,7 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression import format as archive
 from flowtrain.compression.rules import rule
-from flowtrain.compression.stack import Stack, _require, _whole, scale, unscale
+from flowtrain.compression.stack import Stack, require, scale, unscale, whole
 from flowtrain.compression.streams import random_words
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
@@ -67,7 +81,7 @@ class Variational:
         self.flow = rule(noise_model.flow, NOISE_BITS)
         quantiles = torch.special.ndtri(torch.arange(1, PARTS, dtype=torch.float64) / PARTS)
         reach = torch.tensor([SQUEEZED_REACH * 2**NOISE_BITS])
-        self.edges = torch.cat([-reach, _whole(quantiles, NOISE_BITS), reach])
+        self.edges = torch.cat([-reach, whole(quantiles, NOISE_BITS), reach])
 
     def _context(self, x: Tensor) -> Tensor:
         scaled = self.model.squeeze(x.double() / self.levels - 0.5)[0]
@@ -76,7 +90,7 @@ class Variational:
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
         eps = stack.pop_normal(tuple(self.model.squeeze(x)[0].shape), NOISE_BITS, NOISE_REACH)
         w = self.flow.forward(eps, self._context(x), stack)
-        _require((w >= self.edges[0]) & (w < self.edges[-1]))
+        require((w >= self.edges[0]) & (w < self.edges[-1]))
         part = torch.searchsorted(self.edges, w, right=True) - 1
         stack.push(w - self.edges[part], self.edges[part + 1] - self.edges[part])
         return self.model.squeeze.inverse(part)[0]
@@ -107,7 +121,7 @@ class Codec:
         # The dequantizer's map, of the lower edge of each group: `middle(x)` is that of x + 1/2.
         groups = torch.arange(self.levels * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
         edges = flow.dequantizer.middle(groups * 2**GROUP_BITS / PARTS - 0.5, torch.float64)
-        self.edges = _whole(edges, DATA_BITS)
+        self.edges = whole(edges, DATA_BITS)
         self.flow = rule(flow.bijection, DATA_BITS)
 
     def encode(self, x: Tensor, stack: Stack) -> None:
@@ -130,7 +144,7 @@ class Codec:
         """
         z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
         v = self.flow.inverse(z, None, stack)
-        _require((v >= self.edges[0]) & (v < self.edges[-1]))
+        require((v >= self.edges[0]) & (v < self.edges[-1]))
         group = torch.searchsorted(self.edges, v, right=True) - 1
         y = (group << GROUP_BITS) + unscale(v - self.edges[group], *self._slope(group), stack)
         x = y.div(PARTS, rounding_mode="floor")

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec, model_hash, probe, versions
-from flowtrain.compression.streams import Progress, _words, decode_stream, in_threads, one_thread
+from flowtrain.compression.streams import Progress, decode_stream, in_threads, one_thread, words_of
 from flowtrain.datasets.base import short
 from flowtrain.errors import UserError
 
@@ -116,7 +116,7 @@ class Opened:
                 if probe(codec) != self.description.probe:
                     raise self._irreproducible("the model computes other numbers here")
             tasks = [
-                functools.partial(decode_stream, codec, _words(data), described)
+                functools.partial(decode_stream, codec, words_of(data), described)
                 for data, described in zip(self.parts[first:], self.streams, strict=False)
             ]
             return torch.cat(in_threads(tasks, sum(stream.images for stream in self.streams), progress))

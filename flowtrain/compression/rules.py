@@ -10,23 +10,29 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import (
+    ActNorm,
+    AdditiveTransform,
+    AffineTransform,
     Bijection,
     CheckerboardCoupling,
     Coupling,
+    DiagonalAffine,
+    Flatten,
     LogisticToNormal,
     Multiscale,
+    Permute,
+    Sequential,
+    Squeeze,
     Transform,
 )
+from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
-from flowtrain.compression.stack import Monotone, Stack, _whole, scale, unscale
+from flowtrain.bijections.fused import FusedLinear, fuse
+from flowtrain.compression.stack import Monotone, Stack, scale, unscale, whole
 from flowtrain.errors import UserError
 
 PREDICTED_BITS = 12  # of what networks predict
-
-
 SLOPE_BITS = 9  # of a slope; the coder's own precision is 24 bits, of which a size of n loses n / 2**24
-
-
 MATRIX_BITS = 14  # of the triangular factors of a 1x1 convolution
 
 
@@ -55,6 +61,9 @@ def _best_slope(slope: Tensor) -> tuple[Tensor, Tensor]:
         fractions.append(large if value >= 1 else 1 / large)
     numerator, denominator = torch.tensor([(f.numerator, f.denominator) for f in fractions]).unbind(1)
     return numerator.view_as(slope), denominator.view_as(slope)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 class Rule(Protocol):
@@ -88,6 +97,11 @@ class Chain:
         return z
 
 
+@rule.register
+def _(layer: Sequential, bits: int) -> Rule:
+    return Chain([rule(each, bits) for each in fuse(list(layer.layers))])  # type: ignore[arg-type]
+
+
 class Moves:
     """A layer that only moves entries does the same with whole numbers."""
 
@@ -101,18 +115,29 @@ class Moves:
         return self.layer.inverse(z)[0]
 
 
+@rule.register
+def _(layer: Squeeze | Flatten | Permute, bits: int) -> Rule:
+    return Moves(layer)
+
+
 class Diagonal:
     """`x * slope + shift` with one slope and one shift for each entry, broadcast."""
 
     def __init__(self, slope: Tensor, shift: Tensor, bits: int):
         self.numerator, self.denominator = _best_slope(slope)
-        self.shift = _whole(_finite(shift), bits)
+        self.shift = whole(_finite(shift), bits)
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return scale(x, self.numerator.expand_as(x), self.denominator.expand_as(x), stack) + self.shift
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return unscale(z - self.shift, self.numerator.expand_as(z), self.denominator.expand_as(z), stack)
+
+
+@rule.register
+def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
+    slope = layer.bounded_log_scale().exp()
+    return Diagonal(slope, layer.shift, bits)
 
 
 class Linear:
@@ -124,11 +149,11 @@ class Linear:
         if not (diagonal != 0).all():
             raise FloatingPointError("a 1x1 convolution is singular")
         self.order = permutation.argmax(dim=1)  # row i of P L takes row order[i] of L
-        self.lower = _whole(lower.tril(-1), MATRIX_BITS)
-        self.upper = _whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
+        self.lower = whole(lower.tril(-1), MATRIX_BITS)
+        self.upper = whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
         self.sign = diagonal.sign().long()[:, None]
         self.diagonal = Diagonal(diagonal.abs()[:, None], torch.zeros(len(diagonal), 1), bits)
-        self.bias = _whole(_finite(bias), bits)[:, None]
+        self.bias = whole(_finite(bias), bits)[:, None]
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         y = x.flatten(2)
@@ -152,6 +177,18 @@ class Linear:
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
     """In whole numbers, where the order of a sum does not matter, rounded to units of `x`."""
     return (matrix @ x + 2 ** (MATRIX_BITS - 1)) >> MATRIX_BITS
+
+
+@rule.register
+def _(layer: FusedLinear, bits: int) -> Rule:
+    weight, bias, _ = layer.tensors()
+    return Linear(weight, bias, bits)
+
+
+@rule.register
+def _(layer: LinearChannels, bits: int) -> Rule:
+    weight = layer.weight()
+    return Linear(weight, torch.zeros_like(weight[0]), bits)
 
 
 class Conditioned:
@@ -184,6 +221,17 @@ class Conditioned:
         return x
 
 
+@rule.register
+def _(layer: Coupling, bits: int) -> Rule:
+    changed = slice(None, -layer.kept) if layer.swap else slice(layer.kept, None)
+    return Conditioned(layer, (slice(None), changed), (), bits)
+
+
+@rule.register
+def _(layer: CheckerboardCoupling, bits: int) -> Rule:
+    return Conditioned(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
+
+
 class LogisticRule:
     """`LogisticToNormal`."""
 
@@ -195,6 +243,9 @@ class LogisticRule:
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return self.map.inverse(z, stack)
+
+
+rule.register(LogisticToNormal, LogisticRule)
 
 
 class MultiscaleRule:
@@ -223,6 +274,12 @@ class MultiscaleRule:
         return x
 
 
+rule.register(Multiscale, MultiscaleRule)
+
+
+# --- transforms of couplings ------------------------------------------------------------------------------------------
+
+
 @singledispatch
 def entries(transform: Transform, bits: int) -> Callable[[Tensor], Any]:
     """What a coupling does with its entries, given the parameters: an object with `forward` and `inverse`.
@@ -239,7 +296,7 @@ class Affine:
 
     def __init__(self, parameters: Tensor, limit: float, bits: int):
         shift, raw = parameters.chunk(2, dim=1)
-        self.shift = _whole(shift, bits)
+        self.shift = whole(shift, bits)
         self.slope = _slope(gated_log_scale(log_scale_gate(raw, limit), limit))
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
@@ -249,14 +306,24 @@ class Affine:
         return unscale(z, *self.slope, stack) - self.shift
 
 
+@entries.register
+def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], Any]:
+    return lambda parameters: Affine(parameters, transform.limit, bits)
+
+
 class Additive:
     """`AdditiveTransform`."""
 
     def __init__(self, shift: Tensor, bits: int):
-        self.shift = _whole(shift, bits)
+        self.shift = whole(shift, bits)
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
         return x + self.shift
 
     def inverse(self, z: Tensor, stack: Stack) -> Tensor:
         return z - self.shift
+
+
+@entries.register
+def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], Any]:
+    return lambda parameters: Additive(parameters, bits)

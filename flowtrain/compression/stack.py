@@ -1,15 +1,6 @@
-"""Images through a flow and onto a stack of bits, exactly: local bits-back coding in whole numbers.
+"""A stack of bits, and maps of whole numbers that borrow from it and pay back.
 
-Local bits-back coding (Ho, Lohn & Abbeel 2019, "Compression with Flows via Local Bits-Back Coding") codes with a
-continuous flow, layer by layer: a layer that stretches space by |det J| takes `log2 |det J|` bits off the stack, as
-noise below the resolution of its output, and one that shrinks it puts as many there. The paper's noise is Gaussian, far
-wider than the grid of the values, and each layer is linearized within its reach. Here it is uniform within one cell of
-the grid (Zhang et al. 2021, "iFlow: Numerically Invertible Flows for Efficient Lossless Compression via a Uniform
-Coder"): whole shifts (additive couplings, the triangular factors of a 1x1 convolution) take no bits at all, less is
-borrowed at the start, and each layer is a bijection of values and stack together.
-
-All values are whole numbers, int64, in units of `2**-bits`. Networks compute in float64, for each image by itself, and
-what they predict is rounded to `2**-PREDICTED_BITS` before it is used. So neither batch nor threads change an archive.
+All values are whole numbers, int64, in units of `2**-bits`.
 """
 
 import copy
@@ -21,50 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import (
-    ActNorm,
-    AdditiveTransform,
-    AffineTransform,
-    CheckerboardCoupling,
-    Coupling,
-    DiagonalAffine,
-    Flatten,
-    LogisticToNormal,
-    Multiscale,
-    Permute,
-    Sequential,
-    Squeeze,
-)
-from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.fused import FusedLinear, fuse
-from flowtrain.compression.rules import (
-    Additive,
-    Affine,
-    Chain,
-    Conditioned,
-    Diagonal,
-    Linear,
-    LogisticRule,
-    Moves,
-    MultiscaleRule,
-    Rule,
-    entries,
-    rule,
-)
 from flowtrain.errors import RunError, UserError
 
 CELL_BITS = 10  # a nonlinear map is linear within cells of 2**10 units
-
-
 NORMAL_CELLS = 32  # in a standard deviation of a normal distribution, within which it is uniform
-
-
 LARGEST_SIZE = 2**24
-
-
 PARTS_OF_LAYER = 4  # in which its entries are coded
-
-
 ENOUGH = 64  # bits that are never taken off the stack
 
 
@@ -146,7 +99,7 @@ class Stack:
         """The inverse of `pop_normal`. Raises `Uncodable` beyond `reach`."""
         size = torch.full_like(z, 2**bits // NORMAL_CELLS)
         cells = z.div(size, rounding_mode="floor")
-        _require((cells >= -NORMAL_CELLS * reach) & (cells < NORMAL_CELLS * reach))
+        require((cells >= -NORMAL_CELLS * reach) & (cells < NORMAL_CELLS * reach))
         self.push(z - cells * size, size)
         self.coder.encode_reverse(_int32(cells.flatten()), self._normal(reach))
 
@@ -162,11 +115,11 @@ class Stack:
 
 def _sizes(sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The sizes, and which of them take any bits: a symbol of one value is not coded."""
-    _require((sizes >= 1) & (sizes <= LARGEST_SIZE))
+    require((sizes >= 1) & (sizes <= LARGEST_SIZE))
     return sizes, sizes > 1
 
 
-def _require(fine: Tensor) -> None:
+def require(fine: Tensor) -> None:
     bad = ~fine.flatten(1).all(dim=1)
     if bad.any():
         raise Uncodable(bad)
@@ -174,6 +127,9 @@ def _require(fine: Tensor) -> None:
 
 def _int32(values: Tensor) -> np.ndarray:
     return values.to(torch.int32).numpy()
+
+
+# --- one entry at a time ----------------------------------------------------------------------------------------------
 
 
 def scale(x: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> Tensor:
@@ -201,7 +157,7 @@ def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(t.flatten(1).chunk(PARTS_OF_LAYER, dim=1) for t in tensors), strict=True))
 
 
-def _whole(x: Tensor, bits: int) -> Tensor:
+def whole(x: Tensor, bits: int) -> Tensor:
     return (x * 2**bits).round().long()
 
 
@@ -218,7 +174,7 @@ class Monotone:
         self.bits = bits
 
     def _edge(self, cell: Tensor) -> Tensor:
-        return _whole(self.function(cell.double() * 2.0 ** (CELL_BITS - self.bits)), self.bits) + cell
+        return whole(self.function(cell.double() * 2.0 ** (CELL_BITS - self.bits)), self.bits) + cell
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
         cell = x >> CELL_BITS
@@ -237,58 +193,3 @@ class Monotone:
         lower, upper = self._edge(low), self._edge(low + 1)
         width = torch.full_like(z, 2**CELL_BITS)
         return (low << CELL_BITS) + unscale(z - lower, upper - lower, width, stack)
-
-
-@rule.register
-def _(layer: Sequential, bits: int) -> Rule:
-    return Chain([rule(each, bits) for each in fuse(list(layer.layers))])  # type: ignore[arg-type]
-
-
-@rule.register
-def _(layer: Squeeze | Flatten | Permute, bits: int) -> Rule:
-    return Moves(layer)
-
-
-@rule.register
-def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    slope = layer.bounded_log_scale().exp()
-    return Diagonal(slope, layer.shift, bits)
-
-
-@rule.register
-def _(layer: FusedLinear, bits: int) -> Rule:
-    weight, bias, _ = layer.tensors()
-    return Linear(weight, bias, bits)
-
-
-@rule.register
-def _(layer: LinearChannels, bits: int) -> Rule:
-    weight = layer.weight()
-    return Linear(weight, torch.zeros_like(weight[0]), bits)
-
-
-@rule.register
-def _(layer: Coupling, bits: int) -> Rule:
-    changed = slice(None, -layer.kept) if layer.swap else slice(layer.kept, None)
-    return Conditioned(layer, (slice(None), changed), (), bits)
-
-
-@rule.register
-def _(layer: CheckerboardCoupling, bits: int) -> Rule:
-    return Conditioned(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
-
-
-rule.register(LogisticToNormal, LogisticRule)
-
-
-rule.register(Multiscale, MultiscaleRule)
-
-
-@entries.register
-def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], Any]:
-    return lambda parameters: Affine(parameters, transform.limit, bits)
-
-
-@entries.register
-def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], Any]:
-    return lambda parameters: Additive(parameters, bits)

@@ -116,7 +116,7 @@ def _encode_stream(
         carriers += 1
         blob = archive.strip(images[indices[:carriers]])
     initial = blob + random_words(borrowed).tobytes()[: max(borrowed // 8 + 1 - len(blob), 0)]
-    stack = Stack(_words(initial + bytes(-len(initial) % 4)))
+    stack = Stack(words_of(initial + bytes(-len(initial) % 4)))
     stream = Stream(list(indices[:carriers]), carriers, len(blob), stack.bits)
     rest, dropped = list(indices[carriers:]), []
     tick(carriers)
@@ -161,7 +161,7 @@ def decode_stream(codec: Codec, words: np.ndarray, described: StreamDescription,
     return torch.cat(parts[::-1])
 
 
-def _words(data: bytes) -> np.ndarray:
+def words_of(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<u4").astype(np.uint32)
 
 

@@ -26,7 +26,7 @@ from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import _picture, coders, complexity
+from flowtrain.pictures.lossless import coders, complexity, picture_of
 from flowtrain.system.random import Stream, generator
 
 SCORES = ("likelihood", "typicality", "complexity_corrected")
@@ -133,7 +133,7 @@ def convert(images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, po
         return images
     pixels = to_8bit(torch.from_numpy(np.ascontiguousarray(images)), levels).numpy()
     if pixels.shape[1:] != to_shape:
-        pixels = np.stack([resize(_picture(image), to_shape, policy) for image in pixels])
+        pixels = np.stack([resize(picture_of(image), to_shape, policy) for image in pixels])
     if to_levels & (to_levels - 1) == 0:
         return pixels >> (8 - (to_levels.bit_length() - 1))
     return np.round(pixels / 255 * (to_levels - 1)).astype(np.uint8)

@@ -76,11 +76,11 @@ def compressed_bytes(image: np.ndarray, coder: str) -> int:
     """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without the constant ones of its container."""
     options, constant = CODERS[coder]
     buffer = io.BytesIO()
-    _picture(image).save(buffer, coder, **options)
+    picture_of(image).save(buffer, coder, **options)
     return buffer.tell() - constant
 
 
-def _picture(image: np.ndarray) -> Image.Image:
+def picture_of(image: np.ndarray) -> Image.Image:
     """`(1, H, W)` in grey or `(3, H, W)` in colour."""
     return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
 

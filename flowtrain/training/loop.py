@@ -17,12 +17,12 @@ from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
 from flowtrain.training.optim import learning_rate
-from flowtrain.training.reporting import _log, _sample, _save, _validate
-from flowtrain.training.resume import _announce, _checkpoint_to_resume, _require_same_everywhere, _start
+from flowtrain.training.reporting import log, sample, save, validate
+from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.step import _noise, optimizer_step, require_trainable, train_step
-from flowtrain.training.stop import STOPPING, _Clock, _signals, _Stop
+from flowtrain.training.step import noise_of, optimizer_step, require_trainable, train_step
+from flowtrain.training.stop import STOPPING, Clock, Stop, signals
 
 
 def fit(
@@ -42,7 +42,7 @@ def fit(
     flow = build_flow(config, data.shape, data.levels)
     require_trainable(flow, config)
     with run.locked():
-        saved = _checkpoint_to_resume(config, run, resume)
+        saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
@@ -53,18 +53,18 @@ def fit(
         fingerprint = data.fingerprint
         if batches.labels is not None:
             fingerprint["labels"] = hashlib.sha256(batches.labels.numpy().data).hexdigest()
-        _require_same_everywhere(config, fingerprint)
-        state = _start(config, flow.to(device), fingerprint, saved, init_from, batches)
+        require_same_everywhere(config, fingerprint)
+        state = start(config, flow.to(device), fingerprint, saved, init_from, batches)
         # Until here a signal ends the process at once: there is nothing to save.
-        with _signals() as stop:
+        with signals() as stop:
             run.begin(config)
             run.cut_back(state.progress.step, config)
-            _announce(state, run, data, batches, saved)
+            announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
                 # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # it was another run's
-                _save(state, run, numbered=False)
+                save(state, run, numbered=False)
             distributed.ready()  # what could not be written has been said
             advice = f"{run.last} is the last checkpoint, and good: the same command goes on from there"
             with (
@@ -79,11 +79,9 @@ def fit(
         console.print(f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, TensorBoard events)")
 
 
-def _loop(
-    state: State, run: RunDirectory, batches: Batches, validation: Split, stop: "_Stop", bar: ProgressBar
-) -> None:
+def _loop(state: State, run: RunDirectory, batches: Batches, validation: Split, stop: "Stop", bar: ProgressBar) -> None:
     config = state.config.train
-    clock = _Clock(state)
+    clock = Clock(state)
     while not state.progress.finished and not stop.signum:
         for x, labels in batches.labelled_from(state.progress.step, state.progress.images):
             own_loss, gradient = train_step(state, x, labels)
@@ -108,23 +106,23 @@ def _loop(
                 _go_back(state, run, x, loss, grad_norm, rate)
                 break
             if stop.signum and validates and not ends:
-                _save(state, run, numbered=False)  # at once: who asks for the end may not wait for a validation
+                save(state, run, numbered=False)  # at once: who asks for the end may not wait for a validation
             progress.finished = ends
             if ends or progress.step % config.log_every == 0:
-                _log(state, run, grad_norm, rate, clock, bar)
+                log(state, run, grad_norm, rate, clock, bar)
             if validates:
-                _validate(state, run, validation)
+                validate(state, run, validation)
             if ends or progress.step % config.sample_every == 0:
-                _sample(state, run, validation if len(validation) else batches.source)
+                sample(state, run, validation if len(validation) else batches.source)
             clock.skip()
             if periodic or stop.signum:
-                _save(state, run, numbered=periodic)
+                save(state, run, numbered=periodic)
                 clock.skip()
             if ends or stop.signum:
                 break
 
 
-def _agree(state: State, clock: "_Clock", stop: "_Stop", loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+def _agree(state: State, clock: "Clock", stop: "Stop", loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
     """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's clock, any signal."""
     means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]  # waits for the device
     clock.tick()
@@ -138,7 +136,7 @@ def _agree(state: State, clock: "_Clock", stop: "_Stop", loss: Tensor, grad_norm
 def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float) -> None:
     """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or the end."""
     failed_step = state.progress.step
-    noise = _noise(state.config, failed_step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, failed_step, x, distributed.rank() * len(x))
     layers = [layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer]
     # A gradient is that of all processes, an output that of the one with the image to blame.
     layer = next((layer for layer in layers if not layer.startswith("gradient")), layers[0] if layers else None)
@@ -157,7 +155,7 @@ def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm:
     state.restore(last)
     state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
     run.cut_back(state.progress.step, state.config)
-    _save(state, run, numbered=False)
+    save(state, run, numbered=False)
     distributed.ready()  # when that is done
     limit = state.config.train.max_non_finite
     if events > limit:

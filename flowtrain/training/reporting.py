@@ -15,12 +15,12 @@ from flowtrain.system.console import ProgressBar, console, duration
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.stop import _Clock
+from flowtrain.training.stop import Clock
 
 RANGES_BATCH = 64  # images on which log-scale ranges are measured
 
 
-def _validate(state: State, run: RunDirectory, validation: Split) -> None:
+def validate(state: State, run: RunDirectory, validation: Split) -> None:
     if len(validation) == 0:
         return
     progress = state.progress
@@ -46,7 +46,7 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 
 @distributed.main_only
-def _sample(state: State, run: RunDirectory, beside: Split) -> None:
+def sample(state: State, run: RunDirectory, beside: Split) -> None:
     """A picture from latents that are the same all along, so that one sees each image take shape."""
     z = state.flow.draw_latents(draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
     flow, seed = state.evaluated, state.config.seed
@@ -60,7 +60,7 @@ def _sample(state: State, run: RunDirectory, beside: Split) -> None:
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
 
-def _log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "_Clock", bar: ProgressBar) -> None:
+def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "Clock", bar: ProgressBar) -> None:
     progress, config = state.progress, state.config.train
     done: float
     total: float
@@ -97,7 +97,7 @@ def _of_layers(flow: Flow) -> dict[str, float]:
 
 
 @distributed.main_only
-def _save(state: State, run: RunDirectory, numbered: bool) -> None:
+def save(state: State, run: RunDirectory, numbered: bool) -> None:
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
     progress = state.progress
     run.write_json(

@@ -17,7 +17,7 @@ from flowtrain.system.console import console
 from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.step import _noise
+from flowtrain.training.step import noise_of
 
 # Where the data lie and how they are read may change between two parts of a run; what they are may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
@@ -27,7 +27,7 @@ FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
 SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
 
 
-def _require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
+def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
     """Raises `UserError` where the processes of several machines have other configurations or images."""
     described = distributed.exchange({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
@@ -52,7 +52,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
     return path
 
 
-def _checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
     saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
     if saved is None:
         return None
@@ -80,7 +80,7 @@ def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
     return train["batch_size"] * train["accumulate"] * processes
 
 
-def _start(
+def start(
     config: Config,
     flow: Flow,
     fingerprint: dict[str, Any],
@@ -113,10 +113,10 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all()
-    initialize(flow, x, _noise(config, step=0, x=x, start=0))
+    initialize(flow, x, noise_of(config, step=0, x=x, start=0))
 
 
-def _announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
+def announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint = state.data
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""

@@ -28,7 +28,7 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     loss is that of the class-conditional likelihood.
     """
     config = state.config.train
-    noise = _noise(state.config, state.progress.step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, state.progress.step, x, distributed.rank() * len(x))
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
@@ -57,7 +57,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
         state.progress.averaged += 1
 
 
-def _noise(config: Config, step: int, x: Tensor, start: int) -> Tensor:
+def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
     """The noise for `x`, the images from `start` on of the batch of all processes in a step.
 
     A generator serves a block of images, so that a process draws little beside its own part, however many there are.

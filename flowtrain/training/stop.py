@@ -13,7 +13,7 @@ from flowtrain.training.state import State
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Stop:
+class Stop:
     """The signal that asked for the end, 0 before: `asked` this process, `signum` all of them."""
 
     asked: int = 0
@@ -37,8 +37,8 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    stop = _Stop()
+def signals() -> Iterator[Stop]:
+    stop = Stop()
     before = {signum: signal.signal(signum, stop) for signum in STOPPING}
     try:
         yield stop
@@ -47,7 +47,7 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(signum, handler)
 
 
-class _Clock:
+class Clock:
     """Adds the wall-clock time to the progress, and measures the speed of training alone."""
 
     def __init__(self, state: State):
