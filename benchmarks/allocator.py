@@ -1,6 +1,8 @@
-"""glibc's malloc as it is, and told to keep freed memory (flowtrain/allocator.py): seconds, page faults, peak memory.
+"""glibc's malloc as it is, and told to keep freed memory (flowtrain/allocator.py): seconds, page
+faults, peak memory.
 
-Each figure is of a process of its own, as malloc cannot be told to go back. The two kinds take turns.
+Each figure is of a process of its own, as malloc cannot be told to go back. The two kinds take
+turns.
 """
 
 import json
@@ -21,7 +23,9 @@ EARLY = 5  # calls after which the memory should have reached its peak
 
 
 def work(kind: str) -> Callable[[], object]:
-    state = flowtrain_state(WORK["S"], precision=kind.removeprefix("step ") if kind.startswith("step") else "fp32")
+    state = flowtrain_state(
+        WORK["S"], precision=kind.removeprefix("step ") if kind.startswith("step") else "fp32"
+    )
     x = images(KINDS[kind])
     if kind.startswith("step"):
         return lambda: flowtrain_step(state, x)
@@ -63,23 +67,44 @@ def main() -> None:
         print(json.dumps(measure(options.kind, options.calls)))
         return
     heading("Memory that is freed: given back (glibc's default) or kept; S", options.threads)
-    print("| | ms, given back | kept | ratio | faults a call | kept | peak MiB | kept | its growth after call 5 |")
+    print(
+        "| | ms, given back | kept | ratio | faults a call | kept | peak MiB | kept | its growth "
+        "after call 5 |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         found: dict[str, list[dict[str, float]]] = {"no": [], "yes": []}
         for _ in range(options.repeats):
             for keep, results in found.items():
-                command = [sys.executable, __file__, "--kind", kind, "--keep", keep, "--calls", str(options.calls)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--kind",
+                    kind,
+                    "--keep",
+                    keep,
+                    "--calls",
+                    str(options.calls),
+                ]
                 done = subprocess.run(
-                    [*command, "--threads", str(options.threads)], check=True, capture_output=True, text=True
+                    [*command, "--threads", str(options.threads)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
                 )
                 results.append(json.loads(done.stdout.splitlines()[-1]))
 
         def median(keep: str, key: str, found: dict[str, list[dict[str, float]]] = found) -> float:
             return statistics.median(result[key] for result in found[keep])
 
-        ratio = statistics.median(k["seconds"] / g["seconds"] for g, k in zip(found["no"], found["yes"], strict=True))
-        cells = [f"{1000 * median('no', 'seconds'):.0f}", f"{1000 * median('yes', 'seconds'):.0f}", f"{ratio:.2f}"]
+        ratio = statistics.median(
+            k["seconds"] / g["seconds"] for g, k in zip(found["no"], found["yes"], strict=True)
+        )
+        cells = [
+            f"{1000 * median('no', 'seconds'):.0f}",
+            f"{1000 * median('yes', 'seconds'):.0f}",
+            f"{ratio:.2f}",
+        ]
         cells += [f"{median(keep, key):.0f}" for key in ("faults", "peak") for keep in found]
         cells.append(f"{statistics.median(r['peak'] - r['early'] for r in found['yes']):.0f}")
         print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)

@@ -1,4 +1,6 @@
-"""What the benchmarks share: the two pieces of work, our side of them, the peers', and timing in turns."""
+"""What the benchmarks share: the two pieces of work, our side of them, the peers', and timing in
+turns.
+"""
 
 import argparse
 import math
@@ -29,7 +31,9 @@ SHAPE = (3, 32, 32)
 
 @dataclass(frozen=True)
 class Work:
-    """A Glow on CIFAR-10 shapes: affine couplings, 3x3-1x1-3x3 conditioners, 1x1 convolutions and ActNorm."""
+    """A Glow on CIFAR-10 shapes: affine couplings, 3x3-1x1-3x3 conditioners, 1x1 convolutions and
+    ActNorm.
+    """
 
     steps: int  # K, of flow per level
     width: int
@@ -42,12 +46,19 @@ WORK = {"S": Work(steps=8, width=128, batch_size=32), "P": Work(steps=32, width=
 
 def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of one operation")
-    parser.add_argument("--repeats", type=int, default=7, help="times that each contender is timed, in turns")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of one operation"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="times that each contender is timed, in turns"
+    )
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument(
-        "--malloc", choices=("kept", "default"), default="kept", help="freed memory is kept, as by flowtrain's commands"
+        "--malloc",
+        choices=("kept", "default"),
+        default="kept",
+        help="freed memory is kept, as by flowtrain's commands",
     )
     return parser
 
@@ -57,7 +68,10 @@ def begin(title: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.malloc == "kept":
         keep_freed_memory()
-    heading(f"{title}; freed memory {'kept' if options.malloc == 'kept' else 'as the C library does'}", options.threads)
+    heading(
+        f"{title}; freed memory {'kept' if options.malloc == 'kept' else 'as the C library does'}",
+        options.threads,
+    )
 
 
 def heading(title: str, threads: int) -> None:
@@ -65,8 +79,16 @@ def heading(title: str, threads: int) -> None:
     versions = ["torch", "flowtrain", "normflows", "nflows"]
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     print(f"### {title}\n")
-    print(f"{_processor()}, {os.cpu_count()} cores, {threads} threads; Python {platform.python_version()}, ", end="")
-    print(", ".join(f"{name} {metadata.version(name)}" for name in versions if name in installed) + "\n", flush=True)
+    print(
+        f"{_processor()}, {os.cpu_count()} cores, {threads} threads; Python "
+        f"{platform.python_version()}, ",
+        end="",
+    )
+    print(
+        ", ".join(f"{name} {metadata.version(name)}" for name in versions if name in installed)
+        + "\n",
+        flush=True,
+    )
 
 
 def _processor() -> str:
@@ -80,8 +102,12 @@ def _processor() -> str:
     return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
 
 
-def in_turns(contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call. The contenders take turns, so that a slow moment of the machine falls on all of them."""
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call. The contenders take turns, so that a slow moment of the machine falls
+    on all of them.
+    """
     for run in contenders.values():
         for _ in range(warmup):
             run()
@@ -95,7 +121,9 @@ def in_turns(contenders: Mapping[str, Callable[[], object]], repeats: int, warmu
 
 
 def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: str = "s") -> None:
-    """One row a contender: the median, the least, and the median ratio to each of `against` (title to contender)."""
+    """One row a contender: the median, the least, and the median ratio to each of `against` (title
+    to contender).
+    """
     factor = {"s": 1, "ms": 1000}[unit]
     titles = list(against)
     print(f"| | median ({unit}) | least |" + "".join(f" {title} |" for title in titles))
@@ -104,7 +132,9 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
         cells = [f"{factor * statistics.median(times):.3f}", f"{factor * min(times):.3f}"]
         for title in titles:
             # Of neighbours in time, then the median: what slows both of a pair cancels.
-            ratios = [mine / theirs for mine, theirs in zip(times, seconds[against[title]], strict=True)]
+            ratios = [
+                mine / theirs for mine, theirs in zip(times, seconds[against[title]], strict=True)
+            ]
             cells.append(f"{statistics.median(ratios):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(flush=True)
@@ -121,21 +151,25 @@ def pyplot() -> Any:
 
 
 def images(count: int) -> Tensor:
-    """Smooth random images, uint8: what a data-dependent initialization needs is that pixels are correlated."""
+    """Smooth random images, uint8: what a data-dependent initialization needs is that pixels are
+    correlated.
+    """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
     return (fine * 230 + 25 * torch.rand(fine.shape, generator=generator)).to(torch.uint8)
 
 
-# --- flowtrain --------------------------------------------------------------------------------------------------------
+# --- flowtrain ------------------------------------------------------------------------------------
 
 
 def flowtrain_state(work: Work, device: str = "cpu", **train: object) -> State:
     """A model after data-dependent initialization, with its optimizer and average."""
     options = {"num_steps": 1000, "batch_size": work.batch_size, "clip_norm": 1.0, **train}
     model = {"name": "glow", "levels": work.levels, "steps": work.steps, "width": work.width}
-    config = configuration.parse({"data": {"name": "cifar10"}, "model": model, "train": options}, "benchmark")
+    config = configuration.parse(
+        {"data": {"name": "cifar10"}, "model": model, "train": options}, "benchmark"
+    )
     flow = build_flow(config, SHAPE, 256).to(device)
     x = images(64).to(device)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
@@ -149,11 +183,12 @@ def flowtrain_step(state: State, x: Tensor) -> None:
     optimizer_step(state, grad_norm)
 
 
-# --- the floor --------------------------------------------------------------------------------------------------------
+# --- the floor ------------------------------------------------------------------------------------
 
 
 def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) -> Callable[[], None]:
-    """The convolutions of all conditioners, with their biases, forward and backward, and nothing else.
+    """The convolutions of all conditioners, with their biases, forward and backward, and nothing
+    else.
 
     `product` computes the 1x1 convolution as a matrix product over all pixels.
     """
@@ -192,14 +227,18 @@ def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) ->
             else:
                 h = torch.nn.functional.conv2d(h, w2, b2)
             outputs.append((torch.nn.functional.conv2d(h, w3, b3, padding=1), grad))
-        while outputs:  # from the last to the first, after all of them: the order that any training step is bound to
+        # from the last to the first, after all of them: the order that any training step is bound
+        # to
+        while outputs:
             output, grad = outputs.pop()
             output.backward(grad)
 
     return run
 
 
-def fastest_floor(work: Work, dtype: torch.dtype, repeats: int = 3) -> tuple[str, Callable[[], None]]:
+def fastest_floor(
+    work: Work, dtype: torch.dtype, repeats: int = 3
+) -> tuple[str, Callable[[], None]]:
     """The fastest of the layouts, by name."""
     variants = {}
     for layout, channels_last in (("NCHW", False), ("channels_last", True)):
@@ -207,18 +246,28 @@ def fastest_floor(work: Work, dtype: torch.dtype, repeats: int = 3) -> tuple[str
             variants[layout + kind] = floor(work, dtype, channels_last, product)
     seconds = in_turns(variants, repeats, warmup=1)
     for name, times in seconds.items():
-        print(f"- floor in {str(dtype).removeprefix('torch.')}, {name}: {statistics.median(times):.3f} s")
+        print(
+            f"- floor in {str(dtype).removeprefix('torch.')}, {name}: "
+            f"{statistics.median(times):.3f} s"
+        )
     best = min(seconds, key=lambda name: statistics.median(seconds[name]))
     return best, variants[best]
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 class Peer:
-    """The same model in another package, with the step that its users would write: float32, NCHW, fused Adam."""
+    """The same model in another package, with the step that its users would write: float32, NCHW,
+    fused Adam.
+    """
 
-    def __init__(self, model: torch.nn.Module, log_prob: Callable[[Tensor], Tensor], sample: Callable[[int], object]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        log_prob: Callable[[Tensor], Tensor],
+        sample: Callable[[int], object],
+    ):
         self.model = model
         self.log_prob = log_prob
         self.sample = torch.no_grad()(sample)
@@ -306,7 +355,11 @@ def _nflows(work: Work) -> Peer:
         for _step in range(work.steps):
             mask = torch.ones(channels)
             mask[channels // 2 :] = -1
-            layers += [ActNorm(channels), OneByOneConvolution(channels), AffineCouplingTransform(mask, Conditioner)]
+            layers += [
+                ActNorm(channels),
+                OneByOneConvolution(channels),
+                AffineCouplingTransform(mask, Conditioner),
+            ]
         shape = multiscale.add_transform(CompositeTransform(layers), (channels, side, side))
         if shape is not None:
             channels = shape[0]

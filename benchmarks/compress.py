@@ -1,4 +1,6 @@
-"""Archives: images a second each way, by the small CIFAR-10 Glow, and what the flow's own passes take of that."""
+"""Archives: images a second each way, by the small CIFAR-10 Glow, and what the flow's own passes
+take of that.
+"""
 
 import functools
 import statistics
@@ -10,7 +12,15 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.compression.codec import Codec
-from flowtrain.compression.streams import CHUNK, Stream, decode_stream, encode_stream, estimate, in_threads, one_thread
+from flowtrain.compression.streams import (
+    CHUNK,
+    Stream,
+    decode_stream,
+    encode_stream,
+    estimate,
+    in_threads,
+    one_thread,
+)
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 
@@ -18,11 +28,19 @@ from flowtrain.flow.flow import initialize
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(repeats=3)
-    parser.add_argument("--config", default="glow_cifar_small.yaml", help="of a model for 3x32x32 images")
-    parser.add_argument("--images", type=int, default=128, help="of a stream, of which each thread has one")
+    parser.add_argument(
+        "--config", default="glow_cifar_small.yaml", help="of a model for 3x32x32 images"
+    )
+    parser.add_argument(
+        "--images", type=int, default=128, help="of a stream, of which each thread has one"
+    )
     options = parser.parse_args()
     begin(f"Compression of {options.images} images a thread by {options.config}", options)
-    flow = build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256).eval().requires_grad_(False)
+    flow = (
+        build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256)
+        .eval()
+        .requires_grad_(False)
+    )
     x = images(options.images * options.threads)
     initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
     codec = Codec(flow)
@@ -31,7 +49,9 @@ def main() -> None:
     parts = torch.arange(len(x)).view(options.threads, -1).tolist()
 
     def encode() -> list[Stream]:
-        tasks = [functools.partial(encode_stream, codec, x, part, expected.borrowed) for part in parts]
+        tasks = [
+            functools.partial(encode_stream, codec, x, part, expected.borrowed) for part in parts
+        ]
         return [stream for stream, _ in in_threads(tasks, len(x), lambda done, total: None)]
 
     streams = encode()
@@ -40,7 +60,11 @@ def main() -> None:
         tasks = [functools.partial(decode_stream, codec, s.words, s.description()) for s in streams]
         in_threads(tasks, len(x), lambda done, total: None)
 
-    contenders = {"forward passes, float32": lambda: flow.log_prob(x), "compress": encode, "decompress": decode}
+    contenders = {
+        "forward passes, float32": lambda: flow.log_prob(x),
+        "compress": encode,
+        "decompress": decode,
+    }
     seconds = in_turns(contenders, options.repeats, warmup=0)
     table(seconds, {"to the forward passes": "forward passes, float32"})
     coded = sum(len(stream.images) - stream.carriers for stream in streams)

@@ -1,4 +1,6 @@
-"""Data: how long the training loop waits for a batch, as a share of a step of S, from each kind of source."""
+"""Data: how long the training loop waits for a batch, as a share of a step of S, from each kind of
+source.
+"""
 
 import os
 import statistics
@@ -18,7 +20,9 @@ from flowtrain.data.splits import DataSet
 
 
 def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:
-    """The same `count` images in an .npz file and in a folder, read into memory or by threads as they are needed."""
+    """The same `count` images in an .npz file and in a folder, read into memory or by threads as
+    they are needed.
+    """
     pixels = images(count).movedim(1, -1).numpy()
     np.savez(folder / "data.npz", x_train=pixels)
     (folder / "pictures").mkdir()
@@ -32,7 +36,12 @@ def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:
         ".npz streamed": {**npz, "max_in_memory": 0},
         "folder in memory": pictures,
         "folder streamed, a memory map": {**pictures, "max_in_memory": 0},
-        "folder streamed, flipped and shifted": {**pictures, "max_in_memory": 0, "flip": True, "shift": 4},
+        "folder streamed, flipped and shifted": {
+            **pictures,
+            "max_in_memory": 0,
+            "flip": True,
+            "shift": 4,
+        },
     }
 
 
@@ -46,11 +55,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["FLOWTRAIN_CACHE"] = str(Path(name, "cache"))
         state = flowtrain_state(work, precision=options.precision)
-        print("| | wait (ms), mean | median | most | step (ms), median | share of the time | first batch (ms) |")
+        print(
+            "| | wait (ms), mean | median | most | step (ms), median | share of the time | first "
+            "batch (ms) |"
+        )
         print("|---|---|---|---|---|---|---|")
         for source, data in sources(Path(name), options.images).items():
             train = {"num_steps": 1, "batch_size": work.batch_size}
-            config = configuration.parse({"data": data, "model": {"name": "glow"}, "train": train}, source)
+            config = configuration.parse(
+                {"data": data, "model": {"name": "glow"}, "train": train}, source
+            )
             batches = Batches(DataSet(config.data), config, work.batch_size, torch.device("cpu"))
             started = time.perf_counter()
             iterator = batches.starting_at(0)
@@ -66,7 +80,12 @@ def main() -> None:
                 waits.append(ready - begun)
                 steps.append(time.perf_counter() - ready)
             share = sum(waits) / (time.perf_counter() - started)
-            cells = [statistics.mean(waits), statistics.median(waits), max(waits), statistics.median(steps)]
+            cells = [
+                statistics.mean(waits),
+                statistics.median(waits),
+                max(waits),
+                statistics.median(steps),
+            ]
             print(f"| {source} | " + " | ".join(f"{1000 * cell:.3f}" for cell in cells), end="")
             print(f" | {100 * share:.2f}% | {1000 * first:.0f} |", flush=True)
             del iterator  # ends the workers

@@ -24,7 +24,12 @@ def bare(flow: Flow, x: Tensor, noise: Tensor, batch_size: int) -> None:
 def noise_of_each(count: int, shape: tuple[int, ...]) -> Tensor:
     """As evaluation draws it: a generator an image."""
     device = torch.device("cpu")
-    return torch.stack([draw_noise(shape, generator(0, Stream.EVALUATION, index), device) for index in range(count)])
+    return torch.stack(
+        [
+            draw_noise(shape, generator(0, Stream.EVALUATION, index), device)
+            for index in range(count)
+        ]
+    )
 
 
 def main() -> None:
@@ -39,17 +44,23 @@ def main() -> None:
     split = Split(x.numpy(), np.arange(len(x)), 0)
     noise = noise_of_each(len(x), flow.shape)
     contenders: dict[str, Callable[[], object]] = {
-        f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)  # type: ignore[misc]
+        # type: ignore[misc]
+        f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)
         for size in options.batch_sizes
     }
     contenders["flowtrain.evaluation.score.score, as it chooses"] = lambda: score(flow, split)
     contenders["of it, the noise"] = lambda: noise_of_each(len(x), flow.shape)
     seconds = in_turns(contenders, options.repeats, warmup=1)
     fastest = min(
-        list(seconds)[: len(options.batch_sizes)], key=lambda name: sorted(seconds[name])[options.repeats // 2]
+        list(seconds)[: len(options.batch_sizes)],
+        key=lambda name: sorted(seconds[name])[options.repeats // 2],
     )
     table(seconds, {"to the fastest forward passes": fastest})
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     print(f"peak memory: {int(peak.split()[1]) // 1024} MiB\n")
 
 

@@ -1,8 +1,9 @@
-"""A GPU at work on training steps: images/s, TFLOP/s, memory, and the operations that take the time.
+"""A GPU at work on training steps: images/s, TFLOP/s, memory, and the operations that take the
+time.
 
-`--device cpu` does the same on a CPU. `--peak` is what the card is said to reach in dense bf16 products, in TFLOP/s
-(989 for an H100 SXM, 312 for an A100); the share of it is then printed too. What `train.memory` computes again is
-time, but is not counted as operations.
+`--device cpu` does the same on a CPU. `--peak` is what the card is said to reach in dense bf16
+products, in TFLOP/s (989 for an H100 SXM, 312 for an A100); the share of it is then printed too.
+What `train.memory` computes again is time, but is not counted as operations.
 """
 
 import dataclasses
@@ -32,22 +33,37 @@ def main() -> None:
     options = parser.parse_args()
     work = dataclasses.replace(WORK[options.work], batch_size=options.batch_size)
     device = devices.resolve(options.device)
-    begin(f"Training steps on {_name(device)}, {options.precision}, {options.memory}: {work}", options)
-    state = flowtrain_state(work, options.device, precision=options.precision, memory=options.memory)
+    begin(
+        f"Training steps on {_name(device)}, {options.precision}, {options.memory}: {work}", options
+    )
+    state = flowtrain_state(
+        work, options.device, precision=options.precision, memory=options.memory
+    )
     x = images(work.batch_size).to(device)
 
-    seconds = _seconds_of_a_step(lambda: flowtrain_step(state, x), device, options.repeats, options.steps)
+    seconds = _seconds_of_a_step(
+        lambda: flowtrain_step(state, x), device, options.repeats, options.steps
+    )
     flops = _operations(work, x) * work.batch_size / seconds
-    share = f", {100 * flops / 1e12 / options.peak:.1f}% of {options.peak:g}" if options.peak else ""
+    share = (
+        f", {100 * flops / 1e12 / options.peak:.1f}% of {options.peak:g}" if options.peak else ""
+    )
     print("| s a step | images/s | TFLOP/s | MiB at the peak, beyond weights and optimizer |")
     print("|---|---|---|---|")
     memory = peak(lambda: flowtrain_step(state, x), device) / 2**20
-    print(f"| {seconds:.4f} | {work.batch_size / seconds:,.0f} | {flops / 1e12:.3g}{share} | {memory:,.0f} |")
+    print(
+        f"| {seconds:.4f} | {work.batch_size / seconds:,.0f} | {flops / 1e12:.3g}{share} | "
+        f"{memory:,.0f} |"
+    )
     print(f"\nOf {PROFILED_STEPS} steps:\n\n```\n{_profile(state, x, device)}\n```", flush=True)
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"the {device.type.upper()}"
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -55,8 +71,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds_of_a_step(step: Callable[[], None], device: torch.device, repeats: int, steps: int) -> float:
-    """Median over `repeats` of the mean over `steps`, which a GPU has queued one after the other."""
+def _seconds_of_a_step(
+    step: Callable[[], None], device: torch.device, repeats: int, steps: int
+) -> float:
+    """Median over `repeats` of the mean over `steps`, which a GPU has queued one after the
+    other.
+    """
     step()
     means = []
     for _ in range(repeats):

@@ -1,7 +1,9 @@
-"""The mean log-density in the space that a flow sees, as MAF's paper reports it: nats of a dequantized, logit image.
+"""The mean log-density in the space that a flow sees, as MAF's paper reports it: nats of a
+dequantized, logit image.
 
-`python benchmarks/logit_space.py runs/maf_mnist`. It is the log-likelihood without what belongs to the data transform:
--log q(u|x) - D log Q and the logit's log-determinant. It cannot be compared between models of another alpha.
+`python benchmarks/logit_space.py runs/maf_mnist`. It is the log-likelihood without what belongs to
+the data transform: -log q(u|x) - D log Q and the logit's log-determinant. It cannot be compared
+between models of another alpha.
 """
 
 import argparse
@@ -18,9 +20,13 @@ from flowtrain.system.random import Stream, generator
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a run directory or a checkpoint")
-    parser.add_argument("--set", dest="settings", action="append", default=[], help="data.KEY=VALUE")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], help="data.KEY=VALUE"
+    )
     options = parser.parse_args()
     model = load_model(options.model, torch.device("cpu"))
     values = configuration.override(model.checkpoint.meta["config"], options.settings)
@@ -32,7 +38,10 @@ def main() -> None:
         nats.append((flow(x, noise).total - flow.dequantizer(x, noise)[1]).double())
     found = torch.cat(nats)
     error = found.std() / math.sqrt(len(found))
-    print(f"{found.mean():.1f} +- {error:.1f} nats in the space that the flow sees, {len(found):,} test images")
+    print(
+        f"{found.mean():.1f} +- {error:.1f} nats in the space that the flow sees, {len(found):,} "
+        f"test images"
+    )
 
 
 if __name__ == "__main__":

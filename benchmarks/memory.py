@@ -1,6 +1,8 @@
-"""Memory against depth: the peak of a training step's activations for each `train.memory`, and a peer; and their times.
+"""Memory against depth: the peak of a training step's activations for each `train.memory`, and a
+peer; and their times.
 
-Beyond parameters, gradients, the optimizer's state and the average. Writes the picture with `--picture FILE.png`.
+Beyond parameters, gradients, the optimizer's state and the average. Writes the picture with
+`--picture FILE.png`.
 """
 
 import argparse
@@ -39,16 +41,24 @@ def main() -> None:
 
 def _times(options: argparse.Namespace) -> None:
     work = WORK[options.work]
-    begin(f"A training step with each `train.memory`, {options.work}, {options.precision}: {work}", options)
+    begin(
+        f"A training step with each `train.memory`, {options.work}, {options.precision}: {work}",
+        options,
+    )
     x = images(work.batch_size)
-    states = {mode: flowtrain_state(work, memory=mode, precision=options.precision) for mode in MODES}
+    states = {
+        mode: flowtrain_state(work, memory=mode, precision=options.precision) for mode in MODES
+    }
     steps = {mode: lambda state=state: flowtrain_step(state, x) for mode, state in states.items()}
     table(in_turns(steps, options.repeats), {"to store": "store"})
 
 
 def _peaks(options: argparse.Namespace) -> None:
     work = WORK[options.work]
-    heading(f"Peak of the activations (MiB) against K, {options.work}, {options.precision}: {work}", options.threads)
+    heading(
+        f"Peak of the activations (MiB) against K, {options.work}, {options.precision}: {work}",
+        options.threads,
+    )
     x = images(work.batch_size)
     rows: dict[str, list[float]] = {}
     for depth in DEPTHS:
@@ -58,11 +68,21 @@ def _peaks(options: argparse.Namespace) -> None:
             step = functools.partial(flowtrain_step, state, x)
             rows.setdefault(f"flowtrain, {mode}", []).append(_activations(step, state.flow))
         for name, peer in peers(deep).items():
-            rows.setdefault(name, []).append(_activations(functools.partial(peer.step, x), peer.model))
-    print("| | " + " | ".join(f"K = {depth}" for depth in DEPTHS) + f" | {DEPTHS[-1]} to {DEPTHS[0]} |")
+            rows.setdefault(name, []).append(
+                _activations(functools.partial(peer.step, x), peer.model)
+            )
+    print(
+        "| | "
+        + " | ".join(f"K = {depth}" for depth in DEPTHS)
+        + f" | {DEPTHS[-1]} to {DEPTHS[0]} |"
+    )
     print("|---|" + "---|" * (len(DEPTHS) + 1))
     for name, values in rows.items():
-        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {values[-1] / values[0]:.2f} |")
+        print(
+            f"| {name} | "
+            + " | ".join(f"{value:.1f}" for value in values)
+            + f" | {values[-1] / values[0]:.2f} |"
+        )
     print(flush=True)
     if options.picture:
         _draw(rows, options.picture)
@@ -78,7 +98,12 @@ def _draw(rows: dict[str, list[float]], path: str) -> None:
     figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for name, values in rows.items():
         axes.plot(DEPTHS, values, "o-" if "flowtrain" in name else "s--", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="K, steps of flow per level", ylabel="peak of the activations (MiB)")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="K, steps of flow per level",
+        ylabel="peak of the activations (MiB)",
+    )
     axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

@@ -1,7 +1,9 @@
-"""bf16 conditioners: what they cost in likelihood. Trains with fp32 and with bf16 for equal steps, with two seeds each.
+"""bf16 conditioners: what they cost in likelihood. Trains with fp32 and with bf16 for equal steps,
+with two seeds each.
 
-Then evaluates each model's weights with float32 and with bf16 conditioners on the validation images. For CIFAR-10:
-`python benchmarks/precision.py --config glow_cifar_small.yaml --set data.name=npz --set data.path=cifar10.npz`.
+Then evaluates each model's weights with float32 and with bf16 conditioners on the validation
+images. For CIFAR-10: `python benchmarks/precision.py --config glow_cifar_small.yaml --set
+data.name=npz --set data.path=cifar10.npz`.
 """
 
 import argparse
@@ -24,11 +26,21 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     parser = arguments(__doc__, config="glow_digits.yaml")
-    parser.add_argument("--set", action="append", default=[], help="a key of the configuration, as for flowtrain train")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        help="a key of the configuration, as for flowtrain train",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    heading(f"Likelihood of bf16 conditioners: {options.config} {' '.join(options.set)}", options.threads)
-    print("| trained with | seed | steps | evaluated in float32 | evaluated with bf16 | difference |")
+    heading(
+        f"Likelihood of bf16 conditioners: {options.config} {' '.join(options.set)}",
+        options.threads,
+    )
+    print(
+        "| trained with | seed | steps | evaluated in float32 | evaluated with bf16 | difference |"
+    )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16"):
@@ -46,7 +58,10 @@ def _row(options: argparse.Namespace, precision: str, seed: int, run: Path) -> N
     with torch.autocast("cpu", torch.bfloat16):
         low = mean_loss(model.flow, images)
     step = model.checkpoint.meta["step"]
-    print(f"| {precision} | {seed} | {step} | {bits:.4f} | {low:.4f} | {low - bits:+.4f} |", flush=True)
+    print(
+        f"| {precision} | {seed} | {step} | {bits:.4f} | {low:.4f} | {low - bits:+.4f} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The final comparison of recipes: trains each configuration for its budget, then reads the test split once.
+"""The final comparison of recipes: trains each configuration for its budget, then reads the test
+split once.
 
-`python benchmarks/recipe.py` prints a table of test bits/dim and draws validation bits/dim against time with
-`--picture FILE.png`. All of it takes two hours; `--only NAME...` runs a part. A run that is there goes on.
-`--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train` does.
+`python benchmarks/recipe.py` prints a table of test bits/dim and draws validation bits/dim against
+time with `--picture FILE.png`. All of it takes two hours; `--only NAME...` runs a part. A run that
+is there goes on. `--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train`
+does.
 """
 
 import argparse
@@ -32,21 +34,38 @@ DATASETS = {"cifar": "CIFAR-10", "mnist": "MNIST"}
 RECIPES = {
     "cifar-baseline": Recipe("cifar", "the peers' recipe", "baseline_cifar.yaml"),
     "cifar": Recipe("cifar", "ours", "glow_cifar_small.yaml"),
-    "cifar-3min": Recipe("cifar", "ours, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)),
-    "mnist": Recipe("mnist", "uniform dequantization", "glow_mnist_small.yaml", ("dequantization.name=uniform",)),
+    "cifar-3min": Recipe(
+        "cifar", "ours, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)
+    ),
+    "mnist": Recipe(
+        "mnist", "uniform dequantization", "glow_mnist_small.yaml", ("dequantization.name=uniform",)
+    ),
     "mnist-variational": Recipe(
-        "mnist", "variational dequantization", "glow_mnist_small.yaml", ("dequantization.name=variational",)
+        "mnist",
+        "variational dequantization",
+        "glow_mnist_small.yaml",
+        ("dequantization.name=variational",),
     ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="which recipes")
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where the run directories are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="which recipes"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/recipe"), help="where the run directories are"
+    )
     for dataset, name in DATASETS.items():
         parser.add_argument(
-            f"--{dataset}", action="append", default=[], metavar="data.KEY=VALUE", help=f"for the recipes of {name}"
+            f"--{dataset}",
+            action="append",
+            default=[],
+            metavar="data.KEY=VALUE",
+            help=f"for the recipes of {name}",
         )
     parser.add_argument("--picture", help="a PNG of validation bits/dim against time")
     options = parser.parse_args()
@@ -57,7 +76,9 @@ def main() -> None:
     for name, run in runs.items():
         recipe = RECIPES[name]
         settings = [
-            word for setting in (*recipe.settings, *getattr(options, recipe.dataset)) for word in ("--set", setting)
+            word
+            for setting in (*recipe.settings, *getattr(options, recipe.dataset))
+            for word in ("--set", setting)
         ]
         _flowtrain("train", "--config", recipe.config, *settings, "--run-dir", str(run))
         result = run / "evaluate-test.json"
@@ -78,7 +99,8 @@ def _row(recipe: Recipe, run: Path, test: dict[str, Any]) -> str:
     changes = "".join(f" `{setting}`" for setting in recipe.settings)
     title = f"{DATASETS[recipe.dataset]}, {recipe.title}"
     return (
-        f"| {title} | `{recipe.config}`{changes} | {duration(summary['seconds'])} | {summary['images']:,} "
+        f"| {title} | `{recipe.config}`{changes} | {duration(summary['seconds'])} | "
+        f"{summary['images']:,} "
         f"| {test['bits_per_dim']:.3f} +- {test['bits_per_dim_stderr']:.3f} "
         f"| {summary['best_validation_bits_per_dim']:.3f} |"
     )
@@ -100,7 +122,9 @@ def _draw(runs: dict[str, Path], path: str) -> None:
         for name, run in runs.items():
             if RECIPES[name].dataset == dataset:
                 axes.plot(*curve(run), ".-", label=RECIPES[name].title)
-        axes.set(title=DATASETS[dataset], xlabel="minutes of training", ylabel="validation bits/dim")
+        axes.set(
+            title=DATASETS[dataset], xlabel="minutes of training", ylabel="validation bits/dim"
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

@@ -18,7 +18,10 @@ def main() -> None:
     for name, peer in peers(work).items():
         contenders[f"{name}, sampling"] = lambda peer=peer: peer.sample(IMAGES)
     seconds = in_turns(contenders, options.repeats)
-    table(seconds, {"to the forward pass": "flowtrain, forward pass", "to sampling": "flowtrain, sampling"})
+    table(
+        seconds,
+        {"to the forward pass": "flowtrain, forward pass", "to sampling": "flowtrain, sampling"},
+    )
 
 
 if __name__ == "__main__":

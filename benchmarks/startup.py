@@ -1,4 +1,6 @@
-"""From pressing return: the help beside that of an empty Typer application, and the first training step."""
+"""From pressing return: the help beside that of an empty Typer application, and the first training
+step.
+"""
 
 import os
 import statistics
@@ -27,7 +29,9 @@ app()
 
 
 def first_step(folder: Path, data: Path, precision: str) -> float:
-    """Seconds from starting `flowtrain train` to the line of its first step in metrics.jsonl; it is stopped then."""
+    """Seconds from starting `flowtrain train` to the line of its first step in metrics.jsonl; it is
+    stopped then.
+    """
     work = WORK["S"]
     settings = {
         "data.name": "npz",
@@ -44,7 +48,17 @@ def first_step(folder: Path, data: Path, precision: str) -> float:
     run = folder / f"run-{time.monotonic_ns()}"
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "flowtrain", "train", *words, "--run-dir", str(run), "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "flowtrain",
+            "train",
+            *words,
+            "--run-dir",
+            str(run),
+            "--device",
+            "cpu",
+        ],
         stdout=subprocess.DEVNULL,
     )
     metrics = run / "metrics.jsonl"
@@ -82,7 +96,9 @@ def main() -> None:
         (folder / "empty.py").write_text(EMPTY)
 
         def python(*words: str) -> None:
-            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+            subprocess.run(
+                [sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=folder
+            )
 
         heading("Start: the command line", options.threads)
         empty = "an empty Typer application, --help"
@@ -92,7 +108,10 @@ def main() -> None:
             "flowtrain train --help": ["-m", "flowtrain", "train", "--help"],
             "flowtrain --version": ["-m", "flowtrain", "--version"],
         }
-        seconds = in_turns({name: lambda w=words: python(*w) for name, words in contenders.items()}, options.repeats)
+        seconds = in_turns(
+            {name: lambda w=words: python(*w) for name, words in contenders.items()},
+            options.repeats,
+        )
         table(seconds, {"to the empty one": empty}, unit="ms")
 
         heading("Start: to the first training step of S, from pressing return", options.threads)

@@ -1,4 +1,6 @@
-"""Training: seconds of a full optimizer step, beside the floor (the conditioners' convolutions alone) and the peers."""
+"""Training: seconds of a full optimizer step, beside the floor (the conditioners' convolutions
+alone) and the peers.
+"""
 
 import torch
 from common import (

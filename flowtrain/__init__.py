@@ -8,17 +8,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(model: str, device: str = "cpu", weights: str | None = None, trust_code: bool = False) -> "Flow":
+def load(
+    model: str, device: str = "cpu", weights: str | None = None, trust_code: bool = False
+) -> "Flow":
     """A trained flow, ready to use.
 
     Args:
         model: a checkpoint, or a run directory (its best checkpoint, else its last).
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
-        trust_code: allow a checkpoint to name a module of your own (dotted), which is then imported.
+        trust_code: allow a checkpoint to name a module of your own (dotted), which is then
+            imported.
 
     Raises:
-        flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not there.
+        flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not
+        there.
     """
     from flowtrain.checkpoints.load import load_model  # torch is imported only when it is needed
     from flowtrain.system import device as devices

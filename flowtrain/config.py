@@ -1,7 +1,8 @@
-"""The configuration: its schema, YAML files, `--set` overrides, and the JSON schema (`python -m flowtrain.config`).
+"""The configuration: its schema, YAML files, `--set` overrides, and the JSON schema (`python -m
+flowtrain.config`).
 
-`model.name` and `data.name` name a module; the keyword arguments of its `build` are the options that the section takes
-beside the keys declared here. A dotted name is the user's own module.
+`model.name` and `data.name` name a module; the keyword arguments of its `build` are the options
+that the section takes beside the keys declared here. A dotted name is the user's own module.
 """
 
 import functools
@@ -49,7 +50,9 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """A section whose `name` is a module of `package`, and whose further keys are that module's options."""
+    """A section whose `name` is a module of `package`, and whose further keys are that module's
+    options.
+    """
 
     package: ClassVar[str]
     name: str
@@ -64,17 +67,33 @@ class Data(Component):
     """Which images, how they are split, and what is done to them."""
 
     package = "datasets"
-    name: str = Field("digits", description="data set: a module of flowtrain.datasets, or your own (dotted)")
-    root: AbsolutePath = Field(Path("data"), validate_default=True, description="where downloaded data sets live")
-    validation: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="held out of the training images for model selection: a count, or a fraction below 1"
+    name: str = Field(
+        "digits", description="data set: a module of flowtrain.datasets, or your own (dotted)"
     )
-    split_seed: Annotated[int, Field(ge=0)] = Field(0, description="which images are held out; apart from `seed`")
-    n_bits: Annotated[int, Field(ge=1, le=8)] = Field(8, description="keep this many bits of 8-bit images")
-    flip: bool | None = Field(None, description="random horizontal flips in training; null is the data set's default")
-    shift: Annotated[int, Field(ge=0)] = Field(0, description="random shifts in training, up to this many pixels")
+    root: AbsolutePath = Field(
+        Path("data"), validate_default=True, description="where downloaded data sets live"
+    )
+    validation: Annotated[float, Field(ge=0)] = Field(
+        0.1,
+        description="held out of the training images for model selection: a count, or a fraction "
+        "below 1",
+    )
+    split_seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="which images are held out; apart from `seed`"
+    )
+    n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
+        8, description="keep this many bits of 8-bit images"
+    )
+    flip: bool | None = Field(
+        None, description="random horizontal flips in training; null is the data set's default"
+    )
+    shift: Annotated[int, Field(ge=0)] = Field(
+        0, description="random shifts in training, up to this many pixels"
+    )
     max_in_memory: Annotated[float, Field(ge=0)] = Field(
-        4.0, description="GiB; a larger training set is read by threads as it is needed instead of held on the device"
+        4.0,
+        description="GiB; a larger training set is read by threads as it is needed instead of "
+        "held on the device",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         2, description="threads that read a training set that is not held on the device"
@@ -85,10 +104,13 @@ class Model(Component):
     """Which flow."""
 
     package = "models"
-    name: str = Field("glow", description="model: a module of flowtrain.models, or your own (dotted)")
+    name: str = Field(
+        "glow", description="model: a module of flowtrain.models, or your own (dotted)"
+    )
     classes: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="number of classes, each with a prior of its own at the coarsest level; 0: without labels. The "
+        description="number of classes, each with a prior of its own at the coarsest level; 0: "
+        "without labels. The "
         "training loss is that given the class, validation and evaluation are of the image alone",
     )
 
@@ -97,14 +119,21 @@ class Dequantization(Section):
     """How integers become reals."""
 
     name: Literal["uniform", "variational"] = Field(
-        "uniform", description="the noise: uniform, or variational, drawn by a flow that sees the image"
+        "uniform",
+        description="the noise: uniform, or variational, drawn by a flow that sees the image",
     )
-    steps: Annotated[int, Field(ge=1)] = Field(4, description="for variational: steps of the noise's flow")
+    steps: Annotated[int, Field(ge=1)] = Field(
+        4, description="for variational: steps of the noise's flow"
+    )
     width: Annotated[int, Field(ge=1)] = Field(
         32, description="for variational: channels of its networks' hidden layers"
     )
-    transform: Literal["center", "logit"] = Field("center", description="what follows: center (y - 1/2), or logit")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="how far the logit stays from 0 and 1")
+    transform: Literal["center", "logit"] = Field(
+        "center", description="what follows: center (y - 1/2), or logit"
+    )
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05, description="how far the logit stays from 0 and 1"
+    )
 
 
 _DURATION = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(s|sec|m|min|h|hours?)?\s*")
@@ -121,46 +150,66 @@ def _seconds(value: Any) -> Any:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[unit]
 
 
-Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(_seconds, json_schema_input_type=float | str)]
+Duration = Annotated[
+    Annotated[float, Field(gt=0)], BeforeValidator(_seconds, json_schema_input_type=float | str)
+]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
 class Train(Section):
-    """Optimization, and how often things happen. Periods are in steps; one longer than the run is legal."""
+    """Optimization, and how often things happen. Periods are in steps; one longer than the run is
+    legal.
+    """
 
     num_steps: Positive | None = Field(None, description="optimizer steps; or give budget")
-    budget: Duration | None = Field(None, description="wall-clock time, such as 30min; or give num_steps")
+    budget: Duration | None = Field(
+        None, description="wall-clock time, such as 30min; or give num_steps"
+    )
     batch_size: Positive = Field(64, description="images of one forward pass, of each process")
     accumulate: Positive = Field(1, description="forward passes whose gradients make one step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
-        description="the rate: constant, or down to 0 at the end, linear or cosine, after the warm-up (with a budget, "
+        description="the rate: constant, or down to 0 at the end, linear or cosine, after the "
+        "warm-up (with a budget, "
         "from 0 s)",
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
-        "adam", description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, AdamW for the rest"
+        "adam",
+        description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, AdamW for "
+        "the rest",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on the weights of the conditioners' convolutions and linear layers only"
     )
-    clip_norm: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm of the gradient; 0 does not clip")
+    clip_norm: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="largest norm of the gradient; 0 does not clip"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the conditioners, fp32 or bf16; the rest of the flow is float32"
     )
     memory: Literal["store", "checkpoint", "reversible"] = Field(
         "store",
-        description="what a backward pass keeps: store all activations, checkpoint the layers' inputs, or reversible: "
+        description="what a backward pass keeps: store all activations, checkpoint the layers' "
+        "inputs, or reversible: "
         "no more than the output, from which the inverse computes them again",
     )
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the averaged weights; 0 for none")
-    max_non_finite: Count = Field(5, description="non-finite steps after which the run stops with exit code 1")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="decay of the averaged weights; 0 for none"
+    )
+    max_non_finite: Count = Field(
+        5, description="non-finite steps after which the run stops with exit code 1"
+    )
     log_every: Positive = Field(50, description="steps between lines of metrics")
-    validate_every: Positive = Field(500, description="steps between evaluations on the validation split")
+    validate_every: Positive = Field(
+        500, description="steps between evaluations on the validation split"
+    )
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(1, description="numbered checkpoints to keep, beside last and best")
+    keep_checkpoints: Count = Field(
+        1, description="numbered checkpoints to keep, beside last and best"
+    )
     sample_every: Positive = Field(500, description="steps between sample grids")
 
     @model_validator(mode="after")
@@ -174,7 +223,9 @@ class Train(Section):
 class Config(Section):
     """A whole run. `data` and `model` also hold the options of the modules that they name."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the weights, the order and the noise")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the weights, the order and the noise"
+    )
     data: Data
     model: Model
     dequantization: Dequantization
@@ -198,11 +249,15 @@ def component_names(package: str) -> list[str]:
     spec = importlib.util.find_spec(f"flowtrain.{package}")
     assert spec is not None
     names = [info.name for info in pkgutil.iter_modules(spec.submodule_search_locations)]
-    return sorted(n for n in names if hasattr(importlib.import_module(f"flowtrain.{package}.{n}"), "build"))
+    return sorted(
+        n for n in names if hasattr(importlib.import_module(f"flowtrain.{package}.{n}"), "build")
+    )
 
 
 def component_module(package: str, name: str) -> ModuleType:
-    """The module behind a name; a dotted name is imported as it is. Raises `UserError` where there is none."""
+    """The module behind a name; a dotted name is imported as it is. Raises `UserError` where there
+    is none.
+    """
     key = {"datasets": "data.name", "models": "model.name"}[package]
     if "." in name and all(part.isidentifier() for part in name.split(".")):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -216,18 +271,25 @@ def component_module(package: str, name: str) -> ModuleType:
         return module
     names = component_names(package)
     if name not in names:
-        raise UserError(f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+        raise UserError(
+            f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}"
+        )
     return importlib.import_module(f"flowtrain.{package}.{name}")
 
 
 @functools.cache
 def component_schema(package: str, name: str) -> type[Component]:
-    """The section's own keys and the options of the named module's `build`, as one pydantic model."""
+    """The section's own keys and the options of the named module's `build`, as one pydantic
+    model.
+    """
     base = component_base(package)
     fields: dict[str, Any] = {}
     for parameter in _option_parameters(package, component_module(package, name)):
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (AbsolutePath if parameter.annotation is Path else parameter.annotation, default)
+        fields[parameter.name] = (
+            AbsolutePath if parameter.annotation is Path else parameter.annotation,
+            default,
+        )
     schema: Any = create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
     return schema
 
@@ -235,20 +297,34 @@ def component_schema(package: str, name: str) -> type[Component]:
 def _option_parameters(package: str, module: ModuleType) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(module.build, include_extras=True)
     parameters = inspect.signature(module.build).parameters.values()
-    trainers = {"models": {"shape"}, "datasets": {"root", "split", "seed"}}[package]  # what it passes, not the user
-    return [p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in trainers]
+    # what it passes, not the user
+    trainers = {"models": {"shape"}, "datasets": {"root", "split", "seed"}}[package]
+    return [
+        p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in trainers
+    ]
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
-    """Checks a nested mapping and fills in the defaults. Raises `UserError` naming the key and the value."""
+    """Checks a nested mapping and fills in the defaults. Raises `UserError` naming the key and the
+    value.
+    """
     for section in ("data", "model", "train", "dequantization"):
         if not isinstance(values.get(section, {}), Mapping):
-            raise UserError(f"{where}: {section}: expected keys and values, got {values[section]!r}")
-    data = component_schema("datasets", str(values.get("data", {}).get("name", Data.model_fields["name"].default)))
-    model = component_schema("models", str(values.get("model", {}).get("name", Model.model_fields["name"].default)))
+            raise UserError(
+                f"{where}: {section}: expected keys and values, got {values[section]!r}"
+            )
+    data = component_schema(
+        "datasets", str(values.get("data", {}).get("name", Data.model_fields["name"].default))
+    )
+    model = component_schema(
+        "models", str(values.get("model", {}).get("name", Model.model_fields["name"].default))
+    )
     sections = {"data": data, "model": model, "dequantization": Dequantization, "train": Train}
     # A section that is left out is checked like an empty one.
-    fields: Any = {k: (kind, Field(default_factory=dict, validate_default=True)) for k, kind in sections.items()}
+    fields: Any = {
+        k: (kind, Field(default_factory=dict, validate_default=True))
+        for k, kind in sections.items()
+    }
     schema = create_model("ConfigOfThese", __base__=Config, **fields)
     try:
         return schema.model_validate(dict(values))
@@ -257,15 +333,22 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
 
 
 def _described(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
-    """A line a key, with what is wrong by each of its alternatives, such as a number or a list of them."""
+    """A line a key, with what is wrong by each of its alternatives, such as a number or a list of
+    them.
+    """
     known = set(_keys(schema))
     lines: dict[str, str] = {}
     for each in error.errors():
         loc = [str(part) for part in each["loc"]]
         # What pydantic appends are its names of the alternatives.
-        key = next((name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in known), ".".join(loc))
+        key = next(
+            (name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in known),
+            ".".join(loc),
+        )
         line = _describe(each, key, schema, where)
-        lines[key] = f"{lines[key]}; or {line.removeprefix(f'{where}: {key}: ')}" if key in lines else line
+        lines[key] = (
+            f"{lines[key]}; or {line.removeprefix(f'{where}: {key}: ')}" if key in lines else line
+        )
     return list(lines.values())
 
 
@@ -289,7 +372,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
             yield f"{prefix}{name}"
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -315,8 +398,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Applies `key.sub=value` strings to a nested mapping, in place, and returns it.
 
-    Another `data.name` or `model.name` drops the options that belonged to the old one; of `train.num_steps` and
-    `train.budget`, setting one clears the other.
+    Another `data.name` or `model.name` drops the options that belonged to the old one; of
+    `train.num_steps` and `train.budget`, setting one clears the other.
     """
     assignments = [_assignment(text) for text in overrides]
     # Names first, so that the order on the command line does not matter.
@@ -325,7 +408,9 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         for depth, key in enumerate(keys[:-1]):
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
-                raise UserError(f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} has no keys")
+                raise UserError(
+                    f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} has no keys"
+                )
         if keys in (["data", "name"], ["model", "name"]):
             base = Data if keys[0] == "data" else Model
             if section.get("name", base.model_fields["name"].default) != value:
@@ -347,7 +432,9 @@ def _assignment(text: str) -> tuple[list[str], Any]:
         raise UserError(f"--set {text}: the value is not YAML: {error}") from error
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     """`(key, old value, new value)` for each key in which two resolved configurations differ."""
     found = []
     for key in [*old, *(k for k in new if k not in old)]:
@@ -360,14 +447,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors: every shipped data set and model with its options."""
+    """The JSON schema of a configuration file, for editors: every shipped data set and model with
+    its options.
+    """
     fields: dict[str, Any] = {}
     for section, base in (("data", Data), ("model", Model)):
         default = base.model_fields["name"].default
         kinds = []
         for name in component_names(base.package):
             field: Any = (Literal[name], name) if name == default else (Literal[name], ...)
-            kinds.append(create_model(f"{section}_{name}", __base__=component_schema(base.package, name), name=field))
+            kinds.append(
+                create_model(
+                    f"{section}_{name}", __base__=component_schema(base.package, name), name=field
+                )
+            )
         fields[section] = (typing.Union[tuple(kinds)], Field(default_factory=dict))  # noqa: UP007
     for section, kind in (("dequantization", Dequantization), ("train", Train)):
         fields[section] = (kind, Field(default_factory=dict))

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user's input is wrong: a configuration, path, option, data set or checkpoint. Exit code 2."""
+    """The user's input is wrong: a configuration, path, option, data set or checkpoint. Exit code
+    2.
+    """
 
     exit_code = 2
 
@@ -27,7 +29,9 @@ class Interrupted(Exception):
 
 
 class EndedElsewhere(Exception):
-    """Another process of the same run has failed and said why: this one ends without a word, with its exit code."""
+    """Another process of the same run has failed and said why: this one ends without a word, with
+    its exit code.
+    """
 
     def __init__(self, exit_code: int):
         super().__init__(f"another process failed with exit code {exit_code}")
@@ -53,7 +57,12 @@ def is_disk_full(error: BaseException) -> bool:
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?`, or nothing."""
     words = list(words)
-    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of files, or `name`.)
+    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of
+    # files, or `name`.)
     same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = (
+        same_leaf
+        if len(same_leaf) == 1
+        else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    )
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,8 +1,10 @@
-"""flowtrain run as its users run it: every command is a process of its own, started in a folder of the test's choice.
+"""flowtrain run as its users run it: every command is a process of its own, started in a folder of
+the test's choice.
 
-`flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` do the same in a process
-that is forked from one in which torch is imported already (flowtrain itself is not): a tenth of the time, for the long
-tables. Both kinds have their own exit code, output files and signals.
+`flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` do the
+same in a process that is forked from one in which torch is imported already (flowtrain itself is
+not): a tenth of the time, for the long tables. Both kinds have their own exit code, output files
+and signals.
 """
 
 import atexit
@@ -34,7 +36,16 @@ shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARE
 
 SLOW_IMPORTS = [
     *["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "torchvision.datasets"],
-    *["sklearn.datasets", "pytest", "rich.progress", "rich.table", "typer", "pydantic", "yaml", "safetensors.torch"],
+    *[
+        "sklearn.datasets",
+        "pytest",
+        "rich.progress",
+        "rich.table",
+        "typer",
+        "pydantic",
+        "yaml",
+        "safetensors.torch",
+    ],
 ]
 FOLDER = Path(tempfile.mkdtemp(prefix="flowtrain-tests-"))  # what several tests share
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -42,7 +53,11 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 def sets(**values) -> list[str]:
     """`sets(train__lr=1)` is `["--set", "train.lr=1"]`."""
-    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+    return [
+        word
+        for key, value in values.items()
+        for word in ("--set", f"{key.replace('__', '.')}={value}")
+    ]
 
 
 # Of the demo, glow_digits.yaml. The first four words are the model's.
@@ -74,19 +89,29 @@ class Result:
 
 def environment(**extra: str) -> dict[str, str]:
     """Plain output, one thread (the tests share two cores), no network."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLOWTRAIN", "FORCE_COLOR", "TTY_"))}
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("FLOWTRAIN", "FORCE_COLOR", "TTY_"))
+    }
+    nowhere = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    )
     plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
     return {**kept, **plain, **nowhere, "FLOWTRAIN_CACHE": str(FOLDER / "cache"), **extra}
 
 
-# --- as a user does ---------------------------------------------------------------------------------------------------
+# --- as a user does -------------------------------------------------------------------------------
 
 
-def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str) -> subprocess.Popen:
+def start(
+    *args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str
+) -> subprocess.Popen:
     pipe = subprocess.PIPE
     words = [*command, *map(str, args)]
-    process = subprocess.Popen(words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(
+        words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True
+    )
     atexit.register(process.kill)  # of a test that failed
     return process
 
@@ -100,7 +125,7 @@ def flowtrain(*args, cwd: Path, **options) -> Result:
     return result(start(*args, cwd=cwd, **options))
 
 
-# --- the same, forked -------------------------------------------------------------------------------------------------
+# --- the same, forked -----------------------------------------------------------------------------
 
 
 class Forked:
@@ -111,12 +136,14 @@ class Forked:
         context = _context()
         words = [str(arg) for arg in args]
         self.process = context.Process(
-            target=become_flowtrain, args=(words, str(cwd), environment(**env), str(self.folder), file_limit, first)
+            target=become_flowtrain,
+            args=(words, str(cwd), environment(**env), str(self.folder), file_limit, first),
         )
         # So that the child does not import pytest's main module.
         with mock.patch.dict(sys.modules["__main__"].__dict__, __spec__=None):
             self.process.start()
-        atexit.register(self.process.kill)  # of a test that failed: otherwise pytest would wait for it at its end
+        # of a test that failed: otherwise pytest would wait for it at its end
+        atexit.register(self.process.kill)
 
     @property
     def out(self) -> str:
@@ -142,7 +169,7 @@ def _context():
     return context
 
 
-# --- what a run leaves behind -----------------------------------------------------------------------------------------
+# --- what a run leaves behind ---------------------------------------------------------------------
 
 
 def metrics(run: Path, timeless: bool = False) -> list[dict]:
@@ -163,7 +190,9 @@ def last(run: Path) -> Path:
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit: weights, their average, the optimizer's state, and what was logged."""
     a, b = checkpoint_format.read(last(one)), checkpoint_format.read(last(other))
-    assert a.tensors.keys() == b.tensors.keys() and any(name.startswith("optimizer.") for name in a.tensors)
+    assert a.tensors.keys() == b.tensors.keys() and any(
+        name.startswith("optimizer.") for name in a.tensors
+    )
     assert [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])] == []
     assert {**a.meta["progress"], "seconds": 0} == {**b.meta["progress"], "seconds": 0}
     assert metrics(one, timeless=True) == metrics(other, timeless=True)
@@ -200,12 +229,22 @@ def within(seconds: float, what: str) -> Iterator[None]:
     yield check
 
 
-# --- runs that several tests look at ----------------------------------------------------------------------------------
+# --- runs that several tests look at --------------------------------------------------------------
 
 MODELS = {
     "glow": ["--config", "glow_digits.yaml", *TINY],
-    "realnvp": ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1), *TINY[4:]],
-    "nice": ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1), *TINY[4:]],
+    "realnvp": [
+        "--config",
+        "realnvp_digits.yaml",
+        *sets(model__width=4, model__blocks=1),
+        *TINY[4:],
+    ],
+    "nice": [
+        "--config",
+        "nice_digits.yaml",
+        *sets(model__width=8, model__hidden_layers=1),
+        *TINY[4:],
+    ],
 }
 
 

@@ -1,4 +1,6 @@
-"""What `cli_helpers.Forked` runs in a forked process. Imports nothing of flowtrain, which is to start as for a user."""
+"""What `cli_helpers.Forked` runs in a forked process. Imports nothing of flowtrain, which is to
+start as for a user.
+"""
 
 import multiprocessing
 import os
@@ -11,7 +13,9 @@ from pathlib import Path
 def become_flowtrain(
     args: list[str], cwd: str, env: dict[str, str], folder: str, file_limit: int | None, first: str
 ) -> None:
-    """`python -m flowtrain ARGS` in `cwd`, its output in `folder`/out and `folder`/err, after the Python of `first`."""
+    """`python -m flowtrain ARGS` in `cwd`, its output in `folder`/out and `folder`/err, after the
+    Python of `first`.
+    """
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)

@@ -1,4 +1,6 @@
-"""What several test files share: tiny models with every parameter moved off its start, and tiny data sets."""
+"""What several test files share: tiny models with every parameter moved off its start, and tiny
+data sets.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,8 @@ torch.set_num_threads(1)  # on tensors this small, more threads are ten times sl
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 
-# Options with which each model is small enough to differentiate in full. Every model of flowtrain.models is here.
+# Options with which each model is small enough to differentiate in full. Every model of
+# flowtrain.models is here.
 TINY = {
     "glow": {"levels": 2, "steps": 2, "width": 6},
     "realnvp": {"levels": 2, "width": 4, "blocks": 1},
@@ -24,7 +27,14 @@ TINY = {
     "planar": {"layers": 3},
     "maf": {"layers": 2, "width": 8, "hidden_layers": 1},
     "iaf": {"layers": 2, "width": 8, "hidden_layers": 1},
-    "cnf": {"blocks": 2, "width": 8, "hidden_layers": 1, "solver": "dopri8", "rtol": 1e-12, "atol": 1e-12},
+    "cnf": {
+        "blocks": 2,
+        "width": 8,
+        "hidden_layers": 1,
+        "solver": "dopri8",
+        "rtol": 1e-12,
+        "atol": 1e-12,
+    },
 }
 
 
@@ -34,7 +44,9 @@ def seeded(seed=0):
 
 @torch.no_grad()
 def perturb(module, scale=0.2, seed=0):
-    """Moves every parameter: a coupling that starts as the identity would pass any test unperturbed."""
+    """Moves every parameter: a coupling that starts as the identity would pass any test
+    unperturbed.
+    """
     generator = seeded(seed)
     for parameter in module.parameters():
         parameter += scale * torch.randn(parameter.shape, generator=generator)
@@ -65,8 +77,19 @@ def a_config(model="glow", data=None, train=None, **sections):
     )
 
 
-def tiny_flow(model="glow", shape=(1, 4, 4), q=256, transform="center", alpha=0.05, seed=0, scale=0.2, **options):
-    """A tiny flow for images of q levels: all parameters moved, then initialized on random images."""
+def tiny_flow(
+    model="glow",
+    shape=(1, 4, 4),
+    q=256,
+    transform="center",
+    alpha=0.05,
+    seed=0,
+    scale=0.2,
+    **options,
+):
+    """A tiny flow for images of q levels: all parameters moved, then initialized on random
+    images.
+    """
     named = {"name": model, **TINY[model], **options}
     config = a_config(named, dequantization={"transform": transform, "alpha": alpha}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
@@ -78,12 +101,20 @@ def tiny_flow(model="glow", shape=(1, 4, 4), q=256, transform="center", alpha=0.
 def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):
     """Saves random images (NHWC), and gives the `data` section that reads them."""
     rng = np.random.default_rng(seed)
-    np.savez(path, **{f"x_{k}": rng.integers(0, 256, (n, *shape), "u1") for k, n in (("train", train), ("test", test))})
+    np.savez(
+        path,
+        **{
+            f"x_{k}": rng.integers(0, 256, (n, *shape), "u1")
+            for k, n in (("train", train), ("test", test))
+        },
+    )
     return {"name": "npz", "path": str(path), **options}
 
 
 def assert_an_image_scores_alone(flow, batch):
-    """Neither the size of the batch nor the values of an image's batch mates change its log-likelihood."""
+    """Neither the size of the batch nor the values of an image's batch mates change its
+    log-likelihood.
+    """
     x = images(33, flow.shape)
     expected = flow.log_prob(x, seeded(1)).detach()
     generator = seeded(1)
@@ -91,4 +122,6 @@ def assert_an_image_scores_alone(flow, batch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     others = images(33, flow.shape, seed=5)
     others[10] = x[10]
-    torch.testing.assert_close(flow.log_prob(others, seeded(1))[10].detach(), expected[10], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        flow.log_prob(others, seeded(1))[10].detach(), expected[10], rtol=1e-5, atol=1e-4
+    )

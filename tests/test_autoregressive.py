@@ -1,25 +1,47 @@
-"""Masked autoregressive layers: what an entry may depend on, the inverse one entry after the other, and IAF."""
+"""Masked autoregressive layers: what an entry may depend on, the inverse one entry after the other,
+and IAF.
+"""
 
 import pytest
 import torch
 from helpers import a_config, perturb, ready, seeded, tiny_flow
 from torch.autograd.functional import jacobian
 
-from flowtrain.bijections import AffineTransform, Inverse, MaskedAutoregressive, MixtureTransform, SplineTransform
+from flowtrain.bijections import (
+    AffineTransform,
+    Inverse,
+    MaskedAutoregressive,
+    MixtureTransform,
+    SplineTransform,
+)
 from flowtrain.errors import UserError
 from flowtrain.models import iaf, maf
 from flowtrain.nets.masked import MaskedDenseNet, MaskedLinear
 from flowtrain.training.step import require_trainable
 
 # dims, width, hidden layers, features of a context
-SIZES = [(1, 4, 1, 0), (2, 5, 2, 0), (6, 40, 1, 0), (6, 40, 3, 0), (9, 3, 2, 0), (5, 30, 2, 3), (1, 4, 1, 3)]
-TRANSFORMS = {"affine": AffineTransform, "spline": lambda: SplineTransform(3), "mixture": lambda: MixtureTransform(2)}
+SIZES = [
+    (1, 4, 1, 0),
+    (2, 5, 2, 0),
+    (6, 40, 1, 0),
+    (6, 40, 3, 0),
+    (9, 3, 2, 0),
+    (5, 30, 2, 3),
+    (1, 4, 1, 3),
+]
+TRANSFORMS = {
+    "affine": AffineTransform,
+    "spline": lambda: SplineTransform(3),
+    "mixture": lambda: MixtureTransform(2),
+}
 every_size = pytest.mark.parametrize("dims, width, hidden_layers, context_features", SIZES)
 
 
 def net_of(dims, width, hidden_layers, context_features, parameters_per_entry=2):
     torch.manual_seed(0)
-    return perturb(MaskedDenseNet(dims, parameters_per_entry, width, hidden_layers, context_features)).double()
+    return perturb(
+        MaskedDenseNet(dims, parameters_per_entry, width, hidden_layers, context_features)
+    ).double()
 
 
 def some(*shape, seed=0):
@@ -31,10 +53,16 @@ def context_of(features, batch):
 
 
 def entry_after_entry(layer, z, context):
-    """The inverse as it stands in the paper (MAF, eq. 4): a whole pass of the conditioner for each entry."""
+    """The inverse as it stands in the paper (MAF, eq. 4): a whole pass of the conditioner for each
+    entry.
+    """
     x = torch.zeros_like(z)
     for d in range(z.shape[1]):
-        x = torch.where(torch.arange(z.shape[1]) == d, layer.transform.inverse(z, layer.conditioner(x, context))[0], x)
+        x = torch.where(
+            torch.arange(z.shape[1]) == d,
+            layer.transform.inverse(z, layer.conditioner(x, context))[0],
+            x,
+        )
     return x, layer.transform.inverse(z, layer.conditioner(x, context))[1].sum(1)
 
 
@@ -45,7 +73,9 @@ def test_reversible_is_refused_in_bf16():
         with pytest.raises(UserError, match="train.memory: reversible"):
             require_trainable(flow, a_config(model, train=train))
         for key in train:
-            require_trainable(flow, a_config(model, train={**train, key: {"memory": "store"}.get(key, "fp32")}))
+            require_trainable(
+                flow, a_config(model, train={**train, key: {"memory": "store"}.get(key, "fp32")})
+            )
     require_trainable(tiny_flow("glow"), a_config("glow", train=train))
 
 
@@ -57,11 +87,14 @@ def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, con
     net = net_of(dims, width, hidden_layers, context_features)
     points = some(20, dims)  # no unit sleeps at all of them
     context = context_of(context_features, len(points))
-    found = jacobian(lambda x: net(x, context).sum(0), points).abs().amax(1).view(2, dims, dims)  # P, of, by
+    # P, of, by
+    found = jacobian(lambda x: net(x, context).sum(0), points).abs().amax(1).view(2, dims, dims)
     before = torch.ones(dims, dims).tril(-1).bool()
     assert (found[:, ~before] == 0).all()
     # Few units leave out some, but the last entry sees all that there are.
-    assert (found[:, before if width > dims else before & (torch.arange(dims)[:, None] == dims - 1)] > 0).all()
+    assert (
+        found[:, before if width > dims else before & (torch.arange(dims)[:, None] == dims - 1)] > 0
+    ).all()
 
 
 @every_size
@@ -87,7 +120,10 @@ def test_context_is_seen_by_every_entry():
 
 
 def test_a_missing_context():
-    for call in (net_of(5, 30, 2, 3), MaskedAutoregressive(net_of(5, 30, 2, 3), AffineTransform()).inverse):
+    for call in (
+        net_of(5, 30, 2, 3),
+        MaskedAutoregressive(net_of(5, 30, 2, 3), AffineTransform()).inverse,
+    ):
         with pytest.raises(ValueError, match="expected a context of 3 entries"):
             call(some(4, 5))
 
@@ -112,22 +148,28 @@ def test_masked_weights_start_by_what_they_see():
 def test_the_jacobian_is_triangular(dims, width, hidden_layers, context_features, transform):
     transform = TRANSFORMS[transform]().double()
     layer = MaskedAutoregressive(
-        net_of(dims, width, hidden_layers, context_features, transform.parameters_per_entry), transform
+        net_of(dims, width, hidden_layers, context_features, transform.parameters_per_entry),
+        transform,
     )
     x, context = some(1, dims), context_of(context_features, 1)
     for function, point in ((layer.forward, x), (layer.inverse, layer(x, context)[0].detach())):
         found = jacobian(lambda v, f=function: f(v, context)[0], point).view(dims, dims)
         assert found.triu(1).count_nonzero() == 0
         log_det = function(point, context)[1]
-        torch.testing.assert_close(found.diagonal().log().sum()[None], log_det.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            found.diagonal().log().sum()[None], log_det.detach(), rtol=1e-9, atol=1e-9
+        )
 
 
 @every_size
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_inverse_is_that_of_a_pass_for_each_entry(dims, width, hidden_layers, context_features, transform):
+def test_inverse_is_that_of_a_pass_for_each_entry(
+    dims, width, hidden_layers, context_features, transform
+):
     transform = TRANSFORMS[transform]().double()
     layer = MaskedAutoregressive(
-        net_of(dims, width, hidden_layers, context_features, transform.parameters_per_entry), transform
+        net_of(dims, width, hidden_layers, context_features, transform.parameters_per_entry),
+        transform,
     )
     z, context = some(7, dims), context_of(context_features, 7)
     with torch.no_grad():
@@ -143,7 +185,11 @@ def test_gradients_of_the_inverse():
     for inverse in (layer.inverse, lambda z, context: entry_after_entry(layer, z, context)):
         inputs = [z.clone().requires_grad_(), context.clone().requires_grad_()]
         x, log_det = inverse(*inputs)
-        found.append(torch.autograd.grad(x.square().sum() + log_det.exp().sum(), [*inputs, *layer.parameters()]))
+        found.append(
+            torch.autograd.grad(
+                x.square().sum() + log_det.exp().sum(), [*inputs, *layer.parameters()]
+            )
+        )
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
@@ -153,9 +199,13 @@ def test_inverse_computes_each_unit_once(monkeypatch):
     layer = MaskedAutoregressive(net_of(dims, width, 2, 0), AffineTransform())
     products = []
     addmm = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda c, a, b: products.append(a.numel()) or addmm(c, a, b))
+    monkeypatch.setattr(
+        torch, "addmm", lambda c, a, b: products.append(a.numel()) or addmm(c, a, b)
+    )
     layer.inverse(some(3, dims))
-    weights = sum(m.mask.count_nonzero().item() for m in layer.modules() if isinstance(m, MaskedLinear))
+    weights = sum(
+        m.mask.count_nonzero().item() for m in layer.modules() if isinstance(m, MaskedLinear)
+    )
     assert sum(products) == weights
 
 
@@ -193,7 +243,10 @@ def test_iaf_is_maf_the_other_way_round():
     back = ready(perturb(iaf.build((1, 3, 2), layers=1, width=8)).double())
     assert isinstance(back.layers[-1], Inverse)
     x = some(3, 6)
-    for a, b in ((there.layers[-1].forward, back.layers[-1].inverse), (there.layers[-1].inverse, back.layers[-1])):
+    for a, b in (
+        (there.layers[-1].forward, back.layers[-1].inverse),
+        (there.layers[-1].inverse, back.layers[-1]),
+    ):
         torch.testing.assert_close(a(x), b(x), rtol=0, atol=0)
 
 
@@ -205,6 +258,8 @@ def test_samples_are_decoded_to_what_was_encoded(name):
 
 
 def test_who_is_sequential():
-    """The one whose inverse takes an entry at a time says so, and `evaluate` leaves its reconstruction out."""
+    """The one whose inverse takes an entry at a time says so, and `evaluate` leaves its
+    reconstruction out.
+    """
     flows = {name: tiny_flow(name) for name in ("maf", "iaf", "glow", "realnvp", "nice")}
     assert {name for name, flow in flows.items() if flow.bijection.inverse_is_sequential} == {"maf"}

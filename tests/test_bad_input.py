@@ -1,4 +1,6 @@
-"""What a user, a disk or a number can get wrong: one message with what, where and what to do; never a traceback."""
+"""What a user, a disk or a number can get wrong: one message with what, where and what to do; never
+a traceback.
+"""
 
 import json
 import os
@@ -53,7 +55,13 @@ def folder(tmp_path_factory):
     }
     for name, text in files.items():
         (here / name).write_text(text)
-    blobs = {"flipped": flipped, "header": header, "cut": good[:-1], "cut_header": good[:200], "empty": b""}
+    blobs = {
+        "flipped": flipped,
+        "header": header,
+        "cut": good[:-1],
+        "cut_header": good[:200],
+        "empty": b"",
+    }
     for name, blob in blobs.items():
         (here / f"{name}.safetensors").write_bytes(blob)
     (here / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
@@ -61,13 +69,18 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 99)
         patch.setattr(checkpoint, "versions", lambda: {"flowtrain": "9.8.7"})
-        meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+        meta = {
+            key: value for key, value in saved.meta.items() if key not in ("format", "versions")
+        }
         checkpoint.write(here / "future.safetensors", meta, saved.tensors)
     safetensors_of_others = {"weight": torch.zeros(3)}
     checkpoint.safetensors.torch.save_file(safetensors_of_others, here / "foreign.safetensors")
     named = {**meta, "config": {**meta["config"], "model": {"name": "os.path"}}}
     checkpoint.write(here / "dotted.safetensors", named, saved.tensors)
-    named = {**meta, "config": {**meta["config"], "data": {**meta["config"]["data"], "name": "os.path"}}}
+    named = {
+        **meta,
+        "config": {**meta["config"], "data": {**meta["config"]["data"], "name": "os.path"}},
+    }
     checkpoint.write(here / "dotted_data.safetensors", named, saved.tensors)
     (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
     (here / "evil.safetensors").write_bytes(pickle.dumps(Evil()))
@@ -107,8 +120,18 @@ BAD_CONFIGURATIONS = [
     ("train.learning_rate=1", "train.learning_rate", "unknown key", "1"),
     ("train.steps=3", "train.steps", "did you mean train.num_steps?"),
     ("num_steps=3", "num_steps", "did you mean train.num_steps?"),
-    ("model.coupling=afine", "model.coupling", "'affine', 'additive', 'spline' or 'mixture'", "'afine'"),
-    ("model.width=wide", "model.width: Input should be a valid integer", "; or Input should be a valid list", "'wide'"),
+    (
+        "model.coupling=afine",
+        "model.coupling",
+        "'affine', 'additive', 'spline' or 'mixture'",
+        "'afine'",
+    ),
+    (
+        "model.width=wide",
+        "model.width: Input should be a valid integer",
+        "; or Input should be a valid list",
+        "'wide'",
+    ),
     ("model.width=[8,-1]", "model.width", "greater than or equal to 1", "-1"),
     ("model.bins=300", "model.bins", "less than or equal to 256", "300"),
     ("model.width=0", "model.width", "greater than or equal to 1", "0"),
@@ -127,12 +150,20 @@ BAD_CONFIGURATIONS = [
     ("data.path=x.npz", "data.path", "unknown key"),
     ("data=digits", "data:", "'digits'"),
     ("data.name=mnits", "data.name", "did you mean mnist?", "cifar10, cifar100, digits"),
-    ("model.name=glo", "model.name", "did you mean glow?", "cnf, glow, iaf, maf, nice, planar, realnvp"),
+    (
+        "model.name=glo",
+        "model.name",
+        "did you mean glow?",
+        "cnf, glow, iaf, maf, nice, planar, realnvp",
+    ),
     ("model.name=no.such.module", "model.name", "no.such.module"),
     ("model.name=./mine.py", "model.name", "unknown name './mine.py'"),
     ("data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("seed=2024-13-45", "--set seed=2024-13-45"),
-    ("model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16"),
+    (
+        "model.levels=4",
+        "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16",
+    ),
     ("dequantization.name=variatonal", "dequantization.name", "'variatonal'"),
     ("dequantization.alpha=0.5", "dequantization.alpha", "less than 0.5"),
     ("seed=-1", "seed", "-1"),
@@ -153,15 +184,29 @@ BAD_COMMANDS = [
     (["train", "--config", "syntax.yaml"], "syntax.yaml", "cannot be read as YAML", "line 2"),
     (["train", "--config", "binary.yaml"], "binary.yaml", "cannot be read as YAML"),
     (["train", "--config", "list.yaml"], "list.yaml", "expected keys and values, got list"),
-    (["train", "--config", "section.yaml"], "section.yaml", "model: expected keys and values, got 'glow'"),
-    (["train", "--config", "no_length.yaml"], "train.num_steps and train.budget", "neither is given"),
+    (
+        ["train", "--config", "section.yaml"],
+        "section.yaml",
+        "model: expected keys and values, got 'glow'",
+    ),
+    (
+        ["train", "--config", "no_length.yaml"],
+        "train.num_steps and train.budget",
+        "neither is given",
+    ),
     (["train", "--config", "both.yaml"], "train.num_steps and train.budget", "both are given"),
     (["train", "--config", "empty"], "--config empty"),
     (["train", *TINY, "--run-dir", "text"], "--run-dir text", "cannot be used"),
     (["train", *TINY, "--run-dir", "text/below"], "--run-dir text/below", "cannot be used"),
-    (["train", *TINY, "--resume", "nowhere", "--run-dir", "new"], "nowhere: no such checkpoint or run directory"),
+    (
+        ["train", *TINY, "--resume", "nowhere", "--run-dir", "new"],
+        "nowhere: no such checkpoint or run directory",
+    ),
     (["train", *TINY, "--init-from", "nowhere", "--run-dir", "new"], "nowhere: no such checkpoint"),
-    (["train", *TINY, "--resume", "flipped.safetensors", "--run-dir", "new"], "flipped.safetensors: damaged"),
+    (
+        ["train", *TINY, "--resume", "flipped.safetensors", "--run-dir", "new"],
+        "flipped.safetensors: damaged",
+    ),
     (["train", *TINY, "--device", "gpu"], "--device gpu", "auto, cpu, cuda, cuda:N or mps"),
     (["train", *TINY, "--device", "cuda:x"], "--device cuda:x", "auto, cpu, cuda, cuda:N or mps"),
     (["train", *TINY, "--device", "cuda:"], "--device cuda:", "auto, cpu, cuda, cuda:N or mps"),
@@ -170,13 +215,26 @@ BAD_COMMANDS = [
     (npz("nowhere.npz"), "data.path: there is no file", "nowhere.npz"),
     (npz("text.npz"), "data.path", "text.npz is not an .npz file"),
     (npz("cut.npz"), "data.path", "cut.npz", "cut short"),
-    (npz("damaged.npz"), "data.path: x_train in", "damaged.npz is damaged", "copy or save the file again"),
+    (
+        npz("damaged.npz"),
+        "data.path: x_train in",
+        "damaged.npz is damaged",
+        "copy or save the file again",
+    ),
     (npz("floats.npz"), "data.path", "float64, not uint8", ".astype(np.uint8)"),
     (npz("labels.npz"), "data.path", "has no array x_train (it has y_train)"),
     (npz("large.npz", "--set", "model.levels=5"), "16x16 can be squeezed 4 times", "levels: 5"),
     (["train", *TINY, *sets(data__name="npz")], "data.path", "missing"),
-    (["train", *TINY, *sets(data__name="folder", data__path="empty", data__size=8)], "data.path", "no image in"),
-    (["train", *TINY, *sets(data__name="folder", data__path="text", data__size=8)], "data.path", "not a folder"),
+    (
+        ["train", *TINY, *sets(data__name="folder", data__path="empty", data__size=8)],
+        "data.path",
+        "no image in",
+    ),
+    (
+        ["train", *TINY, *sets(data__name="folder", data__path="text", data__size=8)],
+        "data.path",
+        "not a folder",
+    ),
     (["evaluate"], "no MODEL given", "no run under runs/"),
     (["evaluate", "nowhere"], "nowhere: no such checkpoint or run directory"),
     (["evaluate", "empty"], "empty: has no checkpoint", "checkpoints/best.safetensors"),
@@ -184,14 +242,22 @@ BAD_COMMANDS = [
     (["evaluate", "run", "--weights", "best"], "--weights best", "ema or raw"),
     (["evaluate", "run", "--num-images", "0"], "--num-images"),
     (["evaluate", "run", "--samples", "0"], "--samples"),
-    (["evaluate", "run", *sets(data__validation=0), "--split", "validation"], "--split validation", "empty"),
+    (
+        ["evaluate", "run", *sets(data__validation=0), "--split", "validation"],
+        "--split validation",
+        "empty",
+    ),
     (
         ["evaluate", "run", *sets(data__name="npz", data__path="large.npz")],
         "(1, 16, 16)",
         "(1, 8, 8)",
         "run/checkpoints",
     ),
-    (["evaluate", "run", *sets(data__name="npz", data__path="same.npz")], "256 levels", "17 levels"),
+    (
+        ["evaluate", "run", *sets(data__name="npz", data__path="same.npz")],
+        "256 levels",
+        "17 levels",
+    ),
     (["evaluate", "run", "--json", "text/a.json"], "text/a.json: cannot be written"),
     (["evaluate", "run", "--json", "empty"], "empty: cannot be written"),
     (["evaluate", "run", "--scores", "empty", "--json", "a.json"], "empty: cannot be written"),
@@ -202,11 +268,23 @@ BAD_COMMANDS = [
     (["evaluate", "empty.safetensors"], "empty.safetensors: damaged", "header"),
     (["evaluate", "foreign.safetensors"], "foreign.safetensors"),
     (["evaluate", "text"], "text: not a flowtrain checkpoint"),
-    (["evaluate", "future.safetensors"], "checkpoint format 99 by flowtrain 9.8.7", "reads format 1", "train again"),
+    (
+        ["evaluate", "future.safetensors"],
+        "checkpoint format 99 by flowtrain 9.8.7",
+        "reads format 1",
+        "train again",
+    ),
     (["evaluate", "evil.pt"], "evil.pt: not a flowtrain checkpoint", "pickles are never loaded"),
     (["evaluate", "evil.safetensors"], "evil.safetensors: damaged"),
-    (["evaluate", "evil_torch.pt"], "evil_torch.pt: not a flowtrain checkpoint", "pickles are never loaded"),
-    (["train", *TINY, "--init-from", "evil.pt", "--run-dir", "new"], "evil.pt: not a flowtrain checkpoint"),
+    (
+        ["evaluate", "evil_torch.pt"],
+        "evil_torch.pt: not a flowtrain checkpoint",
+        "pickles are never loaded",
+    ),
+    (
+        ["train", *TINY, "--init-from", "evil.pt", "--run-dir", "new"],
+        "evil.pt: not a flowtrain checkpoint",
+    ),
     (["sample", "dotted.safetensors"], "model.name is 'os.path'", "--trust-code"),
     (["sample", "dotted_data.safetensors"], "data.name is 'os.path'", "--trust-code"),
     (["sample", "run", "--out", "a.jpg"], "--out a.jpg", ".png or .npz"),
@@ -219,13 +297,23 @@ BAD_COMMANDS = [
     (["sample", "run", "--temperature", "hot"], "--temperature"),
     (["sample", "run", "--seed", "-1"], "--seed"),
     (["sample", "run", "--temperature", "inf"], "--temperature inf", "finite"),
-    (["interpolate", "run", *sets(data__name="npz", data__path="large.npz")], "(1, 16, 16)", "(1, 8, 8)"),
+    (
+        ["interpolate", "run", *sets(data__name="npz", data__path="large.npz")],
+        "(1, 16, 16)",
+        "(1, 8, 8)",
+    ),
     (["evaluate", "n" * 300], "n" * 300),
     (["interpolate", "run", "--steps", "1"], "--steps"),
     (["interpolate", "run", "--pairs", "91"], "--pairs 91", "180 images"),
     (["interpolate", "run", "--out", "a.npz"], "--out a.npz", ".png or .gif"),
-    (["interpolate", "run", "--images", "nowhere.png", "picture.png"], "nowhere.png: there is no such image file"),
-    (["interpolate", "run", "--images", "picture.png", "picture.png"], "picture.png cannot be read as an image"),
+    (
+        ["interpolate", "run", "--images", "nowhere.png", "picture.png"],
+        "nowhere.png: there is no such image file",
+    ),
+    (
+        ["interpolate", "run", "--images", "picture.png", "picture.png"],
+        "picture.png cannot be read as an image",
+    ),
     (["interpolate", "run", "--images", "picture.png"], "--images"),
 ]
 
@@ -235,7 +323,9 @@ def case_id(case):
     return words.replace(" ".join(TINY), "").replace(" ".join(SMALL), "")[:60]
 
 
-@pytest.mark.parametrize("override, fragments", [(c[0], c[1:]) for c in BAD_CONFIGURATIONS], ids=case_id)
+@pytest.mark.parametrize(
+    "override, fragments", [(c[0], c[1:]) for c in BAD_CONFIGURATIONS], ids=case_id
+)
 def test_bad_configuration(override, fragments, folder):
     before = tree(folder)
     options = [] if override.startswith("model.name") else TINY
@@ -266,7 +356,9 @@ def test_as_a_user_would_see_it(folder):
     done = flowtrain("train", *sets(model__stepz=3), cwd=folder).failed(2)
     assert done.out == ""
     assert done.err.startswith("flowtrain: ") and done.err.count("\n") == 1
-    assert done.err.rstrip().endswith("model.stepz: unknown key; did you mean model.steps? (value 3)")
+    assert done.err.rstrip().endswith(
+        "model.stepz: unknown key; did you mean model.steps? (value 3)"
+    )
 
 
 def test_several_mistakes_are_told_at_once(folder):
@@ -275,24 +367,39 @@ def test_several_mistakes_are_told_at_once(folder):
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
-@pytest.mark.parametrize("command", [["train", *TINY], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]])
+@pytest.mark.parametrize(
+    "command", [["train", *TINY], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]]
+)
 def test_no_cuda(command, folder):
-    quick(*command, "--device", "cuda", cwd=folder).failed(2, "--device cuda", "no CUDA device", "--device cpu")
+    quick(*command, "--device", "cuda", cwd=folder).failed(
+        2, "--device cuda", "no CUDA device", "--device cpu"
+    )
 
 
 def test_mnist_without_a_network(folder):
     with socket.socket() as closed:  # a port on which nobody listens
         closed.bind(("127.0.0.1", 0))
-        proxy = dict.fromkeys(("http_proxy", "https_proxy"), f"http://127.0.0.1:{closed.getsockname()[1]}")
-        done = quick("train", *SMALL, *sets(data__name="mnist", data__root="dl"), cwd=folder, **proxy)
-    wanted = "data.root: MNIST is not in", "could not be downloaded", "train-images-idx3-ubyte.gz", "https://"
+        proxy = dict.fromkeys(
+            ("http_proxy", "https_proxy"), f"http://127.0.0.1:{closed.getsockname()[1]}"
+        )
+        done = quick(
+            "train", *SMALL, *sets(data__name="mnist", data__root="dl"), cwd=folder, **proxy
+        )
+    wanted = (
+        "data.root: MNIST is not in",
+        "could not be downloaded",
+        "train-images-idx3-ubyte.gz",
+        "https://",
+    )
     done.failed(2, *wanted, str(folder / "dl" / "MNIST" / "raw"))
     forget(folder, "runs", "dl")
 
 
 def test_damaged_mnist(folder):
     done = quick("train", *SMALL, *sets(data__name="mnist", data__root="mnist_damaged"), cwd=folder)
-    done.failed(2, "data.root: the MNIST files in", "are damaged", "100 bytes, not 47040016", "Delete")
+    done.failed(
+        2, "data.root: the MNIST files in", "are damaged", "100 bytes, not 47040016", "Delete"
+    )
     forget(folder, "runs")
 
 
@@ -305,7 +412,9 @@ def test_the_pickles_above_are_malicious(folder, monkeypatch):
 
 def test_weights_that_were_not_kept(tmp_path):
     quick("train", *TINY, *sets(train__ema=0), cwd=tmp_path).ok()
-    quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(2, "--weights ema", "train.ema was 0", "--weights raw")
+    quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(
+        2, "--weights ema", "train.ema was 0", "--weights raw"
+    )
     assert '"raw"' in quick("evaluate", "--json", "-", cwd=tmp_path).ok().out
 
 
@@ -316,18 +425,21 @@ def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):
     data[-1] ^= 1
     last(run).write_bytes(data)
     before = tree(run)
-    quick("train", *TINY, cwd=tmp_path).failed(2, "runs/glow_digits/checkpoints/last.safetensors: damaged")
+    quick("train", *TINY, cwd=tmp_path).failed(
+        2, "runs/glow_digits/checkpoints/last.safetensors: damaged"
+    )
     assert tree(run) == before
     (run / "checkpoints").rename(run / "aside")
     (run / "checkpoints").write_text("in the way")
     quick("train", *TINY, cwd=tmp_path).failed(2, "--run-dir", "checkpoints is not a folder")
 
 
-# --- the disk ---------------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "room, what, options",  # room: the longest file that the disk takes, beyond a checkpoint's bytes
+    # room: the longest file that the disk takes, beyond a checkpoint's bytes
+    "room, what, options",
     [
         (-1000, "last.safetensors", []),
         (6000, "", sets(train__sample_every=1)),  # TensorBoard's file outgrows that
@@ -337,7 +449,12 @@ def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):
 )
 def test_no_space_left(room, what, options, tmp_path):
     """Exit 1, with a message; what was saved before is whole, and no half-written file stays."""
-    command = ["train", *SMALL, *sets(train__checkpoint_every=2, train__log_every=5, train__num_steps=400), *options]
+    command = [
+        "train",
+        *SMALL,
+        *sets(train__checkpoint_every=2, train__log_every=5, train__num_steps=400),
+        *options,
+    ]
     first = Forked(command, cwd=tmp_path)
     run = tmp_path / "runs" / "glow_digits"
     with within(60, "a checkpoint") as expired:
@@ -358,7 +475,9 @@ def test_no_space_left(room, what, options, tmp_path):
 
 def test_no_space_left_for_an_output(tmp_path):
     args = [trained()["glow"], "--num", 2000, "--out", "a.npz"]
-    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(1, "a.npz: cannot be written", "File too large")
+    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(
+        1, "a.npz: cannot be written", "File too large"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -370,26 +489,45 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"a.safetensors: cannot be written: No space left on device"):
+    with pytest.raises(
+        RunError, match=r"a.safetensors: cannot be written: No space left on device"
+    ):
         checkpoint.write(path, {"step": 2}, {"w": torch.zeros(3)})
-    assert checkpoint.read(path).meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert checkpoint.read(path).meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == [
+        "a.safetensors"
+    ]
 
 
-# --- numbers that are not finite --------------------------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------
 
 
 def test_a_rate_that_is_far_too_high(tmp_path):
-    """It goes back, names a layer, lowers the rate, and in the end stops with evidence and finite weights."""
+    """It goes back, names a layer, lowers the rate, and in the end stops with evidence and finite
+    weights.
+    """
     often = sets(train__checkpoint_every=100, train__log_every=1, train__validate_every=1)
-    done = quick("train", *TINY, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path)
-    done.failed(1, "4 steps", "train.max_non_finite: 3", "bijection.", "runs/glow_digits/non-finite-4.json", "train.lr")
+    done = quick(
+        "train", *TINY, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path
+    )
+    done.failed(
+        1,
+        "4 steps",
+        "train.max_non_finite: 3",
+        "bijection.",
+        "runs/glow_digits/non-finite-4.json",
+        "train.lr",
+    )
     assert "back at step 0, with the learning rate times 0.5" in done.out
     assert done.out.count("first not finite: ") == 4
     run = tmp_path / "runs" / "glow_digits"
     evidence = [json.loads((run / f"non-finite-{n}.json").read_text()) for n in (1, 2, 3, 4)]
-    assert [e["lr"] for e in evidence] == pytest.approx([evidence[0]["lr"] / 2**n for n in range(4)])
+    assert [e["lr"] for e in evidence] == pytest.approx(
+        [evidence[0]["lr"] / 2**n for n in range(4)]
+    )
     assert all(e["first_non_finite"].split()[-1].startswith("bijection.") for e in evidence)
-    assert all(e["loss"] in ("nan", "inf", "-inf") or e["grad_norm"] in ("nan", "inf") for e in evidence)
+    assert all(
+        e["loss"] in ("nan", "inf", "-inf") or e["grad_norm"] in ("nan", "inf") for e in evidence
+    )
     for path in (run / "checkpoints").iterdir():
         tensors = checkpoint.read(path).tensors
         assert [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()] == []
@@ -398,16 +536,24 @@ def test_a_rate_that_is_far_too_high(tmp_path):
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
-    """The gradient is finite, and the step takes the weights to infinity, just before a checkpoint."""
-    options = sets(train__lr=1e39, train__warmup_steps=0, train__checkpoint_every=1, train__max_non_finite=0)
-    quick("train", *TINY, *options, cwd=tmp_path).failed(1, "1 steps not finite", "parameter bijection.")
+    """The gradient is finite, and the step takes the weights to infinity, just before a
+    checkpoint.
+    """
+    options = sets(
+        train__lr=1e39, train__warmup_steps=0, train__checkpoint_every=1, train__max_non_finite=0
+    )
+    quick("train", *TINY, *options, cwd=tmp_path).failed(
+        1, "1 steps not finite", "parameter bijection."
+    )
     saved = checkpoint.read(tmp_path / "runs" / "glow_digits" / "checkpoints" / "last.safetensors")
     assert saved.meta["step"] == 0
     assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
-    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is not lost."""
+    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
+    not lost.
+    """
     code = """
 import torch
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
@@ -429,14 +575,23 @@ def build(shape):
 """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "once.py").write_text(code)
-    options = [*sets(model__name="mine.once"), *TINY[4:], *sets(train__log_every=1, train__warmup_steps=0)]
+    options = [
+        *sets(model__name="mine.once"),
+        *TINY[4:],
+        *sets(train__log_every=1, train__warmup_steps=0),
+    ]
     options += sets(train__schedule="constant", train__validate_every=1)
     done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
-    assert "step 7: loss nan" in done.out and "back at step 5, with the learning rate times 0.5" in done.out
+    assert (
+        "step 7: loss nan" in done.out
+        and "back at step 5, with the learning rate times 0.5" in done.out
+    )
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["non_finite_steps"] == 1
     assert (tmp_path / "r" / "non-finite-1.json").exists()
-    best = [float(words[3]) for words in map(str.split, done.out.splitlines()) if words[-1] == "(best)"]
+    best = [
+        float(words[3]) for words in map(str.split, done.out.splitlines()) if words[-1] == "(best)"
+    ]
     assert best == sorted(best, reverse=True) and len(best) > 7  # also across the way back

@@ -1,4 +1,6 @@
-"""The bijection contract, for every layer and model in one table; then what single layers promise beyond it."""
+"""The bijection contract, for every layer and model in one table; then what single layers promise
+beyond it.
+"""
 
 import copy
 import importlib
@@ -53,14 +55,19 @@ MODES = get_args(Mode)
 
 
 def model(name, shape, **options):
-    return importlib.import_module(f"flowtrain.models.{name}").build(shape, **{**TINY[name], **options})
+    return importlib.import_module(f"flowtrain.models.{name}").build(
+        shape, **{**TINY[name], **options}
+    )
 
 
 def multiscale():
     """Two levels of 2 channels by hand, the second prior conditioned on the context."""
     return Multiscale(
         [Sequential(Squeeze(), Conv1x1LU(8)), Sequential(ActNorm((4, 1, 1)))],
-        [Coupling(4, ZeroNet(4, 8), AffineTransform()), Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform())],
+        [
+            Coupling(4, ZeroNet(4, 8), AffineTransform()),
+            Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
+        ],
         [(4, 2, 2), (4, 2, 2)],
     )
 
@@ -93,17 +100,53 @@ TABLE = {
     "permute": (lambda: Permute(torch.randperm(6)), (6, 2, 2), None),
     "permute-vector": (lambda: Permute(torch.randperm(9)), (9,), None),
     "coupling": (lambda: Coupling(2, GlowNet(2, 4, 5), AffineTransform()), (4, 3, 2), None),
-    "coupling-additive": (lambda: Coupling(2, GlowNet(2, 2, 5), AdditiveTransform()), (4, 2, 2), None),
-    "coupling-swap": (lambda: Coupling(2, GlowNet(2, 4, 5), AffineTransform(), swap=True), (4, 2, 2), None),
+    "coupling-additive": (
+        lambda: Coupling(2, GlowNet(2, 2, 5), AdditiveTransform()),
+        (4, 2, 2),
+        None,
+    ),
+    "coupling-swap": (
+        lambda: Coupling(2, GlowNet(2, 4, 5), AffineTransform(), swap=True),
+        (4, 2, 2),
+        None,
+    ),
     "coupling-odd": (lambda: Coupling(2, GlowNet(2, 6, 5), AffineTransform()), (5, 2, 2), None),
-    "coupling-odd-swap": (lambda: Coupling(3, ResidualNet(3, 4, 4, 1), AffineTransform(), swap=True), (5, 2, 2), None),
+    "coupling-odd-swap": (
+        lambda: Coupling(3, ResidualNet(3, 4, 4, 1), AffineTransform(), swap=True),
+        (5, 2, 2),
+        None,
+    ),
     "coupling-zeronet": (lambda: Coupling(1, ZeroNet(1, 4), AffineTransform(1.0)), (3, 2, 2), None),
-    "coupling-dense": (lambda: Coupling(3, DenseNet(3, 4, 6, 2), AdditiveTransform(), swap=True), (7,), None),
-    "coupling-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
-    "coupling-larger-context": (lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), (4, 2, 2), (3, 4, 4)),
-    "coupling-gated": (lambda: Coupling(2, GatedNet(2, 4, 5, 2), AffineTransform()), (4, 3, 2), None),
-    "coupling-gated-context": (lambda: Coupling(2, GatedNet(2, 4, 5, 1, 3), AffineTransform()), (4, 2, 2), (3, 2, 2)),
-    "coupling-depthwise": (lambda: Coupling(2, DepthwiseNet(2, 4, 5, 2), AffineTransform()), (4, 3, 2), None),
+    "coupling-dense": (
+        lambda: Coupling(3, DenseNet(3, 4, 6, 2), AdditiveTransform(), swap=True),
+        (7,),
+        None,
+    ),
+    "coupling-context": (
+        lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
+    "coupling-larger-context": (
+        lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
+        (4, 2, 2),
+        (3, 4, 4),
+    ),
+    "coupling-gated": (
+        lambda: Coupling(2, GatedNet(2, 4, 5, 2), AffineTransform()),
+        (4, 3, 2),
+        None,
+    ),
+    "coupling-gated-context": (
+        lambda: Coupling(2, GatedNet(2, 4, 5, 1, 3), AffineTransform()),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
+    "coupling-depthwise": (
+        lambda: Coupling(2, DepthwiseNet(2, 4, 5, 2), AffineTransform()),
+        (4, 3, 2),
+        None,
+    ),
     "coupling-depthwise-context": (
         lambda: Coupling(2, DepthwiseNet(2, 4, 5, 1, 3), AffineTransform()),
         (4, 2, 2),
@@ -114,7 +157,11 @@ TABLE = {
         (2, 3, 4),
         None,
     ),
-    "checkerboard-1": (lambda: CheckerboardCoupling((3, 3), GlowNet(1, 2, 4), AffineTransform(), 1), (1, 3, 3), None),
+    "checkerboard-1": (
+        lambda: CheckerboardCoupling((3, 3), GlowNet(1, 2, 4), AffineTransform(), 1),
+        (1, 3, 3),
+        None,
+    ),
     "checkerboard-additive": (
         lambda: CheckerboardCoupling((2, 4), GlowNet(2, 2, 4), AdditiveTransform()),
         (2, 2, 4),
@@ -126,14 +173,26 @@ TABLE = {
         (1, 2, 4),
     ),
     "coupling-spline": (lambda: Coupling(2, GlowNet(2, 46, 5), SplineTransform()), (4, 2, 2), None),
-    "coupling-spline-odd": (lambda: Coupling(2, GlowNet(2, 15, 5), SplineTransform(2), swap=True), (5, 2, 2), None),
-    "coupling-spline-context": (lambda: Coupling(2, GlowNet(2, 28, 5, 3), SplineTransform(5)), (4, 2, 2), (3, 2, 2)),
+    "coupling-spline-odd": (
+        lambda: Coupling(2, GlowNet(2, 15, 5), SplineTransform(2), swap=True),
+        (5, 2, 2),
+        None,
+    ),
+    "coupling-spline-context": (
+        lambda: Coupling(2, GlowNet(2, 28, 5, 3), SplineTransform(5)),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
     "coupling-spline-free-ends": (
         lambda: Coupling(2, GlowNet(2, 26, 5), SplineTransform(4, 2.0, free_ends=True)),
         (4, 2, 2),
         None,
     ),
-    "coupling-circular": (lambda: Coupling(2, DenseNet(2, 26, 5, 1), CircularSplineTransform(4)), (4,), None),
+    "coupling-circular": (
+        lambda: Coupling(2, DenseNet(2, 26, 5, 1), CircularSplineTransform(4)),
+        (4,),
+        None,
+    ),
     "coupling-circular-images": (
         lambda: Coupling(2, GlowNet(2, 30, 5), CircularSplineTransform(3), swap=True),
         (5, 2, 2),
@@ -144,9 +203,21 @@ TABLE = {
         (2, 3, 4),
         None,
     ),
-    "coupling-mixture": (lambda: Coupling(2, GlowNet(2, 28, 5), MixtureTransform()), (4, 2, 2), None),
-    "coupling-mixture-odd": (lambda: Coupling(2, GlowNet(2, 24, 5), MixtureTransform(2), swap=True), (5, 2, 2), None),
-    "coupling-mixture-context": (lambda: Coupling(2, GlowNet(2, 22, 5, 3), MixtureTransform(3)), (4, 2, 2), (3, 2, 2)),
+    "coupling-mixture": (
+        lambda: Coupling(2, GlowNet(2, 28, 5), MixtureTransform()),
+        (4, 2, 2),
+        None,
+    ),
+    "coupling-mixture-odd": (
+        lambda: Coupling(2, GlowNet(2, 24, 5), MixtureTransform(2), swap=True),
+        (5, 2, 2),
+        None,
+    ),
+    "coupling-mixture-context": (
+        lambda: Coupling(2, GlowNet(2, 22, 5, 3), MixtureTransform(3)),
+        (4, 2, 2),
+        (3, 2, 2),
+    ),
     "checkerboard-mixture": (
         lambda: CheckerboardCoupling((3, 4), ResidualNet(2, 28, 4, 1), MixtureTransform(), 1),
         (2, 3, 4),
@@ -155,35 +226,90 @@ TABLE = {
     "planar-layer": (lambda: Planar(5), (5,), None),
     "planar-layer-one-entry": (lambda: Planar(1), (1,), None),
     "autoregressive": (lambda: autoregressive(6, AffineTransform()), (6,), None),
-    "autoregressive-deep": (lambda: autoregressive(5, AffineTransform(), hidden_layers=3), (5,), None),
-    "autoregressive-narrow": (lambda: autoregressive(9, AffineTransform(), width=5, hidden_layers=2), (9,), None),
+    "autoregressive-deep": (
+        lambda: autoregressive(5, AffineTransform(), hidden_layers=3),
+        (5,),
+        None,
+    ),
+    "autoregressive-narrow": (
+        lambda: autoregressive(9, AffineTransform(), width=5, hidden_layers=2),
+        (9,),
+        None,
+    ),
     "autoregressive-spline": (lambda: autoregressive(4, SplineTransform(3)), (4,), None),
     "autoregressive-mixture": (lambda: autoregressive(4, MixtureTransform(2)), (4,), None),
-    "autoregressive-context": (lambda: autoregressive(4, AffineTransform(), 8, 2, context=12), (4,), (3, 2, 2)),
+    "autoregressive-context": (
+        lambda: autoregressive(4, AffineTransform(), 8, 2, context=12),
+        (4,),
+        (3, 2, 2),
+    ),
     "inverse": (lambda: Inverse(autoregressive(6, AffineTransform(), hidden_layers=2)), (6,), None),
-    "inverse-context": (lambda: Inverse(autoregressive(3, AffineTransform(), context=3)), (3,), (3, 1, 1)),
+    "inverse-context": (
+        lambda: Inverse(autoregressive(3, AffineTransform(), context=3)),
+        (3,),
+        (3, 1, 1),
+    ),
     "multiscale": (multiscale, (2, 4, 4), (3, 2, 2)),
     "sequential": (
         lambda: Sequential(
-            ActNorm((4, 1, 1)), Conv1x1(4), Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()), Squeeze()
+            ActNorm((4, 1, 1)),
+            Conv1x1(4),
+            Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
+            Squeeze(),
         ),
         (4, 2, 2),
         (3, 2, 2),
     ),
     "sequential-empty": (Sequential, (4, 2, 2), None),
     "glow": (lambda: model("glow", (1, 4, 4)), (1, 4, 4), None),
-    "glow-rgb": (lambda: model("glow", (3, 4, 2), levels=1, permutation="conv1x1"), (3, 4, 2), None),
-    "glow-additive": (lambda: model("glow", (1, 4, 4), coupling="additive", permutation="shuffle"), (1, 4, 4), None),
+    "glow-rgb": (
+        lambda: model("glow", (3, 4, 2), levels=1, permutation="conv1x1"),
+        (3, 4, 2),
+        None,
+    ),
+    "glow-additive": (
+        lambda: model("glow", (1, 4, 4), coupling="additive", permutation="shuffle"),
+        (1, 4, 4),
+        None,
+    ),
     "glow-reverse": (lambda: model("glow", (1, 4, 8), permutation="reverse"), (1, 4, 8), None),
-    "glow-whitening": (lambda: model("glow", (1, 4, 4), initialization="whitening"), (1, 4, 4), None),
-    "glow-checkerboard": (lambda: model("glow", (3, 4, 2), levels=1, split="checkerboard"), (3, 4, 2), None),
-    "glow-mixed": (lambda: model("glow", (1, 4, 4), steps=4, levels=1, split="mixed"), (1, 4, 4), None),
+    "glow-whitening": (
+        lambda: model("glow", (1, 4, 4), initialization="whitening"),
+        (1, 4, 4),
+        None,
+    ),
+    "glow-checkerboard": (
+        lambda: model("glow", (3, 4, 2), levels=1, split="checkerboard"),
+        (3, 4, 2),
+        None,
+    ),
+    "glow-mixed": (
+        lambda: model("glow", (1, 4, 4), steps=4, levels=1, split="mixed"),
+        (1, 4, 4),
+        None,
+    ),
     "glow-spline": (lambda: model("glow", (1, 4, 4), coupling="spline", bins=4), (1, 4, 4), None),
-    "glow-mixture": (lambda: model("glow", (1, 4, 4), coupling="mixture", components=2), (1, 4, 4), None),
+    "glow-mixture": (
+        lambda: model("glow", (1, 4, 4), coupling="mixture", components=2),
+        (1, 4, 4),
+        None,
+    ),
     "glow-prior-mixture": (lambda: model("glow", (1, 4, 4), prior="mixture"), (1, 4, 4), None),
-    "glow-prior-spline": (lambda: model("glow", (1, 4, 4), prior="spline", bins=4), (1, 4, 4), None),
-    "glow-per-level": (lambda: model("glow", (1, 4, 4), levels=2, steps=[1, 2], width=[4, 3]), (1, 4, 4), None),
-    "glow-gated": (lambda: model("glow", (1, 4, 4), conditioner="gated", blocks=2), (1, 4, 4), None),
+    "glow-prior-spline": (
+        lambda: model("glow", (1, 4, 4), prior="spline", bins=4),
+        (1, 4, 4),
+        None,
+    ),
+    "glow-per-level": (
+        lambda: model("glow", (1, 4, 4), levels=2, steps=[1, 2], width=[4, 3]),
+        (1, 4, 4),
+        None,
+    ),
+    "glow-gated": (
+        lambda: model("glow", (1, 4, 4), conditioner="gated", blocks=2),
+        (1, 4, 4),
+        None,
+    ),
     "glow-depthwise": (lambda: model("glow", (1, 4, 4), conditioner="depthwise"), (1, 4, 4), None),
     "realnvp": (lambda: model("realnvp", (1, 4, 4)), (1, 4, 4), None),
     "realnvp-rgb": (lambda: model("realnvp", (3, 2, 4)), (3, 2, 4), None),
@@ -194,7 +320,11 @@ TABLE = {
     "planar": (lambda: model("planar", (1, 2, 3)), (1, 2, 3), None),
     "planar-plane": (lambda: model("planar", (2, 1, 1), layers=6), (2, 1, 1), None),
     "maf": (lambda: model("maf", (1, 3, 3)), (1, 3, 3), None),
-    "maf-random": (lambda: model("maf", (2, 2, 2), order="random", hidden_layers=2), (2, 2, 2), None),
+    "maf-random": (
+        lambda: model("maf", (2, 2, 2), order="random", hidden_layers=2),
+        (2, 2, 2),
+        None,
+    ),
     "maf-plane-spline": (lambda: model("maf", (2, 1, 1), transform="spline"), (2, 1, 1), None),
     "iaf": (lambda: model("iaf", (1, 2, 2)), (1, 2, 2), None),
     "continuous": (lambda: Continuous(Dynamics(5, 6, 2), "dopri8", 1e-12, 1e-12), (5,), None),
@@ -230,7 +360,8 @@ def test_every_bijection_is_in_the_table():
         for cls in subclasses(Bijection)
         if cls.__module__.startswith("flowtrain.bijections") and cls.__name__[0] != "_"
     }
-    # What others inherit from, and what only a Sequential makes (tested below, and in each row with one).
+    # What others inherit from, and what only a Sequential makes (tested below, and in each row with
+    # one).
     concrete -= {Bijection, SetFromData, LinearChannels, FusedLinear}
     tested = {type(build()) for build, _, _ in TABLE.values()}
     concrete = {cls for cls in concrete if cls.__name__ not in OF_SURFACES}
@@ -268,13 +399,22 @@ def test_round_trip_both_ways(name, dtype, tolerance):
 def test_log_det_is_that_of_the_jacobian(name):
     bijection, x, context = a_row(name, torch.float64, batch=2)
     dims = x[0].numel()
-    for function, point in ((bijection.forward, x), (bijection.inverse, bijection(x, context)[0].detach())):
-        jacobian = torch.autograd.functional.jacobian(lambda v, f=function: f(v, context)[0], point, vectorize=True)
+    for function, point in (
+        (bijection.forward, x),
+        (bijection.inverse, bijection(x, context)[0].detach()),
+    ):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, f=function: f(v, context)[0], point, vectorize=True
+        )
         jacobian = jacobian.reshape(2, dims, 2, dims)
         # No example sees another one.
         assert jacobian[0, :, 1].count_nonzero() == jacobian[1, :, 0].count_nonzero() == 0
-        expected = torch.stack([torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(2)])
-        torch.testing.assert_close(function(point, context)[1].detach(), expected, rtol=1e-9, atol=1e-9)
+        expected = torch.stack(
+            [torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(2)]
+        )
+        torch.testing.assert_close(
+            function(point, context)[1].detach(), expected, rtol=1e-9, atol=1e-9
+        )
 
 
 @row
@@ -333,7 +473,10 @@ def test_state_survives_loading(name):
     other = build()  # other permutations and rotations, and not initialized
     other.load_state_dict(copy.deepcopy(bijection.state_dict()))
     with torch.no_grad():
-        for function, same in ((bijection.forward, other.forward), (bijection.inverse, other.inverse)):
+        for function, same in (
+            (bijection.forward, other.forward),
+            (bijection.inverse, other.inverse),
+        ):
             point = x if function == bijection.forward else bijection(x, context)[0]
             for here, there in zip(function(point, context), same(point, context), strict=True):
                 assert torch.equal(here, there)
@@ -344,7 +487,9 @@ def test_tensors_are_parameters_or_buffers(name):
     for module in a_row(name)[0].modules():
         for key, value in vars(module).items():
             values = value if isinstance(value, (list, tuple)) else [value]
-            assert not any(isinstance(v, torch.Tensor) for v in values), f"{type(module).__name__}.{key}"
+            assert not any(isinstance(v, torch.Tensor) for v in values), (
+                f"{type(module).__name__}.{key}"
+            )
 
 
 @row
@@ -368,17 +513,24 @@ def gradients(bijection, x, context, mode):
     with memory_mode(mode):
         z, log_det = bijection(*inputs)
         (z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()).backward()
-    return [p.grad for p in bijection.parameters()] + [t.grad for t in inputs], (z.detach(), log_det.detach())
+    return [p.grad for p in bijection.parameters()] + [t.grad for t in inputs], (
+        z.detach(),
+        log_det.detach(),
+    )
 
 
 @row
 def test_gradients_are_those_of_finite_differences(name):
-    """Along one direction of all there is. (A determinant does not see the gradient through a conditioner.)"""
+    """Along one direction of all there is. (A determinant does not see the gradient through a
+    conditioner.)
+    """
     bijection, x, context = a_row(name, torch.float64)
     grads, _ = gradients(bijection, x, context, "store")
     inputs = [t for t in (x, context) if t is not None]
     places = [*bijection.parameters(), *inputs]
-    direction = [torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) for i, p in enumerate(places)]
+    direction = [
+        torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) for i, p in enumerate(places)
+    ]
 
     def objective(step):
         with torch.no_grad():
@@ -390,7 +542,9 @@ def test_gradients_are_those_of_finite_differences(name):
                 place.sub_(step * along)
         return value.item()
 
-    slope = sum((g * d).sum().item() for g, d in zip(grads, direction, strict=True) if g is not None)
+    slope = sum(
+        (g * d).sum().item() for g, d in zip(grads, direction, strict=True) if g is not None
+    )
     assert (objective(1e-6) - objective(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-5, abs=1e-5)
 
 
@@ -407,7 +561,9 @@ def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_reversible_gradients_at_paper_depth(coupling, bf16):
-    """In bf16 they differ by about what bf16 costs anyway: an input that is off by an ulp may round elsewhere."""
+    """In bf16 they differ by about what bf16 costs anyway: an input that is off by an ulp may round
+    elsewhere.
+    """
     torch.manual_seed(0)
     bijection = model("glow", (3, 32, 32), levels=3, steps=32, width=16, coupling=coupling)
     bijection = ready(perturb(bijection, 0.02))
@@ -428,7 +584,9 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
     """With the inverse, too, a conditioner is computed twice, and not three times."""
     bijection, x, _ = a_row("glow")
     calls = []
-    bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(lambda *args: calls.append(mode))
+    bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(
+        lambda *args: calls.append(mode)
+    )
     with memory_mode(mode):
         z, log_det = bijection(x.requires_grad_())
         log_det.sum().backward(retain_graph=True)
@@ -443,7 +601,9 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_what_is_computed_again_has_the_mode_of_the_forward_pass(mode):
-    """Wherever that is: a GPU's backward pass runs in a thread that knows nothing of the context."""
+    """Wherever that is: a GPU's backward pass runs in a thread that knows nothing of the
+    context.
+    """
     bijection, x, _ = a_row("glow")
     with memory_mode(mode):
         _, log_det = bijection(x.requires_grad_())
@@ -494,11 +654,17 @@ def test_fused_layers_are_the_layers_one_after_the_other(layer):
     torch.testing.assert_close(chain.inverse(z), back, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layer, name", [(Conv1x1, "inverse_weights"), (Conv1x1LU, "inverse_weights")])
+@pytest.mark.parametrize(
+    "layer, name", [(Conv1x1, "inverse_weights"), (Conv1x1LU, "inverse_weights")]
+)
 def test_inverses_of_a_chain_are_computed_once_a_call(layer, name, monkeypatch):
     chain, calls = chain_of(layer), []
     before = getattr(layer, name).__func__
-    monkeypatch.setattr(layer, name, classmethod(lambda cls, layers: calls.append(len(layers)) or before(cls, layers)))
+    monkeypatch.setattr(
+        layer,
+        name,
+        classmethod(lambda cls, layers: calls.append(len(layers)) or before(cls, layers)),
+    )
     chain.inverse(torch.randn(2, 4, 2, 3, dtype=torch.float64))
     assert calls == [3]
 
@@ -531,7 +697,9 @@ def test_integer_relu_is_relu():
 # ---------------------------------------------------------------- ActNorm
 
 
-@pytest.mark.parametrize("shape, example", [((5,), (5,)), ((3, 1, 1), (3, 4, 2)), ((1, 1, 1), (1, 3, 3))])
+@pytest.mark.parametrize(
+    "shape, example", [((5,), (5,)), ((3, 1, 1), (3, 4, 2)), ((1, 1, 1), (1, 3, 3))]
+)
 def test_actnorm_normalizes_its_first_batch(shape, example):
     x = 3 * torch.randn(50, *example, generator=seeded()) + 7
     layer = ActNorm(shape)
@@ -587,7 +755,9 @@ def test_actnorm_with_a_constant_channel():
     noisy[:, 1] += torch.rand(10, 2, 2, generator=seeded()) / 256
     layer = ActNorm((3, 1, 1))
     layer.initialize(noisy)
-    torch.testing.assert_close(layer(noisy)[0][:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        layer(noisy)[0][:, 1].std(correction=0), torch.tensor(1.0), rtol=1e-3, atol=0
+    )
 
 
 # ---------------------------------------------------------------- 1x1 convolutions
@@ -636,10 +806,14 @@ def test_whitening_of_degenerate_channels_is_finite(layer, spoil):
 
 @pytest.mark.parametrize("pixels", [1, 5, 8, 16])
 def test_whitening_from_few_pixels(pixels):
-    """What did not vary among them is not blown up in images that layers have not seen, layer after layer."""
+    """What did not vary among them is not blown up in images that layers have not seen, layer after
+    layer.
+    """
     channels = 8
     mixing = torch.randn(channels, channels, generator=seeded())
-    x = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(pixels + 100, channels, 1, 1, generator=seeded(1)))
+    x = torch.einsum(
+        "ij,bjhw->bihw", mixing, torch.randn(pixels + 100, channels, 1, 1, generator=seeded(1))
+    )
     for _ in range(4):
         for layer in (ActNorm((channels, 1, 1)), Conv1x1LU(channels, "whitening")):
             layer.initialize(x[:pixels])
@@ -647,7 +821,9 @@ def test_whitening_from_few_pixels(pixels):
     assert x[pixels:].std() < 30
 
 
-@pytest.mark.parametrize("layer", [lambda: Conv1x1(3, "whitening"), lambda: Conv1x1LU(3, "whitening")])
+@pytest.mark.parametrize(
+    "layer", [lambda: Conv1x1(3, "whitening"), lambda: Conv1x1LU(3, "whitening")]
+)
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_whitening_before_initialization_raises(layer, direction):
     convolution = layer()
@@ -687,7 +863,8 @@ def test_affine_transform_is_bounded_both_ways(raw):
 
 @pytest.mark.parametrize("raw", [-1e30, -100.0, 100.0, 1e30])
 @pytest.mark.parametrize(
-    "build", [lambda: DiagonalAffine((3, 1, 1)), lambda: ready(ActNorm((3, 1, 1))), lambda: Conv1x1LU(3)]
+    "build",
+    [lambda: DiagonalAffine((3, 1, 1)), lambda: ready(ActNorm((3, 1, 1))), lambda: Conv1x1LU(3)],
 )
 def test_learned_log_scales_are_bounded_both_ways(build, raw):
     layer, x = build(), torch.randn(2, 3, 2, 2)
@@ -739,7 +916,10 @@ def test_squeeze_puts_the_colours_of_a_checkerboard_into_the_halves():
     x = torch.stack([(rows + columns) % 2, 2 + (rows + columns) % 2])[None]
     z = Squeeze()(x)[0]
     assert z.shape == (1, 8, 2, 2)
-    assert set(z[:, :4].flatten().tolist()) == {0.0, 2.0} and set(z[:, 4:].flatten().tolist()) == {1.0, 3.0}
+    assert set(z[:, :4].flatten().tolist()) == {0.0, 2.0} and set(z[:, 4:].flatten().tolist()) == {
+        1.0,
+        3.0,
+    }
 
 
 @pytest.mark.parametrize("parity", [0, 1])

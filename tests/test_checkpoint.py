@@ -1,4 +1,6 @@
-"""Checkpoints: what goes in comes out, and whatever has happened to the file is said and never loaded."""
+"""Checkpoints: what goes in comes out, and whatever has happened to the file is said and never
+loaded.
+"""
 
 import errno
 import json
@@ -31,7 +33,13 @@ def a_state(model="glow", ema=0.9, optimizer="adam", steps=2, **options):
     config = a_config(model, train={"ema": ema, "optimizer": optimizer, "batch_size": 8}, **options)
     flow = tiny_flow(model if isinstance(model, str) else "glow")
     averaged = Average(flow, ema) if ema else None
-    state = State(config, flow, build_optimizers(flow, config.train), averaged, {"train": 20, "content": "abc"})
+    state = State(
+        config,
+        flow,
+        build_optimizers(flow, config.train),
+        averaged,
+        {"train": 20, "content": "abc"},
+    )
     for step in range(steps):
         train_step(state, images(8, SHAPE, seed=step))
         [optimizer.step() for optimizer in state.optimizers]
@@ -53,8 +61,19 @@ def small(tmp_path_factory):
     """A small checkpoint of few tensors, to be damaged."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     config = a_config("nice").resolved()
-    meta = {"config": config, "shape": [1, 1, 2], "levels": 256, "step": 3, "data": {}, "progress": {}}
-    write(path, meta, {"model.a": torch.randn(4, 3), "model.b": torch.arange(5), "model.c": torch.tensor(True)})
+    meta = {
+        "config": config,
+        "shape": [1, 1, 2],
+        "levels": 256,
+        "step": 3,
+        "data": {},
+        "progress": {},
+    }
+    write(
+        path,
+        meta,
+        {"model.a": torch.randn(4, 3), "model.b": torch.arange(5), "model.c": torch.tensor(True)},
+    )
     return path.read_bytes()
 
 
@@ -76,17 +95,26 @@ def test_round_trip(tmp_path):
         "optimizer.step.weight": torch.tensor(7.0),
         "empty.tensor": torch.zeros(0, 3),
     }
-    meta = {"step": 3, "config": {"ä": '€ " \\ \n'}, "progress": {"best": None, "seconds": 0.1 + 0.2}}
+    meta = {
+        "step": 3,
+        "config": {"ä": '€ " \\ \n'},
+        "progress": {"best": None, "seconds": 0.1 + 0.2},
+    }
     write(tmp_path / "new folder" / "a.safetensors", meta, tensors)
     found = read(tmp_path / "new folder" / "a.safetensors")
     assert {key: found.meta[key] for key in meta} == meta
-    assert found.meta["format"] == checkpoint_format.FORMAT and found.meta["versions"]["torch"] == torch.__version__
+    assert (
+        found.meta["format"] == checkpoint_format.FORMAT
+        and found.meta["versions"]["torch"] == torch.__version__
+    )
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
-    assert found.part("model").keys() == {"weight", "order", "flag"} and found.part("optimizer").keys() == {
-        "step.weight"
-    }
+        assert (
+            torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+        )
+    assert found.part("model").keys() == {"weight", "order", "flag"} and found.part(
+        "optimizer"
+    ).keys() == {"step.weight"}
 
 
 def test_it_is_an_ordinary_safetensors_file(tmp_path):
@@ -193,7 +221,11 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, name, dump):
     path, evidence = tmp_path / name, tmp_path / "it ran"
     with path.open("wb") as file:
         dump(Malicious(evidence), file)
-    for load in (read, lambda p: flowtrain.load(str(p)), lambda p: flowtrain.load(str(p), trust_code=True)):
+    for load in (
+        read,
+        lambda p: flowtrain.load(str(p)),
+        lambda p: flowtrain.load(str(p), trust_code=True),
+    ):
         with pytest.raises(UserError, match=name):
             load(path)
     assert not evidence.exists()
@@ -212,7 +244,9 @@ def test_other_files_are_not_checkpoints(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(UserError, match="empty: not a flowtrain checkpoint"):
         read(tmp_path / "empty")
-    (tmp_path / "other").write_bytes(safetensors.torch.save({"a": torch.zeros(2)}, {"format": "pt"}))
+    (tmp_path / "other").write_bytes(
+        safetensors.torch.save({"a": torch.zeros(2)}, {"format": "pt"})
+    )
     with pytest.raises(UserError, match="other: not a flowtrain checkpoint"):
         read(tmp_path / "other")
 
@@ -222,7 +256,8 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     saved(tmp_path / "a.safetensors")
     monkeypatch.undo()
     with pytest.raises(
-        UserError, match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}"
+        UserError,
+        match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}",
     ):
         read(tmp_path / "a.safetensors")
 
@@ -230,7 +265,9 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a disk that fails
 
 
-@pytest.mark.parametrize("module, call", [(tempfile, "mkstemp"), (os, "fchmod"), (os, "fsync"), (os, "replace")])
+@pytest.mark.parametrize(
+    "module, call", [(tempfile, "mkstemp"), (os, "fchmod"), (os, "fsync"), (os, "replace")]
+)
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, module, call):
     path = tmp_path / "a.safetensors"
     saved(path)
@@ -241,7 +278,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, module, call):
 
     monkeypatch.setattr(module, call, full)
     state = a_state("nice")
-    with pytest.raises(RunError, match=r"a\.safetensors: cannot be written: No space left on device"):
+    with pytest.raises(
+        RunError, match=r"a\.safetensors: cannot be written: No space left on device"
+    ):
         write(path, state.meta(), state.tensors())
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -302,13 +341,17 @@ def test_load(tmp_path):
     x = images(3, SHAPE)
     for model in (tmp_path, tmp_path / "checkpoints" / "best.safetensors"):
         flow = flowtrain.load(str(model))
-        assert torch.equal(flow.log_prob(x, seeded()), state.evaluated.log_prob(x, seeded()).detach())
+        assert torch.equal(
+            flow.log_prob(x, seeded()), state.evaluated.log_prob(x, seeded()).detach()
+        )
         assert not flow.training and not any(p.requires_grad for p in flow.parameters())
 
 
 def test_weights(tmp_path):
     state = saved(tmp_path / "a.safetensors")
-    assert not torch.equal(state.flow.encode(images(3, SHAPE)), state.evaluated.encode(images(3, SHAPE)))
+    assert not torch.equal(
+        state.flow.encode(images(3, SHAPE)), state.evaluated.encode(images(3, SHAPE))
+    )
     for asked, chosen, expected in (
         (None, "ema", state.evaluated),
         ("ema", "ema", state.evaluated),
@@ -335,9 +378,15 @@ def test_the_dequantization_travels_along(tmp_path):
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"width": 7}, r"bijection\.levels\.0\.layers\.3\.conditioner\.\S+ is 6x18 there and 7x18 here"),
+        (
+            {"width": 7},
+            r"bijection\.levels\.0\.layers\.3\.conditioner\.\S+ is 6x18 there and 7x18 here",
+        ),
         ({"steps": 3}, r"bijection\.\S+ is nothing there and \S+ here"),
-        ({"steps": 1}, r"bijection\.levels\.0\.layers\.4\.initialized is a number there and nothing here"),
+        (
+            {"steps": 1},
+            r"bijection\.levels\.0\.layers\.4\.initialized is a number there and nothing here",
+        ),
         ({"permutation": "conv1x1"}, r"matrix is nothing there and 4x4 here"),
     ],
 )
@@ -351,8 +400,10 @@ def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path, other, message):
 
 
 USERS_CODE = {
-    "model": "def build(shape):\n    return flowtrain.models.glow.build(shape, levels=2, steps=2, width=6)\n",
-    "data": "def build(root, split, *, seed=0):\n    return flowtrain.datasets.digits.build(root, split, seed=seed)\n",
+    "model": "def build(shape):\n    return flowtrain.models.glow.build(shape, levels=2, steps=2, "
+    "width=6)\n",
+    "data": "def build(root, split, *, seed=0):\n    return flowtrain.datasets.digits.build(root, "
+    "split, seed=seed)\n",
 }
 
 
@@ -370,7 +421,9 @@ def test_a_dotted_name_needs_trust(tmp_path, monkeypatch, section):
     write(tmp_path / "a.safetensors", meta, state.tensors())
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users_package", raising=False)  # the other section's
-    with pytest.raises(UserError, match=rf"{section}\.name is 'users_package\.{section}'.*--trust-code"):
+    with pytest.raises(
+        UserError, match=rf"{section}\.name is 'users_package\.{section}'.*--trust-code"
+    ):
         flowtrain.load(str(tmp_path / "a.safetensors"))
     assert not (tmp_path / "it ran").exists() and f"users_package.{section}" not in sys.modules
     flow = flowtrain.load(str(tmp_path / "a.safetensors"), trust_code=True)

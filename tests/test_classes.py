@@ -1,4 +1,6 @@
-"""Class-conditional models: the prior, the likelihoods, labels through the data sets, and the commands."""
+"""Class-conditional models: the prior, the likelihoods, labels through the data sets, and the
+commands.
+"""
 
 import csv
 import json
@@ -37,7 +39,9 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
     log_scale = 8 * torch.tanh(prior.log_scale / 8)
     for label in range(3):
         mean, scale = prior.mean[label], log_scale[label].exp()
-        expected = Normal(0, 1).log_prob(z[:, :6]).sum(1) + Normal(mean, scale).log_prob(z[:, 6:]).sum(1)
+        expected = Normal(0, 1).log_prob(z[:, :6]).sum(1) + Normal(mean, scale).log_prob(
+            z[:, 6:]
+        ).sum(1)
         torch.testing.assert_close(prior.log_prob(z, torch.full((5,), label)), expected)
         torch.testing.assert_close(prior.by_class(z)[:, label], expected)
     of_each = prior.log_prob(z, torch.tensor([0, 1, 2, 0, 1]))
@@ -45,7 +49,9 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
 
 
 def test_draws_of_a_class(prior):
-    draws = prior.from_normal(torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)).detach()
+    draws = prior.from_normal(
+        torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)
+    ).detach()
     mean, scale = draws[:, 6:].mean(0), draws[:, 6:].std(0)
     torch.testing.assert_close(mean, prior.mean[1].detach(), atol=0.08, rtol=0)
     expected = (8 * torch.tanh(prior.log_scale[1] / 8)).exp().detach()
@@ -55,7 +61,9 @@ def test_draws_of_a_class(prior):
 
 def test_before_training_all_classes_are_the_standard_normal():
     z = torch.randn(4, 6, generator=seeded())
-    torch.testing.assert_close(ClassPrior(5, (6,)).by_class(z), Normal(0, 1).log_prob(z).sum(1, True).expand(4, 5))
+    torch.testing.assert_close(
+        ClassPrior(5, (6,)).by_class(z), Normal(0, 1).log_prob(z).sum(1, True).expand(4, 5)
+    )
 
 
 def conditional(model="glow", classes=3):
@@ -76,7 +84,10 @@ def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
     mixed = flow.log_prob(x, seeded(), torch.tensor([0, 1, 2, 0, 1, 2]))
     torch.testing.assert_close(mixed, given[[0, 1, 2, 0, 1, 2], range(6)])
     mixed.sum().backward()
-    assert flow.class_prior.mean.grad.abs().min() > 0 and flow.class_prior.log_scale.grad.abs().min() > 0
+    assert (
+        flow.class_prior.mean.grad.abs().min() > 0
+        and flow.class_prior.log_scale.grad.abs().min() > 0
+    )
 
 
 def test_images_come_back_and_samples_have_a_class():
@@ -93,7 +104,7 @@ def test_images_come_back_and_samples_have_a_class():
         build_flow(a_config("nice"), SHAPE, 256).place(torch.zeros(1, 16), torch.tensor([0]))
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 def labelled(path, count=50, **options):
@@ -111,7 +122,9 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
     config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data={**section, **streamed})
     data = DataSet(config.data)
     for rank, world in [(0, 1), (1, 2)]:
-        monkeypatch.setattr(distributed, "_group", distributed._Group(None, rank, world) if world > 1 else None)
+        monkeypatch.setattr(
+            distributed, "_group", distributed._Group(None, rank, world) if world > 1 else None
+        )
         batches = Batches(data, config, 7, torch.device("cpu"))
         stream = batches.labelled_from(4)
         for _ in range(12):  # over the end of the data
@@ -121,7 +134,10 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
         assert torch.equal(next(batches.starting_at(4)), next(batches.labelled_from(4))[0])
     for name, count in [("train", 40), ("validation", 10), ("test", 20)]:
         split = data.split(name)
-        assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long()) and len(split) == count
+        assert (
+            torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
+            and len(split) == count
+        )
     unlabelled = Batches(data, a_config("glow", data=section), 7, torch.device("cpu"))
     assert next(unlabelled.labelled_from(0))[1] is None
 
@@ -138,27 +154,39 @@ def test_labels_that_do_not_fit(tmp_path):
     section = labelled(tmp_path / "c.npz")
     for labels in (np.zeros(49, int), np.zeros(50)):
         np.savez(tmp_path / "c.npz", **{**np.load(tmp_path / "c.npz"), "y_train": labels})
-        with pytest.raises(UserError, match="y_train in .*c.npz is .*: expected a whole number for each of the 50"):
+        with pytest.raises(
+            UserError, match="y_train in .*c.npz is .*: expected a whole number for each of the 50"
+        ):
             batches(section)
 
 
 def test_labels_without_a_test_split_of_their_own(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (30, 4, 4), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, y_train=x[:, 0, 0])
-    data = DataSet(a_config(data={"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0}).data)
+    data = DataSet(
+        a_config(data={"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0}).data
+    )
     for name, count in [("train", 27), ("test", 3)]:
         split = data.split(name)
-        assert torch.equal(split.labels, split.take(slice(None))[:, 0, 0, 0].long()) and len(split) == count
+        assert (
+            torch.equal(split.labels, split.take(slice(None))[:, 0, 0, 0].long())
+            and len(split) == count
+        )
 
 
 def test_labels_of_the_digits():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    known = {image.tobytes(): target for image, target in zip(digits.images.astype("u1"), digits.target, strict=True)}
+    known = {
+        image.tobytes(): target
+        for image, target in zip(digits.images.astype("u1"), digits.target, strict=True)
+    }
     for name in ("train", "test"):
         split = DataSet(a_config().data).split(name)
-        assert [known[x.numpy().tobytes()] for x in split.take(slice(None))] == split.labels.tolist()
+        assert [
+            known[x.numpy().tobytes()] for x in split.take(slice(None))
+        ] == split.labels.tolist()
 
 
 @shared
@@ -167,10 +195,20 @@ def test_labels_of_mnist():
     assert split.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
-RUN = [*sets(model__classes=10, model__steps=2, model__width=16, train__num_steps=150, train__batch_size=64)]
-RUN += sets(train__lr=5e-3, train__log_every=10, train__validate_every=50, train__checkpoint_every=75)
+RUN = [
+    *sets(
+        model__classes=10,
+        model__steps=2,
+        model__width=16,
+        train__num_steps=150,
+        train__batch_size=64,
+    )
+]
+RUN += sets(
+    train__lr=5e-3, train__log_every=10, train__validate_every=50, train__checkpoint_every=75
+)
 RUN += sets(train__keep_checkpoints=2)
 
 
@@ -181,20 +219,28 @@ def run():
 
 
 def test_evaluation_adds_the_accuracy(run, tmp_path):
-    result = json.loads(quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok().out)
+    result = json.loads(
+        quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok().out
+    )
     assert 0.3 < result["accuracy"] < 1
     assert result["accuracy_stderr"] == pytest.approx(
         math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / 180), rel=1e-6
     )
-    # log P(x) is at least log P(x | class) - log 10, and for most images less than log P(x | class).
+    # log P(x) is at least log P(x | class) - log 10, and for most images less than log P(x |
+    # class).
     assert result["bits_per_dim"] - math.log2(10) / 64 < result["bits_per_dim_given_class"]
     with (tmp_path / "s.csv").open() as file:
         rows = list(csv.DictReader(file))
     labels = DataSet(a_config().data).split("test").labels.tolist()
     hits = [int(row["predicted_class"]) == label for row, label in zip(rows, labels, strict=True)]
     assert np.mean(hits) == pytest.approx(result["accuracy"])
-    several = json.loads(quick("evaluate", run, "--json", "-", "--samples", 3, cwd=tmp_path).ok().out)
-    assert several["accuracy"] != result["accuracy"] or several["bits_per_dim"] < result["bits_per_dim"]
+    several = json.loads(
+        quick("evaluate", run, "--json", "-", "--samples", 3, cwd=tmp_path).ok().out
+    )
+    assert (
+        several["accuracy"] != result["accuracy"]
+        or several["bits_per_dim"] < result["bits_per_dim"]
+    )
 
 
 def test_bounds_by_class_are_those_of_the_draws(run):
@@ -237,8 +283,18 @@ def assert_same_weights(one, other):
 
 def test_resuming_notices_other_labels(tmp_path):
     section = labelled(tmp_path / "a.npz")
-    options = [*sets(data__name="npz", data__path="a.npz", data__validation=10, model__levels=1, model__classes=4)]
-    options += [*sets(model__steps=1, model__width=4, train__batch_size=8, train__checkpoint_every=2)]
+    options = [
+        *sets(
+            data__name="npz",
+            data__path="a.npz",
+            data__validation=10,
+            model__levels=1,
+            model__classes=4,
+        )
+    ]
+    options += [
+        *sets(model__steps=1, model__width=4, train__batch_size=8, train__checkpoint_every=2)
+    ]
     quick("train", *options, *sets(train__num_steps=2), "--run-dir", "r", cwd=tmp_path).ok()
     arrays = dict(np.load(section["path"]))
     np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
@@ -247,7 +303,10 @@ def test_resuming_notices_other_labels(tmp_path):
 
 
 def test_a_checkpoint_from_before_there_were_classes(tmp_path):
-    options = [*RUN[2:], *sets(train__num_steps=4, train__checkpoint_every=2, train__keep_checkpoints=5)]
+    options = [
+        *RUN[2:],
+        *sets(train__num_steps=4, train__checkpoint_every=2, train__keep_checkpoints=5),
+    ]
     quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     path = tmp_path / "r" / "checkpoints" / "step-00000002.safetensors"
     saved = checkpoint_format.read(path)
@@ -264,7 +323,9 @@ def test_two_processes_train_and_evaluate_with_labels(run, tmp_path):
     short = sets(train__num_steps=10, train__log_every=1)
     quick("train", *RUN, *short, "--run-dir", "1", cwd=tmp_path).ok()
     halves = sets(train__batch_size=32)
-    results = [p.result() for p in begin(2, "train", *RUN, *short, *halves, "--run-dir", "2", cwd=tmp_path)]
+    results = [
+        p.result() for p in begin(2, "train", *RUN, *short, *halves, "--run-dir", "2", cwd=tmp_path)
+    ]
     assert all(each.ok() for each in results)
     one, two = ([row["bits_per_dim"] for row in metrics(tmp_path / name)] for name in "12")
     assert one == pytest.approx(two, abs=2e-4)
@@ -272,7 +333,9 @@ def test_two_processes_train_and_evaluate_with_labels(run, tmp_path):
     together = [p.result() for p in begin(2, "evaluate", run, "--json", "-", cwd=tmp_path)]
     found = json.loads(together[0].ok().out)
     assert found["accuracy"] == alone["accuracy"]
-    assert found["bits_per_dim_given_class"] == pytest.approx(alone["bits_per_dim_given_class"], abs=1e-6)
+    assert found["bits_per_dim_given_class"] == pytest.approx(
+        alone["bits_per_dim_given_class"], abs=1e-6
+    )
 
 
 def test_other_data_have_other_classes(run, tmp_path):
@@ -282,7 +345,9 @@ def test_other_data_have_other_classes(run, tmp_path):
     done = quick("evaluate", run, "--dataset", "b.npz", "--json", "-", cwd=tmp_path)
     done.failed(2, "with 256 levels")  # the digits have 17
     quick("train", *RUN, *NPZ, "--run-dir", "r", cwd=tmp_path).ok()
-    result = json.loads(quick("evaluate", "r", "--dataset", "b.npz", "--json", "-", cwd=tmp_path).ok().out)
+    result = json.loads(
+        quick("evaluate", "r", "--dataset", "b.npz", "--json", "-", cwd=tmp_path).ok().out
+    )
     assert "accuracy" not in result and result["num_images"] == 40
 
 
@@ -306,7 +371,11 @@ def test_no_accuracy_of_numbers_that_are_not_finite(run, tmp_path):
     options = ["--json", "r.json", "--scores", "s.csv"]
     quick("evaluate", "bad.safetensors", *options, cwd=tmp_path).failed(1, "180 of 180 images")
     result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["accuracy"], result["accuracy_stderr"], result["bits_per_dim_given_class"]) == (None, None, None)
+    assert (result["accuracy"], result["accuracy_stderr"], result["bits_per_dim_given_class"]) == (
+        None,
+        None,
+        None,
+    )
     with (tmp_path / "s.csv").open() as file:
         assert {row["predicted_class"] for row in csv.DictReader(file)} == {""}
 
@@ -335,14 +404,22 @@ def test_from_one_class_to_another(run, tmp_path):
     split = DataSet(a_config().data).split("test")
     of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
     assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())
-    quick("interpolate", run, "--from-class", 4, cwd=tmp_path).failed(2, "--from-class and --to-class")
-    quick("interpolate", run, *options[:2], "--to-class", 12, cwd=tmp_path).failed(2, "--to-class 12", "0 images")
+    quick("interpolate", run, "--from-class", 4, cwd=tmp_path).failed(
+        2, "--from-class and --to-class"
+    )
+    quick("interpolate", run, *options[:2], "--to-class", 12, cwd=tmp_path).failed(
+        2, "--to-class 12", "0 images"
+    )
     words = ["--images", "a.png", "b.png"]
     quick("interpolate", run, *options, *words, cwd=tmp_path).failed(2, "--images", "--from-class")
 
 
 def test_an_unconditional_model_has_no_classes_to_sample(tmp_path):
     quick("train", *RUN[8:], *sets(train__num_steps=1), "--run-dir", "r", cwd=tmp_path).ok()
-    quick("sample", "r", "--classes", "1", cwd=tmp_path).failed(2, "--classes 1", "not class-conditional")
+    quick("sample", "r", "--classes", "1", cwd=tmp_path).failed(
+        2, "--classes 1", "not class-conditional"
+    )
     quick("interpolate", "r", "--from-class", 1, "--to-class", 2, cwd=tmp_path).ok()
-    quick("train", *sets(model__classes=5), cwd=tmp_path).failed(2, "model.classes: 5", "labels 0..9")
+    quick("train", *sets(model__classes=5), cwd=tmp_path).failed(
+        2, "model.classes: 5", "labels 0..9"
+    )

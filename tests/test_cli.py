@@ -1,4 +1,6 @@
-"""The commands, from the outside: what they print, what they write, how they end (design, section 5)."""
+"""The commands, from the outside: what they print, what they write, how they end (design, section
+5).
+"""
 
 import csv
 import inspect
@@ -55,7 +57,16 @@ from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
 KEYS = {
-    *("bits_per_dim", "bits_per_dim_stderr", "bound", "samples", "nats_per_image", "num_images", "dims", "levels"),
+    *(
+        "bits_per_dim",
+        "bits_per_dim_stderr",
+        "bound",
+        "samples",
+        "nats_per_image",
+        "num_images",
+        "dims",
+        "levels",
+    ),
     *("split", "dataset", "weights", "step", "non_finite_images", "max_reconstruction_error"),
 }
 SHIPPED_STEPS = load_yaml(find_config("glow_digits.yaml"))["model"]["steps"]
@@ -80,13 +91,18 @@ def evaluated(*args, cwd, code=0):
 
 
 def cells(picture, rows, columns, shape=(8, 8), channels=1):
-    """The images in a grid, (rows, columns, H, W[, 3]) with values 0..255, enlarged as they are in the picture."""
+    """The images in a grid, (rows, columns, H, W[, 3]) with values 0..255, enlarged as they are in
+    the picture.
+    """
     pixels = np.asarray(picture.convert("RGB"))
     factor = max(1, -(-32 // min(shape)))
     height, width = shape[0] * factor, shape[1] * factor
     assert pixels.shape == (rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
     cut = [
-        [pixels[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height:factor, :width:factor] for c in range(columns)]
+        [
+            pixels[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height:factor, :width:factor]
+            for c in range(columns)
+        ]
         for r in range(rows)
     ]
     cut = np.array(cut)
@@ -98,7 +114,7 @@ def shown(images, levels=17):
     return (images[:, 0].numpy().astype(int) * 255 // (levels - 1)).astype(np.uint8)
 
 
-# --- help, version, names ---------------------------------------------------------------------------------------------
+# --- help, version, names -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +135,8 @@ def test_help_names_every_command_and_is_instant(tmp_path):
         "os.environ.pop('PYTORCH_ENABLE_MPS_FALLBACK', None)\n"
         "try: runpy.run_module('flowtrain', run_name='__main__')\n"
         "except SystemExit: assert 'torch' not in sys.modules\n"
-        "assert os.environ['PYTORCH_ENABLE_MPS_FALLBACK'] == '1'  # in time for torch, which reads it when imported\n"
+        "assert os.environ['PYTORCH_ENABLE_MPS_FALLBACK'] == '1'  # in time for torch, which "
+        "reads it when imported\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
@@ -128,7 +145,10 @@ def test_help_names_every_command_and_is_instant(tmp_path):
     "command, options",
     [
         ("train", "--config --set --run-dir --resume --init-from --dry-run --device"),
-        ("evaluate", "--split --num-images --samples --seed --batch-size --weights --json --scores --device"),
+        (
+            "evaluate",
+            "--split --num-images --samples --seed --batch-size --weights --json --scores --device",
+        ),
         ("sample", "--num --temperature --seed --weights --out --device"),
         ("interpolate", "--pairs --steps --images --seed --out --device"),
     ],
@@ -141,7 +161,9 @@ def test_help_of_a_command(command, options, tmp_path):
 
 def test_train_help_lists_the_configurations_with_a_line_each(tmp_path):
     out = " ".join(quick("train", "--help", cwd=tmp_path).ok().out.split())
-    shipped = sorted((Path(package.__file__).parents[1] / "configs").glob("*.yaml")) or pytest.skip("not a checkout")
+    shipped = sorted((Path(package.__file__).parents[1] / "configs").glob("*.yaml")) or pytest.skip(
+        "not a checkout"
+    )
     for path in shipped:
         headline = path.read_text().splitlines()[0].lstrip("# ")
         assert path.name in out and headline.split("[")[0] in out, path
@@ -162,29 +184,50 @@ def test_the_shell_completes_config_names(shell, tmp_path):
 
 
 def test_the_python_module_imports_instantly():
-    code = "import sys, flowtrain; flowtrain.__version__; assert 'torch' not in sys.modules and flowtrain.load"
+    code = (
+        "import sys, flowtrain; flowtrain.__version__; assert 'torch' not in sys.modules and "
+        "flowtrain.load"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=FOLDER, check=True)
 
 
-# --- train ------------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_files_of_a_run(name):
     run = trained()[name]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        *["best.safetensors", "last.safetensors", "step-00000015.safetensors", "step-00000020.safetensors"]
+        *[
+            "best.safetensors",
+            "last.safetensors",
+            "step-00000015.safetensors",
+            "step-00000020.safetensors",
+        ]
     ]
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-00000010.png", "step-00000020.png"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "step-00000010.png",
+        "step-00000020.png",
+    ]
     others = {p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents.")}
-    assert others == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples", ".lock"}
+    assert others == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "samples",
+        ".lock",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_metrics(name):
     rows = metrics(trained()[name])
     common = ["step", "images", "seconds", "split", "bits_per_dim"]
-    keys = {"train": [*common, "grad_norm", "clip_norm", "lr", "images_per_second"], "validation": common}
+    keys = {
+        "train": [*common, "grad_norm", "clip_norm", "lr", "images_per_second"],
+        "validation": common,
+    }
     assert [(r["split"], r["step"]) for r in rows] == [
         *[("train", 5), ("train", 10), ("validation", 10)],
         *[("train", 15), ("train", 20), ("validation", 20)],
@@ -202,9 +245,17 @@ def test_resolved_configuration(monkeypatch):
     values = yaml.safe_load((trained()["glow"] / "config.yaml").read_text())
     file = load_yaml(find_config("glow_digits.yaml"))
     monkeypatch.chdir(FOLDER)  # where it was trained: data.root is below
-    assert values == load_config(find_config("glow_digits.yaml"), TINY[1::2]).resolved() == parse(values).resolved()
+    assert (
+        values
+        == load_config(find_config("glow_digits.yaml"), TINY[1::2]).resolved()
+        == parse(values).resolved()
+    )
     assert set(values) == {"seed", "data", "model", "dequantization", "train"}
-    defaults = {p.name: p.default for p in inspect.signature(glow.build).parameters.values() if p.name != "shape"}
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(glow.build).parameters.values()
+        if p.name != "shape"
+    }
     assert values["model"] == {
         **defaults,
         **file["model"],
@@ -212,8 +263,20 @@ def test_resolved_configuration(monkeypatch):
         "width": 8,
         "classes": 0,
     }
-    expected = {**file["train"], "num_steps": 20, "budget": None, "batch_size": 32, "lr": 2e-3, "log_every": 5}
-    expected |= {"validate_every": 10, "checkpoint_every": 5, "sample_every": 10, "keep_checkpoints": 2}
+    expected = {
+        **file["train"],
+        "num_steps": 20,
+        "budget": None,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "log_every": 5,
+    }
+    expected |= {
+        "validate_every": 10,
+        "checkpoint_every": 5,
+        "sample_every": 10,
+        "keep_checkpoints": 2,
+    }
     assert {key: values["train"][key] for key in expected} == expected
     assert Path(values["data"]["root"]).is_absolute()
 
@@ -226,7 +289,10 @@ def test_summary():
     assert (values["step"], values["images"], values["finished"]) == (20, 640, True)
     assert values["seconds"] >= rows[-1]["seconds"]
     assert values["device"] == "cpu"
-    assert values["versions"]["torch"] == torch.__version__ and values["versions"]["flowtrain"] == package.__version__
+    assert (
+        values["versions"]["torch"] == torch.__version__
+        and values["versions"]["flowtrain"] == package.__version__
+    )
     flow = package.load(str(run))
     assert values["parameters"] == sum(p.numel() for p in flow.parameters())
     saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
@@ -253,9 +319,13 @@ def test_tensorboard():
     pictures = seen.Images("samples")
     assert [p.step for p in pictures] == [10, 20]
     drawn = Image.open(run / "samples" / "step-00000020.png")
-    assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string))))
+    assert np.array_equal(
+        np.asarray(drawn), np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
+    )
     assert cells(drawn, 8, 8).shape == (8, 8, 8, 8)
-    text = [seen.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in seen.Tags()["tensors"]]
+    text = [
+        seen.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in seen.Tags()["tensors"]
+    ]
     assert any((run / "config.yaml").read_text() in t for t in text)
     assert any(tag.startswith("validation_log_scale_min/") for tag in seen.Tags()["scalars"])
 
@@ -265,12 +335,19 @@ def test_what_train_prints(tmp_path):
     assert done.err == ""
     lines = done.out.splitlines()
     assert any("run directory: runs/glow_digits" in line for line in lines)  # runs/<config name>
-    assert any("1,455 images to train on, 162 to validate, 1x8x8, 17 levels" in line for line in lines)
-    assert [line.split(":")[0] for line in lines if line.startswith("step 20")] == ["step 20/20", "step 20"]
+    assert any(
+        "1,455 images to train on, 162 to validate, 1x8x8, 17 levels" in line for line in lines
+    )
+    assert [line.split(":")[0] for line in lines if line.startswith("step 20")] == [
+        "step 20/20",
+        "step 20",
+    ]
     assert "runs/glow_digits" in lines[-1] and "finished" in lines[-1]
     again = quick("train", *TINY, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20)" in again.out
-    assert metrics(tmp_path / "runs" / "glow_digits", timeless=True) == metrics(trained()["glow"], timeless=True)
+    assert metrics(tmp_path / "runs" / "glow_digits", timeless=True) == metrics(
+        trained()["glow"], timeless=True
+    )
 
 
 def test_the_configuration_is_found(tmp_path):
@@ -278,35 +355,63 @@ def test_the_configuration_is_found(tmp_path):
     own = "train: {num_steps: 7}\n"
     (tmp_path / "configs").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.yaml").write_text(f"# as given\nmodel: {{steps: 1, levels: 1, width: 8}}\n{own}")
-    (tmp_path / "configs" / "mine.yaml").write_text(f"# in configs\nmodel: {{steps: 2, levels: 1, width: 8}}\n{own}")
-    for name, steps in [("other/mine.yaml", 1), ("mine.yaml", 2), ("glow_digits.yaml", SHIPPED_STEPS)]:
+    (tmp_path / "other" / "mine.yaml").write_text(
+        f"# as given\nmodel: {{steps: 1, levels: 1, width: 8}}\n{own}"
+    )
+    (tmp_path / "configs" / "mine.yaml").write_text(
+        f"# in configs\nmodel: {{steps: 2, levels: 1, width: 8}}\n{own}"
+    )
+    for name, steps in [
+        ("other/mine.yaml", 1),
+        ("mine.yaml", 2),
+        ("glow_digits.yaml", SHIPPED_STEPS),
+    ]:
         options = sets(train__num_steps=1, model__width=4) if name == "glow_digits.yaml" else []
         quick("train", "--config", name, *options, "--run-dir", f"run{steps}", cwd=tmp_path).ok()
-        assert yaml.safe_load((tmp_path / f"run{steps}" / "config.yaml").read_text())["model"]["steps"] == steps
-    (tmp_path / "configs" / "glow_digits.yaml").write_text((tmp_path / "configs" / "mine.yaml").read_text())
+        assert (
+            yaml.safe_load((tmp_path / f"run{steps}" / "config.yaml").read_text())["model"]["steps"]
+            == steps
+        )
+    (tmp_path / "configs" / "glow_digits.yaml").write_text(
+        (tmp_path / "configs" / "mine.yaml").read_text()
+    )
     quick("train", cwd=tmp_path).ok()
     assert summary(tmp_path / "runs" / "glow_digits")["step"] == 7
 
 
 def test_another_kind_drops_the_options_of_the_old_one(tmp_path):
     np.savez(tmp_path / "own.npz", x_train=np.zeros((20, 8, 8), np.uint8))
-    options = [*sets(model__name="nice", model__width=4, data__name="npz", data__path="own.npz"), *TINY[4:]]
+    options = [
+        *sets(model__name="nice", model__width=4, data__name="npz", data__path="own.npz"),
+        *TINY[4:],
+    ]
     quick("train", *options, "--run-dir", "a", cwd=tmp_path).ok()
     values = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert (
-        values["model"] == parse({"model": {"name": "nice", "width": 4}, "train": {"num_steps": 1}}).resolved()["model"]
+        values["model"]
+        == parse({"model": {"name": "nice", "width": 4}, "train": {"num_steps": 1}}).resolved()[
+            "model"
+        ]
     )
     assert "steps" not in values["model"]
-    assert values["data"]["path"] == str(tmp_path / "own.npz")  # absolute: found again from any folder
+    # absolute: found again from any folder
+    assert values["data"]["path"] == str(tmp_path / "own.npz")
 
 
 def test_periods_longer_than_the_run_are_legal(tmp_path):
-    periods = sets(**{f"train__{name}_every": 10_000 for name in ("log", "validate", "checkpoint", "sample")})
+    periods = sets(
+        **{f"train__{name}_every": 10_000 for name in ("log", "validate", "checkpoint", "sample")}
+    )
     quick("train", *TINY, *periods, "--run-dir", "a", cwd=tmp_path).ok()
-    assert [(r["split"], r["step"]) for r in metrics(tmp_path / "a")] == [("train", 20), ("validation", 20)]
+    assert [(r["split"], r["step"]) for r in metrics(tmp_path / "a")] == [
+        ("train", 20),
+        ("validation", 20),
+    ]
     assert (tmp_path / "a" / "samples" / "step-00000020.png").exists()
-    assert checkpoint_format.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"] == 20
+    assert (
+        checkpoint_format.read(tmp_path / "a" / "checkpoints" / "best.safetensors").meta["step"]
+        == 20
+    )
 
 
 def test_init_from(run, tmp_path):
@@ -320,7 +425,9 @@ def test_init_from(run, tmp_path):
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)
-    other = quick("train", *options, *sets(model__width=9), "--run-dir", "b", "--init-from", run, cwd=tmp_path)
+    other = quick(
+        "train", *options, *sets(model__width=9), "--run-dir", "b", "--init-from", run, cwd=tmp_path
+    )
     other.failed(2, "does not fit this model", str(run), "bijection.")
 
 
@@ -332,7 +439,10 @@ def test_dry_run(name, tmp_path):
     out = quick("train", *options, "--dry-run", cwd=tmp_path).ok().out
     config = load_config(find_config("glow_digits.yaml"), SMALL[1::2])
     expected = sum(p.numel() for p in build_flow(config, shape, 256).parameters())
-    assert [line for line in out.splitlines() if "parameters" in line][0].split() == ["parameters:", str(expected)]
+    assert [line for line in out.splitlines() if "parameters" in line][0].split() == [
+        "parameters:",
+        str(expected),
+    ]
     assert all(word in out for word in ("memory", "images/s", "estimated time"))
     assert tree(tmp_path) == []
 
@@ -354,8 +464,14 @@ def test_dry_run_counts_operations(conditioner, tmp_path):
     with torch.no_grad(), watching(flow, count):
         flow(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.rand(1, 1, 8, 8))
     total = sum(operations.values())
-    out = quick("train", *options, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path).ok().out
-    numbers = re.search(r"compute: (\S+) GFLOP .*, (\S+)% of it in conditioners; (\S+) GFLOP", " ".join(out.split()))
+    out = (
+        quick("train", *options, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path)
+        .ok()
+        .out
+    )
+    numbers = re.search(
+        r"compute: (\S+) GFLOP .*, (\S+)% of it in conditioners; (\S+) GFLOP", " ".join(out.split())
+    )
     image, share, step = map(float, numbers.groups())
     assert image * 1e9 == pytest.approx(total, rel=0.02)
     assert share == pytest.approx(100 * operations[True] / total, abs=2)
@@ -371,13 +487,18 @@ def test_dry_run_counts_what_the_optimizer_keeps(optimizer, tmp_path):
     # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
     numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
     out = quick("train", *options, "--dry-run", cwd=tmp_path).ok().out
-    assert float(re.search(r"memory: (\S+) MiB", out)[1]) == pytest.approx(4 * numbers / 2**20, abs=1)
+    assert float(re.search(r"memory: (\S+) MiB", out)[1]) == pytest.approx(
+        4 * numbers / 2**20, abs=1
+    )
 
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
 def test_dry_run_says_what_a_step_takes(mode, tmp_path):
     """From a few images, of a model whose gradients are larger than what those take."""
-    options = [*SMALL, *sets(model__steps=4, model__width=128, train__batch_size=512, train__memory=mode)]
+    options = [
+        *SMALL,
+        *sets(model__steps=4, model__width=128, train__batch_size=512, train__memory=mode),
+    ]
     out = " ".join(quick("train", *options, "--dry-run", cwd=tmp_path).ok().out.split())
     said = float(re.search(rf"{mode}: ([\d,]+) MiB for 512 images", out)[1].replace(",", ""))
     config = load_config(find_config("glow_digits.yaml"), options[1::2])
@@ -386,7 +507,9 @@ def test_dry_run_says_what_a_step_takes(mode, tmp_path):
     x = images(512, (1, 8, 8), 17)
     train_step(state, x)  # makes what is made once
     state.zero_grad()
-    assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), x.device) / 2**20, rel=0.1)
+    assert said == pytest.approx(
+        capacity.peak(lambda: train_step(state, x), x.device) / 2**20, rel=0.1
+    )
 
 
 def test_dry_run_of_what_does_not_fit(tmp_path):
@@ -395,9 +518,15 @@ def test_dry_run_of_what_does_not_fit(tmp_path):
     options = [*SMALL, *sets(train__batch_size=4096)]
     out = quick("train", *options, "--dry-run", cwd=tmp_path, first=small).ok().out
     assert "with 3 MiB available" in " ".join(out.split()) and "speed: not measured" in out
-    few = int(re.search(r"store: .* up to ([\d,]+) images would fit \(chosen\)", " ".join(out.split()))[1])
+    few = int(
+        re.search(r"store: .* up to ([\d,]+) images would fit \(chosen\)", " ".join(out.split()))[1]
+    )
     assert 1 <= few < 4096
-    out = quick("train", *SMALL, *sets(train__batch_size=few), "--dry-run", cwd=tmp_path, first=small).ok().out
+    out = (
+        quick("train", *SMALL, *sets(train__batch_size=few), "--dry-run", cwd=tmp_path, first=small)
+        .ok()
+        .out
+    )
     assert "images/s" in out
 
 
@@ -426,10 +555,13 @@ def test_memory_limits_of_control_groups(tmp_path):
 
 
 def test_dry_run_of_a_budget(tmp_path):
-    assert "estimated steps" in quick("train", *SMALL, *sets(train__budget="1h"), "--dry-run", cwd=tmp_path).ok().out
+    assert (
+        "estimated steps"
+        in quick("train", *SMALL, *sets(train__budget="1h"), "--dry-run", cwd=tmp_path).ok().out
+    )
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
@@ -438,8 +570,20 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     assert set(written) >= KEYS
     assert "runs/glow_digits/evaluate-test.json" in done.out
     assert f"{written['bits_per_dim']:.5g}" in done.out and "bits per dim" in done.out
-    expected = {"bound": "elbo", "samples": 1, "num_images": DIGITS[0], "dims": 64, "levels": 17, "split": "test"}
-    expected |= {"dataset": "digits", "weights": "ema", "non_finite_images": 0, "step": summary(run)["best_step"]}
+    expected = {
+        "bound": "elbo",
+        "samples": 1,
+        "num_images": DIGITS[0],
+        "dims": 64,
+        "levels": 17,
+        "split": "test",
+    }
+    expected |= {
+        "dataset": "digits",
+        "weights": "ema",
+        "non_finite_images": 0,
+        "step": summary(run)["best_step"],
+    }
     assert {key: written[key] for key in expected} == expected
     assert written["bits_per_dim"] == pytest.approx(written["nats_per_image"] / (64 * math.log(2)))
     assert 3 < written["bits_per_dim"] < 5 and 0 < written["bits_per_dim_stderr"] < 0.1
@@ -454,12 +598,16 @@ def test_json_on_standard_output_is_alone(run, tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("split, count", [("test", DIGITS[0]), ("validation", DIGITS[1]), ("train", DIGITS[2])])
+@pytest.mark.parametrize(
+    "split, count", [("test", DIGITS[0]), ("validation", DIGITS[1]), ("train", DIGITS[2])]
+)
 def test_splits(split, count, run, tmp_path):
     values = evaluated("--split", split, cwd=tmp_path)
     assert (values["split"], values["num_images"]) == (split, count)
     if split == "validation":  # what training saw, with the same noise
-        assert values["bits_per_dim"] == pytest.approx(summary(run)["best_validation_bits_per_dim"], abs=1e-12)
+        assert values["bits_per_dim"] == pytest.approx(
+            summary(run)["best_validation_bits_per_dim"], abs=1e-12
+        )
 
 
 def test_options_of_evaluate(run, tmp_path):
@@ -480,16 +628,23 @@ def test_options_of_evaluate(run, tmp_path):
 
 
 def test_scores(run, tmp_path):
-    values = evaluated("--scores", "new/folder/scores.csv", "--num-images", 9, "--samples", 2, cwd=tmp_path)
+    values = evaluated(
+        "--scores", "new/folder/scores.csv", "--num-images", 9, "--samples", 2, cwd=tmp_path
+    )
     rows = list(csv.DictReader((tmp_path / "new" / "folder" / "scores.csv").open()))
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
     assert [int(r["index"]) for r in rows] == list(range(9))
-    assert np.mean([float(r["bits_per_dim"]) for r in rows]) == pytest.approx(values["bits_per_dim"], abs=1e-12)
+    assert np.mean([float(r["bits_per_dim"]) for r in rows]) == pytest.approx(
+        values["bits_per_dim"], abs=1e-12
+    )
     for r in rows:
         assert float(r["bits_per_dim"]) == pytest.approx(-float(r["log_prob"]) / (64 * math.log(2)))
     quick("evaluate", "--scores", "one.csv", cwd=tmp_path).ok()
-    for r in csv.DictReader((tmp_path / "one.csv").open()):  # one draw: the bound is the sum of its parts
-        assert float(r["log_prob"]) == pytest.approx(float(r["log_prob_base"]) + float(r["log_det"]), abs=1e-9)
+    # one draw: the bound is the sum of its parts
+    for r in csv.DictReader((tmp_path / "one.csv").open()):
+        assert float(r["log_prob"]) == pytest.approx(
+            float(r["log_prob_base"]) + float(r["log_det"]), abs=1e-9
+        )
 
 
 def test_json_into_a_missing_folder(run, tmp_path):
@@ -530,7 +685,9 @@ def build(shape, *, scale: float = 1.0):
 
 
 def test_some_non_finite_images_and_a_model_of_ones_own(tmp_path):
-    """Such images are counted, and not dropped from the mean. A checkpoint that names a module needs --trust-code."""
+    """Such images are counted, and not dropped from the mean. A checkpoint that names a module
+    needs --trust-code.
+    """
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "fragile.py").write_text(OWN_MODEL)
     options = [*sets(model__name="own.fragile", model__scale=2), *TINY[4:]]
@@ -542,28 +699,35 @@ def test_some_non_finite_images_and_a_model_of_ones_own(tmp_path):
     done = quick("evaluate", "a", "--trust-code", "--json", "a.json", cwd=tmp_path, BRIGHT="-0.15")
     done.failed(1, "of 180 images have a likelihood that is not finite: those at ")
     values = json.loads((tmp_path / "a.json").read_text())
-    assert abs(values["non_finite_images"] - bright) <= 4 and 0 < bright < 180  # noise moves some over the edge
-    assert (values["num_images"], values["bits_per_dim"], values["nats_per_image"]) == (180, None, None)
+    # noise moves some over the edge
+    assert abs(values["non_finite_images"] - bright) <= 4 and 0 < bright < 180
+    assert (values["num_images"], values["bits_per_dim"], values["nats_per_image"]) == (
+        180,
+        None,
+        None,
+    )
 
 
 def test_set_moves_the_data_and_nothing_else(run, tmp_path):
     assert evaluated(*sets(data__root="elsewhere"), cwd=tmp_path)["num_images"] == DIGITS[0]
-    quick("evaluate", *sets(model__width=3), cwd=tmp_path).failed(2, "model.width=3", "only keys of data")
+    quick("evaluate", *sets(model__width=3), cwd=tmp_path).failed(
+        2, "model.width=3", "only keys of data"
+    )
 
 
 def test_the_newest_run_is_the_default(run, tmp_path):
     other = copy_of(trained()["nice"], tmp_path / "runs" / "a_later_one")
     last(other).touch()
-    assert json.loads(quick("evaluate", "--json", "-", cwd=tmp_path).ok().out)["checkpoint"].startswith(
-        "runs/a_later_one/"
-    )
+    assert json.loads(quick("evaluate", "--json", "-", cwd=tmp_path).ok().out)[
+        "checkpoint"
+    ].startswith("runs/a_later_one/")
     last(run).touch()
     assert evaluated(cwd=tmp_path)["checkpoint"] == "runs/glow_digits/checkpoints/best.safetensors"
     (run / "checkpoints" / "best.safetensors").unlink()
     assert evaluated(cwd=tmp_path)["checkpoint"] == "runs/glow_digits/checkpoints/last.safetensors"
 
 
-# --- sample -----------------------------------------------------------------------------------------------------------
+# --- sample ---------------------------------------------------------------------------------------
 
 
 def drawn(*args, cwd):
@@ -597,7 +761,11 @@ def test_samples_depend_on_the_seed_alone(run, tmp_path):
 
 @pytest.mark.parametrize(
     "args, rows, columns",
-    [(["--num", 7], 3, 3), (["--num", 2], 2, 1), (["--num", 3, "--temperature", 0, "--temperature", 0.7], 2, 3)],
+    [
+        (["--num", 7], 3, 3),
+        (["--num", 2], 2, 1),
+        (["--num", 3, "--temperature", 0, "--temperature", 0.7], 2, 3),
+    ],
 )
 def test_grids_of_any_number(args, rows, columns, run, tmp_path):
     quick("sample", *args, "--out", "new/grid.png", cwd=tmp_path).ok()
@@ -611,21 +779,43 @@ def test_one_sample_is_a_picture_without_a_frame(run, tmp_path):
     assert Image.open(tmp_path / "one.png").size == (32, 32)
 
 
-# --- interpolate ------------------------------------------------------------------------------------------------------
+# --- interpolate ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ends_are_test_images_exactly(name, tmp_path):
     options = ["--pairs", 3, "--seed", 4]
     for steps in (2, 5):
-        quick("interpolate", trained()[name], *options, "--steps", steps, "--out", f"{steps}.png", cwd=tmp_path).ok()
-    short, long = cells(Image.open(tmp_path / "2.png"), 3, 2), cells(Image.open(tmp_path / "5.png"), 3, 5)
+        quick(
+            "interpolate",
+            trained()[name],
+            *options,
+            "--steps",
+            steps,
+            "--out",
+            f"{steps}.png",
+            cwd=tmp_path,
+        ).ok()
+    short, long = (
+        cells(Image.open(tmp_path / "2.png"), 3, 2),
+        cells(Image.open(tmp_path / "5.png"), 3, 5),
+    )
     assert np.array_equal(short, long[:, [0, -1]])
     known = {image.tobytes() for image in shown(digits())}
     ends = [image.tobytes() for image in short.reshape(6, 8, 8)]
     assert len(set(ends)) == 6 and set(ends) <= known
     assert known.isdisjoint(image.tobytes() for image in long[:, 1:-1].reshape(9, 8, 8))
-    quick("interpolate", trained()[name], "--pairs", 3, "--steps", 2, "--out", "other.png", cwd=tmp_path).ok()
+    quick(
+        "interpolate",
+        trained()[name],
+        "--pairs",
+        3,
+        "--steps",
+        2,
+        "--out",
+        "other.png",
+        cwd=tmp_path,
+    ).ok()
     assert not np.array_equal(cells(Image.open(tmp_path / "other.png"), 3, 2), short)
 
 
@@ -650,7 +840,9 @@ def test_gif(run, tmp_path):
 
 OWN_FILES = {
     "exact.png": Image.fromarray((np.arange(64).reshape(8, 8) % 17 * 15).astype(np.uint8)),
-    "wide.jpg": Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)),
+    "wide.jpg": Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    ),
     "clear.png": Image.new("RGBA", (30, 30), (10, 200, 30, 90)),
     "palette.gif": Image.new("P", (9, 5), 3),
     "deep.png": Image.fromarray(np.full((20, 20), 40_000, np.uint16)),
@@ -671,7 +863,7 @@ def test_own_image_files(name, tmp_path):
         assert (first == round(40_000 / 257 / 255 * 16) * 255 // 16).all()
 
 
-# --- from Python ------------------------------------------------------------------------------------------------------
+# --- from Python ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -683,7 +875,9 @@ def test_a_flow_from_python(name):
     log_prob = flow.log_prob(x[:7], generator=noise[0])
     assert log_prob.shape == (7,) and not log_prob.requires_grad
     torch.testing.assert_close(flow.log_prob(x[:3], generator=noise[1]), log_prob[:3])
-    torch.testing.assert_close(flow.bits_per_dim(x[:7], generator=noise[2]), -log_prob / (64 * math.log(2)))
+    torch.testing.assert_close(
+        flow.bits_per_dim(x[:7], generator=noise[2]), -log_prob / (64 * math.log(2))
+    )
     seeded = [flow.sample(n, 0.8, torch.Generator().manual_seed(1)) for n in (5, 2)]
     assert seeded[0].shape == (5, 1, 8, 8) and seeded[0].dtype == torch.uint8
     assert torch.equal(seeded[0][:2], seeded[1])
@@ -693,12 +887,14 @@ def test_load_takes_a_file_and_says_which_weights():
     run = trained()["glow"]
     flows = [package.load(str(last(run)), weights=weights) for weights in (None, "ema", "raw")]
     parameters = [torch.cat([p.flatten() for p in flow.parameters()]) for flow in flows]
-    assert torch.equal(parameters[0], parameters[1]) and not torch.equal(parameters[1], parameters[2])
+    assert torch.equal(parameters[0], parameters[1]) and not torch.equal(
+        parameters[1], parameters[2]
+    )
     with pytest.raises(package.errors.UserError, match="no such checkpoint"):
         package.load("not there")
 
 
-# --- real images ------------------------------------------------------------------------------------------------------
+# --- real images ----------------------------------------------------------------------------------
 
 
 @shared
@@ -706,11 +902,20 @@ def test_mnist(tmp_path):
     """The official files, found through a link that is gone when the model is evaluated."""
     (tmp_path / "data").symlink_to(SHARED)
     options = [*SMALL, *sets(train__num_steps=3, data__root="data", data__validation=100)]
-    flowtrain("train", "--config", "glow_mnist_small.yaml", *options, "--run-dir", "m", cwd=tmp_path).ok()
+    flowtrain(
+        "train", "--config", "glow_mnist_small.yaml", *options, "--run-dir", "m", cwd=tmp_path
+    ).ok()
     (tmp_path / "data").unlink()
-    quick("evaluate", "m", cwd=tmp_path).failed(2, "data.root: MNIST is not in", "could not be downloaded")
+    quick("evaluate", "m", cwd=tmp_path).failed(
+        2, "data.root: MNIST is not in", "could not be downloaded"
+    )
     values = evaluated("m", "--num-images", 100, *sets(data__root=SHARED), cwd=tmp_path)
-    assert (values["dataset"], values["num_images"], values["dims"], values["levels"]) == ("mnist", 100, 784, 256)
+    assert (values["dataset"], values["num_images"], values["dims"], values["levels"]) == (
+        "mnist",
+        100,
+        784,
+        256,
+    )
     assert 0 < values["bits_per_dim"] < 8 and values["max_reconstruction_error"] < 0.25
 
 
@@ -718,9 +923,16 @@ def test_mnist(tmp_path):
 def test_cifar10(tmp_path):
     data = sets(data__name="npz", data__path=SHARED / "cifar10.npz", data__validation=100)
     options = [*SMALL, *data, *sets(train__num_steps=3)]
-    flowtrain("train", "--config", "glow_cifar_small.yaml", *options, "--run-dir", "c", cwd=tmp_path).ok()
+    flowtrain(
+        "train", "--config", "glow_cifar_small.yaml", *options, "--run-dir", "c", cwd=tmp_path
+    ).ok()
     values = evaluated("c", "--num-images", 100, cwd=tmp_path)
-    assert (values["dataset"], values["num_images"], values["dims"], values["levels"]) == ("npz", 100, 3072, 256)
+    assert (values["dataset"], values["num_images"], values["dims"], values["levels"]) == (
+        "npz",
+        100,
+        3072,
+        256,
+    )
     assert 4 < values["bits_per_dim"] < 9 and values["max_reconstruction_error"] < 0.25
     quick("interpolate", "c", "--pairs", 1, "--steps", 2, "--out", "i.png", cwd=tmp_path).ok()
     ends = cells(Image.open(tmp_path / "i.png"), 1, 2, (32, 32), channels=3)[0]

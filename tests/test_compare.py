@@ -16,7 +16,13 @@ from flowtrain.runs import charts, compare, record
 
 
 def train_row(step, bits, **changes):
-    row = {"step": step, "images": 10 * step, "seconds": 2.0 * step, "split": "train", "bits_per_dim": bits}
+    row = {
+        "step": step,
+        "images": 10 * step,
+        "seconds": 2.0 * step,
+        "split": "train",
+        "bits_per_dim": bits,
+    }
     return {**row, "grad_norm": 1.0, "lr": 0.1, "images_per_second": 5.0 + step, **changes}
 
 
@@ -25,11 +31,42 @@ def validation_row(step, bits, **changes):
     return {**row, "bits_per_dim": bits, **changes}
 
 
-ROWS = [train_row(1, 5.0), train_row(2, 4.0), validation_row(2, 4.2), train_row(4, 3.0), validation_row(4, 3.125)]
-SUMMARY = {"step": 4, "images": 40, "seconds": 9.5, "finished": True, "best_validation_bits_per_dim": 3.125}
-SUMMARY |= {"best_step": 4, "parameters": 12345, "non_finite_steps": 0, "versions": {}, "device": "cpu"}
-TEST = {"bits_per_dim": 3.25, "bits_per_dim_stderr": 0.0125, "nats_per_image": 100.0, "bound": "elbo", "samples": 1}
-TEST |= {"num_images": 180, "split": "test", "dataset": "digits", "weights": "ema", "step": 4, "dims": 64}
+ROWS = [
+    train_row(1, 5.0),
+    train_row(2, 4.0),
+    validation_row(2, 4.2),
+    train_row(4, 3.0),
+    validation_row(4, 3.125),
+]
+SUMMARY = {
+    "step": 4,
+    "images": 40,
+    "seconds": 9.5,
+    "finished": True,
+    "best_validation_bits_per_dim": 3.125,
+}
+SUMMARY |= {
+    "best_step": 4,
+    "parameters": 12345,
+    "non_finite_steps": 0,
+    "versions": {},
+    "device": "cpu",
+}
+TEST = {
+    "bits_per_dim": 3.25,
+    "bits_per_dim_stderr": 0.0125,
+    "nats_per_image": 100.0,
+    "bound": "elbo",
+    "samples": 1,
+}
+TEST |= {
+    "num_images": 180,
+    "split": "test",
+    "dataset": "digits",
+    "weights": "ema",
+    "step": 4,
+    "dims": 64,
+}
 
 
 def a_run(path, rows=ROWS, test=TEST, data=None, train=None, **summary):
@@ -53,12 +90,35 @@ def compared(*runs, cwd):
 
 def test_the_table_has_what_the_files_say(tmp_path):
     a_run(tmp_path / "a")
-    nothing = {"step": 0, "images": 0, "seconds": 0.0, "best_validation_bits_per_dim": None, "best_step": None}
+    nothing = {
+        "step": 0,
+        "images": 0,
+        "seconds": 0.0,
+        "best_validation_bits_per_dim": None,
+        "best_step": None,
+    }
     a_run(tmp_path / "b", [ROWS[0]], None, **nothing)
-    done = quick("compare", "a", "b", "--out", "new/picture.png", "--json", "new/table.json", cwd=tmp_path).ok()
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if "│" in line]
+    done = quick(
+        "compare", "a", "b", "--out", "new/picture.png", "--json", "new/table.json", cwd=tmp_path
+    ).ok()
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in done.out.splitlines()
+        if "│" in line
+    ]
     assert cells == [
-        ["a", "glow", "digits", "12,345", "40", "0:10", "3.1250", "3.2500 +- 0.0125", "bits/dim", "7"],
+        [
+            "a",
+            "glow",
+            "digits",
+            "12,345",
+            "40",
+            "0:10",
+            "3.1250",
+            "3.2500 +- 0.0125",
+            "bits/dim",
+            "7",
+        ],
         ["b", "glow", "digits", "12,345", "10", "0:02", "-", "-", "bits/dim", "6"],
     ]
     assert "flowtrain evaluate b" in done.out and "b has no validation figure" in done.out
@@ -66,11 +126,21 @@ def test_the_table_has_what_the_files_say(tmp_path):
     picture = Image.open(tmp_path / "new" / "picture.png")
     assert picture.format == "PNG" and picture.width > picture.height > 400
     a, b = json.loads((tmp_path / "new" / "table.json").read_text())["runs"]
-    expected = {"run": "a", "model": "glow", "data": "digits", "finished": True, "parameters": 12345, "step": 4}
+    expected = {
+        "run": "a",
+        "model": "glow",
+        "data": "digits",
+        "finished": True,
+        "parameters": 12345,
+        "step": 4,
+    }
     expected |= {"images": 40, "seconds": 9.5, "unit": "bits/dim", "images_per_second": 7.0}
     expected |= {"validation": 3.125, "validation_step": 4}
     assert {key: value for key, value in a.items() if key != "test"} == expected
-    assert a["test"].items() <= {**TEST, "nats_per_image_stderr": None}.items() and a["test"]["bits_per_dim"] == 3.25
+    assert (
+        a["test"].items() <= {**TEST, "nats_per_image_stderr": None}.items()
+        and a["test"]["bits_per_dim"] == 3.25
+    )
     assert b["test"] is None and b["validation"] is None
 
 
@@ -78,14 +148,19 @@ def test_real_runs_compare(tmp_path):
     runs = trained()
     (glow, nice), notes = compared(runs["glow"], runs["nice"], cwd=tmp_path)
     summary = json.loads((runs["glow"] / "summary.json").read_text())
-    assert glow["validation"] == summary["best_validation_bits_per_dim"] and glow["images"] == summary["images"]
+    assert (
+        glow["validation"] == summary["best_validation_bits_per_dim"]
+        and glow["images"] == summary["images"]
+    )
     assert (glow["model"], nice["model"]) == ("glow", "nice") and glow["images_per_second"] > 0
     assert any("nice differs from glow in model.name: nice (glow)" in note for note in notes)
     assert not (runs["glow"] / "evaluate-test.json").exists(), "it evaluated the test split"
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
-    run = a_run(tmp_path / "a", [*ROWS, train_row(6, 2.9), validation_row(6, 3.0)], None, finished=False)
+    run = a_run(
+        tmp_path / "a", [*ROWS, train_row(6, 2.9), validation_row(6, 3.0)], None, finished=False
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "images": 7')
     (row,), notes = compared("a", cwd=tmp_path)
@@ -95,7 +170,9 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
 
 
 def test_a_run_that_has_logged_nothing_is_shown(tmp_path):
-    run = a_run(tmp_path / "a", [], None, step=0, images=0, seconds=0.0, finished=False, best_step=None)
+    run = a_run(
+        tmp_path / "a", [], None, step=0, images=0, seconds=0.0, finished=False, best_step=None
+    )
     (run / "metrics.jsonl").unlink()
     (row,), notes = compared("a", cwd=tmp_path)
     assert row["images_per_second"] is None
@@ -103,7 +180,11 @@ def test_a_run_that_has_logged_nothing_is_shown(tmp_path):
 
 
 def test_losses_that_were_not_finite_are_left_out(tmp_path):
-    a_run(tmp_path / "a", [*ROWS, validation_row(5, None)], {**TEST, "bits_per_dim": None, "bits_per_dim_stderr": None})
+    a_run(
+        tmp_path / "a",
+        [*ROWS, validation_row(5, None)],
+        {**TEST, "bits_per_dim": None, "bits_per_dim_stderr": None},
+    )
     done = quick("compare", "a", cwd=tmp_path).ok()
     assert "3.1250" in done.out and "not finite" in done.out
 
@@ -120,12 +201,21 @@ NOTES = {
         {"data": {"name": "npz", "path": "d.npz"}},
         "different data (data.name: npz (digits)): their losses",
     ),
-    "other levels": ({"data": {"n_bits": 5}}, "different data (data.n_bits: 5 (8)): their losses do not compare"),
+    "other levels": (
+        {"data": {"n_bits": 5}},
+        "different data (data.n_bits: 5 (8)): their losses do not compare",
+    ),
     "held out": ({"data": {"validation": 50}}, "b and a hold out different images"),
     "settings": ({"train": {"lr": 0.5}}, "b differs from a in train.lr: 0.5 (0.001)"),
     "a flip": ({"data": {"flip": True}}, "b differs from a in data.flip: True (None)"),
-    "other test data": ({"test": {**TEST, "dataset": "mnist"}}, "b: its test figure is of other data than its own"),
-    "an old figure": ({"test": {**TEST, "step": 2}}, "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
+    "other test data": (
+        {"test": {**TEST, "dataset": "mnist"}},
+        "b: its test figure is of other data than its own",
+    ),
+    "an old figure": (
+        {"test": {**TEST, "step": 2}},
+        "of step 2, its best checkpoint of step 4: flowtrain evaluate b",
+    ),
     "another bound": ({"test": {**TEST, "bound": "iwbo", "samples": 8}}, "iwbo, draws: 8"),
     "fewer images": ({"test": {**TEST, "num_images": 10}}, "10 images of digits"),
 }
@@ -146,13 +236,23 @@ def test_what_keeps_runs_from_comparing_is_said(changes, expected, tmp_path, mon
 
 def test_where_data_lie_and_when_things_are_written_are_no_differences(tmp_path):
     a_run(tmp_path / "a")
-    a_run(tmp_path / "b", data={"root": "/elsewhere", "workers": 1}, train={"log_every": 3, "keep_checkpoints": 2})
+    a_run(
+        tmp_path / "b",
+        data={"root": "/elsewhere", "workers": 1},
+        train={"log_every": 3, "keep_checkpoints": 2},
+    )
     assert compared("a", "b", cwd=tmp_path)[1] == []
 
 
 def test_real_valued_runs_are_in_nats(tmp_path):
     rows = [{**row, "nats": row["bits_per_dim"] / 2, "bits_per_dim": None} for row in ROWS]
-    test = {**TEST, "bits_per_dim": None, "bits_per_dim_stderr": None, "bound": "exact", "dataset": "two_moons"}
+    test = {
+        **TEST,
+        "bits_per_dim": None,
+        "bits_per_dim_stderr": None,
+        "bound": "exact",
+        "dataset": "two_moons",
+    }
     test |= {"nats_per_image": 1.75, "nats_per_image_stderr": 0.5}
     nothing = {"best_validation_bits_per_dim": None, "best_validation_nats": 1.5625}
     a_run(tmp_path / "a", rows, test, {"name": "two_moons"}, **nothing)
@@ -160,10 +260,13 @@ def test_real_valued_runs_are_in_nats(tmp_path):
     done = quick("compare", "a", "b", cwd=tmp_path).ok()
     line = next(line for line in done.out.splitlines() if "two_moons" in line)
     assert all(text in line for text in ("1.5625", "1.7500 +- 0.5000", "nats"))
-    assert "b and a have different data (data.name: digits (two_moons)): their losses do not compare" in done.out
+    assert (
+        "b and a have different data (data.name: digits (two_moons)): their losses do not compare"
+        in done.out
+    )
 
 
-# --- wrong input ------------------------------------------------------------------------------------------------------
+# --- wrong input ----------------------------------------------------------------------------------
 
 
 def damage(name, text):
@@ -175,7 +278,9 @@ def damage(name, text):
 
 def without(name, key):
     def apply(run):
-        load, dump = (yaml.safe_load, yaml.safe_dump) if name.endswith("yaml") else (json.loads, json.dumps)
+        load, dump = (
+            (yaml.safe_load, yaml.safe_dump) if name.endswith("yaml") else (json.loads, json.dumps)
+        )
         values = load((run / name).read_text())
         del values[key]
         (run / name).write_text(dump(values))
@@ -184,20 +289,45 @@ def without(name, key):
 
 
 BROKEN = {
-    "no configuration": (lambda run: (run / "config.yaml").unlink(), "a/config.yaml: cannot be read"),
-    "a configuration without a model": (without("config.yaml", "model"), "a/config.yaml: model: Field required"),
-    "no summary": (lambda run: (run / "summary.json").unlink(), "a/summary.json: cannot be read: No such file"),
-    "half a summary": (damage("summary.json", '{"step": 4'), "a/summary.json: broken: Invalid JSON"),
-    "a summary without a key": (without("summary.json", "parameters"), "a/summary.json: parameters: Field required"),
+    "no configuration": (
+        lambda run: (run / "config.yaml").unlink(),
+        "a/config.yaml: cannot be read",
+    ),
+    "a configuration without a model": (
+        without("config.yaml", "model"),
+        "a/config.yaml: model: Field required",
+    ),
+    "no summary": (
+        lambda run: (run / "summary.json").unlink(),
+        "a/summary.json: cannot be read: No such file",
+    ),
+    "half a summary": (
+        damage("summary.json", '{"step": 4'),
+        "a/summary.json: broken: Invalid JSON",
+    ),
+    "a summary without a key": (
+        without("summary.json", "parameters"),
+        "a/summary.json: parameters: Field required",
+    ),
     "a summary of another type": (
         damage("summary.json", json.dumps({**SUMMARY, "parameters": "many"})),
-        "a/summary.json: parameters: Input should be a valid integer, unable to parse string as an integer, got 'many'",
+        "a/summary.json: parameters: Input should be a valid integer, unable to parse string as "
+        "an integer, got 'many'",
     ),
-    "NaN": (damage("summary.json", json.dumps({**SUMMARY, "seconds": float("nan")})), "a/summary.json: seconds:"),
-    "a broken line": (damage("metrics.jsonl", f"{json.dumps(ROWS[0])}\n{{\n"), "a/metrics.jsonl, line 2: broken"),
+    "NaN": (
+        damage("summary.json", json.dumps({**SUMMARY, "seconds": float("nan")})),
+        "a/summary.json: seconds:",
+    ),
+    "a broken line": (
+        damage("metrics.jsonl", f"{json.dumps(ROWS[0])}\n{{\n"),
+        "a/metrics.jsonl, line 2: broken",
+    ),
     "a line of another kind": (damage("metrics.jsonl", "[1]\n"), "a/metrics.jsonl, line 1: broken"),
     "bytes": (damage("metrics.jsonl", b"\xff\xfe\n"), "a/metrics.jsonl: cannot be read"),
-    "a broken evaluation": (damage("evaluate-test.json", "{}"), "a/evaluate-test.json: bits_per_dim: Field required"),
+    "a broken evaluation": (
+        damage("evaluate-test.json", "{}"),
+        "a/evaluate-test.json: bits_per_dim: Field required",
+    ),
 }
 
 
@@ -214,14 +344,16 @@ def test_wrong_arguments_are_named(tmp_path):
     run = a_run(tmp_path / "a")
     quick("compare", cwd=tmp_path).failed(2, "Missing argument 'RUN...'")
     quick("compare", "a", "nowhere", cwd=tmp_path).failed(2, "nowhere: no such run directory")
-    quick("compare", "a/config.yaml", cwd=tmp_path).failed(2, "a/config.yaml: is not a run directory")
+    quick("compare", "a/config.yaml", cwd=tmp_path).failed(
+        2, "a/config.yaml: is not a run directory"
+    )
     quick("compare", "a", "--out", "x.jpg", cwd=tmp_path).failed(2, "--out x.jpg", ".png")
     (run / "summary.json").write_text("")
     quick("compare", "a", cwd=tmp_path).failed(2, "a/summary.json")
     assert not (tmp_path / "compare.png").exists()
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+# --- the picture ----------------------------------------------------------------------------------
 
 
 def drawn(runs, key):
@@ -240,7 +372,9 @@ def test_curves_are_the_rows():
     assert lines[1] == ([5, 9], [4.2, 3.125]) and axes.get_xlabel() == "seconds"
 
 
-@pytest.mark.parametrize("seconds, unit, shown", [(100, "seconds", 100), (600, "minutes", 10), (36000, "hours", 10)])
+@pytest.mark.parametrize(
+    "seconds, unit, shown", [(100, "seconds", 100), (600, "minutes", 10), (36000, "hours", 10)]
+)
 def test_time_is_in_a_unit_that_fits(seconds, unit, shown):
     lines, axes = drawn({"a": [record.Row(**train_row(1, 3.0, seconds=seconds))]}, "seconds")
     assert lines[0][0] == [shown] and axes.get_xlabel() == unit

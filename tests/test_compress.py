@@ -1,4 +1,6 @@
-"""Archives: codelengths that a formula knows, every image bit for bit, and one clear error for everything else."""
+"""Archives: codelengths that a formula knows, every image bit for bit, and one clear error for
+everything else.
+"""
 
 import copy
 import dataclasses
@@ -31,7 +33,14 @@ from flowtrain.compression.codec import Codec, model_hash, probe
 from flowtrain.compression.decompress import Opened
 from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files, require_writable
 from flowtrain.compression.stack import Exhausted, Stack, Uncodable, constriction
-from flowtrain.compression.streams import MOST_CARRIERS, Stream, decode_stream, encode_stream, in_threads, random_words
+from flowtrain.compression.streams import (
+    MOST_CARRIERS,
+    Stream,
+    decode_stream,
+    encode_stream,
+    in_threads,
+    random_words,
+)
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.class_prior import ClassPrior
@@ -74,7 +83,7 @@ def coded(flow: Flow, x: torch.Tensor) -> float:
     return bits
 
 
-# --- codelengths ------------------------------------------------------------------------------------------------------
+# --- codelengths ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [256, 17, 4])
@@ -86,16 +95,29 @@ def test_a_closed_form_density_gives_the_closed_form_codelength(levels, noise):
         flow.dequantizer.noise_model = VariationalNoise(RGB, 2, 4)
     x = images(256, RGB, levels)
     middle = slope * ((x.double() + 0.5) / levels - 0.5) + shift
-    squares = middle.square().mean() + (slope / levels) ** 2 / 12  # of z, which is uniform in its bin
+    # of z, which is uniform in its bin
+    squares = middle.square().mean() + (slope / levels) ** 2 / 12
     nats = (squares + math.log(2 * math.pi)) / 2 - math.log(slope) + math.log(levels)
     assert coded(flow, x) == pytest.approx(nats.item() / math.log(2), abs=0.005 + 0.03 / levels)
 
 
 MODELS = {
-    **{f"glow {name}": ("glow", {"coupling": name}) for name in ("affine", "additive", "spline", "mixture")},
-    "glow checkerboard": ("glow", {"split": "checkerboard", "permutation": "conv1x1", "prior": "spline"}),
-    "glow mixed": ("glow", {"split": "mixed", "permutation": "shuffle", "initialization": "whitening"}),
-    "glow reverse": ("glow", {"permutation": "reverse", "conditioner": "gated", "prior": "mixture"}),
+    **{
+        f"glow {name}": ("glow", {"coupling": name})
+        for name in ("affine", "additive", "spline", "mixture")
+    },
+    "glow checkerboard": (
+        "glow",
+        {"split": "checkerboard", "permutation": "conv1x1", "prior": "spline"},
+    ),
+    "glow mixed": (
+        "glow",
+        {"split": "mixed", "permutation": "shuffle", "initialization": "whitening"},
+    ),
+    "glow reverse": (
+        "glow",
+        {"permutation": "reverse", "conditioner": "gated", "prior": "mixture"},
+    ),
     "realnvp": ("realnvp", {}),
     "nice": ("nice", {}),
     "nice gaussian": ("nice", {"prior": "gaussian"}),
@@ -108,23 +130,32 @@ def test_the_codelength_is_the_bound(name, shape):
     model, options = MODELS[name]
     transform = "logit" if model == "realnvp" else "center"
     flow = tiny_flow(model, shape, 256, transform, scale=0.05, **options)
-    x = images(64, shape)  # those that it is initialized on: far out, the code is shorter than the normal density says
-    bound = torch.stack([flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)])
+    # those that it is initialized on: far out, the code is shorter than the normal density says
+    x = images(64, shape)
+    bound = torch.stack(
+        [flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)]
+    )
     # Of this many images of this size the draws differ by about 0.01.
     assert coded(flow, x) == pytest.approx(bound.mean().item(), abs=0.005 + 4 * bound.std().item())
 
 
-@pytest.mark.parametrize("shape, levels", [((1, 8, 8), 256), ((3, 5, 3), 256), ((1, 8, 8), 17), ((3, 4, 4), 2)])
+@pytest.mark.parametrize(
+    "shape, levels", [((1, 8, 8), 256), ((3, 5, 3), 256), ((1, 8, 8), 17), ((3, 4, 4), 2)]
+)
 def test_the_codelength_is_the_bound_with_learned_noise(shape, levels):
     flow = variational(affine_flow(shape, levels))
     x = images(96, shape, levels)
-    bound = torch.stack([flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)])
+    bound = torch.stack(
+        [flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)]
+    )
     assert coded(flow, x) == pytest.approx(bound.mean().item(), abs=0.01 + 4 * bound.std().item())
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1e-5])
 def test_constant_images_come_back(alpha):
-    x = torch.cat([torch.full((1, *RGB), value, dtype=torch.uint8) for value in (0, 1, 127, 254, 255)])
+    x = torch.cat(
+        [torch.full((1, *RGB), value, dtype=torch.uint8) for value in (0, 1, 127, 254, 255)]
+    )
     flow = variational(affine_flow(RGB, slope=1.0))
     flow.dequantizer.transform, flow.dequantizer.alpha = "logit", alpha
     coded(flow, x)
@@ -158,7 +189,7 @@ def test_the_missing_package_is_named(monkeypatch):
         constriction()
 
 
-# --- streams ----------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> Stream:
@@ -172,7 +203,9 @@ def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> Stream:
 def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
     """Images of which neighbouring pixels are alike."""
     coarse = torch.rand(count, shape[0], 3, 3, generator=torch.Generator().manual_seed(seed))
-    return (nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear") * 255).to(torch.uint8)
+    return (nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear") * 255).to(
+        torch.uint8
+    )
 
 
 @pytest.mark.parametrize("borrowed", [16, 1200, 5000])
@@ -197,14 +230,18 @@ def test_an_image_that_cannot_be_coded_is_left_out_of_its_stream():
     assert 20 not in stream.images and len(stream.images) == 29
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 @functools.cache
 def runs() -> dict[str, Path]:
     """Two small Glows that know what digits look like; not to be written to."""
     for name, steps in (("run", 200), ("other", 1)):
-        words = [*sets(model__steps=2, model__width=16, train__lr=5e-3, train__num_steps=steps), "--run-dir", name]
+        words = [
+            *sets(model__steps=2, model__width=16, train__lr=5e-3, train__num_steps=steps),
+            "--run-dir",
+            name,
+        ]
         quick("train", *words, cwd=FOLDER).ok()
     return {name: FOLDER / name for name in ("run", "other")}
 
@@ -273,10 +310,17 @@ def test_the_smaller_of_both_ways_is_taken(model, digits, tmp_path):
     x = digits[compress.prepare(model, digits[:90]).promising]
     prepared = compress.prepare(model, x)
     flow = compress.compress(prepared, "train").data
-    for size, tried, wins in ((len(flow) + 20, True, True), (len(flow) - 20, True, False), (2000, False, False)):
+    for size, tried, wins in (
+        (len(flow) + 20, True, True),
+        (len(flow) - 20, True, False),
+        (2000, False, False),
+    ):
         said: list[int] = []
         result = compress.compress(
-            prepared, "train", plain=of_size(size, prepared), announce=lambda _, count, said=said: said.append(count)
+            prepared,
+            "train",
+            plain=of_size(size, prepared),
+            announce=lambda _, count, said=said: said.append(count),
         )
         assert (said, result.coded > 0) == ([len(x)] * tried, wins)
         assert len(result.data) <= min(len(flow), size + 10)
@@ -292,7 +336,11 @@ def test_an_embedded_model_is_counted(model, digits):
     assert compress.compress(prepared, "train", plain=plain).coded > 0
     said: list[int] = []
     result = compress.compress(
-        prepared, "train", plain=plain, embed=True, announce=lambda estimate, count: said.append(count)
+        prepared,
+        "train",
+        plain=plain,
+        embed=True,
+        announce=lambda estimate, count: said.append(count),
     )
     assert said == [] and result.stored == 90
 
@@ -352,7 +400,9 @@ def test_colours_of_few_levels_come_back(tmp_path):
 def test_weights_that_are_not_finite_are_named(model, digits):
     for word in ("conditioner", "weight", "log_scale", "shift"):
         flow = copy.deepcopy(model.flow)
-        found = next(p for name, p in [*flow.named_parameters(), *flow.named_buffers()] if word in name)
+        found = next(
+            p for name, p in [*flow.named_parameters(), *flow.named_buffers()] if word in name
+        )
         found.view(-1)[0] = math.nan
         with pytest.raises(FloatingPointError, match="not finite|singular"):
             compress.prepare(dataclasses.replace(model, flow=flow), digits[:10])
@@ -398,7 +448,9 @@ def test_numerics_that_do_not_reproduce_are_an_error(model, digits, tmp_path):
 
 
 def test_a_model_that_does_not_invert_is_refused(model, digits, monkeypatch):
-    monkeypatch.setattr(Codec, "decode", lambda self, count, stack: torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(
+        Codec, "decode", lambda self, count, stack: torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+    )
     with pytest.raises(UserError, match="do not reproduce on this machine"):
         made(model, digits[:60])
 
@@ -408,11 +460,13 @@ def test_the_hash_is_of_what_is_computed(model):
     assert model_hash(model) != model_hash(moved(model, 0.001))
 
 
-# --- what others write, with a checksum that is right -----------------------------------------------------------------
+# --- what others write, with a checksum that is right ---------------------------------------------
 
 
 def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **changes) -> bytes:
-    """An archive of two images without a model, in which something is changed; None leaves it out."""
+    """An archive of two images without a model, in which something is changed; None leaves it
+    out.
+    """
     x = images(2, (1, 8, 8), 17)
     sums = b"".join(archive.checksum(image).to_bytes(4, "little") for image in x)
     described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png", "b.png"], **changes}
@@ -424,24 +478,43 @@ def repacked(data: bytes, parts=lambda parts: parts, model=None, **changes) -> b
     description, old = archive.unpack(Path("old"), data)
     described = description.model_dump(exclude_unset=True)
     described["model"] |= model or {}
-    return archive.pack({**described, **changes}, parts(old)[: len(old) - (not described["model"]["embedded"])])
+    return archive.pack(
+        {**described, **changes}, parts(old)[: len(old) - (not described["model"]["embedded"])]
+    )
 
 
 STREAM = {"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}
 NAMES = [
-    "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800", "n" * 256, "ö" * 128,
+    "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800",
+    "n" * 256, 
+    "ö" * 128,
     "b.png", "b.png/c.png", f"{'n' * 256}/a",
 ]  # fmt: skip
 CRAFTED = [
     *({key: None} for key in ("shape", "levels", "names")),
-    *({"shape": shape} for shape in ([1, 8], [2, 8, 8], [1, 8, 0], [1, 8, 10**9], [1, 4, 8], [3, 8, 8], "x")),
+    *(
+        {"shape": shape}
+        for shape in ([1, 8], [2, 8, 8], [1, 8, 0], [1, 8, 10**9], [1, 4, 8], [3, 8, 8], "x")
+    ),
     *({"levels": levels} for levels in (1, 257, "x", [], 3)),
-    *({"names": names} for names in (["a.png"], ["a.png"] * 2, ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")),
+    *(
+        {"names": names}
+        for names in (["a.png"], ["a.png"] * 2, ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")
+    ),
     *({"names": "test", "count": count} for count in (1, 3, 10**12, -1, "x")),
     {"streams": [STREAM]},
     {"streams": 5},
     {"parts": [b"more"]},
-    *({"strip": strip} for strip in (b"x", b"\x78", b"\x89PNG", zlib.compress(bytes(127)), zlib.compress(bytes(129)))),
+    *(
+        {"strip": strip}
+        for strip in (
+            b"x",
+            b"\x78",
+            b"\x89PNG",
+            zlib.compress(bytes(127)),
+            zlib.compress(bytes(129)),
+        )
+    ),
     {"strip": encoded(torch.zeros(1, 24, 8, dtype=torch.uint8), "PNG")},
 ]
 
@@ -502,7 +575,14 @@ def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
 
 
 def test_a_description_that_is_none_is_one_error(tmp_path):
-    for described in (b"", b"\xff" * 20, zlib.compress(b"{}"), deflated(b"{"), deflated(b"[" * 10**5), deflated(b"7")):
+    for described in (
+        b"",
+        b"\xff" * 20,
+        zlib.compress(b"{}"),
+        deflated(b"{"),
+        deflated(b"[" * 10**5),
+        deflated(b"7"),
+    ):
         data = archive.MAGIC + len(described).to_bytes(4, "little") + described
         with pytest.raises(UserError, match="not a valid archive"):
             opened(tmp_path / "a", data + archive._digest(data))
@@ -538,36 +618,74 @@ def test_crafted_streams_are_one_error(model, digits, tmp_path):
         {"versions": {}},
     ):
         with pytest.raises(UserError, match="not a valid archive"):
-            opened(tmp_path / "a", archive.pack({**described, **changes}, archive.unpack(Path(), data)[1]))
+            opened(
+                tmp_path / "a",
+                archive.pack({**described, **changes}, archive.unpack(Path(), data)[1]),
+            )
     with pytest.raises(UserError, match="not of its model's shape"):
         opened(tmp_path / "a", repacked(data, shape=[1, 4, 16])).load(None, False)
     with pytest.raises(UserError, match="the model in it cannot be loaded"):
-        opened(tmp_path / "a", repacked(data, lambda parts: [*parts[:-1], parts[-1][:-5]])).load(None, False)
+        opened(tmp_path / "a", repacked(data, lambda parts: [*parts[:-1], parts[-1][:-5]])).load(
+            None, False
+        )
     size = len(archive.unpack(Path(), data)[1][-2])
-    for change in [lambda part, i=i: part[:i] + bytes([part[i] ^ 129]) + part[i + 1 :] for i in range(0, size, 211)] + [
+    for change in [
+        lambda part, i=i: part[:i] + bytes([part[i] ^ 129]) + part[i + 1 :]
+        for i in range(0, size, 211)
+    ] + [
         lambda part: part[4:],
         lambda part: part[:-4],
         lambda part: part[1:],
         lambda part: b"",
     ]:
-        changed = repacked(data, lambda parts, change=change: [*parts[:-2], change(parts[-2]), parts[-1]])
+        changed = repacked(
+            data, lambda parts, change=change: [*parts[:-2], change(parts[-2]), parts[-1]]
+        )
         with pytest.raises(UserError, match="does not reproduce"):
             opened(tmp_path / "a", changed).images(model)
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def test_files_come_back_in_a_process_with_other_threads(tmp_path):
-    """From files to files, with the model embedded; n_bits is of no concern to 17 levels in 0..255."""
+    """From files to files, with the model embedded; n_bits is of no concern to 17 levels in
+    0..255.
+    """
     shutil.copytree(runs()["run"], tmp_path / "run")
-    said = quick("compress", "run", "--split", "train", "--num-images", 20, "--out", "x/one.fta", cwd=tmp_path).ok()
-    for word in ("the bound", "bytes as PNG", "bytes as WEBP", "with the flow they take more", "without a model"):
+    said = quick(
+        "compress",
+        "run",
+        "--split",
+        "train",
+        "--num-images",
+        20,
+        "--out",
+        "x/one.fta",
+        cwd=tmp_path,
+    ).ok()
+    for word in (
+        "the bound",
+        "bytes as PNG",
+        "bytes as WEBP",
+        "with the flow they take more",
+        "without a model",
+    ):
         assert word in said.out, said.out
     quick("decompress", "x/one.fta", "--out", "a/b", cwd=tmp_path, OMP_NUM_THREADS="2").ok()
     assert len(tree(tmp_path / "a" / "b")) == 20
     shutil.copy(tmp_path / "a/b/train-00007.png", tmp_path / "single.png")
-    words = ["compress", "run", "single.png", "a/b", "--embed", "--out", "two.fta", "--weights", "raw"]
+    words = [
+        "compress",
+        "run",
+        "single.png",
+        "a/b",
+        "--embed",
+        "--out",
+        "two.fta",
+        "--weights",
+        "raw",
+    ]
     said = quick(*words, "--num-images", 10, cwd=tmp_path).ok()
     assert "with the model in it, the archive would be larger" in said.out
     shutil.rmtree(tmp_path / "run")
@@ -575,7 +693,9 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
     assert tree(tmp_path / "c") == ["b", *(f"b/train-{i:05}.png" for i in range(9)), "single.png"]
     for name in tree(tmp_path / "c")[1:]:
         original = tmp_path / name if name == "single.png" else tmp_path / "a" / name
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "c" / name)), np.asarray(Image.open(original)))
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / "c" / name)), np.asarray(Image.open(original))
+        )
 
 
 def test_streams_and_an_embedded_model_come_back_in_a_process_with_other_threads(digits, tmp_path):
@@ -583,12 +703,16 @@ def test_streams_and_an_embedded_model_come_back_in_a_process_with_other_threads
     assert Opened(tmp_path / "a.fta").description.embedded
     quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
     for i, image in enumerate(compress.to_8bit(digits[:120], 17)):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png")), image[0].numpy())
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png")), image[0].numpy()
+        )
 
 
 def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
     shutil.copytree(runs()["run"], tmp_path / "run")
-    said = quick("compress", "run", "--split", "train", "--num-images", 900, "--out", "all.fta", cwd=tmp_path).ok()
+    said = quick(
+        "compress", "run", "--split", "train", "--num-images", 900, "--out", "all.fta", cwd=tmp_path
+    ).ok()
     for word in (
         "bits/dim, net",
         "the bound",
@@ -615,7 +739,9 @@ def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     lossless = decoded
     assert set(ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
     last = encoded(x[2], "WEBP")
-    monkeypatch.setattr(lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last))
+    monkeypatch.setattr(
+        lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last)
+    )
     assert "WEBP" not in ordinary_sizes(x, 256, lambda done, total: None)
 
 
@@ -662,7 +788,9 @@ def folder(tmp_path_factory):
     (here / "good.fta").write_bytes(data)
     (here / "cut.fta").write_bytes(data[:-1])
     (here / "flip.fta").write_bytes(data[:300] + bytes([data[300] ^ 4]) + data[301:])
-    (here / "moved.fta").write_bytes(repacked(data, model={"embedded": False, "path": "gone/best.safetensors"}))
+    (here / "moved.fta").write_bytes(
+        repacked(data, model={"embedded": False, "path": "gone/best.safetensors"})
+    )
     (here / "evil.fta").write_bytes(stored(names=["../up.png", "b.png"]))
     (here / "escape.fta").write_bytes(stored(names="../../x", count=2))
     (here / "fields.fta").write_bytes(stored(levels="many"))
@@ -726,7 +854,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("words, said", WRONG, ids=[words.replace("n" * 250, "long") for words, _ in WRONG])
+@pytest.mark.parametrize(
+    "words, said", WRONG, ids=[words.replace("n" * 250, "long") for words, _ in WRONG]
+)
 def test_wrong_input_is_one_message_and_writes_nothing(folder, words, said):
     before = tree(folder)
     quick(*words.split(), cwd=folder).failed(2, *said)

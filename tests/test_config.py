@@ -15,10 +15,31 @@ from flowtrain.errors import UserError, nearest
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
-PAPER_SIZED = {"best_cifar", "glow_cifar", "glow_mnist", "realnvp_cifar", "realnvp_mnist", "nice_mnist", "maf_mnist"}
-SMALL = {"baseline_cifar", "glow_cifar_small", "glow_mnist_small", "glow_digits", "realnvp_digits", "nice_digits"}
+PAPER_SIZED = {
+    "best_cifar",
+    "glow_cifar",
+    "glow_mnist",
+    "realnvp_cifar",
+    "realnvp_mnist",
+    "nice_mnist",
+    "maf_mnist",
+}
+SMALL = {
+    "baseline_cifar",
+    "glow_cifar_small",
+    "glow_mnist_small",
+    "glow_digits",
+    "realnvp_digits",
+    "nice_digits",
+}
 SMALL |= {"glow_cifar_conditional", "glow_mnist_conditional"}
-SMALL |= {"realnvp_two_moons", "planar_eight_gaussians", "maf_checkerboard", "cnf_pinwheel", "cnf_digits"}
+SMALL |= {
+    "realnvp_two_moons",
+    "planar_eight_gaussians",
+    "maf_checkerboard",
+    "cnf_pinwheel",
+    "cnf_digits",
+}
 
 
 def parsed(overrides, values=STEPS):
@@ -68,10 +89,16 @@ def test_set(text, key, expected):
 def test_a_whole_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "seed: 3\ndata: {name: digits}\nmodel:\n  name: nice\n  width: 5\ntrain:\n  num_steps: 7\n  lr: 5e-4\n"
+        "seed: 3\ndata: {name: digits}\nmodel:\n  name: nice\n  width: 5\ntrain:\n  num_steps: "
+        "7\n  lr: 5e-4\n"
     )
     config = load_config(path, ["train.lr=1e-2", "model.couplings=6"])
-    assert (config.seed, config.model.width, config.model.couplings, config.train.lr) == (3, 5, 6, 0.01)
+    assert (config.seed, config.model.width, config.model.couplings, config.train.lr) == (
+        3,
+        5,
+        6,
+        0.01,
+    )
     # What was resolved is itself a configuration, and the same one.
     (tmp_path / "resolved.yaml").write_text(config.yaml())
     assert load_config(tmp_path / "resolved.yaml").resolved() == config.resolved()
@@ -80,7 +107,12 @@ def test_a_whole_file(tmp_path):
 
 def test_defaults_are_the_models_own():
     config = parse(STEPS)
-    assert (config.model.name, config.model.levels, config.model.steps, config.model.width) == ("glow", 3, 32, 512)
+    assert (config.model.name, config.model.levels, config.model.steps, config.model.width) == (
+        "glow",
+        3,
+        32,
+        512,
+    )
     assert config.data.root.is_absolute()
 
 
@@ -89,7 +121,11 @@ def test_defaults_are_the_models_own():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_name_drops_the_options_of_the_old_one(order):
-    values = {"model": {"name": "glow", "levels": 2, "coupling": "additive"}, "data": {"n_bits": 5}, **STEPS}
+    values = {
+        "model": {"name": "glow", "levels": 2, "coupling": "additive"},
+        "data": {"n_bits": 5},
+        **STEPS,
+    }
     config = parsed(["model.name=nice", "model.width=9"][::order], values)
     assert (config.model.name, config.model.width) == ("nice", 9)
     assert not hasattr(config.model, "levels") and config.data.n_bits == 5
@@ -97,7 +133,17 @@ def test_another_name_drops_the_options_of_the_old_one(order):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_data_set_drops_the_options_of_the_old_one(order):
-    values = {"data": {"name": "folder", "path": "/a", "size": 8, "channels": 1, "validation": 7, "shift": 1}, **STEPS}
+    values = {
+        "data": {
+            "name": "folder",
+            "path": "/a",
+            "size": 8,
+            "channels": 1,
+            "validation": 7,
+            "shift": 1,
+        },
+        **STEPS,
+    }
     config = parsed(["data.name=npz", "data.path=/b.npz"][::order], values)
     assert (config.data.name, str(config.data.path), config.data.validation) == ("npz", "/b.npz", 7)
     assert config.data.shift == 1 and not hasattr(config.data, "size")
@@ -132,7 +178,9 @@ def test_the_later_of_two_lengths_counts():
 def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
     path = tmp_path / "both.yaml"
     path.write_text("train: {num_steps: 10, budget: 1min}\n")
-    with pytest.raises(UserError, match=r"both\.yaml.*train\.num_steps and train\.budget: both are given"):
+    with pytest.raises(
+        UserError, match=r"both\.yaml.*train\.num_steps and train\.budget: both are given"
+    ):
         load_config(path)
     path.write_text("train: {lr: 1e-3}\n")
     with pytest.raises(UserError, match="neither is given"):
@@ -149,7 +197,10 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
     "text, message",
     [
         # a misspelt key, and the nearest right one
-        ("train.batchsize=3", r"train\.batchsize: unknown key; did you mean train\.batch_size\? \(value 3\)"),
+        (
+            "train.batchsize=3",
+            r"train\.batchsize: unknown key; did you mean train\.batch_size\? \(value 3\)",
+        ),
         ("train.learning_rate=3", r"train\.learning_rate: unknown key"),
         ("train.warmup=3", r"unknown key; did you mean train\.warmup_steps\?"),
         ("model.level=3", r"did you mean model\.levels\?"),
@@ -157,7 +208,10 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
         ("data.nbits=3", r"did you mean data\.n_bits\?"),
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
-        ("model.name=glwo", r"model\.name: unknown name 'glwo'; did you mean glow\?; there are cnf, glow, iaf, "),
+        (
+            "model.name=glwo",
+            r"model\.name: unknown name 'glwo'; did you mean glow\?; there are cnf, glow, iaf, ",
+        ),
         ("data.name=minst", r"data\.name: unknown name 'minst'; did you mean mnist\?"),
         ("data.path=/a", r"data\.path: unknown key"),  # the digits have none
         ("data.name=npz", r"data\.path: missing"),
@@ -174,7 +228,10 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("train.ema=1", r"train\.ema: .*less than 1"),
         ("train.schedule=step", r"train\.schedule: .*'constant', 'linear' or 'cosine', got 'step'"),
         ("train.optimizer=sgd", r"train\.optimizer: .*'adamax' or 'muon', got 'sgd'"),
-        ("train.budget=soon", r"train\.budget: expected a duration such as 90s, 30min or 1\.5h, got 'soon'"),
+        (
+            "train.budget=soon",
+            r"train\.budget: expected a duration such as 90s, 30min or 1\.5h, got 'soon'",
+        ),
         ("train.budget=0", r"train\.budget: .*greater than 0"),
         ("train.budget=-5", r"train\.budget: "),
         ("data.n_bits=9", r"data\.n_bits: .*got 9"),
@@ -323,5 +380,8 @@ def test_a_configuration_is_found_by_name(tmp_path, monkeypatch):
     assert find_config("glow_digits.yaml").samefile(tmp_path / "configs" / "glow_digits.yaml")
     (tmp_path / "glow_digits.yaml").write_text("")
     assert find_config("glow_digits.yaml").samefile(tmp_path / "glow_digits.yaml")
-    with pytest.raises(UserError, match=r"--config glow_digts\.yaml: no such file.*did you mean glow_digits\.yaml\?"):
+    with pytest.raises(
+        UserError,
+        match=r"--config glow_digts\.yaml: no such file.*did you mean glow_digits\.yaml\?",
+    ):
         find_config("glow_digts.yaml")

@@ -1,4 +1,6 @@
-"""Continuous flows: an equation with a known solution, the trace and its estimate, batches, gradients, the command."""
+"""Continuous flows: an equation with a known solution, the trace and its estimate, batches,
+gradients, the command.
+"""
 
 import json
 import math
@@ -12,7 +14,14 @@ from torch import nn
 
 from flowtrain.bijections import ActNorm, Continuous, Sequential
 from flowtrain.bijections import continuous as module
-from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, ConcatSquash, Dynamics, random_signs
+from flowtrain.bijections.continuous import (
+    EVALUATION,
+    EXACT_DIMS,
+    STAGES,
+    ConcatSquash,
+    Dynamics,
+    random_signs,
+)
 from flowtrain.bijections.memory import memory_mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
@@ -37,21 +46,27 @@ class Linear(nn.Module):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, t, x, probes):
-        return x @ self.a.T + t * self.b, (probes @ self.a.T * probes).sum(dim=(1, 2)).expand(len(x))
+        return x @ self.a.T + t * self.b, (probes @ self.a.T * probes).sum(dim=(1, 2)).expand(
+            len(x)
+        )
 
 
-# --- the solution -----------------------------------------------------------------------------------------------------
+# --- the solution ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
 def test_a_linear_equation(solver):
-    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, which is one matrix exponential; the log-determinant is tr A."""
+    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, which is one matrix exponential; the
+    log-determinant is tr A.
+    """
     a = torch.randn(3, 3, generator=seeded(), dtype=torch.float64)
     b = torch.randn(3, generator=seeded(1), dtype=torch.float64)
     x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
     # (x, t b, b)' = M (x, t b, b)
     one, zero = torch.eye(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    matrix = torch.cat([torch.cat(row, dim=1) for row in ([a, one, zero], [zero, zero, one], [zero, zero, zero])])
+    matrix = torch.cat(
+        [torch.cat(row, dim=1) for row in ([a, one, zero], [zero, zero, one], [zero, zero, zero])]
+    )
     start = torch.cat([x, torch.zeros_like(x), b.expand(5, 3)], dim=1)
     expected = (start @ torch.linalg.matrix_exp(matrix).T)[:, :3]
     layer = Continuous(Linear(a, b), solver, 1e-10, 1e-10)
@@ -97,7 +112,11 @@ def test_more_evaluations_for_less_error():
             layer(x)
             assert layer.evaluations == len(calls)
         counts.append(layer.evaluations)
-        assert layer.metrics() == {"function_evaluations": len(calls), "rtol": tolerance, "atol": tolerance}
+        assert layer.metrics() == {
+            "function_evaluations": len(calls),
+            "rtol": tolerance,
+            "atol": tolerance,
+        }
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
 
 
@@ -120,20 +139,28 @@ def test_stages_are_on_the_way():
         torch.testing.assert_close(stages[-1], layer.inverse(z)[0], rtol=0, atol=1e-10)
         # The velocity at a moment, from its neighbours.
         middle = STAGES // 2
-        velocity, _ = layer.conditioner(torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64))
+        velocity, _ = layer.conditioner(
+            torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64)
+        )
         change = (stages[middle - 1] - stages[middle + 1]) * STAGES / 2
     torch.testing.assert_close(change, velocity, rtol=0.05, atol=0.02)
 
 
-# --- the trace --------------------------------------------------------------------------------------------------------
+# --- the trace ------------------------------------------------------------------------------------
 
 
 def test_the_trace_is_that_of_the_jacobian():
     dynamics = perturb(Dynamics(5, 7, 2)).double()
-    t, x = torch.tensor(0.4, dtype=torch.float64), torch.randn(3, 5, generator=seeded(), dtype=torch.float64)
+    t, x = (
+        torch.tensor(0.4, dtype=torch.float64),
+        torch.randn(3, 5, generator=seeded(), dtype=torch.float64),
+    )
     probes = torch.eye(5, dtype=torch.float64)[None]
     jacobians = torch.stack(
-        [torch.autograd.functional.jacobian(lambda v: dynamics(t, v[None], probes)[0][0], row) for row in x]
+        [
+            torch.autograd.functional.jacobian(lambda v: dynamics(t, v[None], probes)[0][0], row)
+            for row in x
+        ]
     )
     torch.testing.assert_close(dynamics(t, x, probes)[1], jacobians.diagonal(dim1=1, dim2=2).sum(1))
     signs = random_signs(x)
@@ -169,7 +196,9 @@ def test_when_the_trace_is_exact(trace, dims):
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint"])
 def test_computing_again_uses_the_same_signs(mode):
-    """In the forward pass of `train.memory: checkpoint` no gradient is recorded, but one is to come."""
+    """In the forward pass of `train.memory: checkpoint` no gradient is recorded, but one is to
+    come.
+    """
     chain, x = Sequential(layer_of(20, trace="hutchinson")), torch.randn(4, 20, generator=seeded())
     log_dets = []
     for current in ("store", mode):
@@ -177,7 +206,9 @@ def test_computing_again_uses_the_same_signs(mode):
         with memory_mode(current):
             log_det = chain(x)[1]
             log_det.sum().backward()
-        log_dets.append((log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None]))
+        log_dets.append(
+            (log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None])
+        )
     torch.testing.assert_close(log_dets[0], log_dets[1], rtol=1e-6, atol=1e-6)
 
 
@@ -186,7 +217,10 @@ def test_signs_are_a_function_of_the_example():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     signs = random_signs(x)
-    assert torch.equal(torch.get_rng_state(), before) and set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(torch.get_rng_state(), before) and set(signs.unique().tolist()) == {
+        -1.0,
+        1.0,
+    }
     assert signs.dtype == x.dtype and torch.equal(random_signs(x[7:9]), signs[7:9])
     moved = random_signs(torch.nextafter(x, x + 1))
     for other in (moved, signs.roll(1, 0)):  # as good as independent
@@ -194,11 +228,13 @@ def test_signs_are_a_function_of_the_example():
     assert signs.mean(0).abs().max() < 5 / math.sqrt(500)
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def test_batch_mates_change_nothing_beyond_rounding():
-    """Below 1e-5 bits/dim with the default tolerances, though steps are those that the worst of them needs."""
+    """Below 1e-5 bits/dim with the default tolerances, though steps are those that the worst of
+    them needs.
+    """
     layer = layer_of(64, 16, scale=0.5)
     x = torch.randn(20, 64, generator=seeded())
 
@@ -242,7 +278,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
     assert all(stage.isnan().all() for stage in layer.stages(x.detach())[1:])
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
@@ -261,7 +297,7 @@ def test_the_adjoint_has_the_same_gradients(direction, trace):
     assert evaluations[0] == 0 < evaluations[1]
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_size_by_hand():
@@ -276,7 +312,9 @@ def test_size_by_hand():
 def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     """In float32, with weights that bend the plane."""
     torch.manual_seed(seed)
-    config = a_config({"name": "cnf", "width": 16, "hidden_layers": 2}, data={"name": "pinwheel", "count": 300})
+    config = a_config(
+        {"name": "cnf", "width": 16, "hidden_layers": 2}, data={"name": "pinwheel", "count": 300}
+    )
     flow = perturb(build_flow(config, (2, 1, 1), None), 0.7, seed)
     x = DataSet(config.data).split("train").take(slice(None))
     initialize(flow, x, torch.zeros_like(x))
@@ -293,15 +331,28 @@ def test_scores_do_not_depend_on_the_batch_size():
     split = DataSet(config.data).split("test")
     x = split.take(slice(0, 60))
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
-    bits = [flow.loss(score(flow, split, num_images=60, batch_size=size).log_prob) for size in (60, 7, 1)]
+    bits = [
+        flow.loss(score(flow, split, num_images=60, batch_size=size).log_prob)
+        for size in (60, 7, 1)
+    ]
     torch.testing.assert_close(bits[1], bits[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(bits[2], bits[0], rtol=0, atol=1e-5)
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
-RUN = [*sets(data__name="digits", model__name="cnf", model__width=8, model__hidden_layers=1, train__num_steps=6)]
-RUN += sets(train__log_every=1, train__validate_every=3, train__checkpoint_every=3, train__sample_every=6)
+RUN = [
+    *sets(
+        data__name="digits",
+        model__name="cnf",
+        model__width=8,
+        model__hidden_layers=1,
+        train__num_steps=6,
+    )
+]
+RUN += sets(
+    train__log_every=1, train__validate_every=3, train__checkpoint_every=3, train__sample_every=6
+)
 RUN += sets(train__batch_size=32, train__lr=1e-2)
 
 
@@ -313,15 +364,23 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
     assert {(row["rtol"], row["atol"]) for row in train} == {(1e-4, 1e-4)}
     assert not any("function_evaluations" in row for row in rows if row["split"] == "validation")
     written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]
-    assert (written["rtol"], written["atol"], written["solver"], written["trace"]) == (1e-4, 1e-4, "dopri5", "auto")
+    assert (written["rtol"], written["atol"], written["solver"], written["trace"]) == (
+        1e-4,
+        1e-4,
+        "dopri5",
+        "auto",
+    )
     quick("train", *RUN, "--run-dir", "b", *sets(train__num_steps=3), cwd=tmp_path).ok()
     more = ["--resume", "b/checkpoints/last.safetensors", "--run-dir", "b"]
     quick("train", *RUN, *more, cwd=tmp_path).ok()
     losses, again = (
-        [(row["bits_per_dim"], row.get("function_evaluations")) for row in metrics(tmp_path / name)] for name in "ab"
+        [(row["bits_per_dim"], row.get("function_evaluations")) for row in metrics(tmp_path / name)]
+        for name in "ab"
     )
     assert again == losses
-    result = json.loads(quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok().out)
+    result = json.loads(
+        quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok().out
+    )
     assert result["max_reconstruction_error"] < 0.01 and 3 < result["bits_per_dim"] < 7
     quick("sample", "a", "--num", 4, "--out", "s.png", cwd=tmp_path).ok()
     assert (tmp_path / "s.png").exists()
@@ -329,14 +388,24 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("rtol", 0), ("atol", 1), ("solver", "euler"), ("trace", "none"), ("blocks", 0), ("hidden_layers", 0)],
+    [
+        ("rtol", 0),
+        ("atol", 1),
+        ("solver", "euler"),
+        ("trace", "none"),
+        ("blocks", 0),
+        ("hidden_layers", 0),
+    ],
 )
 def test_wrong_options(option, value, tmp_path):
-    quick("train", *RUN, *sets(**{f"model__{option}": value}), cwd=tmp_path).failed(2, f"model.{option}", str(value))
+    quick("train", *RUN, *sets(**{f"model__{option}": value}), cwd=tmp_path).failed(
+        2, f"model.{option}", str(value)
+    )
 
 
 def test_without_the_extra(tmp_path):
-    done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")  # not installed
+    # not installed
+    done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")
     done.failed(2, "model.name: cnf needs the package torchdiffeq: pip install 'flowtrain[cnf]'")
     assert not (tmp_path / "runs").exists()
 

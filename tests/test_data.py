@@ -39,8 +39,12 @@ def data_set(section):
 
 @pytest.fixture
 def numbered(tmp_path):
-    """20 training images that can be told apart: image i has the value i, and i + 100 on its left half."""
-    pixels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 1)).copy()
+    """20 training images that can be told apart: image i has the value i, and i + 100 on its left
+    half.
+    """
+    pixels = np.broadcast_to(
+        np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 1)
+    ).copy()
     pixels[:, :, :4] += 100
     np.savez(tmp_path / "numbered.npz", x_train=pixels, x_test=pixels[:4])
     return {"name": "npz", "path": str(tmp_path / "numbered.npz"), "validation": 0}
@@ -58,11 +62,15 @@ def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
     splits = {name: data_set(section).split(name) for name in ("train", "validation", "test")}
     assert [len(s) for s in splits.values()] == [30, 10, 6]
     assert set(splits["train"].indices) | set(splits["validation"].indices) == set(range(40))
-    assert np.array_equal(data_set(section).split("validation").indices, splits["validation"].indices)
+    assert np.array_equal(
+        data_set(section).split("validation").indices, splits["validation"].indices
+    )
     other = data_set({**section, "split_seed": 1}).split("validation").indices
     assert not np.array_equal(other, splits["validation"].indices)
     with np.load(section["path"]) as arrays:
-        assert np.array_equal(splits["test"].take(slice(None)), arrays["x_test"].transpose(0, 3, 1, 2))
+        assert np.array_equal(
+            splits["test"].take(slice(None)), arrays["x_test"].transpose(0, 3, 1, 2)
+        )
         expected = arrays["x_train"].transpose(0, 3, 1, 2)[splits["train"].indices]
         assert np.array_equal(splits["train"].take(slice(None)), expected)
 
@@ -89,12 +97,22 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
     section = npz(tmp_path / "a.npz", train=40, validation=4)
     base = data_set(section).fingerprint
     assert base == data_set(section).fingerprint
-    assert base["train"] == 36 and base["validation"] == 4 and base["shape"] == [1, 8, 8] and base["levels"] == 256
+    assert (
+        base["train"] == 36
+        and base["validation"] == 4
+        and base["shape"] == [1, 8, 8]
+        and base["levels"] == 256
+    )
     with np.load(section["path"]) as arrays:
         arrays = {key: arrays[key].copy() for key in arrays.files}
     arrays["x_train"][17, 3, 3, 0] ^= 1
     np.savez(tmp_path / "b.npz", **arrays)
-    for change in ({"path": str(tmp_path / "b.npz")}, {"split_seed": 1}, {"validation": 5}, {"n_bits": 5}):
+    for change in (
+        {"path": str(tmp_path / "b.npz")},
+        {"split_seed": 1},
+        {"validation": 5},
+        {"n_bits": 5},
+    ):
         assert data_set({**section, **change}).fingerprint != base, change
     for same in ({"flip": True}, {"shift": 1}, {"max_in_memory": 0}):
         assert data_set({**section, **same}).fingerprint == base, same
@@ -142,7 +160,11 @@ def test_a_shift_leaves_something_of_the_shorter_side(tmp_path):
     "images, read, message",
     [
         ("(1, 4, 4), 10", "np.full((5, 1, 4, 4), 10, 'u1')", "a value of 10, expected 0..9"),
-        ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 images of shape \(1, 4, 5\), expected \(1, 4, 4\)"),
+        (
+            "(1, 4, 4), 256",
+            "np.zeros((5, 1, 4, 5), 'u1')",
+            r"5 images of shape \(1, 4, 5\), expected \(1, 4, 4\)",
+        ),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
     ],
@@ -181,12 +203,18 @@ def test_a_batch_larger_than_the_split(numbered):
 
 
 def test_the_order_is_seeded(numbered):
-    assert [ids(x) for x in first(batches(numbered), 5)] == [ids(x) for x in first(batches(numbered), 5)]
-    assert [ids(x) for x in first(batches(numbered), 5)] != [ids(x) for x in first(batches(numbered, seed=1), 5)]
+    assert [ids(x) for x in first(batches(numbered), 5)] == [
+        ids(x) for x in first(batches(numbered), 5)
+    ]
+    assert [ids(x) for x in first(batches(numbered), 5)] != [
+        ids(x) for x in first(batches(numbered, seed=1), 5)
+    ]
 
 
 @pytest.mark.parametrize("start", [1, 3, 4, 9])
-@pytest.mark.parametrize("options", [{}, {"flip": True, "shift": 2}, {"max_in_memory": 0, "workers": 0, "shift": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"flip": True, "shift": 2}, {"max_in_memory": 0, "workers": 0, "shift": 1}]
+)
 def test_resumable_from_any_step(numbered, start, options):
     section = {**numbered, **options}
     every = first(batches(section), start + 4)
@@ -221,7 +249,9 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
     rng = np.random.default_rng(0)
     for i in range(23):
         (tmp_path / "images").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), "u1")).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), "u1")).save(
+            tmp_path / "images" / f"{i}.png"
+        )
     section = {"name": "folder", "path": str(tmp_path / "images"), "size": 8, "validation": 4}
     resident = batches(section)
     streamed = batches({**section, "max_in_memory": 0, "workers": workers})
@@ -271,7 +301,9 @@ def test_flips():
     assert (mirrored | (y == x).flatten(1).all(1)).all()
     assert 150 < mirrored.sum() < 250
     assert torch.equal(x, before) and y.dtype == torch.uint8
-    assert torch.equal(y, augment(x, True, 0, seeded())) and not torch.equal(y, augment(x, True, 0, seeded(2)))
+    assert torch.equal(y, augment(x, True, 0, seeded())) and not torch.equal(
+        y, augment(x, True, 0, seeded(2))
+    )
 
 
 def test_shifts():
@@ -348,13 +380,34 @@ def values(data, split="all"):
 
 
 def test_what_fits_another_data_set_comes_from_the_models_own(tmp_path):
-    own = npz(tmp_path / "a.npz", n_bits=5, split_seed=3, root=str(tmp_path), layout="nchw", shape=(3, 8, 8))
+    own = npz(
+        tmp_path / "a.npz",
+        n_bits=5,
+        split_seed=3,
+        root=str(tmp_path),
+        layout="nchw",
+        shape=(3, 8, 8),
+    )
     mnist = section_named("mnist", a_config("nice", data=own).data, (3, 8, 8), "--dataset")
-    assert (mnist["name"], mnist["n_bits"], mnist["split_seed"], mnist["root"]) == ("mnist", 5, 3, str(tmp_path))
+    assert (mnist["name"], mnist["n_bits"], mnist["split_seed"], mnist["root"]) == (
+        "mnist",
+        5,
+        3,
+        str(tmp_path),
+    )
     assert not {"path", "layout"} & set(mnist)
-    np.savez(tmp_path / "b.npz", x_train=np.zeros((4, 1, 4, 4), "u1"), x_test=np.zeros((2, 1, 4, 4), "u1"))
+    np.savez(
+        tmp_path / "b.npz",
+        x_train=np.zeros((4, 1, 4, 4), "u1"),
+        x_test=np.zeros((2, 1, 4, 4), "u1"),
+    )
     other = named(tmp_path / "b.npz", own)
-    assert (other.config.layout, other.shape, other.levels, other.undivided) == ("nchw", (1, 4, 4), 32, False)
+    assert (other.config.layout, other.shape, other.levels, other.undivided) == (
+        "nchw",
+        (1, 4, 4),
+        32,
+        False,
+    )
     folder = named(pictures(tmp_path / "p", 3), own, shape=(1, 6, 4))
     assert (folder.shape, folder.config.resize) == ((1, 6, 6), "crop")
     own = {"name": "folder", "path": str(tmp_path / "p"), "size": 8, "resize": "stretch"}
@@ -382,7 +435,9 @@ def test_a_folder_with_a_test_part_keeps_its_splits(tmp_path):
 def test_all_images_of_a_file_without_splits(tmp_path, layout):
     pixels = np.arange(25, dtype="u1").reshape(25, 1, 1, 1) * np.ones((1, 3, 3, 3), "u1")
     np.savez(tmp_path / "b.npz", x_train=pixels)
-    data = named(tmp_path / "b.npz", npz(tmp_path / "a.npz", layout=layout, shape=(3, 8, 3), n_bits=7))
+    data = named(
+        tmp_path / "b.npz", npz(tmp_path / "a.npz", layout=layout, shape=(3, 8, 3), n_bits=7)
+    )
     assert data.undivided and values(data) == [i // 2 for i in range(25)]
 
 
@@ -398,7 +453,12 @@ def test_the_models_own_data_keep_their_splits(tmp_path):
 def a_run():
     """A model of 3x8x8 images with 256 levels."""
     section = npz(FOLDER / "named.npz", shape=(8, 8, 3))
-    words = [*SMALL, *sets(data__name="npz", data__path=section["path"], train__num_steps=2, train__batch_size=8)]
+    words = [
+        *SMALL,
+        *sets(
+            data__name="npz", data__path=section["path"], train__num_steps=2, train__batch_size=8
+        ),
+    ]
     quick("train", *words, "--run-dir", "named", cwd=FOLDER).ok()
     return FOLDER / "named"
 
@@ -417,7 +477,9 @@ def test_evaluate_on_other_data(tmp_path):
     # The file as such scores as it does in the folder (its noise is that of the first image).
     one = json.loads(evaluate(tmp_path, "--dataset", "p/0.png", "--json", "-").ok().out)
     assert one["num_images"] == 1
-    assert one["bits_per_dim"] == pytest.approx(float((tmp_path / "s.csv").read_text().splitlines()[1].split(",")[1]))
+    assert one["bits_per_dim"] == pytest.approx(
+        float((tmp_path / "s.csv").read_text().splitlines()[1].split(",")[1])
+    )
     # Keys of data still apply.
     reduced = evaluate(tmp_path, "--dataset", "p", "--set", "data.size=6")
     reduced.failed(2, "(3, 6, 6) with 256 levels cannot be evaluated", "(3, 8, 8)")
@@ -429,23 +491,34 @@ def test_the_result_on_other_data_does_not_replace_that_on_the_models_own(tmp_pa
     evaluate(tmp_path, "--dataset", section["path"]).ok()
     assert set(tree(a_run())) - set(before) == {"evaluate-b-test.json"}
     split = evaluate(tmp_path, "--dataset", "b.npz", "--split", "validation", "--json", "-").ok()
-    assert json.loads(split.out)["num_images"] == 2 and json.loads(split.out)["split"] == "validation"
+    assert (
+        json.loads(split.out)["num_images"] == 2 and json.loads(split.out)["split"] == "validation"
+    )
 
 
 @pytest.mark.parametrize(
     "words, fragments",
     [
-        (["--dataset", "mnits"], ["--dataset mnits: neither a data set", "mnist", "folder", ".png", ".npz"]),
+        (
+            ["--dataset", "mnits"],
+            ["--dataset mnits: neither a data set", "mnist", "folder", ".png", ".npz"],
+        ),
         (["--dataset", "npz.txt"], ["--dataset npz.txt: neither"]),
         (["--dataset", "no.npz"], ["--dataset no.npz: there is no such file"]),
         (["--dataset", "no.png"], ["--dataset no.png: there is no such file"]),
-        (["--dataset", "digits"], ["(1, 8, 8) with 17 levels cannot be evaluated", "(3, 8, 8) with 256 levels"]),
+        (
+            ["--dataset", "digits"],
+            ["(1, 8, 8) with 17 levels cannot be evaluated", "(3, 8, 8) with 256 levels"],
+        ),
         (["--dataset", "empty"], ["there is no image in", "empty"]),
         (["--dataset", "bad.png"], ["bad.png cannot be read as an image"]),
         (["--dataset", "bad.npz"], ["bad.npz is not an .npz file"]),
         (["--dataset", "p", "--split", "test"], ["--split test: p has no splits"]),
         (["--split", "all"], ["--split all: expected test, validation or train"]),
-        (["--dataset", "digits", "--set", "data.size=3"], ["--dataset digits: data.size: unknown key"]),
+        (
+            ["--dataset", "digits", "--set", "data.size=3"],
+            ["--dataset digits: data.size: unknown key"],
+        ),
     ],
 )
 def test_data_that_cannot_be_evaluated(tmp_path, words, fragments):

@@ -44,7 +44,8 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-POINTS = {"two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"}  # in test_points.py
+# in test_points.py
+POINTS = {"two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"}
 POINTS |= {"sphere"}  # in test_sphere.py
 HELPERS = {"base", "torchvision_source", "points"}
 
@@ -116,7 +117,9 @@ def test_importing_is_light():
         "new = set(sys.modules) - before\n"
         "assert not new & {'torch', 'torchvision', 'sklearn', 'rich'}, new"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -125,7 +128,8 @@ def test_importing_is_light():
 
 @pytest.mark.parametrize(
     "n, held, count",
-    [(1797, 0.1, 180), (10, 3, 3), (10, 0.25, 2), (10, 0, 0), (10, 0.0, 0), (5, 0.01, 1)] + [(10, 2.0, 2), (2, 1, 1)],
+    [(1797, 0.1, 180), (10, 3, 3), (10, 0.25, 2), (10, 0, 0), (10, 0.0, 0), (5, 0.01, 1)]
+    + [(10, 2.0, 2), (2, 1, 1)],
 )
 def test_hold_out(n, held, count):
     kept, out = base.hold_out(n, held, 0)
@@ -141,7 +145,9 @@ def test_hold_out_depends_on_the_seed_alone():
     assert base.hold_out(20, 5, 0)[1].tolist() == [1, 4, 9, 10, 11]
 
 
-@pytest.mark.parametrize("n, held", [(10, 10), (10, 11), (1, 0.5), (0, 0), (10, -1), (10, 1.5), (10, float("nan"))])
+@pytest.mark.parametrize(
+    "n, held", [(10, 10), (10, 11), (1, 0.5), (0, 0), (10, -1), (10, 1.5), (10, float("nan"))]
+)
 def test_hold_out_refuses(n, held):
     with pytest.raises(UserError, match=r"cannot hold"):
         base.hold_out(n, held, 0)
@@ -243,7 +249,9 @@ def test_open_image_levels(tmp_path, levels):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
     out = base.open_image(tmp_path / "a.png", (1, 16, 16), levels)[0]
-    wanted = {256: values, 32: values >> 3, 2: values >> 7}.get(levels, np.round(values / 255 * 16).astype(np.uint8))
+    wanted = {256: values, 32: values >> 3, 2: values >> 7}.get(
+        levels, np.round(values / 255 * 16).astype(np.uint8)
+    )
     assert out.dtype == np.uint8 and np.array_equal(out, wanted) and out.max() == levels - 1
 
 
@@ -427,7 +435,9 @@ def test_download_that_is_no_gzip(tiny_mnist, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
-@pytest.mark.parametrize("damage", [cut, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes() + b"x")])
+@pytest.mark.parametrize(
+    "damage", [cut, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes() + b"x")]
+)
 def test_damaged_raw_file(tiny_mnist, tmp_path, closed, damage, name):
     site, wanted, set_mirrors = tiny_mnist
     with served(site) as (address, _):
@@ -791,7 +801,9 @@ def test_folder_resize_policies(tmp_path):
     build = functools.partial(folder.build, tmp_path, "train", path=tmp_path, size=12, channels=1)
     assert check(build(resize="crop")).min() > 225
     assert check(build(resize="stretch")).min() == 0
-    with pytest.raises(UserError, match=r"1 of 1 images .* not 12x12, the first train/a.png \(36x12\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 images .* not 12x12, the first train/a.png \(36x12\)"
+    ):
         build(resize="exact").read()
 
 

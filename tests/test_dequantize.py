@@ -1,4 +1,6 @@
-"""Integers to reals and back: every value, at the edges of its bin, and what the likelihood makes of it."""
+"""Integers to reals and back: every value, at the edges of its bin, and what the likelihood makes
+of it.
+"""
 
 import math
 
@@ -13,7 +15,9 @@ from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
 from flowtrain.flow.flow import Flow
 
 every_q = pytest.mark.parametrize("levels", [2, 16, 17, 256])
-both = pytest.mark.parametrize("transform, alpha", [("center", 0.05), ("logit", 0.05), ("logit", 1e-5)])
+both = pytest.mark.parametrize(
+    "transform, alpha", [("center", 0.05), ("logit", 0.05), ("logit", 1e-5)]
+)
 LARGEST = 1 - 2.0**-24  # the largest float32 below 1: 255 + LARGEST is 256
 
 
@@ -33,7 +37,11 @@ def test_noise_stays_in_its_bin(levels, transform, alpha, u):
     x = every_value(levels).expand(-1, 1, 8, 8)
     noise = torch.rand(x.shape, generator=seeded()) if u == "random" else torch.full(x.shape, u)
     v, log_terms = dequantizer(x, noise)
-    assert v.dtype == log_terms.dtype == torch.float32 and torch.isfinite(v).all() and torch.isfinite(log_terms).all()
+    assert (
+        v.dtype == log_terms.dtype == torch.float32
+        and torch.isfinite(v).all()
+        and torch.isfinite(log_terms).all()
+    )
     assert torch.equal(dequantizer.to_data(v), x)
     y = dequantizer.to_unit(v)
     assert (y >= 0).all() and (y < 1).all()
@@ -60,19 +68,24 @@ def test_centring_is_about_zero(levels):
 @both
 @every_q
 def test_log_terms_are_the_log_derivative_of_the_noise(levels, transform, alpha):
-    # v is a function of u with the bin's density: log|dv/du| = log|dv/dy| - log Q, a figure for each image.
+    # v is a function of u with the bin's density: log|dv/du| = log|dv/dy| - log Q, a figure for
+    # each image.
     dequantizer = Dequantizer(levels, transform, alpha)
     x = images(3, (2, 2, 1), levels)
     noise = torch.rand(x.shape, generator=seeded(1), dtype=torch.float64)
     v, log_terms = dequantizer(x, noise)
-    jacobian = torch.autograd.functional.jacobian(lambda u: dequantizer(x, u)[0], noise).reshape(3, 4, 3, 4)
+    jacobian = torch.autograd.functional.jacobian(lambda u: dequantizer(x, u)[0], noise).reshape(
+        3, 4, 3, 4
+    )
     expected = torch.stack([torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(3)])
     assert log_terms.shape == (3,)
     torch.testing.assert_close(log_terms, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_logit_is_as_in_the_paper():
-    v = Dequantizer(256, "logit", 0.05).middle(torch.full((1, 1, 1, 1), 100, dtype=torch.uint8), torch.float64)
+    v = Dequantizer(256, "logit", 0.05).middle(
+        torch.full((1, 1, 1, 1), 100, dtype=torch.uint8), torch.float64
+    )
     s = 0.05 + 0.9 * 100.5 / 256
     assert v.item() == pytest.approx(math.log(s / (1 - s)), rel=1e-14)
 
@@ -113,7 +126,9 @@ def test_nothing_is_changed_in_place(transform, alpha):
 def test_noise_is_uniform_and_belongs_to_its_generator():
     noise = draw_noise((200, 1, 8, 8), seeded(3), torch.device("cpu"))
     assert noise.dtype == torch.float32 and noise.min() >= 0 and noise.max() < 1
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.var().item() == pytest.approx(1 / 12, abs=3e-3)
+    assert noise.mean().item() == pytest.approx(
+        0.5, abs=0.01
+    ) and noise.var().item() == pytest.approx(1 / 12, abs=3e-3)
     assert torch.equal(noise, draw_noise((200, 1, 8, 8), seeded(3), torch.device("cpu")))
     in_parts = seeded(3)
     parts = [draw_noise((n, 1, 8, 8), in_parts, torch.device("cpu")) for n in (1, 7, 192)]
@@ -124,7 +139,9 @@ def test_noise_is_uniform_and_belongs_to_its_generator():
 
 
 class UniformOnTheCube(Bijection):
-    """The normal quantile of each entry of [-1/2, 1/2]: the model under which every image is as likely."""
+    """The normal quantile of each entry of [-1/2, 1/2]: the model under which every image is as
+    likely.
+    """
 
     def __init__(self):
         super().__init__()
@@ -132,7 +149,8 @@ class UniformOnTheCube(Bijection):
 
     def forward(self, x, context=None):
         z = math.sqrt(2) * torch.erfinv(2 * x.flatten(1).double())
-        return z, sum_per_example(0.5 * z.square() + 0.5 * math.log(2 * math.pi))  # dz/dv = 1 / N(z; 0, 1)
+        # dz/dv = 1 / N(z; 0, 1)
+        return z, sum_per_example(0.5 * z.square() + 0.5 * math.log(2 * math.pi))
 
 
 @every_q
@@ -140,7 +158,9 @@ def test_a_model_uniform_on_the_cube_scores_log2_q(levels):
     shape = (3, 4, 4)
     flow = Flow(UniformOnTheCube(), Dequantizer(levels), shape)
     bits = flow.bits_per_dim(images(20, shape, levels), seeded())
-    torch.testing.assert_close(bits, torch.full((20,), math.log2(levels), dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        bits, torch.full((20,), math.log2(levels), dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 @every_q
@@ -164,4 +184,6 @@ def test_a_gaussian_model_scores_its_density(levels, transform):
         s = 0.05 + 0.9 * y.flatten(1)
         density = (normal.log_prob(torch.logit(s)) + math.log(0.9) - torch.log(s * (1 - s))).sum(1)
     expected = -(density - 12 * math.log(levels)) / (12 * math.log(2))
-    torch.testing.assert_close(flow.bits_per_dim(x, seeded(1)).detach(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flow.bits_per_dim(x, seeded(1)).detach(), expected, rtol=1e-9, atol=1e-9
+    )

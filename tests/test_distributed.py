@@ -1,6 +1,7 @@
 """Several processes: the same training as one, stopped, killed and continued as one.
 
-Most tests start the processes with torchrun's environment and without torchrun, to see the end of each.
+Most tests start the processes with torchrun's environment and without torchrun, to see the end of
+each.
 """
 
 import fcntl
@@ -43,10 +44,25 @@ from flowtrain.training.stop import _Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
-# All that could differ: clipping, the average, warm-up, decay, weight decay, augmentation, two-part steps.
-ALL = [*MODEL, *sets(train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine")]
-ALL += sets(train__weight_decay=1e-2, train__num_steps=20, data__shift=1, data__flip="true", train__log_every=1)
-ALL += sets(train__validate_every=4, train__sample_every=1000, train__checkpoint_every=10, train__keep_checkpoints=5)
+# All that could differ: clipping, the average, warm-up, decay, weight decay, augmentation, two-part
+# steps.
+ALL = [
+    *MODEL,
+    *sets(train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine"),
+]
+ALL += sets(
+    train__weight_decay=1e-2,
+    train__num_steps=20,
+    data__shift=1,
+    data__flip="true",
+    train__log_every=1,
+)
+ALL += sets(
+    train__validate_every=4,
+    train__sample_every=1000,
+    train__checkpoint_every=10,
+    train__keep_checkpoints=5,
+)
 LONG = [*SMALL, *sets(train__num_steps=100_000, train__log_every=1, train__checkpoint_every=10)]
 LONG += sets(train__validate_every=100_000, train__sample_every=100_000, train__keep_checkpoints=0)
 
@@ -65,7 +81,10 @@ def torchrun_environment(count: int) -> list[dict[str, str]]:
 
 def begin(count, *args, cwd, cwds=None, **options) -> list[Forked]:
     envs = torchrun_environment(count)
-    return [Forked(args, (cwds or [cwd] * count)[rank], **options, **env) for rank, env in enumerate(envs)]
+    return [
+        Forked(args, (cwds or [cwd] * count)[rank], **options, **env)
+        for rank, env in enumerate(envs)
+    ]
 
 
 def together(count, *args, cwd=None, **options) -> list[Result]:
@@ -99,12 +118,16 @@ def assert_close_runs(one, other, tolerance):
     ]
     assert losses(one) == pytest.approx(losses(other), abs=tolerance, rel=0)
     a, b = checkpoint_format.read(last(one)), checkpoint_format.read(last(other))
-    assert a.tensors.keys() == b.tensors.keys() and any(name.startswith("ema.") for name in a.tensors)
+    assert a.tensors.keys() == b.tensors.keys() and any(
+        name.startswith("ema.") for name in a.tensors
+    )
     for name, tensor in a.tensors.items():
-        torch.testing.assert_close(tensor, b.tensors[name], atol=tolerance, rtol=0, msg=lambda text, n=name: n + text)
+        torch.testing.assert_close(
+            tensor, b.tensors[name], atol=tolerance, rtol=0, msg=lambda text, n=name: n + text
+        )
 
 
-# --- the same as one process ------------------------------------------------------------------------------------------
+# --- the same as one process ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +147,9 @@ def alone():
     ids=["2", "2-accumulating", "4-streamed"],
 )
 def test_the_same_losses_and_weights(count, options, alone, tmp_path):
-    out = all_ok(together(count, "train", *ALL, *options, "--run-dir", "r", cwd=tmp_path, first=FLOAT64))
+    out = all_ok(
+        together(count, "train", *ALL, *options, "--run-dir", "r", cwd=tmp_path, first=FLOAT64)
+    )
     assert f"on cpu, {count} processes" in out
     assert_close_runs(alone, tmp_path / "r", 1e-9)
     assert losses(alone)[0] - losses(alone)[-1] > 0.02
@@ -132,10 +157,19 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
 
 
 def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
-    options = sets(train__optimizer="muon", model__classes=10, dequantization__name="variational", train__num_steps=5)
+    options = sets(
+        train__optimizer="muon",
+        model__classes=10,
+        dequantization__name="variational",
+        train__num_steps=5,
+    )
     options += sets(train__clip_norm=1)
     quick("train", *ALL, *options, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
-    all_ok(together(2, "train", *ALL, *options, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
+    all_ok(
+        together(
+            2, "train", *ALL, *options, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64
+        )
+    )
     # Muon orthogonalizes in bfloat16, which makes more of a difference in the last bits.
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-3)
 
@@ -168,15 +202,27 @@ train._loop, Batches.positions = saving, noting
 
 
 def test_every_process_has_the_same_weights_and_average_and_other_images(tmp_path):
-    options = ["train", *ALL, *parts(100), *sets(train__num_steps=14)]  # 1455 images: an epoch is 7.3 steps
+    # 1455 images: an epoch is 7.3 steps
+    options = ["train", *ALL, *parts(100), *sets(train__num_steps=14)]
     all_ok(together(2, *options, "--run-dir", "r", cwd=tmp_path, first=SAVING_ALL))
     saved = [torch.load(tmp_path / f"process-{rank}.pt", weights_only=False) for rank in range(2)]
     for tensors in zip(*[each[:2] for each in saved], strict=True):
         assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
-    order = np.concatenate([part for step in zip(saved[0][2], saved[1][2], strict=True) for part in step])
-    assert len(order) == 2800 and sorted(order[:1455]) == list(range(1455))  # each image once an epoch
+    order = np.concatenate(
+        [part for step in zip(saved[0][2], saved[1][2], strict=True) for part in step]
+    )
+    # each image once an epoch
+    assert len(order) == 2800 and sorted(order[:1455]) == list(range(1455))
     # The data-dependent initialization is that of one process with the whole batch.
-    quick("train", *ALL, *parts(200), *sets(train__num_steps=1, train__lr=1e-30), "--run-dir", "1", cwd=tmp_path).ok()
+    quick(
+        "train",
+        *ALL,
+        *parts(200),
+        *sets(train__num_steps=1, train__lr=1e-30),
+        "--run-dir",
+        "1",
+        cwd=tmp_path,
+    ).ok()
     one = checkpoint_format.read(last(tmp_path / "1")).part("model")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, saved[0][0][f"model.{name}"], rtol=0, atol=1e-29)
@@ -200,13 +246,17 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
     def batch(rank, world, step, images, section=section):
         as_process(rank, world)
         settings = a_config(data=section)
-        return next(Batches(data, settings, 24 // world, torch.device("cpu")).starting_at(step, images))
+        return next(
+            Batches(data, settings, 24 // world, torch.device("cpu")).starting_at(step, images)
+        )
 
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
         whole = batch(0, 1, step, consumed)
         for world in (2, 3):
-            assert torch.equal(whole, torch.cat([batch(rank, world, step, consumed) for rank in range(world)]))
+            assert torch.equal(
+                whole, torch.cat([batch(rank, world, step, consumed) for rank in range(world)])
+            )
         assert torch.equal(whole[12:], batch(1, 2, step, consumed, streamed))
     as_process(1, 2)
     pieces = Batches(data, config, 12, torch.device("cpu"))
@@ -227,12 +277,18 @@ def test_noise_of_a_part():
     x = torch.zeros(count, 1, 2, 2)
     whole = _noise(config, 3, x, 0)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
-    for begins, ends in [(0, 5), (NOISE_BLOCK - 1, NOISE_BLOCK + 1), (NOISE_BLOCK, count), (700, 1020), (7, count)]:
+    for begins, ends in [
+        (0, 5),
+        (NOISE_BLOCK - 1, NOISE_BLOCK + 1),
+        (NOISE_BLOCK, count),
+        (700, 1020),
+        (7, count),
+    ]:
         assert torch.equal(_noise(config, 3, x[begins:ends], begins), whole[begins:ends])
     assert not torch.equal(_noise(config, 4, x, 0), whole)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 def put_back(run, step=10):
@@ -261,19 +317,31 @@ def test_resumed_by_two_processes_and_by_one_again(alone, tmp_path):
 
 
 def test_resumed_with_more_images_a_step(alone, tmp_path):
-    """The order goes on after the images that were used, as when the number of processes is all that is changed."""
+    """The order goes on after the images that were used, as when the number of processes is all
+    that is changed.
+    """
     run = put_back(copy_of(alone, tmp_path / "r"))
     command = ["train", *ALL, "--run-dir", "r"]
     all_ok(together(2, *command, *parts(32), cwd=tmp_path, first=FLOAT64 + SAVING_ALL))
-    saved = [torch.load(tmp_path / f"process-{rank}.pt", weights_only=False)[2] for rank in range(2)]
+    saved = [
+        torch.load(tmp_path / f"process-{rank}.pt", weights_only=False)[2] for rank in range(2)
+    ]
     config = a_config(data={"name": "digits"})
     order = Batches(DataSet(config.data), config, 10 * 64, torch.device("cpu")).positions(10 * 32)
-    assert np.array_equal(order, np.concatenate([part for step in zip(*saved, strict=True) for part in step]))
+    assert np.array_equal(
+        order, np.concatenate([part for step in zip(*saved, strict=True) for part in step])
+    )
     assert summary(run)["images"] == 10 * 32 + 10 * 64
     assert losses(run)[:12] == losses(alone)[:12] and losses(run)[13] != losses(alone)[13]
     put_back(run)
-    # Now 10 * 32 images are used up, and a step of 2 * 20 is neither the old one nor the same configuration.
-    all_failed(together(2, *command, *parts(20), cwd=tmp_path), 2, "train.batch_size: ", "has 32, this command 20")
+    # Now 10 * 32 images are used up, and a step of 2 * 20 is neither the old one nor the same
+    # configuration.
+    all_failed(
+        together(2, *command, *parts(20), cwd=tmp_path),
+        2,
+        "train.batch_size: ",
+        "has 32, this command 20",
+    )
 
 
 def test_the_order_goes_on_with_another_number_of_processes(as_process, tmp_path):
@@ -285,7 +353,9 @@ def test_the_order_goes_on_with_another_number_of_processes(as_process, tmp_path
             consumed = len(order)
             for rank in range(world):
                 as_process(rank, world)
-                order += Batches(data, config, batch, torch.device("cpu")).positions(consumed).tolist()
+                order += (
+                    Batches(data, config, batch, torch.device("cpu")).positions(consumed).tolist()
+                )
     assert sorted(order) == list(range(60))
 
 
@@ -294,10 +364,16 @@ def test_a_checkpoint_of_before(tmp_path):
     quick("train", *ALL, *parts(32), "--run-dir", "r", cwd=tmp_path).ok()
     run = put_back(tmp_path / "r")
     saved = checkpoint_format.read(last(run))
-    old = {key: value for key, value in saved.meta.items() if key not in ("format", "versions", "processes")}
+    old = {
+        key: value
+        for key, value in saved.meta.items()
+        if key not in ("format", "versions", "processes")
+    }
     last(run).unlink()
     checkpoint_format.write(last(run), old, saved.tensors)
-    quick("train", *ALL, *parts(16), "--run-dir", "r", cwd=tmp_path).failed(2, "train.batch_size", "has 32")
+    quick("train", *ALL, *parts(16), "--run-dir", "r", cwd=tmp_path).failed(
+        2, "train.batch_size", "has 32"
+    )
     all_ok(together(2, "train", *ALL, *parts(16), "--run-dir", "r", cwd=tmp_path))
 
 
@@ -314,26 +390,39 @@ def test_without_a_shared_file_system(tmp_path):
     put_back(machines[0] / "r")
     assert "at step 10" in all_ok(together(2, "train", *options, cwds=machines))
     assert [path.name for path in machines[1].iterdir()] == ["own.npz"]
-    out = all_ok(together(2, "evaluate", "r", "--split", "train", "--set", "data.path=own.npz", cwds=machines))
+    out = all_ok(
+        together(
+            2, "evaluate", "r", "--split", "train", "--set", "data.path=own.npz", cwds=machines
+        )
+    )
     assert "r/evaluate-train.json" in out
     # Other images on one machine are noticed, and so are missing ones.
     put_back(machines[0] / "r")
     np.savez(machines[1] / "own.npz", x_train=rng.integers(0, 256, (80, 8, 8), "u1"))
-    all_failed(together(2, "train", *options, cwds=machines), 2, "images.content: process 0 has", "process 1")
+    all_failed(
+        together(2, "train", *options, cwds=machines),
+        2,
+        "images.content: process 0 has",
+        "process 1",
+    )
     (machines[1] / "own.npz").unlink()
     all_failed(together(2, "train", *options, cwds=machines), 2, "own.npz")
 
 
-# --- what ends one ends all -------------------------------------------------------------------------------------------
+# --- what ends one ends all -----------------------------------------------------------------------
 
 
 def test_an_error_is_said_once(tmp_path):
-    all_failed(together(3, "train", *ALL, *sets(train__lr=-1), cwd=tmp_path), 2, "train.lr", "got -1")
+    all_failed(
+        together(3, "train", *ALL, *sets(train__lr=-1), cwd=tmp_path), 2, "train.lr", "got -1"
+    )
     options = ["train", *ALL, "--run-dir", "r"]
     (tmp_path / "r").mkdir()
     with (tmp_path / "r" / ".lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        all_failed(together(2, *options, cwd=tmp_path), 2, "--run-dir r", "in use by another process")
+        all_failed(
+            together(2, *options, cwd=tmp_path), 2, "--run-dir r", "in use by another process"
+        )
     (tmp_path / "r" / "checkpoints").write_text("")
     all_failed(together(2, *options, cwd=tmp_path), 2, "--run-dir r", "is not a folder")
     all_failed(together(2, *options, "--device", "cuda:1", cwd=tmp_path), 2, "--device cuda:1")
@@ -345,12 +434,19 @@ def test_a_full_disk_ends_all(tmp_path):
     processes = []
     for rank, env in enumerate(torchrun_environment(2)):
         limit = 16_000 if rank == 0 else None
-        processes.append(Forked(["train", *LONG, "--run-dir", "r"], cwd=tmp_path, file_limit=limit, **env))
+        processes.append(
+            Forked(["train", *LONG, "--run-dir", "r"], cwd=tmp_path, file_limit=limit, **env)
+        )
     all_failed([process.result() for process in processes], 1, "cannot be written", "is kept")
 
 
 def test_steps_that_are_not_finite(tmp_path):
-    options = ["train", *ALL, *parts(16), *sets(train__lr=1e39, train__warmup_steps=0, train__max_non_finite=1)]
+    options = [
+        "train",
+        *ALL,
+        *parts(16),
+        *sets(train__lr=1e39, train__warmup_steps=0, train__max_non_finite=1),
+    ]
     results = together(2, *options, "--run-dir", "r", cwd=tmp_path)
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
     assert "back at step 0, with the learning rate times 0.5" in results[0].out
@@ -360,7 +456,10 @@ def test_steps_that_are_not_finite(tmp_path):
 
 def wait_for_step(run, step):
     with within(60, f"step {step} of {run}") as expired:
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count('"train"') < step:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or (run / "metrics.jsonl").read_text().count('"train"') < step
+        ):
             expired()
 
 
@@ -370,10 +469,14 @@ def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
     wait_for_step(tmp_path / "r", 3)
     os.kill(processes[rank].process.pid, signum)
     results = [process.result() for process in processes]
-    assert [each.code for each in results] == [code, code] and not any(each.err for each in results), results
+    assert [each.code for each in results] == [code, code] and not any(
+        each.err for each in results
+    ), results
     step = summary(tmp_path / "r")["step"]
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] == step >= 3
-    assert f"stopped by {signum.name} at step {step}; saved" in results[0].out and results[1].out == ""
+    assert (
+        f"stopped by {signum.name} at step {step}; saved" in results[0].out and results[1].out == ""
+    )
     assert left_overs(tmp_path / "r") == []
 
 
@@ -392,42 +495,65 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     processes[1].process.kill()
     results = [process.result() for process in processes]
     assert results.pop(1).code == -signal.SIGKILL
-    all_failed(results, 1, "has lost another process of this run: it was killed", "r/checkpoints/last.safetensors")
+    all_failed(
+        results,
+        1,
+        "has lost another process of this run: it was killed",
+        "r/checkpoints/last.safetensors",
+    )
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
 def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     torchrun += ["--max-restarts", "1", "-m", "flowtrain"]
     options = ["train", *LONG, *sets(train__num_steps=100), "--run-dir", "r"]
     launcher = start(*options, cwd=tmp_path, command=torchrun)
     wait_for_step(tmp_path / "r", 12)
     workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (victim,) = [pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    (victim,) = [
+        pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+    ]
     os.kill(int(victim), signal.SIGKILL)
     done = result(launcher)
     assert done.code == 0 and "Traceback" not in done.err, done
     assert done.err.count("has lost another process of this run") == 1
     assert "going on from r/checkpoints/last.safetensors at step" in done.out
-    assert [row["step"] for row in metrics(tmp_path / "r") if row["split"] == "train"] == list(range(1, 101))
+    assert [row["step"] for row in metrics(tmp_path / "r") if row["split"] == "train"] == list(
+        range(1, 101)
+    )
     assert summary(tmp_path / "r")["finished"] and left_overs(tmp_path / "r") == []
 
 
 def test_a_budget_ends_for_all_at_once(tmp_path):
     options = sets(train__budget="1s", train__schedule="linear", train__warmup_steps=0)
-    fast = "import os, time; c = time.perf_counter; time.perf_counter = lambda: c() * (1 + 9 * int(os.environ['RANK']))"
+    fast = (
+        "import os, time; c = time.perf_counter; time.perf_counter = lambda: c() * (1 + 9 * "
+        "int(os.environ['RANK']))"
+    )
     all_ok(together(2, "train", *LONG, *options, "--run-dir", "r", cwd=tmp_path, first=fast))
     after = summary(tmp_path / "r")
     assert after["finished"] and 1 <= after["seconds"] < 3
     rates = [row["lr"] for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 3
-    assert "nothing to do" in all_ok(together(2, "train", *LONG, *options, "--run-dir", "r", cwd=tmp_path))
+    assert "nothing to do" in all_ok(
+        together(2, "train", *LONG, *options, "--run-dir", "r", cwd=tmp_path)
+    )
 
 
 def test_an_environment_that_is_not_torchruns(tmp_path):
     env = torchrun_environment(2)[0]
     del env["MASTER_PORT"]
-    Forked(["train", *ALL], cwd=tmp_path, **env).result().failed(2, "MASTER_PORT: is ''", "torchrun")
+    Forked(["train", *ALL], cwd=tmp_path, **env).result().failed(
+        2, "MASTER_PORT: is ''", "torchrun"
+    )
     Forked(["train", "--dry-run"], cwd=tmp_path, WORLD_SIZE="1", RANK="0").result().ok()
 
 
@@ -445,26 +571,43 @@ def test_exit_codes():
     assert exit_code(ValueError()) == 1
 
 
-# --- the other commands -----------------------------------------------------------------------------------------------
+# --- the other commands ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count, images", [(2, 101), (3, 2)])
 def test_evaluation_is_sharded(count, images, alone, tmp_path):
-    options = ["evaluate", alone, "--num-images", images, "--samples", 2, "--json", "-", "--batch-size", 20]
+    options = [
+        "evaluate",
+        alone,
+        "--num-images",
+        images,
+        "--samples",
+        2,
+        "--json",
+        "-",
+        "--batch-size",
+        20,
+    ]
     alone = quick(*options, "--scores", "1.csv", cwd=tmp_path).ok()
     results = together(count, *options, "--scores", "n.csv", cwd=tmp_path)
-    assert all(each.ok() for each in results) and all(each.out + each.err == "" for each in results[1:])
+    assert all(each.ok() for each in results) and all(
+        each.out + each.err == "" for each in results[1:]
+    )
     one, several = (eval(text, {"null": None}) for text in (alone.out, results[0].out))
     assert one.keys() == several.keys() and several["num_images"] == images
     for key, value in one.items():
-        assert several[key] == (pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value), key
+        assert several[key] == (
+            pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value
+        ), key
     scores = [np.loadtxt(tmp_path / name, delimiter=",", skiprows=1) for name in ("1.csv", "n.csv")]
     np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(alone, tmp_path):
     saved = checkpoint_format.read(last(alone))
-    name = next(name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift"))
+    name = next(
+        name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift")
+    )
     saved.tensors[name][:] = torch.nan
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
     checkpoint_format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
@@ -488,7 +631,9 @@ def test_a_dry_run_of_two(tmp_path):
 
 def test_alone_nothing_is_shared():
     assert (distributed.world(), distributed.rank(), distributed.is_main()) == (1, 0, True)
-    assert distributed.total([0.1, 2.0]) == [0.1, 2.0] and list(distributed.share(7)) == list(range(7))
+    assert distributed.total([0.1, 2.0]) == [0.1, 2.0] and list(distributed.share(7)) == list(
+        range(7)
+    )
     flow = tiny_flow()
     assert distributed.parallel(flow) is flow
     with distributed.setup():

@@ -48,8 +48,12 @@ BOTH = ("inverse of forward", "forward of inverse")
 FIRST = "levels.0.layers.1"  # Glow's first ActNorm; then the 1x1 convolution and the coupling
 
 
-def a_model(tmp_path, name="glow", shape=(1, 8, 8), scale=0.05, dequantization=None, data=None, **options):
-    """A tiny model, all parameters moved, that is initialized on the images of a data set, and the data set."""
+def a_model(
+    tmp_path, name="glow", shape=(1, 8, 8), scale=0.05, dequantization=None, data=None, **options
+):
+    """A tiny model, all parameters moved, that is initialized on the images of a data set, and the
+    data set.
+    """
     data = data or npz(tmp_path / "a.npz", shape=(*shape[1:], shape[0]))
     options = {"name": name, **TINY_MODELS[name], **options}
     config = a_config(options, data=data, dequantization=dequantization or {})
@@ -83,12 +87,36 @@ def layer_of(model, name):
 SOUND = [
     *[(name, {}) for name in TINY_MODELS],
     ("glow", {"shape": (3, 8, 8), "permutation": "conv1x1", "split": "mixed"}),
-    ("glow", {"coupling": "spline", "prior": "spline", "permutation": "shuffle", "conditioner": "gated"}),
-    ("glow", {"coupling": "mixture", "prior": "mixture", "split": "checkerboard", "conditioner": "depthwise"}),
-    ("glow", {"coupling": "additive", "shape": (3, 8, 8), "dequantization": {"name": "variational", "width": 4}}),
+    (
+        "glow",
+        {"coupling": "spline", "prior": "spline", "permutation": "shuffle", "conditioner": "gated"},
+    ),
+    (
+        "glow",
+        {
+            "coupling": "mixture",
+            "prior": "mixture",
+            "split": "checkerboard",
+            "conditioner": "depthwise",
+        },
+    ),
+    (
+        "glow",
+        {
+            "coupling": "additive",
+            "shape": (3, 8, 8),
+            "dequantization": {"name": "variational", "width": 4},
+        },
+    ),
     ("realnvp", {"shape": (3, 8, 8), "dequantization": {"transform": "logit"}}),
-    ("nice", {"shape": (3, 5, 5), "dequantization": {"name": "variational", "width": 4, "steps": 2}}),
-    ("nice", {"shape": (3, 1, 1), "dequantization": {"name": "variational", "width": 4, "steps": 2}}),
+    (
+        "nice",
+        {"shape": (3, 5, 5), "dequantization": {"name": "variational", "width": 4, "steps": 2}},
+    ),
+    (
+        "nice",
+        {"shape": (3, 1, 1), "dequantization": {"name": "variational", "width": 4, "steps": 2}},
+    ),
     ("realnvp", {"data": {"name": "two_moons"}}),
 ]
 
@@ -103,7 +131,9 @@ def test_a_sound_model(name, options, tmp_path):
     """Nothing is bad, and nothing is left out."""
     model, data = a_model(tmp_path, name, **options)
     steps = []
-    found = examined(model, data, num_images=3, progress=lambda done, total: steps.append((done, total)))
+    found = examined(
+        model, data, num_images=3, progress=lambda done, total: steps.append((done, total))
+    )
     assert bad(found) == set()
     assert [f for f in found.values() if f.value is None] == []
     layers = layers_of(model.flow)
@@ -126,15 +156,28 @@ def test_a_sound_model(name, options, tmp_path):
 def test_layers_are_named_once_and_without_those_of_conditioners(tmp_path):
     model, _ = a_model(tmp_path, "realnvp")
     layers = layers_of(model.flow)
-    assert sum("conditioner" in name for name, m in model.flow.named_modules() if isinstance(m, ActNorm)) > 0
+    assert (
+        sum(
+            "conditioner" in name
+            for name, m in model.flow.named_modules()
+            if isinstance(m, ActNorm)
+        )
+        > 0
+    )
     assert [name for name in layers if "conditioner" in name] == []
-    assert all(dict(model.flow.bijection.named_modules())[name] is layer for name, layer in layers.items())
-    assert {type(layer) for layer in layers.values()}.isdisjoint({Sequential, type(model.flow.bijection)})
+    assert all(
+        dict(model.flow.bijection.named_modules())[name] is layer for name, layer in layers.items()
+    )
+    assert {type(layer) for layer in layers.values()}.isdisjoint(
+        {Sequential, type(model.flow.bijection)}
+    )
 
     class OfTwoNets(Bijection):  # a list of networks is no list of layers
         def __init__(self):
             super().__init__()
-            self.nets = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), ActNorm((2,)))])
+            self.nets = nn.ModuleList(
+                [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), ActNorm((2,)))]
+            )
 
     model.flow.bijection = OfTwoNets()
     assert list(layers_of(model.flow)) == ["bijection"]
@@ -158,7 +201,9 @@ def test_each_call_of_a_layer_goes_through(tmp_path):
         assert torch.equal(model.flow.encode(x), plain)
     names = list(layers_of(model.flow))
     noise = sum(name.startswith("dequantizer.") for name in names)
-    assert [name for name, _, _ in seen[:half] if name != "dequantizer.noise_model.squeeze"] == names[1:]
+    assert [
+        name for name, _, _ in seen[:half] if name != "dequantizer.noise_model.squeeze"
+    ] == names[1:]
     assert [name for name, _, _ in seen[half : half + len(names) - noise]] == names[noise:][::-1]
     # Inverse(MaskedAutoregressive): the layer inside runs the other way round.
     inside = {direction for name, direction, _ in seen[:half] if name.endswith(".bijection")}
@@ -166,7 +211,9 @@ def test_each_call_of_a_layer_goes_through(tmp_path):
     assert {context for name, _, context in seen if ".flow.layers" in name} == {True}
     with pytest.raises(ZeroDivisionError), around_layers(model.flow, around):
         _ = 1 / 0
-    assert not any({"forward", "inverse"} & vars(layer).keys() for layer in layers_of(model.flow).values())
+    assert not any(
+        {"forward", "inverse"} & vars(layer).keys() for layer in layers_of(model.flow).values()
+    )
 
 
 # ---------------------------------------------------------------- the numbers
@@ -176,7 +223,9 @@ def test_log_scales_are_those_of_the_layers(tmp_path):
     model, data = a_model(tmp_path)
     found = examined(model, data, num_images=4, seed=3)
     x = data.split("test").take(slice(0, 4))
-    ranges = log_scale_ranges(model.flow, x, draw_noise(x.shape, generator(3, Stream.EVALUATION), x.device))
+    ranges = log_scale_ranges(
+        model.flow, x, draw_noise(x.shape, generator(3, Stream.EVALUATION), x.device)
+    )
     assert len(ranges) > 5
     for name, (low, high) in ranges.items():
         coupling = name.endswith(".transform")
@@ -196,7 +245,9 @@ def test_a_checkerboard_counts_what_it_transforms(tmp_path):
 
     layer.conditioner = Conditioner()
     assert isinstance(layer, CheckerboardCoupling)
-    value = examined(model, data, num_images=2)["highest log-scale", "levels.0.layers.3", IMAGES].value
+    value = examined(model, data, num_images=2)[
+        "highest log-scale", "levels.0.layers.3", IMAGES
+    ].value
     assert value == pytest.approx(2 * math.tanh(0.125), rel=1e-4)
     x = data.split("test").take(slice(0, 2))
     ranges = log_scale_ranges(model.flow, x, torch.full(x.shape, 0.5))
@@ -207,7 +258,9 @@ def test_a_checkerboard_counts_what_it_transforms(tmp_path):
 def test_condition_number(kind, tmp_path):
     model, data = a_model(tmp_path, permutation="conv1x1" if kind is Conv1x1 else "conv1x1_lu")
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=seeded()))[0]
-    layer_of(model, "levels.0.layers.2").set_weight(rotation @ torch.diag(torch.tensor([10.0, 1, 1, 0.02])))
+    layer_of(model, "levels.0.layers.2").set_weight(
+        rotation @ torch.diag(torch.tensor([10.0, 1, 1, 0.02]))
+    )
     finding = examined(model, data, num_images=1)["condition number", "levels.0.layers.2", ""]
     assert finding.value == pytest.approx(500, rel=1e-3) and finding.verdict == "watch"
 
@@ -248,7 +301,13 @@ def test_verdicts():
         return judge(check, value, "", inputs).verdict
 
     round_trip = "data round trip, float32"
-    assert [of(round_trip, v) for v in (0.05, 0.06, 0.5, 0.51, math.nan)] == ["ok", "watch", "watch", "bad", "bad"]
+    assert [of(round_trip, v) for v in (0.05, 0.06, 0.5, 0.51, math.nan)] == [
+        "ok",
+        "watch",
+        "watch",
+        "bad",
+        "bad",
+    ]
     exact = "images that come back exactly"
     assert [of(exact, v) for v in (1, 0.9995, 0.99)] == ["ok", "watch", "bad"]
     # Of noise a number is at most watched; a count of numbers that are none is not a number.
@@ -261,10 +320,18 @@ def test_verdicts():
 
 
 def test_the_worst_come_first():
-    weights, small, large = judge("parameters", 1), judge("log-det", 0.1, "a"), judge("log-det", 0.2, "b")
+    weights, small, large = (
+        judge("parameters", 1),
+        judge("log-det", 0.1, "a"),
+        judge("log-det", 0.2, "b"),
+    )
     fine, lost = judge("log-det", 0, "c"), judge("log-det", math.nan, "d")
     assert worst([small, fine, large, lost, weights]) == [weights, lost, large, small]
-    assert [overall(f) for f in ([fine], [fine, judge("log-det", 5e-4)], [fine, small])] == ["ok", "watch", "bad"]
+    assert [overall(f) for f in ([fine], [fine, judge("log-det", 5e-4)], [fine, small])] == [
+        "ok",
+        "watch",
+        "bad",
+    ]
 
 
 def test_the_worst_of_several_batches(tmp_path, monkeypatch):
@@ -272,7 +339,9 @@ def test_the_worst_of_several_batches(tmp_path, monkeypatch):
     model, data = a_model(tmp_path, data=npz(tmp_path / "b.npz", test=5), levels=1, steps=1)
     key = ("highest log-scale", "levels.0.layers.3", IMAGES)
     one, two, whole = (examined(model, data, num_images=n) for n in (2, 4, 5))
-    assert one[key].value <= two[key].value <= whole[key].value and one[key].value < whole[key].value
+    assert (
+        one[key].value <= two[key].value <= whole[key].value and one[key].value < whole[key].value
+    )
     assert whole["images that come back exactly", "", IMAGES].value == 1
     assert examined(model, data, num_images=2, seed=1) != one == examined(model, data, num_images=2)
 
@@ -306,8 +375,16 @@ def damage(model, name, how):
     [
         ("levels.1.layers.1", "a scale of zero", {"lowest log-scale"}),
         ("levels.1.layers.2", "a scale of zero", {"condition number"}),  # of the LU factors
-        ("levels.0.layers.6", "NaN in a conditioner", {"parameters", "forward pass", "inverse pass", *BOTH}),
-        ("levels.0.layers.4", "NaN in an ActNorm", {"parameters", "forward pass", "inverse pass", *BOTH}),
+        (
+            "levels.0.layers.6",
+            "NaN in a conditioner",
+            {"parameters", "forward pass", "inverse pass", *BOTH},
+        ),
+        (
+            "levels.0.layers.4",
+            "NaN in an ActNorm",
+            {"parameters", "forward pass", "inverse pass", *BOTH},
+        ),
         ("levels.1.layers.3", "overflow in a conditioner", {"forward pass", "inverse pass", *BOTH}),
         ("levels.0.layers.4", "not initialized", {"forward pass", "inverse pass"}),
     ],
@@ -346,11 +423,14 @@ def test_damage_in_the_learned_noise(tmp_path):
     weight[0, 0] = math.nan
     found = examined(model, data, num_images=2)
     assert ("parameters", "dequantizer.noise_model.context.0") in bad(found)
-    assert all(f.verdict == "ok" for (_, _, inputs), f in found.items() if inputs == SAMPLES)  # which do not need it
+    # which do not need it
+    assert all(f.verdict == "ok" for (_, _, inputs), f in found.items() if inputs == SAMPLES)
 
 
 class Faulty(Bijection):
-    """The identity, but for one fault. Has a parameter of its own, so that no reduced copy without it is made."""
+    """The identity, but for one fault. Has a parameter of its own, so that no reduced copy without
+    it is made.
+    """
 
     def __init__(self, fault):
         super().__init__()
@@ -392,7 +472,11 @@ def faulty(tmp_path, fault):
     return model, data
 
 
-WHOLE = [f"{what} round trip, {precision}" for what in ("data", "latent") for precision in ("float32", "float64")]
+WHOLE = [
+    f"{what} round trip, {precision}"
+    for what in ("data", "latent")
+    for precision in ("float32", "float64")
+]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +508,9 @@ def test_a_faulty_layer_is_named(fault, checks, whole, tmp_path, caplog):
         )
         reasons = [record.message for record in caplog.records]
         assert (
-            len(reasons) == 1 and "layers.0" in reasons[0] and ("no such thing" in reasons[0] or "never" in reasons[0])
+            len(reasons) == 1
+            and "layers.0" in reasons[0]
+            and ("no such thing" in reasons[0] or "never" in reasons[0])
         )
 
 
@@ -432,7 +518,9 @@ def test_the_values_of_a_known_fault(tmp_path):
     model, data = faulty(tmp_path, "log-det")
     found = examined(model, data, num_images=2)
     for layer in ("layers.0", ""):
-        assert found["log-det", layer, IMAGES].value == pytest.approx(0.1 / 64 / math.log(2), rel=1e-3)
+        assert found["log-det", layer, IMAGES].value == pytest.approx(
+            0.1 / 64 / math.log(2), rel=1e-3
+        )
     model, data = faulty(tmp_path, "float32")
     assert examined(model, data)["float32 likelihood", "", IMAGES].value == pytest.approx(
         0.1 / 64 / math.log(2), rel=0.01
@@ -440,7 +528,9 @@ def test_the_values_of_a_known_fault(tmp_path):
     model, data = faulty(tmp_path, "bias")
     found = examined(model, data)
     for precision in ("float32", "float64"):
-        assert found[f"data round trip, {precision}", "", IMAGES].value == pytest.approx(0.6, rel=1e-3)
+        assert found[f"data round trip, {precision}", "", IMAGES].value == pytest.approx(
+            0.6, rel=1e-3
+        )
     x = data.split("test").take(slice(None))
     v = model.flow.dequantizer(x, draw_noise(x.shape, generator(0, Stream.EVALUATION), x.device))[0]
     size = v.abs().clamp_min(v.square().mean().sqrt())
@@ -460,7 +550,9 @@ def test_the_fraction_of_images_that_come_back(tmp_path):
 def test_errors_are_relative_to_large_entries(tmp_path):
     model, data = faulty(tmp_path, "proportional")
     found = examined(model, data, num_images=2)
-    assert [found[check, "layers.0", IMAGES].value for check in BOTH] == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert [found[check, "layers.0", IMAGES].value for check in BOTH] == pytest.approx(
+        [0.01, 0.01], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("fault", ["bright", "bright, and lost"])
@@ -482,7 +574,9 @@ def test_the_first_layer_that_is_not_finite(tmp_path):
     model, data = faulty(tmp_path, "lost")
     model.flow.bijection = Sequential(Faulty("bright, and lost"), model.flow.bijection)
     found = examined(model, data)
-    assert [layer for check, layer, inputs in found if (check, inputs) == ("forward pass", IMAGES)] == ["layers.0"]
+    assert [
+        layer for check, layer, inputs in found if (check, inputs) == ("forward pass", IMAGES)
+    ] == ["layers.0"]
     assert ("inverse of forward", "layers.1.layers.0") in bad(found)
 
 
@@ -528,7 +622,9 @@ def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, cwd=tmp_path).ok()
     values = json.loads((run / "doctor.json").read_text())
     assert "wrote runs/glow_digits/doctor.json" in done.out
-    assert done.out.splitlines()[-1].startswith(f"verdict: {values['verdict']} ({values['counts']['ok']} ok")
+    assert done.out.splitlines()[-1].startswith(
+        f"verdict: {values['verdict']} ({values['counts']['ok']} ok"
+    )
     assert values["verdict"] == "ok" and sum(values["counts"].values()) == len(values["findings"])
     about = ("step", "dataset", "num_images", "seed", "weights")
     assert [values[key] for key in about] == [20, "digits", 5, 1, "ema"]
@@ -538,7 +634,11 @@ def test_the_command(run, tmp_path):
     for row in values["findings"]:
         finding = found.pop((row["check"], row["layer"], row["inputs"]))
         assert row["value"] == pytest.approx(finding.value, rel=0.5, abs=1e-5)
-        assert (row["watch"], row["bad"], row["verdict"]) == (finding.watch, finding.bad, finding.verdict)
+        assert (row["watch"], row["bad"], row["verdict"]) == (
+            finding.watch,
+            finding.bad,
+            finding.verdict,
+        )
         assert row["check"] in done.out
     assert not found
     # A row for each check and kind of input, not for each layer.
@@ -551,7 +651,9 @@ def test_the_command(run, tmp_path):
 
 
 def test_its_json_alone_on_standard_output(run, tmp_path):
-    done = quick("doctor", run, "--num-images", 2, "--weights", "raw", "--json", "-", cwd=tmp_path).ok()
+    done = quick(
+        "doctor", run, "--num-images", 2, "--weights", "raw", "--json", "-", cwd=tmp_path
+    ).ok()
     values = json.loads(done.out)
     assert values["weights"] == "raw" and "verdict: ok" in done.err
     quick("doctor", run, "--num-images", 2, "--json", "deep/er/a.json", cwd=tmp_path).ok()
@@ -563,10 +665,15 @@ def test_its_json_alone_on_standard_output(run, tmp_path):
 def test_a_damaged_model_exits_with_1_after_writing(target, run, tmp_path):
     saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
     saved.tensors["ema.bijection.levels.1.layers.1.log_scale"].flatten()[0] = -1e3
-    saved.tensors["ema.bijection.levels.0.layers.3.conditioner.layers.0.weight"].flatten()[0] = math.nan
+    saved.tensors["ema.bijection.levels.0.layers.3.conditioner.layers.0.weight"].flatten()[0] = (
+        math.nan
+    )
     checkpoint_format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
     done = quick("doctor", "nan.safetensors", "--num-images", 2, "--json", target, cwd=tmp_path)
-    done.failed(1, "findings are bad, the worst first: levels.0.layers.3, levels.1.layers.1, the whole model")
+    done.failed(
+        1,
+        "findings are bad, the worst first: levels.0.layers.3, levels.1.layers.1, the whole model",
+    )
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())
     assert values["verdict"] == "bad"
     assert {f["layer"] for f in values["findings"] if f["verdict"] == "bad"} == {
@@ -593,7 +700,11 @@ def build(shape, *, steps: int = 1):
 def test_a_layer_of_ones_own_without_an_inverse(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mute.py").write_text(OWN_MODEL)
-    options = [*sets(model__name="own.mute", model__steps=7), *TINY[4:], *sets(train__sample_every=1000)]
+    options = [
+        *sets(model__name="own.mute", model__steps=7),
+        *TINY[4:],
+        *sets(train__sample_every=1000),
+    ]
     quick("train", *options, "--run-dir", "a", cwd=tmp_path)
     quick("doctor", "a", cwd=tmp_path).failed(2, "own.mute", "--trust-code")
     done = quick("doctor", "a", "--trust-code", "--num-images", 2, cwd=tmp_path)
@@ -608,7 +719,10 @@ def test_a_layer_of_ones_own_without_an_inverse(tmp_path):
         (["--weights", "best"], ["--weights best: expected ema or raw"]),
         (["--device", "abacus"], ["--device abacus"]),
         (sets(model__width=3), ["--set model.width=3", "only keys of data"]),
-        (sets(data__name="npz", data__path="other.npz"), ["shape (3, 8, 8)", "256 levels", "best.safetensors"]),
+        (
+            sets(data__name="npz", data__path="other.npz"),
+            ["shape (3, 8, 8)", "256 levels", "best.safetensors"],
+        ),
         (["--json", "runs"], ["runs: cannot be written"]),
     ],
 )
@@ -620,7 +734,15 @@ def test_wrong_input(options, fragments, run, tmp_path):
 def test_help(tmp_path):
     out = quick("doctor", "--help", cwd=tmp_path).ok().out
     assert "Example: flowtrain doctor" in out
-    for option in ("--num-images", "--seed", "--weights", "--json", "--set", "--trust-code", "--device"):
+    for option in (
+        "--num-images",
+        "--seed",
+        "--weights",
+        "--json",
+        "--set",
+        "--trust-code",
+        "--device",
+    ):
         assert option in out
 
 

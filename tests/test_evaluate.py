@@ -39,7 +39,9 @@ def test_batch_size_does_not_matter(flow, batch_size, samples):
         a, b = getattr(found, name), getattr(expected, name)
         assert a.shape in ((samples, 100), (100,)) and a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * 16)
-    bits = [mean_loss(flow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)]
+    bits = [
+        mean_loss(flow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)
+    ]
     assert bits[0] == pytest.approx(bits[1], abs=1e-5)
 
 
@@ -55,7 +57,9 @@ def test_the_batch_is_chosen_by_memory(flow, monkeypatch):
 
 def test_the_number_of_images_and_the_split_do_not_change_an_images_score(flow):
     every = score(flow, a_split()).log_prob
-    torch.testing.assert_close(score(flow, a_split(), num_images=10).log_prob, every[:10], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        score(flow, a_split(), num_images=10).log_prob, every[:10], rtol=1e-6, atol=0
+    )
     assert len(score(flow, a_split(), num_images=1000).log_prob) == 100
 
 
@@ -91,14 +95,16 @@ def test_importance_weighted_bound_by_hand():
             self.calls += 1
             return LogProb(torch.full((len(x),), -100.0 * self.calls), torch.zeros(len(x)))
 
-    # -100 - log 2 and nothing more from the second draw, whose weight is exp(-100): computed as it stands, 0.
+    # -100 - log 2 and nothing more from the second draw, whose weight is exp(-100): computed as it
+    # stands, 0.
     assert score(Known(), a_split(5), samples=2, batch_size=5).log_prob.tolist() == pytest.approx(
         [-100 - math.log(2)] * 5
     )
 
 
 def test_draws_of_one_image_are_independent(flow):
-    # K times the mean of K weights, less K - 1 times that of one fewer, is the weight of the K-th draw.
+    # K times the mean of K weights, less K - 1 times that of one fewer, is the weight of the K-th
+    # draw.
     split = a_split(20)
     draws = [(score(flow, split, samples=k).log_prob + 100).exp() * k for k in (1, 2, 3)]
     second, third = draws[1] - draws[0], draws[2] - draws[1]
@@ -110,7 +116,13 @@ def test_draws_of_one_image_are_independent(flow):
 
 
 def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
-    section = npz(tmp_path / "a.npz", train=20, test=count, shape=shape, validation=options.pop("validation", 4))
+    section = npz(
+        tmp_path / "a.npz",
+        train=20,
+        test=count,
+        shape=shape,
+        validation=options.pop("validation", 4),
+    )
     config = a_config("glow", data=section)
     model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
     return evaluate(model, DataSet(config.data), options.pop("split", "test"), **options)
@@ -127,7 +139,14 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
     }
     assert {key: result[key] for key in expected} == pytest.approx(expected)
     rest = {
-        **{"bound": bound, "samples": samples, "num_images": 30, "dims": 16, "levels": 256, "split": "test"},
+        **{
+            "bound": bound,
+            "samples": samples,
+            "num_images": 30,
+            "dims": 16,
+            "levels": 256,
+            "split": "test",
+        },
         **{"dataset": "npz", "weights": "raw", "step": 12, "seed": 3, "non_finite_images": 0},
     }
     assert {key: result[key] for key in rest} == rest
@@ -207,7 +226,9 @@ def test_scores_as_csv(tmp_path, flow):
     for i, row in enumerate(rows):
         log_prob = float(row["log_prob"])
         assert log_prob == scores.log_prob[i].item()
-        assert float(row["log_prob_base"]) + float(row["log_det"]) == pytest.approx(log_prob, abs=1e-9)
+        assert float(row["log_prob_base"]) + float(row["log_det"]) == pytest.approx(
+            log_prob, abs=1e-9
+        )
         assert float(row["bits_per_dim"]) == pytest.approx(-log_prob / (16 * math.log(2)))
 
 

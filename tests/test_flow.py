@@ -39,7 +39,9 @@ def test_log_prob_is_the_sum_of_its_parts(model, transform):
     parts = flow(x, noise)
     torch.testing.assert_close(parts.base, base)
     torch.testing.assert_close(flow.log_prob(x, seeded(1)).detach(), expected)
-    torch.testing.assert_close(flow.bits_per_dim(x, seeded(1)).detach(), -expected / (16 * math.log(2)))
+    torch.testing.assert_close(
+        flow.bits_per_dim(x, seeded(1)).detach(), -expected / (16 * math.log(2))
+    )
     assert expected.shape == (5,) and expected.dtype == torch.float32
 
 
@@ -79,7 +81,11 @@ def test_any_integer_type_will_do(levels, dtype):
 @pytest.mark.parametrize(
     "levels, x, message",
     [
-        (256, torch.zeros(2, 1, 4, 5, dtype=torch.uint8), r"shape \(B, 1, 4, 4\), got \(2, 1, 4, 5\)"),
+        (
+            256,
+            torch.zeros(2, 1, 4, 5, dtype=torch.uint8),
+            r"shape \(B, 1, 4, 4\), got \(2, 1, 4, 5\)",
+        ),
         (256, torch.zeros(1, 4, 4, dtype=torch.uint8), "shape"),
         (256, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "shape"),
         (256, torch.zeros(1, 1, 1, 4, 4, dtype=torch.uint8), "shape"),
@@ -101,7 +107,8 @@ def test_wrong_input_is_refused(levels, x, message):
 
 
 def test_the_number_of_levels_changes_the_figure():
-    # The same pixels under the same weights; n_bits that the loss ignores would give the same figure.
+    # The same pixels under the same weights; n_bits that the loss ignores would give the same
+    # figure.
     x = images(8, (1, 4, 4), 16)
     flows = [tiny_flow("glow", q=256) for _ in range(2)]
     flows[1].dequantizer = Dequantizer(16)
@@ -127,9 +134,12 @@ def test_decode_inverts_encode(model, transform, levels):
     assert not z.requires_grad
 
 
-@pytest.mark.parametrize("shape, options", [((3, 8, 8), {}), ((3, 8, 4), {"initialization": "whitening"})])
+@pytest.mark.parametrize(
+    "shape, options", [((3, 8, 8), {}), ((3, 8, 4), {"initialization": "whitening"})]
+)
 def test_decode_inverts_encode_for_glow_on_colours(shape, options):
-    # Of 24 channels, far-off triangular factors make a matrix that float32 cannot invert: less far off.
+    # Of 24 channels, far-off triangular factors make a matrix that float32 cannot invert: less far
+    # off.
     flow = tiny_flow("glow", shape, scale=0.05, **options)
     x = images(50, shape, seed=9)
     assert torch.equal(flow.decode(flow.encode(x)), x)
@@ -138,7 +148,8 @@ def test_decode_inverts_encode_for_glow_on_colours(shape, options):
 @pytest.mark.parametrize("transform", ["spline", "mixture"])
 @pytest.mark.parametrize("key", ["coupling", "prior"])
 def test_decode_inverts_encode_for_every_transform(key, transform):
-    # Much further off, layers of a spline have slopes of 1/1000 one after the other, and float32 seven digits.
+    # Much further off, layers of a spline have slopes of 1/1000 one after the other, and float32
+    # seven digits.
     flow = tiny_flow("glow", (1, 8, 8), scale=0.1, **{key: transform})
     x = images(50, flow.shape, seed=9)
     assert torch.equal(flow.decode(flow.encode(x)), x)
@@ -146,7 +157,13 @@ def test_decode_inverts_encode_for_every_transform(key, transform):
 
 @pytest.mark.parametrize("coupling", ["affine", "spline", "mixture"])
 @pytest.mark.parametrize(
-    "options", [{"split": "checkerboard"}, {"split": "mixed"}, {"conditioner": "gated"}, {"conditioner": "depthwise"}]
+    "options",
+    [
+        {"split": "checkerboard"},
+        {"split": "mixed"},
+        {"conditioner": "gated"},
+        {"conditioner": "depthwise"},
+    ],
 )
 def test_decode_inverts_encode_for_every_split_and_conditioner(coupling, options):
     flow = tiny_flow("glow", (1, 8, 8), scale=0.1, coupling=coupling, **options)
@@ -164,19 +181,26 @@ def test_samples(model):
     mode = flow.sample(4, temperature=0, generator=seeded(4))
     assert torch.equal(mode, mode[:1].expand_as(mode))
     assert torch.equal(mode[:1], flow.decode(torch.zeros(1, 16)))
-    torch.testing.assert_close(flow.draw_latents(2000, seeded()).std(), torch.tensor(1.0), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        flow.draw_latents(2000, seeded()).std(), torch.tensor(1.0), rtol=0.02, atol=0
+    )
 
 
 def test_samples_follow_the_model():
-    # A model of known mean and spread: sampling that is not the inverse of preprocessing would shift it.
+    # A model of known mean and spread: sampling that is not the inverse of preprocessing would
+    # shift it.
     flow = tiny_flow("nice", (1, 1, 2), prior="gaussian")
     for parameter in flow.parameters():
         torch.nn.init.zeros_(parameter)
     diagonal = flow.bijection.layers[-1]
-    torch.nn.init.constant_(diagonal.log_scale, 8 * math.atanh(math.log(10) / 8))  # a standard deviation of 1/10
-    torch.nn.init.constant_(diagonal.shift, -1.0)  # a mean of 1/10: a level of 256 * (1/2 + 1/10), less 1/2
+    # a standard deviation of 1/10
+    torch.nn.init.constant_(diagonal.log_scale, 8 * math.atanh(math.log(10) / 8))
+    # a mean of 1/10: a level of 256 * (1/2 + 1/10), less 1/2
+    torch.nn.init.constant_(diagonal.shift, -1.0)
     x = flow.sample(4000, generator=seeded()).float()
-    assert x.mean().item() == pytest.approx(153.1, abs=1) and x.std().item() == pytest.approx(25.6, abs=0.7)
+    assert x.mean().item() == pytest.approx(153.1, abs=1) and x.std().item() == pytest.approx(
+        25.6, abs=0.7
+    )
 
 
 @every_model
@@ -218,10 +242,14 @@ def test_initialize_sets_each_layer_from_its_own_input(model):
 
     hooks = [m.register_forward_hook(hook) for m in flow.modules() if isinstance(m, ActNorm)]
     with layer_by_layer():
-        flow(x, draw_noise(x.shape, seeded(), x.device))  # the batch that tiny_flow initialized it on
+        # the batch that tiny_flow initialized it on
+        flow(x, draw_noise(x.shape, seeded(), x.device))
     assert len(seen) == len(hooks) > 0
     for values in seen:
-        assert values.mean(0).abs().max() < 1e-3 and (values.std(0, correction=0) - 1).abs().max() < 1e-2
+        assert (
+            values.mean(0).abs().max() < 1e-3
+            and (values.std(0, correction=0) - 1).abs().max() < 1e-2
+        )
     for handle in hooks:
         handle.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in flow.modules())
@@ -236,7 +264,12 @@ def test_an_uninitialized_model_raises(model):
         if isinstance(layer, ActNorm):
             layer.initialized.fill_(False)
     flow.load_state_dict(flow.state_dict())
-    for use in (lambda: flow.log_prob(x), lambda: flow.encode(x), lambda: flow.decode(z), lambda: flow.sample(1)):
+    for use in (
+        lambda: flow.log_prob(x),
+        lambda: flow.encode(x),
+        lambda: flow.decode(z),
+        lambda: flow.sample(1),
+    ):
         with pytest.raises(RuntimeError, match="not initialized"):
             use()
 
@@ -248,7 +281,8 @@ def test_initialize_leaves_no_hooks_where_it_fails():
     assert not any(m._forward_pre_hooks for m in flow.modules())
 
 
-# ---------------------------------------------------------------- it is a density, and a distribution
+# ---------------------------------------------------------------- it is a density, and a
+# distribution
 
 
 def glow_layers():
@@ -257,7 +291,11 @@ def glow_layers():
     steps = [
         layer
         for _ in range(3)
-        for layer in (ActNorm((2, 1, 1)), Conv1x1LU(2), Coupling(1, GlowNet(1, 2, 8), AffineTransform()))
+        for layer in (
+            ActNorm((2, 1, 1)),
+            Conv1x1LU(2),
+            Coupling(1, GlowNet(1, 2, 8), AffineTransform()),
+        )
     ]
     return ready(perturb(Sequential(*steps, Flatten((2, 1, 1))))), (2, 1, 1)
 
@@ -283,10 +321,15 @@ def test_a_density_integrates_to_one(name):
     torch.manual_seed(0)
     bijection, shape = TWO_DIMENSIONS[name]()
     bijection = bijection.double()
-    # The region that holds all the mass, from the model's own samples; and some of them lie well inside.
-    samples = bijection.inverse(torch.randn(2000, 2, generator=seeded()).double() * 1.5)[0].reshape(-1, 2)
+    # The region that holds all the mass, from the model's own samples; and some of them lie well
+    # inside.
+    samples = bijection.inverse(torch.randn(2000, 2, generator=seeded()).double() * 1.5)[0].reshape(
+        -1, 2
+    )
     low, high = samples.min(0).values - 1, samples.max(0).values + 1
-    axes = [torch.linspace(a, b, 300).double() for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+    axes = [
+        torch.linspace(a, b, 300).double() for a, b in zip(low.tolist(), high.tolist(), strict=True)
+    ]
     points = torch.cartesian_prod(*axes)
     z, log_det = bijection(points.reshape(-1, *shape))
     density = (-0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det).exp()
@@ -295,7 +338,9 @@ def test_a_density_integrates_to_one(name):
 
 
 def total_probability(flow, nodes):
-    """P(x) summed over every image there is, with P(x) = E_u[...] by Gauss-Legendre in every entry of u."""
+    """P(x) summed over every image there is, with P(x) = E_u[...] by Gauss-Legendre in every entry
+    of u.
+    """
     points, weights = (torch.from_numpy(a).float() for a in np.polynomial.legendre.leggauss(nodes))
     points, weights = (points + 1) / 2, weights / 2
     noise = torch.cartesian_prod(*[points] * flow.dims).reshape(-1, *flow.shape)
@@ -303,7 +348,11 @@ def total_probability(flow, nodes):
     total = 0.0
     with torch.no_grad():
         for values in itertools.product(range(flow.levels), repeat=flow.dims):
-            x = torch.tensor(values, dtype=torch.uint8).reshape(1, *flow.shape).expand(len(noise), -1, -1, -1)
+            x = (
+                torch.tensor(values, dtype=torch.uint8)
+                .reshape(1, *flow.shape)
+                .expand(len(noise), -1, -1, -1)
+            )
             total += (weight * flow(x, noise).total.double().exp()).sum().item()
     return total
 
@@ -311,7 +360,9 @@ def total_probability(flow, nodes):
 def train(flow, steps):
     """On images of which some are far more likely than others."""
     weights = torch.rand(flow.levels**flow.dims, generator=seeded(1)) ** 4
-    every_image = torch.tensor(list(itertools.product(range(flow.levels), repeat=flow.dims)), dtype=torch.uint8)
+    every_image = torch.tensor(
+        list(itertools.product(range(flow.levels), repeat=flow.dims)), dtype=torch.uint8
+    )
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     generator = seeded()
     for _ in range(steps):
@@ -333,12 +384,14 @@ def train(flow, steps):
     ],
 )
 def test_the_probabilities_of_all_images_add_up_to_one(model, shape, q, transform, alpha, nodes):
-    flow = tiny_flow(model, shape, q, transform, alpha, **({} if model == "nice" else {"levels": 1}))
+    flow = tiny_flow(
+        model, shape, q, transform, alpha, **({} if model == "nice" else {"levels": 1})
+    )
     train(flow, 100)
     total = total_probability(flow, nodes)
     assert total < 1.001
-    # What is missing is what the model puts outside of the cube. An open cube that the logit stretches
-    # over nearly all of space misses nothing.
+    # What is missing is what the model puts outside of the cube. An open cube that the logit
+    # stretches over nearly all of space misses nothing.
     with torch.no_grad():
         y = flow.dequantizer.to_unit(flow.bijection.inverse(flow.draw_latents(20000, seeded(7)))[0])
     inside = ((y >= 0) & (y < 1)).flatten(1).all(dim=1).float().mean().item()

@@ -21,7 +21,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-SMALL = ["model.steps=2", "model.width=16", "train.num_steps=20", "train.log_every=5", "train.validate_every=10"]
+SMALL = [
+    "model.steps=2",
+    "model.width=16",
+    "train.num_steps=20",
+    "train.log_every=5",
+    "train.validate_every=10",
+]
 
 
 def train(path: Path, device: str, *overrides: str) -> checkpoint_format.Checkpoint:
@@ -46,7 +52,8 @@ def test_scores_and_samples_as_on_the_cpu(tmp_path: Path) -> None:
     on_cpu, on_cuda = (score(model.flow, split).log_prob for model in models)
     torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-2)
     images = [sample(model.flow, 16, [1.0], seed=0) for model in models]
-    assert (images[0] != images[1]).float().mean() < 0.01  # a rounding may fall to the other side of a bin
+    # a rounding may fall to the other side of a bin
+    assert (images[0] != images[1]).float().mean() < 0.01
     x = split.take(slice(0, 32)).cuda()
     assert torch.equal(models[1].flow.decode(models[1].flow.encode(x)), x)
 
@@ -56,4 +63,7 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
     longer = load_config(find_config("glow_digits.yaml"), [*SMALL, "train.num_steps=30"])
     saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
     fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
-    assert checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"] == 30
+    assert (
+        checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"]
+        == 30
+    )

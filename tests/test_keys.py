@@ -1,4 +1,5 @@
-"""Every configuration key has an effect: each is flipped, and something that a user can see changes.
+"""Every configuration key has an effect: each is flipped, and something that a user can see
+changes.
 
 A key of the schema that is not in the tables fails `test_every_key_is_flipped`.
 """
@@ -16,7 +17,16 @@ from PIL import Image
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import read
-from flowtrain.config import Config, Data, Dequantization, Model, Train, component_names, component_schema, parse
+from flowtrain.config import (
+    Config,
+    Data,
+    Dequantization,
+    Model,
+    Train,
+    component_names,
+    component_schema,
+    parse,
+)
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
@@ -31,7 +41,13 @@ from flowtrain.training.step import train_step
 BASE = {
     "data": {"name": "digits", "root": "data"},
     "model": {"name": "glow", "levels": 1, "steps": 1, "width": 8},
-    "train": {"num_steps": 8, "batch_size": 16, "log_every": 1, "validate_every": 4, "checkpoint_every": 4}
+    "train": {
+        "num_steps": 8,
+        "batch_size": 16,
+        "log_every": 1,
+        "validate_every": 4,
+        "checkpoint_every": 4,
+    }
     | {"keep_checkpoints": 1, "sample_every": 4, "ema": 0.5, "lr": 0.01},
 }
 LOGIT = {"dequantization": {"transform": "logit"}}
@@ -51,7 +67,8 @@ POINTS = {
     name: {"data": {"name": name, "count": 60}, **NICE}
     for name in ("two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings")
 }
-ALSO = {"data.name": ["data.path=square.npz"], "model.name": ["model.width=8"]}  # what another kind cannot be without
+# what another kind cannot be without
+ALSO = {"data.name": ["data.path=square.npz"], "model.name": ["model.width=8"]}
 
 # key, another value, the part of the outcome that has to change, and what the start has beside BASE
 FLIPS = [
@@ -69,7 +86,10 @@ FLIPS = [
     ("folder:data.channels", 3, "shape", FOLDER),
     ("folder:data.resize", "stretch", "loss", FOLDER),
     *((f"{name}:data.count", 61, "content", base) for name, base in POINTS.items()),
-    *((f"{name}:data.noise", 0.3, "content", POINTS[name]) for name in ("two_moons", "eight_gaussians")),
+    *(
+        (f"{name}:data.noise", 0.3, "content", POINTS[name])
+        for name in ("two_moons", "eight_gaussians")
+    ),
     *((f"{name}:data.noise", 0.3, "content", POINTS[name]) for name in ("spiral", "rings")),
     ("pinwheel:data.arms", 3, "content", POINTS["pinwheel"]),
     ("sphere:data.count", 61, "content", SPHERE),
@@ -167,9 +187,16 @@ SPECIAL = {
 
 
 def schema_keys():
-    """`data.root`, `glow:model.steps`: every key, the options of a model or data set with its name."""
+    """`data.root`, `glow:model.steps`: every key, the options of a model or data set with its
+    name.
+    """
     yield "seed"
-    for name, section in {"data": Data, "model": Model, "dequantization": Dequantization, "train": Train}.items():
+    for name, section in {
+        "data": Data,
+        "model": Model,
+        "dequantization": Dequantization,
+        "train": Train,
+    }.items():
         yield from (f"{name}.{key}" for key in section.model_fields)
     for package, section, base in (("datasets", "data", Data), ("models", "model", Model)):
         for kind in component_names(package):
@@ -196,7 +223,9 @@ def here(tmp_path_factory):
     for name, count in {"pictures": 40, "more_pictures": 50}.items():
         Path(name).mkdir()
         for index in range(count):
-            Image.fromarray(random.integers(0, 256, (10, 17, 3), dtype=np.uint8)).save(f"{name}/{index}.png")
+            Image.fromarray(random.integers(0, 256, (10, 17, 3), dtype=np.uint8)).save(
+                f"{name}/{index}.png"
+            )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOWTRAIN_CACHE", str(folder / "cache"))
         yield folder
@@ -208,10 +237,14 @@ def merged(*layers):
     values = {}
     for layer in layers:
         for section, options in layer.items():
-            values[section] = {**values.get(section, {}), **options} if isinstance(options, dict) else options
+            values[section] = (
+                {**values.get(section, {}), **options} if isinstance(options, dict) else options
+            )
     for section, options in values.items():  # another kind has other options
         if section in ("model", "data") and options["name"] != BASE[section]["name"]:
-            values[section] = dict(next(layer[section] for layer in layers[1:] if "name" in layer.get(section, {})))
+            values[section] = dict(
+                next(layer[section] for layer in layers[1:] if "name" in layer.get(section, {}))
+            )
     return values
 
 
@@ -228,8 +261,12 @@ def train(values, folder):
         "lr": [row["lr"] for row in steps],
         "steps": [row["step"] for row in steps],
         "images": [row["images"] for row in steps],
-        "validation": [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "validation"],
-        "files": sorted(path.name for part in (run.checkpoints, run.samples) for path in part.iterdir()),
+        "validation": [
+            (row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "validation"
+        ],
+        "files": sorted(
+            path.name for part in (run.checkpoints, run.samples) for path in part.iterdir()
+        ),
         "content": saved.meta["data"],
         "shape": saved.meta["shape"],
         "levels": saved.meta["levels"],
@@ -260,20 +297,24 @@ def outcome(here):
 def test_flip(key, value, part, base, outcome):
     start = merged(BASE, base)
     key = key.partition(":")[2] or key
-    flipped = configuration.override(json.loads(json.dumps(start)), [f"{key}={json.dumps(value)}", *ALSO.get(key, [])])
+    flipped = configuration.override(
+        json.loads(json.dumps(start)), [f"{key}={json.dumps(value)}", *ALSO.get(key, [])]
+    )
     assert configuration.differences(parse(start).resolved(), parse(flipped).resolved()) != []
     assert outcome(start)[part] != outcome(flipped)[part]
 
 
 @pytest.mark.parametrize(
-    "layer", [{}, LOGIT, VARIATIONAL, REALNVP, NPZ], ids=["base", "logit", "variational", "realnvp", "npz"]
+    "layer",
+    [{}, LOGIT, VARIATIONAL, REALNVP, NPZ],
+    ids=["base", "logit", "variational", "realnvp", "npz"],
 )
 def test_nothing_flipped_nothing_changed(layer, outcome, here):
     values = merged(BASE, layer)
     assert train(values, here / f"again-{len(list(here.iterdir()))}") == outcome(values)
 
 
-# --- the keys whose effect is not in those files ----------------------------------------------------------------------
+# --- the keys whose effect is not in those files --------------------------------------------------
 
 
 def test_data_root(tmp_path, monkeypatch):
@@ -292,9 +333,13 @@ def test_data_test_count(name):
         assert len(DataSet(parse(values).data).split("test")) == count
 
 
-@pytest.mark.parametrize("gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)])
+@pytest.mark.parametrize(
+    "gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)]
+)
 def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
-    """The batches are the same, and whether they are streamed, and by how many threads, is as asked for."""
+    """The batches are the same, and whether they are streamed, and by how many threads, is as asked
+    for.
+    """
     values = merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}})
     settings = parse(values)
     made = Batches(DataSet(settings.data), settings, 16, torch.device("cpu"))
@@ -304,7 +349,9 @@ def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
     assert sum(thread.name.startswith("data") for thread in threading.enumerate()) == threads
     stream.close()
     plain = parse(BASE)
-    assert torch.equal(first, next(Batches(DataSet(plain.data), plain, 16, torch.device("cpu")).starting_at(3)))
+    assert torch.equal(
+        first, next(Batches(DataSet(plain.data), plain, 16, torch.device("cpu")).starting_at(3))
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.5])
@@ -320,9 +367,13 @@ def test_train_memory():
     """The same gradients, from fewer activations."""
     taken, gradients = {}, {}
     for mode in ("store", "checkpoint", "reversible"):
-        settings = parse(merged(BASE, {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}}))
+        settings = parse(
+            merged(BASE, {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}})
+        )
         flow = build_flow(settings, (1, 8, 8), 17)
-        x = torch.randint(17, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        x = torch.randint(
+            17, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
         initialize(flow, x, torch.rand(x.shape, generator=torch.Generator().manual_seed(1)))
         state = State(settings, flow, build_optimizers(flow, settings.train), None, {})
         taken[mode] = peak(lambda state=state, x=x: train_step(state, x), x.device)

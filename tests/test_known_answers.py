@@ -1,4 +1,6 @@
-"""A model whose density is known in closed form: its bounds, their order, and the errors that are reported."""
+"""A model whose density is known in closed form: its bounds, their order, and the errors that are
+reported.
+"""
 
 import math
 
@@ -34,7 +36,9 @@ def flow():
         affine.log_scale.fill_(8 * math.atanh(math.log(SCALE) / 8))
         affine.shift.fill_(SHIFT)
     dequantizer = Dequantizer(LEVELS, noise_model=AllOfTheBin())
-    return Flow(Sequential(affine, Flatten(SHAPE)), dequantizer, SHAPE).double().requires_grad_(False)
+    return (
+        Flow(Sequential(affine, Flatten(SHAPE)), dequantizer, SHAPE).double().requires_grad_(False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,9 @@ def test_the_single_draw_bound_is_the_closed_form(flow, split):
 def test_the_importance_weighted_bound_lies_between_the_single_draws_and_the_truth(flow, split):
     seeds = range(20)
     means = {
-        k: np.mean([summarize(score(flow, split, samples=k, seed=s), flow)["bits_per_dim"] for s in seeds])
+        k: np.mean(
+            [summarize(score(flow, split, samples=k, seed=s), flow)["bits_per_dim"] for s in seeds]
+        )
         for k in (1, 2, 8, 64)
     }
     truth, elbo = true_bits(split), elbo_bits(split)
@@ -88,7 +94,9 @@ def test_the_error_over_draws_is_what_another_seed_changes(flow, split, k):
     results = [summarize(score(flow, split, samples=k, seed=seed), flow) for seed in range(150)]
     for prefix in ("", "elbo_"):
         spread = np.std([result[f"{prefix}bits_per_dim"] for result in results])
-        reported = np.sqrt(np.mean([result[f"{prefix}bits_per_dim_stderr_draws"] ** 2 for result in results]))
+        reported = np.sqrt(
+            np.mean([result[f"{prefix}bits_per_dim_stderr_draws"] ** 2 for result in results])
+        )
         # The jackknife of two draws is crude: it is too large rather than too small.
         assert 0.8 * spread < reported < (1.25 if prefix or k > 2 else 1.7) * spread, prefix
         over_images = results[0][f"{prefix}bits_per_dim_stderr"]
@@ -97,8 +105,13 @@ def test_the_error_over_draws_is_what_another_seed_changes(flow, split, k):
 
 def test_bounds_of_one_draw_are_the_same(flow, split):
     result = summarize(score(flow, split), flow)
-    assert result["bound"] == "elbo" and result["elbo_bits_per_dim"] == pytest.approx(result["bits_per_dim"])
-    assert result["bits_per_dim_stderr_draws"] is None and result["elbo_bits_per_dim_stderr_draws"] is None
+    assert result["bound"] == "elbo" and result["elbo_bits_per_dim"] == pytest.approx(
+        result["bits_per_dim"]
+    )
+    assert (
+        result["bits_per_dim_stderr_draws"] is None
+        and result["elbo_bits_per_dim_stderr_draws"] is None
+    )
 
 
 def test_leaving_one_draw_out():
@@ -111,4 +124,6 @@ def test_leaving_one_draw_out():
     found = Scores(draws, zero, zero).log_prob_leaving_one_out()
     for k in range(7):
         others = torch.cat([draws[:k], draws[k + 1 :]])
-        torch.testing.assert_close(found[k], others.logsumexp(dim=0) - math.log(6), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found[k], others.logsumexp(dim=0) - math.log(6), rtol=1e-12, atol=1e-12
+        )

@@ -33,15 +33,25 @@ def part_of(module: str) -> str:
 
 
 def arrows() -> list[tuple[str, str, str]]:
-    """`(file, from, to)` for every import of flowtrain in flowtrain, wherever it stands in a file."""
+    """`(file, from, to)` for every import of flowtrain in flowtrain, wherever it stands in a
+    file.
+    """
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         relative = file.relative_to(PACKAGE)
         own = relative.with_suffix("").parts[0]
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flowtrain"):
-                names = [node.module] if "." in node.module else [f"flowtrain.{a.name}" for a in node.names]
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("flowtrain")
+            ):
+                names = (
+                    [node.module]
+                    if "." in node.module
+                    else [f"flowtrain.{a.name}" for a in node.names]
+                )
             elif isinstance(node, ast.Import):
                 names = [a.name for a in node.names if a.name.startswith("flowtrain.")]
             found += [(str(relative), own, part_of(name)) for name in names]
@@ -49,7 +59,9 @@ def arrows() -> list[tuple[str, str, str]]:
 
 
 def test_every_package_has_a_height():
-    there = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    there = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert there - {"__init__"} == HEIGHT.keys()
 
 
@@ -68,11 +80,17 @@ def test_a_package_does_not_import_the_private_names_of_another_module():
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowtrain"):
-                wrong += [f"{file}: {a.name}" for a in node.names if a.name[0] == "_" and a.name[:2] != "__"]
+                wrong += [
+                    f"{file}: {a.name}"
+                    for a in node.names
+                    if a.name[0] == "_" and a.name[:2] != "__"
+                ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", [f"flowtrain.cli.{p.stem}" for p in (PACKAGE / "cli").glob("[!_]*.py")])
+@pytest.mark.parametrize(
+    "module", [f"flowtrain.cli.{p.stem}" for p in (PACKAGE / "cli").glob("[!_]*.py")]
+)
 def test_the_command_line_starts_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

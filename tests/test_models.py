@@ -51,7 +51,8 @@ def count(module):
 
 
 def test_every_model_is_tested():
-    found = set(configuration.component_names("models")) - {"sphere"}  # which fits no image: in test_sphere.py
+    # which fits no image: in test_sphere.py
+    found = set(configuration.component_names("models")) - {"sphere"}
     assert found == set(MODELS) == set(TINY) == {name for name, _ in GOLDEN}
 
 
@@ -75,13 +76,17 @@ def test_glow_of_the_paper_has_44_million_parameters():
 
 def test_the_defaults_are_the_papers():
     with torch.device("meta"):
-        assert count(glow.build((3, 32, 32))) == count(glow.build((3, 32, 32), levels=3, steps=32, width=512))
+        assert count(glow.build((3, 32, 32))) == count(
+            glow.build((3, 32, 32), levels=3, steps=32, width=512)
+        )
 
 
 def test_glow_size_by_hand():
-    # Two steps on 4 channels: ActNorm 8; LU 16 + 16 + 4; 3x3 from 2 to 5, 1x1 from 5 to 5, 3x3 from 5 to 4 with a gain.
+    # Two steps on 4 channels: ActNorm 8; LU 16 + 16 + 4; 3x3 from 2 to 5, 1x1 from 5 to 5, 3x3 from
+    # 5 to 4 with a gain.
     step = 8 + 36 + (2 * 9 * 5 + 5) + (5 * 5 + 5) + (5 * 9 * 4 + 4 + 4)
-    assert count(glow.build((1, 2, 2), levels=1, steps=2, width=5)) == 2 * step + 8  # and the top prior
+    # and the top prior
+    assert count(glow.build((1, 2, 2), levels=1, steps=2, width=5)) == 2 * step + 8
 
 
 def test_nice_of_the_paper():
@@ -108,12 +113,37 @@ def test_planar_size_by_hand():
 @pytest.mark.parametrize(
     "build, shape, options, message",
     [
-        (glow, (1, 28, 28), 3, "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 3 needs a multiple of 8"),
-        (glow, (1, 8, 8), 4, "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16"),
-        (glow, (3, 30, 32), 2, "30x32 can be squeezed once (30x32 -> 15x16); levels: 2 needs a multiple of 4"),
+        (
+            glow,
+            (1, 28, 28),
+            3,
+            "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 3 needs a multiple of 8",
+        ),
+        (
+            glow,
+            (1, 8, 8),
+            4,
+            "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a multiple of 16",
+        ),
+        (
+            glow,
+            (3, 30, 32),
+            2,
+            "30x32 can be squeezed once (30x32 -> 15x16); levels: 2 needs a multiple of 4",
+        ),
         (glow, (1, 7, 7), 1, "7x7 cannot be squeezed; levels: 1 needs a multiple of 2"),
-        (glow, (1, 2, 8), 2, "2x8 can be squeezed once (2x8 -> 1x4); levels: 2 needs a multiple of 4"),
-        (realnvp, (1, 28, 28), 4, "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 4 needs a multiple of 8"),
+        (
+            glow,
+            (1, 2, 8),
+            2,
+            "2x8 can be squeezed once (2x8 -> 1x4); levels: 2 needs a multiple of 4",
+        ),
+        (
+            realnvp,
+            (1, 28, 28),
+            4,
+            "28x28 can be squeezed twice (28 -> 14 -> 7); levels: 4 needs a multiple of 8",
+        ),
         (realnvp, (1, 5, 5), 2, "5x5 cannot be squeezed; levels: 2 needs a multiple of 2"),
     ],
 )
@@ -149,7 +179,11 @@ def test_layers_start_as_the_identity(name):
         seen.append(module)
 
     layers = [m for m in flow.modules() if isinstance(m, LEARNED)]
-    layers = [m for m in layers if m not in [other.bijection for other in layers if isinstance(other, Inverse)]]
+    layers = [
+        m
+        for m in layers
+        if m not in [other.bijection for other in layers if isinstance(other, Inverse)]
+    ]
     for module in layers:
         module.register_forward_hook(hook)
     flow(x, torch.rand(x.shape))
@@ -163,7 +197,9 @@ def test_the_weights_are_a_function_of_the_seed():
     assert torch.equal(torch.get_rng_state(), state)
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)]
     assert all(same)
-    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("key", ["steps", "width"])
@@ -231,7 +267,9 @@ def test_zero_convolution_has_a_gain():
 def test_every_entry_of_the_image_is_transformed(name, shape):
     flow = tiny_flow(name, shape).double()
     x = torch.rand(1, *shape, generator=seeded(), dtype=torch.float64) - 0.5
-    jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0], x).reshape(x.numel(), -1)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0], x).reshape(
+        x.numel(), -1
+    )
     # Each latent depends on several pixels, and on each pixel does more than one latent.
     assert (jacobian.abs() > 1e-9).sum(0).min() > 1 and (jacobian.abs() > 1e-9).sum(1).min() > 1
 
@@ -263,8 +301,14 @@ def test_options_of_glow(options, kinds, couplings):
 
 def test_realnvp_is_as_the_paper_says():
     bijection = realnvp.build((1, 4, 4), levels=2, width=4, blocks=1)
-    first, last = ([m for m in level.layers if not isinstance(m, ActNorm)] for level in bijection.levels)
-    assert [type(m).__name__ for m in first] == [*["CheckerboardCoupling"] * 3, "Squeeze", *["Coupling"] * 3]
+    first, last = (
+        [m for m in level.layers if not isinstance(m, ActNorm)] for level in bijection.levels
+    )
+    assert [type(m).__name__ for m in first] == [
+        *["CheckerboardCoupling"] * 3,
+        "Squeeze",
+        *["Coupling"] * 3,
+    ]
     assert [type(m).__name__ for m in last] == ["CheckerboardCoupling"] * 4
     for a, b in zip(last, last[1:], strict=False):
         assert (a.keep ^ b.keep).all()
@@ -280,7 +324,11 @@ def test_nice_is_as_the_paper_says():
     for layer in flow.bijection.layers[:-1]:
         h, term = layer(h)
         log_det = log_det + term
-    assert [type(m).__name__ for m in flow.bijection.layers[2:]] == [*["Coupling"] * 4, "ActNorm", "LogisticToNormal"]
+    assert [type(m).__name__ for m in flow.bijection.layers[2:]] == [
+        *["Coupling"] * 4,
+        "ActNorm",
+        "LogisticToNormal",
+    ]
     assert [m.swap for m in flow.bijection.layers[2:6]] == [False, True, False, True]
     density = (-h - 2 * torch.nn.functional.softplus(-h)).sum(1)
     expected = density + log_det - 16 * math.log(256)
@@ -289,15 +337,27 @@ def test_nice_is_as_the_paper_says():
     assert type(gaussian.bijection.layers[-1]) is ActNorm
 
 
-@pytest.mark.parametrize("build, kind", [(maf.build, "MaskedAutoregressive"), (iaf.build, "Inverse")])
+@pytest.mark.parametrize(
+    "build, kind", [(maf.build, "MaskedAutoregressive"), (iaf.build, "Inverse")]
+)
 def test_maf_is_as_the_paper_says(build, kind):
     def layers(**options):
         return build((1, 2, 3), layers=3, width=4, **options).layers
 
-    assert [type(m).__name__ for m in layers()] == ["Flatten", *["ActNorm", kind, "Permute"] * 2, "ActNorm", kind]
-    assert [m.order.tolist() for m in layers() if isinstance(m, Permute)] == [[5, 4, 3, 2, 1, 0]] * 2
+    assert [type(m).__name__ for m in layers()] == [
+        "Flatten",
+        *["ActNorm", kind, "Permute"] * 2,
+        "ActNorm",
+        kind,
+    ]
+    assert [m.order.tolist() for m in layers() if isinstance(m, Permute)] == [
+        [5, 4, 3, 2, 1, 0]
+    ] * 2
     orders = [tuple(m.order.tolist()) for m in layers(order="random") if isinstance(m, Permute)]
-    assert all(sorted(order) == list(range(6)) for order in orders) and len({*orders, (5, 4, 3, 2, 1, 0)}) == 3
+    assert (
+        all(sorted(order) == list(range(6)) for order in orders)
+        and len({*orders, (5, 4, 3, 2, 1, 0)}) == 3
+    )
 
 
 # ---------------------------------------------------------------- golden losses
@@ -315,12 +375,21 @@ GOLDEN = {
 
 
 def five_steps(name, transform):
-    train = {"num_steps": 5, "batch_size": 8, "accumulate": 2, "lr": 0.01, "weight_decay": 0.1, "optimizer": "adamw"}
+    train = {
+        "num_steps": 5,
+        "batch_size": 8,
+        "accumulate": 2,
+        "lr": 0.01,
+        "weight_decay": 0.1,
+        "optimizer": "adamw",
+    }
     config = a_config(name, train=train, dequantization={"transform": transform}, seed=1)
     flow = build_flow(config, (1, 4, 4), 17)
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
-            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(parameter.shape)
+            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(
+                parameter.shape
+            )
     rows, columns = torch.arange(4)[:, None], torch.arange(4)
     numbers = torch.arange(16)[:, None, None]
     x = ((numbers * 3 + rows * (numbers % 5) + columns * columns) % 17).to(torch.uint8)[:, None]

@@ -1,4 +1,6 @@
-"""`flowtrain ood`: the scores, the areas, the images that are compared, and what the command writes."""
+"""`flowtrain ood`: the scores, the areas, the images that are compared, and what the command
+writes.
+"""
 
 import csv
 import functools
@@ -28,15 +30,24 @@ from flowtrain.pictures.lossless import CODERS, _picture, coders, complexity, co
 def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
     """A tiny model of random images; `own` are its data."""
     channels, *size = shape
-    section = npz(tmp_path / "own.npz", train=40, test=30, shape=(*size, channels), validation=10, **data)
+    section = npz(
+        tmp_path / "own.npz", train=40, test=30, shape=(*size, channels), validation=10, **data
+    )
     config = a_config("glow", data=section)
-    return LoadedModel(tiny_flow("glow", shape, levels), config, "raw", Checkpoint(tmp_path / "model", {"step": 3}, {}))
+    return LoadedModel(
+        tiny_flow("glow", shape, levels),
+        config,
+        "raw",
+        Checkpoint(tmp_path / "model", {"step": 3}, {}),
+    )
 
 
 def compared(model, outside, count=30, **options):
     data = DataSet(model.config.data)
     inside = ood.own_split("test", model, data, count)
-    return ood.compare(model, ood.own_split("validation", model, data, count), inside, outside(inside), **options)
+    return ood.compare(
+        model, ood.own_split("validation", model, data, count), inside, outside(inside), **options
+    )
 
 
 # ---------------------------------------------------------------- the scores
@@ -47,7 +58,10 @@ def test_typicality():
 
 
 def test_complexity_corrected():
-    assert ood.complexity_corrected(np.array([4.0, 1.0]), np.array([3.5, 1.5])).tolist() == [0.5, -0.5]
+    assert ood.complexity_corrected(np.array([4.0, 1.0]), np.array([3.5, 1.5])).tolist() == [
+        0.5,
+        -0.5,
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 7), (3, 8, 8)])
@@ -77,7 +91,10 @@ def test_the_coders_are_lossless(coder, shape):
     buffer = io.BytesIO()
     picture.save(buffer, coder, **options)
     back = Image.open(buffer)
-    assert back.tobytes() == picture.tobytes() or back.convert(picture.mode).tobytes() == picture.tobytes()
+    assert (
+        back.tobytes() == picture.tobytes()
+        or back.convert(picture.mode).tobytes() == picture.tobytes()
+    )
 
 
 def test_the_constant_bytes_of_a_png_are_counted():
@@ -95,7 +112,10 @@ def test_the_constant_bytes_of_a_png_are_counted():
 def test_without_webp_there_is_png(monkeypatch):
     monkeypatch.setattr(ood.features, "check", lambda name: False)
     assert coders() == ["PNG"]
-    assert complexity(np.zeros((1, 1, 8, 8), "u1"))[0] == compressed_bytes(np.zeros((1, 8, 8), "u1"), "PNG") / 8
+    assert (
+        complexity(np.zeros((1, 1, 8, 8), "u1"))[0]
+        == compressed_bytes(np.zeros((1, 8, 8), "u1"), "PNG") / 8
+    )
 
 
 # ---------------------------------------------------------------- AUROC
@@ -118,7 +138,9 @@ def test_auroc_is_that_of_scikit_learn(ties):
 
 def test_the_error_of_auroc_is_its_spread():
     rng = np.random.default_rng(0)
-    areas, errors = zip(*(ood.auroc(rng.normal(0, 1, 60), rng.normal(0.8, 1, 40)) for _ in range(300)), strict=True)
+    areas, errors = zip(
+        *(ood.auroc(rng.normal(0, 1, 60), rng.normal(0.8, 1, 40)) for _ in range(300)), strict=True
+    )
     assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
 
 
@@ -159,7 +181,9 @@ def test_constant_images_have_one_colour_each():
 def test_shuffled_images_have_the_same_pixels():
     x = images(4, (3, 6, 5)).numpy()
     mixed = ood.shuffled(x, 0)
-    assert np.array_equal(mixed, ood.shuffled(x, 0)) and not np.array_equal(mixed, ood.shuffled(x, 1))
+    assert np.array_equal(mixed, ood.shuffled(x, 0)) and not np.array_equal(
+        mixed, ood.shuffled(x, 1)
+    )
     for a, b in zip(x, mixed, strict=True):
         colours = [sorted(map(tuple, y.reshape(3, -1).T.tolist())) for y in (a, b)]
         assert colours[0] == colours[1] and not np.array_equal(a, b)
@@ -185,7 +209,9 @@ def test_grey_digits_for_a_colour_model_and_back():
         assert np.array_equal(y, resize(Image.fromarray(x[0]), (3, 32, 32), "crop"))
     x = images(3, (3, 32, 32)).numpy()
     back = ood.convert(x, 256, (1, 28, 28), 256)
-    assert np.array_equal(back[0], resize(Image.fromarray(x[0].transpose(1, 2, 0)), (1, 28, 28), "crop"))
+    assert np.array_equal(
+        back[0], resize(Image.fromarray(x[0].transpose(1, 2, 0)), (1, 28, 28), "crop")
+    )
 
 
 def test_the_resize_policy():
@@ -208,13 +234,17 @@ def test_the_resize_policy():
 )
 def test_levels(levels, to_levels, expected):
     x = np.array(list(expected), "u1").reshape(1, 1, 1, -1)
-    assert ood.convert(x, levels, x.shape[1:], to_levels).ravel().tolist() == list(expected.values())
+    assert ood.convert(x, levels, x.shape[1:], to_levels).ravel().tolist() == list(
+        expected.values()
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 4, 16, 17, 32, 100, 128])
 def test_levels_there_and_back(levels):
     x = np.arange(levels, dtype="u1").reshape(1, 1, 1, -1)
-    assert np.array_equal(ood.convert(ood.convert(x, levels, x.shape[1:], 256), 256, x.shape[1:], levels), x)
+    assert np.array_equal(
+        ood.convert(ood.convert(x, levels, x.shape[1:], 256), 256, x.shape[1:], levels), x
+    )
 
 
 # ---------------------------------------------------------------- the comparison
@@ -237,7 +267,10 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     }
     entropy = bits["validation"].mean()
     inside = comparison.inside
-    assert comparison.reference.entropy == pytest.approx(entropy) and abs(entropy - bits["test"].mean()) > 1e-3
+    assert (
+        comparison.reference.entropy == pytest.approx(entropy)
+        and abs(entropy - bits["test"].mean()) > 1e-3
+    )
     assert inside.likelihood == pytest.approx(bits["test"], rel=1e-5)
     assert inside.typicality == pytest.approx(abs(bits["test"] - entropy), abs=1e-4)
     length = complexity(data.split("test").take(slice(None)).numpy())
@@ -251,14 +284,31 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
         expected = ood.auroc(getattr(inside, name), getattr(made, name))
         assert (out["auroc"][name], out["auroc_stderr"][name]) == expected
     expected = {
-        **{"entropy_bits_per_dim": comparison.reference.entropy, "entropy_split": "validation", "entropy_images": 10},
-        **{"coders": ["PNG", "WEBP"], "dims": 16, "levels": 256, "weights": "raw", "step": 3, "seed": 5},
+        **{
+            "entropy_bits_per_dim": comparison.reference.entropy,
+            "entropy_split": "validation",
+            "entropy_images": 10,
+        },
+        **{
+            "coders": ["PNG", "WEBP"],
+            "dims": 16,
+            "levels": 256,
+            "weights": "raw",
+            "step": 3,
+            "seed": 5,
+        },
     }
     assert {key: outcome[key] for key in expected} == expected
     described = outcome["in"]
-    assert (described["dataset"], described["split"], described["num_images"]) == ("npz", "test", 30)
+    assert (described["dataset"], described["split"], described["num_images"]) == (
+        "npz",
+        "test",
+        30,
+    )
     assert described["bits_per_dim"] == pytest.approx(bits["test"].mean())
-    assert described["bits_per_dim_stderr"] == pytest.approx(bits["test"].std(ddof=1) / math.sqrt(30), rel=1e-4)
+    assert described["bits_per_dim_stderr"] == pytest.approx(
+        bits["test"].std(ddof=1) / math.sqrt(30), rel=1e-4
+    )
     assert described["bits_per_dim_median"] == pytest.approx(np.median(bits["test"]))
     assert described["complexity_bits_per_dim"] == pytest.approx(length.mean())
     assert described["stored_shape"] is None and out["split"] is None
@@ -266,7 +316,9 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
 
 def test_rows_and_picture(tmp_path):
     model = a_model(tmp_path)
-    comparison = compared(model, lambda i: [ood.made("constant", i, 256, 0), ood.made("shuffled", i, 256, 0)])
+    comparison = compared(
+        model, lambda i: [ood.made("constant", i, 256, 0), ood.made("shuffled", i, 256, 0)]
+    )
     rows = list(csv.DictReader(io.StringIO(ood.scores_csv(comparison).decode())))
     assert ",".join(rows[0]) == (
         "dataset,index,bits_per_dim,log_prob,typicality,complexity_bits_per_dim,complexity_corrected"
@@ -278,7 +330,9 @@ def test_rows_and_picture(tmp_path):
         bits = float(row["bits_per_dim"])
         assert bits == pytest.approx(-float(row["log_prob"]) / (16 * math.log(2)))
         assert float(row["typicality"]) == pytest.approx(abs(bits - comparison.reference.entropy))
-        assert float(row["complexity_corrected"]) == pytest.approx(bits - float(row["complexity_bits_per_dim"]))
+        assert float(row["complexity_corrected"]) == pytest.approx(
+            bits - float(row["complexity_bits_per_dim"])
+        )
     assert float(rows[0]["log_prob"]) == comparison.inside.log_prob[0]
     with Image.open(io.BytesIO(ood.draw(comparison, ood.result(comparison, model, 0)))) as picture:
         assert picture.format == "PNG" and picture.width > 1000
@@ -291,10 +345,17 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     digits = ood.named("digits", "--out", model, own, 20)
     assert digits.images.shape == (20, 3, 8, 8) and digits.images.max() == 31
     assert digits.stored == ((1, 8, 8), 17) and digits.split == "test"
-    stored = DataSet(a_config("glow", data={"name": "digits"}).data).split("test").take(slice(0, 20)).numpy()
+    stored = (
+        DataSet(a_config("glow", data={"name": "digits"}).data)
+        .split("test")
+        .take(slice(0, 20))
+        .numpy()
+    )
     assert np.array_equal(digits.images, ood.convert(stored, 17, (3, 8, 8), 32))
     inside = ood.own_split("test", model, DataSet(own), 100)
-    assert inside.stored is None and inside.images.shape == (30, 3, 8, 8) and inside.images.max() < 32
+    assert (
+        inside.stored is None and inside.images.shape == (30, 3, 8, 8) and inside.images.max() < 32
+    )
     named = ood.named("npz", "--in", model, own, 100)
     assert np.array_equal(named.images, inside.images) and named.stored is None
     Image.fromarray(np.full((20, 10), 255, "u1")).save(tmp_path / "one.png")
@@ -303,7 +364,8 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, fragment", [("mnits", "--out mnits: neither a data set .*noise"), ("two_moons", "--out two_moons: real")]
+    "name, fragment",
+    [("mnits", "--out mnits: neither a data set .*noise"), ("two_moons", "--out two_moons: real")],
 )
 def test_names_that_are_no_images(tmp_path, name, fragment):
     model = a_model(tmp_path)
@@ -333,7 +395,9 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     }
     for index in (2, 4):
         collections[black].images[index, 0, 0, 0] = 0
-    comparison = ood.compare(model, collections["reference"], collections["inside"], [collections["outside"]])
+    comparison = ood.compare(
+        model, collections["reference"], collections["inside"], [collections["outside"]]
+    )
     outcome = ood.result(comparison, model, 0)
     text = json.dumps(outcome, allow_nan=False)  # fails where there is one
     (out,) = outcome["out"]
@@ -344,7 +408,9 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     assert (outcome["in"]["bits_per_dim"] is None) == (black == "inside")
     assert ood.scores_csv(comparison).count(b"\n") == 13 and ood.draw(comparison, outcome)
     split = {"outside": "made", "inside": "test", "reference": "validation"}[black]
-    with pytest.raises(RunError, match=rf"2 of 6 images of {black} \({split}\) have .* not finite: those at 2, 4$"):
+    with pytest.raises(
+        RunError, match=rf"2 of 6 images of {black} \({split}\) have .* not finite: those at 2, 4$"
+    ):
         ood.check_finite(comparison)
 
 
@@ -362,7 +428,18 @@ def command(tmp_path, *words):
 
 
 def test_command(tmp_path):
-    words = ["--out", "noise", "--out", "constant", "--num-images", 40, "--scores", "a/s.csv", "--picture", "b/o.png"]
+    words = [
+        "--out",
+        "noise",
+        "--out",
+        "constant",
+        "--num-images",
+        40,
+        "--scores",
+        "a/s.csv",
+        "--picture",
+        "b/o.png",
+    ]
     found = command(tmp_path, *words, "--json", "c/o.json").ok()
     for file in ("a/s.csv", "b/o.png", "c/o.json"):
         assert f"wrote {file}" in found.out
@@ -374,22 +451,43 @@ def test_command(tmp_path):
     assert f"{outcome['in']['bits_per_dim']:.3f}" in found.out and "AUROC" in found.out
     assert len((tmp_path / "a/s.csv").read_text().splitlines()) == 121
     assert Image.open(tmp_path / "b/o.png").format == "PNG"
-    again = command(tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--batch-size", 3).ok()
+    again = command(
+        tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--batch-size", 3
+    ).ok()
     repeated = json.loads(again.out)
     assert repeated["in"]["bits_per_dim"] == pytest.approx(outcome["in"]["bits_per_dim"], abs=1e-4)
     assert repeated["out"][0]["auroc"] == pytest.approx(outcome["out"][0]["auroc"], abs=1e-3)
-    other = command(tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--seed", 1, "--weights", "raw").ok()
+    other = command(
+        tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--seed", 1, "--weights", "raw"
+    ).ok()
     assert json.loads(other.out)["weights"] == "raw"
     assert json.loads(other.out)["out"][0]["bits_per_dim"] != repeated["out"][0]["bits_per_dim"]
 
 
 def test_the_model_without_validation_images_and_data_that_it_did_not_see(tmp_path):
-    np.savez(tmp_path / "a.npz", x_train=np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), "u1"))
-    words = ["--in", "a.npz", "--out", "digits", "--out", "shuffled", "--num-images", 10, "--json", "-"]
+    np.savez(
+        tmp_path / "a.npz", x_train=np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), "u1")
+    )
+    words = [
+        "--in",
+        "a.npz",
+        "--out",
+        "digits",
+        "--out",
+        "shuffled",
+        "--num-images",
+        10,
+        "--json",
+        "-",
+    ]
     found = command(tmp_path, *words, "--picture", "o.png", *sets(data__validation=0)).ok()
     outcome = json.loads(found.out)
     assert outcome["entropy_split"] == "train"
-    assert (outcome["in"]["dataset"], outcome["in"]["split"], outcome["in"]["num_images"]) == ("a.npz", "all", 10)
+    assert (outcome["in"]["dataset"], outcome["in"]["split"], outcome["in"]["num_images"]) == (
+        "a.npz",
+        "all",
+        10,
+    )
     assert (outcome["in"]["stored_shape"], outcome["in"]["stored_levels"]) == ([3, 9, 9], 256)
     assert [row["stored_shape"] for row in outcome["out"]] == [None, None]
     assert "a.npz: 3x9x9 with 256 levels, brought to the model's" in found.err
@@ -431,13 +529,21 @@ def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
         "    scores = score(*a, **k); scores.log_prob[1] = torch.nan; return scores\n"
         "e.score = bad"
     )
-    found = quick("ood", digits_run(), "--out", "noise", "--num-images", 3, cwd=tmp_path, first=first)
-    found.failed(1, "1 of 3 images of noise (made) have a likelihood that is not finite: those at 1")
+    found = quick(
+        "ood", digits_run(), "--out", "noise", "--num-images", 3, cwd=tmp_path, first=first
+    )
+    found.failed(
+        1, "1 of 3 images of noise (made) have a likelihood that is not finite: those at 1"
+    )
     assert "wrote" in found.out
 
 
 def test_the_help_says_that_the_likelihood_fails(tmp_path):
     words = " ".join(quick("ood", "--help", cwd=tmp_path).ok().out.split())
-    assert "known to fail (Nalisnick et al. 2019)" in words and "bits/dim" in words and "Serra et al. 2020" in words
+    assert (
+        "known to fail (Nalisnick et al. 2019)" in words
+        and "bits/dim" in words
+        and "Serra et al. 2020" in words
+    )
     for option in ("--in", "--out", "--num-images", "--scores", "--picture", "--json", "--set"):
         assert option in words

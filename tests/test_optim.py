@@ -37,8 +37,16 @@ def rates(steps, **options):
             [0, 1, 4, 8, 9, 10, 99],
             [0.01, 0.02, 0.05, 0.09, 0.1, 0.1, 0.1],
         ),
-        ({"schedule": "linear", "warmup_steps": 20}, [0, 9, 19, 20, 60, 100], [0.005, 0.05, 0.1, 0.1, 0.05, 0]),
-        ({"schedule": "cosine", "warmup_steps": 20}, [0, 19, 20, 60, 100], [0.005, 0.1, 0.1, 0.05, 0]),
+        (
+            {"schedule": "linear", "warmup_steps": 20},
+            [0, 9, 19, 20, 60, 100],
+            [0.005, 0.05, 0.1, 0.1, 0.05, 0],
+        ),
+        (
+            {"schedule": "cosine", "warmup_steps": 20},
+            [0, 19, 20, 60, 100],
+            [0.005, 0.1, 0.1, 0.05, 0],
+        ),
         ({"schedule": "linear", "warmup_steps": 100}, [0, 49, 99], [0.001, 0.05, 0.1]),
         ({"schedule": "linear", "warmup_steps": 1000}, [0, 99], [0.0001, 0.01]),
     ],
@@ -48,11 +56,14 @@ def test_schedules_by_steps(options, steps, expected):
 
 
 @pytest.mark.parametrize(
-    "schedule, expected", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])]
+    "schedule, expected",
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])],
 )
 def test_schedules_by_budget(schedule, expected):
     config = Train(budget="1min", lr=1.0, schedule=schedule)
-    assert [learning_rate(config, 5, s) for s in (0, 30, 60, 90)] == pytest.approx(expected, abs=1e-12)
+    assert [learning_rate(config, 5, s) for s in (0, 30, 60, 90)] == pytest.approx(
+        expected, abs=1e-12
+    )
     warming = Train(budget=60, lr=1.0, schedule=schedule, warmup_steps=4)
     assert learning_rate(warming, 0, 0.0) == 0.25
     assert learning_rate(warming, 3, 30.0) == pytest.approx(expected[1])
@@ -62,7 +73,9 @@ def test_schedules_by_budget(schedule, expected):
 def test_the_rate_of_a_step_has_no_history(schedule):
     # A resumed run asks for the same step and gets the same rate: warm-up does not start again.
     config = Train(num_steps=50, warmup_steps=10, schedule=schedule)
-    assert all(learning_rate(config, step, 1.0) == learning_rate(config, step, 2.0) for step in range(50))
+    assert all(
+        learning_rate(config, step, 1.0) == learning_rate(config, step, 2.0) for step in range(50)
+    )
     assert all(0 < learning_rate(config, step, 0.0) <= config.lr for step in range(50))
 
 
@@ -96,17 +109,21 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)]
+    "name, kind",
+    [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamax", torch.optim.Adamax)],
 )
 def test_optimizers(name, kind):
     flow = tiny_flow("nice")
-    (optimizer,) = build_optimizers(flow, a_config("nice", train={"optimizer": name, "lr": 0.01}).train)
+    (optimizer,) = build_optimizers(
+        flow, a_config("nice", train={"optimizer": name, "lr": 0.01}).train
+    )
     assert type(optimizer) is kind
     before = [p.detach().clone() for p in flow.parameters()]
     flow.bits_per_dim(images(8, flow.shape)).mean().backward()
     optimizer.step()
     for parameter, old in zip(flow.parameters(), before, strict=True):
-        moved = parameter.grad.abs() > 1e-4  # the first step of each of the three has the length of the rate
+        # the first step of each of the three has the length of the rate
+        moved = parameter.grad.abs() > 1e-4
         expected = -0.01 * parameter.grad.sign()
         torch.testing.assert_close((parameter - old)[moved], expected[moved], rtol=1e-2, atol=1e-5)
 
@@ -114,17 +131,23 @@ def test_optimizers(name, kind):
 @pytest.mark.parametrize("model", WITH_NETWORKS)
 def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     flow = ready(build_flow(a_config(model), (1, 4, 4), 17))
-    muon, adam = build_optimizers(flow, a_config(model, train={"optimizer": "muon", "lr": 0.01}).train)
+    muon, adam = build_optimizers(
+        flow, a_config(model, train={"optimizer": "muon", "lr": 0.01}).train
+    )
     assert type(muon) is Muon and type(adam) is torch.optim.AdamW
     matrices = {p for group in muon.param_groups for p in group["params"]}
-    # All weights, also those that start at zero; depthwise filters are vectors, and biases and gains have other names.
-    assert matrices == {p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1}
+    # All weights, also those that start at zero; depthwise filters are vectors, and biases and
+    # gains have other names.
+    assert matrices == {
+        p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1
+    }
     perturb(flow)
     before = {p: p.detach().clone() for p in matrices}
     flow.bits_per_dim(images(8, flow.shape, 17)).mean().backward()
     muon.step()
     for matrix in matrices:
-        # The update is near a semi-orthogonal matrix, of the size of Adam's: singular values about 0.2 sqrt(longest).
+        # The update is near a semi-orthogonal matrix, of the size of Adam's: singular values about
+        # 0.2 sqrt(longest).
         update = (before[matrix] - matrix.detach()) / (0.01 * 0.2 * max(matrix.shape) ** 0.5)
         values = torch.linalg.svdvals(update)
         assert values.max() < 1.3
@@ -149,7 +172,9 @@ def test_muon_takes_the_steps_of_torchs(together, monkeypatch):
         reference.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
-        momenta = [optimizer.state[x]["momentum_buffer"] for optimizer, x in ((muon, p), (reference, q))]
+        momenta = [
+            optimizer.state[x]["momentum_buffer"] for optimizer, x in ((muon, p), (reference, q))
+        ]
         torch.testing.assert_close(*momenta)
 
 
@@ -199,7 +224,9 @@ def test_average_is_a_flow_of_its_own(model):
     state = averaged.flow.state_dict()
     assert list(state) == list(start)  # no prefix
     for name, parameter in flow.named_parameters():
-        torch.testing.assert_close(state[name], torch.lerp(start[name], parameter.detach(), 1 - 2 / 11))
+        torch.testing.assert_close(
+            state[name], torch.lerp(start[name], parameter.detach(), 1 - 2 / 11)
+        )
     x = images(3, flow.shape)
     assert torch.isfinite(averaged.flow.log_prob(x)).all()
     assert not torch.equal(averaged.flow.encode(x), flow.encode(x))

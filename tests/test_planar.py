@@ -34,7 +34,9 @@ def test_the_formula():
     u_hat = u + (0.999 * math.expm1(-0.25 / 0.999) + 0.25) * w / 1.25  # w^T u = -0.25
     z, log_det = layer_of(w, u, b, torch.float32)(x)
     torch.testing.assert_close(z, x + torch.tanh(a)[:, None] * u_hat, rtol=0, atol=1e-6)
-    torch.testing.assert_close(log_det, (1 + (1 - torch.tanh(a) ** 2) * (u_hat @ w)).log(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        log_det, (1 + (1 - torch.tanh(a) ** 2) * (u_hat @ w)).log(), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("product", [0.0, 0.3, 40.0])
@@ -58,14 +60,18 @@ def test_the_constraint(product, dtype):
         assert found.item() > product
     precision = 40 * torch.finfo(dtype).eps
     assert (w @ u).item() == pytest.approx(found.item(), abs=precision * max(1, abs(product)))
-    torch.testing.assert_close(u - found * w / 6, aside, rtol=0, atol=precision * max(1, abs(product)))
+    torch.testing.assert_close(
+        u - found * w / 6, aside, rtol=0, atol=precision * max(1, abs(product))
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-8, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_vanishing_w(scale, sign):
     """No division by it, nor by its square, which is zero before it is."""
-    layer = layer_of(scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2]), 0.5, torch.float32)
+    layer = layer_of(
+        scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2]), 0.5, torch.float32
+    )
     x = torch.randn(6, 2, generator=seeded())
     z, log_det = layer(x)
     expected = x + math.tanh(0.5) * layer.u
@@ -82,7 +88,9 @@ def test_a_vanishing_w(scale, sign):
 
 @DTYPES
 def test_a_layer_at_the_edge_still_inverts(dtype):
-    """Along w the derivative is 0.001 at `w^T x + b = 0`: what a rounding of z does there to x is 1000 of it."""
+    """Along w the derivative is 0.001 at `w^T x + b = 0`: what a rounding of z does there to x is
+    1000 of it.
+    """
     layer = at_the_edge(dtype=dtype)
     u, product = layer.constrained()
     assert product.item() == pytest.approx(-1 + MIN_DERIVATIVE, abs=1e-6)
@@ -115,18 +123,24 @@ def test_the_equation_is_solved_to_float_precision(dtype):
     with torch.no_grad():
         x = layer.inverse(z[:, None])[0][:, 0]
     slope = 1 + product.double() * (1 - exact.tanh() ** 2)
-    allowed = torch.finfo(dtype).eps * (exact.abs() + z.abs()) / slope + 1e-3 * torch.finfo(dtype).eps
+    allowed = (
+        torch.finfo(dtype).eps * (exact.abs() + z.abs()) / slope + 1e-3 * torch.finfo(dtype).eps
+    )
     assert ((x.double() - exact).abs() <= 4 * allowed).all()
 
 
 def test_gradients_at_the_edge():
     layer = at_the_edge(3)
     z = torch.randn(4, 3, generator=seeded(3), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, w, u, b: functional(layer, z, w, u, b), (z, *layer.parameters()))
+    assert torch.autograd.gradcheck(
+        lambda z, w, u, b: functional(layer, z, w, u, b), (z, *layer.parameters())
+    )
 
 
 def functional(layer, z, w, u, b):
-    return torch.func.functional_call(Inverse(layer), {"layer.w": w, "layer.u": u, "layer.b": b}, (z,))
+    return torch.func.functional_call(
+        Inverse(layer), {"layer.w": w, "layer.u": u, "layer.b": b}, (z,)
+    )
 
 
 class Inverse(torch.nn.Module):

@@ -1,4 +1,6 @@
-"""Real-valued points: the data sets, the likelihood in nats, densities that integrate to 1, commands and pictures."""
+"""Real-valued points: the data sets, the likelihood in nats, densities that integrate to 1,
+commands and pictures.
+"""
 
 import importlib
 import inspect
@@ -37,20 +39,34 @@ def data_section(name="two_moons", **options):
     return {"name": name, "count": 500, "test_count": 300, **options}
 
 
-# --- the data sets ----------------------------------------------------------------------------------------------------
+# --- the data sets --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", POINTS)
 def test_any_number_of_points_by_seed(name):
     images = build(name, count=300, test_count=200)
-    assert (images.shape, images.levels, images.flip, images.labels) == ((2, 1, 1), None, False, None)
+    assert (images.shape, images.levels, images.flip, images.labels) == (
+        (2, 1, 1),
+        None,
+        False,
+        None,
+    )
     pixels = images.read()
-    assert pixels.dtype == np.float32 and pixels.shape == (300, 2, 1, 1) and pixels.flags.c_contiguous
+    assert (
+        pixels.dtype == np.float32 and pixels.shape == (300, 2, 1, 1) and pixels.flags.c_contiguous
+    )
     assert np.array_equal(pixels, build(name, count=300).read())
     test = build(name, "test", count=300, test_count=200).read()
     assert len(test) == 200 and not np.isin(test, pixels).any()
     assert not np.isin(build(name, seed=1, count=300).read(), pixels).any()
-    assert list(inspect.signature(importlib.import_module(f"flowtrain.datasets.{name}").build).parameters)[2] == "seed"
+    assert (
+        list(
+            inspect.signature(
+                importlib.import_module(f"flowtrain.datasets.{name}").build
+            ).parameters
+        )[2]
+        == "seed"
+    )
 
 
 def test_two_moons():
@@ -99,7 +115,9 @@ def test_pinwheel(arms):
     turn = np.array([[np.cos(step), -np.sin(step)], [np.sin(step), np.cos(step)]])
     turned = found @ turn.T  # by one arm: the same distribution
     for power in (1, 2):
-        np.testing.assert_allclose((turned**power).mean(axis=0), (found**power).mean(axis=0), atol=0.08)
+        np.testing.assert_allclose(
+            (turned**power).mean(axis=0), (found**power).mean(axis=0), atol=0.08
+        )
     assert np.abs(found.mean(axis=0)).max() < 0.05
 
 
@@ -112,7 +130,7 @@ def test_points_have_nothing_to_augment():
         build_flow(a_config("nice", dequantization={"transform": "logit"}), (2, 1, 1), None)
 
 
-# --- the likelihood ---------------------------------------------------------------------------------------------------
+# --- the likelihood -------------------------------------------------------------------------------
 
 
 def a_flow(model, seed=0, scale=0.2):
@@ -123,7 +141,8 @@ def a_flow(model, seed=0, scale=0.2):
     return flow
 
 
-@pytest.mark.parametrize("model", [name for name in OF_VECTORS if name != "cnf"])  # slow: in test_continuous.py
+# slow: in test_continuous.py
+@pytest.mark.parametrize("model", [name for name in OF_VECTORS if name != "cnf"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_density_integrates_to_one(model, seed):
     flow = a_flow(model, seed).double()
@@ -156,7 +175,11 @@ def test_the_result_is_in_nats():
     expected = flow.log_prob(split.take(slice(None))).double()
     torch.testing.assert_close(scores.log_prob, expected, rtol=1e-5, atol=1e-5)
     result = summarize(scores, flow)
-    assert (result["bits_per_dim"], result["bits_per_dim_stderr"], result["bound"]) == (None, None, "exact")
+    assert (result["bits_per_dim"], result["bits_per_dim_stderr"], result["bound"]) == (
+        None,
+        None,
+        "exact",
+    )
     assert result["nats_per_image"] == pytest.approx(-expected.mean().item())
     assert result["nats_per_image_stderr"] == pytest.approx(expected.std().item() / math.sqrt(300))
 
@@ -165,24 +188,43 @@ def test_layer_by_layer_from_the_base_to_the_data():
     flow = a_flow("realnvp")
     z = flow.draw_latents(10, seeded())
     stages = flow.bijection.stages(z)
-    assert torch.equal(stages[0], z) and len(stages) == 1 + 17  # eight couplings with an ActNorm each, and Flatten
+    # eight couplings with an ActNorm each, and Flatten
+    assert torch.equal(stages[0], z) and len(stages) == 1 + 17
     torch.testing.assert_close(stages[-1], flow.decode(z))
     assert isinstance(flow.bijection.layers[-2], ActNorm)
     torch.testing.assert_close(stages[1], flow.bijection.layers[-1].inverse(z)[0])
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
-RUN = [*sets(data__name="two_moons", data__count=600, data__test_count=300, model__name="realnvp", model__levels=1)]
-RUN += sets(model__width=16, model__blocks=1, train__num_steps=300, train__batch_size=128, train__lr=5e-3)
-RUN += sets(train__log_every=20, train__validate_every=100, train__checkpoint_every=100, train__sample_every=300)
+RUN = [
+    *sets(
+        data__name="two_moons",
+        data__count=600,
+        data__test_count=300,
+        model__name="realnvp",
+        model__levels=1,
+    )
+]
+RUN += sets(
+    model__width=16, model__blocks=1, train__num_steps=300, train__batch_size=128, train__lr=5e-3
+)
+RUN += sets(
+    train__log_every=20,
+    train__validate_every=100,
+    train__checkpoint_every=100,
+    train__sample_every=300,
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("points")
     done = quick("train", *RUN, "--run-dir", "r", cwd=folder).ok()
-    assert "540 images to train on, 60 to validate, 2x1x1, real values" in done.out and "nats" in done.out
+    assert (
+        "540 images to train on, 60 to validate, 2x1x1, real values" in done.out
+        and "nats" in done.out
+    )
     return folder / "r"
 
 
@@ -193,7 +235,9 @@ def test_training(run):
     assert train[0]["nats"] - train[-1]["nats"] > 0.3
     written = summary(run)
     assert written["best_validation_bits_per_dim"] is None
-    assert written["best_validation_nats"] == min(row["nats"] for row in rows if row["split"] == "validation")
+    assert written["best_validation_nats"] == min(
+        row["nats"] for row in rows if row["split"] == "validation"
+    )
     (picture,) = (run / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
 
@@ -201,17 +245,37 @@ def test_training(run):
 def test_evaluation(run, tmp_path):
     done = quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok()
     result = json.loads(done.out)
-    assert result["levels"] is None and result["bits_per_dim"] is None and result["num_images"] == 300
+    assert (
+        result["levels"] is None and result["bits_per_dim"] is None and result["num_images"] == 300
+    )
     assert result["nats_per_image"] < 1.5 and result["max_reconstruction_error"] < 1e-4
     first = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")
-    assert first[:2] == ["0", ""] and float(first[3]) + float(first[4]) == pytest.approx(float(first[2]))
+    assert first[:2] == ["0", ""] and float(first[3]) + float(first[4]) == pytest.approx(
+        float(first[2])
+    )
     quick("evaluate", run, "--samples", 2, cwd=tmp_path).failed(2, "--samples 2", "exact")
 
 
 def test_samples_and_paths(run, tmp_path):
-    quick("sample", run, "--num", 50, "--temperature", 0.5, "--temperature", 1, "--out", "s.npz", cwd=tmp_path).ok()
+    quick(
+        "sample",
+        run,
+        "--num",
+        50,
+        "--temperature",
+        0.5,
+        "--temperature",
+        1,
+        "--out",
+        "s.npz",
+        cwd=tmp_path,
+    ).ok()
     drawn = np.load(tmp_path / "s.npz")
-    assert drawn["images"].shape == (100, 1, 1, 2) and drawn["images"].dtype == np.float32 and "levels" not in drawn
+    assert (
+        drawn["images"].shape == (100, 1, 1, 2)
+        and drawn["images"].dtype == np.float32
+        and "levels" not in drawn
+    )
     assert drawn["images"][:50].std() < drawn["images"][50:].std()
     for command, name in [("sample", "s.png"), ("interpolate", "i.png"), ("interpolate", "i.gif")]:
         quick(command, run, "--out", name, cwd=tmp_path).ok()
@@ -220,7 +284,9 @@ def test_samples_and_paths(run, tmp_path):
     with Image.open(tmp_path / "i.gif") as animation:
         assert animation.n_frames == 14
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    quick("interpolate", run, "--images", "a.png", "a.png", cwd=tmp_path).failed(2, "--images", "real-valued")
+    quick("interpolate", run, "--images", "a.png", "a.png", cwd=tmp_path).failed(
+        2, "--images", "real-valued"
+    )
 
 
 OWN_DATA = """
@@ -261,14 +327,17 @@ def test_a_dry_run(tmp_path):
     assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
 
 
-# --- the pictures -----------------------------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------
 
 
 def test_the_mesh_of_the_plane():
     flow = a_flow("nice")
     cells, area = draw.mesh(flow, (-1, 3, 0, 2), 4)
     assert cells.shape == (16, 2, 1, 1) and area == 0.5
-    assert cells[0].flatten().tolist() == [-0.5, 0.25] and cells[1].flatten().tolist() == [0.5, 0.25]
+    assert cells[0].flatten().tolist() == [-0.5, 0.25] and cells[1].flatten().tolist() == [
+        0.5,
+        0.25,
+    ]
     assert cells[4].flatten().tolist() == [-0.5, 0.75]
 
 
@@ -280,7 +349,9 @@ def test_the_mesh_of_the_sphere():
     assert area * 2500 == pytest.approx(4 * math.pi)
     places = draw.coordinates(cells)
     again = torch.stack([places[:, 0].cos(), places[:, 0].sin()], dim=1)
-    torch.testing.assert_close(again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0
+    )
 
 
 def test_other_dimensions_have_no_picture():

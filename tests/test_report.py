@@ -26,7 +26,15 @@ from flowtrain.pictures import grid as pictures
 from flowtrain.pictures.sample import sample
 from flowtrain.runs import report
 
-SECTIONS = ["evaluation", "curves", "samples", "reconstructions", "nearest", "health", "configuration"]
+SECTIONS = [
+    "evaluation",
+    "curves",
+    "samples",
+    "reconstructions",
+    "nearest",
+    "health",
+    "configuration",
+]
 EMPTY = {"meta", "img", "path", "use", "link", "br", "hr"}
 
 
@@ -103,10 +111,15 @@ def test_the_page_needs_nothing_else(digits):
         for key, value in attributes.items()
         if key in ("src", "href", "srcset")
     ]
-    assert all(value.startswith(("data:image/png;base64,", "#")) for value in sources) and len(sources) > 40
+    assert (
+        all(value.startswith(("data:image/png;base64,", "#")) for value in sources)
+        and len(sources) > 40
+    )
     assert not page.all("script", "link", "iframe", "object", "base")
     assert "@import" not in page.html and "url(http" not in page.html
-    (policy,) = [meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert "default-src 'none'" in policy["content"]
 
 
@@ -148,7 +161,17 @@ def test_the_page_has_the_evaluation(digits):
     run, _, page = digits
     result = json.loads((run / "evaluate-test.json").read_text())
     figure = f"{result['bits_per_dim']:.4f} ± {result['bits_per_dim_stderr']:.4f}"
-    row = ["test", "digits", figure, f"{result['nats_per_image']:.2f}", "elbo", "1", "180", "ema", str(result["step"])]
+    row = [
+        "test",
+        "digits",
+        figure,
+        f"{result['nats_per_image']:.2f}",
+        "elbo",
+        "1",
+        "180",
+        "ema",
+        str(result["step"]),
+    ]
     assert page.tables[0][1:] == [row]
 
 
@@ -162,18 +185,29 @@ def test_the_samples_are_those_of_the_seed(digits):
 def test_the_curves_are_there(digits):
     page = digits[2]
     titles = [figure["aria-label"] for figure in page.all("figure") if figure.get("role") == "img"]
-    assert len(page.all("svg")) == len(titles) == 5 and "Curve: Loss, bits/dim, against time" in titles
+    assert (
+        len(page.all("svg")) == len(titles) == 5 and "Curve: Loss, bits/dim, against time" in titles
+    )
     assert "currentColor" in page.html and "bits/dim" in page.text
 
 
 def test_reconstructions_are_counted_and_shown(digits):
     run, flow, page = digits
-    x = DataSet(load_model(str(run), torch.device("cpu")).config.data).split("test").take(slice(0, 10))
+    x = (
+        DataSet(load_model(str(run), torch.device("cpu")).config.data)
+        .split("test")
+        .take(slice(0, 10))
+    )
     assert torch.equal(flow.decode(flow.encode(x)), x)
     assert "10 of 10 test images come back exactly" in page.text
     assert torch.equal(page.picture("8 test images"), pictures.grid(x[:8], 17, 8))
-    assert torch.equal(page.picture("8 the same images, encoded and decoded"), pictures.grid(x[:8], 17, 8))
-    assert torch.equal(page.picture("8 their differences, amplified"), pictures.grid(torch.zeros_like(x[:8]), 17, 8))
+    assert torch.equal(
+        page.picture("8 the same images, encoded and decoded"), pictures.grid(x[:8], 17, 8)
+    )
+    assert torch.equal(
+        page.picture("8 their differences, amplified"),
+        pictures.grid(torch.zeros_like(x[:8]), 17, 8),
+    )
 
 
 def test_the_nearest_training_images_are_nearest(digits):
@@ -183,9 +217,16 @@ def test_the_nearest_training_images_are_nearest(digits):
     assert torch.equal(page.picture("Sample 2"), pictures.grid(drawn[1:2], 17, 1))
     distance = (drawn[1] / 16 - train / 16).flatten(1).norm(dim=1)
     best = distance.argsort(stable=True)[:3].tolist()
-    shown = [image["alt"] for image in page.all("img") if image["alt"].startswith(("Training image", "Sample "))]
+    shown = [
+        image["alt"]
+        for image in page.all("img")
+        if image["alt"].startswith(("Training image", "Sample "))
+    ]
     assert shown[4:8] == ["Sample 2", *(f"Training image {position}" for position in best)]
-    assert f"sample {distance[best[0]]:.2f} {distance[best[1]]:.2f} {distance[best[2]]:.2f}" in page.text
+    assert (
+        f"sample {distance[best[0]]:.2f} {distance[best[1]]:.2f} {distance[best[2]]:.2f}"
+        in page.text
+    )
     test = data.split("test").take(slice(0, 16))
     own = [(one / 16 - train / 16).flatten(1).norm(dim=1).min().item() for one in test]
     assert f"are at {sorted(own)[7]:.2f} from their nearest training image" in page.text
@@ -197,7 +238,9 @@ def test_the_health_table_is_the_doctors(digits):
     findings = doctor.examine(model, DataSet(model.config.data), num_images=10, seed=3)
     worst, *checks = page.tables[1:]
     rows = [row for table in checks for row in table[1:]]
-    assert sorted((row[1], row[5]) for row in rows) == sorted((f.check, f.layer or "whole model") for f in findings)
+    assert sorted((row[1], row[5]) for row in rows) == sorted(
+        (f.check, f.layer or "whole model") for f in findings
+    )
     assert [row[1] for row in worst[1:]] == [table[1][1] for table in checks]
     assert {row[0] for row in rows} == {f.verdict for f in findings}
     assert "1.798e+308" not in page.text
@@ -205,11 +248,13 @@ def test_the_health_table_is_the_doctors(digits):
 
 def test_the_same_command_makes_the_same_page(digits, tmp_path):
     run, _, page = digits
-    again, _ = page_of(run.name, "--num-images", 10, "--seed", 3, cwd=run.parent, out=str(tmp_path / "again.html"))
+    again, _ = page_of(
+        run.name, "--num-images", 10, "--seed", 3, cwd=run.parent, out=str(tmp_path / "again.html")
+    )
     assert again.html == page.html
 
 
-# --- what may be missing ----------------------------------------------------------------------------------------------
+# --- what may be missing --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +262,10 @@ def moved(tmp_path_factory):
     """A run on images in a file, and the file."""
     folder = tmp_path_factory.mktemp("moved")
     npz(folder / "data.npz", train=30, test=5)
-    options = [*SMALL, *sets(data__name="npz", data__path="data.npz", data__validation=0, train__num_steps=2)]
+    options = [
+        *SMALL,
+        *sets(data__name="npz", data__path="data.npz", data__validation=0, train__num_steps=2),
+    ]
     quick("train", *options, *sets(train__log_every=5), "--run-dir", "run", cwd=folder).ok()
     (folder / "data.npz").rename(folder / "elsewhere.npz")
     return folder
@@ -251,14 +299,20 @@ def test_a_broken_file_of_the_run_is_said(moved, tmp_path):
     (run / "metrics.jsonl").write_text("")
     (run / "evaluate-test.json").write_text("{")
     page, _ = page_of("run", cwd=tmp_path)
-    assert "metrics.jsonl: it has no line yet" in page.text and "evaluate-test.json: broken" in page.text
+    assert (
+        "metrics.jsonl: it has no line yet" in page.text
+        and "evaluate-test.json: broken" in page.text
+    )
 
 
 def test_a_figure_of_another_model_is_said(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
     page, _ = page_of("run", "--weights", "raw", "--num-images", 1, cwd=tmp_path)
     assert "evaluate-test.json is of another model than this report" in page.text
-    assert "flowtrain evaluate run/checkpoints/best.safetensors --split test --weights raw" in page.text
+    assert (
+        "flowtrain evaluate run/checkpoints/best.safetensors --split test --weights raw"
+        in page.text
+    )
     values = json.loads((run / "evaluate-test.json").read_text())
     unknown = {**values, "bits_per_dim": None, "bits_per_dim_stderr": None, "nats_per_image": None}
     (run / "evaluate-test.json").write_text(json.dumps(unknown))
@@ -280,12 +334,19 @@ def test_a_damaged_model_has_a_page(digits, tmp_path):
 
 
 def test_points_have_a_page(tmp_path):
-    options = sets(train__num_steps=5, train__log_every=5, model__width=8, model__blocks=1, data__count=200)
-    quick("train", "--config", "realnvp_two_moons.yaml", *options, "--run-dir", "run", cwd=tmp_path).ok()
+    options = sets(
+        train__num_steps=5, train__log_every=5, model__width=8, model__blocks=1, data__count=200
+    )
+    quick(
+        "train", "--config", "realnvp_two_moons.yaml", *options, "--run-dir", "run", cwd=tmp_path
+    ).ok()
     quick("evaluate", "run", "--num-images", 20, cwd=tmp_path).ok()
     page, _ = page_of("run", cwd=tmp_path)
     result = json.loads((tmp_path / "run" / "evaluate-test.json").read_text())
-    assert page.tables[0][1][2] == f"{result['nats_per_image']:.4f} ± {result['nats_per_image_stderr']:.4f}"
+    assert (
+        page.tables[0][1][2]
+        == f"{result['nats_per_image']:.4f} ± {result['nats_per_image_stderr']:.4f}"
+    )
     assert "2 x 1 x 1, real values" in page.text and "Best validation, nats" in page.text
     assert [image["alt"] for image in page.all("img")] == ["Samples at temperature 1.0"]
     assert page.text.count("real-valued data are no images") == 2
@@ -294,16 +355,22 @@ def test_points_have_a_page(tmp_path):
 def test_wrong_arguments_are_named(digits, moved, tmp_path):
     run = digits[0]
     quick("report", run, "--out", "x.pdf", cwd=tmp_path).failed(2, "--out x.pdf", ".html")
-    quick("report", run, "--num-images", 0, cwd=tmp_path).failed(2, "--num-images", "greater than or equal to 1")
-    quick("report", "nowhere", cwd=tmp_path).failed(2, "nowhere: no such checkpoint or run directory")
+    quick("report", run, "--num-images", 0, cwd=tmp_path).failed(
+        2, "--num-images", "greater than or equal to 1"
+    )
+    quick("report", "nowhere", cwd=tmp_path).failed(
+        2, "nowhere: no such checkpoint or run directory"
+    )
     quick("report", run, "--weights", "best", cwd=tmp_path).failed(2, "--weights best")
     quick("report", run, *sets(train__lr=1), cwd=tmp_path).failed(2, "--set train.lr=1")
     quick("report", "run", *sets(data__path="gone.npz"), cwd=moved).failed(2, "gone.npz")
-    quick("report", "run", *sets(data__name="digits"), cwd=moved).failed(2, "17 levels", "256 levels")
+    quick("report", "run", *sets(data__name="digits"), cwd=moved).failed(
+        2, "17 levels", "256 levels"
+    )
     assert not list(tmp_path.iterdir()) and not (moved / "run" / "report.html").exists()
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk, drop_bits", [(1, 0), (7 * 48, 0), (2**22, 3)])
@@ -313,7 +380,9 @@ def test_nearest_is_that_of_all_distances(chunk, drop_bits, monkeypatch):
     levels = 256 >> drop_bits
     queries = torch.cat([images(5, (3, 4, 4), levels, seed=1), split.take(slice(12, 13))])
     distances, positions = report.nearest(queries, split, levels, 3)
-    every = torch.cdist(queries.flatten(1).double(), split.take(slice(None)).flatten(1).double()) / (levels - 1)
+    every = torch.cdist(
+        queries.flatten(1).double(), split.take(slice(None)).flatten(1).double()
+    ) / (levels - 1)
     expected, where = every.topk(3, largest=False)
     torch.testing.assert_close(distances, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(positions, where)
@@ -361,5 +430,9 @@ def test_the_worst_finding_of_a_check_comes_first():
         finding("low", 0.625, "watch", 0.75, 0.5),
     ]
     tables = report.by_check(findings)
-    assert [[f.value for f in found] for _, found in tables] == [[None, 3.0, 1.5], [0.625, 1.0], [0.75, 0.5]]
+    assert [[f.value for f in found] for _, found in tables] == [
+        [None, 3.0, 1.5],
+        [0.625, 1.0],
+        [0.75, 0.5],
+    ]
     assert all(worst is found[0] for worst, found in tables)

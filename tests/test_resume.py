@@ -1,4 +1,6 @@
-"""Runs that are stopped, killed and continued: nothing differs from a run that was left alone (design, section 6)."""
+"""Runs that are stopped, killed and continued: nothing differs from a run that was left alone
+(design, section 6).
+"""
 
 import os
 import random
@@ -30,32 +32,56 @@ from cli_helpers import (
 
 from flowtrain.checkpoints import format as checkpoint_format
 
-# All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the order of the images.
+# All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the
+# order of the images.
 EVERYTHING = sets(
-    train__accumulate=2, train__ema=0.9, train__clip_norm=0.2, train__warmup_steps=4, train__schedule="cosine"
+    train__accumulate=2,
+    train__ema=0.9,
+    train__clip_norm=0.2,
+    train__warmup_steps=4,
+    train__schedule="cosine",
 )
 EVERYTHING += sets(
-    train__log_every=3, train__validate_every=4, train__sample_every=7, train__batch_size=100, data__shift=1
+    train__log_every=3,
+    train__validate_every=4,
+    train__sample_every=7,
+    train__batch_size=100,
+    data__shift=1,
 )
-EVERYTHING += sets(train__num_steps=20, train__checkpoint_every=10, train__keep_checkpoints=5, train__weight_decay=1e-2)
+EVERYTHING += sets(
+    train__num_steps=20,
+    train__checkpoint_every=10,
+    train__keep_checkpoints=5,
+    train__weight_decay=1e-2,
+)
 SMALL_MODEL = SMALL[:4]
 
 LONG = [
     *SMALL,
-    *sets(train__log_every=1, train__validate_every=25, train__checkpoint_every=10, train__sample_every=1000),
+    *sets(
+        train__log_every=1,
+        train__validate_every=25,
+        train__checkpoint_every=10,
+        train__sample_every=1000,
+    ),
 ]
 LONG += sets(train__num_steps=120, train__keep_checkpoints=0)
 
 
 def put_back(run, step):
-    """The run as a kill just after `step` would have left it: its last checkpoint is that one, its logs are longer."""
+    """The run as a kill just after `step` would have left it: its last checkpoint is that one, its
+    logs are longer.
+    """
     last(run).unlink()
     last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
 
 
 def wait_for_step(run, step):
     with within(60, f"step {step} of {run}") as expired:
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count('"train"') < step:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or (run / "metrics.jsonl").read_text().count('"train"') < step
+        ):
             expired()
 
 
@@ -77,7 +103,7 @@ def uninterrupted():
     return run
 
 
-# --- 10 + 10 = 20 -----------------------------------------------------------------------------------------------------
+# --- 10 + 10 = 20 ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,12 +112,29 @@ def uninterrupted():
         sets(train__precision="fp32", train__optimizer="adam"),
         sets(train__precision="bf16", train__optimizer="adamw"),
         sets(train__optimizer="adamax", train__memory="checkpoint", train__ema=0),
-        sets(train__optimizer="muon", train__precision="bf16", train__clip_norm=1, model__conditioner="depthwise"),
+        sets(
+            train__optimizer="muon",
+            train__precision="bf16",
+            train__clip_norm=1,
+            model__conditioner="depthwise",
+        ),
         sets(data__max_in_memory=0, data__workers=1),
-        ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1, train__precision="bf16")],
+        [
+            "--config",
+            "realnvp_digits.yaml",
+            *sets(model__width=4, model__blocks=1, train__precision="bf16"),
+        ],
         ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
     ],
-    ids=["fp32-adam", "bf16-adamw", "recomputed-adamax-no-ema", "muon", "streamed", "realnvp", "nice"],
+    ids=[
+        "fp32-adam",
+        "bf16-adamw",
+        "recomputed-adamax-no-ema",
+        "muon",
+        "streamed",
+        "realnvp",
+        "nice",
+    ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
     command = ["train", *([] if "--config" in variant else SMALL_MODEL), *EVERYTHING, *variant]
@@ -122,14 +165,16 @@ def test_the_test_above_would_notice(tmp_path):
     saved.tensors[name] *= 1.001
     path.unlink()
     checkpoint_format.write(
-        path, {k: v for k, v in saved.meta.items() if k not in ("format", "versions")}, saved.tensors
+        path,
+        {k: v for k, v in saved.meta.items() if k not in ("format", "versions")},
+        saved.tensors,
     )
     quick(*command, tmp_path / "b", cwd=tmp_path).ok()
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -142,8 +187,12 @@ def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path
     assert stopped.code == code and stopped.err == "", stopped
     step = summary(run)["step"]
     assert 3 <= step < 120 and not summary(run)["finished"]
-    assert checkpoint_format.read(last(run)).meta["step"] == step  # the step was finished, and saved
-    assert f"{signum.name}: finishing the step" in stopped.out and f"at step {step}; saved" in stopped.out
+    # the step was finished, and saved
+    assert checkpoint_format.read(last(run)).meta["step"] == step
+    assert (
+        f"{signum.name}: finishing the step" in stopped.out
+        and f"at step {step}; saved" in stopped.out
+    )
     done = quick("train", *LONG, cwd=tmp_path).ok()
     assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
     assert_same_run(run, uninterrupted)
@@ -165,7 +214,13 @@ train.optimizer_step, train._validate = optimizer_step, validate
 
 
 def test_what_a_signal_stops_is_saved_before_it_is_validated(tmp_path):
-    command = ["train", *LONG, *sets(train__validate_every=10, train__checkpoint_every=5), "--run-dir", "r"]
+    command = [
+        "train",
+        *LONG,
+        *sets(train__validate_every=10, train__checkpoint_every=5),
+        "--run-dir",
+        "r",
+    ]
     stopped = quick(*command, cwd=tmp_path, first=STOPPED_BEFORE_VALIDATION)
     assert stopped.code == 143 and "validating 10 saved 10" in stopped.out
 
@@ -181,9 +236,17 @@ def test_a_signal_before_the_first_step_is_obeyed(tmp_path):
 
 
 def test_kill_9_at_any_moment(uninterrupted, tmp_path):
-    """Also while a checkpoint is written, which here is most of the time; each kill loses one step at most."""
+    """Also while a checkpoint is written, which here is most of the time; each kill loses one step
+    at most.
+    """
     random.seed(0)
-    command = ["train", *LONG, *sets(train__checkpoint_every=1, train__keep_checkpoints=2), "--run-dir", "r"]
+    command = [
+        "train",
+        *LONG,
+        *sets(train__checkpoint_every=1, train__keep_checkpoints=2),
+        "--run-dir",
+        "r",
+    ]
     run, reached, mid_write = tmp_path / "r", 0, 0
     for attempt in range(6):
         process = Forked(command, cwd=tmp_path)
@@ -192,7 +255,10 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
             time.sleep(random.random() / 20)
         else:
             with within(60, "a checkpoint that is being written") as expired:
-                while not list((run / "checkpoints").glob(".last.*.tmp")) and process.process.is_alive():
+                while (
+                    not list((run / "checkpoints").glob(".last.*.tmp"))
+                    and process.process.is_alive()
+                ):
                     expired()
         os.kill(process.process.pid, signal.SIGKILL)
         assert process.result().code == -signal.SIGKILL
@@ -210,13 +276,16 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     ]
     a, b = checkpoint_format.read(last(run)), checkpoint_format.read(last(uninterrupted))
     assert (
-        all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors) and a.tensors.keys() == b.tensors.keys()
+        all((a.tensors[name] == b.tensors[name]).all() for name in b.tensors)
+        and a.tensors.keys() == b.tensors.keys()
     )
     assert metrics(run, timeless=True) == metrics(uninterrupted, timeless=True)
 
 
 def test_a_killed_run_leaves_no_lock_behind(tmp_path):
-    streamed = sets(data__max_in_memory=0, data__workers=2, train__num_steps=5000, train__log_every=100)
+    streamed = sets(
+        data__max_in_memory=0, data__workers=2, train__num_steps=5000, train__log_every=100
+    )
     command = ["train", *SMALL, *streamed, *sets(train__checkpoint_every=5), "--run-dir", "r"]
     first = Forked(command, cwd=tmp_path)
     with within(60, "a checkpoint") as expired:
@@ -232,7 +301,7 @@ def test_a_killed_run_leaves_no_lock_behind(tmp_path):
     assert second.result().code == 143 and "streamed" in second.out, second.result()
 
 
-# --- the same command, or nearly --------------------------------------------------------------------------------------
+# --- the same command, or nearly ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -241,10 +310,18 @@ def run(tmp_path):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     done = quick("train", *TINY, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20): nothing to do" in done.out
-    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    after = {
+        path: path.stat().st_mtime_ns
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert before == after
 
 
@@ -257,8 +334,19 @@ def test_never_refuses_a_folder_that_holds_a_run(run, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("model.width", 9), ("train.lr", 1e-4), ("train.num_steps", 21), ("data.validation", 50), ("seed", 1)]
-    + [("model.coupling", "additive"), ("train.ema", 0), ("data.split_seed", 3), ("train.budget", "1h")],
+    [
+        ("model.width", 9),
+        ("train.lr", 1e-4),
+        ("train.num_steps", 21),
+        ("data.validation", 50),
+        ("seed", 1),
+    ]
+    + [
+        ("model.coupling", "additive"),
+        ("train.ema", 0),
+        ("data.split_seed", 3),
+        ("train.budget", "1h"),
+    ],
 )
 def test_a_changed_key_is_named(key, value, run, tmp_path):
     done = quick("train", *TINY, "--set", f"{key}={value}", cwd=tmp_path)
@@ -268,28 +356,46 @@ def test_a_changed_key_is_named(key, value, run, tmp_path):
 
 
 def test_where_the_data_lie_may_change(run, tmp_path):
-    assert "nothing to do" in quick("train", *TINY, *sets(data__root="moved", data__workers=7), cwd=tmp_path).ok().out
+    assert (
+        "nothing to do"
+        in quick("train", *TINY, *sets(data__root="moved", data__workers=7), cwd=tmp_path).ok().out
+    )
 
 
 def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     """From there on with another schedule; the old run stays as it is."""
     source = run / "checkpoints" / "step-00000015.safetensors"
-    more = [*TINY, *sets(train__num_steps=30, train__lr=1e-4), "--resume", source, "--run-dir", "new"]
+    more = [
+        *TINY,
+        *sets(train__num_steps=30, train__lr=1e-4),
+        "--resume",
+        source,
+        "--run-dir",
+        "new",
+    ]
     done = quick("train", *more, cwd=tmp_path).ok()
     assert f"going on from {source} at step 15" in done.out
-    assert [row["step"] for row in metrics(tmp_path / "new") if row["split"] == "train"] == [20, 25, 30]
+    assert [row["step"] for row in metrics(tmp_path / "new") if row["split"] == "train"] == [
+        20,
+        25,
+        30,
+    ]
     assert summary(tmp_path / "new")["step"] == 30 and summary(run)["step"] == 20
     assert (
         "nothing to do" in quick("train", *more[:-4], "--run-dir", "new", cwd=tmp_path).ok().out
     )  # it is a run like any
-    quick("train", *more, cwd=tmp_path).failed(2, "--resume", "new holds another run", "leave --resume out")
+    quick("train", *more, cwd=tmp_path).failed(
+        2, "--resume", "new holds another run", "leave --resume out"
+    )
     for key, value in [("model.width", 9), ("train.optimizer", "adamax"), ("data.flip", "true")]:
         other = quick("train", *more, "--set", f"{key}={value}", "--run-dir", "newer", cwd=tmp_path)
         other.failed(2, f"{key}: {source} has")
 
 
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
-    """The curve after it is forgotten; new checkpoints are not taken for older than the abandoned ones."""
+    """The curve after it is forgotten; new checkpoints are not taken for older than the abandoned
+    ones.
+    """
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY, *sets(train__lr=1e-4, train__num_steps=17, train__checkpoint_every=1)]
     quick("train", *options, "--resume", source, cwd=tmp_path).ok()
@@ -301,10 +407,14 @@ def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
 
 @pytest.mark.parametrize("folder", [[], ["--run-dir", "new"]], ids=["same folder", "new folder"])
 def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_path):
-    """Not a later one that lies in the folder, nor none: the first step is not finite, and goes back to it."""
+    """Not a later one that lies in the folder, nor none: the first step is not finite, and goes
+    back to it.
+    """
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY, *sets(train__lr=1e39, train__checkpoint_every=1, train__max_non_finite=0)]
-    quick("train", *options, "--resume", source, *folder, cwd=tmp_path).failed(1, "stopped at step 16")
+    quick("train", *options, "--resume", source, *folder, cwd=tmp_path).failed(
+        1, "stopped at step 16"
+    )
     assert checkpoint_format.read(last(tmp_path / "new" if folder else run)).meta["step"] == 15
 
 
@@ -313,18 +423,28 @@ def test_changed_images_are_noticed(tmp_path):
         images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
         np.savez(tmp_path / "own.npz", x_train=images, x_test=images[:5])
 
-    command = ["train", *SMALL, *sets(data__name="npz", data__path="own.npz", train__log_every=1), "--run-dir", "r"]
+    command = [
+        "train",
+        *SMALL,
+        *sets(data__name="npz", data__path="own.npz", train__log_every=1),
+        "--run-dir",
+        "r",
+    ]
     write(seed=0)
     process = Forked([*command, *sets(train__num_steps=100_000)], cwd=tmp_path)
     wait_for_step(tmp_path / "r", 2)
     process.process.terminate()
     assert process.result().code == 143
     write(seed=1)
-    quick(*command, *sets(train__num_steps=100_000), cwd=tmp_path).failed(2, "data:", "content", "last.safetensors")
+    quick(*command, *sets(train__num_steps=100_000), cwd=tmp_path).failed(
+        2, "data:", "content", "last.safetensors"
+    )
 
 
 def test_one_process_at_a_time(tmp_path):
-    first = Forked(["train", *LONG, *sets(train__num_steps=100_000), "--run-dir", "r"], cwd=tmp_path)
+    first = Forked(
+        ["train", *LONG, *sets(train__num_steps=100_000), "--run-dir", "r"], cwd=tmp_path
+    )
     wait_for_step(tmp_path / "r", 1)
     second = quick("train", *LONG, *sets(train__num_steps=100_000), "--run-dir", "r", cwd=tmp_path)
     second.failed(2, "--run-dir r", "in use by another process", f"pid {first.process.pid}")
@@ -335,11 +455,16 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_a_budget_that_runs_out_beside_the_steps_is_seen_to(tmp_path):
-    """Used up by a validation, say, and then killed: the next start takes a step and sees to the end."""
+    """Used up by a validation, say, and then killed: the next start takes a step and sees to the
+    end.
+    """
     budget = sets(train__budget="1h", train__validate_every=10, train__checkpoint_every=5)
     stopped = Forked(["train", *SMALL, *budget, "--run-dir", "r"], cwd=tmp_path)
     with within(60, "a checkpoint") as expired:
-        while not last(tmp_path / "r").exists() or checkpoint_format.read(last(tmp_path / "r")).meta["step"] == 0:
+        while (
+            not last(tmp_path / "r").exists()
+            or checkpoint_format.read(last(tmp_path / "r")).meta["step"] == 0
+        ):
             expired()
     stopped.process.kill()
     stopped.result()
@@ -354,7 +479,13 @@ def test_a_budget_that_runs_out_beside_the_steps_is_seen_to(tmp_path):
 
 
 def test_a_budget_knows_the_time_that_was_used(tmp_path):
-    command = ["train", *LONG, *sets(train__budget="3s", train__schedule="linear"), "--run-dir", "r"]
+    command = [
+        "train",
+        *LONG,
+        *sets(train__budget="3s", train__schedule="linear"),
+        "--run-dir",
+        "r",
+    ]
     first = Forked(command, cwd=tmp_path)
     with within(60, "a second of training") as expired:
         while not any(row["seconds"] > 1 for row in (metrics_so_far(tmp_path / "r"))):
@@ -370,7 +501,8 @@ def test_a_budget_knows_the_time_that_was_used(tmp_path):
     assert 3 <= summary(tmp_path / "r")["seconds"] < 4.5
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     lr = 2e-3
-    assert rows[-1]["lr"] < 0.2 * lr and rows[-1]["lr"] < max(row["lr"] for row in rows) / 3  # decays with the time
+    # decays with the time
+    assert rows[-1]["lr"] < 0.2 * lr and rows[-1]["lr"] < max(row["lr"] for row in rows) / 3
     assert "nothing to do" in quick(*command, cwd=tmp_path).ok().out
 
 

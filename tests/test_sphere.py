@@ -1,4 +1,6 @@
-"""Flows on the sphere: the data, circular splines, the volume of an embedded surface, the density, its commands."""
+"""Flows on the sphere: the data, circular splines, the volume of an embedded surface, the density,
+its commands.
+"""
 
 import inspect
 import json
@@ -13,7 +15,12 @@ from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
 
-from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles, SplineTransform
+from flowtrain.bijections import (
+    AnglesToNormal,
+    CircularSplineTransform,
+    SphereToAngles,
+    SplineTransform,
+)
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
@@ -56,12 +63,13 @@ def at(longitude, latitude):
 def log_density(x, means, concentration):
     """Of a mixture of von Mises-Fisher distributions in equal parts: nats, `(N,)`."""
     k = concentration
-    log_constant = math.log(k / (2 * math.pi)) - k - math.log1p(-math.exp(-2 * k))  # k / (4 pi sinh k)
+    # k / (4 pi sinh k)
+    log_constant = math.log(k / (2 * math.pi)) - k - math.log1p(-math.exp(-2 * k))
     cosines = np.asarray(x, np.float64).reshape(-1, 3) @ means.T
     return np.logaddexp.reduce(log_constant + k * cosines, axis=1) - math.log(len(means))
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------------------
 
 
 def build(split="train", **options):
@@ -70,7 +78,12 @@ def build(split="train", **options):
 
 def test_any_number_of_unit_vectors_by_seed():
     images = build(count=300, test_count=200)
-    assert (images.shape, images.levels, images.flip, images.labels) == ((3, 1, 1), None, False, None)
+    assert (images.shape, images.levels, images.flip, images.labels) == (
+        (3, 1, 1),
+        None,
+        False,
+        None,
+    )
     x = images.read()
     assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous
     assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
@@ -82,11 +95,22 @@ def test_any_number_of_unit_vectors_by_seed():
 
 @pytest.mark.parametrize("concentration", [1e-6, 0.5, 20, 1e4])
 def test_von_mises_fisher(concentration):
-    """The mean resultant is along the mean, coth k - 1/k long; around the mean it is the same in all directions."""
+    """The mean resultant is along the mean, coth k - 1/k long; around the mean it is the same in
+    all directions.
+    """
     n = 20_000
-    x = build(count=n, components=1, concentration=concentration).read().reshape(-1, 3).astype(np.float64)
+    x = (
+        build(count=n, components=1, concentration=concentration)
+        .read()
+        .reshape(-1, 3)
+        .astype(np.float64)
+    )
     (mean,) = data_set.means(0, 1)
-    expected = 1 / math.tanh(concentration) - 1 / concentration if concentration > 1e-3 else concentration / 3
+    expected = (
+        1 / math.tanh(concentration) - 1 / concentration
+        if concentration > 1e-3
+        else concentration / 3
+    )
     along = x @ mean
     assert along.mean() == pytest.approx(expected, abs=4 * along.std() / math.sqrt(n) + 1e-7)
     across = x - along[:, None] * mean
@@ -94,7 +118,9 @@ def test_von_mises_fisher(concentration):
     assert np.abs(across.mean(axis=0)).max() < 4 * spread * math.sqrt(3 / n)
     covariance = across.T @ across / n
     trace = np.trace(covariance)
-    np.testing.assert_allclose(covariance / trace, (np.eye(3) - np.outer(mean, mean)) / 2, atol=0.03)
+    np.testing.assert_allclose(
+        covariance / trace, (np.eye(3) - np.outer(mean, mean)) / 2, atol=0.03
+    )
 
 
 def test_components_have_equal_parts():
@@ -103,10 +129,13 @@ def test_components_have_equal_parts():
     np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1)
     counts = np.bincount((x @ means.T).argmax(axis=1), minlength=4)
     assert counts == pytest.approx(2500, abs=200)
-    assert np.array_equal(means, data_set.means(3, 5)[:4]) and not np.isclose(means, data_set.means(4, 4)).any()
+    assert (
+        np.array_equal(means, data_set.means(3, 5)[:4])
+        and not np.isclose(means, data_set.means(4, 4)).any()
+    )
 
 
-# --- splines ----------------------------------------------------------------------------------------------------------
+# --- splines --------------------------------------------------------------------------------------
 
 
 def test_zero_parameters_are_the_identity():
@@ -121,7 +150,9 @@ def test_zero_parameters_are_the_identity():
 def circular(count, seed=0, scale=1.5):
     """A circular spline with one set of random parameters, for so many values."""
     transform = CircularSplineTransform(5)
-    one = scale * torch.randn(1, transform.parameters_per_entry, generator=seeded(seed), dtype=torch.float64)
+    one = scale * torch.randn(
+        1, transform.parameters_per_entry, generator=seeded(seed), dtype=torch.float64
+    )
     return transform, one.expand(count, -1)
 
 
@@ -132,12 +163,15 @@ def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
     z, log_derivative = transform(x, parameters)
     assert (z.diff(dim=0) > 0).all() and z[-1].item() - z[0].item() == pytest.approx(2 * math.pi)
     assert log_derivative[0].item() == pytest.approx(log_derivative[-1].item(), abs=1e-9)
-    # The cut of the spline is at pi, less the turn: no jump there either, of the map or of its derivative.
+    # The cut of the spline is at pi, less the turn: no jump there either, of the map or of its
+    # derivative.
     turn = math.pi * math.tanh(parameters[0, 0].item() / math.pi)
     cut = math.pi - turn + torch.tensor([[-1e-7], [0.0], [1e-7]], dtype=torch.float64)
     z_there, log_there = transform(cut, parameters[:3])
     assert abs(log_there.diff(dim=0)).max() < 1e-4 and abs(log_there[1]) > 1e-3
-    assert (z_there.diff(dim=0) / 1e-7).log().squeeze().tolist() == pytest.approx([log_there[1].item()] * 2, abs=1e-4)
+    assert (z_there.diff(dim=0) / 1e-7).log().squeeze().tolist() == pytest.approx(
+        [log_there[1].item()] * 2, abs=1e-4
+    )
 
 
 def test_a_circular_spline_keeps_whole_turns():
@@ -163,7 +197,7 @@ def test_free_ends_have_a_derivative_of_their_own():
         assert log_derivative[i].item() == pytest.approx(expected, abs=1e-5)
 
 
-# --- the two ends -----------------------------------------------------------------------------------------------------
+# --- the two ends ---------------------------------------------------------------------------------
 
 
 def jacobians(function, x):
@@ -172,9 +206,13 @@ def jacobians(function, x):
     return full.reshape(full.shape[0], len(x), -1).movedim(1, 0)
 
 
-@pytest.mark.parametrize("bijection", [SphereToAngles(), a_flow().double().bijection], ids=["end", "model"])
+@pytest.mark.parametrize(
+    "bijection", [SphereToAngles(), a_flow().double().bijection], ids=["end", "model"]
+)
 def test_the_volume_change_is_that_of_the_surface(bijection):
-    """Against autograd, on the tangent plane on the way to the latent, by the Gram determinant on the way back."""
+    """Against autograd, on the tangent plane on the way to the latent, by the Gram determinant on
+    the way back.
+    """
     x = uniform(50, dtype=torch.float64)
     z, log_det = (t.detach() for t in bijection(x))
     normal = x.flatten(1)
@@ -205,7 +243,7 @@ def test_normal_numbers_are_uniform_points():
     torch.testing.assert_close(x.T @ x / 50_000, torch.eye(3) / 3, rtol=0, atol=0.01)
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_the_module_documents_itself():
@@ -217,9 +255,10 @@ def test_the_module_documents_itself():
 def test_size_by_hand():
     # Two couplings a layer, of cosine and sine to 3 * 4 + 1 parameters.
     coupling = (2 * 8 + 8) + (8 * 13 + 13)
-    assert sum(p.numel() for p in sphere.build((3, 1, 1), layers=2, width=8, hidden_layers=1, bins=4).parameters()) == (
-        4 * coupling
-    )
+    assert sum(
+        p.numel()
+        for p in sphere.build((3, 1, 1), layers=2, width=8, hidden_layers=1, bins=4).parameters()
+    ) == (4 * coupling)
 
 
 def test_the_start_is_the_uniform_density():
@@ -253,7 +292,9 @@ def test_round_trips():
     flow = a_flow(0.2).requires_grad_(False)
     near_a_pole = [1.5707, 1.57079, -1.57, math.pi / 2, -math.pi / 2]
     at_the_cut = [math.pi, -math.pi, math.pi - 1e-6, 1e-6 - math.pi]
-    x = torch.cat([uniform(1000), at(torch.linspace(-3, 3, 7)[:, None], near_a_pole), at(at_the_cut, 0.3)])
+    x = torch.cat(
+        [uniform(1000), at(torch.linspace(-3, 3, 7)[:, None], near_a_pole), at(at_the_cut, 0.3)]
+    )
     z, log_det = flow.bijection(x)
     assert z.shape == (len(x), 2) and log_det.shape == (len(x),)
     back, inverse_log_det = flow.bijection.inverse(z)
@@ -269,7 +310,9 @@ def test_round_trips():
 def test_the_density_has_no_jump_at_the_cut():
     flow = a_flow(0.2).double()
     latitude = torch.linspace(-1.5, 1.5, 50)
-    sides = [flow.log_prob(at(angle, latitude)) for angle in (math.pi - 1e-6, -math.pi, 1e-6 - math.pi)]
+    sides = [
+        flow.log_prob(at(angle, latitude)) for angle in (math.pi - 1e-6, -math.pi, 1e-6 - math.pi)
+    ]
     torch.testing.assert_close(sides[0], sides[1], rtol=0, atol=1e-3)
     torch.testing.assert_close(sides[2], sides[1], rtol=0, atol=1e-3)
     assert sides[0].std() > 0.1
@@ -311,15 +354,24 @@ def test_latents_have_two_dimensions():
 
 
 def test_other_data():
-    with pytest.raises(UserError, match="model.name: sphere is for points of the unit sphere, 3x1x1; got 2x1x1"):
+    with pytest.raises(
+        UserError, match="model.name: sphere is for points of the unit sphere, 3x1x1; got 2x1x1"
+    ):
         build_flow(a_config(TINY), (2, 1, 1), None)
-    with pytest.raises(UserError, match="model.name: sphere is for real-valued data, these have 256 levels"):
+    with pytest.raises(
+        UserError, match="model.name: sphere is for real-valued data, these have 256 levels"
+    ):
         build_flow(a_config(TINY), (3, 1, 1), 256)
 
 
 def test_no_diagnosis():
     config = a_config(TINY, data={"name": "sphere"})
-    model = LoadedModel(build_flow(config, (3, 1, 1), None), config, "raw", Checkpoint(Path("m.safetensors"), {}, {}))
+    model = LoadedModel(
+        build_flow(config, (3, 1, 1), None),
+        config,
+        "raw",
+        Checkpoint(Path("m.safetensors"), {}, {}),
+    )
     with pytest.raises(UserError, match="m.safetensors: the data are points of a surface"):
         examine(model, DataSet(config.data))
 
@@ -333,7 +385,9 @@ def five_steps():
     flow = build_flow(config, (3, 1, 1), None)
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
-            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(parameter.shape)
+            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(
+                parameter.shape
+            )
     x = at(torch.linspace(-3, 3, 8), torch.linspace(0.2, 1.2, 8))
     state = State(config, flow, build_optimizers(flow, config.train), None, {})
     losses = []
@@ -350,7 +404,9 @@ def test_golden_losses():
 
 @pytest.mark.slow
 def test_a_mixture_is_learned():
-    """The likelihood of test points within 0.05 nats of what their true density gives, and a density like it."""
+    """The likelihood of test points within 0.05 nats of what their true density gives, and a
+    density like it.
+    """
     config = a_config(
         {"name": "sphere", "layers": 2, "width": 32},
         data={"name": "sphere", "components": 2, "concentration": 10},
@@ -382,10 +438,20 @@ def test_no_line_across_the_picture():
     assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
-RUN = [*sets(data__name="sphere", data__count=600, data__test_count=300, model__name="sphere", model__layers=1)]
-RUN += sets(model__width=16, train__num_steps=60, train__batch_size=128, train__lr=5e-3, train__log_every=20)
+RUN = [
+    *sets(
+        data__name="sphere",
+        data__count=600,
+        data__test_count=300,
+        model__name="sphere",
+        model__layers=1,
+    )
+]
+RUN += sets(
+    model__width=16, train__num_steps=60, train__batch_size=128, train__lr=5e-3, train__log_every=20
+)
 RUN += sets(train__validate_every=60, train__checkpoint_every=60, train__sample_every=60)
 
 
@@ -403,7 +469,9 @@ def test_commands(tmp_path):
     assert drawn.shape == (50, 1, 1, 3) and np.abs(np.linalg.norm(drawn, axis=-1) - 1).max() < 1e-5
     quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()
     assert min(Image.open(tmp_path / "i.png").size) > 500
-    quick("train", *RUN, *sets(data__concentration=0), cwd=tmp_path).failed(2, "data.concentration", "0")
+    quick("train", *RUN, *sets(data__concentration=0), cwd=tmp_path).failed(
+        2, "data.concentration", "0"
+    )
 
 
 if __name__ == "__main__":

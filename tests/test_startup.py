@@ -1,4 +1,6 @@
-"""What a command imports: time is what a user waits for, but imports are what a test can count on."""
+"""What a command imports: time is what a user waits for, but imports are what a test can count
+on.
+"""
 
 import re
 import subprocess
@@ -13,12 +15,26 @@ from torchvision.utils import make_grid
 from flowtrain.pictures import grid
 from flowtrain.system import allocator
 
-HEAVY = {"torch", "numpy", "sklearn", "scipy", "torchvision", "tensorboard", "PIL", "safetensors", "yaml"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "sklearn",
+    "scipy",
+    "torchvision",
+    "tensorboard",
+    "PIL",
+    "safetensors",
+    "yaml",
+}
 
 
 def imported(*args, cwd) -> set[str]:
-    """The modules that `python -m flowtrain ARGS` has imported, of the packages the first word of their names."""
-    done = result(start(*args, cwd=cwd, command=(sys.executable, "-X", "importtime", "-m", "flowtrain")))
+    """The modules that `python -m flowtrain ARGS` has imported, of the packages the first word of
+    their names.
+    """
+    done = result(
+        start(*args, cwd=cwd, command=(sys.executable, "-X", "importtime", "-m", "flowtrain"))
+    )
     assert done.code == 0, done.err[-2000:]
     names = set(re.findall(r"^import time:.*\| +(\S+)$", done.err, re.MULTILINE))
     assert "flowtrain.cli.main" in names
@@ -27,7 +43,12 @@ def imported(*args, cwd) -> set[str]:
 
 def test_help_and_version_import_nothing_heavy(tmp_path):
     assert not imported("--help", cwd=tmp_path) & {*HEAVY, "pydantic", "flowtrain.config"}
-    assert not imported("--version", cwd=tmp_path) & {*HEAVY, "pydantic", "rich", "flowtrain.config"}
+    assert not imported("--version", cwd=tmp_path) & {
+        *HEAVY,
+        "pydantic",
+        "rich",
+        "flowtrain.config",
+    }
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate"])
@@ -53,8 +74,13 @@ def test_sampling_imports_what_it_uses(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, flowtrain; assert not set(sys.modules) & {'torch', 'numpy', 'typer', 'pydantic'}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    code = (
+        "import sys, flowtrain; assert not set(sys.modules) & {'torch', 'numpy', 'typer', "
+        "'pydantic'}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -67,7 +93,7 @@ def test_a_grid_is_that_of_torchvision(count, channels, columns):
     assert torch.equal(grid.grid(x, 256, columns), expected)
 
 
-# --- flowtrain/allocator.py -------------------------------------------------------------------------------------------
+# --- flowtrain/allocator.py -----------------------------------------------------------------------
 
 FAULTS = """\
 import resource
@@ -87,7 +113,10 @@ print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 def faults(keep: bool) -> tuple[bool, float]:
     """Whether the C library agreed, and the page faults for 32 MiB of tensors."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(keep=keep)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", FAULTS.format(keep=keep)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     agreed, number = done.stdout.split()
     return agreed == "True", float(number)

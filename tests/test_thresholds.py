@@ -33,7 +33,8 @@ def trained(tmp_path: Path, config: str, *overrides: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("config", "limit"), [("glow_digits.yaml", 2.20), ("realnvp_digits.yaml", HISTOGRAM), ("nice_digits.yaml", 4.09)]
+    ("config", "limit"),
+    [("glow_digits.yaml", 2.20), ("realnvp_digits.yaml", HISTOGRAM), ("nice_digits.yaml", 4.09)],
 )
 def test_digits(tmp_path: Path, config: str, limit: float) -> None:
     assert trained(tmp_path, config)["bits_per_dim"] < limit
@@ -42,8 +43,9 @@ def test_digits(tmp_path: Path, config: str, limit: float) -> None:
 def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
     """8x8 images of quantized Gaussian pixels, and their entropy in bits/dim.
 
-    Neighbours at distance d (|rows| + |columns|) have correlation 0.9**d. With a standard deviation of 20 levels the
-    entropy of the integers is the differential entropy to four digits (bins are narrow), and none is clipped (6 sigma).
+    Neighbours at distance d (|rows| + |columns|) have correlation 0.9**d. With a standard deviation
+    of 20 levels the entropy of the integers is the differential entropy to four digits (bins are
+    narrow), and none is clipped (6 sigma).
     """
     rows, columns = np.divmod(np.arange(64), 8)
     distance = np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)
@@ -51,7 +53,9 @@ def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
     pixels = np.random.default_rng(seed).multivariate_normal(
         np.full(64, 128.0), covariance, size=count, method="cholesky"
     )
-    entropy = 0.5 * (math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1] / 64) / math.log(2)
+    entropy = (
+        0.5 * (math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1] / 64) / math.log(2)
+    )
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8).reshape(-1, 8, 8), entropy
 
 
@@ -63,7 +67,9 @@ def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
         ("nice_digits.yaml", None, []),
     ],
 )
-def test_known_entropy(tmp_path: Path, config: str, margin: float | None, overrides: list[str]) -> None:
+def test_known_entropy(
+    tmp_path: Path, config: str, margin: float | None, overrides: list[str]
+) -> None:
     x_train, entropy = correlated_gaussians(20_000, seed=1)
     x_test, _ = correlated_gaussians(5_000, seed=2)
     np.savez(tmp_path / "gaussians.npz", x_train=x_train, x_test=x_test)

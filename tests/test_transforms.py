@@ -1,4 +1,6 @@
-"""Elementwise transforms of couplings by themselves: monotone, bounded, exact far out; and the solver of equations."""
+"""Elementwise transforms of couplings by themselves: monotone, bounded, exact far out; and the
+solver of equations.
+"""
 
 import itertools
 import math
@@ -8,7 +10,12 @@ import torch
 from helpers import seeded
 from torch.nn import functional as F
 
-from flowtrain.bijections import AdditiveTransform, AffineTransform, MixtureTransform, SplineTransform
+from flowtrain.bijections import (
+    AdditiveTransform,
+    AffineTransform,
+    MixtureTransform,
+    SplineTransform,
+)
 from flowtrain.bijections.monotone import FREE_STEPS, solve_monotone
 
 TRANSFORMS = {
@@ -22,14 +29,18 @@ TRANSFORMS = {
     "mixture-limit": lambda: MixtureTransform(3, 1.0),
 }
 every = pytest.mark.parametrize("name", TRANSFORMS)
-mixtures = pytest.mark.parametrize("name", [name for name in TRANSFORMS if name.startswith("mixture")])
+mixtures = pytest.mark.parametrize(
+    "name", [name for name in TRANSFORMS if name.startswith("mixture")]
+)
 
 
 def some(name, scale, dtype=torch.float64, shape=(8, 3, 40), seed=0):
     """A transform, and parameters of that scale for entries of that shape."""
     transform = TRANSFORMS[name]().to(dtype)
     p = transform.parameters_per_entry
-    parameters = torch.randn(shape[0], p * shape[1], *shape[2:], generator=seeded(seed), dtype=dtype)
+    parameters = torch.randn(
+        shape[0], p * shape[1], *shape[2:], generator=seeded(seed), dtype=dtype
+    )
     return transform, scale * parameters
 
 
@@ -37,11 +48,17 @@ def extreme(name, dtype, shape=(64, 3, 40)):
     """Parameters of which each is 50 or -50, and inputs of all sizes up to 1000."""
     transform, parameters = some(name, 1, dtype, shape)
     sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
-    return transform, 50 * parameters.sign(), sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign()
+    return (
+        transform,
+        50 * parameters.sign(),
+        sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign(),
+    )
 
 
 def grid(function, parameters, points, parameters_per_entry):
-    """z and the log-derivative of the first entry of each example at all points: `(N,)` to `(B, N)`, twice."""
+    """z and the log-derivative of the first entry of each example at all points: `(N,)` to `(B,
+    N)`, twice.
+    """
     entries = parameters.unflatten(1, (parameters_per_entry, -1)).flatten(2)[:, :, :1]
     return function(points.expand(len(entries), 1, -1), entries.repeat_interleave(len(points), 2))
 
@@ -51,7 +68,12 @@ def grid(function, parameters, points, parameters_per_entry):
 def test_density_integrates_to_one(name, scale):
     transform, parameters = some(name, scale, shape=(4, 1))
     # Bins are as narrow as a thousandth, and scales as wide as exp(4).
-    points = torch.cat([torch.linspace(a, b, 200_000, dtype=torch.float64) for a, b in ((-400, -6), (-6, 6), (6, 400))])
+    points = torch.cat(
+        [
+            torch.linspace(a, b, 200_000, dtype=torch.float64)
+            for a, b in ((-400, -6), (-6, 6), (6, 400))
+        ]
+    )
     points = points.unique()
     z, log_derivative = grid(transform, parameters, points, transform.parameters_per_entry)
     assert (z.diff() > 0).all()
@@ -68,11 +90,15 @@ def test_log_derivative_is_that_of_autograd(name, scale):
     x = (2 * torch.randn(8, 3, 40, generator=seeded(3), dtype=torch.float64)).requires_grad_()
     z, log_derivative = transform(x, parameters)
     if name != "additive":
-        torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0].log(), log_derivative, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            torch.autograd.grad(z.sum(), x)[0].log(), log_derivative, rtol=1e-7, atol=1e-7
+        )
     z = z.detach().requires_grad_()
     x, log_derivative = transform.inverse(z, parameters)
     if name != "additive":
-        torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0].log(), log_derivative, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            torch.autograd.grad(x.sum(), z)[0].log(), log_derivative, rtol=1e-7, atol=1e-7
+        )
 
 
 @every
@@ -94,12 +120,19 @@ def test_round_trip_and_bounds_with_extreme_parameters(name, dtype):
         again, there = transform(back, parameters)
     for result in (z, log_derivative, back, inverse_log_derivative):
         assert result.dtype == dtype and torch.isfinite(result).all()
-    # Where the transform is flat, no x of this precision is known from z, and where it is steep no z from x: either.
-    error = torch.minimum((back - x).abs() / x.abs().clamp(min=1), (again - z).abs() / z.abs().clamp(min=1))
+    # Where the transform is flat, no x of this precision is known from z, and where it is steep no
+    # z from x: either.
+    error = torch.minimum(
+        (back - x).abs() / x.abs().clamp(min=1), (again - z).abs() / z.abs().clamp(min=1)
+    )
     assert error.max() < 300 * torch.finfo(dtype).eps
-    torch.testing.assert_close(inverse_log_derivative, -there, rtol=1e-5, atol=2e-2 if dtype == torch.float32 else 1e-9)
+    torch.testing.assert_close(
+        inverse_log_derivative, -there, rtol=1e-5, atol=2e-2 if dtype == torch.float32 else 1e-9
+    )
 
-    largest = {"affine": 2, "additive": 0, "mixture-limit": 2}.get(name, 8.3 if "spline" in name else 4)
+    largest = {"affine": 2, "additive": 0, "mixture-limit": 2}.get(
+        name, 8.3 if "spline" in name else 4
+    )
     assert log_derivative.max() < largest + 1e-2
     if "mixture" not in name:
         assert log_derivative.min() > {"affine": -2, "additive": 0}.get(name, -23) - 1e-5
@@ -166,7 +199,11 @@ def test_mixture_starts_near_the_identity(name):
     transform, parameters = some(name, 0)
     x = torch.linspace(-30, 30, 960, dtype=torch.float64).view(8, 3, 40)
     z, log_derivative = transform(x, parameters)
-    assert (z - x).abs().max() < 0.2 and log_derivative.min() > math.log(0.9) and log_derivative.max() < 1e-9
+    assert (
+        (z - x).abs().max() < 0.2
+        and log_derivative.min() > math.log(0.9)
+        and log_derivative.max() < 1e-9
+    )
 
 
 def test_components_of_a_mixture_part():
@@ -177,14 +214,18 @@ def test_components_of_a_mixture_part():
     )
     (0.5 * z.square() - log_derivative).sum().backward()
     for group in parameters.grad.sum(2)[0].split([1, 4, 4, 1, 4])[1:3]:
-        assert all((a - b).abs() > 1e-3 * group.abs().max() for a, b in itertools.combinations(group, 2))
+        assert all(
+            (a - b).abs() > 1e-3 * group.abs().max() for a, b in itertools.combinations(group, 2)
+        )
 
 
 # ---------------------------------------------------------------- splines
 
 
 def knots(transform, parameters):
-    """x, z and derivative of the knots by the formulas, `(B, K + 1)` each, of one entry with `(B, P)`."""
+    """x, z and derivative of the knots by the formulas, `(B, K + 1)` each, of one entry with `(B,
+    P)`.
+    """
     k, bound = transform.bins, transform.bound
     places = []
     for raw in (parameters[:, :k], parameters[:, k : 2 * k]):
@@ -218,7 +259,9 @@ def test_spline_is_the_identity_outside():
 
 @pytest.mark.parametrize("scale", [0, 1, 2])  # theirs is NaN at places of 4
 def test_spline_against_nflows(scale):
-    theirs = pytest.importorskip("nflows.transforms.splines.rational_quadratic").rational_quadratic_spline
+    theirs = pytest.importorskip(
+        "nflows.transforms.splines.rational_quadratic"
+    ).rational_quadratic_spline
     transform, parameters = some("spline", scale)
     x = torch.empty(8, 3, 40, dtype=torch.float64).uniform_(-4, 4, generator=seeded(1))
     raw = parameters.unflatten(1, (23, 3)).movedim(1, -1)
@@ -236,18 +279,31 @@ def test_spline_against_nflows(scale):
 
 
 def formula(transform, x, parameters):
-    """Flow++, by sums and logarithms as they stand: `logit(F(x))`, its log-derivative, a, shift; all u_i and s_i."""
+    """Flow++, by sums and logarithms as they stand: `logit(F(x))`, its log-derivative, a, shift;
+    all u_i and s_i.
+    """
     k, limit = transform.components, transform.limit
     raw = parameters.unflatten(1, (2 + 3 * k, -1))
     shift, logits, means, scales = raw.split([1, k, k, 1 + k], 1)
     scales = limit * torch.tanh(scales / limit)
-    offsets = torch.tensor([(2 * i + 1) / k - 1 for i in range(k)]).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    offsets = (
+        torch.tensor([(2 * i + 1) / k - 1 for i in range(k)])
+        .to(x.dtype)
+        .view(-1, *[1] * (x.ndim - 1))
+    )
     u = (x[:, None] - means - offsets) / scales[:, 1:].exp()
     weights = logits.softmax(1)
     below = (weights * torch.sigmoid(u)).sum(1)
     above = (weights * torch.sigmoid(-u)).sum(1)
     density = (weights * torch.sigmoid(u) * torch.sigmoid(-u) / scales[:, 1:].exp()).sum(1)
-    return (below / above).log(), (density / below / above).log(), scales[:, 0], shift[:, 0], u, scales[:, 1:]
+    return (
+        (below / above).log(),
+        (density / below / above).log(),
+        scales[:, 0],
+        shift[:, 0],
+        u,
+        scales[:, 1:],
+    )
 
 
 @mixtures
@@ -256,7 +312,9 @@ def test_mixture_is_the_formula(name, scale):
     transform, parameters = some(name, scale)
     x = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=torch.float64)
     w, log_derivative, a, shift, u, s = formula(transform, x, parameters)
-    for result, expected in zip(transform(x, parameters), (w * a.exp() + shift, log_derivative + a), strict=True):
+    for result, expected in zip(
+        transform(x, parameters), (w * a.exp() + shift, log_derivative + a), strict=True
+    ):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
     widest = (u.amax(1) - u.amin(1)).abs()
     assert (log_derivative <= (-s).amax(1) + 1e-9).all()
@@ -277,7 +335,9 @@ def test_mixture_inverse_against_bisection(name, dtype, scale):
         small = precise(middle, inputs)[0] < z
         lower, upper = torch.where(small, middle, lower), torch.where(small, upper, middle)
     reached, log_derivative = precise(x.double(), inputs)
-    error = torch.minimum((x - upper).abs() / x.abs().clamp(min=1), (reached - z).abs() / z.abs().clamp(min=1))
+    error = torch.minimum(
+        (x - upper).abs() / x.abs().clamp(min=1), (reached - z).abs() / z.abs().clamp(min=1)
+    )
     assert error.max() < 300 * torch.finfo(dtype).eps
 
 
@@ -334,9 +394,13 @@ def test_solver_on_hard_functions(name, dtype):
     if name == "flat":
         torch.testing.assert_close(values, targets, rtol=0, atol=2 * precision)
     if name == "step":
-        torch.testing.assert_close(x[:-1], torch.full_like(targets, 0.3), rtol=0, atol=2 * precision)
+        torch.testing.assert_close(
+            x[:-1], torch.full_like(targets, 0.3), rtol=0, atol=2 * precision
+        )
 
 
 def test_solver_with_a_bracket_of_no_width():
     point = torch.tensor([-3.0, 0.0, 1e4])
-    assert torch.equal(solve_monotone(lambda x: (x, torch.ones_like(x)), point, point, point), point)
+    assert torch.equal(
+        solve_monotone(lambda x: (x, torch.ones_like(x)), point, point, point), point
+    )

@@ -1,4 +1,6 @@
-"""Variational dequantization: q(u|x) is a density in the bin, its bound is one, and learning it tightens the bound."""
+"""Variational dequantization: q(u|x) is a density in the bin, its bound is one, and learning it
+tightens the bound.
+"""
 
 import itertools
 import math
@@ -82,7 +84,9 @@ def test_it_depends_on_the_image_and_on_neighbours(shape):
     a, b = images(2, shape).split(1)
     assert (model(noise, scaled(a))[0] - model(noise, scaled(b))[0]).abs().min() > 0
     if math.prod(shape[1:]) > 1:
-        jacobian = torch.autograd.functional.jacobian(lambda noise: model(noise, scaled(a))[0], noise)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda noise: model(noise, scaled(a))[0], noise
+        )
         assert (jacobian.abs().flatten(4).sum(dim=(0, 4)) > 0).all()
         assert jacobian.reshape(a.numel(), -1).count_nonzero() > 2 * a.numel()
 
@@ -104,7 +108,11 @@ def test_noise_stays_in_its_bin(levels, transform, push, size):
         noise[:, :, row] = extreme
     before = noise.clone()
     v, log_terms = dequantizer(x, noise)
-    assert v.dtype == log_terms.dtype == torch.float32 and torch.isfinite(v).all() and torch.isfinite(log_terms).all()
+    assert (
+        v.dtype == log_terms.dtype == torch.float32
+        and torch.isfinite(v).all()
+        and torch.isfinite(log_terms).all()
+    )
     assert torch.equal(dequantizer.to_data(v), x) and torch.equal(noise, before)
     drawn = model(noise, scaled(x, levels))[0]
     assert drawn.min() >= EDGE and drawn.max() <= 1 - EDGE
@@ -119,7 +127,9 @@ def test_the_density_goes_into_the_bound():
     given = Dequantizer(256)
     given.noise_model.forward = lambda noise, x: (u, torch.zeros(5))
     z, log_det = flow.bijection(given(x, noise)[0])
-    expected = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det - log_q - 16 * math.log(256)
+    expected = (
+        -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det - log_q - 16 * math.log(256)
+    )
     torch.testing.assert_close(flow(x, noise).total, expected, rtol=1e-5, atol=1e-3)
     assert log_q.abs().min() > 0.01
 
@@ -128,10 +138,14 @@ def test_the_density_goes_into_the_bound():
 
 
 def probabilities(flow):
-    """P(x) of every image there is, by the trapezoidal rule in the normal quantiles of the noise."""
+    """P(x) of every image there is, by the trapezoidal rule in the normal quantiles of the
+    noise.
+    """
     quantiles = torch.linspace(-5.2, 5.2, 100, dtype=torch.float64)
     weights = (-0.5 * quantiles.square()).exp() / math.sqrt(2 * math.pi) * quantiles.diff()[0]
-    noise = torch.special.ndtr(torch.cartesian_prod(*[quantiles] * flow.dims)).reshape(-1, *flow.shape)
+    noise = torch.special.ndtr(torch.cartesian_prod(*[quantiles] * flow.dims)).reshape(
+        -1, *flow.shape
+    )
     weight = torch.cartesian_prod(*[weights] * flow.dims).prod(dim=1)
     with torch.no_grad():
         scores = [flow(x.expand(len(noise), -1, -1, -1), noise).total for x in every_image(flow)]
@@ -143,7 +157,9 @@ def every_image(flow):
     return torch.tensor(list(values), dtype=torch.uint8).reshape(-1, *flow.shape)
 
 
-@pytest.mark.parametrize("model, shape", [("realnvp", (1, 1, 2)), ("nice", (1, 2, 1)), ("nice", (2, 1, 1))])
+@pytest.mark.parametrize(
+    "model, shape", [("realnvp", (1, 1, 2)), ("nice", (1, 2, 1)), ("nice", (2, 1, 1))]
+)
 def test_the_noise_does_not_change_the_probabilities(model, shape):
     # P(x) is the integral of the flow's density over the bin, whatever q it is computed with.
     options = {} if model == "nice" else {"levels": 1}
@@ -159,9 +175,13 @@ def test_more_draws_tighten_the_bound():
     exact = probabilities(flow).log()
     draws = 4096
     with torch.no_grad():
-        single = [flow(x.expand(draws, -1, -1, -1), noise_of(flow, draws)).total for x in every_image(flow)]
+        single = [
+            flow(x.expand(draws, -1, -1, -1), noise_of(flow, draws)).total
+            for x in every_image(flow)
+        ]
     bounds = [
-        torch.stack([s.reshape(-1, k).logsumexp(1).mean() - math.log(k) for s in single]) for k in (1, 8, 64, draws)
+        torch.stack([s.reshape(-1, k).logsumexp(1).mean() - math.log(k) for s in single])
+        for k in (1, 8, 64, draws)
     ]
     for looser, tighter in itertools.pairwise(bounds):
         assert (looser < tighter).all()
@@ -183,7 +203,9 @@ def test_learning_it_closes_the_gap(shape):
     model = VariationalNoise(shape, steps=4, width=16)
     flow = Flow(Sequential(Flatten(shape), layer), Dequantizer(levels, noise_model=model), shape)
     x = images(64, shape, levels)
-    edges = torch.special.ndtr((torch.arange(levels + 1, dtype=torch.float64) / levels - 0.5) / sigma)
+    edges = torch.special.ndtr(
+        (torch.arange(levels + 1, dtype=torch.float64) / levels - 0.5) / sigma
+    )
     exact = edges.diff().log()[x.long()].flatten(1).sum(1)
 
     def gap():
@@ -209,7 +231,10 @@ def test_an_image_scores_the_same_in_any_batch(model, batch):
     assert_an_image_scores_alone(flow, batch)
     x, others = images(33, flow.shape), images(33, flow.shape, seed=5)
     others[10] = x[10]
-    drawn, same = (flow.dequantizer(images, draw_noise(x.shape, seeded(1), x.device))[0][10] for images in (x, others))
+    drawn, same = (
+        flow.dequantizer(images, draw_noise(x.shape, seeded(1), x.device))[0][10]
+        for images in (x, others)
+    )
     torch.testing.assert_close(drawn, same, rtol=1e-5, atol=1e-6)
 
 
@@ -220,7 +245,10 @@ def gradients(flow, mode="store", precision=None):
     x = images(4, flow.shape, flow.levels)
     noise = draw_noise(x.shape, seeded(1), x.device)
     flow.zero_grad()
-    with memory_mode(mode), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+    with (
+        memory_mode(mode),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False),
+    ):
         total = flow(x, noise).total
         total.mean().backward()
     return total.detach(), {name: p.grad for name, p in flow.named_parameters()}
@@ -250,7 +278,9 @@ def test_bf16_reaches_its_networks_only(model, mode):
     seen = {}
 
     def hook(module, inputs, output):
-        seen.setdefault(type(module), set()).update(t.dtype for t in (output if type(output) is tuple else [output]))
+        seen.setdefault(type(module), set()).update(
+            t.dtype for t in (output if type(output) is tuple else [output])
+        )
 
     for module in flow.dequantizer.modules():
         module.register_forward_hook(hook)
@@ -261,7 +291,10 @@ def test_bf16_reaches_its_networks_only(model, mode):
     assert seen[Conv2d] == seen[ZeroConv2d] == {torch.bfloat16}
     assert seen[VariationalNoise] == seen[Dequantizer] == {torch.float32}
     assert (total - expected).abs().max() < 0.02 * flow.dims
-    both = [torch.cat([grads[name].flatten() for name in exact if "noise_model" in name]) for grads in (found, exact)]
+    both = [
+        torch.cat([grads[name].flatten() for name in exact if "noise_model" in name])
+        for grads in (found, exact)
+    ]
     assert torch.cosine_similarity(*both, dim=0) > 0.99
 
 
@@ -283,11 +316,19 @@ def test_decoding_and_sampling_do_without_it(model):
 
 def test_the_weights_are_a_function_of_the_seed():
     def built(name, seed=3):
-        return build_flow(a_config(dequantization={"name": name}, seed=seed), (1, 4, 4), 256).state_dict()
+        return build_flow(
+            a_config(dequantization={"name": name}, seed=seed), (1, 4, 4), 256
+        ).state_dict()
 
-    uniform, first, again, other = built("uniform"), built("variational"), built("variational"), built("variational", 4)
+    uniform, first, again, other = (
+        built("uniform"),
+        built("variational"),
+        built("variational"),
+        built("variational", 4),
+    )
     assert set(uniform) == {name for name in first if not name.startswith("dequantizer.")}
-    assert all(torch.equal(uniform[name], first[name]) for name in uniform)  # another noise, the same bijection
+    # another noise, the same bijection
+    assert all(torch.equal(uniform[name], first[name]) for name in uniform)
     assert all(torch.equal(again[name], first[name]) for name in first)
     name = "dequantizer.noise_model.context.0.weight"
     assert not torch.equal(other[name], first[name])
@@ -302,7 +343,8 @@ def test_diagnostics_name_its_layers():
     assert first_non_finite(flow, x, noise) is None
     ranges = log_scale_ranges(flow, x, noise)
     assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 4
-    pixel = variational_flow("planar", shape=(1, 1, 1))  # of which a checkerboard keeps all, or nothing
+    # of which a checkerboard keeps all, or nothing
+    pixel = variational_flow("planar", shape=(1, 1, 1))
     ranges = log_scale_ranges(pixel, images(4, pixel.shape), torch.full((4, 1, 1, 1), 0.5))
     assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 2
 
@@ -316,7 +358,9 @@ def test_diagnostics_name_its_layers():
         weight.copy_(kept)
     # It comes before the bijection, and so its gradient after.
     weight.grad = torch.full_like(weight, math.nan)
-    assert first_non_finite(flow, x, noise) == "gradient of dequantizer.noise_model.context.0.weight"
+    assert (
+        first_non_finite(flow, x, noise) == "gradient of dequantizer.noise_model.context.0.weight"
+    )
     for parameter in flow.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
     assert first_non_finite(flow, x, noise).startswith("gradient of bijection.")
@@ -324,8 +368,18 @@ def test_diagnostics_name_its_layers():
 
 # ---------------------------------------------------------------- as a user does
 
-VARIATIONAL = sets(dequantization__name="variational", dequantization__steps=2, dequantization__width=4)
-RUN = [*sets(train__num_steps=8, train__checkpoint_every=4, train__keep_checkpoints=5, train__ema=0.9, data__shift=1)]
+VARIATIONAL = sets(
+    dequantization__name="variational", dequantization__steps=2, dequantization__width=4
+)
+RUN = [
+    *sets(
+        train__num_steps=8,
+        train__checkpoint_every=4,
+        train__keep_checkpoints=5,
+        train__ema=0.9,
+        data__shift=1,
+    )
+]
 RUN += sets(train__log_every=3, train__validate_every=4, train__sample_every=8, train__accumulate=2)
 
 
@@ -350,11 +404,19 @@ def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
     assert_same_run(whole, halves)
 
     saved = checkpoint_format.read(last(whole))
-    assert {"model", "ema", "optimizer"} <= {n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n}
+    assert {"model", "ema", "optimizer"} <= {
+        n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n
+    }
     flow = flowtrain.load(str(last(whole)))
     assert f"parameters: {sum(p.numel() for p in flow.parameters())}\n" in parameters
     assert {p.numel() > 0 for p in flow.dequantizer.parameters()} == {True}
-    out = quick("evaluate", whole, "--num-images", "20", "--samples", "2", "--json", "-", cwd=tmp_path).ok().out
+    out = (
+        quick(
+            "evaluate", whole, "--num-images", "20", "--samples", "2", "--json", "-", cwd=tmp_path
+        )
+        .ok()
+        .out
+    )
     assert '"bound": "iwbo"' in out and '"non_finite_images": 0' in out
     quick("sample", whole, "--num", "4", cwd=tmp_path).ok()
 

@@ -5,16 +5,18 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, SetFromData, bounded, sum_per_example, unbounded
 
-# exp(8) is about 3,000: dequantization noise alone has a standard deviation of 1/887 in y, so a channel
-# that is constant in the data can still be brought to the size of the others, and its inverse is harmless.
+# exp(8) is about 3,000: dequantization noise alone has a standard deviation of 1/887 in y, so a
+# channel that is constant in the data can still be brought to the size of the others, and its
+# inverse is harmless.
 LOG_SCALE_LIMIT = 8.0
 
 
 class DiagonalAffine(Bijection):
     """`z = x * exp(s) + shift` with one `s` (bounded by tanh to +-8) and one shift for each entry.
 
-    NICE's diagonal scaling (Dinh et al. 2015, eq. 11), and the learned top prior of Glow (Kingma & Dhariwal 2018,
-    the release's `learn_top`): scaling the latent is the same as learning its mean and variance.
+    NICE's diagonal scaling (Dinh et al. 2015, eq. 11), and the learned top prior of Glow (Kingma &
+    Dhariwal 2018, the release's `learn_top`): scaling the latent is the same as learning its mean
+    and variance.
 
     `shape` is the shape of the parameters, broadcast against one example: `(D,)`, `(C, 1, 1)`.
     """
@@ -44,7 +46,8 @@ class DiagonalAffine(Bijection):
 
 
 class ActNorm(SetFromData, DiagonalAffine):
-    """Activation normalization (Glow, section 3.1): zero mean and unit variance per channel on the first batch.
+    """Activation normalization (Glow, section 3.1): zero mean and unit variance per channel on the
+    first batch.
 
     After that the parameters are trained like any others.
     """

@@ -1,4 +1,6 @@
-"""Masked autoregressive flows (Papamakarios et al. 2017, arXiv:1705.07057), and any bijection the other way round."""
+"""Masked autoregressive flows (Papamakarios et al. 2017, arXiv:1705.07057), and any bijection the
+other way round.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,14 @@ if TYPE_CHECKING:
 
 
 class MaskedAutoregressive(Bijection):
-    """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` (MAF, eq. 3-5) on vectors `(B, D)`, T any elementwise transform.
+    """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` (MAF, eq. 3-5) on vectors `(B, D)`, T any
+    elementwise transform.
 
-    The Jacobian is lower triangular, its log-determinant the sum of T's log-derivatives. `forward` is one pass of the
-    conditioner. `inverse` takes the D entries one after the other, but computes each hidden unit once, when the last
-    of the entries that it sees is there: about the arithmetic of one pass, in D small steps. It is in full precision,
-    whatever autocast says, and differentiable.
+    The Jacobian is lower triangular, its log-determinant the sum of T's log-derivatives. `forward`
+    is one pass of the conditioner. `inverse` takes the D entries one after the other, but computes
+    each hidden unit once, when the last of the entries that it sees is there: about the arithmetic
+    of one pass, in D small steps. It is in full precision, whatever autocast says, and
+    differentiable.
 
     The order is that of the entries; other orders come from a `Permute` before it.
     """
@@ -50,8 +54,9 @@ class MaskedAutoregressive(Bijection):
 
 
 class Inverse(Bijection):
-    """A bijection the other way round. Of a masked autoregressive layer it is an inverse autoregressive one (IAF,
-    Kingma et al. 2016, eq. 9-10): one pass from latent to data, and D steps for the density of given data.
+    """A bijection the other way round. Of a masked autoregressive layer it is an inverse
+    autoregressive one (IAF, Kingma et al. 2016, eq. 9-10): one pass from latent to data, and D
+    steps for the density of given data.
 
     Only for layers that do not set themselves from data.
     """

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 
 class Bijection(nn.Module):
-    """An invertible map of one example's tensor: `forward` is data to latent, `inverse` latent to data.
+    """An invertible map of one example's tensor: `forward` is data to latent, `inverse` latent to
+    data.
 
-    Both return the result and `log_det`, the log of the absolute Jacobian determinant **of the direction
-    just computed**, in nats, per example, shape `(B,)`. Nothing may depend on the rest of the batch.
-    `context` is extra input that a conditional layer may read, shape `(B, C', H, W)`.
+    Both return the result and `log_det`, the log of the absolute Jacobian determinant **of the
+    direction just computed**, in nats, per example, shape `(B,)`. Nothing may depend on the rest of
+    the batch. `context` is extra input that a conditional layer may read, shape `(B, C', H, W)`.
 
     A layer that sets itself from data (`SetFromData`) has a method `initialize(x, context)`, which
     `flowtrain.flow.flow.initialize` calls once with the layer's actual input.
@@ -21,7 +22,9 @@ class Bijection(nn.Module):
     @property
     def inverse_is_sequential(self) -> bool:
         """Whether the inverse computes one entry after the other."""
-        return any(part.inverse_is_sequential for part in self.children() if isinstance(part, Bijection))
+        return any(
+            part.inverse_is_sequential for part in self.children() if isinstance(part, Bijection)
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -33,33 +36,44 @@ class Bijection(nn.Module):
         """What the layer computes with and needs a gradient: its parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def reconstruct(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The input `x` of a known output `z`, as a leaf of autograd, and from it `forward(x)` with its graph.
+    def reconstruct(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The input `x` of a known output `z`, as a leaf of autograd, and from it `forward(x)` with
+        its graph.
 
-        For backward passes that have kept outputs only. A layer for which the two directions share work says so here.
+        For backward passes that have kept outputs only. A layer for which the two directions share
+        work says so here.
         """
         with torch.no_grad():
             x = self.inverse(z, context)[0]
         return x.requires_grad_(), *self(x, context)
 
     def stages(self, z: Tensor) -> list[Tensor]:
-        """`z` and what becomes of it on the way to `inverse(z)`, layer by layer, without gradients."""
+        """`z` and what becomes of it on the way to `inverse(z)`, layer by layer, without
+        gradients.
+        """
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
 
     def latent_dims(self, dims: int) -> int:
-        """The entries of a latent, where an example has `dims`: as many, but for data on a surface (`sphere.py`)."""
+        """The entries of a latent, where an example has `dims`: as many, but for data on a surface
+        (`sphere.py`).
+        """
         return dims
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or `[z]`."""
+        """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or
+        `[z]`.
+        """
         return [z]
 
 
 class SetFromData(Bijection):
     """A layer that its `initialize` sets from the first batch.
 
-    Whether that is done is a buffer, so it survives saving. Its two directions raise `RuntimeError` before.
+    Whether that is done is a buffer, so it survives saving. Its two directions raise `RuntimeError`
+    before.
     """
 
     initialized: Tensor
@@ -77,7 +91,8 @@ class SetFromData(Bijection):
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError(
-                    f"{type(self).__name__} is not initialized: call flowtrain.flow.flow.initialize(flow, batch) first"
+                    f"{type(self).__name__} is not initialized: call "
+                    f"flowtrain.flow.flow.initialize(flow, batch) first"
                 )
             self._known_initialized = True
 
@@ -87,11 +102,12 @@ class SetFromData(Bijection):
 
 
 class Transform(nn.Module):
-    """An increasing map of one entry, given the parameters that a coupling's conditioner predicts for it.
+    """An increasing map of one entry, given the parameters that a coupling's conditioner predicts
+    for it.
 
-    `forward(x, parameters) -> (z, log_derivative)`, and `inverse` likewise: `(B, C, ...)` and `(B, P C, ...)`, one
-    parameter of all entries after the other, to the transformed entries and the log-derivatives of the direction just
-    computed, both `(B, C, ...)`.
+    `forward(x, parameters) -> (z, log_derivative)`, and `inverse` likewise: `(B, C, ...)` and `(B,
+    P C, ...)`, one parameter of all entries after the other, to the transformed entries and the
+    log-derivatives of the direction just computed, both `(B, C, ...)`.
     """
 
     parameters_per_entry: int  # P
@@ -114,7 +130,9 @@ def sum_per_example(values: Tensor) -> Tensor:
 
 
 def bounded(values: Tensor, limit: float) -> Tensor:
-    """`limit * tanh(values / limit)`: a log-scale that cannot blow up a layer in either direction."""
+    """`limit * tanh(values / limit)`: a log-scale that cannot blow up a layer in either
+    direction.
+    """
     return limit * torch.tanh(values / limit)
 
 

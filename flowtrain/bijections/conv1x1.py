@@ -1,4 +1,6 @@
-"""Invertible 1x1 convolutions (Glow, section 3.2): a learned mixing of the channels at every pixel."""
+"""Invertible 1x1 convolutions (Glow, section 3.2): a learned mixing of the channels at every
+pixel.
+"""
 
 from collections.abc import Sequence
 from typing import Self
@@ -18,25 +20,29 @@ def random_rotation(channels: int) -> Tensor:
 
 @torch.no_grad()
 def whitening_matrix(x: Tensor) -> Tensor:
-    """PCA whitening of the channels of `x` `(B, C, H, W)`: decorrelates and scales to unit variance, `(C, C)`.
+    """PCA whitening of the channels of `x` `(B, C, H, W)`: decorrelates and scales to unit
+    variance, `(C, C)`.
 
-    Computed in float64 on the CPU (Apple's GPUs have none). The smallest eigenvalues are floored, so that a constant or
-    a duplicated channel gives a large scale and not an infinite one, and neither does a direction in which a few pixels
-    happen not to vary (of n pixels of white noise the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0
-    if n <= C).
+    Computed in float64 on the CPU (Apple's GPUs have none). The smallest eigenvalues are floored,
+    so that a constant or a duplicated channel gives a large scale and not an infinite one, and
+    neither does a direction in which a few pixels happen not to vary (of n pixels of white noise
+    the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0 if n <= C).
     """
     pixels = x.movedim(1, -1).flatten(0, -2).cpu().double()
     covariance = torch.cov(pixels.T, correction=0).reshape(x.shape[1], x.shape[1])
     variance, directions = torch.linalg.eigh(covariance)
     few = min(1.0, x.shape[1] / len(pixels)) ** 2
-    variance = variance.clamp_min(max(1e-6 * float(variance.max()), few * float(variance.mean()), 1e-12))
+    variance = variance.clamp_min(
+        max(1e-6 * float(variance.max()), few * float(variance.mean()), 1e-12)
+    )
     return (directions * variance.rsqrt()).T
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`W x + b` at every pixel: `(B, C, H, W)`, `(C, C)`, `(C,)` to `(B, C, H, W)`."""
-    # A product for each image, not `conv2d`, which is slower at any width, nor one over all pixels, which would need
-    # the channels last in memory: there the halves of a coupling are strided, and all else is up to ten times slower.
+    # A product for each image, not `conv2d`, which is slower at any width, nor one over all pixels,
+    # which would need the channels last in memory: there the halves of a coupling are strided, and
+    # all else is up to ten times slower.
     pixels, weights = x.flatten(2), weight.expand(x.shape[0], *weight.shape)
     z = weights @ pixels if bias is None else torch.baddbmm(bias[:, None], weights, pixels)
     return z.view_as(x)
@@ -45,8 +51,8 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 class LinearChannels(SetFromData):
     """What both parametrizations share: `z = W x` at every pixel.
 
-    `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch, if that has more than two
-    pixels for each channel).
+    `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch, if
+    that has more than two pixels for each channel).
     """
 
     def __init__(self, initialization: str):
@@ -59,7 +65,9 @@ class LinearChannels(SetFromData):
 
     @classmethod
     def weights(cls, layers: Sequence[Self]) -> Tensor:
-        """The W of some layers of one size, `(K, C, C)`: together they take the operations of one."""
+        """The W of some layers of one size, `(K, C, C)`: together they take the operations of
+        one.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -79,7 +87,8 @@ class LinearChannels(SetFromData):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         if not self.initialized:
             pixels, channels = x[:, 0].numel(), x.shape[1]
-            if pixels > 2 * channels:  # else it stays a rotation: C pixels do not even vary in C directions
+            # else it stays a rotation: C pixels do not even vary in C directions
+            if pixels > 2 * channels:
                 self.set_weight(whitening_matrix(x))
             self.initialized.fill_(True)
 
@@ -98,9 +107,11 @@ class LinearChannels(SetFromData):
 
 
 class Conv1x1LU(LinearChannels):
-    """`W = P L (U + diag(sign * exp(log_scale)))` (Glow, eq. 10): the determinant costs C additions.
+    """`W = P L (U + diag(sign * exp(log_scale)))` (Glow, eq. 10): the determinant costs C
+    additions.
 
-    `P` and the signs are fixed buffers; `log_scale` is bounded by tanh to +-8, so W cannot become singular.
+    `P` and the signs are fixed buffers; `log_scale` is bounded by tanh to +-8, so W cannot become
+    singular.
     """
 
     permutation: Tensor
@@ -127,7 +138,9 @@ class Conv1x1LU(LinearChannels):
 
     @classmethod
     def _factors(cls, layers: Sequence[Self]) -> tuple[Tensor, Tensor]:
-        diagonal = stacked(layers, "sign") * bounded(stacked(layers, "log_scale"), LOG_SCALE_LIMIT).exp()
+        diagonal = (
+            stacked(layers, "sign") * bounded(stacked(layers, "log_scale"), LOG_SCALE_LIMIT).exp()
+        )
         identity = torch.eye(diagonal.shape[1], dtype=diagonal.dtype, device=diagonal.device)
         lower = stacked(layers, "lower").tril(-1) + identity
         return lower, stacked(layers, "upper").triu(1) + diagonal.diag_embed()
@@ -140,7 +153,9 @@ class Conv1x1LU(LinearChannels):
     @classmethod
     def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
         lower, upper = cls._factors(layers)
-        inverse_lower = torch.linalg.solve_triangular(lower, stacked(layers, "permutation").mT, upper=False)
+        inverse_lower = torch.linalg.solve_triangular(
+            lower, stacked(layers, "permutation").mT, upper=False
+        )
         return torch.linalg.solve_triangular(upper, inverse_lower, upper=True)
 
     @classmethod
@@ -166,7 +181,8 @@ class Conv1x1(LinearChannels):
     @classmethod
     def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
         inverse, failed = torch.linalg.inv_ex(stacked(layers, "matrix"))
-        return torch.where(failed[:, None, None] == 0, inverse, torch.nan)  # singular gives NaN, not an exception
+        # singular gives NaN, not an exception
+        return torch.where(failed[:, None, None] == 0, inverse, torch.nan)
 
     @classmethod
     def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:

@@ -1,4 +1,6 @@
-"""Coupling layers (Dinh et al. 2015, 2017): one part of the input is transformed as the other part says."""
+"""Coupling layers (Dinh et al. 2015, 2017): one part of the input is transformed as the other part
+says.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +14,11 @@ from flowtrain.bijections.precision import conditioner_output
 
 
 class AffineTransform(Transform):
-    """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4, shifted first).
+    """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4,
+    shifted first).
 
-    Takes `2 C` parameters for C entries. Bounded both ways: one layer scales by at most `exp(limit)`, so that neither
-    direction can overflow.
+    Takes `2 C` parameters for C entries. Bounded both ways: one layer scales by at most
+    `exp(limit)`, so that neither direction can overflow.
     """
 
     parameters_per_entry = 2
@@ -61,7 +64,9 @@ class _Affine(torch.autograd.Function):
         gate, scale, z = ctx.saved_tensors
         grad_x = grad_z * scale  # of the shift too
         # d log_scale / d raw = 4 gate (1 - gate); z itself is d z / d log_scale.
-        grad_raw = torch.ops.aten.sigmoid_backward(torch.addcmul(grad_log_scale, grad_z, z), gate).mul_(4)
+        grad_raw = torch.ops.aten.sigmoid_backward(
+            torch.addcmul(grad_log_scale, grad_z, z), gate
+        ).mul_(4)
         return grad_x, torch.cat([grad_x, grad_raw], dim=1), None
 
 
@@ -78,7 +83,9 @@ class AdditiveTransform(Transform):
 
 
 class _ConditionedTransform(Bijection):
-    """What couplings share: the same split and conditioner in both directions, only the transform differs."""
+    """What couplings share: the same split and conditioner in both directions, only the transform
+    differs.
+    """
 
     def __init__(self, conditioner: nn.Module, transform: Transform):
         super().__init__()
@@ -89,12 +96,15 @@ class _ConditionedTransform(Bijection):
         """What the conditioner sees of `x`: it is the same of the output."""
         raise NotImplementedError
 
-    def _transformed(self, x: Tensor, parameters: Tensor, transform: Callable) -> tuple[Tensor, Tensor]:
+    def _transformed(
+        self, x: Tensor, parameters: Tensor, transform: Callable
+    ) -> tuple[Tensor, Tensor]:
         """`x` with the rest transformed, and the log-determinant."""
         raise NotImplementedError
 
     def _predicted(self, x: Tensor, context: Tensor | None) -> Tensor:
-        # The transform and all else of the data path are in the precision of `x`, whatever the conditioner's.
+        # The transform and all else of the data path are in the precision of `x`, whatever the
+        # conditioner's.
         return conditioner_output(self.conditioner(self._kept(x), context), x.dtype)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -103,21 +113,25 @@ class _ConditionedTransform(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._transformed(z, self._predicted(z, context), self.transform.inverse)
 
-    def reconstruct(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = z.detach().clone().requires_grad_()
         parameters = self._predicted(x, context)  # once for both directions
         with torch.no_grad():
-            # Not seen by autograd, and rightly: the kept part, all that the conditioner has read, stays as it is.
+            # Not seen by autograd, and rightly: the kept part, all that the conditioner has read,
+            # stays as it is.
             x.data = self._transformed(z, parameters, self.transform.inverse)[0]
         return x, *self._transformed(x, parameters, self.transform)
 
 
 class Coupling(_ConditionedTransform):
-    """Splits dimension 1 in two; the first `kept` entries pass through and condition the transform of the rest.
+    """Splits dimension 1 in two; the first `kept` entries pass through and condition the transform
+    of the rest.
 
-    With `swap` the last `kept` entries are the ones that pass. The log-determinant is the sum of the transform's
-    log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is this same layer with the
-    half that goes on as `kept` (see `Multiscale`).
+    With `swap` the last `kept` entries are the ones that pass. The log-determinant is the sum of
+    the transform's log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is
+    this same layer with the half that goes on as `kept` (see `Multiscale`).
     """
 
     def __init__(self, kept: int, conditioner: nn.Module, transform: Transform, swap: bool = False):
@@ -128,7 +142,9 @@ class Coupling(_ConditionedTransform):
     def _kept(self, x: Tensor) -> Tensor:
         return x[:, -self.kept :] if self.swap else x[:, : self.kept]
 
-    def _transformed(self, x: Tensor, parameters: Tensor, transform: Callable) -> tuple[Tensor, Tensor]:
+    def _transformed(
+        self, x: Tensor, parameters: Tensor, transform: Callable
+    ) -> tuple[Tensor, Tensor]:
         if self.swap:
             changed, kept = x.split([x.shape[1] - self.kept, self.kept], dim=1)
         else:
@@ -139,26 +155,33 @@ class Coupling(_ConditionedTransform):
 
 
 class CheckerboardCoupling(_ConditionedTransform):
-    """Keeps the pixels of one colour of a checkerboard and transforms the others (RealNVP, section 3.4, eq. 9).
+    """Keeps the pixels of one colour of a checkerboard and transforms the others (RealNVP, section
+    3.4, eq. 9).
 
-    `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees the image with
-    the other pixels at zero.
+    `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees
+    the image with the other pixels at zero.
     """
 
     keep: Tensor
 
-    def __init__(self, size: tuple[int, int], conditioner: nn.Module, transform: Transform, parity: int = 0):
+    def __init__(
+        self, size: tuple[int, int], conditioner: nn.Module, transform: Transform, parity: int = 0
+    ):
         super().__init__(conditioner, transform)
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
 
     def of_changed(self, values: Tensor) -> Tensor:
-        """Those of `(..., H, W)` at the pixels that it changes. (The transform is computed for all of them.)"""
+        """Those of `(..., H, W)` at the pixels that it changes. (The transform is computed for all
+        of them.)
+        """
         return values[..., ~self.keep]
 
     def _kept(self, x: Tensor) -> Tensor:
         return x * self.keep
 
-    def _transformed(self, x: Tensor, parameters: Tensor, transform: Callable) -> tuple[Tensor, Tensor]:
+    def _transformed(
+        self, x: Tensor, parameters: Tensor, transform: Callable
+    ) -> tuple[Tensor, Tensor]:
         changed, log_derivative = transform(x, parameters)
         return torch.where(self.keep, x, changed), sum_per_example(log_derivative * ~self.keep)

@@ -1,7 +1,8 @@
-"""ActNorm and the 1x1 convolution after it as one product, and the matrices of many such pairs built together.
+"""ActNorm and the 1x1 convolution after it as one product, and the matrices of many such pairs
+built together.
 
-The same function as the two layers one after the other, in a fifth of the operations: at the sizes of a coupling's data
-path an operation's fixed cost is most of its time.
+The same function as the two layers one after the other, in a fifth of the operations: at the sizes
+of a coupling's data path an operation's fixed cost is most of its time.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ _layer_by_layer: ContextVar[bool] = ContextVar("layer_by_layer", default=False)
 
 @contextlib.contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Within it every layer is called by itself: for whoever watches layers, or initializes them."""
+    """Within it every layer is called by itself: for whoever watches layers, or initializes
+    them.
+    """
     token = _layer_by_layer.set(True)
     try:
         yield
@@ -33,7 +36,8 @@ def layer_by_layer() -> Iterator[None]:
 
 
 def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
-    """`layers` with each ActNorm that a 1x1 convolution follows replaced, together with it, by their product.
+    """`layers` with each ActNorm that a 1x1 convolution follows replaced, together with it, by
+    their product.
 
     The result is for one call: it holds matrices, not parameters.
     """
@@ -43,7 +47,11 @@ def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
     kinds: dict[tuple[type, torch.Size], _Products] = {}
     for layer in layers:
         before = result[-1] if result else None
-        if isinstance(layer, LinearChannels) and isinstance(before, ActNorm) and before.shift.shape[1:] == (1, 1):
+        if (
+            isinstance(layer, LinearChannels)
+            and isinstance(before, ActNorm)
+            and before.shift.shape[1:] == (1, 1)
+        ):
             before.require_initialized()
             layer.require_initialized()
             products = kinds.setdefault((type(layer), before.shift.shape), _Products())
@@ -54,7 +62,9 @@ def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
 
 
 class _Products:
-    """The matrices of pairs of one kind and size, computed once for all of them when the first is used."""
+    """The matrices of pairs of one kind and size, computed once for all of them when the first is
+    used.
+    """
 
     def __init__(self) -> None:
         self.actnorms: list[ActNorm] = []
@@ -105,7 +115,9 @@ class FusedLinear(Bijection):
     def tensors(self) -> list[Tensor]:
         return [part[self.index] for part in self.products.forward]
 
-    def _apply_channels(self, x: Tensor, parts: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, Tensor]:
+    def _apply_channels(
+        self, x: Tensor, parts: tuple[tuple[Tensor, ...], ...]
+    ) -> tuple[Tensor, Tensor]:
         weight, bias, log_det = (part[self.index] for part in parts)
         with full_precision(x):
             return mix_channels(x, weight, bias), (log_det * x[0, 0].numel()).expand(x.shape[0])

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, sum_per_example
 
-# sigmoid(-80) is still a normal float32. Beyond, the likelihood stays exact and only the inverse stops at +-80.
+# sigmoid(-80) is still a normal float32. Beyond, the likelihood stays exact and only the inverse
+# stops at +-80.
 LARGEST = 80.0
 
 
 class LogisticToNormal(Bijection):
-    """`z = Phi^-1(sigmoid(x))`: standard normal where `x` is standard logistic (NICE, section 3.4, eq. 14).
+    """`z = Phi^-1(sigmoid(x))`: standard normal where `x` is standard logistic (NICE, section 3.4,
+    eq. 14).
 
     Both ways are computed on the negative half-axis, where nothing cancels, and mirrored.
     """

@@ -1,8 +1,9 @@
 """`train.memory`: what a backward pass keeps of the forward pass through a chain of bijections.
 
-`store` keeps all activations, as autograd does. `checkpoint` keeps the input of each layer and computes the rest again
-(Chen et al. 2016). `reversible` keeps the last output alone and computes everything again from it by the inverse (Gomez
-et al. 2017; Kingma & Dhariwal 2018, section 1), so that the memory does not grow with the number of layers.
+`store` keeps all activations, as autograd does. `checkpoint` keeps the input of each layer and
+computes the rest again (Chen et al. 2016). `reversible` keeps the last output alone and computes
+everything again from it by the inverse (Gomez et al. 2017; Kingma & Dhariwal 2018, section 1), so
+that the memory does not grow with the number of layers.
 """
 
 import contextlib
@@ -38,15 +39,21 @@ def wants_gradient() -> bool:
     return torch.is_grad_enabled() or _mode.get() != "store"
 
 
-def apply(layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def apply(
+    layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The layers one after the other, and the sum of their log-determinants, `(B,)` in nats."""
     if not layers or _mode.get() == "store" or not torch.is_grad_enabled():
         return _in_order(layers, x, context)
     tensors = [layer.tensors() for layer in layers]
-    return _Recomputed.apply(layers, tensors, _mode.get() == "reversible", x, context, *itertools.chain(*tensors))
+    return _Recomputed.apply(
+        layers, tensors, _mode.get() == "reversible", x, context, *itertools.chain(*tensors)
+    )
 
 
-def _in_order(layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _in_order(
+    layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
     total = x.new_zeros(x.shape[0])
     for layer in layers:
         x, log_det = layer(x, context)
@@ -57,7 +64,8 @@ def _in_order(layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None) 
 class _Recomputed(torch.autograd.Function):
     """A chain whose activations are computed again, layer by layer, in the backward pass.
 
-    Every tensor that needs a gradient is an argument, so that to the rest of autograd this is one operation.
+    Every tensor that needs a gradient is an argument, so that to the rest of autograd this is one
+    operation.
     """
 
     @staticmethod
@@ -73,7 +81,13 @@ class _Recomputed(torch.autograd.Function):
         ctx.chain = list(zip(layers, tensors, strict=True))
         ctx.reversible = reversible
         kind = x.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)  # no cache
+        # no cache
+        ctx.autocast = (
+            kind,
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_enabled(kind),
+            False,
+        )
         total = x.new_zeros(x.shape[0])
         inputs = []
         for layer in layers:
@@ -88,9 +102,13 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.chain is None:
-            raise RuntimeError("train.memory: activations are computed again for one backward pass, not a second time")
+            raise RuntimeError(
+                "train.memory: activations are computed again for one backward pass, not a second "
+                "time"
+            )
         context, *kept = ctx.saved_tensors
-        # What layers hold for this call (the matrices of many of them) goes when they are done with, as activations do.
+        # What layers hold for this call (the matrices of many of them) goes when they are done
+        # with, as activations do.
         chain, ctx.chain = ctx.chain, None
         wants_context = ctx.needs_input_grad[4]
         if wants_context:
@@ -98,7 +116,8 @@ class _Recomputed(torch.autograd.Function):
         grad_context: Tensor | None = None
         grad_tensors: list[Tensor | None] = []
         z = kept[-1]
-        # Autograd has a thread of its own for a GPU, to which the context of the forward pass does not extend.
+        # Autograd has a thread of its own for a GPU, to which the context of the forward pass does
+        # not extend.
         mode: Mode = "reversible" if ctx.reversible else "checkpoint"
         with torch.enable_grad(), torch.autocast(*ctx.autocast), memory_mode(mode):
             for layer, tensors in reversed(chain):
@@ -108,7 +127,11 @@ class _Recomputed(torch.autograd.Function):
                     x = kept.pop().detach().requires_grad_()
                     outputs = layer(x, context)
                 # A log-determinant that is constant has no graph.
-                given = [(y, g) for y, g in zip(outputs, (grad_z, grad_log_det), strict=True) if y.requires_grad]
+                given = [
+                    (y, g)
+                    for y, g in zip(outputs, (grad_z, grad_log_det), strict=True)
+                    if y.requires_grad
+                ]
                 wanted = [x, *tensors, context] if wants_context else [x, *tensors]
                 ys, gs = zip(*given, strict=True)
                 grad_z, *grads = torch.autograd.grad(ys, wanted, gs, allow_unused=True)

@@ -13,15 +13,18 @@ from flowtrain.bijections.monotone import solve_monotone
 
 
 class MixtureTransform(Transform):
-    """`z = logit(F(x)) * exp(a) + shift`, with the distribution function F of a mixture of K logistics.
+    """`z = logit(F(x)) * exp(a) + shift`, with the distribution function F of a mixture of K
+    logistics.
 
-    `F(x) = sum_i pi_i sigmoid(u_i)`, `u_i = (x - mu_i) exp(-s_i)`. Takes `(2 + 3 K) C` parameters for C entries: the
-    shift, K logits of pi, K means, and the log-scales `a, s_1, ..., s_K` before their bound, `limit * tanh(h / limit)`.
-    With parameters of zero the components stand side by side, 2 / K apart around zero with a scale of 1, as no two of
-    them would ever differ if they were equal at the start: for K = 4 the slope is 0.93 at zero and 1 in the tails.
+    `F(x) = sum_i pi_i sigmoid(u_i)`, `u_i = (x - mu_i) exp(-s_i)`. Takes `(2 + 3 K) C` parameters
+    for C entries: the shift, K logits of pi, K means, and the log-scales `a, s_1, ..., s_K` before
+    their bound, `limit * tanh(h / limit)`. With parameters of zero the components stand side by
+    side, 2 / K apart around zero with a scale of 1, as no two of them would ever differ if they
+    were equal at the start: for K = 4 the slope is 0.93 at zero and 1 in the tails.
 
-    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z at most `exp(2 limit)`. Between components
-    far apart it may be as small as the density there, `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)` or more. All
+    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z at most `exp(2 limit)`.
+    Between components far apart it may be as small as the density there, `min_i exp(-s_i) /
+    cosh(max_ij |u_i - u_j| / 2)` or more. All
     is computed in logs: the results are finite, however far out `x` and the means are.
     """
 
@@ -32,7 +35,9 @@ class MixtureTransform(Transform):
         self.components = components
         self.limit = limit
         self.parameters_per_entry = 2 + 3 * components
-        self.register_buffer("offsets", (torch.arange(components) - (components - 1) / 2) * (2 / components))
+        self.register_buffer(
+            "offsets", (torch.arange(components) - (components - 1) / 2) * (2 / components)
+        )
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         return _Mixture.apply(x, self._by_entry(parameters), self.offsets, self.limit)
@@ -40,7 +45,9 @@ class MixtureTransform(Transform):
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """By Newton's method. Its first derivatives are those of the inverse function."""
         with torch.no_grad():
-            shift, logits, means, gate = _split(self._by_entry(parameters), self.offsets, self.limit)
+            shift, logits, means, gate = _split(
+                self._by_entry(parameters), self.offsets, self.limit
+            )
             log_scales = gated_log_scale(gate, self.limit)
             inverse_scales = (-log_scales[:, 1:]).exp()
             total = logits.logsumexp(dim=1)
@@ -56,7 +63,8 @@ class MixtureTransform(Transform):
         if torch.is_grad_enabled():
             again, log_derivative = self(x, parameters)
             missing = z - again
-            # Zero, with the gradient of a Newton step. (No number is large enough for one across a wide gap.)
+            # Zero, with the gradient of a Newton step. (No number is large enough for one across a
+            # wide gap.)
             x = x + (missing - missing.detach()) * (-log_derivative.detach()).clamp(max=80).exp()
         return x, -self(x, parameters)[1]
 
@@ -64,17 +72,27 @@ class MixtureTransform(Transform):
         return parameters.unflatten(1, (self.parameters_per_entry, -1))  # (B, 2 + 3 K, C, ...)
 
 
-def _split(parameters: Tensor, offsets: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift `(B, C, ...)`; logits and means `(B, K, C, ...)`; the gates of `a` and the s_i, `(B, 1 + K, C, ...)`."""
+def _split(
+    parameters: Tensor, offsets: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift `(B, C, ...)`; logits and means `(B, K, C, ...)`; the gates of `a` and the s_i, `(B, 1
+    + K, C, ...)`.
+    """
     k = len(offsets)
     shift, logits, means, raw = parameters.split([1, k, k, 1 + k], dim=1)
-    return shift[:, 0], logits, means + offsets.view(-1, *[1] * (parameters.ndim - 2)), log_scale_gate(raw, limit)
+    return (
+        shift[:, 0],
+        logits,
+        means + offsets.view(-1, *[1] * (parameters.ndim - 2)),
+        log_scale_gate(raw, limit),
+    )
 
 
 def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """`log(sum_i factor_i exp(exponent_i))` over dimension 1, and each summand's share of the sum.
 
-    By softmax, of which the largest value is the inverse of what logsumexp would have to compute once more.
+    By softmax, of which the largest value is the inverse of what logsumexp would have to compute
+    once more.
     """
     share = exponent.softmax(dim=1)
     largest = share.amax(dim=1)
@@ -86,10 +104,12 @@ def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def _logit_of_mixture(
     x: Tensor, logits: Tensor, means: Tensor, inverse_scales: Tensor, total: Tensor
 ) -> tuple[Tensor, ...]:
-    """`logit(F(x))` and the log of its derivative, `(B, C, ...)`; the `u_i`, and the shares of the components in F,
-    1 - F and the density, `(B, K, C, ...)`. `total` is the logsumexp of the logits.
+    """`logit(F(x))` and the log of its derivative, `(B, C, ...)`; the `u_i`, and the shares of the
+    components in F, 1 - F and the density, `(B, K, C, ...)`. `total` is the logsumexp of the
+    logits.
 
-    `sigmoid(u) = v exp(min(u, 0))` with `v = sigmoid(|u|)` in [1/2, 1]: no logarithm of a component is needed.
+    `sigmoid(u) = v exp(min(u, 0))` with `v = sigmoid(|u|)` in [1/2, 1]: no logarithm of a component
+    is needed.
     """
     u = (x[:, None] - means).mul_(inverse_scales)
     v = u.abs().sigmoid_()
@@ -110,10 +130,14 @@ def _logit_of_mixture(
 
 
 class _Mixture(torch.autograd.Function):
-    """The transform with a gradient from the shares of the components, which the forward pass knows."""
+    """The transform with a gradient from the shares of the components, which the forward pass
+    knows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameters: Tensor, offsets: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, parameters: Tensor, offsets: Tensor, limit: float
+    ) -> tuple[Tensor, Tensor]:
         shift, logits, means, gate = _split(parameters, offsets, limit)
         log_scales = gated_log_scale(gate, limit)
         # exp2 is four times as fast as exp on a CPU.
@@ -128,9 +152,14 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_log_derivative: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gate, inverse_scales, scale, weights, w, u, in_below, in_above, in_density = ctx.saved_tensors
-        # Of the logs of F, 1 - F, and (as of log_derivative itself) the density and the sum of the weights.
+    def backward(
+        ctx: Any, grad_z: Tensor, grad_log_derivative: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        gate, inverse_scales, scale, weights, w, u, in_below, in_above, in_density = (
+            ctx.saved_tensors
+        )
+        # Of the logs of F, 1 - F, and (as of log_derivative itself) the density and the sum of the
+        # weights.
         grad_w = grad_z * scale
         grad_below = (grad_w - grad_log_derivative)[:, None]
         grad_above = (-grad_w - grad_log_derivative)[:, None]

@@ -6,24 +6,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FREE_STEPS = 6  # of Newton's, before the width of the brackets matters: smooth equations need two to six
+# of Newton's, before the width of the brackets matters: smooth equations need two to six
+FREE_STEPS = 6
 
 
 @torch.no_grad()
 def solve_monotone(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, lower: Tensor, upper: Tensor
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    target: Tensor,
+    lower: Tensor,
+    upper: Tensor,
 ) -> Tensor:
     """`x` with `f(x) = target`, elementwise, for increasing `f` and a solution in `[lower, upper]`.
 
-    `function(x)` gives `f(x)` and `f'(x)`; all tensors have one shape. Newton's steps from the middle of the bracket,
-    which every value of `f` narrows; a step that would leave it is replaced with its middle, and so is one from a
-    bracket wider than `2^(-(k - FREE_STEPS) / 2)` of the first after k steps. So no `f`, however flat or steep, takes
-    more than `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, twice those of bisection.
+    `function(x)` gives `f(x)` and `f'(x)`; all tensors have one shape. Newton's steps from the
+    middle of the bracket, which every value of `f` narrows; a step that would leave it is replaced
+    with its middle, and so is one from a bracket wider than `2^(-(k - FREE_STEPS) / 2)` of the
+    first after k steps. So no `f`, however flat or steep, takes more than `FREE_STEPS + 2
+    log2((upper - lower) / precision)` steps, twice those of bisection.
 
-    Bisection ends at two roundings of `max(1, |x|)`. Newton's step is the last one if it is shorter than a quarter
-    of the root of that: the error it leaves is its square times `|f'' / 2 f'|`, which should not be far above 10.
-    Nobody waits for an `f` whose own rounding keeps it from getting nearer. Where target, bracket or `f` is NaN,
-    so is `x`. Not differentiable.
+    Bisection ends at two roundings of `max(1, |x|)`. Newton's step is the last one if it is shorter
+    than a quarter
+    of the root of that: the error it leaves is its square times `|f'' / 2 f'|`, which should not be
+    far above 10. Nobody waits for an `f` whose own rounding keeps it from getting nearer. Where
+    target, bracket or `f` is NaN, so is `x`. Not differentiable.
     """
     info = torch.finfo(target.dtype)
     eps, tiny = info.eps, info.tiny
@@ -37,7 +43,11 @@ def solve_monotone(
         upper = torch.where(error >= 0, x, upper)
         width = upper - lower
         newton = x - error / derivative.clamp(min=tiny)
-        bisect = (newton < lower) | (newton > upper) | (width > first_width * 2 ** ((FREE_STEPS - step) / 2))
+        bisect = (
+            (newton < lower)
+            | (newton > upper)
+            | (width > first_width * 2 ** ((FREE_STEPS - step) / 2))
+        )
         # A NaN is not outside the bracket: it stays, and compares as arrived.
         moved = torch.where(bisect, lower + width / 2, newton)
         scale = moved.abs().clamp(min=1)

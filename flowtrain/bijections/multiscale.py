@@ -1,4 +1,6 @@
-"""The multiscale architecture (RealNVP, section 3.6): after each level half of the entries are done."""
+"""The multiscale architecture (RealNVP, section 3.6): after each level half of the entries are
+done.
+"""
 
 from collections.abc import Sequence
 
@@ -9,11 +11,12 @@ from flowtrain.bijections.base import Bijection
 
 
 class Multiscale(Bijection):
-    """Runs levels one after the other; after each but the last, the second half of the channels leaves as latent.
+    """Runs levels one after the other; after each but the last, the second half of the channels
+    leaves as latent.
 
-    `priors[i]` maps the output of level i so that what leaves is standard normal: a coupling whose kept half predicts
-    mean and scale of the half that leaves (Glow's learned split prior), the top prior for the last level. The latent is
-    flat, `(B, D)`: level by level, coarsest last.
+    `priors[i]` maps the output of level i so that what leaves is standard normal: a coupling whose
+    kept half predicts mean and scale of the half that leaves (Glow's learned split prior), the top
+    prior for the last level. The latent is flat, `(B, D)`: level by level, coarsest last.
 
     Args:
         shape: of one example, `(C, H, W)`.
@@ -23,7 +26,10 @@ class Multiscale(Bijection):
     """
 
     def __init__(
-        self, levels: Sequence[Bijection], priors: Sequence[Bijection], latent_shapes: Sequence[tuple[int, int, int]]
+        self,
+        levels: Sequence[Bijection],
+        priors: Sequence[Bijection],
+        latent_shapes: Sequence[tuple[int, int, int]],
     ):
         super().__init__()
         self.levels = nn.ModuleList(levels)
@@ -34,7 +40,9 @@ class Multiscale(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         latents = []
-        for level, prior, (channels, _, _) in zip(self.levels, self.priors, self.latent_shapes, strict=True):
+        for level, prior, (channels, _, _) in zip(
+            self.levels, self.priors, self.latent_shapes, strict=True
+        ):
             x, log_det = level(x, context)
             x, prior_log_det = prior(x, context)
             total = total + log_det + prior_log_det
@@ -46,7 +54,9 @@ class Multiscale(Bijection):
         total = z.new_zeros(z.shape[0])
         latents = self.split_latents(z)
         x = latents[-1][:, :0]
-        for level, prior, latent in zip(reversed(self.levels), reversed(self.priors), reversed(latents), strict=True):
+        for level, prior, latent in zip(
+            reversed(self.levels), reversed(self.priors), reversed(latents), strict=True
+        ):
             x = torch.cat([x, latent], dim=1)
             x, prior_log_det = prior.inverse(x, context)  # type: ignore[operator]
             x, log_det = level.inverse(x, context)  # type: ignore[operator]
@@ -55,4 +65,6 @@ class Multiscale(Bijection):
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         parts = z.split(self.sizes, dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
+        return [
+            part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)
+        ]

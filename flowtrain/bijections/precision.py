@@ -1,7 +1,9 @@
-"""The border between the data path and the conditioners: another precision, and another order in memory.
+"""The border between the data path and the conditioners: another precision, and another order in
+memory.
 
-Data paths are float32 (or float64) with an image's channels apart (NCHW), so that the halves of a coupling are
-contiguous. Conditioners, under autocast in bf16, are convolutions, which are fastest with the channels last.
+Data paths are float32 (or float64) with an image's channels apart (NCHW), so that the halves of a
+coupling are contiguous. Conditioners, under autocast in bf16, are convolutions, which are fastest
+with the channels last.
 """
 
 import contextlib
@@ -13,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 
 def conditioner_input(x: Tensor) -> Tensor:
-    """`x` in autocast's precision, if it is on, and with the channels last, if it is `(B, C, H, W)`."""
+    """`x` in autocast's precision, if it is on, and with the channels last, if it is `(B, C, H,
+    W)`.
+    """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return _Cast.apply(x, dtype, x.ndim == 4)
@@ -39,7 +43,8 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    # The entries are moved in the narrower precision: two passes, which are faster than one that does both.
+    # The entries are moved in the narrower precision: two passes, which are faster than one that
+    # does both.
     if dtype.itemsize < x.dtype.itemsize:
         x = x.to(dtype)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()

@@ -24,7 +24,8 @@ class Sequential(Bijection):
     def _opened(self) -> list[Bijection]:
         layers: list[Bijection] = []
         for layer in self.layers:
-            layers += layer._opened() if isinstance(layer, Sequential) else [layer]  # type: ignore[list-item]
+            # type: ignore[list-item]
+            layers += layer._opened() if isinstance(layer, Sequential) else [layer]
         return layers
 
     @property

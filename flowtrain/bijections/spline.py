@@ -1,4 +1,6 @@
-"""Monotone rational-quadratic splines (Durkan et al. 2019, "Neural Spline Flows"), of the line and of the circle."""
+"""Monotone rational-quadratic splines (Durkan et al. 2019, "Neural Spline Flows"), of the line and
+of the circle.
+"""
 
 import math
 from typing import Any
@@ -17,17 +19,19 @@ DERIVATIVE_LIMIT = -math.log(MIN_DERIVATIVE)
 
 
 class SplineTransform(Transform):
-    """A monotone rational-quadratic spline on `[-bound, bound]`, the identity outside (eq. 4-8, linear tails).
+    """A monotone rational-quadratic spline on `[-bound, bound]`, the identity outside (eq. 4-8,
+    linear tails).
 
-    Takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights before their softmax, and of the
-    derivatives at the inner knots the log `limit * tanh(h / limit)`, `limit = log 1000`, where the paper has a
-    softplus. So parameters of zero are the identity, no derivative at a knot is above 1000 or below its inverse, and
-    no log-derivative outside [-23, 8.3]. Twice differentiable inside a bin, once at a knot, in both directions.
-    Raises `ValueError` for more than MAX_BINS bins.
+    Takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights before their
+    softmax, and of the derivatives at the inner knots the log `limit * tanh(h / limit)`, `limit =
+    log 1000`, where the paper has a softplus. So parameters of zero are the identity, no derivative
+    at a knot is above 1000 or below its inverse, and no log-derivative outside [-23, 8.3]. Twice
+    differentiable inside a bin, once at a knot, in both directions. Raises `ValueError` for more
+    than MAX_BINS bins.
 
-    The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside. For entries that never leave
-    `[-bound, bound]`, `free_ends` makes the derivatives at the ends two more parameters, `3 bins + 1` in all: else
-    they are 1, and no density could be another one there.
+    The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside. For entries
+    that never leave `[-bound, bound]`, `free_ends` makes the derivatives at the ends two more
+    parameters, `3 bins + 1` in all: else they are 1, and no density could be another one there.
     """
 
     def __init__(self, bins: int = 8, bound: float = 4.0, free_ends: bool = False):
@@ -47,8 +51,9 @@ class SplineTransform(Transform):
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(z, parameters, 1)
         eta = (z.clamp(-self.bound, self.bound) - bottom) / height
-        # Eq. 29: xi = 2 c / (-b - sqrt(b^2 - 4 a c)). Divided by slope * height, b = difference + 2 eta, c = -eta, and
-        # the discriminant is a sum of two squares; the root added where nothing cancels.
+        # Eq. 29: xi = 2 c / (-b - sqrt(b^2 - 4 a c)). Divided by slope * height, b = difference + 2
+        # eta, c = -eta, and the discriminant is a sum of two squares; the root added where nothing
+        # cancels.
         difference = start * (1 - eta) - end * eta
         product = 4 * eta * (1 - eta)
         large = difference.abs() + (difference.square() + product).sqrt()
@@ -58,35 +63,43 @@ class SplineTransform(Transform):
         return self._inside(z, x, -_log_derivative(xi, height / width, start, end))
 
     def _bin(self, values: Tensor, parameters: Tensor, axis: int) -> tuple[Tensor, ...]:
-        """Left, width, bottom and height of the bin that each value is in by its x (axis 0) or its z (axis 1), and the
-        derivatives at its two ends, as multiples of the slope `height / width`. Each of the shape of `values`.
+        """Left, width, bottom and height of the bin that each value is in by its x (axis 0) or its
+        z (axis 1), and the derivatives at its two ends, as multiples of the slope `height / width`.
+        Each of the shape of `values`.
         """
         raw = self._unflatten(parameters)
         knots, derivatives = _Lookup.apply(values, raw, self.bins, self.bound, axis)
         left, right, bottom, top = knots.flatten(1, 2).unbind(1)
         width, height = right - left, top - bottom
-        derivatives = gated_log_scale(log_scale_gate(derivatives, DERIVATIVE_LIMIT), DERIVATIVE_LIMIT).exp()
+        derivatives = gated_log_scale(
+            log_scale_gate(derivatives, DERIVATIVE_LIMIT), DERIVATIVE_LIMIT
+        ).exp()
         start, end = (derivatives * (width / height)[:, None]).unbind(1)
         return left, width, bottom, height, start, end
 
     def _unflatten(self, parameters: Tensor) -> Tensor:
         return parameters.unflatten(1, (self.parameters_per_entry, -1))
 
-    def _inside(self, given: Tensor, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
+    def _inside(
+        self, given: Tensor, result: Tensor, log_derivative: Tensor
+    ) -> tuple[Tensor, Tensor]:
         outside = given.abs() >= self.bound  # not so for NaN
         return torch.where(outside, given, result), log_derivative.masked_fill(outside, 0)
 
 
 class CircularSplineTransform(SplineTransform):
-    """A turn and a spline of the circle (Rezende et al. 2020, arXiv:2002.02428, "circular splines"): `z = S(x + turn)`.
+    """A turn and a spline of the circle (Rezende et al. 2020, arXiv:2002.02428, "circular
+    splines"): `z = S(x + turn)`.
 
-    Entries are angles in radians, and the map is that of the line that goes with the circle's: `z(x + 2 pi) = z(x) +
-    2 pi`, so that an angle may be given with any number of whole turns, and keeps them. S is a rational-quadratic
-    spline of `[-pi, pi]` onto itself, with one derivative for both ends: z is smooth there as at any knot, and as of
-    each layer the cut is at another angle, by its turn, none of them is a special place.
+    Entries are angles in radians, and the map is that of the line that goes with the circle's: `z(x
+    + 2 pi) = z(x) + 2 pi`, so that an angle may be given with any number of whole turns, and keeps
+    them. S is a rational-quadratic spline of `[-pi, pi]` onto itself, with one derivative for both
+    ends: z is smooth there as at any knot, and as of each layer the cut is at another angle, by its
+    turn, none of them is a special place.
 
-    Takes `(3 bins + 1) C` parameters for C entries: the turn (bounded to half of one either way, `pi * tanh(h / pi)`),
-    `bins` widths, heights and derivatives. Parameters of zero are the identity.
+    Takes `(3 bins + 1) C` parameters for C entries: the turn (bounded to half of one either way,
+    `pi * tanh(h / pi)`), `bins` widths, heights and derivatives. Parameters of zero are the
+    identity.
     """
 
     def __init__(self, bins: int = 8):
@@ -108,10 +121,14 @@ class CircularSplineTransform(SplineTransform):
         return bounded(parameters[:, : x.shape[1]], math.pi)
 
     def _unflatten(self, parameters: Tensor) -> Tensor:
-        _, *raw = parameters.unflatten(1, (self.parameters_per_entry, -1)).split([1, 2 * self.bins, self.bins], dim=1)
+        _, *raw = parameters.unflatten(1, (self.parameters_per_entry, -1)).split(
+            [1, 2 * self.bins, self.bins], dim=1
+        )
         return torch.cat([*raw, raw[-1][:, :1]], dim=1)
 
-    def _inside(self, given: Tensor, result: Tensor, log_derivative: Tensor) -> tuple[Tensor, Tensor]:
+    def _inside(
+        self, given: Tensor, result: Tensor, log_derivative: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return result, log_derivative  # every angle is inside, the ends too
 
 
@@ -140,17 +157,27 @@ def _log_derivative(xi: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Te
 class _Lookup(torch.autograd.Function):
     """The two knots on either side of each value, and the parameters of the derivatives there.
 
-    `(B, C, ...)`, `(B, P, C, ...)` to `(B, 2, 2, C, ...)`, x and z of the lower and the upper knot, and
-    `(B, 2, C, ...)`. P is `3 K + 1`, or `3 K - 1`: then the derivative at the ends of the spline is that of a parameter
-    of zero. By hand, for autograd takes about twice as long, over the cumulative sums.
+    `(B, C, ...)`, `(B, P, C, ...)` to `(B, 2, 2, C, ...)`, x and z of the lower and the upper knot,
+    and `(B, 2, C, ...)`. P is `3 K + 1`, or `3 K - 1`: then the derivative at the ends of the
+    spline is that of a parameter of zero. By hand, for autograd takes about twice as long, over the
+    cumulative sums.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, raw: Tensor, bins: int, bound: float, axis: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, values: Tensor, raw: Tensor, bins: int, bound: float, axis: int
+    ) -> tuple[Tensor, Tensor]:
         shares = raw[:, : 2 * bins].unflatten(1, (2, bins)).softmax(dim=2)
-        number = torch.arange(1, bins, dtype=raw.dtype, device=raw.device).view(-1, *[1] * (raw.ndim - 2))
+        number = torch.arange(1, bins, dtype=raw.dtype, device=raw.device).view(
+            -1, *[1] * (raw.ndim - 2)
+        )
         ctx.factor = 2 * bound * (1 - bins * MIN_SIZE)
-        knots = shares[:, :, :-1].cumsum(dim=2).mul_(ctx.factor).add_(number * (2 * bound * MIN_SIZE) - bound)
+        knots = (
+            shares[:, :, :-1]
+            .cumsum(dim=2)
+            .mul_(ctx.factor)
+            .add_(number * (2 * bound * MIN_SIZE) - bound)
+        )
         index = (values[:, None] >= knots[:, axis]).sum(dim=1, keepdim=True)  # (B, 1, C, ...)
         both = torch.cat([index, index + 1], dim=1)
         edge = torch.full_like(shares[:, :, :1], bound)
@@ -165,20 +192,30 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_knots: Tensor, grad_derivatives: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad_knots: Tensor, grad_derivatives: Tensor
+    ) -> tuple[None, Tensor, None, None, None]:
         shares, index = ctx.saved_tensors
         bins = shares.shape[2]
-        # A knot is the sum of the sizes of the bins before it. 1 for these, 0 for others (the last knot is that of all
-        # sizes, which softmax knows to be constant):
-        number = torch.arange(bins, dtype=shares.dtype, device=shares.device).view(-1, *[1] * (index.ndim - 2))
+        # A knot is the sum of the sizes of the bins before it. 1 for these, 0 for others (the last
+        # knot is that of all sizes, which softmax knows to be constant):
+        number = torch.arange(bins, dtype=shares.dtype, device=shares.device).view(
+            -1, *[1] * (index.ndim - 2)
+        )
         before_lower = (index.to(shares.dtype) - number).clamp_(0, 1)
         before_upper = (index.to(shares.dtype) - (number - 1)).clamp_(0, 1)
-        grad_lower, grad_upper = grad_knots.mul(ctx.factor).unsqueeze(3).unbind(2)  # (B, 2, 1, C, ...)
-        grad_shares = torch.addcmul(grad_lower * before_lower[:, None], grad_upper, before_upper[:, None])
+        # (B, 2, 1, C, ...)
+        grad_lower, grad_upper = grad_knots.mul(ctx.factor).unsqueeze(3).unbind(2)
+        grad_shares = torch.addcmul(
+            grad_lower * before_lower[:, None], grad_upper, before_upper[:, None]
+        )
         grad_sizes = torch.ops.aten._softmax_backward_data(grad_shares, shares, 2, shares.dtype)
         here = before_upper - before_lower  # 1 for the bin of the value
         grad_start, grad_end = grad_derivatives.unsqueeze(2).unbind(1)
-        grads = [*grad_sizes.unbind(1), torch.addcmul(grad_start * here[:, 1:], grad_end, here[:, :-1])]
+        grads = [
+            *grad_sizes.unbind(1),
+            torch.addcmul(grad_start * here[:, 1:], grad_end, here[:, :-1]),
+        ]
         if ctx.free_ends:
             grads[2:] = [grad_start * here[:, :1], grads[2], grad_end * here[:, -1:]]
         return None, torch.cat(grads, dim=1), None, None, None

@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file with a JSON description and a checksum over every byte.
 
-The file is an ordinary safetensors file. Its metadata has two strings: `flowtrain`, the description as JSON (format,
-versions, configuration, image shape, levels, step, the data's fingerprint, the trainer's counters), and `checksum`,
-the SHA-256 of the whole file with these 64 digits at zero. Nothing in it can run code.
+The file is an ordinary safetensors file. Its metadata has two strings: `flowtrain`, the description
+as JSON (format, versions, configuration, image shape, levels, step, the data's fingerprint, the
+trainer's counters), and `checksum`, the SHA-256 of the whole file with these 64 digits at zero.
+Nothing in it can run code.
 """
 
 import hashlib
@@ -47,21 +48,32 @@ class Checkpoint:
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, without its prefix."""
         prefix = f"{name}."
-        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key[len(prefix) :]: value
+            for key, value in self.tensors.items()
+            if key.startswith(prefix)
+        }
 
 
 def versions() -> dict[str, str]:
-    return {"flowtrain": flowtrain.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "flowtrain": flowtrain.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one, never a part.
+    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one, never a
+    part.
 
     Raises `RunError` where the disk does not take it; what was there before is kept.
     """
     described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = bytearray(safetensors.torch.save(contiguous, {"flowtrain": described, "checksum": _ZEROS.decode()}))
+    data = bytearray(
+        safetensors.torch.save(contiguous, {"flowtrain": described, "checksum": _ZEROS.decode()})
+    )
     match = _CHECKSUM.search(data, 0, _header_end(data))
     assert match is not None
     data[match.start(1) : match.end(1)] = hashlib.sha256(data).hexdigest().encode()
@@ -69,7 +81,9 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint. Raises `UserError` naming the file where it is missing, damaged or foreign."""
+    """Reads and verifies a checkpoint. Raises `UserError` naming the file where it is missing,
+    damaged or foreign.
+    """
     return _parse(path, _bytes(path))
 
 
@@ -90,7 +104,8 @@ def _bytes(path: Path) -> bytes:
 
 def _parse(path: Path, data: bytes) -> Checkpoint:
     foreign = UserError(
-        f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles are never loaded)"
+        f"{path}: not a flowtrain checkpoint (a safetensors file with its description; pickles "
+        f"are never loaded)"
     )
     try:
         header = json.loads(data[8 : _header_end(data)])
@@ -99,7 +114,9 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         # A damaged header cannot be told from a file of another kind, unless it says whose it is.
         if b'"flowtrain"' in data[:1_000_000] or path.suffix == SUFFIX:
-            raise UserError(f"{path}: damaged: its header cannot be read (truncated, or bytes changed)") from error
+            raise UserError(
+                f"{path}: damaged: its header cannot be read (truncated, or bytes changed)"
+            ) from error
         raise foreign from error
     match = _CHECKSUM.search(data, 0, _header_end(data))
     if match is None:
@@ -108,12 +125,15 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
     for part in (data[: match.start(1)], _ZEROS, data[match.end(1) :]):
         digest.update(part)
     if digest.hexdigest() != checksum:
-        raise UserError(f"{path}: damaged: its bytes do not match its checksum (truncated or changed)")
+        raise UserError(
+            f"{path}: damaged: its bytes do not match its checksum (truncated or changed)"
+        )
     meta = json.loads(described)
     if meta.get("format") != FORMAT:
         raise UserError(
             f"{path}: written in checkpoint format {meta.get('format')} by flowtrain "
-            f"{meta.get('versions', {}).get('flowtrain', '?')}; this is flowtrain {flowtrain.__version__}, "
+            f"{meta.get('versions', {}).get('flowtrain', '?')}; this is flowtrain "
+            f"{flowtrain.__version__}, "
             f"which reads format {FORMAT}: use that version, or train again"
         )
     return Checkpoint(path, meta, safetensors.torch.load(data))

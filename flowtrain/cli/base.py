@@ -11,7 +11,8 @@ import typer
 
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
 
-# torch takes seconds to import, so the commands import what they need themselves: `--help` is instant.
+# torch takes seconds to import, so the commands import what they need themselves: `--help` is
+# instant.
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,26 +93,41 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A checkpoint, or a run directory (its best checkpoint, else its last); or the newest run in runs/.",
+        help="A checkpoint, or a run directory (its best checkpoint, else its last); or the "
+        "newest run in runs/.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
 WeightsOption = Annotated[
     str | None,
-    typer.Option("--weights", metavar="ema|raw", help="Averaged or raw weights.", show_default="ema where kept"),
+    typer.Option(
+        "--weights",
+        metavar="ema|raw",
+        help="Averaged or raw weights.",
+        show_default="ema where kept",
+    ),
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-code", help="Let the checkpoint name a module of your own, and import it.")
+    bool,
+    typer.Option(
+        "--trust-code", help="Let the checkpoint name a module of your own, and import it."
+    ),
 ]
 DataSetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override where the data are, such as data.root=DIR.", show_default=False
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override where the data are, such as data.root=DIR.",
+        show_default=False,
     ),
 ]
 DATA_NAMES = (
-    "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of image files, an image "
+    "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
+    "image files, an image "
     "file, or an .npz file. "
 )
 
@@ -135,19 +151,27 @@ def device_of(name: str) -> Any:
 
 
 def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None) -> Any:
-    """The data set that the model was trained on, perhaps from another place, or the one that `--dataset` names."""
+    """The data set that the model was trained on, perhaps from another place, or the one that
+    `--dataset` names.
+    """
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
 
     for text in overrides or []:
         if not text.startswith("data."):
-            raise UserError(f"--set {text}: only keys of data can be set here; the model is as it was trained")
+            raise UserError(
+                f"--set {text}: only keys of data can be set here; the model is as it was trained"
+            )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is None:
-        return DataSet(configuration.parse(configuration.override(values, overrides or []), "--set").data)
+        return DataSet(
+            configuration.parse(configuration.override(values, overrides or []), "--set").data
+        )
     values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
-    config = configuration.parse(configuration.override(values, overrides or []), f"--dataset {dataset}").data
+    config = configuration.parse(
+        configuration.override(values, overrides or []), f"--dataset {dataset}"
+    ).data
     return DataSet(config, undivided(config, loaded.config.data))
 
 
@@ -159,7 +183,9 @@ def points_of(loaded: Any, overrides: list[str] | None = None) -> Any:
 
 
 def write_json(result: Any, given: str | None, default: Path) -> None:
-    """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and says where."""
+    """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and
+    says where.
+    """
     import json
 
     from flowtrain.system.console import console
@@ -183,5 +209,7 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path is of no use with its end cut off
     for key, value in result.items():
-        table.add_row(key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value))
+        table.add_row(
+            key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)
+        )
     console.print(table)

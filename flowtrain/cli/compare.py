@@ -7,22 +7,33 @@ import typer
 
 from flowtrain.cli.base import command, on_one_process, write_json
 
-EPILOG = "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
+EPILOG = (
+    "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
+)
 
 
 @command
 @on_one_process
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)
+    ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.png", help="Bits/dim against time and against images seen.")
+        Path,
+        typer.Option(
+            "--out", metavar="FILE.png", help="Bits/dim against time and against images seen."
+        ),
     ] = Path("compare.png"),
     json_out: Annotated[
         str | None,
-        typer.Option("--json", metavar="FILE|-", help="The table as JSON, if wanted.", show_default=False),
+        typer.Option(
+            "--json", metavar="FILE|-", help="The table as JSON, if wanted.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """One table and one plot of several runs, also of those that are still training. Evaluates nothing itself."""
+    """One table and one plot of several runs, also of those that are still training. Evaluates
+    nothing itself.
+    """
 
     from flowtrain.pictures import grid
     from flowtrain.runs import charts, record
@@ -41,11 +52,15 @@ def compare(
     for note in notes:
         console.print(f"- {note}")
     units = " or ".join(sorted({result.unit for result in results}))
-    save(out, charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units))
+    save(
+        out,
+        charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units),
+    )
     console.print(f"wrote {out}")
     if json_out is not None:
         rows = [
-            {**vars(result), "test": None if result.test is None else result.test.model_dump()} for result in results
+            {**vars(result), "test": None if result.test is None else result.test.model_dump()}
+            for result in results
         ]
         write_json({"runs": rows, "notes": notes}, json_out, Path(json_out))
 
@@ -62,8 +77,20 @@ def _print_table(results: list[Any]) -> None:
         table.add_column(title, justify="right", overflow="fold")
     for row in results:
         table.add_row(
-            *(row.run, row.model, row.data, f"{row.parameters:,}", f"{row.images:,}", duration(row.seconds)),
-            *(_figure(row.validation, ".4f"), _test(row.test), row.unit, _figure(row.images_per_second, ".0f")),
+            *(
+                row.run,
+                row.model,
+                row.data,
+                f"{row.parameters:,}",
+                f"{row.images:,}",
+                duration(row.seconds),
+            ),
+            *(
+                _figure(row.validation, ".4f"),
+                _test(row.test),
+                row.unit,
+                _figure(row.images_per_second, ".0f"),
+            ),
         )
     console.print(table)
 

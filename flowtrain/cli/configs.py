@@ -1,4 +1,6 @@
-"""Finding configuration files by name. Imports nothing heavy: the command line's help and completion use it."""
+"""Finding configuration files by name. Imports nothing heavy: the command line's help and
+completion use it.
+"""
 
 from pathlib import Path
 
@@ -8,14 +10,18 @@ DEMO = "glow_digits.yaml"
 
 
 def config_folders() -> list[Path]:
-    """Where a bare name is looked up: `configs/` here, in the installed package, or beside it in a checkout."""
+    """Where a bare name is looked up: `configs/` here, in the installed package, or beside it in a
+    checkout.
+    """
     package = Path(__file__).resolve().parents[1]
     return [Path("configs"), package / "configs", package.parent / "configs"]
 
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with flowtrain, by file name."""
-    return {path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))}
+    return {
+        path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))
+    }
 
 
 def headline(path: Path) -> str:
@@ -25,7 +31,9 @@ def headline(path: Path) -> str:
 
 
 def find_config(name: str) -> Path:
-    """`name` as given, then in `configs/`, then among the shipped ones. Raises `UserError` where there is none."""
+    """`name` as given, then in `configs/`, then among the shipped ones. Raises `UserError` where
+    there is none.
+    """
     for candidate in [Path(name), *(folder / name for folder in config_folders())]:
         if candidate.is_file():
             return candidate

@@ -15,8 +15,16 @@ EPILOG = "Example: [cyan]flowtrain decompress digits.fta --out digits[/cyan]"
 @command
 @on_one_process
 def decompress(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="An archive of flowtrain compress.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", show_default=False, help="An archive of flowtrain compress."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.", show_default=False),
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +51,10 @@ def decompress(
         raise UserError(f"--out {out}: {present!r} is there already; give another folder")
     for folder in {parent for name in opened.names for parent in Path(name).parents}:
         if os.path.lexists(out / folder) and not (out / folder).is_dir():
-            raise UserError(f"--out {out}: {str(folder)!r} is a file, and a folder in the archive; give another folder")
+            raise UserError(
+                f"--out {out}: {str(folder)!r} is a file, and a folder in the archive; give "
+                f"another folder"
+            )
     device_of("cpu")
     loaded = opened.load(model, trust_code) if opened.streams else None
     with ProgressBar("decompressing") as bar:
@@ -54,10 +65,14 @@ def decompress(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A new file. What a crash leaves of thousands is of no use, so none is flushed to the disk by itself."""
+    """A new file. What a crash leaves of thousands is of no use, so none is flushed to the disk by
+    itself.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(data)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written, the images before it were: {error.strerror or error}") from error
+        raise RunError(
+            f"{path}: cannot be written, the images before it were: {error.strerror or error}"
+        ) from error

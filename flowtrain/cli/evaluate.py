@@ -22,7 +22,9 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import RunError, UserError
 
-EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]"
+EPILOG = (
+    "Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]"
+)
 
 
 @command
@@ -31,30 +33,41 @@ def evaluate(
     model: ModelArgument = None,
     split: Annotated[
         str | None,
-        typer.Option("--split", metavar="test|validation|train", help="Which images.", show_default="test"),
+        typer.Option(
+            "--split", metavar="test|validation|train", help="Which images.", show_default="test"
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             "--dataset",
             metavar="NAME|PATH",
-            help=DATA_NAMES + "Of a folder without test/ or a file without x_test, all images are evaluated.",
+            help=DATA_NAMES
+            + "Of a folder without test/ or a file without x_test, all images are evaluated.",
             show_default="the model's own",
         ),
     ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option("--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"),
+        typer.Option(
+            "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
+        ),
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            "--samples", min=1, metavar="K", help="Dequantization draws; above 1, the importance-weighted bound."
+            "--samples",
+            min=1,
+            metavar="K",
+            help="Dequantization draws; above 1, the importance-weighted bound.",
         ),
     ] = 1,
     seed: SeedOption = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, metavar="B", help="Images at a time; no effect on the result.")
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, metavar="B", help="Images at a time; no effect on the result."
+        ),
     ] = None,
     weights: WeightsOption = None,
     json_out: Annotated[
@@ -67,7 +80,8 @@ def evaluate(
         ),
     ] = None,
     scores_out: Annotated[
-        Path | None, typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False)
+        Path | None,
+        typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False),
     ] = None,
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,
@@ -90,9 +104,14 @@ def evaluate(
     loaded = load(model, device, weights, trust_code)
     data = data_of(loaded, overrides, dataset)
     if data.undivided and split is not None:
-        raise UserError(f"--split {split}: {dataset} has no splits; without --split, all of its images are evaluated")
+        raise UserError(
+            f"--split {split}: {dataset} has no splits; without --split, all of its images are "
+            f"evaluated"
+        )
     split = split or ("all" if data.undivided else "test")
-    console.print(f"evaluating {loaded.checkpoint.path} on {split}" + (f" of {dataset}" if dataset else ""))
+    console.print(
+        f"evaluating {loaded.checkpoint.path} on {split}" + (f" of {dataset}" if dataset else "")
+    )
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
             loaded,
@@ -119,5 +138,6 @@ def evaluate(
     if bad:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
-            f"{len(bad)} of {result['num_images']} images have a likelihood that is not finite: those at {which}"
+            f"{len(bad)} of {result['num_images']} images have a likelihood that is not finite: "
+            f"those at {which}"
         )

@@ -20,34 +20,59 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import UserError
 
-EPILOG = "Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 --out path.gif[/cyan]"
+EPILOG = (
+    "Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 "
+    "--out path.gif[/cyan]"
+)
 
 
 @command
 @on_one_process
 def interpolate(
     model: ModelArgument = None,
-    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Pairs of test images, a row each.")] = 4,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Images in a row, the ends included.")] = 8,
+    pairs: Annotated[
+        int, typer.Option("--pairs", min=1, help="Pairs of test images, a row each.")
+    ] = 4,
+    steps: Annotated[
+        int, typer.Option("--steps", min=2, help="Images in a row, the ends included.")
+    ] = 8,
     files: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--images", metavar="A B", help="Between two image files of your own.", show_default=False),
+        typer.Option(
+            "--images",
+            metavar="A B",
+            help="Between two image files of your own.",
+            show_default=False,
+        ),
     ] = None,
     from_class: Annotated[
         int | None,
-        typer.Option("--from-class", min=0, metavar="A", help="Move images of this class...", show_default=False),
+        typer.Option(
+            "--from-class",
+            min=0,
+            metavar="A",
+            help="Move images of this class...",
+            show_default=False,
+        ),
     ] = None,
     to_class: Annotated[
         int | None,
         typer.Option(
-            "--to-class", min=0, metavar="B", help="... by the difference of the mean latents.", show_default=False
+            "--to-class",
+            min=0,
+            metavar="B",
+            help="... by the difference of the mean latents.",
+            show_default=False,
         ),
     ] = None,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE.png|.gif", help="A grid, or an animation.", show_default="interpolate.png in the run"
+            "--out",
+            metavar="FILE.png|.gif",
+            help="A grid, or an animation.",
+            show_default="interpolate.png in the run",
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -57,8 +82,8 @@ def interpolate(
 ) -> None:
     """Walk between images through the latent space. Images of the data come back exactly.
 
-    Between two of your own, or random test images; or, with --from-class and --to-class, from the first test images of
-    one class along the difference of the two classes' mean latents.
+    Between two of your own, or random test images; or, with --from-class and --to-class, from the
+    first test images of one class along the difference of the two classes' mean latents.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import draw, grid
@@ -79,7 +104,9 @@ def interpolate(
     elif files is not None:
         rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
     else:
-        rows = paths.interpolate(flow, *paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed), steps)
+        rows = paths.interpolate(
+            flow, *paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed), steps
+        )
     rows = rows.cpu()  # (P, S, C, H, W)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
@@ -87,4 +114,6 @@ def interpolate(
         grid.save_gif(path, frames + frames[-2:0:-1])  # there and back
     else:
         grid.save_png(path, draw.paths(flow, rows, lambda: points_of(loaded, overrides)))
-    console.print(f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}")
+    console.print(
+        f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
+    )

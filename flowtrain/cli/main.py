@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.cli import compare, compress, decompress, doctor, evaluate, interpolate, ood, report, sample, train
+from flowtrain.cli import (
+    compare,
+    compress,
+    decompress,
+    doctor,
+    evaluate,
+    interpolate,
+    ood,
+    report,
+    sample,
+    train,
+)
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",
@@ -39,7 +50,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -50,9 +64,10 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    # Process 1 of a container gets no signal that it has no handler for. `train` puts its own in place.
+    # Process 1 of a container gets no signal that it has no handler for. `train` puts its own in
+    # place.
     signal.signal(signal.SIGTERM, _stop)
-    # What Apple's GPUs lack, such as the normal quantiles of variational dequantization, runs on the CPU. torch reads
-    # this when it is imported.
+    # What Apple's GPUs lack, such as the normal quantiles of variational dequantization, runs on
+    # the CPU. torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     app(prog_name="flowtrain")

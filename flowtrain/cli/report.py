@@ -27,21 +27,28 @@ EPILOG = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cy
 def report(
     model: ModelArgument = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", min=1, metavar="N", help="Test images to reconstruct and examine.")
+        int,
+        typer.Option(
+            "--num-images", min=1, metavar="N", help="Test images to reconstruct and examine."
+        ),
     ] = 64,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.html", help="The report.", show_default="report.html in the run"),
+        typer.Option(
+            "--out", metavar="FILE.html", help="The report.", show_default="report.html in the run"
+        ),
     ] = None,
     weights: WeightsOption = None,
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """One HTML file about a run: curves, samples, reconstructions, nearest training images, evaluation, health.
+    """One HTML file about a run: curves, samples, reconstructions, nearest training images,
+    evaluation, health.
 
-    What is missing, such as an evaluation of the test split or the data set, is said in the report; the rest is made.
+    What is missing, such as an evaluation of the test split or the data set, is said in the report;
+    the rest is made.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import grid

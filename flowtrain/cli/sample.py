@@ -19,7 +19,10 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import UserError
 
-EPILOG = "Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 --out t.png[/cyan]"
+EPILOG = (
+    "Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 "
+    "--out t.png[/cyan]"
+)
 
 
 @command
@@ -28,7 +31,12 @@ def sample(
     model: ModelArgument = None,
     num: Annotated[
         int | None,
-        typer.Option("--num", min=1, help="Images for each temperature.", show_default="64; 2000 points; 8 a class"),
+        typer.Option(
+            "--num",
+            min=1,
+            help="Images for each temperature.",
+            show_default="64; 2000 points; 8 a class",
+        ),
     ] = None,
     temperature: Annotated[
         list[float] | None,
@@ -43,7 +51,10 @@ def sample(
     classes: Annotated[
         str | None,
         typer.Option(
-            "--classes", metavar="0,1,...", help="Of a class-conditional model: a row each.", show_default="by turns"
+            "--classes",
+            metavar="0,1,...",
+            help="Of a class-conditional model: a row each.",
+            show_default="by turns",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -51,7 +62,10 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE.png|.npz", help="A picture, or the images.", show_default="sample.png in the run"
+            "--out",
+            metavar="FILE.png|.npz",
+            help="A picture, or the images.",
+            show_default="sample.png in the run",
         ),
     ] = None,
     trust_code: TrustOption = False,
@@ -59,8 +73,8 @@ def sample(
 ) -> None:
     """Draw images from a trained flow. One seed gives the same images, however many are drawn.
 
-    Points of the plane or the sphere are shown beside the data and the log-density, and below how the base density is
-    carried to the data, layer by layer.
+    Points of the plane or the sphere are shown beside the data and the log-density, and below how
+    the base density is carried to the data, layer by layer.
     """
     import io
 
@@ -86,7 +100,10 @@ def sample(
     if suffix == ".npz":
         buffer = io.BytesIO()
         rows = max(1, len(labels))
-        arrays = {"images": drawn.movedim(1, -1).numpy(), "temperature": np.repeat(temperatures, rows * num)}
+        arrays = {
+            "images": drawn.movedim(1, -1).numpy(),
+            "temperature": np.repeat(temperatures, rows * num),
+        }
         if labels:
             arrays["classes"] = np.tile(np.repeat(labels, num), len(temperatures))
         levels = {} if flow.levels is None else {"levels": flow.levels}
@@ -103,4 +120,6 @@ def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"{option} {text}: expected whole numbers with commas between them") from None
+        raise UserError(
+            f"{option} {text}: expected whole numbers with commas between them"
+        ) from None

@@ -11,18 +11,22 @@ from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processe
 
 def _complete_config(incomplete: str) -> list[tuple[str, str]]:
     configs = configfiles.shipped_configs().items()
-    return [(name, configfiles.headline(path)) for name, path in configs if name.startswith(incomplete)]
+    return [
+        (name, configfiles.headline(path)) for name, path in configs if name.startswith(incomplete)
+    ]
 
 
 def _config_list() -> str:
     rows = [
-        f"[bold]{name}[/bold]  {configfiles.headline(path)}" for name, path in configfiles.shipped_configs().items()
+        f"[bold]{name}[/bold]  {configfiles.headline(path)}"
+        for name, path in configfiles.shipped_configs().items()
     ]
     return "\n\n".join(["[bold]Configurations that come with flowtrain:[/bold]", *rows])
 
 
 EPILOG = (
-    "Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set train.budget=20min[/cyan]\n\n" + _config_list()
+    "Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set "
+    "train.budget=20min[/cyan]\n\n" + _config_list()
 )
 
 
@@ -41,13 +45,19 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=5e-4; repeatable.", show_default=False
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a key, such as train.lr=5e-4; repeatable.",
+            show_default=False,
         ),
     ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            "--run-dir", metavar="DIR", help="Where everything is written.", show_default="runs/<config name>"
+            "--run-dir",
+            metavar="DIR",
+            help="Where everything is written.",
+            show_default="runs/<config name>",
         ),
     ] = None,
     resume: Annotated[
@@ -55,17 +65,24 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|never|CHECKPOINT",
-            help="auto goes on from the last checkpoint in the run directory; never refuses one that holds a run.",
+            help="auto goes on from the last checkpoint in the run directory; never refuses one "
+            "that holds a run.",
         ),
     ] = "auto",
     init_from: Annotated[
         str | None,
         typer.Option(
-            "--init-from", metavar="MODEL", help="Start from this model's weights (fine-tuning).", show_default=False
+            "--init-from",
+            metavar="MODEL",
+            help="Start from this model's weights (fine-tuning).",
+            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, operations, memory and estimated time, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print parameters, operations, memory and estimated time, and stop."
+        ),
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:

@@ -1,17 +1,20 @@
-"""A flow as an exact map between images and bits on a stack: local bits-back coding in whole numbers.
+"""A flow as an exact map between images and bits on a stack: local bits-back coding in whole
+numbers.
 
-Local bits-back coding (Ho, Lohn & Abbeel 2019, "Compression with Flows via Local Bits-Back Coding") codes with a
-continuous flow, layer by layer. A layer that stretches space by |det J| takes `log2 |det J|` bits off the stack, as
-noise below the resolution of its output. A layer that shrinks space puts as many bits there.
+Local bits-back coding (Ho, Lohn & Abbeel 2019, "Compression with Flows via Local Bits-Back Coding")
+codes with a continuous flow, layer by layer. A layer that stretches space by |det J| takes `log2
+|det J|` bits off the stack, as noise below the resolution of its output. A layer that shrinks space
+puts as many bits there.
 
-The paper's noise is Gaussian, far wider than the grid of the values, and each layer is linearized within its reach.
-Here the noise is uniform within one cell of the grid (Zhang et al. 2021, "iFlow: Numerically Invertible Flows for
-Efficient Lossless Compression via a Uniform Coder"). Whole shifts (additive couplings, the triangular factors of a 1x1
-convolution) then take no bits at all, less is borrowed at the start, and each layer is a bijection of values and stack
-together.
+The paper's noise is Gaussian, far wider than the grid of the values, and each layer is linearized
+within its reach. Here the noise is uniform within one cell of the grid (Zhang et al. 2021, "iFlow:
+Numerically Invertible Flows for Efficient Lossless Compression via a Uniform Coder"). Whole shifts
+(additive couplings, the triangular factors of a 1x1 convolution) then take no bits at all, less is
+borrowed at the start, and each layer is a bijection of values and stack together.
 
-All values are whole numbers, int64, in units of `2**-bits`. Networks compute in float64, for each image by itself, and
-what they predict is rounded to `2**-PREDICTED_BITS` before it is used. So neither batch nor threads change an archive.
+All values are whole numbers, int64, in units of `2**-bits`. Networks compute in float64, for each
+image by itself, and what they predict is rounded to `2**-PREDICTED_BITS` before it is used. So
+neither batch nor threads change an archive.
 """
 
 import copy
@@ -44,10 +47,12 @@ PARTS = 2**12  # of a level: the noise in it is one of them
 GROUP_BITS = 2  # the dequantizer's map is linear within groups of 2**2 parts
 
 
-NOISE_BITS = 14  # of variational noise before it is squeezed into its level; a part is ten units or more
+# of variational noise before it is squeezed into its level; a part is ten units or more
+NOISE_BITS = 14
 
 
-LATENT_REACH = 64  # standard deviations: a latent further out cannot be coded. None takes more than 24 bits and a few
+# standard deviations: a latent further out cannot be coded. None takes more than 24 bits and a few
+LATENT_REACH = 64
 
 
 NOISE_REACH = 6  # of the normal numbers that become variational noise
@@ -60,7 +65,9 @@ class Uniform:
     """Uniform noise."""
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        """Levels `(B, C, H, W)` to the part of each, in `[0, PARTS)`, which is drawn from the stack."""
+        """Levels `(B, C, H, W)` to the part of each, in `[0, PARTS)`, which is drawn from the
+        stack.
+        """
         return stack.pop(torch.full_like(x, PARTS))
 
     def push(self, part: Tensor, x: Tensor, stack: Stack) -> None:
@@ -69,7 +76,8 @@ class Uniform:
 
 
 class Variational:
-    """Noise that a flow makes of normal numbers, given the image, and the normal distribution function of it.
+    """Noise that a flow makes of normal numbers, given the image, and the normal distribution
+    function of it.
 
     The last is a table of the numbers' bins, in each of which they are uniform.
     """
@@ -104,7 +112,8 @@ class Variational:
 class Codec:
     """A flow as an exact map between images and bits on a stack. It computes on the CPU.
 
-    Raises `UserError` where a layer has no rule, and for a model of real-valued data or with classes.
+    Raises `UserError` where a layer has no rule, and for a model of real-valued data or with
+    classes.
     """
 
     def __init__(self, flow: Flow):
@@ -112,12 +121,15 @@ class Codec:
             raise UserError("compress: a model of real-valued data has no bits without loss")
         if flow.classes:
             raise UserError(
-                f"compress: the model is class-conditional (model.classes is {flow.classes}): no coding rule"
+                f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
+                f"coding rule"
             )
         self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model
-        self.noise = Variational(noise, self.levels) if isinstance(noise, VariationalNoise) else Uniform()
+        self.noise = (
+            Variational(noise, self.levels) if isinstance(noise, VariationalNoise) else Uniform()
+        )
         # The dequantizer's map, of the lower edge of each group: `middle(x)` is that of x + 1/2.
         groups = torch.arange(self.levels * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
         edges = flow.dequantizer.middle(groups * 2**GROUP_BITS / PARTS - 0.5, torch.float64)
@@ -125,7 +137,9 @@ class Codec:
         self.flow = rule(flow.bijection, DATA_BITS)
 
     def encode(self, x: Tensor, stack: Stack) -> None:
-        """Images, uint8 `(B, C, H, W)`, onto the stack. Raises `Uncodable`, `Exhausted`: the stack is then useless."""
+        """Images, uint8 `(B, C, H, W)`, onto the stack. Raises `Uncodable`, `Exhausted`: the stack
+        is then useless.
+        """
         stack.push_normal(self.forward(x, stack), DATA_BITS, LATENT_REACH)
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
@@ -139,8 +153,8 @@ class Codec:
     def decode(self, count: int, stack: Stack) -> Tensor:
         """The inverse of `encode`: uint8 `(count, C, H, W)`.
 
-        What the stack is left with is only then what `encode` began with if all was computed to the same bits.
-        Raises `Uncodable` or `Exhausted` where it plainly was not.
+        What the stack is left with is only then what `encode` began with if all was computed to the
+        same bits. Raises `Uncodable` or `Exhausted` where it plainly was not.
         """
         z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
         v = self.flow.inverse(z, None, stack)
@@ -159,7 +173,9 @@ PROBE = 2  # images
 
 
 def model_hash(model: LoadedModel) -> str:
-    """SHA-256 of what the model computes with: its options, shape, levels and the weights that are used."""
+    """SHA-256 of what the model computes with: its options, shape, levels and the weights that are
+    used.
+    """
     described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
     described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())

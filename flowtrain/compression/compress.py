@@ -1,8 +1,10 @@
-"""A lossless archive of images, coded with a flow: streams, what they borrow at their start, what is stored plainly.
+"""A lossless archive of images, coded with a flow: streams, what they borrow at their start, what
+is stored plainly.
 
-Bits-back coding begins by taking bits off the stack. A stream begins with its first images, compressed in the ordinary
-way (its carriers), so that what it borrows is of use; every image after them costs what the flow's bound says. More and
-more images are coded together (a chunk), as the stack grows. Streams are independent, one thread each.
+Bits-back coding begins by taking bits off the stack. A stream begins with its first images,
+compressed in the ordinary way (its carriers), so that what it borrows is of use; every image after
+them costs what the flow's bound says. More and more images are coded together (a chunk), as the
+stack grows. Streams are independent, one thread each.
 """
 
 import functools
@@ -46,15 +48,19 @@ class Prepared:
     bound: Tensor  # bits of each image, `(N,)`: the single-draw bound that `evaluate` computes
     promising: list[
         int
-    ]  # the images worth coding: one that the model knows nothing about is not worth more than stored
+        # the images worth coding: one that the model knows nothing about is not worth more than
+        # stored
+    ]
     expected: Estimate
 
 
-def prepare(model: LoadedModel, images: Tensor, progress: Progress = lambda done, total: None) -> Prepared:
+def prepare(
+    model: LoadedModel, images: Tensor, progress: Progress = lambda done, total: None
+) -> Prepared:
     """What comes before coding. `progress` is called with images scored and all.
 
-    Raises `UserError` for a model that has no rules or does not invert, `FloatingPointError` for weights that are not
-    finite.
+    Raises `UserError` for a model that has no rules or does not invert, `FloatingPointError` for
+    weights that are not finite.
     """
     with one_thread():
         codec = Codec(model.flow)
@@ -69,7 +75,10 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = lambda done
 
 def strips(images: Tensor, progress: Progress = lambda done, total: None) -> list[bytes]:
     """Images `(N, C, H, W)`, stored without a flow: `archive.strip` of every few."""
-    tasks = [functools.partial(_strip, part) for part in images.split(archive.strip_length(images.shape[2]))]
+    tasks = [
+        functools.partial(_strip, part)
+        for part in images.split(archive.strip_length(images.shape[2]))
+    ]
     return in_threads(tasks, len(images), progress) if len(images) else []
 
 
@@ -81,7 +90,9 @@ def _strip(images: Tensor, tick: Callable[[int], None]) -> bytes:
 
 @dataclass
 class Compressed:
-    """An archive's bytes, and what was measured on the way. Bits are those of all images together."""
+    """An archive's bytes, and what was measured on the way. Bits are those of all images
+    together.
+    """
 
     data: bytes
     stored: int  # images that are stored without the flow, apart from the carriers
@@ -107,8 +118,8 @@ def compress(
 
     Args:
         names: a file name for each, or one word, of which the names are made.
-        plain: the images' `strips`: where the flow takes more than they do, they are the archive. Without them it is
-            made with the flow in any case.
+        plain: the images' `strips`: where the flow takes more than they do, they are the archive.
+            Without them it is made with the flow in any case.
         embed: puts the model into the archive, if it is made with the flow.
         stream_size: images of a stream, at most.
         progress: called with images done and all.
@@ -121,16 +132,22 @@ def compress(
     streams: list[Stream] = []
     data = b""
     started = time.perf_counter()
-    if prepared.expected.borrowed and (plain is None or _promises(prepared, number, plain, len(embedded))):
+    if prepared.expected.borrowed and (
+        plain is None or _promises(prepared, number, plain, len(embedded))
+    ):
         announce(prepared.expected, len(promising))
         tasks = [
-            functools.partial(encode_stream, prepared.codec, images, part.tolist(), prepared.expected.borrowed)
+            functools.partial(
+                encode_stream, prepared.codec, images, part.tolist(), prepared.expected.borrowed
+            )
             for part in np.array_split(np.array(promising), number)
         ]
         streams = [stream for stream, _ in in_threads(tasks, len(promising), progress)]
     seconds = time.perf_counter() - started
     if any(stream.chunks for stream in streams):  # there may be no more than carriers
-        data = _packed(prepared, names, streams, strips(images[_others(streams, len(images))]), embedded)
+        data = _packed(
+            prepared, names, streams, strips(images[_others(streams, len(images))]), embedded
+        )
     if not data or len(data) >= without:
         streams = []
         data = _packed(prepared, names, [], strips(images) if plain is None else plain, b"")
@@ -148,12 +165,18 @@ def compress(
 
 
 def _promises(prepared: Prepared, streams: int, plain: list[bytes], model_bytes: int) -> bool:
-    """Whether the flow might take less than the strips `plain`, give or take a twentieth: coding will tell."""
+    """Whether the flow might take less than the strips `plain`, give or take a twentieth: coding
+    will tell.
+    """
     plain_bits = 8 * sum(len(part) for part in plain) / len(prepared.images)  # of an image
     bound = prepared.bound[prepared.promising]
     carriers = prepared.expected.borrowed / plain_bits  # of a stream
-    bits = bound.sum().item() + streams * (prepared.expected.borrowed - carriers * bound.mean().item())
-    return streams * carriers < len(bound) and bits + 8 * model_bytes < 1.05 * plain_bits * len(bound)
+    bits = bound.sum().item() + streams * (
+        prepared.expected.borrowed - carriers * bound.mean().item()
+    )
+    return streams * carriers < len(bound) and bits + 8 * model_bytes < 1.05 * plain_bits * len(
+        bound
+    )
 
 
 def _others(streams: list[Stream], count: int) -> list[int]:
@@ -163,19 +186,35 @@ def _others(streams: list[Stream], count: int) -> list[int]:
 
 
 def _packed(
-    prepared: Prepared, names: list[str] | str, streams: list[Stream], stored: list[bytes], embedded: bytes
+    prepared: Prepared,
+    names: list[str] | str,
+    streams: list[Stream],
+    stored: list[bytes],
+    embedded: bytes,
 ) -> bytes:
     codec, model = prepared.codec, prepared.model
-    description: dict[str, Any] = {"shape": list(codec.shape), "levels": codec.levels, "names": names}
+    description: dict[str, Any] = {
+        "shape": list(codec.shape),
+        "levels": codec.levels,
+        "names": names,
+    }
     if isinstance(names, str):
         description["count"] = len(prepared.images)
-    parts = [np.array([archive.checksum(image) for image in prepared.images], "<u4").tobytes(), *stored]
+    parts = [
+        np.array([archive.checksum(image) for image in prepared.images], "<u4").tobytes(),
+        *stored,
+    ]
     if streams:
         description["stored"] = _others(streams, len(prepared.images))
         description["streams"] = [stream.description().model_dump() for stream in streams]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
         path = os.fsencode(model.checkpoint.path).decode(errors="replace")
-        described = {"hash": model_hash(model), "path": path, "weights": model.weights, "embedded": bool(embedded)}
+        described = {
+            "hash": model_hash(model),
+            "path": path,
+            "weights": model.weights,
+            "embedded": bool(embedded),
+        }
         description |= {"model": described, "probe": prepared.probe, "versions": versions()}
         if embedded:
             parts.append(embedded)

@@ -17,7 +17,9 @@ from flowtrain.errors import UserError
 
 
 class Opened:
-    """An archive that has been read and verified. Raises `UserError` where it is damaged or none."""
+    """An archive that has been read and verified. Raises `UserError` where it is damaged or
+    none.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -45,15 +47,22 @@ class Opened:
                     f"{self.path}: it needs the model {wanted.hash[:16]}, which was {wanted.path}: "
                     "say where it is with --model"
                 )
-            model = load_model(given or wanted.path, torch.device("cpu"), wanted.weights, trust_code)
+            model = load_model(
+                given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
+            )
         found = model_hash(model)
         if found != wanted.hash:
             raise UserError(
-                f"{self.path}: it was coded with the model {wanted.hash[:16]}, {wanted.weights} weights; "
-                f"{model.checkpoint.path} is another one, {found[:16]}: say where it is with --model"
+                f"{self.path}: it was coded with the model {wanted.hash[:16]}, {wanted.weights} "
+                f"weights; "
+                f"{model.checkpoint.path} is another one, {found[:16]}: say where it is with "
+                f"--model"
             )
         if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
-            raise UserError(f"{self.path}: not a valid archive: its images are not of its model's shape and levels")
+            raise UserError(
+                f"{self.path}: not a valid archive: its images are not of its model's shape and "
+                f"levels"
+            )
         return model
 
     def _embedded_model(self, trust_code: bool) -> LoadedModel:
@@ -65,12 +74,18 @@ class Opened:
             except (MemoryError, OSError):
                 raise
             except Exception as error:  # its checksum may be right, and its content anything
-                raise UserError(f"{self.path}: the model in it cannot be loaded ({short(error)})") from None
+                raise UserError(
+                    f"{self.path}: the model in it cannot be loaded ({short(error)})"
+                ) from None
 
-    def images(self, model: LoadedModel | None, progress: Progress = lambda done, total: None) -> Tensor:
-        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is needed if there are streams.
+    def images(
+        self, model: LoadedModel | None, progress: Progress = lambda done, total: None
+    ) -> Tensor:
+        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is needed if there are
+        streams.
 
-        Raises `UserError` where this machine computes other numbers than the one that wrote the archive.
+        Raises `UserError` where this machine computes other numbers than the one that wrote the
+        archive.
         """
         described = self.description
         checksums = np.frombuffer(self.parts[0], "<u4").tolist()
@@ -83,12 +98,19 @@ class Opened:
             others = sorted(set(range(described.images)) - set(described.stored))
             found[others] = self._decoded(model, progress)
         wrong = [
-            i for i, (image, known) in enumerate(zip(found, checksums, strict=True)) if archive.checksum(image) != known
+            i
+            for i, (image, known) in enumerate(zip(found, checksums, strict=True))
+            if archive.checksum(image) != known
         ]
         if wrong:
-            raise self._irreproducible(f"{len(wrong)} of {len(found)} images do not match their checksums")
+            raise self._irreproducible(
+                f"{len(wrong)} of {len(found)} images do not match their checksums"
+            )
         if self.levels < 256 and (found >= self.levels).any():
-            raise UserError(f"{self.path}: not a valid archive: it has values that are not in 0..{self.levels - 1}")
+            raise UserError(
+                f"{self.path}: not a valid archive: it has values that are not in "
+                f"0..{self.levels - 1}"
+            )
         return found
 
     def _stored(self) -> Tensor:
@@ -106,7 +128,9 @@ class Opened:
         except MemoryError:
             raise
         except Exception as error:  # bytes that are no picture make Pillow raise almost anything
-            raise UserError(f"{self.path}: an image that is stored in it cannot be read ({short(error)})") from None
+            raise UserError(
+                f"{self.path}: an image that is stored in it cannot be read ({short(error)})"
+            ) from None
 
     def _decoded(self, model: LoadedModel, progress: Progress) -> Tensor:
         first = 1 + len(self.description.strips)
@@ -119,18 +143,26 @@ class Opened:
                 functools.partial(decode_stream, codec, words_of(data), described)
                 for data, described in zip(self.parts[first:], self.streams, strict=False)
             ]
-            return torch.cat(in_threads(tasks, sum(stream.images for stream in self.streams), progress))
+            return torch.cat(
+                in_threads(tasks, sum(stream.images for stream in self.streams), progress)
+            )
         except (MemoryError, UserError):
             raise
-        except Exception as error:  # the coder and Pillow raise almost anything for bits that mean nothing
+        # the coder and Pillow raise almost anything for bits that mean nothing
+        except Exception as error:
             raise self._irreproducible(short(error)) from error
 
     def _irreproducible(self, why: str) -> UserError:
         wrote = self.description.versions
         here = versions()
-        differing = [f"{name} {wrote[name]}, here {here.get(name)}" for name in wrote if wrote[name] != here.get(name)]
+        differing = [
+            f"{name} {wrote[name]}, here {here.get(name)}"
+            for name in wrote
+            if wrote[name] != here.get(name)
+        ]
         return UserError(
-            f"{self.path}: this machine does not reproduce the numbers of the one that wrote it ({why}"
+            f"{self.path}: this machine does not reproduce the numbers of the one that wrote it "
+            f"({why}"
             + "".join(f"; written with {text}" for text in differing)
             + "): nothing is written; use the versions and the kind of machine that wrote it"
         )

@@ -1,10 +1,12 @@
-"""The file of a compressed set of images: its bytes, its checks, and the images that are stored without a flow.
+"""The file of a compressed set of images: its bytes, its checks, and the images that are stored
+without a flow.
 
     "FTa1"  length of the description  description  parts, one after the other  checksum of all that
 
-The description is JSON, deflated with a dictionary of the words that it always has, so that an archive of one image is
-no larger than a PNG of it. It says shape, levels, names, the lengths of the parts, and how the streams were coded (see
-`flowtrain.compression.compress`). The first part is the images' checksums.
+The description is JSON, deflated with a dictionary of the words that it always has, so that an
+archive of one image is no larger than a PNG of it. It says shape, levels, names, the lengths of the
+parts, and how the streams were coded (see `flowtrain.compression.compress`). The first part is the
+images' checksums.
 """
 
 import hashlib
@@ -16,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from torch import Tensor
 
 from flowtrain.errors import UserError
@@ -53,7 +63,9 @@ Side = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class StreamDescription(BaseModel):
-    """Of a stream: its images, the carriers among them, and how many images were coded together, in order."""
+    """Of a stream: its images, the carriers among them, and how many images were coded together, in
+    order.
+    """
 
     images: PositiveInt
     carriers: NonNegativeInt
@@ -77,14 +89,16 @@ class ModelDescription(BaseModel):
 
 
 class Description(BaseModel):
-    """What an archive says about itself. Without streams all images are stored; with them, those in `stored`.
+    """What an archive says about itself. Without streams all images are stored; with them, those in
+    `stored`.
 
     The context of its validation is the number of bytes that follow.
     """
 
     shape: tuple[Literal[1, 3], Side, Side]
     levels: Annotated[int, Field(ge=2, le=256)]
-    names: Any  # a list of names, or the name of a split, of which they are made; JSON's text may be no UTF-8
+    # a list of names, or the name of a split, of which they are made; JSON's text may be no UTF-8
+    names: Any
     count: int | None = None
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
     streams: list[StreamDescription] = []
@@ -114,7 +128,13 @@ class Description(BaseModel):
     def _consistent(self, info: ValidationInfo) -> "Description":
         if sum(self.lengths) != info.context:
             raise ValueError("its parts are longer or shorter than it says")
-        names = self.count if isinstance(self.names, str) else len(self.names) if isinstance(self.names, list) else None
+        names = (
+            self.count
+            if isinstance(self.names, str)
+            else len(self.names)
+            if isinstance(self.names, list)
+            else None
+        )
         if self.lengths[0] % 4 or not self.images or names != self.images:
             raise ValueError("there is not one name for each checksum")
         check_names(self.files)
@@ -124,7 +144,9 @@ class Description(BaseModel):
             raise ValueError("there are streams, and no model")
         if sum(stream.images for stream in self.streams) + len(self.stored) != self.images:
             raise ValueError("the streams and what is stored do not add up to the images")
-        if len(set(self.stored)) != len(self.stored) or not set(self.stored) <= set(range(self.images)):
+        if len(set(self.stored)) != len(self.stored) or not set(self.stored) <= set(
+            range(self.images)
+        ):
             raise ValueError("what is stored are not some of the images")
         if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + self.embedded:
             raise ValueError("there are more or fewer parts than it needs")
@@ -138,10 +160,11 @@ class Description(BaseModel):
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises `ValueError` unless files of these names can be written into one folder, and into no other place.
+    """Raises `ValueError` unless files of these names can be written into one folder, and into no
+    other place.
 
-    They are relative, with "/". Whatever else is legal in a file name is taken, so that what can be packed can be
-    unpacked.
+    They are relative, with "/". Whatever else is legal in a file name is taken, so that what can be
+    packed can be unpacked.
     """
     names = list(names)
     seen = set(names)
@@ -156,8 +179,12 @@ def check_names(names: Iterable[str]) -> None:
         if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
             raise ValueError(f"{name!r} has a character that no file name can have")
         if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
-            raise ValueError(f"{name!r} is longer than the {LONGEST_NAME} bytes that a file name can have")
-        folder = next((folder for i in range(1, len(parts)) if (folder := "/".join(parts[:i])) in seen), None)
+            raise ValueError(
+                f"{name!r} is longer than the {LONGEST_NAME} bytes that a file name can have"
+            )
+        folder = next(
+            (folder for i in range(1, len(parts)) if (folder := "/".join(parts[:i])) in seen), None
+        )
         if folder is not None:
             raise ValueError(f"{name!r} needs a folder where the file {folder!r} is")
 
@@ -171,9 +198,13 @@ def _file_system_bytes(name: str) -> bytes:
 
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     """The bytes of an archive. Raises `UserError` where there are too many names."""
-    text = json.dumps({**description, "lengths": [len(part) for part in parts]}, separators=(",", ":")).encode()
+    text = json.dumps(
+        {**description, "lengths": [len(part) for part in parts]}, separators=(",", ":")
+    ).encode()
     if len(text) > LONGEST_DESCRIPTION:
-        raise UserError(f"the names take {len(text)} bytes, more than the {LONGEST_DESCRIPTION} of one archive")
+        raise UserError(
+            f"the names take {len(text)} bytes, more than the {LONGEST_DESCRIPTION} of one archive"
+        )
     deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
     described = deflate.compress(text) + deflate.flush()
     data = b"".join([MAGIC, len(described).to_bytes(4, "little"), described, *parts])
@@ -181,13 +212,17 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
 
 
 def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
-    """The description and the parts. Raises `UserError` naming the file, where it is damaged or none of ours."""
+    """The description and the parts. Raises `UserError` naming the file, where it is damaged or
+    none of ours.
+    """
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
             raise UserError(f"{path}: damaged, or an archive of another version of flowtrain")
         raise UserError(f"{path}: not an archive of flowtrain compress")
     if len(data) < len(MAGIC) + 4 + DIGEST or _digest(data[:-DIGEST]) != data[-DIGEST:]:
-        raise UserError(f"{path}: damaged: its bytes do not match its checksum (truncated or changed)")
+        raise UserError(
+            f"{path}: damaged: its bytes do not match its checksum (truncated or changed)"
+        )
     start = len(MAGIC) + 4
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
     # From here on the file is as somebody wrote it: but perhaps not `pack`.
@@ -221,7 +256,9 @@ def checksum(image: Tensor) -> int:
 
 
 def strip(images: Tensor) -> bytes:
-    """Some images `(N, C, H, W)`, one above the other, in the fewest bytes: WebP, PNG, or deflated."""
+    """Some images `(N, C, H, W)`, one above the other, in the fewest bytes: WebP, PNG, or
+    deflated.
+    """
     tall = images.movedim(1, 0).flatten(1, 2)
     candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
     if "WEBP" in formats() and max(tall.shape) <= LONGEST:
@@ -230,7 +267,9 @@ def strip(images: Tensor) -> bytes:
 
 
 def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
-    """The inverse of `strip`: `(count, C, H, W)`. Raises almost anything for what `strip` has not made."""
+    """The inverse of `strip`: `(count, C, H, W)`. Raises almost anything for what `strip` has not
+    made.
+    """
     channels, height, width = shape
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
         size = count * channels * height * width
@@ -239,7 +278,9 @@ def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
         if len(pixels) != size or not inflate.eof:
             raise ValueError(f"not {count} images")
         return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
-    return decoded(data, (channels, count * height, width)).unflatten(1, (count, height)).movedim(1, 0)
+    return (
+        decoded(data, (channels, count * height, width)).unflatten(1, (count, height)).movedim(1, 0)
+    )
 
 
 def strip_length(height: int) -> int:

@@ -22,8 +22,9 @@ from flowtrain.pictures.lossless import file_sizes, formats
 def find_files(paths: list[Path]) -> dict[str, Path]:
     """Image files, and those in folders, by the names that `decompress` will write.
 
-    In folders, as the data set `folder` does: at any depth, links are followed, and what begins with a dot is ignored.
-    Raises `UserError` where a folder has none, or where a file cannot be unpacked beside the others.
+    In folders, as the data set `folder` does: at any depth, links are followed, and what begins
+    with a dot is ignored. Raises `UserError` where a folder has none, or where a file cannot be
+    unpacked beside the others.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -37,7 +38,9 @@ def find_files(paths: list[Path]) -> dict[str, Path]:
         for name, file in named:
             name = name if name.lower().endswith(".png") else f"{name}.png"
             if name in files:
-                raise UserError(f"{file}: it would be unpacked as {name!r}, and so would {files[name]}")
+                raise UserError(
+                    f"{file}: it would be unpacked as {name!r}, and so would {files[name]}"
+                )
             try:
                 archive.check_names([name])
             except ValueError as error:
@@ -53,7 +56,8 @@ def find_files(paths: list[Path]) -> dict[str, Path]:
 def read_files(files: list[Path], shape: tuple[int, int, int], levels: int) -> Tensor:
     """Image files as they are: uint8 `(N, C, H, W)`.
 
-    Raises `UserError` naming the file where it is missing, or has other pixels than images of `shape` with `levels`.
+    Raises `UserError` naming the file where it is missing, or has other pixels than images of
+    `shape` with `levels`.
     """
     return torch.stack([_pixels(file, shape, levels) for file in files])
 
@@ -65,7 +69,8 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         with Image.open(path, formats=FORMATS) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
-            transparent = "transparency" in image.info  # a colour or level that is to be seen through: PNG's tRNS
+            # a colour or level that is to be seen through: PNG's tRNS
+            transparent = "transparency" in image.info
             pixels = np.array(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image file") from None
@@ -73,7 +78,8 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         raise UserError(f"{path}: cannot be read as an image ({short(error)})") from None
     if found != f"{width}x{height} {mode}" or frames > 1:
         raise UserError(
-            f"{path}: it has {frames} picture(s) of {found}, and the model is for {width}x{height} {mode}; "
+            f"{path}: it has {frames} picture(s) of {found}, and the model is for "
+            f"{width}x{height} {mode}; "
             "nothing is converted, as that would not be lossless"
         )
     if transparent:
@@ -86,7 +92,8 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     if (image_levels < 0).any():
         raise UserError(
             f"{path}: its values are not the {levels} that images of this model have "
-            f"({', '.join(map(str, values[:4].tolist()))}, ..., 255): to keep fewer bits of it would not be lossless"
+            f"({', '.join(map(str, values[:4].tolist()))}, ..., 255): to keep fewer bits of it "
+            f"would not be lossless"
         )
     return image_levels.to(torch.uint8).movedim(-1, 0)
 
@@ -106,14 +113,18 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str,
     return {name: total for name, total in totals.items() if name not in lossy}
 
 
-def _sizes(name: str, images: Tensor, levels: int, tick: Callable[[int], None]) -> tuple[str, Tensor | None]:
+def _sizes(
+    name: str, images: Tensor, levels: int, tick: Callable[[int], None]
+) -> tuple[str, Tensor | None]:
     sizes = file_sizes(images, levels, name)
     tick(len(images))
     return name, sizes
 
 
 def require_writable(out: Path, folder: Path) -> None:
-    """Raises `UserError`, naming --out, where no file can be made in `folder`: said before any work is done."""
+    """Raises `UserError`, naming --out, where no file can be made in `folder`: said before any work
+    is done.
+    """
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():

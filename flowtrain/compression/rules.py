@@ -32,7 +32,8 @@ from flowtrain.compression.stack import Monotone, Stack, scale, unscale, whole
 from flowtrain.errors import UserError
 
 PREDICTED_BITS = 12  # of what networks predict
-SLOPE_BITS = 9  # of a slope; the coder's own precision is 24 bits, of which a size of n loses n / 2**24
+# of a slope; the coder's own precision is 24 bits, of which a size of n loses n / 2**24
+SLOPE_BITS = 9
 MATRIX_BITS = 14  # of the triangular factors of a 1x1 convolution
 
 
@@ -57,17 +58,23 @@ def _best_slope(slope: Tensor) -> tuple[Tensor, Tensor]:
     limit = 2**SLOPE_BITS
     fractions = []
     for value in slope.flatten().tolist():
-        large = Fraction(max(value, 1 / value)).limit_denominator(max(1, int(limit * min(value, 1 / value))))
+        large = Fraction(max(value, 1 / value)).limit_denominator(
+            max(1, int(limit * min(value, 1 / value)))
+        )
         fractions.append(large if value >= 1 else 1 / large)
-    numerator, denominator = torch.tensor([(f.numerator, f.denominator) for f in fractions]).unbind(1)
+    numerator, denominator = torch.tensor([(f.numerator, f.denominator) for f in fractions]).unbind(
+        1
+    )
     return numerator.view_as(slope), denominator.view_as(slope)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 class Rule(Protocol):
-    """A layer in whole numbers. `forward` is data to latent; `context` is that of the layer, float64."""
+    """A layer in whole numbers. `forward` is data to latent; `context` is that of the layer,
+    float64.
+    """
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor: ...
 
@@ -76,8 +83,13 @@ class Rule(Protocol):
 
 @singledispatch
 def rule(layer: Bijection, bits: int) -> Rule:
-    """The rule of a layer, in units of `2**-bits`. Raises `UserError` for a kind of layer that has none."""
-    raise UserError(f"compress: a layer of the model is of a kind that has no coding rule: {type(layer).__name__}")
+    """The rule of a layer, in units of `2**-bits`. Raises `UserError` for a kind of layer that has
+    none.
+    """
+    raise UserError(
+        f"compress: a layer of the model is of a kind that has no coding rule: "
+        f"{type(layer).__name__}"
+    )
 
 
 class Chain:
@@ -128,10 +140,14 @@ class Diagonal:
         self.shift = whole(_finite(shift), bits)
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return scale(x, self.numerator.expand_as(x), self.denominator.expand_as(x), stack) + self.shift
+        return (
+            scale(x, self.numerator.expand_as(x), self.denominator.expand_as(x), stack) + self.shift
+        )
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return unscale(z - self.shift, self.numerator.expand_as(z), self.denominator.expand_as(z), stack)
+        return unscale(
+            z - self.shift, self.numerator.expand_as(z), self.denominator.expand_as(z), stack
+        )
 
 
 @rule.register
@@ -141,7 +157,9 @@ def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
 
 
 class Linear:
-    """`W x + b` at every pixel, `W = P L D U` with unit triangular L and U: they are shifts, and take no bits."""
+    """`W x + b` at every pixel, `W = P L D U` with unit triangular L and U: they are shifts, and
+    take no bits.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, bits: int):
         permutation, lower, upper = torch.linalg.lu(_finite(weight))
@@ -192,9 +210,13 @@ def _(layer: LinearChannels, bits: int) -> Rule:
 
 
 class Conditioned:
-    """A coupling: `changed` selects the entries that are transformed, `of_pixels` theirs of the predicted."""
+    """A coupling: `changed` selects the entries that are transformed, `of_pixels` theirs of the
+    predicted.
+    """
 
-    def __init__(self, layer: Coupling | CheckerboardCoupling, changed: tuple, of_pixels: tuple, bits: int):
+    def __init__(
+        self, layer: Coupling | CheckerboardCoupling, changed: tuple, of_pixels: tuple, bits: int
+    ):
         self.layer = layer
         self.changed = changed
         self.of_pixels = of_pixels
@@ -277,17 +299,20 @@ class MultiscaleRule:
 rule.register(Multiscale, MultiscaleRule)
 
 
-# --- transforms of couplings ------------------------------------------------------------------------------------------
+# --- transforms of couplings ----------------------------------------------------------------------
 
 
 @singledispatch
 def entries(transform: Transform, bits: int) -> Callable[[Tensor], Any]:
-    """What a coupling does with its entries, given the parameters: an object with `forward` and `inverse`.
+    """What a coupling does with its entries, given the parameters: an object with `forward` and
+    `inverse`.
 
     Any transform has a rule, for it is increasing; those that are affine have one that is exact.
     """
     return lambda parameters: Monotone(
-        lambda x: transform.forward(x, parameters)[0], lambda z: transform.inverse(z, parameters)[0], bits
+        lambda x: transform.forward(x, parameters)[0],
+        lambda z: transform.inverse(z, parameters)[0],
+        bits,
     )
 
 

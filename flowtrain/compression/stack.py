@@ -41,15 +41,18 @@ def constriction() -> Any:
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError("compression needs the package constriction: pip install 'flowtrain[compress]'") from None
+        raise UserError(
+            "compression needs the package constriction: pip install 'flowtrain[compress]'"
+        ) from None
     return constriction
 
 
 class Stack:
     """A stack of bits: an ANS coder (Duda 2013; `constriction`) that starts with `words`, uint32.
 
-    To pop a symbol that was never pushed draws it from its distribution, and pushing it again puts the bits back.
-    With `again`, the words are what `words()` of another stack has given; otherwise any.
+    To pop a symbol that was never pushed draws it from its distribution, and pushing it again puts
+    the bits back. With `again`, the words are what `words()` of another stack has given; otherwise
+    any.
     """
 
     def __init__(self, words: np.ndarray, again: bool = False):
@@ -68,7 +71,9 @@ class Stack:
         return self.coder.get_compressed()
 
     def first_words(self) -> np.ndarray:
-        """The words that the first stack began with, once all else is popped. Raises `ValueError` if it is not."""
+        """The words that the first stack began with, once all else is popped. Raises `ValueError`
+        if it is not.
+        """
         return self.coder.get_compressed(unseal=True)
 
     def copy(self) -> "Stack":
@@ -77,7 +82,9 @@ class Stack:
         return other
 
     def pop(self, sizes: Tensor) -> Tensor:
-        """Uniform whole numbers in `[0, sizes)`, of its shape, `(B, ...)`. Raises `Uncodable`, `Exhausted`."""
+        """Uniform whole numbers in `[0, sizes)`, of its shape, `(B, ...)`. Raises `Uncodable`,
+        `Exhausted`.
+        """
         sizes, real = _sizes(sizes)
         values = torch.zeros_like(sizes)
         values[real] = torch.from_numpy(self.coder.decode(self.uniform, _int32(sizes[real]))).long()
@@ -90,8 +97,14 @@ class Stack:
         self.coder.encode_reverse(_int32(values[real]), self.uniform, _int32(sizes[real]))
 
     def pop_normal(self, shape: tuple[int, ...], bits: int, reach: int) -> Tensor:
-        """Standard normal numbers, `shape`, in units of `2**-bits`, none further out than `reach`."""
-        cells = torch.from_numpy(self.coder.decode(self._normal(reach), math.prod(shape))).long().view(shape)
+        """Standard normal numbers, `shape`, in units of `2**-bits`, none further out than
+        `reach`.
+        """
+        cells = (
+            torch.from_numpy(self.coder.decode(self._normal(reach), math.prod(shape)))
+            .long()
+            .view(shape)
+        )
         size = torch.full(shape, 2**bits // NORMAL_CELLS)
         return cells * size + self.pop(size)
 
@@ -105,7 +118,9 @@ class Stack:
 
     def _normal(self, reach: int) -> Any:
         # A cell's number stands for its lower edge, hence the half.
-        return self.gaussian(-NORMAL_CELLS * reach, NORMAL_CELLS * reach - 1, -0.5, float(NORMAL_CELLS))
+        return self.gaussian(
+            -NORMAL_CELLS * reach, NORMAL_CELLS * reach - 1, -0.5, float(NORMAL_CELLS)
+        )
 
     def _popped(self) -> None:
         self.lowest = min(self.lowest, self.bits)
@@ -129,11 +144,13 @@ def _int32(values: Tensor) -> np.ndarray:
     return values.to(torch.int32).numpy()
 
 
-# --- one entry at a time ----------------------------------------------------------------------------------------------
+# --- one entry at a time --------------------------------------------------------------------------
 
 
 def scale(x: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> Tensor:
-    """`x * numerator / denominator` as a bijection (Zhang et al. 2021, algorithm 1): all `(B, ...)` of one shape."""
+    """`x * numerator / denominator` as a bijection (Zhang et al. 2021, algorithm 1): all `(B, ...)`
+    of one shape.
+    """
     parts = []
     for x_, n, d in _parts(x, numerator, denominator):
         y = x_ * n + stack.pop(n)
@@ -164,17 +181,21 @@ def whole(x: Tensor, bits: int) -> Tensor:
 class Monotone:
     """An increasing map of one entry, made linear within cells of `2**CELL_BITS` units.
 
-    A cell's lower edge, number `b`, is mapped to `f(edge)`, rounded, plus b units: so no cell becomes empty, however
-    flat f is, and the slope is larger by `2**-CELL_BITS`.
+    A cell's lower edge, number `b`, is mapped to `f(edge)`, rounded, plus b units: so no cell
+    becomes empty, however flat f is, and the slope is larger by `2**-CELL_BITS`.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], bits: int):
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], bits: int
+    ):
         self.function = function
         self.approximate_inverse = inverse
         self.bits = bits
 
     def _edge(self, cell: Tensor) -> Tensor:
-        return whole(self.function(cell.double() * 2.0 ** (CELL_BITS - self.bits)), self.bits) + cell
+        return (
+            whole(self.function(cell.double() * 2.0 ** (CELL_BITS - self.bits)), self.bits) + cell
+        )
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
         cell = x >> CELL_BITS
@@ -184,7 +205,9 @@ class Monotone:
 
     def inverse(self, z: Tensor, stack: Stack) -> Tensor:
         # Without the slope that was added x would be `end`; with it, it is between there and zero.
-        end = self.approximate_inverse(z.double() * 2.0**-self.bits) * 2.0 ** (self.bits - CELL_BITS)
+        end = self.approximate_inverse(z.double() * 2.0**-self.bits) * 2.0 ** (
+            self.bits - CELL_BITS
+        )
         low, high = end.clamp(max=0).floor().long() - 2, end.clamp(min=0).ceil().long() + 2
         while (high - low > 1).any():
             middle = (low + high) >> 1

@@ -46,13 +46,18 @@ class Stream:
 
     def description(self) -> StreamDescription:
         return StreamDescription(
-            images=len(self.images), carriers=self.carriers, carrier_bytes=self.carrier_bytes, chunks=self.chunks
+            images=len(self.images),
+            carriers=self.carriers,
+            carrier_bytes=self.carrier_bytes,
+            chunks=self.chunks,
         )
 
 
 @dataclass
 class Estimate:
-    """What a few of the images say about all: bits that the first image borrows, seconds of an image each way."""
+    """What a few of the images say about all: bits that the first image borrows, seconds of an
+    image each way.
+    """
 
     borrowed: int
     encode_seconds: float
@@ -75,7 +80,8 @@ def one_thread() -> Iterator[int]:
 
 
 def estimate(codec: Codec, images: Tensor) -> Estimate:
-    """Codes and decodes the first images `(N, C, H, W)` that can be coded, on a stack of random bits.
+    """Codes and decodes the first images `(N, C, H, W)` that can be coded, on a stack of random
+    bits.
 
     Raises `UserError` if they do not come back.
     """
@@ -91,7 +97,10 @@ def estimate(codec: Codec, images: Tensor) -> Estimate:
         back = codec.decode(len(images), stack)
         seconds = time.perf_counter() - encoded
         if not torch.equal(back, images):
-            raise UserError("the model's numerics do not reproduce on this machine: it cannot be used to compress")
+            raise UserError(
+                "the model's numerics do not reproduce on this machine: it cannot be used to "
+                "compress"
+            )
         borrowed = math.ceil(1.1 * (before - stack.lowest) / len(images)) + 2 * ENOUGH
         return Estimate(borrowed, (encoded - started) / len(images), seconds / len(images))
     return Estimate(0, 0.0, 0.0)
@@ -127,7 +136,9 @@ def _encode_stream(
             try:
                 codec.encode(images[chunk], attempt)
             except Uncodable as error:
-                bad = [index for index, flag in zip(chunk, error.images.tolist(), strict=True) if flag]
+                bad = [
+                    index for index, flag in zip(chunk, error.images.tolist(), strict=True) if flag
+                ]
                 dropped += bad
                 chunk = [index for index in chunk if index not in bad]
                 rest = [index for index in rest if index not in bad]
@@ -147,8 +158,12 @@ def _encode_stream(
     return stream, dropped
 
 
-def decode_stream(codec: Codec, words: np.ndarray, described: StreamDescription, tick: Callable[[int], None]) -> Tensor:
-    """The images of a stream, uint8 `(N, C, H, W)`. Where the model's numerics differ it raises, or they are wrong."""
+def decode_stream(
+    codec: Codec, words: np.ndarray, described: StreamDescription, tick: Callable[[int], None]
+) -> Tensor:
+    """The images of a stream, uint8 `(N, C, H, W)`. Where the model's numerics differ it raises, or
+    they are wrong.
+    """
     stack = Stack(words, again=True)
     parts = []
     for count in reversed(described.chunks):
@@ -165,8 +180,12 @@ def words_of(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<u4").astype(np.uint32)
 
 
-def in_threads(tasks: Sequence[Callable[[Callable[[int], None]], Any]], total: int, progress: Progress) -> list[Any]:
-    """Runs the tasks, as many at a time as torch has threads. Each calls what it is given with what it has done."""
+def in_threads(
+    tasks: Sequence[Callable[[Callable[[int], None]], Any]], total: int, progress: Progress
+) -> list[Any]:
+    """Runs the tasks, as many at a time as torch has threads. Each calls what it is given with what
+    it has done.
+    """
     lock, stopped, done = threading.Lock(), threading.Event(), 0
 
     def tick(count: int) -> None:

@@ -16,11 +16,12 @@ from flowtrain.errors import UserError
 def section_named(
     name: str, own: DataConfig, shape: tuple[int, int, int], option: str, also: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The `data` section for a NAME of the command line, with all keys that fit it from a model's section, `own`.
+    """The `data` section for a NAME of the command line, with all keys that fit it from a model's
+    section, `own`.
 
-    NAME is a data set that needs no path (or the model's own), a folder of image files, an image file, or an .npz file.
-    Image files get the size and channels of `shape`, the model's. Raises `UserError` naming `option` where it is none
-    of these, nor (for the message) one of `also`.
+    NAME is a data set that needs no path (or the model's own), a folder of image files, an image
+    file, or an .npz file. Image files get the size and channels of `shape`, the model's. Raises
+    `UserError` naming `option` where it is none of these, nor (for the message) one of `also`.
     """
     section = own.model_dump(mode="json")
     if name == own.name:
@@ -36,7 +37,8 @@ def section_named(
         values = {"name": "folder", "path": name, "size": max(shape[1:]), "channels": shape[0]}
     elif name not in names:
         raise UserError(
-            f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, nor an image file "
+            f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
+            f"nor an image file "
             f"({', '.join(folder.SUFFIXES)}), nor an .npz file"
         )
     if "path" in values and not path.exists():
@@ -45,22 +47,29 @@ def section_named(
     kept = {**configuration.component_base("datasets").model_fields}
     if values["name"] == own.name:
         kept = {**schemas[own.name].model_fields}
-    fitting = {key: value for key, value in section.items() if key in kept and key not in ("flip", "shift")}
+    fitting = {
+        key: value for key, value in section.items() if key in kept and key not in ("flip", "shift")
+    }
     return {**fitting, **values}
 
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
-    """All images of a folder without `test/`, of an image file, or of an .npz file without x_test, in their order.
+    """All images of a folder without `test/`, of an image file, or of an .npz file without x_test,
+    in their order.
 
-    None for any other data, and for the model's `own`. To train, a tenth of these is held out as the test split; to
-    evaluate data that the model was not trained on, that would leave nine tenths unused.
+    None for any other data, and for the model's `own`. To train, a tenth of these is held out as
+    the test split; to evaluate data that the model was not trained on, that would leave nine tenths
+    unused.
     """
     options = config.options()
     path = options.get("path", Path())
     if (config.name, path) == (own.name, own.options().get("path", Path())):
         return None
     if config.name == "npz":
-        parts = [npz.build(config.root, split, seed=config.split_seed, **options) for split in ("train", "test")]
+        parts = [
+            npz.build(config.root, split, seed=config.split_seed, **options)
+            for split in ("train", "test")
+        ]
         with np.load(path) as arrays:
             if "x_test" in arrays.files:
                 return None
@@ -72,11 +81,19 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
         return Images(shape=parts[0].shape, levels=256, read=read)
     if config.name == "folder" and not (path / "test").is_dir():
         shape = (options["channels"], options["size"], options["size"])
-        files = [path] if path.is_file() else [path / file.name for file in folder.files_of(path, "")]
+        files = (
+            [path] if path.is_file() else [path / file.name for file in folder.files_of(path, "")]
+        )
 
         def decode() -> np.ndarray:
             with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-                return np.stack(list(pool.map(lambda file: open_image(file, shape, 256, options["resize"]), files)))
+                return np.stack(
+                    list(
+                        pool.map(
+                            lambda file: open_image(file, shape, 256, options["resize"]), files
+                        )
+                    )
+                )
 
         return Images(shape=shape, levels=256, read=decode)
     return None

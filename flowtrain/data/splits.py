@@ -26,27 +26,35 @@ class Split:
     pixels: np.ndarray  # uint8 (N, C, H, W), perhaps a memory map; float32 for real-valued data
     indices: np.ndarray
     drop_bits: int
-    read_labels: Callable[[], np.ndarray] | None = None  # of all of the array, int64 (N,); None: there are none
+    # of all of the array, int64 (N,); None: there are none
+    read_labels: Callable[[], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, positions: np.ndarray | slice) -> Tensor:
-        """The images at some positions of this split, `(B, C, H, W)` on the CPU: uint8, 0..Q-1, or float32."""
+        """The images at some positions of this split, `(B, C, H, W)` on the CPU: uint8, 0..Q-1, or
+        float32.
+        """
         pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
         return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The classes of all images of this split, int64 `(N,)` on the CPU; None where there are none."""
-        return None if self.read_labels is None else torch.from_numpy(self.read_labels()[self.indices])
+        """The classes of all images of this split, int64 `(N,)` on the CPU; None where there are
+        none.
+        """
+        return (
+            None if self.read_labels is None else torch.from_numpy(self.read_labels()[self.indices])
+        )
 
 
 class DataSet:
-    """The images that a configuration names. Nothing is read or downloaded before a split is asked for.
+    """The images that a configuration names. Nothing is read or downloaded before a split is asked
+    for.
 
-    Where they have no division of their own, `undivided` gives all of them, and `all` is the only split to ask for.
-    Raises `UserError` where the options do not fit together.
+    Where they have no division of their own, `undivided` gives all of them, and `all` is the only
+    split to ask for. Raises `UserError` where the options do not fit together.
     """
 
     def __init__(self, config: DataConfig, undivided: Images | None = None):
@@ -57,28 +65,43 @@ class DataSet:
         else:
             module = configuration.component_module("datasets", config.name)
             options = config.options()
-            self.train_images = module.build(Path(config.root), "train", seed=config.split_seed, **options)
-            self.test_images = module.build(Path(config.root), "test", seed=config.split_seed, **options)
+            self.train_images = module.build(
+                Path(config.root), "train", seed=config.split_seed, **options
+            )
+            self.test_images = module.build(
+                Path(config.root), "test", seed=config.split_seed, **options
+            )
         self.shape = self.train_images.shape
         if self.test_images.shape != self.shape:
-            raise UserError(f"data: test images have shape {self.test_images.shape}, training images {self.shape}")
+            raise UserError(
+                f"data: test images have shape {self.test_images.shape}, training images "
+                f"{self.shape}"
+            )
         if config.n_bits < 8 and self.train_images.levels != 256:
             raise UserError(
-                f"data.n_bits: {config.name} has {levels_in_words(self.train_images.levels)}; only 256 can be reduced"
+                f"data.n_bits: {config.name} has {levels_in_words(self.train_images.levels)}; "
+                f"only 256 can be reduced"
             )
         self.drop_bits = 8 - config.n_bits
         levels = self.train_images.levels
         self.levels = None if levels is None else levels >> self.drop_bits
         if levels is None and (config.flip or config.shift):
-            raise UserError(f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment")
+            raise UserError(
+                f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment"
+            )
         if min(self.shape[1:]) <= config.shift:
-            raise UserError(f"data.shift: {config.shift} is not smaller than the images ({self.shape})")
+            raise UserError(
+                f"data.shift: {config.shift} is not smaller than the images ({self.shape})"
+            )
 
     def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
-        """Raises `UserError` unless the images are of this shape and number of levels, those of `model`."""
+        """Raises `UserError` unless the images are of this shape and number of levels, those of
+        `model`.
+        """
         if (self.shape, self.levels) != (shape, levels):
             raise UserError(
-                f"data of shape {self.shape} with {levels_in_words(self.levels)} cannot be evaluated by {model}, "
+                f"data of shape {self.shape} with {levels_in_words(self.levels)} cannot be "
+                f"evaluated by {model}, "
                 f"a model of shape {shape} with {levels_in_words(levels)}"
             )
 
@@ -109,9 +132,14 @@ class DataSet:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the training and validation images are: their number, their content, and how they were split."""
+        """What the training and validation images are: their number, their content, and how they
+        were split.
+        """
         kept, held = self._held_out
-        content = self.train_images.key or hashlib.sha256(np.ascontiguousarray(self._training_pixels).data).hexdigest()
+        content = (
+            self.train_images.key
+            or hashlib.sha256(np.ascontiguousarray(self._training_pixels).data).hexdigest()
+        )
         return {
             "shape": list(self.shape),
             "levels": self.levels,
@@ -129,20 +157,30 @@ def levels_in_words(levels: int | None) -> str:
 def _checked(images: Images, what: str) -> np.ndarray:
     pixels = images.read()
     if pixels.shape[1:] != images.shape or len(pixels) == 0:
-        raise UserError(f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected {images.shape}")
+        raise UserError(
+            f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected "
+            f"{images.shape}"
+        )
     if images.levels is None:
         if not np.isfinite(pixels).all():
             raise UserError(f"data: {what}: a value that is not finite")
     elif images.levels < 256 and int(pixels.max()) >= images.levels:
-        raise UserError(f"data: {what}: a value of {int(pixels.max())}, expected 0..{images.levels - 1}")
+        raise UserError(
+            f"data: {what}: a value of {int(pixels.max())}, expected 0..{images.levels - 1}"
+        )
     return pixels
 
 
 def labels_of(split: Split, classes: int, name: str) -> Tensor:
-    """The labels for a model of so many classes, int64 `(N,)`. Raises `UserError` where there are none, or others."""
+    """The labels for a model of so many classes, int64 `(N,)`. Raises `UserError` where there are
+    none, or others.
+    """
     labels = split.labels
     if labels is None:
         raise UserError(f"model.classes: {classes}, but {name} has no labels")
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise UserError(f"model.classes: {classes}, but {name} has the labels {int(labels.min())}..{int(labels.max())}")
+        raise UserError(
+            f"model.classes: {classes}, but {name} has the labels "
+            f"{int(labels.min())}..{int(labels.max())}"
+        )
     return labels

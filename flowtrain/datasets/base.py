@@ -24,8 +24,9 @@ class Images:
 
     shape: (C, H, W) of one image as stored.
     levels: Q; the values are 0..Q-1. None for real-valued data.
-    read: gives the pixels, uint8 (N, C, H, W), float32 if real-valued: a C-contiguous array, or a read-only `np.memmap`
-        where they may not fit in memory. Downloads on first use. Raises UserError or RunError.
+    read: gives the pixels, uint8 (N, C, H, W), float32 if real-valued: a C-contiguous array, or a
+        read-only `np.memmap` where they may not fit in memory. Downloads on first use. Raises
+        UserError or RunError.
     flip: whether a mirrored image belongs to the same distribution (the default of `data.flip`).
     labels: gives the classes of the same images, int64 (N,), from 0. None where there are none.
     key: identifies the content where hashing the pixels would be slow (None: hash the pixels).

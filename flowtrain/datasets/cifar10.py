@@ -15,7 +15,9 @@ def build(root: Path, split: Split, *, seed: int = 0) -> Images:
         root,
         shape=(3, 32, 32),
         count=COUNTS[split],
-        load=lambda cls, r: cls(r, train=split == "train", download=True).data.transpose(0, 3, 1, 2),
+        load=lambda cls, r: cls(r, train=split == "train", download=True).data.transpose(
+            0, 3, 1, 2
+        ),
         labels=lambda cls, r: cls(r, train=split == "train", download=True).targets,
         urls=lambda cls: [cls.url],
         files=["cifar-10-python.tar.gz"],

@@ -17,7 +17,9 @@ def build(
     test_count: Count = 10_000,
     noise: Noise = 0.2,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with; `noise` is the deviation of each. `root` is not used."""
+    """`count` points to train on, `test_count` to test with; `noise` is the deviation of each.
+    `root` is not used.
+    """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         angle = random.randint(8, size=n) * np.pi / 4

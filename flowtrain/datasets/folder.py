@@ -100,7 +100,8 @@ def _split(folder: Path, split: Split, seed: int) -> list[File]:
     files = list(files_of(folder, "train" if train else ""))
     if len(files) < 2:
         raise UserError(
-            f"data.path: {folder} has one image, which cannot be split: add images, or folders train/ and test/"
+            f"data.path: {folder} has one image, which cannot be split: add images, or folders "
+            f"train/ and test/"
         )
     kept, held = base.hold_out(len(files), 0.1, seed)
     return [files[i] for i in (kept if split == "train" else held)]
@@ -121,13 +122,16 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
         seen.add((status.st_dev, status.st_ino))
         relative = Path(here).relative_to(folder)
         top = relative == Path()
-        folders[:] = sorted(name for name in folders if name[0] != "." and not (top and name == skip))
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and not (top and name == skip)
+        )
         for name in names:
             if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:
                 files.append(_file(Path(here, name), (relative / name).as_posix()))
     if not files:
         raise UserError(
-            f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, in subfolders too)"
+            f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, "
+            f"in subfolders too)"
         )
     return sorted(files)
 
@@ -217,7 +221,9 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(entry)
 
 
-def _write(path: Path, folder: Path, files: list[File], shape: Shape, policy: Policy) -> dict[str, str]:
+def _write(
+    path: Path, folder: Path, files: list[File], shape: Shape, policy: Policy
+) -> dict[str, str]:
     """Write the images that can be read, in order, as .npy; returns the others, with the cause."""
     unreadable = {}
     with (

@@ -1,4 +1,6 @@
-"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test, and perhaps y_train, y_test."""
+"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test, and perhaps
+y_train, y_test.
+"""
 
 import contextlib
 import math
@@ -18,8 +20,11 @@ Layout = Literal["nhwc", "nchw"]
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
-    """uint8 images of 256 levels, from arrays named x_train and x_test; their classes from y_train and y_test.
+def build(
+    root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc"
+) -> Images:
+    """uint8 images of 256 levels, from arrays named x_train and x_test; their classes from y_train
+    and y_test.
 
     path: the .npz file. Without x_test, a seeded tenth of x_train is the test split.
     layout: the order of the axes, `nhwc` or `nchw`; (N, H, W) is grey in either. C is 1 or 3.
@@ -47,7 +52,9 @@ def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout
                 )
 
         if not own_test and count < 2:
-            raise UserError(f"data.path: {path} has one image, which cannot be split: add more, or x_test")
+            raise UserError(
+                f"data.path: {path} has one image, which cannot be split: add more, or x_test"
+            )
 
     part = "test" if own_test and split == "test" else "train"
 
@@ -68,12 +75,15 @@ def build(root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout
         values = _array(path, key)
         if values.dtype.kind not in "iu" or values.size != counts[part]:
             raise UserError(
-                f"data.path: {key} in {path} is {values.dtype} of shape {values.shape}: expected a whole number for "
+                f"data.path: {key} in {path} is {values.dtype} of shape {values.shape}: expected "
+                f"a whole number for "
                 f"each of the {counts[part]} images"
             )
         return own(values.reshape(-1).astype(np.int64))
 
-    return Images(shape=train, levels=256, read=read, labels=labels if f"y_{part}" in keys else None)
+    return Images(
+        shape=train, levels=256, read=read, labels=labels if f"y_{part}" in keys else None
+    )
 
 
 def _array(path: Path, key: str) -> np.ndarray:
@@ -95,7 +105,8 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
     where = f"data.path: {key} in {path}"
     if dtype != np.uint8:
         raise UserError(
-            f"{where} has the type {dtype}, not uint8: convert it to whole numbers 0..255 with .astype(np.uint8)"
+            f"{where} has the type {dtype}, not uint8: convert it to whole numbers 0..255 with "
+            f".astype(np.uint8)"
         )
     if there != math.prod(shape):
         raise UserError(f"{where} is damaged: it has {there} bytes for an array {shape}")
@@ -106,13 +117,17 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
         n, *image = shape if layout == "nchw" else (shape[0], shape[3], shape[1], shape[2])
     else:
         raise UserError(
-            f"{where} has the shape {shape}: images are (N, H, W), (N, H, W, C), or (N, C, H, W) with data.layout: nchw"
+            f"{where} has the shape {shape}: images are (N, H, W), (N, H, W, C), or (N, C, H, W) "
+            f"with data.layout: nchw"
         )
     if image[0] not in (1, 3):
         other = "nhwc" if layout == "nchw" else "nchw"
         fits = shape[1 if other == "nchw" else 3] in (1, 3)
         hint = f": set data.layout: {other}" if fits else ", where 1 or 3 are allowed"
-        raise UserError(f"{where} has the shape {shape}, which is {image[0]} channels in the layout {layout}{hint}")
+        raise UserError(
+            f"{where} has the shape {shape}, which is {image[0]} channels in the layout "
+            f"{layout}{hint}"
+        )
     if n == 0 or 0 in image:
         raise UserError(f"{where} has the shape {shape}: it holds no pixels")
     return n, (image[0], image[1], image[2])
@@ -141,7 +156,8 @@ def _member(path: Path, archive: zipfile.ZipFile, key: str) -> Iterator[IO[bytes
             yield file
     except (*DAMAGE, KeyError) as error:
         raise UserError(
-            f"data.path: {key} in {path} is damaged or not a plain array ({short(error)}): copy or save the file again"
+            f"data.path: {key} in {path} is damaged or not a plain array ({short(error)}): copy "
+            f"or save the file again"
         ) from None
 
 

@@ -1,4 +1,6 @@
-"""A pinwheel: Gaussians of five arms, turned the more the farther they are from the centre (Johnson et al. 2016)."""
+"""A pinwheel: Gaussians of five arms, turned the more the farther they are from the centre (Johnson
+et al. 2016).
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,9 @@ def build(
     test_count: Count = 10_000,
     arms: Count = 5,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with; `arms` of the wheel. `root` is not used."""
+    """`count` points to train on, `test_count` to test with; `arms` of the wheel. `root` is not
+    used.
+    """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         radial, tangential = 0.3 * random.standard_normal(n) + 1, 0.1 * random.standard_normal(n)

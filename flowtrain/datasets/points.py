@@ -1,4 +1,6 @@
-"""What the two-dimensional data sets share: real-valued points `(2, 1, 1)`, as many as are asked for, by seed."""
+"""What the two-dimensional data sets share: real-valued points `(2, 1, 1)`, as many as are asked
+for, by seed.
+"""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -13,7 +15,9 @@ Noise = Annotated[float, Field(ge=0)]  # a standard deviation
 Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and N to (N, dims)
 
 
-def real_valued(split: Split, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2) -> Images:
+def real_valued(
+    split: Split, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2
+) -> Images:
     """`count` points to train on, `test_count` to test with, both functions of the seed alone."""
 
     def read() -> np.ndarray:

@@ -1,4 +1,6 @@
-"""A mixture of von Mises-Fisher distributions on the unit sphere in three dimensions, in equal parts."""
+"""A mixture of von Mises-Fisher distributions on the unit sphere in three dimensions, in equal
+parts.
+"""
 
 import math
 from pathlib import Path
@@ -23,15 +25,16 @@ def build(
 ) -> Images:
     """`count` unit vectors to train on, `test_count` to test with. `root` is not used.
 
-    `components` have the mean directions `means(seed, components)`, and one `concentration`, kappa: the density of one
-    is `kappa / (4 pi sinh kappa) exp(kappa <mean, x>)` with respect to the area, and a large kappa is a spread of
-    `1 / sqrt(kappa)` radians each way.
+    `components` have the mean directions `means(seed, components)`, and one `concentration`, kappa:
+    the density of one is `kappa / (4 pi sinh kappa) exp(kappa <mean, x>)` with respect to the area,
+    and a large kappa is a spread of `1 / sqrt(kappa)` radians each way.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         mean = means(seed, components)[random.randint(components, size=n)]  # (N, 3)
-        # Along the mean by the inverse of the distribution function (Jakob 2012, "Numerically stable sampling of the
-        # von Mises-Fisher distribution on S^2"), written for any kappa; around it uniform.
+        # Along the mean by the inverse of the distribution function (Jakob 2012, "Numerically
+        # stable sampling of the von Mises-Fisher distribution on S^2"), written for any kappa;
+        # around it uniform.
         along = 1 + np.log1p(random.uniform(size=n) * np.expm1(-2 * concentration)) / concentration
         angle = random.uniform(0, 2 * math.pi, size=n)
         # An orthonormal basis at right angles to the mean, from the axis that is the least like it.
@@ -47,6 +50,7 @@ def build(
 
 def means(seed: int, components: int) -> np.ndarray:
     """The mean directions, uniform on the sphere, `(components, 3)`."""
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, 2])))  # 0 and 1 are the splits
+    # 0 and 1 are the splits
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, 2])))
     directions = random.normal(size=(components, 3))
     return directions / np.linalg.norm(directions, axis=1, keepdims=True)

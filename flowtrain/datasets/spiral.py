@@ -17,7 +17,9 @@ def build(
     test_count: Count = 10_000,
     noise: Noise = 0.1,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with; `noise` is a standard deviation. `root` is not used."""
+    """`count` points to train on, `test_count` to test with; `noise` is a standard deviation.
+    `root` is not used.
+    """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         angle = 1.5 * 2 * np.pi * np.sqrt(random.uniform(0, 1, n))

@@ -74,7 +74,8 @@ def images(
                 raise ValueError(f"they hold {values.shape}, not {expected}")
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # URLError, RuntimeError, EOFError, zlib.error, AssertionError...
+        # URLError, RuntimeError, EOFError, zlib.error, AssertionError...
+        except Exception as error:
             if is_disk_full(error):
                 raise disk_full(place, error) from None
             wanted = f"{', '.join(files)} (as downloaded, not unpacked)"

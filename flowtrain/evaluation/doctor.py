@@ -1,4 +1,5 @@
-"""Diagnosis of a trained flow: is each layer invertible in floating point, and is the reported log-det the Jacobian's?
+"""Diagnosis of a trained flow: is each layer invertible in floating point, and is the reported
+log-det the Jacobian's?
 
 `docs/doctor.md` says of every bound what crossing it would do to a pixel or to a bit.
 """
@@ -30,25 +31,31 @@ Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 logger = logging.getLogger(__name__)
 
-# A layer's share of the half level that loses a pixel of 8 bits, as part of the unit interval: the rounding errors of
-# 300 layers (more than any model here has) add up to the root of 300 times that of one.
+# A layer's share of the half level that loses a pixel of 8 bits, as part of the unit interval: the
+# rounding errors of 300 layers (more than any model here has) add up to the root of 300 times that
+# of one.
 SHARE = 0.5 / 256 / math.sqrt(300)
 ROUNDING = 2.0**-24  # of float32, relative
 
-# Of noise the bound of what is bad is the largest number: any flow that fits images well stretches it beyond return
-# (Behrmann et al. 2021, "Understanding and Mitigating Exploding Inverses"), which costs neither an image nor a sample.
+# Of noise the bound of what is bad is the largest number: any flow that fits images well stretches
+# it beyond return (Behrmann et al. 2021, "Understanding and Mitigating Exploding Inverses"), which
+# costs neither an image nor a sample.
 IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
 
-# Each check with the values from which on, exclusively, it is to be watched and bad. Smaller values are the worse ones
-# where the second bound is the smaller.
+# Each check with the values from which on, exclusively, it is to be watched and bad. Smaller values
+# are the worse ones where the second bound is the smaller.
 BOUNDS = {
     # Parameters and buffers, and images of a batch, that are not finite.
     "parameters": (0, 0),
     "forward pass": (0, 0),
     "inverse pass": (0, 0),
-    # What a scale makes of a rounding error, on the way back to a pixel or on the way to a likelihood.
+    # What a scale makes of a rounding error, on the way back to a pixel or on the way to a
+    # likelihood.
     "lowest log-scale": (math.log(4 * ROUNDING / SHARE), math.log(ROUNDING / SHARE)),
-    "highest log-scale": (math.log(1e-4 * math.log(2) / ROUNDING), math.log(1e-3 * math.log(2) / ROUNDING)),
+    "highest log-scale": (
+        math.log(1e-4 * math.log(2) / ROUNDING),
+        math.log(1e-3 * math.log(2) / ROUNDING),
+    ),
     "condition number": (SHARE / ROUNDING / 4, SHARE / ROUNDING),
     # Of a layer; relative to the larger of the entry and the root mean square of all.
     "inverse of forward": (SHARE / 4, SHARE),
@@ -61,14 +68,16 @@ BOUNDS = {
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
     "latent round trip, float64": (1e-5, 1e-4),
-    # A fraction. Fewer than one in 1,000 is a value at the edge of its bin, and not an inverse that is wrong.
+    # A fraction. Fewer than one in 1,000 is a value at the edge of its bin, and not an inverse that
+    # is wrong.
     "images that come back exactly": (1, 0.999),
 }
 
 BATCH_SIZE = 64
 JACOBIAN_ROWS = 32  # computed at once: copies of the image with their activations, in float64
 LARGEST_JACOBIAN = 4096  # entries of an image: 128 MiB in float64
-SIDES = (4, 8, 16, 32, 64)  # of reduced images; below 4 a 3x3 convolution sees little but its padding
+# of reduced images; below 4 a 3x3 convolution sees little but its padding
+SIDES = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,12 @@ class Finding:
 
     check: what was measured, a key of `BOUNDS`.
     layer: its name, or "" for the whole model.
-    inputs: "test images", "uniform noise", "prior samples", or "" where the number belongs to the weights.
+    inputs: "test images", "uniform noise", "prior samples", or "" where the number belongs to the
+        weights.
     value: the worst over all inputs; None where it is not finite, or could not be had.
-    watch, bad: the bounds; up to and with `watch` the verdict is ok, beyond `bad` it is bad. Where `bad` is below
-        `watch`, smaller values are the worse ones. The largest float stands for none: bad is only what is not finite.
+    watch, bad: the bounds; up to and with `watch` the verdict is ok, beyond `bad` it is bad. Where
+        `bad` is below `watch`, smaller values are the worse ones. The largest float stands for
+        none: bad is only what is not finite.
     """
 
     check: str
@@ -93,7 +104,9 @@ class Finding:
 
     @property
     def severity(self) -> float:
-        """Sorts findings of one check: larger is worse, and infinite is a value that is not finite."""
+        """Sorts findings of one check: larger is worse, and infinite is a value that is not
+        finite.
+        """
         if self.value is None:
             return math.inf
         return -self.value if self.bad < self.watch else self.value
@@ -101,7 +114,9 @@ class Finding:
 
 @dataclass
 class _Notes:
-    """The worst finding of each check, layer and kind of input, in the order in which they came up."""
+    """The worst finding of each check, layer and kind of input, in the order in which they came
+    up.
+    """
 
     findings: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
@@ -112,7 +127,9 @@ class _Notes:
         if new.severity > old.severity:
             self.findings[check, layer, inputs] = new
 
-    def failed(self, checks: tuple[str, ...], error: Exception, layer: str = "", inputs: str = "") -> None:
+    def failed(
+        self, checks: tuple[str, ...], error: Exception, layer: str = "", inputs: str = ""
+    ) -> None:
         """It raised: each of the checks has no number, and the reason is logged once."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
@@ -130,8 +147,12 @@ def judge(check: str, value: float, layer: str = "", inputs: str = "") -> Findin
     if inputs == NOISE and watch != bad:
         bad = math.copysign(sys.float_info.max, bad - watch)
     sign = -1 if bad < watch else 1
-    verdict: Verdict = "ok" if sign * value <= sign * watch else "watch" if sign * value <= sign * bad else "bad"
-    return Finding(check, layer, inputs, value if math.isfinite(value) else None, watch, bad, verdict)
+    verdict: Verdict = (
+        "ok" if sign * value <= sign * watch else "watch" if sign * value <= sign * bad else "bad"
+    )
+    return Finding(
+        check, layer, inputs, value if math.isfinite(value) else None, watch, bad, verdict
+    )
 
 
 def overall(findings: list[Finding]) -> Verdict:
@@ -141,7 +162,9 @@ def overall(findings: list[Finding]) -> Verdict:
 
 
 def worst(findings: list[Finding]) -> list[Finding]:
-    """The bad ones, causes before effects: weights, layers, the whole model; of a check the worst first."""
+    """The bad ones, causes before effects: weights, layers, the whole model; of a check the worst
+    first.
+    """
     checks = list(BOUNDS)
     bad = [finding for finding in findings if finding.verdict == "bad"]
     return sorted(bad, key=lambda finding: (checks.index(finding.check), -finding.severity))
@@ -156,17 +179,21 @@ def examine(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """All findings about a model, on the first `num_images` test images and as many of uniform noise and of samples.
+    """All findings about a model, on the first `num_images` test images and as many of uniform
+    noise and of samples.
 
     A model that raises or gives values that are not finite has findings like any other.
 
     Raises:
-        UserError: where the data do not have the model's shape and levels, there is no test image, or the data are
-            points of a surface: noise is not on it, and a Jacobian is not square.
+        UserError: where the data do not have the model's shape and levels, there is no test image,
+            or the data are points of a surface: noise is not on it, and a Jacobian is not square.
     """
     flow = model.flow
     if flow.latent_dims != flow.dims:
-        raise UserError(f"{model.checkpoint.path}: the data are points of a surface, for which there are no checks")
+        raise UserError(
+            f"{model.checkpoint.path}: the data are points of a surface, for which there are no "
+            f"checks"
+        )
     data.require(flow.shape, flow.levels, model.checkpoint.path)
     split = data.split("test")
     if len(split) == 0:
@@ -206,7 +233,10 @@ def examine(
         _layers(flow, part.to(flow.device), None, SAMPLES, notes)
 
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
-        exact = sum(_data_round_trip(flow, precise, part, levels, kind, notes) for (part,) in in_batches(images))
+        exact = sum(
+            _data_round_trip(flow, precise, part, levels, kind, notes)
+            for (part,) in in_batches(images)
+        )
         if flow.levels is not None:
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
     for (part,) in in_batches(z):
@@ -218,7 +248,7 @@ def examine(
     return list(notes.findings.values())
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def _weights(flow: Flow, notes: _Notes) -> None:
@@ -245,18 +275,22 @@ def _log_scale(log_scale: Tensor, layer: str, inputs: str, notes: _Notes) -> Non
     notes.add("highest log-scale", log_scale.max(), layer, inputs)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def _finite(*tensors: Tensor) -> Tensor:
     """Which examples are finite in all of the tensors, `(B,)`."""
-    return torch.stack([torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) for tensor in tensors]).all(dim=0)
+    return torch.stack(
+        [torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) for tensor in tensors]
+    ).all(dim=0)
 
 
 def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes: _Notes) -> None:
-    """Each layer on its own inputs: images from the data to the latents, or latents (without noise) to the data.
+    """Each layer on its own inputs: images from the data to the latents, or latents (without noise)
+    to the data.
 
-    A layer is judged on the examples that reach it finite: so the first damaged one is named, and not all after it.
+    A layer is judged on the examples that reach it finite: so the first damaged one is named, and
+    not all after it.
     """
     where = first = ""
 
@@ -325,13 +359,15 @@ def _layer(
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    """The largest error of an entry, as a part of it or of the root mean square of all, whichever is larger."""
+    """The largest error of an entry, as a part of it or of the root mean square of all, whichever
+    is larger.
+    """
     found, expected = found.double().cpu(), expected.double().cpu()
     size = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return ((found - expected).abs() / torch.maximum(expected.abs(), size)).max()
 
 
-# --- the whole model --------------------------------------------------------------------------------------------------
+# --- the whole model ------------------------------------------------------------------------------
 
 
 def _distance(flow: Flow, found: Tensor, expected: Tensor) -> Tensor:
@@ -340,7 +376,8 @@ def _distance(flow: Flow, found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _bits(found: Tensor, expected: Tensor) -> Tensor:
-    """How much two latents `(B, D)` differ in log N(z; 0, I), every entry for itself: bits/dim, the worst example.
+    """How much two latents `(B, D)` differ in log N(z; 0, I), every entry for itself: bits/dim, the
+    worst example.
 
     Of latents so far out that they have more than one bit/dim there, as a part of it.
     """
@@ -349,8 +386,12 @@ def _bits(found: Tensor, expected: Tensor) -> Tensor:
     return (difference / (expected.square().mean(dim=1) / (2 * math.log(2))).clamp_min(1)).max()
 
 
-def _data_round_trip(flow: Flow, precise: Flow, x: Tensor, levels: float, inputs: str, notes: _Notes) -> int:
-    """Images to latents, back, and to latents again. Gives the number of images that come back exactly in float32."""
+def _data_round_trip(
+    flow: Flow, precise: Flow, x: Tensor, levels: float, inputs: str, notes: _Notes
+) -> int:
+    """Images to latents, back, and to latents again. Gives the number of images that come back
+    exactly in float32.
+    """
     restored = 0
     for one, name in ((flow, "float32"), (precise, "float64")):
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
@@ -367,7 +408,12 @@ def _data_round_trip(flow: Flow, precise: Flow, x: Tensor, levels: float, inputs
         notes.add(checks[1], _bits(again, z), inputs=inputs)
         if one is flow:
             finite = _finite(back)
-            restored = int((flow.dequantizer.to_data(back[finite]) == images[finite]).flatten(1).all(dim=1).sum())
+            restored = int(
+                (flow.dequantizer.to_data(back[finite]) == images[finite])
+                .flatten(1)
+                .all(dim=1)
+                .sum()
+            )
     return restored
 
 
@@ -398,20 +444,23 @@ def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Not
         notes.add("float32 likelihood", error, inputs=IMAGES)
 
 
-# --- log-determinants -------------------------------------------------------------------------------------------------
+# --- log-determinants -----------------------------------------------------------------------------
 
 
 def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> None:
-    """The log-dets that float32 reports, against the Jacobian in float64: of each layer, and of all.
+    """The log-dets that float32 reports, against the Jacobian in float64: of each layer, and of
+    all.
 
-    That of all is the Jacobian with respect to the uniform noise, which has that of the dequantizer in it: q(u|x) is
-    the density of u where the noise is uniform. Of real values, which have no noise, it is with respect to them.
+    That of all is the Jacobian with respect to the uniform noise, which has that of the dequantizer
+    in it: q(u|x) is the density of u where the noise is uniform. Of real values, which have no
+    noise, it is with respect to them.
     """
     flow = reduced(model)
     if flow is None:
         return
     _, height, width = flow.shape
-    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2  # the middle: edges are often of one colour
+    # the middle: edges are often of one colour
+    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     x = x[:, :, top : top + height, left : left + width]
     # Kept off the edges of a bin, where noise is clipped, and has no derivative.
     noise = 0.01 + 0.98 * noise[:, :, top : top + height, left : left + width]
@@ -433,7 +482,12 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
                 same = None if context is None else context.expand(len(copies), *context.shape[1:])
                 return call(layer, direction, copies, same)
 
-            reported = call(reporting[name], direction, given.float(), None if context is None else context.float())[1]
+            reported = call(
+                reporting[name],
+                direction,
+                given.float(),
+                None if context is None else context.float(),
+            )[1]
             error = abs(reported.double() - jacobian_log_det(with_copies, given)).max() * bits
             notes.add("log-det", error, name, IMAGES)
         return result
@@ -450,7 +504,9 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
             whole(precise, start.double())
         where = ""
         exact = jacobian_log_det(lambda copies: whole(precise, copies), start.double())
-        notes.add("log-det", abs(whole(flow, start)[1].double() - exact).max() * bits, inputs=IMAGES)
+        notes.add(
+            "log-det", abs(whole(flow, start)[1].double() - exact).max() * bits, inputs=IMAGES
+        )
     except Exception as error:
         notes.failed(("log-det",), error, where, IMAGES)
 
@@ -458,8 +514,9 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
 def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
     """log|det J| of a map at one example `(1, ...)`, by autograd: nats, a number.
 
-    No example of a batch sees another, so that row i of the Jacobian is the gradient of entry i for the i-th of many
-    copies of `x`. (torch's `jacobian` takes a backward pass a row, or vmap, which autograd functions do not have.)
+    No example of a batch sees another, so that row i of the Jacobian is the gradient of entry i for
+    the i-th of many copies of `x`. (torch's `jacobian` takes a backward pass a row, or vmap, which
+    autograd functions do not have.)
     """
     rows = []
     for part in torch.eye(x.numel(), dtype=x.dtype, device=x.device).split(JACOBIAN_ROWS):
@@ -471,15 +528,21 @@ def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
 
 
 def reduced(model: LoadedModel) -> Flow | None:
-    """The model for smaller images, on the CPU: the smallest size at which all of its weights fit, and it runs.
+    """The model for smaller images, on the CPU: the smallest size at which all of its weights fit,
+    and it runs.
 
-    A model that is not convolutional fits its own size alone; None if that has more than `LARGEST_JACOBIAN` entries.
+    A model that is not convolutional fits its own size alone; None if that has more than
+    `LARGEST_JACOBIAN` entries.
     """
     channels, height, width = model.flow.shape
     for side in SIDES:
         if side < min(height, width):
             try:
-                flow = build_flow(model.config, (channels, side, side), model.flow.levels).eval().requires_grad_(False)
+                flow = (
+                    build_flow(model.config, (channels, side, side), model.flow.levels)
+                    .eval()
+                    .requires_grad_(False)
+                )
                 if _transplant(model.flow, flow):
                     black = torch.zeros(1, *flow.shape)
                     flow(black, black)
@@ -490,10 +553,14 @@ def reduced(model: LoadedModel) -> Flow | None:
 
 
 def _transplant(trained: Flow, flow: Flow) -> bool:
-    """Copies the weights, if they have the same names and shapes. Buffers of another shape belong to the size."""
+    """Copies the weights, if they have the same names and shapes. Buffers of another shape belong
+    to the size.
+    """
     weights, own = trained.state_dict(), flow.state_dict()
     shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (trained, flow)]
     if shapes[0] != shapes[1] or weights.keys() != own.keys():
         return False
-    flow.load_state_dict({n: weights[n] if weights[n].shape == own[n].shape else own[n] for n in own})
+    flow.load_state_dict(
+        {n: weights[n] if weights[n].shape == own[n].shape else own[n] for n in own}
+    )
     return True

@@ -22,13 +22,16 @@ log = logging.getLogger("flowtrain")
 
 @torch.no_grad()
 def reconstruction_error(flow: Flow, x: Tensor) -> float:
-    """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2 all come back.
+    """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2
+    all come back.
 
     Of real-valued data it is a distance from the data, in their own unit.
     """
     v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
     back = flow.bijection.inverse(flow.bijection(v)[0])[0]
-    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * (flow.levels or 1)
+    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * (
+        flow.levels or 1
+    )
     return error.max().item()
 
 
@@ -43,9 +46,11 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], Scores]:
-    """The result of `flowtrain evaluate` as plain data (a figure that is not finite is None), and the scores.
+    """The result of `flowtrain evaluate` as plain data (a figure that is not finite is None), and
+    the scores.
 
-    Raises `UserError` where the data do not have the model's shape and levels, or the split is empty.
+    Raises `UserError` where the data do not have the model's shape and levels, or the split is
+    empty.
     """
     flow = model.flow
     data.require(flow.shape, flow.levels, model.checkpoint.path)
@@ -53,11 +58,19 @@ def evaluate(
         split = data.split(split_name)
     counts = distributed.exchange(len(split))
     if len(set(counts)) > 1:
-        raise UserError(f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} images")
+        raise UserError(
+            f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} "
+            f"images"
+        )
     if len(split) == 0:
-        raise UserError(f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})")
+        raise UserError(
+            f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
+        )
     if flow.levels is None and samples > 1:
-        raise UserError(f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing to draw")
+        raise UserError(
+            f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing "
+            f"to draw"
+        )
     labels = _labels(model, data, split)
     options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
     scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
@@ -85,12 +98,16 @@ def evaluate(
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
-    """Mean bits/dim of both bounds, with the standard errors of the mean: over images, and over draws alone.
+    """Mean bits/dim of both bounds, with the standard errors of the mean: over images, and over
+    draws alone.
 
-    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Real-valued data have a likelihood in
-    nats and no draws: `bound` is `exact`, and there are no bits. Over draws the error is what another seed
-    would change: from the variance of an image's draws, for the importance-weighted bound by the jackknife (Efron 1982,
-    eq. 3.5). One draw tells nothing about it (None); nor does anything where an image is not finite.
+    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Real-valued data have
+    a likelihood in
+    nats and no draws: `bound` is `exact`, and there are no bits. Over draws the error is what
+    another seed
+    would change: from the variance of an image's draws, for the importance-weighted bound by the
+    jackknife (Efron 1982, eq. 3.5). One draw tells nothing about it (None); nor does anything where
+    an image is not finite.
     """
     k, n = scores.draws.shape
     nats = -scores.log_prob
@@ -99,7 +116,13 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         "nats_per_image_stderr": _finite(nats.std().item() / math.sqrt(n)) if n > 1 else None,
     }
     if flow.levels is None:
-        return {"bits_per_dim": None, "bits_per_dim_stderr": None, "bound": "exact", "samples": k, **in_nats}
+        return {
+            "bits_per_dim": None,
+            "bits_per_dim_stderr": None,
+            "bound": "exact",
+            "samples": k,
+            **in_nats,
+        }
     dims = flow.dims
     result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
     variances = [torch.tensor(math.nan)] * 2  # of each image, over draws
@@ -107,7 +130,9 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)
         spread = bits_per_dim(scores.draws, dims).var(dim=0)
         variances = [(k - 1) * leaving_out.var(dim=0, correction=0), spread / k]
-    for prefix, bound, variance in zip(("", "elbo_"), (scores.log_prob, scores.elbo), variances, strict=True):
+    for prefix, bound, variance in zip(
+        ("", "elbo_"), (scores.log_prob, scores.elbo), variances, strict=True
+    ):
         bits = bits_per_dim(bound, dims)
         over_images = bits.std().item() / math.sqrt(n) if n > 1 else math.nan
         result[f"{prefix}bits_per_dim"] = _finite(bits.mean().item())
@@ -117,7 +142,9 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
-    """The classes of a split for a class-conditional model; None, and said, where they cannot be the model's."""
+    """The classes of a split for a class-conditional model; None, and said, where they cannot be
+    the model's.
+    """
     if not model.flow.classes or data.undivided or data.config.name != model.config.data.name:
         return None  # of other data the classes are others, or have other numbers
     try:
@@ -128,16 +155,20 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
 
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
-    """Of a class-conditional model on labelled data: the bits given the class, and the accuracy of Bayes' rule.
+    """Of a class-conditional model on labelled data: the bits given the class, and the accuracy of
+    Bayes' rule.
 
-    `P(class | x)` is in proportion to `P(x | class)`, all classes being as likely; the most probable is predicted.
+    `P(class | x)` is in proportion to `P(x | class)`, all classes being as likely; the most
+    probable is predicted.
     """
     if labels is None:
         return {}
     by_class = scores.log_prob_by_class
     labels = labels[: by_class.shape[1]]
     given = flow.loss(by_class.gather(0, labels[None])[0])
-    correct = torch.where(torch.isfinite(by_class).all(dim=0), by_class.argmax(dim=0) == labels, math.nan).double()
+    correct = torch.where(
+        torch.isfinite(by_class).all(dim=0), by_class.argmax(dim=0) == labels, math.nan
+    ).double()
     accuracy = correct.mean()
     return {
         f"{flow.metric}_given_class": _finite(given.mean().item()),
@@ -151,19 +182,26 @@ def _finite(value: float) -> float | None:
 
 
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
-    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first draw.
+    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first
+    draw.
 
     Of a class-conditional model also the class that it predicts. Real-valued data have no bits.
     """
     log_prob = scores.log_prob.tolist()
-    bits = [""] * len(log_prob) if flow.levels is None else bits_per_dim(scores.log_prob, flow.dims).tolist()
+    bits = (
+        [""] * len(log_prob)
+        if flow.levels is None
+        else bits_per_dim(scores.log_prob, flow.dims).tolist()
+    )
     columns = {"bits_per_dim": bits, "log_prob": log_prob}
     columns |= {"log_prob_base": scores.base.tolist(), "log_det": scores.log_det.tolist()}
     if flow.classes:
         by_class = scores.log_prob_by_class
         known = torch.isfinite(by_class).all(dim=0).tolist()
         predicted = by_class.argmax(dim=0).tolist()
-        columns["predicted_class"] = [label if ok else "" for label, ok in zip(predicted, known, strict=True)]
+        columns["predicted_class"] = [
+            label if ok else "" for label, ok in zip(predicted, known, strict=True)
+        ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])

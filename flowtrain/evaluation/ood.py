@@ -1,8 +1,10 @@
-"""Telling images of other data from those that a model was trained on: three scores of an image, side by side.
+"""Telling images of other data from those that a model was trained on: three scores of an image,
+side by side.
 
-The first, the likelihood, is known to fail: flows trained on CIFAR-10 find house numbers likelier than CIFAR-10
-(Nalisnick et al. 2019a, "Do Deep Generative Models Know What They Don't Know?"). The other two are the usual repairs.
-Of each, a larger value means further out. All are in bits per dimension.
+The first, the likelihood, is known to fail: flows trained on CIFAR-10 find house numbers likelier
+than CIFAR-10 (Nalisnick et al. 2019a, "Do Deep Generative Models Know What They Don't Know?"). The
+other two are the usual repairs. Of each, a larger value means further out. All are in bits per
+dimension.
 """
 
 import csv
@@ -39,28 +41,34 @@ COLUMNS = (
 
 
 def typicality(bits: np.ndarray, entropy: float) -> np.ndarray:
-    """`|-log p(x) - H|`, `(N,)`, bits/dim: how far an image is from as probable as the model's images usually are.
+    """`|-log p(x) - H|`, `(N,)`, bits/dim: how far an image is from as probable as the model's
+    images usually are.
 
-    Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality"), the test
-    with a batch of one image. `bits` is `-log p(x)`, and `entropy`, H, its mean over images like those trained on.
+    Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep Generative Models Using
+    Typicality"), the test with a batch of one image. `bits` is `-log p(x)`, and `entropy`, H, its
+    mean over images like those trained on.
     """
     return np.abs(bits - entropy)
 
 
 def complexity_corrected(bits: np.ndarray, complexity: np.ndarray) -> np.ndarray:
-    """`-log2 p(x) - L(x)`, `(N,)`, bits/dim: how many more bits the model needs for an image than a general coder.
+    """`-log2 p(x) - L(x)`, `(N,)`, bits/dim: how many more bits the model needs for an image than a
+    general coder.
 
-    Serra et al. 2020 ("Input Complexity and Out-of-Distribution Detection with Likelihood-Based Generative Models",
-    section 3), a likelihood ratio whose other model is the coder; L(x) is the length that `complexity` gives.
+    Serra et al. 2020 ("Input Complexity and Out-of-Distribution Detection with Likelihood-Based
+    Generative Models", section 3), a likelihood ratio whose other model is the coder; L(x) is the
+    length that `complexity` gives.
     """
     return bits - complexity
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float | None]:
-    """The chance that an image from outside has the larger score, ties counting half; and its standard error.
+    """The chance that an image from outside has the larger score, ties counting half; and its
+    standard error.
 
-    The error is that of DeLong et al. 1988, for two independent samples, `(N,)` and `(M,)`; None where one is a single
-    image. It is 0 where the scores do not overlap, which says no more than that there were too few to see them do so.
+    The error is that of DeLong et al. 1988, for two independent samples, `(N,)` and `(M,)`; None
+    where one is a single image. It is 0 where the scores do not overlap, which says no more than
+    that there were too few to see them do so.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -68,14 +76,19 @@ def auroc(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float | None]
     area = float(roc_auc_score(np.repeat([0, 1], [n, m]), np.concatenate([inside, outside])))
     if min(n, m) < 2:
         return area, None
-    variances = _share_below(outside, inside).var(ddof=1) / n, _share_below(inside, outside).var(ddof=1) / m
+    variances = (
+        _share_below(outside, inside).var(ddof=1) / n,
+        _share_below(inside, outside).var(ddof=1) / m,
+    )
     return area, math.sqrt(sum(variances))
 
 
 def _share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
     """For each value, the share of the sample that is smaller; what is equal counts half."""
     ordered = np.sort(sample)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(sample))
+    return (
+        np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    ) / (2 * len(sample))
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,8 @@ class Collection:
     name: str
     images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1
     split: str | None = None  # None for images that are made
-    stored: tuple[Shape, int] | None = None  # shape and levels as stored, where those are not the model's
+    # shape and levels as stored, where those are not the model's
+    stored: tuple[Shape, int] | None = None
 
 
 def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
@@ -97,24 +111,35 @@ def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
 def constant(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
     """Images of one colour each, uniform over all colours, uint8 `(count, C, H, W)`."""
     randomness = _randomness(seed, 2)
-    colours = np.stack([_levels((shape[0], 1, 1), levels, randomness(index)) for index in range(count)])
+    colours = np.stack(
+        [_levels((shape[0], 1, 1), levels, randomness(index)) for index in range(count)]
+    )
     return np.broadcast_to(colours, (count, *shape)).copy()
 
 
 def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
-    """The images with their pixels in another order, each in its own; the channels of a pixel stay together."""
+    """The images with their pixels in another order, each in its own; the channels of a pixel stay
+    together.
+    """
     randomness = _randomness(seed, 3)
     count, channels, height, width = images.shape
     pixels = images.reshape(count, channels, height * width)
-    orders = (torch.randperm(height * width, generator=randomness(index)).numpy() for index in range(count))
-    return np.stack([image[:, order] for image, order in zip(pixels, orders, strict=True)]).reshape(images.shape)
+    orders = (
+        torch.randperm(height * width, generator=randomness(index)).numpy()
+        for index in range(count)
+    )
+    return np.stack([image[:, order] for image, order in zip(pixels, orders, strict=True)]).reshape(
+        images.shape
+    )
 
 
 MADE = ("noise", "constant", "shuffled")
 
 
 def _randomness(seed: int, kind: int) -> Callable[[int], torch.Generator]:
-    """A generator for each image's index, so that the first images do not depend on how many there are."""
+    """A generator for each image's index, so that the first images do not depend on how many there
+    are.
+    """
     return lambda index: generator(seed, Stream.EVALUATION, index, kind)
 
 
@@ -122,12 +147,16 @@ def _levels(shape: Shape, levels: int, randomness: torch.Generator) -> np.ndarra
     return torch.randint(levels, shape, generator=randomness, dtype=torch.uint8).numpy()
 
 
-def convert(images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, policy: Policy = "crop") -> np.ndarray:
-    """Images uint8 `(N, C, H, W)` with values 0..levels-1, as a model's: uint8 `(N, *to_shape)`, 0..to_levels-1.
+def convert(
+    images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
+) -> np.ndarray:
+    """Images uint8 `(N, C, H, W)` with values 0..levels-1, as a model's: uint8 `(N, *to_shape)`,
+    0..to_levels-1.
 
-    Values are stretched to 0..255; size and channels changed by `flowtrain.datasets.base.resize` (grey is repeated in
-    each channel, colours become luma); then 2**n levels keep the upper n bits, as `data.n_bits` does, and any other
-    number Q takes the nearest of 0..Q-1. What is the model's already stays as it is.
+    Values are stretched to 0..255; size and channels changed by `flowtrain.datasets.base.resize`
+    (grey is repeated in each channel, colours become luma); then 2**n levels keep the upper n bits,
+    as `data.n_bits` does, and any other number Q takes the nearest of 0..Q-1. What is the model's
+    already stays as it is.
     """
     if images.shape[1:] == to_shape and levels == to_levels:
         return images
@@ -140,16 +169,19 @@ def convert(images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, po
 
 
 def named(name: str, option: str, model: LoadedModel, own: DataConfig, count: int) -> Collection:
-    """The first `count` images of a data set, folder or file that a command line names, as the model's.
+    """The first `count` images of a data set, folder or file that a command line names, as the
+    model's.
 
-    They are those of its test split; of a folder or file that has none, of all. `own` is the `data` section of the
-    model's own data. Raises `UserError` naming `option`.
+    They are those of its test split; of a folder or file that has none, of all. `own` is the `data`
+    section of the model's own data. Raises `UserError` naming `option`.
     """
     flow = model.flow
     section = section_named(name, own, flow.shape, option, also=MADE if option == "--out" else ())
     if name != own.name:  # what follows brings any number of levels to the model's
         section |= {"n_bits": 8, "flip": None, "shift": 0}
-    config = configuration.parse({**model.config.resolved(), "data": section}, f"{option} {name}").data
+    config = configuration.parse(
+        {**model.config.resolved(), "data": section}, f"{option} {name}"
+    ).data
     data = DataSet(config, undivided(config, own))
     if data.levels is None:
         raise UserError(f"{option} {name}: real values, not images")
@@ -175,12 +207,16 @@ def _first(name: str, split: Any, data: DataSet, model: LoadedModel, count: int)
 def levels_of(model: LoadedModel) -> int:
     """Q of a model of images. Raises `UserError` for one of real values."""
     if model.flow.levels is None:
-        raise UserError(f"{model.checkpoint.path}: a model of real values; the scores are of images")
+        raise UserError(
+            f"{model.checkpoint.path}: a model of real values; the scores are of images"
+        )
     return model.flow.levels
 
 
 def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
-    """The images that a name of `MADE` stands for: as many as those of `like`, and of their shape."""
+    """The images that a name of `MADE` stands for: as many as those of `like`, and of their
+    shape.
+    """
     if name == "shuffled":
         return Collection(name, shuffled(like.images, seed))
     make = {"noise": noise, "constant": constant}[name]
@@ -198,7 +234,9 @@ class Scored:
     @property
     def likelihood(self) -> np.ndarray:
         """`-log2 p(x) / D`, the bits per dimension."""
-        return bits_per_dim(torch.from_numpy(self.log_prob), math.prod(self.collection.images.shape[1:])).numpy()
+        return bits_per_dim(
+            torch.from_numpy(self.log_prob), math.prod(self.collection.images.shape[1:])
+        ).numpy()
 
     @property
     def typicality(self) -> np.ndarray:
@@ -241,9 +279,11 @@ def compare(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """The likelihood of every image; `reference` are images of the model's data which are not among those of `inside`.
+    """The likelihood of every image; `reference` are images of the model's data which are not among
+    those of `inside`.
 
-    The bound is the single-draw one, of the averaged or raw weights that were loaded, as `flowtrain evaluate` has it.
+    The bound is the single-draw one, of the averaged or raw weights that were loaded, as `flowtrain
+    evaluate` has it.
     """
     collections = [reference, inside, *outside]
     total = sum(len(collection.images) for collection in collections)
@@ -252,15 +292,22 @@ def compare(
         split = Split(collection.images, np.arange(len(collection.images)), drop_bits=0)
         before = sum(map(len, log_probs))
         ahead = partial(_ahead, progress, before, total)
-        log_probs.append(score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead).log_prob.numpy())
+        log_probs.append(
+            score(
+                model.flow, split, seed=seed, batch_size=batch_size, progress=ahead
+            ).log_prob.numpy()
+        )
     entropy = float(bits_per_dim(torch.from_numpy(log_probs[0]), model.flow.dims).mean())
     first, second, *rest = (
-        Scored(collection, log_prob, entropy) for collection, log_prob in zip(collections, log_probs, strict=True)
+        Scored(collection, log_prob, entropy)
+        for collection, log_prob in zip(collections, log_probs, strict=True)
     )
     return Comparison(first, second, rest)
 
 
-def _ahead(progress: Callable[[int, int], None], before: int, total: int, done: int, of: int) -> None:
+def _ahead(
+    progress: Callable[[int, int], None], before: int, total: int, done: int, of: int
+) -> None:
     progress(before + done, total)
 
 
@@ -272,7 +319,8 @@ def check_finite(comparison: Comparison) -> None:
         if bad:
             which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
             said.append(
-                f"{len(bad)} of {len(collection.images)} images of {collection.name} ({collection.split or 'made'}) "
+                f"{len(bad)} of {len(collection.images)} images of {collection.name} "
+                f"({collection.split or 'made'}) "
                 f"have a likelihood that is not finite: those at {which}"
             )
     if said:
@@ -283,7 +331,9 @@ def result(comparison: Comparison, model: LoadedModel, seed: int) -> dict[str, A
     """The result of `flowtrain ood` as plain data; what cannot be computed is None."""
     return {
         "in": _described(comparison.inside),
-        "out": [_described(scored) | _areas(comparison.inside, scored) for scored in comparison.outside],
+        "out": [
+            _described(scored) | _areas(comparison.inside, scored) for scored in comparison.outside
+        ],
         "entropy_bits_per_dim": _finite(comparison.reference.entropy),
         "entropy_split": comparison.reference.collection.split,
         "entropy_images": len(comparison.reference.log_prob),
@@ -347,23 +397,28 @@ def scores_csv(comparison: Comparison) -> bytes:
     writer.writerow(COLUMNS)
     for scored in comparison.compared:
         columns = (scored.likelihood, scored.log_prob, scored.typicality, scored.complexity)
-        rows = zip(*(column.tolist() for column in (*columns, scored.complexity_corrected)), strict=True)
+        rows = zip(
+            *(column.tolist() for column in (*columns, scored.complexity_corrected)), strict=True
+        )
         for index, row in enumerate(rows):
             writer.writerow([scored.collection.name, index, *map(repr, row)])
     return text.getvalue().encode()
 
 
 def draw(comparison: Comparison, outcome: dict[str, Any]) -> bytes:
-    """Histograms as a PNG file: a panel for each score, with all data sets, and the areas of `outcome`, its result."""
+    """Histograms as a PNG file: a panel for each score, with all data sets, and the areas of
+    `outcome`, its result.
+    """
     from matplotlib.figure import Figure
 
     titles = {
         "likelihood": "likelihood: -log2 p(x)",
         "typicality": f"typicality: |-log2 p(x) - {comparison.reference.entropy:.2f}|",
-        "complexity_corrected": f"complexity-corrected: -log2 p(x) - L(x) ({', '.join(outcome['coders'])})",
+        "complexity_corrected": f"complexity-corrected: -log2 p(x) - L(x) "
+        f"({', '.join(outcome['coders'])})",
     }
-    # Noise and shuffled pixels may cost millions of bits: what is further out than twice a uniform coder's log2 Q is
-    # drawn there, in the last bar.
+    # Noise and shuffled pixels may cost millions of bits: what is further out than twice a uniform
+    # coder's log2 Q is drawn there, in the last bar.
     furthest = 2 * math.log2(outcome["levels"])
     figure = Figure(figsize=(16, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
@@ -376,11 +431,18 @@ def draw(comparison: Comparison, outcome: dict[str, Any]) -> bytes:
             labels.append(described["dataset"] + ("" if area is None else f": AUROC {area:.3f}"))
         for order, (of_set, label) in enumerate(zip(values, labels, strict=True)):
             share = np.full(len(of_set), 1 / max(len(of_set), 1))
-            style: dict[str, Any] = {"color": "black", "histtype": "step"} if order == 0 else {"alpha": 0.5}
+            style: dict[str, Any] = (
+                {"color": "black", "histtype": "step"} if order == 0 else {"alpha": 0.5}
+            )
             label = label.replace("$", r"\$")  # in a path, no formula
-            axes.hist(of_set, edges, weights=share, label=label, **{"histtype": "stepfilled", **style})
+            axes.hist(
+                of_set, edges, weights=share, label=label, **{"histtype": "stepfilled", **style}
+            )
         axes.set_title(titles[name])
-        axes.set(xlabel=f"bits/dim (what is over {furthest:.3g} is in the last bar)", ylabel="share of the images")
+        axes.set(
+            xlabel=f"bits/dim (what is over {furthest:.3g} is in the last bar)",
+            ylabel="share of the images",
+        )
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
@@ -388,7 +450,9 @@ def draw(comparison: Comparison, outcome: dict[str, Any]) -> bytes:
 
 
 def check_names(inside: str, outside: list[str]) -> None:
-    """Raises `UserError` where two data sets have the same name: rows and figures could not be told apart."""
+    """Raises `UserError` where two data sets have the same name: rows and figures could not be told
+    apart.
+    """
     for index, name in enumerate(outside):
         if name in (inside, *outside[:index]):
             raise UserError(f"--out {name}: it is named twice")

@@ -17,21 +17,25 @@ from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
 from flowtrain.system.random import Stream, generator
 
-ENOUGH_FOR_A_CPU = 256 * 2**20  # bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
+# bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
+ENOUGH_FOR_A_CPU = 256 * 2**20
 
 
 LARGEST_BATCH = 2048  # so that progress is seen
 
 
-ALIVE = 6  # times the largest activation, while a batch is computed: a convolution's input, output, their copies
+# times the largest activation, while a batch is computed: a convolution's input, output, their
+# copies
+ALIVE = 6
 
 
 @torch.no_grad()
 def fitting_batch_size(flow: Flow) -> int:
-    """How many images to score at a time: a power of two, as many as fit into a quarter of a GPU's memory.
+    """How many images to score at a time: a power of two, as many as fit into a quarter of a GPU's
+    memory.
 
-    Of all of it, not of what is free just now: the last digits of a likelihood depend on the batch size, and are to be
-    the same the next time. On a CPU speed is the limit, well before memory.
+    Of all of it, not of what is free just now: the last digits of a likelihood depend on the batch
+    size, and are to be the same the next time. On a CPU speed is the limit, well before memory.
     """
     largest = 0
 
@@ -56,11 +60,14 @@ class Scores:
     draws: Tensor  # single-draw bounds, (K, N)
     base: Tensor  # log N(z; 0, I) of the first draw, (N,)
     log_det: Tensor  # all the rest of the first draw, (N,)
-    draws_by_class: Tensor | None = None  # of a class-conditional model, bounds on log P(x | class), (K, C, N)
+    # of a class-conditional model, bounds on log P(x | class), (K, C, N)
+    draws_by_class: Tensor | None = None
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """`log 1/K sum_k exp(draw_k)`, `(N,)`: the importance-weighted bound, of one draw that draw itself."""
+        """`log 1/K sum_k exp(draw_k)`, `(N,)`: the importance-weighted bound, of one draw that draw
+        itself.
+        """
         return self.draws.logsumexp(dim=0) - math.log(len(self.draws))
 
     @cached_property
@@ -80,7 +87,8 @@ class Scores:
         largest, where = self.draws.max(dim=0)
         weights = (self.draws - largest).exp()
         rest = largest + (weights.sum(dim=0) - weights).log()
-        # Without the largest of them the difference may be nothing but rounding: those are summed up anew.
+        # Without the largest of them the difference may be nothing but rounding: those are summed
+        # up anew.
         without = self.draws.scatter(0, where[None], -torch.inf).logsumexp(dim=0)
         return rest.scatter(0, where[None], without[None]) - math.log(k - 1)
 
@@ -96,10 +104,12 @@ def score(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """The bounds on log P(x) of the first `num_images` images of a split, from `samples` draws of the noise.
+    """The bounds on log P(x) of the first `num_images` images of a split, from `samples` draws of
+    the noise.
 
-    For K > 1 draws the bound is the importance-weighted one, `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho
-    et al. 2019, section 3.1). An image's noise depends on the seed, its index and the draw, and on nothing else.
+    For K > 1 draws the bound is the importance-weighted one, `log 1/K sum_k p(y_k) / q(u_k|x)`
+    (Burda et al. 2016; Ho et al. 2019, section 3.1). An image's noise depends on the seed, its
+    index and the draw, and on nothing else.
 
     Of several processes each scores a part of the images, and has the scores of all.
     """
@@ -107,16 +117,23 @@ def score(
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
     noisy = flow.levels is not None
-    rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]  # of a process without an image
+    # of a process without an image
+    rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
-        generators = [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)] if noisy else []
+        generators = (
+            [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)]
+            if noisy
+            else []
+        )
         draws = []
         for _ in range(samples):
             noise = torch.zeros_like(x, device="cpu")
             if noisy:
-                noise = torch.stack([draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators])
+                noise = torch.stack(
+                    [draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators]
+                )
             parts = flow(x, noise.to(flow.device))
             of_classes = [] if parts.by_class is None else parts.by_class.T
             draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
@@ -130,5 +147,7 @@ def score(
 
 
 def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
-    """The mean over the images, bits/dim (nats of real-valued data); not finite if any image is not."""
+    """The mean over the images, bits/dim (nats of real-valued data); not finite if any image is
+    not.
+    """
     return flow.loss(score(flow, split, **options).log_prob).mean().item()

@@ -1,4 +1,6 @@
-"""Class-conditional densities: the prior of the coarsest latent depends on the class, all else is shared."""
+"""Class-conditional densities: the prior of the coarsest latent depends on the class, all else is
+shared.
+"""
 
 import math
 
@@ -15,10 +17,12 @@ def normal_log_prob(z: Tensor) -> Tensor:
 
 
 class ClassPrior(nn.Module):
-    """Latents given the class: a diagonal Gaussian for each on the coarsest level (the Glow release's `ycond`).
+    """Latents given the class: a diagonal Gaussian for each on the coarsest level (the Glow
+    release's `ycond`).
 
-    One mean and log-scale (bounded by tanh to +-8) for each class and entry; the release has one for each channel, of
-    which the likelihood makes little use. The finer levels are N(0, I), and so is all before training.
+    One mean and log-scale (bounded by tanh to +-8) for each class and entry; the release has one
+    for each channel, of which the likelihood makes little use. The finer levels are N(0, I), and so
+    is all before training.
 
     Args:
         classes: their number, K.
@@ -58,4 +62,6 @@ class ClassPrior(nn.Module):
     def from_normal(self, noise: Tensor, labels: Tensor) -> Tensor:
         """A standard normal draw as a draw given the class, `(B, D)`."""
         fine, coarse = self._split(noise)
-        return torch.cat([fine, coarse * self.bounded_log_scale()[labels].exp() + self.mean[labels]], dim=1)
+        return torch.cat(
+            [fine, coarse * self.bounded_log_scale()[labels].exp() + self.mean[labels]], dim=1
+        )

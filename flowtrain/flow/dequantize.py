@@ -1,8 +1,10 @@
-"""Data to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and their log-dets.
+"""Data to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and
+their log-dets.
 
-An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x), uniform or learned
-(`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y - 1/2`) or by the logit. `to_data` is
-the exact inverse. Real-valued data are reals already (`RealValued`).
+An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x),
+uniform or learned (`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y -
+1/2`) or by the logit. `to_data` is the exact inverse. Real-valued data are reals already
+(`RealValued`).
 """
 
 import math
@@ -13,17 +15,20 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import sum_per_example
 
-# u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 * 17 can fall below x;
-# 2**-14 is more than twice the largest rounding error of (x + u) / Q * Q for Q up to 256, and moves u by nothing that
-# matters (one draw in 8,192, by less than 2**-14 of a level).
+# u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 *
+# 17 can fall below x; 2**-14 is more than twice the largest rounding error of (x + u) / Q * Q for Q
+# up to 256, and moves u by nothing that matters (one draw in 8,192, by less than 2**-14 of a
+# level).
 EDGE = 2.0**-14
 
 
-def draw_noise(shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def draw_noise(
+    shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """Uniform numbers in [0, 1) for `Dequantizer.forward`, float32.
 
-    Drawn on the generator's own device: with a CPU generator an image's noise depends neither on the device
-    nor on how the images are cut into batches.
+    Drawn on the generator's own device: with a CPU generator an image's noise depends neither on
+    the device nor on how the images are cut into batches.
     """
     where = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=where).to(device)
@@ -36,10 +41,11 @@ def _require_finite(v: Tensor) -> None:
 
 
 class UniformNoise(nn.Module):
-    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016): `u` is the noise, and log q(u|x) = 0.
+    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016): `u` is the noise, and log
+    q(u|x) = 0.
 
-    The interface of noise models: uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` in
-    `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
+    The interface of noise models: uniform `noise` in [0, 1) and the scaled image, both `(B, C, H,
+    W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
     """
 
     def forward(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +57,8 @@ class Dequantizer(nn.Module):
 
     Args:
         levels: Q.
-        transform: `center`, `y - 1/2`; or `logit`, `logit(alpha + (1 - 2 alpha) y)` (RealNVP, section 4.1, with both
-            ends kept away from infinity).
+        transform: `center`, `y - 1/2`; or `logit`, `logit(alpha + (1 - 2 alpha) y)` (RealNVP,
+            section 4.1, with both ends kept away from infinity).
         alpha: for `logit`.
         noise_model: uniform noise and image to `u` and `log q(u|x)`; by default `UniformNoise`.
     """
@@ -74,14 +80,18 @@ class Dequantizer(nn.Module):
         """Raises `ValueError` for a dtype that is not integral, or a value outside 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
-        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):  # int: 256 wraps to 0 in uint8
-            raise ValueError(f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}")
+        # int: 256 wraps to 0 in uint8
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):
+            raise ValueError(
+                f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}"
+            )
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its log-likelihood terms.
+        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its
+        log-likelihood terms.
 
-        The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the first to get the
-        bound on log P(x). Neither argument is changed.
+        The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the
+        first to get the bound on log P(x). Neither argument is changed.
         """
         x = x.to(noise.dtype)
         u, log_q = self.noise_model(noise, x / self.levels - 0.5)
@@ -99,7 +109,9 @@ class Dequantizer(nn.Module):
         return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
 
     def to_data(self, v: Tensor) -> Tensor:
-        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it is not finite."""
+        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it
+        is not finite.
+        """
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
 
@@ -115,7 +127,9 @@ class Dequantizer(nn.Module):
 
 
 class RealValued(nn.Module):
-    """In the place of `Dequantizer` for data that are real numbers: nothing is added, and no density changed."""
+    """In the place of `Dequantizer` for data that are real numbers: nothing is added, and no
+    density changed.
+    """
 
     levels = None
 

@@ -1,4 +1,6 @@
-"""The model: dequantization, a bijection and a standard normal base, with an exact likelihood bound."""
+"""The model: dequantization, a bijection and a standard normal base, with an exact likelihood
+bound.
+"""
 
 import math
 from typing import NamedTuple
@@ -15,9 +17,11 @@ from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 class LogProb(NamedTuple):
     """The parts of a single-draw bound on log P(x), each `(B,)` in nats; their sum is the bound."""
 
-    base: Tensor  # log N(z; 0, I); of a class-conditional model the class's density, or the mean of all classes'
+    # log N(z; 0, I); of a class-conditional model the class's density, or the mean of all classes'
+    base: Tensor
     log_det: Tensor  # every log-determinant, with -log q(u|x) - D log Q
-    by_class: Tensor | None = None  # the base's log-density given each class, (B, K), where no class was given
+    # the base's log-density given each class, (B, K), where no class was given
+    by_class: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -27,9 +31,9 @@ class LogProb(NamedTuple):
 class Flow(nn.Module):
     """A normalizing flow on images.
 
-    `log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q` (Theis et al. 2016; Ho et al. 2019), with D the
-    number of entries of the image as stored and Q its number of levels. Of real-valued data it is the likelihood
-    itself, `log p(x) = log N(z; 0, I) + log|det|`, a density.
+    `log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q` (Theis et al. 2016; Ho et
+    al. 2019), with D the number of entries of the image as stored and Q its number of levels. Of
+    real-valued data it is the likelihood itself, `log p(x) = log N(z; 0, I) + log|det|`, a density.
 
     Args:
         bijection: data to latent, from `(B, C, H, W)` to `(B, D)`.
@@ -67,7 +71,9 @@ class Flow(nn.Module):
         return "nats" if self.levels is None else "bits_per_dim"
 
     def loss(self, log_prob: Tensor) -> Tensor:
-        """What is minimized and reported, from nats: bits per dimension of images, nats of real-valued data."""
+        """What is minimized and reported, from nats: bits per dimension of images, nats of
+        real-valued data.
+        """
         return -log_prob if self.levels is None else bits_per_dim(log_prob, self.dims)
 
     @property
@@ -77,7 +83,9 @@ class Flow(nn.Module):
 
     @property
     def latent_dims(self) -> int:
-        """The number of entries of a latent: D, but for data on a surface, which has fewer dimensions."""
+        """The number of entries of a latent: D, but for data on a surface, which has fewer
+        dimensions.
+        """
         return self.bijection.latent_dims(self.dims)
 
     @property
@@ -94,9 +102,11 @@ class Flow(nn.Module):
         return 0 if self.class_prior is None else self.class_prior.classes
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> LogProb:
-        """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape, in its parts.
+        """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape,
+        in its parts.
 
-        Of a class-conditional model log P(x | class), given `labels` `(B,)`, or log P(x), all classes being as likely.
+        Of a class-conditional model log P(x | class), given `labels` `(B,)`, or log P(x), all
+        classes being as likely.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype))
         z, flow_log_det = self.bijection(v)
@@ -108,16 +118,21 @@ class Flow(nn.Module):
         by_class = self.class_prior.by_class(z)
         return LogProb(by_class.logsumexp(dim=1) - math.log(self.classes), log_det, by_class)
 
-    def log_prob(self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Single-draw bound on log P(x), nats, `(B,)`.
 
         Args:
             x: integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`; unchanged.
-            generator: for the dequantization noise; a CPU one gives an image the same noise in a batch of any size.
-            labels: `(B,)`, for log P(x | class) of a class-conditional model; without, it is log P(x).
+            generator: for the dequantization noise; a CPU one gives an image the same noise in a
+                batch of any size.
+            labels: `(B,)`, for log P(x | class) of a class-conditional model; without, it is log
+                P(x).
 
         Raises:
-            ValueError: for another shape, another kind of numbers, a value outside 0..Q-1, or labels it does not have.
+            ValueError: for another shape, another kind of numbers, a value outside 0..Q-1, or
+                labels it does not have.
         """
         x = self._checked(x)
         if labels is not None:
@@ -125,23 +140,30 @@ class Flow(nn.Module):
         return self(x, draw_noise(x.shape, generator, x.device), labels).total
 
     def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as `log_prob`.
+        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as
+        `log_prob`.
 
         Raises `ValueError` for real-valued data, whose density has no bits.
         """
         if self.levels is None:
-            raise ValueError("real-valued data have a density, which has no bits per dimension: use log_prob")
+            raise ValueError(
+                "real-valued data have a density, which has no bits per dimension: use log_prob"
+            )
         return bits_per_dim(self.log_prob(x, generator), self.dims)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """The latent at the middle of each image's bin, `(B, D)`: no randomness, so that `decode` gives `x` back."""
+        """The latent at the middle of each image's bin, `(B, D)`: no randomness, so that `decode`
+        gives `x` back.
+        """
         v = self.dequantizer.middle(self._checked(x), self.dtype)
         return self.bijection(v)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals. Raises `FloatingPointError` if not finite."""
+        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals. Raises
+        `FloatingPointError` if not finite.
+        """
         return self.dequantizer.to_data(self.bijection.inverse(z.to(self.device))[0]).contiguous()
 
     def sample(
@@ -151,14 +173,17 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """`n` images from the model, uint8 `(n, C, H, W)`; the base's standard deviation is `temperature`.
+        """`n` images from the model, uint8 `(n, C, H, W)`; the base's standard deviation is
+        `temperature`.
 
-        Of a class-conditional model those of the classes `labels` `(n,)`, or of all of them by turns.
+        Of a class-conditional model those of the classes `labels` `(n,)`, or of all of them by
+        turns.
         """
         return self.decode(self.place(temperature * self.draw_latents(n, generator), labels))
 
     def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Standard normal draws `(B, D)` as latents: of a class-conditional model those of the `labels`, or by turns.
+        """Standard normal draws `(B, D)` as latents: of a class-conditional model those of the
+        `labels`, or by turns.
 
         Raises `ValueError` for labels of a model without classes, or outside 0..K-1.
         """
@@ -176,11 +201,15 @@ class Flow(nn.Module):
         if labels.shape != (count,):
             raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
         if count and (int(labels.min()) < 0 or int(labels.max()) >= self.classes):
-            raise ValueError(f"expected classes in 0..{self.classes - 1}, got {labels.unique().tolist()}")
+            raise ValueError(
+                f"expected classes in 0..{self.classes - 1}, got {labels.unique().tolist()}"
+            )
         return labels.to(self.device)
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` standard normal latents, `(n, D)`, row by row: the first ones do not depend on how many follow."""
+        """`n` standard normal latents, `(n, D)`, row by row: the first ones do not depend on how
+        many follow.
+        """
         where = self.device if generator is None else generator.device
         rows = [torch.randn(self.latent_dims, generator=generator, device=where) for _ in range(n)]
         return torch.stack(rows).to(self.device, self.dtype)
@@ -191,7 +220,10 @@ class Flow(nn.Module):
 
     def _checked(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
-            raise ValueError(f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"expected images of shape (B, {', '.join(map(str, self.shape))}), got "
+                f"{tuple(x.shape)}"
+            )
         self.dequantizer.check(x)
         return x.to(self.device)
 
@@ -203,9 +235,11 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each layer sets itself from its actual input, in order.
+    """Data-dependent initialization: one pass in which each layer sets itself from its actual
+    input, in order.
 
-    Every module with a method `initialize(*inputs)` takes part; one that is initialized already leaves itself alone.
+    Every module with a method `initialize(*inputs)` takes part; one that is initialized already
+    leaves itself alone.
     """
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs: module.initialize(*inputs))

@@ -19,26 +19,31 @@ from flowtrain.bijections.precision import conditioner_input
 from flowtrain.flow.dequantize import EDGE
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 
-# float32's uniform numbers are multiples of 2**-24 and may be 0, whose normal quantile is -infinity.
+# float32's uniform numbers are multiples of 2**-24 and may be 0, whose normal quantile is
+# -infinity.
 SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24
 
 
 class VariationalNoise(nn.Module):
-    """`u = Phi(g(eps; x))`, `eps = Phi^-1(noise)`, with a conditional flow g (Flow++, Ho et al. 2019, section 3.1).
+    """`u = Phi(g(eps; x))`, `eps = Phi^-1(noise)`, with a conditional flow g (Flow++, Ho et al.
+    2019, section 3.1).
 
         log q(u|x) = log N(eps; 0, I) - log|det dg/deps| - log|det du/dg|
 
-    The normal distribution function stands where the paper has a sigmoid: so g, which starts as the identity, starts
-    with uniform noise. An affine map takes u to `[EDGE, 1 - EDGE]`, inside its bin in float32, and is counted.
+    The normal distribution function stands where the paper has a sigmoid: so g, which starts as the
+    identity, starts with uniform noise. An affine map takes u to `[EDGE, 1 - EDGE]`, inside its bin
+    in float32, and is counted.
 
-    g is a chain of 1x1 convolutions, which correlate the noise of a pixel's colours, and affine couplings on alternate
-    colours of a checkerboard, at half the resolution where both sides are even. One network computes from the image
-    what all their conditioners see of it.
+    g is a chain of 1x1 convolutions, which correlate the noise of a pixel's colours, and affine
+    couplings on alternate colours of a checkerboard, at half the resolution where both sides are
+    even. One network computes from the image what all their conditioners see of it.
 
     Args:
         shape: of one image, `(C, H, W)`.
-        steps: of flow, a 1x1 convolution and a coupling, which transforms one of the checkerboard's two colours.
-        width: channels of the networks' hidden layers, and of what the conditioners see of the image.
+        steps: of flow, a 1x1 convolution and a coupling, which transforms one of the checkerboard's
+            two colours.
+        width: channels of the networks' hidden layers, and of what the conditioners see of the
+            image.
     """
 
     def __init__(self, shape: tuple[int, int, int], steps: int, width: int):
@@ -59,15 +64,26 @@ class VariationalNoise(nn.Module):
                 layers.append(Coupling(half, net, AffineTransform(), swap=i % 2 == 1))
             else:  # the first coupling is the one that transforms an image of one pixel
                 net = GlowNet(channels, 2 * channels, width, context_channels=width)
-                layers.append(CheckerboardCoupling((height, side), net, AffineTransform(), parity=(i + 1) % 2))
+                layers.append(
+                    CheckerboardCoupling((height, side), net, AffineTransform(), parity=(i + 1) % 2)
+                )
         self.flow = Sequential(*layers)
-        self.context = nn.Sequential(Conv2d(channels, width, 3), ReLU(), Conv2d(width, width, 3), ReLU())
+        self.context = nn.Sequential(
+            Conv2d(channels, width, 3), ReLU(), Conv2d(width, width, 3), ReLU()
+        )
 
     def forward(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and `log q(u|x)`, `(B,)` nats."""
+        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and `log
+        q(u|x)`, `(B,)` nats.
+        """
         eps = torch.special.ndtri(self.squeeze(noise)[0].clamp(SMALLEST, LARGEST))
         w, log_det = self.flow(eps, self.context(conditioner_input(self.squeeze(x)[0])))
-        # N(eps) / N(w), the constants of which cancel: du/dw is the standard normal density, but for the affine map.
-        log_q = 0.5 * sum_per_example(w.square() - eps.square()) - log_det - w[0].numel() * math.log1p(-2 * EDGE)
+        # N(eps) / N(w), the constants of which cancel: du/dw is the standard normal density, but
+        # for the affine map.
+        log_q = (
+            0.5 * sum_per_example(w.square() - eps.square())
+            - log_det
+            - w[0].numel() * math.log1p(-2 * EDGE)
+        )
         u = EDGE + (1 - 2 * EDGE) * torch.special.ndtr(w)
         return self.squeeze.inverse(u)[0], log_q

@@ -1,12 +1,17 @@
-"""Continuous flows: FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), on vectors and on flattened images.
+"""Continuous flows: FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), on vectors and on flattened
+images.
 
 Deliberate differences from the paper:
-- reported likelihoods have the exact trace; Hutchinson's estimator is for gradients alone, and above 16 dimensions;
-- the error of a step is the largest of all entries and examples, not a mean over the batch, and tolerances are a
-  hundredth in evaluation, so that there batch mates change a likelihood by rounding alone;
-- an ActNorm before each block, where the paper has a batch normalization between them; a block starts as the identity;
+- reported likelihoods have the exact trace; Hutchinson's estimator is for gradients alone, and
+  above 16 dimensions;
+- the error of a step is the largest of all entries and examples, not a mean over the batch, and
+  tolerances are a hundredth in evaluation, so that there batch mates change a likelihood by
+  rounding alone;
+- an ActNorm before each block, where the paper has a batch normalization between them; a block
+  starts as the identity;
 - time runs from 0 to 1: the paper learns the end, which is the same as a factor of the velocity;
-- images are flattened, without the convolutions and multi-scale architecture of the paper's MNIST and CIFAR-10.
+- images are flattened, without the convolutions and multi-scale architecture of the paper's MNIST
+  and CIFAR-10.
 """
 
 from typing import Annotated
@@ -31,16 +36,19 @@ def build(
     trace: Trace = "auto",
     adjoint: bool = False,
 ) -> Bijection:
-    """Continuous flow for data of `shape` (C, H, W) (the paper's for 2-D data: one block, three layers of 64).
+    """Continuous flow for data of `shape` (C, H, W) (the paper's for 2-D data: one block, three
+    layers of 64).
 
     Args:
         blocks: differential equations, one after the other.
         width: units of a hidden layer of the velocity's network.
         hidden_layers: hidden layers of it.
         solver: dopri5, or dopri8 for tolerances near the rounding of the numbers.
-        rtol: relative tolerance of a step of the solver in training; in evaluation a hundredth of it.
+        rtol: relative tolerance of a step of the solver in training; in evaluation a hundredth of
+            it.
         atol: absolute tolerance, likewise.
-        trace: exact or hutchinson, for gradients; auto is exact up to 16 dimensions. Evaluation is always exact.
+        trace: exact or hutchinson, for gradients; auto is exact up to 16 dimensions. Evaluation is
+            always exact.
         adjoint: gradients from the adjoint equation: less memory, more time.
     """
     torchdiffeq()  # says here that it is missing

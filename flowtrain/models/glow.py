@@ -1,10 +1,13 @@
-"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal 2018, arXiv:1807.03039).
+"""Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal 2018,
+arXiv:1807.03039).
 
 Deliberate differences from the paper and its release:
 - no ActNorm inside the conditioners (plain biases, PyTorch's initialization);
-- the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h + 2)`: bounded both
-  ways, and the identity at the start; ActNorm's and the 1x1 convolution's log-scales are bounded by tanh to +-8;
-- `initialization: whitening` sets each 1x1 convolution from the first batch by PCA (`rotation` is the paper's);
+- the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h +
+  2)`: bounded both ways, and the identity at the start; ActNorm's and the 1x1 convolution's
+  log-scales are bounded by tanh to +-8;
+- `initialization: whitening` sets each 1x1 convolution from the first batch by PCA (`rotation` is
+  the paper's);
 - the learned priors scale the latents instead of the base density, which is the same likelihood.
 """
 
@@ -63,22 +66,28 @@ def build(
 
     Args:
         levels: L; each halves the size, so both sides must be multiples of 2**L.
-        steps: K, steps of flow (ActNorm, permutation, coupling) per level; or one number for each level, finest first.
-        width: channels of the conditioners' hidden layers; or one number for each level. The coarser ones cost less.
-        coupling: affine, additive (volume preserving), spline (rational-quadratic, Durkan et al. 2019), or mixture (of
-            logistics, Ho et al. 2019).
+        steps: K, steps of flow (ActNorm, permutation, coupling) per level; or one number for each
+            level, finest first.
+        width: channels of the conditioners' hidden layers; or one number for each level. The
+            coarser ones cost less.
+        coupling: affine, additive (volume preserving), spline (rational-quadratic, Durkan et al.
+            2019), or mixture (of logistics, Ho et al. 2019).
         bins: of a spline.
         components: logistics of a mixture.
-        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by turns. A single
-            pixel has no second colour: there it is by channel.
-        conditioner: glow (3x3, 1x1, 3x3), gated (residual blocks with gates), or depthwise (separable residual blocks).
+        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by
+            turns. A single pixel has no second colour: there it is by channel.
+        conditioner: glow (3x3, 1x1, 3x3), gated (residual blocks with gates), or depthwise
+            (separable residual blocks).
         blocks: of a gated or depthwise conditioner.
         permutation: what mixes the channels before each coupling.
-        initialization: of the 1x1 convolutions: random rotations, or PCA whitening of the first batch.
-        prior: the transform of the half that leaves at a split, given the other, to the standard normal; as `coupling`.
+        initialization: of the 1x1 convolutions: random rotations, or PCA whitening of the first
+            batch.
+        prior: the transform of the half that leaves at a split, given the other, to the standard
+            normal; as `coupling`.
 
     Raises:
-        UserError: where the image cannot be squeezed `levels` times, or there are not `levels` numbers.
+        UserError: where the image cannot be squeezed `levels` times, or there are not `levels`
+            numbers.
     """
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
@@ -98,9 +107,13 @@ def build(
         transform = transforms[coupling]()
         if split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0):
             kept = channels // 2
-            net = nets[conditioner](kept, transform.parameters_per_entry * (channels - kept), width_of[level])
+            net = nets[conditioner](
+                kept, transform.parameters_per_entry * (channels - kept), width_of[level]
+            )
             return Coupling(kept, net, transform)
-        net = nets[conditioner](channels, transform.parameters_per_entry * channels, width_of[level])
+        net = nets[conditioner](
+            channels, transform.parameters_per_entry * channels, width_of[level]
+        )
         parity = (step // 2 if split == "mixed" else step) % 2
         return CheckerboardCoupling(size, net, transform, parity)
 
@@ -112,7 +125,10 @@ def build(
         channels, height, side = 4 * channels, height // 2, side // 2
         layers: list[Bijection] = [Squeeze()]
         for step in range(steps_of[level]):
-            layers += [ActNorm((channels, 1, 1)), _permutation(permutation, channels, initialization)]
+            layers += [
+                ActNorm((channels, 1, 1)),
+                _permutation(permutation, channels, initialization),
+            ]
             layers.append(couple(level, step, channels, (height, side)))
         level_bijections.append(Sequential(*layers))
         if level < levels - 1:
@@ -131,7 +147,9 @@ def build(
 def _per_level(key: str, value: int | list[int], levels: int) -> list[int]:
     values = value if isinstance(value, list) else [value] * levels
     if len(values) != levels:
-        raise UserError(f"model.{key}: {values} has {len(values)} numbers, for {levels} levels (model.levels)")
+        raise UserError(
+            f"model.{key}: {values} has {len(values)} numbers, for {levels} levels (model.levels)"
+        )
     return values
 
 

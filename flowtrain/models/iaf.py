@@ -1,10 +1,11 @@
-"""IAF: Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al. 2016, arXiv:1606.04934).
+"""IAF: Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al. 2016,
+arXiv:1606.04934).
 
-MAF with each autoregressive layer the other way round: samples take one pass, the density of given data takes D steps
-a layer, in training too. So it is for few dimensions.
+MAF with each autoregressive layer the other way round: samples take one pass, the density of given
+data takes D steps a layer, in training too. So it is for few dimensions.
 
-Deliberate differences from the paper: it is trained by maximum likelihood here, and not as a posterior; else those of
-`flowtrain.models.maf`.
+Deliberate differences from the paper: it is trained by maximum likelihood here, and not as a
+posterior; else those of `flowtrain.models.maf`.
 """
 
 from flowtrain.bijections import Bijection, Inverse

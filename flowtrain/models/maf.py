@@ -1,13 +1,17 @@
-"""MAF: Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou & Murray 2017, arXiv:1705.07057).
+"""MAF: Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou & Murray 2017,
+arXiv:1705.07057).
 
-Its data transform for images is the logit (`dequantization.transform: logit`; alpha 1e-6 for MNIST, 0.05 for CIFAR-10).
-A density takes one pass, samples take D steps a layer.
+Its data transform for images is the logit (`dequantization.transform: logit`; alpha 1e-6 for MNIST,
+0.05 for CIFAR-10). A density takes one pass, samples take D steps a layer.
 
 Deliberate differences from the paper:
-- ActNorm stands in front of each layer, where it has batch normalization behind: no example sees its batch mates;
-- the log-scale is `2 tanh(h / 2)`: bounded both ways; and `transform` has others than the affine one;
-- the conditioners (MADE, Germain et al. 2015) end in zeros, so that the flow starts as the identity; their degrees are
-  evenly spaced, and each row of weights is initialized by the number of inputs that it sees;
+- ActNorm stands in front of each layer, where it has batch normalization behind: no example sees
+  its batch mates;
+- the log-scale is `2 tanh(h / 2)`: bounded both ways; and `transform` has others than the affine
+  one;
+- the conditioners (MADE, Germain et al. 2015) end in zeros, so that the flow starts as the
+  identity; their degrees are evenly spaced, and each row of weights is initialized by the number of
+  inputs that it sees;
 - no mixture base (the paper's MAF MoG).
 """
 
@@ -58,8 +62,8 @@ def build(
         width: units of a hidden layer.
         hidden_layers: of each conditioner.
         order: of the entries in the next layer: reversed, or a random permutation.
-        transform: of an entry, given those before it: affine, spline (rational-quadratic, Durkan et al. 2019), or
-            mixture (of logistics, Ho et al. 2019).
+        transform: of an entry, given those before it: affine, spline (rational-quadratic, Durkan et
+            al. 2019), or mixture (of logistics, Ho et al. 2019).
     """
     return chain(shape, layers, width, hidden_layers, order, transform, lambda layer: layer)
 
@@ -73,12 +77,16 @@ def chain(
     transform: Kind,
     direction: Callable[[Bijection], Bijection],
 ) -> Bijection:
-    """What MAF and IAF share: `direction` is applied to each autoregressive layer; ActNorm always sees the data."""
+    """What MAF and IAF share: `direction` is applied to each autoregressive layer; ActNorm always
+    sees the data.
+    """
     dims = shape[0] * shape[1] * shape[2]
     bijections: list[Bijection] = [Flatten(shape)]
     for i in range(layers):
         if i > 0:
-            bijections.append(Permute(torch.arange(dims).flip(0) if order == "reverse" else torch.randperm(dims)))
+            bijections.append(
+                Permute(torch.arange(dims).flip(0) if order == "reverse" else torch.randperm(dims))
+            )
         elementwise = TRANSFORMS[transform]()
         net = MaskedDenseNet(dims, elementwise.parameters_per_entry, width, hidden_layers)
         bijections += [ActNorm((dims,)), direction(MaskedAutoregressive(net, elementwise))]

@@ -1,11 +1,15 @@
-"""NICE: Non-linear Independent Components Estimation (Dinh, Krueger & Bengio 2015, arXiv:1410.8516).
+"""NICE: Non-linear Independent Components Estimation (Dinh, Krueger & Bengio 2015,
+arXiv:1410.8516).
 
-Additive couplings on the flattened image, even entries against odd ones, one diagonal scaling, and a logistic prior.
+Additive couplings on the flattened image, even entries against odd ones, one diagonal scaling, and
+a logistic prior.
 
 Deliberate differences from the paper:
 - the last layer of each conditioner starts at zero, so that the flow starts as the identity;
-- the diagonal scaling is set from the first batch and has a shift (ActNorm); its log-scale is bounded by tanh to +-8;
-- the logistic prior is a fixed layer in front of the standard normal base, which is the same likelihood;
+- the diagonal scaling is set from the first batch and has a shift (ActNorm); its log-scale is
+  bounded by tanh to +-8;
+- the logistic prior is a fixed layer in front of the standard normal base, which is the same
+  likelihood;
 - uniform dequantization and centring, without the paper's ZCA for CIFAR-10.
 """
 
@@ -35,7 +39,8 @@ def build(
     hidden_layers: Annotated[int, Field(ge=1)] = 5,
     prior: Literal["logistic", "gaussian"] = "logistic",
 ) -> Bijection:
-    """NICE for images of `shape` (C, H, W) (section 5.1: four couplings; five hidden layers of 1000 for MNIST).
+    """NICE for images of `shape` (C, H, W) (section 5.1: four couplings; five hidden layers of 1000
+    for MNIST).
 
     Args:
         couplings: coupling layers; which half is kept alternates.
@@ -47,7 +52,8 @@ def build(
     entries = torch.arange(dims)
     layers: list[Bijection] = [Flatten(shape), Permute(torch.cat([entries[::2], entries[1::2]]))]
     for i in range(couplings):
-        # Alternately the even entries (the first half, the larger one where D is odd) and the odd ones are kept.
+        # Alternately the even entries (the first half, the larger one where D is odd) and the odd
+        # ones are kept.
         kept = (dims + 1) // 2 if i % 2 == 0 else dims // 2
         net = DenseNet(kept, dims - kept, width, hidden_layers)
         layers.append(Coupling(kept, net, AdditiveTransform(), swap=i % 2 == 1))

@@ -1,10 +1,14 @@
-"""Planar flows: Variational Inference with Normalizing Flows (Rezende & Mohamed 2015, arXiv:1505.05770, section 4.1).
+"""Planar flows: Variational Inference with Normalizing Flows (Rezende & Mohamed 2015,
+arXiv:1505.05770, section 4.1).
 
 Deliberate differences from the paper:
-- the closed form of a layer is data to latent, which is what maximum likelihood computes; samples come from its
-  inverse, one monotone equation a layer. In the paper it is latent to posterior, for variational inference;
-- the constraint that keeps a layer invertible is an exponential linear unit, with a derivative of 0.001 or more;
-- u starts at zero, so that the flow starts as the identity; an ActNorm in front brings the data to unit variance.
+- the closed form of a layer is data to latent, which is what maximum likelihood computes; samples
+  come from its inverse, one monotone equation a layer. In the paper it is latent to posterior, for
+  variational inference;
+- the constraint that keeps a layer invertible is an exponential linear unit, with a derivative of
+  0.001 or more;
+- u starts at zero, so that the flow starts as the identity; an ActNorm in front brings the data to
+  unit variance.
 """
 
 from typing import Annotated

@@ -1,16 +1,19 @@
-"""RealNVP: Density estimation using Real NVP (Dinh, Sohl-Dickstein & Bengio 2017, arXiv:1605.08803).
+"""RealNVP: Density estimation using Real NVP (Dinh, Sohl-Dickstein & Bengio 2017,
+arXiv:1605.08803).
 
 Its data transform is the logit (`dequantization.transform: logit`, alpha 0.05 as in section 4.1).
 
 Deliberate differences from the paper:
-- ActNorm stands where it has batch normalization, between the couplings and inside the conditioners: no example sees
-  its batch mates, and training and evaluation compute the same function;
-- the log-scale is `2 tanh(h / 2)` with a learned gain inside, where the paper has a learned scale times tanh;
+- ActNorm stands where it has batch normalization, between the couplings and inside the
+  conditioners: no example sees its batch mates, and training and evaluation compute the same
+  function;
+- the log-scale is `2 tanh(h / 2)` with a learned gain inside, where the paper has a learned scale
+  times tanh;
 - no weight normalization: ActNorm inside the residual blocks plays its part at the start;
 - a residual block is two 3x3 convolutions.
 
-Data without extent, `(C, 1, 1)`, such as points of the plane, have nothing to squeeze: there it is couplings on the
-halves of a vector by turns, with fully connected conditioners.
+Data without extent, `(C, 1, 1)`, such as points of the plane, have nothing to squeeze: there it is
+couplings on the halves of a vector by turns, with fully connected conditioners.
 """
 
 from typing import Annotated
@@ -42,14 +45,14 @@ def build(
 ) -> Bijection:
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 
-    Each level but the last: three checkerboard couplings, squeeze, three channel couplings, and half of the channels
-    leave. The last: four checkerboard couplings.
+    Each level but the last: three checkerboard couplings, squeeze, three channel couplings, and
+    half of the channels leave. The last: four checkerboard couplings.
 
     Args:
-        levels: scales; the image is squeezed `levels - 1` times (the paper: "downscale only once" for CIFAR-10 is 2).
-            Of vectors: four couplings each.
-        width: feature maps of the conditioners at the first scale, doubled after each squeeze. Of vectors: hidden
-            units.
+        levels: scales; the image is squeezed `levels - 1` times (the paper: "downscale only once"
+            for CIFAR-10 is 2). Of vectors: four couplings each.
+        width: feature maps of the conditioners at the first scale, doubled after each squeeze. Of
+            vectors: hidden units.
         blocks: residual blocks in each conditioner. Of vectors: hidden layers.
 
     Raises:
@@ -75,7 +78,10 @@ def build(
             half = channels // 2
             for i in range(3):
                 net = ResidualNet(half, 2 * half, width, blocks)
-                layers += [Coupling(half, net, AffineTransform(), swap=i % 2 == 1), ActNorm((channels, 1, 1))]
+                layers += [
+                    Coupling(half, net, AffineTransform(), swap=i % 2 == 1),
+                    ActNorm((channels, 1, 1)),
+                ]
             channels = half
             latent_shapes.append((half, height, side))
         else:
@@ -85,7 +91,9 @@ def build(
     return Multiscale(level_bijections, priors, latent_shapes)
 
 
-def _of_vectors(shape: tuple[int, int, int], couplings: int, width: int, hidden_layers: int) -> Bijection:
+def _of_vectors(
+    shape: tuple[int, int, int], couplings: int, width: int, hidden_layers: int
+) -> Bijection:
     dims = shape[0]
     layers: list[Bijection] = [Flatten(shape)]
     for i in range(couplings):

@@ -1,16 +1,20 @@
-"""Recursive flows on the sphere S^2: Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+"""Recursive flows on the sphere S^2: Normalizing Flows on Tori and Spheres (Rezende et al. 2020,
+arXiv:2002.02428).
 
-For points of the unit sphere in three dimensions, `(3, 1, 1)`; the density is with respect to its area.
+For points of the unit sphere in three dimensions, `(3, 1, 1)`; the density is with respect to its
+area.
 
 Deliberate differences from the paper:
-- the coordinates are longitude and latitude, with the log-determinant that goes with them; the paper's height, the sine
-  of the latitude, would preserve areas, but loses what is near a pole to float32;
-- the paper transforms the height, and the longitude given the height, once. Here that is done several times over, and
-  the latitude is given the longitude too: a coupling each, by turns;
+- the coordinates are longitude and latitude, with the log-determinant that goes with them; the
+  paper's height, the sine of the latitude, would preserve areas, but loses what is near a pole to
+  float32;
+- the paper transforms the height, and the longitude given the height, once. Here that is done
+  several times over, and the latitude is given the longitude too: a coupling each, by turns;
 - the base is the uniform density on the sphere, as in the paper, but written as two normal numbers;
 - all conditioners end in zeros, so that the flow starts as the uniform density, 1 / 4 pi.
 
-As any flow in these coordinates, its density at the two poles may depend on the longitude from which one comes.
+As any flow in these coordinates, its density at the two poles may depend on the longitude from
+which one comes.
 """
 
 import math
@@ -37,7 +41,9 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class CircularNet(nn.Module):
-    """A `DenseNet` of angles `(B, C)`, which it sees by cosine and sine: whole turns make no difference."""
+    """A `DenseNet` of angles `(B, C)`, which it sees by cosine and sine: whole turns make no
+    difference.
+    """
 
     def __init__(self, angles: int, out_features: int, width: int, hidden_layers: int):
         super().__init__()
@@ -58,7 +64,8 @@ def build(
     """Recursive flow for points of the unit sphere, `shape` (3, 1, 1).
 
     Args:
-        layers: of two couplings each: the longitude given the latitude, the latitude given the longitude.
+        layers: of two couplings each: the longitude given the latitude, the latitude given the
+            longitude.
         width: units of a hidden layer of a conditioner.
         hidden_layers: of each conditioner.
         bins: of the splines of the circle and of the latitude.
@@ -67,7 +74,10 @@ def build(
         UserError: for another shape.
     """
     if tuple(shape) != (3, 1, 1):
-        raise UserError(f"model.name: sphere is for points of the unit sphere, 3x1x1; got {'x'.join(map(str, shape))}")
+        raise UserError(
+            f"model.name: sphere is for points of the unit sphere, 3x1x1; got "
+            f"{'x'.join(map(str, shape))}"
+        )
     bijections: list[Bijection] = [SphereToAngles()]
     for _ in range(layers):
         circular = CircularSplineTransform(bins)

@@ -1,7 +1,9 @@
-"""Conditioner networks: from the kept part of a coupling (and context) to the parameters of its transform.
+"""Conditioner networks: from the kept part of a coupling (and context) to the parameters of its
+transform.
 
-Every last layer starts at zero, so that every coupling starts as the identity (Glow, section 3.3). Called as
-`net(kept, context)`; under autocast these networks, and nothing else, run in low precision.
+Every last layer starts at zero, so that every coupling starts as the identity (Glow, section 3.3).
+Called as `net(kept, context)`; under autocast these networks, and nothing else, run in low
+precision.
 """
 
 from typing import Any
@@ -17,11 +19,18 @@ from flowtrain.bijections.precision import conditioner_input
 class Conv2d(nn.Linear):
     """A convolution of odd size `k` that keeps the image's, `(B, C, H, W)` to `(B, C', H, W)`.
 
-    Its weight is a matrix, `(C', k * k * C / groups)`: what Muon takes, and as filters the order in memory that goes
-    with the activations of conditioners (channels last).
+    Its weight is a matrix, `(C', k * k * C / groups)`: what Muon takes, and as filters the order in
+    memory that goes with the activations of conditioners (channels last).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, groups: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        groups: int = 1,
+    ):
         super().__init__(kernel_size**2 * in_channels // groups, out_channels, bias)
         self.kernel_size = kernel_size
         self.groups = groups
@@ -35,9 +44,11 @@ class Conv2d(nn.Linear):
 
 
 class ZeroConv2d(Conv2d):
-    """A convolution that starts at zero, with a learned gain of each output channel: `exp(3 * log_gain)`.
+    """A convolution that starts at zero, with a learned gain of each output channel: `exp(3 *
+    log_gain)`.
 
-    As in the Glow release: the gain lets the outputs grow faster than the rate of Adam's steps would.
+    As in the Glow release: the gain lets the outputs grow faster than the rate of Adam's steps
+    would.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -53,7 +64,9 @@ class ZeroConv2d(Conv2d):
 
 
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
-    """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it is larger."""
+    """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it
+    is larger.
+    """
     x = conditioner_input(x)
     if context is None:
         return x
@@ -64,10 +77,12 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
 
 
 class _IntegerReLU(torch.autograd.Function):
-    """ReLU of bfloat16, in place, on its bits as 16-bit integers: three times as fast on a CPU, forward and backward.
+    """ReLU of bfloat16, in place, on its bits as 16-bit integers: three times as fast on a CPU,
+    forward and backward.
 
-    As integers the numbers >= 0 are >= 0, minus infinity is -128, everything negative is below that or equal, and what
-    lies between is NaN with a sign: it stays NaN, as it must (a ReLU fused into oneDNN's convolution would hide it).
+    As integers the numbers >= 0 are >= 0, minus infinity is -128, everything negative is below that
+    or equal, and what lies between is NaN with a sign: it stays NaN, as it must (a ReLU fused into
+    oneDNN's convolution would hide it).
     """
 
     @staticmethod
@@ -100,7 +115,9 @@ class ReLU(nn.Module):
 
 
 class GlowNet(nn.Module):
-    """3x3 - ReLU - 1x1 - ReLU - zero 3x3 (Glow, section 3.3 and appendix B): `(B, C, H, W)` to `(B, C', H, W)`."""
+    """3x3 - ReLU - 1x1 - ReLU - zero 3x3 (Glow, section 3.3 and appendix B): `(B, C, H, W)` to `(B,
+    C', H, W)`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, context_channels: int = 0):
         super().__init__()
@@ -117,7 +134,9 @@ class GlowNet(nn.Module):
 
 
 class ZeroNet(nn.Module):
-    """One zero convolution: Glow's learned prior of a factored-out half (the release's `split2d_prior`)."""
+    """One zero convolution: Glow's learned prior of a factored-out half (the release's
+    `split2d_prior`).
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -128,7 +147,9 @@ class ZeroNet(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalization over the channels of each pixel, `(B, C, H, W)` (as in Flow++, Ho et al. 2019)."""
+    """Layer normalization over the channels of each pixel, `(B, C, H, W)` (as in Flow++, Ho et al.
+    2019).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)

@@ -14,7 +14,9 @@ class ZeroLinear(nn.Linear):
 
 
 class DenseNet(nn.Module):
-    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1): `(B, D)` to `(B, D')`."""
+    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1): `(B, D)` to `(B,
+    D')`.
+    """
 
     def __init__(self, in_features: int, out_features: int, width: int, hidden_layers: int):
         super().__init__()

@@ -19,7 +19,8 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)  # a function of the sizes alone
+        # a function of the sizes alone
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         with torch.no_grad():
             seen = self.mask.sum(dim=1, keepdim=True).clamp(min=1)
             self.weight.mul_((self.in_features / seen).sqrt())
@@ -29,22 +30,32 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskedDenseNet(nn.Module):
-    """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters for each entry from those before it.
+    """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters for each entry
+    from those before it.
 
-    ReLU layers of one width, then a masked layer that starts at zero. The degree of a hidden unit, the number of
-    entries that it sees (the first ones), goes evenly from 1 to D - 1; the units are sorted by it, so that what an
-    entry depends on is the beginning of every layer. With a context, `(B, C', H, W)` or `(B, E)`, of which the first
-    layer sees all `context_features`, there are units that see no entry. Raises `ValueError` where it is missing.
+    ReLU layers of one width, then a masked layer that starts at zero. The degree of a hidden unit,
+    the number of entries that it sees (the first ones), goes evenly from 1 to D - 1; the units are
+    sorted by it, so that what an entry depends on is the beginning of every layer. With a context,
+    `(B, C', H, W)` or `(B, E)`, of which the first layer sees all `context_features`, there are
+    units that see no entry. Raises `ValueError` where it is missing.
 
     Args:
         dims: D.
-        parameters_per_entry: P; the outputs are one parameter of all entries after the other, as `Transform` has them.
+        parameters_per_entry: P; the outputs are one parameter of all entries after the other, as
+            `Transform` has them.
         width: units of a hidden layer.
         hidden_layers: their number, at least 1.
         context_features: entries of a context, 0 for none.
     """
 
-    def __init__(self, dims: int, parameters_per_entry: int, width: int, hidden_layers: int, context_features: int = 0):
+    def __init__(
+        self,
+        dims: int,
+        parameters_per_entry: int,
+        width: int,
+        hidden_layers: int,
+        context_features: int = 0,
+    ):
         super().__init__()
         lowest = 0 if context_features else min(1, dims - 1)
         # The last units see all entries but one, however few units there are.
@@ -59,7 +70,9 @@ class MaskedDenseNet(nn.Module):
         self.context = nn.Linear(context_features, width, bias=False) if context_features else None
 
     def _outside(self, context: Tensor | None) -> Tensor:
-        """What the first layer sees of the context, `(B, width)`; without one, zeros `(1, width)`."""
+        """What the first layer sees of the context, `(B, width)`; without one, zeros `(1,
+        width)`.
+        """
         if self.context is None:
             return self.last.weight.new_zeros(1, self.last.in_features)
         if context is None:
@@ -76,9 +89,11 @@ class MaskedDenseNet(nn.Module):
     def entry_by_entry(
         self, next_entry: Callable[[Tensor], Tensor], batch: int, context: Tensor | None = None
     ) -> Tensor:
-        """The `x` `(B, D)` of which each entry is `next_entry` of its parameters, `(B, P)` to `(B, 1)`, in order.
+        """The `x` `(B, D)` of which each entry is `next_entry` of its parameters, `(B, P)` to `(B,
+        1)`, in order.
 
-        Each hidden unit is computed once. Units and entries are rows here, so that those known are contiguous.
+        Each hidden unit is computed once. Units and entries are rows here, so that those known are
+        contiguous.
         """
         layers: list[MaskedLinear] = list(self.hidden)  # type: ignore[arg-type]
         # Of the units of each degree, and of each entry: their rows of every layer.
@@ -94,6 +109,8 @@ class MaskedDenseNet(nn.Module):
             for i in range(len(layers) if units else 0):
                 new = torch.addmm(biases[i][d], weights[i][d][:, : len(below)], below).relu()
                 hidden[i] = below = torch.cat([hidden[i], new])
-            parameters = torch.addmm(last_biases[d], last_weights[d][:, : len(hidden[-1])], hidden[-1])
+            parameters = torch.addmm(
+                last_biases[d], last_weights[d][:, : len(hidden[-1])], hidden[-1]
+            )
             x = torch.cat([x, next_entry(parameters.T).T])
         return x.T

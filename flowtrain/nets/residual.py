@@ -7,7 +7,9 @@ from flowtrain.nets.convolution import ChannelNorm, Conv2d, ReLU, ZeroConv2d, re
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, "identity mappings")."""
+    """Two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, "identity
+    mappings").
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -23,10 +25,18 @@ class _ResidualBlock(nn.Module):
 class ResidualNet(nn.Module):
     """The residual conditioner of RealNVP (section 3.7): 3x3, `blocks` residual blocks, zero 1x1.
 
-    ActNorm stands where the paper has batch normalization, so that an example does not see its batch mates.
+    ActNorm stands where the paper has batch normalization, so that an example does not see its
+    batch mates.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        blocks: int,
+        context_channels: int = 0,
+    ):
         super().__init__()
         self.first = Conv2d(in_channels + context_channels, width, 3)
         self.blocks = nn.Sequential(*(_ResidualBlock(width) for _ in range(blocks)))
@@ -46,11 +56,20 @@ class _Residual(nn.Sequential):
 
 
 class _BlockNet(nn.Module):
-    """A convolution, residual blocks, ReLU, a convolution that starts at zero: `(B, C, H, W)` to `(B, C', H, W)`."""
+    """A convolution, residual blocks, ReLU, a convolution that starts at zero: `(B, C, H, W)` to
+    `(B, C', H, W)`.
+    """
 
     kernel_size: int  # of the first convolution and the last
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, blocks: int, context_channels: int = 0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        blocks: int,
+        context_channels: int = 0,
+    ):
         super().__init__()
         self.layers = nn.Sequential(
             Conv2d(in_channels + context_channels, width, self.kernel_size),
@@ -67,21 +86,36 @@ class _BlockNet(nn.Module):
 
 
 class GatedNet(_BlockNet):
-    """Residual blocks `a * sigmoid(b)`, `a` and `b` from normalization, 3x3, ReLU, 1x1, as in Flow++ (section 3.3).
+    """Residual blocks `a * sigmoid(b)`, `a` and `b` from normalization, 3x3, ReLU, 1x1, as in
+    Flow++ (section 3.3).
 
-    With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no attention.
+    With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no
+    attention.
     """
 
     kernel_size = 3
 
     def _block(self, width: int) -> list[nn.Module]:
-        return [ChannelNorm(width), Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1), nn.GLU(dim=1)]
+        return [
+            ChannelNorm(width),
+            Conv2d(width, width, 3),
+            ReLU(),
+            Conv2d(width, 2 * width, 1),
+            nn.GLU(dim=1),
+        ]
 
 
 class DepthwiseNet(_BlockNet):
-    """Residual blocks of a depthwise-separable convolution (Chollet 2017): depthwise 3x3, normalization, ReLU, 1x1."""
+    """Residual blocks of a depthwise-separable convolution (Chollet 2017): depthwise 3x3,
+    normalization, ReLU, 1x1.
+    """
 
     kernel_size = 1
 
     def _block(self, width: int) -> list[nn.Module]:
-        return [Conv2d(width, width, 3, groups=width), ChannelNorm(width), ReLU(), Conv2d(width, width, 1)]
+        return [
+            Conv2d(width, width, 3, groups=width),
+            ChannelNorm(width),
+            ReLU(),
+            Conv2d(width, width, 1),
+        ]

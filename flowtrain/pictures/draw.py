@@ -1,7 +1,10 @@
-"""Pictures of samples and of paths: grids of images, or, for real-valued points, the points and their density.
+"""Pictures of samples and of paths: grids of images, or, for real-valued points, the points and
+their density.
 
-Points of the plane, `(2, 1, 1)`, are drawn where they are. Those of the unit sphere, `(3, 1, 1)`, by longitude and
-height: Lambert's cylindrical projection, in which equal areas of the sphere are equal areas of the picture.
+Points of the plane, `(2, 1, 1)`, are drawn where they are. Those of the unit sphere, `(3, 1, 1)`,
+by longitude and
+height: Lambert's cylindrical projection, in which equal areas of the sphere are equal areas of the
+    picture.
 """
 
 import math
@@ -43,10 +46,12 @@ def samples(
     data: Callable[[], Tensor],
     temperatures: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """Samples `x` `(T N, C, H, W)`, as many for each temperature, from the latents of `seed`: uint8 `(3, H', W')`.
+    """Samples `x` `(T N, C, H, W)`, as many for each temperature, from the latents of `seed`: uint8
+    `(3, H', W')`.
 
-    Images are a grid of so many columns. Points are shown beside the `data` and the log-density on a mesh, and below
-    how the latents are carried to the data, every few layers, without a temperature.
+    Images are a grid of so many columns. Points are shown beside the `data` and the log-density on
+    a mesh, and below how the latents are carried to the data, every few layers, without a
+    temperature.
 
     Raises `UserError` for real-valued data of which there is no picture.
     """
@@ -73,14 +78,18 @@ def samples(
 
 
 def paths(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> Tensor:
-    """Paths `(P, S, C, H, W)`, uint8 `(3, H', W')`: a row of images each, or lines over the `data`."""
+    """Paths `(P, S, C, H, W)`, uint8 `(3, H', W')`: a row of images each, or lines over the
+    `data`.
+    """
     if flow.levels is not None:
         return grid.grid(rows.flatten(0, 1), flow.levels, rows.shape[1])
     return _lines(rows, data())
 
 
 def path_frames(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> list[Tensor]:
-    """The pictures of an animation of paths `(P, S, C, H, W)`: of each step the images, or the lines until there."""
+    """The pictures of an animation of paths `(P, S, C, H, W)`: of each step the images, or the
+    lines until there.
+    """
     steps = range(rows.shape[1])
     if flow.levels is not None:
         return [grid.grid(rows[:, step], flow.levels, len(rows)) for step in steps]
@@ -100,7 +109,9 @@ def _lines(rows: Tensor, beside: Tensor) -> Tensor:
 
 
 def _line(path: Tensor) -> Tensor:
-    """Where a path is in a picture, `(S + breaks, 2)`: on the sphere it may leave at one side and go on at another."""
+    """Where a path is in a picture, `(S + breaks, 2)`: on the sphere it may leave at one side and
+    go on at another.
+    """
     places = coordinates(path)
     if path.flatten(1).shape[1] == 3:
         crossed = (places[:, 0].diff().abs() > math.pi).nonzero().flatten().numpy()
@@ -109,17 +120,23 @@ def _line(path: Tensor) -> Tensor:
 
 
 def coordinates(x: Tensor) -> Tensor:
-    """Where points are in a picture: those of the plane or of the sphere, `(N, ...)` to `(N, 2)`."""
+    """Where points are in a picture: those of the plane or of the sphere, `(N, ...)` to `(N,
+    2)`.
+    """
     x = x.flatten(1).cpu().double()
     if x.shape[1] == 3:
         return torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], dim=1)
     if x.shape[1] == 2:
         return x
-    raise UserError(f"there are no pictures of real-valued data of {x.shape[1]} dimensions, only .npz files")
+    raise UserError(
+        f"there are no pictures of real-valued data of {x.shape[1]} dimensions, only .npz files"
+    )
 
 
 def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:
-    """Points of the data space at the centres of a regular mesh, `(side**2, C, 1, 1)`, and the area of one."""
+    """Points of the data space at the centres of a regular mesh, `(side**2, C, 1, 1)`, and the area
+    of one.
+    """
     left, right, bottom, top = bounds
     width, height = (right - left) / side, (top - bottom) / side
     middle = torch.arange(side, dtype=torch.float64) + 0.5
@@ -160,9 +177,15 @@ def _figure(rows: int, columns: int, panel: float = PANEL) -> "tuple[Figure, lis
     return figure, panels
 
 
-def _scatter(axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None) -> None:
+def _scatter(
+    axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None
+) -> None:
     places = coordinates(x)[:POINTS].numpy()
-    style = {"c": "tab:blue"} if colours is None else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
+    style = (
+        {"c": "tab:blue"}
+        if colours is None
+        else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
+    )
     axes.scatter(places[:, 0], places[:, 1], s=2, linewidths=0, **style)
     _frame(axes, title, bounds)
 
@@ -170,10 +193,17 @@ def _scatter(axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tenso
 @torch.no_grad()
 def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     points, _ = mesh(flow, bounds, MESH)
-    values = torch.cat([flow.log_prob(part).cpu() for part in points.split(4096)]).reshape(MESH, MESH)
+    values = torch.cat([flow.log_prob(part).cpu() for part in points.split(4096)]).reshape(
+        MESH, MESH
+    )
     # Ten nats below the peak is nothing to the eye, and far away the density falls without end.
     axes.imshow(
-        values.numpy(), origin="lower", extent=bounds, aspect="auto", cmap="viridis", vmin=float(values.max()) - 10
+        values.numpy(),
+        origin="lower",
+        extent=bounds,
+        aspect="auto",
+        cmap="viridis",
+        vmin=float(values.max()) - 10,
     )
     _frame(axes, "log-density", bounds)
 

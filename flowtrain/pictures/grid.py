@@ -22,18 +22,24 @@ def to_8bit(images: Tensor, levels: int) -> Tensor:
 
 
 def grid(images: Tensor, levels: int, columns: int) -> Tensor:
-    """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`; small ones enlarged.
+    """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`; small ones
+    enlarged.
 
-    Each has a grey frame, unless it is the only one. (As torchvision's `make_grid`, whose import takes a second.)
+    Each has a grey frame, unless it is the only one. (As torchvision's `make_grid`, whose import
+    takes a second.)
     """
     factor = max(1, -(-SMALLEST_SIDE // min(images.shape[-2:])))
-    enlarged = to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    enlarged = (
+        to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    )
     count, _, height, width = enlarged.shape
     if count == 1:
         return enlarged[0].expand(3, -1, -1)
     columns = min(columns, count)
     rows = -(-count // columns)
-    picture = enlarged.new_full((3, rows * (height + FRAME) + FRAME, columns * (width + FRAME) + FRAME), GREY)
+    picture = enlarged.new_full(
+        (3, rows * (height + FRAME) + FRAME, columns * (width + FRAME) + FRAME), GREY
+    )
     for index, image in enumerate(enlarged):
         row, column = divmod(index, columns)
         top, left = FRAME + row * (height + FRAME), FRAME + column * (width + FRAME)

@@ -18,10 +18,12 @@ BATCH_SIZE = 100
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation (Shoemake 1985) between latents `(D,)`, for each of `t` `(S,)`: `(S, D)`.
+    """Spherical interpolation (Shoemake 1985) between latents `(D,)`, for each of `t` `(S,)`: `(S,
+    D)`.
 
-    The ends are `a` and `b` exactly. In between the norm stays typical of a standard normal, where a straight line
-    would pass through the improbable middle. (Anti)parallel latents are joined by a straight line.
+    The ends are `a` and `b` exactly. In between the norm stays typical of a standard normal, where
+    a straight line would pass through the improbable middle. (Anti)parallel latents are joined by a
+    straight line.
     """
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
@@ -34,17 +36,22 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """Between pairs of images, both uint8 `(P, C, H, W)`: uint8 `(P, steps, C, H, W)`, the ends included."""
+    """Between pairs of images, both uint8 `(P, C, H, W)`: uint8 `(P, steps, C, H, W)`, the ends
+    included.
+    """
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
     return torch.stack([flow.decode(path) for path in paths])
 
 
-def between_classes(flow: Flow, split: Split, first: int, second: int, pairs: int, steps: int) -> Tensor:
-    """Images of one class moved to another, along the difference of the classes' mean latents (Glow, section 6.2).
+def between_classes(
+    flow: Flow, split: Split, first: int, second: int, pairs: int, steps: int
+) -> Tensor:
+    """Images of one class moved to another, along the difference of the classes' mean latents
+    (Glow, section 6.2).
 
-    The first `P = pairs` images of class `first`, and means over up to `ATTRIBUTE_IMAGES` images of each class: uint8
-    `(P, steps, C, H, W)`, the first of each row as it is.
+    The first `P = pairs` images of class `first`, and means over up to `ATTRIBUTE_IMAGES` images of
+    each class: uint8 `(P, steps, C, H, W)`, the first of each row as it is.
 
     Raises `UserError` where there are no labels, or too few images of a class.
     """
@@ -54,17 +61,26 @@ def between_classes(flow: Flow, split: Split, first: int, second: int, pairs: in
     for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
         where = (split.labels == label).nonzero().flatten().numpy()
         if len(where) < needed:
-            raise UserError(f"{option} {label}: the split has {len(where)} images of it, {needed} are needed")
+            raise UserError(
+                f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"
+            )
         where = where[: max(ATTRIBUTE_IMAGES, needed)]
-        latents = [flow.encode(split.take(part)) for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))]
+        latents = [
+            flow.encode(split.take(part))
+            for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))
+        ]
         of_class[label] = torch.cat(latents)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
     t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
     return torch.stack([flow.decode(z + t * direction) for z in of_class[first][:pairs]])
 
 
-def from_test_images(model: LoadedModel, data: DataSet, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if there are too few."""
+def from_test_images(
+    model: LoadedModel, data: DataSet, pairs: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if
+    there are too few.
+    """
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
     split = data.split("test")
     if len(split) < 2 * pairs:
@@ -74,10 +90,14 @@ def from_test_images(model: LoadedModel, data: DataSet, pairs: int, seed: int) -
 
 
 def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Two image files, brought to the model's shape by its data set's resize policy (`crop` where it has none)."""
+    """Two image files, brought to the model's shape by its data set's resize policy (`crop` where
+    it has none).
+    """
     flow, policy = model.flow, model.config.data.options().get("resize", "crop")
     levels = flow.levels
     if levels is None:
         raise UserError("--images: the model is of real-valued data, not of images")
-    first, second = (torch.from_numpy(open_image(path, flow.shape, levels, policy)) for path in files)
+    first, second = (
+        torch.from_numpy(open_image(path, flow.shape, levels, policy)) for path in files
+    )
     return first[None], second[None]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flowtrain.pictures.grid import to_8bit
 
-# Lossless formats, with what makes each small. WebP's method is an effort from 0 to 6: on CIFAR-10, 6 takes 50 times as
-# long as 2 and needs more bits. (JPEG XL: where a plugin has told Pillow about it.)
+# Lossless formats, with what makes each small. WebP's method is an effort from 0 to 6: on CIFAR-10,
+# 6 takes 50 times as long as 2 and needs more bits. (JPEG XL: where a plugin has told Pillow about
+# it.)
 FORMATS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
     "WEBP": {"lossless": True, "quality": 100, "method": 2, "exact": True},
@@ -32,23 +33,36 @@ def encoded(image: Tensor, name: str) -> bytes:
     """An image `(C, H, W)`, uint8, C 1 or 3, as a file of a lossless format."""
     buffer = io.BytesIO()
     pixels = image.movedim(0, -1).contiguous().numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, name, **FORMATS[name])
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(
+        buffer, name, **FORMATS[name]
+    )
     return buffer.getvalue()
 
 
 def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """The inverse of `encoded`: an image of `shape`. Raises `ValueError` for another picture, or what Pillow raises."""
+    """The inverse of `encoded`: an image of `shape`. Raises `ValueError` for another picture, or
+    what Pillow raises.
+    """
     channels, height, width = shape
     with Image.open(io.BytesIO(data), formats=formats()) as image:
-        if image.size != (width, height) or image.mode not in ("RGB", "L" if channels == 1 else "RGB"):
-            raise ValueError(f"a picture of {image.width}x{image.height} {image.mode} instead of {width}x{height}")
+        if image.size != (width, height) or image.mode not in (
+            "RGB",
+            "L" if channels == 1 else "RGB",
+        ):
+            raise ValueError(
+                f"a picture of {image.width}x{image.height} {image.mode} instead of "
+                f"{width}x{height}"
+            )
         pixels = np.array(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return torch.from_numpy(pixels).movedim(-1, 0)[:channels]  # WebP has no grey: three equal channels
+    # WebP has no grey: three equal channels
+    return torch.from_numpy(pixels).movedim(-1, 0)[:channels]
 
 
 def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
-    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give all of them back."""
+    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give
+    all of them back.
+    """
     lengths = []
     for image in to_8bit(images, levels):
         file = encoded(image, name)
@@ -59,8 +73,8 @@ def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
     return torch.tensor(lengths)
 
 
-# What Pillow is asked for, and the bytes of the file that are there whatever the image: a PNG's signature, IHDR, IEND
-# and the frame of IDAT; a WebP's RIFF header and the header of its one chunk.
+# What Pillow is asked for, and the bytes of the file that are there whatever the image: a PNG's
+# signature, IHDR, IEND and the frame of IDAT; a WebP's RIFF header and the header of its one chunk.
 CODERS: dict[str, tuple[dict[str, Any], int]] = {
     "PNG": (FORMATS["PNG"], 8 + 25 + 12 + 12),
     "WEBP": (FORMATS["WEBP"], 12 + 8),
@@ -73,7 +87,9 @@ def coders() -> list[str]:
 
 
 def compressed_bytes(image: np.ndarray, coder: str) -> int:
-    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without the constant ones of its container."""
+    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without the constant ones of
+    its container.
+    """
     options, constant = CODERS[coder]
     buffer = io.BytesIO()
     picture_of(image).save(buffer, coder, **options)
@@ -82,11 +98,14 @@ def compressed_bytes(image: np.ndarray, coder: str) -> int:
 
 def picture_of(image: np.ndarray) -> Image.Image:
     """`(1, H, W)` in grey or `(3, H, W)` in colour."""
-    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return Image.fromarray(
+        image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    )
 
 
 def complexity(images: np.ndarray) -> np.ndarray:
-    """L(x): bits/dim of the shortest of the lossless coders' codes, for uint8 `(N, C, H, W)`: `(N,)`.
+    """L(x): bits/dim of the shortest of the lossless coders' codes, for uint8 `(N, C, H, W)`:
+    `(N,)`.
 
     What is coded are the values as they are, 0..Q-1, not stretched to 0..255.
     """

@@ -20,17 +20,21 @@ def sample(
     progress: Callable[[int, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
 ) -> Tensor:
-    """`num` images for each temperature, from the same latents: uint8 `(len(temperatures) * num, C, H, W)`.
+    """`num` images for each temperature, from the same latents: uint8 `(len(temperatures) * num, C,
+    H, W)`.
 
-    The latents are drawn on the CPU, image by image: the first ones depend on the seed alone. With `classes`, of a
-    class-conditional model, `num` for each temperature and class, from the same latents again.
+    The latents are drawn on the CPU, image by image: the first ones depend on the seed alone. With
+    `classes`, of a class-conditional model, `num` for each temperature and class, from the same
+    latents again.
 
     Raises `UserError` for a class that the model does not have.
     """
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
     for label in classes:
         if not flow.classes:
-            raise UserError(f"--classes {label}: the model is not class-conditional (model.classes is 0)")
+            raise UserError(
+                f"--classes {label}: the model is not class-conditional (model.classes is 0)"
+            )
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else None

@@ -11,14 +11,27 @@ from matplotlib.figure import Figure
 
 from flowtrain.runs.record import Row
 
-COLOURS = ("#4477cc", "#dd7722", "#2a9d5c", "#cc3344", "#8866cc", "#997755", "#cc66aa", "#888888", "#a0a020", "#1fa0b0")
+COLOURS = (
+    "#4477cc",
+    "#dd7722",
+    "#2a9d5c",
+    "#cc3344",
+    "#8866cc",
+    "#997755",
+    "#cc66aa",
+    "#888888",
+    "#a0a020",
+    "#1fa0b0",
+)
 STYLES = ("-", "--", ":", "-.")  # once the colours are used up
 STARTING = 0.05  # of a run's images: the loss falls so fast at first that the rest would look flat
 INK = "#010203"  # of text and lines; no other colour of a chart is this one
 
 
 def compare(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
-    """A PNG of the loss against time and against images, for runs by name: validation bold, training faint."""
+    """A PNG of the loss against time and against images, for runs by name: validation bold,
+    training faint.
+    """
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("seconds", "images"), strict=True):
         handles = _losses(axes, runs, key, unit)
@@ -30,12 +43,16 @@ def compare(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
 
 
 def report(rows: Sequence[Row], unit: str) -> dict[str, str]:
-    """The curves of one run by title, each an SVG element for HTML, its ink the colour of the page's text."""
+    """The curves of one run by title, each an SVG element for HTML, its ink the colour of the
+    page's text.
+    """
     train = [row for row in rows if row.split == "train"]
 
     def of_training(key: str, scale: str, label: str) -> Callable[[Axes], object]:
         def draw(axes: Axes) -> None:
-            points = [(row.images, value) for row in train if (value := getattr(row, key)) is not None]
+            points = [
+                (row.images, value) for row in train if (value := getattr(row, key)) is not None
+            ]
             axes.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[0], lw=1.2)
             axes.set(xlabel="images", ylabel=label, yscale=scale)
             axes.grid(alpha=0.25)
@@ -43,9 +60,15 @@ def report(rows: Sequence[Row], unit: str) -> dict[str, str]:
         return draw
 
     return {
-        f"Loss, {unit}, against time": _svg(lambda axes: _losses(axes, {"": rows}, "seconds", unit), "time"),
-        f"Loss, {unit}, against images seen": _svg(lambda axes: _losses(axes, {"": rows}, "images", unit), "images"),
-        "Norm of the gradient, before clipping": _svg(of_training("grad_norm", "log", "norm"), "gradient"),
+        f"Loss, {unit}, against time": _svg(
+            lambda axes: _losses(axes, {"": rows}, "seconds", unit), "time"
+        ),
+        f"Loss, {unit}, against images seen": _svg(
+            lambda axes: _losses(axes, {"": rows}, "images", unit), "images"
+        ),
+        "Norm of the gradient, before clipping": _svg(
+            of_training("grad_norm", "log", "norm"), "gradient"
+        ),
         "Learning rate": _svg(of_training("lr", "linear", "rate"), "rate"),
         "Speed of training, without validation": _svg(
             of_training("images_per_second", "linear", "images a second"), "speed"
@@ -56,11 +79,20 @@ def report(rows: Sequence[Row], unit: str) -> dict[str, str]:
 def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) -> list[Any]:
     """Draws both splits of each run, and returns a line for each run's entry in a legend."""
     handles, shown = [], []
-    scale, along = _time([row.seconds for rows in runs.values() for row in rows]) if key == "seconds" else (1, key)
+    scale, along = (
+        _time([row.seconds for rows in runs.values() for row in rows])
+        if key == "seconds"
+        else (1, key)
+    )
     for index, rows in enumerate(runs.values()):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
-        for split, look in (("train", {"lw": 1, "alpha": 0.55}), ("validation", {"lw": 1.6, "marker": ".", "ms": 6})):
-            points = [(row, loss) for row in rows if row.split == split and (loss := row.loss) is not None]
+        for split, look in (
+            ("train", {"lw": 1, "alpha": 0.55}),
+            ("validation", {"lw": 1.6, "marker": ".", "ms": 6}),
+        ):
+            points = [
+                (row, loss) for row in rows if row.split == split and (loss := row.loss) is not None
+            ]
             x = [getattr(row, key) / scale for row, _ in points]
             (line,) = axes.plot(x, [loss for _, loss in points], style, color=colour, **look)
             shown += [loss for row, loss in points if row.images >= STARTING * rows[-1].images]
@@ -76,13 +108,24 @@ def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) 
 def _time(seconds: Sequence[float]) -> tuple[float, str]:
     """What to divide seconds by, and its name."""
     longest = max(seconds, default=0)
-    return (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
+    return (
+        (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
+    )
 
 
 def _svg(draw: Callable[[Axes], object], name: str) -> str:
     figure = Figure(figsize=(4.2, 2.9), layout="constrained")
-    keys: Any = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    with matplotlib.rc_context({**dict.fromkeys(keys, INK), "svg.fonttype": "none", "svg.hashsalt": name}):
+    keys: Any = (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "xtick.color",
+        "ytick.color",
+        "grid.color",
+    )
+    with matplotlib.rc_context(
+        {**dict.fromkeys(keys, INK), "svg.fonttype": "none", "svg.hashsalt": name}
+    ):
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_facecolor("none")

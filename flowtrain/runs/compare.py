@@ -1,4 +1,6 @@
-"""Several runs side by side: what each reached, with how much time and data, and what keeps them from comparing."""
+"""Several runs side by side: what each reached, with how much time and data, and what keeps them
+from comparing.
+"""
 
 import statistics
 from collections.abc import Collection, Sequence
@@ -11,7 +13,9 @@ from flowtrain.runs.record import Evaluation, Record
 
 # Where images lie, how they are read, and what is written when: no part of what is learned.
 NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
-NO_SETTINGS |= {f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")}
+NO_SETTINGS |= {
+    f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+}
 HELD_OUT = {"data.validation", "data.split_seed"}
 # With these too the test images are the same.
 NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
@@ -47,17 +51,23 @@ def once(paths: Sequence[Path]) -> list[Path]:
 def names(paths: Sequence[Path]) -> list[str]:
     """What to call each run: its folder's name, or its path where two have the same."""
     short = [path.resolve().name for path in paths]
-    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    return [
+        name if short.count(name) == 1 else str(path)
+        for name, path in zip(short, paths, strict=True)
+    ]
 
 
 def result(name: str, record: Record) -> Result:
     """What a run has reached."""
     summary = record.summary
     states: list[Any] = [summary, *record.rows]
-    newest = max(states, key=lambda state: state.seconds)  # the summary is as old as the last checkpoint
+    # the summary is as old as the last checkpoint
+    newest = max(states, key=lambda state: state.seconds)
     speeds = [row.images_per_second for row in record.rows if row.images_per_second is not None]
     validations = [
-        (loss, row.step) for row in record.rows if row.split == "validation" and (loss := row.loss) is not None
+        (loss, row.step)
+        for row in record.rows
+        if row.split == "validation" and (loss := row.loss) is not None
     ]
     best = min(validations, default=(summary.best, summary.best_step))
     return Result(
@@ -87,12 +97,17 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
         if own.validation is None:
             found.append(f"{own.run} has no validation figure")
         if own.test is None:
-            found.append(f"{own.run} has no test figure: flowtrain evaluate {record.path} fills it in")
+            found.append(
+                f"{own.run} has no test figure: flowtrain evaluate {record.path} fills it in"
+            )
         elif own.test.dataset != own.data:
-            found.append(f"{own.run}: its test figure is of other data than its own ({own.test.dataset})")
+            found.append(
+                f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
+            )
         elif own.test.step != evaluated:
             found.append(
-                f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of step {evaluated}: "
+                f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
+                f"step {evaluated}: "
                 f"flowtrain evaluate {record.path} brings it up to date"
             )
         if not record.rows:
@@ -107,23 +122,34 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
                 "their losses do not compare"
             )
         elif of_data & HELD_OUT:
-            found.append(f"{own.run} and {first_name} hold out different images: their validation does not compare")
+            found.append(
+                f"{own.run} and {first_name} hold out different images: their validation does not "
+                f"compare"
+            )
         if settings := changed.keys() - NO_SETTINGS:
             found.append(f"{own.run} differs from {first_name} in {_listed(changed, settings)}")
     tests = [own.test for own in results if own.test is not None]
     measured = sorted({(test.dataset, test.bound, test.samples, test.num_images) for test in tests})
     if len(measured) > len({test.dataset for test in tests}):
-        ways = ", ".join(f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured)
+        ways = ", ".join(
+            f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured
+        )
         found.append(f"the test figures were not measured alike ({ways})")
     return found
 
 
 def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configurations differ, with both values; of another model or data set just the name."""
+    """The keys in which two configurations differ, with both values; of another model or data set
+    just the name.
+    """
     changed = {key: (old, new) for key, old, new in differences(first, other)}
     for section in ("data", "model"):
         if (name := f"{section}.name") in changed:
-            changed = {key: pair for key, pair in changed.items() if key == name or not key.startswith(f"{section}.")}
+            changed = {
+                key: pair
+                for key, pair in changed.items()
+                if key == name or not key.startswith(f"{section}.")
+            }
     return changed
 
 

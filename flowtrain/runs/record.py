@@ -1,4 +1,5 @@
-"""What a run directory says about its run: the files of `train` and `evaluate`, checked as they are read.
+"""What a run directory says about its run: the files of `train` and `evaluate`, checked as they are
+read.
 
 Needs no torch, and runs no code that a configuration names.
 """
@@ -27,7 +28,8 @@ class Summary(File):
     seconds: float
     finished: bool
     best_validation_bits_per_dim: float | None
-    best_validation_nats: float | None = None  # there for real-valued data only, in the place of bits
+    # there for real-valued data only, in the place of bits
+    best_validation_nats: float | None = None
     best_step: int | None
     parameters: int
 
@@ -39,7 +41,9 @@ class Summary(File):
     @property
     def best(self) -> float | None:
         """Of the validations."""
-        return self.best_validation_nats if self.unit == "nats" else self.best_validation_bits_per_dim
+        return (
+            self.best_validation_nats if self.unit == "nats" else self.best_validation_bits_per_dim
+        )
 
 
 class Row(File):
@@ -78,7 +82,9 @@ class Evaluation(File):
 
     @property
     def loss(self) -> tuple[float | None, float | None]:
-        """Bits/dim with its standard error; of real-valued data, whose likelihood is exact, nats."""
+        """Bits/dim with its standard error; of real-valued data, whose likelihood is exact,
+        nats.
+        """
         if self.bound == "exact":
             return self.nats_per_image, self.nats_per_image_stderr
         return self.bits_per_dim, self.bits_per_dim_stderr
@@ -97,7 +103,9 @@ class RunConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Record:
-    """A run directory: its configuration, summary, metrics in order, and evaluation of the test split, if any."""
+    """A run directory: its configuration, summary, metrics in order, and evaluation of the test
+    split, if any.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -109,11 +117,13 @@ class Record:
 def read(path: Path) -> Record:
     """Reads a run directory, also one that is being written.
 
-    Raises `UserError`, naming the file, where it is missing or is not what `train` or `evaluate` write. A run that has
-    logged nothing yet has no metrics.
+    Raises `UserError`, naming the file, where it is missing or is not what `train` or `evaluate`
+    write. A run that has logged nothing yet has no metrics.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: {'is not a run directory' if path.exists() else 'no such run directory'}")
+        raise UserError(
+            f"{path}: {'is not a run directory' if path.exists() else 'no such run directory'}"
+        )
     config = configuration.load_yaml(path / "config.yaml")
     _checked(RunConfig, config, str(path / "config.yaml"))
     metrics, test = path / "metrics.jsonl", path / "evaluate-test.json"
@@ -151,7 +161,11 @@ Kind = TypeVar("Kind", bound=BaseModel)
 def _checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kind:
     """JSON text, or values already parsed, as one of the kinds above."""
     try:
-        return kind.model_validate_json(content) if isinstance(content, str) else kind.model_validate(content)
+        return (
+            kind.model_validate_json(content)
+            if isinstance(content, str)
+            else kind.model_validate(content)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

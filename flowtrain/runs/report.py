@@ -1,4 +1,6 @@
-"""One HTML file about a model: what it is, how it learned, what it scores, draws and gives back, and its health."""
+"""One HTML file about a model: what it is, how it learned, what it scores, draws and gives back,
+and its health.
+"""
 
 import base64
 import functools
@@ -30,7 +32,8 @@ TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 SAMPLES = 16  # of each temperature, four in a row
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
-COMPARED = 16  # test images whose distance to the training images is what a sample's is compared with
+# test images whose distance to the training images is what a sample's is compared with
+COMPARED = 16
 CHUNK = 2**22  # pixels of training images at a time
 HEALTH = 16  # how much longer the health table takes than any other part
 SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
@@ -45,14 +48,16 @@ class Part:
 
     @staticmethod
     def of(make: Callable[[], Any]) -> "Part":
-        """What `make` gives. Missing data, or a model that fails, leave the rest of a report as it is."""
+        """What `make` gives. Missing data, or a model that fails, leave the rest of a report as it
+        is.
+        """
         try:
             return Part(make())
         except (UserError, RunError, FloatingPointError) as error:
             return Part(problem=str(error))
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,30 @@ def _levels(flow: Flow) -> int:
 
 
 def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
-    """Encodes and decodes integers `x` `(N, C, H, W)`. Raises `FloatingPointError` where that is not finite."""
+    """Encodes and decodes integers `x` `(N, C, H, W)`. Raises `FloatingPointError` where that is
+    not finite.
+    """
     levels = _levels(flow)
-    back = torch.cat([flow.decode(flow.encode(part)).cpu() for part in x.split(fitting_batch_size(flow))])
+    back = torch.cat(
+        [flow.decode(flow.encode(part)).cpu() for part in x.split(fitting_batch_size(flow))]
+    )
     difference = (back.int() - x.int()).abs()
     by_image = difference.flatten(1).amax(dim=1)  # (N,)
     worst = by_image.argsort(descending=True, stable=True)
     amplification = max(1, levels // 4)  # one level is to be seen
     seen = (amplification * difference).clamp(max=levels - 1).to(torch.uint8)
     exact = int((by_image == 0).sum())
-    return Reconstructions(x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification)
+    return Reconstructions(
+        x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification
+    )
 
 
 def nearest(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` images of a split nearest to each of the queries `(N, C, H, W)`, by L2 distance of pixels in 0..1.
+    """The `count` images of a split nearest to each of the queries `(N, C, H, W)`, by L2 distance
+    of pixels in 0..1.
 
-    Distances `(N, count)` in ascending order, and positions in the split `(N, count)`. The split is read in chunks.
+    Distances `(N, count)` in ascending order, and positions in the split `(N, count)`. The split is
+    read in chunks.
     """
     # |q|^2 - 2 qx + |x|^2 of integers is exact in float64: a copy has distance 0.
     q = queries.flatten(1).double()  # (N, D)
@@ -97,15 +110,18 @@ def nearest(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Ten
     chunk = max(1, CHUNK // q.shape[1])
     for start in range(0, len(split), chunk):
         x = split.take(slice(start, start + chunk)).flatten(1).double()
-        squared = q.square().sum(dim=1, keepdim=True) - 2 * q @ x.T + x.square().sum(dim=1)  # (N, B)
+        # (N, B)
+        squared = q.square().sum(dim=1, keepdim=True) - 2 * q @ x.T + x.square().sum(dim=1)
         both = torch.cat([best, squared], dim=1)
-        positions = torch.cat([where, torch.arange(start, start + len(x)).expand_as(squared)], dim=1)
+        positions = torch.cat(
+            [where, torch.arange(start, start + len(x)).expand_as(squared)], dim=1
+        )
         best, order = both.topk(min(count, both.shape[1]), largest=False)
         where = positions.gather(1, order)
     return best.sqrt() / (levels - 1), where
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(
@@ -116,12 +132,15 @@ def page(
     seed: int = 0,
     progress: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> tuple[str, list[str]]:
-    """The report of a model as HTML that needs no other file, and what is missing in it, a line each.
+    """The report of a model as HTML that needs no other file, and what is missing in it, a line
+    each.
 
-    `data` are of the model's shape, or the reason why they are not there. The run's `metrics.jsonl` and evaluations are
-    read. `num_images` test images are reconstructed, and used for the health table.
+    `data` are of the model's shape, or the reason why they are not there. The run's `metrics.jsonl`
+    and evaluations are read. `num_images` test images are reconstructed, and used for the health
+    table.
     """
-    temperatures = TEMPERATURES if model.flow.levels is not None else (1.0,)  # points are shown with much else
+    # points are shown with much else
+    temperatures = TEMPERATURES if model.flow.levels is not None else (1.0,)
     flow, run = model.flow, run_of(model.checkpoint.path)
 
     def there() -> DataSet:
@@ -131,7 +150,9 @@ def page(
 
     def samples(temperature: float) -> Tensor:
         x = sample(flow, SAMPLES if flow.levels is not None else draw.POINTS, [temperature], seed)
-        return draw.samples(flow, x, 4, seed, lambda: there().split("test").take(slice(0, draw.POINTS)))
+        return draw.samples(
+            flow, x, 4, seed, lambda: there().split("test").take(slice(0, draw.POINTS))
+        )
 
     def health() -> list[tuple[Finding, list[Finding]]]:
         def note(done: int, total: int) -> None:
@@ -143,7 +164,9 @@ def page(
         "curves": lambda: _curves(run, flow.unit),
         "evaluations": lambda: _evaluations(run),
         **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
-        "reconstructions": lambda: reconstruct(flow, there().split("test").take(slice(0, num_images))),
+        "reconstructions": lambda: reconstruct(
+            flow, there().split("test").take(slice(0, num_images))
+        ),
         "nearest training images": lambda: _neighbours(flow, there(), seed),
         "health": health,
     }
@@ -161,7 +184,9 @@ def page(
         "grid": lambda x, columns=1: grid.grid(x, _levels(flow), columns),
         "png": _png,
     }
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    )
     html = template.render(
         parts=parts,
         model=model,
@@ -193,7 +218,9 @@ def _evaluations(run: Path) -> list[tuple[Path, record.Evaluation]]:
 
 
 class Neighbour(NamedTuple):
-    """A training image: `(1, C, H, W)`, its position in the training split, and its distance to a sample."""
+    """A training image: `(1, C, H, W)`, its position in the training split, and its distance to a
+    sample.
+    """
 
     image: Tensor
     position: int
@@ -201,7 +228,9 @@ class Neighbour(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """Samples `(1, C, H, W)` with their nearest training images, and how far new images are from theirs."""
+    """Samples `(1, C, H, W)` with their nearest training images, and how far new images are from
+    theirs.
+    """
 
     samples: list[tuple[Tensor, list[Neighbour]]]
     typical: float  # median distance of test images to their nearest training image
@@ -213,9 +242,19 @@ def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
     drawn, compared = sample(flow, SHOWN, [1.0], seed), data.split("test").take(slice(0, COMPARED))
     distances, positions = nearest(torch.cat([drawn, compared]), train, levels, NEAREST)
     samples = []
-    for one, near, found in zip(drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True):
+    for one, near, found in zip(
+        drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True
+    ):
         alike = train.take(found).split(1)
-        samples.append((one, [Neighbour(*each) for each in zip(alike, found.tolist(), near.tolist(), strict=True)]))
+        samples.append(
+            (
+                one,
+                [
+                    Neighbour(*each)
+                    for each in zip(alike, found.tolist(), near.tolist(), strict=True)
+                ],
+            )
+        )
     return Neighbours(samples, distances[SHOWN:, 0].median().item(), len(compared))
 
 
@@ -225,7 +264,9 @@ def by_check(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]
     for finding in findings:
         checks.setdefault(finding.check, []).append(finding)
     ordered = [sorted(found, key=_rank) for found in checks.values()]
-    return sorted(((found[0], found) for found in ordered), key=lambda pair: SEVERITY[pair[0].verdict])
+    return sorted(
+        ((found[0], found) for found in ordered), key=lambda pair: SEVERITY[pair[0].verdict]
+    )
 
 
 def _rank(finding: Finding) -> tuple[int, float]:

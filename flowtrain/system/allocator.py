@@ -12,15 +12,18 @@ _MIB = 2**20
 def keep_freed_memory() -> bool:
     """Freed tensors stay with the process, for the next ones; returns whether the C library agreed.
 
-    By default glibc gives blocks above a threshold, which it raises to 32 MiB at most, back to the system as soon as
-    they are free, and likewise the end of its heap; the next step, or batch of samples, faults the same pages in again,
-    which is a quarter of the time of sampling. The memory's peak is the same, but the process stays there.
+    By default glibc gives blocks above a threshold, which it raises to 32 MiB at most, back to the
+    system as soon as they are free, and likewise the end of its heap; the next step, or batch of
+    samples, faults the same pages in again, which is a quarter of the time of sampling. The
+    memory's peak is the same, but the process stays there.
 
-    Call it before tensors are made. It does nothing where the C library is not glibc (musl, macOS, Windows).
+    Call it before tensors are made. It does nothing where the C library is not glibc (musl, macOS,
+    Windows).
     """
     try:
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  # other libraries give mallopt's numbers another meaning
+        # Other libraries give the numbers of mallopt another meaning.
+        libc.gnu_get_libc_version  # noqa: B018
         mallopt = libc.mallopt
     except (AttributeError, OSError, TypeError):
         return False

@@ -9,12 +9,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated; on the CPU within the limit of the container, if there is one."""
+    """Bytes that can still be allocated; on the CPU within the limit of the container, if there is
+    one.
+    """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for tensors
+        # torch's own, for tensors
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return min(
-        _of_the_machine(), *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+        _of_the_machine(),
+        *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))),
     )
 
 
@@ -28,7 +32,9 @@ def _of_the_machine() -> int:
 
 
 def _control_groups(mount: Path, own: Path) -> list[Path]:
-    """The folder of this process's control group (version 2) and those above it: of a container, just `mount`."""
+    """The folder of this process's control group (version 2) and those above it: of a container,
+    just `mount`.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:  # not Linux
@@ -43,10 +49,16 @@ def _of_the_group(cgroup: Path) -> int:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
         # Of the pages that count as used, those of files are given up when memory is needed.
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        statistics = dict(
+            line.split() for line in (cgroup / "memory.stat").read_text().splitlines()
+        )
     except (OSError, ValueError):
         return 2**63 - 1
-    return 2**63 - 1 if limit == "max" else max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+    return (
+        2**63 - 1
+        if limit == "max"
+        else max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+    )
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
@@ -57,7 +69,8 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its stages on standard error
+    # else the profiler reports its stages on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     allocated = largest = 0

@@ -26,9 +26,17 @@ class ProgressBar:
         self.title = title
         self.seconds_between_lines = seconds_between_lines
         self.started = self.last_line = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         self.bar = Progress(
-            *columns, TextColumn("{task.fields[text]}"), console=console, disable=not console.is_terminal
+            *columns,
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
         )
         self.task = self.bar.add_task(title, total=None, text="")
 
@@ -37,14 +45,21 @@ class ProgressBar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 
     def __call__(self, done: float, total: float, text: str = "") -> None:
         self.bar.update(self.task, completed=done, total=total, text=text)
         now = time.monotonic()
-        if not console.is_terminal and done < total and now - self.last_line > self.seconds_between_lines:
+        if (
+            not console.is_terminal
+            and done < total
+            and now - self.last_line > self.seconds_between_lines
+        ):
             self.last_line = now
             left = (now - self.started) / max(done, 1e-9) * (total - done)
             console.print(f"{self.title}: {done:g} of {total:g}, {duration(left)} left")

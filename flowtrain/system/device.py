@@ -7,36 +7,56 @@ from flowtrain.system import distributed
 
 
 def resolve(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError` otherwise.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError`
+    otherwise.
 
     Of several processes on a machine each has a GPU of its own: `cuda` is that of its local rank.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdigit())):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine, or this build of torch, has no CUDA device; use --device cpu")
+        raise UserError(
+            f"--device {name}: this machine, or this build of torch, has no CUDA device; use "
+            f"--device cpu"
+        )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        raise UserError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: this machine has no MPS device; use --device cpu")
     if distributed.world() > 1 and (index or kind == "mps"):
-        raise UserError(f"--device {name}: there are {distributed.world()} processes; expected auto, cpu or cuda")
+        raise UserError(
+            f"--device {name}: there are {distributed.world()} processes; expected auto, cpu or "
+            f"cuda"
+        )
     if kind == "cuda" and distributed.world() > 1:
         if distributed.local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"--device {name}: {torch.cuda.device_count()} CUDA devices on this machine, none for the process of "
-                f"local rank {distributed.local_rank()}: start no more processes than devices (--nproc-per-node)"
+                f"--device {name}: {torch.cuda.device_count()} CUDA devices on this machine, none "
+                f"for the process of "
+                f"local rank {distributed.local_rank()}: start no more processes than devices "
+                f"(--nproc-per-node)"
             )
         name = f"cuda:{distributed.local_rank()}"
         torch.cuda.set_device(name)
     if kind == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32; its default rounds convolutions to 10 bits
+        # float32 means float32; its default rounds convolutions to 10 bits
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait until it has come to that."""
+    """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait until it
+    has come to that.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,9 +1,11 @@
-"""Several processes that train or evaluate one model: what they agree about, and nothing where there is one.
+"""Several processes that train or evaluate one model: what they agree about, and nothing where
+there is one.
 
-torchrun says in the environment how many processes there are and which one this is. They talk in two ways. Tensors go
-through torch's process group (gloo on the CPU, nccl between GPUs). Small facts, and the news that one has failed, go
-through the store by which they found each other: so one that fails while the others wait for something else is heard
-all the same, and all end with its exit code and its one message.
+torchrun says in the environment how many processes there are and which one this is. They talk in
+two ways. Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Small
+facts, and the news that one has failed, go through the store by which they found each other: so one
+that fails while the others wait for something else is heard all the same, and all end with its exit
+code and its one message.
 """
 
 import contextlib
@@ -39,7 +41,8 @@ T = TypeVar("T")
 
 FAILED = "failed"  # the store's key for the exit code of the first process to fail
 MEETING_TIMEOUT = 600.0  # seconds
-LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others as soon as it sees one that has ended badly
+# seconds; torchrun sends SIGTERM to all others as soon as it sees one that has ended badly
+LINGER = 1.0
 CHUNK = 2**28  # bytes sent at a time
 
 # What torch says where the other end of a connection is gone.
@@ -58,7 +61,9 @@ _group: _Group | None = None  # none where there is one process
 
 
 def launched() -> bool:
-    """Whether this is one of several processes that torchrun, or another launcher in its way, has started."""
+    """Whether this is one of several processes that torchrun, or another launcher in its way, has
+    started.
+    """
     try:
         return int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", -1)) >= 0
     except ValueError:
@@ -92,7 +97,9 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def local_rank() -> int:
-    """Which process of this machine this is: the number of its GPU. Raises `UserError` where nothing says so."""
+    """Which process of this machine this is: the number of its GPU. Raises `UserError` where
+    nothing says so.
+    """
     return int(_variable("LOCAL_RANK")) if _group else 0
 
 
@@ -106,21 +113,23 @@ def _variable(name: str) -> str:
     value = os.environ.get(name, "")
     if not value or (name != "MASTER_ADDR" and not value.isdigit()):
         raise UserError(
-            f"{name}: is {value!r} in the environment, where RANK is {os.environ['RANK']} and WORLD_SIZE "
+            f"{name}: is {value!r} in the environment, where RANK is {os.environ['RANK']} and "
+            f"WORLD_SIZE "
             f"{os.environ['WORLD_SIZE']}: start several processes with torchrun"
         )
     return value
 
 
-# --- from the start to the end ----------------------------------------------------------------------------------------
+# --- from the start to the end --------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def setup() -> Iterator[None]:
     """Joins the processes of torchrun for one command; where there is one, does nothing.
 
-    They leave together: process 0 last, and where one fails, all with its exit code. That one raises its own error, the
-    others `EndedElsewhere`, so that a message that concerns all is printed once.
+    They leave together: process 0 last, and where one fails, all with its exit code. That one
+    raises its own error, the others `EndedElsewhere`, so that a message that concerns all is
+    printed once.
 
     Raises:
         UserError: where the environment is incomplete.
@@ -154,31 +163,40 @@ def setup() -> Iterator[None]:
 
 def _join() -> _Group:
     address = f"{_variable('MASTER_ADDR')}:{_variable('MASTER_PORT')}"
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    backend = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    )
     try:
         store, rank, world = next(rendezvous("env://"))
         store = dist.PrefixStore(_meeting(store, rank, world), store)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world
+        )
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others through "
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others "
+            f"through "
             f"MASTER_ADDR:MASTER_PORT {address}: {str(error).splitlines()[0]}"
         ) from error
     return _Group(dist.PrefixStore("flowtrain", store), rank, world)
 
 
 def _meeting(store: dist.Store, rank: int, world: int) -> str:
-    """A name for these processes together, which no others had before them. Raises `RunError` if some do not come.
+    """A name for these processes together, which no others had before them. Raises `RunError` if
+    some do not come.
 
-    torchrun's store outlives a restart of the processes, and with it what the last ones wrote, such as their addresses.
-    So each brings a word of its own, and process 0 goes on asking until all have agreed to the same words.
+    torchrun's store outlives a restart of the processes, and with it what the last ones wrote, such
+    as their addresses. So each brings a word of its own, and process 0 goes on asking until all
+    have agreed to the same words.
     """
     own = uuid.uuid4().hex
     store.set(f"word/{rank}", own)
     give_up = time.monotonic() + MEETING_TIMEOUT
     while time.monotonic() < give_up:
         if rank == 0 and store.check([f"word/{other}" for other in range(world)]):
-            store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(world)))
+            store.set(
+                "words", " ".join(store.get(f"word/{other}").decode() for other in range(world))
+            )
         words = store.get("words") if store.check(["words"]) else b""
         if own.encode() in words.split():
             name = hashlib.sha256(words).hexdigest()
@@ -188,26 +206,36 @@ def _meeting(store: dist.Store, rank: int, world: int) -> str:
             if store.check([f"{name}/all"]):
                 return name
         time.sleep(0.01)
-    raise RunError(f"process {rank} of {world} has waited {MEETING_TIMEOUT / 60:g} minutes for the others to start")
+    raise RunError(
+        f"process {rank} of {world} has waited {MEETING_TIMEOUT / 60:g} minutes for the others to "
+        f"start"
+    )
 
 
 @contextlib.contextmanager
 def losing_a_process(advice: str = "") -> Iterator[None]:
-    """Turns the error of a communication whose other end is gone into a `RunError` that says so, with some advice."""
+    """Turns the error of a communication whose other end is gone into a `RunError` that says so,
+    with some advice.
+    """
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        if world() == 1 or not (isinstance(error, dist.DistError | ConnectionError) or _LOST.search(str(error))):
+        if world() == 1 or not (
+            isinstance(error, dist.DistError | ConnectionError) or _LOST.search(str(error))
+        ):
             raise
         message = (
-            f"process {rank()} of {world()} has lost another process of this run: it was killed, or its machine cannot "
+            f"process {rank()} of {world()} has lost another process of this run: it was killed, "
+            f"or its machine cannot "
             "be reached"
         )
         raise RunError(f"{message}; {advice}" if advice else message) from error
 
 
 def _leave() -> None:
-    """Returns when process 0 is done, and on process 0 when all know it: it may be the one that holds the store."""
+    """Returns when process 0 is done, and on process 0 when all know it: it may be the one that
+    holds the store.
+    """
     assert _group is not None
     if is_main():
         _say("left")
@@ -218,7 +246,8 @@ def _leave() -> None:
 
 
 def _failed(error: BaseException) -> BaseException:
-    """What to raise for an error that ends this process: itself, or `EndedElsewhere` if another one failed before.
+    """What to raise for an error that ends this process: itself, or `EndedElsewhere` if another one
+    failed before.
 
     Returns when all have failed, or a moment later.
     """
@@ -252,9 +281,11 @@ def _linger(keys: list[str]) -> None:
 
 
 def _hang_up(error: BaseException) -> None:
-    """Closes the process group's connections: those that wait for a tensor of this process find out that it is gone.
+    """Closes the process group's connections: those that wait for a tensor of this process find out
+    that it is gone.
 
-    They do when nothing refers to the group any more, such as DistributedDataParallel in the frames of the error.
+    They do when nothing refers to the group any more, such as DistributedDataParallel in the frames
+    of the error.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -264,7 +295,7 @@ def _hang_up(error: BaseException) -> None:
     gc.collect()
 
 
-# --- small facts, through the store -----------------------------------------------------------------------------------
+# --- small facts, through the store ---------------------------------------------------------------
 
 
 def exchange(value: Any = None) -> list[Any]:
@@ -287,7 +318,9 @@ def ready() -> None:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns on process 0 (plain data), which alone calls it; an error there ends all."""
+    """What `function` returns on process 0 (plain data), which alone calls it; an error there ends
+    all.
+    """
     value: T = exchange(function() if is_main() else None)[0]
     return value
 
@@ -296,7 +329,8 @@ def from_main(function: Callable[[], T]) -> T:
 def one_first() -> Iterator[None]:
     """Process 0 goes first, then the first process of every other machine, then all the rest.
 
-    For what fills a cache or downloads: it is done once, whether the machines share their disks or not.
+    For what fills a cache or downloads: it is done once, whether the machines share their disks or
+    not.
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
     for _ in range(turn):
@@ -316,7 +350,9 @@ def _keys(name: str) -> list[str]:
 
 
 def _wait(keys: list[str]) -> None:
-    """Looks again and again, where the store could wait itself: so signals are heard, and the failure of another."""
+    """Looks again and again, where the store could wait itself: so signals are heard, and the
+    failure of another.
+    """
     assert _group is not None
     pause = 0.001
     while not _group.store.check(keys):
@@ -326,11 +362,13 @@ def _wait(keys: list[str]) -> None:
         pause = min(2 * pause, 0.05)
 
 
-# --- tensors, through the process group -------------------------------------------------------------------------------
+# --- tensors, through the process group -----------------------------------------------------------
 
 
 def total(values: list[float]) -> list[float]:
-    """The sums over all processes, in float64: the same numbers everywhere. Alone, the values as they are."""
+    """The sums over all processes, in float64: the same numbers everywhere. Alone, the values as
+    they are.
+    """
     if _group is None:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
@@ -339,7 +377,9 @@ def total(values: list[float]) -> list[float]:
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's: parts that follow each other, as equal as can be, perhaps empty."""
+    """Which of `count` things are this process's: parts that follow each other, as equal as can be,
+    perhaps empty.
+    """
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
@@ -352,7 +392,9 @@ def gather(part: Tensor, count: int) -> Tensor:
     padded[:, : part.shape[1]] = part
     parts = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(parts, padded)
-    lengths = [count * (other + 1) // world() - count * other // world() for other in range(world())]
+    lengths = [
+        count * (other + 1) // world() - count * other // world() for other in range(world())
+    ]
     return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
 
 
@@ -371,10 +413,14 @@ def bytes_from_main(function: Callable[[], bytes]) -> bytes:
 
 
 def copy_from_main(module: nn.Module) -> None:
-    """Gives all processes the weights and buffers of process 0: no difference between machines can part them then."""
+    """Gives all processes the weights and buffers of process 0: no difference between machines can
+    part them then.
+    """
     if _group is not None:
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(safetensors.torch.load(bytes_from_main(lambda: safetensors.torch.save(tensors))))
+        module.load_state_dict(
+            safetensors.torch.load(bytes_from_main(lambda: safetensors.torch.save(tensors)))
+        )
 
 
 def parallel(flow: nn.Module) -> nn.Module:
@@ -385,10 +431,17 @@ def parallel(flow: nn.Module) -> nn.Module:
     if _group is None:
         return flow
     ready()
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a new name for broadcast_buffers
+    # of a new name for broadcast_buffers
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager:
-    """Around a forward and backward pass of `parallel`'s result: if there are `more`, the averaging waits for those."""
-    return flow.no_sync() if more and isinstance(flow, DistributedDataParallel) else contextlib.nullcontext()
+    """Around a forward and backward pass of `parallel`'s result: if there are `more`, the averaging
+    waits for those.
+    """
+    return (
+        flow.no_sync()
+        if more and isinstance(flow, DistributedDataParallel)
+        else contextlib.nullcontext()
+    )

@@ -9,11 +9,15 @@ from flowtrain.errors import RunError, UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """To a temporary name, flushed to the disk, then renamed. Raises `RunError` where that fails."""
+    """To a temporary name, flushed to the disk, then renamed. Raises `RunError` where that
+    fails.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
+        )
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(data)
@@ -29,7 +33,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 # What is wrong with a path, where any other error of writing is the disk's.
-_BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_BAD_PATH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 def save(path: Path, data: bytes) -> None:

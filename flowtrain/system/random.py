@@ -18,10 +18,13 @@ class Stream(enum.IntEnum):
     PAIRS = 6
 
 
-def generator(seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(
+    seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A generator that depends on its key alone (such as the step, or an image's index).
 
-    So the state of a resumed run needs no generator, and neither batch size nor device changes the draws.
+    So the state of a resumed run needs no generator, and neither batch size nor device changes the
+    draws.
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))

@@ -1,4 +1,6 @@
-"""`train --dry-run`: what a run will cost, from random pixels, so that nothing is downloaded or written."""
+"""`train --dry-run`: what a run will cost, from random pixels, so that nothing is downloaded or
+written.
+"""
 
 import dataclasses
 import functools
@@ -32,7 +34,9 @@ MIB = 2**20
 
 
 def dry_run(config: Config, device: torch.device) -> None:
-    """Prints the parameters, the memory and the speed of a run. Raises `UserError` where it could not start."""
+    """Prints the parameters, the memory and the speed of a run. Raises `UserError` where it could
+    not start.
+    """
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels).to(device)
     require_trainable(flow, config)
@@ -47,7 +51,9 @@ def dry_run(config: Config, device: torch.device) -> None:
         if flow.latent_dims < flow.dims:
             x = x / x.norm(dim=1, keepdim=True)  # on a surface: the unit sphere
     else:
-        x = torch.randint(data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8).to(device)
+        x = torch.randint(
+            data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8
+        ).to(device)
     some = x[:INITIALIZATION_IMAGES]
     initialize(flow, some, draw_noise(some.shape, random, device))
     averaged = Average(flow, train.ema) if train.ema else None
@@ -60,15 +66,20 @@ def dry_run(config: Config, device: torch.device) -> None:
         return
     per_step = _seconds_of_a_step(state, x, labels)
     images = distributed.world() * batch / per_step
-    console.print(f"speed: {per_step:.3f} s a step, {images:,.0f} images/s (median of {TIMED_STEPS} steps)")
+    console.print(
+        f"speed: {per_step:.3f} s a step, {images:,.0f} images/s (median of {TIMED_STEPS} steps)"
+    )
     if train.num_steps is not None:
         console.print(
-            f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} steps, validation apart"
+            f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} "
+            f"steps, validation apart"
         )
     else:
         assert train.budget is not None
         steps = train.budget / per_step
-        console.print(f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart")
+        console.print(
+            f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart"
+        )
 
 
 def _seconds_of_a_step(state: State, x: torch.Tensor, labels: torch.Tensor | None) -> float:
@@ -87,26 +98,36 @@ def _seconds_of_a_step(state: State, x: torch.Tensor, labels: torch.Tensor | Non
 def _with_memory(state: State, mode: Mode) -> State:
     """The same with another `train.memory`. Without optimizers gradients stay, and add up."""
     train = state.config.train.model_copy(update={"memory": mode})
-    return dataclasses.replace(state, config=state.config.model_copy(update={"train": train}), optimizers=[])
+    return dataclasses.replace(
+        state, config=state.config.model_copy(update={"train": train}), optimizers=[]
+    )
 
 
 def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
-    """What each mode of `train.memory` takes at this batch size, and the largest batch that would fit.
+    """What each mode of `train.memory` takes at this batch size, and the largest batch that would
+    fit.
 
-    Measured with a few images, so that it can be said of too large a batch. Returns whether the chosen mode fits.
+    Measured with a few images, so that it can be said of too large a batch. Returns whether the
+    chosen mode fits.
     """
     few = x[:MEASURED_IMAGES]
     _, grad_norm = train_step(state, few)
     optimizer_step(state, grad_norm)  # makes the optimizers' state
     gradients = sum(p.nbytes for p in state.flow.parameters())
-    kept = [t for optimizer in state.optimizers for values in optimizer.state.values() for t in values.values()]
+    kept = [
+        t
+        for optimizer in state.optimizers
+        for values in optimizer.state.values()
+        for t in values.values()
+    ]
     kept += [] if state.average is None else state.average.flow.parameters()
     fixed = 2 * gradients + sum(t.nbytes for t in kept)
     free = available(device)
     # The processes of a machine share its memory. All but the activations is there already.
     left = free // distributed.local_world() if device.type == "cpu" else free
     console.print(
-        f"memory: {fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for activations, "
+        f"memory: {fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for "
+        f"activations, "
         f"with {free / MIB:,.0f} MiB available:"
     )
     chosen_fits = True
@@ -119,7 +140,8 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
         if chosen:
             chosen_fits = needed <= left
         console.print(
-            f"  {mode}: {needed / MIB:,.0f} MiB for {len(x)} images, up to {max(0, left - constant) // per_image:,.0f} "
+            f"  {mode}: {needed / MIB:,.0f} MiB for {len(x)} images, up to "
+            f"{max(0, left - constant) // per_image:,.0f} "
             f"images would fit{' (chosen)' if chosen else ''}"
         )
     state.zero_grad()
@@ -129,7 +151,8 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
 def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[float, float]:
     """Bytes of a step beyond the gradients, whatever its images, and those for each image.
 
-    From two numbers of images, so many that what each takes outweighs the rest (copies of weights, and the like).
+    From two numbers of images, so many that what each takes outweighs the rest (copies of weights,
+    and the like).
     """
     size = math.ceil(min(MEASURED_IMAGES, len(x)) / 2)
     peaks = [_peak_of_a_step(state, x[:size], device)]
@@ -144,21 +167,28 @@ def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[f
 def _peak_of_a_step(state: State, x: torch.Tensor, device: torch.device) -> int:
     step = functools.partial(train_step, state, x)
     step()  # makes what is made once
-    return max(distributed.exchange(peak(step, device)))  # the same everywhere: all take as many steps
+    # the same everywhere: all take as many steps
+    return max(distributed.exchange(peak(step, device)))
 
 
 def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
-    """Each gradient costs what the convolution does. (torch's count of the weight's knows of no groups.)"""
+    """Each gradient costs what the convolution does. (torch's count of the weight's knows of no
+    groups.)
+    """
     of_x, of_weight, _ = others[-1]
     return conv_flop_count(x, weight, grad) * (of_x + of_weight)
 
 
 def _print_compute(state: State, x: torch.Tensor) -> None:
-    """Floating-point operations of matrix products and convolutions; a multiplication and an addition are two."""
+    """Floating-point operations of matrix products and convolutions; a multiplication and an
+    addition are two.
+    """
     few = x[:MEASURED_IMAGES]
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         state.flow(few, torch.full(few.shape, 0.5, device=x.device))
-    counts = {name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()}
+    counts = {
+        name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
+    }
     conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
     own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
@@ -166,7 +196,8 @@ def _print_compute(state: State, x: torch.Tensor) -> None:
     state.zero_grad()
     total = max(1, forward.get_total_flops())
     console.print(
-        f"compute: {total / len(few) / 1e9:.4g} GFLOP of products and convolutions for the likelihood of an image, "
+        f"compute: {total / len(few) / 1e9:.4g} GFLOP of products and convolutions for the "
+        f"likelihood of an image, "
         f"{100 * conditioners / total:.1f}% of it in conditioners; "
         f"{step.get_total_flops() / len(few) * len(x) / 1e9:.4g} GFLOP a training step"
     )

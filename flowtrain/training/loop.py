@@ -48,7 +48,9 @@ def fit(
             return
         console.print(f"reading {config.data.name}")
         with distributed.one_first():  # it may download
-            batches = Batches(data, config, config.train.batch_size * config.train.accumulate, device)
+            batches = Batches(
+                data, config, config.train.batch_size * config.train.accumulate, device
+            )
             validation = data.split("validation")
         fingerprint = data.fingerprint
         if batches.labels is not None:
@@ -61,12 +63,15 @@ def fit(
             run.cut_back(state.progress.step, config)
             announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
-                # The last good state, from the start: `last` may not exist yet, or be later than the one resumed from.
+                # The last good state, from the start: `last` may not exist yet, or be later than
+                # the one resumed from.
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # it was another run's
                 save(state, run, numbered=False)
             distributed.ready()  # what could not be written has been said
-            advice = f"{run.last} is the last checkpoint, and good: the same command goes on from there"
+            advice = (
+                f"{run.last} is the last checkpoint, and good: the same command goes on from there"
+            )
             with (
                 distributed.losing_a_process(advice),
                 ProgressBar("training", seconds_between_lines=math.inf) as bar,
@@ -76,17 +81,30 @@ def fit(
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
-        console.print(f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, TensorBoard events)")
+        console.print(
+            f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, "
+            f"TensorBoard events)"
+        )
 
 
-def _loop(state: State, run: RunDirectory, batches: Batches, validation: Split, stop: "Stop", bar: ProgressBar) -> None:
+def _loop(
+    state: State,
+    run: RunDirectory,
+    batches: Batches,
+    validation: Split,
+    stop: "Stop",
+    bar: ProgressBar,
+) -> None:
     config = state.config.train
     clock = Clock(state)
     while not state.progress.finished and not stop.signum:
         for x, labels in batches.labelled_from(state.progress.step, state.progress.images):
             own_loss, gradient = train_step(state, x, labels)
             loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
-            rate = learning_rate(config, state.progress.step, state.progress.seconds) * state.progress.lr_scale
+            rate = (
+                learning_rate(config, state.progress.step, state.progress.seconds)
+                * state.progress.lr_scale
+            )
             if not math.isfinite(loss + grad_norm):
                 _go_back(state, run, x, loss, grad_norm, rate)
                 break  # the order of the batches starts again from the step that was restored
@@ -101,12 +119,14 @@ def _loop(state: State, run: RunDirectory, batches: Batches, validation: Split, 
             clock.tick(batches.all_processes)
             validates = ends or progress.step % config.validate_every == 0
             periodic = ends or progress.step % config.checkpoint_every == 0
-            # A finite gradient may still have taken a weight to infinity: no such state is ever saved.
+            # A finite gradient may still have taken a weight to infinity: no such state is ever
+            # saved.
             if (validates or periodic or stop.signum) and not state.weights_are_finite():
                 _go_back(state, run, x, loss, grad_norm, rate)
                 break
             if stop.signum and validates and not ends:
-                save(state, run, numbered=False)  # at once: who asks for the end may not wait for a validation
+                # at once: who asks for the end may not wait for a validation
+                save(state, run, numbered=False)
             progress.finished = ends
             if ends or progress.step % config.log_every == 0:
                 log(state, run, grad_norm, rate, clock, bar)
@@ -122,46 +142,75 @@ def _loop(state: State, run: RunDirectory, batches: Batches, validation: Split, 
                 break
 
 
-def _agree(state: State, clock: "Clock", stop: "Stop", loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
-    """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's clock, any signal."""
-    means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]  # waits for the device
+def _agree(
+    state: State, clock: "Clock", stop: "Stop", loss: Tensor, grad_norm: Tensor
+) -> tuple[float, float]:
+    """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's
+    clock, any signal.
+    """
+    # waits for the device
+    means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]
     clock.tick()
     seconds = state.progress.seconds if distributed.is_main() else 0.0
     asked = [float(stop.asked == signum) for signum in STOPPING]
-    loss_mean, norm_mean, state.progress.seconds, *asked = distributed.total([*means, seconds, *asked])
+    loss_mean, norm_mean, state.progress.seconds, *asked = distributed.total(
+        [*means, seconds, *asked]
+    )
     stop.signum = next((signum for signum, count in zip(STOPPING, asked, strict=True) if count), 0)
     return loss_mean, norm_mean
 
 
-def _go_back(state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float) -> None:
-    """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or the end."""
+def _go_back(
+    state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float
+) -> None:
+    """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or
+    the end.
+    """
     failed_step = state.progress.step
     noise = noise_of(state.config, failed_step, x, distributed.rank() * len(x))
-    layers = [layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer]
+    layers = [
+        layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
+    ]
     # A gradient is that of all processes, an output that of the one with the image to blame.
-    layer = next((layer for layer in layers if not layer.startswith("gradient")), layers[0] if layers else None)
+    layer = next(
+        (layer for layer in layers if not layer.startswith("gradient")),
+        layers[0] if layers else None,
+    )
     where = layer or "no layer, when computed again in float32"
     events = state.progress.non_finite + 1
     evidence = run.write_json(
         f"non-finite-{events}.json",
-        {"step": failed_step, "loss": str(loss), "grad_norm": str(grad_norm), "lr": rate, "first_non_finite": layer},
+        {
+            "step": failed_step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "lr": rate,
+            "first_non_finite": layer,
+        },
     )
-    console.print(f"step {failed_step}: loss {loss}, gradient norm {grad_norm}: first not finite: {where} ({evidence})")
+    console.print(
+        f"step {failed_step}: loss {loss}, gradient norm {grad_norm}: first not finite: {where} "
+        f"({evidence})"
+    )
     lr_scale = state.progress.lr_scale / 2
     # The best checkpoint stays, though it may be of a later step.
     kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
     last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
-    state.progress = dataclasses.replace(state.progress, **kept, non_finite=events, lr_scale=lr_scale)
+    state.progress = dataclasses.replace(
+        state.progress, **kept, non_finite=events, lr_scale=lr_scale
+    )
     run.cut_back(state.progress.step, state.config)
     save(state, run, numbered=False)
     distributed.ready()  # when that is done
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(
-            f"{run.path}: stopped at step {failed_step}: {events} steps not finite (train.max_non_finite: {limit}); "
-            f"the first value that was not: {where}. The checkpoints are from before. Evidence: {evidence}. "
+            f"{run.path}: stopped at step {failed_step}: {events} steps not finite "
+            f"(train.max_non_finite: {limit}); "
+            f"the first value that was not: {where}. The checkpoints are from before. Evidence: "
+            f"{evidence}. "
             "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
         )
     console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")

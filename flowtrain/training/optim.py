@@ -11,7 +11,8 @@ from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 
-# The fused kernels do the same arithmetic in one pass over all parameters; torch has none for Adamax.
+# The fused kernels do the same arithmetic in one pass over all parameters; torch has none for
+# Adamax.
 ADAM_AND_KIN = {
     "adam": functools.partial(torch.optim.Adam, fused=True),
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
@@ -20,10 +21,12 @@ ADAM_AND_KIN = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices, scaled so that Adam's learning rate suits it (Liu et al. 2025, eq. 4).
+    """Muon (Jordan et al. 2024) for matrices, scaled so that Adam's learning rate suits it (Liu et
+    al. 2025, eq. 4).
 
-    The same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes one matrix after the other;
-    here those of one shape are orthogonalized together, in a third of the time on a CPU.
+    The same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes one
+    matrix after the other; here those of one shape are orthogonalized together, in a third of the
+    time on a CPU.
     """
 
     MOMENTUM = 0.95
@@ -58,11 +61,14 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalized(update).to(update.dtype)
         if weight_decay:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        torch._foreach_add_(weights, update.unbind(), alpha=-0.2 * math.sqrt(max(update.shape[1:])) * lr)
+        torch._foreach_add_(
+            weights, update.unbind(), alpha=-0.2 * math.sqrt(max(update.shape[1:])) * lr
+        )
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Nearly `U V^T` of `U S V^T`, for each of `(K, M, N)`, in bfloat16: singular values from about 0.7 to 1.2.
+    """Nearly `U V^T` of `U S V^T`, for each of `(K, M, N)`, in bfloat16: singular values from about
+    0.7 to 1.2.
 
     Five steps of a Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024).
     """
@@ -73,15 +79,19 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return x.mT if tall else x
 
 
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
-    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, AdamW for the rest.
+    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, AdamW
+    for the rest.
 
-    Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that is. A decayed ActNorm
-    scale, 1x1 convolution or bias would be pulled away from what the likelihood asks for.
+    Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that
+    is. A decayed ActNorm scale, 1x1 convolution or bias would be pulled away from what the
+    likelihood asks for.
 
     Raises `UserError` for `muon` where there is nothing for it.
     """
@@ -91,7 +101,10 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     if kind == "muon":
         weights = matrices(flow)
         if not weights:
-            raise UserError("train.optimizer: muon: the model has no conditioners with weights that are matrices")
+            raise UserError(
+                "train.optimizer: muon: the model has no conditioners with weights that are "
+                "matrices"
+            )
         optimizers.append(Muon(weights, config.lr, config.weight_decay))
         theirs = set(weights)
         parameters = [p for p in parameters if p not in theirs]
@@ -109,7 +122,8 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
 def learning_rate(config: Train, step: int, seconds: float) -> float:
     """The rate of step `step` (from 0), `seconds` into the run.
 
-    Warm-up is by steps; the decay to zero ends with the run, at `num_steps` or when the budget is used up.
+    Warm-up is by steps; the decay to zero ends with the run, at `num_steps` or when the budget is
+    used up.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.num_steps is not None:
@@ -130,8 +144,9 @@ def learning_rate(config: Train, step: int, seconds: float) -> float:
 class Average:
     """An exponential moving average of the weights: a copy of the flow that `update` moves along.
 
-    It starts as a copy; the decay is at most `(1 + n) / (10 + n)` after n steps, so that the start is soon forgotten.
-    (torch's `AveragedModel` takes four times as long, most of it to find the parameters again at every step.)
+    It starts as a copy; the decay is at most `(1 + n) / (10 + n)` after n steps, so that the start
+    is soon forgotten. (torch's `AveragedModel` takes four times as long, most of it to find the
+    parameters again at every step.)
     """
 
     def __init__(self, flow: Flow, decay: float):
@@ -148,6 +163,8 @@ class Average:
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """The weights of all conditioners, without depthwise filters, which are vectors side by side."""
+    """The weights of all conditioners, without depthwise filters, which are vectors side by
+    side.
+    """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]

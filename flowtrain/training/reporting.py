@@ -26,11 +26,18 @@ def validate(state: State, run: RunDirectory, validation: Split) -> None:
     progress = state.progress
     flow = state.evaluated
     loss = mean_loss(flow, validation, seed=state.config.seed)
-    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "validation"}
+    row = {
+        "step": progress.step,
+        "images": progress.images,
+        "seconds": progress.seconds,
+        "split": "validation",
+    }
     run.log({**row, "bits_per_dim": None, flow.metric: loss if math.isfinite(loss) else None})
     _log_ranges(state, run, validation)
     best = math.isfinite(loss) and (progress.best is None or loss < progress.best)
-    console.print(f"step {progress.step}: validation {loss:.4f} {flow.unit}{' (best)' if best else ''}")
+    console.print(
+        f"step {progress.step}: validation {loss:.4f} {flow.unit}{' (best)' if best else ''}"
+    )
     if best:
         progress.best, progress.best_step = loss, progress.step
         run.save_best(state.meta(), state.tensors())
@@ -47,8 +54,12 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 @distributed.main_only
 def sample(state: State, run: RunDirectory, beside: Split) -> None:
-    """A picture from latents that are the same all along, so that one sees each image take shape."""
-    z = state.flow.draw_latents(draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS))
+    """A picture from latents that are the same all along, so that one sees each image take
+    shape.
+    """
+    z = state.flow.draw_latents(
+        draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS)
+    )
     flow, seed = state.evaluated, state.config.seed
     try:
         samples = flow.decode(flow.place(z))
@@ -60,17 +71,33 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
 
-def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "Clock", bar: ProgressBar) -> None:
+def log(
+    state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "Clock", bar: ProgressBar
+) -> None:
     progress, config = state.progress, state.config.train
     done: float
     total: float
     loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second()
-    row = {"step": progress.step, "images": progress.images, "seconds": progress.seconds, "split": "train"}
+    row = {
+        "step": progress.step,
+        "images": progress.images,
+        "seconds": progress.seconds,
+        "split": "train",
+    }
     gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
     loss_row = {"bits_per_dim": None, state.flow.metric: loss}
-    run.log({**row, **loss_row, **gradient, "lr": rate, "images_per_second": speed, **_of_layers(state.flow)})
+    run.log(
+        {
+            **row,
+            **loss_row,
+            **gradient,
+            "lr": rate,
+            "images_per_second": speed,
+            **_of_layers(state.flow),
+        }
+    )
     if config.num_steps is not None:
         done, total = progress.step, config.num_steps
         left = progress.seconds / max(progress.step, 1) * (total - done)
@@ -83,11 +110,16 @@ def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "
     bar(done, total, text)
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
-        console.print(f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient {grad_norm:.2f}{clipped}")
+        console.print(
+            f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient "
+            f"{grad_norm:.2f}{clipped}"
+        )
 
 
 def _of_layers(flow: Flow) -> dict[str, float]:
-    """What layers with a method `metrics() -> dict[str, float]` say of the last step; the mean of those who say it."""
+    """What layers with a method `metrics() -> dict[str, float]` say of the last step; the mean of
+    those who say it.
+    """
     said: dict[str, list[float]] = {}
     for module in flow.modules():
         if (metrics := getattr(module, "metrics", None)) is not None:

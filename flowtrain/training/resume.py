@@ -19,7 +19,8 @@ from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import noise_of
 
-# Where the data lie and how they are read may change between two parts of a run; what they are may not.
+# Where the data lie and how they are read may change between two parts of a run; what they are may
+# not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
 
 
@@ -28,7 +29,9 @@ SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
 
 
 def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
-    """Raises `UserError` where the processes of several machines have other configurations or images."""
+    """Raises `UserError` where the processes of several machines have other configurations or
+    images.
+    """
     described = distributed.exchange({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
         for key, here, there in differences(described[0], other):
@@ -39,7 +42,9 @@ def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None
 def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
     if resume == "never":
         if run.holds_a_run():
-            raise UserError(f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it")
+            raise UserError(
+                f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it"
+            )
         return None
     if resume == "auto":
         return run.last if run.last.exists() else None
@@ -57,22 +62,28 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     if saved is None:
         return None
     free = set(FREE_KEYS)
-    if _images_of_a_step(saved.meta["config"]["train"], saved.meta.get("processes", 1)) == _images_of_a_step(
-        config.resolved()["train"], distributed.world()
-    ):
+    if _images_of_a_step(
+        saved.meta["config"]["train"], saved.meta.get("processes", 1)
+    ) == _images_of_a_step(config.resolved()["train"], distributed.world()):
         free |= SPLIT_KEYS
     # With the defaults of keys that are newer than the checkpoint.
     earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
     for key, there, here in differences(earlier, config.resolved()):
-        # From a checkpoint that the user names, another schedule may be asked for; never another model or other data.
-        if key in free or (resume != "auto" and key.startswith("train.") and key != "train.optimizer"):
+        # From a checkpoint that the user names, another schedule may be asked for; never another
+        # model or other data.
+        if key in free or (
+            resume != "auto" and key.startswith("train.") and key != "train.optimizer"
+        ):
             continue
         raise UserError(
-            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose another --run-dir; "
+            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose "
+            f"another --run-dir; "
             "to go on, use the run's configuration"
         )
     if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
-        raise UserError(f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}")
+        raise UserError(
+            f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}"
+        )
     return saved
 
 
@@ -99,7 +110,8 @@ def start(
         if changed:
             key, there, here = changed[0]
             raise UserError(
-                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and is {here!r}"
+                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and "
+                f"is {here!r}"
             )
         state.restore(saved)
         # A checkpoint that the user names may be of a run that was to be shorter, or longer.
@@ -116,16 +128,22 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     initialize(flow, x, noise_of(config, step=0, x=x, start=0))
 
 
-def announce(state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None) -> None:
+def announce(
+    state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None
+) -> None:
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint = state.data
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
-        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; {data.config.name}: "
+        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; "
+        f"{data.config.name}: "
         f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
-        f"{'x'.join(map(str, data.shape))}, {levels_in_words(data.levels)}{', streamed' if batches.streams else ''}"
+        f"{'x'.join(map(str, data.shape))}, "
+        f"{levels_in_words(data.levels)}{', streamed' if batches.streams else ''}"
     )
     if saved is None:
         console.print(f"run directory: {run.path}")
     else:
-        console.print(f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}")
+        console.print(
+            f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}"
+        )

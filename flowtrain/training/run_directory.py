@@ -21,7 +21,9 @@ from flowtrain.system.files import write_atomically
 
 
 class RunDirectory:
-    """Paths and files under `RUN`; see the README for what each holds. Of several processes, process 0 alone writes."""
+    """Paths and files under `RUN`; see the README for what each holds. Of several processes,
+    process 0 alone writes.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -37,7 +39,9 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out; the lock goes with the process, however it ends. Raises `UserError` if taken."""
+        """Keeps other runs out; the lock goes with the process, however it ends. Raises `UserError`
+        if taken.
+        """
         if not distributed.is_main():
             yield
             return
@@ -46,10 +50,13 @@ class RunDirectory:
             file = (self.path / ".lock").open("ab+", buffering=0)
         except OSError as error:
             kind = RunError if is_disk_full(error) else UserError
-            raise kind(f"--run-dir {self.path}: cannot be used: {error.strerror or error}") from error
+            raise kind(
+                f"--run-dir {self.path}: cannot be used: {error.strerror or error}"
+            ) from error
         with file:
             try:
-                # Not flock, which any process that a killed trainer had started would go on holding.
+                # Not flock, which any process that a killed trainer had started would go on
+                # holding.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
@@ -74,19 +81,25 @@ class RunDirectory:
 
     @distributed.main_only
     def begin(self, config: Config) -> None:
-        """Writes the resolved configuration, and clears away what a killed process left half-written."""
+        """Writes the resolved configuration, and clears away what a killed process left
+        half-written.
+        """
         for folder in (self.path, self.checkpoints, self.samples):
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError as error:
-                raise UserError(f"--run-dir {self.path}: {folder} is not a folder; remove it") from error
+                raise UserError(
+                    f"--run-dir {self.path}: {folder} is not a folder; remove it"
+                ) from error
             for left_over in folder.glob(".*.tmp"):
                 left_over.unlink()
         write_atomically(self.path / "config.yaml", config.yaml().encode())
 
     @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
-        """Forgets what was logged after `step`: in `metrics.jsonl` by removing it, in TensorBoard by its purge mark."""
+        """Forgets what was logged after `step`: in `metrics.jsonl` by removing it, in TensorBoard
+        by its purge mark.
+        """
         self.close()
         if self.metrics.exists():
             kept = [row for row in _rows(self.metrics) if row["step"] <= step]
@@ -117,8 +130,12 @@ class RunDirectory:
         checkpoint_format.write(self.best, meta, tensors)
 
     @distributed.main_only
-    def save_last(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool) -> None:
-        """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the newest `keep` stay."""
+    def save_last(
+        self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool
+    ) -> None:
+        """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the
+        newest `keep` stay.
+        """
         checkpoint_format.write(self.last, meta, tensors)
         if numbered and keep:
             # Another name for the same bytes: `last` is replaced, never written into.
@@ -130,9 +147,12 @@ class RunDirectory:
                 temporary.replace(name)
             except OSError:  # a file system without hard links
                 write_atomically(name, self.last.read_bytes())
-        # After `--resume` of an earlier checkpoint there may be later ones, which are not older than this one.
+        # After `--resume` of an earlier checkpoint there may be later ones, which are not older
+        # than this one.
         names = sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))
-        for old in [n for n in names if n.name <= f"step-{meta['step']:08d}{SUFFIX}"][: -keep or None]:
+        for old in [n for n in names if n.name <= f"step-{meta['step']:08d}{SUFFIX}"][
+            : -keep or None
+        ]:
             old.unlink()
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
@@ -149,9 +169,13 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _failing_quietly() -> Iterator[None]:
-    """No traceback from TensorBoard's thread where it cannot write: the writer's next use raises the error."""
+    """No traceback from TensorBoard's thread where it cannot write: the writer's next use raises
+    the error.
+    """
     before = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    threading.excepthook = lambda args: (
+        None if isinstance(args.exc_value, OSError) else before(args)
+    )
     try:
         yield
     finally:

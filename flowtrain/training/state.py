@@ -49,11 +49,15 @@ class State:
 
     @property
     def evaluated(self) -> Flow:
-        """The flow whose figures and samples are shown: with averaged weights where there are any."""
+        """The flow whose figures and samples are shown: with averaged weights where there are
+        any.
+        """
         return self.flow if self.average is None else self.average.flow
 
     def reached_end(self) -> bool:
-        """Whether the steps are done or the budget is used up; `progress.finished` says that the end was seen to."""
+        """Whether the steps are done or the budget is used up; `progress.finished` says that the
+        end was seen to.
+        """
         train = self.config.train
         if train.num_steps is not None:
             return self.progress.step >= train.num_steps
@@ -87,17 +91,26 @@ class State:
         parts = {"model": self.flow.state_dict()}
         if self.average is not None:
             parts["ema"] = self.average.flow.state_dict()
-        tensors = {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.flow.named_parameters()}
+        tensors = {
+            f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()
+        }
+        names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.flow.named_parameters()
+        }
         for optimizer in self.optimizers:
             for parameter, values in optimizer.state.items():
-                tensors |= {f"optimizer.{key}.{names[parameter]}": value for key, value in values.items()}
+                tensors |= {
+                    f"optimizer.{key}.{names[parameter]}": value for key, value in values.items()
+                }
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
         """Takes everything from a checkpoint of a run with this model and optimizer."""
         load_weights(self.flow, saved, "raw")
-        progress = {"window_loss" if key == "window_bits" else key: v for key, v in saved.meta["progress"].items()}
+        progress = {
+            "window_loss" if key == "window_bits" else key: v
+            for key, v in saved.meta["progress"].items()
+        }
         self.progress = Progress(**progress)
         if self.average is not None:
             load_weights(self.evaluated, saved, "ema")
@@ -107,7 +120,9 @@ class State:
             by_name.setdefault(name, {})[key] = value
         names = {parameter: name for name, parameter in self.flow.named_parameters()}
         for optimizer in self.optimizers:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = [
+                parameter for group in optimizer.param_groups for parameter in group["params"]
+            ]
             state = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}
             # Through torch's own format, which knows on which device each value belongs.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -21,11 +21,12 @@ NOISE_BLOCK = 512  # images whose noise comes from one generator
 
 
 def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient of a batch's mean loss (see `Flow.loss`); returns it and the gradient's norm, 0-dimensional.
+    """The gradient of a batch's mean loss (see `Flow.loss`); returns it and the gradient's norm,
+    0-dimensional.
 
-    `x` holds `accumulate` times `batch_size` images: this process's part of the batch, as the loss is its part's. The
-    gradient is that of the batch of all processes. The noise belongs to the seed and the step. With `labels` `(B,)` the
-    loss is that of the class-conditional likelihood.
+    `x` holds `accumulate` times `batch_size` images: this process's part of the batch, as the loss
+    is its part's. The gradient is that of the batch of all processes. The noise belongs to the seed
+    and the step. With `labels` `(B,)` the loss is that of the class-conditional likelihood.
     """
     config = state.config.train
     noise = noise_of(state.config, state.progress.step, x, distributed.rank() * len(x))
@@ -47,9 +48,13 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
-    """Moves the weights along the gradient, clipped to the configured norm, and their average after them."""
+    """Moves the weights along the gradient, clipped to the configured norm, and their average after
+    them.
+    """
     if state.config.train.clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(state.flow.parameters(), state.config.train.clip_norm, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(
+            state.flow.parameters(), state.config.train.clip_norm, grad_norm
+        )
     for optimizer in state.optimizers:
         optimizer.step()
     if state.average is not None:
@@ -60,7 +65,8 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
 def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
     """The noise for `x`, the images from `start` on of the batch of all processes in a step.
 
-    A generator serves a block of images, so that a process draws little beside its own part, however many there are.
+    A generator serves a block of images, so that a process draws little beside its own part,
+    however many there are.
     """
     stop = start + len(x)
     blocks = []
@@ -73,7 +79,9 @@ def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 for the conditioners; the data path casts back and does its own products in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    )
 
 
 def is_trainable(flow: Flow, memory: Mode, precision: str) -> bool:
@@ -86,6 +94,7 @@ def require_trainable(flow: Flow, config: Config) -> None:
     """Raises `UserError` for a memory mode that would give this flow wrong gradients."""
     if not is_trainable(flow, config.train.memory, config.train.precision):
         raise UserError(
-            "train.memory: reversible computes the input of an autoregressive layer again in float32, but its output "
+            "train.memory: reversible computes the input of an autoregressive layer again in "
+            "float32, but its output "
             "was computed in bf16: set train.precision=fp32, or another train.memory"
         )

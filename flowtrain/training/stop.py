@@ -68,7 +68,9 @@ class Clock:
         self.window_images += images
 
     def skip(self) -> None:
-        """Something else is done: validation, a grid. It counts as time of the run, not of training."""
+        """Something else is done: validation, a grid. It counts as time of the run, not of
+        training.
+        """
         self._elapsed()
 
     def images_per_second(self) -> float:
