@@ -486,7 +486,7 @@ def repacked(data: bytes, parts=lambda parts: parts, model=None, **changes) -> b
 STREAM = {"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}
 NAMES = [
     "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800",
-    "n" * 256, 
+    "n" * 256,
     "ö" * 128,
     "b.png", "b.png/c.png", f"{'n' * 256}/a",
 ]  # fmt: skip
