@@ -110,7 +110,7 @@ def sample(
         save(path, buffer.getvalue())
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
-        drawing = draw.drawing(flow, lambda: data_of(loaded).split("test"))
+        drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
         grid.save_png(path, drawing.samples(drawn, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 
