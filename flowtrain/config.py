@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from flowtrain.errors import UserError, nearest
-from flowtrain.options import Positive
+from flowtrain.types import Positive
 
 
 def _absolute(path: Path) -> Path:

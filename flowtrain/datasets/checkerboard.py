@@ -6,7 +6,7 @@ import numpy as np
 
 from flowtrain.datasets.base import Images, Split
 from flowtrain.datasets.points import real_valued
-from flowtrain.options import Positive
+from flowtrain.types import Positive
 
 
 def build(

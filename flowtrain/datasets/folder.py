@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Policy, Shape, Split, short
+from flowtrain.datasets.base import Images, Policy, Split, short
 from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 

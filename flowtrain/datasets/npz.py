@@ -12,8 +12,9 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Shape, Split, contiguous, hold_out, short
+from flowtrain.datasets.base import Images, Split, contiguous, hold_out, short
 from flowtrain.errors import UserError
+from flowtrain.types import Shape
 
 Layout = Literal["nhwc", "nchw"]
 

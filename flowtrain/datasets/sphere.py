@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 
 from flowtrain.datasets.base import Images, Split
 from flowtrain.datasets.points import real_valued
-from flowtrain.options import Positive
+from flowtrain.types import Positive
 
 
 def build(

@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat
 
 from flowtrain.datasets.base import Images, Split
 from flowtrain.datasets.points import real_valued
-from flowtrain.options import Positive
+from flowtrain.types import Positive
 
 
 def build(

@@ -23,13 +23,14 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.config import Data as DataConfig
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split
-from flowtrain.datasets.base import Policy, Shape, resize
+from flowtrain.datasets.base import Policy, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
 from flowtrain.system.random import Stream, generator
+from flowtrain.types import Shape
 
 SCORES = ("likelihood", "typicality", "complexity_corrected")
 
