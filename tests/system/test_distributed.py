@@ -40,8 +40,8 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import NOISE_BLOCK, _noise
-from flowtrain.training.stop import _Stop
+from flowtrain.training.step import NOISE_BLOCK, noise_of
+from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
@@ -260,7 +260,7 @@ def test_noise_of_a_part():
     config = a_config()
     count = 2 * NOISE_BLOCK + 20
     x = torch.zeros(count, 1, 2, 2)
-    whole = _noise(config, 3, x, 0)
+    whole = noise_of(config, 3, x, 0)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
     for begins, ends in [
         (0, 5),
@@ -269,8 +269,8 @@ def test_noise_of_a_part():
         (700, 1020),
         (7, count),
     ]:
-        assert torch.equal(_noise(config, 3, x[begins:ends], begins), whole[begins:ends])
-    assert not torch.equal(_noise(config, 4, x, 0), whole)
+        assert torch.equal(noise_of(config, 3, x[begins:ends], begins), whole[begins:ends])
+    assert not torch.equal(noise_of(config, 4, x, 0), whole)
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
 def test_a_signal_waits_until_all_agree(as_process, capfd):
     for world, agreed in [(1, signal.SIGTERM), (2, 0)]:
         as_process(0, world)
-        stop = _Stop()
+        stop = Stop()
         stop(signal.SIGTERM, None)
         assert (stop.asked, stop.signum) == (signal.SIGTERM, agreed)
     assert capfd.readouterr().out == 2 * "SIGTERM: finishing the step and saving\n"
