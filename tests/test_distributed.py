@@ -32,15 +32,15 @@ from cli_helpers import (
     summary,
     within,
 )
-from helpers import a_config, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import NOISE_BLOCK, _noise
-from flowtrain.training.stop import _Stop
+from flowtrain.training.step import NOISE_BLOCK, noise_of
+from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
@@ -183,10 +183,11 @@ def test_nearly_the_same_in_float32(tmp_path):
 
 SAVING_ALL = """
 import torch
-from flowtrain import distributed, train
-from flowtrain.data.splits import Batches
+from flowtrain.system import distributed
+from flowtrain.training import loop as training
+from flowtrain.data.batches import Batches
 
-loop, positions, used = train._loop, Batches.positions, []
+loop, positions, used = training._loop, Batches.positions, []
 
 def saving(state, *rest):
     first = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -197,7 +198,7 @@ def noting(self, images):
     used.append(positions(self, images))
     return used[-1]
 
-train._loop, Batches.positions = saving, noting
+training._loop, Batches.positions = saving, noting
 """
 
 
@@ -246,9 +247,8 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
     def batch(rank, world, step, images, section=section):
         as_process(rank, world)
         settings = a_config(data=section)
-        return next(
-            Batches(data, settings, 24 // world, torch.device("cpu")).starting_at(step, images)
-        )
+        batches = Batches(data, settings, 24 // world, torch.device("cpu"))
+        return batch_of(batches, step, images)[0]
 
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
@@ -275,7 +275,7 @@ def test_noise_of_a_part():
     config = a_config()
     count = 2 * NOISE_BLOCK + 20
     x = torch.zeros(count, 1, 2, 2)
-    whole = _noise(config, 3, x, 0)
+    whole = noise_of(config, 3, x, 0)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
     for begins, ends in [
         (0, 5),
@@ -284,8 +284,8 @@ def test_noise_of_a_part():
         (700, 1020),
         (7, count),
     ]:
-        assert torch.equal(_noise(config, 3, x[begins:ends], begins), whole[begins:ends])
-    assert not torch.equal(_noise(config, 4, x, 0), whole)
+        assert torch.equal(noise_of(config, 3, x[begins:ends], begins), whole[begins:ends])
+    assert not torch.equal(noise_of(config, 4, x, 0), whole)
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
 def test_a_signal_waits_until_all_agree(as_process, capfd):
     for world, agreed in [(1, signal.SIGTERM), (2, 0)]:
         as_process(0, world)
-        stop = _Stop()
+        stop = Stop()
         stop(signal.SIGTERM, None)
         assert (stop.asked, stop.signum) == (signal.SIGTERM, agreed)
     assert capfd.readouterr().out == 2 * "SIGTERM: finishing the step and saving\n"
