@@ -8,7 +8,6 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cli_helpers import (
     Forked,
     Result,
     assert_same_run,
+    begin,
     copy_of,
     last,
     left_overs,
@@ -30,6 +30,7 @@ from cli_helpers import (
     sets,
     start,
     summary,
+    torchrun_environment,
     within,
 )
 from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
@@ -69,22 +70,6 @@ LONG += sets(train__validate_every=100_000, train__sample_every=100_000, train__
 
 def parts(batch_size, accumulate=1):
     return sets(train__batch_size=batch_size, train__accumulate=accumulate)
-
-
-def torchrun_environment(count: int) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    of_all = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
-def begin(count, *args, cwd, cwds=None, **options) -> list[Forked]:
-    envs = torchrun_environment(count)
-    return [
-        Forked(args, (cwds or [cwd] * count)[rank], **options, **env)
-        for rank, env in enumerate(envs)
-    ]
 
 
 def together(count, *args, cwd=None, **options) -> list[Result]:
