@@ -14,7 +14,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,12 +26,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
     ValidationError,
     create_model,
     model_validator,
 )
 
 from flowtrain.errors import UserError, nearest
+from flowtrain.types import Positive
 
 
 def _absolute(path: Path) -> Path:
@@ -64,83 +68,94 @@ class Component(Section):
 
 
 class Data(Component):
-    """Which images, how they are split, and what is done to them."""
+    """The data set, how it is split, and how its images are augmented."""
 
     package = "datasets"
     name: str = Field(
-        "digits", description="data set: a module of flowtrain.datasets, or your own (dotted)"
+        "digits",
+        description="The data set: a module of flowtrain.datasets, or a module of your own by its "
+        "dotted name.",
     )
     root: AbsolutePath = Field(
-        Path("data"), validate_default=True, description="where downloaded data sets live"
+        Path("data"), validate_default=True, description="Folder of downloaded data sets."
     )
-    validation: Annotated[float, Field(ge=0)] = Field(
+    validation: NonNegativeFloat = Field(
         0.1,
-        description="held out of the training images for model selection: a count, or a fraction "
-        "below 1",
+        description="How many training images are held out for model selection: a count, or a "
+        "fraction below 1.",
     )
-    split_seed: Annotated[int, Field(ge=0)] = Field(
-        0, description="which images are held out; apart from `seed`"
+    split_seed: NonNegativeInt = Field(
+        0, description="Seed that chooses which images are held out. It is independent of `seed`."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
-        8, description="keep this many bits of 8-bit images"
+        8,
+        description="Reduce the colour depth of 8-bit images to this many bits, for example 5 as "
+        "in Glow's CelebA-HQ setup.",
     )
     flip: bool | None = Field(
-        None, description="random horizontal flips in training; null is the data set's default"
+        None,
+        description="Flip training images horizontally at random. With null, the data set decides.",
     )
-    shift: Annotated[int, Field(ge=0)] = Field(
-        0, description="random shifts in training, up to this many pixels"
+    shift: NonNegativeInt = Field(
+        0, description="Shift training images at random by up to this many pixels."
     )
-    max_in_memory: Annotated[float, Field(ge=0)] = Field(
+    max_in_memory: NonNegativeFloat = Field(
         4.0,
-        description="GiB; a larger training set is read by threads as it is needed instead of "
-        "held on the device",
+        description="Largest training set in GiB that is held on the device. Threads read a larger "
+        "one as it is needed.",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(
-        2, description="threads that read a training set that is not held on the device"
+    workers: NonNegativeInt = Field(
+        2, description="Number of threads that read a training set not held on the device."
     )
 
 
 class Model(Component):
-    """Which flow."""
+    """The flow."""
 
     package = "models"
     name: str = Field(
-        "glow", description="model: a module of flowtrain.models, or your own (dotted)"
+        "glow",
+        description="The model: a module of flowtrain.models, or a module of your own by its "
+        "dotted name.",
     )
-    classes: Annotated[int, Field(ge=0)] = Field(
+    classes: NonNegativeInt = Field(
         0,
-        description="number of classes, each with a prior of its own at the coarsest level; 0: "
-        "without labels. The "
-        "training loss is that given the class, validation and evaluation are of the image alone",
+        description="Number of classes, each with its own prior at the coarsest level. 0 trains "
+        "without labels. The training loss is that of an image given its class. Validation and "
+        "evaluation report the image alone.",
     )
 
 
 class Dequantization(Section):
-    """How integers become reals."""
+    """How integers become real numbers."""
 
     name: Literal["uniform", "variational"] = Field(
         "uniform",
-        description="the noise: uniform, or variational, drawn by a flow that sees the image",
+        description="The noise that is added: uniform, or variational, where a flow that sees the "
+        "image draws it.",
     )
-    steps: Annotated[int, Field(ge=1)] = Field(
-        4, description="for variational: steps of the noise's flow"
+    steps: Positive = Field(
+        4, description="Number of steps in the flow of the noise (variational only)."
     )
-    width: Annotated[int, Field(ge=1)] = Field(
-        32, description="for variational: channels of its networks' hidden layers"
+    width: Positive = Field(
+        32,
+        description="Number of channels in the hidden layers of that flow's networks (variational "
+        "only).",
     )
     transform: Literal["center", "logit"] = Field(
-        "center", description="what follows: center (y - 1/2), or logit"
+        "center",
+        description="What follows the noise: `center` subtracts 1/2, `logit` applies the logit.",
     )
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="how far the logit stays from 0 and 1"
+        0.05, description="How far the logit stays from 0 and 1."
     )
 
 
 _DURATION = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(s|sec|m|min|h|hours?)?\s*")
 
 
-def _seconds(value: Any) -> Any:
-    """`30min`, `90s`, `1.5h` or a number of seconds, to seconds."""
+def _seconds(value: object) -> object:
+    """Converts `30min`, `90s`, `1.5h` or a number of seconds to seconds."""
     if not isinstance(value, str):
         return value
     match = _DURATION.fullmatch(value)
@@ -150,67 +165,75 @@ def _seconds(value: Any) -> Any:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[unit]
 
 
-Duration = Annotated[
-    Annotated[float, Field(gt=0)], BeforeValidator(_seconds, json_schema_input_type=float | str)
-]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Duration = Annotated[PositiveFloat, BeforeValidator(_seconds, json_schema_input_type=float | str)]
 
 
 class Train(Section):
-    """Optimization, and how often things happen. Periods are in steps; one longer than the run is
-    legal.
+    """Optimization, and how often things happen. Periods are in steps; a period longer than the run
+    is legal.
     """
 
-    num_steps: Positive | None = Field(None, description="optimizer steps; or give budget")
-    budget: Duration | None = Field(
-        None, description="wall-clock time, such as 30min; or give num_steps"
+    num_steps: Positive | None = Field(
+        None, description="Number of optimizer steps. Give either this or `budget`."
     )
-    batch_size: Positive = Field(64, description="images of one forward pass, of each process")
-    accumulate: Positive = Field(1, description="forward passes whose gradients make one step")
-    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
-    warmup_steps: Count = Field(0, description="steps over which the rate rises linearly from 0")
+    budget: Duration | None = Field(
+        None,
+        description="Wall-clock time, such as 30min. Give either this or `num_steps`.",
+    )
+    batch_size: Positive = Field(
+        64, description="Number of images per forward pass, in each process."
+    )
+    accumulate: Positive = Field(
+        1, description="Number of forward passes whose gradients make one optimizer step."
+    )
+    lr: PositiveFloat = Field(1e-3, description="Peak learning rate.")
+    warmup_steps: NonNegativeInt = Field(
+        0, description="Number of steps over which the learning rate rises linearly from 0."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
-        description="the rate: constant, or down to 0 at the end, linear or cosine, after the "
-        "warm-up (with a budget, "
-        "from 0 s)",
+        description="Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay "
+        "to 0 at the end. With a budget, the decay begins at 0 s.",
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
         "adam",
-        description="adam, adamw, adamax, or muon: Muon for the conditioners' weights, AdamW for "
-        "the rest",
+        description="The optimizer. `muon` uses Muon for the weights of the conditioners and AdamW "
+        "for the rest.",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="on the weights of the conditioners' convolutions and linear layers only"
+    weight_decay: NonNegativeFloat = Field(
+        0.0,
+        description="Weight decay. It acts only on the weights of the conditioners' convolutions "
+        "and linear layers.",
     )
-    clip_norm: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="largest norm of the gradient; 0 does not clip"
+    clip_norm: NonNegativeFloat = Field(
+        0.0, description="Largest norm of the gradient. 0 does not clip."
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the conditioners, fp32 or bf16; the rest of the flow is float32"
+        "fp32", description="Precision of the conditioners. The rest of the flow is float32."
     )
     memory: Literal["store", "checkpoint", "reversible"] = Field(
         "store",
-        description="what a backward pass keeps: store all activations, checkpoint the layers' "
-        "inputs, or reversible: "
-        "no more than the output, from which the inverse computes them again",
+        description="What is kept for the backward pass: `store` keeps all activations, "
+        "`checkpoint` keeps the inputs of the layers, and `reversible` keeps only the output, from "
+        "which the inverse computes them again.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="decay of the averaged weights; 0 for none"
+        0.999, description="Decay of the averaged weights. 0 keeps no average."
     )
-    max_non_finite: Count = Field(
-        5, description="non-finite steps after which the run stops with exit code 1"
+    max_non_finite: NonNegativeInt = Field(
+        5,
+        description="Number of non-finite steps that a run survives. One more stops it with exit "
+        "code 1.",
     )
-    log_every: Positive = Field(50, description="steps between lines of metrics")
+    log_every: Positive = Field(50, description="Steps between lines of metrics.")
     validate_every: Positive = Field(
-        500, description="steps between evaluations on the validation split"
+        500, description="Steps between evaluations on the validation split."
     )
-    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(
-        1, description="numbered checkpoints to keep, beside last and best"
+    checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: NonNegativeInt = Field(
+        1, description="Number of numbered checkpoints to keep, besides last and best."
     )
-    sample_every: Positive = Field(500, description="steps between sample grids")
+    sample_every: Positive = Field(500, description="Steps between sample grids.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -224,7 +247,7 @@ class Config(Section):
     """A whole run. `data` and `model` also hold the options of the modules that they name."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of the weights, the order and the noise"
+        0, description="Seed of the weights, of the order of the images and of the noise."
     )
     data: Data
     model: Model
@@ -283,12 +306,14 @@ def component_schema(package: str, name: str) -> type[Component]:
     model.
     """
     base = component_base(package)
+    module = component_module(package, name)
+    described = _described_arguments(module.build)
     fields: dict[str, Any] = {}
-    for parameter in _option_parameters(package, component_module(package, name)):
+    for parameter in _option_parameters(package, module):
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (
             AbsolutePath if parameter.annotation is Path else parameter.annotation,
-            default,
+            Field(default, description=described.get(parameter.name)),
         )
     schema: Any = create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
     return schema
@@ -302,6 +327,13 @@ def _option_parameters(package: str, module: ModuleType) -> list[inspect.Paramet
     return [
         p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in trainers
     ]
+
+
+def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
+    """What the section `Args:` of a docstring says about each argument, on one line each."""
+    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:

@@ -20,7 +20,8 @@ from flowtrain.bijections import (
 )
 from flowtrain.bijections.execution import LayerByLayer
 from flowtrain.flow.dequantize import Dequantizer, draw_noise
-from flowtrain.flow.flow import Flow, bits_per_dim, initialize
+from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.nets.convolution import GlowNet
 
 every_model = pytest.mark.parametrize("model", TINY)

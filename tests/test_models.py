@@ -27,7 +27,7 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.models import cnf, geometry, glow, iaf, maf, nice, planar, realnvp
+from flowtrain.models import base, cnf, glow, iaf, maf, nice, planar, realnvp
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
@@ -156,7 +156,7 @@ def test_impossible_geometry(build, shape, options, message):
 
 def test_possible_geometry():
     for shape, squeezes in (((1, 28, 28), 2), ((3, 32, 32), 5), ((1, 7, 7), 0), ((1, 12, 8), 2)):
-        geometry.check_squeezes(shape, squeezes, squeezes)
+        base.check_squeezes(shape, squeezes, squeezes)
 
 
 def test_geometry_comes_before_any_data():

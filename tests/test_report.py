@@ -407,7 +407,7 @@ def test_differences_are_counted_sorted_and_amplified(monkeypatch):
 
     monkeypatch.setattr(report, "fitting_batch_size", lambda flow: 2)
     numbered = iter(torch.arange(5).split(2))
-    fake = SimpleNamespace(levels=flow.levels, encode=lambda part: next(numbered), decode=decode)
+    fake = SimpleNamespace(kind=flow.kind, encode=lambda part: next(numbered), decode=decode)
     found = report.reconstruct(fake, x)
     assert (found.exact, found.largest, found.amplification) == (3, 50, 64)
     assert torch.equal(found.x, x[[1, 3, 0, 2, 4]])

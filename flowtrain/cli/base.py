@@ -175,13 +175,6 @@ def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None
     return DataSet(config, undivided(config, loaded.config.data))
 
 
-def points_of(loaded: Any, overrides: list[str] | None = None) -> Any:
-    """Some of the test split of real-valued data, to draw beside samples."""
-    from flowtrain.pictures import draw
-
-    return data_of(loaded, overrides).split("test").take(slice(0, draw.POINTS))
-
-
 def write_json(result: Any, given: str | None, default: Path) -> None:
     """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and
     says where.

@@ -16,7 +16,6 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
-    points_of,
 )
 from flowtrain.errors import UserError
 
@@ -109,11 +108,12 @@ def interpolate(
         )
     rows = rows.cpu()  # (P, S, C, H, W)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
+    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
     if suffix == ".gif":
-        frames = draw.path_frames(flow, rows, lambda: points_of(loaded, overrides))
+        frames = drawing.path_frames(rows)
         grid.save_gif(path, frames + frames[-2:0:-1])  # there and back
     else:
-        grid.save_png(path, draw.paths(flow, rows, lambda: points_of(loaded, overrides)))
+        grid.save_png(path, drawing.paths(rows))
     console.print(
         f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
     )

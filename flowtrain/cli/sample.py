@@ -13,9 +13,9 @@ from flowtrain.cli.base import (
     TrustOption,
     WeightsOption,
     command,
+    data_of,
     load,
     on_one_process,
-    points_of,
 )
 from flowtrain.errors import UserError
 
@@ -93,7 +93,7 @@ def sample(
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
-    num = num or (8 if labels else draw.default_count(flow))
+    num = num or (8 if labels else flow.kind.picture_count)
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
@@ -106,13 +106,12 @@ def sample(
         }
         if labels:
             arrays["classes"] = np.tile(np.repeat(labels, num), len(temperatures))
-        levels = {} if flow.levels is None else {"levels": flow.levels}
-        np.savez_compressed(buffer, **arrays, seed=seed, **levels)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **arrays, seed=seed, **flow.kind.npz())  # type: ignore[arg-type]
         save(path, buffer.getvalue())
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
-        picture = draw.samples(flow, drawn, columns, seed, lambda: points_of(loaded), temperatures)
-        grid.save_png(path, picture)
+        drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+        grid.save_png(path, drawing.samples(drawn, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 
 

@@ -15,6 +15,7 @@ from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets.base import Images, hold_out
 from flowtrain.errors import UserError
+from flowtrain.flow.kinds import kind_of
 
 SplitName = Literal["train", "validation", "test", "all"]
 
@@ -77,16 +78,13 @@ class DataSet:
                 f"data: test images have shape {self.test_images.shape}, training images "
                 f"{self.shape}"
             )
+        kind = kind_of(self.train_images.levels)
         if config.n_bits < 8 and self.train_images.levels != 256:
-            raise UserError(
-                f"data.n_bits: {config.name} has {levels_in_words(self.train_images.levels)}; "
-                f"only 256 can be reduced"
-            )
+            raise UserError(f"data.n_bits: {config.name} has {kind.words}; only 256 can be reduced")
         self.drop_bits = 8 - config.n_bits
-        levels = self.train_images.levels
-        self.levels = None if levels is None else levels >> self.drop_bits
-        if levels is None and (config.flip or config.shift):
-            raise UserError(
+        self.kind = kind.reduced(self.drop_bits)
+        if config.flip or config.shift:
+            kind.require_levels(
                 f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment"
             )
         if min(self.shape[1:]) <= config.shift:
@@ -100,10 +98,15 @@ class DataSet:
         """
         if (self.shape, self.levels) != (shape, levels):
             raise UserError(
-                f"data of shape {self.shape} with {levels_in_words(self.levels)} cannot be "
+                f"data of shape {self.shape} with {self.kind.words} cannot be "
                 f"evaluated by {model}, "
-                f"a model of shape {shape} with {levels_in_words(levels)}"
+                f"a model of shape {shape} with {kind_of(levels).words}"
             )
+
+    @property
+    def levels(self) -> int | None:
+        """Q of the images as they are used; None for real values."""
+        return self.kind.levels
 
     @property
     def flip(self) -> bool:
@@ -150,10 +153,6 @@ class DataSet:
         }
 
 
-def levels_in_words(levels: int | None) -> str:
-    return "real values" if levels is None else f"{levels} levels"
-
-
 def _checked(images: Images, what: str) -> np.ndarray:
     pixels = images.read()
     if pixels.shape[1:] != images.shape or len(pixels) == 0:
@@ -161,13 +160,9 @@ def _checked(images: Images, what: str) -> np.ndarray:
             f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected "
             f"{images.shape}"
         )
-    if images.levels is None:
-        if not np.isfinite(pixels).all():
-            raise UserError(f"data: {what}: a value that is not finite")
-    elif images.levels < 256 and int(pixels.max()) >= images.levels:
-        raise UserError(
-            f"data: {what}: a value of {int(pixels.max())}, expected 0..{images.levels - 1}"
-        )
+    fault = kind_of(images.levels).fault(pixels)
+    if fault:
+        raise UserError(f"data: {what}: {fault}")
     return pixels
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flowtrain.errors import RunError, UserError
+from flowtrain.types import Shape
 
-Shape = tuple[int, int, int]
 Split = Literal["train", "test"]
 Policy = Literal["crop", "stretch", "exact"]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.datasets.base import Images, Split
-from flowtrain.datasets.points import Count, real_valued
+from flowtrain.datasets.points import real_valued
+from flowtrain.types import Positive
 
 
 def build(
@@ -13,10 +14,15 @@ def build(
     split: Split,
     *,
     seed: int = 0,
-    count: Count = 10_000,
-    test_count: Count = 10_000,
+    count: Positive = 10_000,
+    test_count: Positive = 10_000,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with. `root` is not used."""
+    """Points of the plane. `root` is not used.
+
+    Args:
+        count: Number of points to train on, of which `data.validation` are held out.
+        test_count: Number of points in the test split.
+    """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         x = random.uniform(-2, 2, n)

@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Policy, Shape, Split, short
+from flowtrain.datasets.base import Images, Policy, Split, short
 from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 
@@ -50,13 +51,15 @@ def build(
 ) -> Images:
     """PNG, JPEG, WebP and BMP images in any tree, as `channels` x `size` x `size`, 256 levels.
 
-    path: the folder. A folder `test/` in it is the test split, and the training split is `train/`,
-        or all the rest if there is none. With only `train/`, its images are split and nothing else
-        is used; with neither, all images are: a seeded tenth is the test split. Names that begin
-        with a dot are ignored, links are followed.
-    size: side of the square images.
-    channels: 3 for RGB, 1 for grey.
-    resize: `crop`, `stretch` or `exact`, as in `flowtrain.datasets.base.resize`.
+    Args:
+        path: The folder. Its subfolder `test/` is the test split, and `train/` the training split,
+            or all the rest if there is no `train/`. Without `test/`, a seeded tenth is the test
+            split: a tenth of `train/` and nothing else if it exists, or else of all images. Names
+            that begin with a dot are ignored, links are followed.
+        size: Side of the square images in pixels.
+        channels: 3 for RGB, 1 for grey.
+        resize: How an image is brought to that size: `crop` takes the largest centred square,
+            `stretch` the whole image, and `exact` refuses images of another size.
 
     The tree is listed here; `read` decodes the files of the split, the first time, into
     `$FLOWTRAIN_CACHE` (else `$XDG_CACHE_HOME/flowtrain`, else `~/.cache/flowtrain`), keyed by the

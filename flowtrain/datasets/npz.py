@@ -12,8 +12,9 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Shape, Split, contiguous, hold_out, short
+from flowtrain.datasets.base import Images, Split, contiguous, hold_out, short
 from flowtrain.errors import UserError
+from flowtrain.types import Shape
 
 Layout = Literal["nhwc", "nchw"]
 
@@ -23,14 +24,15 @@ DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.
 def build(
     root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc"
 ) -> Images:
-    """uint8 images of 256 levels, from arrays named x_train and x_test; their classes from y_train
-    and y_test.
+    """uint8 images of 256 levels from the arrays x_train and x_test, with the classes y_train and
+    y_test where the file has them.
 
-    path: the .npz file. Without x_test, a seeded tenth of x_train is the test split.
-    layout: the order of the axes, `nhwc` or `nchw`; (N, H, W) is grey in either. C is 1 or 3.
+    Args:
+        path: The .npz file. Without x_test, a seeded tenth of x_train is the test split.
+        layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
     Only the headers inside the file are read here; `read` takes the whole array into memory.
-    Raises UserError that names the file and the key. `root` is not used.
+    Raises `UserError` that names the file and the key. `root` is not used.
     """
     path = Path(path).expanduser()
     with _opened(path) as archive:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.datasets.base import Images, Split
-from flowtrain.datasets.points import Count, real_valued
+from flowtrain.datasets.points import real_valued
+from flowtrain.types import Positive
 
 
 def build(
@@ -15,12 +16,16 @@ def build(
     split: Split,
     *,
     seed: int = 0,
-    count: Count = 10_000,
-    test_count: Count = 10_000,
-    arms: Count = 5,
+    count: Positive = 10_000,
+    test_count: Positive = 10_000,
+    arms: Positive = 5,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with; `arms` of the wheel. `root` is not
-    used.
+    """Points of the plane. `root` is not used.
+
+    Args:
+        count: Number of points to train on, of which `data.validation` are held out.
+        test_count: Number of points in the test split.
+        arms: Number of arms.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:

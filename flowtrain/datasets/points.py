@@ -3,15 +3,11 @@ for, by seed.
 """
 
 from collections.abc import Callable
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 
 from flowtrain.datasets.base import Images, Split
 
-Count = Annotated[int, Field(ge=1)]
-Noise = Annotated[float, Field(ge=0)]  # a standard deviation
 Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and N to (N, dims)
 
 

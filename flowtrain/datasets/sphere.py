@@ -4,13 +4,13 @@ parts.
 
 import math
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from flowtrain.datasets.base import Images, Split
-from flowtrain.datasets.points import Count, real_valued
+from flowtrain.datasets.points import real_valued
+from flowtrain.types import Positive
 
 
 def build(
@@ -18,16 +18,22 @@ def build(
     split: Split,
     *,
     seed: int = 0,
-    count: Count = 10_000,
-    test_count: Count = 10_000,
-    components: Annotated[int, Field(ge=1)] = 6,
-    concentration: Annotated[float, Field(gt=0)] = 20,
+    count: Positive = 10_000,
+    test_count: Positive = 10_000,
+    components: Positive = 6,
+    concentration: PositiveFloat = 20,
 ) -> Images:
-    """`count` unit vectors to train on, `test_count` to test with. `root` is not used.
+    """Unit vectors in three dimensions. `root` is not used.
 
-    `components` have the mean directions `means(seed, components)`, and one `concentration`, kappa:
-    the density of one is `kappa / (4 pi sinh kappa) exp(kappa <mean, x>)` with respect to the area,
-    and a large kappa is a spread of `1 / sqrt(kappa)` radians each way.
+    The density of a component is `kappa / (4 pi sinh kappa) exp(kappa <mean, x>)` with respect to
+    the area. Its mean is one of `means(seed, components)`, and kappa is `concentration`. A large
+    kappa gives a spread of `1 / sqrt(kappa)` radians in each direction.
+
+    Args:
+        count: Number of points to train on, of which `data.validation` are held out.
+        test_count: Number of points in the test split.
+        components: Number of components, all of equal weight.
+        concentration: Concentration of each component, kappa.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+from pydantic import NonNegativeFloat
 
 from flowtrain.datasets.base import Images, Split
-from flowtrain.datasets.points import Count, Noise, real_valued
+from flowtrain.datasets.points import real_valued
+from flowtrain.types import Positive
 
 
 def build(
@@ -13,12 +15,16 @@ def build(
     split: Split,
     *,
     seed: int = 0,
-    count: Count = 10_000,
-    test_count: Count = 10_000,
-    noise: Noise = 0.1,
+    count: Positive = 10_000,
+    test_count: Positive = 10_000,
+    noise: NonNegativeFloat = 0.1,
 ) -> Images:
-    """`count` points to train on, `test_count` to test with; `noise` is a standard deviation.
-    `root` is not used.
+    """Points of the plane. `root` is not used.
+
+    Args:
+        count: Number of points to train on, of which `data.validation` are held out.
+        test_count: Number of points in the test split.
+        noise: Standard deviation of the noise on each point.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:

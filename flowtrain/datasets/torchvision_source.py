@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Shape, contiguous, disk_full, short
+from flowtrain.datasets.base import Images, contiguous, disk_full, short
 from flowtrain.errors import UserError, is_disk_full
+from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 

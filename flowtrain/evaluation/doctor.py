@@ -190,7 +190,7 @@ def examine(
             or the data are points of a surface: noise is not on it, and a Jacobian is not square.
     """
     flow = model.flow
-    if flow.latent_dims != flow.dims:
+    if flow.kind.on_surface:
         raise UserError(
             f"{model.checkpoint.path}: the data are points of a surface, for which there are no "
             f"checks"
@@ -202,13 +202,8 @@ def examine(
     x = split.take(slice(0, num_images))
     randomness = generator(seed, Stream.EVALUATION)
     noise = draw_noise(x.shape, randomness, x.device)
-    if flow.levels is None:
-        random_images = x.min() + (x.max() - x.min()) * torch.rand(x.shape, generator=randomness)
-    else:
-        random_images = torch.randint(flow.levels, x.shape, generator=randomness, dtype=torch.uint8)
-    levels = flow.levels or 256 / float(
-        (x.max() - x.min()).clamp_min(1e-6)
-    )  # of real values a level is a 256th of their range
+    random_images = flow.kind.uniform_like(x, randomness)
+    levels = flow.kind.levels_per_unit(x)
     z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # there: some accelerators have no float64
@@ -238,7 +233,7 @@ def examine(
             _data_round_trip(flow, precise, part, levels, kind, notes)
             for (part,) in in_batches(images)
         )
-        if flow.levels is not None:
+        if not flow.kind.exact:
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
     for (part,) in in_batches(z):
         _latent_round_trip(flow, precise, part, levels, notes)
@@ -482,10 +477,10 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        images = copies if one.levels is None else x.expand(len(copies), -1, -1, -1)
+        images = copies if one.kind.exact else x.expand(len(copies), -1, -1, -1)
         return one.to_latents(images, copies, executor)
 
-    start = x if flow.levels is None else noise
+    start = x if flow.kind.exact else noise
     try:
         whole(precise, start.double(), Watching(precise, around))
         where = ""

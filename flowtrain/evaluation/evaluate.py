@@ -14,7 +14,8 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, Split, labels_of
 from flowtrain.errors import UserError
 from flowtrain.evaluation.score import Scores, score
-from flowtrain.flow.flow import Flow, bits_per_dim
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.system import distributed
 
 log = logging.getLogger("flowtrain")
@@ -29,9 +30,7 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     """
     v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
     back = flow.bijection.inverse(flow.bijection(v)[0])[0]
-    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * (
-        flow.levels or 1
-    )
+    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
     return error.max().item()
 
 
@@ -66,7 +65,7 @@ def evaluate(
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
         )
-    if flow.levels is None and samples > 1:
+    if flow.kind.exact and samples > 1:
         raise UserError(
             f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing "
             f"to draw"
@@ -115,7 +114,7 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         "nats_per_image": _finite(nats.mean().item()),
         "nats_per_image_stderr": _finite(nats.std().item() / math.sqrt(n)) if n > 1 else None,
     }
-    if flow.levels is None:
+    if flow.kind.exact:
         return {
             "bits_per_dim": None,
             "bits_per_dim_stderr": None,
@@ -171,7 +170,7 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
     ).double()
     accuracy = correct.mean()
     return {
-        f"{flow.metric}_given_class": _finite(given.mean().item()),
+        f"{flow.kind.metric}_given_class": _finite(given.mean().item()),
         "accuracy": _finite(accuracy.item()),
         "accuracy_stderr": _finite((accuracy * (1 - accuracy) / len(correct)).sqrt().item()),
     }
@@ -190,7 +189,7 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
     log_prob = scores.log_prob.tolist()
     bits = (
         [""] * len(log_prob)
-        if flow.levels is None
+        if flow.kind.exact
         else bits_per_dim(scores.log_prob, flow.dims).tolist()
     )
     columns = {"bits_per_dim": bits, "log_prob": log_prob}

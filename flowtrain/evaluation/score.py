@@ -115,7 +115,7 @@ def score(
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
-    noisy = flow.levels is not None
+    noisy = not flow.kind.exact
     # of a process without an image
     rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):

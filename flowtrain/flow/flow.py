@@ -12,6 +12,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.execution import FUSED, Executor, Initializing
 from flowtrain.flow.class_prior import ClassPrior, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
+from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 
 
 class LogProb(NamedTuple):
@@ -61,20 +62,13 @@ class Flow(nn.Module):
         return self.dequantizer.levels
 
     @property
-    def unit(self) -> str:
-        """Of `loss`, in words."""
-        return "nats" if self.levels is None else "bits/dim"
-
-    @property
-    def metric(self) -> str:
-        """The name of `loss` in files."""
-        return "nats" if self.levels is None else "bits_per_dim"
+    def kind(self) -> Kind:
+        """The kind of data: images, points, or points on a surface."""
+        return kind_of(self.levels, self.latent_dims < self.dims)
 
     def loss(self, log_prob: Tensor) -> Tensor:
-        """What is minimized and reported, from nats: bits per dimension of images, nats of
-        real-valued data.
-        """
-        return -log_prob if self.levels is None else bits_per_dim(log_prob, self.dims)
+        """The loss in `kind.unit`, from nats: bits per dimension of images, nats of points."""
+        return self.kind.loss(log_prob, self.dims)
 
     @property
     def dims(self) -> int:
@@ -159,7 +153,7 @@ class Flow(nn.Module):
 
         Raises `ValueError` for real-valued data, whose density has no bits.
         """
-        if self.levels is None:
+        if self.kind.exact:
             raise ValueError(
                 "real-valued data have a density, which has no bits per dimension: use log_prob"
             )
@@ -240,11 +234,6 @@ class Flow(nn.Module):
             )
         self.dequantizer.check(x)
         return x.to(self.device)
-
-
-def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
-    """Nats of an image to bits per dimension: `-log P / (D log 2)`."""
-    return log_prob / (-dims * math.log(2))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Models: each module has `build(shape, **options) -> Bijection`; the signature is the schema of
-its options.
+"""Models, one module each: `model.name: glow` is `flowtrain.models.glow`.
 
-`build` raises `flowtrain.errors.UserError` where the options do not fit the shape.
+A module's `build(shape, *, **options) -> Bijection` makes the flow for one example of `shape`
+(C, H, W). Its keyword options, with the descriptions in its docstring, are the schema of
+`model.<option>`. `build` raises `UserError` where the options do not fit the shape.
 """

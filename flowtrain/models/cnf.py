@@ -2,57 +2,65 @@
 images.
 
 Deliberate differences from the paper:
-- reported likelihoods have the exact trace; Hutchinson's estimator is for gradients alone, and
-  above 16 dimensions;
-- the error of a step is the largest of all entries and examples, not a mean over the batch, and
-  tolerances are a hundredth in evaluation, so that there batch mates change a likelihood by
-  rounding alone;
-- an ActNorm before each block, where the paper has a batch normalization between them; a block
-  starts as the identity;
-- time runs from 0 to 1: the paper learns the end, which is the same as a factor of the velocity;
-- images are flattened, without the convolutions and multi-scale architecture of the paper's MNIST
-  and CIFAR-10.
+- Reported likelihoods use the exact trace. Hutchinson's estimator serves gradients only, above 16
+  dimensions.
+- The error of a step is the largest of all entries and examples, not a mean over the batch.
+  Outside training the tolerances are 100 times tighter, so the rest of the batch changes a
+  likelihood by rounding only.
+- An ActNorm precedes each block, where the paper has a batch normalization between blocks. A block
+  starts as the identity.
+- Time runs from 0 to 1. The paper learns the end, which is the same as a factor of the velocity.
+- Images are flattened. The paper's models of MNIST and CIFAR-10 have convolutions and several
+  scales.
 """
 
+import math
 from typing import Annotated
 
 from pydantic import Field
 
 from flowtrain.bijections import ActNorm, Bijection, Continuous, Flatten, Sequential
 from flowtrain.bijections.continuous import Dynamics, Solver, Trace, torchdiffeq
+from flowtrain.types import Positive, Shape
 
 Tolerance = Annotated[float, Field(gt=0, lt=1)]
 
 
 def build(
-    shape: tuple[int, int, int],
+    shape: Shape,
     *,
-    blocks: Annotated[int, Field(ge=1)] = 1,
-    width: Annotated[int, Field(ge=1)] = 64,
-    hidden_layers: Annotated[int, Field(ge=1)] = 3,
+    blocks: Positive = 1,
+    width: Positive = 64,
+    hidden_layers: Positive = 3,
     solver: Solver = "dopri5",
     rtol: Tolerance = 1e-4,
     atol: Tolerance = 1e-4,
     trace: Trace = "auto",
     adjoint: bool = False,
 ) -> Bijection:
-    """Continuous flow for data of `shape` (C, H, W) (the paper's for 2-D data: one block, three
-    layers of 64).
+    """Continuous flow for data of `shape` (C, H, W). It needs `pip install 'flowtrain[cnf]'`. The
+    defaults are the paper's for 2-D data.
 
     Args:
-        blocks: differential equations, one after the other.
-        width: units of a hidden layer of the velocity's network.
-        hidden_layers: hidden layers of it.
-        solver: dopri5, or dopri8 for tolerances near the rounding of the numbers.
-        rtol: relative tolerance of a step of the solver in training; in evaluation a hundredth of
-            it.
-        atol: absolute tolerance, likewise.
-        trace: exact or hutchinson, for gradients; auto is exact up to 16 dimensions. Evaluation is
-            always exact.
-        adjoint: gradients from the adjoint equation: less memory, more time.
+        blocks: Number of differential equations, one after the other.
+        width: Number of units per hidden layer of the velocity's network.
+        hidden_layers: Number of hidden layers of that network.
+        solver: Runge-Kutta method: dopri5 is of order 5, dopri8 of order 8, for tolerances near
+            the rounding error of the numbers.
+        rtol: Relative tolerance of a solver step in training. Outside training it is 100 times
+            tighter.
+        atol: Absolute tolerance of a solver step in training. Outside training it is 100 times
+            tighter.
+        trace: Trace of the Jacobian in training: exact, hutchinson (an estimate), or auto, which is
+            exact up to 16 dimensions. Reported likelihoods always use the exact trace.
+        adjoint: Compute gradients by the adjoint equation. This takes more time, but memory does
+            not grow with the number of solver steps.
+
+    Raises:
+        UserError: if torchdiffeq is not installed.
     """
-    torchdiffeq()  # says here that it is missing
-    dims = shape[0] * shape[1] * shape[2]
+    torchdiffeq()
+    dims = math.prod(shape)
     layers: list[Bijection] = [Flatten(shape)]
     for _ in range(blocks):
         dynamics = Dynamics(dims, width, hidden_layers)

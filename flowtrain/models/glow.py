@@ -2,13 +2,13 @@
 arXiv:1807.03039).
 
 Deliberate differences from the paper and its release:
-- no ActNorm inside the conditioners (plain biases, PyTorch's initialization);
-- the log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h +
-  2)`: bounded both ways, and the identity at the start; ActNorm's and the 1x1 convolution's
-  log-scales are bounded by tanh to +-8;
-- `initialization: whitening` sets each 1x1 convolution from the first batch by PCA (`rotation` is
-  the paper's);
-- the learned priors scale the latents instead of the base density, which is the same likelihood.
+- The conditioners have no ActNorm. They have plain biases and PyTorch's initialization.
+- The log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h +
+  2)`. It is bounded both ways, and zero at the start. The log-scales of ActNorm and of the 1x1
+  convolution are bounded by tanh to +-8.
+- `initialization: whitening` sets each 1x1 convolution from the first batch by PCA. `rotation` is
+  the paper's.
+- The learned priors scale the latents instead of the base density. The likelihood is the same.
 """
 
 from collections.abc import Callable
@@ -20,34 +20,29 @@ from torch import nn
 
 from flowtrain.bijections import (
     ActNorm,
-    AdditiveTransform,
-    AffineTransform,
     Bijection,
     CheckerboardCoupling,
     Conv1x1,
     Conv1x1LU,
     Coupling,
     DiagonalAffine,
-    MixtureTransform,
     Multiscale,
     Permute,
     Sequential,
-    SplineTransform,
     Squeeze,
-    Transform,
 )
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
-from flowtrain.models.geometry import check_squeezes
+from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes
 from flowtrain.nets.convolution import GlowNet, ZeroNet
 from flowtrain.nets.residual import DepthwiseNet, GatedNet
+from flowtrain.types import Positive, Shape
 
-Positive = Annotated[int, Field(ge=1)]
 PerLevel = Positive | list[Positive]
 
 
 def build(
-    shape: tuple[int, int, int],
+    shape: Shape,
     *,
     levels: Positive = 3,
     steps: PerLevel = 32,
@@ -60,43 +55,40 @@ def build(
     blocks: Positive = 1,
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
-    prior: Literal["affine", "spline", "mixture"] = "affine",
+    prior: Elementwise = "affine",
 ) -> Bijection:
-    """Glow for images of `shape` (C, H, W): `levels` times squeeze, `steps` of flow, and a split.
+    """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
     Args:
-        levels: L; each halves the size, so both sides must be multiples of 2**L.
-        steps: K, steps of flow (ActNorm, permutation, coupling) per level; or one number for each
-            level, finest first.
-        width: channels of the conditioners' hidden layers; or one number for each level. The
-            coarser ones cost less.
-        coupling: affine, additive (volume preserving), spline (rational-quadratic, Durkan et al.
-            2019), or mixture (of logistics, Ho et al. 2019).
-        bins: of a spline.
-        components: logistics of a mixture.
-        split: of a coupling: by channel, by a checkerboard whose colours alternate, or mixed: by
-            turns. A single pixel has no second colour: there it is by channel.
-        conditioner: glow (3x3, 1x1, 3x3), gated (residual blocks with gates), or depthwise
-            (separable residual blocks).
-        blocks: of a gated or depthwise conditioner.
-        permutation: what mixes the channels before each coupling.
-        initialization: of the 1x1 convolutions: random rotations, or PCA whitening of the first
-            batch.
-        prior: the transform of the half that leaves at a split, given the other, to the standard
-            normal; as `coupling`.
+        levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
+        steps: Number of steps of flow (ActNorm, permutation, coupling) per level, K; or a list with
+            one number per level, finest first.
+        width: Channels of the conditioners' hidden layers; or a list with one number per level,
+            finest first. Coarser levels cost less.
+        coupling: Transform of the couplings: affine, additive (volume preserving), spline
+            (rational-quadratic, Durkan et al. 2019), or mixture (of logistics, Ho et al. 2019).
+        bins: Number of bins per spline.
+        components: Number of logistics per mixture.
+        split: How a coupling splits its input: by channel, by a checkerboard whose colours
+            alternate, or mixed, which takes turns. A single pixel has no second colour, so it is
+            split by channel.
+        conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), gated (residual
+            blocks with gates), or depthwise (separable residual blocks).
+        blocks: Number of residual blocks in a gated or depthwise conditioner.
+        permutation: What mixes the channels before each coupling: a 1x1 convolution (conv1x1_lu by
+            its LU factors, or conv1x1), a random shuffle, or a reversal.
+        initialization: How the 1x1 convolutions start: as random rotations, or as the PCA whitening
+            of the first batch.
+        prior: Transform that takes the half that leaves at a split to the standard normal, given
+            the other half. The names are those of `coupling`.
 
     Raises:
-        UserError: where the image cannot be squeezed `levels` times, or there are not `levels`
+        UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`
             numbers.
     """
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
-    transforms: dict[str, Callable[[], Transform]] = {
-        "affine": AffineTransform,
-        "additive": AdditiveTransform,
-        "spline": lambda: SplineTransform(bins),
-        "mixture": lambda: MixtureTransform(components),
-    }
+    options = {"spline": (bins,), "mixture": (components,)}
     nets: dict[str, Callable[[int, int, int], nn.Module]] = {
         "glow": GlowNet,
         "gated": lambda inputs, outputs, width: GatedNet(inputs, outputs, width, blocks),
@@ -104,16 +96,13 @@ def build(
     }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
-        transform = transforms[coupling]()
-        if split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0):
-            kept = channels // 2
-            net = nets[conditioner](
-                kept, transform.parameters_per_entry * (channels - kept), width_of[level]
-            )
+        transform = TRANSFORMS[coupling](*options.get(coupling, ()))
+        by_channel = split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0)
+        kept = channels // 2 if by_channel else channels
+        changed = channels - kept if by_channel else channels
+        net = nets[conditioner](kept, transform.parameters_per_entry * changed, width_of[level])
+        if by_channel:
             return Coupling(kept, net, transform)
-        net = nets[conditioner](
-            channels, transform.parameters_per_entry * channels, width_of[level]
-        )
         parity = (step // 2 if split == "mixed" else step) % 2
         return CheckerboardCoupling(size, net, transform, parity)
 
@@ -128,12 +117,12 @@ def build(
             layers += [
                 ActNorm((channels, 1, 1)),
                 _permutation(permutation, channels, initialization),
+                couple(level, step, channels, (height, side)),
             ]
-            layers.append(couple(level, step, channels, (height, side)))
         level_bijections.append(Sequential(*layers))
         if level < levels - 1:
             kept = channels // 2
-            transform = transforms[prior]()
+            transform = TRANSFORMS[prior](*options.get(prior, ()))
             net = ZeroNet(kept, transform.parameters_per_entry * (channels - kept))
             priors.append(Coupling(kept, net, transform))
             latent_shapes.append((channels - kept, height, side))

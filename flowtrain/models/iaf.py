@@ -1,33 +1,36 @@
 """IAF: Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al. 2016,
 arXiv:1606.04934).
 
-MAF with each autoregressive layer the other way round: samples take one pass, the density of given
-data takes D steps a layer, in training too. So it is for few dimensions.
+This is MAF with each autoregressive layer inverted. Samples take one pass. The density of given
+data takes D steps per layer, also in training, so IAF suits few dimensions only.
 
-Deliberate differences from the paper: it is trained by maximum likelihood here, and not as a
-posterior; else those of `flowtrain.models.maf`.
+Deliberate differences from the paper: the flow is trained by maximum likelihood, not as a
+posterior. The other differences are those of `flowtrain.models.maf`.
 """
 
 from flowtrain.bijections import Bijection, Inverse
 from flowtrain.models import maf
+from flowtrain.models.base import Elementwise
+from flowtrain.types import Positive, Shape
 
 
 def build(
-    shape: tuple[int, int, int],
+    shape: Shape,
     *,
-    layers: maf.Positive = 5,
-    width: maf.Positive = 128,
-    hidden_layers: maf.Positive = 1,
+    layers: Positive = 5,
+    width: Positive = 128,
+    hidden_layers: Positive = 1,
     order: maf.Order = "reverse",
-    transform: maf.Kind = "affine",
+    transform: Elementwise = "affine",
 ) -> Bijection:
-    """IAF for data of `shape` (C, H, W), its entries in the order in which they are stored.
+    """IAF for data of `shape` (C, H, W). The entries are in the order in which they are stored.
 
     Args:
-        layers: autoregressive layers.
-        width: units of a hidden layer.
-        hidden_layers: of each conditioner.
-        order: of the entries in the next layer: reversed, or a random permutation.
-        transform: of an entry, given those of the latent before it: affine, spline or mixture.
+        layers: Number of autoregressive layers.
+        width: Number of units per hidden layer.
+        hidden_layers: Number of hidden layers per conditioner.
+        order: How the next layer reorders the entries. `random` is a random permutation.
+        transform: Transform of an entry, given those of the latent before it: affine, spline or
+            mixture, as in MAF.
     """
     return maf.chain(shape, layers, width, hidden_layers, order, transform, Inverse)

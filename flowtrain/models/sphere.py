@@ -1,20 +1,19 @@
 """Recursive flows on the sphere S^2: Normalizing Flows on Tori and Spheres (Rezende et al. 2020,
 arXiv:2002.02428).
 
-For points of the unit sphere in three dimensions, `(3, 1, 1)`; the density is with respect to its
-area.
+The data are points of the unit sphere in three dimensions, `(3, 1, 1)`. The density is with respect
+to its area.
 
 Deliberate differences from the paper:
-- the coordinates are longitude and latitude, with the log-determinant that goes with them; the
-  paper's height, the sine of the latitude, would preserve areas, but loses what is near a pole to
-  float32;
-- the paper transforms the height, and the longitude given the height, once. Here that is done
-  several times over, and the latitude is given the longitude too: a coupling each, by turns;
-- the base is the uniform density on the sphere, as in the paper, but written as two normal numbers;
-- all conditioners end in zeros, so that the flow starts as the uniform density, 1 / 4 pi.
+- The coordinates are longitude and latitude, with their log-determinant. The paper's height, the
+  sine of the latitude, would preserve areas, but float32 cannot resolve heights near a pole.
+- The paper transforms the height, and the longitude given the height, once. Here couplings do that
+  several times by turns, and the latitude is also given the longitude.
+- The base is the uniform density on the sphere, as in the paper, but written as two normal numbers.
+- All conditioners end in zeros, so the flow starts as the uniform density, 1 / 4 pi.
 
-As any flow in these coordinates, its density at the two poles may depend on the longitude from
-which one comes.
+As for any flow in these coordinates, the density at a pole may depend on the longitude along which
+one approaches it.
 """
 
 import math
@@ -36,12 +35,11 @@ from flowtrain.bijections import (
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.nets.dense import DenseNet
-
-Positive = Annotated[int, Field(ge=1)]
+from flowtrain.types import Positive, Shape
 
 
 class CircularNet(nn.Module):
-    """A `DenseNet` of angles `(B, C)`, which it sees by cosine and sine: whole turns make no
+    """A `DenseNet` of angles `(B, C)`. It sees their cosines and sines, so whole turns make no
     difference.
     """
 
@@ -54,7 +52,7 @@ class CircularNet(nn.Module):
 
 
 def build(
-    shape: tuple[int, int, int],
+    shape: Shape,
     *,
     layers: Positive = 4,
     width: Positive = 64,
@@ -64,14 +62,14 @@ def build(
     """Recursive flow for points of the unit sphere, `shape` (3, 1, 1).
 
     Args:
-        layers: of two couplings each: the longitude given the latitude, the latitude given the
-            longitude.
-        width: units of a hidden layer of a conditioner.
-        hidden_layers: of each conditioner.
-        bins: of the splines of the circle and of the latitude.
+        layers: Number of layers. Each is two couplings: a spline on the circle of longitudes given
+            the latitude, and a spline on the latitude given the longitude.
+        width: Number of units per hidden layer.
+        hidden_layers: Number of hidden layers per conditioner.
+        bins: Number of bins per spline.
 
     Raises:
-        UserError: for another shape.
+        UserError: for any other shape.
     """
     if tuple(shape) != (3, 1, 1):
         raise UserError(

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import Points, QuantizedImages
 from flowtrain.pictures import grid
 from flowtrain.system.random import Stream, generator
 
@@ -28,73 +30,89 @@ PANEL = 2.6  # inches
 DPI = 100
 MESH = 160  # points on a side
 STAGES = 6  # of the way from the base to the data
-POINTS = 2000  # in a picture of points
+POINTS = Points.picture_count
 
 Bounds = tuple[float, float, float, float]  # left, right, bottom, top
 
 
-def default_count(flow: Flow) -> int:
-    """How many samples make a picture."""
-    return 64 if flow.levels is not None else POINTS
+class ImageGrids:
+    """Pictures of images: grids."""
+
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def samples(
+        self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
+    ) -> Tensor:
+        """A grid of the samples `x` `(N, C, H, W)` with so many columns: uint8 `(3, H', W')`."""
+        return grid.grid(x, self.levels, columns)
+
+    def paths(self, rows: Tensor) -> Tensor:
+        """One row of images for each of the paths `(P, S, C, H, W)`: uint8 `(3, H', W')`."""
+        return grid.grid(rows.flatten(0, 1), self.levels, rows.shape[1])
+
+    def path_frames(self, rows: Tensor) -> list[Tensor]:
+        """An animation of the paths `(P, S, C, H, W)`: for each step a row of images."""
+        return [grid.grid(step, self.levels, len(step)) for step in rows.unbind(dim=1)]
 
 
-def samples(
-    flow: Flow,
-    x: Tensor,
-    columns: int,
-    seed: int,
-    data: Callable[[], Tensor],
-    temperatures: Sequence[float] = (1.0,),
-) -> Tensor:
-    """Samples `x` `(T N, C, H, W)`, as many for each temperature, from the latents of `seed`: uint8
-    `(3, H', W')`.
-
-    Images are a grid of so many columns. Points are shown beside the `data` and the log-density on
-    a mesh, and below how the latents are carried to the data, every few layers, without a
-    temperature.
-
-    Raises `UserError` for real-valued data of which there is no picture.
+class PointPlots:
+    """Pictures of points, drawn beside points of the data. `split` is called when these are
+    needed.
     """
-    if flow.levels is not None:
-        return grid.grid(x, flow.levels, columns)
-    if flow.shape[0] == 3 and flow.latent_dims == 3:
-        raise UserError("there are no pictures of points in space, only .npz files")
-    beside = data()
-    bounds = _bounds(beside)
-    z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
-    stages = _few(flow.bijection.stages(flow.place(z)), STAGES)
-    figure, panels = _figure(2, max(2 + len(temperatures), len(stages)))
-    first, *middle = panels[0][: 2 + len(temperatures)]
-    _scatter(first, f"data ({len(beside):,})", beside, bounds)
-    for axes, part, temperature in zip(middle, x.split(len(z)), temperatures, strict=False):
-        at = "" if temperature == 1 else f" at {temperature:g}"
-        _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
-    _density(middle[-1], flow, bounds)
-    colours = torch.atan2(z[:, 1], z[:, 0])
-    for i, (axes, stage) in enumerate(zip(panels[1], stages, strict=False)):
-        title = "base" if i == 0 else "data" if i == len(stages) - 1 else ""
-        _scatter(axes, title, stage, _bounds(stage), colours)
-    return _pixels(figure)
+
+    def __init__(self, flow: Flow, split: Callable[[], Split]):
+        self.flow = flow
+        self.split = split
+
+    def samples(
+        self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
+    ) -> Tensor:
+        """Samples `x` `(T N, C, 1, 1)`, equally many for each temperature, drawn from the latents
+        of `seed`: uint8 `(3, H', W')`.
+
+        They are shown beside the data and the log-density on a mesh. Below is how the latents are
+        carried to the data, every few layers, without a temperature. `columns` is not used.
+
+        Raises `UserError` for points of which there is no picture.
+        """
+        flow = self.flow
+        if flow.shape[0] == 3 and not flow.kind.on_surface:
+            raise UserError("there are no pictures of points in space, only .npz files")
+        beside = self._beside()
+        bounds = _bounds(beside)
+        z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
+        stages = _few(flow.bijection.stages(flow.place(z)), STAGES)
+        figure, panels = _figure(2, max(2 + len(temperatures), len(stages)))
+        first, *middle = panels[0][: 2 + len(temperatures)]
+        _scatter(first, f"data ({len(beside):,})", beside, bounds)
+        for axes, part, temperature in zip(middle, x.split(len(z)), temperatures, strict=False):
+            at = "" if temperature == 1 else f" at {temperature:g}"
+            _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
+        _density(middle[-1], flow, bounds)
+        colours = torch.atan2(z[:, 1], z[:, 0])
+        for i, (axes, stage) in enumerate(zip(panels[1], stages, strict=False)):
+            title = "base" if i == 0 else "data" if i == len(stages) - 1 else ""
+            _scatter(axes, title, stage, _bounds(stage), colours)
+        return _pixels(figure)
+
+    def paths(self, rows: Tensor) -> Tensor:
+        """The paths `(P, S, C, 1, 1)` as lines over the data: uint8 `(3, H', W')`."""
+        return _lines(rows, self._beside())
+
+    def path_frames(self, rows: Tensor) -> list[Tensor]:
+        """An animation of the paths `(P, S, C, 1, 1)`: for each step the lines up to there."""
+        beside = self._beside()
+        return [_lines(rows[:, : step + 1], beside) for step in range(rows.shape[1])]
+
+    def _beside(self) -> Tensor:
+        return self.split().take(slice(0, POINTS))
 
 
-def paths(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> Tensor:
-    """Paths `(P, S, C, H, W)`, uint8 `(3, H', W')`: a row of images each, or lines over the
-    `data`.
-    """
-    if flow.levels is not None:
-        return grid.grid(rows.flatten(0, 1), flow.levels, rows.shape[1])
-    return _lines(rows, data())
-
-
-def path_frames(flow: Flow, rows: Tensor, data: Callable[[], Tensor]) -> list[Tensor]:
-    """The pictures of an animation of paths `(P, S, C, H, W)`: of each step the images, or the
-    lines until there.
-    """
-    steps = range(rows.shape[1])
-    if flow.levels is not None:
-        return [grid.grid(rows[:, step], flow.levels, len(rows)) for step in steps]
-    beside = data()
-    return [_lines(rows[:, : step + 1], beside) for step in steps]
+def drawing(flow: Flow, split: Callable[[], Split]) -> ImageGrids | PointPlots:
+    """The pictures of what a flow models; points are drawn beside those of a split of the data."""
+    kind = flow.kind
+    return ImageGrids(kind.levels) if isinstance(kind, QuantizedImages) else PointPlots(flow, split)
 
 
 def _lines(rows: Tensor, beside: Tensor) -> Tensor:

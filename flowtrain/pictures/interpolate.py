@@ -94,9 +94,7 @@ def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Te
     it has none).
     """
     flow, policy = model.flow, model.config.data.options().get("resize", "crop")
-    levels = flow.levels
-    if levels is None:
-        raise UserError("--images: the model is of real-valued data, not of images")
+    levels = flow.kind.require_levels("--images: the model is of real-valued data, not of images")
     first, second = (
         torch.from_numpy(open_image(path, flow.shape, levels, policy)) for path in files
     )

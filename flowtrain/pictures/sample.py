@@ -9,8 +9,6 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
-BATCH_SIZE = 64
-
 
 def sample(
     flow: Flow,
@@ -39,10 +37,9 @@ def sample(
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else None
     images = []
-    batch_size = BATCH_SIZE if flow.levels is not None else 10 * BATCH_SIZE
     for temperature in temperatures:
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
-        for part in latents.split(batch_size):
+        for part in latents.split(flow.kind.decode_batch):
             images.append(flow.decode(part).cpu())
             progress(sum(map(len, images)), len(latents) * len(temperatures))
     return torch.cat(images)

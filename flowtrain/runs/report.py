@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain.checkpoints.load import LoadedModel, run_of
-from flowtrain.data.splits import DataSet, Split, levels_in_words
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.doctor import Finding, examine
 from flowtrain.evaluation.score import fitting_batch_size
@@ -28,8 +28,6 @@ from flowtrain.pictures.sample import sample
 from flowtrain.runs import charts, record
 from flowtrain.system.console import duration
 
-TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
-SAMPLES = 16  # of each temperature, four in a row
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
 # test images whose distance to the training images is what a sample's is compared with
@@ -73,9 +71,9 @@ class Reconstructions:
 
 
 def _levels(flow: Flow) -> int:
-    if flow.levels is None:
-        raise UserError("real-valued data are no images; their round trip is in the health table")
-    return flow.levels
+    return flow.kind.require_levels(
+        "real-valued data are no images; their round trip is in the health table"
+    )
 
 
 def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
@@ -139,9 +137,8 @@ def page(
     and evaluations are read. `num_images` test images are reconstructed, and used for the health
     table.
     """
-    # points are shown with much else
-    temperatures = TEMPERATURES if model.flow.levels is not None else (1.0,)
     flow, run = model.flow, run_of(model.checkpoint.path)
+    temperatures = flow.kind.report_temperatures
 
     def there() -> DataSet:
         if isinstance(data, str):
@@ -149,10 +146,8 @@ def page(
         return data
 
     def samples(temperature: float) -> Tensor:
-        x = sample(flow, SAMPLES if flow.levels is not None else draw.POINTS, [temperature], seed)
-        return draw.samples(
-            flow, x, 4, seed, lambda: there().split("test").take(slice(0, draw.POINTS))
-        )
+        x = sample(flow, flow.kind.report_count, [temperature], seed)
+        return draw.drawing(flow, lambda: there().split("test")).samples(x, 4, seed)
 
     def health() -> list[tuple[Finding, list[Finding]]]:
         def note(done: int, total: int) -> None:
@@ -161,7 +156,7 @@ def page(
         return by_check(examine(model, there(), num_images=num_images, seed=seed, progress=note))
 
     makers: dict[str, Callable[[], Any]] = {
-        "curves": lambda: _curves(run, flow.unit),
+        "curves": lambda: _curves(run, flow.kind.unit),
         "evaluations": lambda: _evaluations(run),
         **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
         "reconstructions": lambda: reconstruct(
@@ -196,7 +191,7 @@ def page(
         parameters=sum(p.numel() for p in flow.parameters()),
         seed=seed,
         temperatures=temperatures,
-        levels=levels_in_words(flow.levels),
+        levels=flow.kind.words,
         never=sys.float_info.max,  # the bound of what is never bad
         shown=SHOWN,
     )

@@ -46,14 +46,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     batch = train.batch_size * train.accumulate
     random = generator(config.seed, Stream.ORDER)
     labels = torch.arange(batch, device=device) % flow.classes if flow.classes else None
-    if data.levels is None:
-        x = torch.randn(batch, *data.shape, generator=random).to(device)
-        if flow.latent_dims < flow.dims:
-            x = x / x.norm(dim=1, keepdim=True)  # on a surface: the unit sphere
-    else:
-        x = torch.randint(
-            data.levels, (batch, *data.shape), generator=random, dtype=torch.uint8
-        ).to(device)
+    x = flow.kind.random((batch, *data.shape), random).to(device)
     some = x[:INITIALIZATION_IMAGES]
     initialize(flow, some, draw_noise(some.shape, random, device))
     averaged = Average(flow, train.ema) if train.ema else None

@@ -33,11 +33,11 @@ def validate(state: State, run: RunDirectory, validation: Split) -> None:
         "seconds": progress.seconds,
         "split": "validation",
     }
-    run.log({**row, "bits_per_dim": None, flow.metric: loss if math.isfinite(loss) else None})
+    run.log({**row, "bits_per_dim": None, flow.kind.metric: loss if math.isfinite(loss) else None})
     _log_ranges(state, run, validation)
     best = math.isfinite(loss) and (progress.best is None or loss < progress.best)
     console.print(
-        f"step {progress.step}: validation {loss:.4f} {flow.unit}{' (best)' if best else ''}"
+        f"step {progress.step}: validation {loss:.4f} {flow.kind.unit}{' (best)' if best else ''}"
     )
     if best:
         progress.best, progress.best_step = loss, progress.step
@@ -59,12 +59,12 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     shape.
     """
     z = state.flow.draw_latents(
-        draw.default_count(state.flow), generator(state.config.seed, Stream.LATENTS)
+        state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
     )
     flow, seed = state.evaluated, state.config.seed
     try:
         samples = flow.decode(flow.place(z))
-        picture = draw.samples(flow, samples, 8, seed, lambda: beside.take(slice(0, draw.POINTS)))
+        picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
@@ -88,7 +88,7 @@ def log(
         "split": "train",
     }
     gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
-    loss_row = {"bits_per_dim": None, state.flow.metric: loss}
+    loss_row = {"bits_per_dim": None, state.flow.kind.metric: loss}
     run.log(
         {
             **row,
@@ -107,7 +107,7 @@ def log(
         assert config.budget is not None
         done, total, of = progress.seconds, config.budget, ""
         left = total - done
-    text = f"{loss:.4f} {state.flow.unit}  {speed:.0f} images/s  {duration(left)} left"
+    text = f"{loss:.4f} {state.flow.kind.unit}  {speed:.0f} images/s  {duration(left)} left"
     bar(done, total, text)
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
@@ -139,7 +139,7 @@ def save(state: State, run: RunDirectory, numbered: bool) -> None:
             "seconds": progress.seconds,
             "finished": state.progress.finished,
             "best_validation_bits_per_dim": None,
-            f"best_validation_{state.flow.metric}": progress.best,
+            f"best_validation_{state.flow.kind.metric}": progress.best,
             "best_step": progress.best_step,
             "parameters": sum(p.numel() for p in state.flow.parameters()),
             "non_finite_steps": progress.non_finite,

@@ -9,7 +9,7 @@ from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
 from flowtrain.config import Config, differences
 from flowtrain.data.batches import Batches
-from flowtrain.data.splits import DataSet, levels_in_words
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
@@ -139,7 +139,7 @@ def announce(
         f"{data.config.name}: "
         f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
         f"{'x'.join(map(str, data.shape))}, "
-        f"{levels_in_words(data.levels)}{', streamed' if batches.streams else ''}"
+        f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
     if saved is None:
         console.print(f"run directory: {run.path}")

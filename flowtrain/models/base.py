@@ -1,0 +1,64 @@
+"""What several models share: elementwise transforms by name, couplings of vectors, and what image
+sizes allow.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from flowtrain.bijections import (
+    AdditiveTransform,
+    AffineTransform,
+    Coupling,
+    MixtureTransform,
+    SplineTransform,
+    Transform,
+)
+from flowtrain.errors import UserError
+from flowtrain.nets.dense import DenseNet
+from flowtrain.types import Shape
+
+Elementwise = Literal["affine", "spline", "mixture"]
+
+# The elementwise transforms that options choose by name: affine, volume preserving,
+# rational-quadratic spline (Durkan et al. 2019), mixture of logistics (Ho et al. 2019).
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "affine": AffineTransform,
+    "additive": AdditiveTransform,
+    "spline": SplineTransform,
+    "mixture": MixtureTransform,
+}
+
+_TIMES = {0: "cannot be squeezed", 1: "can be squeezed once", 2: "can be squeezed twice"}
+
+
+def vector_coupling(
+    index: int, dims: int, width: int, hidden_layers: int, transform: Transform
+) -> Coupling:
+    """Coupling number `index` of a chain on vectors `(B, dims)`, with a dense conditioner.
+
+    Even ones keep the first half, the larger one where `dims` is odd; odd ones keep the second.
+    """
+    swap = index % 2 == 1
+    kept = dims // 2 if swap else (dims + 1) // 2
+    net = DenseNet(kept, transform.parameters_per_entry * (dims - kept), width, hidden_layers)
+    return Coupling(kept, net, transform, swap=swap)
+
+
+def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:
+    """Raises `UserError` unless both sides of an image `(C, H, W)` can be halved `squeezes` times.
+
+    It needs the shape alone, so an impossible size is found before any data are read.
+    """
+    _, height, width = shape
+    sizes = [(height, width)]
+    while sizes[-1][0] % 2 == 0 and sizes[-1][1] % 2 == 0 and min(sizes[-1]) > 1:
+        sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+    possible = len(sizes) - 1
+    if squeezes <= possible:
+        return
+    path = " -> ".join(str(h) if height == width else f"{h}x{w}" for h, w in sizes)
+    times = _TIMES.get(possible, f"can be squeezed {possible} times")
+    raise UserError(
+        f"model.levels: {height}x{width} {times}{f' ({path})' if possible else ''}; "
+        f"levels: {levels} needs a multiple of {2**squeezes}"
+    )
