@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import FOLDER, TINY, copy_of, quick, sets
+from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
 from helpers import TINY as TINY_MODELS
-from helpers import a_config, images, npz, perturb, seeded
 from torch import nn
 
 from flowtrain import config as configuration
@@ -741,7 +741,7 @@ def test_help(tmp_path):
 
 
 def test_every_check_is_documented():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "doctor.md").read_text()
+    text = (REPOSITORY / "docs" / "doctor.md").read_text()
     for check, (watch, worse) in BOUNDS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {check} |"))
         for bound in {watch, worse}:

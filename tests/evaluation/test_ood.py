@@ -24,7 +24,7 @@ from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation import ood
 from flowtrain.evaluation.score import score
-from flowtrain.pictures.lossless import CODERS, _picture, coders, complexity, compressed_bytes
+from flowtrain.pictures.lossless import CODERS, coders, complexity, compressed_bytes, picture_of
 
 
 def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
@@ -87,7 +87,7 @@ def test_complexity_is_the_shorter_code(shape):
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
 def test_the_coders_are_lossless(coder, shape):
     options, _ = CODERS[coder]
-    picture = _picture(images(1, shape)[0].numpy())
+    picture = picture_of(images(1, shape)[0].numpy())
     buffer = io.BytesIO()
     picture.save(buffer, coder, **options)
     back = Image.open(buffer)
@@ -100,7 +100,7 @@ def test_the_coders_are_lossless(coder, shape):
 def test_the_constant_bytes_of_a_png_are_counted():
     """All bytes outside of IDAT's content."""
     buffer = io.BytesIO()
-    _picture(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
+    picture_of(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
     data, content, at = buffer.getvalue(), 0, 8
     while at < len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]

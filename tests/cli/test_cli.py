@@ -20,7 +20,6 @@ import yaml
 from cli_helpers import (
     FOLDER,
     MODELS,
-    SHARED,
     SMALL,
     TINY,
     copy_of,
@@ -31,13 +30,12 @@ from cli_helpers import (
     quick,
     result,
     sets,
-    shared,
     start,
     summary,
     trained,
     tree,
 )
-from helpers import images, ready
+from helpers import SHARED, images, ready, shared
 from PIL import Image
 
 import flowtrain as package
