@@ -5,6 +5,7 @@ data sets.
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from flowtrain import config as configuration
@@ -17,6 +18,7 @@ torch.set_num_threads(1)  # on tensors this small, more threads are ten times sl
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 
 # Options with which each model is small enough to differentiate in full. Every model of
 # flowtrain.models is here.

@@ -35,10 +35,9 @@ def compress(
             "of the model's shape, which are not resized. With --split, no INPUT.",
         ),
     ] = None,
-    # type: ignore[assignment]
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="The archive.", show_default=False)
-    ] = ...,
+    ] = ...,  # type: ignore[assignment]
     split: Annotated[
         str | None,
         typer.Option(

@@ -152,7 +152,7 @@ class Diagonal:
 
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    slope = layer.bounded_log_scale().exp()
+    slope = layer.log_scales().exp()
     return Diagonal(slope, layer.shift, bits)
 
 
@@ -205,7 +205,7 @@ def _(layer: FusedLinear, bits: int) -> Rule:
 
 @rule.register
 def _(layer: LinearChannels, bits: int) -> Rule:
-    weight = layer.weight()
+    weight = layer.mixing_matrix()
     return Linear(weight, torch.zeros_like(weight[0]), bits)
 
 
@@ -226,7 +226,7 @@ class Conditioned:
     def _predicted(self, x: Tensor, context: Tensor | None) -> Tensor:
         real = x.double() * 2.0**-self.bits
         each = [
-            self.layer._predicted(real[i : i + 1], None if context is None else context[i : i + 1])
+            self.layer.predict(real[i : i + 1], None if context is None else context[i : i + 1])
             for i in range(len(x))
         ]
         unit = 2.0**PREDICTED_BITS

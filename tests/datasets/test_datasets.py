@@ -27,15 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import REPOSITORY, SHARED, shared
 from PIL import Image
 
 import flowtrain.datasets
 from flowtrain.datasets import base, digits, folder, mnist, npz, torchvision_source
 from flowtrain.errors import RunError, UserError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 
 DOWNLOADED = {  # name: shape, flip
     "mnist": ((1, 28, 28), False),

@@ -9,10 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, last, metrics, quick, sets, shared
-from helpers import SHARED, TINY, a_config, images, npz, perturb, seeded
+from cli_helpers import FOLDER, begin, last, metrics, quick, sets
+from helpers import SHARED, TINY, a_config, images, npz, perturb, seeded, shared
 from PIL import Image
-from test_distributed import begin
 from torch.distributions import Normal
 
 from flowtrain.checkpoints import format as checkpoint_format

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import FOLDER, SMALL, quick, sets, tree
-from helpers import SHARED, a_config, npz, seeded
+from helpers import SHARED, a_config, npz, seeded, shared
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -21,7 +21,6 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
 
 CPU = torch.device("cpu")
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 
 
 def batches(section, batch_size=6, seed=0):
