@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import batch_of
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -344,14 +345,12 @@ def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
     settings = parse(values)
     made = Batches(DataSet(settings.data), settings, 16, torch.device("cpu"))
     assert made.streams == (gigabytes == 0)
-    stream = made.starting_at(3)
-    first = next(stream)
+    first, _ = batch_of(made, 3)
     assert sum(thread.name.startswith("data") for thread in threading.enumerate()) == threads
-    stream.close()
+    made.close()
     plain = parse(BASE)
-    assert torch.equal(
-        first, next(Batches(DataSet(plain.data), plain, 16, torch.device("cpu")).starting_at(3))
-    )
+    other = Batches(DataSet(plain.data), plain, 16, torch.device("cpu"))
+    assert torch.equal(first, batch_of(other, 3)[0])
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.5])
