@@ -12,7 +12,10 @@ THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 # What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or `--only NAME`.
 RECIPE ?=
 
-.PHONY: demo test test-slow test-gpu bench recipe check format docker-check clean
+# The workers of `make quick` and `make test`.
+WORKERS ?= -n 2 --dist worksteal
+
+.PHONY: demo quick test test-slow test-gpu bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -26,8 +29,11 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 	@echo "An interpolation:   $(DEMO)/interpolate.png"
 	@echo "The curves:         $(BIN)/tensorboard --logdir runs"
 
-test: .venv/installed-dev  ## the fast tests
-	$(BIN)/python -m pytest -q
+quick: .venv/installed-dev  ## the tests that run no command and train no model, in half a minute
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not run"
+
+test: .venv/installed-dev  ## the fast tests, in four minutes
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow
