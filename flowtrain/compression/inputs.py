@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowtrain.compression import format as archive
 from flowtrain.compression.streams import Progress, in_threads
-from flowtrain.datasets.base import FORMATS, short
+from flowtrain.datasets.base import READABLE, short
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
 from flowtrain.pictures.grid import to_8bit
@@ -66,7 +66,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=READABLE) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
             # a colour or level that is to be seen through: PNG's tRNS
