@@ -12,7 +12,7 @@ THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 # What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or `--only NAME`.
 RECIPE ?=
 
-.PHONY: demo test test-slow test-gpu bench recipe check format docker-check clean
+.PHONY: demo docs test test-slow test-gpu bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -25,6 +25,9 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 	@echo "Samples:            $(DEMO)/sample.png"
 	@echo "An interpolation:   $(DEMO)/interpolate.png"
 	@echo "The curves:         $(BIN)/tensorboard --logdir runs"
+
+docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
+	$(BIN)/python docs/configuration.py
 
 test: .venv/installed-dev  ## the fast tests
 	$(BIN)/python -m pytest -q

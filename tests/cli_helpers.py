@@ -14,6 +14,7 @@ import json
 import multiprocessing.forkserver
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,16 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from forked_command import become_flowtrain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowtrain.checkpoints import format as checkpoint_format
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 
 SLOW_IMPORTS = [
     *["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "torchvision.datasets"],
@@ -158,6 +154,23 @@ class Forked:
 
 def quick(*args, cwd: Path, **options) -> Result:
     return Forked(args, cwd, **options).result()
+
+
+def torchrun_environment(count: int) -> list[dict[str, str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    of_all = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def begin(count, *args, cwd, cwds=None, **options) -> list[Forked]:
+    """`count` processes of one command, with torchrun's environment and without torchrun."""
+    envs = torchrun_environment(count)
+    return [
+        Forked(args, (cwds or [cwd] * count)[rank], **options, **env)
+        for rank, env in enumerate(envs)
+    ]
 
 
 @functools.cache

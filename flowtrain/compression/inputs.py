@@ -14,7 +14,7 @@ from flowtrain.compression.format import check_names
 from flowtrain.compression.strips import STRIP
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
-from flowtrain.datasets.base import FORMATS, short
+from flowtrain.datasets.base import READABLE, short
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError
 from flowtrain.pictures.grid import to_8bit
@@ -112,7 +112,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=READABLE) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
             # PNG's tRNS: one colour or level is transparent.

@@ -183,7 +183,7 @@ def _closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
 
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    return Diagonal(layer.bounded_log_scale().exp(), layer.shift, bits)
+    return Diagonal(layer.log_scales().exp(), layer.shift, bits)
 
 
 class Linear:
@@ -236,7 +236,7 @@ def _(layer: FusedLinear, bits: int) -> Rule:
 
 @rule.register
 def _(layer: LinearChannels, bits: int) -> Rule:
-    weight = layer.weight()
+    weight = layer.mixing_matrix()
     return Linear(weight, torch.zeros_like(weight[0]), bits)
 
 
@@ -258,7 +258,7 @@ class CouplingRule:
         """The transform's parameters, computed for each image by itself and rounded."""
         real = x.double() * 2.0**-self.bits
         each = [
-            self.layer._predicted(real[i : i + 1], None if context is None else context[i : i + 1])
+            self.layer.predict(real[i : i + 1], None if context is None else context[i : i + 1])
             for i in range(len(x))
         ]
         unit = 2.0**PREDICTED_BITS

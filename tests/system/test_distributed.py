@@ -8,7 +8,6 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cli_helpers import (
     Forked,
     Result,
     assert_same_run,
+    begin,
     copy_of,
     last,
     left_overs,
@@ -30,17 +30,18 @@ from cli_helpers import (
     sets,
     start,
     summary,
+    torchrun_environment,
     within,
 )
-from helpers import a_config, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import NOISE_BLOCK, _noise
-from flowtrain.training.stop import _Stop
+from flowtrain.training.step import NOISE_BLOCK, noise_of
+from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
@@ -69,22 +70,6 @@ LONG += sets(train__validate_every=100_000, train__sample_every=100_000, train__
 
 def parts(batch_size, accumulate=1):
     return sets(train__batch_size=batch_size, train__accumulate=accumulate)
-
-
-def torchrun_environment(count: int) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    of_all = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
-def begin(count, *args, cwd, cwds=None, **options) -> list[Forked]:
-    envs = torchrun_environment(count)
-    return [
-        Forked(args, (cwds or [cwd] * count)[rank], **options, **env)
-        for rank, env in enumerate(envs)
-    ]
 
 
 def together(count, *args, cwd=None, **options) -> list[Result]:
@@ -183,10 +168,11 @@ def test_nearly_the_same_in_float32(tmp_path):
 
 SAVING_ALL = """
 import torch
-from flowtrain import distributed, train
-from flowtrain.data.splits import Batches
+from flowtrain.system import distributed
+from flowtrain.training import loop as training
+from flowtrain.data.batches import Batches
 
-loop, positions, used = train._loop, Batches.positions, []
+loop, positions, used = training._loop, Batches.positions, []
 
 def saving(state, *rest):
     first = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -197,7 +183,7 @@ def noting(self, images):
     used.append(positions(self, images))
     return used[-1]
 
-train._loop, Batches.positions = saving, noting
+training._loop, Batches.positions = saving, noting
 """
 
 
@@ -246,9 +232,8 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
     def batch(rank, world, step, images, section=section):
         as_process(rank, world)
         settings = a_config(data=section)
-        return next(
-            Batches(data, settings, 24 // world, torch.device("cpu")).starting_at(step, images)
-        )
+        batches = Batches(data, settings, 24 // world, torch.device("cpu"))
+        return batch_of(batches, step, images)[0]
 
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
@@ -275,7 +260,7 @@ def test_noise_of_a_part():
     config = a_config()
     count = 2 * NOISE_BLOCK + 20
     x = torch.zeros(count, 1, 2, 2)
-    whole = _noise(config, 3, x, 0)
+    whole = noise_of(config, 3, x, 0)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
     for begins, ends in [
         (0, 5),
@@ -284,8 +269,8 @@ def test_noise_of_a_part():
         (700, 1020),
         (7, count),
     ]:
-        assert torch.equal(_noise(config, 3, x[begins:ends], begins), whole[begins:ends])
-    assert not torch.equal(_noise(config, 4, x, 0), whole)
+        assert torch.equal(noise_of(config, 3, x[begins:ends], begins), whole[begins:ends])
+    assert not torch.equal(noise_of(config, 4, x, 0), whole)
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -483,7 +468,7 @@ def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
 def test_a_signal_waits_until_all_agree(as_process, capfd):
     for world, agreed in [(1, signal.SIGTERM), (2, 0)]:
         as_process(0, world)
-        stop = _Stop()
+        stop = Stop()
         stop(signal.SIGTERM, None)
         assert (stop.asked, stop.signum) == (signal.SIGTERM, agreed)
     assert capfd.readouterr().out == 2 * "SIGTERM: finishing the step and saving\n"

@@ -15,7 +15,6 @@ from cli_helpers import (
     SMALL,
     TINY,
     Forked,
-    checkpoint,
     copy_of,
     flowtrain,
     last,
@@ -28,6 +27,7 @@ from cli_helpers import (
     within,
 )
 
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError
 
 CUDA = torch.cuda.is_available()
@@ -65,23 +65,25 @@ def folder(tmp_path_factory):
     for name, blob in blobs.items():
         (here / f"{name}.safetensors").write_bytes(blob)
     (here / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
-    saved = checkpoint.read(last(run))
+    saved = checkpoint_format.read(last(run))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 99)
-        patch.setattr(checkpoint, "versions", lambda: {"flowtrain": "9.8.7"})
+        patch.setattr(checkpoint_format, "FORMAT", 99)
+        patch.setattr(checkpoint_format, "versions", lambda: {"flowtrain": "9.8.7"})
         meta = {
             key: value for key, value in saved.meta.items() if key not in ("format", "versions")
         }
-        checkpoint.write(here / "future.safetensors", meta, saved.tensors)
+        checkpoint_format.write(here / "future.safetensors", meta, saved.tensors)
     safetensors_of_others = {"weight": torch.zeros(3)}
-    checkpoint.safetensors.torch.save_file(safetensors_of_others, here / "foreign.safetensors")
+    checkpoint_format.safetensors.torch.save_file(
+        safetensors_of_others, here / "foreign.safetensors"
+    )
     named = {**meta, "config": {**meta["config"], "model": {"name": "os.path"}}}
-    checkpoint.write(here / "dotted.safetensors", named, saved.tensors)
+    checkpoint_format.write(here / "dotted.safetensors", named, saved.tensors)
     named = {
         **meta,
         "config": {**meta["config"], "data": {**meta["config"]["data"], "name": "os.path"}},
     }
-    checkpoint.write(here / "dotted_data.safetensors", named, saved.tensors)
+    checkpoint_format.write(here / "dotted_data.safetensors", named, saved.tensors)
     (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
     (here / "evil.safetensors").write_bytes(pickle.dumps(Evil()))
     torch.save({"model": Evil()}, here / "evil_torch.pt")
@@ -463,13 +465,13 @@ def test_no_space_left(room, what, options, tmp_path):
     first.process.terminate()
     assert first.result().code == 143
     limit = last(run).stat().st_size + room
-    step = checkpoint.read(last(run)).meta["step"]
+    step = checkpoint_format.read(last(run)).meta["step"]
     if what == "metrics.jsonl":  # nearly as long as it may be
         row = '{"step": 1, "split": "train"}\n'
         (run / "metrics.jsonl").write_text(row * ((limit - 10) // len(row)))
     failed = quick(*command, cwd=tmp_path, file_limit=limit)
     failed.failed(1, "runs/glow_digits", what, "cannot be written", "File too large")
-    assert checkpoint.read(last(run)).meta["step"] >= step
+    assert checkpoint_format.read(last(run)).meta["step"] >= step
     assert left_overs(run) == []
 
 
@@ -483,7 +485,7 @@ def test_no_space_left_for_an_output(tmp_path):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    checkpoint.write(path, {"step": 1}, {"w": torch.ones(3)})
+    checkpoint_format.write(path, {"step": 1}, {"w": torch.ones(3)})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -492,10 +494,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(
         RunError, match=r"a.safetensors: cannot be written: No space left on device"
     ):
-        checkpoint.write(path, {"step": 2}, {"w": torch.zeros(3)})
-    assert checkpoint.read(path).meta["step"] == 1 and [p.name for p in tmp_path.iterdir()] == [
-        "a.safetensors"
-    ]
+        checkpoint_format.write(path, {"step": 2}, {"w": torch.zeros(3)})
+    assert checkpoint_format.read(path).meta["step"] == 1 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["a.safetensors"]
 
 
 # --- numbers that are not finite ------------------------------------------------------------------
@@ -529,7 +531,7 @@ def test_a_rate_that_is_far_too_high(tmp_path):
         e["loss"] in ("nan", "inf", "-inf") or e["grad_norm"] in ("nan", "inf") for e in evidence
     )
     for path in (run / "checkpoints").iterdir():
-        tensors = checkpoint.read(path).tensors
+        tensors = checkpoint_format.read(path).tensors
         assert [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()] == []
     steps = [(row["split"], row["step"]) for row in metrics(run)]
     assert len(steps) == len(set(steps))
@@ -545,7 +547,9 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     quick("train", *TINY, *options, cwd=tmp_path).failed(
         1, "1 steps not finite", "parameter bijection."
     )
-    saved = checkpoint.read(tmp_path / "runs" / "glow_digits" / "checkpoints" / "last.safetensors")
+    saved = checkpoint_format.read(
+        tmp_path / "runs" / "glow_digits" / "checkpoints" / "last.safetensors"
+    )
     assert saved.meta["step"] == 0
     assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
 
