@@ -15,7 +15,7 @@ RECIPE ?=
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo quick test test-slow test-gpu bench recipe check format docker-check clean
+.PHONY: demo docs quick test test-slow test-gpu bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -28,6 +28,9 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 	@echo "Samples:            $(DEMO)/sample.png"
 	@echo "An interpolation:   $(DEMO)/interpolate.png"
 	@echo "The curves:         $(BIN)/tensorboard --logdir runs"
+
+docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
+	$(BIN)/python docs/configuration.py
 
 quick: .venv/installed-dev  ## the tests that run no command and train no model, in half a minute
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not run"

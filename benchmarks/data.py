@@ -17,6 +17,7 @@ from PIL import Image
 from flowtrain import config as configuration
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
+from flowtrain.training.state import Progress
 
 
 def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:
@@ -67,14 +68,16 @@ def main() -> None:
             )
             batches = Batches(DataSet(config.data), config, work.batch_size, torch.device("cpu"))
             started = time.perf_counter()
-            iterator = batches.starting_at(0)
-            flowtrain_step(state, next(iterator))  # starts the workers
+            progress = Progress()
+            flowtrain_step(state, batches.at(progress)[0])  # starts the workers
             first = time.perf_counter() - started
             waits, steps = [], []
             started = time.perf_counter()
             for _ in range(options.steps):
                 begun = time.perf_counter()
-                x = next(iterator)
+                progress.step += 1
+                progress.images += work.batch_size
+                x, _ = batches.at(progress)
                 ready = time.perf_counter()
                 flowtrain_step(state, x)
                 waits.append(ready - begun)
@@ -88,7 +91,7 @@ def main() -> None:
             ]
             print(f"| {source} | " + " | ".join(f"{1000 * cell:.3f}" for cell in cells), end="")
             print(f" | {100 * share:.2f}% | {1000 * first:.0f} |", flush=True)
-            del iterator  # ends the workers
+            batches.close()
     print()
 
 

@@ -110,7 +110,7 @@ class Data(Component):
 
 
 class Model(Component):
-    """The flow."""
+    """The normalizing flow."""
 
     package = "models"
     name: str = Field(
@@ -178,7 +178,8 @@ class Train(Section):
     )
     budget: Duration | None = Field(
         None,
-        description="Wall-clock time, such as 30min. Give either this or `num_steps`.",
+        description="Wall-clock time: seconds, or with a unit, such as 90s, 30min or 1.5h. Give "
+        "either this or `num_steps`.",
     )
     batch_size: Positive = Field(
         64, description="Number of images per forward pass, in each process."

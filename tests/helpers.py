@@ -13,6 +13,7 @@ from flowtrain.bijections.base import SetFromData
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
+from flowtrain.training.state import Progress
 
 torch.set_num_threads(1)  # on tensors this small, more threads are ten times slower
 
@@ -38,6 +39,14 @@ TINY = {
         "atol": 1e-12,
     },
 }
+
+
+def batch_of(batches, step, images=None):
+    """The images and labels of a step, before which `images` were used up: by default, those of as
+    many steps like this one.
+    """
+    images = step * batches.all_processes if images is None else images
+    return batches.at(Progress(step=step, images=images))
 
 
 def seeded(seed=0):

@@ -1,6 +1,7 @@
 """The configuration: what is accepted, what `--set` does, and what the messages say."""
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from helpers import REPOSITORY
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline, shipped_configs
-from flowtrain.config import component_names, differences, json_schema, load_config, override, parse
+from flowtrain.config import (
+    Dequantization,
+    Train,
+    component_names,
+    component_schema,
+    differences,
+    json_schema,
+    load_config,
+    override,
+    parse,
+)
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, nearest
 
@@ -338,6 +349,14 @@ def section_schema(schema, section, name):
     return next(kind["properties"] for kind in kinds if kind["properties"]["name"]["const"] == name)
 
 
+def every_section():
+    """Each section of a configuration, those of data sets and models with their options."""
+    yield from (("dequantization", Dequantization), ("train", Train))
+    for package in ("datasets", "models"):
+        for name in component_names(package):
+            yield f"{package}.{name}", component_schema(package, name)
+
+
 def test_the_schema_knows_every_key():
     schema = json.loads(json.dumps(json_schema()))
     assert schema["$schema"].startswith("https://json-schema.org/")
@@ -351,6 +370,20 @@ def test_the_schema_knows_every_key():
         for name in component_names(package):
             assert "name" in section_schema(schema, section, name)
     assert "description" in section_schema(schema, "train", None)["lr"]
+
+
+@pytest.mark.parametrize("name, kind", list(every_section()))
+def test_every_key_is_described_in_full_sentences(name, kind):
+    for key, field in kind.model_fields.items():
+        text = field.description or ""
+        assert text[:1].isupper() or text[0].isdigit(), f"{name}: {key}: {text!r}"
+        assert text.endswith("."), f"{name}: {key}: {text!r}"
+
+
+def test_the_page_of_keys_is_up_to_date():
+    page = runpy.run_path(str(REPOSITORY / "docs" / "configuration.py"))["page"]()
+    written = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == written, "docs/configuration.md is stale: run `make docs`"
 
 
 def test_the_shipped_configurations():

@@ -26,22 +26,18 @@ class DiagonalAffine(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.shift = nn.Parameter(torch.zeros(shape))
 
-    @staticmethod
-    def bound(log_scale: Tensor) -> Tensor:
-        return bounded(log_scale, LOG_SCALE_LIMIT)
-
-    def bounded_log_scale(self) -> Tensor:
-        return self.bound(self.log_scale)
+    def log_scales(self) -> Tensor:
+        return bounded(self.log_scale, LOG_SCALE_LIMIT)
 
     def _log_det(self, log_scale: Tensor, like: Tensor) -> Tensor:
         return sum_per_example(log_scale.expand_as(like[:1])).expand(like.shape[0])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_scale = self.bounded_log_scale()
+        log_scale = self.log_scales()
         return x * log_scale.exp() + self.shift, self._log_det(log_scale, x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_scale = self.bounded_log_scale()
+        log_scale = self.log_scales()
         return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)
 
 
@@ -66,7 +62,7 @@ class ActNorm(SetFromData, DiagonalAffine):
             std = torch.ones_like(std)  # one value of each says nothing of how it varies
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
-        self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
+        self.shift.copy_(-mean[0] * self.log_scales().exp())
         self.initialized.fill_(True)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,41 +2,62 @@
 other way round.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Transform, sum_per_example
-from flowtrain.bijections.precision import conditioner_output, full_precision
+from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.execution import Container, Executor, opposite
+from flowtrain.bijections.precision import apply_conditioner, full_precision
 
-if TYPE_CHECKING:
-    from flowtrain.nets.masked import MaskedDenseNet
+
+class AutoregressiveNet(nn.Module):
+    """Maps `(B, D)` to `(B, P D)`: P parameters per entry, which see the entries before it alone.
+
+    It is called as `net(x, context)`, like any conditioner.
+    """
+
+    def entry_by_entry(
+        self,
+        next_entry: Callable[[Tensor], Tensor],
+        batch: int,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """The `x` `(B, D)` whose entries are, in order, `next_entry` of their parameters.
+
+        `next_entry` maps `(B, P)` to `(B, 1)`.
+        """
+        raise NotImplementedError
 
 
 class MaskedAutoregressive(Bijection):
     """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` (MAF, eq. 3-5) on vectors `(B, D)`, T any
     elementwise transform.
 
-    The Jacobian is lower triangular, its log-determinant the sum of T's log-derivatives. `forward`
-    is one pass of the conditioner. `inverse` takes the D entries one after the other, but computes
-    each hidden unit once, when the last of the entries that it sees is there: about the arithmetic
-    of one pass, in D small steps. It is in full precision, whatever autocast says, and
-    differentiable.
+    The Jacobian is lower triangular. Its log-determinant is the sum of T's log-derivatives.
+    `forward` is one pass of the conditioner. `inverse` takes the D entries one after the other. It
+    computes each hidden unit once, as soon as the last entry that the unit sees is known. So it
+    needs about the arithmetic of one pass, in D small steps. It always runs in full precision, and
+    it is differentiable.
 
-    The order is that of the entries; other orders come from a `Permute` before it.
+    The order is that of the entries. A `Permute` before the layer gives other orders.
     """
 
     inverse_is_sequential = True
+    reversible_in_bf16 = False  # the inverse is in float32, where `forward` was in bf16
 
-    def __init__(self, conditioner: "MaskedDenseNet", transform: Transform):
+    def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
         super().__init__()
         self.conditioner = conditioner
         self.transform = transform
 
+    def _transformed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`z` and the log-derivatives, both `(B, D)`."""
+        return self.transform(x, apply_conditioner(self.conditioner, x, context))
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        parameters = conditioner_output(self.conditioner(x, context), x.dtype)
-        z, log_derivative = self.transform(x, parameters)
+        z, log_derivative = self._transformed(x, context)
         return z, sum_per_example(log_derivative)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,13 +73,16 @@ class MaskedAutoregressive(Bijection):
             x = self.conditioner.entry_by_entry(next_entry, z.shape[0], context)
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
 
+    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._transformed(x, context)[1]
 
-class Inverse(Bijection):
-    """A bijection the other way round. Of a masked autoregressive layer it is an inverse
-    autoregressive one (IAF, Kingma et al. 2016, eq. 9-10): one pass from latent to data, and D
-    steps for the density of given data.
 
-    Only for layers that do not set themselves from data.
+class Inverse(Container):
+    """A bijection the other way round.
+
+    The inverse of a masked autoregressive layer is an inverse autoregressive one (IAF, Kingma et
+    al. 2016, eq. 9-10). It takes one pass from latent to data, and D steps for the density of given
+    data. Layers that set themselves from data cannot be inverted so.
     """
 
     inverse_is_sequential = False  # but its forward is, if the other's inverse is
@@ -67,8 +91,10 @@ class Inverse(Bijection):
         super().__init__()
         self.bijection = bijection
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection.inverse(x, context)
+    def parts(self) -> Iterable[Bijection]:
+        return [self.bijection]
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection(z, context)
+    def through(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.bijection.through(executor, opposite(direction), x, context)

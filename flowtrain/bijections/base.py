@@ -1,30 +1,32 @@
 """The contract of an invertible layer, and what many of them need."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from flowtrain.bijections.execution import Executor
+
+Direction = Literal["forward", "inverse"]
+
 
 class Bijection(nn.Module):
-    """An invertible map of one example's tensor: `forward` is data to latent, `inverse` latent to
-    data.
+    """An invertible map of one example's tensor.
 
-    Both return the result and `log_det`, the log of the absolute Jacobian determinant **of the
-    direction just computed**, in nats, per example, shape `(B,)`. Nothing may depend on the rest of
-    the batch. `context` is extra input that a conditional layer may read, shape `(B, C', H, W)`.
+    `forward` maps data to latents, `inverse` maps latents to data. Both return the result and
+    `log_det`, the log of the absolute Jacobian determinant **of the direction just computed**, in
+    nats, per example, shape `(B,)`. Nothing may depend on the rest of the batch. `context` is
+    extra input that a conditional layer may read, shape `(B, C', H, W)`.
 
-    A layer that sets itself from data (`SetFromData`) has a method `initialize(x, context)`, which
-    `flowtrain.flow.flow.initialize` calls once with the layer's actual input.
+    The other methods are questions that a layer answers about itself. The defaults suit a layer
+    that computes both directions from its parameters alone.
     """
 
-    @property
-    def inverse_is_sequential(self) -> bool:
-        """Whether the inverse computes one entry after the other."""
-        return any(
-            part.inverse_is_sequential for part in self.children() if isinstance(part, Bijection)
-        )
+    inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
+    # Whether `reconstruct` gives the right gradient after a forward pass in bf16.
+    reversible_in_bf16: bool = True
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -32,38 +34,62 @@ class Bijection(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def through(
+        self, executor: "Executor", direction: Direction, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """This layer in a direction, or the layers that it is made of, as `executor` calls them."""
+        return executor.layer(self, direction, x, context)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Sets the layer from its input on the first batch. Most layers have nothing to set."""
+
     def tensors(self) -> list[Tensor]:
-        """What the layer computes with and needs a gradient: its parameters."""
+        """The tensors that the layer computes with and that need a gradient: its parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def reconstruct(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The input `x` of a known output `z`, as a leaf of autograd, and from it `forward(x)` with
-        its graph.
+        """The input `x` of a known output `z`, as a leaf of autograd, and `forward(x)` with its
+        graph.
 
-        For backward passes that have kept outputs only. A layer for which the two directions share
-        work says so here.
+        This serves backward passes that have kept outputs only. A layer whose two directions
+        share work overrides it.
         """
         with torch.no_grad():
             x = self.inverse(z, context)[0]
         return x.requires_grad_(), *self(x, context)
 
+    def log_scales(self) -> Tensor | None:
+        """The log-scales among the parameters, of any shape, or None."""
+        return None
+
+    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor | None:
+        """The log-scales that a network predicts for the input `x`, of any shape, or None."""
+        return None
+
+    def mixing_matrix(self) -> Tensor | None:
+        """The matrix `(C, C)` of a linear layer, or None."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last forward pass, for the training rows of `metrics.jsonl`."""
+        return {}
+
     def stages(self, z: Tensor) -> list[Tensor]:
-        """`z` and what becomes of it on the way to `inverse(z)`, layer by layer, without
-        gradients.
-        """
+        """`z` and its images on the way to `inverse(z)`, one per layer, without gradients."""
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
 
     def latent_dims(self, dims: int) -> int:
-        """The entries of a latent, where an example has `dims`: as many, but for data on a surface
-        (`sphere.py`).
+        """The number of latent entries of an example with `dims` entries.
+
+        The two are equal, except for data on a surface (`sphere.py`).
         """
         return dims
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        """The latent of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or
+        """The latents of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or
         `[z]`.
         """
         return [z]
@@ -83,16 +109,13 @@ class SetFromData(Bijection):
         self.register_buffer("initialized", torch.tensor(False))
         self._known_initialized = False  # spares a device synchronisation a call
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        raise NotImplementedError
-
     def require_initialized(self) -> None:
         """Raises `RuntimeError` before `initialize`, or the loading of weights that were."""
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError(
                     f"{type(self).__name__} is not initialized: call "
-                    f"flowtrain.flow.flow.initialize(flow, batch) first"
+                    f"flowtrain.flow.initialize(flow, batch) first"
                 )
             self._known_initialized = True
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.memory import wants_gradient
 from flowtrain.bijections.precision import full_precision
 from flowtrain.errors import UserError
 
@@ -190,7 +189,7 @@ class Continuous(Bijection):
             return both if forwards else -both
 
         smallest = ROUNDING * torch.finfo(x.dtype).eps
-        share = 1.0 if wants_gradient() else EVALUATION
+        share = 1.0 if torch.is_grad_enabled() else EVALUATION
         times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64, device=x.device)
         options = {"first_step": FIRST_STEP, "max_num_steps": MAX_STEPS}
         settings: dict[str, Any] = {
@@ -222,7 +221,7 @@ class Continuous(Bijection):
         """Unit vectors, `(1, D, D)`, or random signs, `(B, 1, D)`."""
         dims = x.shape[1]
         affordable = self.trace == "exact" or (self.trace == "auto" and dims <= EXACT_DIMS)
-        if affordable or not wants_gradient():
+        if affordable or not torch.is_grad_enabled():
             return torch.eye(dims, dtype=x.dtype, device=x.device)[None]
         return random_signs(x)[:, None]
 

@@ -59,7 +59,7 @@ class LinearChannels(SetFromData):
         super().__init__()
         self.initialized.fill_(initialization != "whitening")
 
-    def weight(self) -> Tensor:
+    def mixing_matrix(self) -> Tensor:
         """W, `(C, C)`."""
         return self.weights([self])[0]
 
@@ -98,7 +98,7 @@ class LinearChannels(SetFromData):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         with full_precision(x):
-            return mix_channels(x, self.weight()), self._log_det(x)
+            return mix_channels(x, self.mixing_matrix()), self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()

@@ -1,5 +1,5 @@
-"""Coupling layers (Dinh et al. 2015, 2017): one part of the input is transformed as the other part
-says.
+"""Coupling layers (Dinh et al. 2015, 2017): one part of the input conditions the transform of the
+other part.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Transform, sum_per_example
-from flowtrain.bijections.precision import conditioner_output
+from flowtrain.bijections.precision import apply_conditioner, into_conditioner
+
+# A transform, or its inverse: entries and parameters to entries and log-derivatives.
+Elementwise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class AffineTransform(Transform):
@@ -83,8 +86,8 @@ class AdditiveTransform(Transform):
 
 
 class _ConditionedTransform(Bijection):
-    """What couplings share: the same split and conditioner in both directions, only the transform
-    differs.
+    """The part that couplings share: both directions have the same split and conditioner, and only
+    the direction of the transform differs.
     """
 
     def __init__(self, conditioner: nn.Module, transform: Transform):
@@ -93,45 +96,61 @@ class _ConditionedTransform(Bijection):
         self.transform = transform
 
     def _kept(self, x: Tensor) -> Tensor:
-        """What the conditioner sees of `x`: it is the same of the output."""
+        """The part of `x` that the conditioner sees. The output has the same one."""
         raise NotImplementedError
 
     def _transformed(
-        self, x: Tensor, parameters: Tensor, transform: Callable
+        self, x: Tensor, parameters: Tensor, transform: Elementwise
     ) -> tuple[Tensor, Tensor]:
-        """`x` with the rest transformed, and the log-determinant."""
+        """`x` with the rest transformed, and the log-derivatives; those of kept entries are 0."""
         raise NotImplementedError
 
-    def _predicted(self, x: Tensor, context: Tensor | None) -> Tensor:
-        # The transform and all else of the data path are in the precision of `x`, whatever the
-        # conditioner's.
-        return conditioner_output(self.conditioner(self._kept(x), context), x.dtype)
+    def _of_changed(self, values: Tensor) -> Tensor:
+        """The `values` of entries that the layer changes, of those that `_transformed` gives."""
+        return values
+
+    def predict(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The parameters of the transform, as `Transform` takes them, from input or output."""
+        return apply_conditioner(self.conditioner, self._kept(x), context)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        if (initialize := getattr(self.conditioner, "initialize", None)) is not None:
+            inside = None if context is None else into_conditioner(context)
+            initialize(into_conditioner(self._kept(x)), inside)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transformed(x, self._predicted(x, context), self.transform)
+        return self._with(x, self.predict(x, context), self.transform)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._transformed(z, self._predicted(z, context), self.transform.inverse)
+        return self._with(z, self.predict(z, context), self.transform.inverse)
+
+    def _with(self, x: Tensor, parameters: Tensor, transform: Elementwise) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self._transformed(x, parameters, transform)
+        return z, sum_per_example(log_derivative)
 
     def reconstruct(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = z.detach().clone().requires_grad_()
-        parameters = self._predicted(x, context)  # once for both directions
+        parameters = self.predict(x, context)  # once for both directions
         with torch.no_grad():
-            # Not seen by autograd, and rightly: the kept part, all that the conditioner has read,
-            # stays as it is.
+            # Autograd does not see this, and need not: the conditioner reads the kept part alone,
+            # which stays as it is.
             x.data = self._transformed(z, parameters, self.transform.inverse)[0]
-        return x, *self._transformed(x, parameters, self.transform)
+        return x, *self._with(x, parameters, self.transform)
+
+    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        log_derivative = self._transformed(x, self.predict(x, context), self.transform)[1]
+        return self._of_changed(log_derivative)
 
 
 class Coupling(_ConditionedTransform):
-    """Splits dimension 1 in two; the first `kept` entries pass through and condition the transform
+    """Splits dimension 1 in two. The first `kept` entries pass through and condition the transform
     of the rest.
 
-    With `swap` the last `kept` entries are the ones that pass. The log-determinant is the sum of
-    the transform's log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is
-    this same layer with the half that goes on as `kept` (see `Multiscale`).
+    With `swap` the last `kept` entries pass. The log-determinant is the sum of the transform's
+    log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is this same layer,
+    and the half that goes on is `kept` (see `Multiscale`).
     """
 
     def __init__(self, kept: int, conditioner: nn.Module, transform: Transform, swap: bool = False):
@@ -143,7 +162,7 @@ class Coupling(_ConditionedTransform):
         return x[:, -self.kept :] if self.swap else x[:, : self.kept]
 
     def _transformed(
-        self, x: Tensor, parameters: Tensor, transform: Callable
+        self, x: Tensor, parameters: Tensor, transform: Elementwise
     ) -> tuple[Tensor, Tensor]:
         if self.swap:
             changed, kept = x.split([x.shape[1] - self.kept, self.kept], dim=1)
@@ -151,7 +170,7 @@ class Coupling(_ConditionedTransform):
             kept, changed = x.split([self.kept, x.shape[1] - self.kept], dim=1)
         changed, log_derivative = transform(changed, parameters)
         parts = (changed, kept) if self.swap else (kept, changed)
-        return torch.cat(parts, dim=1), sum_per_example(log_derivative)
+        return torch.cat(parts, dim=1), log_derivative
 
 
 class CheckerboardCoupling(_ConditionedTransform):
@@ -159,7 +178,7 @@ class CheckerboardCoupling(_ConditionedTransform):
     3.4, eq. 9).
 
     `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees
-    the image with the other pixels at zero.
+    the image with the other pixels at zero. The transform is computed for all pixels.
     """
 
     keep: Tensor
@@ -171,17 +190,14 @@ class CheckerboardCoupling(_ConditionedTransform):
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
 
-    def of_changed(self, values: Tensor) -> Tensor:
-        """Those of `(..., H, W)` at the pixels that it changes. (The transform is computed for all
-        of them.)
-        """
+    def _of_changed(self, values: Tensor) -> Tensor:
         return values[..., ~self.keep]
 
     def _kept(self, x: Tensor) -> Tensor:
         return x * self.keep
 
     def _transformed(
-        self, x: Tensor, parameters: Tensor, transform: Callable
+        self, x: Tensor, parameters: Tensor, transform: Elementwise
     ) -> tuple[Tensor, Tensor]:
         changed, log_derivative = transform(x, parameters)
-        return torch.where(self.keep, x, changed), sum_per_example(log_derivative * ~self.keep)
+        return torch.where(self.keep, x, changed), log_derivative * ~self.keep

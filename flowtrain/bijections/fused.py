@@ -1,48 +1,27 @@
-"""ActNorm and the 1x1 convolution after it as one product, and the matrices of many such pairs
-built together.
+"""ActNorm and the 1x1 convolution after it, computed as one product.
 
-The same function as the two layers one after the other, in a fifth of the operations: at the sizes
-of a coupling's data path an operation's fixed cost is most of its time.
+The result is that of the two layers one after the other, in a fifth of the operations. At the sizes
+of a coupling's data path, the fixed cost of an operation is most of its time. The matrices of all
+pairs of one size are built together.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.actnorm import ActNorm
-from flowtrain.bijections.base import Bijection, stacked
+from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT, ActNorm
+from flowtrain.bijections.base import Bijection, bounded, stacked
 from flowtrain.bijections.conv1x1 import LinearChannels, mix_channels
 from flowtrain.bijections.precision import full_precision
 
-Pair = tuple[ActNorm, LinearChannels]
-
-_layer_by_layer: ContextVar[bool] = ContextVar("layer_by_layer", default=False)
-
-
-@contextlib.contextmanager
-def layer_by_layer() -> Iterator[None]:
-    """Within it every layer is called by itself: for whoever watches layers, or initializes
-    them.
-    """
-    token = _layer_by_layer.set(True)
-    try:
-        yield
-    finally:
-        _layer_by_layer.reset(token)
-
 
 def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
-    """`layers` with each ActNorm that a 1x1 convolution follows replaced, together with it, by
-    their product.
+    """`layers`, with each pair of an ActNorm and a 1x1 convolution replaced by their product.
 
-    The result is for one call: it holds matrices, not parameters.
+    The result serves one call only: it holds matrices, not parameters.
     """
-    if _layer_by_layer.get():
-        return list(layers)
     result: list[Bijection] = []
     kinds: dict[tuple[type, torch.Size], _Products] = {}
     for layer in layers:
@@ -62,9 +41,7 @@ def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
 
 
 class _Products:
-    """The matrices of pairs of one kind and size, computed once for all of them when the first is
-    used.
-    """
+    """The matrices of all pairs of one kind and size, computed when the first is used."""
 
     def __init__(self) -> None:
         self.actnorms: list[ActNorm] = []
@@ -78,12 +55,12 @@ class _Products:
     @cached_property
     def _actnorm(self) -> tuple[Tensor, Tensor]:
         """Log-scales and shifts, `(K, C)`."""
-        log_scale = ActNorm.bound(stacked(self.actnorms, "log_scale"))
+        log_scale = bounded(stacked(self.actnorms, "log_scale"), LOG_SCALE_LIMIT)
         return log_scale.flatten(1), stacked(self.actnorms, "shift").flatten(1)
 
     @cached_property
-    def forward(self) -> tuple[tuple[Tensor, ...], ...]:
-        """`W diag(s)`, `W b` and the log-determinant of a pixel, of each pair."""
+    def forward_parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        """For each pair: `W diag(s)`, `W b` and the log-determinant per pixel, in nats."""
         log_scale, shift = self._actnorm
         kind = type(self.linears[0])
         with full_precision(shift):
@@ -93,8 +70,8 @@ class _Products:
             return (weight * log_scale.exp()[:, None, :]).unbind(), bias.unbind(), log_det.unbind()
 
     @cached_property
-    def inverse(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The same of the inverses: `x = diag(1/s) W^-1 z - b / s`."""
+    def inverse_parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The same for the inverses: `x = diag(1/s) W^-1 z - b / s`."""
         log_scale, shift = self._actnorm
         kind = type(self.linears[0])
         with full_precision(shift):
@@ -113,7 +90,7 @@ class FusedLinear(Bijection):
         self.index = index
 
     def tensors(self) -> list[Tensor]:
-        return [part[self.index] for part in self.products.forward]
+        return [part[self.index] for part in self.products.forward_parts]
 
     def _apply_channels(
         self, x: Tensor, parts: tuple[tuple[Tensor, ...], ...]
@@ -123,7 +100,7 @@ class FusedLinear(Bijection):
             return mix_channels(x, weight, bias), (log_det * x[0, 0].numel()).expand(x.shape[0])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_channels(x, self.products.forward)
+        return self._apply_channels(x, self.products.forward_parts)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_channels(z, self.products.inverse)
+        return self._apply_channels(z, self.products.inverse_parts)

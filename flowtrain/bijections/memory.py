@@ -1,100 +1,83 @@
 """`train.memory`: what a backward pass keeps of the forward pass through a chain of bijections.
 
-`store` keeps all activations, as autograd does. `checkpoint` keeps the input of each layer and
-computes the rest again (Chen et al. 2016). `reversible` keeps the last output alone and computes
-everything again from it by the inverse (Gomez et al. 2017; Kingma & Dhariwal 2018, section 1), so
-that the memory does not grow with the number of layers.
+- `store` keeps all activations, as autograd does.
+- `checkpoint` keeps the input of each layer and computes the rest again (Chen et al. 2016).
+- `reversible` keeps the last output alone and computes everything again from it by the inverse
+  (Gomez et al. 2017; Kingma & Dhariwal 2018, section 1). The memory does not grow with the number
+  of layers.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.execution import FUSED, Executor
+from flowtrain.bijections.fused import fuse
 
 Mode = Literal["store", "checkpoint", "reversible"]
 
-_mode: ContextVar[Mode] = ContextVar("mode", default="store")
+
+def executor_of(mode: Mode) -> Executor:
+    """The executor of a memory mode, for `Flow.forward` in training."""
+    return FUSED if mode == "store" else Recomputing(reversible=mode == "reversible")
 
 
-@contextlib.contextmanager
-def memory_mode(mode: Mode) -> Iterator[None]:
-    """A context, like autocast: it belongs to a computation, not to a model."""
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+class Recomputing(Executor):
+    """Computes the activations of each chain again in the backward pass."""
 
+    def __init__(self, reversible: bool):
+        self.reversible = reversible
 
-def wants_gradient() -> bool:
-    """Whether a gradient is recorded, or is to be computed later by running this again."""
-    return torch.is_grad_enabled() or _mode.get() != "store"
-
-
-def apply(
-    layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The layers one after the other, and the sum of their log-determinants, `(B,)` in nats."""
-    if not layers or _mode.get() == "store" or not torch.is_grad_enabled():
-        return _in_order(layers, x, context)
-    tensors = [layer.tensors() for layer in layers]
-    return _Recomputed.apply(
-        layers, tensors, _mode.get() == "reversible", x, context, *itertools.chain(*tensors)
-    )
-
-
-def _in_order(
-    layers: "Sequence[Bijection]", x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    total = x.new_zeros(x.shape[0])
-    for layer in layers:
-        x, log_det = layer(x, context)
-        total = total + log_det
-    return x, total
+    def chain(
+        self,
+        layers: Sequence[Bijection],
+        direction: Direction,
+        x: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "inverse" or not layers or not torch.is_grad_enabled():
+            return super().chain(layers, direction, x, context)
+        fused = fuse(layers)
+        tensors = [layer.tensors() for layer in fused]
+        everything = itertools.chain(*tensors)
+        return _Recomputed.apply(fused, tensors, self.reversible, x, context, *everything)
 
 
 class _Recomputed(torch.autograd.Function):
     """A chain whose activations are computed again, layer by layer, in the backward pass.
 
-    Every tensor that needs a gradient is an argument, so that to the rest of autograd this is one
-    operation.
+    Every tensor that needs a gradient is an argument. So the chain is one operation to autograd.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        layers: "Sequence[Bijection]",
-        tensors: Sequence[list[Tensor]],  # of each layer, what needs a gradient
+        layers: Sequence[Bijection],
+        tensors: Sequence[list[Tensor]],  # those of each layer that need a gradient
         reversible: bool,
         x: Tensor,
         context: Tensor | None,
-        *_tensors: Tensor,  # the same, one after the other, for autograd to see
+        *_tensors: Tensor,  # the same ones in one row, for autograd to see
     ) -> tuple[Tensor, Tensor]:
         ctx.chain = list(zip(layers, tensors, strict=True))
         ctx.reversible = reversible
         kind = x.device.type
-        # no cache
-        ctx.autocast = (
-            kind,
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_enabled(kind),
-            False,
-        )
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.autocast = kind, dtype, enabled, False  # without a cache
         total = x.new_zeros(x.shape[0])
         inputs = []
         for layer in layers:
             if not reversible:
                 inputs.append(x)
-            x, log_det = layer(x, context)
-            total = total + log_det
+            # As in the backward pass: a continuous flow has other tolerances without gradients.
+            with torch.enable_grad():
+                x, log_det = layer(x.detach(), context)
+            x, total = x.detach(), total + log_det.detach()
         ctx.save_for_backward(context, *([x] if reversible else inputs))
         return x, total
 
@@ -107,8 +90,7 @@ class _Recomputed(torch.autograd.Function):
                 "time"
             )
         context, *kept = ctx.saved_tensors
-        # What layers hold for this call (the matrices of many of them) goes when they are done
-        # with, as activations do.
+        # Layers may hold matrices for this call, which are freed with the layers.
         chain, ctx.chain = ctx.chain, None
         wants_context = ctx.needs_input_grad[4]
         if wants_context:
@@ -116,10 +98,8 @@ class _Recomputed(torch.autograd.Function):
         grad_context: Tensor | None = None
         grad_tensors: list[Tensor | None] = []
         z = kept[-1]
-        # Autograd has a thread of its own for a GPU, to which the context of the forward pass does
-        # not extend.
-        mode: Mode = "reversible" if ctx.reversible else "checkpoint"
-        with torch.enable_grad(), torch.autocast(*ctx.autocast), memory_mode(mode):
+        # Autograd has a thread of its own for a GPU, where the autocast of the forward pass is off.
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             for layer, tensors in reversed(chain):
                 if ctx.reversible:
                     x, *outputs = layer.reconstruct(z, context)

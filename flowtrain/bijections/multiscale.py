@@ -2,15 +2,17 @@
 done.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.execution import Container, Executor
 
 
-class Multiscale(Bijection):
+class Multiscale(Container):
     """Runs levels one after the other; after each but the last, the second half of the channels
     leaves as latent.
 
@@ -19,7 +21,6 @@ class Multiscale(Bijection):
     prior for the last level. The latent is flat, `(B, D)`: level by level, coarsest last.
 
     Args:
-        shape: of one example, `(C, H, W)`.
         levels: bijections; the input of each is the kept half of the one before.
         priors: as many bijections that keep the shape.
         latent_shapes: the shape `(C, H, W)` of each level's latent.
@@ -37,29 +38,41 @@ class Multiscale(Bijection):
         self.latent_shapes = [tuple(shape) for shape in latent_shapes]
         self.sizes = [c * h * w for c, h, w in self.latent_shapes]
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def parts(self) -> Iterable[Bijection]:
+        return itertools.chain(self.levels, self.priors)  # type: ignore[arg-type]
+
+    def through(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        way = self._to_latents if direction == "forward" else self._to_data
+        return way(executor, x, context)
+
+    def _steps(self) -> list[tuple[Bijection, Bijection]]:
+        return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
+
+    def _to_latents(
+        self, executor: Executor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         latents = []
-        for level, prior, (channels, _, _) in zip(
-            self.levels, self.priors, self.latent_shapes, strict=True
-        ):
-            x, log_det = level(x, context)
-            x, prior_log_det = prior(x, context)
+        for (level, prior), (channels, _, _) in zip(self._steps(), self.latent_shapes, strict=True):
+            x, log_det = level.through(executor, "forward", x, context)
+            x, prior_log_det = prior.through(executor, "forward", x, context)
             total = total + log_det + prior_log_det
             x, latent = x.split([x.shape[1] - channels, channels], dim=1)
             latents.append(latent.flatten(1))
         return torch.cat(latents, dim=1), total
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _to_data(
+        self, executor: Executor, z: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         total = z.new_zeros(z.shape[0])
         latents = self.split_latents(z)
         x = latents[-1][:, :0]
-        for level, prior, latent in zip(
-            reversed(self.levels), reversed(self.priors), reversed(latents), strict=True
-        ):
+        for (level, prior), latent in zip(reversed(self._steps()), reversed(latents), strict=True):
             x = torch.cat([x, latent], dim=1)
-            x, prior_log_det = prior.inverse(x, context)  # type: ignore[operator]
-            x, log_det = level.inverse(x, context)  # type: ignore[operator]
+            x, prior_log_det = prior.through(executor, "inverse", x, context)
+            x, log_det = level.through(executor, "inverse", x, context)
             total = total + log_det + prior_log_det
         return x, total
 

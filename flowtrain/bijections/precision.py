@@ -1,35 +1,38 @@
-"""The border between the data path and the conditioners: another precision, and another order in
-memory.
+"""The border between the data path and the conditioners: precision and order in memory.
 
-Data paths are float32 (or float64) with an image's channels apart (NCHW), so that the halves of a
-coupling are contiguous. Conditioners, under autocast in bf16, are convolutions, which are fastest
-with the channels last.
+The data path is float32 (or float64), with the channels of an image apart (NCHW), so that the
+halves of a coupling are contiguous. Conditioners of images are convolutions. They run in bf16 under
+autocast, and are fastest with the channels last in memory.
 """
 
 import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def conditioner_input(x: Tensor) -> Tensor:
-    """`x` in autocast's precision, if it is on, and with the channels last, if it is `(B, C, H,
-    W)`.
+def apply_conditioner(net: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """`net(x, context)`, across the border and back: in the precision of `x`, channels apart."""
+    inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
+    return _Cast.apply(inside, x.dtype, False)
+
+
+def into_conditioner(x: Tensor) -> Tensor:
+    """An image in the precision of autocast, if that is on, and with the channels last.
+
+    Vectors stay as they are, because autocast casts them where a linear layer multiplies.
     """
+    if x.ndim != 4:
+        return x
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _Cast.apply(x, dtype, x.ndim == 4)
-
-
-def conditioner_output(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Back on the data path: in its precision, and with the channels apart."""
-    return _Cast.apply(x, dtype, False)
+    return _Cast.apply(x, dtype, True)
 
 
 class _Cast(torch.autograd.Function):
-    """Precision and order in memory, of the value and, the other way round, of its gradient."""
+    """Changes precision and order in memory, and changes them back for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -43,8 +46,7 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    # The entries are moved in the narrower precision: two passes, which are faster than one that
-    # does both.
+    # Two passes, with the entries moved in the narrower precision, are faster than one for both.
     if dtype.itemsize < x.dtype.itemsize:
         x = x.to(dtype)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
@@ -52,5 +54,5 @@ def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast: in low precision the products of the data path cost likelihood."""
+    """Turns autocast off: products of the data path in low precision would cost likelihood."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,9 +1,8 @@
 """Training batches: the seeded order, augmentation, and reading ahead of the device."""
 
-import collections
-import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,13 +18,20 @@ from flowtrain.system.random import Stream, generator
 INITIALIZATION_IMAGES = 64
 
 
-class Batches:
-    """The batches of a training run, on the training device.
+class Position(Protocol):
+    """How far a run is: steps taken, and images of the order used up by all processes."""
 
-    The order is one seeded permutation of the split after the other. A step takes the next images
-    of it, which may span
-    two permutations: `batch_size` for each process, in the order of their ranks. A split that fits
-    is one tensor on the device; a larger one is read by threads.
+    step: int
+    images: int
+
+
+class Batches:
+    """The batches of a training run, on the training device: a function of how far the run is.
+
+    The order is one seeded permutation of the split after another. A step takes the next images of
+    it, which may span two permutations: `batch_size` for each process, in the order of their ranks.
+    A split that fits into `data.max_in_memory` is one tensor on the device. A larger one is read by
+    `data.workers` threads, ahead of the steps that follow each other; `close` ends them.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
@@ -35,7 +41,6 @@ class Batches:
         self.seed = config.seed
         self.device = device
         self.flip, self.shift = data.flip, config.data.shift
-        self.workers = config.data.workers
         nbytes = len(self.source) * self.source.pixels[0].nbytes
         self.streams = nbytes > config.data.max_in_memory * 2**30
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
@@ -44,13 +49,42 @@ class Batches:
             if config.model.classes
             else None
         )
+        self._reader = ReadAhead(self._read, self.all_processes, config.data.workers)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def positions(self, images: int) -> np.ndarray:
-        """Which images of the split this process takes in a step, after `images` of the order are
-        used up.
+    def at(self, progress: Position) -> tuple[Tensor, Tensor | None]:
+        """This process's images of the next step, uint8 `(B, C, H, W)` (or float32), augmented.
+
+        With them their classes, int64 `(B,)`, where the configuration's model wants them.
         """
+        images = progress.images
+        if self.resident is None:
+            x = self._reader(images).to(self.device, non_blocking=True)
+        else:
+            x = self.resident[send(torch.from_numpy(self.positions(images)), self.device)]
+        labels = None
+        if self.labels is not None:
+            labels = send(self.labels[self.positions(images)], self.device)
+        randomness = generator(self.seed, Stream.AUGMENTATION, progress.step)
+        start = distributed.rank() * self.batch_size
+        x = augment(x, self.flip, self.shift, randomness, start, self.all_processes)
+        return x, labels
+
+    def first_of_all(self) -> Tensor:
+        """The images for data-dependent initialization: the first of the order, of all processes.
+
+        There are at least `INITIALIZATION_IMAGES` of them, where the split has as many.
+        """
+        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        x = self.source.take(self._order(0, count)).to(self.device)
+        return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
+
+    def positions(self, images: int) -> np.ndarray:
+        """Which images of the split this process takes, after `images` of the order are used up."""
         return self._order(images + distributed.rank() * self.batch_size, self.batch_size)
+
+    def close(self) -> None:
+        self._reader.close()
 
     def _order(self, start: int, count: int) -> np.ndarray:
         wanted = np.arange(start, start + count)
@@ -59,7 +93,7 @@ class Batches:
         return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        known, order = self._epoch  # at once: other threads put theirs there
+        known, order = self._epoch  # read at once, because other threads replace it
         if known != epoch:
             order = torch.randperm(
                 len(self.source), generator=generator(self.seed, Stream.ORDER, int(epoch))
@@ -67,83 +101,44 @@ class Batches:
             self._epoch = (epoch, order)
         return order
 
-    def starting_at(self, step: int, images: int | None = None) -> Iterator[Tensor]:
-        """This process's batches from `step` on, without end: uint8 `(B, C, H, W)` on the device,
-        augmented.
-
-        Before it `images` were used up; by default those of as many steps like these.
-        """
-        return (x for x, _ in self.labelled_from(step, images))
-
-    def labelled_from(
-        self, step: int, images: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The same batches with their classes, int64 `(B,)`, where the configuration's model wants
-        them.
-        """
-        images = step * self.all_processes if images is None else images
-        starts = itertools.count(images, self.all_processes)
-        for x in (
-            _ahead(self._read, starts, self.workers) if self.streams else map(self._gather, starts)
-        ):
-            labels = (
-                None
-                if self.labels is None
-                else send(self.labels[self.positions(images)], self.device)
-            )
-            x = self._augment(
-                x.to(self.device, non_blocking=True), step, distributed.rank() * self.batch_size
-            )
-            yield x, labels
-            step += 1
-            images += self.all_processes
-
-    def first_of_all(self) -> Tensor:
-        """The images that layers set themselves from: the first of the order, of all processes, or
-        some more.
-        """
-        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
-        x = self.source.take(self._order(0, count)).to(self.device)
-        return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
-
-    def _augment(self, x: Tensor, step: int, start: int) -> Tensor:
-        randomness = generator(self.seed, Stream.AUGMENTATION, step)
-        return augment(x, self.flip, self.shift, randomness, start, self.all_processes)
-
-    def _gather(self, images: int) -> Tensor:
-        """A batch out of the tensor on the device."""
-        assert self.resident is not None
-        return self.resident[send(torch.from_numpy(self.positions(images)), self.device)]
-
     def _read(self, images: int) -> Tensor:
         """A batch, ready to go to the device."""
         x = self.source.take(self.positions(images))
         return x.pin_memory() if self.device.type == "cuda" else x
 
 
-def _ahead(
-    function: Callable[[int], Tensor], arguments: Iterator[int], threads: int
-) -> Iterator[Tensor]:
-    """The function's results in order, computed by threads before they are asked for.
+class ReadAhead:
+    """A function of a position, which threads also compute for the positions that follow.
 
-    Threads do: what takes time is the disk, and copies, for neither of which Python's lock is held.
-    The function is not to compute with torch on large tensors, which would start as many more
+    Those are `stride` apart. Whoever goes on from one to the next finds the results ready; any
+    other position is right too, but is read anew. Without threads, nothing is read ahead.
+
+    Threads are enough: what takes time is the disk and copies, and both release Python's lock. The
+    function must not compute with torch on large tensors, because that would start as many more
     threads as training itself uses.
     """
-    if threads == 0:
-        yield from map(function, arguments)
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
-    try:
-        waiting = collections.deque(
-            pool.submit(function, next(arguments)) for _ in range(2 * threads)
-        )
-        while True:
-            x = waiting.popleft().result()
-            waiting.append(pool.submit(function, next(arguments)))
-            yield x
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def __init__(self, function: Callable[[int], Tensor], stride: int, threads: int):
+        self.function = function
+        self.stride = stride
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="data")
+        self.results: dict[int, Future[Tensor]] = {}
+
+    def __call__(self, position: int) -> Tensor:
+        if not self.threads:
+            return self.function(position)
+        wanted = range(position, position + (2 * self.threads + 1) * self.stride, self.stride)
+        for other in self.results.keys() - set(wanted):
+            self.results.pop(other).cancel()
+        for each in wanted:
+            if each not in self.results:
+                self.results[each] = self.pool.submit(self.function, each)
+        return self.results.pop(position).result()
+
+    def close(self) -> None:
+        """Ends the threads, without what they have not begun."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 def augment(

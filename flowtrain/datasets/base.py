@@ -11,11 +11,11 @@ from PIL import Image, ImageOps
 from flowtrain.errors import RunError, UserError
 from flowtrain.types import Shape
 
-Split = Literal["train", "test"]
+Part = Literal["train", "test"]  # what a data set itself is divided into
 Policy = Literal["crop", "stretch", "exact"]
 
 # Without EPS, for which Pillow starts Ghostscript, whatever the file's suffix says.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
 
 def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
     """Read one image file as uint8 (C, H, W), 0..255; raises whatever Pillow or `resize` raises."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=READABLE) as image:
         if policy != "exact":  # lets a JPEG decode at a half, quarter or eighth: much faster
             image.draft(None, (2 * max(shape[1:]),) * 2)
         return resize(image, shape, policy)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Split, contiguous, hold_out
+from flowtrain.datasets.base import Images, Part, contiguous, hold_out
 
 
-def build(root: Path, split: Split, *, seed: int = 0) -> Images:
+def build(root: Path, split: Part, *, seed: int = 0) -> Images:
     """1x8x8 images of 17 levels; a seeded tenth (180) is the test split. `root` is not used."""
 
     def part(of: str) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Policy, Split, short
+from flowtrain.datasets.base import Images, Part, Policy, short
 from flowtrain.errors import RunError, UserError, is_disk_full
 from flowtrain.types import Shape
 
@@ -41,7 +41,7 @@ class File(NamedTuple):
 
 def build(
     root: Path,
-    split: Split,
+    split: Part,
     *,
     seed: int = 0,
     path: Path,
@@ -93,7 +93,7 @@ def build(
     return Images(shape=shape, levels=256, read=read, key=content)
 
 
-def _split(folder: Path, split: Split, seed: int) -> list[File]:
+def _split(folder: Path, split: Part, seed: int) -> list[File]:
     if not folder.is_dir():
         raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()

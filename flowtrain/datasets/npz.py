@@ -12,7 +12,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Split, contiguous, hold_out, short
+from flowtrain.datasets.base import Images, Part, contiguous, hold_out, short
 from flowtrain.errors import UserError
 from flowtrain.types import Shape
 
@@ -21,9 +21,7 @@ Layout = Literal["nhwc", "nchw"]
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def build(
-    root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc"
-) -> Images:
+def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
     """uint8 images of 256 levels from the arrays x_train and x_test, with the classes y_train and
     y_test where the file has them.
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Split
+from flowtrain.datasets.base import Images, Part
 
 Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and N to (N, dims)
 
 
 def real_valued(
-    split: Split, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2
+    split: Part, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2
 ) -> Images:
     """`count` points to train on, `test_count` to test with, both functions of the seed alone."""
 

@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import Bijection, CheckerboardCoupling, DiagonalAffine, Transform
-from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.execution import FUSED, Executor, call, opposite
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
-from flowtrain.evaluation.layers import around_layers, call, layers_of, short_name
+from flowtrain.evaluation.layers import Watching, layers_of, short_name
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
@@ -257,17 +258,18 @@ def _weights(flow: Flow, notes: _Notes) -> None:
             wrong = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
             notes.add("parameters", wrong, owners.get(module, short_name(name)))
     for name, layer in layers.items():
-        if isinstance(layer, DiagonalAffine):
-            _log_scale(layer.bounded_log_scale(), name, "", notes)
-        if isinstance(layer, LinearChannels):
-            weight = layer.weight().double().cpu()
-            finite = bool(torch.isfinite(weight).all())
-            notes.add("condition number", torch.linalg.cond(weight) if finite else math.nan, name)
+        _log_scale(layer.log_scales(), name, "", notes)
+        if (matrix := layer.mixing_matrix()) is not None:
+            matrix = matrix.double().cpu()
+            finite = bool(torch.isfinite(matrix).all())
+            notes.add("condition number", torch.linalg.cond(matrix) if finite else math.nan, name)
 
 
-def _log_scale(log_scale: Tensor, layer: str, inputs: str, notes: _Notes) -> None:
-    notes.add("lowest log-scale", log_scale.min(), layer, inputs)
-    notes.add("highest log-scale", log_scale.max(), layer, inputs)
+def _log_scale(log_scale: Tensor | None, layer: str, inputs: str, notes: _Notes) -> None:
+    # A checkerboard may keep all of an image of one pixel.
+    if log_scale is not None and log_scale.numel():
+        notes.add("lowest log-scale", log_scale.min(), layer, inputs)
+        notes.add("highest log-scale", log_scale.max(), layer, inputs)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes:
     where = first = ""
 
     def around(
-        name: str, layer: Bijection, direction: str, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where, first
         where = name
@@ -305,13 +307,11 @@ def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes:
 
     check = "inverse pass" if noise is None else "forward pass"
     try:
-        with around_layers(flow, around):
-            if noise is None:
-                ends = flow.bijection.inverse(start)
-            else:
-                v, log_det = flow.dequantizer(start, noise)
-                z, flow_log_det = flow.bijection(v)
-                ends = z, log_det + flow_log_det
+        watching = Watching(flow, around)
+        if noise is None:
+            ends = flow.bijection.through(watching, "inverse", start)
+        else:
+            ends = flow.to_latents(start, noise, watching)
     except Exception as error:  # whatever a model of the user's own may raise
         notes.failed((check,), error, where, inputs)
     else:
@@ -321,36 +321,25 @@ def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes:
 def _layer(
     name: str,
     layer: Bijection,
-    direction: str,
+    direction: Direction,
     given: Tensor,
     result: Tensor,
     context: Tensor | None,
     inputs: str,
     notes: _Notes,
 ) -> None:
-    other = "inverse" if direction == "forward" else "forward"
+    other = opposite(direction)
     checks = (f"{other} of {direction}", f"{direction} of {other}")
-    log_scales: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda module, args, output: log_scales.append(output[1]))
-        for module in layer.modules()
-        if isinstance(module, Transform)
-    ]
     try:
         back = call(layer, other, result, context)[0]
         again = call(layer, direction, back, context)[0]
+        log_scales = layer.predicted_log_scales(back if direction == "forward" else result, context)
     except Exception as error:
         notes.failed(checks, error, name, inputs)
         return
-    finally:
-        for handle in handles:
-            handle.remove()
     notes.add(checks[0], _relative_error(back, given), name, inputs)
     notes.add(checks[1], _relative_error(again, result), name, inputs)
-    for log_scale in log_scales:
-        used = layer.of_changed(log_scale) if isinstance(layer, CheckerboardCoupling) else log_scale
-        if used.numel():  # else it keeps all of an image of one pixel
-            _log_scale(used, name, inputs, notes)
+    _log_scale(log_scales, name, inputs, notes)
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
@@ -466,7 +455,7 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     where = ""
 
     def around(
-        name: str, layer: Bijection, direction: str, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where
         where = name
@@ -487,16 +476,13 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
             notes.add("log-det", error, name, IMAGES)
         return result
 
-    def whole(one: Flow, copies: Tensor) -> tuple[Tensor, Tensor]:
+    def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         images = copies if one.kind.exact else x.expand(len(copies), -1, -1, -1)
-        v, log_det = one.dequantizer(images, copies)
-        z, flow_log_det = one.bijection(v)
-        return z, log_det + flow_log_det
+        return one.to_latents(images, copies, executor)
 
     start = x if flow.kind.exact else noise
     try:
-        with around_layers(precise, around):
-            whole(precise, start.double())
+        whole(precise, start.double(), Watching(precise, around))
         where = ""
         exact = jacobian_log_det(lambda copies: whole(precise, copies), start.double())
         notes.add(

@@ -1,137 +1,103 @@
-"""Looking inside a flow while it runs, with hooks that are gone afterwards."""
+"""Looking inside a flow: its layers by name, calls around them, and outputs of their modules."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flowtrain.bijections import (
-    Bijection,
-    CheckerboardCoupling,
-    DiagonalAffine,
-    Sequential,
-    Transform,
-)
-from flowtrain.bijections.fused import layer_by_layer
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.execution import Container, LayerByLayer, call
 from flowtrain.flow.flow import Flow
 
-Hook = Callable[[str, nn.Module, Any], None]
-Around = Callable[[str, Bijection, str, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
-@contextlib.contextmanager
-def watching(flow: nn.Module, hook: Hook) -> Iterator[None]:
-    """Calls `hook(name, module, output)` after each module's forward pass."""
-    handles = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: hook(name, module, output)
-        )
-        for name, module in flow.named_modules()
-    ]
-    try:
-        with layer_by_layer():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+Around = Callable[[str, Bijection, Direction, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def layers_of(flow: Flow) -> dict[str, Bijection]:
-    """The layers of a flow by name, in its order: bijections that are not made of others, nor part
-    of a conditioner.
-    """
-    return {short_name(name): layer for name, layer in _layers(flow, "", False)}
+    """The layers of a flow by name, in its order: the bijections that are not made of others."""
+    return {short_name(name): layer for name, layer in _layers(flow, "")}
 
 
-def _layers(module: nn.Module, prefix: str, within: bool) -> list[tuple[str, Bijection]]:
-    within = within or isinstance(module, Bijection)
-    found = [
+def _layers(module: nn.Module, prefix: str) -> list[tuple[str, Bijection]]:
+    if isinstance(module, Bijection) and not isinstance(module, Container):
+        return [(prefix[:-1], module)]
+    return [
         layer
         for name, part in module.named_children()
-        # Another kind of module in a bijection is a conditioner: its ActNorms run forwards in both
-        # directions.
-        if not within or isinstance(part, Bijection | nn.ModuleList | nn.ModuleDict)
-        for layer in _layers(part, f"{prefix}{name}.", within)
+        for layer in _layers(part, f"{prefix}{name}.")
     ]
-    if found or not isinstance(module, Bijection) or isinstance(module, Sequential):
-        return found
-    return [(prefix[:-1], module)]
 
 
 def short_name(name: str) -> str:
-    """A module's name in messages and metrics: that of the bijection's parts is their name in
-    it.
-    """
+    """A module's name in messages and metrics, without the prefix of the flow's bijection."""
     return name.removeprefix("bijection.")
 
 
-@contextlib.contextmanager
-def around_layers(flow: Flow, around: Around) -> Iterator[None]:
-    """Has `around(name, layer, direction, input, context)` called in place of each layer, for
-    either direction.
+class Watching(LayerByLayer):
+    """Calls `around(name, layer, direction, input, context)` in place of each layer of a flow.
 
-    It gives the layer's result, which it may have from `call(layer, direction, input, context)`.
+    `around` returns the layer's result, which `flowtrain.bijections.execution.call` computes.
     """
-    layers = layers_of(flow)
-    for name, layer in layers.items():
-        for direction in ("forward", "inverse"):
-            # On the instance: hooks of torch see `forward` alone.
-            setattr(layer, direction, partial(_around, around, name, layer, direction))
-    try:
-        with layer_by_layer():
-            yield
-    finally:
-        for layer in layers.values():
-            del layer.forward, layer.inverse
 
+    def __init__(self, flow: Flow, around: Around):
+        self.names = {layer: name for name, layer in layers_of(flow).items()}
+        self.around = around
 
-def _around(
-    around: Around,
-    name: str,
-    layer: Bijection,
-    direction: str,
-    x: Tensor,
-    context: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return around(name, layer, direction, x, context)
-
-
-def call(
-    layer: Bijection, direction: str, x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A layer's own `forward` or `inverse`, also within `around_layers`."""
-    return getattr(type(layer), direction)(layer, x, context)
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.around(self.names[layer], layer, direction, x, context)
 
 
 @torch.no_grad()
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
-    """The smallest and largest log-scale of each layer: parameters, and on a batch those that
-    couplings predict.
+    """The smallest and largest log-scale, by name.
+
+    For each bijection those among its parameters; for each layer also those that its network
+    predicts on the batch `x`, under the name of its `transform`.
     """
-    ranges: dict[str, tuple[float, float]] = {}
-    checkerboards = {m.transform: m for m in flow.modules() if isinstance(m, CheckerboardCoupling)}
+    found = {
+        short_name(name): module.log_scales()
+        for name, module in flow.named_modules()
+        if isinstance(module, Bijection)
+    }
 
-    def hook(name: str, module: nn.Module, output: Any) -> None:
-        if isinstance(module, Transform):
-            log_scale = (
-                checkerboards[module].of_changed(output[1])
-                if module in checkerboards
-                else output[1]
-            )
-        elif isinstance(module, DiagonalAffine):
-            log_scale = module.bounded_log_scale()
-        else:
-            return
-        if log_scale.numel():  # else a checkerboard that keeps all of an image of one pixel
-            ranges[short_name(name)] = (log_scale.min().item(), log_scale.max().item())
+    def around(
+        name: str, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "forward":
+            found[f"{name}.transform"] = layer.predicted_log_scales(x, context)
+        return call(layer, direction, x, context)
 
-    with watching(flow, hook):
-        flow(x, noise)
-    return ranges
+    flow(x, noise, executor=Watching(flow, around))
+    return {
+        name: (log_scales.min().item(), log_scales.max().item())
+        for name, log_scales in found.items()
+        # A checkerboard may keep all of an image of one pixel.
+        if log_scales is not None and log_scales.numel()
+    }
+
+
+@torch.no_grad()
+def watch_modules(
+    flow: Flow, x: Tensor, noise: Tensor, note: Callable[[str, nn.Module, Any], None]
+) -> None:
+    """Calls `note(name, module, output)` for each module, those of conditioners too, in a forward
+    pass of the flow, layer by layer.
+    """
+    handles = [
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: note(name, module, output)
+        )
+        for name, module in flow.named_modules()
+    ]
+    try:
+        flow(x, noise, executor=LayerByLayer())
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
@@ -146,13 +112,12 @@ def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
             return f"parameter {name}"
     found: list[str] = []
 
-    def hook(name: str, module: nn.Module, output: Any) -> None:
+    def note(name: str, module: nn.Module, output: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not found and not all(torch.isfinite(t).all() for t in tensors):
             found.append(f"output of {name or 'the flow'}")
 
-    with torch.no_grad(), watching(flow, hook):
-        flow(x, noise)
+    watch_modules(flow, x, noise, note)
     if found:
         return found[0]
     for name, parameter in reversed(list(flow.named_parameters())):

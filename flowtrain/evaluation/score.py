@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flowtrain.data.splits import Split
-from flowtrain.evaluation.layers import watching
+from flowtrain.evaluation.layers import watch_modules
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
@@ -43,9 +43,8 @@ def fitting_batch_size(flow: Flow) -> int:
         nonlocal largest
         largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
 
-    with watching(flow, note):
-        x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
-        flow(x, torch.full_like(x, 0.5, dtype=flow.dtype))
+    x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
+    watch_modules(flow, x, torch.full_like(x, 0.5, dtype=flow.dtype), note)
     budget: float = ENOUGH_FOR_A_CPU
     if flow.device.type == "cuda":
         budget = torch.cuda.get_device_properties(flow.device).total_memory / 4

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import sum_per_example
+from flowtrain.bijections.execution import FUSED, Executor
 
 # u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 *
 # 17 can fall below x; 2**-14 is more than twice the largest rounding error of (x + u) / Q * Q for Q
@@ -48,7 +49,9 @@ class UniformNoise(nn.Module):
     W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
     """
 
-    def forward(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, noise: Tensor, x: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
         return noise.clamp(EDGE, 1 - EDGE), noise.new_zeros(noise.shape[0])
 
 
@@ -86,7 +89,9 @@ class Dequantizer(nn.Module):
                 f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}"
             )
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
         """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its
         log-likelihood terms.
 
@@ -94,7 +99,7 @@ class Dequantizer(nn.Module):
         first to get the bound on log P(x). Neither argument is changed.
         """
         x = x.to(noise.dtype)
-        u, log_q = self.noise_model(noise, x / self.levels - 0.5)
+        u, log_q = self.noise_model(noise, x / self.levels - 0.5, executor)
         v, log_det = self._to_real((x + u) / self.levels)
         return v, log_det - log_q
 
@@ -138,7 +143,9 @@ class RealValued(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"expected real numbers, got {x.dtype}")
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
         return x.to(noise.dtype), noise.new_zeros(len(x))
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.fused import layer_by_layer
+from flowtrain.bijections.execution import FUSED, Executor, Initializing
 from flowtrain.flow.class_prior import ClassPrior, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
@@ -95,16 +95,30 @@ class Flow(nn.Module):
         """Of a class-conditional model their number; else 0."""
         return 0 if self.class_prior is None else self.class_prior.classes
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> LogProb:
+    def to_latents(
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
+        """Latents `(B, D)` of integers `x` `(B, C, H, W)` with uniform noise of that shape, and all
+        terms of the bound but the base's density, `(B,)` in nats. `executor` calls the layers.
+        """
+        v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
+        z, flow_log_det = self.bijection.through(executor, "forward", v)
+        return z, log_det + flow_log_det
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        executor: Executor = FUSED,
+    ) -> LogProb:
         """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape,
         in its parts.
 
         Of a class-conditional model log P(x | class), given `labels` `(B,)`, or log P(x), all
         classes being as likely.
         """
-        v, log_det = self.dequantizer(x, noise.to(self.dtype))
-        z, flow_log_det = self.bijection(v)
-        log_det = log_det + flow_log_det
+        z, log_det = self.to_latents(x, noise, executor)
         if self.class_prior is None:
             return LogProb(normal_log_prob(z), log_det)
         if labels is not None:
@@ -224,20 +238,8 @@ class Flow(nn.Module):
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each layer sets itself from its actual
-    input, in order.
+    """Data-dependent initialization: one pass in which each layer sets itself from its input.
 
-    Every module with a method `initialize(*inputs)` takes part; one that is initialized already
-    leaves itself alone.
+    Layers that are initialized already leave themselves alone.
     """
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: module.initialize(*inputs))
-        for module in flow.modules()
-        if hasattr(module, "initialize")
-    ]
-    try:
-        with layer_by_layer():
-            flow(x, noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    flow(x, noise, executor=Initializing())

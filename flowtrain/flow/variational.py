@@ -15,7 +15,8 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.bijections.base import sum_per_example
-from flowtrain.bijections.precision import conditioner_input
+from flowtrain.bijections.execution import FUSED, Executor
+from flowtrain.bijections.precision import into_conditioner
 from flowtrain.flow.dequantize import EDGE
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 
@@ -72,12 +73,17 @@ class VariationalNoise(nn.Module):
             Conv2d(channels, width, 3), ReLU(), Conv2d(width, width, 3), ReLU()
         )
 
-    def forward(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, noise: Tensor, x: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
         """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and `log
         q(u|x)`, `(B,)` nats.
         """
-        eps = torch.special.ndtri(self.squeeze(noise)[0].clamp(SMALLEST, LARGEST))
-        w, log_det = self.flow(eps, self.context(conditioner_input(self.squeeze(x)[0])))
+        squeezed, image = (self.squeeze.through(executor, "forward", t)[0] for t in (noise, x))
+        eps = torch.special.ndtri(squeezed.clamp(SMALLEST, LARGEST))
+        # The context is for conditioners alone, and stays on their side of the border.
+        context = self.context(into_conditioner(image))
+        w, log_det = self.flow.through(executor, "forward", eps, context)
         # N(eps) / N(w), the constants of which cancel: du/dw is the standard normal density, but
         # for the affine map.
         log_q = (
@@ -86,4 +92,4 @@ class VariationalNoise(nn.Module):
             - w[0].numel() * math.log1p(-2 * EDGE)
         )
         u = EDGE + (1 - 2 * EDGE) * torch.special.ndtr(w)
-        return self.squeeze.inverse(u)[0], log_q
+        return self.squeeze.through(executor, "inverse", u)[0], log_q

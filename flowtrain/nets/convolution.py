@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flowtrain.bijections.precision import conditioner_input
-
 
 class Conv2d(nn.Linear):
     """A convolution of odd size `k` that keeps the image's, `(B, C, H, W)` to `(B, C', H, W)`.
@@ -67,10 +65,8 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
     """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it
     is larger.
     """
-    x = conditioner_input(x)
     if context is None:
         return x
-    context = conditioner_input(context)
     if context.shape[-2:] != x.shape[-2:]:
         context = F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))
     return torch.cat([x, context], dim=1)
@@ -143,7 +139,7 @@ class ZeroNet(nn.Module):
         self.layer = ZeroConv2d(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layer(conditioner_input(x))
+        return self.layer(x)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.bijections.autoregressive import AutoregressiveNet
 from flowtrain.nets.convolution import relu_
 
 
@@ -29,7 +30,7 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-class MaskedDenseNet(nn.Module):
+class MaskedDenseNet(AutoregressiveNet):
     """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters for each entry
     from those before it.
 

@@ -17,6 +17,11 @@ class _ResidualBlock(nn.Module):
         self.conv1 = Conv2d(width, width, 3, bias=False)
         self.conv2 = Conv2d(width, width, 3)
 
+    def initialize(self, x: Tensor) -> None:
+        """Sets the normalizations from the block's input on the first batch."""
+        self.norm1.initialize(x)
+        self.norm2.initialize(self.conv1(relu_(self.norm1(x)[0])))
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(relu_(self.norm1(x)[0]))
         return x + self.conv2(relu_(self.norm2(h)[0]))
@@ -42,6 +47,14 @@ class ResidualNet(nn.Module):
         self.blocks = nn.Sequential(*(_ResidualBlock(width) for _ in range(blocks)))
         self.norm = ActNorm((width, 1, 1))
         self.last = ZeroConv2d(width, out_channels, 1)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Sets the normalizations from the network's input on the first batch."""
+        h = self.first(with_context(x, context))
+        for block in self.blocks:
+            block.initialize(h)  # type: ignore[operator]
+            h = block(h)
+        self.norm.initialize(h)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.blocks(self.first(with_context(x, context)))

@@ -3,23 +3,36 @@
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor
 
 from flowtrain.pictures.grid import to_8bit
 
-# Lossless formats, with what makes each small. WebP's method is an effort from 0 to 6: on CIFAR-10,
-# 6 takes 50 times as long as 2 and needs more bits. (JPEG XL: where a plugin has told Pillow about
-# it.)
-FORMATS: dict[str, dict[str, Any]] = {
-    "PNG": {"optimize": True},
-    "WEBP": {"lossless": True, "quality": 100, "method": 2, "exact": True},
-    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
-    "JXL": {"lossless": True},
+
+class Format(NamedTuple):
+    """How Pillow writes a lossless format.
+
+    options: what makes the file small.
+    container: bytes of the file that every image has. None for formats that `complexity`
+        does not use.
+    """
+
+    options: dict[str, Any]
+    container: int | None = None
+
+
+# A PNG's container has its signature, IHDR, IEND and the frame of IDAT; a WebP's has the RIFF
+# header and the header of its one chunk. WebP's method is an effort from 0 to 6: on CIFAR-10,
+# method 6 takes 50 times as long as 2 and needs more bits. Pillow has JPEG XL only with a plugin.
+FORMATS = {
+    "PNG": Format({"optimize": True}, 8 + 25 + 12 + 12),
+    "WEBP": Format({"lossless": True, "quality": 100, "method": 2, "exact": True}, 12 + 8),
+    "AVIF": Format({"quality": 100, "subsampling": "4:4:4"}),
+    "JXL": Format({"lossless": True}),
 }
 
 
@@ -29,13 +42,22 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name in Image.SAVE and name in Image.OPEN]
 
 
+def coders() -> list[str]:
+    """The formats that `complexity` uses: PNG, and WebP unless Pillow was built without it."""
+    return [name for name in formats() if FORMATS[name].container is not None]
+
+
+def picture_of(image: np.ndarray) -> Image.Image:
+    """`(1, H, W)` in grey or `(3, H, W)` in colour."""
+    return Image.fromarray(
+        image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    )
+
+
 def encoded(image: Tensor, name: str) -> bytes:
     """An image `(C, H, W)`, uint8, C 1 or 3, as a file of a lossless format."""
     buffer = io.BytesIO()
-    pixels = image.movedim(0, -1).contiguous().numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(
-        buffer, name, **FORMATS[name]
-    )
+    picture_of(image.numpy()).save(buffer, name, **FORMATS[name].options)
     return buffer.getvalue()
 
 
@@ -73,34 +95,9 @@ def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
     return torch.tensor(lengths)
 
 
-# What Pillow is asked for, and the bytes of the file that are there whatever the image: a PNG's
-# signature, IHDR, IEND and the frame of IDAT; a WebP's RIFF header and the header of its one chunk.
-CODERS: dict[str, tuple[dict[str, Any], int]] = {
-    "PNG": (FORMATS["PNG"], 8 + 25 + 12 + 12),
-    "WEBP": (FORMATS["WEBP"], 12 + 8),
-}
-
-
-def coders() -> list[str]:
-    """The coders that this Pillow has: PNG, and WebP unless it was built without."""
-    return [name for name in CODERS if name == "PNG" or features.check(name.lower())]
-
-
-def compressed_bytes(image: np.ndarray, coder: str) -> int:
-    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without the constant ones of
-    its container.
-    """
-    options, constant = CODERS[coder]
-    buffer = io.BytesIO()
-    picture_of(image).save(buffer, coder, **options)
-    return buffer.tell() - constant
-
-
-def picture_of(image: np.ndarray) -> Image.Image:
-    """`(1, H, W)` in grey or `(3, H, W)` in colour."""
-    return Image.fromarray(
-        image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    )
+def compressed_bytes(image: Tensor, coder: str) -> int:
+    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without its container's."""
+    return len(encoded(image, coder)) - (FORMATS[coder].container or 0)
 
 
 def complexity(images: np.ndarray) -> np.ndarray:
@@ -111,8 +108,12 @@ def complexity(images: np.ndarray) -> np.ndarray:
     """
     available = coders()
 
-    def shortest(image: np.ndarray) -> int:
+    def shortest(image: Tensor) -> int:
         return min(compressed_bytes(image, coder) for coder in available)
 
     with ThreadPoolExecutor() as pool:  # Pillow encodes without the GIL
-        return np.array(list(pool.map(shortest, images))) * 8 / math.prod(images.shape[1:])
+        return (
+            np.array(list(pool.map(shortest, torch.tensor(images))))
+            * 8
+            / math.prod(images.shape[1:])
+        )

@@ -1,5 +1,6 @@
 """Training: the loop, resuming, signals, and what happens to a number that is not finite."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -57,23 +58,24 @@ def fit(
             fingerprint["labels"] = hashlib.sha256(batches.labels.numpy().data).hexdigest()
         require_same_everywhere(config, fingerprint)
         state = start(config, flow.to(device), fingerprint, saved, init_from, batches)
-        # Until here a signal ends the process at once: there is nothing to save.
+        # Until here a signal ends the process at once, because there is nothing to save.
         with signals() as stop:
             run.begin(config)
             run.cut_back(state.progress.step, config)
             announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
                 # The last good state, from the start: `last` may not exist yet, or be later than
-                # the one resumed from.
+                # the checkpoint that the run goes on from.
                 if not distributed.from_main(run.best.exists):
-                    state.progress.best = state.progress.best_step = None  # it was another run's
+                    state.progress.best = state.progress.best_step = None  # of another run
                 save(state, run, numbered=False)
-            distributed.ready()  # what could not be written has been said
+            distributed.ready()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
             )
             with (
                 distributed.losing_a_process(advice),
+                contextlib.closing(batches),
                 ProgressBar("training", seconds_between_lines=math.inf) as bar,
             ):
                 _loop(state, run, batches, validation, stop, bar)
@@ -92,58 +94,54 @@ def _loop(
     run: RunDirectory,
     batches: Batches,
     validation: Split,
-    stop: "Stop",
+    stop: Stop,
     bar: ProgressBar,
 ) -> None:
     config = state.config.train
     clock = Clock(state)
-    while not state.progress.finished and not stop.signum:
-        for x, labels in batches.labelled_from(state.progress.step, state.progress.images):
-            own_loss, gradient = train_step(state, x, labels)
-            loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
-            rate = (
-                learning_rate(config, state.progress.step, state.progress.seconds)
-                * state.progress.lr_scale
-            )
-            if not math.isfinite(loss + grad_norm):
-                _go_back(state, run, x, loss, grad_norm, rate)
-                break  # the order of the batches starts again from the step that was restored
-            state.set_learning_rate(rate)
-            optimizer_step(state, gradient)
-            progress = state.progress
-            progress.step += 1
-            progress.images += batches.all_processes
-            progress.window_loss += loss
-            progress.window_steps += 1
-            ends = state.reached_end()  # by the time that all have agreed on
-            clock.tick(batches.all_processes)
-            validates = ends or progress.step % config.validate_every == 0
-            periodic = ends or progress.step % config.checkpoint_every == 0
-            # A finite gradient may still have taken a weight to infinity: no such state is ever
-            # saved.
-            if (validates or periodic or stop.signum) and not state.weights_are_finite():
-                _go_back(state, run, x, loss, grad_norm, rate)
-                break
-            if stop.signum and validates and not ends:
-                # at once: who asks for the end may not wait for a validation
-                save(state, run, numbered=False)
-            progress.finished = ends
-            if ends or progress.step % config.log_every == 0:
-                log(state, run, grad_norm, rate, clock, bar)
-            if validates:
-                validate(state, run, validation)
-            if ends or progress.step % config.sample_every == 0:
-                sample(state, run, validation if len(validation) else batches.source)
+    while not (state.progress.finished or stop.signum):
+        progress = state.progress  # another one after going back
+        x, labels = batches.at(progress)
+
+        own_loss, gradient = train_step(state, x, labels)
+        loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
+        rate = learning_rate(config, progress.step, progress.seconds) * progress.lr_scale
+        if not math.isfinite(loss + grad_norm):
+            _go_back(state, run, x, loss, grad_norm, rate)
+            continue
+        state.set_learning_rate(rate)
+        optimizer_step(state, gradient)
+
+        progress.step += 1
+        progress.images += batches.all_processes
+        progress.window_loss += loss
+        progress.window_steps += 1
+        ends = state.reached_end()  # by the time that all processes have agreed on
+        clock.tick(batches.all_processes)
+        validates = ends or progress.step % config.validate_every == 0
+        periodic = ends or progress.step % config.checkpoint_every == 0
+        # A finite gradient may still take a weight to infinity. Such a state is never saved.
+        if (validates or periodic or stop.signum) and not state.weights_are_finite():
+            _go_back(state, run, x, loss, grad_norm, rate)
+            continue
+        if stop.signum and validates and not ends:
+            save(state, run, numbered=False)  # now: the user may not wait for the validation
+
+        progress.finished = ends
+        if ends or progress.step % config.log_every == 0:
+            log(state, run, grad_norm, rate, clock, bar)
+        if validates:
+            validate(state, run, validation)
+        if ends or progress.step % config.sample_every == 0:
+            sample(state, run, validation if len(validation) else batches.source)
+        clock.skip()
+        if periodic or stop.signum:
+            save(state, run, numbered=periodic)
             clock.skip()
-            if periodic or stop.signum:
-                save(state, run, numbered=periodic)
-                clock.skip()
-            if ends or stop.signum:
-                break
 
 
 def _agree(
-    state: State, clock: "Clock", stop: "Stop", loss: Tensor, grad_norm: Tensor
+    state: State, clock: Clock, stop: Stop, loss: Tensor, grad_norm: Tensor
 ) -> tuple[float, float]:
     """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's
     clock, any signal.

@@ -2,6 +2,7 @@
 
 import math
 
+from flowtrain.bijections import Bijection
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
@@ -117,15 +118,13 @@ def log(
 
 
 def _of_layers(flow: Flow) -> dict[str, float]:
-    """What layers with a method `metrics() -> dict[str, float]` say of the last step; the mean of
-    those who say it.
-    """
-    said: dict[str, list[float]] = {}
-    for module in flow.modules():
-        if (metrics := getattr(module, "metrics", None)) is not None:
-            for name, value in metrics().items():
-                said.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in said.items()}
+    """The metrics of the layers for the last step. Where several have one, it is their mean."""
+    values: dict[str, list[float]] = {}
+    for layer in flow.modules():
+        if isinstance(layer, Bijection):
+            for name, value in layer.metrics().items():
+                values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 @distributed.main_only

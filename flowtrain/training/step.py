@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import MaskedAutoregressive
-from flowtrain.bijections.memory import Mode, memory_mode
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.config import Config
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import draw_noise
@@ -33,13 +33,14 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
+    executor = executor_of(config.memory)
     parts = [x.split(config.batch_size), noise.split(config.batch_size)]
     parts.append([None] * len(parts[0]) if labels is None else labels.split(config.batch_size))
     for part, part_noise, part_labels in zip(*parts, strict=True):
         left -= len(part)
-        with distributed.accumulating(state.parallel, more=left > 0), memory_mode(config.memory):
+        with distributed.accumulating(state.parallel, more=left > 0):
             with _precision(config.precision, x.device):
-                log_prob = state.parallel(part, part_noise, part_labels).total
+                log_prob = state.parallel(part, part_noise, part_labels, executor).total
             part_loss = state.flow.loss(log_prob).sum() / len(x)
             part_loss.backward()
         loss = loss + part_loss.detach()
@@ -86,8 +87,9 @@ def _precision(precision: str, device: torch.device) -> contextlib.AbstractConte
 
 def is_trainable(flow: Flow, memory: Mode, precision: str) -> bool:
     """Whether this memory mode gives the flow right gradients."""
-    autoregressive = any(isinstance(module, MaskedAutoregressive) for module in flow.modules())
-    return not (autoregressive and memory == "reversible" and precision == "bf16")
+    layers = [module for module in flow.modules() if isinstance(module, Bijection)]
+    in_bf16 = memory == "reversible" and precision == "bf16"
+    return not in_bf16 or all(layer.reversible_in_bf16 for layer in layers)
 
 
 def require_trainable(flow: Flow, config: Config) -> None:

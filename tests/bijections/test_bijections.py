@@ -37,14 +37,14 @@ from flowtrain.bijections import (
     Sequential,
     SplineTransform,
     Squeeze,
-    memory,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.fused import FusedLinear, layer_by_layer
-from flowtrain.bijections.memory import Mode, memory_mode
+from flowtrain.bijections.execution import FUSED, Container, LayerByLayer
+from flowtrain.bijections.fused import FusedLinear, fuse
+from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
@@ -362,7 +362,7 @@ def test_every_bijection_is_in_the_table():
     }
     # What others inherit from, and what only a Sequential makes (tested below, and in each row with
     # one).
-    concrete -= {Bijection, SetFromData, LinearChannels, FusedLinear}
+    concrete -= {Bijection, Container, SetFromData, LinearChannels, FusedLinear}
     tested = {type(build()) for build, _, _ in TABLE.values()}
     concrete = {cls for cls in concrete if cls.__name__ not in OF_SURFACES}
     assert concrete == tested
@@ -506,13 +506,12 @@ def test_autocast_leaves_the_data_path_in_float32(name):
             assert torch.equal(a, b)
 
 
-def gradients(bijection, x, context, mode):
-    """Of the parameters, the input and the context, in one memory mode; and the result."""
+def gradients(bijection, x, context, executor):
+    """Of the parameters, the input and the context, by one executor; and the result."""
     bijection.zero_grad()
     inputs = [t.clone().requires_grad_() for t in (x, context) if t is not None]
-    with memory_mode(mode):
-        z, log_det = bijection(*inputs)
-        (z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()).backward()
+    z, log_det = bijection.through(executor, "forward", *inputs)
+    (z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()).backward()
     return [p.grad for p in bijection.parameters()] + [t.grad for t in inputs], (
         z.detach(),
         log_det.detach(),
@@ -525,7 +524,7 @@ def test_gradients_are_those_of_finite_differences(name):
     conditioner.)
     """
     bijection, x, context = a_row(name, torch.float64)
-    grads, _ = gradients(bijection, x, context, "store")
+    grads, _ = gradients(bijection, x, context, FUSED)
     inputs = [t for t in (x, context) if t is not None]
     places = [*bijection.parameters(), *inputs]
     direction = [
@@ -552,8 +551,8 @@ def test_gradients_are_those_of_finite_differences(name):
 @pytest.mark.parametrize("mode, tolerance", [("checkpoint", 1e-12), ("reversible", 1e-10)])
 def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
     bijection, x, context = a_row(name, torch.float64)
-    stored, results = gradients(bijection, x, context, "store")
-    recomputed, same_results = gradients(bijection, x, context, mode)
+    stored, results = gradients(bijection, x, context, FUSED)
+    recomputed, same_results = gradients(bijection, x, context, executor_of(mode))
     torch.testing.assert_close(same_results, results, rtol=0, atol=0)
     torch.testing.assert_close(recomputed, stored, rtol=tolerance, atol=tolerance)
 
@@ -571,7 +570,9 @@ def test_reversible_gradients_at_paper_depth(coupling, bf16):
 
     def gradient(mode, bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return torch.cat([g.flatten() for g in gradients(bijection, x, None, mode)[0]])
+            return torch.cat(
+                [g.flatten() for g in gradients(bijection, x, None, executor_of(mode))[0]]
+            )
 
     stored = gradient("store", bf16)
     difference = (gradient("reversible", bf16) - stored).norm()
@@ -587,31 +588,15 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
     bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(
         lambda *args: calls.append(mode)
     )
-    with memory_mode(mode):
-        z, log_det = bijection(x.requires_grad_())
-        log_det.sum().backward(retain_graph=True)
+    z, log_det = bijection.through(executor_of(mode), "forward", x.requires_grad_())
+    log_det.sum().backward(retain_graph=True)
     assert len(calls) == times
-    with torch.no_grad(), memory_mode(mode):
-        bijection(x)
+    with torch.no_grad():
+        bijection.through(executor_of(mode), "forward", x)
     assert len(calls) == times + 1
     if mode != "store":
         with pytest.raises(RuntimeError, match="second time"):
             z.sum().backward()
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_what_is_computed_again_has_the_mode_of_the_forward_pass(mode):
-    """Wherever that is: a GPU's backward pass runs in a thread that knows nothing of the
-    context.
-    """
-    bijection, x, _ = a_row("glow")
-    with memory_mode(mode):
-        _, log_det = bijection(x.requires_grad_())
-    seen = []
-    conditioner = bijection.levels[0].layers[-1].conditioner
-    conditioner.register_forward_pre_hook(lambda *args: seen.append(memory._mode.get()))
-    log_det.sum().backward()
-    assert seen == [mode]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -621,7 +606,7 @@ def test_memory_against_depth(mode):
     def activations(steps):
         flow = ready(model("glow", (3, 16, 16), levels=1, steps=steps, width=64))
         x = torch.rand(64, 3, 16, 16)
-        taken = peak(lambda: gradients(flow, x, None, mode), torch.device("cpu"))
+        taken = peak(lambda: gradients(flow, x, None, executor_of(mode)), torch.device("cpu"))
         return taken - sum(p.nbytes for p in flow.parameters())  # the gradients
 
     growth = activations(24) / activations(4)
@@ -643,15 +628,13 @@ def chain_of(layer):
 def test_fused_layers_are_the_layers_one_after_the_other(layer):
     chain = chain_of(layer)
     x = torch.randn(3, 1, 4, 6, generator=seeded(), dtype=torch.float64)
-    assert sum(isinstance(part, FusedLinear) for part in chain._chain()) == 3
-    fused, (z, log_det) = gradients(chain, x, None, "store")
-    with layer_by_layer():
-        assert chain._chain() == list(chain.layers)
-        apart, results = gradients(chain, x, None, "store")
-        back = chain.inverse(z)
+    assert sum(isinstance(part, FusedLinear) for part in fuse(chain.opened())) == 3
+    fused, (z, log_det) = gradients(chain, x, None, FUSED)
+    apart, results = gradients(chain, x, None, LayerByLayer())
+    back, _ = chain.through(LayerByLayer(), "inverse", z)
     torch.testing.assert_close((z, log_det), results, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused, apart, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(chain.inverse(z), back, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chain.inverse(z)[0], back, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -673,7 +656,7 @@ def test_other_neighbours_are_not_fused():
     vector = Sequential(ActNorm((4,)), Flatten((4,)))
     apart = Sequential(ActNorm((4, 1, 1)), Squeeze(), Conv1x1(16), ActNorm((16, 1, 1)))
     for chain in (vector, apart):
-        assert ready(chain)._chain() == list(chain.layers)
+        assert fuse(ready(chain).opened()) == list(chain.layers)
 
 
 def test_fused_layers_raise_until_they_are_initialized():
@@ -781,9 +764,9 @@ def test_whitening(layer):
     convolution.initialize(x)
     pixels = convolution(x)[0].detach().movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(torch.cov(pixels.T), torch.eye(4), rtol=0, atol=1e-3)
-    weight = convolution.weight().clone()
+    weight = convolution.mixing_matrix().clone()
     convolution.initialize(3 * x.flip(1))  # once only
-    assert torch.equal(convolution.weight(), weight)
+    assert torch.equal(convolution.mixing_matrix(), weight)
 
 
 @pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
@@ -839,9 +822,9 @@ def test_whitening_before_initialization_raises(layer, direction):
 
 def test_rotations_are_not_whitened():
     convolution = Conv1x1LU(3)
-    before = convolution.weight().clone()
+    before = convolution.mixing_matrix().clone()
     convolution.initialize(torch.randn(20, 3, 2, 2))
-    assert torch.equal(convolution.weight(), before)
+    assert torch.equal(convolution.mixing_matrix(), before)
 
 
 # ---------------------------------------------------------------- bounds

@@ -22,7 +22,7 @@ from flowtrain.bijections.continuous import (
     Dynamics,
     random_signs,
 )
-from flowtrain.bijections.memory import memory_mode
+from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import score
@@ -203,9 +203,8 @@ def test_computing_again_uses_the_same_signs(mode):
     log_dets = []
     for current in ("store", mode):
         chain.zero_grad()
-        with memory_mode(current):
-            log_det = chain(x)[1]
-            log_det.sum().backward()
+        log_det = chain.through(executor_of(current), "forward", x)[1]
+        log_det.sum().backward()
         log_dets.append(
             (log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None])
         )

@@ -46,7 +46,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config, load_yaml, parse
 from flowtrain.data.splits import DataSet
-from flowtrain.evaluation.layers import watching
+from flowtrain.evaluation.layers import watch_modules
 from flowtrain.flow.flow import initialize
 from flowtrain.models import glow
 from flowtrain.nets.convolution import Conv2d
@@ -458,10 +458,10 @@ def test_dry_run_counts_operations(conditioner, tmp_path):
         if isinstance(module, Conv2d):
             operations[".conditioner." in name] += 2 * module.weight.numel() * outputs[0, 0].numel()
         elif isinstance(module, LinearChannels):
-            operations[False] += 2 * module.weight().numel() * outputs[0][0, 0].numel()
+            operations[False] += 2 * module.mixing_matrix().numel() * outputs[0][0, 0].numel()
 
-    with torch.no_grad(), watching(flow, count):
-        flow(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.rand(1, 1, 8, 8))
+    pixel = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    watch_modules(flow, pixel, torch.rand(1, 1, 8, 8), count)
     total = sum(operations.values())
     out = (
         quick("train", *options, *sets(train__memory="reversible"), "--dry-run", cwd=tmp_path)

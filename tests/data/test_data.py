@@ -1,5 +1,6 @@
 """From a data set to batches: splits, their fingerprint, the order, streaming and augmentation."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import FOLDER, SMALL, quick, sets, tree
-from helpers import SHARED, a_config, npz, seeded, shared
+from helpers import SHARED, a_config, batch_of, npz, seeded, shared
 from PIL import Image
 
 from flowtrain import config as configuration
-from flowtrain.data.batches import Batches, _ahead, augment
+from flowtrain.data.batches import Batches, ReadAhead, augment
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
@@ -29,7 +30,7 @@ def batches(section, batch_size=6, seed=0):
 
 
 def first(source, count, start=0):
-    return list(itertools.islice(source.starting_at(start), count))
+    return [batch_of(source, step)[0] for step in range(start, start + count)]
 
 
 def data_set(section):
@@ -212,13 +213,23 @@ def test_the_order_is_seeded(numbered):
 
 @pytest.mark.parametrize("start", [1, 3, 4, 9])
 @pytest.mark.parametrize(
-    "options", [{}, {"flip": True, "shift": 2}, {"max_in_memory": 0, "workers": 0, "shift": 1}]
+    "options",
+    [
+        {},
+        {"flip": True, "shift": 2},
+        {"max_in_memory": 0, "workers": 0, "shift": 1},
+        {"max_in_memory": 0, "workers": 2, "shift": 1},
+    ],
 )
 def test_resumable_from_any_step(numbered, start, options):
+    """By new batches, and by those that have gone further, as after a loss that is not finite."""
     section = {**numbered, **options}
-    every = first(batches(section), start + 4)
-    for a, b in zip(every[start:], first(batches(section), 4, start), strict=True):
-        assert torch.equal(a, b)
+    source = batches(section)
+    every = first(source, start + 4)
+    for again in (batches(section), source):
+        for a, b in zip(every[start:], first(again, 4, start), strict=True):
+            assert torch.equal(a, b)
+        again.close()
 
 
 def test_the_last_order_is_not_assumed(numbered):
@@ -259,7 +270,7 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
         assert torch.equal(a, b)
 
 
-def test_reading_ahead_is_in_order_and_ends_with_its_reader():
+def test_reading_ahead_is_in_order_and_ends_when_closed():
     """However long each takes; and the error of a thread is that of its reader."""
     running = threading.active_count()
 
@@ -269,12 +280,20 @@ def test_reading_ahead_is_in_order_and_ends_with_its_reader():
             raise OSError("the disk is gone")
         return torch.tensor(n)
 
-    results = _ahead(function, itertools.count(1), 3)
-    assert [int(next(results)) for _ in range(19)] == list(range(1, 20))
-    assert threading.active_count() == running + 3
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(results)
+    with contextlib.closing(ReadAhead(function, 2, 3)) as read:
+        assert [int(read(n)) for n in range(2, 20, 2)] == list(range(2, 20, 2))
+        assert threading.active_count() == running + 3
+        with pytest.raises(OSError, match="the disk is gone"):
+            read(20)
     assert threading.active_count() == running
+
+
+def test_after_a_jump_what_was_read_ahead_is_dropped():
+    """A reader may ask for any position, as a run does that goes back to a checkpoint."""
+    with contextlib.closing(ReadAhead(torch.tensor, 3, 2)) as read:
+        for position in (30, 33, 36, 6, 9, 30, 30, 33):
+            assert int(read(position)) == position
+        assert read.results.keys() == {36, 39, 42, 45}
 
 
 def test_what_fits_is_held_in_memory(tmp_path):

@@ -24,7 +24,7 @@ from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation import ood
 from flowtrain.evaluation.score import score
-from flowtrain.pictures.lossless import CODERS, coders, complexity, compressed_bytes, picture_of
+from flowtrain.pictures.lossless import complexity
 
 
 def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
@@ -62,60 +62,6 @@ def test_complexity_corrected():
         0.5,
         -0.5,
     ]
-
-
-@pytest.mark.parametrize("shape", [(1, 9, 7), (3, 8, 8)])
-def test_complexity_is_the_shorter_code(shape):
-    pixels = np.stack([*images(3, shape).numpy(), np.zeros(shape, "u1")])
-    expected = []
-    for x in pixels:
-        picture = Image.fromarray(x[0] if shape[0] == 1 else x.transpose(1, 2, 0))
-        sizes = []
-        for options, container in (
-            ({"format": "PNG", "optimize": True}, 57),
-            ({"format": "WEBP", "lossless": True, "quality": 100, "method": 2, "exact": True}, 20),
-        ):
-            buffer = io.BytesIO()
-            picture.save(buffer, **options)
-            sizes.append(buffer.tell() - container)
-        expected.append(min(sizes) * 8 / math.prod(shape))
-    assert complexity(pixels).tolist() == expected
-    assert expected[3] < 0.25 * expected[0]
-
-
-@pytest.mark.parametrize("coder", coders())
-@pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
-def test_the_coders_are_lossless(coder, shape):
-    options, _ = CODERS[coder]
-    picture = picture_of(images(1, shape)[0].numpy())
-    buffer = io.BytesIO()
-    picture.save(buffer, coder, **options)
-    back = Image.open(buffer)
-    assert (
-        back.tobytes() == picture.tobytes()
-        or back.convert(picture.mode).tobytes() == picture.tobytes()
-    )
-
-
-def test_the_constant_bytes_of_a_png_are_counted():
-    """All bytes outside of IDAT's content."""
-    buffer = io.BytesIO()
-    picture_of(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
-    data, content, at = buffer.getvalue(), 0, 8
-    while at < len(data):
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        content += length if kind == b"IDAT" else 0
-        at += length + 12
-    assert compressed_bytes(images(1, (3, 8, 8))[0].numpy(), "PNG") == content
-
-
-def test_without_webp_there_is_png(monkeypatch):
-    monkeypatch.setattr(ood.features, "check", lambda name: False)
-    assert coders() == ["PNG"]
-    assert (
-        complexity(np.zeros((1, 1, 8, 8), "u1"))[0]
-        == compressed_bytes(np.zeros((1, 8, 8), "u1"), "PNG") / 8
-    )
 
 
 # ---------------------------------------------------------------- AUROC
@@ -524,7 +470,7 @@ def test_wrong_input(tmp_path, words, fragments):
 
 def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
     first = (
-        "import torch, flowtrain.evaluation.evaluate as e; score = e.score\n"
+        "import torch, flowtrain.evaluation.ood as e; score = e.score\n"
         "def bad(*a, **k):\n"
         "    scores = score(*a, **k); scores.log_prob[1] = torch.nan; return scores\n"
         "e.score = bad"

@@ -18,7 +18,7 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
 )
-from flowtrain.bijections.fused import layer_by_layer
+from flowtrain.bijections.execution import LayerByLayer
 from flowtrain.flow.dequantize import Dequantizer, draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.kinds import bits_per_dim
@@ -242,9 +242,8 @@ def test_initialize_sets_each_layer_from_its_own_input(model):
         seen.append(values.movedim(1, -1).flatten(0, -2) if layer.shift.ndim == 3 else values)
 
     hooks = [m.register_forward_hook(hook) for m in flow.modules() if isinstance(m, ActNorm)]
-    with layer_by_layer():
-        # the batch that tiny_flow initialized it on
-        flow(x, draw_noise(x.shape, seeded(), x.device))
+    # the batch that tiny_flow initialized it on
+    flow(x, draw_noise(x.shape, seeded(), x.device), executor=LayerByLayer())
     assert len(seen) == len(hooks) > 0
     for values in seen:
         assert (

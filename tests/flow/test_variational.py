@@ -13,7 +13,7 @@ from torch import nn
 
 import flowtrain
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
-from flowtrain.bijections.memory import memory_mode
+from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
@@ -125,7 +125,7 @@ def test_the_density_goes_into_the_bound():
     x, noise = images(5, flow.shape), torch.rand(5, *flow.shape, generator=seeded(1))
     u, log_q = flow.dequantizer.noise_model(noise, scaled(x))
     given = Dequantizer(256)
-    given.noise_model.forward = lambda noise, x: (u, torch.zeros(5))
+    given.noise_model.forward = lambda noise, x, executor: (u, torch.zeros(5))
     z, log_det = flow.bijection(given(x, noise)[0])
     expected = (
         -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det - log_q - 16 * math.log(256)
@@ -246,11 +246,8 @@ def gradients(flow, mode="store", precision=None):
     x = images(4, flow.shape, flow.levels)
     noise = draw_noise(x.shape, seeded(1), x.device)
     flow.zero_grad()
-    with (
-        memory_mode(mode),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False),
-    ):
-        total = flow(x, noise).total
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        total = flow(x, noise, executor=executor_of(mode)).total
         total.mean().backward()
     return total.detach(), {name: p.grad for name, p in flow.named_parameters()}
 

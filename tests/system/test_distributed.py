@@ -33,7 +33,7 @@ from cli_helpers import (
     torchrun_environment,
     within,
 )
-from helpers import a_config, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
@@ -168,10 +168,11 @@ def test_nearly_the_same_in_float32(tmp_path):
 
 SAVING_ALL = """
 import torch
-from flowtrain import distributed, train
-from flowtrain.data.splits import Batches
+from flowtrain.system import distributed
+from flowtrain.training import loop as training
+from flowtrain.data.batches import Batches
 
-loop, positions, used = train._loop, Batches.positions, []
+loop, positions, used = training._loop, Batches.positions, []
 
 def saving(state, *rest):
     first = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -182,7 +183,7 @@ def noting(self, images):
     used.append(positions(self, images))
     return used[-1]
 
-train._loop, Batches.positions = saving, noting
+training._loop, Batches.positions = saving, noting
 """
 
 
@@ -231,9 +232,8 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
     def batch(rank, world, step, images, section=section):
         as_process(rank, world)
         settings = a_config(data=section)
-        return next(
-            Batches(data, settings, 24 // world, torch.device("cpu")).starting_at(step, images)
-        )
+        batches = Batches(data, settings, 24 // world, torch.device("cpu"))
+        return batch_of(batches, step, images)[0]
 
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs

@@ -201,15 +201,16 @@ def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path
 
 STOPPED_BEFORE_VALIDATION = """
 import os, signal
-from flowtrain import checkpoint, train
-step = train.optimizer_step
+from flowtrain.checkpoints import format as checkpoint
+from flowtrain.training import loop
+step = loop.optimizer_step
 def optimizer_step(state, grad_norm):
     step(state, grad_norm)
     if state.progress.step == 9:  # it will be 10
         os.kill(os.getpid(), signal.SIGTERM)
 def validate(state, run, validation):
     print("validating", state.progress.step, "saved", checkpoint.read(run.last).meta["step"])
-train.optimizer_step, train._validate = optimizer_step, validate
+loop.optimizer_step, loop.validate = optimizer_step, validate
 """
 
 

@@ -1,0 +1,107 @@
+"""How the layers of a flow are called: fused, one by one, watched, or to be recomputed.
+
+Bijections that are made of others (`Container`) call none of their layers themselves. They hand
+them to an executor, in the order of the direction. Whoever wants to see, initialize or recompute
+layers passes another executor: to `Flow.forward`, or to `Bijection.through`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.fused import fuse
+
+
+def call(
+    layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The layer's `forward` or `inverse`."""
+    return layer(x, context) if direction == "forward" else layer.inverse(x, context)
+
+
+def opposite(direction: Direction) -> Direction:
+    return "inverse" if direction == "forward" else "forward"
+
+
+class Executor:
+    """Calls layers one after the other, with neighbours fused where that is faster (`fuse`)."""
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer that is not made of others."""
+        return call(layer, direction, x, context)
+
+    def chain(
+        self,
+        layers: Sequence[Bijection],
+        direction: Direction,
+        x: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Layers, given from data to latents, and the sum of their log-determinants, `(B,)`."""
+        return self._in_order(fuse(layers), direction, x, context)
+
+    def _in_order(
+        self,
+        layers: Sequence[Bijection],
+        direction: Direction,
+        x: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
+        for layer in layers if direction == "forward" else reversed(layers):
+            x, log_det = layer.through(self, direction, x, context)
+            total = total + log_det
+        return x, total
+
+
+FUSED = Executor()
+
+
+class LayerByLayer(Executor):
+    """Calls every layer by itself. Those who watch layers override `layer`."""
+
+    def chain(
+        self,
+        layers: Sequence[Bijection],
+        direction: Direction,
+        x: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return self._in_order(layers, direction, x, context)
+
+
+class Initializing(LayerByLayer):
+    """Has each layer set itself from its actual input, just before it is called."""
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "forward":
+            layer.initialize(x, context)
+        return call(layer, direction, x, context)
+
+
+class Container(Bijection):
+    """A bijection made of others. It defines `through` and `parts`; both directions follow."""
+
+    def parts(self) -> Iterable[Bijection]:
+        """The bijections that it is made of."""
+        raise NotImplementedError
+
+    def through(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.through(FUSED, "forward", x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.through(FUSED, "inverse", z, context)
+
+    @property
+    def inverse_is_sequential(self) -> bool:  # type: ignore[override]
+        return any(part.inverse_is_sequential for part in self.parts())

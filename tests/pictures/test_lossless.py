@@ -1,0 +1,66 @@
+"""Lossless formats: the bytes that they need, and that they give every pixel back."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import images
+from PIL import Image
+
+from flowtrain.pictures.lossless import (
+    coders,
+    complexity,
+    compressed_bytes,
+    decoded,
+    encoded,
+    picture_of,
+)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 7), (3, 8, 8)])
+def test_complexity_is_the_shorter_code(shape):
+    pixels = np.stack([*images(3, shape).numpy(), np.zeros(shape, "u1")])
+    expected = []
+    for x in pixels:
+        picture = Image.fromarray(x[0] if shape[0] == 1 else x.transpose(1, 2, 0))
+        sizes = []
+        for options, container in (
+            ({"format": "PNG", "optimize": True}, 57),
+            ({"format": "WEBP", "lossless": True, "quality": 100, "method": 2, "exact": True}, 20),
+        ):
+            buffer = io.BytesIO()
+            picture.save(buffer, **options)
+            sizes.append(buffer.tell() - container)
+        expected.append(min(sizes) * 8 / math.prod(shape))
+    assert complexity(pixels).tolist() == expected
+    assert expected[3] < 0.25 * expected[0]
+
+
+@pytest.mark.parametrize("name", coders())
+@pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
+def test_what_is_decoded_is_what_was_encoded(name, shape):
+    image = images(1, shape)[0]
+    assert torch.equal(decoded(encoded(image, name), shape), image)
+
+
+def test_the_constant_bytes_of_a_png_are_counted():
+    """All bytes outside of IDAT's content."""
+    buffer = io.BytesIO()
+    picture_of(images(1, (3, 8, 8))[0].numpy()).save(buffer, "PNG", optimize=True)
+    data, content, at = buffer.getvalue(), 0, 8
+    while at < len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        content += length if kind == b"IDAT" else 0
+        at += length + 12
+    assert compressed_bytes(images(1, (3, 8, 8))[0], "PNG") == content
+
+
+def test_without_webp_there_is_png(monkeypatch):
+    monkeypatch.delitem(Image.SAVE, "WEBP")
+    assert coders() == ["PNG"]
+    assert (
+        complexity(np.zeros((1, 1, 8, 8), "u1"))[0]
+        == compressed_bytes(torch.zeros(1, 8, 8, dtype=torch.uint8), "PNG") / 8
+    )
