@@ -12,8 +12,7 @@ from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec, model_hash, probe, versions
 from flowtrain.compression.streams import Progress, decode_stream, in_threads, one_thread, words_of
-from flowtrain.datasets.base import short
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, short
 
 
 class Opened:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flowtrain.compression import format as archive
 from flowtrain.compression.streams import Progress, in_threads
-from flowtrain.datasets.base import READABLE, short
+from flowtrain.datasets.base import READABLE
 from flowtrain.datasets.folder import files_of
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import file_sizes, formats
 
