@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowtrain.errors import UserError, nearest
+from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Positive
 
 
@@ -296,7 +296,7 @@ def component_module(package: str, name: str) -> ModuleType:
     names = component_names(package)
     if name not in names:
         raise UserError(
-            f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}"
+            f"{key}: unknown name {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}"
         )
     return importlib.import_module(f"flowtrain.{package}.{name}")
 
@@ -388,7 +388,7 @@ def _described(error: ValidationError, schema: type[BaseModel], where: str) -> l
 def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel], where: str) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_keys(schema))
-        return f"{where}: {key}: unknown key{nearest(key, known)} (value {error['input']!r})"
+        return f"{where}: {key}: unknown key{did_you_mean(key, known)} (value {error['input']!r})"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; it has no default"
     message = error["msg"].removeprefix("Value error, ")

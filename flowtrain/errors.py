@@ -54,7 +54,7 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?`, or nothing."""
     words = list(words)
     # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of

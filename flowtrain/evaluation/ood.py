@@ -268,7 +268,7 @@ class Comparison:
         return [self.inside, *self.outside]
 
 
-def compare(
+def score_all(
     model: LoadedModel,
     reference: Collection,
     inside: Collection,

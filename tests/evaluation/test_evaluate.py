@@ -137,7 +137,7 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
         "bits_per_dim_stderr": bits.std(correction=1).item() / math.sqrt(30),
         "nats_per_image": -scores.log_prob.mean().item(),
     }
-    assert {key: result[key] for key in expected} == pytest.approx(expected)
+    assert {key: getattr(result, key) for key in expected} == pytest.approx(expected)
     rest = {
         **{
             "bound": bound,
@@ -149,18 +149,18 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
         },
         **{"dataset": "npz", "weights": "raw", "step": 12, "seed": 3, "non_finite_images": 0},
     }
-    assert {key: result[key] for key in rest} == rest
-    assert 0 <= result["max_reconstruction_error"] < 0.5
+    assert {key: getattr(result, key) for key in rest} == rest
+    assert 0 <= result.max_reconstruction_error < 0.5
 
 
 @pytest.mark.parametrize("split, count", [("train", 16), ("validation", 4), ("test", 30)])
 def test_every_split(tmp_path, flow, split, count):
-    assert evaluated(tmp_path, flow, split=split)[0]["num_images"] == count
+    assert evaluated(tmp_path, flow, split=split)[0].num_images == count
 
 
 def test_one_image_has_no_standard_error(tmp_path, flow):
     result, _ = evaluated(tmp_path, flow, num_images=1)
-    assert result["bits_per_dim_stderr"] is None and math.isfinite(result["bits_per_dim"])
+    assert result.bits_per_dim_stderr is None and math.isfinite(result.bits_per_dim)
 
 
 def test_data_of_another_shape_are_an_error(tmp_path, flow):
@@ -196,8 +196,8 @@ def test_images_that_are_not_finite_are_counted(tmp_path, value, samples):
     with np.load(tmp_path / "a.npz") as arrays:
         dark = ((arrays["x_test"][:, 0, 0, 0] + 0.5) / 256 - 0.5 < -0.3).sum()
     assert 0 < dark < 30
-    assert result["non_finite_images"] == pytest.approx(dark, abs=1) and result["num_images"] == 30
-    assert result["bits_per_dim"] is None and result["nats_per_image"] is None
+    assert result.non_finite_images == pytest.approx(dark, abs=1) and result.num_images == 30
+    assert result.bits_per_dim is None and result.nats_per_image is None
     assert len(scores.log_prob) == 30
     assert not math.isfinite(mean_loss(flow, a_split()))
 
@@ -242,5 +242,5 @@ def test_images_that_are_not_finite_are_named(tmp_path):
     flow = tiny_flow("glow")
     flow.bijection = Spoiled(flow.bijection, math.nan)
     result, scores = evaluated(tmp_path, flow)
-    assert result["non_finite_indices"] == [i for i in range(30) if math.isnan(scores.log_prob[i])]
-    assert 0 < len(result["non_finite_indices"]) < 30
+    assert result.non_finite_indices == [i for i in range(30) if math.isnan(scores.log_prob[i])]
+    assert 0 < len(result.non_finite_indices) < 30
