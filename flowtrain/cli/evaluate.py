@@ -116,7 +116,7 @@ def evaluate(
         result, scores = evaluation.evaluate(
             loaded,
             data,
-            split,
+            split,  # type: ignore[arg-type]
             num_images=num_images,
             samples=samples,
             seed=seed,
