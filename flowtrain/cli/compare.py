@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtrain.cli.base import command, on_one_process, write_json
+from flowtrain.cli.base import check_suffix, command, on_one_process, write_json
 
 if TYPE_CHECKING:
     from flowtrain.results import Evaluation
@@ -39,12 +39,11 @@ def compare(
     nothing itself.
     """
 
-    from flowtrain.pictures import grid
     from flowtrain.runs import compare as comparison
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
-    grid.check_suffix(out, (".png",))
+    check_suffix(out, (".png",))
     console.stderr = json_out == "-"
     found = comparison.compare(runs)
     _print_table(found.results)
