@@ -14,13 +14,12 @@ from flowtrain.cli.configs import find_config
 from flowtrain.compression.codec import Codec
 from flowtrain.compression.streams import (
     CHUNK,
-    Stream,
+    EncodedStream,
     decode_stream,
     encode_stream,
     estimate,
-    in_threads,
-    one_thread,
 )
+from flowtrain.compression.threads import in_threads, one_thread, silent
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 
@@ -48,11 +47,11 @@ def main() -> None:
         expected = estimate(codec, x[:CHUNK])
     parts = torch.arange(len(x)).view(options.threads, -1).tolist()
 
-    def encode() -> list[Stream]:
+    def encode() -> list[EncodedStream]:
         tasks = [
             functools.partial(encode_stream, codec, x, part, expected.borrowed) for part in parts
         ]
-        return [stream for stream, _ in in_threads(tasks, len(x), lambda done, total: None)]
+        return in_threads(tasks, len(x), silent)
 
     streams = encode()
 

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -140,6 +141,7 @@ FLIPS = [
     ("iaf:model.hidden_layers", 2, "parameters", IAF),
     ("iaf:model.order", "random", "loss", IAF),
     ("iaf:model.transform", "spline", "parameters", IAF),
+    ("iaf:model.transform", "mixture", "parameters", IAF),
     ("sphere:model.layers", 2, "parameters", SPHERE),
     ("sphere:model.width", 9, "parameters", SPHERE),
     ("sphere:model.hidden_layers", 2, "parameters", SPHERE),
@@ -187,28 +189,40 @@ SPECIAL = {
 }
 
 
-def schema_keys():
-    """`data.root`, `glow:model.steps`: every key, the options of a model or data set with its
-    name.
+def schema_fields():
+    """Every key with its field; `data.root`, or `glow:model.steps` for an option of a model or data
+    set.
     """
-    yield "seed"
-    for name, section in {
-        "data": Data,
-        "model": Model,
-        "dequantization": Dequantization,
-        "train": Train,
-    }.items():
-        yield from (f"{name}.{key}" for key in section.model_fields)
-    for package, section, base in (("datasets", "data", Data), ("models", "model", Model)):
-        for kind in component_names(package):
-            fields = component_schema(package, kind).model_fields
-            yield from (f"{kind}:{section}.{key}" for key in fields if key not in base.model_fields)
+    sections = {"data": Data, "model": Model, "dequantization": Dequantization, "train": Train}
+    assert Config.model_fields.keys() == {"seed", *sections}
+    yield "seed", Config.model_fields["seed"]
+    for name, section in sections.items():
+        yield from ((f"{name}.{key}", field) for key, field in section.model_fields.items())
+    for base in (Data, Model):
+        for kind in component_names(base):
+            schema = component_schema(base, kind)
+            for key in schema.option_names:
+                yield f"{kind}:{base.section}.{key}", schema.model_fields[key]
 
 
 def test_every_key_is_flipped():
-    assert set(Config.model_fields) == {"seed", "data", "model", "dequantization", "train"}
-    flipped = {key for key, *_ in FLIPS} | SPECIAL
-    assert set(schema_keys()) == flipped
+    assert {key for key, _ in schema_fields()} == {key for key, *_ in FLIPS} | SPECIAL
+
+
+def test_every_choice_is_flipped():
+    """A key that takes one of several words is flipped from or to each of them."""
+    tried = {(key, str(flip[0])) for key, *flip in FLIPS}
+    for key, _, _, base in [(*flip, {})[:4] for flip in FLIPS]:
+        section, _, option = key.partition(":")[2].partition(".")
+        tried.add((key, str(base.get(section, {}).get(option))))
+    choices = {
+        (key, str(choice))
+        for key, field in schema_fields()
+        if get_origin(field.annotation) is Literal and key not in SPECIAL
+        for choice in get_args(field.annotation)
+        if choice != field.default
+    }
+    assert choices - tried == {("folder:data.resize", "exact")}  # which refuses these images
 
 
 @pytest.fixture(scope="module", autouse=True)

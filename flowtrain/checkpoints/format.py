@@ -63,12 +63,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one, never a
-    part.
-
-    Raises `RunError` where the disk does not take it; what was there before is kept.
-    """
+def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a checkpoint."""
     described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = bytearray(
@@ -77,7 +73,16 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     match = _CHECKSUM.search(data, 0, _header_end(data))
     assert match is not None
     data[match.start(1) : match.end(1)] = hashlib.sha256(data).hexdigest().encode()
-    write_atomically(path, bytes(data))
+    return bytes(data)
+
+
+def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint. If it is killed at any moment, it leaves the old file or the new one,
+    never a part.
+
+    Raises `RunError` where the disk does not take it; what was there before is kept.
+    """
+    write_atomically(path, encoded(meta, tensors))
 
 
 def read(path: Path) -> Checkpoint:

@@ -1,29 +1,37 @@
-"""What the commands share: options, errors to exit codes, loading."""
+"""What the commands share: their options, the exit codes of errors, loading and writing."""
 
 import functools
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
 
-# torch takes seconds to import, so the commands import what they need themselves: `--help` is
-# instant.
+# torch takes seconds to import, and `--help` should be instant. So each function imports what it
+# needs when it is called.
+if TYPE_CHECKING:
+    import torch
+
+    from flowtrain.checkpoints.load import LoadedModel
+    from flowtrain.data.splits import DataSet, SplitName
+
+P = ParamSpec("P")
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One message instead of a traceback, and the exit code that belongs to it."""
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turns an error into one message, without a traceback, and its exit code."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         _log_warnings()
         try:
             function(*args, **kwargs)
-        except (Interrupted, EndedElsewhere) as ended:  # it has been said why
+        except (Interrupted, EndedElsewhere) as ended:  # the reason was printed before
             raise typer.Exit(ended.exit_code) from None
         except (UserError, RunError) as error:
             _fail(str(error), error.exit_code)
@@ -45,11 +53,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def on_all_processes(function: Callable[..., None]) -> Callable[..., None]:
-    """Where torchrun has started several, they do it together."""
+def on_all_processes(function: Callable[P, None]) -> Callable[P, None]:
+    """Lets all processes that torchrun has started work together on a command."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         from flowtrain.system import distributed
 
         with distributed.setup():
@@ -58,11 +66,11 @@ def on_all_processes(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def on_one_process(function: Callable[..., None]) -> Callable[..., None]:
-    """Where torchrun has started several, the first does it, and the others have nothing to do."""
+def on_one_process(function: Callable[P, None]) -> Callable[P, None]:
+    """Lets only the first of the processes that torchrun has started run a command."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         if os.environ.get("RANK", "0") == "0" or not _launched():
             function(*args, **kwargs)
 
@@ -75,7 +83,7 @@ def _launched() -> bool:
     return distributed.launched()
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"flowtrain: {message}", err=True)
     raise typer.Exit(code)
 
@@ -93,8 +101,8 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A checkpoint, or a run directory (its best checkpoint, else its last); or the "
-        "newest run in runs/.",
+        help="A checkpoint, or a run directory (its best checkpoint, else its last). By default, "
+        "the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[
@@ -106,14 +114,14 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="ema|raw",
-        help="Averaged or raw weights.",
-        show_default="ema where kept",
+        help="Use the averaged or the raw weights.",
+        show_default="ema where the checkpoint has them",
     ),
 ]
 TrustOption = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Let the checkpoint name a module of your own, and import it."
+        "--trust-code", help="Allow the checkpoint to import and run a module of your own."
     ),
 ]
 DataSetOption = Annotated[
@@ -121,18 +129,54 @@ DataSetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override where the data are, such as data.root=DIR.",
+        help="Override a key of the data, for example data.root=DIR if they have moved.",
         show_default=False,
     ),
 ]
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
-    "image files, an image "
-    "file, or an .npz file. "
+    "image files, an image file, or an .npz file. "
 )
 
 
-def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> Any:
+def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--out") -> str:
+    """The suffix of an output file, or the first of `suffixes` where there is no file.
+
+    Raises `UserError` for another suffix, before any work is done.
+    """
+    suffix = suffixes[0] if path is None else path.suffix.lower()
+    if suffix not in suffixes:
+        raise UserError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    return suffix
+
+
+SPLITS: "tuple[SplitName, ...]" = ("test", "validation", "train")
+
+
+def split_of(text: str | None) -> "SplitName | None":
+    """The split of `--split`. Raises `UserError` for another word."""
+    for name in SPLITS:
+        if text == name:
+            return name
+    if text is not None:
+        raise UserError(f"--split {text}: expected test, validation or train")
+    return None
+
+
+def require_writable(out: Path, folder: Path) -> None:
+    """Raises `UserError`, naming --out, where no file can be made in `folder`, before any work is
+    done.
+    """
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: there is no permission to write into {existing}")
+
+
+def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> "LoadedModel":
+    """The model of a command line. Raises `UserError` where it cannot be loaded."""
     if weights not in (None, "ema", "raw"):
         raise UserError(f"--weights {weights}: expected ema or raw")
     from flowtrain.checkpoints.load import load_model
@@ -140,7 +184,8 @@ def load(model: str | None, device: str, weights: str | None, trust_code: bool) 
     return load_model(model, device_of(device), weights, trust_code)
 
 
-def device_of(name: str) -> Any:
+def device_of(name: str) -> "torch.device":
+    """The device of `--device`, made ready."""
     from flowtrain.system import allocator
     from flowtrain.system import device as devices
 
@@ -150,7 +195,9 @@ def device_of(name: str) -> Any:
     return device
 
 
-def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None) -> Any:
+def data_of(
+    loaded: "LoadedModel", overrides: list[str] | None, dataset: str | None = None
+) -> "DataSet":
     """The data set that the model was trained on, perhaps from another place, or the one that
     `--dataset` names.
     """
@@ -164,23 +211,25 @@ def data_of(loaded: Any, overrides: list[str] | None, dataset: str | None = None
                 f"--set {text}: only keys of data can be set here; the model is as it was trained"
             )
     values = dict(loaded.checkpoint.meta["config"])
-    if dataset is None:
-        return DataSet(
-            configuration.parse(configuration.override(values, overrides or []), "--set").data
-        )
-    values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
-    config = configuration.parse(
-        configuration.override(values, overrides or []), f"--dataset {dataset}"
-    ).data
-    return DataSet(config, undivided(config, loaded.config.data))
+    if dataset is not None:
+        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
+    values = configuration.override(values, overrides or [])
+    config = configuration.parse(values, f"--dataset {dataset}" if dataset else "--set").data
+    return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
 
 
-def write_json(result: Any, given: str | None, default: Path) -> None:
-    """To standard output for `-`, alone there (`console.stderr` is set before); else to a file, and
-    says where.
+def points_of(loaded: "LoadedModel", overrides: list[str] | None = None) -> "torch.Tensor":
+    """Some of the test split of real-valued data, to draw beside samples."""
+    from flowtrain.pictures import draw
+
+    return data_of(loaded, overrides).split("test").take(slice(0, draw.POINTS))
+
+
+def write_json(result: Mapping[str, object], given: str | None, default: Path) -> None:
+    """Writes a result to a file, by default to `default`, and says where.
+
+    For `-` it goes to standard output, where it is alone (`console.stderr` is set before).
     """
-    import json
-
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
@@ -193,7 +242,8 @@ def write_json(result: Any, given: str | None, default: Path) -> None:
     console.print(f"wrote {file}")
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: Mapping[str, object]) -> None:
+    """Prints one row per entry."""
     from rich.table import Table
 
     from flowtrain.system.console import console
@@ -202,7 +252,6 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path is of no use with its end cut off
     for key, value in result.items():
-        table.add_row(
-            key.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)
-        )
+        text = f"{value:.5g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), text)
     console.print(table)

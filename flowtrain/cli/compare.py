@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowtrain.cli.base import command, on_one_process, write_json
+from flowtrain.cli.base import check_suffix, command, on_one_process, write_json
 
 EPILOG = (
     "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
@@ -35,13 +35,12 @@ def compare(
     nothing itself.
     """
 
-    from flowtrain.pictures import grid
     from flowtrain.runs import charts, record
     from flowtrain.runs import compare as comparison
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
-    grid.check_suffix(out, (".png",))
+    check_suffix(out, (".png",))
     console.stderr = json_out == "-"
     paths = comparison.once(runs)
     records = [record.read(path) for path in paths]

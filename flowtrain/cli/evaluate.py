@@ -18,6 +18,7 @@ from flowtrain.cli.base import (
     load,
     on_all_processes,
     print_table,
+    split_of,
     write_json,
 )
 from flowtrain.errors import RunError, UserError
@@ -98,8 +99,7 @@ def evaluate(
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    if split not in (None, "test", "validation", "train"):
-        raise UserError(f"--split {split}: expected test, validation or train")
+    split_name = split_of(split)
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
     data = data_of(loaded, overrides, dataset)
@@ -108,15 +108,16 @@ def evaluate(
             f"--split {split}: {dataset} has no splits; without --split, all of its images are "
             f"evaluated"
         )
-    split = split or ("all" if data.undivided else "test")
+    split_name = split_name or ("all" if data.undivided else "test")
     console.print(
-        f"evaluating {loaded.checkpoint.path} on {split}" + (f" of {dataset}" if dataset else "")
+        f"evaluating {loaded.checkpoint.path} on {split_name}"
+        + (f" of {dataset}" if dataset else "")
     )
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
             loaded,
             data,
-            split,
+            split_name,
             num_images=num_images,
             samples=samples,
             seed=seed,
@@ -125,10 +126,10 @@ def evaluate(
         )
     if not distributed.is_main():
         return  # the rest is writing
-    name = f"evaluate-{split}.json"
+    name = f"evaluate-{split_name}.json"
     if dataset is not None:
         result["dataset"] = dataset
-        name = f"evaluate-{Path(dataset).resolve().stem}-{split}.json"
+        name = f"evaluate-{Path(dataset).resolve().stem}-{split_name}.json"
     bad = result["non_finite_indices"]
     print_table({key: value for key, value in result.items() if value is not bad})
     write_json(result, json_out, run_of(loaded.checkpoint.path) / name)

@@ -12,6 +12,7 @@ from flowtrain.cli.base import (
     SeedOption,
     TrustOption,
     WeightsOption,
+    check_suffix,
     command,
     data_of,
     load,
@@ -89,7 +90,7 @@ def interpolate(
     from flowtrain.pictures import interpolate as paths
     from flowtrain.system.console import console
 
-    suffix = grid.check_suffix(out, (".png", ".gif")) if out else ".png"
+    suffix = check_suffix(out, (".png", ".gif"))
     if (from_class is None) != (to_class is None):
         raise UserError("--from-class and --to-class: one is of no use without the other")
     if from_class is not None and files is not None:

@@ -1,7 +1,7 @@
 """`flowtrain report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,12 +12,16 @@ from flowtrain.cli.base import (
     SeedOption,
     TrustOption,
     WeightsOption,
+    check_suffix,
     command,
     data_of,
     load,
     on_one_process,
 )
 from flowtrain.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from flowtrain.data.splits import DataSet
 
 EPILOG = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cyan]"
 
@@ -51,14 +55,13 @@ def report(
     the rest is made.
     """
     from flowtrain.checkpoints.load import run_of
-    from flowtrain.pictures import grid
     from flowtrain.runs import report as reporting
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    if out is not None:
-        grid.check_suffix(out, (".html",))
+    check_suffix(out, (".html",))
     loaded = load(model, device, weights, trust_code)
+    data: DataSet | str
     try:
         data = data_of(loaded, overrides)
         data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)

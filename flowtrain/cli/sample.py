@@ -12,6 +12,7 @@ from flowtrain.cli.base import (
     SeedOption,
     TrustOption,
     WeightsOption,
+    check_suffix,
     command,
     data_of,
     load,
@@ -86,7 +87,7 @@ def sample(
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    suffix = grid.check_suffix(out, (".png", ".npz")) if out else ".png"
+    suffix = check_suffix(out, (".png", ".npz"))
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")

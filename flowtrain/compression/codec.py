@@ -18,55 +18,42 @@ neither batch nor threads change an archive.
 """
 
 import copy
-import hashlib
-import json
-import tempfile
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints import format as checkpoint_format
-from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.compression import format as archive
+from flowtrain.compression.format import checksum
+from flowtrain.compression.integers import scale, unscale, whole
 from flowtrain.compression.rules import rule
-from flowtrain.compression.stack import Stack, require, scale, unscale, whole
-from flowtrain.compression.streams import random_words
+from flowtrain.compression.stack import Stack, random_words, require
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
 
-DATA_BITS = 20  # of the data path
-
-
-PARTS = 2**12  # of a level: the noise in it is one of them
-
-
+PARTS = 2**12  # of a level; the noise in a level is one of them
 GROUP_BITS = 2  # the dequantizer's map is linear within groups of 2**2 parts
-
-
-# of variational noise before it is squeezed into its level; a part is ten units or more
-NOISE_BITS = 14
-
-
-# standard deviations: a latent further out cannot be coded. None takes more than 24 bits and a few
+DATA_BITS = 20  # precision of the data path
+# A latent further out, in standard deviations, cannot be coded. None takes more than 24 bits and a
+# few.
 LATENT_REACH = 64
 
+# Variational noise: its precision before it is squeezed into its level (a part is ten units or
+# more), the reach of the normal numbers that it is made of, and that of what its flow makes of
+# them.
+NOISE_BITS = 14
+NOISE_REACH = 6
+SQUEEZED_REACH = 16
 
-NOISE_REACH = 6  # of the normal numbers that become variational noise
-
-
-SQUEEZED_REACH = 16  # and of what the noise's flow makes of them
+PROBE = 2  # images
 
 
 class Uniform:
     """Uniform noise."""
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
-        """Levels `(B, C, H, W)` to the part of each, in `[0, PARTS)`, which is drawn from the
-        stack.
+        """Draws from the stack the noise of levels `(B, C, H, W)`: a part of each, in `[0,
+        PARTS)`.
         """
         return stack.pop(torch.full_like(x, PARTS))
 
@@ -76,16 +63,15 @@ class Uniform:
 
 
 class Variational:
-    """Noise that a flow makes of normal numbers, given the image, and the normal distribution
-    function of it.
+    """Noise that a flow makes of normal numbers, given the image.
 
-    The last is a table of the numbers' bins, in each of which they are uniform.
+    The normal distribution function, which comes last, is a table of bins of these numbers. Within
+    a bin they are uniform.
     """
 
     def __init__(self, noise_model: VariationalNoise, levels: int):
         self.model = noise_model
         self.levels = levels
-        self.squeeze = rule(noise_model.squeeze, NOISE_BITS)
         self.flow = rule(noise_model.flow, NOISE_BITS)
         quantiles = torch.special.ndtri(torch.arange(1, PARTS, dtype=torch.float64) / PARTS)
         reach = torch.tensor([SQUEEZED_REACH * 2**NOISE_BITS])
@@ -117,33 +103,33 @@ class Codec:
     """
 
     def __init__(self, flow: Flow):
-        self.levels = flow.kind.require_levels(
-            "compress: a model of real-valued data has no bits without loss"
-        )
+        if flow.levels is None:
+            raise UserError("compress: a model of real-valued data has no bits without loss")
         if flow.classes:
             raise UserError(
                 f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
                 f"coding rule"
             )
-        self.shape, self.dims = flow.shape, flow.dims
+        self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model
         self.noise = (
             Variational(noise, self.levels) if isinstance(noise, VariationalNoise) else Uniform()
         )
-        # The dequantizer's map, of the lower edge of each group: `middle(x)` is that of x + 1/2.
+        # The dequantizer's map at each group's lower edge: `middle(x)` is its value at x + 1/2.
         groups = torch.arange(self.levels * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
         edges = flow.dequantizer.middle(groups * 2**GROUP_BITS / PARTS - 0.5, torch.float64)
         self.edges = whole(edges, DATA_BITS)
         self.flow = rule(flow.bijection, DATA_BITS)
 
     def encode(self, x: Tensor, stack: Stack) -> None:
-        """Images, uint8 `(B, C, H, W)`, onto the stack. Raises `Uncodable`, `Exhausted`: the stack
-        is then useless.
-        """
-        stack.push_normal(self.forward(x, stack), DATA_BITS, LATENT_REACH)
+        """Puts images, uint8 `(B, C, H, W)`, onto the stack.
 
-    def forward(self, x: Tensor, stack: Stack) -> Tensor:
+        Raises `Uncodable` and `Exhausted`, after which the stack is useless.
+        """
+        stack.push_normal(self.latents(x, stack), DATA_BITS, LATENT_REACH)
+
+    def latents(self, x: Tensor, stack: Stack) -> Tensor:
         """Images to latents, `(B, D)` int64: `encode` without its last step."""
         x = x.long()
         y = x * PARTS + self.noise.pop(x, stack)
@@ -152,10 +138,10 @@ class Codec:
         return self.flow.forward(v, None, stack)
 
     def decode(self, count: int, stack: Stack) -> Tensor:
-        """The inverse of `encode`: uint8 `(count, C, H, W)`.
+        """The inverse of `encode`: takes images off the stack, uint8 `(count, C, H, W)`.
 
-        What the stack is left with is only then what `encode` began with if all was computed to the
-        same bits. Raises `Uncodable` or `Exhausted` where it plainly was not.
+        The stack then holds what `encode` began with, but only if both computed exactly the same
+        numbers. Raises `Uncodable` or `Exhausted` where they plainly did not.
         """
         z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
         v = self.flow.inverse(z, None, stack)
@@ -170,42 +156,14 @@ class Codec:
         return self.edges[group + 1] - self.edges[group], torch.full_like(group, 2**GROUP_BITS)
 
 
-PROBE = 2  # images
-
-
-def model_hash(model: LoadedModel) -> str:
-    """SHA-256 of what the model computes with: its options, shape, levels and the weights that are
-    used.
-    """
-    described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
-    described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(model.flow.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def model_bytes(model: LoadedModel) -> bytes:
-    """A checkpoint of the weights that are used, and of nothing else."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.flow.state_dict().items()}
-    keys = ("config", "shape", "levels", "step")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        checkpoint_format.write(path, {key: model.checkpoint.meta[key] for key in keys}, tensors)
-        return path.read_bytes()
-
-
-def versions() -> dict[str, str]:
-    return {**checkpoint_format.versions(), "constriction": metadata.version("constriction")}
-
-
 def probe(codec: Codec) -> int:
-    """A checksum of what the model computes for fixed images: another one means other numerics."""
+    """A checksum of what the model computes for fixed images: a different one means that this
+    machine computes other numbers.
+    """
     channels, height, width = codec.shape
     ramp = torch.arange(height)[:, None] + torch.arange(width) * 2
     level = torch.arange(PROBE * channels).view(PROBE, channels, 1, 1) * 3
     images = ((ramp + level) * codec.levels // (4 * (height + width))) % codec.levels
     stack = Stack(random_words(4 * images.numel()))
-    z = codec.forward(images.to(torch.uint8), stack)
-    return archive.checksum(z) ^ archive.checksum(torch.from_numpy(stack.words().astype(np.int64)))
+    z = codec.latents(images.to(torch.uint8), stack)
+    return checksum(z) ^ checksum(torch.from_numpy(stack.words().astype(np.int64)))

@@ -1,40 +1,94 @@
-"""A lossless archive of images, coded with a flow: streams, what they borrow at their start, what
-is stored plainly.
+"""A lossless archive of images, coded with a flow or stored in strips, whichever is smaller."""
 
-Bits-back coding begins by taking bits off the stack. A stream begins with its first images,
-compressed in the ordinary way (its carriers), so that what it borrows is of use; every image after
-them costs what the flow's bound says. More and more images are coded together (a chunk), as the
-stack grows. Streams are independent, one thread each.
-"""
-
+import contextlib
 import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, model_bytes, model_hash, probe, versions
-from flowtrain.compression.streams import (
-    CHUNK,
-    Estimate,
-    Progress,
-    Stream,
-    encode_stream,
-    estimate,
-    in_threads,
-    one_thread,
-)
+from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.inputs import Selection
+from flowtrain.compression.model import model_bytes, model_hash, versions
+from flowtrain.compression.streams import CHUNK, EncodedStream, Estimate, encode_stream, estimate
+from flowtrain.compression.strips import strips
+from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
 
-STREAM = 1000  # images of a stream, at most
+STREAM = 1000  # images per stream, at most
+
+Stage = Callable[[str], AbstractContextManager[Progress]]  # such as `ProgressBar`
+
+
+@contextlib.contextmanager
+def silent_stage(title: str) -> Iterator[Progress]:
+    """A stage whose progress nobody sees."""
+    yield silent
+
+
+@dataclass
+class Forecast:
+    """What coding will take: threads, and seconds to encode and to decode."""
+
+    threads: int
+    encode_seconds: float
+    decode_seconds: float
+
+
+@dataclass
+class Compressed:
+    """An archive's bytes, and what was measured on the way.
+
+    The bits are those of all images together.
+    """
+
+    data: bytes
+    stored: int  # images that are stored without the flow, apart from the carriers
+    carriers: int
+    coded: int  # images
+    net_bits: int  # of the coded images
+    bound_bits: float  # of the coded images, or of all where there are none: see `Prepared.bound`
+    initial_bits: int
+    seconds: float  # of coding
+    codable: bool  # whether there was an image worth coding
+
+
+def compress(
+    model: LoadedModel,
+    selection: Selection,
+    *,
+    embed: bool = False,
+    stage: Stage = silent_stage,
+    announce: Callable[[Forecast], None] = lambda forecast: None,
+) -> Compressed:
+    """The smaller of two archives of the selected images: one coded with the flow, and one in
+    strips.
+
+    Args:
+        embed: puts the model into the archive, if it is made with the flow.
+        stage: opens the progress of a named part of the work.
+        announce: called once before the coding, if it is tried.
+
+    Raises `UserError` for a model that has no rules or does not invert, and `FloatingPointError`
+    for weights that are not finite.
+    """
+    with stage("scoring") as progress:
+        prepared = prepare(model, selection.images, progress)
+    with stage("packing without the flow") as progress:
+        plain = strips(selection.images, progress)
+    return choose(
+        prepared, selection.names, plain=plain, embed=embed, stage=stage, announce=announce
+    )
 
 
 @dataclass
@@ -46,21 +100,15 @@ class Prepared:
     probe: int
     images: Tensor
     bound: Tensor  # bits of each image, `(N,)`: the single-draw bound that `evaluate` computes
-    promising: list[
-        int
-        # the images worth coding: one that the model knows nothing about is not worth more than
-        # stored
-    ]
+    # The images worth coding: one about which the model knows nothing is better stored.
+    promising: list[int]
     expected: Estimate
 
 
-def prepare(
-    model: LoadedModel, images: Tensor, progress: Progress = lambda done, total: None
-) -> Prepared:
-    """What comes before coding. `progress` is called with images scored and all.
+def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> Prepared:
+    """What comes before coding. `progress` is called with the images scored and all of them.
 
-    Raises `UserError` for a model that has no rules or does not invert, `FloatingPointError` for
-    weights that are not finite.
+    Raises as `compress` does.
     """
     with one_thread():
         codec = Codec(model.flow)
@@ -73,122 +121,92 @@ def prepare(
     return Prepared(model, codec, probed, images, bound, promising, expected)
 
 
-def strips(images: Tensor, progress: Progress = lambda done, total: None) -> list[bytes]:
-    """Images `(N, C, H, W)`, stored without a flow: `archive.strip` of every few."""
-    tasks = [
-        functools.partial(_strip, part)
-        for part in images.split(archive.strip_length(images.shape[2]))
-    ]
-    return in_threads(tasks, len(images), progress) if len(images) else []
-
-
-def _strip(images: Tensor, tick: Callable[[int], None]) -> bytes:
-    data = archive.strip(images)
-    tick(len(images))
-    return data
-
-
-@dataclass
-class Compressed:
-    """An archive's bytes, and what was measured on the way. Bits are those of all images
-    together.
-    """
-
-    data: bytes
-    stored: int  # images that are stored without the flow, apart from the carriers
-    carriers: int
-    coded: int  # images
-    net_bits: int  # of the coded images
-    bound_bits: float  # of the coded images: the single-draw bound that `evaluate` computes
-    initial_bits: int
-    seconds: float  # of coding
-
-
-def compress(
+def choose(
     prepared: Prepared,
     names: list[str] | str,
     *,
     plain: list[bytes] | None = None,
     embed: bool = False,
     stream_size: int = STREAM,
-    progress: Progress = lambda done, total: None,
-    announce: Callable[[Estimate, int], None] = lambda estimate, images: None,
+    stage: Stage = silent_stage,
+    announce: Callable[[Forecast], None] = lambda forecast: None,
 ) -> Compressed:
-    """An archive of images with values 0..Q-1.
+    """The smaller archive. `plain` are the images' strips; without them, the flow is always tried.
 
-    Args:
-        names: a file name for each, or one word, of which the names are made.
-        plain: the images' `strips`: where the flow takes more than they do, they are the archive.
-            Without them it is made with the flow in any case.
-        embed: puts the model into the archive, if it is made with the flow.
-        stream_size: images of a stream, at most.
-        progress: called with images done and all.
-        announce: called once before the coding, with what it will take, and the number of images.
+    `names` are a file name per image, or one word, of which the names are made.
     """
     images, bound, promising = prepared.images, prepared.bound, prepared.promising
-    without = math.inf if plain is None else len(_packed(prepared, names, [], plain, b""))
+    without = math.inf if plain is None else len(_pack(prepared, names, [], plain, b""))
     embedded = model_bytes(prepared.model) if embed else b""
     number = -(-len(promising) // stream_size)  # of streams
-    streams: list[Stream] = []
+    streams: list[EncodedStream] = []
     data = b""
-    started = time.perf_counter()
+    seconds = 0.0
     if prepared.expected.borrowed and (
         plain is None or _promises(prepared, number, plain, len(embedded))
     ):
-        announce(prepared.expected, len(promising))
+        announce(_forecast(prepared.expected, len(promising)))
+        started = time.perf_counter()
         tasks = [
             functools.partial(
                 encode_stream, prepared.codec, images, part.tolist(), prepared.expected.borrowed
             )
             for part in np.array_split(np.array(promising), number)
         ]
-        streams = [stream for stream, _ in in_threads(tasks, len(promising), progress)]
-    seconds = time.perf_counter() - started
+        with stage("compressing") as progress:
+            streams = in_threads(tasks, len(promising), progress)
+        seconds = time.perf_counter() - started
     if any(stream.chunks for stream in streams):  # there may be no more than carriers
-        data = _packed(
-            prepared, names, streams, strips(images[_others(streams, len(images))]), embedded
-        )
+        stored = strips(images[_not_in(streams, len(images))])
+        data = _pack(prepared, names, streams, stored, embedded)
     if not data or len(data) >= without:
         streams = []
-        data = _packed(prepared, names, [], strips(images) if plain is None else plain, b"")
+        data = _pack(prepared, names, [], strips(images) if plain is None else plain, b"")
     coded = [index for stream in streams for index in stream.images[stream.carriers :]]
     return Compressed(
         data=data,
-        stored=len(_others(streams, len(images))),
+        stored=len(_not_in(streams, len(images))),
         carriers=sum(stream.carriers for stream in streams),
         coded=len(coded),
         net_bits=sum(stream.net_bits for stream in streams),
-        bound_bits=bound[coded].sum().item(),
+        bound_bits=(bound[coded] if coded else bound).sum().item(),
         initial_bits=sum(stream.initial_bits for stream in streams),
         seconds=seconds,
+        codable=bool(promising),
     )
 
 
 def _promises(prepared: Prepared, streams: int, plain: list[bytes], model_bytes: int) -> bool:
-    """Whether the flow might take less than the strips `plain`, give or take a twentieth: coding
-    will tell.
+    """Whether the flow might take less than the strips `plain`, give or take a twentieth.
+
+    Only coding tells for certain.
     """
-    plain_bits = 8 * sum(len(part) for part in plain) / len(prepared.images)  # of an image
+    plain_bits = 8 * sum(len(part) for part in plain) / len(prepared.images)  # per image
     bound = prepared.bound[prepared.promising]
-    carriers = prepared.expected.borrowed / plain_bits  # of a stream
-    bits = bound.sum().item() + streams * (
-        prepared.expected.borrowed - carriers * bound.mean().item()
-    )
-    return streams * carriers < len(bound) and bits + 8 * model_bytes < 1.05 * plain_bits * len(
-        bound
-    )
+    borrowed = prepared.expected.borrowed
+    carriers = borrowed / plain_bits  # per stream
+    if streams * carriers >= len(bound):
+        return False
+    bits = bound.sum().item() + streams * (borrowed - carriers * bound.mean().item())
+    return bits + 8 * model_bytes < 1.05 * plain_bits * len(bound)
 
 
-def _others(streams: list[Stream], count: int) -> list[int]:
+def _forecast(expected: Estimate, images: int) -> Forecast:
+    threads = min(torch.get_num_threads(), -(-images // STREAM))
+    each = images / threads
+    return Forecast(threads, expected.encode_seconds * each, expected.decode_seconds * each)
+
+
+def _not_in(streams: list[EncodedStream], count: int) -> list[int]:
     """The images that are in no stream."""
     used = {index for stream in streams for index in stream.images}
     return [index for index in range(count) if index not in used]
 
 
-def _packed(
+def _pack(
     prepared: Prepared,
     names: list[str] | str,
-    streams: list[Stream],
+    streams: list[EncodedStream],
     stored: list[bytes],
     embedded: bytes,
 ) -> bytes:
@@ -200,18 +218,15 @@ def _packed(
     }
     if isinstance(names, str):
         description["count"] = len(prepared.images)
-    parts = [
-        np.array([archive.checksum(image) for image in prepared.images], "<u4").tobytes(),
-        *stored,
-    ]
+    checksums = np.array([archive.checksum(image) for image in prepared.images], "<u4")
+    parts = [checksums.tobytes(), *stored]
     if streams:
-        description["stored"] = _others(streams, len(prepared.images))
+        description["stored"] = _not_in(streams, len(prepared.images))
         description["streams"] = [stream.description().model_dump() for stream in streams]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
-        path = os.fsencode(model.checkpoint.path).decode(errors="replace")
         described = {
             "hash": model_hash(model),
-            "path": path,
+            "path": os.fsencode(model.checkpoint.path).decode(errors="replace"),
             "weights": model.weights,
             "embedded": bool(embedded),
         }

@@ -1,6 +1,7 @@
 """An archive that is opened, verified and unpacked."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,15 +11,21 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, model_hash, probe, versions
-from flowtrain.compression.streams import Progress, decode_stream, in_threads, one_thread, words_of
-from flowtrain.datasets.base import short
-from flowtrain.errors import UserError
+from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.model import model_hash, versions
+from flowtrain.compression.stack import words_of
+from flowtrain.compression.streams import decode_stream
+from flowtrain.compression.strips import unstrip
+from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
+from flowtrain.errors import RunError, UserError, short
+from flowtrain.pictures.grid import to_8bit
+from flowtrain.pictures.lossless import encoded
 
 
 class Opened:
-    """An archive that has been read and verified. Raises `UserError` where it is damaged or
-    none.
+    """An archive that has been read and verified.
+
+    Raises `UserError` where it is damaged or not an archive.
     """
 
     def __init__(self, path: Path):
@@ -32,20 +39,34 @@ class Opened:
         self.levels = self.description.levels
         self.streams = self.description.streams
 
-    def load(self, given: str | None, trust_code: bool) -> LoadedModel:
-        """The model: the one given, else the embedded one, else the one at the path where it was.
+    def require_absent(self, out: Path) -> None:
+        """Raises `UserError`, naming --out, where a file or folder in `out` is in the way."""
+        present = next((name for name in self.names if os.path.lexists(out / name)), None)
+        if present is not None:
+            raise UserError(f"--out {out}: {present!r} is there already; give another folder")
+        for folder in {parent for name in self.names for parent in Path(name).parents}:
+            if os.path.lexists(out / folder) and not (out / folder).is_dir():
+                raise UserError(
+                    f"--out {out}: {str(folder)!r} is a file, and a folder in the archive; give "
+                    f"another folder"
+                )
 
-        Raises `UserError` where it is not there, or is not the one that the images were coded with.
+    def load(self, given: str | None, trust_code: bool) -> LoadedModel | None:
+        """The model: the given one, else the embedded one, else the one at the path where it was.
+
+        None where no image needs it. Raises `UserError` where it is not there, or is not the one
+        that the images were coded with.
         """
         wanted = self.description.model
-        assert wanted is not None  # there are streams
+        if wanted is None:
+            return None
         if given is None and wanted.embedded:
             model = self._embedded_model(trust_code)
         else:
             if given is None and not Path(wanted.path).is_file():
                 raise UserError(
                     f"{self.path}: it needs the model {wanted.hash[:16]}, which was {wanted.path}: "
-                    "say where it is with --model"
+                    f"say where it is with --model"
                 )
             model = load_model(
                 given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
@@ -54,9 +75,8 @@ class Opened:
         if found != wanted.hash:
             raise UserError(
                 f"{self.path}: it was coded with the model {wanted.hash[:16]}, {wanted.weights} "
-                f"weights; "
-                f"{model.checkpoint.path} is another one, {found[:16]}: say where it is with "
-                f"--model"
+                f"weights; {model.checkpoint.path} is another one, {found[:16]}: say where it is "
+                f"with --model"
             )
         if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
             raise UserError(
@@ -78,11 +98,8 @@ class Opened:
                     f"{self.path}: the model in it cannot be loaded ({short(error)})"
                 ) from None
 
-    def images(
-        self, model: LoadedModel | None, progress: Progress = lambda done, total: None
-    ) -> Tensor:
-        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is needed if there are
-        streams.
+    def images(self, model: LoadedModel | None, progress: Progress = silent) -> Tensor:
+        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is that of `load`.
 
         Raises `UserError` where this machine computes other numbers than the one that wrote the
         archive.
@@ -97,14 +114,11 @@ class Opened:
             assert model is not None
             others = sorted(set(range(described.images)) - set(described.stored))
             found[others] = self._decoded(model, progress)
-        wrong = [
-            i
-            for i, (image, known) in enumerate(zip(found, checksums, strict=True))
-            if archive.checksum(image) != known
-        ]
+        pairs = zip(found, checksums, strict=True)
+        wrong = sum(archive.checksum(image) != known for image, known in pairs)
         if wrong:
             raise self._irreproducible(
-                f"{len(wrong)} of {len(found)} images do not match their checksums"
+                f"{wrong} of {len(found)} images do not match their checksums"
             )
         if self.levels < 256 and (found >= self.levels).any():
             raise UserError(
@@ -114,17 +128,11 @@ class Opened:
         return found
 
     def _stored(self) -> Tensor:
-        described = self.description
+        shape = self.description.shape
+        strips = zip(self.parts[1:], self.description.strips, strict=False)
         try:
-            return torch.cat(
-                [
-                    torch.empty(0, *described.shape, dtype=torch.uint8),
-                    *(
-                        archive.unstrip(data, described.shape, count)
-                        for data, count in zip(self.parts[1:], described.strips, strict=False)
-                    ),
-                ]
-            )
+            parts = [unstrip(data, shape, count) for data, count in strips]
+            return torch.cat([torch.empty(0, *shape, dtype=torch.uint8), *parts])
         except MemoryError:
             raise
         except Exception as error:  # bytes that are no picture make Pillow raise almost anything
@@ -143,26 +151,44 @@ class Opened:
                 functools.partial(decode_stream, codec, words_of(data), described)
                 for data, described in zip(self.parts[first:], self.streams, strict=False)
             ]
-            return torch.cat(
-                in_threads(tasks, sum(stream.images for stream in self.streams), progress)
-            )
+            total = sum(stream.images for stream in self.streams)
+            return torch.cat(in_threads(tasks, total, progress))
         except (MemoryError, UserError):
             raise
-        # the coder and Pillow raise almost anything for bits that mean nothing
+        # The coder and Pillow raise almost anything for bits that mean nothing.
         except Exception as error:
             raise self._irreproducible(short(error)) from error
 
     def _irreproducible(self, why: str) -> UserError:
-        wrote = self.description.versions
         here = versions()
         differing = [
-            f"{name} {wrote[name]}, here {here.get(name)}"
-            for name in wrote
-            if wrote[name] != here.get(name)
+            f"; written with {name} {version}, here {here.get(name)}"
+            for name, version in self.description.versions.items()
+            if version != here.get(name)
         ]
         return UserError(
             f"{self.path}: this machine does not reproduce the numbers of the one that wrote it "
-            f"({why}"
-            + "".join(f"; written with {text}" for text in differing)
-            + "): nothing is written; use the versions and the kind of machine that wrote it"
+            f"({why}{''.join(differing)}): nothing is written; use the versions and the kind of "
+            f"machine that wrote it"
         )
+
+    def write(self, images: Tensor, out: Path) -> None:
+        """Writes all images as PNG files into a folder. Raises `RunError` naming the first that
+        fails.
+        """
+        for name, image in zip(self.names, to_8bit(images, self.levels), strict=True):
+            _write(out / name, encoded(image, "PNG"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Makes a new file. It is not flushed to the disk by itself, since what a crash leaves of
+    thousands is of no use.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written, the images before it were: {error.strerror or error}"
+        ) from error

@@ -1,12 +1,13 @@
-"""The file of a compressed set of images: its bytes, its checks, and the images that are stored
-without a flow.
+"""The file of a compressed set of images: its bytes and its checks.
 
     "FTa1"  length of the description  description  parts, one after the other  checksum of all that
 
 The description is JSON, deflated with a dictionary of the words that it always has, so that an
-archive of one image is no larger than a PNG of it. It says shape, levels, names, the lengths of the
-parts, and how the streams were coded (see `flowtrain.compression.compress`). The first part is the
-images' checksums.
+archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, the
+lengths of the parts, and how the streams were coded.
+
+The first part holds the images' checksums. The strips follow (see `strips.py`), then the streams,
+and then the embedded model, where there is one.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     Field,
@@ -29,42 +29,15 @@ from pydantic import (
 )
 from torch import Tensor
 
+from flowtrain.compression.strips import STRIP, strip_length
 from flowtrain.errors import UserError
-from flowtrain.pictures.lossless import decoded, encoded, formats
-
-MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
-
-
-DIGEST = 8  # bytes
-
-
-# Never to be changed within a version.
-DICTIONARY = (
-    b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],"model":{"hash":"'
-    b'","path":"runs//checkpoints/best.safetensors","weights":"ema","embedded":false},"probe":,"versions":{"flowtrain":'
-    b'"0.1.0","torch":"2.","python":"3."},{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test",'
-    b'"names":["0.png"],"lengths":[4,'
-)
-
-
-LONGEST_DESCRIPTION = 2**26  # bytes of JSON, some 500,000 names: no few bytes are inflated to more
-
-
-STRIP = 64  # images stored as one picture; never to be changed within a version
-
-
-LONGEST = 16383  # pixels, of a WebP's side
-
-
-LONGEST_NAME = 255  # bytes, of a file or folder
-
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class StreamDescription(BaseModel):
-    """Of a stream: its images, the carriers among them, and how many images were coded together, in
-    order.
+    """A stream: how many images it has, how many of them are carriers, and how many of the others
+    were coded together, in order.
     """
 
     images: PositiveInt
@@ -89,15 +62,15 @@ class ModelDescription(BaseModel):
 
 
 class Description(BaseModel):
-    """What an archive says about itself. Without streams all images are stored; with them, those in
-    `stored`.
+    """What an archive says about itself. Without streams, all images are stored in strips; with
+    them, only those in `stored` are.
 
     The context of its validation is the number of bytes that follow.
     """
 
     shape: tuple[Literal[1, 3], Side, Side]
     levels: Annotated[int, Field(ge=2, le=256)]
-    # a list of names, or the name of a split, of which they are made; JSON's text may be no UTF-8
+    # A list of names, or the name of a split, of which they are made. Text in JSON may be no UTF-8.
     names: Any
     count: int | None = None
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
@@ -109,15 +82,21 @@ class Description(BaseModel):
 
     @property
     def images(self) -> int:
-        """How many there are, by their checksums."""
+        """The number of images, which is that of their checksums."""
         return self.lengths[0] // 4
 
     @property
     def files(self) -> list[str]:
-        """The images' names, relative, with "/"."""
+        """The images' names: relative paths with "/"."""
         if isinstance(self.names, str):
             return [f"{self.names}-{i:05}.png" for i in range(self.images)]
-        return self.names
+        return list(self.names)
+
+    @property
+    def strips(self) -> list[int]:
+        """How many images are in each strip."""
+        each = strip_length(self.shape[1])
+        return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
     @property
     def embedded(self) -> bool:
@@ -128,13 +107,9 @@ class Description(BaseModel):
     def _consistent(self, info: ValidationInfo) -> "Description":
         if sum(self.lengths) != info.context:
             raise ValueError("its parts are longer or shorter than it says")
-        names = (
-            self.count
-            if isinstance(self.names, str)
-            else len(self.names)
-            if isinstance(self.names, list)
-            else None
-        )
+        names = self.count
+        if not isinstance(self.names, str):
+            names = len(self.names) if isinstance(self.names, list) else None
         if self.lengths[0] % 4 or not self.images or names != self.images:
             raise ValueError("there is not one name for each checksum")
         check_names(self.files)
@@ -144,27 +119,23 @@ class Description(BaseModel):
             raise ValueError("there are streams, and no model")
         if sum(stream.images for stream in self.streams) + len(self.stored) != self.images:
             raise ValueError("the streams and what is stored do not add up to the images")
-        if len(set(self.stored)) != len(self.stored) or not set(self.stored) <= set(
-            range(self.images)
-        ):
+        stored = set(self.stored)
+        if len(stored) != len(self.stored) or not stored <= set(range(self.images)):
             raise ValueError("what is stored are not some of the images")
         if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + self.embedded:
             raise ValueError("there are more or fewer parts than it needs")
         return self
 
-    @property
-    def strips(self) -> list[int]:
-        """How many images are in each strip."""
-        each = strip_length(self.shape[1])
-        return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
+
+LONGEST_NAME = 255  # bytes, of a file or folder
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises `ValueError` unless files of these names can be written into one folder, and into no
-    other place.
+    """Raises `ValueError` unless files of these names can be written into one folder, and nowhere
+    else.
 
-    They are relative, with "/". Whatever else is legal in a file name is taken, so that what can be
-    packed can be unpacked.
+    Names are relative paths with "/". Whatever else is legal in a file name is accepted, so that
+    what can be packed can be unpacked.
     """
     names = list(names)
     seen = set(names)
@@ -182,11 +153,10 @@ def check_names(names: Iterable[str]) -> None:
             raise ValueError(
                 f"{name!r} is longer than the {LONGEST_NAME} bytes that a file name can have"
             )
-        folder = next(
-            (folder for i in range(1, len(parts)) if (folder := "/".join(parts[:i])) in seen), None
-        )
-        if folder is not None:
-            raise ValueError(f"{name!r} needs a folder where the file {folder!r} is")
+        for i in range(1, len(parts)):
+            folder = "/".join(parts[:i])
+            if folder in seen:
+                raise ValueError(f"{name!r} needs a folder where the file {folder!r} is")
 
 
 def _file_system_bytes(name: str) -> bytes:
@@ -194,6 +164,25 @@ def _file_system_bytes(name: str) -> bytes:
         return os.fsencode(name)
     except UnicodeEncodeError:
         raise ValueError(f"{name!r} is no file name") from None
+
+
+def checksum(image: Tensor) -> int:
+    """CRC-32 of an image's pixels."""
+    return zlib.crc32(image.contiguous().numpy().data)
+
+
+MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
+DIGEST = 8  # bytes
+# No few bytes are inflated to more than this: bytes of JSON, for some 500,000 names.
+LONGEST_DESCRIPTION = 2**26
+# Never to be changed within a version.
+DICTIONARY = (
+    b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],'
+    b'"model":{"hash":"","path":"runs//checkpoints/best.safetensors","weights":"ema",'
+    b'"embedded":false},"probe":,"versions":{"flowtrain":"0.1.0","torch":"2.","python":"3."},'
+    b'{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test","names":["0.png"],'
+    b'"lengths":[4,'
+)
 
 
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
@@ -208,24 +197,25 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
     described = deflate.compress(text) + deflate.flush()
     data = b"".join([MAGIC, len(described).to_bytes(4, "little"), described, *parts])
-    return data + _digest(data)
+    return data + digest(data)
 
 
 def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
-    """The description and the parts. Raises `UserError` naming the file, where it is damaged or
-    none of ours.
+    """The description and the parts.
+
+    Raises `UserError` naming the file where it is damaged or not an archive.
     """
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
             raise UserError(f"{path}: damaged, or an archive of another version of flowtrain")
         raise UserError(f"{path}: not an archive of flowtrain compress")
-    if len(data) < len(MAGIC) + 4 + DIGEST or _digest(data[:-DIGEST]) != data[-DIGEST:]:
+    if len(data) < len(MAGIC) + 4 + DIGEST or digest(data[:-DIGEST]) != data[-DIGEST:]:
         raise UserError(
             f"{path}: damaged: its bytes do not match its checksum (truncated or changed)"
         )
     start = len(MAGIC) + 4
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
-    # From here on the file is as somebody wrote it: but perhaps not `pack`.
+    # The file is now as somebody wrote it, but perhaps not with `pack`.
     try:
         inflate = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
         text = inflate.decompress(data[start:end], LONGEST_DESCRIPTION)
@@ -246,43 +236,5 @@ def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
     return description, parts
 
 
-def _digest(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST).digest()
-
-
-def checksum(image: Tensor) -> int:
-    """CRC-32 of an image's pixels."""
-    return zlib.crc32(image.contiguous().numpy().data)
-
-
-def strip(images: Tensor) -> bytes:
-    """Some images `(N, C, H, W)`, one above the other, in the fewest bytes: WebP, PNG, or
-    deflated.
-    """
-    tall = images.movedim(1, 0).flatten(1, 2)
-    candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
-    if "WEBP" in formats() and max(tall.shape) <= LONGEST:
-        candidates.append(encoded(tall, "WEBP"))
-    return min(candidates, key=len)
-
-
-def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
-    """The inverse of `strip`: `(count, C, H, W)`. Raises almost anything for what `strip` has not
-    made.
-    """
-    channels, height, width = shape
-    if data[:1] == b"\x78":  # neither PNG nor WebP begins so
-        size = count * channels * height * width
-        inflate = zlib.decompressobj()
-        pixels = inflate.decompress(data, size + 1)
-        if len(pixels) != size or not inflate.eof:
-            raise ValueError(f"not {count} images")
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
-    return (
-        decoded(data, (channels, count * height, width)).unflatten(1, (count, height)).movedim(1, 0)
-    )
-
-
-def strip_length(height: int) -> int:
-    """How many images of this height are stored as one picture, at most."""
-    return min(STRIP, max(1, LONGEST // height))

@@ -1,8 +1,7 @@
-"""Image files that go into an archive, and what they take in ordinary formats."""
+"""The images that go into an archive, and what they take in ordinary formats."""
 
 import functools
-import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,67 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtrain.compression import format as archive
-from flowtrain.compression.streams import Progress, in_threads
-from flowtrain.datasets.base import FORMATS, short
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.compression.format import check_names
+from flowtrain.compression.strips import STRIP
+from flowtrain.compression.threads import Progress, Tick, in_threads, silent
+from flowtrain.data.splits import DataSet, SplitName
+from flowtrain.datasets.base import READABLE
 from flowtrain.datasets.folder import files_of
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import file_sizes, formats
+
+
+@dataclass
+class Selection:
+    """Images of a model."""
+
+    names: list[str] | str  # one per image, or one word, of which names are made
+    images: Tensor  # uint8 (N, C, H, W), values 0..Q-1
+    levels: int  # Q
+
+
+def from_split(data: DataSet, name: SplitName, model: LoadedModel, count: int | None) -> Selection:
+    """The first `count` images of a split of the model's data; None stands for all of them.
+
+    Raises `UserError` where the data are not the model's, or the split is empty.
+    """
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    split = data.split(name)
+    if len(split) == 0:
+        raise UserError(
+            f"--split {name}: it is empty (data.validation is {data.config.validation:g})"
+        )
+    return Selection(name, split.take(slice(0, count)), _levels(model))
+
+
+def from_files(paths: list[Path], model: LoadedModel, out: Path, count: int | None) -> Selection:
+    """The first `count` of the image files at these paths; None stands for all of them.
+
+    Raises `UserError` as `find_files` and `read_files` do, and where one of them, or the model, is
+    the file `out` that is to be written.
+    """
+    found = find_files(paths)
+    for file in (*found.values(), model.checkpoint.path):
+        if out.exists() and file.exists() and out.samefile(file):
+            raise UserError(f"--out {out}: is one of the files that are read; give another name")
+    names, levels = list(found)[:count], _levels(model)
+    images = read_files([found[name] for name in names], model.flow.shape, levels)
+    return Selection(names, images, levels)
+
+
+def _levels(model: LoadedModel) -> int:
+    assert model.flow.levels is not None  # `Codec` has refused real-valued data
+    return model.flow.levels
 
 
 def find_files(paths: list[Path]) -> dict[str, Path]:
     """Image files, and those in folders, by the names that `decompress` will write.
 
-    In folders, as the data set `folder` does: at any depth, links are followed, and what begins
-    with a dot is ignored. Raises `UserError` where a folder has none, or where a file cannot be
-    unpacked beside the others.
+    Folders are read as the data set `folder` reads them: at any depth, links are followed, and what
+    begins with a dot is ignored. Raises `UserError` where a folder has no image, or where a file
+    cannot be unpacked beside the others.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -41,20 +86,21 @@ def find_files(paths: list[Path]) -> dict[str, Path]:
                 raise UserError(
                     f"{file}: it would be unpacked as {name!r}, and so would {files[name]}"
                 )
-            try:
-                archive.check_names([name])
-            except ValueError as error:
-                raise UserError(f"{file}: it cannot be unpacked: {error}") from None
+            _check_names([name], str(file))
             files[name] = file
-    try:
-        archive.check_names(files)
-    except ValueError as error:
-        raise UserError(f"INPUT: it cannot be unpacked: {error}") from None
+    _check_names(list(files), "INPUT")
     return files
 
 
+def _check_names(names: list[str], what: str) -> None:
+    try:
+        check_names(names)
+    except ValueError as error:
+        raise UserError(f"{what}: it cannot be unpacked: {error}") from None
+
+
 def read_files(files: list[Path], shape: tuple[int, int, int], levels: int) -> Tensor:
-    """Image files as they are: uint8 `(N, C, H, W)`.
+    """Image files as they are: uint8 `(N, C, H, W)`, values 0..Q-1.
 
     Raises `UserError` naming the file where it is missing, or has other pixels than images of
     `shape` with `levels`.
@@ -66,10 +112,10 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=READABLE) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
-            # a colour or level that is to be seen through: PNG's tRNS
+            # PNG's tRNS: one colour or level is transparent.
             transparent = "transparency" in image.info
             pixels = np.array(image)
     except FileNotFoundError:
@@ -79,8 +125,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     if found != f"{width}x{height} {mode}" or frames > 1:
         raise UserError(
             f"{path}: it has {frames} picture(s) of {found}, and the model is for "
-            f"{width}x{height} {mode}; "
-            "nothing is converted, as that would not be lossless"
+            f"{width}x{height} {mode}; nothing is converted, as that would not be lossless"
         )
     if transparent:
         raise UserError(f"{path}: a part of it is transparent, which would be lost")
@@ -98,10 +143,10 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     return image_levels.to(torch.uint8).movedim(-1, 0)
 
 
-def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str, int]:
-    """Bytes of all images, each as a file, in the lossless formats that Pillow has."""
+def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> dict[str, int]:
+    """The bytes of all images together, one file each, per lossless format that Pillow has."""
     names = formats()
-    parts = images.split(archive.STRIP)
+    parts = torch.split(images, STRIP)
     tasks = [functools.partial(_sizes, name, part, levels) for name in names for part in parts]
     totals = dict.fromkeys(names, 0)
     lossy = set()
@@ -113,21 +158,7 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress) -> dict[str,
     return {name: total for name, total in totals.items() if name not in lossy}
 
 
-def _sizes(
-    name: str, images: Tensor, levels: int, tick: Callable[[int], None]
-) -> tuple[str, Tensor | None]:
+def _sizes(name: str, images: Tensor, levels: int, tick: Tick) -> tuple[str, Tensor | None]:
     sizes = file_sizes(images, levels, name)
     tick(len(images))
     return name, sizes
-
-
-def require_writable(out: Path, folder: Path) -> None:
-    """Raises `UserError`, naming --out, where no file can be made in `folder`: said before any work
-    is done.
-    """
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise UserError(f"--out {out}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: there is no permission to write into {existing}")

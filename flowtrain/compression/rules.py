@@ -1,10 +1,14 @@
-"""A rule for each kind of layer: what it does with whole numbers and a stack of bits."""
+"""One rule per kind of layer: what it does with whole numbers and a stack of bits.
+
+All values are int64, in units of `2**-bits`; `context` is the layer's own, float64.
+"""
 
 import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import singledispatch
-from typing import Any, Protocol
+from types import EllipsisType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,53 +32,20 @@ from flowtrain.bijections import (
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
-from flowtrain.compression.stack import Monotone, Stack, scale, unscale, whole
+from flowtrain.compression.integers import Monotone, scale, unscale, whole
+from flowtrain.compression.stack import Stack
 from flowtrain.errors import UserError
 
-PREDICTED_BITS = 12  # of what networks predict
-# of a slope; the coder's own precision is 24 bits, of which a size of n loses n / 2**24
+# Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
 SLOPE_BITS = 9
-MATRIX_BITS = 14  # of the triangular factors of a 1x1 convolution
+MATRIX_BITS = 14  # precision of the triangular factors of a 1x1 convolution
+PREDICTED_BITS = 12  # precision of what networks predict
 
-
-def _slope(log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`exp(log_scale)` as a fraction, the denominator a power of 2."""
-    exponent = (log_scale / math.log(2)).ceil().long()
-    shift = (SLOPE_BITS - exponent).clamp(0, 22)
-    denominator = torch.ones_like(shift) << shift
-    return (log_scale.exp() * denominator).round().long().clamp(min=1), denominator
-
-
-def _finite(x: Tensor) -> Tensor:
-    """x, or `FloatingPointError`: there is no whole number for what is not finite."""
-    if not torch.isfinite(x).all():
-        raise FloatingPointError("a weight, or what a network computes, is not finite")
-    return x
-
-
-def _best_slope(slope: Tensor) -> tuple[Tensor, Tensor]:
-    """`slope` as fractions of small numbers, the closest ones."""
-    _finite(slope)
-    limit = 2**SLOPE_BITS
-    fractions = []
-    for value in slope.flatten().tolist():
-        large = Fraction(max(value, 1 / value)).limit_denominator(
-            max(1, int(limit * min(value, 1 / value)))
-        )
-        fractions.append(large if value >= 1 else 1 / large)
-    numerator, denominator = torch.tensor([(f.numerator, f.denominator) for f in fractions]).unbind(
-        1
-    )
-    return numerator.view_as(slope), denominator.view_as(slope)
-
-
-# --- layers ---------------------------------------------------------------------------------------
+Index = tuple[slice | Tensor | EllipsisType, ...]
 
 
 class Rule(Protocol):
-    """A layer in whole numbers. `forward` is data to latent; `context` is that of the layer,
-    float64.
-    """
+    """A layer in whole numbers. `forward` is data to latent."""
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor: ...
 
@@ -83,13 +54,18 @@ class Rule(Protocol):
 
 @singledispatch
 def rule(layer: Bijection, bits: int) -> Rule:
-    """The rule of a layer, in units of `2**-bits`. Raises `UserError` for a kind of layer that has
-    none.
-    """
+    """The rule of a layer, in units of `2**-bits`. Raises `UserError` for a kind that has none."""
     raise UserError(
         f"compress: a layer of the model is of a kind that has no coding rule: "
         f"{type(layer).__name__}"
     )
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x, or `FloatingPointError`: no whole number stands for a value that is not finite."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError("a weight, or what a network computes, is not finite")
+    return x
 
 
 class Chain:
@@ -114,6 +90,35 @@ def _(layer: Sequential, bits: int) -> Rule:
     return Chain([rule(each, bits) for each in fuse(list(layer.layers))])  # type: ignore[arg-type]
 
 
+class MultiscaleRule:
+    """`Multiscale`: its levels, its priors, and the latents that leave after each level."""
+
+    def __init__(self, layer: Multiscale, bits: int):
+        self.layer = layer
+        self.levels = [
+            Chain([rule(level, bits), rule(prior, bits)])  # type: ignore[arg-type]
+            for level, prior in zip(layer.levels, layer.priors, strict=True)
+        ]
+
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        latents = []
+        for level, (channels, _, _) in zip(self.levels, self.layer.latent_shapes, strict=True):
+            x = level.forward(x, context, stack)
+            x, latent = torch.split(x, [x.shape[1] - channels, channels], dim=1)
+            latents.append(latent.flatten(1))
+        return torch.cat(latents, dim=1)
+
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        latents = self.layer.split_latents(z)
+        x = latents[-1][:, :0]
+        for level, latent in zip(reversed(self.levels), reversed(latents), strict=True):
+            x = level.inverse(torch.cat([x, latent], dim=1), context, stack)
+        return x
+
+
+rule.register(Multiscale, MultiscaleRule)
+
+
 class Moves:
     """A layer that only moves entries does the same with whole numbers."""
 
@@ -121,7 +126,8 @@ class Moves:
         self.layer = layer
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return self.layer.forward(x)[0]
+        z: Tensor = self.layer.forward(x)[0]
+        return z
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return self.layer.inverse(z)[0]
@@ -132,33 +138,58 @@ def _(layer: Squeeze | Flatten | Permute, bits: int) -> Rule:
     return Moves(layer)
 
 
+class LogisticRule:
+    """`LogisticToNormal`."""
+
+    def __init__(self, layer: LogisticToNormal, bits: int):
+        self.map = Monotone(lambda x: layer.forward(x)[0], lambda z: layer.inverse(z)[0], bits)
+
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        return self.map.forward(x, stack)
+
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        return self.map.inverse(z, stack)
+
+
+rule.register(LogisticToNormal, LogisticRule)
+
+
 class Diagonal:
-    """`x * slope + shift` with one slope and one shift for each entry, broadcast."""
+    """`x * slope + shift` with one slope and one shift per entry, broadcast."""
 
     def __init__(self, slope: Tensor, shift: Tensor, bits: int):
-        self.numerator, self.denominator = _best_slope(slope)
+        self.numerator, self.denominator = _closest_fractions(_finite(slope))
         self.shift = whole(_finite(shift), bits)
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return (
-            scale(x, self.numerator.expand_as(x), self.denominator.expand_as(x), stack) + self.shift
-        )
+        slope = self.numerator.expand_as(x), self.denominator.expand_as(x)
+        return scale(x, *slope, stack) + self.shift
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return unscale(
-            z - self.shift, self.numerator.expand_as(z), self.denominator.expand_as(z), stack
-        )
+        slope = self.numerator.expand_as(z), self.denominator.expand_as(z)
+        return unscale(z - self.shift, *slope, stack)
+
+
+def _closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The closest fractions of small numbers: numerators and denominators, of the slope's shape."""
+    fractions = []
+    for value in slope.flatten().tolist():
+        larger, smaller = max(value, 1 / value), min(value, 1 / value)
+        large = Fraction(larger).limit_denominator(max(1, int(2**SLOPE_BITS * smaller)))
+        fractions.append(large if value >= 1 else 1 / large)
+    pairs = torch.tensor([(f.numerator, f.denominator) for f in fractions])
+    return pairs[:, 0].view_as(slope), pairs[:, 1].view_as(slope)
 
 
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    slope = layer.log_scales().exp()
-    return Diagonal(slope, layer.shift, bits)
+    return Diagonal(layer.log_scales().exp(), layer.shift, bits)
 
 
 class Linear:
-    """`W x + b` at every pixel, `W = P L D U` with unit triangular L and U: they are shifts, and
-    take no bits.
+    """`W x + b` at every pixel, where `W = P L D U` with unit triangular L and U.
+
+    L and U are chains of shifts, which take no bits.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, bits: int):
@@ -169,7 +200,7 @@ class Linear:
         self.order = permutation.argmax(dim=1)  # row i of P L takes row order[i] of L
         self.lower = whole(lower.tril(-1), MATRIX_BITS)
         self.upper = whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
-        self.sign = diagonal.sign().long()[:, None]
+        self.sign: Tensor = diagonal.sign().long()[:, None]
         self.diagonal = Diagonal(diagonal.abs()[:, None], torch.zeros(len(diagonal), 1), bits)
         self.bias = whole(_finite(bias), bits)[:, None]
 
@@ -193,7 +224,7 @@ class Linear:
 
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    """In whole numbers, where the order of a sum does not matter, rounded to units of `x`."""
+    """A product in whole numbers, where the order of a sum is irrelevant, in units of `x`."""
     return (matrix @ x + 2 ** (MATRIX_BITS - 1)) >> MATRIX_BITS
 
 
@@ -209,21 +240,22 @@ def _(layer: LinearChannels, bits: int) -> Rule:
     return Linear(weight, torch.zeros_like(weight[0]), bits)
 
 
-class Conditioned:
-    """A coupling: `changed` selects the entries that are transformed, `of_pixels` theirs of the
-    predicted.
+class CouplingRule:
+    """A coupling. `changed` selects the entries that it transforms, and `of_pixels` the predictions
+    for them.
     """
 
     def __init__(
-        self, layer: Coupling | CheckerboardCoupling, changed: tuple, of_pixels: tuple, bits: int
+        self, layer: Coupling | CheckerboardCoupling, changed: Index, of_pixels: Index, bits: int
     ):
         self.layer = layer
         self.changed = changed
         self.of_pixels = of_pixels
-        self.entries = entries(layer.transform, bits)
+        self.rule_with = transform_rule(layer.transform, bits)
         self.bits = bits
 
-    def _predicted(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _parameters(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The transform's parameters, computed for each image by itself and rounded."""
         real = x.double() * 2.0**-self.bits
         each = [
             self.layer.predict(real[i : i + 1], None if context is None else context[i : i + 1])
@@ -234,80 +266,41 @@ class Conditioned:
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         z = x.clone()
-        z[self.changed] = self.entries(self._predicted(x, context)).forward(x[self.changed], stack)
+        entries = self.rule_with(self._parameters(x, context))
+        z[self.changed] = entries.forward(x[self.changed], stack)
         return z
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         x = z.clone()
-        x[self.changed] = self.entries(self._predicted(z, context)).inverse(z[self.changed], stack)
+        entries = self.rule_with(self._parameters(z, context))
+        x[self.changed] = entries.inverse(z[self.changed], stack)
         return x
 
 
 @rule.register
 def _(layer: Coupling, bits: int) -> Rule:
     changed = slice(None, -layer.kept) if layer.swap else slice(layer.kept, None)
-    return Conditioned(layer, (slice(None), changed), (), bits)
+    return CouplingRule(layer, (slice(None), changed), (), bits)
 
 
 @rule.register
 def _(layer: CheckerboardCoupling, bits: int) -> Rule:
-    return Conditioned(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
+    return CouplingRule(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
 
 
-class LogisticRule:
-    """`LogisticToNormal`."""
+class EntriesRule(Protocol):
+    """What a coupling does with the entries that it transforms."""
 
-    def __init__(self, layer: LogisticToNormal, bits: int):
-        self.map = Monotone(lambda x: layer.forward(x)[0], lambda z: layer.inverse(z)[0], bits)
+    def forward(self, x: Tensor, stack: Stack) -> Tensor: ...
 
-    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return self.map.forward(x, stack)
-
-    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return self.map.inverse(z, stack)
-
-
-rule.register(LogisticToNormal, LogisticRule)
-
-
-class MultiscaleRule:
-    """`Multiscale`: its levels, its priors, and the latents that leave."""
-
-    def __init__(self, layer: Multiscale, bits: int):
-        self.layer = layer
-        self.levels = [
-            Chain([rule(level, bits), rule(prior, bits)])  # type: ignore[arg-type]
-            for level, prior in zip(layer.levels, layer.priors, strict=True)
-        ]
-
-    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        latents = []
-        for level, (channels, _, _) in zip(self.levels, self.layer.latent_shapes, strict=True):
-            x = level.forward(x, context, stack)
-            x, latent = x.split([x.shape[1] - channels, channels], dim=1)
-            latents.append(latent.flatten(1))
-        return torch.cat(latents, dim=1)
-
-    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        latents = self.layer.split_latents(z)
-        x = latents[-1][:, :0]
-        for level, latent in zip(reversed(self.levels), reversed(latents), strict=True):
-            x = level.inverse(torch.cat([x, latent], dim=1), context, stack)
-        return x
-
-
-rule.register(Multiscale, MultiscaleRule)
-
-
-# --- transforms of couplings ----------------------------------------------------------------------
+    def inverse(self, z: Tensor, stack: Stack) -> Tensor: ...
 
 
 @singledispatch
-def entries(transform: Transform, bits: int) -> Callable[[Tensor], Any]:
-    """What a coupling does with its entries, given the parameters: an object with `forward` and
-    `inverse`.
+def transform_rule(transform: Transform, bits: int) -> Callable[[Tensor], EntriesRule]:
+    """A function from the transform's parameters to what it does with the entries.
 
-    Any transform has a rule, for it is increasing; those that are affine have one that is exact.
+    Every transform has a rule, because it is increasing. The affine ones have an exact rule.
     """
     return lambda parameters: Monotone(
         lambda x: transform.forward(x, parameters)[0],
@@ -316,13 +309,13 @@ def entries(transform: Transform, bits: int) -> Callable[[Tensor], Any]:
     )
 
 
-class Affine:
-    """`AffineTransform`: the slopes are fractions, so that it is a shift and a `scale`."""
+class AffineRule:
+    """`AffineTransform`: a shift and a `scale`, since the slopes are fractions."""
 
     def __init__(self, parameters: Tensor, limit: float, bits: int):
         shift, raw = parameters.chunk(2, dim=1)
         self.shift = whole(shift, bits)
-        self.slope = _slope(gated_log_scale(log_scale_gate(raw, limit), limit))
+        self.slope = _fractions(gated_log_scale(log_scale_gate(raw, limit), limit))
 
     def forward(self, x: Tensor, stack: Stack) -> Tensor:
         return scale(x + self.shift, *self.slope, stack)
@@ -331,12 +324,20 @@ class Affine:
         return unscale(z, *self.slope, stack) - self.shift
 
 
-@entries.register
-def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], Any]:
-    return lambda parameters: Affine(parameters, transform.limit, bits)
+def _fractions(log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`exp(log_scale)` as numerators and denominators, which are powers of 2."""
+    exponent = (log_scale / math.log(2)).ceil().long()
+    shift = (SLOPE_BITS - exponent).clamp(0, 22)
+    denominator = torch.ones_like(shift) << shift
+    return (log_scale.exp() * denominator).round().long().clamp(min=1), denominator
 
 
-class Additive:
+@transform_rule.register
+def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], EntriesRule]:
+    return lambda parameters: AffineRule(parameters, transform.limit, bits)
+
+
+class AdditiveRule:
     """`AdditiveTransform`."""
 
     def __init__(self, shift: Tensor, bits: int):
@@ -349,6 +350,6 @@ class Additive:
         return z - self.shift
 
 
-@entries.register
-def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], Any]:
-    return lambda parameters: Additive(parameters, bits)
+@transform_rule.register
+def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], EntriesRule]:
+    return lambda parameters: AdditiveRule(parameters, bits)

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Split, contiguous, hold_out
+from flowtrain.datasets.base import Images, Part, contiguous, part_of
 
 
-def build(root: Path, split: Split, *, seed: int = 0) -> Images:
+def build(root: Path, split: Part, *, seed: int = 0) -> Images:
     """1x8x8 images of 17 levels; a seeded tenth (180) is the test split. `root` is not used."""
 
     def part(of: str) -> np.ndarray:
         from sklearn.datasets import load_digits
 
-        values = load_digits()[of]
-        kept, held = hold_out(len(values), 0.1, seed)
-        return values[kept if split == "train" else held]
+        return part_of(load_digits()[of], split, seed)
 
     def read() -> np.ndarray:
         return contiguous(part("images")[:, None])  # (N, 1, 8, 8), floats 0..16

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeFloat
 
-from flowtrain.datasets.base import Images, Split
+from flowtrain.datasets.base import Images, Part
 from flowtrain.datasets.points import real_valued
 from flowtrain.types import Positive
 
 
 def build(
     root: Path,
-    split: Split,
+    split: Part,
     *,
     seed: int = 0,
     count: Positive = 10_000,

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Policy, Split, short
-from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.datasets.base import Images, Part, Policy, part_of
+from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -41,7 +41,7 @@ class File(NamedTuple):
 
 def build(
     root: Path,
-    split: Split,
+    split: Part,
     *,
     seed: int = 0,
     path: Path,
@@ -93,7 +93,7 @@ def build(
     return Images(shape=shape, levels=256, read=read, key=content)
 
 
-def _split(folder: Path, split: Split, seed: int) -> list[File]:
+def _split(folder: Path, split: Part, seed: int) -> list[File]:
     if not folder.is_dir():
         raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
@@ -106,8 +106,7 @@ def _split(folder: Path, split: Split, seed: int) -> list[File]:
             f"data.path: {folder} has one image, which cannot be split: add images, or folders "
             f"train/ and test/"
         )
-    kept, held = base.hold_out(len(files), 0.1, seed)
-    return [files[i] for i in (kept if split == "train" else held)]
+    return [files[i] for i in part_of(np.arange(len(files)), split, seed)]
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
@@ -207,7 +206,7 @@ def _fill(
         return opened
     except OSError as error:
         if is_disk_full(error):
-            raise base.disk_full(target.parent, error) from None
+            raise disk_full(target.parent, error) from None
         raise UserError(
             f"the image cache {target.parent} cannot be written ({short(error)}): set the "
             "environment variable FLOWTRAIN_CACHE to a folder that can"

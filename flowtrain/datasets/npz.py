@@ -12,8 +12,8 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Split, contiguous, hold_out, short
-from flowtrain.errors import UserError
+from flowtrain.datasets.base import Images, Part, contiguous, part_of
+from flowtrain.errors import UserError, short
 from flowtrain.types import Shape
 
 Layout = Literal["nhwc", "nchw"]
@@ -21,9 +21,7 @@ Layout = Literal["nhwc", "nchw"]
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def build(
-    root: Path, split: Split, *, seed: int = 0, path: Path, layout: Layout = "nhwc"
-) -> Images:
+def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
     """uint8 images of 256 levels from the arrays x_train and x_test, with the classes y_train and
     y_test where the file has them.
 
@@ -61,10 +59,7 @@ def build(
     part = "test" if own_test and split == "test" else "train"
 
     def own(values: np.ndarray) -> np.ndarray:
-        if own_test:
-            return values
-        kept, held = hold_out(len(values), 0.1, seed)
-        return values[kept if split == "train" else held]
+        return values if own_test else part_of(values, split, seed)
 
     def read() -> np.ndarray:
         pixels = _array(path, f"x_{part}")

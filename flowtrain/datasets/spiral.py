@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeFloat
 
-from flowtrain.datasets.base import Images, Split
+from flowtrain.datasets.base import Images, Part
 from flowtrain.datasets.points import real_valued
 from flowtrain.types import Positive
 
 
 def build(
     root: Path,
-    split: Split,
+    split: Part,
     *,
     seed: int = 0,
     count: Positive = 10_000,
@@ -30,7 +30,9 @@ def build(
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         angle = 1.5 * 2 * np.pi * np.sqrt(random.uniform(0, 1, n))
         arm = (-1) ** random.randint(2, size=n)
-        points = (arm * angle / 3)[:, None] * np.stack([-np.cos(angle), np.sin(angle)], axis=1)
-        return points + noise * random.standard_normal((n, 2))
+        radius = arm * angle / 3
+        points: np.ndarray = radius[:, None] * np.stack([-np.cos(angle), np.sin(angle)], axis=1)
+        points += noise * random.standard_normal((n, 2))
+        return points
 
     return real_valued(split, seed, count, test_count, generate)

@@ -5,72 +5,112 @@ import io
 import logging
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, contiguous, disk_full, short
-from flowtrain.errors import UserError, is_disk_full
+from flowtrain.datasets.base import Images, Part, contiguous
+from flowtrain.errors import UserError, disk_full, is_disk_full, short
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 
 TIMEOUT = 60.0  # seconds without a byte; torchvision itself would wait for ever
 
-# The files of MNIST and of Fashion-MNIST, unpacked, in bytes: a header and a byte for each value.
+# Names and bytes of the unpacked files of MNIST and of Fashion-MNIST: a header, then one byte per
+# value.
 IDX_SIZES = {
     "train-images-idx3-ubyte": 16 + 60000 * 28 * 28,
     "train-labels-idx1-ubyte": 8 + 60000,
     "t10k-images-idx3-ubyte": 16 + 10000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10000,
 }
+IDX_COUNTS = {"train": 60000, "test": 10000}
+CIFAR_COUNTS = {"train": 50000, "test": 10000}
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a data set under `data.root`.
+
+    downloaded: names of the files as downloaded, which a user may put there by hand.
+    unpacked: names of what is there once these are unpacked, with their sizes in bytes. None where
+        torchvision verifies the content itself.
+    folder: where they are under `data.root`.
+    """
+
+    downloaded: Sequence[str]
+    unpacked: Mapping[str, int | None]
+    folder: str = ""
+
+
+def idx(name: str, root: Path, part: Part) -> Images:
+    """A data set in MNIST's format: 1x28x28, 60,000 images for training and 10,000 for test."""
+
+    def read(source: Any, home: str) -> tuple[Any, Any]:
+        data = source(home, train=part == "train", download=True)
+        return data.data.numpy()[:, None], data.targets
+
+    files = Files([f"{file}.gz" for file in IDX_SIZES], IDX_SIZES, f"{name}/raw")
+    shape, count = (1, 28, 28), IDX_COUNTS[part]
+    return images(name, root, files, shape, count, read, lambda source: source.mirrors)
+
+
+def cifar(name: str, root: Path, part: Part, archive: str, unpacked: str) -> Images:
+    """CIFAR-10 or CIFAR-100: 3x32x32, 50,000 images for training and 10,000 for test."""
+
+    def read(source: Any, home: str) -> tuple[Any, Any]:
+        data = source(home, train=part == "train", download=True)
+        return data.data.transpose(0, 3, 1, 2), data.targets
+
+    files = Files([archive], {unpacked: None})
+    shape, count = (3, 32, 32), CIFAR_COUNTS[part]
+    return images(name, root, files, shape, count, read, lambda source: [source.url], flip=True)
 
 
 def images(
     name: str,
     root: Path,
-    *,
+    files: Files,
     shape: Shape,
     count: int,
-    load: Callable[[Any, str], Any],
-    labels: Callable[[Any, str], Any],
+    read: Callable[[Any, str], tuple[Any, Any]],
     urls: Callable[[Any], Iterable[str]],
-    files: Iterable[str],
-    unpacked: Iterable[str],
-    folder: str = "",
-    sizes: Mapping[str, int] | None = None,
     flip: bool = False,
 ) -> Images:
     """A split that `torchvision.datasets.<name>` reads, and downloads if it is not under `root`.
 
-    load: (class, root) -> `count` images of `shape`, uint8 (N, C, H, W).
-    labels: (class, root) -> their classes, whole numbers from 0.
-    urls: class -> where torchvision looks, for the message.
-    files: what a user has to put into `root/folder` by hand, as downloaded.
-    unpacked: what is in `root/folder` once it is downloaded and unpacked.
-    sizes: bytes of those unpacked files that torchvision does not verify.
+    Args:
+        files: what torchvision looks for.
+        shape: (C, H, W).
+        count: the number of images in the split.
+        read: from the class and `root` to the images, uint8 (N, C, H, W), and their classes, whole
+            numbers from 0.
+        urls: from the class to the addresses from which it downloads, for messages.
+        flip: whether a mirrored image belongs to the same distribution.
     """
     home = Path(root).expanduser().resolve()
-    place = home / folder
+    place = home / files.folder
 
-    def guarded(load: Callable[[Any, str], Any], expected: tuple[int, ...]) -> np.ndarray:
+    def guarded(which: int, expected: tuple[int, ...]) -> np.ndarray:
         import torchvision.datasets
 
         source = getattr(torchvision.datasets, name)
         tried = " and ".join(urls(source))
-        present = all((place / file).exists() for file in unpacked)
+        present = all((place / file).exists() for file in files.unpacked)
         if not present:
             log.info("%s is not in %s: downloading it from %s", name, place, tried)
         try:
-            for file, size in (sizes or {}).items():
-                if (place / file).exists() and (place / file).stat().st_size != size:
-                    found = (place / file).stat().st_size
+            for file, size in files.unpacked.items():
+                found = (place / file).stat().st_size if (place / file).exists() else size
+                if size is not None and found != size:
                     present = True
                     raise ValueError(f"{file} has {found} bytes, not {size}")
             with _patient():
-                values = np.asarray(load(source, str(home)))
+                values = np.asarray(read(source, str(home))[which])
             if values.shape != expected:
                 raise ValueError(f"they hold {values.shape}, not {expected}")
         except (ImportError, MemoryError):
@@ -79,11 +119,11 @@ def images(
         except Exception as error:
             if is_disk_full(error):
                 raise disk_full(place, error) from None
-            wanted = f"{', '.join(files)} (as downloaded, not unpacked)"
+            wanted = f"{', '.join(files.downloaded)} (as downloaded, not unpacked)"
             if present:
                 raise UserError(
                     f"data.root: the {name} files in {place} are damaged ({short(error)}). "
-                    f"Delete {', '.join(unpacked)} there and run again to download them from "
+                    f"Delete {', '.join(files.unpacked)} there and run again to download them from "
                     f"{tried}, or put good copies of {wanted} there by hand."
                 ) from None
             raise UserError(
@@ -93,13 +133,13 @@ def images(
             ) from None
         return values
 
-    def read() -> np.ndarray:
-        return contiguous(guarded(load, (count, *shape)))
-
-    def read_labels() -> np.ndarray:
-        return guarded(labels, (count,)).astype(np.int64)
-
-    return Images(shape=shape, levels=256, read=read, flip=flip, labels=read_labels)
+    return Images(
+        shape=shape,
+        levels=256,
+        read=lambda: contiguous(guarded(0, (count, *shape))),
+        flip=flip,
+        labels=lambda: guarded(1, (count,)).astype(np.int64),
+    )
 
 
 @contextlib.contextmanager

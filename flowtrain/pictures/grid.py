@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowtrain.errors import UserError
 from flowtrain.system.files import save
 
 SMALLEST_SIDE = 32  # images smaller than this are enlarged in pictures
@@ -64,11 +63,3 @@ def save_gif(path: Path, frames: list[Tensor], milliseconds: int = 120) -> None:
     first, *rest = (_picture(frame).quantize(256) for frame in frames)
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
     save(path, buffer.getvalue())
-
-
-def check_suffix(path: Path, suffixes: tuple[str, ...]) -> str:
-    """The suffix of an output file, or `UserError`: said before any work is done."""
-    suffix = path.suffix.lower()
-    if suffix not in suffixes:
-        raise UserError(f"--out {path}: expected a name that ends in {' or '.join(suffixes)}")
-    return suffix

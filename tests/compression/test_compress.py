@@ -2,6 +2,7 @@
 everything else.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -26,21 +27,21 @@ from torch import nn
 from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
-from flowtrain.cli import decompress
-from flowtrain.compression import compress
+from flowtrain.cli.base import require_writable
+from flowtrain.compression import compress, decompress, strips
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, model_hash, probe
+from flowtrain.compression.codec import Codec, probe
 from flowtrain.compression.decompress import Opened
-from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files, require_writable
-from flowtrain.compression.stack import Exhausted, Stack, Uncodable, constriction
+from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files
+from flowtrain.compression.model import model_hash
+from flowtrain.compression.stack import Exhausted, Stack, Uncodable, constriction, random_words
 from flowtrain.compression.streams import (
     MOST_CARRIERS,
-    Stream,
+    EncodedStream,
     decode_stream,
     encode_stream,
-    in_threads,
-    random_words,
 )
+from flowtrain.compression.threads import in_threads
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.class_prior import ClassPrior
@@ -48,6 +49,7 @@ from flowtrain.flow.dequantize import Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.pictures import lossless as lossless_formats
+from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import decoded, encoded, file_sizes
 
 pytest.importorskip("constriction")
@@ -192,9 +194,9 @@ def test_the_missing_package_is_named(monkeypatch):
 # --- streams --------------------------------------------------------------------------------------
 
 
-def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> Stream:
-    stream, dropped = encode_stream(codec, x, list(range(len(x))), borrowed, lambda count: None)
-    assert sorted(stream.images + dropped) == list(range(len(x)))
+def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> EncodedStream:
+    stream = encode_stream(codec, x, list(range(len(x))), borrowed, lambda count: None)
+    assert len(set(stream.images)) == len(stream.images)
     back = decode_stream(codec, stream.words, stream.description(), lambda count: None)
     assert torch.equal(back, x[stream.images])
     return stream
@@ -212,6 +214,7 @@ def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tens
 def test_a_stream_that_borrows_more_than_it_has_begins_again(borrowed):
     codec, x = Codec(affine_flow((3, 8, 8))), smooth(40, (3, 8, 8))
     stream = round_trip(codec, x, borrowed)
+    assert sorted(stream.images) == list(range(40))
     assert 0 < stream.carriers < 40 and max(stream.chunks) > min(stream.chunks)
     with pytest.raises(Exhausted):
         codec.encode(x[:1], Stack(random_words(10)))
@@ -220,6 +223,7 @@ def test_a_stream_that_borrows_more_than_it_has_begins_again(borrowed):
 def test_random_bits_are_borrowed_where_images_are_too_small_to_carry():
     x = torch.full((50, 1, 8, 8), 7, dtype=torch.uint8)
     stream = round_trip(Codec(affine_flow((1, 8, 8))), x, 50_000)
+    assert len(stream.images) == 50
     assert stream.carriers == MOST_CARRIERS and stream.initial_bits >= 50_000
 
 
@@ -258,7 +262,7 @@ def digits(model):
 
 def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compress.Compressed:
     """With the flow, however much it takes, unless `plain` is given."""
-    return compress.compress(compress.prepare(model, x), names, plain=plain, **options)
+    return compress.choose(compress.prepare(model, x), names, plain=plain, **options)
 
 
 def opened(path, data: bytes) -> Opened:
@@ -269,9 +273,9 @@ def opened(path, data: bytes) -> Opened:
 @pytest.mark.parametrize("count", [1, 2, 500])
 def test_archives_of_few_and_many(model, digits, count, tmp_path):
     x = digits[:count]
-    sizes = ordinary_sizes(x, 17, lambda done, total: None)
+    sizes = ordinary_sizes(x, 17)
     assert {"PNG", "WEBP"} <= sizes.keys()
-    result = made(model, x, plain=None if count == 500 else compress.strips(x))
+    result = made(model, x, plain=None if count == 500 else strips.strips(x))
     assert len(result.data) < 1.05 * sizes["PNG"]
     assert result.stored + result.carriers + result.coded == count
     assert (result.coded > 450) == (count == 500)
@@ -286,7 +290,7 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
 def test_a_small_archive_is_no_larger_than_png(count, shape):
     x = smooth(count, shape)
-    parts = [bytes(4 * count), *compress.strips(x)]
+    parts = [bytes(4 * count), *strips.strips(x)]
     names = [f"{i}.png" for i in range(count)]
     data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
     assert len(data) < 1.03 * sum(file_sizes(x, 256, "PNG").tolist())
@@ -295,7 +299,12 @@ def test_a_small_archive_is_no_larger_than_png(count, shape):
 def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp_path):
     x = torch.cat([images(4, (1, 8, 8), 17), digits[:100]])
     said: list[int] = []
-    result = made(model, x, "some", progress=lambda done, total: said.append(done))
+
+    @contextlib.contextmanager
+    def stage(title):
+        yield lambda done, total: said.append(done)
+
+    result = made(model, x, "some", stage=stage)
     assert result.stored == 4 and result.coded > 80
     assert said[-1] == 100  # carriers and all
     assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
@@ -303,44 +312,44 @@ def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp
 
 def of_size(size: int, prepared: compress.Prepared) -> list[bytes]:
     """Strips with which an archive takes about so many bytes."""
-    return [bytes(size - len(compress._packed(prepared, "train", [], [b""], b"")))]
+    return [bytes(size - len(compress._pack(prepared, "train", [], [b""], b"")))]
 
 
 def test_the_smaller_of_both_ways_is_taken(model, digits, tmp_path):
     x = digits[compress.prepare(model, digits[:90]).promising]
     prepared = compress.prepare(model, x)
-    flow = compress.compress(prepared, "train").data
+    flow = compress.choose(prepared, "train").data
     for size, tried, wins in (
         (len(flow) + 20, True, True),
         (len(flow) - 20, True, False),
         (2000, False, False),
     ):
-        said: list[int] = []
-        result = compress.compress(
+        said: list[compress.Forecast] = []
+        result = compress.choose(
             prepared,
             "train",
             plain=of_size(size, prepared),
-            announce=lambda _, count, said=said: said.append(count),
+            announce=said.append,
         )
-        assert (said, result.coded > 0) == ([len(x)] * tried, wins)
+        assert (len(said), result.coded > 0) == (tried, wins)
         assert len(result.data) <= min(len(flow), size + 10)
     assert made(model, x[:3]).stored == 3  # all of them would be carriers
-    few = made(model, x[:10], plain=compress.strips(x[:10]))
+    few = made(model, x[:10], plain=strips.strips(x[:10]))
     assert few.stored == 10
     assert torch.equal(opened(tmp_path / "a", few.data).images(None), x[:10])
 
 
 def test_an_embedded_model_is_counted(model, digits):
     prepared = compress.prepare(model, digits[:90])
-    plain = of_size(2 * len(compress.compress(prepared, "train").data), prepared)
-    assert compress.compress(prepared, "train", plain=plain).coded > 0
-    said: list[int] = []
-    result = compress.compress(
+    plain = of_size(2 * len(compress.choose(prepared, "train").data), prepared)
+    assert compress.choose(prepared, "train", plain=plain).coded > 0
+    said: list[compress.Forecast] = []
+    result = compress.choose(
         prepared,
         "train",
         plain=plain,
         embed=True,
-        announce=lambda estimate, count: said.append(count),
+        announce=said.append,
     )
     assert said == [] and result.stored == 90
 
@@ -410,7 +419,7 @@ def test_weights_that_are_not_finite_are_named(model, digits):
 
 def test_a_flipped_bit_anywhere_is_caught(model, digits, tmp_path):
     for data in (
-        made(model, digits[:1], ["a.png"], plain=compress.strips(digits[:1])).data,
+        made(model, digits[:1], ["a.png"], plain=strips.strips(digits[:1])).data,
         made(model, digits[:90]).data,
     ):
         for position in range(len(data)):
@@ -471,7 +480,7 @@ def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **chang
     sums = b"".join(archive.checksum(image).to_bytes(4, "little") for image in x)
     described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png", "b.png"], **changes}
     described = {key: value for key, value in described.items() if value is not None}
-    return archive.pack(described, [sums, strip or archive.strip(x), *(parts or [])])
+    return archive.pack(described, [sums, strip or strips.strip(x), *(parts or [])])
 
 
 def repacked(data: bytes, parts=lambda parts: parts, model=None, **changes) -> bytes:
@@ -585,7 +594,7 @@ def test_a_description_that_is_none_is_one_error(tmp_path):
     ):
         data = archive.MAGIC + len(described).to_bytes(4, "little") + described
         with pytest.raises(UserError, match="not a valid archive"):
-            opened(tmp_path / "a", data + archive._digest(data))
+            opened(tmp_path / "a", data + archive.digest(data))
 
 
 @pytest.mark.parametrize("lengths", [[8], [8, 10**9], [4 * 10**12, 1], []])
@@ -595,7 +604,7 @@ def test_parts_are_as_long_as_it_says(lengths, tmp_path):
     text = deflated(json.dumps(described).encode())
     data = archive.MAGIC + len(text).to_bytes(4, "little") + text + bytes(40)
     with pytest.raises(UserError, match="longer or shorter than it says|lengths"):
-        opened(tmp_path / "a", data + archive._digest(data))
+        opened(tmp_path / "a", data + archive.digest(data))
 
 
 def deflated(text: bytes) -> bytes:
@@ -702,7 +711,7 @@ def test_streams_and_an_embedded_model_come_back_in_a_process_with_other_threads
     (tmp_path / "a.fta").write_bytes(embedding())
     assert Opened(tmp_path / "a.fta").description.embedded
     quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
-    for i, image in enumerate(compress.to_8bit(digits[:120], 17)):
+    for i, image in enumerate(to_8bit(digits[:120], 17)):
         assert np.array_equal(
             np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png")), image[0].numpy()
         )
@@ -728,7 +737,7 @@ def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
 def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
     x = images(3, (3, 4, 4), levels)
     for i, image in enumerate(x):
-        (tmp_path / f"{i}.png").write_bytes(encoded(compress.to_8bit(image, levels), "PNG"))
+        (tmp_path / f"{i}.png").write_bytes(encoded(to_8bit(image, levels), "PNG"))
     files = find_files([tmp_path])
     assert list(files) == [f"{tmp_path.name}/{i}.png" for i in range(3)]
     assert torch.equal(read_files(list(files.values()), (3, 4, 4), levels), x)
@@ -737,12 +746,12 @@ def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
 def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     x = images(3, (3, 4, 4))
     lossless = decoded
-    assert set(ordinary_sizes(x, 256, lambda done, total: None)) >= {"PNG", "WEBP"}
+    assert set(ordinary_sizes(x, 256)) >= {"PNG", "WEBP"}
     last = encoded(x[2], "WEBP")
     monkeypatch.setattr(
         lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last)
     )
-    assert "WEBP" not in ordinary_sizes(x, 256, lambda done, total: None)
+    assert "WEBP" not in ordinary_sizes(x, 256)
 
 
 def test_folders_are_read_as_the_data_set_reads_them(tmp_path):

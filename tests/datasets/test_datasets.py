@@ -342,8 +342,8 @@ def tiny_mnist(tmp_path, monkeypatch):
             resources.append((f"{name}.gz", md5(site / f"{name}.gz")))
             sizes[name] = len(data)
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
-    monkeypatch.setattr(mnist, "COUNTS", {"train": 6, "test": 4})
-    monkeypatch.setattr(mnist, "SIZES", sizes)
+    monkeypatch.setattr(torchvision_source, "IDX_COUNTS", {"train": 6, "test": 4})
+    monkeypatch.setattr(torchvision_source, "IDX_SIZES", sizes)
     return (
         site,
         wanted,
@@ -460,7 +460,7 @@ def test_damaged_raw_header(tiny_mnist, tmp_path, closed):
 
 def test_wrong_number_of_images(tiny_mnist, tmp_path, monkeypatch):
     site, _, set_mirrors = tiny_mnist
-    monkeypatch.setattr(mnist, "COUNTS", {"train": 60000, "test": 10000})
+    monkeypatch.setattr(torchvision_source, "IDX_COUNTS", {"train": 60000, "test": 10000})
     with served(site) as (address, _):
         set_mirrors([address])
         with pytest.raises(UserError, match=r"\(6, 1, 28, 28\), not \(60000, 1, 28, 28\)"):
@@ -471,10 +471,8 @@ def test_full_disk_is_not_the_users_mistake(tmp_path):
     def load(source, root):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    images = torchvision_source.images(
-        "MNIST", tmp_path, shape=(1, 1, 1), count=1, load=load, labels=load, urls=lambda cls: [],
-        files=[], unpacked=["x"],
-    )  # fmt: skip
+    files = torchvision_source.Files([], {"x": None})
+    images = torchvision_source.images("MNIST", tmp_path, files, (1, 1, 1), 1, load, lambda cls: [])
     with pytest.raises(RunError, match=rf"{tmp_path}.*No space left"):
         images.read()
 
@@ -547,7 +545,7 @@ def test_cifar10_from_its_archive(tmp_path, monkeypatch):
     with tarfile.open(site / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(inside, "cifar-10-batches-py")
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(site / "cifar-10-python.tar.gz"))
-    monkeypatch.setattr(module("cifar10"), "COUNTS", {"train": 3, "test": 2})
+    monkeypatch.setattr(torchvision_source, "CIFAR_COUNTS", {"train": 3, "test": 2})
     root = tmp_path / "root"
     with served(site) as (address, _):
         monkeypatch.setattr(datasets.CIFAR10, "url", address + "cifar-10-python.tar.gz")

@@ -1,6 +1,7 @@
 """The learning rate, weight decay where it belongs, and the average of the weights."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.system.capacity import peak
-from flowtrain.training.optim import Average, Muon, build_optimizers, learning_rate
+from flowtrain.training.optim import ADAM_AND_KIN, Average, Muon, build_optimizers, learning_rate
 
 WITH_NETWORKS = [name for name in TINY if name != "planar"]  # whose layers have a few numbers each
+
+
+def test_every_optimizer_of_the_configuration_can_be_built():
+    assert {*get_args(Train.model_fields["optimizer"].annotation)} == {*ADAM_AND_KIN, "muon"}
 
 
 def rates(steps, **options):

@@ -1,0 +1,57 @@
+"""Tasks in threads, each of which computes with one thread of torch."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+
+Progress = Callable[[int, int], None]  # images done, and all of them
+Tick = Callable[[int], None]  # images done since the last call
+
+T = TypeVar("T")
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[int]:
+    """Lets torch use one thread meanwhile. Gives the number of threads that it had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_threads(tasks: Sequence[Callable[[Tick], T]], total: int, progress: Progress) -> list[T]:
+    """The results of tasks, of which as many run at a time as torch has threads.
+
+    Each task calls its argument with the number of images that it has done since the last call. The
+    first task that fails ends all.
+    """
+    lock, stopped, done = threading.Lock(), threading.Event(), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        if stopped.is_set():
+            raise InterruptedError
+        with lock:
+            done += count
+            progress(min(done, total), total)
+
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(task, tick) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]

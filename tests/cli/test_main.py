@@ -1,0 +1,19 @@
+"""The list of commands."""
+
+import importlib
+import pkgutil
+
+from helpers import REPOSITORY
+
+import flowtrain.cli
+from flowtrain.cli.main import app
+
+
+def test_every_command_is_listed_and_documented():
+    """A module of flowtrain.cli with a function of its own name is a command."""
+    names = {info.name for info in pkgutil.iter_modules(flowtrain.cli.__path__)} - {"main"}
+    modules = {name: importlib.import_module(f"flowtrain.cli.{name}") for name in names}
+    commands = {name for name, module in modules.items() if hasattr(module, name)}
+    assert commands == {command.callback.__name__ for command in app.registered_commands}
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert {name for name in commands if f"flowtrain {name} " not in readme} == set()
