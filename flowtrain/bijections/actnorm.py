@@ -14,8 +14,8 @@ class DiagonalAffine(Bijection):
     """`z = x * exp(s) + shift` with one shift and one `s` (bounded by tanh to +-8) per entry.
 
     This is NICE's diagonal scaling (Dinh et al. 2015, eq. 11). It is also the learned top prior of
-    Glow (Kingma & Dhariwal 2018, the release's `learn_top`), because scaling the latent is the
-    same as learning its mean and variance.
+    Glow (Kingma & Dhariwal 2018; `learn_top` in the release): scaling the latent is the same as
+    learning its mean and variance.
 
     `shape` is that of the parameters, which are broadcast against one example: for instance
     `(D,)` or `(C, 1, 1)`.
