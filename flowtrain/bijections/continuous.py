@@ -166,19 +166,30 @@ class Continuous(Bijection):
         end = self._solve(z, forwards=False)[-1]
         return end[:, :-1], end[:, -1]
 
+    def reconstruct(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():  # but to the tolerances of the forward pass that gave z
+            x = self._solve(z, forwards=False, for_gradient=True)[-1][:, :-1]
+        return x.requires_grad_(), *self(x, context)
+
     def stages(self, z: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return list(self._solve(z, forwards=False, intervals=STAGES)[:, :, :-1])
 
-    def _solve(self, x: Tensor, forwards: bool, intervals: int = 1) -> Tensor:
+    def _solve(
+        self, x: Tensor, forwards: bool, intervals: int = 1, for_gradient: bool = False
+    ) -> Tensor:
         """The solution at the ends of `intervals` equal intervals: `(intervals + 1, B, D + 1)`.
 
-        The last of the D + 1 columns is log_det.
+        The last of the D + 1 columns is log_det. `for_gradient` sets the tolerances and the trace
+        of training, as does recording a gradient.
         """
         finite = x.isfinite().all(dim=1, keepdim=True)
         # The solver's state is the change from x, which rounds more finely than x plus the change.
         origin = F.pad(torch.where(finite, x, 0), (0, 1))
-        probes = self._probes(x)
+        for_gradient = for_gradient or torch.is_grad_enabled()
+        probes = self._probes(x, for_gradient)
         self.evaluations = 0
 
         def rate(s: Tensor, state: Tensor) -> Tensor:
@@ -190,7 +201,7 @@ class Continuous(Bijection):
             return both if forwards else -both
 
         smallest = ROUNDING * torch.finfo(x.dtype).eps
-        share = 1.0 if torch.is_grad_enabled() else EVALUATION
+        share = 1.0 if for_gradient else EVALUATION
         times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64, device=x.device)
         options = {"first_step": FIRST_STEP, "max_num_steps": MAX_STEPS}
         settings: dict[str, Any] = {
@@ -216,11 +227,11 @@ class Continuous(Bijection):
                 states = (origin * torch.nan).expand(intervals + 1, *origin.shape)
         return torch.where(finite, states, torch.nan)
 
-    def _probes(self, x: Tensor) -> Tensor:
+    def _probes(self, x: Tensor, for_gradient: bool) -> Tensor:
         """The probes of the trace: unit vectors, `(1, D, D)`, or random signs, `(B, 1, D)`."""
         dims = x.shape[1]
         affordable = self.trace == "exact" or (self.trace == "auto" and dims <= EXACT_DIMS)
-        if affordable or not torch.is_grad_enabled():
+        if affordable or not for_gradient:
             return torch.eye(dims, dtype=x.dtype, device=x.device)[None]
         return random_signs(x)[:, None]
 
