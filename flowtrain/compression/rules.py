@@ -200,7 +200,7 @@ class Linear:
         self.order = permutation.argmax(dim=1)  # row i of P L takes row order[i] of L
         self.lower = whole(lower.tril(-1), MATRIX_BITS)
         self.upper = whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
-        self.sign: Tensor = diagonal.sign().long()[:, None]
+        self.sign = diagonal.sign().long()[:, None]
         self.diagonal = Diagonal(diagonal.abs()[:, None], torch.zeros(len(diagonal), 1), bits)
         self.bias = whole(_finite(bias), bits)[:, None]
 
@@ -225,7 +225,7 @@ class Linear:
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
     """A product in whole numbers, where the order of a sum is irrelevant, in units of `x`."""
-    return (matrix @ x + 2 ** (MATRIX_BITS - 1)) >> MATRIX_BITS
+    return torch.bitwise_right_shift(matrix @ x + 2 ** (MATRIX_BITS - 1), MATRIX_BITS)
 
 
 @rule.register
