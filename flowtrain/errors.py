@@ -4,6 +4,7 @@ import difflib
 import errno
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -52,6 +53,17 @@ def exit_code(error: BaseException) -> int:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error is about space on the disk, which is not the user's input (exit 1)."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(folder: Path | str, error: BaseException) -> RunError:
+    """The error to raise where `is_disk_full`."""
+    return RunError(f"cannot write to {folder} ({short(error)}): make room and run again")
+
+
+def short(error: BaseException, limit: int = 300) -> str:
+    """An exception as one line for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

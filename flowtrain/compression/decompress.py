@@ -17,8 +17,7 @@ from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
 from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
-from flowtrain.datasets.base import short
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError, UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
 

@@ -14,9 +14,9 @@ from flowtrain.compression.format import check_names
 from flowtrain.compression.strips import STRIP
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
-from flowtrain.datasets.base import READABLE, short
+from flowtrain.datasets.base import READABLE
 from flowtrain.datasets.folder import files_of
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import file_sizes, formats
 

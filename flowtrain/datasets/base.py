@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import UserError, short
 from flowtrain.types import Shape
 
 Part = Literal["train", "test"]  # what a data set itself is divided into
@@ -40,6 +40,15 @@ class Images:
     labels: Callable[[], np.ndarray] | None = None
 
 
+def frozen_random(*key: int) -> np.random.RandomState:
+    """A generator that depends on the key alone.
+
+    numpy never changes the numbers of a RandomState. So a newer numpy neither moves images between
+    splits nor makes other points.
+    """
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
+
+
 def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split range(n) into (kept, held) sorted index arrays, the same for one seed everywhere.
 
@@ -53,9 +62,15 @@ def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarr
     count = int(held) if held >= 1 or held == 0 else max(1, round(n * held))
     if count >= n:
         raise UserError(f"cannot hold {count} of {n} images out: none is left to train on")
-    # RandomState, because its stream is frozen: a newer numpy must not move images between splits.
-    order = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).permutation(n)
+    order = frozen_random(seed).permutation(n)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def part_of(examples: np.ndarray, part: Part, seed: int) -> np.ndarray:
+    """The part of examples that have no division of their own: a seeded tenth is the test split."""
+    kept, held = hold_out(len(examples), 0.1, seed)
+    chosen: np.ndarray = examples[kept if part == "train" else held]
+    return chosen
 
 
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
@@ -114,10 +129,9 @@ def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
 
 
 def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -> np.ndarray:
-    """Read a user's image file as uint8 (C, H, W) with values 0..levels-1.
+    """Read a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`.
 
-    256 levels are the file's values; 2**n keep the upper n bits, as `data.n_bits` does; any other
-    number Q takes round(v / 255 * (Q - 1)). Raises UserError that names the path.
+    Raises UserError that names the path.
     """
     try:
         pixels = decode(path, shape, policy)
@@ -129,20 +143,19 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path} cannot be read as an image ({short(error)})") from None
+    return quantize(pixels, levels)
+
+
+def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
+    """Values 0..255 to 0..Q-1, uint8.
+
+    256 levels keep the values, and 2**n levels their upper n bits, as `data.n_bits` does. Any other
+    number Q takes round(v / 255 * (Q - 1)).
+    """
     if levels & (levels - 1) == 0:
-        return pixels >> (8 - (levels.bit_length() - 1))
+        reduced: np.ndarray = pixels >> (8 - (levels.bit_length() - 1))
+        return reduced
     return np.round(pixels / 255 * (levels - 1)).astype(np.uint8)
-
-
-def short(error: BaseException, limit: int = 300) -> str:
-    """An exception as one line for a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def disk_full(folder: Path | str, error: BaseException) -> RunError:
-    """The error to raise where `is_disk_full`."""
-    return RunError(f"cannot write to {folder} ({short(error)}): make room and run again")
 
 
 def contiguous(pixels: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, hold_out
+from flowtrain.datasets.base import Images, Part, contiguous, part_of
 
 
 def build(root: Path, split: Part, *, seed: int = 0) -> Images:
@@ -16,9 +16,7 @@ def build(root: Path, split: Part, *, seed: int = 0) -> Images:
     def part(of: str) -> np.ndarray:
         from sklearn.datasets import load_digits
 
-        values = load_digits()[of]
-        kept, held = hold_out(len(values), 0.1, seed)
-        return values[kept if split == "train" else held]
+        return part_of(load_digits()[of], split, seed)
 
     def read() -> np.ndarray:
         return contiguous(part("images")[:, None])  # (N, 1, 8, 8), floats 0..16

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Part, Policy, short
-from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.datasets.base import Images, Part, Policy, part_of
+from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -106,8 +106,7 @@ def _split(folder: Path, split: Part, seed: int) -> list[File]:
             f"data.path: {folder} has one image, which cannot be split: add images, or folders "
             f"train/ and test/"
         )
-    kept, held = base.hold_out(len(files), 0.1, seed)
-    return [files[i] for i in (kept if split == "train" else held)]
+    return [files[i] for i in part_of(np.arange(len(files)), split, seed)]
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
@@ -207,7 +206,7 @@ def _fill(
         return opened
     except OSError as error:
         if is_disk_full(error):
-            raise base.disk_full(target.parent, error) from None
+            raise disk_full(target.parent, error) from None
         raise UserError(
             f"the image cache {target.parent} cannot be written ({short(error)}): set the "
             "environment variable FLOWTRAIN_CACHE to a folder that can"

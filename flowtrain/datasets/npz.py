@@ -12,8 +12,8 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, hold_out, short
-from flowtrain.errors import UserError
+from flowtrain.datasets.base import Images, Part, contiguous, part_of
+from flowtrain.errors import UserError, short
 from flowtrain.types import Shape
 
 Layout = Literal["nhwc", "nchw"]
@@ -59,10 +59,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     part = "test" if own_test and split == "test" else "train"
 
     def own(values: np.ndarray) -> np.ndarray:
-        if own_test:
-            return values
-        kept, held = hold_out(len(values), 0.1, seed)
-        return values[kept if split == "train" else held]
+        return values if own_test else part_of(values, split, seed)
 
     def read() -> np.ndarray:
         pixels = _array(path, f"x_{part}")

@@ -33,6 +33,8 @@ def build(
         angle = 2 * np.pi * random.randint(arms, size=n) / arms + 0.25 * np.exp(radial)
         along = np.stack([np.cos(angle), np.sin(angle)], axis=1)
         across = np.stack([-np.sin(angle), np.cos(angle)], axis=1)
-        return 1.5 * (radial[:, None] * along + tangential[:, None] * across)
+        points: np.ndarray = radial[:, None] * along + tangential[:, None] * across
+        points *= 1.5
+        return points
 
     return real_valued(split, seed, count, test_count, generate)

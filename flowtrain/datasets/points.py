@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part
+from flowtrain.datasets.base import Images, Part, frozen_random
 
 Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and N to (N, dims)
 
@@ -17,10 +17,8 @@ def real_valued(
     """`count` points to train on, `test_count` to test with, both functions of the seed alone."""
 
     def read() -> np.ndarray:
-        # RandomState, because its stream is frozen: a newer numpy gives the same points.
         test = split == "test"
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, int(test)])))
-        points = generate(random, test_count if test else count)
+        points = generate(frozen_random(seed, int(test)), test_count if test else count)
         return np.ascontiguousarray(points.reshape(-1, dims, 1, 1), dtype=np.float32)
 
     return Images(shape=(dims, 1, 1), levels=None, read=read)

@@ -30,7 +30,8 @@ def build(
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         angle = random.uniform(0, 2 * np.pi, n)
         radius = 0.6 * random.randint(1, 5, size=n)
-        points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        return points + noise * random.standard_normal((n, 2))
+        points: np.ndarray = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        points += noise * random.standard_normal((n, 2))
+        return points
 
     return real_valued(split, seed, count, test_count, generate)

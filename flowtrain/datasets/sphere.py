@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import PositiveFloat
 
-from flowtrain.datasets.base import Images, Part
+from flowtrain.datasets.base import Images, Part, frozen_random
 from flowtrain.datasets.points import real_valued
 from flowtrain.types import Positive
 
@@ -49,14 +49,16 @@ def build(
         first /= np.linalg.norm(first, axis=1, keepdims=True)
         second = np.cross(mean, first)
         around = np.cos(angle)[:, None] * first + np.sin(angle)[:, None] * second
-        return along[:, None] * mean + np.sqrt(np.maximum(1 - along**2, 0))[:, None] * around
+        points: np.ndarray = along[:, None] * mean
+        points += np.sqrt(np.maximum(1 - along**2, 0))[:, None] * around
+        return points
 
     return real_valued(split, seed, count, test_count, generate, dims=3)
 
 
 def means(seed: int, components: int) -> np.ndarray:
     """The mean directions, uniform on the sphere, `(components, 3)`."""
-    # 0 and 1 are the splits
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, 2])))
-    directions = random.normal(size=(components, 3))
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    # 2, because 0 and 1 are the splits
+    directions = frozen_random(seed, 2).normal(size=(components, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return directions

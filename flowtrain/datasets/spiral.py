@@ -30,7 +30,9 @@ def build(
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         angle = 1.5 * 2 * np.pi * np.sqrt(random.uniform(0, 1, n))
         arm = (-1) ** random.randint(2, size=n)
-        points = (arm * angle / 3)[:, None] * np.stack([-np.cos(angle), np.sin(angle)], axis=1)
-        return points + noise * random.standard_normal((n, 2))
+        radius = arm * angle / 3
+        points: np.ndarray = radius[:, None] * np.stack([-np.cos(angle), np.sin(angle)], axis=1)
+        points += noise * random.standard_normal((n, 2))
+        return points
 
     return real_valued(split, seed, count, test_count, generate)

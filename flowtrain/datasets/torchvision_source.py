@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, disk_full, short
-from flowtrain.errors import UserError, is_disk_full
+from flowtrain.datasets.base import Images, Part, contiguous
+from flowtrain.errors import UserError, disk_full, is_disk_full, short
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")

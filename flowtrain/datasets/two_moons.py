@@ -30,6 +30,8 @@ def build(
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         from sklearn.datasets import make_moons
 
-        return make_moons(n, noise=noise, random_state=random)[0] - np.array([0.5, 0.25])
+        points: np.ndarray = make_moons(n, noise=noise, random_state=random)[0]
+        points -= [0.5, 0.25]
+        return points
 
     return real_valued(split, seed, count, test_count, generate)

@@ -21,7 +21,7 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split, SplitName
-from flowtrain.datasets.base import Policy, resize
+from flowtrain.datasets.base import Policy, quantize, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.kinds import bits_per_dim
@@ -167,9 +167,7 @@ def convert(
     pixels = to_8bit(torch.from_numpy(np.ascontiguousarray(images)), levels).numpy()
     if pixels.shape[1:] != to_shape:
         pixels = np.stack([resize(picture_of(image), to_shape, policy) for image in pixels])
-    if to_levels & (to_levels - 1) == 0:
-        return pixels >> (8 - (to_levels.bit_length() - 1))
-    return np.round(pixels / 255 * (to_levels - 1)).astype(np.uint8)
+    return quantize(pixels, to_levels)
 
 
 MADE = ("noise", "constant", "shuffled")

@@ -145,7 +145,8 @@ class Flow(nn.Module):
         x = self._checked(x)
         if labels is not None:
             labels = self._checked_labels(labels, len(x))
-        return self(x, draw_noise(x.shape, generator, x.device), labels).total
+        parts: LogProb = self(x, draw_noise(x.shape, generator, x.device), labels)
+        return parts.total
 
     def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as
@@ -164,8 +165,8 @@ class Flow(nn.Module):
         """The latent at the middle of each image's bin, `(B, D)`: no randomness, so that `decode`
         gives `x` back.
         """
-        v = self.dequantizer.middle(self._checked(x), self.dtype)
-        return self.bijection(v)[0]
+        z: Tensor = self.bijection(self.dequantizer.middle(self._checked(x), self.dtype))[0]
+        return z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ class Flow(nn.Module):
             raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
         if count and (int(labels.min()) < 0 or int(labels.max()) >= self.classes):
             raise ValueError(
-                f"expected classes in 0..{self.classes - 1}, got {labels.unique().tolist()}"
+                f"expected classes in 0..{self.classes - 1}, got {sorted(set(labels.tolist()))}"
             )
         return labels.to(self.device)
 

@@ -157,7 +157,7 @@ class SurfacePoints(Points):
 
     def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:
         x = super().random(shape, randomness)
-        return x / x.norm(dim=1, keepdim=True)
+        return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
 
 def kind_of(levels: int | None, on_surface: bool = False) -> Kind:

@@ -86,7 +86,9 @@ class PointPlots:
         figure, panels = _figure(2, max(2 + len(temperatures), len(stages)))
         first, *middle = panels[0][: 2 + len(temperatures)]
         _scatter(first, f"data ({len(beside):,})", beside, bounds)
-        for axes, part, temperature in zip(middle, x.split(len(z)), temperatures, strict=False):
+        for axes, part, temperature in zip(
+            middle, torch.split(x, len(z)), temperatures, strict=False
+        ):
             at = "" if temperature == 1 else f" at {temperature:g}"
             _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
         _density(middle[-1], flow, bounds)
@@ -211,7 +213,7 @@ def _scatter(
 @torch.no_grad()
 def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     points, _ = mesh(flow, bounds, MESH)
-    values = torch.cat([flow.log_prob(part).cpu() for part in points.split(4096)]).reshape(
+    values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)]).reshape(
         MESH, MESH
     )
     # Ten nats below the peak is nothing to the eye, and far away the density falls without end.

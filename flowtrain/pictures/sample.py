@@ -39,7 +39,7 @@ def sample(
     images = []
     for temperature in temperatures:
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
-        for part in latents.split(flow.kind.decode_batch):
+        for part in torch.split(latents, flow.kind.decode_batch):
             images.append(flow.decode(part).cpu())
             progress(sum(map(len, images)), len(latents) * len(temperatures))
     return torch.cat(images)
