@@ -129,7 +129,7 @@ def ood(
                 f"the model's"
             )
     with ProgressBar("scoring") as bar:
-        comparison = scoring.compare(
+        comparison = scoring.score_all(
             loaded, collections, seed=seed, batch_size=batch_size, progress=bar
         )
     _print(comparison)

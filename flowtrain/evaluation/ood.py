@@ -381,7 +381,7 @@ class Comparison:
             raise RunError("; ".join(said))
 
 
-def compare(
+def score_all(
     model: LoadedModel,
     collections: Collections,
     *,

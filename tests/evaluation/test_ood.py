@@ -46,7 +46,7 @@ def compared(model, outside, count=30, **options):
     data = DataSet(model.config.data)
     inside = ood.own_split("test", model, data, count)
     reference = ood.own_split("validation", model, data, count)
-    return ood.compare(model, ood.Collections(reference, inside, outside(inside)), **options)
+    return ood.score_all(model, ood.Collections(reference, inside, outside(inside)), **options)
 
 
 # ---------------------------------------------------------------- the scores
@@ -340,7 +340,7 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     for index in (2, 4):
         collections[black].images[index, 0, 0, 0] = 0
     outside = [collections.pop("outside")]
-    comparison = ood.compare(model, ood.Collections(**collections, outside=outside))
+    comparison = ood.score_all(model, ood.Collections(**collections, outside=outside))
     outcome = ood.as_json(comparison)
     text = json.dumps(outcome, allow_nan=False)  # fails where there is one
     (out,) = outcome["out"]
