@@ -200,7 +200,7 @@ class Linear:
         self.order = permutation.argmax(dim=1)  # row i of P L takes row order[i] of L
         self.lower = whole(lower.tril(-1), MATRIX_BITS)
         self.upper = whole((upper / diagonal[:, None]).triu(1), MATRIX_BITS)
-        self.sign = diagonal.sign().long()[:, None]
+        self.sign: Tensor = diagonal.sign().long()[:, None]
         self.diagonal = Diagonal(diagonal.abs()[:, None], torch.zeros(len(diagonal), 1), bits)
         self.bias = whole(_finite(bias), bits)[:, None]
 
