@@ -67,7 +67,7 @@ def short(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` with the most similar word, or an empty string."""
     words = list(words)
     # A key in the wrong section is as common a mistake as a misspelt one. Several words with the
