@@ -66,7 +66,7 @@ def short(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?`, or nothing."""
     words = list(words)
     # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of
