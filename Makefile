@@ -12,7 +12,10 @@ THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 # What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or `--only NAME`.
 RECIPE ?=
 
-.PHONY: demo docs test test-slow test-gpu bench recipe check format docker-check clean
+# The workers of `make quick` and `make test`.
+WORKERS ?= -n 2 --dist worksteal
+
+.PHONY: demo docs quick test test-slow test-gpu bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -29,8 +32,11 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
 	$(BIN)/python docs/configuration.py
 
-test: .venv/installed-dev  ## the fast tests
-	$(BIN)/python -m pytest -q
+quick: .venv/installed-dev  ## the tests that run no command and train no model, in half a minute
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not run"
+
+test: .venv/installed-dev  ## the fast tests, in four minutes
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow

@@ -9,6 +9,7 @@ and signals.
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing.forkserver
@@ -43,8 +44,8 @@ SLOW_IMPORTS = [
         "safetensors.torch",
     ],
 ]
-FOLDER = Path(tempfile.mkdtemp(prefix="flowtrain-tests-"))  # what several tests share
-atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+SESSION = Path(os.environ["FLOWTRAIN_TESTS"])  # of all workers, made and removed by conftest.py
+FOLDER = Path(tempfile.mkdtemp(dir=SESSION))  # what several tests of one worker share
 
 
 def sets(**values) -> list[str]:
@@ -263,9 +264,14 @@ MODELS = {
 
 @functools.cache
 def trained() -> dict[str, Path]:
-    """Finished runs of each model on the digits; not to be written to."""
-    glow = start("train", *MODELS["glow"], "--run-dir", "glow", cwd=FOLDER)
-    for name in ("realnvp", "nice"):
-        quick("train", *MODELS[name], "--run-dir", name, cwd=FOLDER).ok()
-    result(glow).ok()
-    return {name: FOLDER / name for name in MODELS}
+    """Finished runs of each model on the digits; not to be written to. The first worker makes
+    them.
+    """
+    with (SESSION / "lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        if not (SESSION / "glow").exists():
+            glow = start("train", *MODELS["glow"], "--run-dir", "glow", cwd=SESSION)
+            for name in ("realnvp", "nice"):
+                quick("train", *MODELS[name], "--run-dir", name, cwd=SESSION).ok()
+            result(glow).ok()
+    return {name: SESSION / name for name in MODELS}

@@ -20,6 +20,7 @@ import yaml
 from cli_helpers import (
     FOLDER,
     MODELS,
+    SESSION,
     SMALL,
     TINY,
     copy_of,
@@ -242,7 +243,7 @@ def test_resolved_configuration(monkeypatch):
     """Every key: what the command sets, over the file, over the defaults."""
     values = yaml.safe_load((trained()["glow"] / "config.yaml").read_text())
     file = load_yaml(find_config("glow_digits.yaml"))
-    monkeypatch.chdir(FOLDER)  # where it was trained: data.root is below
+    monkeypatch.chdir(SESSION)  # where it was trained: data.root is below
     assert (
         values
         == load_config(find_config("glow_digits.yaml"), TINY[1::2]).resolved()

@@ -372,6 +372,7 @@ def train(flow, steps):
         optimizer.step()
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "model, shape, q, transform, alpha, nodes",
     [

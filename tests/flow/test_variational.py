@@ -193,6 +193,7 @@ def noise_of(flow, count, seed=3):
     return torch.rand(count, *flow.shape, generator=seeded(seed), dtype=torch.float64)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 3, 3), (1, 1, 1)])
 def test_learning_it_closes_the_gap(shape):
     """Under a fixed Gaussian, of which each image's probability is known."""

@@ -1,0 +1,47 @@
+"""The folder that all workers of a session share, and the marker `run`."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+
+
+def pytest_configure(config):
+    """Makes the folder. Workers inherit its name in the environment; who made it removes it."""
+    if "FLOWTRAIN_TESTS" not in os.environ:
+        os.environ["FLOWTRAIN_TESTS"] = tempfile.mkdtemp(prefix="flowtrain-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("FLOWTRAIN_TESTS"), True))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test that runs a command or trains: itself, through a fixture, or a helper."""
+    import cli_helpers  # not at the top: they need the folder
+
+    from flowtrain.training import loop
+
+    runs = [subprocess, cli_helpers.start, cli_helpers.Forked, loop.fit]
+    known = {}  # function: whether it does
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(
+            reaches(function, runs, known)
+            for function in [item.function, *(definition.func for [*_, definition] in fixtures)]
+        ):
+            item.add_marker("run")
+
+
+def reaches(function, targets, known):
+    """Does the function, or one of those that it names, name a target?"""
+    if function not in known:
+        known[function] = False  # for functions that name themselves
+        codes = [function.__code__]
+        for code in codes:
+            codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+        named = [function.__globals__.get(name) for code in codes for name in code.co_names]
+        known[function] = any(
+            any(value is target for target in targets)
+            or hasattr(value, "__code__")
+            and reaches(value, targets, known)
+            for value in named
+        )
+    return known[function]
