@@ -54,17 +54,18 @@ def page() -> str:
     for section, kind in sections.items():
         parts += [f"## {section}\n", paragraph(kind), table(f"{section}.", kind, kind.model_fields)]
         if issubclass(kind, Component):
-            for name in component_names(kind.package):
-                parts += component(section, kind, name)
+            for name in component_names(kind):
+                parts += component(kind, name)
     return PAGE.format(keys="\n".join(parts))
 
 
-def component(section: str, base: type[Component], name: str) -> list[str]:
+def component(base: type[Component], name: str) -> list[str]:
     """The part about one model or data set."""
-    module, kind = component_module(base.package, name), component_schema(base.package, name)
-    parts = [f"### {section}.name: {name}\n", paragraph(module), paragraph(module.build)]
-    options = [key for key in kind.model_fields if key not in base.model_fields]
-    return [*parts, table(f"{section}.", kind, options)] if options else parts
+    module, kind = component_module(base, name), component_schema(base, name)
+    parts = [f"### {base.section}.name: {name}\n", paragraph(module), paragraph(module.build)]
+    if kind.option_names:
+        parts.append(table(f"{base.section}.", kind, kind.option_names))
+    return parts
 
 
 def paragraph(documented: ModuleType | type[Section] | Callable[..., object]) -> str:

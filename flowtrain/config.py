@@ -1,8 +1,8 @@
 """The configuration: its schema, YAML files, `--set` overrides, and the JSON schema (`python -m
 flowtrain.config`).
 
-`model.name` and `data.name` name a module; the keyword arguments of its `build` are the options
-that the section takes beside the keys declared here. A dotted name is the user's own module.
+`model.name` and `data.name` each name a module. The section then takes the keys declared here and
+the keyword arguments of the module's `build`, its options. A dotted name is a module of the user.
 """
 
 import functools
@@ -39,7 +39,7 @@ from flowtrain.types import Positive
 
 
 def _absolute(path: Path) -> Path:
-    """So that a run finds its data again from any folder."""
+    """Makes a path absolute, so that a run finds its data again from any folder."""
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:  # ~nobody
@@ -54,23 +54,24 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """A section whose `name` is a module of `package`, and whose further keys are that module's
-    options.
-    """
+    """A section whose `name` is a module, and whose further keys are that module's options."""
 
-    package: ClassVar[str]
+    section: ClassVar[str]
+    package: ClassVar[str]  # flowtrain.PACKAGE has the modules
+    arguments: ClassVar[set[str]]  # those of `build` that are not options
+    option_names: ClassVar[list[str]] = []
     name: str
 
     def options(self) -> dict[str, Any]:
-        """The keys that the module's `build` takes."""
-        own = component_base(self.package).model_fields
-        return {key: getattr(self, key) for key in type(self).model_fields if key not in own}
+        """The options of the module's `build` with their values."""
+        return {key: getattr(self, key) for key in self.option_names}
 
 
 class Data(Component):
     """The data set, how it is split, and how its images are augmented."""
 
-    package = "datasets"
+    section, package = "data", "datasets"
+    arguments = {"root", "split", "seed"}
     name: str = Field(
         "digits",
         description="The data set: a module of flowtrain.datasets, or a module of your own by its "
@@ -112,7 +113,8 @@ class Data(Component):
 class Model(Component):
     """The normalizing flow."""
 
-    package = "models"
+    section, package = "model", "models"
+    arguments = {"shape"}
     name: str = Field(
         "glow",
         description="The model: a module of flowtrain.models, or a module of your own by its "
@@ -263,26 +265,25 @@ class Config(Section):
         return yaml.safe_dump(self.resolved(), sort_keys=False)
 
 
-def component_base(package: str) -> type[Component]:
-    bases: dict[str, type[Component]] = {"datasets": Data, "models": Model}
-    return bases[package]
-
-
-def component_names(package: str) -> list[str]:
-    """The modules of `flowtrain.<package>` that have a `build`."""
-    spec = importlib.util.find_spec(f"flowtrain.{package}")
+def component_names(base: type[Component]) -> list[str]:
+    """The modules of the package of `base` (`Data` or `Model`) that have a function `build`."""
+    spec = importlib.util.find_spec(f"flowtrain.{base.package}")
     assert spec is not None
-    names = [info.name for info in pkgutil.iter_modules(spec.submodule_search_locations)]
-    return sorted(
-        n for n in names if hasattr(importlib.import_module(f"flowtrain.{package}.{n}"), "build")
-    )
+    names = sorted(info.name for info in pkgutil.iter_modules(spec.submodule_search_locations))
+    return [name for name in names if hasattr(_shipped(base, name), "build")]
 
 
-def component_module(package: str, name: str) -> ModuleType:
-    """The module behind a name; a dotted name is imported as it is. Raises `UserError` where there
-    is none.
+def _shipped(base: type[Component], name: str) -> ModuleType:
+    return importlib.import_module(f"flowtrain.{base.package}.{name}")
+
+
+def component_module(base: type[Component], name: str) -> ModuleType:
+    """The module of a name. A dotted name is imported as it is.
+
+    Raises:
+        UserError: if there is no such module, or it has no `build`.
     """
-    key = {"datasets": "data.name", "models": "model.name"}[package]
+    key = f"{base.section}.name"
     if "." in name and all(part.isidentifier() for part in name.split(".")):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
@@ -293,66 +294,59 @@ def component_module(package: str, name: str) -> ModuleType:
         if not hasattr(module, "build"):
             raise UserError(f"{key}: module {name!r} has no function `build`")
         return module
-    names = component_names(package)
+    names = component_names(base)
     if name not in names:
         raise UserError(
             f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}"
         )
-    return importlib.import_module(f"flowtrain.{package}.{name}")
+    return _shipped(base, name)
 
 
 @functools.cache
-def component_schema(package: str, name: str) -> type[Component]:
-    """The section's own keys and the options of the named module's `build`, as one pydantic
-    model.
-    """
-    base = component_base(package)
-    module = component_module(package, name)
-    described = _described_arguments(module.build)
+def component_schema(base: type[Component], name: str) -> type[Component]:
+    """The keys of `base` and the options of the named module's `build` as one pydantic model."""
+    build = component_module(base, name).build
+    described = _described_arguments(build)
+    hints = typing.get_type_hints(build, include_extras=True)
     fields: dict[str, Any] = {}
-    for parameter in _option_parameters(package, module):
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (
-            AbsolutePath if parameter.annotation is Path else parameter.annotation,
-            Field(default, description=described.get(parameter.name)),
-        )
-    schema: Any = create_model(f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields)
+    for key, parameter in inspect.signature(build).parameters.items():
+        if key not in base.arguments:
+            kind = hints.get(key, Any)
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[key] = (
+                AbsolutePath if kind is Path else kind,
+                Field(default, description=described.get(key)),
+            )
+    schema: type[Component] = create_model(
+        f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields
+    )
+    schema.option_names = list(fields)
     return schema
 
 
-def _option_parameters(package: str, module: ModuleType) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(module.build, include_extras=True)
-    parameters = inspect.signature(module.build).parameters.values()
-    # what it passes, not the user
-    trainers = {"models": {"shape"}, "datasets": {"root", "split", "seed"}}[package]
-    return [
-        p.replace(annotation=hints.get(p.name, Any)) for p in parameters if p.name not in trainers
-    ]
-
-
 def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
-    """What the section `Args:` of a docstring says about each argument, on one line each."""
+    """What the section `Args:` of a function's docstring says about each argument."""
     section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
-    """Checks a nested mapping and fills in the defaults. Raises `UserError` naming the key and the
-    value.
+    """Checks a nested mapping and fills in the defaults.
+
+    Raises:
+        UserError: if a key is unknown or missing, or its value is wrong. The message names `where`,
+            the key and the value.
     """
     for section in ("data", "model", "train", "dequantization"):
         if not isinstance(values.get(section, {}), Mapping):
             raise UserError(
                 f"{where}: {section}: expected keys and values, got {values[section]!r}"
             )
-    data = component_schema(
-        "datasets", str(values.get("data", {}).get("name", Data.model_fields["name"].default))
-    )
-    model = component_schema(
-        "models", str(values.get("model", {}).get("name", Model.model_fields["name"].default))
-    )
-    sections = {"data": data, "model": model, "dequantization": Dequantization, "train": Train}
+    sections: dict[str, type[Section]] = {"dequantization": Dequantization, "train": Train}
+    for base in (Data, Model):
+        name = values.get(base.section, {}).get("name", base.model_fields["name"].default)
+        sections[base.section] = component_schema(base, str(name))
     # A section that is left out is checked like an empty one.
     fields: Any = {
         k: (kind, Field(default_factory=dict, validate_default=True))
@@ -366,14 +360,14 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
 
 
 def _described(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
-    """A line a key, with what is wrong by each of its alternatives, such as a number or a list of
-    them.
+    """One line per key. A key with alternatives, such as a number or a list of numbers, says what
+    is wrong by each of them.
     """
     known = set(_keys(schema))
     lines: dict[str, str] = {}
     for each in error.errors():
         loc = [str(part) for part in each["loc"]]
-        # What pydantic appends are its names of the alternatives.
+        # Behind the key, pydantic appends its names of the alternatives.
         key = next(
             (name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in known),
             ".".join(loc),
@@ -421,7 +415,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """A YAML file with `--set` overrides."""
+    """The configuration in a YAML file, with `--set` overrides. Raises `UserError`."""
     overrides = list(overrides)
     values = override(load_yaml(path), overrides)
     where = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
@@ -431,11 +425,11 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Applies `key.sub=value` strings to a nested mapping, in place, and returns it.
 
-    Another `data.name` or `model.name` drops the options that belonged to the old one; of
-    `train.num_steps` and `train.budget`, setting one clears the other.
+    Another `data.name` or `model.name` drops the options that belonged to the old one. Setting one
+    of `train.num_steps` and `train.budget` clears the other. Raises `UserError`.
     """
     assignments = [_assignment(text) for text in overrides]
-    # Names first, so that the order on the command line does not matter.
+    # Names come first, so that the order on the command line does not matter.
     for keys, value in sorted(assignments, key=lambda a: a[0][-1:] != ["name"]):
         section = values
         for depth, key in enumerate(keys[:-1]):
@@ -480,21 +474,21 @@ def differences(
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors: every shipped data set and model with
-    its options.
+    """The JSON schema of a configuration file, for editors. It has every shipped data set and model
+    with its options.
     """
     fields: dict[str, Any] = {}
-    for section, base in (("data", Data), ("model", Model)):
+    for base in (Data, Model):
         default = base.model_fields["name"].default
         kinds = []
-        for name in component_names(base.package):
+        for name in component_names(base):
             field: Any = (Literal[name], name) if name == default else (Literal[name], ...)
+            schema_of_name = component_schema(base, name)
             kinds.append(
-                create_model(
-                    f"{section}_{name}", __base__=component_schema(base.package, name), name=field
-                )
+                create_model(f"{base.section}_{name}", __base__=schema_of_name, name=field)
             )
-        fields[section] = (typing.Union[tuple(kinds)], Field(default_factory=dict))  # noqa: UP007
+        any_of_them = typing.Union[tuple(kinds)]  # type: ignore[valid-type]  # noqa: UP007
+        fields[base.section] = (any_of_them, Field(default_factory=dict))
     for section, kind in (("dequantization", Dequantization), ("train", Train)):
         fields[section] = (kind, Field(default_factory=dict))
     model: Any = create_model("flowtrain", __base__=Config, **fields)

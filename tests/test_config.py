@@ -5,13 +5,16 @@ import runpy
 
 import pytest
 import torch
+import torchdiffeq  # noqa: F401  (Its import makes tensors, which must not be on the meta device.)
 import yaml
 from helpers import REPOSITORY
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline, shipped_configs
 from flowtrain.config import (
+    Data,
     Dequantization,
+    Model,
     Train,
     component_names,
     component_schema,
@@ -352,9 +355,9 @@ def section_schema(schema, section, name):
 def every_section():
     """Each section of a configuration, those of data sets and models with their options."""
     yield from (("dequantization", Dequantization), ("train", Train))
-    for package in ("datasets", "models"):
-        for name in component_names(package):
-            yield f"{package}.{name}", component_schema(package, name)
+    for base in (Data, Model):
+        for name in component_names(base):
+            yield f"{base.package}.{name}", component_schema(base, name)
 
 
 def test_the_schema_knows_every_key():
@@ -366,9 +369,9 @@ def test_the_schema_knows_every_key():
             known = section_schema(schema, section, config[section].get("name"))
             assert set(config[section]) == set(known), (path.name, section)
     assert schema["additionalProperties"] is False
-    for section, package in (("data", "datasets"), ("model", "models")):
-        for name in component_names(package):
-            assert "name" in section_schema(schema, section, name)
+    for base in (Data, Model):
+        for name in component_names(base):
+            assert "name" in section_schema(schema, base.section, name)
     assert "description" in section_schema(schema, "train", None)["lr"]
 
 

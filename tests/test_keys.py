@@ -198,11 +198,11 @@ def schema_fields():
     yield "seed", Config.model_fields["seed"]
     for name, section in sections.items():
         yield from ((f"{name}.{key}", field) for key, field in section.model_fields.items())
-    for section, base in (("data", Data), ("model", Model)):
-        for kind in component_names(base.package):
-            for key, field in component_schema(base.package, kind).model_fields.items():
-                if key not in base.model_fields:
-                    yield f"{kind}:{section}.{key}", field
+    for base in (Data, Model):
+        for kind in component_names(base):
+            schema = component_schema(base, kind)
+            for key in schema.option_names:
+                yield f"{kind}:{base.section}.{key}", schema.model_fields[key]
 
 
 def test_every_key_is_flipped():

@@ -1,4 +1,7 @@
-"""Invertible layers with exact log-determinants; one file a family."""
+"""Invertible layers with exact log-determinants, one file per family.
+
+`base.py` states the contract. `execution.py`, `fused.py` and `memory.py` run chains of layers.
+"""
 
 from flowtrain.bijections.actnorm import ActNorm, DiagonalAffine
 from flowtrain.bijections.autoregressive import Inverse, MaskedAutoregressive

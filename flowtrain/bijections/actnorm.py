@@ -5,20 +5,20 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, SetFromData, bounded, sum_per_example, unbounded
 
-# exp(8) is about 3,000: dequantization noise alone has a standard deviation of 1/887 in y, so a
-# channel that is constant in the data can still be brought to the size of the others, and its
-# inverse is harmless.
+# exp(8) is about 3,000. Dequantization noise alone has a standard deviation of 1/887 in y, so even
+# a channel that is constant in the data can be scaled to unit variance. Its inverse is harmless.
 LOG_SCALE_LIMIT = 8.0
 
 
 class DiagonalAffine(Bijection):
-    """`z = x * exp(s) + shift` with one `s` (bounded by tanh to +-8) and one shift for each entry.
+    """`z = x * exp(s) + shift` with one shift and one `s` (bounded by tanh to +-8) per entry.
 
-    NICE's diagonal scaling (Dinh et al. 2015, eq. 11), and the learned top prior of Glow (Kingma &
-    Dhariwal 2018, the release's `learn_top`): scaling the latent is the same as learning its mean
-    and variance.
+    This is NICE's diagonal scaling (Dinh et al. 2015, eq. 11). It is also the learned top prior of
+    Glow (Kingma & Dhariwal 2018; `learn_top` in the release): scaling the latent is the same as
+    learning its mean and variance.
 
-    `shape` is the shape of the parameters, broadcast against one example: `(D,)`, `(C, 1, 1)`.
+    `shape` is that of the parameters, which are broadcast against one example: for instance
+    `(D,)` or `(C, 1, 1)`.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -42,10 +42,10 @@ class DiagonalAffine(Bijection):
 
 
 class ActNorm(SetFromData, DiagonalAffine):
-    """Activation normalization (Glow, section 3.1): zero mean and unit variance per channel on the
-    first batch.
+    """Activation normalization (Glow, section 3.1): a scale and a shift per channel.
 
-    After that the parameters are trained like any others.
+    The first batch sets them so that its channels have zero mean and unit variance. After that
+    they are trained like any other parameters.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -55,11 +55,11 @@ class ActNorm(SetFromData, DiagonalAffine):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         if self.initialized:
             return
-        # Over the batch and every dimension in which the parameters are broadcast.
+        # Statistics over the batch and every dimension in which the parameters are broadcast.
         dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
         if std.numel() == x.numel():
-            std = torch.ones_like(std)  # one value of each says nothing of how it varies
+            std = torch.ones_like(std)  # a single value says nothing about the variance
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
         self.shift.copy_(-mean[0] * self.log_scales().exp())

@@ -1,6 +1,4 @@
-"""Masked autoregressive flows (Papamakarios et al. 2017, arXiv:1705.07057), and any bijection the
-other way round.
-"""
+"""Masked autoregressive flows (MAF, Papamakarios et al. 2017, arXiv:1705.07057), and `Inverse`."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +11,7 @@ from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
 class AutoregressiveNet(nn.Module):
-    """Maps `(B, D)` to `(B, P D)`: P parameters per entry, which see the entries before it alone.
+    """Maps `(B, D)` to `(B, P D)`: P parameters per entry, which depend only on entries before it.
 
     It is called as `net(x, context)`, like any conditioner.
     """
@@ -24,7 +22,7 @@ class AutoregressiveNet(nn.Module):
         batch: int,
         context: Tensor | None = None,
     ) -> Tensor:
-        """The `x` `(B, D)` whose entries are, in order, `next_entry` of their parameters.
+        """Builds `x` `(B, D)` in order: `next_entry` turns an entry's parameters into the entry.
 
         `next_entry` maps `(B, P)` to `(B, 1)`.
         """
@@ -32,20 +30,19 @@ class AutoregressiveNet(nn.Module):
 
 
 class MaskedAutoregressive(Bijection):
-    """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` (MAF, eq. 3-5) on vectors `(B, D)`, T any
-    elementwise transform.
+    """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` on vectors `(B, D)` (MAF, eq. 3-5).
 
-    The Jacobian is lower triangular. Its log-determinant is the sum of T's log-derivatives.
-    `forward` is one pass of the conditioner. `inverse` takes the D entries one after the other. It
-    computes each hidden unit once, as soon as the last entry that the unit sees is known. So it
-    needs about the arithmetic of one pass, in D small steps. It always runs in full precision, and
-    it is differentiable.
+    T is any elementwise transform. The Jacobian is lower triangular, so its log-determinant is the
+    sum of T's log-derivatives. `forward` is one pass of the conditioner. `inverse` computes the D
+    entries one after the other. It computes each hidden unit once, as soon as the last entry that
+    the unit sees is known. So it needs about the arithmetic of one pass, in D small steps. It
+    always runs in full precision, and it is differentiable.
 
-    The order is that of the entries. A `Permute` before the layer gives other orders.
+    The layer takes the entries in their order. A `Permute` before the layer gives other orders.
     """
 
     inverse_is_sequential = True
-    reversible_in_bf16 = False  # the inverse is in float32, where `forward` was in bf16
+    reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
 
     def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
         super().__init__()
@@ -78,14 +75,14 @@ class MaskedAutoregressive(Bijection):
 
 
 class Inverse(Container):
-    """A bijection the other way round.
+    """A bijection with its two directions exchanged.
 
     The inverse of a masked autoregressive layer is an inverse autoregressive one (IAF, Kingma et
     al. 2016, eq. 9-10). It takes one pass from latent to data, and D steps for the density of given
-    data. Layers that set themselves from data cannot be inverted so.
+    data. Layers that are set from the first batch do not work inside: `forward` never sets them.
     """
 
-    inverse_is_sequential = False  # but its forward is, if the other's inverse is
+    inverse_is_sequential = False  # its `forward` is, if the inverse of `bijection` is
 
     def __init__(self, bijection: Bijection):
         super().__init__()

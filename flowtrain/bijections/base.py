@@ -1,4 +1,4 @@
-"""The contract of an invertible layer, and what many of them need."""
+"""The contract of an invertible layer, and functions that many layers need."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +17,19 @@ class Bijection(nn.Module):
 
     `forward` maps data to latents, `inverse` maps latents to data. Both return the result and
     `log_det`, the log of the absolute Jacobian determinant **of the direction just computed**, in
-    nats, per example, shape `(B,)`. Nothing may depend on the rest of the batch. `context` is
-    extra input that a conditional layer may read, shape `(B, C', H, W)`.
+    nats, per example, shape `(B,)`. An example's result may not depend on the rest of its batch.
+    `context` is extra input that a conditional layer may read, shape `(B, C', H, W)` or `(B, E)`.
 
     The other methods are questions that a layer answers about itself. The defaults suit a layer
     that computes both directions from its parameters alone.
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
-    # Whether `reconstruct` gives the right gradient after a forward pass in bf16.
-    reversible_in_bf16: bool = True
+    reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
+
+    if TYPE_CHECKING:  # torch declares that a call returns Any
+
+        def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -37,21 +40,20 @@ class Bijection(nn.Module):
     def through(
         self, executor: "Executor", direction: Direction, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """This layer in a direction, or the layers that it is made of, as `executor` calls them."""
+        """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.layer(self, direction, x, context)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
 
     def tensors(self) -> list[Tensor]:
-        """The tensors that the layer computes with and that need a gradient: its parameters."""
+        """The tensors in the computation that need a gradient: by default the parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def reconstruct(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The input `x` of a known output `z`, as a leaf of autograd, and `forward(x)` with its
-        graph.
+        """The input `x` of an output `z`, as a leaf of autograd, and `forward(x)` with its graph.
 
         This serves backward passes that have kept outputs only. A layer whose two directions
         share work overrides it.
@@ -77,7 +79,7 @@ class Bijection(nn.Module):
         return {}
 
     def stages(self, z: Tensor) -> list[Tensor]:
-        """`z` and its images on the way to `inverse(z)`, one per layer, without gradients."""
+        """`z`, then the result of each layer on the way to `inverse(z)`, without gradients."""
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
 
@@ -89,17 +91,15 @@ class Bijection(nn.Module):
         return dims
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        """The latents of each level, coarsest last: `(B, D)` to a list of `(B, C, H, W)`, or
-        `[z]`.
-        """
+        """`z` `(B, D)` as the latents of each level, `(B, C, H, W)`, coarsest last; or `[z]`."""
         return [z]
 
 
 class SetFromData(Bijection):
-    """A layer that its `initialize` sets from the first batch.
+    """A layer whose `initialize` sets it from the first batch.
 
-    Whether that is done is a buffer, so it survives saving. Its two directions raise `RuntimeError`
-    before.
+    The buffer `initialized` says whether that is done, so it is saved with the weights. Until
+    then both directions raise `RuntimeError`.
     """
 
     initialized: Tensor
@@ -107,10 +107,10 @@ class SetFromData(Bijection):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.register_buffer("initialized", torch.tensor(False))
-        self._known_initialized = False  # spares a device synchronisation a call
+        self._known_initialized = False  # spares a device synchronization per call
 
     def require_initialized(self) -> None:
-        """Raises `RuntimeError` before `initialize`, or the loading of weights that were."""
+        """Raises `RuntimeError` unless the layer has been initialized, here or before loading."""
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError(
@@ -125,15 +125,18 @@ class SetFromData(Bijection):
 
 
 class Transform(nn.Module):
-    """An increasing map of one entry, given the parameters that a coupling's conditioner predicts
-    for it.
+    """An increasing map of single entries, whose parameters a conditioner predicts.
 
-    `forward(x, parameters) -> (z, log_derivative)`, and `inverse` likewise: `(B, C, ...)` and `(B,
-    P C, ...)`, one parameter of all entries after the other, to the transformed entries and the
-    log-derivatives of the direction just computed, both `(B, C, ...)`.
+    Both directions return the transformed entries and the log-derivatives **of the direction just
+    computed**. Entries and log-derivatives have shape `(B, C, ...)`. The parameters have shape
+    `(B, P C, ...)`: the first parameter of all C entries, then the second, and so on.
     """
 
     parameters_per_entry: int  # P
+
+    if TYPE_CHECKING:  # torch declares that a call returns Any
+
+        def __call__(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -153,9 +156,7 @@ def sum_per_example(values: Tensor) -> Tensor:
 
 
 def bounded(values: Tensor, limit: float) -> Tensor:
-    """`limit * tanh(values / limit)`: a log-scale that cannot blow up a layer in either
-    direction.
-    """
+    """`limit * tanh(values / limit)`, which keeps log-scales from blowing up either direction."""
     return limit * torch.tanh(values / limit)
 
 

@@ -1,6 +1,4 @@
-"""Continuous flows: FFJORD (Grathwohl et al. 2019, arXiv:1810.01367), with torchdiffeq's
-solvers.
-"""
+"""Continuous flows (FFJORD, Grathwohl et al. 2019, arXiv:1810.01367), solved by torchdiffeq."""
 
 import zlib
 from typing import Any, Literal
@@ -16,16 +14,16 @@ from flowtrain.errors import UserError
 Solver = Literal["dopri5", "dopri8"]
 Trace = Literal["auto", "exact", "hutchinson"]
 
-EXACT_DIMS = 16  # up to here a trace that is exact costs little more than an estimate
-FIRST_STEP = 0.1  # of the solver, which then chooses for itself
-MAX_STEPS = 1000  # of a solution; more are the sign of weights that blow up
-EVALUATION = 0.01  # of the tolerances, where no gradient is recorded
-ROUNDING = 16  # times the float's precision: the smallest tolerance that a solver can keep
-STAGES = 8  # of a picture of the way from the base to the data
+EXACT_DIMS = 16  # up to this D an exact trace costs little more than an estimate
+FIRST_STEP = 0.1  # the solver chooses the other steps itself
+MAX_STEPS = 1000  # per solution; more are a sign of weights that blow up
+EVALUATION = 0.01  # factor of the tolerances when no gradient is recorded
+ROUNDING = 16  # a solver cannot keep tolerances below this multiple of the float's precision
+STAGES = 8  # intervals of time in a picture of the way from the base to the data
 
 
 def torchdiffeq() -> Any:
-    """The module, or `UserError` where it is not installed."""
+    """The module torchdiffeq. Raises `UserError` if it is not installed."""
     try:
         import torchdiffeq  # type: ignore[import-untyped]
     except ImportError:
@@ -36,8 +34,9 @@ def torchdiffeq() -> Any:
 
 
 class ConcatSquash(nn.Linear):
-    """`(W x + b) * sigmoid(t a + c) + t d`: a linear layer that depends on time (FFJORD's release,
-    "concatsquash").
+    """`(W x + b) * sigmoid(t a + c) + t d`: a linear layer that depends on the time t.
+
+    FFJORD's release calls it "concatsquash".
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -48,9 +47,7 @@ class ConcatSquash(nn.Linear):
     def forward(  # type: ignore[override]
         self, t: Tensor, x: Tensor, tangents: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`x` `(B, C)` and tangents `(B or 1, K, C)`, each along with one example, to those of the
-        output.
-        """
+        """Maps `x` `(B, C)` and tangents at `x`, `(B or 1, K, C)`, to those of the output."""
         slope, offset = self.gate
         gate = torch.sigmoid(t * slope + offset)
         weight = self.weight * gate[:, None]
@@ -58,8 +55,9 @@ class ConcatSquash(nn.Linear):
 
 
 class Dynamics(nn.Module):
-    """The velocity f(x, t) of vectors: a tanh network of `ConcatSquash` layers, whose last one
-    starts at zero.
+    """The velocity f(x, t) of vectors: a tanh network of `ConcatSquash` layers.
+
+    The last layer starts at zero.
 
     Args:
         dims: D, of the vectors.
@@ -78,11 +76,11 @@ class Dynamics(nn.Module):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def forward(self, t: Tensor, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity `(B, D)` and `sum_k e_k^T (df/dx) e_k` `(B,)`, for probes e `(B or 1, K,
-        D)`.
+        """The velocity `(B, D)` and the sum over K probes e of `e^T (df/dx) e`, `(B,)`.
 
-        The derivative along the probes is computed beside the value (forward mode): with the D unit
-        vectors the sum is the trace, with one vector of random signs an unbiased estimate of it.
+        The `probes` have shape `(B or 1, K, D)`. The derivatives along them are computed beside
+        the value (forward mode). With the D unit vectors the sum is the trace. With one vector of
+        random signs it is an unbiased estimate of the trace.
         """
         velocity, tangents = self.layers[0](t, x, probes)
         for layer in self.layers[1:]:
@@ -92,41 +90,45 @@ class Dynamics(nn.Module):
 
 
 class Continuous(Bijection):
-    """`dx/dt = f(x, t)` from the data at t = 0 to z at t = 1, `log|det| = int_0^1 tr(df/dx) dt`
-    (FFJORD, eq. 2-4), on vectors `(B, D)`. The inverse solves it from t = 1 to t = 0. Both are what
-    `solver` makes of it, to the tolerances.
+    """A neural ODE on vectors `(B, D)`, from the data at t = 0 to z at t = 1 (FFJORD, eq. 2-4).
 
-    **The trace** is exact wherever no gradient is recorded: every likelihood that is reported. For
-    a gradient, `exact` is exact too, `hutchinson` is Hutchinson's estimate by one probe of random
-    signs an example (eq. 7-8), and `auto` is exact up to D = 16. The signs are a function of the
-    bits of the example itself: so they change with the dequantization noise and the ActNorm in
-    front, are the same when a step is computed again, after resuming, or with other batch mates,
-    and no random state is left to be saved. (With `train.memory: reversible` the backward pass has
-    the example up to rounding, and so other signs: as good a gradient, of another estimate.)
+    It solves `dx/dt = f(x, t)`, and `log|det| = int_0^1 tr(df/dx) dt`. The inverse solves both
+    from t = 1 to t = 0. `solver` approximates them to within the tolerances.
 
-    **Tolerances and batch mates**: a step is as long as keeps the error of every entry of x, and of
-    the log-determinant, of every example within `atol + rtol * |change so far|`. Step sizes are
-    common to a batch, and the one thing that an example has from the others: results in two batches
-    differ by what the tolerances allow. Without a gradient these are a hundredth, with the defaults
-    1e-6, and then such differences are of the size of float32's
-    rounding: a few 1e-6 bits/dim. No tolerance is below 16 times the rounding of the numbers.
+    **The trace** is exact whenever no gradient is recorded, so every reported likelihood uses the
+    exact trace. With gradients, `exact` is exact too, and `hutchinson` is Hutchinson's estimate
+    from one probe of random signs per example (eq. 7-8). `auto` is exact up to D = 16, and the
+    estimate above.
 
-    **Gradients** are those of the solver's steps (the steps' sizes held fixed), or with `adjoint`
-    solve a second equation backwards (Chen et al. 2018, arXiv:1806.07366, with the seminorm of
-    Kidger et al. 2021, arXiv:2009.09457): correct to the tolerances, in memory that does not grow
-    with the number of steps.
+    The random signs are a function of the bits of the example itself. So they change with the
+    dequantization noise and with the ActNorm in front. They stay the same when a step is computed
+    again, after resuming, or with other examples in the batch. No random state has to be saved.
+    With `train.memory: reversible` the backward pass has the example only up to rounding, and so
+    uses other signs. Its gradient is as good, but comes from another estimate.
 
-    Always in full precision: rounding to bf16 would be the error that the solver tries to reduce.
-    An example that is not finite comes out as NaN, alone; so do all of them where the solver needs
-    more than 1000 steps.
+    **Tolerances and the batch**: the solver chooses its steps such that the error of each entry of
+    x, and of each log-determinant, stays within `atol + rtol * |change so far|`. All examples of a
+    batch share the step sizes, so an example's result depends slightly on its neighbours. Its
+    results in two batches differ by what the tolerances allow. Outside training the tolerances are
+    100 times tighter, 1e-6 with the defaults. The differences are then a few 1e-6 bits/dim, about
+    float32 rounding. No tolerance is below 16 times the precision of the numbers.
+
+    **Gradients** are those of the solver's steps, with the step sizes held fixed. With `adjoint`
+    they come from a second equation, solved backwards (Chen et al. 2018, arXiv:1806.07366, with
+    the seminorm of Kidger et al. 2021, arXiv:2009.09457). They are then correct to within the
+    tolerances, and the memory does not grow with the number of steps.
+
+    The layer always runs in full precision, because rounding to bf16 would be the very error that
+    the solver tries to reduce. An example that is not finite comes out as NaN and affects no
+    other. If the solver gives up, for instance after 1000 steps, all examples come out as NaN.
 
     Args:
         conditioner: gives velocity and trace: `(t, x, probes)` to `(B, D)` and `(B,)`, see
             `Dynamics`.
-        solver: Runge-Kutta of order 5, or 8 for tolerances close to the rounding.
-        rtol: relative tolerance of a step, for gradients; without them a hundredth of it.
-        atol: absolute tolerance of a step, likewise.
-        trace: in training: exact, or Hutchinson's estimate.
+        solver: Runge-Kutta of order 5, or of order 8 for tolerances close to rounding.
+        rtol: relative tolerance per step with gradients; without them a hundredth of it.
+        atol: absolute tolerance per step, likewise.
+        trace: how to compute the trace when gradients are recorded.
         adjoint: whether gradients come from the adjoint equation.
     """
 
@@ -146,12 +148,10 @@ class Continuous(Bijection):
         self.atol = atol
         self.trace = trace
         self.adjoint = adjoint
-        self.evaluations = 0  # of f, in the last solution (and its adjoint)
+        self.evaluations = 0  # of f, in the last solution and its adjoint
 
     def metrics(self) -> dict[str, float]:
-        """For `metrics.jsonl`: the function evaluations of the last solution, those of its adjoint
-        included.
-        """
+        """The tolerances, and the evaluations of f in the last solution and its adjoint."""
         return {
             "function_evaluations": float(self.evaluations),
             "rtol": self.rtol,
@@ -166,18 +166,30 @@ class Continuous(Bijection):
         end = self._solve(z, forwards=False)[-1]
         return end[:, :-1], end[:, -1]
 
+    def reconstruct(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():  # but to the tolerances of the forward pass that gave z
+            x = self._solve(z, forwards=False, for_gradient=True)[-1][:, :-1]
+        return x.requires_grad_(), *self(x, context)
+
     def stages(self, z: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return list(self._solve(z, forwards=False, intervals=STAGES)[:, :, :-1])
 
-    def _solve(self, x: Tensor, forwards: bool, intervals: int = 1) -> Tensor:
-        """x and log_det side by side, at the ends of equal `intervals` of time: `(intervals + 1, B,
-        D + 1)`.
+    def _solve(
+        self, x: Tensor, forwards: bool, intervals: int = 1, for_gradient: bool = False
+    ) -> Tensor:
+        """The solution at the ends of `intervals` equal intervals: `(intervals + 1, B, D + 1)`.
+
+        The last of the D + 1 columns is log_det. `for_gradient` sets the tolerances and the trace
+        of training, as does recording a gradient.
         """
         finite = x.isfinite().all(dim=1, keepdim=True)
-        # What is solved for is the way from x, in which rounding is smaller than in where it leads.
+        # The solver's state is the change from x, which rounds more finely than x plus the change.
         origin = F.pad(torch.where(finite, x, 0), (0, 1))
-        probes = self._probes(x)
+        for_gradient = for_gradient or torch.is_grad_enabled()
+        probes = self._probes(x, for_gradient)
         self.evaluations = 0
 
         def rate(s: Tensor, state: Tensor) -> Tensor:
@@ -189,15 +201,14 @@ class Continuous(Bijection):
             return both if forwards else -both
 
         smallest = ROUNDING * torch.finfo(x.dtype).eps
-        share = 1.0 if torch.is_grad_enabled() else EVALUATION
+        share = 1.0 if for_gradient else EVALUATION
         times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64, device=x.device)
         options = {"first_step": FIRST_STEP, "max_num_steps": MAX_STEPS}
         settings: dict[str, Any] = {
             "method": self.solver,
             "rtol": max(share * self.rtol, smallest),
             "atol": max(share * self.atol, smallest),
-            # A step ends where a result is wanted: interpolation would be less accurate than the
-            # steps are.
+            # Steps end at the times of the results, because interpolation would be less accurate.
             "options": {**options, "norm": _largest_error, "step_t": times[1:]},
         }
         odeint = torchdiffeq().odeint
@@ -212,22 +223,21 @@ class Continuous(Bijection):
         with full_precision(x):
             try:
                 states = origin + odeint(rate, torch.zeros_like(origin), times, **settings)
-            # torchdiffeq's way to give up: too many steps, or a state that is not finite
-            except AssertionError:
+            except AssertionError:  # torchdiffeq gives up: too many steps, or a non-finite state
                 states = (origin * torch.nan).expand(intervals + 1, *origin.shape)
         return torch.where(finite, states, torch.nan)
 
-    def _probes(self, x: Tensor) -> Tensor:
-        """Unit vectors, `(1, D, D)`, or random signs, `(B, 1, D)`."""
+    def _probes(self, x: Tensor, for_gradient: bool) -> Tensor:
+        """The probes of the trace: unit vectors, `(1, D, D)`, or random signs, `(B, 1, D)`."""
         dims = x.shape[1]
         affordable = self.trace == "exact" or (self.trace == "auto" and dims <= EXACT_DIMS)
-        if affordable or not torch.is_grad_enabled():
+        if affordable or not for_gradient:
             return torch.eye(dims, dtype=x.dtype, device=x.device)[None]
         return random_signs(x)[:, None]
 
 
 def random_signs(x: Tensor) -> Tensor:
-    """1 or -1 (Rademacher) for each entry of `(B, D)`, a function of the bits of its example."""
+    """A sign, 1 or -1 (Rademacher), per entry of `x` `(B, D)`, from the bits of its example."""
     rows = x.detach().cpu().numpy()
     generators = [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]
     bits = [
@@ -237,5 +247,5 @@ def random_signs(x: Tensor) -> Tensor:
 
 
 def _largest_error(state: Tensor) -> Tensor:
-    """Of any entry of any example. Without a gradient: it sets the sizes of steps."""
+    """The solver's error norm: the largest entry of any example, without a gradient."""
     return state.detach().abs().max()

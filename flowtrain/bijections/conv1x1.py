@@ -1,6 +1,4 @@
-"""Invertible 1x1 convolutions (Glow, section 3.2): a learned mixing of the channels at every
-pixel.
-"""
+"""Invertible 1x1 convolutions (Glow, section 3.2), which mix the channels of each pixel."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -15,18 +13,19 @@ from flowtrain.bijections.precision import full_precision
 
 def random_rotation(channels: int) -> Tensor:
     """A rotation drawn from torch's global generator, `(C, C)` float32."""
-    return torch.linalg.qr(torch.randn(channels, channels))[0]
+    rotation: Tensor = torch.linalg.qr(torch.randn(channels, channels))[0]
+    return rotation
 
 
 @torch.no_grad()
 def whitening_matrix(x: Tensor) -> Tensor:
-    """PCA whitening of the channels of `x` `(B, C, H, W)`: decorrelates and scales to unit
-    variance, `(C, C)`.
+    """The matrix `(C, C)` of PCA whitening for the channels of `x` `(B, C, H, W)`.
 
-    Computed in float64 on the CPU (Apple's GPUs have none). The smallest eigenvalues are floored,
-    so that a constant or a duplicated channel gives a large scale and not an infinite one, and
-    neither does a direction in which a few pixels happen not to vary (of n pixels of white noise
-    the smallest is `(1 - sqrt(C / n))^2`, Marchenko & Pastur 1967, or 0 if n <= C).
+    It decorrelates the channels and scales them to unit variance. It is computed in float64 on
+    the CPU, because Apple's GPUs have no float64. The smallest eigenvalues are floored, so a
+    constant or a duplicated channel gives a large scale instead of an infinite one. The same holds
+    for a direction in which a few pixels happen not to vary. With n pixels of white noise the
+    smallest eigenvalue is `(1 - sqrt(C / n))^2` (Marchenko & Pastur 1967), or 0 if n <= C.
     """
     pixels = x.movedim(1, -1).flatten(0, -2).cpu().double()
     covariance = torch.cov(pixels.T, correction=0).reshape(x.shape[1], x.shape[1])
@@ -35,24 +34,25 @@ def whitening_matrix(x: Tensor) -> Tensor:
     variance = variance.clamp_min(
         max(1e-6 * float(variance.max()), few * float(variance.mean()), 1e-12)
     )
-    return (directions * variance.rsqrt()).T
+    whitening: Tensor = (directions * variance.rsqrt()).T
+    return whitening
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`W x + b` at every pixel: `(B, C, H, W)`, `(C, C)`, `(C,)` to `(B, C, H, W)`."""
-    # A product for each image, not `conv2d`, which is slower at any width, nor one over all pixels,
-    # which would need the channels last in memory: there the halves of a coupling are strided, and
-    # all else is up to ten times slower.
+    # One product per image. `conv2d` is slower at any width. One product over all pixels would need
+    # the channels last in memory. There the halves of a coupling are strided, and everything else
+    # is up to ten times slower.
     pixels, weights = x.flatten(2), weight.expand(x.shape[0], *weight.shape)
     z = weights @ pixels if bias is None else torch.baddbmm(bias[:, None], weights, pixels)
     return z.view_as(x)
 
 
 class LinearChannels(SetFromData):
-    """What both parametrizations share: `z = W x` at every pixel.
+    """The part that both parametrizations share: `z = W x` at every pixel.
 
-    `initialization` is `rotation` (as in the paper) or `whitening` (set from the first batch, if
-    that has more than two pixels for each channel).
+    `initialization` is `rotation` (as in the paper) or `whitening`. Whitening sets W from the first
+    batch if it has more than two pixels per channel. Otherwise W stays a random rotation.
     """
 
     def __init__(self, initialization: str):
@@ -65,19 +65,17 @@ class LinearChannels(SetFromData):
 
     @classmethod
     def weights(cls, layers: Sequence[Self]) -> Tensor:
-        """The W of some layers of one size, `(K, C, C)`: together they take the operations of
-        one.
-        """
+        """W of K layers of one size, `(K, C, C)`, in as few operations as for one layer."""
         raise NotImplementedError
 
     @classmethod
     def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
-        """Their inverses, `(K, C, C)`."""
+        """W^-1 of K layers of one size, `(K, C, C)`."""
         raise NotImplementedError
 
     @classmethod
     def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
-        """log|det W| of each, `(K,)`."""
+        """log|det W| of K layers of one size, `(K,)`, in nats."""
         raise NotImplementedError
 
     def set_weight(self, weight: Tensor) -> None:
@@ -87,8 +85,7 @@ class LinearChannels(SetFromData):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         if not self.initialized:
             pixels, channels = x[:, 0].numel(), x.shape[1]
-            # else it stays a rotation: C pixels do not even vary in C directions
-            if pixels > 2 * channels:
+            if pixels > 2 * channels:  # C pixels cannot even vary in C directions
                 self.set_weight(whitening_matrix(x))
             self.initialized.fill_(True)
 
@@ -107,11 +104,10 @@ class LinearChannels(SetFromData):
 
 
 class Conv1x1LU(LinearChannels):
-    """`W = P L (U + diag(sign * exp(log_scale)))` (Glow, eq. 10): the determinant costs C
-    additions.
+    """`W = P L (U + diag(sign * exp(log_scale)))` (Glow, eq. 10).
 
-    `P` and the signs are fixed buffers; `log_scale` is bounded by tanh to +-8, so W cannot become
-    singular.
+    The log-determinant costs C additions. `P` and the signs are fixed buffers. `log_scale` is
+    bounded by tanh to +-8, so W cannot become singular.
     """
 
     permutation: Tensor
@@ -156,7 +152,8 @@ class Conv1x1LU(LinearChannels):
         inverse_lower = torch.linalg.solve_triangular(
             lower, stacked(layers, "permutation").mT, upper=False
         )
-        return torch.linalg.solve_triangular(upper, inverse_lower, upper=True)
+        inverses: Tensor = torch.linalg.solve_triangular(upper, inverse_lower, upper=True)
+        return inverses
 
     @classmethod
     def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
@@ -181,9 +178,10 @@ class Conv1x1(LinearChannels):
     @classmethod
     def inverse_weights(cls, layers: Sequence[Self]) -> Tensor:
         inverse, failed = torch.linalg.inv_ex(stacked(layers, "matrix"))
-        # singular gives NaN, not an exception
+        # A singular matrix gives NaN, not an exception.
         return torch.where(failed[:, None, None] == 0, inverse, torch.nan)
 
     @classmethod
     def log_abs_dets(cls, layers: Sequence[Self]) -> Tensor:
-        return torch.linalg.slogdet(stacked(layers, "matrix")).logabsdet
+        log_abs_dets: Tensor = torch.linalg.slogdet(stacked(layers, "matrix")).logabsdet
+        return log_abs_dets

@@ -1,6 +1,4 @@
-"""Coupling layers (Dinh et al. 2015, 2017): one part of the input conditions the transform of the
-other part.
-"""
+"""Coupling layers (Dinh et al. 2015, 2017): one part of the input decides how the rest changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +15,10 @@ Elementwise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class AffineTransform(Transform):
-    """`z = (x + shift) * exp(log_scale)`, `log_scale = limit * tanh(h / limit)` (RealNVP, eq. 4,
-    shifted first).
+    """`z = (x + shift) * exp(log_scale)` (RealNVP, eq. 4, shifted first).
 
-    Takes `2 C` parameters for C entries. Bounded both ways: one layer scales by at most
-    `exp(limit)`, so that neither direction can overflow.
+    `log_scale = limit * tanh(h / limit)`. The transform takes `2 C` parameters for C entries: the
+    shifts, then the h. One layer scales by at most `exp(limit)`, so neither direction can overflow.
     """
 
     parameters_per_entry = 2
@@ -31,7 +28,8 @@ class AffineTransform(Transform):
         self.limit = limit
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return _Affine.apply(x, parameters, self.limit)
+        results: tuple[Tensor, Tensor] = _Affine.apply(x, parameters, self.limit)
+        return results
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.chunk(2, dim=1)
@@ -40,16 +38,20 @@ class AffineTransform(Transform):
 
 
 def log_scale_gate(raw: Tensor, limit: float) -> Tensor:
+    """The sigmoid from which `gated_log_scale` computes `limit * tanh(raw / limit)`.
+
+    On a CPU it is six times as fast as tanh.
+    """
     return torch.sigmoid(raw * (2 / limit))
 
 
 def gated_log_scale(gate: Tensor, limit: float) -> Tensor:
-    """`limit * tanh(raw / limit)`, by the sigmoid, which is six times as fast as tanh on a CPU."""
+    """`limit * tanh(raw / limit)` from the gate of `raw`."""
     return gate * (2 * limit) - limit
 
 
 class _Affine(torch.autograd.Function):
-    """The affine transform with a gradient of half as many operations and tensors as autograd's."""
+    """The affine transform, whose gradient takes half the operations and tensors of autograd's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -65,8 +67,8 @@ class _Affine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_scale: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, scale, z = ctx.saved_tensors
-        grad_x = grad_z * scale  # of the shift too
-        # d log_scale / d raw = 4 gate (1 - gate); z itself is d z / d log_scale.
+        grad_x = grad_z * scale  # also the gradient of the shift
+        # d log_scale / d raw is 4 gate (1 - gate), and d z / d log_scale is z itself.
         grad_raw = torch.ops.aten.sigmoid_backward(
             torch.addcmul(grad_log_scale, grad_z, z), gate
         ).mul_(4)
@@ -86,8 +88,10 @@ class AdditiveTransform(Transform):
 
 
 class _ConditionedTransform(Bijection):
-    """The part that couplings share: both directions have the same split and conditioner, and only
-    the direction of the transform differs.
+    """The part that couplings share.
+
+    Both directions have the same split and conditioner. Only the direction of the transform
+    differs.
     """
 
     def __init__(self, conditioner: nn.Module, transform: Transform):
@@ -102,15 +106,18 @@ class _ConditionedTransform(Bijection):
     def _transformed(
         self, x: Tensor, parameters: Tensor, transform: Elementwise
     ) -> tuple[Tensor, Tensor]:
-        """`x` with the rest transformed, and the log-derivatives; those of kept entries are 0."""
+        """`x` with all but the kept part transformed, and the log-derivatives.
+
+        The log-derivatives of kept entries are 0 or left out.
+        """
         raise NotImplementedError
 
     def _of_changed(self, values: Tensor) -> Tensor:
-        """The `values` of entries that the layer changes, of those that `_transformed` gives."""
+        """Those log-derivatives from `_transformed` whose entries the layer changes."""
         return values
 
     def predict(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The parameters of the transform, as `Transform` takes them, from input or output."""
+        """The parameters of the transform, predicted from the layer's input or its output."""
         return apply_conditioner(self.conditioner, self._kept(x), context)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -134,8 +141,8 @@ class _ConditionedTransform(Bijection):
         x = z.detach().clone().requires_grad_()
         parameters = self.predict(x, context)  # once for both directions
         with torch.no_grad():
-            # Autograd does not see this, and need not: the conditioner reads the kept part alone,
-            # which stays as it is.
+            # Autograd need not see this change: the conditioner reads only the kept part, which
+            # stays the same.
             x.data = self._transformed(z, parameters, self.transform.inverse)[0]
         return x, *self._with(x, parameters, self.transform)
 
@@ -145,12 +152,11 @@ class _ConditionedTransform(Bijection):
 
 
 class Coupling(_ConditionedTransform):
-    """Splits dimension 1 in two. The first `kept` entries pass through and condition the transform
-    of the rest.
+    """Keeps the first `kept` entries of dimension 1, and transforms the rest given them.
 
-    With `swap` the last `kept` entries pass. The log-determinant is the sum of the transform's
-    log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is this same layer,
-    and the half that goes on is `kept` (see `Multiscale`).
+    With `swap` it keeps the last `kept` entries. The log-determinant is the sum of the transform's
+    log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is this same layer:
+    it keeps the half that goes on (see `Multiscale`).
     """
 
     def __init__(self, kept: int, conditioner: nn.Module, transform: Transform, swap: bool = False):
@@ -174,11 +180,11 @@ class Coupling(_ConditionedTransform):
 
 
 class CheckerboardCoupling(_ConditionedTransform):
-    """Keeps the pixels of one colour of a checkerboard and transforms the others (RealNVP, section
-    3.4, eq. 9).
+    """Keeps the pixels of one colour of a checkerboard, and transforms the others given them.
 
-    `parity` 0 keeps the pixels whose row and column add up to an even number. The conditioner sees
-    the image with the other pixels at zero. The transform is computed for all pixels.
+    See RealNVP, section 3.4, eq. 9. `parity` 0 keeps the pixels whose row and column add up to an
+    even number. The conditioner sees the image with the other pixels at zero. The transform is
+    computed for all pixels.
     """
 
     keep: Tensor

@@ -1,8 +1,8 @@
-"""How the layers of a flow are called: fused, one by one, watched, or to be recomputed.
+"""How the layers of a flow are called: fused, one by one, watched or recomputed.
 
-Bijections that are made of others (`Container`) call none of their layers themselves. They hand
-them to an executor, in the order of the direction. Whoever wants to see, initialize or recompute
-layers passes another executor: to `Flow.forward`, or to `Bijection.through`.
+A bijection that is made of others (`Container`) calls none of them itself. It hands them to an
+executor. Code that watches, initializes or recomputes layers passes another executor to
+`Flow.forward` or to `Bijection.through`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ class Executor:
         x: Tensor,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Layers, given from data to latents, and the sum of their log-determinants, `(B,)`."""
+        """The result of layers, listed from data to latents, and their summed log-determinants."""
         return self._in_order(fuse(layers), direction, x, context)
 
     def _in_order(
@@ -61,7 +61,7 @@ FUSED = Executor()
 
 
 class LayerByLayer(Executor):
-    """Calls every layer by itself. Those who watch layers override `layer`."""
+    """Calls every layer by itself. Subclasses that watch layers override `layer`."""
 
     def chain(
         self,
@@ -74,7 +74,7 @@ class LayerByLayer(Executor):
 
 
 class Initializing(LayerByLayer):
-    """Has each layer set itself from its actual input, just before it is called."""
+    """Lets each layer set itself from its actual input just before it is called."""
 
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
@@ -85,10 +85,10 @@ class Initializing(LayerByLayer):
 
 
 class Container(Bijection):
-    """A bijection made of others. It defines `through` and `parts`; both directions follow."""
+    """A bijection made of others. A subclass defines `parts` and `through`, in both directions."""
 
     def parts(self) -> Iterable[Bijection]:
-        """The bijections that it is made of."""
+        """The bijections that this one is made of."""
         raise NotImplementedError
 
     def through(

@@ -1,8 +1,8 @@
 """ActNorm and the 1x1 convolution after it, computed as one product.
 
-The result is that of the two layers one after the other, in a fifth of the operations. At the sizes
-of a coupling's data path, the fixed cost of an operation is most of its time. The matrices of all
-pairs of one size are built together.
+The result is that of the two layers one after the other, in a fifth of the operations. On the data
+path between couplings, most of an operation's time is its fixed cost. The matrices of all pairs of
+one size are built together.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from flowtrain.bijections.precision import full_precision
 
 
 def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
-    """`layers`, with each pair of an ActNorm and a 1x1 convolution replaced by their product.
+    """`layers`, with each ActNorm and the 1x1 convolution after it replaced by their product.
 
-    The result serves one call only: it holds matrices, not parameters.
+    The result serves one call only, because it holds matrices instead of parameters.
     """
     result: list[Bijection] = []
     kinds: dict[tuple[type, torch.Size], _Products] = {}

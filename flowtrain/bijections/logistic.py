@@ -1,4 +1,4 @@
-"""A logistic base distribution, as a fixed layer in front of the standard normal one."""
+"""A logistic base distribution, as a fixed layer in front of the standard normal base."""
 
 import math
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, sum_per_example
 
-# sigmoid(-80) is still a normal float32. Beyond, the likelihood stays exact and only the inverse
-# stops at +-80.
+# sigmoid(-80) is still a normal float32. Beyond +-80 the likelihood stays exact, but all x have the
+# same z, so the inverse returns +-80.
 LARGEST = 80.0
 
 
 class LogisticToNormal(Bijection):
-    """`z = Phi^-1(sigmoid(x))`: standard normal where `x` is standard logistic (NICE, section 3.4,
-    eq. 14).
+    """`z = Phi^-1(sigmoid(x))`, standard normal if `x` is standard logistic.
 
-    Both ways are computed on the negative half-axis, where nothing cancels, and mirrored.
+    See NICE, section 3.4, eq. 14. Both directions are computed on the negative half-axis, where
+    nothing cancels, and mirrored.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

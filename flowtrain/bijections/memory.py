@@ -1,8 +1,8 @@
-"""`train.memory`: what a backward pass keeps of the forward pass through a chain of bijections.
+"""`train.memory`: what the forward pass through a chain of bijections keeps for the backward pass.
 
 - `store` keeps all activations, as autograd does.
 - `checkpoint` keeps the input of each layer and computes the rest again (Chen et al. 2016).
-- `reversible` keeps the last output alone and computes everything again from it by the inverse
+- `reversible` keeps only the last output and computes everything again from it by the inverse
   (Gomez et al. 2017; Kingma & Dhariwal 2018, section 1). The memory does not grow with the number
   of layers.
 """
@@ -45,13 +45,16 @@ class Recomputing(Executor):
         fused = fuse(layers)
         tensors = [layer.tensors() for layer in fused]
         everything = itertools.chain(*tensors)
-        return _Recomputed.apply(fused, tensors, self.reversible, x, context, *everything)
+        result: tuple[Tensor, Tensor] = _Recomputed.apply(
+            fused, tensors, self.reversible, x, context, *everything
+        )
+        return result
 
 
 class _Recomputed(torch.autograd.Function):
     """A chain whose activations are computed again, layer by layer, in the backward pass.
 
-    Every tensor that needs a gradient is an argument. So the chain is one operation to autograd.
+    Every tensor that needs a gradient is an argument, so autograd sees the chain as one operation.
     """
 
     @staticmethod
@@ -62,19 +65,19 @@ class _Recomputed(torch.autograd.Function):
         reversible: bool,
         x: Tensor,
         context: Tensor | None,
-        *_tensors: Tensor,  # the same ones in one row, for autograd to see
+        *_tensors: Tensor,  # the same ones as arguments, for autograd to see
     ) -> tuple[Tensor, Tensor]:
         ctx.chain = list(zip(layers, tensors, strict=True))
         ctx.reversible = reversible
         kind = x.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        ctx.autocast = kind, dtype, enabled, False  # without a cache
+        ctx.autocast = kind, dtype, enabled, False  # False: no cache of cast weights
         total = x.new_zeros(x.shape[0])
         inputs = []
         for layer in layers:
             if not reversible:
                 inputs.append(x)
-            # As in the backward pass: a continuous flow has other tolerances without gradients.
+            # With gradients, as in the backward pass: without, `Continuous` has other tolerances.
             with torch.enable_grad():
                 x, log_det = layer(x.detach(), context)
             x, total = x.detach(), total + log_det.detach()
@@ -90,7 +93,7 @@ class _Recomputed(torch.autograd.Function):
                 "time"
             )
         context, *kept = ctx.saved_tensors
-        # Layers may hold matrices for this call, which are freed with the layers.
+        # Fused layers hold matrices for this call. They are freed with the layers.
         chain, ctx.chain = ctx.chain, None
         wants_context = ctx.needs_input_grad[4]
         if wants_context:
@@ -98,7 +101,7 @@ class _Recomputed(torch.autograd.Function):
         grad_context: Tensor | None = None
         grad_tensors: list[Tensor | None] = []
         z = kept[-1]
-        # Autograd has a thread of its own for a GPU, where the autocast of the forward pass is off.
+        # For a GPU, autograd runs this in its own thread, where autocast is off.
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             for layer, tensors in reversed(chain):
                 if ctx.reversible:
@@ -106,7 +109,7 @@ class _Recomputed(torch.autograd.Function):
                 else:
                     x = kept.pop().detach().requires_grad_()
                     outputs = layer(x, context)
-                # A log-determinant that is constant has no graph.
+                # A constant log-determinant has no graph.
                 given = [
                     (y, g)
                     for y, g in zip(outputs, (grad_z, grad_log_det), strict=True)

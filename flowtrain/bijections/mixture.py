@@ -13,19 +13,20 @@ from flowtrain.bijections.monotone import solve_monotone
 
 
 class MixtureTransform(Transform):
-    """`z = logit(F(x)) * exp(a) + shift`, with the distribution function F of a mixture of K
-    logistics.
+    """`z = logit(F(x)) * exp(a) + shift`, where F is the CDF of a mixture of K logistics.
 
-    `F(x) = sum_i pi_i sigmoid(u_i)`, `u_i = (x - mu_i) exp(-s_i)`. Takes `(2 + 3 K) C` parameters
-    for C entries: the shift, K logits of pi, K means, and the log-scales `a, s_1, ..., s_K` before
-    their bound, `limit * tanh(h / limit)`. With parameters of zero the components stand side by
-    side, 2 / K apart around zero with a scale of 1, as no two of them would ever differ if they
-    were equal at the start: for K = 4 the slope is 0.93 at zero and 1 in the tails.
+    `F(x) = sum_i pi_i sigmoid(u_i)`, with `u_i = (x - mu_i) exp(-s_i)`. The transform takes
+    `(2 + 3 K) C` parameters for C entries: the shift, K logits of pi, K means, and the log-scales
+    `a, s_1, ..., s_K` before their bound `limit * tanh(h / limit)`.
 
-    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z at most `exp(2 limit)`.
-    Between components far apart it may be as small as the density there, `min_i exp(-s_i) /
-    cosh(max_ij |u_i - u_j| / 2)` or more. All
-    is computed in logs: the results are finite, however far out `x` and the means are.
+    With parameters of zero the components have a scale of 1 and stand 2 / K apart around zero. If
+    they were equal at the start, no two of them would ever differ. For K = 4 the slope is then
+    0.93 at zero and 1 in the tails.
+
+    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z is at most
+    `exp(2 limit)`. Between components far apart it may be as small as the density there, but not
+    below `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)`. Everything is computed in logs, so the
+    results are finite however far out `x` and the means are.
     """
 
     offsets: Tensor
@@ -40,10 +41,13 @@ class MixtureTransform(Transform):
         )
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return _Mixture.apply(x, self._by_entry(parameters), self.offsets, self.limit)
+        results: tuple[Tensor, Tensor] = _Mixture.apply(
+            x, self._by_entry(parameters), self.offsets, self.limit
+        )
+        return results
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """By Newton's method. Its first derivatives are those of the inverse function."""
+        """Solved by Newton's method. First derivatives are those of the inverse function."""
         with torch.no_grad():
             shift, logits, means, gate = _split(
                 self._by_entry(parameters), self.offsets, self.limit
@@ -57,26 +61,29 @@ class MixtureTransform(Transform):
                 w, log_derivative, *_ = _logit_of_mixture(x, logits, means, inverse_scales, total)
                 return w, log_derivative.exp()
 
-            # Where each component alone would reach the target: F does in between.
+            # Each component alone would reach the target at its end, so F reaches it in between.
             ends = means + target[:, None] / inverse_scales
             x = solve_monotone(logit, target, ends.amin(dim=1), ends.amax(dim=1))
         if torch.is_grad_enabled():
             again, log_derivative = self(x, parameters)
             missing = z - again
-            # Zero, with the gradient of a Newton step. (No number is large enough for one across a
-            # wide gap.)
+            # This adds zero, with the gradient of a Newton step. In a wide gap between components
+            # that gradient would overflow without the clamp.
             x = x + (missing - missing.detach()) * (-log_derivative.detach()).clamp(max=80).exp()
         return x, -self(x, parameters)[1]
 
     def _by_entry(self, parameters: Tensor) -> Tensor:
-        return parameters.unflatten(1, (self.parameters_per_entry, -1))  # (B, 2 + 3 K, C, ...)
+        """`(B, (2 + 3 K) C, ...)` to `(B, 2 + 3 K, C, ...)`."""
+        by_entry: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
+        return by_entry
 
 
 def _split(
     parameters: Tensor, offsets: Tensor, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift `(B, C, ...)`; logits and means `(B, K, C, ...)`; the gates of `a` and the s_i, `(B, 1
-    + K, C, ...)`.
+    """The shift, the logits, the means, and the gates of `a` and of the `s_i`.
+
+    The shift is `(B, C, ...)`, logits and means are `(B, K, C, ...)`, gates `(B, 1 + K, C, ...)`.
     """
     k = len(offsets)
     shift, logits, means, raw = parameters.split([1, k, k, 1 + k], dim=1)
@@ -91,8 +98,8 @@ def _split(
 def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """`log(sum_i factor_i exp(exponent_i))` over dimension 1, and each summand's share of the sum.
 
-    By softmax, of which the largest value is the inverse of what logsumexp would have to compute
-    once more.
+    Both come from one softmax. Its largest value is the inverse of the sum that logsumexp would
+    compute again.
     """
     share = exponent.softmax(dim=1)
     largest = share.amax(dim=1)
@@ -104,12 +111,13 @@ def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def _logit_of_mixture(
     x: Tensor, logits: Tensor, means: Tensor, inverse_scales: Tensor, total: Tensor
 ) -> tuple[Tensor, ...]:
-    """`logit(F(x))` and the log of its derivative, `(B, C, ...)`; the `u_i`, and the shares of the
-    components in F, 1 - F and the density, `(B, K, C, ...)`. `total` is the logsumexp of the
-    logits.
+    """`logit(F(x))`, the log of its derivative, and what their gradients need.
 
-    `sigmoid(u) = v exp(min(u, 0))` with `v = sigmoid(|u|)` in [1/2, 1]: no logarithm of a component
-    is needed.
+    The first two are `(B, C, ...)`. The others are `(B, K, C, ...)`: the `u_i`, and the shares of
+    the components in F, in 1 - F and in the density. `total` is the logsumexp of the logits.
+
+    No logarithm of a component is needed, because `sigmoid(u) = v exp(min(u, 0))` with
+    `v = sigmoid(|u|)` in [1/2, 1].
     """
     u = (x[:, None] - means).mul_(inverse_scales)
     v = u.abs().sigmoid_()
@@ -130,9 +138,7 @@ def _logit_of_mixture(
 
 
 class _Mixture(torch.autograd.Function):
-    """The transform with a gradient from the shares of the components, which the forward pass
-    knows.
-    """
+    """The transform, with a gradient from the components' shares that the forward pass computed."""
 
     @staticmethod
     def forward(
@@ -158,16 +164,17 @@ class _Mixture(torch.autograd.Function):
         gate, inverse_scales, scale, weights, w, u, in_below, in_above, in_density = (
             ctx.saved_tensors
         )
-        # Of the logs of F, 1 - F, and (as of log_derivative itself) the density and the sum of the
-        # weights.
+        # Gradients with respect to the logs of F, of 1 - F, and of the density. The last is also
+        # the gradient with respect to the log of the sum of the weights.
         grad_w = grad_z * scale
         grad_below = (grad_w - grad_log_derivative)[:, None]
         grad_above = (-grad_w - grad_log_derivative)[:, None]
         grad_density = grad_log_derivative[:, None]
 
         density = grad_density * in_density
-        rising = torch.addcmul(density, grad_below, in_below)  # of what grows with log sigmoid(u)
-        falling = torch.addcmul(density, grad_above, in_above)  # and with log sigmoid(-u)
+        # Gradients with respect to log sigmoid(u) and log sigmoid(-u).
+        rising = torch.addcmul(density, grad_below, in_below)
+        falling = torch.addcmul(density, grad_above, in_above)
         grad_logits = torch.addcmul(rising + falling - density, grad_density, weights)
         grad_u = rising - u.sigmoid().mul(rising + falling)
         grad_means = grad_u * -inverse_scales

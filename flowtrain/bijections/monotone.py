@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# of Newton's, before the width of the brackets matters: smooth equations need two to six
-FREE_STEPS = 6
+FREE_STEPS = 6  # before the width of the brackets matters; smooth equations need two to six
 
 
 @torch.no_grad()
@@ -19,17 +18,18 @@ def solve_monotone(
 ) -> Tensor:
     """`x` with `f(x) = target`, elementwise, for increasing `f` and a solution in `[lower, upper]`.
 
-    `function(x)` gives `f(x)` and `f'(x)`; all tensors have one shape. Newton's steps from the
-    middle of the bracket, which every value of `f` narrows; a step that would leave it is replaced
-    with its middle, and so is one from a bracket wider than `2^(-(k - FREE_STEPS) / 2)` of the
-    first after k steps. So no `f`, however flat or steep, takes more than `FREE_STEPS + 2
-    log2((upper - lower) / precision)` steps, twice those of bisection.
+    `function(x)` gives `f(x)` and `f'(x)`. All tensors have one shape. Newton's method starts at
+    the middle of the bracket, and every value of `f` narrows the bracket. If a step would leave the
+    bracket, the next `x` is the bracket's middle instead. The same happens if after k steps the
+    bracket is wider than `2^(-(k - FREE_STEPS) / 2)` of the first one. So no `f`, however flat or
+    steep, takes more than `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, about twice
+    those of bisection.
 
-    Bisection ends at two roundings of `max(1, |x|)`. Newton's step is the last one if it is shorter
-    than a quarter
-    of the root of that: the error it leaves is its square times `|f'' / 2 f'|`, which should not be
-    far above 10. Nobody waits for an `f` whose own rounding keeps it from getting nearer. Where
-    target, bracket or `f` is NaN, so is `x`. Not differentiable.
+    Bisection ends at two roundings of `max(1, |x|)`. A Newton step is the last if it is shorter
+    than a quarter of the square root of one such rounding. The error that it leaves is its square
+    times `|f'' / 2 f'|`, a factor that should not be far above 10. So the search also ends for an
+    `f` whose own rounding keeps `x` from coming nearer. If target, bracket or `f` is NaN, so is
+    `x`. Not differentiable.
     """
     info = torch.finfo(target.dtype)
     eps, tiny = info.eps, info.tiny
@@ -48,7 +48,7 @@ def solve_monotone(
             | (newton > upper)
             | (width > first_width * 2 ** ((FREE_STEPS - step) / 2))
         )
-        # A NaN is not outside the bracket: it stays, and compares as arrived.
+        # NaN does not count as outside the bracket. It stays, and counts as converged.
         moved = torch.where(bisect, lower + width / 2, newton)
         scale = moved.abs().clamp(min=1)
         enough = torch.where(bisect, 2 * eps * scale, (eps * scale).sqrt() / 4)

@@ -1,6 +1,4 @@
-"""The multiscale architecture (RealNVP, section 3.6): after each level half of the entries are
-done.
-"""
+"""The multiscale architecture (RealNVP, section 3.6): half of the entries leave at each level."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -13,16 +11,16 @@ from flowtrain.bijections.execution import Container, Executor
 
 
 class Multiscale(Container):
-    """Runs levels one after the other; after each but the last, the second half of the channels
-    leaves as latent.
+    """Runs levels in order. After each but the last, half of the channels leave as latents.
 
-    `priors[i]` maps the output of level i so that what leaves is standard normal: a coupling whose
-    kept half predicts mean and scale of the half that leaves (Glow's learned split prior), the top
-    prior for the last level. The latent is flat, `(B, D)`: level by level, coarsest last.
+    `priors[i]` maps the output of level i so that the part that leaves is standard normal. In the
+    last level it is the top prior. In the others it is a coupling: the half that stays predicts the
+    mean and the scale of the half that leaves (Glow's learned split prior). The latent is flat,
+    `(B, D)`, level by level, coarsest last.
 
     Args:
-        levels: bijections; the input of each is the kept half of the one before.
-        priors: as many bijections that keep the shape.
+        levels: bijections; the input of each is the half that stays from the one before.
+        priors: one bijection per level, which keeps the shape.
         latent_shapes: the shape `(C, H, W)` of each level's latent.
     """
 

@@ -5,7 +5,6 @@ halves of a coupling are contiguous. Conditioners of images are convolutions. Th
 autocast, and are fastest with the channels last in memory.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch.autograd.function import once_differentiable
 def apply_conditioner(net: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
     """`net(x, context)`, across the border and back: in the precision of `x`, channels apart."""
     inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
-    return _Cast.apply(inside, x.dtype, False)
+    parameters: Tensor = _Cast.apply(inside, x.dtype, False)
+    return parameters
 
 
 def into_conditioner(x: Tensor) -> Tensor:
@@ -28,7 +28,8 @@ def into_conditioner(x: Tensor) -> Tensor:
         return x
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _Cast.apply(x, dtype, True)
+    inside: Tensor = _Cast.apply(x, dtype, True)
+    return inside
 
 
 class _Cast(torch.autograd.Function):
@@ -46,13 +47,16 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    # Two passes, with the entries moved in the narrower precision, are faster than one for both.
+    # Two passes, which move the entries in the narrower precision, are faster than one for both.
     if dtype.itemsize < x.dtype.itemsize:
         x = x.to(dtype)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
     return x.to(dtype)
 
 
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Turns autocast off: products of the data path in low precision would cost likelihood."""
+def full_precision(x: Tensor) -> torch.autocast:
+    """Turns autocast off, since products of the data path in low precision would cost likelihood.
+
+    `x` is any tensor on the device.
+    """
     return torch.autocast(x.device.type, enabled=False)

@@ -7,11 +7,10 @@ from flowtrain.bijections.base import Bijection
 
 
 class Squeeze(Bijection):
-    """Each 2x2 patch becomes channels: `(B, C, H, W)` to `(B, 4C, H/2, W/2)` (RealNVP, section
-    3.6).
+    """Turns each 2x2 patch into channels: `(B, C, H, W)` to `(B, 4C, H/2, W/2)`.
 
-    The order is top-left, bottom-right, top-right, bottom-left, so that the two halves of the
-    channels are the two colours of a checkerboard (RealNVP, figure 3).
+    See RealNVP, section 3.6. The order is top-left, bottom-right, top-right, bottom-left, so that
+    the two halves of the channels are the two colours of a checkerboard (RealNVP, figure 3).
     """
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -43,9 +42,7 @@ class Flatten(Bijection):
 
 
 class Permute(Bijection):
-    """A fixed permutation of dimension 1 (channels, or the entries of a vector), kept as a
-    buffer.
-    """
+    """A fixed permutation of dimension 1 (channels, or entries of a vector), kept as a buffer."""
 
     order: Tensor
     inverse_order: Tensor

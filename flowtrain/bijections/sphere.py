@@ -1,9 +1,8 @@
-"""The two ends of a flow on the sphere S^2: points to longitude and latitude, and these to normal
-numbers.
+"""The two ends of a flow on the sphere S^2.
 
-In between are layers on longitude and latitude, `(B, 2)`, in radians. A longitude may have any
-number of whole turns
-more: layers of the circle keep them (`CircularSplineTransform`).
+`SphereToAngles` maps points to longitude and latitude. `AnglesToNormal` maps these to normal
+numbers. Between them are layers on longitude and latitude, `(B, 2)`, in radians. A longitude may
+include any number of whole turns, which layers of the circle keep (`CircularSplineTransform`).
 """
 
 import math
@@ -14,33 +13,32 @@ from torch import Tensor
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.spline import whole_turns
 
-# At the poles a longitude says nothing, and the area of a cell of longitude and latitude vanishes.
-# A point that is nearer than this, in radians, is moved there: far enough for the density to be
-# known to some percent, where float32 has a spacing of 1.2e-7, and not as far as anyone would see.
+# At the poles a longitude means nothing, and the area of a cell of longitude and latitude vanishes.
+# A data point that is nearer to a pole than this, in radians, is moved to this distance. Float32
+# has a spacing of 1.2e-7 there, so the density is known to some percent. Nobody would see the move.
 POLE = 8e-6
-# Layers may bring it nearer. This, that spacing, is what keeps the cosine of a latitude above zero.
+# Layers may bring a point nearer to a pole, but not nearer than the spacing of float32. This keeps
+# the cosine of its latitude above zero.
 NEAREST = 2.0**-23
-# How far from the sphere a point may be, as a part of the radius. Float32 rounds by about a
-# thousandth of that.
+# How far from the unit sphere a point may be. Float32 rounds by about a thousandth of that.
 TOLERANCE = 1e-4
-# A share of the circle is kept this far from 0 and 1, where its normal quantile is infinite:
-# float32's rounding.
+# Shares of the circle are kept this far, float32's rounding, from 0 and 1, where the normal
+# quantile is infinite.
 EDGE = 2.0**-24
 
 
 class SphereToAngles(Bijection):
-    """Points of the unit sphere `(B, 3, 1, 1)` to longitude and latitude `(B, 2)`, the first step
-    of a recursive flow (Rezende et al. 2020, arXiv:2002.02428), whose cylinder has the sine of the
-    latitude as its height.
+    """Points of the unit sphere `(B, 3, 1, 1)` to longitude and latitude `(B, 2)`.
 
-    The map is from a surface in 3 dimensions to 2: densities are with respect to the area on the
-    sphere, of which a cell has `cos(latitude)` times its extent, and `log|det| = -log
-    cos(latitude)`. (It is `-1/2 log det(J^T J)`, J the 3 by 2 Jacobian of the inverse.) Off the
-    sphere there is no density: `log|det|` is minus infinity.
+    The map goes from a surface in 3 dimensions to 2 dimensions. Densities are with respect to the
+    area on the sphere. The area of a cell is `cos(latitude)` times its extent in the two angles, so
+    `log|det| = -log cos(latitude)`. (This is `-1/2 log det(J^T J)`, with J the 3 by 2 Jacobian of
+    the inverse.) Off the sphere there is no density: there `log|det|` is minus infinity.
 
-    The latitude is an arc length. The height would be area-preserving (Archimedes), but float32
-    cannot tell heights
-    near the poles apart: to points that are 3e-4 away it would be that of the pole.
+    This is the first step of a recursive flow (Rezende et al. 2020, arXiv:2002.02428). The paper's
+    cylinder has the height, the sine of the latitude, as its coordinate, which preserves area
+    (Archimedes). But float32 cannot tell heights near the poles apart: points up to about 2e-4 from
+    a pole have the height of the pole. So the coordinate here is the latitude, an arc length.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,14 +60,15 @@ class SphereToAngles(Bijection):
 
 
 class AnglesToNormal(Bijection):
-    """Longitude and latitude `(B, 2)` to two standard normal numbers, so that a uniform point of
-    the sphere is two
-    independent ones: the normal quantiles of the share of the circle that is west of it, and of the
-    share of the sphere's area that is south.
+    """Longitude and latitude `(B, 2)` to two numbers, standard normal for uniform points.
 
-    Of the share of the area `(1 + sin(latitude)) / 2` the smaller side is computed, `sin((pi/2 -
-    |latitude|) / 2)^2`, which is exact to float precision at both poles. At the end of the circle
-    it is the longitude that is rounded.
+    They are the normal quantiles of two shares: the share of the circle that is west of the point,
+    and the share of the sphere's area that is south of it. For uniform points of the sphere they
+    are independent.
+
+    The share of the area is `(1 + sin(latitude)) / 2`. The smaller of it and its complement is
+    computed, `sin((pi/2 - |latitude|) / 2)^2`, which is exact to float precision at both poles. At
+    the ends of the circle, precision is limited by the rounding of the longitude.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -78,9 +77,8 @@ class AnglesToNormal(Bijection):
         share = share.clamp(EDGE, 1 - EDGE)
         latitude = _away_from_poles(latitude, NEAREST)
         north = latitude > 0
-        # to the south pole, at the same distance from its own
-        nearer = torch.where(north, -latitude, latitude)
-        quantile = torch.special.ndtri((math.pi / 4 + nearer / 2).sin().square())
+        southern = torch.where(north, -latitude, latitude)  # the point, or its mirror image
+        quantile = torch.special.ndtri((math.pi / 4 + southern / 2).sin().square())
         z = torch.stack(
             [torch.special.ndtri(share), torch.where(north, -quantile, quantile)], dim=1
         )
@@ -89,13 +87,12 @@ class AnglesToNormal(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         longitude = 2 * math.pi * (torch.special.ndtr(z[:, 0]) - 0.5)
         north = z[:, 1] > 0
-        # ndtr has no precision far out
+        # In logs, because ndtr is not precise in the tails.
         log_share = torch.special.log_ndtr(torch.where(north, -z[:, 1], z[:, 1]))
-        nearer = 2 * (log_share / 2).exp().asin() - math.pi / 2
-        latitude = _away_from_poles(torch.where(north, -nearer, nearer), NEAREST)
-        return torch.stack([longitude, latitude], dim=1), _log_uniform_to_normal(
-            z
-        ) - latitude.cos().log()
+        southern = 2 * (log_share / 2).exp().asin() - math.pi / 2
+        latitude = _away_from_poles(torch.where(north, -southern, southern), NEAREST)
+        log_det = _log_uniform_to_normal(z) - latitude.cos().log()
+        return torch.stack([longitude, latitude], dim=1), log_det
 
 
 def _away_from_poles(latitude: Tensor, distance: float) -> Tensor:
@@ -103,7 +100,5 @@ def _away_from_poles(latitude: Tensor, distance: float) -> Tensor:
 
 
 def _log_uniform_to_normal(z: Tensor) -> Tensor:
-    """The log-density of two standard normal numbers, `(B, 2)` to `(B,)`, relative to the uniform
-    one, 1 / 4 pi.
-    """
+    """The log-density of N(z; 0, I), `(B, 2)` to `(B,)`, relative to the uniform 1 / 4 pi."""
     return math.log(4 * math.pi) - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)

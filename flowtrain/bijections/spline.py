@@ -1,5 +1,6 @@
-"""Monotone rational-quadratic splines (Durkan et al. 2019, "Neural Spline Flows"), of the line and
-of the circle.
+"""Monotone rational-quadratic splines of the line and of the circle.
+
+Durkan et al. 2019, "Neural Spline Flows".
 """
 
 import math
@@ -12,26 +13,26 @@ from torch.autograd.function import once_differentiable
 from flowtrain.bijections.base import Transform, bounded
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 
-MIN_SIZE = 1e-3  # of a bin's width and height, as parts of the whole
-MAX_BINS = 256  # of the whole, three quarters are left to share
-MIN_DERIVATIVE = 1e-3  # at a knot; 1 / MIN_DERIVATIVE is the largest
+MIN_SIZE = 1e-3  # of a bin's width and height, as a share of the interval
+MAX_BINS = 256  # these leave three quarters of the interval for the parameters to divide
+MIN_DERIVATIVE = 1e-3  # at a knot; the largest is 1 / MIN_DERIVATIVE
 DERIVATIVE_LIMIT = -math.log(MIN_DERIVATIVE)
 
 
 class SplineTransform(Transform):
-    """A monotone rational-quadratic spline on `[-bound, bound]`, the identity outside (eq. 4-8,
-    linear tails).
+    """A monotone rational-quadratic spline on `[-bound, bound]`, the identity outside (eq. 4-8).
 
-    Takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights before their
-    softmax, and of the derivatives at the inner knots the log `limit * tanh(h / limit)`, `limit =
-    log 1000`, where the paper has a softplus. So parameters of zero are the identity, no derivative
-    at a knot is above 1000 or below its inverse, and no log-derivative outside [-23, 8.3]. Twice
-    differentiable inside a bin, once at a knot, in both directions. Raises `ValueError` for more
-    than MAX_BINS bins.
+    The transform takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights
+    before their softmax, and an `h` for the derivative at each inner knot. The log-derivative there
+    is `limit * tanh(h / limit)` with `limit = log 1000`, where the paper has a softplus. So
+    parameters of zero are the identity, and all derivatives at knots lie between 1/1000 and 1000.
+    No log-derivative is outside [-23, 8.3]. In both directions the map is twice differentiable
+    inside a bin, and once at a knot. Raises `ValueError` unless `1 <= bins <= MAX_BINS`.
 
-    The bound suits data of unit variance: of a normal distribution, 6e-5 lies outside. For entries
-    that never leave `[-bound, bound]`, `free_ends` makes the derivatives at the ends two more
-    parameters, `3 bins + 1` in all: else they are 1, and no density could be another one there.
+    The default bound suits data of unit variance: of a normal distribution, a share of 6e-5 lies
+    outside. `free_ends` is for entries that never leave `[-bound, bound]`. It makes the derivatives
+    at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which fixes the
+    density there.
     """
 
     def __init__(self, bins: int = 8, bound: float = 4.0, free_ends: bool = False):
@@ -51,11 +52,11 @@ class SplineTransform(Transform):
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(z, parameters, 1)
         eta = (z.clamp(-self.bound, self.bound) - bottom) / height
-        # Eq. 29: xi = 2 c / (-b - sqrt(b^2 - 4 a c)). Divided by slope * height, b = difference + 2
-        # eta, c = -eta, and the discriminant is a sum of two squares; the root added where nothing
-        # cancels.
+        # Eq. 29 is xi = 2 c / (-b - sqrt(b^2 - 4 a c)). Divided by slope * height, b is
+        # difference + 2 eta, c is -eta, and b^2 - 4 a c is a sum of two positive terms.
         difference = start * (1 - eta) - end * eta
         product = 4 * eta * (1 - eta)
+        # difference + sqrt(...), in the form in which nothing cancels
         large = difference.abs() + (difference.square() + product).sqrt()
         total = torch.where(difference > 0, large, product / large)
         xi = 2 * eta / (2 * eta + total)
@@ -63,9 +64,10 @@ class SplineTransform(Transform):
         return self._inside(z, x, -_log_derivative(xi, height / width, start, end))
 
     def _bin(self, values: Tensor, parameters: Tensor, axis: int) -> tuple[Tensor, ...]:
-        """Left, width, bottom and height of the bin that each value is in by its x (axis 0) or its
-        z (axis 1), and the derivatives at its two ends, as multiples of the slope `height / width`.
-        Each of the shape of `values`.
+        """Finds the bin of each value, given by its x (axis 0) or its z (axis 1).
+
+        Returns the bin's left, width, bottom and height, and the derivatives at its two ends as
+        multiples of the slope `height / width`. Each has the shape of `values`.
         """
         raw = self._unflatten(parameters)
         knots, derivatives = _Lookup.apply(values, raw, self.bins, self.bound, axis)
@@ -78,28 +80,30 @@ class SplineTransform(Transform):
         return left, width, bottom, height, start, end
 
     def _unflatten(self, parameters: Tensor) -> Tensor:
-        return parameters.unflatten(1, (self.parameters_per_entry, -1))
+        """`(B, P C, ...)` to `(B, P, C, ...)`, as `_Lookup` takes them."""
+        raw: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
+        return raw
 
     def _inside(
         self, given: Tensor, result: Tensor, log_derivative: Tensor
     ) -> tuple[Tensor, Tensor]:
-        outside = given.abs() >= self.bound  # not so for NaN
+        """The result inside of `[-bound, bound]`, and the identity outside."""
+        outside = given.abs() >= self.bound  # False for NaN
         return torch.where(outside, given, result), log_derivative.masked_fill(outside, 0)
 
 
 class CircularSplineTransform(SplineTransform):
-    """A turn and a spline of the circle (Rezende et al. 2020, arXiv:2002.02428, "circular
-    splines"): `z = S(x + turn)`.
+    """A turn, then a spline of the circle: `z = S(x + turn)`.
 
-    Entries are angles in radians, and the map is that of the line that goes with the circle's: `z(x
-    + 2 pi) = z(x) + 2 pi`, so that an angle may be given with any number of whole turns, and keeps
-    them. S is a rational-quadratic spline of `[-pi, pi]` onto itself, with one derivative for both
-    ends: z is smooth there as at any knot, and as of each layer the cut is at another angle, by its
-    turn, none of them is a special place.
+    See the "circular splines" of Rezende et al. 2020, arXiv:2002.02428. Entries are angles in
+    radians. The map is defined on the whole line, with `z(x + 2 pi) = z(x) + 2 pi`. So an angle may
+    include any number of whole turns, and keeps them. S is a rational-quadratic spline of
+    `[-pi, pi]` onto itself, with one derivative for both ends, so z is as smooth there as at any
+    knot. By its turn, each layer has its ends at another angle, so no angle is special.
 
-    Takes `(3 bins + 1) C` parameters for C entries: the turn (bounded to half of one either way,
-    `pi * tanh(h / pi)`), `bins` widths, heights and derivatives. Parameters of zero are the
-    identity.
+    The transform takes `(3 bins + 1) C` parameters for C entries: the turn `pi * tanh(h / pi)`, at
+    most half a turn either way, then `bins` widths, heights and derivatives. Parameters of zero
+    are the identity.
     """
 
     def __init__(self, bins: int = 8):
@@ -129,15 +133,15 @@ class CircularSplineTransform(SplineTransform):
     def _inside(
         self, given: Tensor, result: Tensor, log_derivative: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return result, log_derivative  # every angle is inside, the ends too
+        return result, log_derivative  # every angle is inside
 
 
 def whole_turns(angle: Tensor) -> Tensor:
-    """What to take from an angle, in radians, to have it in `[-pi, pi]`."""
+    """The whole turns of an angle, in radians: without them it is in `[-pi, pi]`."""
     return 2 * math.pi * torch.floor((angle + math.pi) / (2 * math.pi))
 
 
-# Eq. 4 and 5 with everything divided by the slope: sums of positive terms.
+# Eq. 4 and 5, with everything divided by the slope.
 
 
 def _numerator(xi: Tensor, start: Tensor) -> Tensor:
@@ -157,10 +161,13 @@ def _log_derivative(xi: Tensor, slope: Tensor, start: Tensor, end: Tensor) -> Te
 class _Lookup(torch.autograd.Function):
     """The two knots on either side of each value, and the parameters of the derivatives there.
 
-    `(B, C, ...)`, `(B, P, C, ...)` to `(B, 2, 2, C, ...)`, x and z of the lower and the upper knot,
-    and `(B, 2, C, ...)`. P is `3 K + 1`, or `3 K - 1`: then the derivative at the ends of the
-    spline is that of a parameter of zero. By hand, for autograd takes about twice as long, over the
-    cumulative sums.
+    The values have shape `(B, C, ...)`, and the raw parameters `(B, P, C, ...)`. The knots have
+    shape `(B, 2, 2, C, ...)`: x and z, each of the lower and the upper knot. The parameters of the
+    derivatives have shape `(B, 2, C, ...)`. P is `3 K + 1` or `3 K - 1` for K bins. With the latter
+    the derivatives at the ends of the spline are those of a parameter of zero.
+
+    The gradient is written by hand, because autograd takes about twice as long for the cumulative
+    sums.
     """
 
     @staticmethod
@@ -197,20 +204,20 @@ class _Lookup(torch.autograd.Function):
     ) -> tuple[None, Tensor, None, None, None]:
         shares, index = ctx.saved_tensors
         bins = shares.shape[2]
-        # A knot is the sum of the sizes of the bins before it. 1 for these, 0 for others (the last
-        # knot is that of all sizes, which softmax knows to be constant):
+        # A knot is the sum of the sizes of the bins before it: 1 for these, 0 for the others. The
+        # last knot is the sum of all sizes, which is constant; the softmax's gradient knows that.
         number = torch.arange(bins, dtype=shares.dtype, device=shares.device).view(
             -1, *[1] * (index.ndim - 2)
         )
         before_lower = (index.to(shares.dtype) - number).clamp_(0, 1)
         before_upper = (index.to(shares.dtype) - (number - 1)).clamp_(0, 1)
-        # (B, 2, 1, C, ...)
+        # Both (B, 2, 1, C, ...).
         grad_lower, grad_upper = grad_knots.mul(ctx.factor).unsqueeze(3).unbind(2)
         grad_shares = torch.addcmul(
             grad_lower * before_lower[:, None], grad_upper, before_upper[:, None]
         )
         grad_sizes = torch.ops.aten._softmax_backward_data(grad_shares, shares, 2, shares.dtype)
-        here = before_upper - before_lower  # 1 for the bin of the value
+        here = before_upper - before_lower  # 1 for the value's bin, 0 for the others
         grad_start, grad_end = grad_derivatives.unsqueeze(2).unbind(1)
         grads = [
             *grad_sizes.unbind(1),

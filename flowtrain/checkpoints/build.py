@@ -20,7 +20,7 @@ def build_flow(config: Config, shape: tuple[int, int, int], levels: int | None) 
 
     Raises `UserError` where the options do not fit the shape, or data without levels.
     """
-    module = configuration.component_module("models", config.model.name)
+    module = configuration.component_module(configuration.Model, config.model.name)
     options = config.dequantization
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))

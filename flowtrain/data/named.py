@@ -27,8 +27,8 @@ def section_named(
     section = own.model_dump(mode="json")
     if name == own.name:
         return section
-    known = configuration.component_names("datasets")
-    schemas = {kind: configuration.component_schema("datasets", kind) for kind in known}
+    known = configuration.component_names(DataConfig)
+    schemas = {kind: configuration.component_schema(DataConfig, kind) for kind in known}
     names = [kind for kind, schema in schemas.items() if "path" not in schema.model_fields]
     path = Path(name)
     values: dict[str, Any] = {"name": name}
@@ -46,9 +46,9 @@ def section_named(
         raise UserError(f"{option} {name}: there is no such file")
     # Options that only some data sets have are kept only for the same data set. Flips and shifts
     # are for training.
-    kept = {**configuration.component_base("datasets").model_fields}
+    kept = {*DataConfig.model_fields}
     if values["name"] == own.name:
-        kept = {**schemas[own.name].model_fields}
+        kept = {*schemas[own.name].model_fields}
     fitting = {
         key: value for key, value in section.items() if key in kept and key not in ("flip", "shift")
     }

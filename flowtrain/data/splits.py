@@ -62,7 +62,7 @@ class DataSet:
         if undivided is not None:
             self.train_images = self.test_images = undivided
         else:
-            module = configuration.component_module("datasets", config.name)
+            module = configuration.component_module(DataConfig, config.name)
             options = config.options()
             self.train_images = module.build(
                 Path(config.root), "train", seed=config.split_seed, **options

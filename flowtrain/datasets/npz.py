@@ -1,6 +1,5 @@
 """A user's own arrays in one .npz file, with the names of Keras: x_train, x_test, y_train, y_test.
-
-All but x_train may be missing.
+All but x_train are optional.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""Conditioner networks: from the kept part of a coupling, and context, to parameters.
+"""Conditioner networks: `net(kept, context)` maps a coupling's kept part to parameters.
 
 Every last layer starts at zero, so that every coupling starts as the identity (Glow, section 3.3).
-They are called through `flowtrain.bijections.precision`, and know nothing of precision themselves.
+`flowtrain.bijections.precision` calls them: under autocast they, and nothing else, run in bf16.
 """

@@ -1,10 +1,4 @@
-"""Conditioner networks: from the kept part of a coupling (and context) to the parameters of its
-transform.
-
-Every last layer starts at zero, so that every coupling starts as the identity (Glow, section 3.3).
-Called as `net(kept, context)`; under autocast these networks, and nothing else, run in low
-precision.
-"""
+"""Convolutional conditioners of images: Glow's, and the layers that all of them are made of."""
 
 from typing import Any
 
@@ -15,10 +9,10 @@ from torch.nn import functional as F
 
 
 class Conv2d(nn.Linear):
-    """A convolution of odd size `k` that keeps the image's, `(B, C, H, W)` to `(B, C', H, W)`.
+    """A convolution of odd kernel size `k`, `(B, C, H, W)` to `(B, C', H, W)`.
 
-    Its weight is a matrix, `(C', k * k * C / groups)`: what Muon takes, and as filters the order in
-    memory that goes with the activations of conditioners (channels last).
+    Its weight is a matrix, `(C', k * k * C / groups)`, because Muon takes matrices. Seen as
+    filters, it has the channels last in memory, like the activations of conditioners.
     """
 
     def __init__(
@@ -42,11 +36,10 @@ class Conv2d(nn.Linear):
 
 
 class ZeroConv2d(Conv2d):
-    """A convolution that starts at zero, with a learned gain of each output channel: `exp(3 *
-    log_gain)`.
+    """A convolution that starts at zero, with a learned gain per output channel.
 
-    As in the Glow release: the gain lets the outputs grow faster than the rate of Adam's steps
-    would.
+    The gain is `exp(3 * log_gain)`. As in the Glow release, it lets the outputs grow faster than
+    Adam's steps would.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -57,14 +50,12 @@ class ZeroConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         gain = (3 * self.log_gain).exp()
-        # On the weights, which are smaller than the activations.
+        # The weights take the gain, because they are smaller than the activations.
         return self._convolve(x, self.weight * gain[:, None], self.bias * gain)
 
 
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
-    """`x` for a conditioner, with the context's channels, averaged down to the size of `x` where it
-    is larger.
-    """
+    """`x` with the channels of the context, which is averaged down to the size of `x`."""
     if context is None:
         return x
     if context.shape[-2:] != x.shape[-2:]:
@@ -73,12 +64,12 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
 
 
 class _IntegerReLU(torch.autograd.Function):
-    """ReLU of bfloat16, in place, on its bits as 16-bit integers: three times as fast on a CPU,
-    forward and backward.
+    """ReLU of bfloat16, in place, on its bits as 16-bit integers.
 
-    As integers the numbers >= 0 are >= 0, minus infinity is -128, everything negative is below that
-    or equal, and what lies between is NaN with a sign: it stays NaN, as it must (a ReLU fused into
-    oneDNN's convolution would hide it).
+    On a CPU this is three times as fast, forward and backward. Read as integers, numbers >= 0 stay
+    >= 0, minus infinity is -128, and all other negative numbers are below -128. The integers from
+    -127 to -1 are NaN with a sign. They stay NaN, as they must (a ReLU fused into oneDNN's
+    convolution would hide them).
     """
 
     @staticmethod
@@ -92,15 +83,17 @@ class _IntegerReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        passed = torch.ops.aten.threshold_backward(grad.view(torch.int16), y.view(torch.int16), 0)
+        passed: Tensor = torch.ops.aten.threshold_backward(
+            grad.view(torch.int16), y.view(torch.int16), 0
+        )
         return passed.view(torch.bfloat16)
 
 
 def relu_(x: Tensor) -> Tensor:
     """ReLU in place."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return _IntegerReLU.apply(x)
-    return F.relu_(x)
+    on_integers = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    y: Tensor = _IntegerReLU.apply(x) if on_integers else F.relu_(x)
+    return y
 
 
 class ReLU(nn.Module):
@@ -111,8 +104,9 @@ class ReLU(nn.Module):
 
 
 class GlowNet(nn.Module):
-    """3x3 - ReLU - 1x1 - ReLU - zero 3x3 (Glow, section 3.3 and appendix B): `(B, C, H, W)` to `(B,
-    C', H, W)`.
+    """Glow's conditioner, `(B, C, H, W)` to `(B, C', H, W)`: 3x3 - ReLU - 1x1 - ReLU - zero 3x3.
+
+    See Glow, section 3.3 and appendix B.
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, context_channels: int = 0):
@@ -126,12 +120,14 @@ class GlowNet(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(with_context(x, context))
+        parameters: Tensor = self.layers(with_context(x, context))
+        return parameters
 
 
 class ZeroNet(nn.Module):
-    """One zero convolution: Glow's learned prior of a factored-out half (the release's
-    `split2d_prior`).
+    """One zero convolution: Glow's learned prior of a factored-out half.
+
+    The release calls it `split2d_prior`.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -139,12 +135,14 @@ class ZeroNet(nn.Module):
         self.layer = ZeroConv2d(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layer(x)
+        parameters: Tensor = self.layer(x)
+        return parameters
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalization over the channels of each pixel, `(B, C, H, W)` (as in Flow++, Ho et al.
-    2019).
+    """Layer normalization over the channels of each pixel of `(B, C, H, W)`.
+
+    As in Flow++ (Ho et al. 2019).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ class ZeroLinear(nn.Linear):
 
 
 class DenseNet(nn.Module):
-    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1): `(B, D)` to `(B,
-    D')`.
+    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1).
+
+    It maps `(B, D)` to `(B, D')`.
     """
 
     def __init__(self, in_features: int, out_features: int, width: int, hidden_layers: int):
@@ -26,4 +27,5 @@ class DenseNet(nn.Module):
         self.layers = nn.Sequential(*layers, ZeroLinear(width, out_features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(x)
+        parameters: Tensor = self.layers(x)
+        return parameters

@@ -1,4 +1,4 @@
-"""Masked conditioners: each output sees the entries before it."""
+"""Masked conditioners, in which the parameters of an entry depend only on the entries before it."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ from flowtrain.nets.convolution import relu_
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without the weights where `mask`, `(D', D)`, is False: `(B, D)` to `(B, D')`.
+    """A linear layer, `(B, D)` to `(B, D')`, without the weights where `mask` `(D', D)` is False.
 
-    Initialized like torch's, but each row by the number of inputs that it sees.
+    It is initialized like torch's, except that each row is scaled for the inputs that it sees.
     """
 
     mask: Tensor
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        # a function of the sizes alone
+        # Not saved, because it follows from the sizes.
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         with torch.no_grad():
             seen = self.mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -31,21 +31,21 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskedDenseNet(AutoregressiveNet):
-    """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters for each entry
-    from those before it.
+    """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters per entry.
 
-    ReLU layers of one width, then a masked layer that starts at zero. The degree of a hidden unit,
-    the number of entries that it sees (the first ones), goes evenly from 1 to D - 1; the units are
-    sorted by it, so that what an entry depends on is the beginning of every layer. With a context,
-    `(B, C', H, W)` or `(B, E)`, of which the first layer sees all `context_features`, there are
-    units that see no entry. Raises `ValueError` where it is missing.
+    ReLU layers of one width, then a masked layer that starts at zero. The degree of a hidden unit
+    is the number of entries that it sees, always the first ones. Degrees go evenly from 1 to D - 1.
+    Units are sorted by degree, so everything that an entry depends on is at the beginning of a
+    layer.
+
+    The first layer sees all `context_features` entries of a context, `(B, C', H, W)` or `(B, E)`.
+    With a context, degrees start at 0. Raises `ValueError` if the context is missing.
 
     Args:
         dims: D.
-        parameters_per_entry: P; the outputs are one parameter of all entries after the other, as
-            `Transform` has them.
-        width: units of a hidden layer.
-        hidden_layers: their number, at least 1.
+        parameters_per_entry: P. The outputs have the order in which `Transform` takes them.
+        width: units per hidden layer.
+        hidden_layers: number of hidden layers, at least 1.
         context_features: entries of a context, 0 for none.
     """
 
@@ -59,9 +59,9 @@ class MaskedDenseNet(AutoregressiveNet):
     ):
         super().__init__()
         lowest = 0 if context_features else min(1, dims - 1)
-        # The last units see all entries but one, however few units there are.
+        # The last unit sees all entries but one, however few units there are.
         degrees = [dims - 1 - i * (dims - lowest) // width for i in reversed(range(width))]
-        self.units = [degrees.count(d) for d in range(dims)]  # of each degree
+        self.units = [degrees.count(d) for d in range(dims)]  # number of units per degree
         degree, entry = torch.tensor(degrees), torch.arange(dims)
         masks = [entry < degree[:, None]] + [degree <= degree[:, None]] * (hidden_layers - 1)
         self.hidden = nn.ModuleList(map(MaskedLinear, masks))
@@ -71,33 +71,31 @@ class MaskedDenseNet(AutoregressiveNet):
         self.context = nn.Linear(context_features, width, bias=False) if context_features else None
 
     def _outside(self, context: Tensor | None) -> Tensor:
-        """What the first layer sees of the context, `(B, width)`; without one, zeros `(1,
-        width)`.
-        """
+        """The context's part of the first layer, `(B, width)`, or zeros, `(1, width)`."""
         if self.context is None:
             return self.last.weight.new_zeros(1, self.last.in_features)
         if context is None:
             raise ValueError(f"expected a context of {self.context.in_features} entries")
-        return self.context(context.flatten(1))
+        outside: Tensor = self.context(context.flatten(1))
+        return outside
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
         h = relu_(first(x) + self._outside(context))
         for layer in others:
             h = relu_(layer(h))
-        return self.last(h)
+        parameters: Tensor = self.last(h)
+        return parameters
 
     def entry_by_entry(
         self, next_entry: Callable[[Tensor], Tensor], batch: int, context: Tensor | None = None
     ) -> Tensor:
-        """The `x` `(B, D)` of which each entry is `next_entry` of its parameters, `(B, P)` to `(B,
-        1)`, in order.
+        """See `AutoregressiveNet`. Each hidden unit is computed once.
 
-        Each hidden unit is computed once. Units and entries are rows here, so that those known are
-        contiguous.
+        Units and entries are rows here, so that the known ones are contiguous.
         """
         layers: list[MaskedLinear] = list(self.hidden)  # type: ignore[arg-type]
-        # Of the units of each degree, and of each entry: their rows of every layer.
+        # The rows of each layer, divided by degree, and those of the last layer by entry.
         weights = [layer.weight.split(self.units) for layer in layers]
         biases = [layer.bias[:, None].split(self.units) for layer in layers]
         biases[0] = (layers[0].bias[:, None] + self._outside(context).T).split(self.units)

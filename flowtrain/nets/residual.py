@@ -7,8 +7,9 @@ from flowtrain.nets.convolution import ChannelNorm, Conv2d, ReLU, ZeroConv2d, re
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, "identity
-    mappings").
+    """Adds two 3x3 convolutions, each after normalization and ReLU.
+
+    See He et al. 2016, "Identity Mappings".
     """
 
     def __init__(self, width: int):
@@ -23,15 +24,16 @@ class _ResidualBlock(nn.Module):
         self.norm2.initialize(self.conv1(relu_(self.norm1(x)[0])))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(relu_(self.norm1(x)[0]))
-        return x + self.conv2(relu_(self.norm2(h)[0]))
+        h: Tensor = self.conv1(relu_(self.norm1(x)[0]))
+        h = self.conv2(relu_(self.norm2(h)[0]))
+        return x + h
 
 
 class ResidualNet(nn.Module):
     """The residual conditioner of RealNVP (section 3.7): 3x3, `blocks` residual blocks, zero 1x1.
 
-    ActNorm stands where the paper has batch normalization, so that an example does not see its
-    batch mates.
+    It has ActNorm where the paper has batch normalization, so that no example depends on the rest
+    of its batch.
     """
 
     def __init__(
@@ -58,19 +60,24 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.blocks(self.first(with_context(x, context)))
-        return self.last(relu_(self.norm(h)[0]))
+        parameters: Tensor = self.last(relu_(self.norm(h)[0]))
+        return parameters
 
 
 class _Residual(nn.Sequential):
-    """`x +` the layers of `x`."""
+    """Adds the result of its layers to `x`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        h = x
+        for layer in self:
+            h = layer(h)
+        return x + h
 
 
 class _BlockNet(nn.Module):
-    """A convolution, residual blocks, ReLU, a convolution that starts at zero: `(B, C, H, W)` to
-    `(B, C', H, W)`.
+    """A convolution, residual blocks, ReLU, and a convolution that starts at zero.
+
+    It maps `(B, C, H, W)` to `(B, C', H, W)`.
     """
 
     kernel_size: int  # of the first convolution and the last
@@ -95,15 +102,15 @@ class _BlockNet(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(with_context(x, context))
+        parameters: Tensor = self.layers(with_context(x, context))
+        return parameters
 
 
 class GatedNet(_BlockNet):
-    """Residual blocks `a * sigmoid(b)`, `a` and `b` from normalization, 3x3, ReLU, 1x1, as in
-    Flow++ (section 3.3).
+    """Residual blocks `a * sigmoid(b)`, similar to those of Flow++ (section 3.3).
 
-    With ReLU where it has a concatenated ELU, normalization at the entrance of a block, and no
-    attention.
+    Normalization, 3x3, ReLU and 1x1 give `a` and `b`. Flow++ has a concatenated ELU instead of
+    ReLU, normalization elsewhere than at the entrance of a block, and attention.
     """
 
     kernel_size = 3
@@ -119,8 +126,9 @@ class GatedNet(_BlockNet):
 
 
 class DepthwiseNet(_BlockNet):
-    """Residual blocks of a depthwise-separable convolution (Chollet 2017): depthwise 3x3,
-    normalization, ReLU, 1x1.
+    """Residual blocks of a depthwise-separable convolution (Chollet 2017).
+
+    A block is a depthwise 3x3 convolution, normalization, ReLU and 1x1.
     """
 
     kernel_size = 1

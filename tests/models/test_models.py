@@ -53,7 +53,7 @@ def count(module):
 
 
 def test_every_model_is_tested():
-    found = set(configuration.component_names("models"))
+    found = set(configuration.component_names(configuration.Model))
     found -= {"sphere"}  # It fits no image: see test_sphere.py.
     assert found == set(TINY) == {name for name, _ in GOLDEN}
 
