@@ -34,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowtrain.errors import UserError, nearest
+from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Positive
 
 
@@ -297,7 +297,7 @@ def component_module(base: type[Component], name: str) -> ModuleType:
     names = component_names(base)
     if name not in names:
         raise UserError(
-            f"{key}: unknown name {name!r}{nearest(name, names)}; there are {', '.join(names)}"
+            f"{key}: unknown name {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}"
         )
     return _shipped(base, name)
 
@@ -382,7 +382,7 @@ def _described(error: ValidationError, schema: type[BaseModel], where: str) -> l
 def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel], where: str) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_keys(schema))
-        return f"{where}: {key}: unknown key{nearest(key, known)} (value {error['input']!r})"
+        return f"{where}: {key}: unknown key{did_you_mean(key, known)} (value {error['input']!r})"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; it has no default"
     message = error["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "flowtrain"
 
 # Lowest first. Packages of one row may import each other, unless they are in APART.
 ROWS = [
-    ["errors", "types"],
+    ["errors", "results", "types"],
     ["system"],
     ["bijections", "nets"],
     ["flow", "models"],

@@ -13,6 +13,7 @@ from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.results import Evaluation
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 HISTOGRAM = 2.42  # bits/dim of the digits when every pixel is coded by its own histogram
 
 
-def trained(tmp_path: Path, config: str, *overrides: str) -> dict[str, float]:
+def trained(tmp_path: Path, config: str, *overrides: str) -> Evaluation:
     """Trains a shipped configuration and evaluates its best checkpoint on the test split."""
     settings = load_config(find_config(config), overrides)
     run = RunDirectory(tmp_path / "run")
@@ -37,7 +38,7 @@ def trained(tmp_path: Path, config: str, *overrides: str) -> dict[str, float]:
     [("glow_digits.yaml", 2.20), ("realnvp_digits.yaml", HISTOGRAM), ("nice_digits.yaml", 4.09)],
 )
 def test_digits(tmp_path: Path, config: str, limit: float) -> None:
-    assert trained(tmp_path, config)["bits_per_dim"] < limit
+    assert trained(tmp_path, config).bits_per_dim < limit
 
 
 def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
@@ -76,6 +77,6 @@ def test_known_entropy(
     data = ["data.name=npz", f"data.path={tmp_path / 'gaussians.npz'}"]
     result = trained(tmp_path, config, *data, *overrides)
     # Never below the entropy: the mean over test images of a bound, less four standard errors.
-    assert result["bits_per_dim"] > entropy - 4 * result["bits_per_dim_stderr"]
+    assert result.bits_per_dim > entropy - 4 * result.bits_per_dim_stderr
     if margin is not None:
-        assert result["bits_per_dim"] < entropy + margin
+        assert result.bits_per_dim < entropy + margin

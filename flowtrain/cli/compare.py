@@ -1,11 +1,15 @@
 """`flowtrain compare`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowtrain.cli.base import check_suffix, command, on_one_process, write_json
+
+if TYPE_CHECKING:
+    from flowtrain.results import Evaluation
+    from flowtrain.runs.compare import Result
 
 EPILOG = (
     "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
@@ -35,36 +39,23 @@ def compare(
     nothing itself.
     """
 
-    from flowtrain.runs import charts, record
     from flowtrain.runs import compare as comparison
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
     check_suffix(out, (".png",))
     console.stderr = json_out == "-"
-    paths = comparison.once(runs)
-    records = [record.read(path) for path in paths]
-    names = comparison.names(paths)
-    results = [comparison.result(*pair) for pair in zip(names, records, strict=True)]
-    notes = comparison.notes(results, records)
-    _print_table(results)
-    for note in notes:
+    found = comparison.compare(runs)
+    _print_table(found.results)
+    for note in found.notes:
         console.print(f"- {note}")
-    units = " or ".join(sorted({result.unit for result in results}))
-    save(
-        out,
-        charts.compare({name: run.rows for name, run in zip(names, records, strict=True)}, units),
-    )
+    save(out, found.picture)
     console.print(f"wrote {out}")
     if json_out is not None:
-        rows = [
-            {**vars(result), "test": None if result.test is None else result.test.model_dump()}
-            for result in results
-        ]
-        write_json({"runs": rows, "notes": notes}, json_out, Path(json_out))
+        write_json(found.content(), json_out, Path(json_out))
 
 
-def _print_table(results: list[Any]) -> None:
+def _print_table(results: "list[Result]") -> None:
     from rich.table import Table
 
     from flowtrain.system.console import console, duration
@@ -98,7 +89,7 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _test(test: Any) -> str:
+def _test(test: "Evaluation | None") -> str:
     if test is None:
         return "-"
     value, stderr = test.loss

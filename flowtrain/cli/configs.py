@@ -4,7 +4,7 @@ completion use it.
 
 from pathlib import Path
 
-from flowtrain.errors import UserError, nearest
+from flowtrain.errors import UserError, did_you_mean
 
 DEMO = "glow_digits.yaml"
 
@@ -40,5 +40,5 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     raise UserError(
         f"--config {name}: no such file, here, in configs/ or among the shipped ones"
-        f"{nearest(name, shipped)} (shipped: {', '.join(shipped)})"
+        f"{did_you_mean(name, shipped)} (shipped: {', '.join(shipped)})"
     )

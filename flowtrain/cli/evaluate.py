@@ -128,17 +128,17 @@ def evaluate(
         return  # the rest is writing
     name = f"evaluate-{split_name}.json"
     if dataset is not None:
-        result["dataset"] = dataset
+        result = result.model_copy(update={"dataset": dataset})
         name = f"evaluate-{Path(dataset).resolve().stem}-{split_name}.json"
-    bad = result["non_finite_indices"]
-    print_table({key: value for key, value in result.items() if value is not bad})
-    write_json(result, json_out, run_of(loaded.checkpoint.path) / name)
+    content = result.content()
+    print_table({key: value for key, value in content.items() if key != "non_finite_indices"})
+    write_json(content, json_out, run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
-    if bad:
+    if bad := result.non_finite_indices:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
-            f"{len(bad)} of {result['num_images']} images have a likelihood that is not finite: "
+            f"{len(bad)} of {result.num_images} images have a likelihood that is not finite: "
             f"those at {which}"
         )

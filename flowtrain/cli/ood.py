@@ -139,7 +139,7 @@ def ood(
     ]
     reference = "validation" if len(data.split("validation")) else "train"
     with ProgressBar("scoring") as bar:
-        comparison = scoring.compare(
+        comparison = scoring.score_all(
             loaded,
             scoring.own_split(reference, loaded, data, num_images),
             within,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.data.splits import DataSet, Split, labels_of
+from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
 from flowtrain.errors import UserError
 from flowtrain.evaluation.score import Scores, score
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import bits_per_dim
+from flowtrain.results import Evaluation
 from flowtrain.system import distributed
 
 log = logging.getLogger("flowtrain")
@@ -37,16 +38,15 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
 def evaluate(
     model: LoadedModel,
     data: DataSet,
-    split_name: Any,
+    split_name: SplitName,
     *,
     num_images: int | None = None,
     samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[str, Any], Scores]:
-    """The result of `flowtrain evaluate` as plain data (a figure that is not finite is None), and
-    the scores.
+) -> tuple[Evaluation, Scores]:
+    """The result of `flowtrain evaluate`, and the scores of the images.
 
     Raises `UserError` where the data do not have the model's shape and levels, or the split is
     empty.
@@ -71,28 +71,35 @@ def evaluate(
             f"to draw"
         )
     labels = _labels(model, data, split)
-    options = {"num_images": num_images, "samples": samples, "seed": seed, "batch_size": batch_size}
-    scores = score(flow, split, progress=progress, **options)  # type: ignore[arg-type]
+    scores = score(
+        flow,
+        split,
+        num_images=num_images,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
     count = len(scores.log_prob)
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().nonzero().flatten().tolist()
-    result = {
+    result = Evaluation(
         **summarize(scores, flow),
         **_classification(scores, flow, labels),
-        "num_images": count,
-        "dims": flow.dims,
-        "levels": flow.levels,
-        "split": split_name,
-        "dataset": data.config.name,
-        "weights": model.weights,
-        "step": model.checkpoint.meta["step"],
-        "seed": seed,
-        "non_finite_images": len(bad),
-        "non_finite_indices": bad,
-        "max_reconstruction_error": None
+        num_images=count,
+        dims=flow.dims,
+        levels=flow.levels,
+        split=split_name,
+        dataset=data.config.name,
+        weights=model.weights,
+        step=model.checkpoint.meta["step"],
+        seed=seed,
+        non_finite_images=len(bad),
+        non_finite_indices=bad,
+        max_reconstruction_error=None
         if flow.bijection.inverse_is_sequential
         else _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
-        "checkpoint": str(model.checkpoint.path),
-    }
+        checkpoint=str(model.checkpoint.path),
+    )
     return result, scores
 
 

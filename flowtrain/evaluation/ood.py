@@ -266,7 +266,7 @@ class Comparison:
         return [self.inside, *self.outside]
 
 
-def compare(
+def score_all(
     model: LoadedModel,
     reference: Collection,
     inside: Collection,

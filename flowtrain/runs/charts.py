@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flowtrain.runs.record import Row
+from flowtrain.results import Row
 
 COLOURS = (
     "#4477cc",
@@ -28,7 +28,7 @@ STARTING = 0.05  # of a run's images: the loss falls so fast at first that the r
 INK = "#010203"  # of text and lines; no other colour of a chart is this one
 
 
-def compare(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
+def losses_png(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
     """A PNG of the loss against time and against images, for runs by name: validation bold,
     training faint.
     """
@@ -42,7 +42,7 @@ def compare(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
     return _saved(figure, "png")
 
 
-def report(rows: Sequence[Row], unit: str) -> dict[str, str]:
+def curves_svg(rows: Sequence[Row], unit: str) -> dict[str, str]:
     """The curves of one run by title, each an SVG element for HTML, its ink the colour of the
     page's text.
     """

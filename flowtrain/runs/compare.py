@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.config import differences
-from flowtrain.runs.record import Evaluation, Record
+from flowtrain.results import Evaluation, Row, Summary
+from flowtrain.runs import charts, record
+from flowtrain.runs.record import Record
 
 # Where images lie, how they are read, and what is written when: no part of what is learned.
 NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
@@ -19,6 +21,12 @@ NO_SETTINGS |= {
 HELD_OUT = {"data.validation", "data.split_seed"}
 # With these too the test images are the same.
 NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
+
+# The keys of an evaluation in the JSON of a comparison.
+TEST_FIGURES = (
+    *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
+    *("bound", "samples", "num_images", "split", "dataset", "weights", "step"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,38 @@ class Result:
     test: Evaluation | None
 
 
-def once(paths: Sequence[Path]) -> list[Path]:
-    """The paths in order, each folder once."""
+@dataclass(frozen=True)
+class Comparison:
+    """A row per run, what a reader of the table has to know, and the curves as a PNG."""
+
+    results: list[Result]
+    notes: list[str]
+    picture: bytes
+
+    def content(self) -> dict[str, Any]:
+        """What is written as JSON."""
+        rows = [vars(each) | {"test": _test_figures(each.test)} for each in self.results]
+        return {"runs": rows, "notes": self.notes}
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Compares run directories, each of them once. Evaluates nothing.
+
+    Raises `UserError` where one is missing or broken.
+    """
     kept: dict[Path, Path] = {}
     for path in paths:
         kept.setdefault(path.resolve(), path)
-    return list(kept.values())
+    records = [record.read(path) for path in kept.values()]
+    called = names(list(kept.values()))
+    results = [result(*pair) for pair in zip(called, records, strict=True)]
+    rows = {name: each.rows for name, each in zip(called, records, strict=True)}
+    units = " or ".join(sorted({each.unit for each in results}))
+    return Comparison(results, notes(results, records), charts.losses_png(rows, units))
+
+
+def _test_figures(test: Evaluation | None) -> dict[str, Any] | None:
+    return None if test is None else {key: getattr(test, key) for key in TEST_FIGURES}
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -57,23 +91,23 @@ def names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def result(name: str, record: Record) -> Result:
+def result(name: str, run: Record) -> Result:
     """What a run has reached."""
-    summary = record.summary
-    states: list[Any] = [summary, *record.rows]
+    summary = run.summary
+    states: list[Summary | Row] = [summary, *run.rows]
     # the summary is as old as the last checkpoint
     newest = max(states, key=lambda state: state.seconds)
-    speeds = [row.images_per_second for row in record.rows if row.images_per_second is not None]
+    speeds = [row.images_per_second for row in run.rows if row.images_per_second is not None]
     validations = [
         (loss, row.step)
-        for row in record.rows
+        for row in run.rows
         if row.split == "validation" and (loss := row.loss) is not None
     ]
     best = min(validations, default=(summary.best, summary.best_step))
     return Result(
         run=name,
-        model=record.config["model"]["name"],
-        data=record.config["data"]["name"],
+        model=run.config["model"]["name"],
+        data=run.config["data"]["name"],
         finished=summary.finished,
         parameters=summary.parameters,
         step=newest.step,
@@ -83,23 +117,21 @@ def result(name: str, record: Record) -> Result:
         images_per_second=statistics.median(speeds) if speeds else None,
         validation=best[0],
         validation_step=best[1],
-        test=record.test,
+        test=run.test,
     )
 
 
 def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
     """What a reader of the table has to know: one sentence each."""
     found = []
-    for own, record in zip(results, records, strict=True):
-        evaluated = record.summary.best_step or record.summary.step  # by `evaluate RUN`
+    for own, run in zip(results, records, strict=True):
+        evaluated = run.summary.best_step or run.summary.step  # by `evaluate RUN`
         if not own.finished:
             found.append(f"{own.run} is not finished: it is at step {own.step}")
         if own.validation is None:
             found.append(f"{own.run} has no validation figure")
         if own.test is None:
-            found.append(
-                f"{own.run} has no test figure: flowtrain evaluate {record.path} fills it in"
-            )
+            found.append(f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in")
         elif own.test.dataset != own.data:
             found.append(
                 f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
@@ -108,13 +140,13 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
             found.append(
                 f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
                 f"step {evaluated}: "
-                f"flowtrain evaluate {record.path} brings it up to date"
+                f"flowtrain evaluate {run.path} brings it up to date"
             )
-        if not record.rows:
+        if not run.rows:
             found.append(f"{own.run} has no metrics, so no curve")
     first, first_name = records[0].config, results[0].run
-    for own, record in zip(results[1:], records[1:], strict=True):
-        changed = _changes(first, record.config)
+    for own, run in zip(results[1:], records[1:], strict=True):
+        changed = _changes(first, run.config)
         of_data = {key for key in changed if key.startswith("data.")}
         if images := of_data - NOT_THE_TEST_IMAGES:
             found.append(

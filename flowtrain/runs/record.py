@@ -6,88 +6,13 @@ Needs no torch, and runs no code that a configuration names.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flowtrain import config as configuration
 from flowtrain.errors import UserError
-
-
-class File(BaseModel):
-    """Of a file's keys those that are used; it may have more."""
-
-    model_config = ConfigDict(allow_inf_nan=False, frozen=True)
-
-
-class Summary(File):
-    """`summary.json`: the run at its last checkpoint."""
-
-    step: int
-    images: int
-    seconds: float
-    finished: bool
-    best_validation_bits_per_dim: float | None
-    # there for real-valued data only, in the place of bits
-    best_validation_nats: float | None = None
-    best_step: int | None
-    parameters: int
-
-    @property
-    def unit(self) -> str:
-        """What the run's losses are measured in."""
-        return "nats" if "best_validation_nats" in self.model_fields_set else "bits/dim"
-
-    @property
-    def best(self) -> float | None:
-        """Of the validations."""
-        return (
-            self.best_validation_nats if self.unit == "nats" else self.best_validation_bits_per_dim
-        )
-
-
-class Row(File):
-    """A line of `metrics.jsonl`."""
-
-    step: int
-    images: int
-    seconds: float
-    split: Literal["train", "validation"]
-    bits_per_dim: float | None
-    nats: float | None = None  # of real-valued data, in the place of bits
-    grad_norm: float | None = None
-    lr: float | None = None
-    images_per_second: float | None = None
-
-    @property
-    def loss(self) -> float | None:
-        """In bits/dim or nats; None where it was not finite."""
-        return self.nats if self.bits_per_dim is None else self.bits_per_dim
-
-
-class Evaluation(File):
-    """`evaluate-<split>.json`; figures that are not finite are None."""
-
-    bits_per_dim: float | None
-    bits_per_dim_stderr: float | None
-    nats_per_image: float | None
-    nats_per_image_stderr: float | None = None
-    bound: str
-    samples: int
-    num_images: int
-    split: str
-    dataset: str
-    weights: str
-    step: int
-
-    @property
-    def loss(self) -> tuple[float | None, float | None]:
-        """Bits/dim with its standard error; of real-valued data, whose likelihood is exact,
-        nats.
-        """
-        if self.bound == "exact":
-            return self.nats_per_image, self.nats_per_image_stderr
-        return self.bits_per_dim, self.bits_per_dim_stderr
+from flowtrain.results import Evaluation, Row, Summary
 
 
 class Named(BaseModel):

@@ -25,6 +25,7 @@ from flowtrain.evaluation.score import fitting_batch_size
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
 from flowtrain.pictures.sample import sample
+from flowtrain.results import Evaluation
 from flowtrain.runs import charts, record
 from flowtrain.system.console import duration
 
@@ -95,7 +96,7 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     )
 
 
-def nearest(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
+def nearest_images(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
     """The `count` images of a split nearest to each of the queries `(N, C, H, W)`, by L2 distance
     of pixels in 0..1.
 
@@ -202,10 +203,10 @@ def _curves(run: Path, unit: str) -> dict[str, str]:
     rows = record.read_rows(run / "metrics.jsonl")
     if not rows:
         raise UserError(f"{run / 'metrics.jsonl'}: it has no line yet")
-    return charts.report(rows, unit)
+    return charts.curves_svg(rows, unit)
 
 
-def _evaluations(run: Path) -> list[tuple[Path, record.Evaluation]]:
+def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
     files = sorted(run.glob("evaluate-*.json"))
     if not files:
         raise UserError(f"the model has not been evaluated; flowtrain evaluate {run} does it")
@@ -235,7 +236,7 @@ class Neighbours(NamedTuple):
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
     levels, train = _levels(flow), data.split("train")
     drawn, compared = sample(flow, SHOWN, [1.0], seed), data.split("test").take(slice(0, COMPARED))
-    distances, positions = nearest(torch.cat([drawn, compared]), train, levels, NEAREST)
+    distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
     samples = []
     for one, near, found in zip(
         drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True

@@ -11,6 +11,7 @@ from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
+from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, duration
 from flowtrain.system.random import Stream, generator
@@ -27,15 +28,19 @@ def validate(state: State, run: RunDirectory, validation: Split) -> None:
     progress = state.progress
     flow = state.evaluated
     loss = mean_loss(flow, validation, seed=state.config.seed)
-    row = {
-        "step": progress.step,
-        "images": progress.images,
-        "seconds": progress.seconds,
-        "split": "validation",
-    }
-    run.log({**row, "bits_per_dim": None, flow.kind.metric: loss if math.isfinite(loss) else None})
+    finite = math.isfinite(loss)
+    losses = {"bits_per_dim": None, flow.kind.metric: loss if finite else None}
+    run.log(
+        Row(
+            step=progress.step,
+            images=progress.images,
+            seconds=progress.seconds,
+            split="validation",
+            **losses,
+        )
+    )
     _log_ranges(state, run, validation)
-    best = math.isfinite(loss) and (progress.best is None or loss < progress.best)
+    best = finite and (progress.best is None or loss < progress.best)
     console.print(
         f"step {progress.step}: validation {loss:.4f} {flow.kind.unit}{' (best)' if best else ''}"
     )
@@ -73,7 +78,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
 
 
 def log(
-    state: State, run: RunDirectory, grad_norm: float, rate: float, clock: "Clock", bar: ProgressBar
+    state: State, run: RunDirectory, grad_norm: float, rate: float, clock: Clock, bar: ProgressBar
 ) -> None:
     progress, config = state.progress, state.config.train
     done: float
@@ -81,23 +86,20 @@ def log(
     loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second()
-    row = {
-        "step": progress.step,
-        "images": progress.images,
-        "seconds": progress.seconds,
-        "split": "train",
-    }
-    gradient = {"grad_norm": grad_norm, "clip_norm": config.clip_norm}
-    loss_row = {"bits_per_dim": None, state.flow.kind.metric: loss}
+    losses = {"bits_per_dim": None, state.flow.kind.metric: loss}
     run.log(
-        {
-            **row,
-            **loss_row,
-            **gradient,
-            "lr": rate,
-            "images_per_second": speed,
+        Row(
+            step=progress.step,
+            images=progress.images,
+            seconds=progress.seconds,
+            split="train",
+            grad_norm=grad_norm,
+            clip_norm=config.clip_norm,
+            lr=rate,
+            images_per_second=speed,
+            **losses,
             **_of_layers(state.flow),
-        }
+        )
     )
     if config.num_steps is not None:
         done, total = progress.step, config.num_steps
@@ -131,19 +133,20 @@ def _of_layers(flow: Flow) -> dict[str, float]:
 def save(state: State, run: RunDirectory, numbered: bool) -> None:
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
     progress = state.progress
-    run.write_json(
-        "summary.json",
-        {
-            "step": progress.step,
-            "images": progress.images,
-            "seconds": progress.seconds,
-            "finished": state.progress.finished,
-            "best_validation_bits_per_dim": None,
-            f"best_validation_{state.flow.kind.metric}": progress.best,
-            "best_step": progress.best_step,
-            "parameters": sum(p.numel() for p in state.flow.parameters()),
-            "non_finite_steps": progress.non_finite,
-            "versions": checkpoint_format.versions(),
-            "device": str(state.flow.device),
-        },
+    best = {
+        "best_validation_bits_per_dim": None,
+        f"best_validation_{state.flow.kind.metric}": progress.best,
+    }
+    summary = Summary(
+        step=progress.step,
+        images=progress.images,
+        seconds=progress.seconds,
+        finished=progress.finished,
+        best_step=progress.best_step,
+        parameters=sum(p.numel() for p in state.flow.parameters()),
+        non_finite_steps=progress.non_finite,
+        versions=checkpoint_format.versions(),
+        device=str(state.flow.device),
+        **best,
     )
+    run.write_json("summary.json", summary.content())

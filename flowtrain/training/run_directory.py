@@ -16,6 +16,7 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.results import Row
 from flowtrain.system import distributed
 from flowtrain.system.files import write_atomically
 
@@ -113,17 +114,17 @@ class RunDirectory:
         return self._writer
 
     @distributed.main_only
-    def log(self, row: Mapping[str, Any]) -> None:
-        """One object to `metrics.jsonl`, flushed; its figures to TensorBoard."""
+    def log(self, row: Row) -> None:
+        """Writes a line of `metrics.jsonl`, flushed, and its figures to TensorBoard."""
+        values = row.content()
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
-        split = row["split"]
-        for key, value in row.items():
+        for key, value in values.items():
             if value is not None and key not in ("step", "images", "seconds", "split"):
-                self.tensorboard.add_scalar(f"{split}/{key}", value, row["step"])
+                self.tensorboard.add_scalar(f"{row.split}/{key}", value, row.step)
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

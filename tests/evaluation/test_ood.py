@@ -45,7 +45,7 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
 def compared(model, outside, count=30, **options):
     data = DataSet(model.config.data)
     inside = ood.own_split("test", model, data, count)
-    return ood.compare(
+    return ood.score_all(
         model, ood.own_split("validation", model, data, count), inside, outside(inside), **options
     )
 
@@ -341,7 +341,7 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     }
     for index in (2, 4):
         collections[black].images[index, 0, 0, 0] = 0
-    comparison = ood.compare(
+    comparison = ood.score_all(
         model, collections["reference"], collections["inside"], [collections["outside"]]
     )
     outcome = ood.result(comparison, model, 0)

@@ -1,20 +1,21 @@
-"""A model whose density is known in closed form: its bounds, their order, and the errors that are
-reported.
-"""
+"""Scores of images: their bounds, where the density is known in closed form, and their batches."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_flow
 from torch.distributions import Normal
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.data.splits import Split
+from flowtrain.evaluation import score as scoring
 from flowtrain.evaluation.evaluate import summarize
-from flowtrain.evaluation.score import Scores, score
+from flowtrain.evaluation.score import LARGEST_BATCH, Scores, fitting_batch_size, mean_loss, score
 from flowtrain.flow.dequantize import Dequantizer, UniformNoise
-from flowtrain.flow.flow import Flow
+from flowtrain.flow.flow import Flow, LogProb
+from flowtrain.flow.kinds import kind_of
 
 LEVELS = 8
 SHAPE = (1, 2, 2)
@@ -24,7 +25,7 @@ SCALE, SHIFT = 4.0, 0.3
 class AllOfTheBin(UniformNoise):
     """Without the edges, which the closed form knows nothing of: exact in float64."""
 
-    def forward(self, noise, x):
+    def forward(self, noise, x, executor=None):
         return noise, noise.new_zeros(len(noise))
 
 
@@ -127,3 +128,104 @@ def test_leaving_one_draw_out():
         torch.testing.assert_close(
             found[k], others.logsumexp(dim=0) - math.log(6), rtol=1e-12, atol=1e-12
         )
+
+
+# ---------------------------------------------------------------- a tiny Glow
+
+
+@pytest.fixture(scope="module")
+def glow():
+    return tiny_flow("glow").eval().requires_grad_(False)
+
+
+def a_split(count=100, shape=(1, 4, 4)):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *shape), "u1")
+    return Split(pixels, np.arange(count), 0)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batch_size_does_not_matter(glow, batch_size, samples):
+    expected = score(glow, a_split(), samples=samples, batch_size=33)
+    found = score(glow, a_split(), samples=samples, batch_size=batch_size)
+    for name in ("draws", "base", "log_det"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.shape in ((samples, 100), (100,)) and a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * 16)
+    bits = [
+        mean_loss(glow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)
+    ]
+    assert bits[0] == pytest.approx(bits[1], abs=1e-5)
+
+
+def test_the_batch_is_chosen_by_memory(glow, monkeypatch):
+    assert fitting_batch_size(glow) == LARGEST_BATCH
+    sizes = []
+    for budget in (1, 2**16, 2**17, 2**19):
+        monkeypatch.setattr(scoring, "ENOUGH_FOR_A_CPU", budget)
+        sizes.append(fitting_batch_size(glow))
+    assert sizes[0] == 1 < sizes[1] and sizes[2:] == [2 * sizes[1], 8 * sizes[1]]
+    assert fitting_batch_size(tiny_flow("glow", width=24)) == sizes[3] // 4
+
+
+def test_the_number_of_images_and_the_split_do_not_change_an_images_score(glow):
+    every = score(glow, a_split()).log_prob
+    torch.testing.assert_close(
+        score(glow, a_split(), num_images=10).log_prob, every[:10], rtol=1e-6, atol=0
+    )
+    assert len(score(glow, a_split(), num_images=1000).log_prob) == 100
+
+
+def test_one_seed_gives_one_figure(glow):
+    first, again, other = (score(glow, a_split(), seed=seed).log_prob for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_two_images_that_are_the_same_get_different_noise(glow):
+    split = Split(np.zeros((2, 1, 4, 4), "u1"), np.arange(2), 0)
+    a, b = score(glow, split).log_prob
+    assert a != b
+
+
+def test_more_draws_tighten_the_bound(glow):
+    means = [score(glow, a_split(), samples=k).log_prob.mean().item() for k in (1, 4, 16)]
+    assert means[0] < means[1] < means[2]
+    k = score(glow, a_split(), samples=4)
+    assert torch.equal(k.log_prob, score(glow, a_split(), samples=4).log_prob)
+    # The parts are those of the first draw, whose bound is the single-draw one.
+    one = score(glow, a_split(), samples=1)
+    torch.testing.assert_close(k.base, one.base)
+    torch.testing.assert_close(one.base + one.log_det, one.log_prob)
+
+
+def test_importance_weighted_bound_by_hand():
+    class Known(torch.nn.Module):
+        """The bound of the k-th draw of every image is -100 * k."""
+
+        device, calls, classes, kind = torch.device("cpu"), 0, 0, kind_of(256)
+
+        def forward(self, x, noise):
+            self.calls += 1
+            return LogProb(torch.full((len(x),), -100.0 * self.calls), torch.zeros(len(x)))
+
+    # -100 - log 2 and nothing more from the second draw, whose weight is exp(-100): computed as it
+    # stands, 0.
+    assert score(Known(), a_split(5), samples=2, batch_size=5).log_prob.tolist() == pytest.approx(
+        [-100 - math.log(2)] * 5
+    )
+
+
+def test_draws_of_one_image_are_independent(glow):
+    # K times the mean of K weights, less K - 1 times that of one fewer, is the weight of the K-th
+    # draw.
+    split = a_split(20)
+    draws = [(score(glow, split, samples=k).log_prob + 100).exp() * k for k in (1, 2, 3)]
+    second, third = draws[1] - draws[0], draws[2] - draws[1]
+    for a, b in ((draws[0], second), (second, third), (draws[0], third)):
+        assert ((a / b).log().abs() > 1e-3).all()
+
+
+def test_progress_is_reported(glow):
+    seen = []
+    score(glow, a_split(20), batch_size=8, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(8, 20), (16, 20), (20, 20)]

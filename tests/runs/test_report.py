@@ -379,7 +379,7 @@ def test_nearest_is_that_of_all_distances(chunk, drop_bits, monkeypatch):
     split = Split(images(50, (3, 4, 4)).numpy(), np.arange(40, 0, -1), drop_bits)
     levels = 256 >> drop_bits
     queries = torch.cat([images(5, (3, 4, 4), levels, seed=1), split.take(slice(12, 13))])
-    distances, positions = report.nearest(queries, split, levels, 3)
+    distances, positions = report.nearest_images(queries, split, levels, 3)
     every = torch.cdist(
         queries.flatten(1).double(), split.take(slice(None)).flatten(1).double()
     ) / (levels - 1)
@@ -391,7 +391,7 @@ def test_nearest_is_that_of_all_distances(chunk, drop_bits, monkeypatch):
 
 def test_nearest_of_few_images_is_all_of_them():
     split = Split(images(2, (1, 2, 2)).numpy(), np.arange(2), 0)
-    distances, positions = report.nearest(images(4, (1, 2, 2), seed=1), split, 256, 3)
+    distances, positions = report.nearest_images(images(4, (1, 2, 2), seed=1), split, 256, 3)
     assert distances.shape == positions.shape == (4, 2) and sorted(positions[0].tolist()) == [0, 1]
 
 

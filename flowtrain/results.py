@@ -1,0 +1,115 @@
+"""What the files of a run hold: `summary.json`, `metrics.jsonl` and `evaluate-<split>.json`.
+
+`train` and `evaluate` write them through these types, and `compare` and `report` read them so.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class File(BaseModel):
+    """The keys of a file, in its order. Where it is read, other keys are ignored."""
+
+    model_config = ConfigDict(allow_inf_nan=False, frozen=True)
+
+    def content(self) -> dict[str, Any]:
+        """What is written: the keys that were given a value."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Summary(File):
+    """`summary.json`: the run at its last checkpoint."""
+
+    step: int
+    images: int  # seen in training
+    seconds: float  # wall-clock, with validation and samples
+    finished: bool
+    best_validation_bits_per_dim: float | None
+    best_validation_nats: float | None = None  # given for real-valued data only
+    best_step: int | None
+    parameters: int
+    non_finite_steps: int
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def unit(self) -> str:
+        """The unit of the run's losses."""
+        return "nats" if "best_validation_nats" in self.model_fields_set else "bits/dim"
+
+    @property
+    def best(self) -> float | None:
+        """The best validation loss, in `unit`."""
+        return (
+            self.best_validation_nats if self.unit == "nats" else self.best_validation_bits_per_dim
+        )
+
+
+class Row(File):
+    """A line of `metrics.jsonl`. What layers report about a training step follows as more keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    images: int
+    seconds: float
+    split: Literal["train", "validation"]
+    bits_per_dim: float | None  # None where it was not finite, and for real-valued data
+    nats: float | None = None  # given for real-valued data only
+    grad_norm: float | None = None  # before clipping; this and the rest are given in training only
+    clip_norm: float | None = None
+    lr: float | None = None
+    images_per_second: float | None = None  # of training alone
+
+    @property
+    def loss(self) -> float | None:
+        """In bits/dim or nats; None where it was not finite."""
+        return self.nats if self.bits_per_dim is None else self.bits_per_dim
+
+
+class Evaluation(File):
+    """`evaluate-<split>.json`. Figures that are not finite are None.
+
+    The keys without a default are in the files of all versions.
+    """
+
+    bits_per_dim: float | None  # of `bound`; with the standard error over images
+    bits_per_dim_stderr: float | None
+    bound: str  # elbo, iwbo, or exact for real-valued data
+    samples: int
+    bits_per_dim_stderr_draws: float | None = None  # standard error over draws of the noise
+    elbo_bits_per_dim: float | None = None
+    elbo_bits_per_dim_stderr: float | None = None
+    elbo_bits_per_dim_stderr_draws: float | None = None
+    nats_per_image: float | None
+    nats_per_image_stderr: float | None = None
+    bits_per_dim_given_class: float | None = None  # class-conditional models, on labelled data
+    nats_given_class: float | None = None
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    num_images: int
+    dims: int | None = None
+    levels: int | None = None
+    split: str
+    dataset: str
+    weights: str
+    step: int
+    seed: int | None = None
+    non_finite_images: int | None = None
+    non_finite_indices: list[int] = []
+    max_reconstruction_error: float | None = None
+    checkpoint: str | None = None
+
+    @property
+    def loss(self) -> tuple[float | None, float | None]:
+        """The loss with its standard error: nats for real-valued data, otherwise bits/dim."""
+        if self.bound == "exact":
+            return self.nats_per_image, self.nats_per_image_stderr
+        return self.bits_per_dim, self.bits_per_dim_stderr
+
+    def content(self) -> dict[str, Any]:
+        values = super().content()
+        if self.bound == "exact":
+            return values
+        return {"bound": self.bound, "samples": self.samples} | values  # these two first

@@ -1,0 +1,94 @@
+"""How the layers of containers are called."""
+
+import pytest
+import torch
+from helpers import perturb, ready, seeded
+
+from flowtrain.bijections import (
+    ActNorm,
+    AffineTransform,
+    Conv1x1,
+    Coupling,
+    DiagonalAffine,
+    Flatten,
+    Inverse,
+    MaskedAutoregressive,
+    Multiscale,
+    Sequential,
+)
+from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
+from flowtrain.nets.masked import MaskedDenseNet
+from flowtrain.nets.residual import ResidualNet
+
+
+def autoregressive():
+    return MaskedAutoregressive(MaskedDenseNet(4, 2, 8, 1), AffineTransform())
+
+
+class Noting(LayerByLayer):
+    """Keeps the class and the direction of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def layer(self, layer, direction, x, context):
+        self.calls.append((type(layer).__name__, direction))
+        return call(layer, direction, x, context)
+
+
+def test_layers_are_called_in_the_order_of_the_direction():
+    chain = ready(Sequential(Flatten((4,)), Sequential(ActNorm((4,)), Inverse(autoregressive()))))
+    noting = Noting()
+    z, _ = chain.through(noting, "forward", torch.randn(2, 4, generator=seeded()))
+    forward = [("Flatten", "forward"), ("ActNorm", "forward"), ("MaskedAutoregressive", "inverse")]
+    assert noting.calls == forward
+    noting.calls.clear()
+    chain.through(noting, "inverse", z)
+    swap = {"forward": "inverse", "inverse": "forward"}
+    assert noting.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
+
+
+def test_the_layers_and_priors_of_levels_are_called():
+    model = Multiscale(
+        [Sequential(DiagonalAffine((4, 1, 1))), Sequential(Conv1x1(2))],
+        [DiagonalAffine((4, 1, 1)), DiagonalAffine((2, 1, 1))],
+        [(2, 2, 2), (2, 2, 2)],
+    )
+    noting = Noting()
+    model.through(noting, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
+    names = ["DiagonalAffine", "DiagonalAffine", "Conv1x1", "DiagonalAffine"]
+    assert noting.calls == [(name, "forward") for name in names]
+
+
+@pytest.mark.parametrize("executor", [FUSED, LayerByLayer()])
+def test_executors_agree_with_the_two_directions(executor):
+    chain = ready(perturb(Sequential(ActNorm((4, 1, 1)), Conv1x1(4))))
+    x = torch.randn(2, 4, 3, 3, generator=seeded())
+    z, log_det = chain(x)
+    torch.testing.assert_close(chain.through(executor, "forward", x), (z, log_det))
+    torch.testing.assert_close(chain.through(executor, "inverse", z), chain.inverse(z))
+
+
+def test_a_container_is_as_sequential_as_its_parts():
+    assert Sequential(Flatten((4,)), autoregressive()).inverse_is_sequential
+    assert not Sequential(Inverse(autoregressive())).inverse_is_sequential
+    levels = [Sequential(Flatten((4,)), autoregressive())]
+    assert Multiscale(levels, [Sequential()], [(4, 1, 1)]).inverse_is_sequential
+
+
+def test_layers_inside_a_conditioner_are_initialized_from_their_inputs():
+    coupling = Coupling(2, ResidualNet(2, 4, 8, 2), AffineTransform())
+    x = 5 + 3 * torch.randn(64, 4, 4, 4, generator=seeded())
+    chain = Sequential(ActNorm((4, 1, 1)), coupling)
+    with torch.no_grad():
+        chain.through(Initializing(), "forward", x)
+    inside = [module for module in coupling.modules() if isinstance(module, ActNorm)]
+    assert len(inside) == 5
+    seen = []
+    for module in inside:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output[0].clone()))
+    chain(x)
+    for output in seen:
+        channels = output.movedim(1, -1).flatten(0, -2)
+        assert channels.mean(0).abs().max() < 1e-3
+        assert (channels.std(0, correction=0) - 1).abs().max() < 1e-2
