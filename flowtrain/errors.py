@@ -1,4 +1,4 @@
-"""The ways in which a command ends early, with their exit codes."""
+"""The errors that end a command early, with their exit codes."""
 
 import difflib
 import errno
@@ -8,21 +8,22 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """The user's input is wrong: a configuration, path, option, data set or checkpoint. Exit code
-    2.
+    """The user's input is wrong: a configuration, path, option, data set or checkpoint.
+
+    The exit code is 2.
     """
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """It failed while running: a non-finite likelihood, a full disk. Exit code 1."""
+    """A command failed while running: a non-finite likelihood, a full disk. The exit code is 1."""
 
     exit_code = 1
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after saving. Exit code 128 and the signal's number."""
+    """A signal stopped training, which was saved. The exit code is 128 plus the signal number."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -30,8 +31,8 @@ class Interrupted(Exception):
 
 
 class EndedElsewhere(Exception):
-    """Another process of the same run has failed and said why: this one ends without a word, with
-    its exit code.
+    """Another process of the same run has failed and printed why. This process ends silently with
+    the same exit code.
     """
 
     def __init__(self, exit_code: int):
@@ -51,7 +52,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is about space on the disk, which is not the user's input (exit 1)."""
+    """Whether an error is about space on the disk, which is not the user's input (exit code 1)."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,14 +68,11 @@ def short(error: BaseException, limit: int = 300) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
+    """`; did you mean WORD?` with the most similar word, or an empty string."""
     words = list(words)
-    # A key in the wrong section is as common a slip as a misspelt one. (Several: the suffix of
-    # files, or `name`.)
-    same_leaf = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = (
-        same_leaf
-        if len(same_leaf) == 1
-        else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    )
+    # A key in the wrong section is as common a mistake as a misspelt one. Several words with the
+    # same end, such as `.yaml` or `.name`, say nothing.
+    close = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
+    if len(close) != 1:
+        close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

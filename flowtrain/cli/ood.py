@@ -1,7 +1,8 @@
 """`flowtrain ood`."""
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,13 +14,16 @@ from flowtrain.cli.base import (
     SeedOption,
     TrustOption,
     WeightsOption,
+    check_suffix,
     command,
     data_of,
     load,
     on_one_process,
     write_json,
 )
-from flowtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from flowtrain.evaluation.ood import Comparison, Scored
 
 EPILOG = (
     "Example: [cyan]flowtrain ood runs/glow_cifar_small --out mnist --out noise --out "
@@ -35,9 +39,8 @@ def ood(
         typer.Option(
             "--out",
             metavar="NAME|PATH",
-            help="Repeatable: other images. As --in, or noise (uniform levels), constant (one "
-            "colour an image), "
-            "shuffled (the pixels of the --in images in another order).",
+            help="Other images; repeatable. As for --in, or noise (uniform levels), constant (one "
+            "colour per image), or shuffled (the --in images with their pixels reordered).",
         ),
     ],
     model: ModelArgument = None,
@@ -60,7 +63,10 @@ def ood(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, metavar="B", help="Images at a time; no effect on the result."
+            "--batch-size",
+            min=1,
+            metavar="B",
+            help="Images per batch; it does not change the result.",
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -75,7 +81,7 @@ def ood(
     ] = None,
     scores_out: Annotated[
         Path | None,
-        typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False),
+        typer.Option("--scores", metavar="FILE.csv", help="One row per image.", show_default=False),
     ] = None,
     picture_out: Annotated[
         Path | None,
@@ -90,88 +96,66 @@ def ood(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Can the model tell other images from its own? AUROC and histograms of three scores, side by
-    side.
+    """Can the model detect out-of-distribution images? AUROC and histograms of three scores.
 
     Likelihood, -log p(x), is known to fail (Nalisnick et al. 2019): a Glow trained on CIFAR-10
     gives MNIST digits 1.2 bits/dim and CIFAR-10 itself 3.5, an AUROC of 0.00, where 0.5 is chance
-    (docs/ood.md). So there are also:
+    (docs/ood.md). So there are two more scores:
 
-    Typicality, |-log p(x) - H|: how far an image is from the usual likelihood.
+    Typicality, |-log p(x) - H|: how far an image's likelihood is from the usual one.
 
     Complexity-corrected, -log p(x) - L(x): how many more bits it needs than with a lossless coder
     (Serra et al. 2020).
 
-    Images of another size, number of channels or of levels are brought to the model's.
+    Images of another size, or with other channels or levels, are converted to the model's.
     """
-
     from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import ood as scoring
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    if picture_out is not None and picture_out.suffix.lower() != ".png":
-        raise UserError(f"--picture {picture_out}: expected a name that ends in .png")
+    check_suffix(picture_out, (".png",), "--picture")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
-    data = data_of(loaded, overrides)
-    own = data.config
-    scoring.check_names(inside or own.name, outside)
     run = run_of(loaded.checkpoint.path)
-
-    def named(name: str, option: str) -> scoring.Collection:
-        found = scoring.named(name, option, loaded, own, num_images)
-        if found.stored:
-            (channels, height, width), levels = found.stored
-            console.print(
-                f"{name}: {channels}x{height}x{width} with {levels} levels, brought to the model's"
-            )
-        return found
-
-    within = (
-        named(inside, "--in") if inside else scoring.own_split("test", loaded, data, num_images)
+    collections = scoring.collect(
+        loaded, data_of(loaded, overrides), inside, outside, num_images=num_images, seed=seed
     )
-    others = [
-        scoring.made(name, within, scoring.levels_of(loaded), seed)
-        if name in scoring.MADE
-        else named(name, "--out")
-        for name in outside
-    ]
-    reference = "validation" if len(data.split("validation")) else "train"
+    for collection in collections.all:
+        if collection.stored:
+            (channels, height, width), levels = collection.stored
+            console.print(
+                f"{collection.name}: {channels}x{height}x{width} with {levels} levels, brought to "
+                f"the model's"
+            )
     with ProgressBar("scoring") as bar:
         comparison = scoring.score_all(
-            loaded,
-            scoring.own_split(reference, loaded, data, num_images),
-            within,
-            others,
-            progress=bar,
-            seed=seed,
-            batch_size=batch_size,
+            loaded, collections, seed=seed, batch_size=batch_size, progress=bar
         )
-    outcome = scoring.result(comparison, loaded, seed)
-    _print(outcome)
-    write_json(outcome, json_out, run / "ood.json")
+    _print(comparison)
+    write_json(scoring.as_json(comparison), json_out, run / "ood.json")
     if scores_out is not None:
         save(scores_out, scoring.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
     picture = picture_out or run / "ood.png"
-    save(picture, scoring.draw(comparison, outcome))
+    save(picture, scoring.draw(comparison))
     console.print(f"wrote {picture}")
-    scoring.check_finite(comparison)
+    comparison.check_finite()
 
 
-def _print(outcome: dict[str, Any]) -> None:
+def _print(comparison: "Comparison") -> None:
+    """A table with one row per data set."""
     from rich import box
     from rich.table import Table
 
-    from flowtrain.evaluation.ood import SCORES
+    from flowtrain.pictures.lossless import coders
     from flowtrain.system.console import console
 
-    def figure(value: float | None, error: float | None) -> str:
-        if value is None:
-            return "-"
-        digits = ".3f" if abs(value) < 1000 else ".2g"
-        return f"{value:{digits}}" + ("" if error is None else f" +- {error:{digits}}")
+    def name(scored: "Scored") -> str:
+        return scored.collection.name
+
+    def bits(scored: "Scored") -> str:
+        return _figure(scored.mean_bits.mean, scored.mean_bits.stderr)
 
     table = Table(box=box.SIMPLE)
     for column in (
@@ -182,24 +166,23 @@ def _print(outcome: dict[str, Any]) -> None:
         "complexity-\ncorrected",
     ):
         table.add_column(column, overflow="fold")
-    for row in (outcome["in"], *outcome["out"]):
-        areas = (
-            [figure(row["auroc"][name], row["auroc_stderr"][name]) for name in SCORES]
-            if "auroc" in row
-            else []
-        )
-        table.add_row(
-            row["dataset"], figure(row["bits_per_dim"], row["bits_per_dim_stderr"]), *areas
-        )
+    inside, reference = comparison.inside, comparison.reference
+    table.add_row(name(inside), bits(inside))
+    for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
+        table.add_row(name(scored), bits(scored), *(_figure(*area) for area in areas.values()))
     console.print(table)
-    entropy = outcome["entropy_bits_per_dim"]
+    entropy = f"{comparison.entropy:.3f}" if math.isfinite(comparison.entropy) else "-"
     console.print(
-        f"AUROC: the chance that an image has a larger score than one of "
-        f"{outcome['in']['dataset']}. 1 tells them "
-        "apart, 0.5 is chance, below it the others look more like the model's own.\n"
-        f"Typicality: the distance from {'-' if entropy is None else f'{entropy:.3f}'} bits/dim, "
-        f"the mean of "
-        f"{outcome['entropy_images']} {outcome['entropy_split']} images. Complexity: the shorter "
-        f"code of "
-        f"{' and '.join(outcome['coders'])}."
+        f"AUROC: the chance that an image has a larger score than one of {name(inside)}. 1 tells "
+        f"them apart, 0.5 is chance, below it the others look more like the model's own.\n"
+        f"Typicality: the distance from {entropy} bits/dim, the mean of "
+        f"{len(reference.log_prob)} {reference.collection.split} images. Complexity: the "
+        f"shorter code of {' and '.join(coders())}."
     )
+
+
+def _figure(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    digits = ".3f" if abs(value) < 1000 else ".2g"
+    return f"{value:{digits}}" + ("" if error is None else f" +- {error:{digits}}")

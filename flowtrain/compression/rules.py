@@ -225,7 +225,8 @@ class Linear:
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
     """A product in whole numbers, where the order of a sum is irrelevant, in units of `x`."""
-    return (matrix @ x + 2 ** (MATRIX_BITS - 1)) >> MATRIX_BITS
+    product: Tensor = matrix @ x
+    return torch.bitwise_right_shift(product + 2 ** (MATRIX_BITS - 1), MATRIX_BITS)
 
 
 @rule.register

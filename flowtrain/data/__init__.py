@@ -1,5 +1,4 @@
-"""From a data set to batches: the splits, the seeded order, augmentation, data named on a command
-line.
+"""From a data set to batches: splits, the seeded order, augmentation, data named in a command.
 
 Nothing is read or downloaded before a split is asked for.
 """

@@ -14,30 +14,30 @@ from flowtrain.system import distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
-# at least, where there are as many: fewer say little of the coarsest level
+# The smallest number of images for initialization. Fewer say little about the coarsest level.
 INITIALIZATION_IMAGES = 64
 
 
 class Position(Protocol):
-    """How far a run is: steps taken, and images of the order used up by all processes."""
+    """How far a run is: the steps taken, and the images that all processes have used."""
 
     step: int
     images: int
 
 
 class Batches:
-    """The batches of a training run, on the training device: a function of how far the run is.
+    """The batches of a training run, on the training device, as a function of its progress.
 
     The order is one seeded permutation of the split after another. A step takes the next images of
-    it, which may span two permutations: `batch_size` for each process, in the order of their ranks.
-    A split that fits into `data.max_in_memory` is one tensor on the device. A larger one is read by
-    `data.workers` threads, ahead of the steps that follow each other; `close` ends them.
+    this order, `batch_size` for each process, by rank. They may span two permutations. A split that
+    fits into `data.max_in_memory` is one tensor on the device. A larger one is read by
+    `data.workers` threads, ahead of the steps to come. `close` ends these threads.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
         self.source = data.split("train")
         self.batch_size = batch_size
-        self.all_processes = batch_size * distributed.world()  # images of a step
+        self.all_processes = batch_size * distributed.world()  # images per step
         self.seed = config.seed
         self.device = device
         self.flip, self.shift = data.flip, config.data.shift
@@ -53,9 +53,9 @@ class Batches:
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def at(self, progress: Position) -> tuple[Tensor, Tensor | None]:
-        """This process's images of the next step, uint8 `(B, C, H, W)` (or float32), augmented.
+        """This process's augmented images of the next step, uint8 or float32 `(B, C, H, W)`.
 
-        With them their classes, int64 `(B,)`, where the configuration's model wants them.
+        Their classes, int64 `(B,)`, come with them if the model is class-conditional.
         """
         images = progress.images
         if self.resident is None:
@@ -71,16 +71,16 @@ class Batches:
         return x, labels
 
     def first_of_all(self) -> Tensor:
-        """The images for data-dependent initialization: the first of the order, of all processes.
+        """The images for data-dependent initialization: the first of the order, for all processes.
 
-        There are at least `INITIALIZATION_IMAGES` of them, where the split has as many.
+        There are at least `INITIALIZATION_IMAGES`, if the split has so many.
         """
         count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
         x = self.source.take(self._order(0, count)).to(self.device)
         return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
 
     def positions(self, images: int) -> np.ndarray:
-        """Which images of the split this process takes, after `images` of the order are used up."""
+        """Which images of the split this process takes after `images` of the order are used."""
         return self._order(images + distributed.rank() * self.batch_size, self.batch_size)
 
     def close(self) -> None:
@@ -108,14 +108,15 @@ class Batches:
 
 
 class ReadAhead:
-    """A function of a position, which threads also compute for the positions that follow.
+    """A function of a position, which threads compute in advance for the positions that follow.
 
-    Those are `stride` apart. Whoever goes on from one to the next finds the results ready; any
-    other position is right too, but is read anew. Without threads, nothing is read ahead.
+    Positions are `stride` apart. A caller that takes one after the other finds the results ready.
+    Any other position is right too, but is read when asked for. With 0 threads, nothing is read
+    ahead.
 
-    Threads are enough: what takes time is the disk and copies, and both release Python's lock. The
-    function must not compute with torch on large tensors, because that would start as many more
-    threads as training itself uses.
+    Threads are enough, because the disk and copies take the time, and both release Python's lock.
+    The function must not compute with torch on large tensors. That would start as many threads
+    again as training itself uses.
     """
 
     def __init__(self, function: Callable[[int], Tensor], stride: int, threads: int):
@@ -137,7 +138,7 @@ class ReadAhead:
         return self.results.pop(position).result()
 
     def close(self) -> None:
-        """Ends the threads, without what they have not begun."""
+        """Ends the threads, and drops the work that they have not begun."""
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -149,11 +150,10 @@ def augment(
     start: int = 0,
     whole: int | None = None,
 ) -> Tensor:
-    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, its edge
-    repeated.
+    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels.
 
-    `x` are the images from `start` on of a batch of `whole`: what happens to an image does not
-    depend on the parts that a batch is cut into.
+    Pixels at the edge are repeated. `x` are the images from `start` on in a batch of `whole`, so
+    that the result does not depend on the parts into which a batch is cut.
     """
     batch, _, height, width = x.shape
     whole = batch if whole is None else whole

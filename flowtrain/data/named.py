@@ -1,4 +1,4 @@
-"""Data that a command line names: a data set, a folder, an image file, or an .npz file."""
+"""Data that a command line names: a data set, a folder, an image file or an .npz file."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +16,13 @@ from flowtrain.errors import UserError
 def section_named(
     name: str, own: DataConfig, shape: tuple[int, int, int], option: str, also: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The `data` section for a NAME of the command line, with all keys that fit it from a model's
-    section, `own`.
+    """The `data` section for a NAME on the command line.
 
-    NAME is a data set that needs no path (or the model's own), a folder of image files, an image
-    file, or an .npz file. Image files get the size and channels of `shape`, the model's. Raises
-    `UserError` naming `option` where it is none of these, nor (for the message) one of `also`.
+    NAME is a data set that needs no path, the model's own data set, a folder of image files, an
+    image file, or an .npz file. All keys that fit are taken from `own`, the section of the model.
+    Image files get the size and channels of `shape`, the model's.
+
+    Raises `UserError` that names `option` if NAME is none of these. The message also lists `also`.
     """
     section = own.model_dump(mode="json")
     if name == own.name:
@@ -43,7 +44,8 @@ def section_named(
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
-    # Options of its own kind are those of another data set; flips and shifts are of training.
+    # Options that only some data sets have are kept only for the same data set. Flips and shifts
+    # are for training.
     kept = {*DataConfig.model_fields}
     if values["name"] == own.name:
         kept = {*schemas[own.name].model_fields}
@@ -54,12 +56,11 @@ def section_named(
 
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
-    """All images of a folder without `test/`, of an image file, or of an .npz file without x_test,
-    in their order.
+    """All images, in order, of data that have no test split, or None.
 
-    None for any other data, and for the model's `own`. To train, a tenth of these is held out as
-    the test split; to evaluate data that the model was not trained on, that would leave nine tenths
-    unused.
+    These are a folder without `test/`, an image file, or an .npz file without x_test. For training,
+    a tenth of them is held out as the test split. To evaluate a model on other data, this would
+    leave nine tenths unused. The result is None for all other data, and for the model's `own`.
     """
     options = config.options()
     path = options.get("path", Path())

@@ -1,4 +1,4 @@
-"""From a data set to batches: the splits, the fingerprint, the seeded order and augmentation."""
+"""The splits of a data set, its labels, and the fingerprint of its content."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,40 +22,38 @@ SplitName = Literal["train", "validation", "test", "all"]
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of an array: `pixels[indices]`, reduced by `drop_bits`."""
+    """Some images of an array: `pixels[indices]`, without their lowest `drop_bits` bits."""
 
-    pixels: np.ndarray  # uint8 (N, C, H, W), perhaps a memory map; float32 for real-valued data
+    pixels: np.ndarray  # uint8 (N, C, H, W), or float32 for points; it may be a memory map
     indices: np.ndarray
     drop_bits: int
-    # of all of the array, int64 (N,); None: there are none
+    # reads the labels of the whole array, int64 (N,); None if there are none
     read_labels: Callable[[], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, positions: np.ndarray | slice) -> Tensor:
-        """The images at some positions of this split, `(B, C, H, W)` on the CPU: uint8, 0..Q-1, or
-        float32.
+        """The images at some positions of this split, `(B, C, H, W)` on the CPU.
+
+        They are uint8 in 0..Q-1, or float32 for points.
         """
         pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
         return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The classes of all images of this split, int64 `(N,)` on the CPU; None where there are
-        none.
-        """
+        """The classes of all images of this split, int64 `(N,)` on the CPU, or None."""
         return (
             None if self.read_labels is None else torch.from_numpy(self.read_labels()[self.indices])
         )
 
 
 class DataSet:
-    """The images that a configuration names. Nothing is read or downloaded before a split is asked
-    for.
+    """The images that a configuration names.
 
-    Where they have no division of their own, `undivided` gives all of them, and `all` is the only
-    split to ask for. Raises `UserError` where the options do not fit together.
+    Nothing is read or downloaded before a split is asked for. With `undivided`, these are all the
+    images, and `all` is the only split. Raises `UserError` where options do not fit together.
     """
 
     def __init__(self, config: DataConfig, undivided: Images | None = None):
@@ -93,8 +91,9 @@ class DataSet:
             )
 
     def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
-        """Raises `UserError` unless the images are of this shape and number of levels, those of
-        `model`.
+        """Raises `UserError` unless the images have the shape and levels of a model.
+
+        `model` is the path of its checkpoint, for the message.
         """
         if (self.shape, self.levels) != (shape, levels):
             raise UserError(
@@ -125,7 +124,7 @@ class DataSet:
             raise UserError(f"data.validation: {error}") from error
 
     def split(self, name: SplitName) -> Split:
-        """The images of one split. Reads them, and downloads them on first use."""
+        """The images of one split, which are read, and downloaded on first use."""
         if name in ("test", "all"):
             pixels = _checked(self.test_images, f"{self.config.name}, {name} images")
             return Split(pixels, np.arange(len(pixels)), self.drop_bits, self.test_images.labels)
@@ -135,9 +134,7 @@ class DataSet:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the training and validation images are: their number, their content, and how they
-        were split.
-        """
+        """Identifies the training and validation images: their number, content and division."""
         kept, held = self._held_out
         content = (
             self.train_images.key
@@ -167,8 +164,9 @@ def _checked(images: Images, what: str) -> np.ndarray:
 
 
 def labels_of(split: Split, classes: int, name: str) -> Tensor:
-    """The labels for a model of so many classes, int64 `(N,)`. Raises `UserError` where there are
-    none, or others.
+    """The labels of a split for a model with so many classes, int64 `(N,)`.
+
+    Raises `UserError` if there are none, or if one is outside 0..classes-1.
     """
     labels = split.labels
     if labels is None:

@@ -1,4 +1,4 @@
-"""What every data set gives (`Images`), held-out splits, and image files brought to a shape."""
+"""What every data set returns (`Images`), held-out splits, and image files of any shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from PIL import Image, ImageOps
 from flowtrain.errors import UserError, short
 from flowtrain.types import Shape
 
-Part = Literal["train", "test"]  # what a data set itself is divided into
+Part = Literal["train", "test"]  # the parts that a data set itself has
 Policy = Literal["crop", "stretch", "exact"]
 
-# Without EPS, for which Pillow starts Ghostscript, whatever the file's suffix says.
+# The formats that image files may have. EPS is left out, because Pillow starts Ghostscript for it,
+# whatever the suffix of the file.
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -23,13 +24,13 @@ class Images:
     """One split of a data set, described before any pixel is read or downloaded.
 
     shape: (C, H, W) of one image as stored.
-    levels: Q; the values are 0..Q-1. None for real-valued data.
-    read: gives the pixels, uint8 (N, C, H, W), float32 if real-valued: a C-contiguous array, or a
-        read-only `np.memmap` where they may not fit in memory. Downloads on first use. Raises
-        UserError or RunError.
-    flip: whether a mirrored image belongs to the same distribution (the default of `data.flip`).
-    labels: gives the classes of the same images, int64 (N,), from 0. None where there are none.
-    key: identifies the content where hashing the pixels would be slow (None: hash the pixels).
+    levels: Q, for values 0..Q-1. None for real-valued data.
+    read: Returns the pixels, uint8 (N, C, H, W), or float32 for real-valued data. They are a
+        C-contiguous array, or a read-only `np.memmap` if they may not fit in memory. Downloads on
+        first use. Raises UserError or RunError.
+    flip: Whether a mirrored image belongs to the same distribution. The default of `data.flip`.
+    labels: Returns the classes of the same images, int64 (N,), from 0. None if there are none.
+    key: Identifies the content if hashing the pixels would be slow. None: the pixels are hashed.
     """
 
     shape: Shape
@@ -50,10 +51,10 @@ def frozen_random(*key: int) -> np.random.RandomState:
 
 
 def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(n) into (kept, held) sorted index arrays, the same for one seed everywhere.
+    """Splits range(n) into two sorted index arrays (kept, held), a function of the seed.
 
-    `held` is a count, or a fraction below 1 (rounded, at least one image); 0 holds out nothing.
-    Raises UserError if `held` is neither, or if nothing would be kept.
+    `held` is a count, or a fraction below 1, which is rounded to at least one image. 0 holds out
+    nothing. Raises UserError if `held` is neither, or if nothing would be kept.
     """
     if seed < 0:
         raise UserError(f"seed is {seed}: give a whole number that is not negative")
@@ -67,20 +68,20 @@ def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def part_of(examples: np.ndarray, part: Part, seed: int) -> np.ndarray:
-    """The part of examples that have no division of their own: a seeded tenth is the test split."""
+    """A part of examples without a test split of their own, which is a seeded tenth of them."""
     kept, held = hold_out(len(examples), 0.1, seed)
     chosen: np.ndarray = examples[kept if part == "train" else held]
     return chosen
 
 
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
-    """Bring an image to `shape` (C, H, W), C being 1 (luma) or 3 (RGB): uint8, 0..255.
+    """An image as uint8 of `shape` (C, H, W), 0..255, where C is 1 (luma) or 3 (RGB).
 
-    Upright by its EXIF orientation; transparency is composited on white, as image viewers show it;
-    16-bit grey keeps its upper 8 bits; a palette or CMYK becomes RGB. Then, by policy:
-    `crop`: the largest centred part of the right aspect ratio, resampled (Lanczos, antialiased);
-    `stretch`: the whole image, resampled; `exact`: the pixels as they are.
-    Raises UserError if the policy is `exact` and the size differs.
+    First the image is turned upright by its EXIF orientation. Transparency is composited on white,
+    as image viewers show it. 16-bit grey keeps its upper 8 bits, and a palette or CMYK becomes RGB.
+    Then the policy decides. `crop` takes the largest centred part with the right aspect ratio, and
+    resamples it (Lanczos, antialiased). `stretch` resamples the whole image. `exact` keeps the
+    pixels, and raises UserError if the size differs.
     """
     channels, height, width = shape
     image = _convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
@@ -92,14 +93,14 @@ def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     box = (0.0, 0.0, float(image.width), float(image.height))
     if policy == "crop":
         box = _centre(image.size, (width, height))
-    # Same-sized images come through Pillow's resize unchanged, bit for bit.
+    # Pillow's resize does not change images of the same size.
     image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow clips at 255 here, which turns 16-bit images white
+    if image.mode.startswith("I"):  # here Pillow clips at 255, which would turn 16-bit images white
         grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert(mode)
     if image.mode == "F":
@@ -115,21 +116,21 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
     scale = min(size[0] / target[0], size[1] / target[1])
     w, h = min(target[0] * scale, size[0]), min(target[1] * scale, size[1])
     left, top = (size[0] - w) / 2, (size[1] - h) / 2
-    if scale == 1:  # nothing to resample: half a pixel off centre is better than a blur
+    if scale == 1:  # nothing is resampled, and half a pixel off centre is better than a blur
         left, top = int(left), int(top)
     return left, top, left + w, top + h
 
 
 def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
-    """Read one image file as uint8 (C, H, W), 0..255; raises whatever Pillow or `resize` raises."""
+    """Reads an image file as uint8 (C, H, W), 0..255. Raises what Pillow and `resize` raise."""
     with Image.open(path, formats=READABLE) as image:
-        if policy != "exact":  # lets a JPEG decode at a half, quarter or eighth: much faster
+        if policy != "exact":  # a JPEG decodes much faster at a half, quarter or eighth of its size
             image.draft(None, (2 * max(shape[1:]),) * 2)
         return resize(image, shape, policy)
 
 
 def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -> np.ndarray:
-    """Read a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`.
+    """Reads a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`.
 
     Raises UserError that names the path.
     """
@@ -159,5 +160,5 @@ def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
 
 
 def contiguous(pixels: Any) -> np.ndarray:
-    """uint8 (N, C, H, W) in C order, copied only if it is not."""
+    """uint8 (N, C, H, W) in C order. It is copied only if necessary."""
     return np.ascontiguousarray(pixels, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A user's own folder of image files, decoded once into a memory-mapped cache."""
+"""A user's own folder of image files, which are decoded once into a memory-mapped cache."""
 
 import contextlib
 import errno
@@ -28,8 +28,8 @@ log = logging.getLogger("flowtrain")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHUNK = 256  # images decoded ahead of the one being written
-LISTED = 50  # unreadable files named in a message; the cache's index.json has them all
-ABANDONED = 24 * 3600  # seconds after which another process's unfinished cache is taken for dead
+LISTED = 50  # unreadable files named in a message; the cache's index.json has all of them
+ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
 
 
 class File(NamedTuple):
@@ -49,7 +49,7 @@ def build(
     channels: Literal[1, 3] = 3,
     resize: Policy = "crop",
 ) -> Images:
-    """PNG, JPEG, WebP and BMP images in any tree, as `channels` x `size` x `size`, 256 levels.
+    """PNG, JPEG, WebP and BMP images in any tree, as `channels` x `size` x `size` with 256 levels.
 
     Args:
         path: The folder. Its subfolder `test/` is the test split, and `train/` the training split,
@@ -61,11 +61,13 @@ def build(
         resize: How an image is brought to that size: `crop` takes the largest centred square,
             `stretch` the whole image, and `exact` refuses images of another size.
 
-    The tree is listed here; `read` decodes the files of the split, the first time, into
-    `$FLOWTRAIN_CACHE` (else `$XDG_CACHE_HOME/flowtrain`, else `~/.cache/flowtrain`), keyed by the
-    files' paths, sizes and times and by the options. Files that cannot be decoded are left out and
-    listed as a warning of the logger `flowtrain`, each time. Raises UserError for a folder
-    without images, for sizes that differ under `exact`, and where the cache cannot be written.
+    The tree is listed here. The first `read` decodes the files of the split into
+    `$FLOWTRAIN_CACHE`, or else `$XDG_CACHE_HOME/flowtrain`, or else `~/.cache/flowtrain`. The key
+    of this cache is made of the paths, sizes and times of the files, and of the options. Files that
+    cannot be decoded are left out. The logger `flowtrain` lists them as a warning each time.
+
+    Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
+    cache cannot be written.
     """
     folder = Path(path).expanduser().resolve()
     if size < 1:
@@ -73,7 +75,8 @@ def build(
     files = _split(folder, split, seed)
     shape: Shape = (channels, size, size)
     options = json.dumps([1, channels, size, resize])  # 1: the version of the cache
-    # The cache must notice an edited file. The fingerprint must survive a copy to another machine.
+    # The cache must notice an edited file. The fingerprint must stay the same after a copy to
+    # another machine.
     cached = _digest([os.fspath(folder), options, *(repr(tuple(file)) for file in files)])
     content = _digest([options, *(repr((file.name, file.size)) for file in files)])
 
@@ -110,7 +113,7 @@ def _split(folder: Path, split: Part, seed: int) -> list[File]:
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
-    """The image files under folder/part, sorted by name as every machine sorts them."""
+    """The image files under folder/part, sorted by name in the same way on every machine."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"data.path: {error.filename} cannot be listed ({short(error)})")
@@ -118,7 +121,7 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
     files, seen = [], set()
     for here, folders, names in os.walk(folder / part, onerror=fail, followlinks=True):
         status = Path(here).stat()
-        if (status.st_dev, status.st_ino) in seen:  # links that go in a circle
+        if (status.st_dev, status.st_ino) in seen:  # links that form a circle
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -163,7 +166,10 @@ def _cache() -> Path:
 
 
 def _open(target: Path, shape: Shape) -> tuple[np.ndarray, dict[str, str]] | None:
-    """A finished cache, mapped read-only, with its unreadable files; None if absent or damaged."""
+    """A finished cache, mapped read-only, with its unreadable files.
+
+    None if it is absent or damaged.
+    """
     try:
         index = json.loads((target / "index.json").read_text())
         images = np.load(target / "images.npy", mmap_mode="r")
@@ -180,7 +186,7 @@ def _open(target: Path, shape: Shape) -> tuple[np.ndarray, dict[str, str]] | Non
 def _fill(
     target: Path, folder: Path, files: list[File], shape: Shape, policy: Policy
 ) -> tuple[np.ndarray, dict[str, str]]:
-    """Decode into a folder of another name and rename it, so that `target` is whole or absent."""
+    """Decodes into a folder of another name and renames it, so `target` is complete or absent."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -197,10 +203,10 @@ def _fill(
         assert opened is not None
         try:
             temporary.rename(target)
-        except OSError:  # there is one: another process was faster, or it is the damaged one
+        except OSError:  # it exists: another process was faster, or it is the damaged one
             if _open(target, shape) is None:
                 shutil.rmtree(target, ignore_errors=True)
-                # If yet another process was faster still, our copy lives on in the open map.
+                # If yet another process was faster, the open map still holds our copy.
                 with contextlib.suppress(OSError):
                     temporary.rename(target)
         return opened
@@ -226,7 +232,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _write(
     path: Path, folder: Path, files: list[File], shape: Shape, policy: Policy
 ) -> dict[str, str]:
-    """Write the images that can be read, in order, as .npy; returns the others, with the cause."""
+    """Writes the readable images in order as .npy. Returns the other files, with the cause."""
     unreadable = {}
     with (
         ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,  # Pillow decodes without the GIL
@@ -234,7 +240,7 @@ def _write(
     ):
         if policy == "exact":
             _check_sizes(pool, folder, files, shape)
-        # Written in sequence, not through a map: a full disk is then an error, not a SIGBUS.
+        # Written in sequence, not through a map, where a full disk would be a SIGBUS.
         _write_header(out, (len(files), *shape))
         for start in _progress(range(0, len(files), CHUNK), len(files)):
             chunk = files[start : start + CHUNK]
@@ -244,7 +250,7 @@ def _write(
                     unreadable[file.name] = image
                 else:
                     out.write(image.tobytes())
-        out.seek(0)  # numpy pads the header, so that a smaller count fits the same space
+        out.seek(0)  # numpy pads the header, so a smaller count fits into the same space
         _write_header(out, (len(files) - len(unreadable), *shape))
         out.flush()
         os.fsync(out.fileno())
@@ -267,13 +273,14 @@ def _decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray | str:
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         number = error.errno if isinstance(error, OSError) else None
         if number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE):
-            raise RunError(f"{path} cannot be read ({short(error)})") from None  # not its fault
+            # The cause is the machine, not the file.
+            raise RunError(f"{path} cannot be read ({short(error)})") from None
         why = " ".join(str(error).split()).replace(f" '{path}'", "").rstrip(":")
         return why[:200] or type(error).__name__
 
 
 def _check_sizes(pool: ThreadPoolExecutor, folder: Path, files: list[File], shape: Shape) -> None:
-    """Raises UserError if any image that can be opened is of another size than `exact` demands."""
+    """Raises UserError if an image that can be opened does not have the size for `exact`."""
     wanted = shape[2], shape[1]
 
     def size(file: File) -> tuple[int, int]:
@@ -295,7 +302,7 @@ def _check_sizes(pool: ThreadPoolExecutor, folder: Path, files: list[File], shap
 
 
 def _progress(chunks: range, total: int) -> Iterator[int]:
-    """The chunks' starts, with a bar on a terminal and now and then a line elsewhere."""
+    """The starts of the chunks, with a progress bar on a terminal, or else a line now and then."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress

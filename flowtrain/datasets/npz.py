@@ -1,5 +1,5 @@
-"""A user's own arrays in one .npz file, with the keys of Keras: x_train, x_test, and perhaps
-y_train, y_test.
+"""A user's own arrays in one .npz file, with the names of Keras: x_train, x_test, y_train, y_test.
+All but x_train are optional.
 """
 
 import contextlib
@@ -22,14 +22,13 @@ DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.
 
 
 def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
-    """uint8 images of 256 levels from the arrays x_train and x_test, with the classes y_train and
-    y_test where the file has them.
+    """uint8 images with 256 levels from x_train and x_test, with classes from y_train and y_test.
 
     Args:
         path: The .npz file. Without x_test, a seeded tenth of x_train is the test split.
         layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
-    Only the headers inside the file are read here; `read` takes the whole array into memory.
+    Only the headers inside the file are read here. `read` takes the whole array into memory.
     Raises `UserError` that names the file and the key. `root` is not used.
     """
     path = Path(path).expanduser()
@@ -86,12 +85,12 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 def _array(path: Path, key: str) -> np.ndarray:
     with _opened(path) as archive, _member(path, archive, key) as file:
         values = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # at the end of the member, its checksum is compared
+        file.read(1)  # at the end of the member, zipfile compares its checksum
     return values
 
 
 def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tuple[int, Shape]:
-    """N and (C, H, W) of an array from its header, without unpacking its pixels."""
+    """N and (C, H, W) of an array, from its header alone."""
     with _member(path, archive, key) as file:
         header = {
             (1, 0): np.lib.format.read_array_header_1_0,

@@ -1,6 +1,4 @@
-"""A pinwheel: Gaussians of five arms, turned the more the farther they are from the centre (Johnson
-et al. 2016).
-"""
+"""A pinwheel (Johnson et al. 2016), whose Gaussian arms turn more the farther out they are."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""What the two-dimensional data sets share: real-valued points `(2, 1, 1)`, as many as are asked
-for, by seed.
-"""
+"""What the data sets of points share: a seed gives as many real-valued points as are asked for."""
 
 from collections.abc import Callable
 
@@ -14,7 +12,10 @@ Generate = Callable[[np.random.RandomState, int], np.ndarray]  # randomness and 
 def real_valued(
     split: Part, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2
 ) -> Images:
-    """`count` points to train on, `test_count` to test with, both functions of the seed alone."""
+    """`count` points to train on or `test_count` to test with, `(dims, 1, 1)`.
+
+    Both are functions of the seed alone.
+    """
 
     def read() -> np.ndarray:
         test = split == "test"

@@ -1,6 +1,4 @@
-"""A mixture of von Mises-Fisher distributions on the unit sphere in three dimensions, in equal
-parts.
-"""
+"""A mixture of von Mises-Fisher distributions on the unit sphere in three dimensions."""
 
 import math
 from pathlib import Path
@@ -38,12 +36,12 @@ def build(
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
         mean = means(seed, components)[random.randint(components, size=n)]  # (N, 3)
-        # Along the mean by the inverse of the distribution function (Jakob 2012, "Numerically
-        # stable sampling of the von Mises-Fisher distribution on S^2"), written for any kappa;
-        # around it uniform.
+        # The component along the mean is drawn by the inverse of the distribution function (Jakob
+        # 2012, "Numerically stable sampling of the von Mises-Fisher distribution on S^2"), written
+        # for any kappa. The angle around the mean is uniform.
         along = 1 + np.log1p(random.uniform(size=n) * np.expm1(-2 * concentration)) / concentration
         angle = random.uniform(0, 2 * math.pi, size=n)
-        # An orthonormal basis at right angles to the mean, from the axis that is the least like it.
+        # An orthonormal basis at right angles to the mean, made from the axis farthest from it.
         axis = np.eye(3)[np.abs(mean).argmin(axis=1)]
         first = np.cross(mean, axis)
         first /= np.linalg.norm(first, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Data sets that torchvision downloads: whatever goes wrong becomes one message."""
+"""Data sets that torchvision downloads. Whatever goes wrong becomes one message."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 
-TIMEOUT = 60.0  # seconds without a byte; torchvision itself would wait for ever
+TIMEOUT = 60.0  # seconds without a byte; torchvision itself would wait forever
 
 # Names and bytes of the unpacked files of MNIST and of Fashion-MNIST: a header, then one byte per
 # value.
@@ -144,7 +144,7 @@ def images(
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """A time limit for the network, and torchvision's progress bar on a terminal only."""
+    """Limits the time of the network, and shows torchvision's progress bar only on a terminal."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     quiet = io.StringIO()

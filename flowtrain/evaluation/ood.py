@@ -1,28 +1,26 @@
-"""Telling images of other data from those that a model was trained on: three scores of an image,
-side by side.
+"""Out-of-distribution detection: can a model tell other images from those that it was trained on?
 
-The first, the likelihood, is known to fail: flows trained on CIFAR-10 find house numbers likelier
-than CIFAR-10 (Nalisnick et al. 2019a, "Do Deep Generative Models Know What They Don't Know?"). The
-other two are the usual repairs. Of each, a larger value means further out. All are in bits per
-dimension.
+Three scores of an image are computed side by side. The first, the likelihood, is known to fail:
+flows trained on CIFAR-10 find house numbers likelier than CIFAR-10 (Nalisnick et al. 2019a, "Do
+Deep Generative Models Know What They Don't Know?"). The other two are the usual repairs. For each
+score, a larger value means further out. All are in bits per dimension.
 """
 
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.config import Data as DataConfig
 from flowtrain.data.named import section_named, undivided
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet, Split, SplitName
 from flowtrain.datasets.base import Policy, quantize, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import score
@@ -32,65 +30,6 @@ from flowtrain.pictures.lossless import coders, complexity, picture_of
 from flowtrain.system.random import Stream, generator
 from flowtrain.types import Shape
 
-SCORES = ("likelihood", "typicality", "complexity_corrected")
-
-
-COLUMNS = (
-    *("dataset", "index", "bits_per_dim", "log_prob"),
-    *("typicality", "complexity_bits_per_dim", "complexity_corrected"),
-)
-
-
-def typicality(bits: np.ndarray, entropy: float) -> np.ndarray:
-    """`|-log p(x) - H|`, `(N,)`, bits/dim: how far an image is from as probable as the model's
-    images usually are.
-
-    Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep Generative Models Using
-    Typicality"), the test with a batch of one image. `bits` is `-log p(x)`, and `entropy`, H, its
-    mean over images like those trained on.
-    """
-    return np.abs(bits - entropy)
-
-
-def complexity_corrected(bits: np.ndarray, complexity: np.ndarray) -> np.ndarray:
-    """`-log2 p(x) - L(x)`, `(N,)`, bits/dim: how many more bits the model needs for an image than a
-    general coder.
-
-    Serra et al. 2020 ("Input Complexity and Out-of-Distribution Detection with Likelihood-Based
-    Generative Models", section 3), a likelihood ratio whose other model is the coder; L(x) is the
-    length that `complexity` gives.
-    """
-    return bits - complexity
-
-
-def auroc(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float | None]:
-    """The chance that an image from outside has the larger score, ties counting half; and its
-    standard error.
-
-    The error is that of DeLong et al. 1988, for two independent samples, `(N,)` and `(M,)`; None
-    where one is a single image. It is 0 where the scores do not overlap, which says no more than
-    that there were too few to see them do so.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    n, m = len(inside), len(outside)
-    area = float(roc_auc_score(np.repeat([0, 1], [n, m]), np.concatenate([inside, outside])))
-    if min(n, m) < 2:
-        return area, None
-    variances = (
-        _share_below(outside, inside).var(ddof=1) / n,
-        _share_below(inside, outside).var(ddof=1) / m,
-    )
-    return area, math.sqrt(sum(variances))
-
-
-def _share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each value, the share of the sample that is smaller; what is equal counts half."""
-    ordered = np.sort(sample)
-    return (
-        np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
-    ) / (2 * len(sample))
-
 
 @dataclass(frozen=True)
 class Collection:
@@ -98,66 +37,130 @@ class Collection:
 
     name: str
     images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1
-    split: str | None = None  # None for images that are made
-    # shape and levels as stored, where those are not the model's
+    split: str | None = None  # None for made images
+    # Shape and levels as stored, where those are not the model's.
     stored: tuple[Shape, int] | None = None
 
 
-def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
-    """Images whose values are independent and uniform over all levels, uint8 `(count, C, H, W)`."""
-    randomness = _randomness(seed, 1)
-    return np.stack([_levels(shape, levels, randomness(index)) for index in range(count)])
-
-
-def constant(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
-    """Images of one colour each, uniform over all colours, uint8 `(count, C, H, W)`."""
-    randomness = _randomness(seed, 2)
-    colours = np.stack(
-        [_levels((shape[0], 1, 1), levels, randomness(index)) for index in range(count)]
-    )
-    return np.broadcast_to(colours, (count, *shape)).copy()
-
-
-def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
-    """The images with their pixels in another order, each in its own; the channels of a pixel stay
-    together.
+@dataclass(frozen=True)
+class Collections:
+    """The images of a comparison. `reference` are images of the model's data that are not among
+    those of `inside`.
     """
-    randomness = _randomness(seed, 3)
-    count, channels, height, width = images.shape
-    pixels = images.reshape(count, channels, height * width)
-    orders = (
-        torch.randperm(height * width, generator=randomness(index)).numpy()
-        for index in range(count)
-    )
-    return np.stack([image[:, order] for image, order in zip(pixels, orders, strict=True)]).reshape(
-        images.shape
-    )
+
+    reference: Collection
+    inside: Collection
+    outside: list[Collection]
+
+    @property
+    def all(self) -> list[Collection]:
+        return [self.reference, self.inside, *self.outside]
 
 
-MADE = ("noise", "constant", "shuffled")
+def collect(
+    model: LoadedModel,
+    data: DataSet,
+    inside: str | None,
+    outside: list[str],
+    *,
+    num_images: int,
+    seed: int = 0,
+) -> Collections:
+    """The first `num_images` images of each data set that a command line names.
 
+    Args:
+        data: the model's own data. The reference is its validation split, or its training split
+            where that is empty.
+        inside: `--in`: images of the kind that the model was trained on. By default, the test split
+            of its own data.
+        outside: `--out`: other images, or names in `MADE`.
+        seed: of images that are made.
 
-def _randomness(seed: int, kind: int) -> Callable[[int], torch.Generator]:
-    """A generator for each image's index, so that the first images do not depend on how many there
-    are.
+    Raises `UserError` naming the option, for a model of real values, and where a name is given
+    twice.
     """
-    return lambda index: generator(seed, Stream.EVALUATION, index, kind)
+    own = data.config.name
+    _check_names(inside or own, outside)
+    within = (
+        named(inside, "--in", model, data, num_images)
+        if inside
+        else own_split("test", model, data, num_images)
+    )
+    others = [
+        made(name, within, levels_of(model), seed)
+        if name in MADE
+        else named(name, "--out", model, data, num_images)
+        for name in outside
+    ]
+    reference: SplitName = "validation" if len(data.split("validation")) else "train"
+    return Collections(own_split(reference, model, data, num_images), within, others)
 
 
-def _levels(shape: Shape, levels: int, randomness: torch.Generator) -> np.ndarray:
-    return torch.randint(levels, shape, generator=randomness, dtype=torch.uint8).numpy()
+def _check_names(inside: str, outside: list[str]) -> None:
+    """Raises `UserError` where two data sets have one name: rows and figures would look alike."""
+    for index, name in enumerate(outside):
+        if name in (inside, *outside[:index]):
+            raise UserError(f"--out {name}: it is named twice")
+
+
+def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) -> Collection:
+    """The first `count` images of a data set, folder or file that a command line names, as the
+    model's.
+
+    They are those of its test split, or all, for a folder or file that has no test split. `own` are
+    the model's own data. Raises `UserError` naming `option`.
+    """
+    flow = model.flow
+    also = MADE if option == "--out" else ()
+    section = section_named(name, own.config, flow.shape, option, also=also)
+    if name != own.config.name:  # `convert` brings any number of levels to the model's
+        section |= {"n_bits": 8, "flip": None, "shift": 0}
+    config = configuration.parse(
+        {**model.config.resolved(), "data": section}, f"{option} {name}"
+    ).data
+    data = DataSet(config, undivided(config, own.config))
+    if data.levels is None:
+        raise UserError(f"{option} {name}: real values, not images")
+    return _first(name, "all" if data.undivided else "test", data, model, count)
+
+
+def own_split(split: SplitName, model: LoadedModel, data: DataSet, count: int) -> Collection:
+    """The first `count` images of a split of the model's own data."""
+    levels_of(model)
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    return _first(data.config.name, split, data, model, count)
+
+
+def _first(
+    name: str, split: SplitName, data: DataSet, model: LoadedModel, count: int
+) -> Collection:
+    assert data.levels is not None  # `named` and `levels_of` have refused real values
+    images = data.split(split).take(slice(0, count)).numpy()
+    shape, levels = model.flow.shape, levels_of(model)
+    policy = data.config.options().get("resize", "crop")
+    stored = None if (data.shape, data.levels) == (shape, levels) else (data.shape, data.levels)
+    return Collection(name, convert(images, data.levels, shape, levels, policy), split, stored)
+
+
+def levels_of(model: LoadedModel) -> int:
+    """Q of a model of images. Raises `UserError` for a model of real values."""
+    if model.flow.levels is None:
+        raise UserError(
+            f"{model.checkpoint.path}: a model of real values; the scores are of images"
+        )
+    return model.flow.levels
 
 
 def convert(
     images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
 ) -> np.ndarray:
-    """Images uint8 `(N, C, H, W)` with values 0..levels-1, as a model's: uint8 `(N, *to_shape)`,
-    0..to_levels-1.
+    """Brings images, uint8 `(N, C, H, W)` with values 0..levels-1, to a model's shape and levels:
+    uint8 `(N, *to_shape)` with values 0..to_levels-1.
 
-    Values are stretched to 0..255; size and channels changed by `flowtrain.datasets.base.resize`
-    (grey is repeated in each channel, colours become luma); then 2**n levels keep the upper n bits,
-    as `data.n_bits` does, and any other number Q takes the nearest of 0..Q-1. What is the model's
-    already stays as it is.
+    Values are stretched to 0..255, and size and channels changed by
+    `flowtrain.datasets.base.resize` (grey is repeated in each channel, colours become luma). Then
+    2**n levels keep the upper n bits, as `data.n_bits` does, and any other number Q takes the
+    nearest of 0..Q-1. Images that have the model's shape and levels stay as they are.
     """
     if images.shape[1:] == to_shape and levels == to_levels:
         return images
@@ -167,57 +170,85 @@ def convert(
     return quantize(pixels, to_levels)
 
 
-def named(name: str, option: str, model: LoadedModel, own: DataConfig, count: int) -> Collection:
-    """The first `count` images of a data set, folder or file that a command line names, as the
-    model's.
-
-    They are those of its test split; of a folder or file that has none, of all. `own` is the `data`
-    section of the model's own data. Raises `UserError` naming `option`.
-    """
-    flow = model.flow
-    section = section_named(name, own, flow.shape, option, also=MADE if option == "--out" else ())
-    if name != own.name:  # what follows brings any number of levels to the model's
-        section |= {"n_bits": 8, "flip": None, "shift": 0}
-    config = configuration.parse(
-        {**model.config.resolved(), "data": section}, f"{option} {name}"
-    ).data
-    data = DataSet(config, undivided(config, own))
-    levels = data.kind.require_levels(f"{option} {name}: real values, not images")
-    return _first(name, "all" if data.undivided else "test", data, levels, model, count)
-
-
-def own_split(split: Any, model: LoadedModel, data: DataSet, count: int) -> Collection:
-    """The first `count` images of a split of the model's own data."""
-    levels = levels_of(model)
-    data.require(model.flow.shape, levels, model.checkpoint.path)
-    return _first(data.config.name, split, data, levels, model, count)
-
-
-def _first(
-    name: str, split: Any, data: DataSet, data_levels: int, model: LoadedModel, count: int
-) -> Collection:
-    images = data.split(split).take(slice(0, count)).numpy()
-    shape, levels = model.flow.shape, levels_of(model)
-    policy = data.config.options().get("resize", "crop")
-    stored = None if (data.shape, data_levels) == (shape, levels) else (data.shape, data_levels)
-    return Collection(name, convert(images, data_levels, shape, levels, policy), split, stored)
-
-
-def levels_of(model: LoadedModel) -> int:
-    """Q of a model of images. Raises `UserError` for one of real values."""
-    return model.flow.kind.require_levels(
-        f"{model.checkpoint.path}: a model of real values; the scores are of images"
-    )
+MADE = ("noise", "constant", "shuffled")
 
 
 def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
-    """The images that a name of `MADE` stands for: as many as those of `like`, and of their
+    """The images that a name in `MADE` stands for: as many as those of `like`, and of their
     shape.
     """
     if name == "shuffled":
         return Collection(name, shuffled(like.images, seed))
     make = {"noise": noise, "constant": constant}[name]
-    return Collection(name, make(len(like.images), like.images.shape[1:], levels, seed))
+    _, channels, height, width = like.images.shape
+    return Collection(name, make(len(like.images), (channels, height, width), levels, seed))
+
+
+def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
+    """Images whose values are independent and uniform over all levels, uint8 `(count, C, H, W)`."""
+    randomness = _randomness(seed, 1)
+    return np.stack([_draw(shape, levels, randomness(index)) for index in range(count)])
+
+
+def constant(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
+    """Images of one colour each, uniform over all colours, uint8 `(count, C, H, W)`."""
+    randomness = _randomness(seed, 2)
+    colours = [_draw((shape[0], 1, 1), levels, randomness(index)) for index in range(count)]
+    return np.broadcast_to(np.stack(colours), (count, *shape)).copy()
+
+
+def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
+    """The images with their pixels in another order, each in its own; the channels of a pixel stay
+    together.
+    """
+    randomness = _randomness(seed, 3)
+    pixels = images.reshape(*images.shape[:2], -1)
+    mixed = [
+        image[:, torch.randperm(image.shape[1], generator=randomness(index)).numpy()]
+        for index, image in enumerate(pixels)
+    ]
+    return np.stack(mixed).reshape(images.shape)
+
+
+def _randomness(seed: int, kind: int) -> Callable[[int], torch.Generator]:
+    """A generator per image index, so that the first images do not depend on how many there are."""
+    return lambda index: generator(seed, Stream.EVALUATION, index, kind)
+
+
+def _draw(shape: Shape, levels: int, randomness: torch.Generator) -> np.ndarray:
+    return torch.randint(levels, shape, generator=randomness, dtype=torch.uint8).numpy()
+
+
+SCORES = ("likelihood", "typicality", "complexity_corrected")
+
+
+def typicality(bits: np.ndarray, entropy: float) -> np.ndarray:
+    """`|-log p(x) - H|`, `(N,)`, bits/dim: how far an image's likelihood is from the usual one.
+
+    This is the test of Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep
+    Generative Models Using Typicality") with a batch of one image. `bits` is `-log p(x)`, and
+    `entropy`, H, its mean over images like those trained on.
+    """
+    return np.asarray(np.abs(bits - entropy))
+
+
+def complexity_corrected(bits: np.ndarray, complexity: np.ndarray) -> np.ndarray:
+    """`-log2 p(x) - L(x)`, `(N,)`, bits/dim: how many more bits the model needs for an image than a
+    general coder.
+
+    This is the likelihood ratio of Serra et al. 2020 ("Input Complexity and Out-of-Distribution
+    Detection with Likelihood-Based Generative Models", section 3), whose other model is the coder.
+    L(x) is the length that `complexity` gives.
+    """
+    return np.asarray(bits - complexity)
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error, and the median. None stands for what is not finite."""
+
+    mean: float | None
+    stderr: float | None
+    median: float | None
 
 
 @dataclass(frozen=True)
@@ -231,9 +262,8 @@ class Scored:
     @property
     def likelihood(self) -> np.ndarray:
         """`-log2 p(x) / D`, the bits per dimension."""
-        return bits_per_dim(
-            torch.from_numpy(self.log_prob), math.prod(self.collection.images.shape[1:])
-        ).numpy()
+        dims = math.prod(self.collection.images.shape[1:])
+        return bits_per_dim(torch.from_numpy(self.log_prob), dims).numpy()
 
     @property
     def typicality(self) -> np.ndarray:
@@ -247,59 +277,136 @@ class Scored:
     def complexity_corrected(self) -> np.ndarray:
         return complexity_corrected(self.likelihood, self.complexity)
 
+    def score(self, name: str) -> np.ndarray:
+        """A score by its name in `SCORES`."""
+        return np.asarray(getattr(self, name))
+
+    @property
+    def mean_bits(self) -> Mean:
+        return _mean(self.likelihood)
+
     @property
     def non_finite(self) -> list[int]:
         """The images whose likelihood is not finite."""
-        return np.flatnonzero(~np.isfinite(self.log_prob)).tolist()
+        return [int(index) for index in np.flatnonzero(~np.isfinite(self.log_prob))]
+
+
+def _mean(values: np.ndarray) -> Mean:
+    """The median beside the mean: for noise, a few images determine the mean."""
+    with np.errstate(invalid="ignore"):  # for infinite values
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return Mean(_finite(values.mean()), _finite(error), _finite(np.median(values)))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class Area(NamedTuple):
+    """An AUROC with its standard error. None stands for what cannot be computed."""
+
+    auroc: float | None
+    stderr: float | None
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> Area:
+    """The chance that an image from outside has the larger score, where ties count half.
+
+    The standard error is that of DeLong et al. 1988 for two independent samples, `(N,)` and `(M,)`.
+    It is None where one sample is a single image, and 0 where the scores do not overlap, which only
+    says that there were too few images to see them overlap.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    n, m = len(inside), len(outside)
+    area = float(roc_auc_score(np.repeat([0, 1], [n, m]), np.concatenate([inside, outside])))
+    if min(n, m) < 2:
+        return Area(area, None)
+    variances = (
+        _share_below(outside, inside).var(ddof=1) / n,
+        _share_below(inside, outside).var(ddof=1) / m,
+    )
+    return Area(area, math.sqrt(sum(variances)))
+
+
+def _share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each value, the share of the sample that is smaller, where ties count half."""
+    ordered = np.sort(sample)
+    below = np.searchsorted(ordered, values, "left")
+    not_above = np.searchsorted(ordered, values, "right")
+    return (below + not_above) / (2 * len(sample))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Images of the model's kind, and others, scored."""
+    """The scores of a model's images and of others."""
 
+    model: LoadedModel
+    seed: int
     reference: Scored  # the images whose mean bits/dim is H
     inside: Scored
     outside: list[Scored]
 
     @property
+    def entropy(self) -> float:
+        """H, bits/dim."""
+        return self.reference.entropy
+
+    @property
     def compared(self) -> list[Scored]:
         return [self.inside, *self.outside]
+
+    @cached_property
+    def areas(self) -> list[dict[str, Area]]:
+        """The AUROC of each score, for each of `outside`."""
+        return [{name: self._area(scored, name) for name in SCORES} for scored in self.outside]
+
+    def _area(self, outside: Scored, name: str) -> Area:
+        a, b = self.inside.score(name), outside.score(name)
+        return auroc(a, b) if np.isfinite([*a, *b]).all() else Area(None, None)
+
+    def check_finite(self) -> None:
+        """Raises `RunError` naming the images whose likelihood is not finite."""
+        said = []
+        for scored in (self.reference, *self.compared):
+            bad, collection = scored.non_finite, scored.collection
+            if bad:
+                which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+                said.append(
+                    f"{len(bad)} of {len(collection.images)} images of {collection.name} "
+                    f"({collection.split or 'made'}) have a likelihood that is not finite: those "
+                    f"at {which}"
+                )
+        if said:
+            raise RunError("; ".join(said))
 
 
 def score_all(
     model: LoadedModel,
-    reference: Collection,
-    inside: Collection,
-    outside: list[Collection],
+    collections: Collections,
     *,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """The likelihood of every image; `reference` are images of the model's data which are not among
-    those of `inside`.
+    """Scores every image.
 
-    The bound is the single-draw one, of the averaged or raw weights that were loaded, as `flowtrain
-    evaluate` has it.
+    The likelihood is the single-draw bound of `flowtrain evaluate`, with the weights that were
+    loaded.
     """
-    collections = [reference, inside, *outside]
-    total = sum(len(collection.images) for collection in collections)
+    total = sum(len(collection.images) for collection in collections.all)
     log_probs: list[np.ndarray] = []
-    for collection in collections:
+    for collection in collections.all:
         split = Split(collection.images, np.arange(len(collection.images)), drop_bits=0)
-        before = sum(map(len, log_probs))
-        ahead = partial(_ahead, progress, before, total)
-        log_probs.append(
-            score(
-                model.flow, split, seed=seed, batch_size=batch_size, progress=ahead
-            ).log_prob.numpy()
-        )
+        ahead = partial(_ahead, progress, sum(map(len, log_probs)), total)
+        scores = score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead)
+        log_probs.append(scores.log_prob.numpy())
     entropy = float(bits_per_dim(torch.from_numpy(log_probs[0]), model.flow.dims).mean())
     first, second, *rest = (
         Scored(collection, log_prob, entropy)
-        for collection, log_prob in zip(collections, log_probs, strict=True)
+        for collection, log_prob in zip(collections.all, log_probs, strict=True)
     )
-    return Comparison(first, second, rest)
+    return Comparison(model, seed, first, second, rest)
 
 
 def _ahead(
@@ -308,30 +415,20 @@ def _ahead(
     progress(before + done, total)
 
 
-def check_finite(comparison: Comparison) -> None:
-    """Raises `RunError` naming the images whose likelihood is not finite."""
-    said = []
-    for scored in (comparison.reference, *comparison.compared):
-        bad, collection = scored.non_finite, scored.collection
-        if bad:
-            which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            said.append(
-                f"{len(bad)} of {len(collection.images)} images of {collection.name} "
-                f"({collection.split or 'made'}) "
-                f"have a likelihood that is not finite: those at {which}"
-            )
-    if said:
-        raise RunError("; ".join(said))
-
-
-def result(comparison: Comparison, model: LoadedModel, seed: int) -> dict[str, Any]:
-    """The result of `flowtrain ood` as plain data; what cannot be computed is None."""
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The content of `ood.json`. None stands for what cannot be computed."""
+    model = comparison.model
     return {
         "in": _described(comparison.inside),
         "out": [
-            _described(scored) | _areas(comparison.inside, scored) for scored in comparison.outside
+            {
+                **_described(scored),
+                "auroc": {name: area.auroc for name, area in areas.items()},
+                "auroc_stderr": {name: area.stderr for name, area in areas.items()},
+            }
+            for scored, areas in zip(comparison.outside, comparison.areas, strict=True)
         ],
-        "entropy_bits_per_dim": _finite(comparison.reference.entropy),
+        "entropy_bits_per_dim": _finite(comparison.entropy),
         "entropy_split": comparison.reference.collection.split,
         "entropy_images": len(comparison.reference.log_prob),
         "coders": coders(),
@@ -339,7 +436,7 @@ def result(comparison: Comparison, model: LoadedModel, seed: int) -> dict[str, A
         "levels": model.flow.levels,
         "weights": model.weights,
         "step": model.checkpoint.meta["step"],
-        "seed": seed,
+        "seed": comparison.seed,
         "checkpoint": str(model.checkpoint.path),
     }
 
@@ -347,54 +444,34 @@ def result(comparison: Comparison, model: LoadedModel, seed: int) -> dict[str, A
 def _described(scored: Scored) -> dict[str, Any]:
     collection = scored.collection
     shape, levels = collection.stored or (None, None)
-    return {
+    described: dict[str, Any] = {
         "dataset": collection.name,
         "split": collection.split,
         "num_images": len(collection.images),
         "non_finite_images": len(scored.non_finite),
         "stored_shape": shape and list(shape),
         "stored_levels": levels,
-        **_mean("bits_per_dim", scored.likelihood),
-        **_mean("complexity_bits_per_dim", scored.complexity),
     }
+    means = {"bits_per_dim": scored.mean_bits, "complexity_bits_per_dim": _mean(scored.complexity)}
+    for name, (mean, stderr, median) in means.items():
+        described |= {name: mean, f"{name}_stderr": stderr, f"{name}_median": median}
+    return described
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
-    """Mean with its standard error, and median: of noise, a mean is that of a few images."""
-    with np.errstate(invalid="ignore"):  # of infinite values
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return {
-            name: _finite(values.mean()),
-            f"{name}_stderr": _finite(error),
-            f"{name}_median": _finite(np.median(values)),
-        }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _areas(inside: Scored, outside: Scored) -> dict[str, dict[str, float | None]]:
-    """AUROC and its error for each score; None for a score that is not finite for some image."""
-    areas: dict[str, tuple[float | None, float | None]] = dict.fromkeys(SCORES, (None, None))
-    for name in SCORES:
-        a, b = getattr(inside, name), getattr(outside, name)
-        if np.isfinite(a).all() and np.isfinite(b).all():
-            areas[name] = auroc(a, b)
-    return {
-        "auroc": {name: area for name, (area, _) in areas.items()},
-        "auroc_stderr": {name: error for name, (_, error) in areas.items()},
-    }
+COLUMNS = (
+    *("dataset", "index", "bits_per_dim", "log_prob"),
+    *("typicality", "complexity_bits_per_dim", "complexity_corrected"),
+)
 
 
 def scores_csv(comparison: Comparison) -> bytes:
-    """One row an image, those of the `in` data first."""
+    """One row per image, those of the `in` data first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for scored in comparison.compared:
         columns = (scored.likelihood, scored.log_prob, scored.typicality, scored.complexity)
-        rows = zip(
+        rows: Iterable[tuple[float, ...]] = zip(
             *(column.tolist() for column in (*columns, scored.complexity_corrected)), strict=True
         )
         for index, row in enumerate(rows):
@@ -402,36 +479,33 @@ def scores_csv(comparison: Comparison) -> bytes:
     return text.getvalue().encode()
 
 
-def draw(comparison: Comparison, outcome: dict[str, Any]) -> bytes:
-    """Histograms as a PNG file: a panel for each score, with all data sets, and the areas of
-    `outcome`, its result.
-    """
+def draw(comparison: Comparison) -> bytes:
+    """Histograms as a PNG file: one panel per score, with all data sets and their AUROC."""
     from matplotlib.figure import Figure
 
     titles = {
         "likelihood": "likelihood: -log2 p(x)",
-        "typicality": f"typicality: |-log2 p(x) - {comparison.reference.entropy:.2f}|",
-        "complexity_corrected": f"complexity-corrected: -log2 p(x) - L(x) "
-        f"({', '.join(outcome['coders'])})",
+        "typicality": f"typicality: |-log2 p(x) - {comparison.entropy:.2f}|",
+        "complexity_corrected": f"complexity-corrected: -log2 p(x) - L(x) ({', '.join(coders())})",
     }
-    # Noise and shuffled pixels may cost millions of bits: what is further out than twice a uniform
+    # Noise and shuffled pixels may cost millions of bits. What is further out than twice a uniform
     # coder's log2 Q is drawn there, in the last bar.
-    furthest = 2 * math.log2(outcome["levels"])
+    furthest = 2 * math.log2(levels_of(comparison.model))
     figure = Figure(figsize=(16, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
-        values = [getattr(scored, name) for scored in comparison.compared]
+        values = [scored.score(name) for scored in comparison.compared]
         values = [of_set[np.isfinite(of_set)].clip(max=furthest) for of_set in values]
         edges = np.histogram_bin_edges(np.concatenate(values), bins=100)
         labels = [f"{comparison.inside.collection.name} (in)"]
-        for described in outcome["out"]:
-            area = described["auroc"][name]
-            labels.append(described["dataset"] + ("" if area is None else f": AUROC {area:.3f}"))
+        for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
+            area = areas[name].auroc
+            labels.append(scored.collection.name + ("" if area is None else f": AUROC {area:.3f}"))
         for order, (of_set, label) in enumerate(zip(values, labels, strict=True)):
             share = np.full(len(of_set), 1 / max(len(of_set), 1))
             style: dict[str, Any] = (
                 {"color": "black", "histtype": "step"} if order == 0 else {"alpha": 0.5}
             )
-            label = label.replace("$", r"\$")  # in a path, no formula
+            label = label.replace("$", r"\$")  # a path is no formula
             axes.hist(
                 of_set, edges, weights=share, label=label, **{"histtype": "stepfilled", **style}
             )
@@ -444,12 +518,3 @@ def draw(comparison: Comparison, outcome: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
-
-
-def check_names(inside: str, outside: list[str]) -> None:
-    """Raises `UserError` where two data sets have the same name: rows and figures could not be told
-    apart.
-    """
-    for index, name in enumerate(outside):
-        if name in (inside, *outside[:index]):
-            raise UserError(f"--out {name}: it is named twice")

@@ -1,7 +1,8 @@
-"""The model: data made real, a bijection, a base density; together an exact likelihood or a bound.
+"""The model: dequantization, a bijection and a base density, with a likelihood or a bound on it.
 
-`flow.py` adds the parts up, `dequantize.py` alone knows the number of levels, `class_prior.py` the
-classes, and `variational.py` the learned noise.
+`flow.py` adds up the parts. `dequantize.py` alone computes with the number of levels, `kinds.py`
+answers what depends on the kind of data, `class_prior.py` has the density of each class, and
+`variational.py` the learned noise.
 """
 
 from flowtrain.flow.flow import Flow, initialize

@@ -1,10 +1,11 @@
-"""Data to reals and back: the only home of the number of levels Q, the noise, the logit's alpha and
-their log-dets.
+"""Data to reals and back.
 
-An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1) with noise `u` of density q(u|x),
-uniform or learned (`flowtrain/variational.py`), and `y` becomes the flow's input by centring (`y -
-1/2`) or by the logit. `to_data` is the exact inverse. Real-valued data are reals already
-(`RealValued`).
+An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1). The noise `u` has a density q(u|x),
+uniform or learned (`variational.py`). Centring (`y - 1/2`) or the logit makes `y` the input of the
+flow. `to_data` is the exact inverse. Real-valued data are reals already (`RealValued`).
+
+No other module computes with the number of levels, the noise, the logit's alpha or their
+log-determinants.
 """
 
 import math
@@ -17,9 +18,8 @@ from flowtrain.bijections.base import sum_per_example
 from flowtrain.bijections.execution import FUSED, Executor
 
 # u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 *
-# 17 can fall below x; 2**-14 is more than twice the largest rounding error of (x + u) / Q * Q for Q
-# up to 256, and moves u by nothing that matters (one draw in 8,192, by less than 2**-14 of a
-# level).
+# 17 can fall below x. For Q up to 256, 2**-14 is more than twice the largest rounding error of
+# (x + u) / Q * Q. It changes only one draw in 8,192, by less than 2**-14 of a level.
 EDGE = 2.0**-14
 
 
@@ -28,8 +28,8 @@ def draw_noise(
 ) -> Tensor:
     """Uniform numbers in [0, 1) for `Dequantizer.forward`, float32.
 
-    Drawn on the generator's own device: with a CPU generator an image's noise depends neither on
-    the device nor on how the images are cut into batches.
+    They are drawn on the generator's own device. With a CPU generator, the noise of an image
+    depends neither on the device of the model nor on the batch size.
     """
     where = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=where).to(device)
@@ -42,11 +42,10 @@ def _require_finite(v: Tensor) -> None:
 
 
 class UniformNoise(nn.Module):
-    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016): `u` is the noise, and log
-    q(u|x) = 0.
+    """Uniform dequantization (Uria et al. 2013; Theis et al. 2016), where log q(u|x) = 0.
 
-    The interface of noise models: uniform `noise` in [0, 1) and the scaled image, both `(B, C, H,
-    W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
+    `forward` is the interface of all noise models. It maps uniform `noise` in [0, 1) and the scaled
+    image, both `(B, C, H, W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
     """
 
     def forward(
@@ -56,14 +55,15 @@ class UniformNoise(nn.Module):
 
 
 class Dequantizer(nn.Module):
-    """The noise `u ~ q(u|x)` (Theis et al. 2016; Ho et al. 2019), then `center` or `logit`.
+    """Adds noise `u ~ q(u|x)` (Theis et al. 2016; Ho et al. 2019), then centres or takes the logit.
 
     Args:
-        levels: Q.
-        transform: `center`, `y - 1/2`; or `logit`, `logit(alpha + (1 - 2 alpha) y)` (RealNVP,
-            section 4.1, with both ends kept away from infinity).
-        alpha: for `logit`.
-        noise_model: uniform noise and image to `u` and `log q(u|x)`; by default `UniformNoise`.
+        levels: Number of levels, Q.
+        transform: `center` is `y - 1/2`. `logit` is `logit(alpha + (1 - 2 alpha) y)`, as in
+            RealNVP, section 4.1, but with both ends kept away from infinity.
+        alpha: Parameter of `logit`.
+        noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`. The default is
+            `UniformNoise`.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Dequantizer(nn.Module):
         self.noise_model = UniformNoise() if noise_model is None else noise_model
 
     def check(self, x: Tensor) -> None:
-        """Raises `ValueError` for a dtype that is not integral, or a value outside 0..Q-1."""
+        """Raises `ValueError` for a dtype other than integers, or for a value outside 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
-        # int: 256 wraps to 0 in uint8
+        # int(...), because 256 would wrap to 0 in uint8
         if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):
             raise ValueError(
                 f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}"
@@ -104,18 +104,19 @@ class Dequantizer(nn.Module):
         return v, log_det - log_q
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The flow's input at the middle of each bin: `x` without randomness."""
+        """The flow's input for `x` at the middle of each bin, without noise."""
         return self._to_real((x.to(dtype) + 0.5) / self.levels)[0]
 
     def to_unit(self, v: Tensor) -> Tensor:
-        """The flow's input back to `y`, nominally in [0, 1)."""
+        """The flow's input back to `y`, which is nominally in [0, 1)."""
         if self.transform == "center":
             return v + 0.5
         return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
 
     def to_data(self, v: Tensor) -> Tensor:
-        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` where it
-        is not finite.
+        """The flow's input back to integers, uint8 in 0..Q-1.
+
+        Raises `FloatingPointError` where the input is not finite.
         """
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
@@ -132,9 +133,7 @@ class Dequantizer(nn.Module):
 
 
 class RealValued(nn.Module):
-    """In the place of `Dequantizer` for data that are real numbers: nothing is added, and no
-    density changed.
-    """
+    """Takes the place of `Dequantizer` for real-valued data, which it leaves unchanged."""
 
     levels = None
 

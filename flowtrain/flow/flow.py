@@ -1,5 +1,6 @@
-"""The model: dequantization, a bijection and a standard normal base, with an exact likelihood
-bound.
+"""The model: dequantization, a bijection and a standard normal base density.
+
+For images it gives a bound on the likelihood, and for points the likelihood itself.
 """
 
 import math
@@ -18,10 +19,11 @@ from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 class LogProb(NamedTuple):
     """The parts of a single-draw bound on log P(x), each `(B,)` in nats; their sum is the bound."""
 
-    # log N(z; 0, I); of a class-conditional model the class's density, or the mean of all classes'
+    # log N(z; 0, I). A class-conditional model has the density of the class instead, or the mean
+    # over all classes.
     base: Tensor
     log_det: Tensor  # every log-determinant, with -log q(u|x) - D log Q
-    # the base's log-density given each class, (B, K), where no class was given
+    # log-density of the base given each class, (B, K), for a class-conditional model without labels
     by_class: Tensor | None = None
 
     @property
@@ -30,17 +32,21 @@ class LogProb(NamedTuple):
 
 
 class Flow(nn.Module):
-    """A normalizing flow on images.
+    """A normalizing flow on images or on points.
 
-    `log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q` (Theis et al. 2016; Ho et
-    al. 2019), with D the number of entries of the image as stored and Q its number of levels. Of
-    real-valued data it is the likelihood itself, `log p(x) = log N(z; 0, I) + log|det|`, a density.
+    An image as stored has D entries with Q levels. Its likelihood has the bound (Theis et al. 2016;
+    Ho et al. 2019)
+
+        log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
+
+    Real-valued data have a density, which is computed exactly:
+    `log p(x) = log N(z; 0, I) + log|det|`.
 
     Args:
-        bijection: data to latent, from `(B, C, H, W)` to `(B, D)`.
-        dequantizer: integers to reals, or `RealValued` data as they are.
-        shape: of one image, `(C, H, W)`.
-        class_prior: of the latents, for a class-conditional model.
+        bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
+        dequantizer: Maps integers to reals, or leaves `RealValued` data as they are.
+        shape: Shape of one image, `(C, H, W)`.
+        class_prior: Density of the latents in a class-conditional model.
     """
 
     def __init__(
@@ -51,14 +57,14 @@ class Flow(nn.Module):
         class_prior: ClassPrior | None = None,
     ):
         super().__init__()
-        self.dequantizer = dequantizer  # first: parameters are in the order in which they are used
+        self.dequantizer = dequantizer  # first, so that parameters are in the order of their use
         self.bijection = bijection
         self.class_prior = class_prior
         self.shape = shape
 
     @property
     def levels(self) -> int | None:
-        """Q: images have values 0..Q-1. None for real-valued data."""
+        """Q: images have the values 0..Q-1. None for real-valued data."""
         return self.dequantizer.levels
 
     @property
@@ -77,9 +83,7 @@ class Flow(nn.Module):
 
     @property
     def latent_dims(self) -> int:
-        """The number of entries of a latent: D, but for data on a surface, which has fewer
-        dimensions.
-        """
+        """The number of entries of a latent: D, or fewer for data on a surface."""
         return self.bijection.latent_dims(self.dims)
 
     @property
@@ -92,14 +96,16 @@ class Flow(nn.Module):
 
     @property
     def classes(self) -> int:
-        """Of a class-conditional model their number; else 0."""
+        """The number of classes of a class-conditional model, or 0."""
         return 0 if self.class_prior is None else self.class_prior.classes
 
     def to_latents(
         self, x: Tensor, noise: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Latents `(B, D)` of integers `x` `(B, C, H, W)` with uniform noise of that shape, and all
-        terms of the bound but the base's density, `(B,)` in nats. `executor` calls the layers.
+        """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
+
+        `x` are integers `(B, C, H, W)`, and `noise` is uniform and has the same shape. `executor`
+        calls the layers.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         z, flow_log_det = self.bijection.through(executor, "forward", v)
@@ -112,11 +118,10 @@ class Flow(nn.Module):
         labels: Tensor | None = None,
         executor: Executor = FUSED,
     ) -> LogProb:
-        """The single-draw bound for integers `x` `(B, C, H, W)`, given uniform noise of that shape,
-        in its parts.
+        """The parts of the single-draw bound for integers `x` and uniform `noise`, `(B, C, H, W)`.
 
-        Of a class-conditional model log P(x | class), given `labels` `(B,)`, or log P(x), all
-        classes being as likely.
+        A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
+        log P(x), where all classes are equally likely.
         """
         z, log_det = self.to_latents(x, noise, executor)
         if self.class_prior is None:
@@ -129,18 +134,18 @@ class Flow(nn.Module):
     def log_prob(
         self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Single-draw bound on log P(x), nats, `(B,)`.
+        """Single-draw bound on log P(x), `(B,)` in nats.
 
         Args:
-            x: integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`; unchanged.
-            generator: for the dequantization noise; a CPU one gives an image the same noise in a
-                batch of any size.
-            labels: `(B,)`, for log P(x | class) of a class-conditional model; without, it is log
-                P(x).
+            x: Integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`. It is not changed.
+            generator: Draws the dequantization noise. With a CPU generator, the noise of an image
+                does not depend on the batch size.
+            labels: Classes `(B,)` for log P(x | class) of a class-conditional model. Without them
+                the result is log P(x).
 
         Raises:
-            ValueError: for another shape, another kind of numbers, a value outside 0..Q-1, or
-                labels it does not have.
+            ValueError: The shape or the type of the numbers is wrong, a value is outside 0..Q-1, or
+                the model does not have these labels.
         """
         x = self._checked(x)
         if labels is not None:
@@ -149,10 +154,10 @@ class Flow(nn.Module):
         return parts.total
 
     def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`. Arguments as
-        `log_prob`.
+        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
 
-        Raises `ValueError` for real-valued data, whose density has no bits.
+        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data, whose
+        density has no bits.
         """
         if self.kind.exact:
             raise ValueError(
@@ -162,16 +167,18 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """The latent at the middle of each image's bin, `(B, D)`: no randomness, so that `decode`
-        gives `x` back.
+        """The latent at the middle of each image's bin, `(B, D)`.
+
+        There is no randomness, so `decode` gives `x` back.
         """
         z: Tensor = self.bijection(self.dequantizer.middle(self._checked(x), self.dtype))[0]
         return z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals. Raises
-        `FloatingPointError` if not finite.
+        """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
+
+        Raises `FloatingPointError` where the result is not finite.
         """
         return self.dequantizer.to_data(self.bijection.inverse(z.to(self.device))[0]).contiguous()
 
@@ -182,19 +189,19 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """`n` images from the model, uint8 `(n, C, H, W)`; the base's standard deviation is
-        `temperature`.
+        """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
-        Of a class-conditional model those of the classes `labels` `(n,)`, or of all of them by
-        turns.
+        `temperature` scales the standard deviation of the base density. A class-conditional model
+        samples the classes in `labels` `(n,)`, or by default all classes in turn.
         """
         return self.decode(self.place(temperature * self.draw_latents(n, generator), labels))
 
     def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Standard normal draws `(B, D)` as latents: of a class-conditional model those of the
-        `labels`, or by turns.
+        """Standard normal draws `(B, D)` as latents of the base density.
 
-        Raises `ValueError` for labels of a model without classes, or outside 0..K-1.
+        In a class-conditional model they become latents of the classes `labels`, or by default of
+        all classes in turn. Raises `ValueError` for labels outside 0..K-1, and for labels if the
+        model has no classes.
         """
         if labels is None:
             if self.class_prior is None:
@@ -216,15 +223,16 @@ class Flow(nn.Module):
         return labels.to(self.device)
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` standard normal latents, `(n, D)`, row by row: the first ones do not depend on how
-        many follow.
+        """`n` standard normal latents, `(n, D)`, drawn row by row.
+
+        So the first rows do not depend on how many follow.
         """
         where = self.device if generator is None else generator.device
         rows = [torch.randn(self.latent_dims, generator=generator, device=where) for _ in range(n)]
         return torch.stack(rows).to(self.device, self.dtype)
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        """`(B, D)` to the latents of each level, finest first, each `(B, C, H, W)`."""
+        """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
         return self.bijection.split_latents(z)
 
     def _checked(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The kind of data that a flow models: images with Q levels, points, or points on a surface.
 
-Everything that depends on the kind is asked here. `kind_of` is the only place that looks at
-whether there are levels.
+`kind_of` chooses the kind. Whatever depends on it is a question that the kind answers, so other
+code does not ask whether there are levels.
 """
 
 import math
@@ -149,8 +149,9 @@ class Points(Kind):
 
 
 class SurfacePoints(Points):
-    """Points on a surface in space, of which the unit sphere is the only one so far. Their density
-    is with respect to the area.
+    """Points on a surface in space, with a density with respect to the area.
+
+    The unit sphere is the only such surface so far.
     """
 
     on_surface = True

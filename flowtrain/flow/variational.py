@@ -1,4 +1,4 @@
-"""Variational dequantization: the noise of an image is drawn by a flow of its own, q(u|x)."""
+"""Variational dequantization: a second flow, q(u|x), draws the noise of an image."""
 
 import math
 
@@ -20,7 +20,7 @@ from flowtrain.bijections.precision import into_conditioner
 from flowtrain.flow.dequantize import EDGE
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 
-# float32's uniform numbers are multiples of 2**-24 and may be 0, whose normal quantile is
+# Uniform numbers in float32 are multiples of 2**-24. They may be 0, whose normal quantile is
 # -infinity.
 SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24
 
@@ -31,20 +31,20 @@ class VariationalNoise(nn.Module):
 
         log q(u|x) = log N(eps; 0, I) - log|det dg/deps| - log|det du/dg|
 
-    The normal distribution function stands where the paper has a sigmoid: so g, which starts as the
-    identity, starts with uniform noise. An affine map takes u to `[EDGE, 1 - EDGE]`, inside its bin
-    in float32, and is counted.
+    Phi is the normal distribution function, where the paper has a sigmoid. The flow g starts as the
+    identity, so u starts as uniform noise. An affine map takes u to `[EDGE, 1 - EDGE]`, which is
+    inside its bin in float32. `log q` includes the log-determinant of this map.
 
-    g is a chain of 1x1 convolutions, which correlate the noise of a pixel's colours, and affine
-    couplings on alternate colours of a checkerboard, at half the resolution where both sides are
-    even. One network computes from the image what all their conditioners see of it.
+    g is a chain of 1x1 convolutions and affine couplings. The convolutions correlate the noise of a
+    pixel's channels, and the couplings transform the two colours of a checkerboard in turn. Both
+    work at half the resolution if the height and the width are even. One network extracts from the
+    image the features that all conditioners see.
 
     Args:
-        shape: of one image, `(C, H, W)`.
-        steps: of flow, a 1x1 convolution and a coupling, which transforms one of the checkerboard's
-            two colours.
-        width: channels of the networks' hidden layers, and of what the conditioners see of the
-            image.
+        shape: Shape of one image, `(C, H, W)`.
+        steps: Number of flow steps. Each is a 1x1 convolution and a coupling, which transforms one
+            colour of the checkerboard.
+        width: Channels of the hidden layers, and of the features of the image.
     """
 
     def __init__(self, shape: tuple[int, int, int], steps: int, width: int):
@@ -59,11 +59,11 @@ class VariationalNoise(nn.Module):
             mixing = Conv1x1LU(channels)
             mixing.set_weight(torch.eye(channels))
             layers.append(mixing)
-            if even:  # the first half of squeezed channels is one colour of the checkerboard
+            if even:  # the first half of the squeezed channels is one colour of the checkerboard
                 half = channels // 2
                 net = GlowNet(half, 2 * half, width, context_channels=width)
                 layers.append(Coupling(half, net, AffineTransform(), swap=i % 2 == 1))
-            else:  # the first coupling is the one that transforms an image of one pixel
+            else:  # the first parity is the one that transforms an image of one pixel
                 net = GlowNet(channels, 2 * channels, width, context_channels=width)
                 layers.append(
                     CheckerboardCoupling((height, side), net, AffineTransform(), parity=(i + 1) % 2)
@@ -76,16 +76,16 @@ class VariationalNoise(nn.Module):
     def forward(
         self, noise: Tensor, x: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and `log
-        q(u|x)`, `(B,)` nats.
+        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and
+        `log q(u|x)`, `(B,)` in nats.
         """
         squeezed, image = (self.squeeze.through(executor, "forward", t)[0] for t in (noise, x))
         eps = torch.special.ndtri(squeezed.clamp(SMALLEST, LARGEST))
         # The context is for conditioners alone, and stays on their side of the border.
         context = self.context(into_conditioner(image))
         w, log_det = self.flow.through(executor, "forward", eps, context)
-        # N(eps) / N(w), the constants of which cancel: du/dw is the standard normal density, but
-        # for the affine map.
+        # log N(eps) - log N(w), where the constants cancel: apart from the affine map, du/dw is the
+        # standard normal density.
         log_q = (
             0.5 * sum_per_example(w.square() - eps.square())
             - log_det

@@ -48,7 +48,8 @@ class CircularNet(nn.Module):
         self.net = DenseNet(2 * angles, out_features, width, hidden_layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.net(torch.cat([x.cos(), x.sin()], dim=1), context)
+        parameters: Tensor = self.net(torch.cat([x.cos(), x.sin()], dim=1), context)
+        return parameters
 
 
 def build(

@@ -1,10 +1,7 @@
-"""Pictures of samples and of paths: grids of images, or, for real-valued points, the points and
-their density.
+"""Pictures of samples and of paths: grids of images, or points and their density.
 
-Points of the plane, `(2, 1, 1)`, are drawn where they are. Those of the unit sphere, `(3, 1, 1)`,
-by longitude and
-height: Lambert's cylindrical projection, in which equal areas of the sphere are equal areas of the
-    picture.
+Points of the plane, `(2, 1, 1)`, are drawn where they are. Points of the unit sphere, `(3, 1, 1)`,
+are drawn by longitude and height. This is Lambert's cylindrical projection, which preserves areas.
 """
 
 import math
@@ -28,15 +25,15 @@ if TYPE_CHECKING:
 
 PANEL = 2.6  # inches
 DPI = 100
-MESH = 160  # points on a side
-STAGES = 6  # of the way from the base to the data
+MESH = 160  # points per side
+STAGES = 6  # stages of the way from the base to the data that are shown
 POINTS = Points.picture_count
 
 Bounds = tuple[float, float, float, float]  # left, right, bottom, top
 
 
 class ImageGrids:
-    """Pictures of images: grids."""
+    """Pictures of images, which are grids."""
 
     def __init__(self, levels: int):
         self.levels = levels
@@ -57,9 +54,7 @@ class ImageGrids:
 
 
 class PointPlots:
-    """Pictures of points, drawn beside points of the data. `split` is called when these are
-    needed.
-    """
+    """Pictures of points, beside points of the data. `split` is called when these are needed."""
 
     def __init__(self, flow: Flow, split: Callable[[], Split]):
         self.flow = flow
@@ -68,11 +63,11 @@ class PointPlots:
     def samples(
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
     ) -> Tensor:
-        """Samples `x` `(T N, C, 1, 1)`, equally many for each temperature, drawn from the latents
-        of `seed`: uint8 `(3, H', W')`.
+        """The samples `x` `(T N, C, 1, 1)`, N for each temperature, as uint8 `(3, H', W')`.
 
-        They are shown beside the data and the log-density on a mesh. Below is how the latents are
-        carried to the data, every few layers, without a temperature. `columns` is not used.
+        They were drawn from the latents of `seed`. The upper row shows them beside the data and the
+        log-density on a mesh. The lower row shows how some layers carry the latents to the data, at
+        temperature 1. `columns` is not used.
 
         Raises `UserError` for points of which there is no picture.
         """
@@ -112,7 +107,7 @@ class PointPlots:
 
 
 def drawing(flow: Flow, split: Callable[[], Split]) -> ImageGrids | PointPlots:
-    """The pictures of what a flow models; points are drawn beside those of a split of the data."""
+    """The pictures for the kind of data of a flow. Only points need the split of the data."""
     kind = flow.kind
     return ImageGrids(kind.levels) if isinstance(kind, QuantizedImages) else PointPlots(flow, split)
 
@@ -129,8 +124,9 @@ def _lines(rows: Tensor, beside: Tensor) -> Tensor:
 
 
 def _line(path: Tensor) -> Tensor:
-    """Where a path is in a picture, `(S + breaks, 2)`: on the sphere it may leave at one side and
-    go on at another.
+    """Coordinates of a path in a picture, `(S + breaks, 2)`.
+
+    On the sphere, a path may leave the picture on one side and continue on the other.
     """
     places = coordinates(path)
     if path.flatten(1).shape[1] == 3:
@@ -140,9 +136,7 @@ def _line(path: Tensor) -> Tensor:
 
 
 def coordinates(x: Tensor) -> Tensor:
-    """Where points are in a picture: those of the plane or of the sphere, `(N, ...)` to `(N,
-    2)`.
-    """
+    """Coordinates in a picture of points of the plane or the sphere: `(N, ...)` to `(N, 2)`."""
     x = x.flatten(1).cpu().double()
     if x.shape[1] == 3:
         return torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], dim=1)
@@ -154,8 +148,9 @@ def coordinates(x: Tensor) -> Tensor:
 
 
 def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:
-    """Points of the data space at the centres of a regular mesh, `(side**2, C, 1, 1)`, and the area
-    of one.
+    """Points of the data space at the centres of a regular mesh, and the area of one cell.
+
+    The points are `(side**2, C, 1, 1)`.
     """
     left, right, bottom, top = bounds
     width, height = (right - left) / side, (top - bottom) / side
@@ -171,7 +166,7 @@ def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:
 
 
 def _bounds(x: Tensor) -> Bounds:
-    """The whole sphere; or all of the points, with a margin, in a square."""
+    """The whole sphere; in the plane, a square around almost all points, with a margin."""
     if x.flatten(1).shape[1] == 3:
         return -math.pi, math.pi, -1, 1
     places = coordinates(x)
@@ -216,7 +211,7 @@ def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)]).reshape(
         MESH, MESH
     )
-    # Ten nats below the peak is nothing to the eye, and far away the density falls without end.
+    # The scale ends ten nats below the peak, because far away the density falls without end.
     axes.imshow(
         values.numpy(),
         origin="lower",

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from flowtrain.system.files import save
 
-SMALLEST_SIDE = 32  # images smaller than this are enlarged in pictures
-
-
-FRAME, GREY = 2, 64  # the pixels between and around the images of a grid
+SMALLEST_SIDE = 32  # smaller images are enlarged in pictures
+FRAME, GREY = 2, 64  # width and value of the pixels between and around the images of a grid
 
 
 def to_8bit(images: Tensor, levels: int) -> Tensor:
@@ -21,11 +19,10 @@ def to_8bit(images: Tensor, levels: int) -> Tensor:
 
 
 def grid(images: Tensor, levels: int, columns: int) -> Tensor:
-    """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`; small ones
-    enlarged.
+    """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`.
 
-    Each has a grey frame, unless it is the only one. (As torchvision's `make_grid`, whose import
-    takes a second.)
+    Small images are enlarged. Each image has a grey frame, unless it is the only one. The result is
+    like that of torchvision's `make_grid`, whose import takes a second.
     """
     factor = max(1, -(-SMALLEST_SIDE // min(images.shape[-2:])))
     enlarged = (

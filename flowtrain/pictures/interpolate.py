@@ -13,17 +13,16 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
-ATTRIBUTE_IMAGES = 500  # of a class, of which a mean latent is the mean
+ATTRIBUTE_IMAGES = 500  # images of a class over which the mean latent is taken, at most
 BATCH_SIZE = 100
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation (Shoemake 1985) between latents `(D,)`, for each of `t` `(S,)`: `(S,
-    D)`.
+    """Spherical interpolation (Shoemake 1985) between latents `(D,)` at each `t` `(S,)`: `(S, D)`.
 
-    The ends are `a` and `b` exactly. In between the norm stays typical of a standard normal, where
-    a straight line would pass through the improbable middle. (Anti)parallel latents are joined by a
-    straight line.
+    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal. A
+    straight line would pass through the improbable middle, and only joins latents that are parallel
+    or antiparallel.
     """
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
@@ -36,9 +35,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """Between pairs of images, both uint8 `(P, C, H, W)`: uint8 `(P, steps, C, H, W)`, the ends
-    included.
-    """
+    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
     return torch.stack([flow.decode(path) for path in paths])
@@ -47,13 +44,13 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
 def between_classes(
     flow: Flow, split: Split, first: int, second: int, pairs: int, steps: int
 ) -> Tensor:
-    """Images of one class moved to another, along the difference of the classes' mean latents
-    (Glow, section 6.2).
+    """Images of one class, moved along the difference of the mean latents of two classes.
 
-    The first `P = pairs` images of class `first`, and means over up to `ATTRIBUTE_IMAGES` images of
-    each class: uint8 `(P, steps, C, H, W)`, the first of each row as it is.
+    This is the attribute manipulation of Glow, section 6.2. The result, uint8
+    `(P, steps, C, H, W)`, starts from the first `P = pairs` images of class `first`. Each row
+    begins with the unchanged image. The means are over up to `ATTRIBUTE_IMAGES` images of a class.
 
-    Raises `UserError` where there are no labels, or too few images of a class.
+    Raises `UserError` if there are no labels, or too few images of a class.
     """
     if split.labels is None:
         raise UserError(f"--from-class {first}: the data set has no labels")
@@ -78,8 +75,9 @@ def between_classes(
 def from_test_images(
     model: LoadedModel, data: DataSet, pairs: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Random pairs of different test images: two tensors `(P, C, H, W)`. Raises `UserError` if
-    there are too few.
+    """Random pairs of different test images, as two tensors `(P, C, H, W)`.
+
+    Raises `UserError` if there are too few images.
     """
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
     split = data.split("test")
@@ -90,8 +88,9 @@ def from_test_images(
 
 
 def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Two image files, brought to the model's shape by its data set's resize policy (`crop` where
-    it has none).
+    """Two image files as images of the model's shape, `(1, C, H, W)` each.
+
+    They are resized by the policy of its data set, or `crop` if it has none.
     """
     flow, policy = model.flow, model.config.data.options().get("resize", "crop")
     levels = flow.kind.require_levels("--images: the model is of real-valued data, not of images")

@@ -1,4 +1,4 @@
-"""Ordinary lossless formats: PNG, WebP and what else Pillow has."""
+"""Ordinary lossless formats: PNG, WebP and others that Pillow may have."""
 
 import io
 import math
@@ -48,22 +48,23 @@ def coders() -> list[str]:
 
 
 def picture_of(image: np.ndarray) -> Image.Image:
-    """`(1, H, W)` in grey or `(3, H, W)` in colour."""
+    """An image `(1, H, W)` in grey or `(3, H, W)` in colour, uint8."""
     return Image.fromarray(
         image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     )
 
 
 def encoded(image: Tensor, name: str) -> bytes:
-    """An image `(C, H, W)`, uint8, C 1 or 3, as a file of a lossless format."""
+    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format."""
     buffer = io.BytesIO()
     picture_of(image.numpy()).save(buffer, name, **FORMATS[name].options)
     return buffer.getvalue()
 
 
 def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """The inverse of `encoded`: an image of `shape`. Raises `ValueError` for another picture, or
-    what Pillow raises.
+    """The image of `shape` in a file: the inverse of `encoded`.
+
+    Raises `ValueError` for a picture of another size or mode, or what Pillow raises.
     """
     channels, height, width = shape
     with Image.open(io.BytesIO(data), formats=formats()) as image:
@@ -77,13 +78,14 @@ def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
             )
         pixels = np.array(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    # WebP has no grey: three equal channels
+    # WebP has no grey, but three equal channels
     return torch.from_numpy(pixels).movedim(-1, 0)[:channels]
 
 
 def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
-    """Bytes of each of the images `(N, C, H, W)` as a file of a format; None if it does not give
-    all of them back.
+    """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`.
+
+    None if the format does not give back all images exactly.
     """
     lengths = []
     for image in to_8bit(images, levels):
@@ -96,15 +98,14 @@ def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
 
 
 def compressed_bytes(image: Tensor, coder: str) -> int:
-    """The bytes that a coder needs for one image, uint8 `(C, H, W)`, without its container's."""
+    """Bytes that a coder needs for one image, uint8 `(C, H, W)`, without those of its container."""
     return len(encoded(image, coder)) - (FORMATS[coder].container or 0)
 
 
 def complexity(images: np.ndarray) -> np.ndarray:
-    """L(x): bits/dim of the shortest of the lossless coders' codes, for uint8 `(N, C, H, W)`:
-    `(N,)`.
+    """L(x): bits/dim of the shortest code of all coders, for uint8 images `(N, C, H, W)`: `(N,)`.
 
-    What is coded are the values as they are, 0..Q-1, not stretched to 0..255.
+    The values are coded as they are, 0..Q-1, not stretched to 0..255.
     """
     available = coders()
 

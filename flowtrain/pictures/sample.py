@@ -18,12 +18,11 @@ def sample(
     progress: Callable[[int, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
 ) -> Tensor:
-    """`num` images for each temperature, from the same latents: uint8 `(len(temperatures) * num, C,
-    H, W)`.
+    """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
-    The latents are drawn on the CPU, image by image: the first ones depend on the seed alone. With
-    `classes`, of a class-conditional model, `num` for each temperature and class, from the same
-    latents again.
+    All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
+    ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
+    for each temperature and class, again from the same latents.
 
     Raises `UserError` for a class that the model does not have.
     """

@@ -1,4 +1,4 @@
-"""What the machine and the operating system give: console, devices, memory, processes, files.
+"""The machine and the operating system: console, devices, random numbers, memory, processes, files.
 
-Knows nothing of flows, data or configurations.
+Nothing here knows about flows, data or configurations.
 """

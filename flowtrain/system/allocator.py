@@ -1,8 +1,8 @@
-"""glibc's `malloc`, told to keep what is freed."""
+"""Memory that the C library keeps when it is freed."""
 
 import ctypes
 
-# Of <malloc.h>.
+# From <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
@@ -10,24 +10,24 @@ _MIB = 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Freed tensors stay with the process, for the next ones; returns whether the C library agreed.
+    """Makes glibc keep the memory of freed tensors for the next ones. Returns whether it agreed.
 
-    By default glibc gives blocks above a threshold, which it raises to 32 MiB at most, back to the
-    system as soon as they are free, and likewise the end of its heap; the next step, or batch of
-    samples, faults the same pages in again, which is a quarter of the time of sampling. The
-    memory's peak is the same, but the process stays there.
+    By default glibc returns freed blocks above a threshold, which it raises to at most 32 MiB, and
+    the free end of its heap to the system. The next step, or batch of samples, faults the same
+    pages in again, which takes a quarter of the time of sampling. The peak of the memory is the
+    same, but the process stays at it.
 
-    Call it before tensors are made. It does nothing where the C library is not glibc (musl, macOS,
-    Windows).
+    Call this before any tensor is made. It does nothing where the C library is not glibc (musl,
+    macOS, Windows).
     """
     try:
         libc = ctypes.CDLL(None)
-        # Other libraries give the numbers of mallopt another meaning.
+        # In other libraries the numbers of mallopt mean something else.
         libc.gnu_get_libc_version  # noqa: B018
         mallopt = libc.mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # Older versions refuse (with 0) more than 32 MiB, half of what a thread's heap may hold.
+    # Older versions refuse more than 32 MiB, half of a thread's largest heap, by returning 0.
     mapped = mallopt(_M_MMAP_THRESHOLD, 1024 * _MIB) or mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
-    trimmed = mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    trimmed = mallopt(_M_TRIM_THRESHOLD, -1)  # -1: never return the end of the heap
     return bool(mapped and trimmed)

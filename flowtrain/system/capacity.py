@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+_UNLIMITED = 2**63 - 1
+
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated; on the CPU within the limit of the container, if there is
-    one.
-    """
+    """Bytes that can still be allocated. On the CPU, the limit of a container counts."""
     if device.type == "cuda":
-        # torch's own, for tensors
+        # torch holds some memory for further tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return min(
@@ -32,8 +32,8 @@ def _of_the_machine() -> int:
 
 
 def _control_groups(mount: Path, own: Path) -> list[Path]:
-    """The folder of this process's control group (version 2) and those above it: of a container,
-    just `mount`.
+    """The folders of this process's control group (version 2) and of the groups above it. In a
+    container that is just `mount`.
     """
     try:
         lines = own.read_text().splitlines()
@@ -48,33 +48,31 @@ def _of_the_group(cgroup: Path) -> int:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
-        # Of the pages that count as used, those of files are given up when memory is needed.
+        # Pages of files count as used, but the system drops them when memory is needed.
         statistics = dict(
             line.split() for line in (cgroup / "memory.stat").read_text().splitlines()
         )
     except (OSError, ValueError):
-        return 2**63 - 1
-    return (
-        2**63 - 1
-        if limit == "max"
-        else max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
-    )
+        return _UNLIMITED
+    if limit == "max":
+        return _UNLIMITED
+    return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `run` has allocated, in tensors, at its peak, beyond what there was before."""
+    """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    # else the profiler reports its stages on standard error
+    # Otherwise the profiler reports its stages on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     allocated = largest = 0
-    for event in trace.profiler.kineto_results.events():  # in the order of time
+    for event in trace.profiler.kineto_results.events():  # in order of time
         if event.name() == "[memory]":
             allocated += event.nbytes()
             largest = max(largest, allocated)

@@ -1,4 +1,4 @@
-"""What the commands print: rich on a terminal, plain lines in a log."""
+"""What commands print: live bars on a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -10,16 +10,16 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """`75` to `1:15`, `4000` to `1:06:40`."""
+    """Formats seconds: 75 as `1:15`, 4000 as `1:06:40`."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ProgressBar:
-    """Progress of a long job: a live bar on a terminal; elsewhere a line now and then.
+    """Progress of a long job: a live bar on a terminal, and elsewhere a line now and then.
 
-    Call it with what is done and the total; `text` is shown behind the bar.
+    Call it with the amount done and the total. `text` is shown behind the bar.
     """
 
     def __init__(self, title: str, seconds_between_lines: float = 10.0):

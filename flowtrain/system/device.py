@@ -1,4 +1,4 @@
-"""`--device`, and random generators that are functions of a key instead of a history."""
+"""Devices: what `--device` names, and how tensors get there."""
 
 import torch
 
@@ -7,19 +7,16 @@ from flowtrain.system import distributed
 
 
 def resolve(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` to a device that is there. Raises `UserError`
-    otherwise.
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names.
 
-    Of several processes on a machine each has a GPU of its own: `cuda` is that of its local rank.
+    Several processes on a machine have one GPU each: `cuda` is the GPU of the local rank.
+
+    Raises:
+        UserError: if the name is another one, or the machine has no such device.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, available in there.items() if available), "cpu")
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdigit())):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
@@ -50,13 +47,11 @@ def resolve(name: str) -> torch.device:
         name = f"cuda:{distributed.local_rank()}"
         torch.cuda.set_device(name)
     if kind == "cuda":
-        # float32 means float32; its default rounds convolutions to 10 bits
+        # float32 means float32: cuDNN's default rounds the inputs of convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait until it
-    has come to that.
-    """
+    """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,11 +1,11 @@
-"""Several processes that train or evaluate one model: what they agree about, and nothing where
-there is one.
+"""Several processes that train or evaluate one model. With one process, every function here returns
+what it is given, or does nothing.
 
 torchrun says in the environment how many processes there are and which one this is. They talk in
 two ways. Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Small
-facts, and the news that one has failed, go through the store by which they found each other: so one
-that fails while the others wait for something else is heard all the same, and all end with its exit
-code and its one message.
+facts, and the news of a failure, go through the store by which the processes found each other. So
+a failure is heard even if the others wait for something else. All then end with the exit code of
+the process that failed, and only that process prints its message.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import safetensors.torch
 import torch
@@ -41,11 +41,10 @@ T = TypeVar("T")
 
 FAILED = "failed"  # the store's key for the exit code of the first process to fail
 MEETING_TIMEOUT = 600.0  # seconds
-# seconds; torchrun sends SIGTERM to all others as soon as it sees one that has ended badly
-LINGER = 1.0
+LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
 CHUNK = 2**28  # bytes sent at a time
 
-# What torch says where the other end of a connection is gone.
+# Parts of torch's messages when the other end of a connection is gone.
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -57,13 +56,11 @@ class _Group:
     exchanges: int = 0  # so far; the same number on every process
 
 
-_group: _Group | None = None  # none where there is one process
+_group: _Group | None = None  # None if there is one process
 
 
 def launched() -> bool:
-    """Whether this is one of several processes that torchrun, or another launcher in its way, has
-    started.
-    """
+    """Whether torchrun, or a launcher like it, has started this process as one of several."""
     try:
         return int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", -1)) >= 0
     except ValueError:
@@ -76,17 +73,17 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return _group.rank if _group else 0
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the one that writes and prints."""
+    """Whether this is process 0, which writes and prints."""
     return rank() == 0
 
 
 def main_only(function: Callable[P, None]) -> Callable[P, None]:
-    """For what writes: process 0 does it, the others do nothing."""
+    """Decorates a function that writes: process 0 calls it, the others do nothing."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -97,14 +94,16 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def local_rank() -> int:
-    """Which process of this machine this is: the number of its GPU. Raises `UserError` where
-    nothing says so.
+    """The number of this process on its machine, which is the number of its GPU.
+
+    Raises:
+        UserError: if the environment does not say it.
     """
     return int(_variable("LOCAL_RANK")) if _group else 0
 
 
 def local_world() -> int:
-    """How many of the processes are on this machine, as far as the launcher says so."""
+    """How many of the processes are on this machine, or 1 if the launcher does not say it."""
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(value) if _group and value.isdigit() else 1
 
@@ -114,8 +113,7 @@ def _variable(name: str) -> str:
     if not value or (name != "MASTER_ADDR" and not value.isdigit()):
         raise UserError(
             f"{name}: is {value!r} in the environment, where RANK is {os.environ['RANK']} and "
-            f"WORLD_SIZE "
-            f"{os.environ['WORLD_SIZE']}: start several processes with torchrun"
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: start several processes with torchrun"
         )
     return value
 
@@ -125,15 +123,15 @@ def _variable(name: str) -> str:
 
 @contextlib.contextmanager
 def setup() -> Iterator[None]:
-    """Joins the processes of torchrun for one command; where there is one, does nothing.
+    """Joins the processes of torchrun for one command. With one process it does nothing.
 
-    They leave together: process 0 last, and where one fails, all with its exit code. That one
-    raises its own error, the others `EndedElsewhere`, so that a message that concerns all is
+    The processes leave together, process 0 last. If one fails, all end with its exit code. The
+    failed one raises its own error and the others raise `EndedElsewhere`, so that the message is
     printed once.
 
     Raises:
-        UserError: where the environment is incomplete.
-        RunError: where the others cannot be reached, or one is lost on the way.
+        UserError: if the environment is incomplete.
+        RunError: if the others cannot be reached, or one is lost on the way.
     """
     global _group
     if not launched():
@@ -147,7 +145,7 @@ def setup() -> Iterator[None]:
         with losing_a_process():
             try:
                 yield
-            except Interrupted:  # all of them were
+            except Interrupted:  # All processes were.
                 _leave()
                 raise
             _leave()
@@ -175,19 +173,20 @@ def _join() -> _Group:
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others "
-            f"through "
-            f"MASTER_ADDR:MASTER_PORT {address}: {str(error).splitlines()[0]}"
+            f"through MASTER_ADDR:MASTER_PORT {address}: {str(error).splitlines()[0]}"
         ) from error
     return _Group(dist.PrefixStore("flowtrain", store), rank, world)
 
 
 def _meeting(store: dist.Store, rank: int, world: int) -> str:
-    """A name for these processes together, which no others had before them. Raises `RunError` if
-    some do not come.
+    """A name for these processes together, which no earlier ones had.
 
-    torchrun's store outlives a restart of the processes, and with it what the last ones wrote, such
-    as their addresses. So each brings a word of its own, and process 0 goes on asking until all
-    have agreed to the same words.
+    torchrun's store outlives a restart of the processes, and so does what the last ones wrote, such
+    as their addresses. So each process brings a new word, and process 0 collects the words until
+    all have agreed to the same list.
+
+    Raises:
+        RunError: if some processes do not come.
     """
     own = uuid.uuid4().hex
     store.set(f"word/{rank}", own)
@@ -206,16 +205,16 @@ def _meeting(store: dist.Store, rank: int, world: int) -> str:
             if store.check([f"{name}/all"]):
                 return name
         time.sleep(0.01)
+    minutes = MEETING_TIMEOUT / 60
     raise RunError(
-        f"process {rank} of {world} has waited {MEETING_TIMEOUT / 60:g} minutes for the others to "
-        f"start"
+        f"process {rank} of {world} has waited {minutes:g} minutes for the others to start"
     )
 
 
 @contextlib.contextmanager
 def losing_a_process(advice: str = "") -> Iterator[None]:
-    """Turns the error of a communication whose other end is gone into a `RunError` that says so,
-    with some advice.
+    """Turns the error of a connection whose other end is gone into a `RunError` that says so, with
+    advice.
     """
     try:
         yield
@@ -226,15 +225,14 @@ def losing_a_process(advice: str = "") -> Iterator[None]:
             raise
         message = (
             f"process {rank()} of {world()} has lost another process of this run: it was killed, "
-            f"or its machine cannot "
-            "be reached"
+            "or its machine cannot be reached"
         )
         raise RunError(f"{message}; {advice}" if advice else message) from error
 
 
 def _leave() -> None:
-    """Returns when process 0 is done, and on process 0 when all know it: it may be the one that
-    holds the store.
+    """Returns when process 0 is done. On process 0, which may hold the store, it returns when all
+    know that.
     """
     assert _group is not None
     if is_main():
@@ -246,22 +244,22 @@ def _leave() -> None:
 
 
 def _failed(error: BaseException) -> BaseException:
-    """What to raise for an error that ends this process: itself, or `EndedElsewhere` if another one
-    failed before.
+    """The error to raise when `error` ends this process: the same, or `EndedElsewhere` if another
+    process failed first.
 
-    Returns when all have failed, or a moment later.
+    It returns when all have failed, or after a moment.
     """
     assert _group is not None
     failure = error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
-    with contextlib.suppress(RuntimeError):  # the store may have been with the process that is lost
+    with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
         own = json.dumps([rank(), exit_code(error)])
         first, code = json.loads(_group.store.compare_set(FAILED, "", own))
         if first != rank():
             failure = EndedElsewhere(code)
         _hang_up(error)
         _say("failed")
-        if is_main():  # leaves last: it may be the one that holds the store
+        if is_main():  # It leaves last, because it may hold the store.
             _linger(_keys("failed"))
             here = [other for other in range(1, world()) if _group.store.check([f"failed/{other}"])]
             _say("over")
@@ -273,7 +271,7 @@ def _failed(error: BaseException) -> BaseException:
 
 
 def _linger(keys: list[str]) -> None:
-    """Waits for these keys, but not for long: who should set them may be lost."""
+    """Waits for these keys, but not for long, because the process that sets them may be lost."""
     assert _group is not None
     give_up = time.monotonic() + (LINGER if is_main() else 2 * LINGER)
     while not _group.store.check(keys) and time.monotonic() < give_up:
@@ -281,11 +279,11 @@ def _linger(keys: list[str]) -> None:
 
 
 def _hang_up(error: BaseException) -> None:
-    """Closes the process group's connections: those that wait for a tensor of this process find out
-    that it is gone.
+    """Closes the connections of the process group, so that the processes that wait for a tensor of
+    this one notice its end.
 
-    They do when nothing refers to the group any more, such as DistributedDataParallel in the frames
-    of the error.
+    The connections close when nothing refers to the group any more. DistributedDataParallel, in the
+    frames of the error, would.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -298,10 +296,11 @@ def _hang_up(error: BaseException) -> None:
 # --- small facts, through the store ---------------------------------------------------------------
 
 
-def exchange(value: Any = None) -> list[Any]:
-    """What each process gives here (plain data, sent as JSON), by rank. Waits for all.
+def exchange(value: T) -> list[T]:
+    """The values of all processes (plain data, sent as JSON), by rank. Waits for all.
 
-    Raises `EndedElsewhere` where one has failed.
+    Raises:
+        EndedElsewhere: if one has failed.
     """
     if _group is None:
         return [value]
@@ -313,23 +312,21 @@ def exchange(value: Any = None) -> list[Any]:
 
 
 def ready() -> None:
-    """Waits until all are here. Raises `EndedElsewhere` where one has failed instead."""
-    exchange()
+    """Waits until all processes are here. Raises `EndedElsewhere` if one has failed."""
+    exchange(None)
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns on process 0 (plain data), which alone calls it; an error there ends
-    all.
-    """
-    value: T = exchange(function() if is_main() else None)[0]
-    return value
+    """The result (plain data) of `function`, which only process 0 calls. An error ends all."""
+    value = exchange(function() if is_main() else None)[0]
+    return cast(T, value)
 
 
 @contextlib.contextmanager
 def one_first() -> Iterator[None]:
-    """Process 0 goes first, then the first process of every other machine, then all the rest.
+    """Lets process 0 go first, then the first process of every other machine, then all others.
 
-    For what fills a cache or downloads: it is done once, whether the machines share their disks or
+    So a download, or filling a cache, is done once per disk, whether the machines share disks or
     not.
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
@@ -340,7 +337,7 @@ def one_first() -> Iterator[None]:
         ready()
 
 
-def _say(name: str, value: Any = None) -> None:
+def _say(name: str, value: object = None) -> None:
     assert _group is not None
     _group.store.set(f"{name}/{_group.rank}", json.dumps(value))
 
@@ -350,8 +347,8 @@ def _keys(name: str) -> list[str]:
 
 
 def _wait(keys: list[str]) -> None:
-    """Looks again and again, where the store could wait itself: so signals are heard, and the
-    failure of another.
+    """Waits for these keys. It polls instead of letting the store wait, so that signals and the
+    failure of another process are noticed.
     """
     assert _group is not None
     pause = 0.001
@@ -366,9 +363,7 @@ def _wait(keys: list[str]) -> None:
 
 
 def total(values: list[float]) -> list[float]:
-    """The sums over all processes, in float64: the same numbers everywhere. Alone, the values as
-    they are.
-    """
+    """The sums over all processes in float64, the same numbers everywhere."""
     if _group is None:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
@@ -377,14 +372,14 @@ def total(values: list[float]) -> list[float]:
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's: parts that follow each other, as equal as can be,
-    perhaps empty.
+    """Which of `count` things belong to this process. The parts are contiguous and as equal as
+    possible, and may be empty.
     """
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
 def gather(part: Tensor, count: int) -> Tensor:
-    """The parts of all, `(K, len(share(count)))` on the CPU, put together to `(K, count)`."""
+    """Joins the parts of all processes, `(K, len(share(count)))` on the CPU, to `(K, count)`."""
     if _group is None:
         return part
     longest = math.ceil(count / world())
@@ -399,7 +394,7 @@ def gather(part: Tensor, count: int) -> Tensor:
 
 
 def bytes_from_main(function: Callable[[], bytes]) -> bytes:
-    """What `function` returns on process 0, which alone calls it; an error there ends all."""
+    """The bytes that `function` returns, which only process 0 calls. An error ends all."""
     data = function() if is_main() else b""
     if _group is None:
         return data
@@ -407,41 +402,38 @@ def bytes_from_main(function: Callable[[], bytes]) -> bytes:
     buffer = torch.empty(size, dtype=torch.uint8)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    for chunk in buffer.split(CHUNK):
+    for chunk in torch.split(buffer, CHUNK):
         dist.broadcast(chunk, 0)
     return buffer.numpy().tobytes()
 
 
 def copy_from_main(module: nn.Module) -> None:
-    """Gives all processes the weights and buffers of process 0: no difference between machines can
-    part them then.
+    """Gives all processes the weights and buffers of process 0, whatever the differences between
+    machines.
     """
     if _group is not None:
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(
-            safetensors.torch.load(bytes_from_main(lambda: safetensors.torch.save(tensors)))
-        )
+        data = bytes_from_main(lambda: safetensors.torch.save(tensors))
+        module.load_state_dict(safetensors.torch.load(data))
 
 
 def parallel(flow: nn.Module) -> nn.Module:
-    """`flow` to be called in training: its backward pass averages the gradients of all processes.
+    """`flow` for training: its backward pass averages the gradients of all processes.
 
-    To be called by all of them with the same weights. Alone it is the flow itself.
+    All processes call this with the same weights.
     """
     if _group is None:
         return flow
     ready()
-    # of a new name for broadcast_buffers
+    # torch has a new name for broadcast_buffers and warns about the old one.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager:
-    """Around a forward and backward pass of `parallel`'s result: if there are `more`, the averaging
-    waits for those.
+def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager[None]:
+    """The context of one forward and backward pass of the result of `parallel`. If `more` passes
+    follow in the same step, the averaging waits for them.
     """
-    return (
-        flow.no_sync()
-        if more and isinstance(flow, DistributedDataParallel)
-        else contextlib.nullcontext()
-    )
+    if more and isinstance(flow, DistributedDataParallel):
+        return flow.no_sync()
+    return contextlib.nullcontext()

@@ -9,8 +9,10 @@ from flowtrain.errors import RunError, UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """To a temporary name, flushed to the disk, then renamed. Raises `RunError` where that
-    fails.
+    """Writes to a temporary name, flushes to the disk, then renames.
+
+    Raises:
+        RunError: if that fails. A file of that name is then as before.
     """
     temporary = None
     try:
@@ -32,7 +34,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
-# What is wrong with a path, where any other error of writing is the disk's.
+# Errors that mean that the path is wrong. Any other error of writing is the disk's.
 _BAD_PATH = {
     errno.EACCES,
     errno.EPERM,
@@ -44,7 +46,12 @@ _BAD_PATH = {
 
 
 def save(path: Path, data: bytes) -> None:
-    """Writes a file that the user asked for; its missing parent folder is made."""
+    """Writes a file that the user asked for, and makes its parent folder if it is missing.
+
+    Raises:
+        UserError: if the path cannot be written.
+        RunError: if the disk fails, for example because it is full.
+    """
     try:
         write_atomically(path, data)
     except RunError as error:

@@ -1,4 +1,4 @@
-"""Random generators that are functions of a key instead of a history."""
+"""Random generators that depend on a key alone, not on earlier draws."""
 
 import enum
 
@@ -7,7 +7,7 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for; each purpose has its own stream under one seed."""
+    """What random numbers are for. Each purpose has its own stream under one seed."""
 
     WEIGHTS = 0
     ORDER = 1
@@ -21,10 +21,10 @@ class Stream(enum.IntEnum):
 def generator(
     seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator that depends on its key alone (such as the step, or an image's index).
+    """A generator that depends on its arguments alone. `key` is for example the step, or an image's
+    index.
 
-    So the state of a resumed run needs no generator, and neither batch size nor device changes the
-    draws.
+    So a checkpoint needs no generator state, and neither batch size nor device changes the draws.
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))

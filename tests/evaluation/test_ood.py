@@ -45,9 +45,8 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
 def compared(model, outside, count=30, **options):
     data = DataSet(model.config.data)
     inside = ood.own_split("test", model, data, count)
-    return ood.score_all(
-        model, ood.own_split("validation", model, data, count), inside, outside(inside), **options
-    )
+    reference = ood.own_split("validation", model, data, count)
+    return ood.score_all(model, ood.Collections(reference, inside, outside(inside)), **options)
 
 
 # ---------------------------------------------------------------- the scores
@@ -214,8 +213,7 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     entropy = bits["validation"].mean()
     inside = comparison.inside
     assert (
-        comparison.reference.entropy == pytest.approx(entropy)
-        and abs(entropy - bits["test"].mean()) > 1e-3
+        comparison.entropy == pytest.approx(entropy) and abs(entropy - bits["test"].mean()) > 1e-3
     )
     assert inside.likelihood == pytest.approx(bits["test"], rel=1e-5)
     assert inside.typicality == pytest.approx(abs(bits["test"] - entropy), abs=1e-4)
@@ -224,14 +222,14 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     (made,) = comparison.outside
     assert np.array_equal(made.collection.images, ood.noise(30, (1, 4, 4), 256, 2))
     assert seen[-1] == (70, 70) and seen == sorted(seen) and seen[0] == (7, 70)
-    outcome = ood.result(comparison, model, seed=5)
+    outcome = ood.as_json(comparison)
     (out,) = outcome["out"]
     for name in ood.SCORES:
         expected = ood.auroc(getattr(inside, name), getattr(made, name))
         assert (out["auroc"][name], out["auroc_stderr"][name]) == expected
     expected = {
         **{
-            "entropy_bits_per_dim": comparison.reference.entropy,
+            "entropy_bits_per_dim": comparison.entropy,
             "entropy_split": "validation",
             "entropy_images": 10,
         },
@@ -275,12 +273,12 @@ def test_rows_and_picture(tmp_path):
     for row in rows:
         bits = float(row["bits_per_dim"])
         assert bits == pytest.approx(-float(row["log_prob"]) / (16 * math.log(2)))
-        assert float(row["typicality"]) == pytest.approx(abs(bits - comparison.reference.entropy))
+        assert float(row["typicality"]) == pytest.approx(abs(bits - comparison.entropy))
         assert float(row["complexity_corrected"]) == pytest.approx(
             bits - float(row["complexity_bits_per_dim"])
         )
     assert float(rows[0]["log_prob"]) == comparison.inside.log_prob[0]
-    with Image.open(io.BytesIO(ood.draw(comparison, ood.result(comparison, model, 0)))) as picture:
+    with Image.open(io.BytesIO(ood.draw(comparison))) as picture:
         assert picture.format == "PNG" and picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
 
@@ -288,7 +286,7 @@ def test_rows_and_picture(tmp_path):
 def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     model = a_model(tmp_path, shape=(3, 8, 8), levels=32, n_bits=5, shift=5, flip=True)
     own = model.config.data
-    digits = ood.named("digits", "--out", model, own, 20)
+    digits = ood.named("digits", "--out", model, DataSet(own), 20)
     assert digits.images.shape == (20, 3, 8, 8) and digits.images.max() == 31
     assert digits.stored == ((1, 8, 8), 17) and digits.split == "test"
     stored = (
@@ -302,10 +300,10 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     assert (
         inside.stored is None and inside.images.shape == (30, 3, 8, 8) and inside.images.max() < 32
     )
-    named = ood.named("npz", "--in", model, own, 100)
+    named = ood.named("npz", "--in", model, DataSet(own), 100)
     assert np.array_equal(named.images, inside.images) and named.stored is None
     Image.fromarray(np.full((20, 10), 255, "u1")).save(tmp_path / "one.png")
-    one = ood.named(str(tmp_path / "one.png"), "--out", model, own, 20)
+    one = ood.named(str(tmp_path / "one.png"), "--out", model, DataSet(own), 20)
     assert one.images.shape == (1, 3, 8, 8) and one.images.min() == 31 and one.split == "all"
 
 
@@ -316,7 +314,7 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
 def test_names_that_are_no_images(tmp_path, name, fragment):
     model = a_model(tmp_path)
     with pytest.raises(UserError, match=fragment):
-        ood.named(name, "--out", model, model.config.data, 5)
+        ood.named(name, "--out", model, DataSet(model.config.data), 5)
 
 
 class Spoiled(Bijection):
@@ -341,10 +339,9 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     }
     for index in (2, 4):
         collections[black].images[index, 0, 0, 0] = 0
-    comparison = ood.score_all(
-        model, collections["reference"], collections["inside"], [collections["outside"]]
-    )
-    outcome = ood.result(comparison, model, 0)
+    outside = [collections.pop("outside")]
+    comparison = ood.score_all(model, ood.Collections(**collections, outside=outside))
+    outcome = ood.as_json(comparison)
     text = json.dumps(outcome, allow_nan=False)  # fails where there is one
     (out,) = outcome["out"]
     assert out["auroc"]["typicality"] is None and out["auroc_stderr"]["typicality"] is None
@@ -352,12 +349,12 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     assert (outcome["entropy_bits_per_dim"] is None) == (black == "reference")
     assert outcome["in"]["non_finite_images"] == (2 if black == "inside" else 0)
     assert (outcome["in"]["bits_per_dim"] is None) == (black == "inside")
-    assert ood.scores_csv(comparison).count(b"\n") == 13 and ood.draw(comparison, outcome)
+    assert ood.scores_csv(comparison).count(b"\n") == 13 and ood.draw(comparison)
     split = {"outside": "made", "inside": "test", "reference": "validation"}[black]
     with pytest.raises(
         RunError, match=rf"2 of 6 images of {black} \({split}\) have .* not finite: those at 2, 4$"
     ):
-        ood.check_finite(comparison)
+        comparison.check_finite()
 
 
 # ---------------------------------------------------------------- the command
