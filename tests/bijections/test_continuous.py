@@ -195,7 +195,7 @@ def test_when_the_trace_is_exact(trace, dims):
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint"])
 def test_computing_again_uses_the_same_signs(mode):
-    """`checkpoint` records no graph in its forward pass, but uses the signs of the backward pass."""
+    """`checkpoint` records no graph in its forward pass, but needs the signs of the backward."""
     chain, x = Sequential(layer_of(20, trace="hutchinson")), torch.randn(4, 20, generator=seeded())
     log_dets = []
     for current in ("store", mode):
