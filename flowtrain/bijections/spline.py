@@ -20,7 +20,7 @@ DERIVATIVE_LIMIT = -math.log(MIN_DERIVATIVE)
 
 
 class SplineTransform(Transform):
-    """A monotone rational-quadratic spline on `[-tail_bound, tail_bound]`, the identity outside (eq. 4-8).
+    """A monotone rational-quadratic spline on `[-tail_bound, tail_bound]` (eq. 4-8).
 
     The transform takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights
     before their softmax, and an `h` for the derivative at each inner knot. The log-derivative there
@@ -29,10 +29,10 @@ class SplineTransform(Transform):
     No log-derivative is outside [-23, 8.3]. In both directions the map is twice differentiable
     inside a bin, and once at a knot. Raises `ValueError` unless `1 <= bins <= MAX_BINS`.
 
-    The default suits data of unit variance: of a normal distribution, a share of 6e-5 lies
-    outside. `free_ends` is for entries that never leave `[-tail_bound, tail_bound]`. It makes the derivatives
-    at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which fixes the
-    density there.
+    Outside it is the identity. The default suits data of unit variance: of a normal distribution, a
+    share of 6e-5 lies outside. `free_ends` is for entries that never leave the interval. It makes
+    the derivatives at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which
+    fixes the density there.
     """
 
     def __init__(self, bins: int = 8, tail_bound: float = 4.0, free_ends: bool = False):
