@@ -22,7 +22,7 @@ def bare(flow: Flow, x: Tensor, noise: Tensor, batch_size: int) -> None:
 
 
 def noise_of_each(count: int, shape: tuple[int, ...]) -> Tensor:
-    """As evaluation draws it: a generator an image."""
+    """The noise as evaluation draws it, with one generator per image."""
     device = torch.device("cpu")
     return torch.stack(
         [
@@ -44,7 +44,6 @@ def main() -> None:
     split = Split(x.numpy(), np.arange(len(x)), 0)
     noise = noise_of_each(len(x), flow.shape)
     contenders: dict[str, Callable[[], object]] = {
-        # type: ignore[misc]
         f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)
         for size in options.batch_sizes
     }
