@@ -222,7 +222,7 @@ def knots(transform, parameters):
 
     `parameters` are those of one entry, `(B, P, ...)`.
     """
-    k, bound = transform.bins, transform.bound
+    k, bound = transform.bins, transform.tail_bound
     places = []
     for raw in (parameters[:, :k], parameters[:, k : 2 * k]):
         sizes = 2 * bound * (1e-3 + (1 - 1e-3 * k) * raw.softmax(1))
