@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cli_helpers import SMALL, result, sets, start, trained
+from catalogue import SMALL, sets
+from cli_helpers import result, start, trained
 from helpers import REPOSITORY
 from torchvision.utils import make_grid
 

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, SMALL, quick, sets, tree
+from catalogue import SMALL, sets
+from cli_helpers import FOLDER, quick, tree
 from helpers import SHARED, a_config, batch_of, npz, seeded, shared
 from PIL import Image
 

@@ -10,7 +10,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import TINY, a_config, images, seeded, tiny_flow
+from catalogue import TINY
+from helpers import a_config, images, seeded, tiny_flow
 
 from flowtrain import config as configuration
 from flowtrain.bijections import (

@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers import TINY, a_config, images, perturb, ready, tiny_flow
+from catalogue import TINY
+from helpers import a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
 from flowtrain.bijections import ActNorm
