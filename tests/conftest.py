@@ -1,5 +1,6 @@
 """The folder that all workers of a session share, and the marker `run`."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -17,9 +18,9 @@ def pytest_collection_modifyitems(items):
     """Marks each test that runs a command or trains: itself, through a fixture, or a helper."""
     import cli_helpers  # not at the top: they need the folder
 
-    from flowtrain.training import loop
+    from flowtrain.training import loop, step
 
-    runs = [subprocess, cli_helpers.start, cli_helpers.Forked, loop.fit]
+    runs = [subprocess, cli_helpers.start, cli_helpers.Forked, loop.fit, step.train_step]
     known = {}  # function: whether it does
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
@@ -37,7 +38,12 @@ def reaches(function, targets, known):
         codes = [function.__code__]
         for code in codes:
             codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
-        named = [function.__globals__.get(name) for code in codes for name in code.co_names]
+        named = [
+            inspect.unwrap(function.__globals__[name])  # of functools.cache, too
+            for code in codes
+            for name in code.co_names
+            if name in function.__globals__
+        ]
         known[function] = any(
             any(value is target for target in targets)
             or hasattr(value, "__code__")

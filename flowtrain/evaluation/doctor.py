@@ -1,7 +1,6 @@
-"""Diagnosis of a trained flow: is each layer invertible in floating point, and is the reported
-log-det the Jacobian's?
+"""Diagnosis of a trained flow: are its layers invertible in floating point, and log-dets right?
 
-`docs/doctor.md` says of every bound what crossing it would do to a pixel or to a bit.
+`docs/doctor.md` says for each bound what crossing it would do to a pixel or to a bit.
 """
 
 import copy
@@ -32,53 +31,51 @@ Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 logger = logging.getLogger(__name__)
 
-# A layer's share of the half level that loses a pixel of 8 bits, as part of the unit interval: the
-# rounding errors of 300 layers (more than any model here has) add up to the root of 300 times that
-# of one.
+# The error that one layer may make, in the unit interval. An error of half a level loses a pixel of
+# 8 bits. The rounding errors of 300 layers (no model here has more) add up to sqrt(300) times that
+# of one layer.
 SHARE = 0.5 / 256 / math.sqrt(300)
 ROUNDING = 2.0**-24  # of float32, relative
 
-# Of noise the bound of what is bad is the largest number: any flow that fits images well stretches
-# it beyond return (Behrmann et al. 2021, "Understanding and Mitigating Exploding Inverses"), which
-# costs neither an image nor a sample.
+# For uniform noise only a value that is not finite is bad. Any flow that fits images well stretches
+# noise so far that it does not come back (Behrmann et al. 2021, "Understanding and Mitigating
+# Exploding Inverses"). This harms neither images nor samples.
 IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
 
-# Each check with the values from which on, exclusively, it is to be watched and bad. Smaller values
-# are the worse ones where the second bound is the smaller.
+# The bounds (watch, bad) of each check. A value beyond one gets that verdict. Where the second
+# bound is the smaller one, smaller values are worse.
 BOUNDS = {
-    # Parameters and buffers, and images of a batch, that are not finite.
+    # How many entries of parameters and buffers, or how many images, are not finite.
     "parameters": (0, 0),
     "forward pass": (0, 0),
     "inverse pass": (0, 0),
-    # What a scale makes of a rounding error, on the way back to a pixel or on the way to a
-    # likelihood.
+    # How much a layer enlarges a rounding error, on the way to a pixel or to a likelihood.
     "lowest log-scale": (math.log(4 * ROUNDING / SHARE), math.log(ROUNDING / SHARE)),
     "highest log-scale": (
         math.log(1e-4 * math.log(2) / ROUNDING),
         math.log(1e-3 * math.log(2) / ROUNDING),
     ),
     "condition number": (SHARE / ROUNDING / 4, SHARE / ROUNDING),
-    # Of a layer; relative to the larger of the entry and the root mean square of all.
+    # Errors of one layer, relative to the entry or to the root mean square, whichever is larger.
     "inverse of forward": (SHARE / 4, SHARE),
     "forward of inverse": (SHARE / 4, SHARE),
-    # Bits per dimension of the whole image.
+    # Errors in bits per dimension of the whole image.
     "log-det": (1e-4, 1e-3),
     "float32 likelihood": (1e-4, 1e-3),
-    # Of the whole model: levels, and bits per dimension.
+    # Errors of the whole model, in levels (data) and in bits per dimension (latents).
     "data round trip, float32": (0.05, 0.5),
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
     "latent round trip, float64": (1e-5, 1e-4),
-    # A fraction. Fewer than one in 1,000 is a value at the edge of its bin, and not an inverse that
-    # is wrong.
+    # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, and
+    # the inverse is not wrong.
     "images that come back exactly": (1, 0.999),
 }
 
 BATCH_SIZE = 64
-JACOBIAN_ROWS = 32  # computed at once: copies of the image with their activations, in float64
-LARGEST_JACOBIAN = 4096  # entries of an image: 128 MiB in float64
-# of reduced images; below 4 a 3x3 convolution sees little but its padding
-SIDES = (4, 8, 16, 32, 64)
+JACOBIAN_ROWS = 32  # computed at once, as copies of the image with their activations in float64
+LARGEST_JACOBIAN = 4096  # entries of an image, whose Jacobian takes 128 MiB in float64
+SIDES = (4, 8, 16, 32, 64)  # of reduced images; below 4 a 3x3 convolution sees mostly padding
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,10 @@ class Finding:
     layer: its name, or "" for the whole model.
     inputs: "test images", "uniform noise", "prior samples", or "" where the number belongs to the
         weights.
-    value: the worst over all inputs; None where it is not finite, or could not be had.
-    watch, bad: the bounds; up to and with `watch` the verdict is ok, beyond `bad` it is bad. Where
-        `bad` is below `watch`, smaller values are the worse ones. The largest float stands for
-        none: bad is only what is not finite.
+    value: the worst over all inputs; None if it is not finite or could not be computed.
+    watch, bad: the bounds. The verdict is ok up to `watch` (inclusive), and bad beyond `bad`. If
+        `bad` is below `watch`, smaller values are worse. If `bad` is the largest float, or minus
+        it, only a value that is not finite is bad.
     """
 
     check: str
@@ -105,9 +102,7 @@ class Finding:
 
     @property
     def severity(self) -> float:
-        """Sorts findings of one check: larger is worse, and infinite is a value that is not
-        finite.
-        """
+        """Orders the findings of one check: larger is worse. It is inf if there is no value."""
         if self.value is None:
             return math.inf
         return -self.value if self.bad < self.watch else self.value
@@ -115,9 +110,7 @@ class Finding:
 
 @dataclass
 class _Notes:
-    """The worst finding of each check, layer and kind of input, in the order in which they came
-    up.
-    """
+    """The worst finding per check, layer and kind of input, in the order of their first values."""
 
     findings: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
     reasons: set[str] = field(default_factory=set)
@@ -131,7 +124,7 @@ class _Notes:
     def failed(
         self, checks: tuple[str, ...], error: Exception, layer: str = "", inputs: str = ""
     ) -> None:
-        """It raised: each of the checks has no number, and the reason is logged once."""
+        """Notes checks that have no value because `error` was raised. Logs each reason once."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         reason = f"{type(error).__name__}: {error}"
@@ -143,7 +136,7 @@ class _Notes:
 
 
 def judge(check: str, value: float, layer: str = "", inputs: str = "") -> Finding:
-    """A value with its bounds and verdict."""
+    """The finding for a value: its bounds and its verdict."""
     watch, bad = BOUNDS[check]
     if inputs == NOISE and watch != bad:
         bad = math.copysign(sys.float_info.max, bad - watch)
@@ -163,9 +156,7 @@ def overall(findings: list[Finding]) -> Verdict:
 
 
 def worst(findings: list[Finding]) -> list[Finding]:
-    """The bad ones, causes before effects: weights, layers, the whole model; of a check the worst
-    first.
-    """
+    """The bad findings, causes before effects: in the order of `BOUNDS`, then by severity."""
     checks = list(BOUNDS)
     bad = [finding for finding in findings if finding.verdict == "bad"]
     return sorted(bad, key=lambda finding: (checks.index(finding.check), -finding.severity))
@@ -180,14 +171,14 @@ def examine(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """All findings about a model, on the first `num_images` test images and as many of uniform
-    noise and of samples.
+    """All findings about a model, on test images, uniform noise and samples.
 
-    A model that raises or gives values that are not finite has findings like any other.
+    It takes the first `num_images` test images, and as many of the other two. A model that raises,
+    or whose values are not finite, has findings like any other.
 
     Raises:
-        UserError: where the data do not have the model's shape and levels, there is no test image,
-            or the data are points of a surface: noise is not on it, and a Jacobian is not square.
+        UserError: if the data do not have the model's shape and levels, or have no test image. Also
+            for points of a surface: noise is off it, and Jacobians are not square.
     """
     flow = model.flow
     if flow.kind.on_surface:
@@ -206,7 +197,7 @@ def examine(
     levels = flow.kind.levels_per_unit(x)
     z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
-    precise = copy.deepcopy(flow).cpu().double()  # there: some accelerators have no float64
+    precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
     notes = _Notes()
     batches = -(-len(x) // BATCH_SIZE)
     done, total = 0, 7 * batches + 1
@@ -283,11 +274,11 @@ def _finite(*tensors: Tensor) -> Tensor:
 
 
 def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes: _Notes) -> None:
-    """Each layer on its own inputs: images from the data to the latents, or latents (without noise)
-    to the data.
+    """Checks each layer on the inputs that it gets in a pass through the flow.
 
-    A layer is judged on the examples that reach it finite: so the first damaged one is named, and
-    not all after it.
+    With `noise`, `start` are images on the way to latents. Without, they are latents on the way to
+    data. A layer is judged on the examples that reach it finite. So only the first damaged layer is
+    named, not all those after it.
     """
     where = first = ""
 
@@ -312,7 +303,7 @@ def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes:
             ends = flow.bijection.through(watching, "inverse", start)
         else:
             ends = flow.to_latents(start, noise, watching)
-    except Exception as error:  # whatever a model of the user's own may raise
+    except Exception as error:  # a model of the user's own may raise anything
         notes.failed((check,), error, where, inputs)
     else:
         notes.add(check, (~_finite(*ends)).sum(), first, inputs)
@@ -343,9 +334,7 @@ def _layer(
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    """The largest error of an entry, as a part of it or of the root mean square of all, whichever
-    is larger.
-    """
+    """The largest error, relative to its entry or to the root mean square, whichever is larger."""
     found, expected = found.double().cpu(), expected.double().cpu()
     size = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return ((found - expected).abs() / torch.maximum(expected.abs(), size)).max()
@@ -355,15 +344,15 @@ def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _distance(flow: Flow, found: Tensor, expected: Tensor) -> Tensor:
-    """The largest distance of two inputs of the flow, in the unit of its data."""
+    """The largest distance between two inputs of the flow, in the unit of its data."""
     return (flow.dequantizer.to_unit(found) - flow.dequantizer.to_unit(expected)).abs().max()
 
 
 def _bits(found: Tensor, expected: Tensor) -> Tensor:
-    """How much two latents `(B, D)` differ in log N(z; 0, I), every entry for itself: bits/dim, the
-    worst example.
+    """How much latents `(B, D)` differ in log N(z; 0, I), in bits/dim, for the worst example.
 
-    Of latents so far out that they have more than one bit/dim there, as a part of it.
+    Differences of entries do not cancel. For latents so far out that their squares are worth more
+    than one bit/dim, the difference is relative to those.
     """
     found, expected = found.double().cpu(), expected.double().cpu()
     difference = (found.square() - expected.square()).abs().mean(dim=1) / (2 * math.log(2))
@@ -373,8 +362,9 @@ def _bits(found: Tensor, expected: Tensor) -> Tensor:
 def _data_round_trip(
     flow: Flow, precise: Flow, x: Tensor, levels: float, inputs: str, notes: _Notes
 ) -> int:
-    """Images to latents, back, and to latents again. Gives the number of images that come back
-    exactly in float32.
+    """Checks images to latents, back, and to latents again.
+
+    Returns the number of images that come back exactly in float32.
     """
     restored = 0
     for one, name in ((flow, "float32"), (precise, "float64")):
@@ -402,7 +392,7 @@ def _data_round_trip(
 
 
 def _latent_round_trip(flow: Flow, precise: Flow, z: Tensor, levels: float, notes: _Notes) -> None:
-    """Latents to data, back, and to data again."""
+    """Checks latents to data, back, and to data again."""
     for one, name in ((flow, "float32"), (precise, "float64")):
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
@@ -418,7 +408,7 @@ def _latent_round_trip(flow: Flow, precise: Flow, z: Tensor, levels: float, note
 
 
 def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Notes) -> None:
-    """What float32 costs of a reported figure."""
+    """Checks how far float32 moves a reported likelihood."""
     try:
         reported = flow(x.to(flow.device), noise.to(flow.device)).total.cpu().double()
         error = (reported - precise(x, noise).total).abs().max() / (flow.dims * math.log(2))
@@ -432,21 +422,20 @@ def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Not
 
 
 def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> None:
-    """The log-dets that float32 reports, against the Jacobian in float64: of each layer, and of
-    all.
+    """Checks the log-dets in float32 against the Jacobian in float64, per layer and for all layers.
 
-    That of all is the Jacobian with respect to the uniform noise, which has that of the dequantizer
-    in it: q(u|x) is the density of u where the noise is uniform. Of real values, which have no
-    noise, it is with respect to them.
+    The Jacobian of the whole flow is with respect to the uniform noise. So it includes that of the
+    dequantizer: q(u|x) is the density of u for uniform noise. Real values have no noise, and
+    the Jacobian is with respect to the values.
     """
     flow = reduced(model)
     if flow is None:
         return
     _, height, width = flow.shape
-    # the middle: edges are often of one colour
+    # The middle of the image, because edges often have one colour.
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     x = x[:, :, top : top + height, left : left + width]
-    # Kept off the edges of a bin, where noise is clipped, and has no derivative.
+    # Noise stays off the edges of a bin, where it is clipped and has no derivative.
     noise = 0.01 + 0.98 * noise[:, :, top : top + height, left : left + width]
     precise = copy.deepcopy(flow).double()
     bits = 1 / (flow.dims * math.log(2))
@@ -493,11 +482,11 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
 
 
 def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
-    """log|det J| of a map at one example `(1, ...)`, by autograd: nats, a number.
+    """log|det J| of a map at one example `x` `(1, ...)`, by autograd, in nats, shape `()`.
 
-    No example of a batch sees another, so that row i of the Jacobian is the gradient of entry i for
-    the i-th of many copies of `x`. (torch's `jacobian` takes a backward pass a row, or vmap, which
-    autograd functions do not have.)
+    Examples of a batch do not affect each other. So with copies of `x` as a batch, row i of the
+    Jacobian is the gradient of entry i of the i-th copy. (torch's `jacobian` needs one backward
+    pass per row, or vmap, which our autograd functions do not support.)
     """
     rows = []
     for part in torch.eye(x.numel(), dtype=x.dtype, device=x.device).split(JACOBIAN_ROWS):
@@ -505,15 +494,15 @@ def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
         with torch.enable_grad():
             z = function(copies)[0]
         rows.append(torch.autograd.grad(z, copies, part.view_as(z))[0].flatten(1))
-    return torch.linalg.slogdet(torch.cat(rows)).logabsdet
+    log_det: Tensor = torch.linalg.slogdet(torch.cat(rows)).logabsdet
+    return log_det
 
 
 def reduced(model: LoadedModel) -> Flow | None:
-    """The model for smaller images, on the CPU: the smallest size at which all of its weights fit,
-    and it runs.
+    """The model for the smallest images for which all its weights fit and it runs, on the CPU.
 
-    A model that is not convolutional fits its own size alone; None if that has more than
-    `LARGEST_JACOBIAN` entries.
+    A model that is not convolutional fits only its own size. The result is None if that has more
+    than `LARGEST_JACOBIAN` entries.
     """
     channels, height, width = model.flow.shape
     for side in SIDES:
@@ -534,8 +523,9 @@ def reduced(model: LoadedModel) -> Flow | None:
 
 
 def _transplant(trained: Flow, flow: Flow) -> bool:
-    """Copies the weights, if they have the same names and shapes. Buffers of another shape belong
-    to the size.
+    """Copies the weights if parameters have the same shapes, and all tensors the same names.
+
+    Buffers of another shape belong to the image size, and are not copied.
     """
     weights, own = trained.state_dict(), flow.state_dict()
     shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (trained, flow)]

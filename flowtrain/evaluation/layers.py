@@ -1,4 +1,4 @@
-"""Looking inside a flow: its layers by name, calls around them, and outputs of their modules."""
+"""Looking inside a flow: its layers by name, their inputs and outputs, and those of modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ Around = Callable[[str, Bijection, Direction, Tensor, Tensor | None], tuple[Tens
 
 
 def layers_of(flow: Flow) -> dict[str, Bijection]:
-    """The layers of a flow by name, in its order: the bijections that are not made of others."""
+    """The layers of a flow by name, in order: the bijections that are not made of others."""
     return {short_name(name): layer for name, layer in _layers(flow, "")}
 
 
@@ -31,7 +31,7 @@ def _layers(module: nn.Module, prefix: str) -> list[tuple[str, Bijection]]:
 
 
 def short_name(name: str) -> str:
-    """A module's name in messages and metrics, without the prefix of the flow's bijection."""
+    """A module's name in messages and metrics, without the prefix `bijection.`."""
     return name.removeprefix("bijection.")
 
 
@@ -55,8 +55,8 @@ class Watching(LayerByLayer):
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
     """The smallest and largest log-scale, by name.
 
-    For each bijection those among its parameters; for each layer also those that its network
-    predicts on the batch `x`, under the name of its `transform`.
+    A bijection's name has the log-scales among its parameters. The name of a layer's `transform`
+    has those that the layer's network predicts on the batch `x`.
     """
     found = {
         short_name(name): module.log_scales()
@@ -84,8 +84,9 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
 def watch_modules(
     flow: Flow, x: Tensor, noise: Tensor, note: Callable[[str, nn.Module, Any], None]
 ) -> None:
-    """Calls `note(name, module, output)` for each module, those of conditioners too, in a forward
-    pass of the flow, layer by layer.
+    """Calls `note(name, module, output)` for each module in a forward pass of the flow.
+
+    The pass goes layer by layer, and includes the modules of conditioners.
     """
     handles = [
         module.register_forward_hook(
@@ -101,11 +102,10 @@ def watch_modules(
 
 
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
-    """Names the first layer with a value that is not finite: a parameter, an output, or else a
-    gradient.
+    """Names the first parameter, module output, or else gradient with a value that is not finite.
 
-    Gradients travel from the last layer to the first, so of those the last in the forward order is
-    named: they are what the failed step left.
+    Gradients are those that the failed step left. They travel from the last layer to the first, so
+    the last one in forward order is named.
     """
     for name, parameter in flow.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -66,20 +66,16 @@ def grid(function, parameters, points, parameters_per_entry):
 @every
 @pytest.mark.parametrize("scale", [0.3, 3])
 def test_density_integrates_to_one(name, scale):
-    transform, parameters = some(name, scale, shape=(4, 1))
+    transform, parameters = some(name, scale, shape=(2, 1))
     # Bins are as narrow as a thousandth, and scales as wide as exp(4).
-    points = torch.cat(
-        [
-            torch.linspace(a, b, 200_000, dtype=torch.float64)
-            for a, b in ((-400, -6), (-6, 6), (6, 400))
-        ]
-    )
+    parts = [(-400, -6, 40_000), (-6, 6, 200_000), (6, 400, 40_000)]
+    points = torch.cat([torch.linspace(*part, dtype=torch.float64) for part in parts])
     points = points.unique()
     z, log_derivative = grid(transform, parameters, points, transform.parameters_per_entry)
     assert (z.diff() > 0).all()
     density = (log_derivative - 0.5 * z.square() - 0.5 * math.log(2 * math.pi)).exp()
     torch.testing.assert_close(
-        torch.trapezoid(density, points), torch.ones(4, 1, dtype=torch.float64), rtol=0, atol=1e-4
+        torch.trapezoid(density, points), torch.ones(2, 1, dtype=torch.float64), rtol=0, atol=1e-4
     )
 
 

@@ -226,10 +226,9 @@ def test_learning_it_closes_the_gap(shape):
 
 
 @every_model
-@pytest.mark.parametrize("batch", [1, 7, 33])
-def test_an_image_scores_the_same_in_any_batch(model, batch):
+def test_an_image_scores_the_same_in_any_batch(model):
     flow = variational_flow(model)
-    assert_an_image_scores_alone(flow, batch)
+    assert_an_image_scores_alone(flow)
     x, others = images(33, flow.shape), images(33, flow.shape, seed=5)
     others[10] = x[10]
     drawn, same = (

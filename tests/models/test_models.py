@@ -1,6 +1,6 @@
 """Every model: its size, its geometry, its start, and the losses of five steps.
 
-`python tests/test_models.py` prints the golden losses anew.
+`PYTHONPATH=tests python tests/models/test_models.py` prints the golden losses anew.
 """
 
 import importlib
