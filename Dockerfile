@@ -1,15 +1,17 @@
-# flowtrain in a container, for a CPU or (docker run --gpus all) an NVIDIA GPU: PyPI's torch for Linux brings CUDA with it.
+# flowtrain in a container, for a CPU or (docker run --gpus all) an NVIDIA GPU. PyPI's torch for
+# Linux includes CUDA.
 #
 #   docker build -t flowtrain .
-#   docker run --rm --gpus all -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" flowtrain train --config glow_cifar.yaml
+#   docker run --rm --gpus all -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" \
+#       flowtrain train --config glow_cifar.yaml
 #
 # docker/check.sh builds this file and tries the image without a Docker engine.
 
-# Any image with Python >= 3.11 and its venv module, on which `useradd` is there.
+# Any image with Python >= 3.11, its venv module and `useradd`.
 ARG BASE_IMAGE=python:3.12-slim
 FROM ${BASE_IMAGE}
 
-# More options for pip, such as --extra-index-url URL to take torch from another index.
+# Further options for pip, such as --extra-index-url URL to take torch from another index.
 ARG PIP_ARGS=""
 
 # Optional parts: archives (compress) and continuous flows (cnf).
@@ -17,7 +19,8 @@ ARG EXTRAS="compress cnf"
 
 ENV PATH=/opt/venv/bin:$PATH
 
-# The dependencies are a layer of their own: gigabytes that a change of the source does not build again.
+# The dependencies, which are gigabytes, have a layer of their own. A change of the source does not
+# build it again.
 RUN --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
     python3 -m venv /opt/venv \
     && python -c 'import sys, tomllib; project = tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]; \
@@ -30,10 +33,10 @@ RUN --mount=type=bind,target=/src \
     && pip check \
     && flowtrain --version
 
-# The user's number: that of the owner of the folders you mount saves a --user at every run.
+# The number of the user. If it is that of the owner of the mounted folders, no run needs --user.
 ARG UID=1000
 
-# Open to every user, so that `docker run --user` works with a number that has no name here.
+# The folders are open to all, so that `docker run --user` works with a number that has no name here.
 RUN useradd --uid "${UID}" --create-home flowtrain \
     && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /app /app/data /app/runs /app/cache
 
@@ -46,6 +49,6 @@ USER flowtrain
 WORKDIR /app
 VOLUME ["/app/data", "/app/runs", "/app/cache"]
 
-# Without a shell in between: flowtrain is process 1, and `docker stop` reaches it.
+# No shell in between: flowtrain is process 1, and `docker stop` reaches it.
 ENTRYPOINT ["flowtrain"]
 CMD ["--help"]

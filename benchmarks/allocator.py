@@ -1,7 +1,7 @@
-"""glibc's malloc as it is, and told to keep freed memory (flowtrain/allocator.py): seconds, page
-faults, peak memory.
+"""glibc's malloc by default, and when it keeps freed memory (flowtrain/system/allocator.py):
+seconds, page faults and peak memory.
 
-Each figure is of a process of its own, as malloc cannot be told to go back. The two kinds take
+Each figure comes from a process of its own, because malloc cannot go back. The two kinds take
 turns.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
         return
     heading("Memory that is freed: given back (glibc's default) or kept; S", options.threads)
     print(
-        "| | ms, given back | kept | ratio | faults a call | kept | peak MiB | kept | its growth "
+        "| | ms, given back | kept | ratio | faults per call | kept | peak MiB | kept | its growth "
         "after call 5 |"
     )
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the two pieces of work, our side of them, the peers', and timing in
+"""What the benchmarks share: the two models, how flowtrain and its peers train them, and timing in
 turns.
 """
 
@@ -105,8 +105,8 @@ def _processor() -> str:
 def in_turns(
     contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call. The contenders take turns, so that a slow moment of the machine falls
-    on all of them.
+    """Seconds of each call. The contenders take turns, so that a slow moment of the machine affects
+    all of them.
     """
     for run in contenders.values():
         for _ in range(warmup):
@@ -121,8 +121,8 @@ def in_turns(
 
 
 def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: str = "s") -> None:
-    """One row a contender: the median, the least, and the median ratio to each of `against` (title
-    to contender).
+    """Prints one row per contender: the median, the least, and the median ratio to each of
+    `against` (title to contender).
     """
     factor = {"s": 1, "ms": 1000}[unit]
     titles = list(against)
@@ -131,7 +131,7 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
     for name, times in seconds.items():
         cells = [f"{factor * statistics.median(times):.3f}", f"{factor * min(times):.3f}"]
         for title in titles:
-            # Of neighbours in time, then the median: what slows both of a pair cancels.
+            # The median of ratios of neighbours in time: what slows both of a pair cancels.
             ratios = [
                 mine / theirs for mine, theirs in zip(times, seconds[against[title]], strict=True)
             ]
@@ -141,7 +141,7 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing to files."""
+    """matplotlib.pyplot, which draws to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,9 +151,7 @@ def pyplot() -> Any:
 
 
 def images(count: int) -> Tensor:
-    """Smooth random images, uint8: what a data-dependent initialization needs is that pixels are
-    correlated.
-    """
+    """Smooth random images, uint8. A data-dependent initialization needs correlated pixels."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
@@ -187,8 +185,8 @@ def flowtrain_step(state: State, x: Tensor) -> None:
 
 
 def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) -> Callable[[], None]:
-    """The convolutions of all conditioners, with their biases, forward and backward, and nothing
-    else.
+    """The convolutions of all conditioners with their biases, forward and backward, and nothing
+    else. No training step can be faster.
 
     `product` computes the 1x1 convolution as a matrix product over all pixels.
     """
@@ -227,8 +225,7 @@ def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) ->
             else:
                 h = torch.nn.functional.conv2d(h, w2, b2)
             outputs.append((torch.nn.functional.conv2d(h, w3, b3, padding=1), grad))
-        # from the last to the first, after all of them: the order that any training step is bound
-        # to
+        # Backward from the last to the first, after all forward passes, as in any training step.
         while outputs:
             output, grad = outputs.pop()
             output.backward(grad)
@@ -239,7 +236,7 @@ def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) ->
 def fastest_floor(
     work: Work, dtype: torch.dtype, repeats: int = 3
 ) -> tuple[str, Callable[[], None]]:
-    """The fastest of the layouts, by name."""
+    """The name of the fastest layout, and its floor."""
     variants = {}
     for layout, channels_last in (("NCHW", False), ("channels_last", True)):
         for kind, product in (("", False), (", 1x1 as a product", True)):
@@ -259,7 +256,7 @@ def fastest_floor(
 
 class Peer:
     """The same model in another package, with the step that its users would write: float32, NCHW,
-    fused Adam.
+    and fused Adam.
     """
 
     def __init__(
@@ -290,7 +287,7 @@ class Peer:
 
 
 def peers(work: Work) -> dict[str, Peer]:
-    """Those that are installed (the `bench` extra)."""
+    """The peers that are installed (the `bench` extra)."""
     found = {}
     for name, build in (("normflows", _normflows), ("nflows", _nflows)):
         try:
@@ -304,7 +301,7 @@ def _normflows(work: Work) -> Peer:
     import normflows as nf
 
     bases, merges, flows = [], [], []
-    for level in range(work.levels):  # its order is latent to data: the coarsest level comes first
+    for level in range(work.levels):  # The order is latent to data: the coarsest level is first.
         channels = 3 * 2 ** (work.levels + 1 - level)
         blocks = [
             nf.flows.GlowBlock(channels, work.width, split_mode="channel", scale=True, leaky=0.0)

@@ -1,5 +1,5 @@
-"""Archives: images a second each way, by the small CIFAR-10 Glow, and what the flow's own passes
-take of that.
+"""Archives: images per second each way with the small CIFAR-10 Glow, and the share of the flow's
+own passes.
 """
 
 import functools
@@ -28,13 +28,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(repeats=3)
     parser.add_argument(
-        "--config", default="glow_cifar_small.yaml", help="of a model for 3x32x32 images"
+        "--config", default="glow_cifar_small.yaml", help="a model for 3x32x32 images"
     )
     parser.add_argument(
-        "--images", type=int, default=128, help="of a stream, of which each thread has one"
+        "--images", type=int, default=128, help="images per stream; each thread has one"
     )
     options = parser.parse_args()
-    begin(f"Compression of {options.images} images a thread by {options.config}", options)
+    begin(f"Compression of {options.images} images per thread by {options.config}", options)
     flow = (
         build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256)
         .eval()

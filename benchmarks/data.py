@@ -1,5 +1,5 @@
-"""Data: how long the training loop waits for a batch, as a share of a step of S, from each kind of
-source.
+"""Data: how long the training loop waits for a batch from each kind of source, as a share of a step
+of S.
 """
 
 import os
@@ -21,7 +21,7 @@ from flowtrain.training.state import Progress
 
 
 def sources(folder: Path, count: int) -> dict[str, dict[str, Any]]:
-    """The same `count` images in an .npz file and in a folder, read into memory or by threads as
+    """The same `count` images in an .npz file and in a folder, read into memory, or by threads as
     they are needed.
     """
     pixels = images(count).movedim(1, -1).numpy()

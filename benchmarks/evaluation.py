@@ -22,7 +22,7 @@ def bare(flow: Flow, x: Tensor, noise: Tensor, batch_size: int) -> None:
 
 
 def noise_of_each(count: int, shape: tuple[int, ...]) -> Tensor:
-    """As evaluation draws it: a generator an image."""
+    """The noise as evaluation draws it, with one generator per image."""
     device = torch.device("cpu")
     return torch.stack(
         [

@@ -1,9 +1,8 @@
-"""A GPU at work on training steps: images/s, TFLOP/s, memory, and the operations that take the
-time.
+"""Training steps on a GPU: images/s, TFLOP/s, memory, and the operations that take the time.
 
-`--device cpu` does the same on a CPU. `--peak` is what the card is said to reach in dense bf16
-products, in TFLOP/s (989 for an H100 SXM, 312 for an A100); the share of it is then printed too.
-What `train.memory` computes again is time, but is not counted as operations.
+`--device cpu` measures a CPU instead. `--peak` is the card's specified rate of dense bf16 products
+in TFLOP/s (989 for an H100 SXM, 312 for an A100). The share of it is then printed too. What
+`train.memory` computes again takes time, but does not count as operations.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ PROFILED_STEPS = 3
 def main() -> None:
     parser = arguments(__doc__, work="P", device="cuda", precision="bf16", memory="store")
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=10, help="of a repeat")
+    parser.add_argument("--steps", type=int, default=10, help="steps per repeat")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
     options = parser.parse_args()
     work = dataclasses.replace(WORK[options.work], batch_size=options.batch_size)
@@ -48,7 +47,7 @@ def main() -> None:
     share = (
         f", {100 * flops / 1e12 / options.peak:.1f}% of {options.peak:g}" if options.peak else ""
     )
-    print("| s a step | images/s | TFLOP/s | MiB at the peak, beyond weights and optimizer |")
+    print("| s per step | images/s | TFLOP/s | MiB at the peak, beyond weights and optimizer |")
     print("|---|---|---|---|")
     memory = peak(lambda: flowtrain_step(state, x), device) / 2**20
     print(
@@ -74,9 +73,7 @@ def _wait(device: torch.device) -> None:
 def _seconds_of_a_step(
     step: Callable[[], None], device: torch.device, repeats: int, steps: int
 ) -> float:
-    """Median over `repeats` of the mean over `steps`, which a GPU has queued one after the
-    other.
-    """
+    """Median over `repeats` of the mean over `steps`, which queue on a GPU one after the other."""
     step()
     means = []
     for _ in range(repeats):

@@ -1,9 +1,9 @@
-"""The mean log-density in the space that a flow sees, as MAF's paper reports it: nats of a
-dequantized, logit image.
+"""The mean log-density in the space that a flow sees, as MAF's paper reports it: nats per
+dequantized logit image.
 
-`python benchmarks/logit_space.py runs/maf_mnist`. It is the log-likelihood without what belongs to
-the data transform: -log q(u|x) - D log Q and the logit's log-determinant. It cannot be compared
-between models of another alpha.
+`python benchmarks/logit_space.py runs/maf_mnist`. It is the log-likelihood without the terms of the
+data transform: -log q(u|x) - D log Q and the logit's log-determinant. Models with different alpha
+cannot be compared by it.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Memory against depth: the peak of a training step's activations for each `train.memory`, and a
-peer; and their times.
+"""Memory against depth: the peak of a training step's activations for each `train.memory` and for
+the peers, and their times.
 
-Beyond parameters, gradients, the optimizer's state and the average. Writes the picture with
-`--picture FILE.png`.
+The peak does not include parameters, gradients, the optimizer state and the average. `--picture
+FILE.png` draws it.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def _peaks(options: argparse.Namespace) -> None:
 
 
 def _activations(step: Callable[[], object], model: torch.nn.Module) -> float:
-    step()  # makes the state of the optimizer
+    step()  # makes the optimizer state
     model.zero_grad(set_to_none=True)
     return (peak(step, torch.device("cpu")) - sum(p.nbytes for p in model.parameters())) / MIB
 

@@ -1,9 +1,9 @@
-"""bf16 conditioners: what they cost in likelihood. Trains with fp32 and with bf16 for equal steps,
+"""What bf16 conditioners cost in likelihood. This trains with fp32 and with bf16 for equal steps,
 with two seeds each.
 
-Then evaluates each model's weights with float32 and with bf16 conditioners on the validation
-images. For CIFAR-10: `python benchmarks/precision.py --config glow_cifar_small.yaml --set
-data.name=npz --set data.path=cifar10.npz`.
+It then evaluates the weights of each model with float32 and with bf16 conditioners on the
+validation images. For CIFAR-10: `python benchmarks/precision.py --config glow_cifar_small.yaml
+--set data.name=npz --set data.path=cifar10.npz`.
 """
 
 import argparse

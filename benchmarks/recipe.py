@@ -1,9 +1,9 @@
-"""The final comparison of recipes: trains each configuration for its budget, then reads the test
+"""The final comparison of recipes. It trains each configuration for its budget, then reads the test
 split once.
 
-`python benchmarks/recipe.py` prints a table of test bits/dim and draws validation bits/dim against
-time with `--picture FILE.png`. All of it takes two hours; `--only NAME...` runs a part. A run that
-is there goes on. `--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train`
+`python benchmarks/recipe.py` prints a table of test bits/dim. `--picture FILE.png` draws validation
+bits/dim against time. All recipes take two hours; `--only NAME...` runs some of them. A run that
+exists is resumed. `--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train`
 does.
 """
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _flowtrain(*words: str) -> None:
-    """The command line, as a user has it; what it prints goes to standard error."""
+    """Runs a command as a user does. What it prints goes to standard error."""
     subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Sampling: seconds for 64 images, beside a forward pass of as many and the peers."""
+"""Sampling: seconds for 64 images, beside a forward pass of 64 images and the peers."""
 
 from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
 

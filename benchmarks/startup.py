@@ -1,6 +1,4 @@
-"""From pressing return: the help beside that of an empty Typer application, and the first training
-step.
-"""
+"""Starting up: the help, beside that of an empty Typer application, and the first training step."""
 
 import os
 import statistics
@@ -29,8 +27,8 @@ app()
 
 
 def first_step(folder: Path, data: Path, precision: str) -> float:
-    """Seconds from starting `flowtrain train` to the line of its first step in metrics.jsonl; it is
-    stopped then.
+    """Seconds from starting `flowtrain train` to the line of its first step in metrics.jsonl. It is
+    then stopped.
     """
     work = WORK["S"]
     settings = {
@@ -74,7 +72,7 @@ def first_step(folder: Path, data: Path, precision: str) -> float:
 
 
 def random_data(folder: Path) -> Path:
-    """As many pixels as CIFAR-10 has, as compressible as noise."""
+    """As many pixels as CIFAR-10, but noise, which does not compress."""
     random = np.random.default_rng(0)
     channels, height, width = SHAPE
     arrays = {
@@ -90,7 +88,7 @@ def main() -> None:
     parser.set_defaults(repeats=21)
     parser.add_argument("--starts", type=int, default=5, help="times that training is started")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the commands
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the commands
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "empty.py").write_text(EMPTY)
@@ -118,7 +116,7 @@ def main() -> None:
         data = Path(options.data).resolve() if options.data else random_data(folder)
         print("| | median (s) | least | most |\n|---|---|---|---|")
         for precision in ("fp32", "bf16"):
-            first_step(folder, data, precision)  # so that the files are in the disk's cache
+            first_step(folder, data, precision)  # fills the disk's cache
             times = [first_step(folder, data, precision) for _ in range(options.starts)]
             cells = [f"{figure(times):.2f}" for figure in (statistics.median, min, max)]
             print(f"| {precision}, {data.name} | " + " | ".join(cells) + " |", flush=True)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Builds the image from ../Dockerfile without a Docker engine, and tries it: as root, `bash docker/check.sh [SUITE]`.
+# Builds the image from ../Dockerfile without a Docker engine, and tries it. Run it as root:
+# `bash docker/check.sh [SUITE]`.
 #
-# SUITE is the Debian release that debootstrap makes the base image from: trixie by default; another one brings another
-# Python, such as bookworm 3.11. pip takes torch from wherever this machine's own pip would: on the usual index that is
-# the CUDA build, several gigabytes.
+# SUITE is the Debian release of the base image, which debootstrap makes: trixie by default. Another
+# release has another Python, such as 3.11 in bookworm. pip takes torch from where this machine's
+# pip would. On the usual index that is the CUDA build of several gigabytes.
 #
 # From the environment:
 #   BASE_IMAGE      an image to build on instead of debootstrap's, such as python:3.12-slim
-#   MIRROR          where debootstrap gets packages; by default where this machine's apt does
+#   MIRROR          where debootstrap gets packages; by default this machine's apt mirror
 #   PIP_ARGS        the build argument of that name
-#   CHECK_DIR       a folder for images and runs, kept at the end; by default a new one, removed at the end
+#   CHECK_DIR       a folder for images and runs, which is kept; by default a new one, which is removed
 #   STORAGE_DRIVER  how buildah keeps layers: vfs (works everywhere, copies) by default, or overlay
 set -euo pipefail
 
@@ -59,12 +60,13 @@ trap 'echo "FAILED: line $LINENO: $BASH_COMMAND" >&2' ERR
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# buildah raises limits that are not given, which needs a capability that root in a virtual machine or container may lack.
+# buildah raises limits that are not given. That needs a capability which root in a virtual machine or
+# container may lack.
 limits=(--ulimit nofile=20000:20000)
 processes=$(ulimit -u)
 [ "$processes" = unlimited ] || limits+=(--ulimit "nproc=$processes:$processes")
 
-# --- the base image ---------------------------------------------------------------------------------------------------
+# --- the base image -------------------------------------------------------------------------------
 
 if [ -n "${BASE_IMAGE:-}" ]; then
     base=$BASE_IMAGE
@@ -90,10 +92,10 @@ else
     fi
 fi
 
-# --- build ------------------------------------------------------------------------------------------------------------
+# --- build ----------------------------------------------------------------------------------------
 
-# The build reads this machine's certificates and pip configuration (an index, a folder of wheels, constraints: whatever
-# there is), mounted for the build alone: nothing of them is in the Dockerfile or the image.
+# The build reads this machine's certificates and pip configuration (an index, a folder of wheels,
+# constraints). They are mounted for the build only, and not part of the Dockerfile or the image.
 mounts=()
 certificates=/etc/ssl/certs/ca-certificates.crt
 [ ! -f "$certificates" ] || mounts+=(-v "$certificates:$certificates:ro")
@@ -121,7 +123,8 @@ PYTHON
     done < "$dir/pip-paths"
 fi
 
-# A Docker engine applies .dockerignore to all that a build sees, buildah only to COPY: so the context is filtered first.
+# A Docker engine applies .dockerignore to all that a build sees, but buildah only to COPY. So the
+# context is filtered first.
 step "build context, as .dockerignore leaves it"
 printf 'FROM scratch\nCOPY . /\n' | b bud --isolation chroot -q -t "$image-context" -f - "$here" > /dev/null
 b from --name "$container-context" "$image-context" > /dev/null
@@ -136,7 +139,7 @@ b bud --isolation chroot "${limits[@]}" --build-arg "BASE_IMAGE=$base" --build-a
 b rm "$container-context" > /dev/null
 ok "the Dockerfile builds on $described"
 
-# --- what the image says ----------------------------------------------------------------------------------------------
+# --- what the image says --------------------------------------------------------------------------
 
 config() { b inspect --type image --format "$1" "$image"; }
 mapfile -t entrypoint < <(config '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' | sed '/^$/d')
@@ -154,7 +157,7 @@ left_over=$(find "$root"/{root/.cache,home/flowtrain/.cache,src,tmp,app} -mindep
 check "no cache of pip's, no copy of the source and no temporary file is left in the image" [ -z "$left_over" ]
 echo "size of the image's files: $(du -sh --one-file-system "$root" | cut -f1), of which /opt/venv: $(du -sh "$root/opt/venv" | cut -f1)"
 
-# --- the demo, as the image's user, with mounted volumes --------------------------------------------------------------
+# --- the demo, as the image's user, with mounted volumes ------------------------------------------
 
 # `run [OPTION]... -- ARGUMENT...` is `docker run [OPTION]... IMAGE ARGUMENT...`.
 run() {
@@ -230,12 +233,14 @@ run --user 12345:12345 -v "$dir/other:/app/runs" -- sample --num 4
 check "train and sample work as user 12345, and the files are that user's" \
     [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
-# buildah's chroot isolation has no process namespace. Here the entry point is process 1 of one, as in Docker: such a
-# process gets only the signals it has a handler for.
+# buildah's chroot isolation has no process namespace. Here the entry point is process 1 of a new
+# namespace, as in Docker. Such a process gets only the signals that it has a handler for.
 step "docker stop: SIGTERM to process 1 during train, then the same command again"
-start() { # LOG ARGUMENT...: in the background; sets `init` to the number, outside, of the container's process 1
+# start LOG ARGUMENT...: in the background; sets `init` to the number, outside, of the container's
+# process 1.
+start() {
     local log=$1; shift
     unshare --mount --pid --fork bash -c '
         root=$1 runs=$2 uid=$3 workdir=$4; shift 4
@@ -253,7 +258,9 @@ start() { # LOG ARGUMENT...: in the background; sets `init` to the number, outsi
     done
     fail "no process in the container: $(cat "$log")"
 }
-stop() { # SIGNAL PATTERN LOG: sends the signal once the log has the pattern, waits as long as docker stop would, sets `code`
+# stop SIGNAL PATTERN LOG: sends the signal once the log has the pattern, waits as long as docker stop
+# would, and sets `code`.
+stop() {
     local _
     for _ in $(seq 1800); do
         if grep -q "$2" "$3" || ! kill -0 "$init" 2> /dev/null; then break; fi

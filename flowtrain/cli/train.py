@@ -1,12 +1,18 @@
 """`flowtrain train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
+
+if TYPE_CHECKING:
+    from flowtrain.config import Train
+    from flowtrain.training.dry_run import Cost
+
+MIB = 2**20
 
 
 def _complete_config(incomplete: str) -> list[tuple[str, str]]:
@@ -95,9 +101,52 @@ def train(
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
-        run_dry(settings, target)
+        _print_cost(run_dry(settings, target), settings.train)
         return
     from flowtrain.training.loop import fit
     from flowtrain.training.run_directory import RunDirectory
 
     fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
+
+
+def _print_cost(cost: "Cost", train: "Train") -> None:
+    from flowtrain.system.console import console, duration
+    from flowtrain.training.dry_run import TIMED_STEPS
+
+    total = sum(cost.parameters.values())
+    console.print(f"parameters: {total}")
+    for name, count in cost.parameters.items():
+        console.print(f"  {name}: {count:,} ({100 * count / total:.1f}%)")
+    compute, memory = cost.compute, cost.memory
+    console.print(
+        f"compute: {compute.image / 1e9:.4g} GFLOP of products and convolutions for the likelihood "
+        f"of an image, {100 * compute.conditioners:.1f}% of it in conditioners; "
+        f"{compute.step / 1e9:.4g} GFLOP per training step"
+    )
+    console.print(
+        f"memory: {memory.fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for "
+        f"activations, with {memory.available / MIB:,.0f} MiB available:"
+    )
+    for each in memory.modes:
+        console.print(
+            f"  {each.mode}: {each.needed / MIB:,.0f} MiB for {train.batch_size} images, up to "
+            f"{each.largest_batch:,} images would fit"
+            f"{' (chosen)' if each.mode == train.memory else ''}"
+        )
+    if cost.seconds is None:
+        console.print("speed: not measured, because that would not fit")
+        return
+    console.print(
+        f"speed: {cost.seconds:.3f} s per step, {cost.images / cost.seconds:,.0f} images/s "
+        f"(median of {TIMED_STEPS} steps)"
+    )
+    if train.num_steps is not None:
+        console.print(
+            f"estimated time: {duration(cost.seconds * train.num_steps)} for {train.num_steps:,} "
+            "steps, without validation"
+        )
+    elif train.budget is not None:
+        console.print(
+            f"estimated steps: {train.budget / cost.seconds:,.0f} in {duration(train.budget)}, "
+            "without validation"
+        )

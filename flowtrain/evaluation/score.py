@@ -49,7 +49,7 @@ def fitting_batch_size(flow: Flow) -> int:
     if flow.device.type == "cuda":
         budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
     fitting = min(budget / (ALIVE * largest), LARGEST_BATCH)
-    return 2 ** int(math.log2(max(fitting, 1)))
+    return 1 << int(math.log2(max(fitting, 1)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""`train --dry-run`: what a run will cost, from random pixels, so that nothing is downloaded or
-written.
+"""`train --dry-run`: what a run will cost, measured with random data.
+
+Nothing is downloaded or written.
 """
 
 import dataclasses
@@ -7,9 +8,11 @@ import functools
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from flowtrain.bijections.memory import Mode
@@ -21,27 +24,61 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import available, peak
-from flowtrain.system.console import console, duration
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import is_trainable, optimizer_step, require_trainable, train_step
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # at first, from which follows what a batch of any size takes
-DOUBLED = 1.75  # from here on, what twice the images take is called twice as much
-MIB = 2**20
+MEASURED_IMAGES = 8  # at first; the memory of any batch size follows from a few sizes
+DOUBLED = 1.75  # memory that grows by this factor for twice the images has grown in proportion
 
 
-def dry_run(config: Config, device: torch.device) -> None:
-    """Prints the parameters, the memory and the speed of a run. Raises `UserError` where it could
-    not start.
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations of matrix products and convolutions. A multiplication and an
+    addition are two. What `train.memory` computes again is not counted.
     """
+
+    image: float  # the likelihood of one image
+    conditioners: float  # the share of conditioners in that, 0 to 1
+    step: float  # a training step
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a mode of `train.memory` needs, beside what a run needs in any mode."""
+
+    mode: Mode
+    needed: float  # bytes at the configured batch size
+    largest_batch: int  # that would fit
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    fixed: int  # weights, gradients, the average of the weights and the optimizer's state
+    available: int
+    modes: list[Activations]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will cost."""
+
+    parameters: dict[str, int]  # by class of module, the largest number first
+    compute: Compute
+    memory: Memory
+    seconds: float | None  # per step; None where a batch would not fit into memory
+    images: int  # per step, of all processes
+
+
+def dry_run(config: Config, device: torch.device) -> Cost:
+    """Measures a run without starting it. Raises `UserError` where it could not start."""
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels).to(device)
     require_trainable(flow, config)
-    _print_parameters(flow)
-
     train = config.train
     batch = train.batch_size * train.accumulate
     random = generator(config.seed, Stream.ORDER)
@@ -49,62 +86,55 @@ def dry_run(config: Config, device: torch.device) -> None:
     x = flow.kind.random((batch, *data.shape), random).to(device)
     some = x[:INITIALIZATION_IMAGES]
     initialize(flow, some, draw_noise(some.shape, random, device))
-    averaged = Average(flow, train.ema) if train.ema else None
-    state = State(config, flow, build_optimizers(flow, train), averaged, {})
+    average = Average(flow, train.ema) if train.ema else None
+    state = State(config, flow, build_optimizers(flow, train), average, {})
 
-    _print_compute(state, x)
-    fits = _print_memory(state, x[: train.batch_size], device)
-    if not all(distributed.exchange(fits)):
-        console.print("speed: not measured, for that would not fit")
-        return
-    per_step = _seconds_of_a_step(state, x, labels)
-    images = distributed.world() * batch / per_step
-    console.print(
-        f"speed: {per_step:.3f} s a step, {images:,.0f} images/s (median of {TIMED_STEPS} steps)"
-    )
-    if train.num_steps is not None:
-        console.print(
-            f"estimated time: {duration(per_step * train.num_steps)} for {train.num_steps:,} "
-            f"steps, validation apart"
-        )
-    else:
-        assert train.budget is not None
-        steps = train.budget / per_step
-        console.print(
-            f"estimated steps: {steps:,.0f} in {duration(train.budget)}, validation apart"
-        )
+    compute = _compute(state, x)
+    memory = _memory(state, x[: train.batch_size], device)
+    chosen = next(each for each in memory.modes if each.mode == train.memory)
+    fits = all(distributed.exchange(chosen.largest_batch >= train.batch_size))
+    seconds = _seconds_of_a_step(state, x, labels) if fits else None
+    return Cost(_parameters(flow), compute, memory, seconds, batch * distributed.world())
 
 
-def _seconds_of_a_step(state: State, x: torch.Tensor, labels: torch.Tensor | None) -> float:
-    seconds = []
-    for step in range(TIMED_STEPS + 1):
-        started = time.perf_counter()
-        _, grad_norm = train_step(state, x, labels)
-        optimizer_step(state, grad_norm)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-        if step > 0:  # the first one warms up
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def _parameters(flow: Flow) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for module in flow.modules():
+        if own := sum(p.numel() for p in module.parameters(recurse=False)):
+            name = type(module).__name__
+            counts[name] = counts.get(name, 0) + own
+    return dict(sorted(counts.items(), key=lambda part: -part[1]))
 
 
-def _with_memory(state: State, mode: Mode) -> State:
-    """The same with another `train.memory`. Without optimizers gradients stay, and add up."""
-    train = state.config.train.model_copy(update={"memory": mode})
-    return dataclasses.replace(
-        state, config=state.config.model_copy(update={"train": train}), optimizers=[]
-    )
-
-
-def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
-    """What each mode of `train.memory` takes at this batch size, and the largest batch that would
-    fit.
-
-    Measured with a few images, so that it can be said of too large a batch. Returns whether the
-    chosen mode fits.
-    """
+def _compute(state: State, x: Tensor) -> Compute:
     few = x[:MEASURED_IMAGES]
-    _, grad_norm = train_step(state, few)
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        state.flow(few, torch.full(few.shape, 0.5, device=x.device))
+    counts = {
+        name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
+    }
+    conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
+    own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
+        train_step(_with_memory(state, "store"), few)
+    state.zero_grad()
+    total = max(1, forward.get_total_flops())
+    of_a_step = step.get_total_flops() / len(few) * len(x)
+    return Compute(total / len(few), conditioners / total, of_a_step)
+
+
+def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
+    """Each gradient costs what the convolution does. torch ignores groups when it counts that of
+    the weight.
+    """
+    of_x, of_weight, _ = others[-1]
+    both: int = conv_flop_count(x, weight, grad) * (of_x + of_weight)
+    return both
+
+
+def _memory(state: State, x: Tensor, device: torch.device) -> Memory:
+    """Measured with a few images, so that the answer is known for a batch that would not fit."""
+    _, grad_norm = train_step(state, x[:MEASURED_IMAGES])
     optimizer_step(state, grad_norm)  # makes the optimizers' state
     gradients = sum(p.nbytes for p in state.flow.parameters())
     kept = [
@@ -114,38 +144,31 @@ def _print_memory(state: State, x: torch.Tensor, device: torch.device) -> bool:
         for t in values.values()
     ]
     kept += [] if state.average is None else state.average.flow.parameters()
-    fixed = 2 * gradients + sum(t.nbytes for t in kept)
     free = available(device)
     # The processes of a machine share its memory. All but the activations is there already.
     left = free // distributed.local_world() if device.type == "cpu" else free
-    console.print(
-        f"memory: {fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for "
-        f"activations, "
-        f"with {free / MIB:,.0f} MiB available:"
-    )
-    chosen_fits = True
+    modes = []
     for mode in get_args(Mode):
-        if not is_trainable(state.flow, mode, state.config.train.precision):
-            continue
-        constant, per_image = _activations(_with_memory(state, mode), x, device)
-        needed = constant + per_image * len(x)
-        chosen = mode == state.config.train.memory
-        if chosen:
-            chosen_fits = needed <= left
-        console.print(
-            f"  {mode}: {needed / MIB:,.0f} MiB for {len(x)} images, up to "
-            f"{max(0, left - constant) // per_image:,.0f} "
-            f"images would fit{' (chosen)' if chosen else ''}"
-        )
+        if is_trainable(state.flow, mode, state.config.train.precision):
+            constant, per_image = _activations(_with_memory(state, mode), x, device)
+            largest_batch = int(max(0, left - constant) // per_image)
+            modes.append(Activations(mode, constant + per_image * len(x), largest_batch))
     state.zero_grad()
-    return chosen_fits
+    return Memory(2 * gradients + sum(t.nbytes for t in kept), free, modes)
 
 
-def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[float, float]:
-    """Bytes of a step beyond the gradients, whatever its images, and those for each image.
+def _with_memory(state: State, mode: Mode) -> State:
+    """The same with another `train.memory`. It has no optimizers, so gradients stay and add up."""
+    train = state.config.train.model_copy(update={"memory": mode})
+    return dataclasses.replace(
+        state, config=state.config.model_copy(update={"train": train}), optimizers=[]
+    )
 
-    From two numbers of images, so many that what each takes outweighs the rest (copies of weights,
-    and the like).
+
+def _activations(state: State, x: Tensor, device: torch.device) -> tuple[float, float]:
+    """Bytes of a step beyond the gradients: those of any batch, and those of each image.
+
+    From two batch sizes, so large that the images outweigh the rest, such as copies of weights.
     """
     size = math.ceil(min(MEASURED_IMAGES, len(x)) / 2)
     peaks = [_peak_of_a_step(state, x[:size], device)]
@@ -157,53 +180,23 @@ def _activations(state: State, x: torch.Tensor, device: torch.device) -> tuple[f
     return peaks[-1] - per_image * size, per_image
 
 
-def _peak_of_a_step(state: State, x: torch.Tensor, device: torch.device) -> int:
+def _peak_of_a_step(state: State, x: Tensor, device: torch.device) -> int:
+    """The largest of all processes, so that all of them measure the same batch sizes."""
     step = functools.partial(train_step, state, x)
     step()  # makes what is made once
-    # the same everywhere: all take as many steps
-    return max(distributed.exchange(peak(step, device)))
+    peaks: list[int] = distributed.exchange(peak(step, device))
+    return max(peaks)
 
 
-def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
-    """Each gradient costs what the convolution does. (torch's count of the weight's knows of no
-    groups.)
-    """
-    of_x, of_weight, _ = others[-1]
-    return conv_flop_count(x, weight, grad) * (of_x + of_weight)
-
-
-def _print_compute(state: State, x: torch.Tensor) -> None:
-    """Floating-point operations of matrix products and convolutions; a multiplication and an
-    addition are two.
-    """
-    few = x[:MEASURED_IMAGES]
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        state.flow(few, torch.full(few.shape, 0.5, device=x.device))
-    counts = {
-        name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
-    }
-    conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
-    own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
-        train_step(_with_memory(state, "store"), few)  # what is computed again is not counted
-    state.zero_grad()
-    total = max(1, forward.get_total_flops())
-    console.print(
-        f"compute: {total / len(few) / 1e9:.4g} GFLOP of products and convolutions for the "
-        f"likelihood of an image, "
-        f"{100 * conditioners / total:.1f}% of it in conditioners; "
-        f"{step.get_total_flops() / len(few) * len(x) / 1e9:.4g} GFLOP a training step"
-    )
-
-
-def _print_parameters(flow: Flow) -> None:
-    total = sum(p.numel() for p in flow.parameters())
-    console.print(f"parameters: {total}")
-    parts: dict[str, int] = {}
-    for module in flow.modules():
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        if own:
-            name = type(module).__name__
-            parts[name] = parts.get(name, 0) + own
-    for name, count in sorted(parts.items(), key=lambda part: -part[1]):
-        console.print(f"  {name}: {count:,} ({100 * count / total:.1f}%)")
+def _seconds_of_a_step(state: State, x: Tensor, labels: Tensor | None) -> float:
+    """The median of `TIMED_STEPS` steps."""
+    seconds = []
+    for step in range(TIMED_STEPS + 1):
+        started = time.perf_counter()
+        _, grad_norm = train_step(state, x, labels)
+        optimizer_step(state, grad_norm)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        if step > 0:  # the first one warms up
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

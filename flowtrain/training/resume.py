@@ -88,7 +88,8 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
 
 
 def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
-    return train["batch_size"] * train["accumulate"] * processes
+    images: int = train["batch_size"] * train["accumulate"] * processes
+    return images
 
 
 def start(

@@ -107,11 +107,7 @@ class State:
     def restore(self, saved: Checkpoint) -> None:
         """Takes everything from a checkpoint of a run with this model and optimizer."""
         load_weights(self.flow, saved, "raw")
-        progress = {
-            "window_loss" if key == "window_bits" else key: v
-            for key, v in saved.meta["progress"].items()
-        }
-        self.progress = Progress(**progress)
+        self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
             load_weights(self.evaluated, saved, "ema")
         by_name: dict[str, dict[str, Tensor]] = {}

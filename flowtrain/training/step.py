@@ -78,7 +78,7 @@ def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
     return send(torch.cat(blocks)[start % NOISE_BLOCK :], x.device)
 
 
-def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """bf16 for the conditioners; the data path casts back and does its own products in float32."""
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False

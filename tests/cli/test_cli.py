@@ -513,7 +513,7 @@ def test_dry_run_says_what_a_step_takes(mode, tmp_path):
 
 def test_dry_run_of_what_does_not_fit(tmp_path):
     """No step of the whole batch is tried."""
-    small = "from flowtrain import dryrun; dryrun.available = lambda device: 3 * 2**20"
+    small = "import flowtrain.training.dry_run as dry; dry.available = lambda device: 3 * 2**20"
     options = [*SMALL, *sets(train__batch_size=4096)]
     out = quick("train", *options, "--dry-run", cwd=tmp_path, first=small).ok().out
     assert "with 3 MiB available" in " ".join(out.split()) and "speed: not measured" in out

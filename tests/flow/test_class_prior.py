@@ -309,7 +309,6 @@ def test_a_checkpoint_from_before_there_were_classes(tmp_path):
     saved = checkpoint_format.read(path)
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
     del meta["config"]["model"]["classes"]
-    meta["progress"]["window_bits"] = meta["progress"].pop("window_loss")
     path.unlink()
     checkpoint_format.write(path, meta, saved.tensors)
     quick("train", *options, "--run-dir", "s", "--resume", path, cwd=tmp_path).ok()
