@@ -218,13 +218,6 @@ def data_of(
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
 
 
-def points_of(loaded: "LoadedModel", overrides: list[str] | None = None) -> "torch.Tensor":
-    """Some of the test split of real-valued data, to draw beside samples."""
-    from flowtrain.pictures import draw
-
-    return data_of(loaded, overrides).split("test").take(slice(0, draw.POINTS))
-
-
 def write_json(result: Mapping[str, object], given: str | None, default: Path) -> None:
     """Writes a result to a file, by default to `default`, and says where.
 

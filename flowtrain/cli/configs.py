@@ -1,5 +1,6 @@
-"""Finding configuration files by name. Imports nothing heavy: the command line's help and
-completion use it.
+"""Finds configuration files by name.
+
+It imports nothing heavy, because the command line's help and completion use it.
 """
 
 from pathlib import Path
@@ -10,8 +11,8 @@ DEMO = "glow_digits.yaml"
 
 
 def config_folders() -> list[Path]:
-    """Where a bare name is looked up: `configs/` here, in the installed package, or beside it in a
-    checkout.
+    """Where a bare name is looked up: in `configs/` here, in the installed package, and beside the
+    package in a checkout.
     """
     package = Path(__file__).resolve().parents[1]
     return [Path("configs"), package / "configs", package.parent / "configs"]
@@ -31,8 +32,9 @@ def headline(path: Path) -> str:
 
 
 def find_config(name: str) -> Path:
-    """`name` as given, then in `configs/`, then among the shipped ones. Raises `UserError` where
-    there is none.
+    """Looks for `name` as given, then in `configs/`, then among the shipped ones.
+
+    Raises `UserError` where there is none.
     """
     for candidate in [Path(name), *(folder / name for folder in config_folders())]:
         if candidate.is_file():

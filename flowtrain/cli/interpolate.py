@@ -31,17 +31,17 @@ EPILOG = (
 def interpolate(
     model: ModelArgument = None,
     pairs: Annotated[
-        int, typer.Option("--pairs", min=1, help="Pairs of test images, a row each.")
+        int, typer.Option("--pairs", min=1, help="Number of pairs of test images, one row each.")
     ] = 4,
     steps: Annotated[
-        int, typer.Option("--steps", min=2, help="Images in a row, the ends included.")
+        int, typer.Option("--steps", min=2, help="Images per row, the ends included.")
     ] = 8,
     files: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             "--images",
             metavar="A B",
-            help="Between two image files of your own.",
+            help="Interpolate between two image files of your own.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +51,7 @@ def interpolate(
             "--from-class",
             min=0,
             metavar="A",
-            help="Move images of this class...",
+            help="Move images of this class to the class --to-class.",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +61,7 @@ def interpolate(
             "--to-class",
             min=0,
             metavar="B",
-            help="... by the difference of the mean latents.",
+            help="Move images to this class, by the difference of the mean latents.",
             show_default=False,
         ),
     ] = None,
@@ -82,8 +82,9 @@ def interpolate(
 ) -> None:
     """Walk between images through the latent space. Images of the data come back exactly.
 
-    Between two of your own, or random test images; or, with --from-class and --to-class, from the
-    first test images of one class along the difference of the two classes' mean latents.
+    The ends are two images of your own, or random pairs of test images. With --from-class and
+    --to-class, the first test images of one class move along the difference of the two classes'
+    mean latents.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import draw, grid

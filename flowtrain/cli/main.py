@@ -1,4 +1,4 @@
-"""The command line: the commands in the order of `--help`."""
+"""The command line: all commands, in the order of `--help`."""
 
 import os
 import signal
@@ -64,10 +64,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    # Process 1 of a container gets no signal that it has no handler for. `train` puts its own in
-    # place.
+    # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
-    # What Apple's GPUs lack, such as the normal quantiles of variational dequantization, runs on
-    # the CPU. torch reads this when it is imported.
+    # Operations that Apple's GPUs lack, such as the normal quantiles of variational dequantization,
+    # run on the CPU. torch reads this variable when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     app(prog_name="flowtrain")

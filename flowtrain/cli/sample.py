@@ -35,8 +35,8 @@ def sample(
         typer.Option(
             "--num",
             min=1,
-            help="Images for each temperature.",
-            show_default="64; 2000 points; 8 a class",
+            help="Number of images per temperature.",
+            show_default="64; 2000 points; 8 per class",
         ),
     ] = None,
     temperature: Annotated[
@@ -45,7 +45,7 @@ def sample(
             "--temperature",
             min=0,
             metavar="T",
-            help="Repeatable, a row each; 0 is the mode of the base.",
+            help="Repeatable, one row each; 0 is the mode of the base.",
             show_default="1.0",
         ),
     ] = None,
@@ -54,8 +54,8 @@ def sample(
         typer.Option(
             "--classes",
             metavar="0,1,...",
-            help="Of a class-conditional model: a row each.",
-            show_default="by turns",
+            help="For a class-conditional model: one row per class.",
+            show_default="all in turn",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -65,22 +65,18 @@ def sample(
         typer.Option(
             "--out",
             metavar="FILE.png|.npz",
-            help="A picture, or the images.",
+            help="A picture, or the images as arrays.",
             show_default="sample.png in the run",
         ),
     ] = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw images from a trained flow. One seed gives the same images, however many are drawn.
+    """Draw images from a trained flow. A seed gives the same first images, however many are drawn.
 
-    Points of the plane or the sphere are shown beside the data and the log-density, and below how
-    the base density is carried to the data, layer by layer.
+    Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
+    shows how the flow carries the base density to the data, layer by layer.
     """
-    import io
-
-    import numpy as np
-
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import draw, grid
     from flowtrain.pictures import sample as sampling
@@ -99,16 +95,7 @@ def sample(
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
-        buffer = io.BytesIO()
-        rows = max(1, len(labels))
-        arrays = {
-            "images": drawn.movedim(1, -1).numpy(),
-            "temperature": np.repeat(temperatures, rows * num),
-        }
-        if labels:
-            arrays["classes"] = np.tile(np.repeat(labels, num), len(temperatures))
-        np.savez_compressed(buffer, **arrays, seed=seed, **flow.kind.npz())  # type: ignore[arg-type]
-        save(path, buffer.getvalue())
+        save(path, sampling.npz(flow, drawn, temperatures, seed, labels))
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
         drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))

@@ -8,8 +8,8 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from flowtrain.bijections.execution import FUSED, Executor, call, opposite
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import Watching, layers_of, short_name
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
@@ -160,6 +160,42 @@ def worst(findings: list[Finding]) -> list[Finding]:
     checks = list(BOUNDS)
     bad = [finding for finding in findings if finding.verdict == "bad"]
     return sorted(bad, key=lambda finding: (checks.index(finding.check), -finding.severity))
+
+
+def count(findings: list[Finding]) -> dict[Verdict, int]:
+    """How many findings have each verdict."""
+    verdicts: tuple[Verdict, ...] = ("ok", "watch", "bad")
+    return {kind: sum(finding.verdict == kind for finding in findings) for kind in verdicts}
+
+
+def require_none_bad(findings: list[Finding]) -> None:
+    """Raises `RunError` naming the layers of the bad findings, the worst first."""
+    bad = worst(findings)
+    if not bad:
+        return
+    names = list(dict.fromkeys(finding.layer or "the whole model" for finding in bad))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise RunError(
+        f"{len(bad)} of {len(findings)} findings are bad, the worst first: "
+        f"{', '.join(names[:5])}{more}"
+    )
+
+
+def as_json(
+    findings: list[Finding], model: LoadedModel, data: DataSet, num_images: int, seed: int
+) -> dict[str, Any]:
+    """The content of `doctor.json`, from what `examine` was called with and has found."""
+    return {
+        "verdict": overall(findings),
+        "counts": count(findings),
+        "checkpoint": str(model.checkpoint.path),
+        "weights": model.weights,
+        "step": model.checkpoint.meta["step"],
+        "dataset": data.config.name,
+        "num_images": min(num_images, len(data.split("test"))),
+        "seed": seed,
+        "findings": [asdict(finding) for finding in findings],
+    }
 
 
 @torch.no_grad()

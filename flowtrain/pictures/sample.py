@@ -1,7 +1,10 @@
 """Samples at several temperatures."""
 
+import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,3 +45,22 @@ def sample(
             images.append(flow.decode(part).cpu())
             progress(sum(map(len, images)), len(latents) * len(temperatures))
     return torch.cat(images)
+
+
+def npz(
+    flow: Flow, drawn: Tensor, temperatures: Sequence[float], seed: int, classes: Sequence[int] = ()
+) -> bytes:
+    """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
+    each and, where `classes` were asked for, its class.
+    """
+    num = len(drawn) // (len(temperatures) * max(1, len(classes)))
+    arrays: dict[str, Any] = {
+        "images": drawn.movedim(1, -1).numpy(),
+        "temperature": np.repeat(temperatures, len(drawn) // len(temperatures)),
+    }
+    if classes:
+        arrays["classes"] = np.tile(np.repeat(classes, num), len(temperatures))
+    arrays |= {"seed": seed, **flow.kind.npz()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

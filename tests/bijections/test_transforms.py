@@ -222,7 +222,7 @@ def knots(transform, parameters):
     """x, z and derivative of the knots by the formulas, `(B, K + 1)` each, of one entry with `(B,
     P)`.
     """
-    k, bound = transform.bins, transform.bound
+    k, bound = transform.bins, transform.tail_bound
     places = []
     for raw in (parameters[:, :k], parameters[:, k : 2 * k]):
         sizes = 2 * bound * (1e-3 + (1 - 1e-3 * k) * raw.softmax(1))
