@@ -44,7 +44,6 @@ def main() -> None:
     split = Split(x.numpy(), np.arange(len(x)), 0)
     noise = noise_of_each(len(x), flow.shape)
     contenders: dict[str, Callable[[], object]] = {
-        # type: ignore[misc]
         f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)
         for size in options.batch_sizes
     }

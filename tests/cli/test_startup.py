@@ -8,12 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from cli_helpers import SMALL, result, sets, start, trained
 from helpers import REPOSITORY
-from torchvision.utils import make_grid
 
-from flowtrain.pictures import grid
 from flowtrain.system import allocator
 
 HEAVY = {
@@ -83,15 +80,6 @@ def test_importing_the_package_is_light():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "count, channels, columns", [(64, 3, 8), (7, 1, 3), (2, 3, 5), (5, 1, 1), (1, 1, 4), (1, 3, 1)]
-)
-def test_a_grid_is_that_of_torchvision(count, channels, columns):
-    x = torch.randint(0, 256, (count, channels, 40, 33), dtype=torch.uint8)
-    expected = make_grid(x, nrow=columns, padding=2, pad_value=64)
-    assert torch.equal(grid.grid(x, 256, columns), expected)
 
 
 # --- flowtrain/allocator.py -----------------------------------------------------------------------
