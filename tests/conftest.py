@@ -5,6 +5,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
+from types import CodeType, FunctionType
+
+HERE = str(Path(__file__).parent)
 
 
 def pytest_configure(config):
@@ -32,12 +36,12 @@ def pytest_collection_modifyitems(items):
 
 
 def reaches(function, targets, known):
-    """Does the function, or one of those that it names, name a target?"""
+    """Does the function, or one of the tests' that it names, name a target?"""
     if function not in known:
         known[function] = False  # for functions that name themselves
         codes = [function.__code__]
         for code in codes:
-            codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         named = [
             inspect.unwrap(function.__globals__[name])  # of functools.cache, too
             for code in codes
@@ -46,7 +50,8 @@ def reaches(function, targets, known):
         ]
         known[function] = any(
             any(value is target for target in targets)
-            or hasattr(value, "__code__")
+            or isinstance(value, FunctionType)
+            and value.__code__.co_filename.startswith(HERE)
             and reaches(value, targets, known)
             for value in named
         )

@@ -20,7 +20,7 @@ DERIVATIVE_LIMIT = -math.log(MIN_DERIVATIVE)
 
 
 class SplineTransform(Transform):
-    """A monotone rational-quadratic spline on `[-bound, bound]`, the identity outside (eq. 4-8).
+    """A monotone rational-quadratic spline on `[-tail_bound, tail_bound]` (eq. 4-8).
 
     The transform takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights
     before their softmax, and an `h` for the derivative at each inner knot. The log-derivative there
@@ -29,29 +29,29 @@ class SplineTransform(Transform):
     No log-derivative is outside [-23, 8.3]. In both directions the map is twice differentiable
     inside a bin, and once at a knot. Raises `ValueError` unless `1 <= bins <= MAX_BINS`.
 
-    The default bound suits data of unit variance: of a normal distribution, a share of 6e-5 lies
-    outside. `free_ends` is for entries that never leave `[-bound, bound]`. It makes the derivatives
-    at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which fixes the
-    density there.
+    Outside it is the identity. The default suits data of unit variance: of a normal distribution, a
+    share of 6e-5 lies outside. `free_ends` is for entries that never leave the interval. It makes
+    the derivatives at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which
+    fixes the density there.
     """
 
-    def __init__(self, bins: int = 8, bound: float = 4.0, free_ends: bool = False):
+    def __init__(self, bins: int = 8, tail_bound: float = 4.0, free_ends: bool = False):
         super().__init__()
         if not 1 <= bins <= MAX_BINS:
             raise ValueError(f"{bins} bins: expected 1 to {MAX_BINS}")
         self.bins = bins
-        self.bound = bound
+        self.tail_bound = tail_bound
         self.parameters_per_entry = 3 * bins + (1 if free_ends else -1)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(x, parameters, 0)
-        xi = (x.clamp(-self.bound, self.bound) - left) / width
+        xi = (x.clamp(-self.tail_bound, self.tail_bound) - left) / width
         z = bottom + height * _numerator(xi, start) / _denominator(xi, start, end)
         return self._inside(x, z, _log_derivative(xi, height / width, start, end))
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(z, parameters, 1)
-        eta = (z.clamp(-self.bound, self.bound) - bottom) / height
+        eta = (z.clamp(-self.tail_bound, self.tail_bound) - bottom) / height
         # Eq. 29 is xi = 2 c / (-b - sqrt(b^2 - 4 a c)). Divided by slope * height, b is
         # difference + 2 eta, c is -eta, and b^2 - 4 a c is a sum of two positive terms.
         difference = start * (1 - eta) - end * eta
@@ -70,7 +70,7 @@ class SplineTransform(Transform):
         multiples of the slope `height / width`. Each has the shape of `values`.
         """
         raw = self._unflatten(parameters)
-        knots, derivatives = _Lookup.apply(values, raw, self.bins, self.bound, axis)
+        knots, derivatives = _Lookup.apply(values, raw, self.bins, self.tail_bound, axis)
         left, right, bottom, top = knots.flatten(1, 2).unbind(1)
         width, height = right - left, top - bottom
         derivatives = gated_log_scale(
@@ -87,8 +87,8 @@ class SplineTransform(Transform):
     def _inside(
         self, given: Tensor, result: Tensor, log_derivative: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The result inside of `[-bound, bound]`, and the identity outside."""
-        outside = given.abs() >= self.bound  # False for NaN
+        """The result inside of `[-tail_bound, tail_bound]`, and the identity outside."""
+        outside = given.abs() >= self.tail_bound  # False for NaN
         return torch.where(outside, given, result), log_derivative.masked_fill(outside, 0)
 
 
@@ -172,22 +172,22 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, raw: Tensor, bins: int, bound: float, axis: int
+        ctx: Any, values: Tensor, raw: Tensor, bins: int, tail_bound: float, axis: int
     ) -> tuple[Tensor, Tensor]:
         shares = raw[:, : 2 * bins].unflatten(1, (2, bins)).softmax(dim=2)
         number = torch.arange(1, bins, dtype=raw.dtype, device=raw.device).view(
             -1, *[1] * (raw.ndim - 2)
         )
-        ctx.factor = 2 * bound * (1 - bins * MIN_SIZE)
+        ctx.factor = 2 * tail_bound * (1 - bins * MIN_SIZE)
         knots = (
             shares[:, :, :-1]
             .cumsum(dim=2)
             .mul_(ctx.factor)
-            .add_(number * (2 * bound * MIN_SIZE) - bound)
+            .add_(number * (2 * tail_bound * MIN_SIZE) - tail_bound)
         )
         index = (values[:, None] >= knots[:, axis]).sum(dim=1, keepdim=True)  # (B, 1, C, ...)
         both = torch.cat([index, index + 1], dim=1)
-        edge = torch.full_like(shares[:, :, :1], bound)
+        edge = torch.full_like(shares[:, :, :1], tail_bound)
         knots = torch.cat([-edge, knots, edge], dim=2).gather(2, torch.stack([both, both], dim=1))
         derivatives = raw[:, 2 * bins :]
         ctx.free_ends = derivatives.shape[1] > bins

@@ -184,7 +184,7 @@ def require_none_bad(findings: list[Finding]) -> None:
 def as_json(
     findings: list[Finding], model: LoadedModel, data: DataSet, num_images: int, seed: int
 ) -> dict[str, Any]:
-    """The content of `doctor.json`, from what `examine` was called with and has found."""
+    """The content of `doctor.json`: the findings, and what `examine` was called with."""
     return {
         "verdict": overall(findings),
         "counts": count(findings),

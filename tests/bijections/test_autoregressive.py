@@ -1,6 +1,4 @@
-"""Masked autoregressive layers: what an entry may depend on, the inverse one entry after the other,
-and IAF.
-"""
+"""Masked autoregressive layers: their dependencies, their sequential inverse, and IAF."""
 
 import pytest
 import torch
@@ -53,9 +51,7 @@ def context_of(features, batch):
 
 
 def entry_after_entry(layer, z, context):
-    """The inverse as it stands in the paper (MAF, eq. 4): a whole pass of the conditioner for each
-    entry.
-    """
+    """The inverse as in the paper (MAF, eq. 4): a whole pass of the conditioner per entry."""
     x = torch.zeros_like(z)
     for d in range(z.shape[1]):
         x = torch.where(
@@ -67,7 +63,7 @@ def entry_after_entry(layer, z, context):
 
 
 def test_reversible_is_refused_in_bf16():
-    """The input that float32 gives back is not the one of which bf16 has made the output."""
+    """The inverse in float32 does not give back the input from which bf16 computed the output."""
     for model in ("maf", "iaf"):
         flow, train = tiny_flow(model), {"memory": "reversible", "precision": "bf16"}
         with pytest.raises(UserError, match="train.memory: reversible"):
@@ -85,13 +81,13 @@ def test_reversible_is_refused_in_bf16():
 @every_size
 def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, context_features):
     net = net_of(dims, width, hidden_layers, context_features)
-    points = some(20, dims)  # no unit sleeps at all of them
+    points = some(20, dims)  # every ReLU is active at one of them
     context = context_of(context_features, len(points))
-    # P, of, by
+    # Dimensions: the parameter, its entry, the entry of x.
     found = jacobian(lambda x: net(x, context).sum(0), points).abs().amax(1).view(2, dims, dims)
     before = torch.ones(dims, dims).tril(-1).bool()
     assert (found[:, ~before] == 0).all()
-    # Few units leave out some, but the last entry sees all that there are.
+    # With few units some dependencies are missing, but the last entry depends on all others.
     assert (
         found[:, before if width > dims else before & (torch.arange(dims)[:, None] == dims - 1)] > 0
     ).all()
@@ -99,7 +95,7 @@ def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, con
 
 @every_size
 def test_every_unit_can_matter(dims, width, hidden_layers, context_features):
-    """Units by degree, evenly: each sees something, and something sees it."""
+    """Units are divided evenly among degrees. Each has inputs and is an input of the next layer."""
     net = net_of(dims, width, hidden_layers, context_features)
     assert sum(net.units) == width and len(net.units) == dims
     present = [n for n in net.units if n]
@@ -134,7 +130,7 @@ def test_masked_weights_start_by_what_they_see():
     x = some(200, 300).float()
     with torch.no_grad():
         spread = (layer(x) - layer.bias).std(0)
-    # Each unit varies alike, however little it sees: by 1 / sqrt(3), as torch's units that see all.
+    # Each unit has the standard deviation of torch's units, 1 / sqrt(3), however little it sees.
     for some_units in (spread[2:60], spread[-60:]):
         assert some_units.square().mean().sqrt().item() == pytest.approx(3**-0.5, rel=0.1)
     assert "mask" not in layer.state_dict()
@@ -194,7 +190,7 @@ def test_gradients_of_the_inverse():
 
 
 def test_inverse_computes_each_unit_once(monkeypatch):
-    """In all, the arithmetic of one pass: without the masked weights, even half of it."""
+    """The multiplications are those of one pass without the masked weights, about half."""
     dims, width = 64, 96
     layer = MaskedAutoregressive(net_of(dims, width, 2, 0), AffineTransform())
     products = []
@@ -257,9 +253,7 @@ def test_samples_are_decoded_to_what_was_encoded(name):
     assert torch.equal(flow.decode(flow.encode(x)), x)
 
 
-def test_who_is_sequential():
-    """The one whose inverse takes an entry at a time says so, and `evaluate` leaves its
-    reconstruction out.
-    """
+def test_which_inverse_is_sequential():
+    """For a model with a sequential inverse, `evaluate` leaves out the reconstruction."""
     flows = {name: tiny_flow(name) for name in ("maf", "iaf", "glow", "realnvp", "nice")}
     assert {name for name, flow in flows.items() if flow.bijection.inverse_is_sequential} == {"maf"}

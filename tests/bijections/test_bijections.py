@@ -1,4 +1,4 @@
-"""The bijection contract, for every layer and model; then what single layers promise beyond it."""
+"""The contract of bijections, for each layer and model, then the promises of single layers."""
 
 import copy
 import importlib
@@ -59,7 +59,7 @@ def model(name, shape, **options):
 
 
 def multiscale():
-    """Two levels of 2 channels by hand, the second prior conditioned on the context."""
+    """Two levels by hand, the second of whose priors is conditioned on the context."""
     return Multiscale(
         [Sequential(Squeeze(), Conv1x1LU(8)), Sequential(ActNorm((4, 1, 1)))],
         [
@@ -75,10 +75,10 @@ def autoregressive(dims, transform, width=7, hidden_layers=1, context=0):
     return MaskedAutoregressive(net, transform)
 
 
-# The data of these are points of a surface, of which a Jacobian is not square: in test_sphere.py.
+# These take points of a surface, so their Jacobians are not square. test_sphere.py tests them.
 OF_SURFACES = {"SphereToAngles", "AnglesToNormal", "sphere"}
 
-# name: how to build it, the shape of an example, and of its context
+# For each name: how to build it, the shape of an example, and that of its context.
 LAYERS = {
     "actnorm-1d": (lambda: ActNorm((5,)), (5,), None),
     "actnorm-3d": (lambda: ActNorm((3, 1, 1)), (3, 2, 4), None),
@@ -261,7 +261,7 @@ LAYERS = {
     "sequential-empty": (Sequential, (4, 2, 2), None),
     "continuous": (lambda: Continuous(Dynamics(5, 6, 2), "dopri8", 1e-12, 1e-12), (5,), None),
 }
-# Their layers are above. What is left to prove is what joins them.
+# The layers of these models are tested above. These rows test what joins them.
 MODELS = {
     "glow": (lambda: model("glow", (1, 4, 4)), (1, 4, 4), None),
     "glow-rgb": (
@@ -340,7 +340,7 @@ B = 3
 
 
 def a_row(name, dtype=torch.float32, batch=B, seed=0):
-    """The bijection with all its parameters moved, an input and a context."""
+    """The bijection of a row with all its parameters moved, an input and a context."""
     build, shape, context_shape = TABLE[name]
     torch.manual_seed(seed)
     bijection = ready(perturb(build(), seed=seed)).to(dtype)
@@ -363,8 +363,7 @@ def test_every_bijection_is_in_the_table():
         for cls in subclasses(Bijection)
         if cls.__module__.startswith("flowtrain.bijections") and cls.__name__[0] != "_"
     }
-    # What others inherit from, and what only a Sequential makes (tested below, and in each row with
-    # one).
+    # Base classes, and the class that only `fuse` creates (tested below, and by rows with a chain).
     concrete -= {Bijection, Container, SetFromData, LinearChannels, FusedLinear}
     tested = {type(build()) for build, _, _ in LAYERS.values()}
     concrete = {cls for cls in concrete if cls.__name__ not in OF_SURFACES}
@@ -390,7 +389,7 @@ def test_round_trip_both_ways(name, dtype, tolerance):
         back, inverse_log_det = bijection.inverse(z, context)
         torch.testing.assert_close(back, x, rtol=0, atol=tolerance)
         torch.testing.assert_close(inverse_log_det, -log_det, rtol=0, atol=tolerance)
-        # And from latents that no data gave.
+        # The same from latents that do not come from data.
         z = torch.randn(z.shape, generator=seeded(3), dtype=dtype)
         x, log_det = bijection.inverse(z, context)
         again, forward_log_det = bijection(x, context)
@@ -410,7 +409,7 @@ def test_log_det_is_that_of_the_jacobian(name):
             lambda v, f=function: f(v, context)[0], point, vectorize=True
         )
         jacobian = jacobian.reshape(2, dims, 2, dims)
-        # No example sees another one.
+        # No example depends on another.
         assert jacobian[0, :, 1].count_nonzero() == jacobian[1, :, 0].count_nonzero() == 0
         expected = torch.stack(
             [torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(2)]
@@ -422,7 +421,7 @@ def test_log_det_is_that_of_the_jacobian(name):
 
 @layer_row
 def test_log_det_does_not_see_batch_mates(name):
-    # The Jacobian of z says nothing about a log-determinant that is a mean over the batch.
+    # The Jacobian of z would not show a log-determinant that is a mean over the batch.
     bijection, x, context = a_row(name, torch.float64)
     with torch.no_grad():
         together = bijection(x, context)
@@ -473,7 +472,7 @@ def test_state_survives_loading(name):
     bijection, x, context = a_row(name)
     build, _, _ = TABLE[name]
     torch.manual_seed(99)
-    other = build()  # other permutations and rotations, and not initialized
+    other = build()  # with other permutations and rotations, and not initialized
     other.load_state_dict(copy.deepcopy(bijection.state_dict()))
     with torch.no_grad():
         for function, same in (
@@ -510,7 +509,7 @@ def test_autocast_leaves_the_data_path_in_float32(name):
 
 
 def gradients(bijection, x, context, executor):
-    """Of the parameters, the input and the context, by one executor; and the result."""
+    """Gradients of the parameters, the input and the context by one executor, and the result."""
     bijection.zero_grad()
     inputs = [t.clone().requires_grad_() for t in (x, context) if t is not None]
     z, log_det = bijection.through(executor, "forward", *inputs)
@@ -523,8 +522,9 @@ def gradients(bijection, x, context, executor):
 
 @layer_row
 def test_gradients_are_those_of_finite_differences(name):
-    """Along one direction of all there is. (A determinant does not see the gradient through a
-    conditioner.)
+    """Checks the slope along one random direction of parameters, input and context.
+
+    (The test of log-determinants does not depend on gradients through a conditioner.)
     """
     bijection, x, context = a_row(name, torch.float64)
     grads, _ = gradients(bijection, x, context, FUSED)
@@ -563,8 +563,8 @@ def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_reversible_gradients_at_paper_depth(coupling, bf16):
-    """In bf16 they differ by about what bf16 costs anyway: an input that is off by an ulp may round
-    elsewhere.
+    """In bf16 they differ by about bf16's own error, because inputs that are off by an ulp round
+    differently.
     """
     torch.manual_seed(0)
     bijection = model("glow", (3, 32, 32), levels=3, steps=32, width=16, coupling=coupling)
@@ -585,7 +585,7 @@ def test_reversible_gradients_at_paper_depth(coupling, bf16):
 
 @pytest.mark.parametrize("mode, times", [("store", 1), ("checkpoint", 2), ("reversible", 2)])
 def test_layers_are_recomputed_when_asked_for(mode, times):
-    """With the inverse, too, a conditioner is computed twice, and not three times."""
+    """A conditioner is computed twice, not three times, although `reversible` also inverts."""
     bijection, x, _ = a_row("glow")
     calls = []
     bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(
@@ -610,7 +610,7 @@ def test_memory_against_depth(mode):
         flow = ready(model("glow", (3, 16, 16), levels=1, steps=steps, width=64))
         x = torch.rand(64, 3, 16, 16)
         taken = peak(lambda: gradients(flow, x, None, executor_of(mode)), torch.device("cpu"))
-        return taken - sum(p.nbytes for p in flow.parameters())  # the gradients
+        return taken - sum(p.nbytes for p in flow.parameters())  # without the gradients
 
     growth = activations(24) / activations(4)
     assert growth < 1.05 if mode == "reversible" else growth > 2
@@ -672,7 +672,7 @@ def test_fused_layers_raise_until_they_are_initialized():
 
 
 def test_integer_relu_is_relu():
-    """Of every bfloat16 number there is: infinities, both zeros, NaN of either sign, denormals."""
+    """For every bfloat16: also infinities, both zeros, NaN of either sign, and denormals."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     torch.testing.assert_close(relu_(x.clone()), torch.relu(x), rtol=0, atol=0, equal_nan=True)
     leaf = torch.randn(50, generator=seeded()).bfloat16().requires_grad_()
@@ -702,7 +702,7 @@ def test_actnorm_raises_until_it_is_initialized():
             direction(x)
     layer.initialize(x)
     layer(x), layer.inverse(x)
-    # Loading a state that is not initialized takes it back.
+    # Loading a state that is not initialized undoes the initialization.
     layer.load_state_dict(ActNorm((3, 1, 1)).state_dict())
     for direction in (layer.forward, layer.inverse):
         with pytest.raises(RuntimeError, match="not initialized"):
@@ -736,7 +736,7 @@ def test_actnorm_with_a_constant_channel():
     for values in (*layer(x), *layer.inverse(torch.randn(4, 3, 2, 2))):
         assert torch.isfinite(values).all()
     assert layer(x)[0].abs().max() < 10
-    # With dequantization noise the channel is brought to the size of the others.
+    # With dequantization noise the constant channel is scaled to the size of the others.
     noisy = x.clone()
     noisy[:, 1] += torch.rand(10, 2, 2, generator=seeded()) / 256
     layer = ActNorm((3, 1, 1))
@@ -768,7 +768,7 @@ def test_whitening(layer):
     pixels = convolution(x)[0].detach().movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(torch.cov(pixels.T), torch.eye(4), rtol=0, atol=1e-3)
     weight = convolution.mixing_matrix().clone()
-    convolution.initialize(3 * x.flip(1))  # once only
+    convolution.initialize(3 * x.flip(1))  # has no effect the second time
     assert torch.equal(convolution.mixing_matrix(), weight)
 
 
@@ -792,9 +792,7 @@ def test_whitening_of_degenerate_channels_is_finite(layer, spoil):
 
 @pytest.mark.parametrize("pixels", [1, 5, 8, 16])
 def test_whitening_from_few_pixels(pixels):
-    """What did not vary among them is not blown up in images that layers have not seen, layer after
-    layer.
-    """
+    """Directions without variance in the few pixels are not blown up, layer by layer, in others."""
     channels = 8
     mixing = torch.randn(channels, channels, generator=seeded())
     x = torch.einsum(
@@ -859,7 +857,7 @@ def test_learned_log_scales_are_bounded_both_ways(build, raw):
         z, log_det = layer(x)
         back, _ = layer.inverse(x)
     assert log_det.abs().max() <= 3 * 4 * LOG_SCALE_LIMIT + 1e-3
-    # A 1x1 convolution has triangular factors too, on which the scale acts up to three times over.
+    # A 1x1 convolution also has triangular factors, so that the scale may act up to three times.
     limit = math.exp(LOG_SCALE_LIMIT) ** (3 if isinstance(layer, Conv1x1LU) else 1) * 10
     assert z.abs().max() < limit and back.abs().max() < limit
 
@@ -933,7 +931,7 @@ def test_split_latents_are_the_levels():
     parts = bijection.split_latents(z)
     assert [tuple(part.shape) for part in parts] == [(B, 4, 2, 2), (B, 4, 2, 2)]
     assert torch.equal(torch.cat([part.flatten(1) for part in parts], dim=1), z)
-    # The first level's latent leaves before the second level: the second has no say in it.
+    # The first level's latent leaves before the second level, and so does not depend on it.
     with torch.no_grad():
         bijection.levels[1].layers[0].shift += 1
     changed = bijection.split_latents(bijection(x, context)[0])
@@ -941,7 +939,7 @@ def test_split_latents_are_the_levels():
 
 
 def test_a_singular_plain_convolution_gives_nan():
-    """Not an exception: evaluation counts what is not finite, and decoding names it."""
+    """It does not raise: evaluation counts values that are not finite, and decoding names them."""
     layer = flowtrain.bijections.Conv1x1(3)
     with torch.no_grad():
         layer.matrix.zero_()

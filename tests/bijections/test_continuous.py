@@ -1,6 +1,4 @@
-"""Continuous flows: an equation with a known solution, the trace and its estimate, batches,
-gradients, the command.
-"""
+"""Continuous flows: known solutions, the trace and its estimate, batches, gradients, commands."""
 
 import json
 import math
@@ -56,8 +54,9 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
 def test_a_linear_equation(solver):
-    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, which is one matrix exponential; the
-    log-determinant is tr A.
+    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, and the log-determinant is tr A.
+
+    One matrix exponential computes x(1).
     """
     a = torch.randn(3, 3, generator=seeded(), dtype=torch.float64)
     b = torch.randn(3, generator=seeded(1), dtype=torch.float64)
@@ -107,7 +106,7 @@ def test_more_evaluations_for_less_error():
         layer = layer_of(4, scale=1.0, rtol=tolerance, atol=tolerance)
         calls = []
         layer.conditioner.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        for _ in range(2):  # counted anew each time
+        for _ in range(2):  # the count starts anew each time
             calls.clear()
             layer(x)
             assert layer.evaluations == len(calls)
@@ -137,7 +136,7 @@ def test_stages_are_on_the_way():
     assert len(stages) == STAGES + 1 and torch.equal(stages[0], z) and not stages[-1].requires_grad
     with torch.no_grad():
         torch.testing.assert_close(stages[-1], layer.inverse(z)[0], rtol=0, atol=1e-10)
-        # The velocity at a moment, from its neighbours.
+        # The velocity at one time, from the stages before and after it.
         middle = STAGES // 2
         velocity, _ = layer.conditioner(
             torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64)
@@ -169,12 +168,12 @@ def test_the_trace_is_that_of_the_jacobian():
 
 
 def test_the_estimate_is_unbiased():
-    """Over many probes of one point, within a few standard errors of the exact value."""
+    """The mean over many probes of a point is within a few standard errors of the exact value."""
     layer = layer_of(20, 16, trace="hutchinson")
     x = torch.randn(1, 20, generator=seeded())
     with torch.no_grad():
         exact = layer(x)[1].item()
-    # The same point up to rounding, with other signs.
+    # Almost the same point many times, each with other signs.
     near = (x + 1e-6 * torch.randn(4000, 20, generator=seeded(1))).requires_grad_()
     estimates = layer(near)[1].detach()
     error = estimates.std().item() / math.sqrt(4000)
@@ -196,9 +195,7 @@ def test_when_the_trace_is_exact(trace, dims):
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint"])
 def test_computing_again_uses_the_same_signs(mode):
-    """In the forward pass of `train.memory: checkpoint` no gradient is recorded, but one is to
-    come.
-    """
+    """`checkpoint` records no graph in its forward pass, but needs the signs of the backward."""
     chain, x = Sequential(layer_of(20, trace="hutchinson")), torch.randn(4, 20, generator=seeded())
     log_dets = []
     for current in ("store", mode):
@@ -222,7 +219,7 @@ def test_signs_are_a_function_of_the_example():
     }
     assert signs.dtype == x.dtype and torch.equal(random_signs(x[7:9]), signs[7:9])
     moved = random_signs(torch.nextafter(x, x + 1))
-    for other in (moved, signs.roll(1, 0)):  # as good as independent
+    for other in (moved, signs.roll(1, 0)):  # practically independent
         assert abs((signs * other).mean().item()) < 4 / math.sqrt(signs.numel())
     assert signs.mean(0).abs().max() < 5 / math.sqrt(500)
 
@@ -231,9 +228,7 @@ def test_signs_are_a_function_of_the_example():
 
 
 def test_batch_mates_change_nothing_beyond_rounding():
-    """Below 1e-5 bits/dim with the default tolerances, though steps are those that the worst of
-    them needs.
-    """
+    """Differences are below 1e-5 bits/dim with the default tolerances, despite common steps."""
     layer = layer_of(64, 16, scale=0.5)
     x = torch.randn(20, 64, generator=seeded())
 
@@ -270,7 +265,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
     x = torch.randn(4, 3, generator=seeded()).requires_grad_()
     z, log_det = layer(x)
     assert z.isnan().all() and log_det.isnan().all() and z.shape == x.shape
-    log_det.sum().backward()  # the trainer looks at the loss after it
+    log_det.sum().backward()  # the trainer checks the loss only after the backward pass
     with torch.no_grad():
         layer.conditioner.layers[0].weight.fill_(math.nan)
     assert layer(x)[0].isnan().all()
@@ -309,7 +304,7 @@ def test_size_by_hand():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
-    """In float32, with weights that bend the plane."""
+    """Checked in float32, with weights that bend the plane."""
     torch.manual_seed(seed)
     config = a_config(
         {"name": "cnf", "width": 16, "hidden_layers": 2}, data={"name": "pinwheel", "count": 300}
@@ -321,7 +316,7 @@ def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     with torch.no_grad():
         density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
     assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)
-    assert flow.bijection.layers[-1].evaluations > 15  # it does something
+    assert flow.bijection.layers[-1].evaluations > 15  # the equation is not trivial
 
 
 def test_scores_do_not_depend_on_the_batch_size():
@@ -403,7 +398,7 @@ def test_wrong_options(option, value, tmp_path):
 
 
 def test_without_the_extra(tmp_path):
-    # not installed
+    # In a process without torchdiffeq.
     done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")
     done.failed(2, "model.name: cnf needs the package torchdiffeq: pip install 'flowtrain[cnf]'")
     assert not (tmp_path / "runs").exists()

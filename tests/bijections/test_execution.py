@@ -26,7 +26,7 @@ def autoregressive():
 
 
 class Noting(LayerByLayer):
-    """Keeps the class and the direction of each call."""
+    """Records the class and the direction of each call."""
 
     def __init__(self):
         self.calls = []

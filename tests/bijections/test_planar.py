@@ -1,4 +1,4 @@
-"""Planar layers: their constraint, its edge, and the inverse at it."""
+"""Planar layers: their constraint, and their inverse at its edge."""
 
 import math
 
@@ -22,7 +22,7 @@ def layer_of(w, u, b=0.0, dtype=torch.float64):
 
 
 def at_the_edge(dims=5, b=0.3, dtype=torch.float64):
-    """`w^T u` would be -20 or so: it is brought to `-1 + MIN_DERIVATIVE`."""
+    """A layer whose `w^T u` of about -20 is moved to `-1 + MIN_DERIVATIVE`."""
     w, aside = torch.randn(2, dims, generator=seeded(), dtype=torch.float64)
     return layer_of(w, -20 * w / w.square().sum() + aside, b, dtype)
 
@@ -50,7 +50,7 @@ def test_u_stays_where_the_constraint_holds(product):
 @pytest.mark.parametrize("product", [-0.01, -0.9, -1.0, -3.0, -100.0, -1e4])
 @DTYPES
 def test_the_constraint(product, dtype):
-    """`w^T u` above -1, and u moved along w alone."""
+    """`w^T u` is above -1, and u moves only along w."""
     w = torch.tensor([1.0, 2.0, -1.0], dtype=dtype)
     aside = torch.tensor([1.0, 0.0, 1.0], dtype=dtype)
     layer = layer_of(w, product * w / 6 + aside, dtype=dtype)
@@ -68,7 +68,7 @@ def test_the_constraint(product, dtype):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-8, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_vanishing_w(scale, sign):
-    """No division by it, nor by its square, which is zero before it is."""
+    """Nothing is divided by |w|, nor by its square, which underflows first."""
     layer = layer_of(
         scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2]), 0.5, torch.float32
     )
@@ -88,9 +88,7 @@ def test_a_vanishing_w(scale, sign):
 
 @DTYPES
 def test_a_layer_at_the_edge_still_inverts(dtype):
-    """Along w the derivative is 0.001 at `w^T x + b = 0`: what a rounding of z does there to x is
-    1000 of it.
-    """
+    """At `w^T x + b = 0` the derivative along w is 0.001, so x has 1000 times the rounding of z."""
     layer = at_the_edge(dtype=dtype)
     u, product = layer.constrained()
     assert product.item() == pytest.approx(-1 + MIN_DERIVATIVE, abs=1e-6)
@@ -114,11 +112,11 @@ def test_a_layer_at_the_edge_still_inverts(dtype):
 
 @DTYPES
 def test_the_equation_is_solved_to_float_precision(dtype):
-    """In one dimension, with w = 1 and b = 0, nothing is rounded but the equation itself."""
+    """In one dimension, with w = 1 and b = 0, only the equation itself is rounded."""
     layer = layer_of([1.0], [-20.0], dtype=dtype)
     _, product = layer.constrained()
     exact = torch.cat([torch.linspace(-6, 6, 4001), 10.0 ** torch.linspace(-12, 4, 200)]).double()
-    # Backwards from x, in float64, rounded once.
+    # z from the exact x in float64, rounded once.
     z = (exact + product.double() * exact.tanh()).to(dtype)
     with torch.no_grad():
         x = layer.inverse(z[:, None])[0][:, 0]

@@ -1,6 +1,4 @@
-"""Flows on the sphere: the data, circular splines, the volume of an embedded surface, the density,
-its commands.
-"""
+"""Flows on the sphere: data, circular splines, volumes on the surface, the density, commands."""
 
 import inspect
 import json
@@ -53,7 +51,7 @@ def uniform(count, seed=0, dtype=torch.float32):
 
 
 def at(longitude, latitude):
-    """Points at angles, float64 rounded once: in float32 `(N, 3, 1, 1)`."""
+    """Points at angles, computed in float64 and rounded once: `(N, 3, 1, 1)` in float32."""
     longitude, latitude = (torch.as_tensor(t, dtype=torch.float64) for t in (longitude, latitude))
     longitude, latitude = torch.broadcast_tensors(longitude, latitude)
     parts = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
@@ -61,9 +59,9 @@ def at(longitude, latitude):
 
 
 def log_density(x, means, concentration):
-    """Of a mixture of von Mises-Fisher distributions in equal parts: nats, `(N,)`."""
+    """The log-density of an equal mixture of von Mises-Fisher distributions, `(N,)`, in nats."""
     k = concentration
-    # k / (4 pi sinh k)
+    # The log of k / (4 pi sinh k).
     log_constant = math.log(k / (2 * math.pi)) - k - math.log1p(-math.exp(-2 * k))
     cosines = np.asarray(x, np.float64).reshape(-1, 3) @ means.T
     return np.logaddexp.reduce(log_constant + k * cosines, axis=1) - math.log(len(means))
@@ -95,8 +93,9 @@ def test_any_number_of_unit_vectors_by_seed():
 
 @pytest.mark.parametrize("concentration", [1e-6, 0.5, 20, 1e4])
 def test_von_mises_fisher(concentration):
-    """The mean resultant is along the mean, coth k - 1/k long; around the mean it is the same in
-    all directions.
+    """The mean of the points has the right direction, and the length coth k - 1/k.
+
+    The distribution is the same in all directions around it.
     """
     n = 20_000
     x = (
@@ -148,7 +147,7 @@ def test_zero_parameters_are_the_identity():
 
 
 def circular(count, seed=0, scale=1.5):
-    """A circular spline with one set of random parameters, for so many values."""
+    """A circular spline with one set of random parameters, repeated for `count` values."""
     transform = CircularSplineTransform(5)
     one = scale * torch.randn(
         1, transform.parameters_per_entry, generator=seeded(seed), dtype=torch.float64
@@ -163,8 +162,7 @@ def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
     z, log_derivative = transform(x, parameters)
     assert (z.diff(dim=0) > 0).all() and z[-1].item() - z[0].item() == pytest.approx(2 * math.pi)
     assert log_derivative[0].item() == pytest.approx(log_derivative[-1].item(), abs=1e-9)
-    # The cut of the spline is at pi, less the turn: no jump there either, of the map or of its
-    # derivative.
+    # The cut of the spline is at pi minus the turn. Neither the map nor its derivative jumps there.
     turn = math.pi * math.tanh(parameters[0, 0].item() / math.pi)
     cut = math.pi - turn + torch.tensor([[-1e-7], [0.0], [1e-7]], dtype=torch.float64)
     z_there, log_there = transform(cut, parameters[:3])
@@ -191,7 +189,7 @@ def test_free_ends_have_a_derivative_of_their_own():
     ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
     z, log_derivative = transform(ends, parameters.expand(2, -1))
     torch.testing.assert_close(z, ends, rtol=0, atol=1e-6)
-    for i, k in ((0, 6), (1, 9)):  # widths, heights, then a derivative a knot
+    for i, k in ((0, 6), (1, 9)):  # widths, heights, then one derivative per knot
         limit = math.log(1000)
         expected = limit * math.tanh(parameters[0, k].item() / limit)
         assert log_derivative[i].item() == pytest.approx(expected, abs=1e-5)
@@ -201,7 +199,7 @@ def test_free_ends_have_a_derivative_of_their_own():
 
 
 def jacobians(function, x):
-    """Of each example, `(B, outputs, inputs)`."""
+    """The Jacobian of each example, `(B, outputs, inputs)`."""
     full = torch.autograd.functional.jacobian(lambda v: function(v)[0].flatten(1).sum(dim=0), x)
     return full.reshape(full.shape[0], len(x), -1).movedim(1, 0)
 
@@ -210,9 +208,7 @@ def jacobians(function, x):
     "bijection", [SphereToAngles(), a_flow().double().bijection], ids=["end", "model"]
 )
 def test_the_volume_change_is_that_of_the_surface(bijection):
-    """Against autograd, on the tangent plane on the way to the latent, by the Gram determinant on
-    the way back.
-    """
+    """Against autograd: on the tangent plane towards the latent, by the Gram determinant back."""
     x = uniform(50, dtype=torch.float64)
     z, log_det = (t.detach() for t in bijection(x))
     normal = x.flatten(1)
@@ -253,7 +249,7 @@ def test_the_module_documents_itself():
 
 
 def test_size_by_hand():
-    # Two couplings a layer, of cosine and sine to 3 * 4 + 1 parameters.
+    # Each layer has two couplings, from cosine and sine to 3 * 4 + 1 parameters.
     coupling = (2 * 8 + 8) + (8 * 13 + 13)
     assert sum(
         p.numel()
@@ -278,7 +274,7 @@ def test_the_density_integrates_to_one(seed):
 
 
 def test_samples_are_from_the_density():
-    """The mean over samples of 1 / density is the area of the sphere; of x, that by quadrature."""
+    """The samples' mean of 1 / density is the sphere's area; that of x agrees with quadrature."""
     flow = a_flow(0.2).requires_grad_(False)
     x = flow.sample(40_000, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
@@ -319,7 +315,7 @@ def test_the_density_has_no_jump_at_the_cut():
 
 
 def test_the_density_at_the_poles_is_its_limit():
-    """On the way to a pole along a meridian. At the pole itself, a point has the longitude 0."""
+    """Points approach a pole along the meridian 0, which is also the longitude of the pole."""
     flow = a_flow(0.2)
     distances = torch.tensor([1e-3, 1e-4, 1e-5, 0])
     for pole in (1, -1):
@@ -380,7 +376,7 @@ GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]
 
 
 def five_steps():
-    """Losses in nats of five steps, on fixed points, weights and rates."""
+    """The losses of five steps, in nats, on fixed points, weights and rates."""
     config = a_config(TINY, train={"batch_size": 8, "lr": 0.01}, seed=1)
     flow = build_flow(config, (3, 1, 1), None)
     with torch.no_grad():
@@ -404,9 +400,7 @@ def test_golden_losses():
 
 @pytest.mark.slow
 def test_a_mixture_is_learned():
-    """The likelihood of test points within 0.05 nats of what their true density gives, and a
-    density like it.
-    """
+    """The likelihood of test points is within 0.05 nats of the true one, the density is like it."""
     config = a_config(
         {"name": "sphere", "layers": 2, "width": 32},
         data={"name": "sphere", "components": 2, "concentration": 10},
@@ -427,15 +421,6 @@ def test_a_mixture_is_learned():
     expected = log_density(test, means, 10)
     assert abs(found.mean() - expected.mean()) < 0.05
     assert np.abs(found - expected).mean() < 0.15
-
-
-def test_no_line_across_the_picture():
-    path = at([2.9, 3.1, -3.1, -2.9], 0.2)
-    places = draw._line(path)
-    assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
-    torch.testing.assert_close(places[[0, 1, 3, 4]], draw.coordinates(path))
-    assert not draw._line(at([3.1, 1, -1, -3.1], 0.2)).isnan().any()
-    assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
 
 
 # --- the commands ---------------------------------------------------------------------------------

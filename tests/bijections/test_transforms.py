@@ -1,6 +1,4 @@
-"""Elementwise transforms of couplings by themselves: monotone, bounded, exact far out; and the
-solver of equations.
-"""
+"""Elementwise transforms on their own (monotone, bounded, exact far out), and the solver."""
 
 import itertools
 import math
@@ -35,7 +33,7 @@ mixtures = pytest.mark.parametrize(
 
 
 def some(name, scale, dtype=torch.float64, shape=(8, 3, 40), seed=0):
-    """A transform, and parameters of that scale for entries of that shape."""
+    """A transform, and parameters with standard deviation `scale` for entries of `shape`."""
     transform = TRANSFORMS[name]().to(dtype)
     p = transform.parameters_per_entry
     parameters = torch.randn(
@@ -45,7 +43,7 @@ def some(name, scale, dtype=torch.float64, shape=(8, 3, 40), seed=0):
 
 
 def extreme(name, dtype, shape=(64, 3, 40)):
-    """Parameters of which each is 50 or -50, and inputs of all sizes up to 1000."""
+    """Parameters that are all 50 or -50, and inputs of all magnitudes from 0.001 to 1000."""
     transform, parameters = some(name, 1, dtype, shape)
     sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
     return (
@@ -56,8 +54,9 @@ def extreme(name, dtype, shape=(64, 3, 40)):
 
 
 def grid(function, parameters, points, parameters_per_entry):
-    """z and the log-derivative of the first entry of each example at all points: `(N,)` to `(B,
-    N)`, twice.
+    """z and log-derivatives at all `points` `(N,)` with the parameters of each first entry.
+
+    Both are `(B, 1, N)`.
     """
     entries = parameters.unflatten(1, (parameters_per_entry, -1)).flatten(2)[:, :, :1]
     return function(points.expand(len(entries), 1, -1), entries.repeat_interleave(len(points), 2))
@@ -116,8 +115,8 @@ def test_round_trip_and_bounds_with_extreme_parameters(name, dtype):
         again, there = transform(back, parameters)
     for result in (z, log_derivative, back, inverse_log_derivative):
         assert result.dtype == dtype and torch.isfinite(result).all()
-    # Where the transform is flat, no x of this precision is known from z, and where it is steep no
-    # z from x: either.
+    # Where the transform is flat, z does not determine x precisely; where it is steep, x does not
+    # determine z precisely. One of the two has to be right.
     error = torch.minimum(
         (back - x).abs() / x.abs().clamp(min=1), (again - z).abs() / z.abs().clamp(min=1)
     )
@@ -203,7 +202,7 @@ def test_mixture_starts_near_the_identity(name):
 
 
 def test_components_of_a_mixture_part():
-    """Components that start equal would have equal gradients for ever."""
+    """If components were equal at the start, their gradients would be equal forever."""
     transform, parameters = some("mixture", 0, shape=(1, 1, 50))
     z, log_derivative = transform(
         torch.randn(1, 1, 50, generator=seeded(), dtype=torch.float64), parameters.requires_grad_()
@@ -219,10 +218,11 @@ def test_components_of_a_mixture_part():
 
 
 def knots(transform, parameters):
-    """x, z and derivative of the knots by the formulas, `(B, K + 1)` each, of one entry with `(B,
-    P)`.
+    """x, z and derivative at the knots by the formulas, `(B, K + 1)` each.
+
+    `parameters` are those of one entry, `(B, P, ...)`.
     """
-    k, bound = transform.bins, transform.bound
+    k, bound = transform.bins, transform.tail_bound
     places = []
     for raw in (parameters[:, :k], parameters[:, k : 2 * k]):
         sizes = 2 * bound * (1e-3 + (1 - 1e-3 * k) * raw.softmax(1))
@@ -236,7 +236,7 @@ def test_spline_at_its_knots(scale):
     transform, parameters = some("spline", scale, shape=(30, 1))
     x, z, derivative = knots(transform, parameters)
     points = parameters[..., None].expand(-1, -1, 9)
-    for aside in (-1e-12, 0, 1e-12):  # continuous there, with its derivative
+    for aside in (-1e-12, 0, 1e-12):  # the map and its derivative are continuous there
         result, log_derivative = transform(x[:, None] + aside, points)
         torch.testing.assert_close(result[:, 0], z, rtol=0, atol=1e-8)
         torch.testing.assert_close(log_derivative[:, 0].exp(), derivative, rtol=1e-3, atol=1e-6)
@@ -253,7 +253,7 @@ def test_spline_is_the_identity_outside():
         assert torch.equal(result, x.expand(8, 1, 6)) and not log_derivative.any()
 
 
-@pytest.mark.parametrize("scale", [0, 1, 2])  # theirs is NaN at places of 4
+@pytest.mark.parametrize("scale", [0, 1, 2])  # with 4, the result of nflows has NaN
 def test_spline_against_nflows(scale):
     theirs = pytest.importorskip(
         "nflows.transforms.splines.rational_quadratic"
@@ -262,7 +262,7 @@ def test_spline_against_nflows(scale):
     x = torch.empty(8, 3, 40, dtype=torch.float64).uniform_(-4, 4, generator=seeded(1))
     raw = parameters.unflatten(1, (23, 3)).movedim(1, -1)
     derivatives = F.pad(math.log(1000) * torch.tanh(raw[..., 16:] / math.log(1000)), (1, 1)).exp()
-    # Theirs are 0.001 + softplus(parameter).
+    # Derivatives of nflows are 0.001 + softplus(parameter).
     options = {"left": -4.0, "right": 4.0, "bottom": -4.0, "top": 4.0}
     arguments = raw[..., :8], raw[..., 8:16], (derivatives - 1e-3).expm1().log()
     for inverse, ours in ((False, transform), (True, transform.inverse)):
@@ -275,9 +275,7 @@ def test_spline_against_nflows(scale):
 
 
 def formula(transform, x, parameters):
-    """Flow++, by sums and logarithms as they stand: `logit(F(x))`, its log-derivative, a, shift;
-    all u_i and s_i.
-    """
+    """The formulas of Flow++: `logit(F(x))`, its log-derivative, a, the shift, all u_i and s_i."""
     k, limit = transform.components, transform.limit
     raw = parameters.unflatten(1, (2 + 3 * k, -1))
     shift, logits, means, scales = raw.split([1, k, k, 1 + k], 1)

@@ -52,9 +52,7 @@ FIRST = "levels.0.layers.1"  # Glow's first ActNorm; then the 1x1 convolution an
 def a_model(
     tmp_path, name="glow", shape=(1, 8, 8), scale=0.05, dequantization=None, data=None, **options
 ):
-    """A tiny model, all parameters moved, that is initialized on the images of a data set, and the
-    data set.
-    """
+    """A tiny model with all parameters moved, and the data set on which it is initialized."""
     data = data or npz(tmp_path / "a.npz", shape=(*shape[1:], shape[0]))
     options = {"name": name, **TINY_MODELS[name], **options}
     config = a_config(options, data=data, dequantization=dequantization or {})
@@ -67,7 +65,7 @@ def a_model(
 
 
 def examined(model, data, **options):
-    """{(check, layer, inputs): finding}"""
+    """The findings as `{(check, layer, inputs): finding}`."""
     findings = examine(model, data, **options)
     found = {(f.check, f.layer, f.inputs): f for f in findings}
     assert len(found) == len(findings)
@@ -75,7 +73,7 @@ def examined(model, data, **options):
 
 
 def bad(found):
-    """{(check, layer)} of what is bad."""
+    """The `{(check, layer)}` of the bad findings."""
     return {key[:2] for key, f in found.items() if f.verdict == "bad"}
 
 
@@ -130,7 +128,7 @@ def test_every_model_is_examined():
 
 @pytest.mark.parametrize("name, options", SOUND, ids=str)
 def test_a_sound_model(name, options, tmp_path):
-    """Nothing is bad, and nothing is left out."""
+    """Nothing is bad, and no check is missing."""
     model, data = a_model(tmp_path, name, **options)
     steps = []
     found = examined(
@@ -174,7 +172,7 @@ def test_layers_are_named_once_and_without_those_of_conditioners(tmp_path):
         {Sequential, type(model.flow.bijection)}
     )
 
-    class OfTwoNets(Bijection):  # a list of networks is no list of layers
+    class OfTwoNets(Bijection):  # its list of networks is not a list of layers
         def __init__(self):
             super().__init__()
             self.nets = nn.ModuleList(
@@ -205,7 +203,7 @@ def test_each_call_of_a_layer_goes_through(tmp_path):
         name for name, _, _ in seen[:half] if name != "dequantizer.noise_model.squeeze"
     ] == names[1:]
     assert [name for name, _, _ in seen[half : half + len(names) - noise]] == names[noise:][::-1]
-    # Inverse(MaskedAutoregressive): the layer inside runs the other way round.
+    # In Inverse(MaskedAutoregressive) the layer inside runs in the other direction.
     inside = {direction for name, direction, _ in seen[:half] if name.endswith(".bijection")}
     assert inside == {"inverse"}
     assert {context for name, _, context in seen if ".flow.layers" in name} == {True}
@@ -305,7 +303,8 @@ def test_verdicts():
     ]
     exact = "images that come back exactly"
     assert [of(exact, v) for v in (1, 0.9995, 0.99)] == ["ok", "watch", "bad"]
-    # Of noise a number is at most watched; a count of numbers that are none is not a number.
+    # For noise a finite value is at most "watch". Counts of values that are not finite are not
+    # exempt.
     assert [of(round_trip, v, NOISE) for v in (0.05, 1e30, math.inf)] == ["ok", "watch", "bad"]
     assert [of(exact, v, NOISE) for v in (1, 0)] == ["ok", "watch"]
     assert [of("forward pass", v, NOISE) for v in (0, 1)] == ["ok", "bad"]
@@ -388,7 +387,7 @@ def test_damage_is_found_and_the_layer_named(name, how, checks, tmp_path):
     model, data = a_model(tmp_path)
     damage(model, name, how)
     found = examined(model, data, num_images=2)
-    assert {layer for _, layer in bad(found)} <= {name, ""}  # and none of the layers around it
+    assert {layer for _, layer in bad(found)} <= {name, ""}  # none of the layers around it
     assert {check for check, layer in bad(found) if layer == name} - {"log-det"} >= checks
     assert worst(list(found.values()))[0].layer == name
     assert overall(list(found.values())) == "bad"
@@ -418,13 +417,14 @@ def test_damage_in_the_learned_noise(tmp_path):
     weight[0, 0] = math.nan
     found = examined(model, data, num_images=2)
     assert ("parameters", "dequantizer.noise_model.context.0") in bad(found)
-    # which do not need it
+    # Samples do not need the learned noise.
     assert all(f.verdict == "ok" for (_, _, inputs), f in found.items() if inputs == SAMPLES)
 
 
 class Faulty(Bijection):
-    """The identity, but for one fault. Has a parameter of its own, so that no reduced copy without
-    it is made.
+    """The identity, but for one fault.
+
+    Its parameter keeps doctor from building a smaller copy of the model without this layer.
     """
 
     def __init__(self, fault):
@@ -461,7 +461,7 @@ class Faulty(Bijection):
 
 
 def faulty(tmp_path, fault):
-    """In front of a flow, where its inputs are pixels."""
+    """A model with a `Faulty` layer in front of the flow, where its inputs are pixels."""
     model, data = a_model(tmp_path)
     model.flow.bijection = Sequential(Faulty(fault), model.flow.bijection)
     return model, data
@@ -560,7 +560,7 @@ def test_images_that_are_not_finite_are_counted(fault, tmp_path):
     found = examined(model, data)
     finding = found["forward pass", "layers.0", IMAGES]
     assert (finding.value, finding.verdict) == (bright, "bad")
-    # The layers after it are judged by the others.
+    # The layers after it are judged by the other images.
     assert {layer for _, layer in bad(found)} <= {"layers.0", ""}
     assert found["inverse of forward", f"layers.1.{FIRST}", IMAGES].verdict == "ok"
 
@@ -636,7 +636,7 @@ def test_the_command(run, tmp_path):
         )
         assert row["check"] in done.out
     assert not found
-    # A row for each check and kind of input, not for each layer.
+    # One row per check and kind of input, not per layer.
     assert done.out.count("\n") < 60 < len(values["findings"])
     assert "condition number (watch above 473, bad above 1.89e+03)" in done.out
     assert "images that come back exactly (watch below 1, bad below 0.999)" in done.out
