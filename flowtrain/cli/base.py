@@ -177,8 +177,6 @@ def require_writable(out: Path, folder: Path) -> None:
 
 def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> "LoadedModel":
     """The model of a command line. Raises `UserError` where it cannot be loaded."""
-    if weights not in (None, "ema", "raw"):
-        raise UserError(f"--weights {weights}: expected ema or raw")
     from flowtrain.checkpoints.load import load_model
 
     return load_model(model, device_of(device), weights, trust_code)
