@@ -34,21 +34,13 @@ class Executor:
         return call(layer, direction, x, context)
 
     def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The result of layers, listed from data to latents, and their summed log-determinants."""
         return self._in_order(fuse(layers), direction, x, context)
 
     def _in_order(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         for layer in layers if direction == "forward" else reversed(layers):
@@ -64,11 +56,7 @@ class LayerByLayer(Executor):
     """Calls every layer by itself. Subclasses that watch layers override `layer`."""
 
     def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._in_order(layers, direction, x, context)
 

@@ -34,11 +34,7 @@ class Recomputing(Executor):
         self.reversible = reversible
 
     def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse" or not layers or not torch.is_grad_enabled():
             return super().chain(layers, direction, x, context)
