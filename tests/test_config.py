@@ -25,7 +25,7 @@ from flowtrain.config import (
     parse,
 )
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import UserError, did_you_mean
+from flowtrain.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
@@ -300,11 +300,6 @@ def test_files_that_cannot_be_read(tmp_path):
         load_config(tmp_path / "binary.yaml")
     with pytest.raises(UserError, match=r"none\.yaml"):
         load_config(tmp_path / "none.yaml")
-
-
-def test_did_you_mean():
-    assert did_you_mean("train.lrr", ["train.lr", "seed"]) == "; did you mean train.lr?"
-    assert did_you_mean("zzz", ["train.lr", "seed"]) == ""
 
 
 def test_differences():

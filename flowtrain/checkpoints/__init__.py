@@ -1,5 +1,5 @@
-"""Trained models as files: the format, the flow that a configuration describes, and loading both.
+"""Trained models as files: the file format, the flow that a configuration describes, and loading.
 
-A file is safetensors with a JSON description and a checksum over every byte; nothing in it runs
-code.
+A checkpoint is a safetensors file with a JSON description and a checksum over every byte. Nothing
+in it runs code.
 """

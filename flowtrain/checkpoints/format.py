@@ -26,20 +26,15 @@ from flowtrain.system import distributed
 from flowtrain.system.files import write_atomically
 
 FORMAT = 1
-
-
 SUFFIX = ".safetensors"
 
-
-_ZEROS = b"0" * 64
-
-
+_ZEROS = b"0" * 64  # in place of the checksum
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's file, description and tensors (named `model.*`, `ema.*`, `optimizer.*`)."""
+    """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`."""
 
     path: Path
     meta: dict[str, Any]
@@ -56,6 +51,7 @@ class Checkpoint:
 
 
 def versions() -> dict[str, str]:
+    """The versions that the description holds."""
     return {
         "flowtrain": flowtrain.__version__,
         "torch": torch.__version__,
@@ -77,23 +73,23 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint. If it is killed at any moment, it leaves the old file or the new one,
-    never a part.
+    """Writes a checkpoint. A kill at any moment leaves the old file or the new one, never a part.
 
-    Raises `RunError` where the disk does not take it; what was there before is kept.
+    Raises `RunError` where writing fails; what was there before is kept.
     """
     write_atomically(path, encoded(meta, tensors))
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint. Raises `UserError` naming the file where it is missing,
-    damaged or foreign.
+    """Reads and verifies a checkpoint.
+
+    Raises `UserError` naming the file where it is missing, damaged, or not a checkpoint.
     """
     return _parse(path, _bytes(path))
 
 
 def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
-    """As `read`, by one process for all: the others need neither the file nor to look for it."""
+    """As `read`, but one process reads for all. The others need not have the file."""
     path = distributed.from_main(lambda: None if (found := find()) is None else str(found))
     if path is None:
         return None
@@ -117,7 +113,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         metadata = header["__metadata__"]
         described, checksum = metadata["flowtrain"], metadata["checksum"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        # A damaged header cannot be told from a file of another kind, unless it says whose it is.
+        # Only its name or a word in it tells a damaged checkpoint from a file of another kind.
         if b'"flowtrain"' in data[:1_000_000] or path.suffix == SUFFIX:
             raise UserError(
                 f"{path}: damaged: its header cannot be read (truncated, or bytes changed)"
@@ -138,13 +134,14 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         raise UserError(
             f"{path}: written in checkpoint format {meta.get('format')} by flowtrain "
             f"{meta.get('versions', {}).get('flowtrain', '?')}; this is flowtrain "
-            f"{flowtrain.__version__}, "
-            f"which reads format {FORMAT}: use that version, or train again"
+            f"{flowtrain.__version__}, which reads format {FORMAT}: use that version, or train "
+            f"again"
         )
     return Checkpoint(path, meta, safetensors.torch.load(data))
 
 
 def _header_end(data: bytes | bytearray) -> int:
+    """Where the header ends. Raises `ValueError` where its length cannot be right."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, 100_000_000):
         raise ValueError("header length")

@@ -1,4 +1,4 @@
-"""Finding checkpoints, and loading the models in them."""
+"""Finds checkpoints, and loads the models in them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,55 +14,54 @@ from flowtrain.flow.flow import Flow
 
 
 def find(model: str | None, runs: Path = Path("runs")) -> Path:
-    """`MODEL` to a checkpoint file: a file, a run directory (best, else last), or by default the
-    newest run.
+    """The checkpoint file that a command line's `MODEL` means.
 
-    Raises `UserError` where there is none.
+    That is the file itself, the best (else the last) checkpoint of a run directory, or by default
+    that of the newest run. Raises `UserError` where there is none.
     """
-    if model is None:
-        candidates = [run for run in runs.glob("*") if _checkpoint_of(run) is not None]
-        if not candidates:
-            raise UserError(
-                f"no MODEL given, and there is no run under {runs}/: give a checkpoint or a run "
-                f"directory"
-            )
-        model = str(
-            max(
-                candidates,
-                key=lambda run: max(file.stat().st_mtime_ns for file in _checkpoints_of(run)),
-            )
-        )
-    path = Path(model)
-    if path.is_dir():
-        found = _checkpoint_of(path)
-        if found is None:
-            raise UserError(
-                f"{path}: has no checkpoint (looked for checkpoints/best{SUFFIX} and "
-                f"checkpoints/last{SUFFIX})"
-            )
-        return found
+    path = _newest(runs) if model is None else Path(model)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint or run directory")
-    return path
+    if not path.is_dir():
+        return path
+    files = _checkpoints_of(path)
+    if not files:
+        raise UserError(
+            f"{path}: has no checkpoint (looked for checkpoints/best{SUFFIX} and "
+            f"checkpoints/last{SUFFIX})"
+        )
+    return files[0]
+
+
+def _newest(runs: Path) -> Path:
+    """The run directory whose checkpoint was written last."""
+    written = {
+        run: max(file.stat().st_mtime_ns for file in files)
+        for run in runs.glob("*")
+        if (files := _checkpoints_of(run))
+    }
+    if not written:
+        raise UserError(
+            f"no MODEL given, and there is no run under {runs}/: give a checkpoint or a run "
+            f"directory"
+        )
+    return max(written, key=lambda run: written[run])
 
 
 def _checkpoints_of(run: Path) -> list[Path]:
+    """The best and the last checkpoint of a run directory, where they exist."""
     files = [run / "checkpoints" / f"{name}{SUFFIX}" for name in ("best", "last")]
     return [file for file in files if file.is_file()]
 
 
-def _checkpoint_of(run: Path) -> Path | None:
-    return next(iter(_checkpoints_of(run)), None)
-
-
 def run_of(path: Path) -> Path:
-    """The run directory that a checkpoint file lies in, or its own folder."""
+    """The run directory that a checkpoint file lies in, or else its own folder."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 @dataclass
 class LoadedModel:
-    """A flow with the description that came with it."""
+    """A flow, and the checkpoint that it came from."""
 
     flow: Flow
     config: Config
@@ -71,15 +70,13 @@ class LoadedModel:
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:
-    """Copies a checkpoint's weights into `flow`, and says which: `ema` (where there are any) or
-    `raw`.
+    """Copies a checkpoint's weights into `flow`, and returns which: `ema` or `raw`.
 
-    Raises `UserError` where they are not there or do not fit.
+    By default, the averaged weights (`ema`) are taken where there are any. Raises `UserError` where
+    the weights are missing or do not fit.
     """
     chosen = weights or ("ema" if checkpoint.part("ema") else "raw")
-    if chosen not in ("ema", "raw"):
-        raise UserError(f"--weights {chosen}: expected ema or raw")
-    state = checkpoint.part({"ema": "ema", "raw": "model"}[chosen])
+    state = checkpoint.part("ema" if chosen == "ema" else "model")
     if not state:
         raise UserError(
             f"--weights {chosen}: {checkpoint.path} has none (train.ema was 0); use --weights raw"
@@ -106,6 +103,8 @@ def load_model(
     """The flow of a checkpoint or run directory, on `device`, in evaluation mode. See
     `flowtrain.load`.
     """
+    if weights not in (None, "ema", "raw"):
+        raise UserError(f"--weights {weights}: expected ema or raw")
     checkpoint = read_by_main(lambda: find(model))
     assert checkpoint is not None
     for section in ("model", "data"):
@@ -113,8 +112,7 @@ def load_model(
         if "." in name and not trust_code:
             raise UserError(
                 f"{checkpoint.path}: {section}.name is {name!r}, a module outside flowtrain; "
-                f"loading it runs its code. "
-                "If you trust it, say --trust-code"
+                f"loading it runs its code. If you trust it, say --trust-code"
             )
     config = configuration.parse(checkpoint.meta["config"], str(checkpoint.path))
     flow = build_flow(config, tuple(checkpoint.meta["shape"]), checkpoint.meta["levels"])

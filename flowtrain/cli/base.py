@@ -129,7 +129,7 @@ DataSetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the data, for example data.root=DIR if they have moved.",
+        help="Override a data key, for example data.root=DIR if the data have moved.",
         show_default=False,
     ),
 ]
@@ -177,8 +177,6 @@ def require_writable(out: Path, folder: Path) -> None:
 
 def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> "LoadedModel":
     """The model of a command line. Raises `UserError` where it cannot be loaded."""
-    if weights not in (None, "ema", "raw"):
-        raise UserError(f"--weights {weights}: expected ema or raw")
     from flowtrain.checkpoints.load import load_model
 
     return load_model(model, device_of(device), weights, trust_code)

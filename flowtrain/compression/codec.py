@@ -103,14 +103,15 @@ class Codec:
     """
 
     def __init__(self, flow: Flow):
-        if flow.levels is None:
-            raise UserError("compress: a model of real-valued data has no bits without loss")
+        self.levels = flow.kind.require_levels(
+            "compress: a model of real-valued data has no bits without loss"
+        )
         if flow.classes:
             raise UserError(
                 f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
                 f"coding rule"
             )
-        self.shape, self.dims, self.levels = flow.shape, flow.dims, flow.levels
+        self.shape, self.dims = flow.shape, flow.dims
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model
         self.noise = (

@@ -60,8 +60,7 @@ def from_files(paths: list[Path], model: LoadedModel, out: Path, count: int | No
 
 
 def _levels(model: LoadedModel) -> int:
-    assert model.flow.levels is not None  # `Codec` has refused real-valued data
-    return model.flow.levels
+    return model.flow.kind.require_levels("compress: a model of real values, not of images")
 
 
 def find_files(paths: list[Path]) -> dict[str, Path]:

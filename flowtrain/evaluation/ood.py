@@ -119,36 +119,32 @@ def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) 
         {**model.config.resolved(), "data": section}, f"{option} {name}"
     ).data
     data = DataSet(config, undivided(config, own.config))
-    if data.levels is None:
-        raise UserError(f"{option} {name}: real values, not images")
-    return _first(name, "all" if data.undivided else "test", data, model, count)
+    levels = data.kind.require_levels(f"{option} {name}: real values, not images")
+    return _first(name, "all" if data.undivided else "test", data, levels, model, count)
 
 
 def own_split(split: SplitName, model: LoadedModel, data: DataSet, count: int) -> Collection:
     """The first `count` images of a split of the model's own data."""
-    levels_of(model)
-    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
-    return _first(data.config.name, split, data, model, count)
+    levels = levels_of(model)
+    data.require(model.flow.shape, levels, model.checkpoint.path)
+    return _first(data.config.name, split, data, levels, model, count)
 
 
 def _first(
-    name: str, split: SplitName, data: DataSet, model: LoadedModel, count: int
+    name: str, split: SplitName, data: DataSet, data_levels: int, model: LoadedModel, count: int
 ) -> Collection:
-    assert data.levels is not None  # `named` and `levels_of` have refused real values
     images = data.split(split).take(slice(0, count)).numpy()
     shape, levels = model.flow.shape, levels_of(model)
     policy = data.config.options().get("resize", "crop")
-    stored = None if (data.shape, data.levels) == (shape, levels) else (data.shape, data.levels)
-    return Collection(name, convert(images, data.levels, shape, levels, policy), split, stored)
+    stored = None if (data.shape, data_levels) == (shape, levels) else (data.shape, data_levels)
+    return Collection(name, convert(images, data_levels, shape, levels, policy), split, stored)
 
 
 def levels_of(model: LoadedModel) -> int:
     """Q of a model of images. Raises `UserError` for a model of real values."""
-    if model.flow.levels is None:
-        raise UserError(
-            f"{model.checkpoint.path}: a model of real values; the scores are of images"
-        )
-    return model.flow.levels
+    return model.flow.kind.require_levels(
+        f"{model.checkpoint.path}: a model of real values; the scores are of images"
+    )
 
 
 def convert(

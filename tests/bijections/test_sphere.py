@@ -415,15 +415,6 @@ def test_a_mixture_is_learned():
     assert np.abs(found - expected).mean() < 0.15
 
 
-def test_no_line_across_the_picture():
-    path = at([2.9, 3.1, -3.1, -2.9], 0.2)
-    places = draw._line(path)
-    assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
-    torch.testing.assert_close(places[[0, 1, 3, 4]], draw.coordinates(path))
-    assert not draw._line(at([3.1, 1, -1, -3.1], 0.2)).isnan().any()
-    assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
-
-
 # --- the commands ---------------------------------------------------------------------------------
 
 RUN = [

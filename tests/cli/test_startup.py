@@ -8,13 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from cli_helpers import SMALL, result, sets, start, trained
 from helpers import REPOSITORY
-from torchvision.utils import make_grid
-
-from flowtrain.pictures import grid
-from flowtrain.system import allocator
 
 HEAVY = {
     "torch",
@@ -83,75 +78,3 @@ def test_importing_the_package_is_light():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "count, channels, columns", [(64, 3, 8), (7, 1, 3), (2, 3, 5), (5, 1, 1), (1, 1, 4), (1, 3, 1)]
-)
-def test_a_grid_is_that_of_torchvision(count, channels, columns):
-    x = torch.randint(0, 256, (count, channels, 40, 33), dtype=torch.uint8)
-    expected = make_grid(x, nrow=columns, padding=2, pad_value=64)
-    assert torch.equal(grid.grid(x, 256, columns), expected)
-
-
-# --- flowtrain/allocator.py -----------------------------------------------------------------------
-
-FAULTS = """\
-import resource
-from flowtrain.system.allocator import keep_freed_memory
-import torch
-
-kept = {keep} and keep_freed_memory()
-for _ in range(3):
-    torch.ones(16 * 2**20 // 4).add(1)  # 16 MiB each
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(16 * 2**20 // 4).add(1)
-print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
-"""
-
-
-def faults(keep: bool) -> tuple[bool, float]:
-    """Whether the C library agreed, and the page faults for 32 MiB of tensors."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(keep=keep)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    agreed, number = done.stdout.split()
-    return agreed == "True", float(number)
-
-
-def test_freed_memory_is_kept():
-    agreed, number = faults(keep=True)
-    if not agreed:
-        pytest.skip("this C library has no such setting")
-    assert number < 100 < 2000 < faults(keep=False)[1]  # of pages of 4 KiB there are 8192
-
-
-@pytest.mark.parametrize("missing", ["mallopt", "gnu_get_libc_version"])
-def test_other_c_libraries_are_left_alone(missing, monkeypatch):
-    class Musl:
-        def __getattr__(self, name):
-            if name == missing:
-                raise AttributeError(name)
-            return lambda *args: pytest.fail("it was called")
-
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Musl())
-    assert allocator.keep_freed_memory() is False
-
-
-def test_a_refused_threshold_is_lowered(monkeypatch):
-    calls = []
-
-    class OldGlibc:
-        gnu_get_libc_version = None
-
-        def mallopt(self, parameter, value):
-            calls.append((parameter, value))
-            return int(parameter != -3 or value <= 32 * 2**20)
-
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: OldGlibc())
-    assert allocator.keep_freed_memory() is True
-    assert calls == [(-3, 2**30), (-3, 32 * 2**20), (-1, -1)]

@@ -1,6 +1,4 @@
-"""Real-valued points: the data sets, the likelihood in nats, densities that integrate to 1,
-commands and pictures.
-"""
+"""Points: data sets, the likelihood in nats, densities that integrate to 1, commands."""
 
 import importlib
 import inspect
@@ -325,35 +323,3 @@ def test_other_points_have_their_own_options(run, tmp_path):
 
 def test_a_dry_run(tmp_path):
     assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
-
-
-# --- the pictures ---------------------------------------------------------------------------------
-
-
-def test_the_mesh_of_the_plane():
-    flow = a_flow("nice")
-    cells, area = draw.mesh(flow, (-1, 3, 0, 2), 4)
-    assert cells.shape == (16, 2, 1, 1) and area == 0.5
-    assert cells[0].flatten().tolist() == [-0.5, 0.25] and cells[1].flatten().tolist() == [
-        0.5,
-        0.25,
-    ]
-    assert cells[4].flatten().tolist() == [-0.5, 0.75]
-
-
-def test_the_mesh_of_the_sphere():
-    flow = a_flow("nice")
-    flow.shape = (3, 1, 1)
-    cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 50)
-    torch.testing.assert_close(cells.norm(dim=1).flatten(), torch.ones(2500))
-    assert area * 2500 == pytest.approx(4 * math.pi)
-    places = draw.coordinates(cells)
-    again = torch.stack([places[:, 0].cos(), places[:, 0].sin()], dim=1)
-    torch.testing.assert_close(
-        again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0
-    )
-
-
-def test_other_dimensions_have_no_picture():
-    with pytest.raises(UserError, match="no pictures of real-valued data of 5 dimensions"):
-        draw.coordinates(torch.zeros(4, 5, 1, 1))

@@ -1,0 +1,85 @@
+"""Pictures of points, and the choice of a drawing by the kind of data."""
+
+import math
+
+import pytest
+import torch
+from helpers import a_config, images, seeded, tiny_flow
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError
+from flowtrain.flow import initialize
+from flowtrain.pictures import draw, grid
+
+POINTS = {"data": {"name": "eight_gaussians", "count": 50, "test_count": 50}}
+
+
+def a_flow(shape=(2, 1, 1)):
+    flow = build_flow(a_config("nice", **POINTS), (2, 1, 1), None)
+    initialize(flow, torch.randn(50, 2, 1, 1, generator=seeded(0)), torch.zeros(50, 2, 1, 1))
+    flow.shape = shape
+    return flow
+
+
+def unneeded():
+    raise AssertionError("images are drawn without the data")
+
+
+def test_images_are_grids():
+    drawing, x = draw.drawing(tiny_flow(shape=(1, 4, 4), q=17), unneeded), images(6, (1, 4, 4), 17)
+    assert torch.equal(drawing.samples(x, 3, 0), grid.grid(x, 17, 3))
+    rows = x.unflatten(0, (2, 3))
+    assert torch.equal(drawing.paths(rows), grid.grid(x, 17, 3))
+    frames = drawing.path_frames(rows)
+    assert len(frames) == 3 and torch.equal(frames[2], grid.grid(x[[2, 5]], 17, 2))
+
+
+def test_points_are_drawn_beside_the_data():
+    split = DataSet(a_config("nice", **POINTS).data).split("test")
+    drawing = draw.drawing(a_flow(), lambda: split)
+    rows = torch.randn(2, 3, 2, 1, 1, generator=seeded(0))
+    frames = drawing.path_frames(rows)
+    assert len(frames) == 3 and torch.equal(frames[-1], drawing.paths(rows))
+    assert torch.equal(frames[0], drawing.paths(rows[:, :1]))
+    assert not torch.equal(frames[0], frames[1])
+    assert drawing.samples(rows[0], 8, 0).shape[0] == 3
+
+
+def test_the_mesh_of_the_plane():
+    cells, area = draw.mesh(a_flow(), (-1, 3, 0, 2), 4)
+    assert cells.shape == (16, 2, 1, 1) and area == 0.5
+    assert cells[[0, 1, 4]].flatten(1).tolist() == [[-0.5, 0.25], [0.5, 0.25], [-0.5, 0.75]]
+
+
+def test_the_mesh_of_the_sphere():
+    cells, area = draw.mesh(a_flow((3, 1, 1)), (-math.pi, math.pi, -1, 1), 50)
+    torch.testing.assert_close(cells.norm(dim=1).flatten(), torch.ones(2500))
+    assert area * 2500 == pytest.approx(4 * math.pi)
+    places = draw.coordinates(cells)
+    again = torch.stack([places[:, 0].cos(), places[:, 0].sin()], dim=1)
+    torch.testing.assert_close(
+        again, torch.nn.functional.normalize(cells[:, :2, 0, 0].double()), atol=1e-5, rtol=0
+    )
+
+
+def test_no_line_across_the_picture():
+    def at(longitudes, latitude):
+        angles = torch.tensor(longitudes)
+        height = torch.full_like(angles, math.sin(latitude))
+        radius = math.cos(latitude)
+        return torch.stack([radius * angles.cos(), radius * angles.sin(), height], dim=1)
+
+    path = at([2.9, 3.1, -3.1, -2.9], 0.2)
+    places = draw._line(path)
+    assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
+    torch.testing.assert_close(places[[0, 1, 3, 4]], draw.coordinates(path))
+    assert not draw._line(at([3.1, 1.0, -1.0, -3.1], 0.2)).isnan().any()
+    assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
+
+
+def test_other_dimensions_have_no_picture():
+    with pytest.raises(UserError, match="no pictures of real-valued data of 5 dimensions"):
+        draw.coordinates(torch.zeros(4, 5, 1, 1))
+    with pytest.raises(UserError, match="points in space"):
+        draw.drawing(a_flow((3, 1, 1)), unneeded).samples(torch.zeros(4, 3, 1, 1), 8, 0)
