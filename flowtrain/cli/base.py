@@ -129,7 +129,7 @@ DataSetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the data, for example data.root=DIR if they have moved.",
+        help="Override a data key, for example data.root=DIR if the data have moved.",
         show_default=False,
     ),
 ]
