@@ -40,7 +40,7 @@ class Executor:
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Calls layers, listed from data to latents. Returns the sum of their log-determinants too."""
+        """Calls layers, listed from data to latents, and adds up their log-determinants."""
         called = self.prepared(layers)
         total = x.new_zeros(x.shape[0])
         for layer in called if direction == "forward" else reversed(called):
