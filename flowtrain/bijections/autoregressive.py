@@ -17,10 +17,7 @@ class AutoregressiveNet(nn.Module):
     """
 
     def entry_by_entry(
-        self,
-        next_entry: Callable[[Tensor], Tensor],
-        batch: int,
-        context: Tensor | None = None,
+        self, next_entry: Callable[[Tensor], Tensor], batch: int, context: Tensor | None = None
     ) -> Tensor:
         """Builds `x` `(B, D)` in order: `next_entry` turns an entry's parameters into the entry.
 

@@ -115,7 +115,7 @@ class SetFromData(Bijection):
             if not self.initialized:
                 raise RuntimeError(
                     f"{type(self).__name__} is not initialized: call "
-                    f"flowtrain.flow.initialize(flow, batch) first"
+                    f"flowtrain.flow.initialize(flow, x, noise) first"
                 )
             self._known_initialized = True
 

@@ -30,28 +30,20 @@ class Executor:
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One layer that is not made of others."""
+        """Calls one layer that is not made of others."""
         return call(layer, direction, x, context)
 
-    def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The result of layers, listed from data to latents, and their summed log-determinants."""
-        return self._in_order(fuse(layers), direction, x, context)
+    def prepared(self, layers: Sequence[Bijection]) -> Sequence[Bijection]:
+        """The layers that a chain calls in place of `layers`."""
+        return fuse(layers)
 
-    def _in_order(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+    def chain(
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Calls layers, listed from data to latents, and adds up their log-determinants."""
+        called = self.prepared(layers)
         total = x.new_zeros(x.shape[0])
-        for layer in layers if direction == "forward" else reversed(layers):
+        for layer in called if direction == "forward" else reversed(called):
             x, log_det = layer.through(self, direction, x, context)
             total = total + log_det
         return x, total
@@ -63,14 +55,8 @@ FUSED = Executor()
 class LayerByLayer(Executor):
     """Calls every layer by itself. Subclasses that watch layers override `layer`."""
 
-    def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return self._in_order(layers, direction, x, context)
+    def prepared(self, layers: Sequence[Bijection]) -> Sequence[Bijection]:
+        return layers
 
 
 class Initializing(LayerByLayer):

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.execution import FUSED, Executor
-from flowtrain.bijections.fused import fuse
 
 Mode = Literal["store", "checkpoint", "reversible"]
 
@@ -34,19 +33,15 @@ class Recomputing(Executor):
         self.reversible = reversible
 
     def chain(
-        self,
-        layers: Sequence[Bijection],
-        direction: Direction,
-        x: Tensor,
-        context: Tensor | None,
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse" or not layers or not torch.is_grad_enabled():
             return super().chain(layers, direction, x, context)
-        fused = fuse(layers)
-        tensors = [layer.tensors() for layer in fused]
+        called = self.prepared(layers)
+        tensors = [layer.tensors() for layer in called]
         everything = itertools.chain(*tensors)
         result: tuple[Tensor, Tensor] = _Recomputed.apply(
-            fused, tensors, self.reversible, x, context, *everything
+            called, tensors, self.reversible, x, context, *everything
         )
         return result
 

@@ -29,10 +29,10 @@ class SplineTransform(Transform):
     No log-derivative is outside [-23, 8.3]. In both directions the map is twice differentiable
     inside a bin, and once at a knot. Raises `ValueError` unless `1 <= bins <= MAX_BINS`.
 
-    Outside it is the identity. The default suits data of unit variance: of a normal distribution, a
-    share of 6e-5 lies outside. `free_ends` is for entries that never leave the interval. It makes
-    the derivatives at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1, which
-    fixes the density there.
+    Outside the interval it is the identity. The default interval suits data of unit variance: of a
+    normal distribution, a share of 6e-5 lies outside. `free_ends` is for entries that never leave
+    the interval. It makes the derivatives at the two ends parameters too, `3 bins + 1` in all.
+    Otherwise they are 1, which fixes the density there.
     """
 
     def __init__(self, bins: int = 8, tail_bound: float = 4.0, free_ends: bool = False):
@@ -179,12 +179,8 @@ class _Lookup(torch.autograd.Function):
             -1, *[1] * (raw.ndim - 2)
         )
         ctx.factor = 2 * tail_bound * (1 - bins * MIN_SIZE)
-        knots = (
-            shares[:, :, :-1]
-            .cumsum(dim=2)
-            .mul_(ctx.factor)
-            .add_(number * (2 * tail_bound * MIN_SIZE) - tail_bound)
-        )
+        knots = shares[:, :, :-1].cumsum(dim=2).mul_(ctx.factor)
+        knots.add_(number * (2 * tail_bound * MIN_SIZE) - tail_bound)
         index = (values[:, None] >= knots[:, axis]).sum(dim=1, keepdim=True)  # (B, 1, C, ...)
         both = torch.cat([index, index + 1], dim=1)
         edge = torch.full_like(shares[:, :, :1], tail_bound)

@@ -31,14 +31,14 @@ def compare(
     json_out: Annotated[
         str | None,
         typer.Option(
-            "--json", metavar="FILE|-", help="The table as JSON, if wanted.", show_default=False
+            "--json", metavar="FILE|-", help="Also write the table as JSON.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """One table and one plot of several runs, also of those that are still training. Evaluates
-    nothing itself.
-    """
+    """Compare runs in one table and one plot. They may still be training.
 
+    It evaluates nothing itself.
+    """
     from flowtrain.runs import compare as comparison
     from flowtrain.system.console import console
     from flowtrain.system.files import save

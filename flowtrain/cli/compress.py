@@ -65,7 +65,7 @@ def compress(
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Pack images without loss, into as many bits as the flow's likelihood says.
+    """Compress images without loss, to about as many bits as the flow's likelihood says.
 
     It runs on the CPU. OMP_NUM_THREADS sets how many streams are coded at a time, and does not
     change the archive.

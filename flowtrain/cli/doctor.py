@@ -46,7 +46,7 @@ def doctor(
         typer.Option(
             "--json",
             metavar="FILE|-",
-            help="Where all findings go.",
+            help="Where all findings go; - is standard output.",
             show_default="doctor.json in the run",
         ),
     ] = None,
@@ -54,7 +54,7 @@ def doctor(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Check that each layer, and the whole flow, can be inverted and reports its log-determinant.
+    """Check that each layer, and the whole flow, is invertible and reports its log-determinant.
 
     Every number has a verdict: ok, watch or bad. The exit code is 1 if anything is bad.
     """

@@ -44,7 +44,7 @@ def evaluate(
             "--dataset",
             metavar="NAME|PATH",
             help=DATA_NAMES
-            + "Of a folder without test/ or a file without x_test, all images are evaluated.",
+            + "All images of a folder without test/ or of a file without x_test are evaluated.",
             show_default="the model's own",
         ),
     ] = None,
@@ -60,7 +60,7 @@ def evaluate(
             "--samples",
             min=1,
             metavar="K",
-            help="Dequantization draws; above 1, the importance-weighted bound.",
+            help="Draws of the dequantization noise. Above 1, the bound is importance-weighted.",
         ),
     ] = 1,
     seed: SeedOption = 0,
@@ -76,23 +76,24 @@ def evaluate(
         typer.Option(
             "--json",
             metavar="FILE|-",
-            help="Where the result goes.",
+            help="Where to write the result.",
             show_default="evaluate-<split>.json or evaluate-<dataset>-<split>.json in the run",
         ),
     ] = None,
     scores_out: Annotated[
         Path | None,
-        typer.Option("--scores", metavar="FILE.csv", help="One row an image.", show_default=False),
+        typer.Option(
+            "--scores", metavar="FILE.csv", help="Write one row per image.", show_default=False
+        ),
     ] = None,
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Bits per dimension of a data set's split, in float32, with standard error.
+    """Measure bits per dimension of a data set's split in float32, with the standard error.
 
-    By default of the test split of the data that the model was trained on.
+    By default it is the test split of the data that the model was trained on.
     """
-
     from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed

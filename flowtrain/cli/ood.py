@@ -39,8 +39,8 @@ def ood(
         typer.Option(
             "--out",
             metavar="NAME|PATH",
-            help="Other images; repeatable. As for --in, or noise (uniform levels), constant (one "
-            "colour per image), or shuffled (the --in images with their pixels reordered).",
+            help="Images to compare; repeatable. A name as for --in, or noise (uniform levels), "
+            "constant (one colour per image) or shuffled (the --in images, pixels reordered).",
         ),
     ],
     model: ModelArgument = None,
@@ -75,20 +75,25 @@ def ood(
         typer.Option(
             "--json",
             metavar="FILE|-",
-            help="Where the result goes.",
+            help="Where the result goes; - is standard output.",
             show_default="ood.json in the run",
         ),
     ] = None,
     scores_out: Annotated[
         Path | None,
-        typer.Option("--scores", metavar="FILE.csv", help="One row per image.", show_default=False),
+        typer.Option(
+            "--scores",
+            metavar="FILE.csv",
+            help="Also write the scores here, one row per image.",
+            show_default=False,
+        ),
     ] = None,
     picture_out: Annotated[
         Path | None,
         typer.Option(
             "--picture",
             metavar="FILE.png",
-            help="Histograms of the scores.",
+            help="Where the histograms of the scores go.",
             show_default="ood.png in the run",
         ),
     ] = None,

@@ -48,11 +48,11 @@ def report(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """One HTML file about a run: curves, samples, reconstructions, nearest training images,
+    """Write one HTML file about a run: curves, samples, reconstructions, nearest training images,
     evaluation, health.
 
-    What is missing, such as an evaluation of the test split or the data set, is said in the report;
-    the rest is made.
+    If something is missing, such as the data set or an evaluation of the test split, the report
+    says so and has the rest.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.runs import report as reporting

@@ -45,7 +45,7 @@ def sample(
             "--temperature",
             min=0,
             metavar="T",
-            help="Repeatable, one row each; 0 is the mode of the base.",
+            help="Sampling temperature; repeatable, one row each. 0 is the mode of the base.",
             show_default="1.0",
         ),
     ] = None,
@@ -72,7 +72,7 @@ def sample(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw images from a trained flow. A seed gives the same first images, however many are drawn.
+    """Draw images from a trained flow. The same seed gives the same images, however many there are.
 
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer.

@@ -62,7 +62,7 @@ def train(
         typer.Option(
             "--run-dir",
             metavar="DIR",
-            help="Where everything is written.",
+            help="Write everything to this directory.",
             show_default="runs/<config name>",
         ),
     ] = None,
@@ -71,8 +71,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|never|CHECKPOINT",
-            help="auto goes on from the last checkpoint in the run directory; never refuses one "
-            "that holds a run.",
+            help="auto goes on from the last checkpoint in the run directory; never refuses a "
+            "directory that holds a run.",
         ),
     ] = "auto",
     init_from: Annotated[
@@ -92,7 +92,7 @@ def train(
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a flow. The same command again goes on where it stopped."""
+    """Train a flow. If the run was stopped, the same command goes on from there."""
     from flowtrain import config as configuration
 
     path = configfiles.find_config(config)

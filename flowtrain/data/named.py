@@ -11,10 +11,11 @@ from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import folder, npz
 from flowtrain.datasets.base import Images, hold_out, open_image
 from flowtrain.errors import UserError
+from flowtrain.types import Shape
 
 
 def section_named(
-    name: str, own: DataConfig, shape: tuple[int, int, int], option: str, also: tuple[str, ...] = ()
+    name: str, own: DataConfig, shape: Shape, option: str, also: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """The `data` section for a NAME on the command line.
 

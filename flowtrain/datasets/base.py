@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -159,6 +159,6 @@ def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
     return np.round(pixels / 255 * (levels - 1)).astype(np.uint8)
 
 
-def contiguous(pixels: Any) -> np.ndarray:
+def contiguous(pixels: np.ndarray) -> np.ndarray:
     """uint8 (N, C, H, W) in C order. It is copied only if necessary."""
     return np.ascontiguousarray(pixels, dtype=np.uint8)

@@ -418,12 +418,8 @@ def _data_round_trip(
         notes.add(checks[1], _bits(again, z), inputs=inputs)
         if one is flow:
             finite = _finite(back)
-            restored = int(
-                (flow.dequantizer.to_data(back[finite]) == images[finite])
-                .flatten(1)
-                .all(dim=1)
-                .sum()
-            )
+            same = flow.dequantizer.to_data(back[finite]) == images[finite]
+            restored = int(same.flatten(1).all(dim=1).sum())
     return restored
 
 
@@ -491,12 +487,8 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
                 same = None if context is None else context.expand(len(copies), *context.shape[1:])
                 return call(layer, direction, copies, same)
 
-            reported = call(
-                reporting[name],
-                direction,
-                given.float(),
-                None if context is None else context.float(),
-            )[1]
+            low = None if context is None else context.float()
+            reported = call(reporting[name], direction, given.float(), low)[1]
             error = abs(reported.double() - jacobian_log_det(with_copies, given)).max() * bits
             notes.add("log-det", error, name, IMAGES)
         return result
@@ -544,11 +536,8 @@ def reduced(model: LoadedModel) -> Flow | None:
     for side in SIDES:
         if side < min(height, width):
             try:
-                flow = (
-                    build_flow(model.config, (channels, side, side), model.flow.levels)
-                    .eval()
-                    .requires_grad_(False)
-                )
+                flow = build_flow(model.config, (channels, side, side), model.flow.levels)
+                flow = flow.eval().requires_grad_(False)
                 if _transplant(model.flow, flow):
                     black = torch.zeros(1, *flow.shape)
                     flow(black, black)

@@ -1,4 +1,4 @@
-"""Bits per dimension of a split, in float32, with what is needed to know what was measured."""
+"""`flowtrain evaluate`: bits per dimension of a split in float32, and what exactly was measured."""
 
 import csv
 import io
@@ -24,10 +24,10 @@ log = logging.getLogger("flowtrain")
 
 @torch.no_grad()
 def reconstruction_error(flow: Flow, x: Tensor) -> float:
-    """The largest distance, in levels, of a decoded latent from the middle of its bin; below 1/2
-    all come back.
+    """The largest distance of a decoded latent from the middle of its bin, in levels.
 
-    Of real-valued data it is a distance from the data, in their own unit.
+    Below 1/2 all pixels come back exactly. For real-valued data it is the distance from the data,
+    in their own unit.
     """
     v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
     back = flow.bijection.inverse(flow.bijection(v)[0])[0]
@@ -48,8 +48,7 @@ def evaluate(
 ) -> tuple[Evaluation, Scores]:
     """The result of `flowtrain evaluate`, and the scores of the images.
 
-    Raises `UserError` where the data do not have the model's shape and levels, or the split is
-    empty.
+    Raises `UserError` if the data do not have the model's shape and levels, or the split is empty.
     """
     flow = model.flow
     data.require(flow.shape, flow.levels, model.checkpoint.path)
@@ -104,16 +103,14 @@ def evaluate(
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
-    """Mean bits/dim of both bounds, with the standard errors of the mean: over images, and over
-    draws alone.
+    """Mean bits/dim of both bounds, each with two standard errors: over images, and over draws.
 
-    `bits_per_dim` is that of `bound`; the single-draw bound stands beside it. Real-valued data have
-    a likelihood in
-    nats and no draws: `bound` is `exact`, and there are no bits. Over draws the error is what
-    another seed
-    would change: from the variance of an image's draws, for the importance-weighted bound by the
-    jackknife (Efron 1982, eq. 3.5). One draw tells nothing about it (None); nor does anything where
-    an image is not finite.
+    `bits_per_dim` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. For
+    real-valued data the likelihood is exact and in nats, so there are no bits.
+
+    The standard error over draws is what another seed would change. It comes from the variance of
+    each image's draws, and for the importance-weighted bound from the jackknife (Efron 1982, eq.
+    3.5). It is None for one draw, and if an image is not finite.
     """
     k, n = scores.draws.shape
     nats = -scores.log_prob
@@ -131,7 +128,7 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         }
     dims = flow.dims
     result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
-    variances = [torch.tensor(math.nan)] * 2  # of each image, over draws
+    variances = [torch.tensor(math.nan)] * 2  # per image, over draws
     if k > 1:
         leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)
         spread = bits_per_dim(scores.draws, dims).var(dim=0)
@@ -148,11 +145,12 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
-    """The classes of a split for a class-conditional model; None, and said, where they cannot be
-    the model's.
+    """The classes of a split for a class-conditional model.
+
+    None if they cannot be the model's classes; for the model's own data a warning says why.
     """
     if not model.flow.classes or data.undivided or data.config.name != model.config.data.name:
-        return None  # of other data the classes are others, or have other numbers
+        return None  # other data have other classes, or other numbers for them
     try:
         return labels_of(split, model.flow.classes, data.config.name)
     except UserError as error:
@@ -161,11 +159,10 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
 
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
-    """Of a class-conditional model on labelled data: the bits given the class, and the accuracy of
-    Bayes' rule.
+    """For labelled data: the loss given the class, and the accuracy of Bayes' rule.
 
-    `P(class | x)` is in proportion to `P(x | class)`, all classes being as likely; the most
-    probable is predicted.
+    All classes are equally likely, so `P(class | x)` is proportional to `P(x | class)`. The most
+    probable class is predicted.
     """
     if labels is None:
         return {}
@@ -188,10 +185,10 @@ def _finite(value: float) -> float | None:
 
 
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
-    """One row an image; `log_prob` is the bound, and `log_prob_base + log_det` that of the first
-    draw.
+    """One row per image. `log_prob` is the bound, `log_prob_base + log_det` that of the first draw.
 
-    Of a class-conditional model also the class that it predicts. Real-valued data have no bits.
+    All are in nats. Class-conditional models add the predicted class. Real-valued data have no
+    bits.
     """
     log_prob = scores.log_prob.tolist()
     bits = (

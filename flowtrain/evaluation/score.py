@@ -17,25 +17,21 @@ from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
 from flowtrain.system.random import Stream, generator
 
-# bytes of activations; a larger batch is no faster (benchmarks/evaluation.py)
+# Bytes of activations. A larger batch is no faster on a CPU (benchmarks/evaluation.py).
 ENOUGH_FOR_A_CPU = 256 * 2**20
-
-
-LARGEST_BATCH = 2048  # so that progress is seen
-
-
-# times the largest activation, while a batch is computed: a convolution's input, output, their
-# copies
+LARGEST_BATCH = 2048  # so that progress can be seen
+# Activations in memory at a time, as a multiple of the largest one: the input and output of a
+# convolution, and copies of them.
 ALIVE = 6
 
 
 @torch.no_grad()
 def fitting_batch_size(flow: Flow) -> int:
-    """How many images to score at a time: a power of two, as many as fit into a quarter of a GPU's
-    memory.
+    """How many images to score at a time: a power of two.
 
-    Of all of it, not of what is free just now: the last digits of a likelihood depend on the batch
-    size, and are to be the same the next time. On a CPU speed is the limit, well before memory.
+    On a GPU it is what fits into a quarter of all memory, not of the memory that is free. The last
+    digits of a likelihood depend on the batch size, and should be the same the next time. On a CPU
+    speed is the limit, long before memory.
     """
     largest = 0
 
@@ -54,24 +50,24 @@ def fitting_batch_size(flow: Flow) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per image, nats, float64 on the CPU."""
+    """Scores of images in nats, float64 on the CPU. K draws, C classes, N images."""
 
     draws: Tensor  # single-draw bounds, (K, N)
     base: Tensor  # log N(z; 0, I) of the first draw, (N,)
-    log_det: Tensor  # all the rest of the first draw, (N,)
-    # of a class-conditional model, bounds on log P(x | class), (K, C, N)
+    log_det: Tensor  # the rest of the first draw's bound, (N,)
+    # For class-conditional models: bounds on log P(x | class), (K, C, N).
     draws_by_class: Tensor | None = None
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """`log 1/K sum_k exp(draw_k)`, `(N,)`: the importance-weighted bound, of one draw that draw
-        itself.
+        """The importance-weighted bound `log 1/K sum_k exp(draw_k)`, `(N,)`. For K = 1 it is the
+        draw itself.
         """
         return self.draws.logsumexp(dim=0) - math.log(len(self.draws))
 
     @cached_property
     def elbo(self) -> Tensor:
-        """The mean of the draws, `(N,)`: an estimate of the single-draw bound's expectation."""
+        """The mean of the draws, `(N,)`. It estimates the expectation of the single-draw bound."""
         return self.draws.mean(dim=0)
 
     @cached_property
@@ -86,8 +82,7 @@ class Scores:
         largest, where = self.draws.max(dim=0)
         weights = (self.draws - largest).exp()
         rest = largest + (weights.sum(dim=0) - weights).log()
-        # Without the largest of them the difference may be nothing but rounding: those are summed
-        # up anew.
+        # Without the largest draw the difference may be only rounding, so it is summed up anew.
         without = self.draws.scatter(0, where[None], -torch.inf).logsumexp(dim=0)
         return rest.scatter(0, where[None], without[None]) - math.log(k - 1)
 
@@ -103,20 +98,19 @@ def score(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """The bounds on log P(x) of the first `num_images` images of a split, from `samples` draws of
-    the noise.
+    """The bounds on log P(x) for the first `num_images` images of a split, in nats.
 
-    For K > 1 draws the bound is the importance-weighted one, `log 1/K sum_k p(y_k) / q(u_k|x)`
-    (Burda et al. 2016; Ho et al. 2019, section 3.1). An image's noise depends on the seed, its
-    index and the draw, and on nothing else.
+    They come from K = `samples` draws of the noise. For K > 1 the bound is importance-weighted:
+    `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et al. 2019, section 3.1). An image's
+    noise depends only on the seed, its index and the draw.
 
-    Of several processes each scores a part of the images, and has the scores of all.
+    If there are several processes, each scores a part of the images, and all get all scores.
     """
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
     noisy = not flow.kind.exact
-    # of a process without an image
+    # A process may have no image.
     rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
@@ -137,7 +131,7 @@ def score(
             of_classes = [] if parts.by_class is None else parts.by_class.T
             draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
         by_draw = torch.stack(draws)  # (K, 2 + C, B)
-        bounds = by_draw[:, 1:] + by_draw[:, :1]  # of all classes together, then of each
+        bounds = by_draw[:, 1:] + by_draw[:, :1]  # all classes together, then each class
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
         progress(stop - own.start, len(own))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)
@@ -146,7 +140,8 @@ def score(
 
 
 def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
-    """The mean over the images, bits/dim (nats of real-valued data); not finite if any image is
-    not.
+    """The mean loss of a split in bits/dim, or in nats for real-valued data.
+
+    It is not finite if that of any image is not.
     """
     return flow.loss(score(flow, split, **options).log_prob).mean().item()

@@ -14,6 +14,7 @@ from flowtrain.bijections.execution import FUSED, Executor, Initializing
 from flowtrain.flow.class_prior import ClassPrior, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
+from flowtrain.types import Shape
 
 
 class LogProb(NamedTuple):
@@ -53,7 +54,7 @@ class Flow(nn.Module):
         self,
         bijection: Bijection,
         dequantizer: Dequantizer | RealValued,
-        shape: tuple[int, int, int],
+        shape: Shape,
         class_prior: ClassPrior | None = None,
     ):
         super().__init__()

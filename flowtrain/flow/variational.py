@@ -19,6 +19,7 @@ from flowtrain.bijections.execution import FUSED, Executor
 from flowtrain.bijections.precision import into_conditioner
 from flowtrain.flow.dequantize import EDGE
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
+from flowtrain.types import Shape
 
 # Uniform numbers in float32 are multiples of 2**-24. They may be 0, whose normal quantile is
 # -infinity.
@@ -47,7 +48,7 @@ class VariationalNoise(nn.Module):
         width: Channels of the hidden layers, and of the features of the image.
     """
 
-    def __init__(self, shape: tuple[int, int, int], steps: int, width: int):
+    def __init__(self, shape: Shape, steps: int, width: int):
         super().__init__()
         channels, height, side = shape
         even = height % 2 == side % 2 == 0

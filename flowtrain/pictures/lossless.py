@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowtrain.pictures.grid import to_8bit
+from flowtrain.types import Shape
 
 
 class Format(NamedTuple):
@@ -61,7 +62,7 @@ def encoded(image: Tensor, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def decoded(data: bytes, shape: tuple[int, int, int]) -> Tensor:
+def decoded(data: bytes, shape: Shape) -> Tensor:
     """The image of `shape` in a file: the inverse of `encoded`.
 
     Raises `ValueError` for a picture of another size or mode, or what Pillow raises.

@@ -1,4 +1,4 @@
-"""Finished and running run directories: reading them, comparing them, reports.
+"""Reading the directories of finished and running runs: comparisons and reports.
 
-Reading runs no code that a configuration names; only `report.py` needs torch.
+Reading never runs code that a configuration names. Only `report.py` needs torch.
 """

@@ -1,4 +1,4 @@
-"""Curves of training, drawn with matplotlib: a PNG that compares runs, and SVG for a report."""
+"""Training curves, drawn with matplotlib: a PNG that compares runs, and SVG for a report."""
 
 import io
 import re
@@ -23,28 +23,31 @@ COLOURS = (
     "#a0a020",
     "#1fa0b0",
 )
-STYLES = ("-", "--", ":", "-.")  # once the colours are used up
-STARTING = 0.05  # of a run's images: the loss falls so fast at first that the rest would look flat
-INK = "#010203"  # of text and lines; no other colour of a chart is this one
+STYLES = ("-", "--", ":", "-.")  # the next one when all colours are used
+# The axis leaves out the loss over this share of a run's images, at the start. The loss falls so
+# fast there that the rest would look flat.
+STARTING = 0.05
+INK = "#010203"  # the colour of text and lines, which nothing else in a chart has
 
 
 def losses_png(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
-    """A PNG of the loss against time and against images, for runs by name: validation bold,
-    training faint.
+    """A PNG of the loss of several runs, given by name, against time and against images.
+
+    Validation is bold, and training is faint.
     """
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("seconds", "images"), strict=True):
         handles = _losses(axes, runs, key, unit)
     legend = figure.legend(handles, list(runs), loc="outside lower center", ncols=min(len(runs), 3))
     legend.set_title("validation bold, training faint")
-    for text in legend.get_texts():  # names, whatever dollars they have
+    for text in legend.get_texts():  # a dollar in a name is no mathematics
         text.set_parse_math(False)
     return _saved(figure, "png")
 
 
 def curves_svg(rows: Sequence[Row], unit: str) -> dict[str, str]:
-    """The curves of one run by title, each an SVG element for HTML, its ink the colour of the
-    page's text.
+    """The curves of one run by title, as SVG elements for HTML. Text and lines have the colour of
+    the page's text.
     """
     train = [row for row in rows if row.split == "train"]
 
@@ -77,7 +80,7 @@ def curves_svg(rows: Sequence[Row], unit: str) -> dict[str, str]:
 
 
 def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) -> list[Any]:
-    """Draws both splits of each run, and returns a line for each run's entry in a legend."""
+    """Draws both splits of each run. Returns one line per run, for a legend."""
     handles, shown = [], []
     scale, along = (
         _time([row.seconds for rows in runs.values() for row in rows])
@@ -106,7 +109,7 @@ def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) 
 
 
 def _time(seconds: Sequence[float]) -> tuple[float, str]:
-    """What to divide seconds by, and its name."""
+    """The unit of a time axis, in seconds, and its name."""
     longest = max(seconds, default=0)
     return (
         (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
@@ -135,7 +138,7 @@ def _svg(draw: Callable[[Axes], object], name: str) -> str:
         svg = _saved(figure, "svg", transparent=True, metadata={"Date": None}).decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Several stand in one page, where every id is to be there once.
+    # A page has several of them, and each id may occur only once in a page.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace(INK, "currentColor")
 

@@ -1,6 +1,4 @@
-"""Several runs side by side: what each reached, with how much time and data, and what keeps them
-from comparing.
-"""
+"""Several runs side by side: their losses, time and data, and why losses may not compare."""
 
 import statistics
 from collections.abc import Collection, Sequence
@@ -13,13 +11,14 @@ from flowtrain.results import Evaluation, Row, Summary
 from flowtrain.runs import charts, record
 from flowtrain.runs.record import Record
 
-# Where images lie, how they are read, and what is written when: no part of what is learned.
+# Settings that do not change what is learned: where images are, how they are read, and what is
+# written when.
 NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
 NO_SETTINGS |= {
     f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
 }
 HELD_OUT = {"data.validation", "data.split_seed"}
-# With these too the test images are the same.
+# The test images do not depend on these keys.
 NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 
 # The keys of an evaluation in the JSON of a comparison.
@@ -39,10 +38,10 @@ class Result:
     finished: bool
     parameters: int
     step: int
-    images: int  # seen in training; of a run that goes on, by the last line it wrote
-    seconds: float  # wall-clock, with validation and sample grids
-    unit: str  # of the losses: bits/dim, or nats of real-valued data
-    images_per_second: float | None  # of training alone: the median of what was logged
+    images: int  # seen in training, as of the newest row or summary
+    seconds: float  # wall-clock, with validation and samples
+    unit: str  # of the losses: bits/dim, or nats for real-valued data
+    images_per_second: float | None  # of training alone: the median of the rows
     validation: float | None  # the best
     validation_step: int | None
     test: Evaluation | None
@@ -50,7 +49,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row per run, what a reader of the table has to know, and the curves as a PNG."""
+    """One row per run, notes for the reader of the table, and the curves as a PNG."""
 
     results: list[Result]
     notes: list[str]
@@ -83,7 +82,7 @@ def _test_figures(test: Evaluation | None) -> dict[str, Any] | None:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """What to call each run: its folder's name, or its path where two have the same."""
+    """A name for each run: its folder's name, or its path if two folders have the same name."""
     short = [path.resolve().name for path in paths]
     return [
         name if short.count(name) == 1 else str(path)
@@ -92,10 +91,10 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 
 def result(name: str, run: Record) -> Result:
-    """What a run has reached."""
+    """The row of a run."""
     summary = run.summary
     states: list[Summary | Row] = [summary, *run.rows]
-    # the summary is as old as the last checkpoint
+    # The summary is as old as the last checkpoint.
     newest = max(states, key=lambda state: state.seconds)
     speeds = [row.images_per_second for row in run.rows if row.images_per_second is not None]
     validations = [
@@ -122,10 +121,10 @@ def result(name: str, run: Record) -> Result:
 
 
 def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
-    """What a reader of the table has to know: one sentence each."""
+    """What a reader of the table has to know, one sentence per note."""
     found = []
     for own, run in zip(results, records, strict=True):
-        evaluated = run.summary.best_step or run.summary.step  # by `evaluate RUN`
+        evaluated = run.summary.best_step or run.summary.step  # the step that `evaluate RUN` takes
         if not own.finished:
             found.append(f"{own.run} is not finished: it is at step {own.step}")
         if own.validation is None:
@@ -139,8 +138,7 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
         elif own.test.step != evaluated:
             found.append(
                 f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
-                f"step {evaluated}: "
-                f"flowtrain evaluate {run.path} brings it up to date"
+                f"step {evaluated}: flowtrain evaluate {run.path} brings it up to date"
             )
         if not run.rows:
             found.append(f"{own.run} has no metrics, so no curve")
@@ -171,8 +169,9 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
 
 
 def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configurations differ, with both values; of another model or data set
-    just the name.
+    """The keys in which two configurations differ, with both values.
+
+    If the model or the data set differs, only its name is listed, without its options.
     """
     changed = {key: (old, new) for key, old, new in differences(first, other)}
     for section in ("data", "model"):
@@ -186,5 +185,5 @@ def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[An
 
 
 def _listed(changed: dict[str, tuple[Any, Any]], keys: Collection[str]) -> str:
-    """`train.lr: 0.01 (0.001)`: the run's own value, and that of the first run."""
+    """`train.lr: 0.01 (0.001)`: the run's own value, then that of the first run."""
     return ", ".join(f"{key}: {new} ({old})" for key, (old, new) in changed.items() if key in keys)

@@ -1,7 +1,6 @@
-"""What a run directory says about its run: the files of `train` and `evaluate`, checked as they are
-read.
+"""Reads and checks the files in a run directory, which `train` and `evaluate` write.
 
-Needs no torch, and runs no code that a configuration names.
+It needs no torch, and runs no code that a configuration names.
 """
 
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from flowtrain.results import Evaluation, Row, Summary
 
 
 class Named(BaseModel):
+    """A section of `config.yaml` that names a model or a data set."""
+
     name: str
 
 
 class RunConfig(BaseModel):
-    """Of `config.yaml` what every run has."""
+    """The part of `config.yaml` that every run has."""
 
     data: Named
     model: Named
@@ -28,22 +29,20 @@ class RunConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Record:
-    """A run directory: its configuration, summary, metrics in order, and evaluation of the test
-    split, if any.
-    """
+    """The contents of a run directory. The metrics are in their order."""
 
     path: Path
     config: dict[str, Any]
     summary: Summary
     rows: list[Row]
-    test: Evaluation | None
+    test: Evaluation | None  # of the test split
 
 
 def read(path: Path) -> Record:
-    """Reads a run directory, also one that is being written.
+    """Reads a run directory. It may still be being written.
 
-    Raises `UserError`, naming the file, where it is missing or is not what `train` or `evaluate`
-    write. A run that has logged nothing yet has no metrics.
+    A run that has logged nothing yet has no metrics. Raises `UserError`, naming the file, if a file
+    is missing or is not what `train` or `evaluate` write.
     """
     if not path.is_dir():
         raise UserError(
@@ -62,7 +61,7 @@ def read(path: Path) -> Record:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a `metrics.jsonl`. A last line that is still being written is left out."""
+    """The rows of a `metrics.jsonl`, without a last line that is still being written."""
     *lines, _unfinished = _text(path).split("\n")
     return [_checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
@@ -84,7 +83,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def _checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kind:
-    """JSON text, or values already parsed, as one of the kinds above."""
+    """JSON text, or values already parsed, as the type of a file."""
     try:
         return (
             kind.model_validate_json(content)
@@ -94,7 +93,7 @@ def _checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kin
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        if not key:  # not JSON, or no object: the value is the whole file
+        if not key:  # it is not JSON, or not an object; the value is the whole file
             raise UserError(f"{where}: broken: {first['msg']}") from error
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise UserError(f"{where}: {key}: {first['msg']}{got}") from error

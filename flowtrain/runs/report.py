@@ -1,5 +1,5 @@
-"""One HTML file about a model: what it is, how it learned, what it scores, draws and gives back,
-and its health.
+"""One HTML file about a model: configuration, curves, evaluation, samples, reconstructions, nearest
+training images and health.
 """
 
 import base64
@@ -31,25 +31,22 @@ from flowtrain.system.console import duration
 
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
-# test images whose distance to the training images is what a sample's is compared with
-COMPARED = 16
-CHUNK = 2**22  # pixels of training images at a time
-HEALTH = 16  # how much longer the health table takes than any other part
+COMPARED = 16  # test images whose distance to the training images a sample's is compared with
+CHUNK = 2**22  # pixels of training images that are read at a time
+HEALTH = 16  # the health table takes about as long as this many other parts
 SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the report: what it shows, or why there is nothing to show."""
+    """A part of the report: its content, or the reason why there is none."""
 
     content: Any = None
     problem: str = ""
 
     @staticmethod
     def of(make: Callable[[], Any]) -> "Part":
-        """What `make` gives. Missing data, or a model that fails, leave the rest of a report as it
-        is.
-        """
+        """The result of `make`. Missing data or a model that fails do not affect other parts."""
         try:
             return Part(make())
         except (UserError, RunError, FloatingPointError) as error:
@@ -65,9 +62,9 @@ class Reconstructions:
 
     x: Tensor
     back: Tensor
-    exact: int  # how many came back as they were
+    exact: int  # number of images that came back unchanged
     largest: int  # the largest difference of a pixel, in levels
-    difference: Tensor  # amplified, to be looked at
+    difference: Tensor  # amplified, so that it can be seen
     amplification: int
 
 
@@ -78,8 +75,9 @@ def _levels(flow: Flow) -> int:
 
 
 def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
-    """Encodes and decodes integers `x` `(N, C, H, W)`. Raises `FloatingPointError` where that is
-    not finite.
+    """Encodes and decodes integers `x` `(N, C, H, W)`.
+
+    Raises `FloatingPointError` if a result is not finite.
     """
     levels = _levels(flow)
     back = torch.cat(
@@ -88,7 +86,7 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     difference = (back.int() - x.int()).abs()
     by_image = difference.flatten(1).amax(dim=1)  # (N,)
     worst = by_image.argsort(descending=True, stable=True)
-    amplification = max(1, levels // 4)  # one level is to be seen
+    amplification = max(1, levels // 4)  # so that one level can be seen
     seen = (amplification * difference).clamp(max=levels - 1).to(torch.uint8)
     exact = int((by_image == 0).sum())
     return Reconstructions(
@@ -97,13 +95,12 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
 
 
 def nearest_images(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` images of a split nearest to each of the queries `(N, C, H, W)`, by L2 distance
-    of pixels in 0..1.
+    """The `count` images of a split that are nearest to each query `(N, C, H, W)`.
 
-    Distances `(N, count)` in ascending order, and positions in the split `(N, count)`. The split is
-    read in chunks.
+    The distance is L2, of pixels in 0..1. Returns the distances `(N, count)`, in ascending order,
+    and the positions in the split `(N, count)`. The split is read in chunks.
     """
-    # |q|^2 - 2 qx + |x|^2 of integers is exact in float64: a copy has distance 0.
+    # |q|^2 - 2 qx + |x|^2 is exact for integers in float64, so a copy has distance 0.
     q = queries.flatten(1).double()  # (N, D)
     best, where = torch.empty(len(q), 0, dtype=q.dtype), torch.empty(len(q), 0, dtype=torch.int64)
     chunk = max(1, CHUNK // q.shape[1])
@@ -131,12 +128,11 @@ def page(
     seed: int = 0,
     progress: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> tuple[str, list[str]]:
-    """The report of a model as HTML that needs no other file, and what is missing in it, a line
-    each.
+    """The report of a model as HTML that needs no other file, and one line per missing part.
 
-    `data` are of the model's shape, or the reason why they are not there. The run's `metrics.jsonl`
-    and evaluations are read. `num_images` test images are reconstructed, and used for the health
-    table.
+    `data` is a data set of the model's shape, or the reason why there is none. `metrics.jsonl` and
+    the evaluations are read from the run. `num_images` test images are reconstructed, and used for
+    the health table.
     """
     flow, run = model.flow, run_of(model.checkpoint.path)
     temperatures = flow.kind.report_temperatures
@@ -193,7 +189,7 @@ def page(
         seed=seed,
         temperatures=temperatures,
         levels=flow.kind.words,
-        never=sys.float_info.max,  # the bound of what is never bad
+        never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
     )
     return html, [f"{name}: {part.problem}" for name, part in parts.items() if part.problem]
@@ -214,7 +210,7 @@ def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
 
 
 class Neighbour(NamedTuple):
-    """A training image: `(1, C, H, W)`, its position in the training split, and its distance to a
+    """A training image `(1, C, H, W)`, its position in the training split, and its distance to a
     sample.
     """
 
@@ -224,13 +220,13 @@ class Neighbour(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """Samples `(1, C, H, W)` with their nearest training images, and how far new images are from
-    theirs.
+    """Samples `(1, C, H, W)` with their nearest training images, and the same distance for test
+    images.
     """
 
     samples: list[tuple[Tensor, list[Neighbour]]]
     typical: float  # median distance of test images to their nearest training image
-    compared: int  # of how many test images
+    compared: int  # number of these test images
 
 
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
@@ -255,7 +251,7 @@ def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
 
 
 def by_check(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:
-    """Each check's worst finding with all of the check, worst first; the worst check first."""
+    """The worst finding of each check with all its findings. Both are sorted, the worst first."""
     checks: dict[str, list[Finding]] = {}
     for finding in findings:
         checks.setdefault(finding.check, []).append(finding)

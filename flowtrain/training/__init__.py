@@ -1,5 +1,5 @@
-"""Training: the loop, its step, resuming, and what a run directory holds while it is written.
+"""Training: the loop, its step, resuming, and writing the run directory.
 
-`loop.fit` is the entry. A run that is killed goes on from its last checkpoint, bit for bit on a
-CPU.
+`loop.fit` is the entry. A run that is killed goes on from its last checkpoint, on a CPU bit for
+bit.
 """

@@ -1,4 +1,4 @@
-"""Training: the loop, resuming, signals, and what happens to a number that is not finite."""
+"""The training loop: steps, validation, checkpoints, signals, and losses that are not finite."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,12 @@ def fit(
     resume: str = "auto",
     init_from: str | None = None,
 ) -> None:
-    """Trains to the end, or raises `Interrupted` after a signal, with everything saved in `run`.
+    """Trains to the end, or until a signal. Either way everything is saved in `run`.
 
     Raises:
+        Interrupted: after a signal.
         UserError: for a configuration, data set or checkpoint that does not fit.
-        RunError: after too many steps that were not finite, or where the disk is full.
+        RunError: after too many steps that were not finite, or if the disk is full.
     """
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels)
@@ -143,10 +144,11 @@ def _loop(
 def _agree(
     state: State, clock: Clock, stop: Stop, loss: Tensor, grad_norm: Tensor
 ) -> tuple[float, float]:
-    """What all processes go by from here on: the batch's loss, the gradient's norm, process 0's
-    clock, any signal.
+    """The loss of the whole batch and the norm of its gradient, the same on all processes.
+
+    From here on they also share the clock of process 0, and any signal that one of them got.
     """
-    # waits for the device
+    # This waits for the device.
     means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]
     clock.tick()
     seconds = state.progress.seconds if distributed.is_main() else 0.0
@@ -161,15 +163,18 @@ def _agree(
 def _go_back(
     state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float
 ) -> None:
-    """After a loss or gradient that is not finite: evidence, the last good state, half the rate; or
-    the end.
+    """After a loss, gradient or weight that is not finite: writes evidence, restores the last
+    checkpoint, and halves the learning rate.
+
+    Raises `RunError` when this has happened more than `train.max_non_finite` times.
     """
     failed_step = state.progress.step
     noise = noise_of(state.config, failed_step, x, distributed.rank() * len(x))
     layers = [
         layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
     ]
-    # A gradient is that of all processes, an output that of the one with the image to blame.
+    # All processes have the same gradient. An output that is not finite is found only by the
+    # process that has the image, so it is more precise.
     layer = next(
         (layer for layer in layers if not layer.startswith("gradient")),
         layers[0] if layers else None,
@@ -191,7 +196,7 @@ def _go_back(
         f"({evidence})"
     )
     lr_scale = state.progress.lr_scale / 2
-    # The best checkpoint stays, though it may be of a later step.
+    # The best checkpoint is kept, even if it is of a later step.
     kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
     last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
@@ -201,14 +206,13 @@ def _go_back(
     )
     run.cut_back(state.progress.step, state.config)
     save(state, run, numbered=False)
-    distributed.ready()  # when that is done
+    distributed.ready()  # the checkpoint is written
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(
             f"{run.path}: stopped at step {failed_step}: {events} steps not finite "
-            f"(train.max_non_finite: {limit}); "
-            f"the first value that was not: {where}. The checkpoints are from before. Evidence: "
-            f"{evidence}. "
-            "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
+            f"(train.max_non_finite: {limit}); the first value that was not: {where}. The "
+            f"checkpoints are from before. Evidence: {evidence}. Lower train.lr, set "
+            "train.clip_norm, or use more train.warmup_steps"
         )
     console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")

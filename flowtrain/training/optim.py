@@ -1,4 +1,4 @@
-"""Optimizers, the learning rate and the average of the weights."""
+"""Optimizers, the learning rate, and the moving average of the weights."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ from flowtrain.config import Train
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 
-# The fused kernels do the same arithmetic in one pass over all parameters; torch has none for
+# The fused kernels do the same arithmetic in one pass over all parameters. torch has no fused
 # Adamax.
 ADAM_AND_KIN = {
     "adam": functools.partial(torch.optim.Adam, fused=True),
@@ -21,16 +21,17 @@ ADAM_AND_KIN = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices, scaled so that Adam's learning rate suits it (Liu et
-    al. 2025, eq. 4).
+    """Muon (Jordan et al. 2024) for matrices, scaled to suit Adam's learning rate (Liu et al. 2025,
+    eq. 4).
 
-    The same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes one
-    matrix after the other; here those of one shape are orthogonalized together, in a third of the
-    time on a CPU.
+    It takes the same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. That one
+    takes one matrix after another. Here matrices of one shape are orthogonalized together, in a
+    third of the time on a CPU.
     """
 
     MOMENTUM = 0.95
-    TOGETHER = 2**20  # numbers: what a step needs beside the weights does not grow with their count
+    # Numbers that are orthogonalized together. It bounds the memory of a step beside the weights.
+    TOGETHER = 2**20
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
@@ -48,7 +49,7 @@ class Muon(torch.optim.Optimizer):
                     self._step(weights[start : start + count], group["lr"], group["weight_decay"])
 
     def _step(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
-        """Of matrices of one shape."""
+        """Moves matrices of one shape."""
         gradients: list[Tensor] = [weight.grad for weight in weights]  # type: ignore[misc]
         momenta = []
         for weight in weights:
@@ -67,10 +68,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Nearly `U V^T` of `U S V^T`, for each of `(K, M, N)`, in bfloat16: singular values from about
-    0.7 to 1.2.
+    """Approximates `U V^T` of `U S V^T` for each matrix of `(K, M, N)`, in bfloat16.
 
-    Five steps of a Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024).
+    The singular values of the result lie between about 0.7 and 1.2. It takes five steps of a
+    Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024).
     """
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -86,14 +87,13 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
-    """The optimizers of a step: one, or with `muon` two, Muon for the conditioners' weights, AdamW
-    for the rest.
+    """The optimizers of a step. With `muon` there are two: Muon for the weights of the
+    conditioners, and AdamW for the rest.
 
-    Weight decay acts on the weights of convolutions and linear layers: of the conditioners, that
-    is. A decayed ActNorm scale, 1x1 convolution or bias would be pulled away from what the
-    likelihood asks for.
+    Weight decay acts on the weights of convolutions and linear layers, so on the conditioners. It
+    would pull ActNorm scales, 1x1 convolutions and biases away from the maximum of the likelihood.
 
-    Raises `UserError` for `muon` where there is nothing for it.
+    Raises `UserError` for `muon` if the model has no weights for it.
     """
     parameters = list(flow.parameters())
     optimizers: list[torch.optim.Optimizer] = []
@@ -120,10 +120,10 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
 
 
 def learning_rate(config: Train, step: int, seconds: float) -> float:
-    """The rate of step `step` (from 0), `seconds` into the run.
+    """The rate of step `step` (counted from 0), `seconds` after the start of the run.
 
-    Warm-up is by steps; the decay to zero ends with the run, at `num_steps` or when the budget is
-    used up.
+    Warm-up is counted in steps. The decay to zero ends with the run: at `num_steps`, or when the
+    time budget is used up.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.num_steps is not None:
@@ -142,10 +142,10 @@ def learning_rate(config: Train, step: int, seconds: float) -> float:
 
 
 class Average:
-    """An exponential moving average of the weights: a copy of the flow that `update` moves along.
+    """An exponential moving average of the weights: a copy of the flow, moved by `update`.
 
-    It starts as a copy; the decay is at most `(1 + n) / (10 + n)` after n steps, so that the start
-    is soon forgotten. (torch's `AveragedModel` takes four times as long, most of it to find the
+    The decay is at most `(1 + n) / (10 + n)` after n steps, so the initial weights are soon
+    forgotten. (torch's `AveragedModel` takes four times as long, mostly because it finds the
     parameters again at every step.)
     """
 
@@ -157,14 +157,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        """Takes in the weights, after `n` times before."""
+        """Moves the average towards the current weights. `n` is the number of earlier updates."""
         weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         torch._foreach_lerp_(self._averages, self._current, weight)
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """The weights of all conditioners, without depthwise filters, which are vectors side by
-    side.
+    """The weights of all conditioners that are matrices. Depthwise filters are not: they are
+    vectors side by side.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics, validation, samples, checkpoints."""
+"""What a run writes and prints while it trains: metrics, validation, samples, checkpoints."""
 
 import math
 
@@ -19,10 +19,11 @@ from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.stop import Clock
 
-RANGES_BATCH = 64  # images on which log-scale ranges are measured
+RANGES_BATCH = 64  # images on which the ranges of log-scales are measured
 
 
 def validate(state: State, run: RunDirectory, validation: Split) -> None:
+    """Measures the loss of the images that are held out. The best weights get a checkpoint."""
     if len(validation) == 0:
         return
     progress = state.progress
@@ -60,8 +61,8 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 @distributed.main_only
 def sample(state: State, run: RunDirectory, beside: Split) -> None:
-    """A picture from latents that are the same all along, so that one sees each image take
-    shape.
+    """Saves a picture of samples. Their latents are the same at every step, so each image can be
+    followed through the training.
     """
     z = state.flow.draw_latents(
         state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
@@ -80,6 +81,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
 def log(
     state: State, run: RunDirectory, grad_norm: float, rate: float, clock: Clock, bar: ProgressBar
 ) -> None:
+    """Writes and prints a row of training metrics. The loss is the mean since the last row."""
     progress, config = state.progress, state.config.train
     done: float
     total: float
@@ -131,6 +133,7 @@ def _of_layers(flow: Flow) -> dict[str, float]:
 
 @distributed.main_only
 def save(state: State, run: RunDirectory, numbered: bool) -> None:
+    """Writes the last checkpoint and `summary.json`."""
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
     progress = state.progress
     best = {

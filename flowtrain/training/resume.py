@@ -1,4 +1,4 @@
-"""Starting a run, or going on with one."""
+"""Starting a run, or going on from a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,17 @@ from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import noise_of
 
-# Where the data lie and how they are read may change between two parts of a run; what they are may
-# not.
+# Between two parts of a run the place of the data may change, and how they are read. The data
+# themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
 
-
-# These may too, where with the number of processes they come to as many images a step.
+# These may change if, with the number of processes, a step still has as many images.
 SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
 
 
 def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
-    """Raises `UserError` where the processes of several machines have other configurations or
-    images.
+    """Raises `UserError` if the processes have different configurations or images, as several
+    machines may.
     """
     described = distributed.exchange({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
@@ -58,6 +57,10 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
 
 
 def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
+    """The checkpoint that `--resume` asks for; None for a new run.
+
+    Raises `UserError` if the checkpoint or the run directory does not fit the configuration.
+    """
     saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
     if saved is None:
         return None
@@ -66,19 +69,18 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         saved.meta["config"]["train"], saved.meta.get("processes", 1)
     ) == _images_of_a_step(config.resolved()["train"], distributed.world()):
         free |= SPLIT_KEYS
-    # With the defaults of keys that are newer than the checkpoint.
+    # Parsing fills in the defaults of keys that are newer than the checkpoint.
     earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
     for key, there, here in differences(earlier, config.resolved()):
-        # From a checkpoint that the user names, another schedule may be asked for; never another
-        # model or other data.
+        # If the user names the checkpoint, the schedule may change, but never the model or the
+        # data.
         if key in free or (
             resume != "auto" and key.startswith("train.") and key != "train.optimizer"
         ):
             continue
         raise UserError(
             f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose "
-            f"another --run-dir; "
-            "to go on, use the run's configuration"
+            "another --run-dir; to go on, use the run's configuration"
         )
     if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
         raise UserError(
@@ -100,7 +102,7 @@ def start(
     init_from: str | None,
     batches: Batches,
 ) -> State:
-    """The state of step 0, or of a checkpoint."""
+    """The state of step 0, or of a checkpoint. Raises `UserError` if the data are other ones."""
     if saved is None:
         _initialize(config, flow, init_from, batches)
         distributed.copy_from_main(flow)
@@ -115,7 +117,7 @@ def start(
                 f"is {here!r}"
             )
         state.restore(saved)
-        # A checkpoint that the user names may be of a run that was to be shorter, or longer.
+        # A checkpoint that the user names may belong to a shorter or longer schedule.
         if config.train.num_steps is not None or not state.reached_end():
             state.progress.finished = state.reached_end()
     return state
@@ -132,13 +134,14 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
 def announce(
     state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None
 ) -> None:
+    """Prints what is trained on which data, and where the run is written."""
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint = state.data
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
         f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; "
-        f"{data.config.name}: "
-        f"{fingerprint['train']:,} images to train on, {fingerprint['validation']:,} to validate, "
+        f"{data.config.name}: {fingerprint['train']:,} images to train on, "
+        f"{fingerprint['validation']:,} to validate, "
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )

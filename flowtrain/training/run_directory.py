@@ -1,4 +1,4 @@
-"""A run directory: its files, its lock, and what happens to them when a run goes on."""
+"""The run directory while a run writes it: its files, its lock, and cutting back on resume."""
 
 import contextlib
 import fcntl
@@ -22,8 +22,9 @@ from flowtrain.system.files import write_atomically
 
 
 class RunDirectory:
-    """Paths and files under `RUN`; see the README for what each holds. Of several processes,
-    process 0 alone writes.
+    """Paths and files under `RUN`. The README says what each holds.
+
+    If there are several processes, only process 0 writes.
     """
 
     def __init__(self, path: Path):
@@ -40,8 +41,11 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out; the lock goes with the process, however it ends. Raises `UserError`
-        if taken.
+        """Keeps other runs out. The lock ends with the process, however that ends.
+
+        Raises:
+            UserError: if the directory is locked or cannot be used.
+            RunError: if a file cannot be written later, for example because the disk is full.
         """
         if not distributed.is_main():
             yield
@@ -56,8 +60,7 @@ class RunDirectory:
             ) from error
         with file:
             try:
-                # Not flock, which any process that a killed trainer had started would go on
-                # holding.
+                # Not flock: processes that a killed trainer had started would keep holding that.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
@@ -82,8 +85,8 @@ class RunDirectory:
 
     @distributed.main_only
     def begin(self, config: Config) -> None:
-        """Writes the resolved configuration, and clears away what a killed process left
-        half-written.
+        """Writes the resolved configuration, and removes files that a killed process left half
+        written.
         """
         for folder in (self.path, self.checkpoints, self.samples):
             try:
@@ -98,8 +101,8 @@ class RunDirectory:
 
     @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
-        """Forgets what was logged after `step`: in `metrics.jsonl` by removing it, in TensorBoard
-        by its purge mark.
+        """Removes what was logged after `step` from `metrics.jsonl`, and marks it as purged in
+        TensorBoard.
         """
         self.close()
         if self.metrics.exists():
@@ -134,12 +137,12 @@ class RunDirectory:
     def save_last(
         self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool
     ) -> None:
-        """Writes the last checkpoint; a `numbered` one also gets a name of its own, of which the
-        newest `keep` stay.
+        """Writes the last checkpoint. If it is `numbered`, it also gets a name with its step. Of
+        the numbered ones the newest `keep` stay.
         """
         checkpoint_format.write(self.last, meta, tensors)
         if numbered and keep:
-            # Another name for the same bytes: `last` is replaced, never written into.
+            # A second name for the same bytes. `last` is replaced later, and never written into.
             name = self.checkpoints / f"step-{meta['step']:08d}{SUFFIX}"
             temporary = name.with_name(f".{name.name}.tmp")
             temporary.unlink(missing_ok=True)
@@ -148,8 +151,7 @@ class RunDirectory:
                 temporary.replace(name)
             except OSError:  # a file system without hard links
                 write_atomically(name, self.last.read_bytes())
-        # After `--resume` of an earlier checkpoint there may be later ones, which are not older
-        # than this one.
+        # Later ones, from before `--resume` of an earlier checkpoint, are not counted nor removed.
         names = sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))
         for old in [n for n in names if n.name <= f"step-{meta['step']:08d}{SUFFIX}"][
             : -keep or None
@@ -170,8 +172,8 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _failing_quietly() -> Iterator[None]:
-    """No traceback from TensorBoard's thread where it cannot write: the writer's next use raises
-    the error.
+    """Suppresses the traceback of TensorBoard's thread if it cannot write. The next use of the
+    writer raises the error anyway.
     """
     before = threading.excepthook
     threading.excepthook = lambda args: (
@@ -185,6 +187,6 @@ def _failing_quietly() -> Iterator[None]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
-        # The last line may have been cut by a kill.
+        # A kill may have cut the last line.
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)

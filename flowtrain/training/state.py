@@ -1,4 +1,4 @@
-"""The state of a run: all that a step changes, to a checkpoint and back."""
+"""The state of a run: everything that a step changes, to a checkpoint and back."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -17,30 +17,30 @@ from flowtrain.training.optim import Average
 
 @dataclass
 class Progress:
-    """How far a run is: plain numbers that travel in the checkpoint."""
+    """How far a run is, in plain numbers. They are stored in the checkpoint."""
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
-    best: float | None = None  # validation loss: bits/dim, or nats of real-valued data
+    best: float | None = None  # validation loss in bits/dim, or in nats for real-valued data
     best_step: int | None = None
     lr_scale: float = 1.0
     non_finite: int = 0
-    averaged: int = 0  # steps in the average of the weights
-    finished: bool = False  # with the validation and the samples of the end
-    window_loss: float = 0.0  # sum of the training loss since the last line of metrics
-    window_steps: int = 0
+    averaged: int = 0  # updates of the average of the weights
+    finished: bool = False  # including the last validation and the last samples
+    window_loss: float = 0.0  # sum of the training loss since the last row of metrics
+    window_steps: int = 0  # steps in that sum
 
 
 @dataclass
 class State:
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     config: Config
     flow: Flow
     optimizers: list[torch.optim.Optimizer]
     average: Average | None
-    data: dict[str, Any]  # the fingerprint
+    data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
     parallel: nn.Module = field(init=False)  # the flow to call in training
 
@@ -49,14 +49,13 @@ class State:
 
     @property
     def evaluated(self) -> Flow:
-        """The flow whose figures and samples are shown: with averaged weights where there are
-        any.
-        """
+        """The flow that is validated and sampled: with averaged weights if they are kept."""
         return self.flow if self.average is None else self.average.flow
 
     def reached_end(self) -> bool:
-        """Whether the steps are done or the budget is used up; `progress.finished` says that the
-        end was seen to.
+        """Whether the steps are done or the time budget is used up.
+
+        `progress.finished` also means that the last validation, samples and checkpoint are done.
         """
         train = self.config.train
         if train.num_steps is not None:
@@ -77,6 +76,7 @@ class State:
         return all(bool(torch.isfinite(p).all()) for p in self.flow.parameters())
 
     def meta(self) -> dict[str, Any]:
+        """The description in the checkpoint."""
         return {
             "config": self.config.resolved(),
             "shape": list(self.flow.shape),
@@ -88,6 +88,7 @@ class State:
         }
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the checkpoint: `model.*`, `ema.*` and `optimizer.*`."""
         parts = {"model": self.flow.state_dict()}
         if self.average is not None:
             parts["ema"] = self.average.flow.state_dict()
@@ -105,7 +106,7 @@ class State:
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
-        """Takes everything from a checkpoint of a run with this model and optimizer."""
+        """Takes over everything from a checkpoint of a run with this model and optimizer."""
         load_weights(self.flow, saved, "raw")
         self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
@@ -120,5 +121,5 @@ class State:
                 parameter for group in optimizer.param_groups for parameter in group["params"]
             ]
             state = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}
-            # Through torch's own format, which knows on which device each value belongs.
+            # Through torch's own format, which puts each value on the right device.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

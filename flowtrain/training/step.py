@@ -1,4 +1,4 @@
-"""One training step: the noise, the gradient, and moving the weights."""
+"""One training step: the noise, the gradient, and the update of the weights."""
 
 import contextlib
 import math
@@ -21,12 +21,12 @@ NOISE_BLOCK = 512  # images whose noise comes from one generator
 
 
 def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient of a batch's mean loss (see `Flow.loss`); returns it and the gradient's norm,
-    0-dimensional.
+    """Computes the gradient of a batch's mean loss (see `Flow.loss`).
 
-    `x` holds `accumulate` times `batch_size` images: this process's part of the batch, as the loss
-    is its part's. The gradient is that of the batch of all processes. The noise belongs to the seed
-    and the step. With `labels` `(B,)` the loss is that of the class-conditional likelihood.
+    `x` are this process's images of the batch, `accumulate` times `batch_size`. Returns the mean
+    loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
+    the whole batch of all processes. The noise depends on the seed and the step alone. With
+    `labels` `(B,)` the loss is that of the class-conditional likelihood.
     """
     config = state.config.train
     noise = noise_of(state.config, state.progress.step, x, distributed.rank() * len(x))
@@ -49,9 +49,7 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
-    """Moves the weights along the gradient, clipped to the configured norm, and their average after
-    them.
-    """
+    """Clips the gradient to the configured norm, moves the weights, and updates their average."""
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -64,10 +62,10 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
 
 
 def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
-    """The noise for `x`, the images from `start` on of the batch of all processes in a step.
+    """The noise for `x`, which are images of a step's batch, from its image `start` on.
 
-    A generator serves a block of images, so that a process draws little beside its own part,
-    however many there are.
+    The batch is that of all processes. Each block of `NOISE_BLOCK` images has its own generator, so
+    a process draws little more than its own part, however many processes there are.
     """
     stop = start + len(x)
     blocks = []
@@ -79,7 +77,7 @@ def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
 
 
 def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """bf16 for the conditioners; the data path casts back and does its own products in float32."""
+    """bf16 for the conditioners. The data path casts back, and computes its products in float32."""
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
     )
@@ -97,6 +95,6 @@ def require_trainable(flow: Flow, config: Config) -> None:
     if not is_trainable(flow, config.train.memory, config.train.precision):
         raise UserError(
             "train.memory: reversible computes the input of an autoregressive layer again in "
-            "float32, but its output "
-            "was computed in bf16: set train.precision=fp32, or another train.memory"
+            "float32, but its output was computed in bf16: set train.precision=fp32, or another "
+            "train.memory"
         )

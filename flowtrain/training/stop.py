@@ -1,4 +1,4 @@
-"""Signals that end a run, and the clock that measures it."""
+"""Signals that end a run, and the clock of a run."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """The signal that asked for the end, 0 before: `asked` this process, `signum` all of them."""
+    """The signal that asks a run to end, or 0."""
 
-    asked: int = 0
-    signum: int = 0
+    asked: int = 0  # of this process
+    signum: int = 0  # that all processes have agreed on
 
     @property
     def name(self) -> str:
@@ -26,18 +26,20 @@ class Stop:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         first = not self.asked
         self.asked = signum
-        if distributed.world() == 1:  # nobody to agree with
+        if distributed.world() == 1:  # there is nobody to agree with
             self.signum = signum
-        # torchrun hands on to every process what it gets, and Ctrl-C reaches them anyway.
+        # torchrun forwards its signals to every process, and Ctrl-C reaches them anyway. So only
+        # process 0 prints, and only once.
         if not distributed.is_main() or (distributed.world() > 1 and not first):
             return
-        # Not through rich, which may be in the middle of printing, or of an import.
-        with contextlib.suppress(OSError):  # nobody reads
+        # Not with rich: the signal may have interrupted its printing, or an import.
+        with contextlib.suppress(OSError):  # standard output is closed
             os.write(1, f"{signal.Signals(signum).name}: finishing the step and saving\n".encode())
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
+    """Catches SIGINT and SIGTERM, and puts the earlier handlers back at the end."""
     stop = Stop()
     before = {signum: signal.signal(signum, stop) for signum in STOPPING}
     try:
@@ -48,7 +50,10 @@ def signals() -> Iterator[Stop]:
 
 
 class Clock:
-    """Adds the wall-clock time to the progress, and measures the speed of training alone."""
+    """Adds the wall-clock time to the progress, and measures the speed of training.
+
+    The speed does not count validation, samples and checkpoints.
+    """
 
     def __init__(self, state: State):
         self.state = state
@@ -63,17 +68,16 @@ class Clock:
         return elapsed
 
     def tick(self, images: int = 0) -> None:
-        """A part of a step is done, the last one with its number of images."""
+        """To be called after each part of a step, after the last part with its images."""
         self.window_seconds += self._elapsed()
         self.window_images += images
 
     def skip(self) -> None:
-        """Something else is done: validation, a grid. It counts as time of the run, not of
-        training.
-        """
+        """To be called after anything else, such as validation. It counts as time of the run."""
         self._elapsed()
 
     def images_per_second(self) -> float:
+        """The speed since the last call."""
         speed = self.window_images / max(self.window_seconds, 1e-9)
         self.window_images, self.window_seconds = 0, 0.0
         return speed

@@ -214,10 +214,8 @@ def test_signs_are_a_function_of_the_example():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     signs = random_signs(x)
-    assert torch.equal(torch.get_rng_state(), before) and set(signs.unique().tolist()) == {
-        -1.0,
-        1.0,
-    }
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert signs.dtype == x.dtype and torch.equal(random_signs(x[7:9]), signs[7:9])
     moved = random_signs(torch.nextafter(x, x + 1))
     for other in (moved, signs.roll(1, 0)):  # practically independent
@@ -359,12 +357,8 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
     assert {(row["rtol"], row["atol"]) for row in train} == {(1e-4, 1e-4)}
     assert not any("function_evaluations" in row for row in rows if row["split"] == "validation")
     written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]
-    assert (written["rtol"], written["atol"], written["solver"], written["trace"]) == (
-        1e-4,
-        1e-4,
-        "dopri5",
-        "auto",
-    )
+    expected = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5", "trace": "auto"}
+    assert {key: written[key] for key in expected} == expected
     quick("train", *RUN, "--run-dir", "b", *sets(train__num_steps=3), cwd=tmp_path).ok()
     more = ["--resume", "b/checkpoints/last.safetensors", "--run-dir", "b"]
     quick("train", *RUN, *more, cwd=tmp_path).ok()

@@ -76,12 +76,8 @@ def build(split="train", **options):
 
 def test_any_number_of_unit_vectors_by_seed():
     images = build(count=300, test_count=200)
-    assert (images.shape, images.levels, images.flip, images.labels) == (
-        (3, 1, 1),
-        None,
-        False,
-        None,
-    )
+    assert images.shape == (3, 1, 1) and images.levels is None
+    assert images.flip is False and images.labels is None
     x = images.read()
     assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous
     assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
@@ -98,12 +94,8 @@ def test_von_mises_fisher(concentration):
     The distribution is the same in all directions around it.
     """
     n = 20_000
-    x = (
-        build(count=n, components=1, concentration=concentration)
-        .read()
-        .reshape(-1, 3)
-        .astype(np.float64)
-    )
+    x = build(count=n, components=1, concentration=concentration).read()
+    x = x.reshape(-1, 3).astype(np.float64)
     (mean,) = data_set.means(0, 1)
     expected = (
         1 / math.tanh(concentration) - 1 / concentration

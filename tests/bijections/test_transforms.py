@@ -280,11 +280,8 @@ def formula(transform, x, parameters):
     raw = parameters.unflatten(1, (2 + 3 * k, -1))
     shift, logits, means, scales = raw.split([1, k, k, 1 + k], 1)
     scales = limit * torch.tanh(scales / limit)
-    offsets = (
-        torch.tensor([(2 * i + 1) / k - 1 for i in range(k)])
-        .to(x.dtype)
-        .view(-1, *[1] * (x.ndim - 1))
-    )
+    offsets = torch.tensor([(2 * i + 1) / k - 1 for i in range(k)]).to(x.dtype)
+    offsets = offsets.view(-1, *[1] * (x.ndim - 1))
     u = (x[:, None] - means - offsets) / scales[:, 1:].exp()
     weights = logits.softmax(1)
     below = (weights * torch.sigmoid(u)).sum(1)

@@ -294,13 +294,8 @@ def test_verdicts():
         return judge(check, value, "", inputs).verdict
 
     round_trip = "data round trip, float32"
-    assert [of(round_trip, v) for v in (0.05, 0.06, 0.5, 0.51, math.nan)] == [
-        "ok",
-        "watch",
-        "watch",
-        "bad",
-        "bad",
-    ]
+    found = [of(round_trip, v) for v in (0.05, 0.06, 0.5, 0.51, math.nan)]
+    assert found == ["ok", "watch", "watch", "bad", "bad"]
     exact = "images that come back exactly"
     assert [of(exact, v) for v in (1, 0.9995, 0.99)] == ["ok", "watch", "bad"]
     # For noise a finite value is at most "watch". Counts of values that are not finite are not
@@ -321,11 +316,8 @@ def test_the_worst_come_first():
     )
     fine, lost = judge("log-det", 0, "c"), judge("log-det", math.nan, "d")
     assert worst([small, fine, large, lost, weights]) == [weights, lost, large, small]
-    assert [overall(f) for f in ([fine], [fine, judge("log-det", 5e-4)], [fine, small])] == [
-        "ok",
-        "watch",
-        "bad",
-    ]
+    lists = [fine], [fine, judge("log-det", 5e-4)], [fine, small]
+    assert [overall(findings) for findings in lists] == ["ok", "watch", "bad"]
 
 
 def test_the_worst_of_several_batches(tmp_path, monkeypatch):
@@ -493,14 +485,9 @@ def test_a_faulty_layer_is_named(fault, checks, whole, tmp_path, caplog):
     assert {check for check, layer in bad(found) if layer} == checks
     assert {check for check, layer in bad(found) if not layer} >= whole
     if "raises" in fault:
-        assert (
-            found[
-                "forward pass" if fault == "forward raises" else "inverse pass",
-                "layers.0",
-                IMAGES if fault == "forward raises" else SAMPLES,
-            ].value
-            is None
-        )
+        forward = fault == "forward raises"
+        check, inputs = ("forward pass", IMAGES) if forward else ("inverse pass", SAMPLES)
+        assert found[check, "layers.0", inputs].value is None
         reasons = [record.message for record in caplog.records]
         assert (
             len(reasons) == 1
@@ -629,11 +616,8 @@ def test_the_command(run, tmp_path):
     for row in values["findings"]:
         finding = found.pop((row["check"], row["layer"], row["inputs"]))
         assert row["value"] == pytest.approx(finding.value, rel=0.5, abs=1e-5)
-        assert (row["watch"], row["bad"], row["verdict"]) == (
-            finding.watch,
-            finding.bad,
-            finding.verdict,
-        )
+        expected = finding.watch, finding.bad, finding.verdict
+        assert (row["watch"], row["bad"], row["verdict"]) == expected
         assert row["check"] in done.out
     assert not found
     # One row per check and kind of input, not per layer.
