@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from catalogue import POINTS
 from dataset_helpers import module
 from helpers import REPOSITORY
 
@@ -19,15 +20,12 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-# in test_points.py
-POINTS = {"two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"}
-POINTS |= {"sphere"}  # in test_sphere.py
 HELPERS = {"base", "torchvision_source", "points"}
 
 
 def test_every_data_set_is_tested():
     found = {info.name for info in pkgutil.iter_modules(flowtrain.datasets.__path__)}
-    assert found == set(DOWNLOADED) | {"digits", "npz", "folder"} | POINTS | HELPERS
+    assert found == set(DOWNLOADED) | {"digits", "npz", "folder", "sphere", *POINTS, *HELPERS}
 
 
 @pytest.mark.parametrize("name", [*DOWNLOADED, "digits", "npz", "folder"])
