@@ -24,6 +24,9 @@ A configuration is a YAML file with the sections below. A key that is left out h
 `--set section.key=value` overrides one key. `flowtrain train --dry-run` checks a configuration
 without writing anything. `RUN/config.yaml` is the configuration of a run with every key.
 
+Each data set and each model has keys of its own, its options, which are listed under its name.
+There, `root` stands for `data.root`, and (C, H, W) for channels, height and width.
+
 `python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
 
 {keys}

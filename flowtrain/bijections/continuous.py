@@ -60,9 +60,9 @@ class Dynamics(nn.Module):
     The last layer starts at zero.
 
     Args:
-        dims: D, of the vectors.
-        width: units of a hidden layer.
-        hidden_layers: their number.
+        dims: D, the entries of a vector.
+        width: units per hidden layer.
+        hidden_layers: number of hidden layers.
     """
 
     def __init__(self, dims: int, width: int, hidden_layers: int):

@@ -30,7 +30,7 @@ class Executor:
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One layer that is not made of others."""
+        """Calls one layer that is not made of others."""
         return call(layer, direction, x, context)
 
     def prepared(self, layers: Sequence[Bijection]) -> Sequence[Bijection]:
@@ -40,7 +40,7 @@ class Executor:
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The result of layers, listed from data to latents, and their summed log-determinants."""
+        """Calls layers, listed from data to latents, and adds up their log-determinants."""
         called = self.prepared(layers)
         total = x.new_zeros(x.shape[0])
         for layer in called if direction == "forward" else reversed(called):

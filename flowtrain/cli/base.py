@@ -71,16 +71,14 @@ def on_one_process(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        if os.environ.get("RANK", "0") == "0" or not _launched():
-            function(*args, **kwargs)
+        if os.environ.get("RANK", "0") != "0":
+            from flowtrain.system import distributed
+
+            if distributed.launched():
+                return
+        function(*args, **kwargs)
 
     return wrapped
-
-
-def _launched() -> bool:
-    from flowtrain.system import distributed
-
-    return distributed.launched()
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from flowtrain.compression.format import checksum
-from flowtrain.compression.integers import scale, unscale, whole
 from flowtrain.compression.rules import rule
-from flowtrain.compression.stack import Stack, random_words, require
+from flowtrain.compression.stack import Stack, random_words, require, scale, unscale, whole
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise

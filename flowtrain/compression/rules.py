@@ -32,14 +32,14 @@ from flowtrain.bijections import (
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
-from flowtrain.compression.integers import Monotone, scale, unscale, whole
-from flowtrain.compression.stack import Stack
+from flowtrain.compression.stack import Stack, scale, unscale, whole
 from flowtrain.errors import UserError
 
 # Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
 SLOPE_BITS = 9
 MATRIX_BITS = 14  # precision of the triangular factors of a 1x1 convolution
 PREDICTED_BITS = 12  # precision of what networks predict
+CELL_BITS = 10  # a nonlinear map is linear within cells of 2**10 units
 
 Index = tuple[slice | Tensor | EllipsisType, ...]
 
@@ -138,20 +138,47 @@ def _(layer: Squeeze | Flatten | Permute, bits: int) -> Rule:
     return Moves(layer)
 
 
-class LogisticRule:
-    """`LogisticToNormal`."""
+class Monotone:
+    """An increasing map of one entry, made linear within cells of `2**CELL_BITS` units.
 
-    def __init__(self, layer: LogisticToNormal, bits: int):
-        self.map = Monotone(lambda x: layer.forward(x)[0], lambda z: layer.inverse(z)[0], bits)
+    The lower edge of cell number b is mapped to `function(edge)`, rounded, plus b units. So no cell
+    becomes empty, however flat the function is, and the slope is larger by `2**-CELL_BITS`.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], bits: int
+    ):
+        self.function = function
+        self.approximate_inverse = inverse
+        self.bits = bits
+
+    def _edge(self, cell: Tensor) -> Tensor:
+        edge = cell.double() * 2.0 ** (CELL_BITS - self.bits)
+        return whole(self.function(edge), self.bits) + cell
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return self.map.forward(x, stack)
+        cell = x >> CELL_BITS
+        lower, upper = self._edge(cell), self._edge(cell + 1)
+        width = torch.full_like(x, 2**CELL_BITS)
+        return lower + scale(x - (cell << CELL_BITS), upper - lower, width, stack)
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return self.map.inverse(z, stack)
+        # Without the slope that was added, x would be `end`; with it, x is between there and zero.
+        end = self.approximate_inverse(z.double() * 2.0**-self.bits)
+        end = end * 2.0 ** (self.bits - CELL_BITS)
+        low, high = end.clamp(max=0).floor().long() - 2, end.clamp(min=0).ceil().long() + 2
+        while (high - low > 1).any():
+            middle = (low + high) >> 1
+            below = self._edge(middle) <= z
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        lower, upper = self._edge(low), self._edge(low + 1)
+        width = torch.full_like(z, 2**CELL_BITS)
+        return (low << CELL_BITS) + unscale(z - lower, upper - lower, width, stack)
 
 
-rule.register(LogisticToNormal, LogisticRule)
+@rule.register
+def _(layer: LogisticToNormal, bits: int) -> Rule:
+    return Monotone(lambda x: layer.forward(x)[0], lambda z: layer.inverse(z)[0], bits)
 
 
 class Diagonal:
@@ -268,13 +295,13 @@ class CouplingRule:
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         z = x.clone()
         entries = self.rule_with(self._parameters(x, context))
-        z[self.changed] = entries.forward(x[self.changed], stack)
+        z[self.changed] = entries.forward(x[self.changed], None, stack)
         return z
 
     def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         x = z.clone()
         entries = self.rule_with(self._parameters(z, context))
-        x[self.changed] = entries.inverse(z[self.changed], stack)
+        x[self.changed] = entries.inverse(z[self.changed], None, stack)
         return x
 
 
@@ -289,16 +316,8 @@ def _(layer: CheckerboardCoupling, bits: int) -> Rule:
     return CouplingRule(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
 
 
-class EntriesRule(Protocol):
-    """What a coupling does with the entries that it transforms."""
-
-    def forward(self, x: Tensor, stack: Stack) -> Tensor: ...
-
-    def inverse(self, z: Tensor, stack: Stack) -> Tensor: ...
-
-
 @singledispatch
-def transform_rule(transform: Transform, bits: int) -> Callable[[Tensor], EntriesRule]:
+def transform_rule(transform: Transform, bits: int) -> Callable[[Tensor], Rule]:
     """A function from the transform's parameters to what it does with the entries.
 
     Every transform has a rule, because it is increasing. The affine ones have an exact rule.
@@ -318,10 +337,10 @@ class AffineRule:
         self.shift = whole(shift, bits)
         self.slope = _fractions(gated_log_scale(log_scale_gate(raw, limit), limit))
 
-    def forward(self, x: Tensor, stack: Stack) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return scale(x + self.shift, *self.slope, stack)
 
-    def inverse(self, z: Tensor, stack: Stack) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return unscale(z, *self.slope, stack) - self.shift
 
 
@@ -334,7 +353,7 @@ def _fractions(log_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @transform_rule.register
-def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], EntriesRule]:
+def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], Rule]:
     return lambda parameters: AffineRule(parameters, transform.limit, bits)
 
 
@@ -344,13 +363,13 @@ class AdditiveRule:
     def __init__(self, shift: Tensor, bits: int):
         self.shift = whole(shift, bits)
 
-    def forward(self, x: Tensor, stack: Stack) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return x + self.shift
 
-    def inverse(self, z: Tensor, stack: Stack) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return z - self.shift
 
 
 @transform_rule.register
-def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], EntriesRule]:
+def _(transform: AdditiveTransform, bits: int) -> Callable[[Tensor], Rule]:
     return lambda parameters: AdditiveRule(parameters, bits)

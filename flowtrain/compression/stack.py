@@ -1,4 +1,4 @@
-"""A stack of bits, from which a bijection borrows and to which it pays back."""
+"""A stack of bits, and how whole numbers are scaled by borrowing from it and paying back."""
 
 import copy
 import math
@@ -13,6 +13,7 @@ from flowtrain.errors import RunError, UserError
 
 RESERVE = 64  # bits that are never taken off the stack
 LARGEST_SIZE = 2**24  # of the range of one uniform symbol
+PARTS_OF_LAYER = 4  # in which a layer's entries are coded
 NORMAL_CELLS = 32  # per standard deviation of a normal distribution, which is uniform within a cell
 
 
@@ -142,3 +143,36 @@ def random_words(count: int) -> np.ndarray:
 def words_of(data: bytes) -> np.ndarray:
     """Words for a stack from bytes, four per word."""
     return np.frombuffer(data, "<u4").astype(np.uint32)
+
+
+def whole(x: Tensor, bits: int) -> Tensor:
+    """Real numbers to whole numbers of units."""
+    return torch.round(x * 2**bits).long()
+
+
+def scale(x: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> Tensor:
+    """`x * numerator / denominator` as a bijection (Zhang et al. 2021, algorithm 1).
+
+    All tensors have one shape, `(B, ...)`.
+    """
+    parts: list[Tensor] = []
+    for x_, n, d in _parts(x, numerator, denominator):
+        y = x_ * n + stack.pop(n)
+        parts.append(y.div(d, rounding_mode="floor"))
+        stack.push(y - parts[-1] * d, d)
+    return torch.cat(parts, dim=1).view_as(x)
+
+
+def unscale(z: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> Tensor:
+    """The inverse of `scale`."""
+    parts: list[Tensor] = []
+    for z_, n, d in reversed(_parts(z, numerator, denominator)):
+        y = z_ * d + stack.pop(d)
+        parts.append(y.div(n, rounding_mode="floor"))
+        stack.push(y - parts[-1] * n, n)
+    return torch.cat(parts[::-1], dim=1).view_as(z)
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """A few entries at a time, so that fewer bits are borrowed at any moment."""
+    return list(zip(*(t.flatten(1).chunk(PARTS_OF_LAYER, dim=1) for t in tensors), strict=True))

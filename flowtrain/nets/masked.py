@@ -71,7 +71,7 @@ class MaskedDenseNet(AutoregressiveNet):
         self.context = nn.Linear(context_features, width, bias=False) if context_features else None
 
     def _outside(self, context: Tensor | None) -> Tensor:
-        """The context's part of the first layer, `(B, width)`, or zeros, `(1, width)`."""
+        """The context's part of the first layer, `(B, width)`; without one, zeros `(1, width)`."""
         if self.context is None:
             return self.last.weight.new_zeros(1, self.last.in_features)
         if context is None:
