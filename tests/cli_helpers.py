@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from catalogue import SHORT, WORDS
 from forked_command import become_flowtrain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -46,21 +47,6 @@ SLOW_IMPORTS = [
 ]
 SESSION = Path(os.environ["FLOWTRAIN_TESTS"])  # of all workers, made and removed by conftest.py
 FOLDER = Path(tempfile.mkdtemp(dir=SESSION))  # what several tests of one worker share
-
-
-def sets(**values) -> list[str]:
-    """`sets(train__lr=1)` is `["--set", "train.lr=1"]`."""
-    return [
-        word
-        for key, value in values.items()
-        for word in ("--set", f"{key.replace('__', '.')}={value}")
-    ]
-
-
-# Of the demo, glow_digits.yaml. The first four words are the model's.
-SMALL = sets(model__steps=1, model__width=8, train__batch_size=32, train__lr=2e-3)
-TINY = [*SMALL, *sets(train__num_steps=20, train__log_every=5, train__validate_every=10)]
-TINY += sets(train__checkpoint_every=5, train__sample_every=10, train__keep_checkpoints=2)
 
 
 @dataclass(frozen=True)
@@ -245,22 +231,6 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 # --- runs that several tests look at --------------------------------------------------------------
 
-MODELS = {
-    "glow": ["--config", "glow_digits.yaml", *TINY],
-    "realnvp": [
-        "--config",
-        "realnvp_digits.yaml",
-        *sets(model__width=4, model__blocks=1),
-        *TINY[4:],
-    ],
-    "nice": [
-        "--config",
-        "nice_digits.yaml",
-        *sets(model__width=8, model__hidden_layers=1),
-        *TINY[4:],
-    ],
-}
-
 
 @functools.cache
 def trained() -> dict[str, Path]:
@@ -270,8 +240,8 @@ def trained() -> dict[str, Path]:
     with (SESSION / "lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         if not (SESSION / "glow").exists():
-            glow = start("train", *MODELS["glow"], "--run-dir", "glow", cwd=SESSION)
+            glow = start("train", *WORDS["glow"], *SHORT, "--run-dir", "glow", cwd=SESSION)
             for name in ("realnvp", "nice"):
-                quick("train", *MODELS[name], "--run-dir", name, cwd=SESSION).ok()
+                quick("train", *WORDS[name], *SHORT, "--run-dir", name, cwd=SESSION).ok()
             result(glow).ok()
-    return {name: SESSION / name for name in MODELS}
+    return {name: SESSION / name for name in WORDS}

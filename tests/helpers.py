@@ -1,5 +1,5 @@
-"""What several test files share: tiny models with every parameter moved off its start, and tiny
-data sets.
+"""What several test files share: tiny flows with every parameter moved off its start, and tiny
+files of data.
 """
 
 from pathlib import Path
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogue import TINY
 
 from flowtrain import config as configuration
 from flowtrain.bijections.base import SetFromData
@@ -20,25 +21,6 @@ torch.set_num_threads(1)  # on tensors this small, more threads are ten times sl
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
-
-# Options with which each model is small enough to differentiate in full. Every model of
-# flowtrain.models is here.
-TINY = {
-    "glow": {"levels": 2, "steps": 2, "width": 6},
-    "realnvp": {"levels": 2, "width": 4, "blocks": 1},
-    "nice": {"couplings": 4, "width": 8, "hidden_layers": 2},
-    "planar": {"layers": 3},
-    "maf": {"layers": 2, "width": 8, "hidden_layers": 1},
-    "iaf": {"layers": 2, "width": 8, "hidden_layers": 1},
-    "cnf": {
-        "blocks": 2,
-        "width": 8,
-        "hidden_layers": 1,
-        "solver": "dopri8",
-        "rtol": 1e-12,
-        "atol": 1e-12,
-    },
-}
 
 
 def batch_of(batches, step, images=None):

@@ -72,7 +72,7 @@ def value(config, key):
 @pytest.mark.parametrize(
     "text, key, expected",
     [
-        ("train.lr=5e-4", "train.lr", 5e-4),  # a string to PyYAML
+        ("train.lr=5e-4", "train.lr", 5e-4),  # PyYAML reads it as a string.
         ("train.lr=0.1", "train.lr", 0.1),
         ("train.lr=1", "train.lr", 1.0),
         ("train.batch_size=32", "train.batch_size", 32),
@@ -113,7 +113,7 @@ def test_a_whole_file(tmp_path):
         6,
         0.01,
     )
-    # What was resolved is itself a configuration, and the same one.
+    # The resolved configuration is a configuration itself, and the same one.
     (tmp_path / "resolved.yaml").write_text(config.yaml())
     assert load_config(tmp_path / "resolved.yaml").resolved() == config.resolved()
     assert json.loads(json.dumps(config.resolved())) == yaml.safe_load(config.yaml())
@@ -165,7 +165,7 @@ def test_another_data_set_drops_the_options_of_the_old_one(order):
 
 def test_the_same_name_drops_nothing():
     values = {"model": {"levels": 2, "width": 16}, **STEPS}
-    config = parsed(["model.name=glow"], values)  # the default, said
+    config = parsed(["model.name=glow"], values)  # the default, given explicitly
     assert (config.model.levels, config.model.width) == (2, 16)
 
 
@@ -339,7 +339,7 @@ def resolve(schema, node):
 
 
 def section_schema(schema, section, name):
-    """The properties of a section; of several kinds, those of the kind of that name."""
+    """The properties of a section, of the data set or model `name` if there are several."""
     node = resolve(schema, schema["properties"][section])
     kinds = [resolve(schema, kind) for kind in node.get("anyOf", [node])]
     if len(kinds) == 1:
@@ -348,7 +348,7 @@ def section_schema(schema, section, name):
 
 
 def every_section():
-    """Each section of a configuration, those of data sets and models with their options."""
+    """Each section of a configuration, with the options of each data set and model."""
     yield from (("dequantization", Dequantization), ("train", Train))
     for base in (Data, Model):
         for name in component_names(base):
@@ -399,7 +399,7 @@ def test_a_shipped_configuration_builds_its_model(path):
     count = sum(p.numel() for p in flow.parameters())
     assert count > 1e6 if path.stem in PAPER_SIZED else count < 5e6
     assert headline(path) and not headline(path).startswith("data:")
-    # Only keys that differ from the defaults, or that a reader wants to see: none that is unknown.
+    # No key of the file is unknown.
     assert parse(yaml.safe_load(path.read_text())).resolved() == config.resolved()
 
 

@@ -70,10 +70,10 @@ POINTS = {
     name: {"data": {"name": name, "count": 60}, **NICE}
     for name in ("two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings")
 }
-# what another kind cannot be without
+# Options that the other data set or model requires.
 ALSO = {"data.name": ["data.path=square.npz"], "model.name": ["model.width=8"]}
 
-# key, another value, the part of the outcome that has to change, and what the start has beside BASE
+# The key, another value, the part of the outcome that must change, and what is added to BASE.
 FLIPS = [
     ("seed", 1, "loss"),
     ("data.name", "npz", "content"),
@@ -184,7 +184,7 @@ FLIPS = [
 ]
 # The parts that are known before any training.
 BUILT = {"content", "shape", "levels", "parameters"}
-# Keys with a test of their own below.
+# Keys that have a test of their own below.
 SPECIAL = {
     *("data.root", "data.max_in_memory", "data.workers"),
     *("train.budget", "train.memory", "train.max_non_finite"),
@@ -225,16 +225,16 @@ def test_every_choice_is_flipped():
         for choice in get_args(field.annotation)
         if choice != field.default
     }
-    assert choices - tried == {("folder:data.resize", "exact")}  # which refuses these images
+    assert choices - tried == {("folder:data.resize", "exact")}  # It refuses these images.
 
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
-    """The current folder: a few images in every form."""
+    """Makes the current folder, with a few images in every format."""
     folder = tmp_path_factory.mktemp("keys")
     before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(folder)
-    torch.set_num_threads(1)  # such small models wait for threads more than they gain
+    torch.set_num_threads(1)  # more threads are slower for such small models
     random = np.random.default_rng(0)
     for name, shape in {"square": (8, 8, 1), "other": (8, 8, 1), "layout": (3, 8, 3)}.items():
         np.savez(f"{name}.npz", x_train=random.integers(0, 256, (60, *shape), dtype=np.uint8))
@@ -258,7 +258,7 @@ def merged(*layers):
             values[section] = (
                 {**values.get(section, {}), **options} if isinstance(options, dict) else options
             )
-    for section, options in values.items():  # another kind has other options
+    for section, options in values.items():  # another data set or model has other options
         if section in ("model", "data") and options["name"] != BASE[section]["name"]:
             values[section] = dict(
                 next(layer[section] for layer in layers[1:] if "name" in layer.get(section, {}))
@@ -304,7 +304,7 @@ def train(values, folder):
 
 @pytest.fixture(scope="module")
 def outcome(here):
-    """Cached: many flips start from the same configuration."""
+    """A cached `train`: many flips start from the same configuration."""
     cache = {}
 
     def of(values):
@@ -376,9 +376,7 @@ def test_data_test_count(name):
     "gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)]
 )
 def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
-    """The batches are the same, and whether they are streamed, and by how many threads, is as asked
-    for.
-    """
+    """The keys decide how batches are read, and by how many threads, but not what they are."""
     values = merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}})
     settings = parse(values)
     made = Batches(DataSet(settings.data), settings, 16, torch.device("cpu"))
@@ -403,7 +401,7 @@ def test_train_budget(seconds, tmp_path):
 
 
 def test_train_memory():
-    """The same gradients, from fewer activations."""
+    """The gradients are the same, from fewer activations."""
     taken, gradients = {}, {}
     for mode in ("store", "checkpoint", "reversible"):
         settings = parse(

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from cli_helpers import metrics, quick, sets
+from catalogue import sets
+from cli_helpers import metrics, quick
 
 SHORT = sets(train__num_steps=4, train__log_every=4, train__validate_every=4)
 AT = ["step", "images", "seconds"]

@@ -8,7 +8,8 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers import TINY, perturb, ready, seeded
+from catalogue import TINY
+from helpers import perturb, ready, seeded
 
 import flowtrain.bijections
 import flowtrain.models

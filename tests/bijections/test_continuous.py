@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 import yaml
-from cli_helpers import metrics, quick, sets
-from helpers import TINY, a_config, perturb, ready, seeded
+from catalogue import TINY, sets
+from cli_helpers import metrics, quick
+from helpers import a_config, perturb, ready, seeded
 from torch import nn
 
 from flowtrain.bijections import ActNorm, Continuous, Sequential

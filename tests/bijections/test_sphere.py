@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_helpers import quick, sets
+from catalogue import SPHERE, sets
+from cli_helpers import quick
 from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
@@ -35,11 +36,10 @@ from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
 UNIFORM = math.log(1 / (4 * math.pi))
-TINY = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}
 
 
 def a_flow(scale=0.3, seed=0, **options):
-    return perturb(build_flow(a_config({**TINY, **options}), (3, 1, 1), None), scale, seed)
+    return perturb(build_flow(a_config({**SPHERE, **options}), (3, 1, 1), None), scale, seed)
 
 
 def points(x):
@@ -337,7 +337,7 @@ def test_latents_have_two_dimensions():
     stages = flow.bijection.stages(flow.draw_latents(5, seeded()))
     assert [tuple(stage.shape) for stage in stages] == [(5, 2)] * 6 + [(5, 3, 1, 1)]
     torch.testing.assert_close(stages[-1], flow.sample(5, generator=seeded()))
-    with_classes = build_flow(a_config({**TINY, "classes": 3}), (3, 1, 1), None)
+    with_classes = build_flow(a_config({**SPHERE, "classes": 3}), (3, 1, 1), None)
     assert with_classes.sample(6).shape == (6, 3, 1, 1)
 
 
@@ -345,15 +345,15 @@ def test_other_data():
     with pytest.raises(
         UserError, match="model.name: sphere is for points of the unit sphere, 3x1x1; got 2x1x1"
     ):
-        build_flow(a_config(TINY), (2, 1, 1), None)
+        build_flow(a_config(SPHERE), (2, 1, 1), None)
     with pytest.raises(
         UserError, match="model.name: sphere is for real-valued data, these have 256 levels"
     ):
-        build_flow(a_config(TINY), (3, 1, 1), 256)
+        build_flow(a_config(SPHERE), (3, 1, 1), 256)
 
 
 def test_no_diagnosis():
-    config = a_config(TINY, data={"name": "sphere"})
+    config = a_config(SPHERE, data={"name": "sphere"})
     model = LoadedModel(
         build_flow(config, (3, 1, 1), None),
         config,
@@ -369,7 +369,7 @@ GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]
 
 def five_steps():
     """The losses of five steps, in nats, on fixed points, weights and rates."""
-    config = a_config(TINY, train={"batch_size": 8, "lr": 0.01}, seed=1)
+    config = a_config(SPHERE, train={"batch_size": 8, "lr": 0.01}, seed=1)
     flow = build_flow(config, (3, 1, 1), None)
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):

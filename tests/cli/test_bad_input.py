@@ -11,9 +11,8 @@ import socket
 import numpy as np
 import pytest
 import torch
+from catalogue import SHORT, SMALL, TINY_RUN, sets
 from cli_helpers import (
-    SMALL,
-    TINY,
     Forked,
     copy_of,
     flowtrain,
@@ -21,7 +20,6 @@ from cli_helpers import (
     left_overs,
     metrics,
     quick,
-    sets,
     trained,
     tree,
     within,
@@ -116,7 +114,7 @@ def npz(path, *more):
     return ["train", *SMALL, *sets(data__name="npz", data__path=path, train__num_steps=2), *more]
 
 
-# command line (train has the options of TINY): exit code, and what the message has to say
+# command line (train has the options of TINY_RUN): exit code, and what the message has to say
 BAD_CONFIGURATIONS = [
     ("model.stepz=3", "model.stepz", "did you mean model.steps?", "3"),
     ("train.learning_rate=1", "train.learning_rate", "unknown key", "1"),
@@ -198,21 +196,28 @@ BAD_COMMANDS = [
     ),
     (["train", "--config", "both.yaml"], "train.num_steps and train.budget", "both are given"),
     (["train", "--config", "empty"], "--config empty"),
-    (["train", *TINY, "--run-dir", "text"], "--run-dir text", "cannot be used"),
-    (["train", *TINY, "--run-dir", "text/below"], "--run-dir text/below", "cannot be used"),
+    (["train", *TINY_RUN, "--run-dir", "text"], "--run-dir text", "cannot be used"),
+    (["train", *TINY_RUN, "--run-dir", "text/below"], "--run-dir text/below", "cannot be used"),
     (
-        ["train", *TINY, "--resume", "nowhere", "--run-dir", "new"],
+        ["train", *TINY_RUN, "--resume", "nowhere", "--run-dir", "new"],
         "nowhere: no such checkpoint or run directory",
     ),
-    (["train", *TINY, "--init-from", "nowhere", "--run-dir", "new"], "nowhere: no such checkpoint"),
     (
-        ["train", *TINY, "--resume", "flipped.safetensors", "--run-dir", "new"],
+        ["train", *TINY_RUN, "--init-from", "nowhere", "--run-dir", "new"],
+        "nowhere: no such checkpoint",
+    ),
+    (
+        ["train", *TINY_RUN, "--resume", "flipped.safetensors", "--run-dir", "new"],
         "flipped.safetensors: damaged",
     ),
-    (["train", *TINY, "--device", "gpu"], "--device gpu", "auto, cpu, cuda, cuda:N or mps"),
-    (["train", *TINY, "--device", "cuda:x"], "--device cuda:x", "auto, cpu, cuda, cuda:N or mps"),
-    (["train", *TINY, "--device", "cuda:"], "--device cuda:", "auto, cpu, cuda, cuda:N or mps"),
-    (["train", *TINY, "--device", "cuda:99"], "--device cuda:99", "CUDA device"),
+    (["train", *TINY_RUN, "--device", "gpu"], "--device gpu", "auto, cpu, cuda, cuda:N or mps"),
+    (
+        ["train", *TINY_RUN, "--device", "cuda:x"],
+        "--device cuda:x",
+        "auto, cpu, cuda, cuda:N or mps",
+    ),
+    (["train", *TINY_RUN, "--device", "cuda:"], "--device cuda:", "auto, cpu, cuda, cuda:N or mps"),
+    (["train", *TINY_RUN, "--device", "cuda:99"], "--device cuda:99", "CUDA device"),
     (["train", "--sett", "seed=1"], "No such option", "--set"),
     (npz("nowhere.npz"), "data.path: there is no file", "nowhere.npz"),
     (npz("text.npz"), "data.path", "text.npz is not an .npz file"),
@@ -226,14 +231,14 @@ BAD_COMMANDS = [
     (npz("floats.npz"), "data.path", "float64, not uint8", ".astype(np.uint8)"),
     (npz("labels.npz"), "data.path", "has no array x_train (it has y_train)"),
     (npz("large.npz", "--set", "model.levels=5"), "16x16 can be squeezed 4 times", "levels: 5"),
-    (["train", *TINY, *sets(data__name="npz")], "data.path", "missing"),
+    (["train", *TINY_RUN, *sets(data__name="npz")], "data.path", "missing"),
     (
-        ["train", *TINY, *sets(data__name="folder", data__path="empty", data__size=8)],
+        ["train", *TINY_RUN, *sets(data__name="folder", data__path="empty", data__size=8)],
         "data.path",
         "no image in",
     ),
     (
-        ["train", *TINY, *sets(data__name="folder", data__path="text", data__size=8)],
+        ["train", *TINY_RUN, *sets(data__name="folder", data__path="text", data__size=8)],
         "data.path",
         "not a folder",
     ),
@@ -284,7 +289,7 @@ BAD_COMMANDS = [
         "pickles are never loaded",
     ),
     (
-        ["train", *TINY, "--init-from", "evil.pt", "--run-dir", "new"],
+        ["train", *TINY_RUN, "--init-from", "evil.pt", "--run-dir", "new"],
         "evil.pt: not a flowtrain checkpoint",
     ),
     (["sample", "dotted.safetensors"], "model.name is 'os.path'", "--trust-code"),
@@ -322,7 +327,7 @@ BAD_COMMANDS = [
 
 def case_id(case):
     words = case if isinstance(case, str) else " ".join(map(str, case))
-    return words.replace(" ".join(TINY), "").replace(" ".join(SMALL), "")[:60]
+    return words.replace(" ".join(TINY_RUN), "").replace(" ".join(SMALL), "")[:60]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +335,7 @@ def case_id(case):
 )
 def test_bad_configuration(override, fragments, folder):
     before = tree(folder)
-    options = [] if override.startswith("model.name") else TINY
+    options = [] if override.startswith("model.name") else TINY_RUN
     quick("train", *options, "--set", override, cwd=folder).failed(2, *fragments)
     forget(folder, "runs")
     assert tree(folder) == before
@@ -370,7 +375,8 @@ def test_several_mistakes_are_told_at_once(folder):
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
 @pytest.mark.parametrize(
-    "command", [["train", *TINY], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]]
+    "command",
+    [["train", *TINY_RUN], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]],
 )
 def test_no_cuda(command, folder):
     quick(*command, "--device", "cuda", cwd=folder).failed(
@@ -413,7 +419,7 @@ def test_the_pickles_above_are_malicious(folder, monkeypatch):
 
 
 def test_weights_that_were_not_kept(tmp_path):
-    quick("train", *TINY, *sets(train__ema=0), cwd=tmp_path).ok()
+    quick("train", *TINY_RUN, *sets(train__ema=0), cwd=tmp_path).ok()
     quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(
         2, "--weights ema", "train.ema was 0", "--weights raw"
     )
@@ -427,13 +433,13 @@ def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):
     data[-1] ^= 1
     last(run).write_bytes(data)
     before = tree(run)
-    quick("train", *TINY, cwd=tmp_path).failed(
+    quick("train", *TINY_RUN, cwd=tmp_path).failed(
         2, "runs/glow_digits/checkpoints/last.safetensors: damaged"
     )
     assert tree(run) == before
     (run / "checkpoints").rename(run / "aside")
     (run / "checkpoints").write_text("in the way")
-    quick("train", *TINY, cwd=tmp_path).failed(2, "--run-dir", "checkpoints is not a folder")
+    quick("train", *TINY_RUN, cwd=tmp_path).failed(2, "--run-dir", "checkpoints is not a folder")
 
 
 # --- the disk -------------------------------------------------------------------------------------
@@ -509,7 +515,7 @@ def test_a_rate_that_is_far_too_high(tmp_path):
     """
     often = sets(train__checkpoint_every=100, train__log_every=1, train__validate_every=1)
     done = quick(
-        "train", *TINY, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path
+        "train", *TINY_RUN, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path
     )
     done.failed(
         1,
@@ -544,7 +550,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     options = sets(
         train__lr=1e39, train__warmup_steps=0, train__checkpoint_every=1, train__max_non_finite=0
     )
-    quick("train", *TINY, *options, cwd=tmp_path).failed(
+    quick("train", *TINY_RUN, *options, cwd=tmp_path).failed(
         1, "1 steps not finite", "parameter bijection."
     )
     saved = checkpoint_format.read(
@@ -581,7 +587,7 @@ def build(shape):
     (tmp_path / "mine" / "once.py").write_text(code)
     options = [
         *sets(model__name="mine.once"),
-        *TINY[4:],
+        *SHORT,
         *sets(train__log_every=1, train__warmup_steps=0),
     ]
     options += sets(train__schedule="constant", train__validate_every=1)

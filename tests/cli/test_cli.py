@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import (
     FOLDER,
-    MODELS,
     SESSION,
-    SMALL,
-    TINY,
     copy_of,
     events,
     flowtrain,
@@ -29,7 +27,6 @@ from cli_helpers import (
     metrics,
     quick,
     result,
-    sets,
     start,
     summary,
     trained,
@@ -184,7 +181,7 @@ def test_the_python_module_imports_instantly():
 # --- train ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WORDS)
 def test_files_of_a_run(name):
     run = trained()[name]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
@@ -210,7 +207,7 @@ def test_files_of_a_run(name):
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WORDS)
 def test_metrics(name):
     rows = metrics(trained()[name])
     common = ["step", "images", "seconds", "split", "bits_per_dim"]
@@ -237,7 +234,7 @@ def test_resolved_configuration(monkeypatch):
     monkeypatch.chdir(SESSION)  # where it was trained: data.root is below
     assert (
         values
-        == load_config(find_config("glow_digits.yaml"), TINY[1::2]).resolved()
+        == load_config(find_config("glow_digits.yaml"), TINY_RUN[1::2]).resolved()
         == parse(values).resolved()
     )
     assert set(values) == {"seed", "data", "model", "dequantization", "train"}
@@ -321,7 +318,7 @@ def test_tensorboard():
 
 
 def test_what_train_prints(tmp_path):
-    done = quick("train", *TINY, cwd=tmp_path).ok()
+    done = quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert done.err == ""
     lines = done.out.splitlines()
     assert any("run directory: runs/glow_digits" in line for line in lines)  # runs/<config name>
@@ -333,7 +330,7 @@ def test_what_train_prints(tmp_path):
         "step 20",
     ]
     assert "runs/glow_digits" in lines[-1] and "finished" in lines[-1]
-    again = quick("train", *TINY, cwd=tmp_path).ok()
+    again = quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20)" in again.out
     assert metrics(tmp_path / "runs" / "glow_digits", timeless=True) == metrics(
         trained()["glow"], timeless=True
@@ -373,7 +370,7 @@ def test_another_kind_drops_the_options_of_the_old_one(tmp_path):
     np.savez(tmp_path / "own.npz", x_train=np.zeros((20, 8, 8), np.uint8))
     options = [
         *sets(model__name="nice", model__width=4, data__name="npz", data__path="own.npz"),
-        *TINY[4:],
+        *SHORT,
     ]
     quick("train", *options, "--run-dir", "a", cwd=tmp_path).ok()
     values = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
@@ -392,7 +389,7 @@ def test_periods_longer_than_the_run_are_legal(tmp_path):
     periods = sets(
         **{f"train__{name}_every": 10_000 for name in ("log", "validate", "checkpoint", "sample")}
     )
-    quick("train", *TINY, *periods, "--run-dir", "a", cwd=tmp_path).ok()
+    quick("train", *TINY_RUN, *periods, "--run-dir", "a", cwd=tmp_path).ok()
     assert [(r["split"], r["step"]) for r in metrics(tmp_path / "a")] == [
         ("train", 20),
         ("validation", 20),
@@ -406,7 +403,7 @@ def test_periods_longer_than_the_run_are_legal(tmp_path):
 
 def test_init_from(run, tmp_path):
     """The weights are those of the other model; step, optimizer and run are new."""
-    options = [*TINY, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
+    options = [*TINY_RUN, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
     quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
     tuned, source = (
         checkpoint_format.read(last(tmp_path / "tuned")),
@@ -581,7 +578,7 @@ def test_some_non_finite_images_and_a_model_of_ones_own(tmp_path):
     """
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "fragile.py").write_text(OWN_MODEL)
-    options = [*sets(model__name="own.fragile", model__scale=2), *TINY[4:]]
+    options = [*sets(model__name="own.fragile", model__scale=2), *SHORT]
     quick("train", *options, "--run-dir", "a", cwd=tmp_path).ok()
     quick("evaluate", "a", cwd=tmp_path).failed(2, "model.name", "own.fragile", "--trust-code")
     assert evaluated("a", "--trust-code", cwd=tmp_path)["non_finite_images"] == 0
@@ -673,7 +670,7 @@ def test_one_sample_is_a_picture_without_a_frame(run, tmp_path):
 # --- interpolate ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WORDS)
 def test_the_ends_are_test_images_exactly(name, tmp_path):
     options = ["--pairs", 3, "--seed", 4]
     for steps in (2, 5):
@@ -757,7 +754,7 @@ def test_own_image_files(name, tmp_path):
 # --- from Python ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WORDS)
 def test_a_flow_from_python(name):
     flow = package.load(str(trained()[name]))
     x = torch.cat([digits("test"), digits("train")])

@@ -1,6 +1,4 @@
-"""What a command imports: time is what a user waits for, but imports are what a test can count
-on.
-"""
+"""What a command imports. A user waits for seconds, but a test can rely on imports."""
 
 import re
 import subprocess
@@ -8,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from cli_helpers import SMALL, result, sets, start, trained
+from catalogue import SMALL, sets
+from cli_helpers import result, start, trained
 from helpers import REPOSITORY
 
 HEAVY = {
@@ -25,9 +24,7 @@ HEAVY = {
 
 
 def imported(*args, cwd) -> set[str]:
-    """The modules that `python -m flowtrain ARGS` has imported, of the packages the first word of
-    their names.
-    """
+    """The modules that `python -m flowtrain ARGS` imports."""
     done = result(
         start(*args, cwd=cwd, command=(sys.executable, "-X", "importtime", "-m", "flowtrain"))
     )
@@ -49,7 +46,7 @@ def test_help_and_version_import_nothing_heavy(tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate"])
 def test_help_of_a_command_imports_nothing_heavy(command, tmp_path):
-    # (pydantic is Typer's own choice, for options that have a type.)
+    # Typer itself imports pydantic, for options that have a type.
     assert not imported(command, "--help", cwd=tmp_path) & {*HEAVY, "flowtrain.config"}
 
 

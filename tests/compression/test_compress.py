@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, quick, sets, tree
+from catalogue import sets
+from cli_helpers import FOLDER, quick, tree
 from helpers import a_config, images, perturb, tiny_flow
 from PIL import Image
 from torch import nn

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from cli_helpers import FOLDER, SMALL, quick, sets, tree
+from catalogue import SMALL, sets
+from cli_helpers import FOLDER, quick, tree
 from helpers import a_config, npz
 from PIL import Image
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from catalogue import POINTS
 from helpers import REPOSITORY, SHARED, shared
 from PIL import Image
 
@@ -41,9 +42,6 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-# in test_points.py
-POINTS = {"two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"}
-POINTS |= {"sphere"}  # in test_sphere.py
 HELPERS = {"base", "torchvision_source", "points"}
 
 
@@ -83,7 +81,7 @@ def isolated(monkeypatch, tmp_path_factory):
 
 def test_every_data_set_is_tested():
     found = {info.name for info in pkgutil.iter_modules(flowtrain.datasets.__path__)}
-    assert found == set(DOWNLOADED) | {"digits", "npz", "folder"} | POINTS | HELPERS
+    assert found == set(DOWNLOADED) | {"digits", "npz", "folder", "sphere", *POINTS, *HELPERS}
 
 
 @pytest.mark.parametrize("name", [*DOWNLOADED, "digits", "npz", "folder"])

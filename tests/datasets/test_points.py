@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import metrics, quick, sets, summary
-from helpers import TINY, a_config, perturb, seeded
+from catalogue import POINTS, TINY, sets
+from cli_helpers import metrics, quick, summary
+from helpers import a_config, perturb, seeded
 from PIL import Image
 
 from flowtrain.bijections import ActNorm
@@ -21,7 +22,6 @@ from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
 
-POINTS = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"]
 OF_VECTORS = {name: options for name, options in TINY.items() if name != "glow"}
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import FOLDER, TINY, copy_of, quick, sets
+from catalogue import SHORT, TINY, TINY_RUN, sets
+from cli_helpers import FOLDER, copy_of, quick
 from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
-from helpers import TINY as TINY_MODELS
 from torch import nn
 
 from flowtrain import config as configuration
@@ -54,7 +54,7 @@ def a_model(
 ):
     """A tiny model with all parameters moved, and the data set on which it is initialized."""
     data = data or npz(tmp_path / "a.npz", shape=(*shape[1:], shape[0]))
-    options = {"name": name, **TINY_MODELS[name], **options}
+    options = {"name": name, **TINY[name], **options}
     config = a_config(options, data=data, dequantization=dequantization or {})
     data_set = DataSet(config.data)
     flow = perturb(build_flow(config, data_set.shape, data_set.levels), scale)
@@ -84,7 +84,7 @@ def layer_of(model, name):
 # ---------------------------------------------------------------- sound models
 
 SOUND = [
-    *[(name, {}) for name in TINY_MODELS],
+    *[(name, {}) for name in TINY],
     ("glow", {"shape": (3, 8, 8), "permutation": "conv1x1", "split": "mixed"}),
     (
         "glow",
@@ -587,7 +587,7 @@ def test_other_data_are_refused(tmp_path):
 def trained():
     folder = FOLDER / "doctor"
     folder.mkdir(exist_ok=True)
-    quick("train", *TINY, "--run-dir", "run", cwd=folder).ok()
+    quick("train", *TINY_RUN, "--run-dir", "run", cwd=folder).ok()
     return folder / "run"
 
 
@@ -681,7 +681,7 @@ def test_a_layer_of_ones_own_without_an_inverse(tmp_path):
     (tmp_path / "own" / "mute.py").write_text(OWN_MODEL)
     options = [
         *sets(model__name="own.mute", model__steps=7),
-        *TINY[4:],
+        *SHORT,
         *sets(train__sample_every=1000),
     ]
     quick("train", *options, "--run-dir", "a", cwd=tmp_path)

@@ -11,7 +11,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, MODELS, quick, sets, tree
+from catalogue import TINY_RUN, sets
+from cli_helpers import FOLDER, quick, tree
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -362,7 +363,7 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
 
 @functools.cache
 def digits_run():
-    quick("train", *MODELS["glow"], "--run-dir", "ood-digits", cwd=FOLDER).ok()
+    quick("train", *TINY_RUN, "--run-dir", "ood-digits", cwd=FOLDER).ok()
     return FOLDER / "ood-digits"
 
 

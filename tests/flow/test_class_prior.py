@@ -9,8 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import FOLDER, begin, last, metrics, quick, sets
-from helpers import SHARED, TINY, a_config, batch_of, images, npz, perturb, seeded, shared
+from catalogue import TINY, sets
+from cli_helpers import FOLDER, begin, last, metrics, quick
+from helpers import SHARED, a_config, batch_of, images, npz, perturb, seeded, shared
 from PIL import Image
 from torch.distributions import Normal
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_an_image_scores_alone, images, perturb, ready, seeded, tiny_flow
+from catalogue import TINY
+from helpers import assert_an_image_scores_alone, images, perturb, ready, seeded, tiny_flow
 
 from flowtrain.bijections import (
     ActNorm,

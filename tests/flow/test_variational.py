@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from cli_helpers import SMALL, assert_same_run, copy_of, last, quick, sets
-from helpers import TINY, a_config, assert_an_image_scores_alone, images, perturb, seeded
+from catalogue import TINY, WORDS, sets
+from cli_helpers import assert_same_run, copy_of, last, quick
+from helpers import a_config, assert_an_image_scores_alone, images, perturb, seeded
 from torch import nn
 
 import flowtrain
@@ -383,9 +384,9 @@ RUN += sets(train__log_every=3, train__validate_every=4, train__sample_every=8, 
 @pytest.mark.parametrize(
     "model",
     [
-        [*SMALL[:4], *sets(train__precision="bf16", train__memory="reversible")],
-        ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1)],
-        ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
+        [*WORDS["glow"], *sets(train__precision="bf16", train__memory="reversible")],
+        WORDS["realnvp"],
+        WORDS["nice"],
     ],
     ids=["glow", "realnvp", "nice"],
 )

@@ -10,7 +10,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import TINY, a_config, images, seeded, tiny_flow
+from catalogue import TINY
+from helpers import a_config, images, seeded, tiny_flow
 
 from flowtrain import config as configuration
 from flowtrain.bijections import (
@@ -35,13 +36,13 @@ from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
 MODELS = {name: importlib.import_module(f"flowtrain.models.{name}") for name in TINY}
-# All but ActNorm and matrices.
+# The layers that learn, apart from ActNorm and matrices.
 LEARNED = (CheckerboardCoupling, Continuous, Coupling, MaskedAutoregressive, Planar)
 
 
 @pytest.mark.parametrize("split", ["channel", "checkerboard", "mixed"])
 def test_glow_learns_at_a_single_pixel_too(split):
-    """Which a checkerboard would leave alone, or not see."""
+    """A checkerboard would not change a single pixel, or not see it."""
     flow = tiny_flow("glow", split=split, width=16)  # of 4x4 images, in two levels
     flow.bits_per_dim(images(8, flow.shape)).mean().backward()
     assert [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -86,7 +87,7 @@ def test_glow_size_by_hand():
     # Two steps on 4 channels: ActNorm 8; LU 16 + 16 + 4; 3x3 from 2 to 5, 1x1 from 5 to 5, 3x3 from
     # 5 to 4 with a gain.
     step = 8 + 36 + (2 * 9 * 5 + 5) + (5 * 5 + 5) + (5 * 9 * 4 + 4 + 4)
-    # and the top prior
+    # The last 8 belong to the top prior.
     assert count(glow.build((1, 2, 2), levels=1, steps=2, width=5)) == 2 * step + 8
 
 
@@ -219,7 +220,7 @@ def test_numbers_for_each_level(key):
     ],
 )
 def test_splits(split, expected):
-    """A checkerboard by the parity of the pixels that it keeps."""
+    """A checkerboard is written as the parity of the pixels that it keeps."""
     (level,) = glow.build((1, 4, 4), levels=1, steps=4, width=2, split=split).levels
     kinds = [
         (0 if m.keep[0, 0] else 1) if isinstance(m, CheckerboardCoupling) else "channel"
@@ -242,7 +243,7 @@ def test_every_entry_of_the_image_is_transformed(name, shape):
     jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0], x).reshape(
         x.numel(), -1
     )
-    # Each latent depends on several pixels, and on each pixel does more than one latent.
+    # Each latent depends on several pixels, and several latents depend on each pixel.
     assert (jacobian.abs() > 1e-9).sum(0).min() > 1 and (jacobian.abs() > 1e-9).sum(1).min() > 1
 
 
@@ -289,7 +290,7 @@ def test_realnvp_is_as_the_paper_says():
 
 
 def test_nice_is_as_the_paper_says():
-    # Section 3.4: a factorial logistic, or Gaussian, of what the couplings and the scaling give.
+    # Section 3.4: a factorial logistic, or Gaussian, on the output of couplings and scaling.
     x, noise = images(5, (1, 4, 4)), torch.rand(5, 1, 4, 4, generator=seeded())
     flow = tiny_flow("nice")
     h, log_det = flow.dequantizer(x, noise)[0], 0
@@ -334,7 +335,7 @@ def test_maf_is_as_the_paper_says(build, kind):
 
 # ---------------------------------------------------------------- golden losses
 
-# Bits/dim of five steps: {(model, transform): losses}, on fixed images, noise, weights and rates.
+# {(model, transform): bits/dim of five steps}, on fixed images, noise, weights and rates.
 GOLDEN = {
     ("glow", "center"): [4.401285, 4.260067, 4.177428, 4.113895, 4.066005],
     ("realnvp", "logit"): [4.256022, 4.09067, 3.872327, 3.732421, 3.557539],

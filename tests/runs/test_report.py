@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cli_helpers import SMALL, copy_of, quick, sets, trained
+from catalogue import SMALL, sets
+from cli_helpers import copy_of, quick, trained
 from helpers import images, npz, tiny_flow
 from PIL import Image
 

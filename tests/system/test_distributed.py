@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogue import SMALL, sets
 from cli_helpers import (
     FOLDER,
-    SMALL,
     Forked,
     Result,
     assert_same_run,
@@ -27,7 +27,6 @@ from cli_helpers import (
     metrics,
     quick,
     result,
-    sets,
     start,
     summary,
     torchrun_environment,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cli_helpers import SMALL
+from catalogue import SMALL
 from helpers import images, ready
 
 from flowtrain.bijections.conv1x1 import LinearChannels

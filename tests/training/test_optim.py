@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers import TINY, a_config, images, perturb, ready, tiny_flow
+from catalogue import TINY
+from helpers import a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
 from flowtrain.bijections import ActNorm
@@ -15,7 +16,7 @@ from flowtrain.errors import UserError
 from flowtrain.system.capacity import peak
 from flowtrain.training.optim import ADAM_AND_KIN, Average, Muon, build_optimizers, learning_rate
 
-WITH_NETWORKS = [name for name in TINY if name != "planar"]  # whose layers have a few numbers each
+WITH_NETWORKS = [name for name in TINY if name != "planar"]  # It has no matrices.
 
 
 def test_every_optimizer_of_the_configuration_can_be_built():
@@ -76,7 +77,7 @@ def test_schedules_by_budget(schedule, expected):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_rate_of_a_step_has_no_history(schedule):
-    # A resumed run asks for the same step and gets the same rate: warm-up does not start again.
+    # The rate depends on the step only, so a resumed run does not warm up again.
     config = Train(num_steps=50, warmup_steps=10, schedule=schedule)
     assert all(
         learning_rate(config, step, 1.0) == learning_rate(config, step, 2.0) for step in range(50)
@@ -98,13 +99,13 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
     by_decay = {0.1: set(), 0.0: set()}
     for group in groups:
         by_decay[group["weight_decay"]] |= {names[id(p)] for p in group["params"]}
-    # By their names: weights of convolutions and linear layers, which only conditioners have.
+    # By name: weights of convolutions and linear layers, which only conditioners have.
     decayed = {n for n in names.values() if n.endswith(".weight")}
     assert by_decay == {0.1: decayed, 0.0: set(names.values()) - decayed}
     assert sum(len(group["params"]) for group in groups) == len(names)  # each once
     assert decayed and all(".conditioner." in n or ".priors." in n for n in decayed)
     assert all(group["lr"] == 0.5 for group in groups)
-    # And by what it does: without a gradient, decay is all there is.
+    # By effect: without a gradient, only decay moves a weight.
     before = {n: p.detach().clone() for n, p in flow.named_parameters()}
     for parameter in flow.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -127,7 +128,7 @@ def test_optimizers(name, kind):
     flow.bits_per_dim(images(8, flow.shape)).mean().backward()
     optimizer.step()
     for parameter, old in zip(flow.parameters(), before, strict=True):
-        # the first step of each of the three has the length of the rate
+        # The first step of each of the three has the length of the rate.
         moved = parameter.grad.abs() > 1e-4
         expected = -0.01 * parameter.grad.sign()
         torch.testing.assert_close((parameter - old)[moved], expected[moved], rtol=1e-2, atol=1e-5)
@@ -141,7 +142,7 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     )
     assert type(muon) is Muon and type(adam) is torch.optim.AdamW
     matrices = {p for group in muon.param_groups for p in group["params"]}
-    # All weights, also those that start at zero; depthwise filters are vectors, and biases and
+    # All weights count, also those that start at zero. Depthwise filters are vectors. Biases and
     # gains have other names.
     assert matrices == {
         p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1
@@ -189,7 +190,7 @@ def test_muons_memory_does_not_grow_with_the_number_of_matrices():
         for weight in weights:
             weight.grad = torch.randn_like(weight)
         muon = Muon(weights, 0.02, 0.0)
-        muon.step()  # makes its state
+        muon.step()  # makes the optimizer state
         return peak(muon.step, torch.device("cpu"))
 
     assert taken(24) < 1.05 * taken(8)
@@ -212,7 +213,7 @@ def test_average_by_hand(decay):
         value = math.sin(n)
         nn.init.constant_(layer.weight, value)
         averaged.update(n)
-        # The first is a copy; after n of them the decay is at most (1 + n) / (10 + n).
+        # The first update copies. After n updates the decay is at most (1 + n) / (10 + n).
         keep = min(decay, (1 + n) / (10 + n))
         expected = value if n == 0 else keep * expected + (1 - keep) * value
         assert averaged.flow.weight.item() == pytest.approx(expected, abs=1e-6)

@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 import yaml
+from catalogue import SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import (
     FOLDER,
-    SMALL,
-    TINY,
     Forked,
     assert_same_run,
     copy_of,
@@ -23,7 +22,6 @@ from cli_helpers import (
     metrics,
     quick,
     result,
-    sets,
     start,
     summary,
     trained,
@@ -54,7 +52,6 @@ EVERYTHING += sets(
     train__keep_checkpoints=5,
     train__weight_decay=1e-2,
 )
-SMALL_MODEL = SMALL[:4]
 
 LONG = [
     *SMALL,
@@ -119,12 +116,8 @@ def uninterrupted():
             model__conditioner="depthwise",
         ),
         sets(data__max_in_memory=0, data__workers=1),
-        [
-            "--config",
-            "realnvp_digits.yaml",
-            *sets(model__width=4, model__blocks=1, train__precision="bf16"),
-        ],
-        ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
+        [*WORDS["realnvp"], *sets(train__precision="bf16")],
+        WORDS["nice"],
     ],
     ids=[
         "fp32-adam",
@@ -137,7 +130,7 @@ def uninterrupted():
     ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
-    command = ["train", *([] if "--config" in variant else SMALL_MODEL), *EVERYTHING, *variant]
+    command = ["train", *([] if "--config" in variant else WORDS["glow"]), *EVERYTHING, *variant]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     quick(*command, "--run-dir", whole, cwd=tmp_path).ok()
     copy_of(whole, halves)
@@ -155,7 +148,7 @@ def test_20_steps_are_10_and_10(variant, tmp_path):
 
 def test_the_test_above_would_notice(tmp_path):
     """The same run but for one thing that only later steps see is not the same run."""
-    command = ["train", *SMALL_MODEL, *EVERYTHING, "--run-dir"]
+    command = ["train", *WORDS["glow"], *EVERYTHING, "--run-dir"]
     quick(*command, tmp_path / "a", cwd=tmp_path).ok()
     copy_of(tmp_path / "a", tmp_path / "b")
     put_back(tmp_path / "b", 10)
@@ -316,7 +309,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path):
         for path in run.rglob("*")
         if path.is_file() and path.name != ".lock"
     }
-    done = quick("train", *TINY, cwd=tmp_path).ok()
+    done = quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20): nothing to do" in done.out
     after = {
         path: path.stat().st_mtime_ns
@@ -327,10 +320,10 @@ def test_a_finished_run_says_so_and_changes_nothing(run, tmp_path):
 
 
 def test_never_refuses_a_folder_that_holds_a_run(run, tmp_path):
-    quick("train", *TINY, "--resume", "never", cwd=tmp_path).failed(
+    quick("train", *TINY_RUN, "--resume", "never", cwd=tmp_path).failed(
         2, "--resume never", "runs/glow_digits", "--run-dir"
     )
-    quick("train", *TINY, "--resume", "never", "--run-dir", "new", cwd=tmp_path).ok()
+    quick("train", *TINY_RUN, "--resume", "never", "--run-dir", "new", cwd=tmp_path).ok()
 
 
 @pytest.mark.parametrize(
@@ -350,24 +343,22 @@ def test_never_refuses_a_folder_that_holds_a_run(run, tmp_path):
     ],
 )
 def test_a_changed_key_is_named(key, value, run, tmp_path):
-    done = quick("train", *TINY, "--set", f"{key}={value}", cwd=tmp_path)
+    done = quick("train", *TINY_RUN, "--set", f"{key}={value}", cwd=tmp_path)
     named = "train.num_steps" if key == "train.budget" else key
     done.failed(2, f"{named}:", "last.safetensors has", "--run-dir")
     assert checkpoint_format.read(last(run)).meta["step"] == 20 and len(metrics(run)) == 6
 
 
 def test_where_the_data_lie_may_change(run, tmp_path):
-    assert (
-        "nothing to do"
-        in quick("train", *TINY, *sets(data__root="moved", data__workers=7), cwd=tmp_path).ok().out
-    )
+    moved = sets(data__root="moved", data__workers=7)
+    assert "nothing to do" in quick("train", *TINY_RUN, *moved, cwd=tmp_path).ok().out
 
 
 def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     """From there on with another schedule; the old run stays as it is."""
     source = run / "checkpoints" / "step-00000015.safetensors"
     more = [
-        *TINY,
+        *TINY_RUN,
         *sets(train__num_steps=30, train__lr=1e-4),
         "--resume",
         source,
@@ -398,7 +389,7 @@ def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
     ones.
     """
     source = run / "checkpoints" / "step-00000015.safetensors"
-    options = [*TINY, *sets(train__lr=1e-4, train__num_steps=17, train__checkpoint_every=1)]
+    options = [*TINY_RUN, *sets(train__lr=1e-4, train__num_steps=17, train__checkpoint_every=1)]
     quick("train", *options, "--resume", source, cwd=tmp_path).ok()
     assert [row["step"] for row in metrics(run) if row["split"] == "train"] == [5, 10, 15, 17]
     assert [scalar.step for scalar in events(run).Scalars("train/lr")] == [5, 10, 15, 17]
@@ -412,7 +403,7 @@ def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_pat
     back to it.
     """
     source = run / "checkpoints" / "step-00000015.safetensors"
-    options = [*TINY, *sets(train__lr=1e39, train__checkpoint_every=1, train__max_non_finite=0)]
+    options = [*TINY_RUN, *sets(train__lr=1e39, train__checkpoint_every=1, train__max_non_finite=0)]
     quick("train", *options, "--resume", source, *folder, cwd=tmp_path).failed(
         1, "stopped at step 16"
     )
