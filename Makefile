@@ -9,7 +9,8 @@ BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 
-# What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or `--only NAME`.
+# What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or
+# `--only NAME`.
 RECIPE ?=
 
 # The workers of `make quick` and `make test`.

@@ -130,7 +130,7 @@ printf 'FROM scratch\nCOPY . /\n' | b bud --isolation chroot -q -t "$image-conte
 b from --name "$container-context" "$image-context" > /dev/null
 context=$(b mount "$container-context")
 (cd "$context" && du -sh . && ls -A)
-foreign=$(cd "$context" && find . -type f | grep -v -E '^./(flowtrain/.*\.(py|typed)|configs/[a-z_]*\.yaml|pyproject\.toml|README\.md|LICENSE)$' || true)
+foreign=$(cd "$context" && find . -type f | grep -v -E '^./(flowtrain/.*\.(py|typed|jinja)|configs/[a-z_]*\.yaml|pyproject\.toml|README\.md|LICENSE)$' || true)
 check "the build context holds the package, its configurations and nothing else" [ -z "$foreign" ]
 
 step "buildah bud on $described"

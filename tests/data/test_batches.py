@@ -1,4 +1,4 @@
-"""Training batches: their order, reading ahead, and augmentation."""
+"""Training batches: the order, streaming and augmentation."""
 
 import contextlib
 import itertools
@@ -26,6 +26,10 @@ def first(source, count, start=0):
     return [batch_of(source, step)[0] for step in range(start, start + count)]
 
 
+def data_set(section):
+    return DataSet(a_config("nice", data=section).data)
+
+
 @pytest.fixture
 def numbered(tmp_path):
     """20 training images that can be told apart: image i has the value i, and i + 100 on its left
@@ -43,7 +47,7 @@ def ids(x):
     return x.flatten(1).min(dim=1).values.tolist()
 
 
-# ---------------------------------------------------------------- the order
+# --- the order ------------------------------------------------------------------------------
 
 
 def test_every_image_once_an_epoch(numbered):
@@ -100,7 +104,7 @@ def test_the_last_order_is_not_assumed(numbered):
     assert source.positions(9).tolist() == late
 
 
-# ---------------------------------------------------------------- in memory, or streamed
+# --- in memory, or streamed ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -163,7 +167,7 @@ def test_what_fits_is_held_in_memory(tmp_path):
     assert batches({**section, "max_in_memory": 0.99 * size}).streams
 
 
-# ---------------------------------------------------------------- augmentation
+# --- augmentation ----------------------------------------------------------------------
 
 
 def test_augmentation_off_changes_nothing():
@@ -199,9 +203,23 @@ def test_shifts():
     assert len(set(moves.values())) == 25  # in every way there is
 
 
+@pytest.mark.parametrize(
+    "section, flip",
+    [
+        ({"name": "digits"}, False),
+        ({"name": "mnist"}, False),
+        ({"name": "cifar10"}, True),
+        ({"name": "cifar10", "flip": False}, False),
+        ({"name": "digits", "flip": True}, True),
+    ],
+)
+def test_flips_are_for_data_sets_that_have_a_mirror_image(section, flip):
+    assert data_set(section).flip is flip
+
+
 def test_only_training_images_are_augmented(numbered):
     section = {**numbered, "flip": True, "shift": 3, "validation": 4}
-    data = DataSet(a_config("nice", data=section).data)
+    data = data_set(section)
     for name in ("validation", "test"):
         x = data.split(name).take(slice(None))
         assert (x[..., :4] == x[..., :1]).all() and (x[..., 0, 0] >= 100).all()
@@ -221,6 +239,9 @@ def test_augmentation_differs_from_step_to_step(numbered):
     assert not torch.equal(*by_image)
 
 
+# --- real images ---------------------------------------------------------------------
+
+
 @shared
 def test_real_mnist():
     section = {"name": "mnist", "root": str(SHARED), "validation": 5000}
@@ -228,3 +249,17 @@ def test_real_mnist():
     assert len(source.source) == 55000 and source.resident.shape == (55000, 1, 28, 28)
     (x,) = first(source, 1)
     assert 20 < x.float().mean() < 50 and x.max() == 255
+
+
+@shared
+def test_real_cifar10():
+    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
+    assert (data.shape, data.levels) == ((3, 32, 32), 32)
+    x = data.split("test").take(slice(0, 500))
+    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18
+
+
+def test_digits_are_the_default():
+    data = data_set({})
+    assert (data.shape, data.levels) == ((1, 8, 8), 17)
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]

@@ -1,4 +1,4 @@
-"""Data that a command line names: `--dataset`, `--in` and `--out`."""
+"""Data that a command line names."""
 
 import functools
 import json

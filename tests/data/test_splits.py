@@ -1,11 +1,11 @@
-"""Data sets and their splits: validation, fingerprints, and reduced colour depth."""
+"""The splits of a data set, their fingerprint, and options that do not fit it."""
 
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, a_config, npz, shared
+from helpers import a_config, npz
 
 from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split
@@ -140,31 +140,3 @@ def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read,
     configuration.component_schema.cache_clear()
     with pytest.raises(UserError, match=message):
         data_set({"name": "users_own.images"}).split("train")
-
-
-@pytest.mark.parametrize(
-    "section, flip",
-    [
-        ({"name": "digits"}, False),
-        ({"name": "mnist"}, False),
-        ({"name": "cifar10"}, True),
-        ({"name": "cifar10", "flip": False}, False),
-        ({"name": "digits", "flip": True}, True),
-    ],
-)
-def test_flips_are_for_data_sets_that_have_a_mirror_image(section, flip):
-    assert data_set(section).flip is flip
-
-
-@shared
-def test_real_cifar10():
-    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
-    assert (data.shape, data.levels) == ((3, 32, 32), 32)
-    x = data.split("test").take(slice(0, 500))
-    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18
-
-
-def test_digits_are_the_default():
-    data = data_set({})
-    assert (data.shape, data.levels) == ((1, 8, 8), 17)
-    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]
