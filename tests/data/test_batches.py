@@ -1,0 +1,265 @@
+"""Training batches: the order, streaming and augmentation."""
+
+import contextlib
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, a_config, batch_of, npz, seeded, shared
+from PIL import Image
+
+from flowtrain.data.batches import Batches, ReadAhead, augment
+from flowtrain.data.splits import DataSet
+
+CPU = torch.device("cpu")
+
+
+def batches(section, batch_size=6, seed=0):
+    config = a_config("nice", data=section, seed=seed)
+    return Batches(DataSet(config.data), config, batch_size, CPU)
+
+
+def first(source, count, start=0):
+    return [batch_of(source, step)[0] for step in range(start, start + count)]
+
+
+def data_set(section):
+    return DataSet(a_config("nice", data=section).data)
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """20 training images that can be told apart: image i has the value i, and i + 100 on its left
+    half.
+    """
+    pixels = np.broadcast_to(
+        np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 1)
+    ).copy()
+    pixels[:, :, :4] += 100
+    np.savez(tmp_path / "numbered.npz", x_train=pixels, x_test=pixels[:4])
+    return {"name": "npz", "path": str(tmp_path / "numbered.npz"), "validation": 0}
+
+
+def ids(x):
+    return x.flatten(1).min(dim=1).values.tolist()
+
+
+# --- the order ------------------------------------------------------------------------------
+
+
+def test_every_image_once_an_epoch(numbered):
+    # 20 images in batches of 6: batches 3 and 6 straddle two epochs.
+    order = [i for x in first(batches(numbered), 10) for i in ids(x)]
+    assert len(order) == 60
+    epochs = [order[i : i + 20] for i in range(0, 60, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(20))
+
+
+def test_a_batch_larger_than_the_split(numbered):
+    x = first(batches(numbered, batch_size=50), 2)[1]
+    assert len(x) == 50
+    counts = np.bincount(ids(x), minlength=20)
+    assert counts.min() >= 2 and counts.max() <= 3
+
+
+def test_the_order_is_seeded(numbered):
+    assert [ids(x) for x in first(batches(numbered), 5)] == [
+        ids(x) for x in first(batches(numbered), 5)
+    ]
+    assert [ids(x) for x in first(batches(numbered), 5)] != [
+        ids(x) for x in first(batches(numbered, seed=1), 5)
+    ]
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"flip": True, "shift": 2},
+        {"max_in_memory": 0, "workers": 0, "shift": 1},
+        {"max_in_memory": 0, "workers": 2, "shift": 1},
+    ],
+)
+def test_resumable_from_any_step(numbered, start, options):
+    """By new batches, and by those that have gone further, as after a loss that is not finite."""
+    section = {**numbered, **options}
+    source = batches(section)
+    every = first(source, start + 4)
+    for again in (batches(section), source):
+        for a, b in zip(every[start:], first(again, 4, start), strict=True):
+            assert torch.equal(a, b)
+        again.close()
+
+
+def test_the_last_order_is_not_assumed(numbered):
+    # One object, asked out of order.
+    source = batches(numbered)
+    late = source.positions(9).tolist()
+    assert source.positions(0).tolist() == batches(numbered).positions(0).tolist()
+    assert source.positions(9).tolist() == late
+
+
+# --- in memory, or streamed ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_changes_nothing(tmp_path, workers):
+    section = npz(tmp_path / "a.npz", validation=3, shift=1, flip=True, n_bits=6)
+    resident = batches(section)
+    streamed = batches({**section, "max_in_memory": 0, "workers": workers})
+    assert streamed.streams and not resident.streams
+    for a, b in zip(first(resident, 8, 2), first(streamed, 8, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), "u1")).save(
+            tmp_path / "images" / f"{i}.png"
+        )
+    section = {"name": "folder", "path": str(tmp_path / "images"), "size": 8, "validation": 4}
+    resident = batches(section)
+    streamed = batches({**section, "max_in_memory": 0, "workers": workers})
+    assert isinstance(streamed.source.pixels, np.memmap) and streamed.streams
+    for a, b in zip(first(resident, 6), first(streamed, 6), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reading_ahead_is_in_order_and_ends_when_closed():
+    """However long each takes; and the error of a thread is that of its reader."""
+    running = threading.active_count()
+
+    def function(n):
+        time.sleep(0.01 * (n % 3 == 0))
+        if n == 20:
+            raise OSError("the disk is gone")
+        return torch.tensor(n)
+
+    with contextlib.closing(ReadAhead(function, 2, 3)) as read:
+        assert [int(read(n)) for n in range(2, 20, 2)] == list(range(2, 20, 2))
+        assert threading.active_count() == running + 3
+        with pytest.raises(OSError, match="the disk is gone"):
+            read(20)
+    assert threading.active_count() == running
+
+
+def test_after_a_jump_what_was_read_ahead_is_dropped():
+    """A reader may ask for any position, as a run does that goes back to a checkpoint."""
+    with contextlib.closing(ReadAhead(torch.tensor, 3, 2)) as read:
+        for position in (30, 33, 36, 6, 9, 30, 30, 33):
+            assert int(read(position)) == position
+        assert read.results.keys() == {36, 39, 42, 45}
+
+
+def test_what_fits_is_held_in_memory(tmp_path):
+    section = npz(tmp_path / "a.npz", train=40, validation=8)  # 32 * 64 bytes
+    size = 32 * 64 / 2**30
+    assert not batches({**section, "max_in_memory": size}).streams
+    assert batches({**section, "max_in_memory": 0.99 * size}).streams
+
+
+# --- augmentation ----------------------------------------------------------------------
+
+
+def test_augmentation_off_changes_nothing():
+    x = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(augment(x, False, 0, seeded()), x)
+
+
+def test_flips():
+    x = torch.randint(256, (400, 3, 4, 6), generator=seeded(1), dtype=torch.uint8)
+    before = x.clone()
+    y = augment(x, True, 0, seeded())
+    mirrored = (y == x.flip(-1)).flatten(1).all(1)
+    assert (mirrored | (y == x).flatten(1).all(1)).all()
+    assert 150 < mirrored.sum() < 250
+    assert torch.equal(x, before) and y.dtype == torch.uint8
+    assert torch.equal(y, augment(x, True, 0, seeded())) and not torch.equal(
+        y, augment(x, True, 0, seeded(2))
+    )
+
+
+def test_shifts():
+    x = torch.randint(256, (200, 2, 6, 7), generator=seeded(1), dtype=torch.uint8)
+    before = x.clone()
+    y = augment(x, False, 2, seeded())
+    assert y.shape == x.shape and y.dtype == torch.uint8 and torch.equal(x, before)
+    padded = torch.nn.functional.pad(x.float(), (2, 2, 2, 2), mode="replicate").to(torch.uint8)
+    moves = {}
+    for down, right in itertools.product(range(5), repeat=2):
+        window = padded[:, :, down : down + 6, right : right + 7]
+        for i in (y == window).flatten(1).all(1).nonzero().flatten().tolist():
+            moves[i] = (down, right)
+    assert len(moves) == 200  # each image is moved as a whole, by no more than 2
+    assert len(set(moves.values())) == 25  # in every way there is
+
+
+@pytest.mark.parametrize(
+    "section, flip",
+    [
+        ({"name": "digits"}, False),
+        ({"name": "mnist"}, False),
+        ({"name": "cifar10"}, True),
+        ({"name": "cifar10", "flip": False}, False),
+        ({"name": "digits", "flip": True}, True),
+    ],
+)
+def test_flips_are_for_data_sets_that_have_a_mirror_image(section, flip):
+    assert data_set(section).flip is flip
+
+
+def test_only_training_images_are_augmented(numbered):
+    section = {**numbered, "flip": True, "shift": 3, "validation": 4}
+    data = data_set(section)
+    for name in ("validation", "test"):
+        x = data.split(name).take(slice(None))
+        assert (x[..., :4] == x[..., :1]).all() and (x[..., 0, 0] >= 100).all()
+    x = torch.cat(first(batches(section), 4))
+    assert not (x[..., :4] == x[..., :1]).all()
+    # The resident copy is not written into.
+    source = batches(section)
+    before = source.resident.clone()
+    first(source, 3)
+    assert torch.equal(source.resident, before)
+
+
+def test_augmentation_differs_from_step_to_step(numbered):
+    section = {**numbered, "flip": True, "shift": 2}
+    epochs = [torch.cat(first(batches(section, batch_size=20), 1, step)) for step in (0, 1)]
+    by_image = [x[torch.tensor(ids(x)).argsort()] for x in epochs]
+    assert not torch.equal(*by_image)
+
+
+# --- real images ---------------------------------------------------------------------
+
+
+@shared
+def test_real_mnist():
+    section = {"name": "mnist", "root": str(SHARED), "validation": 5000}
+    source = batches(section, batch_size=32)
+    assert len(source.source) == 55000 and source.resident.shape == (55000, 1, 28, 28)
+    (x,) = first(source, 1)
+    assert 20 < x.float().mean() < 50 and x.max() == 255
+
+
+@shared
+def test_real_cifar10():
+    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
+    assert (data.shape, data.levels) == ((3, 32, 32), 32)
+    x = data.split("test").take(slice(0, 500))
+    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18
+
+
+def test_digits_are_the_default():
+    data = data_set({})
+    assert (data.shape, data.levels) == ((1, 8, 8), 17)
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]

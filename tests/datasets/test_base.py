@@ -1,0 +1,158 @@
+"""Held-out splits, and image files brought to a shape."""
+
+import numpy as np
+import pytest
+from dataset_helpers import noise
+from PIL import Image
+
+from flowtrain.datasets import base
+from flowtrain.errors import UserError
+
+# --- hold_out --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n, held, count",
+    [(1797, 0.1, 180), (10, 3, 3), (10, 0.25, 2), (10, 0, 0), (10, 0.0, 0), (5, 0.01, 1)]
+    + [(10, 2.0, 2), (2, 1, 1)],
+)
+def test_hold_out(n, held, count):
+    kept, out = base.hold_out(n, held, 0)
+    assert len(out) == count
+    assert sorted([*kept, *out]) == list(range(n))
+    assert (np.diff(kept) > 0).all() and (np.diff(out) > 0).all()
+
+
+def test_hold_out_depends_on_the_seed_alone():
+    first, again, other = (base.hold_out(100, 0.3, seed)[1].tolist() for seed in (1, 1, 2))
+    assert first == again != other
+    # Pinned: a resumed run, on any machine and numpy, has to find the same validation images.
+    assert base.hold_out(20, 5, 0)[1].tolist() == [1, 4, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "n, held", [(10, 10), (10, 11), (1, 0.5), (0, 0), (10, -1), (10, 1.5), (10, float("nan"))]
+)
+def test_hold_out_refuses(n, held):
+    with pytest.raises(UserError, match=r"cannot hold"):
+        base.hold_out(n, held, 0)
+
+
+# --- image files -----------------------------------------------------------------------------
+
+
+def test_resize_leaves_the_right_size_alone():
+    pixels = noise(20, 30, 3)
+    for policy in ("crop", "stretch", "exact"):
+        out = base.resize(Image.fromarray(pixels), (3, 20, 30), policy)
+        assert np.array_equal(out, pixels.transpose(2, 0, 1)) and out.flags.c_contiguous
+
+
+@pytest.mark.parametrize("size", [(40, 20), (41, 20), (20, 40), (20, 47)])
+def test_crop_keeps_the_middle(size):
+    wide = np.full((*size, 3), 255, np.uint8)
+    top, left = (size[0] - 20) // 2, (size[1] - 20) // 2
+    wide[top : top + 20, left : left + 20] = middle = noise(20, 20, 3)
+    out = base.resize(Image.fromarray(wide), (3, 20, 20), "crop")
+    assert np.array_equal(out, middle.transpose(2, 0, 1))
+
+
+def test_crop_and_stretch_differ():
+    image = Image.new("L", (60, 20), 0)
+    image.paste(255, (20, 0, 40, 20))  # a white square in the middle third
+    assert base.resize(image, (1, 10, 10), "crop").min() > 225
+    stretched = base.resize(image, (1, 10, 10), "stretch")
+    assert stretched[0, :, 0].max() < 30 and stretched[0, :, 5].min() > 225
+
+
+def test_downsampling_is_antialiased():
+    checks = Image.fromarray(np.indices((640, 640)).sum(0).astype(np.uint8) % 2 * 255)
+    out = base.resize(checks, (1, 16, 16), "crop")
+    assert out.min() >= 120 and out.max() <= 136
+
+
+def test_exact_names_both_sizes():
+    with pytest.raises(UserError, match=r"30x20 .*not 20x20"):
+        base.resize(Image.new("RGB", (30, 20)), (3, 20, 20), "exact")
+
+
+def pixel(image, channels):
+    return base.resize(image, (channels, *image.size[::-1]), "exact")[:, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "image, channels, wanted",
+    [
+        (Image.new("RGB", (2, 2), (10, 20, 30)), 3, [10, 20, 30]),
+        (Image.new("RGB", (2, 2), (255, 0, 0)), 1, [76]),
+        (Image.new("L", (2, 2), 9), 3, [9, 9, 9]),
+        (Image.new("1", (2, 2), 1), 1, [255]),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), 3, [255, 255, 255]),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), 3, [255, 0, 0]),
+        (Image.new("LA", (2, 2), (0, 0)), 1, [255]),
+        (Image.new("RGB", (2, 2), (200, 100, 0)).convert("P", palette=1), 3, None),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), 3, [255, 0, 0]),
+        (Image.fromarray(np.full((2, 2), 0x8001, np.uint16)), 1, [0x80]),
+        (Image.fromarray(np.full((2, 2), 0x8001, np.int32)), 3, [0x80] * 3),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_modes(image, channels, wanted):
+    if wanted is None:
+        wanted = list(image.convert("RGB").getpixel((0, 0)))
+    assert pixel(image, channels) == wanted
+
+
+def test_transparent_palette_is_white(tmp_path):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.save(tmp_path / "p.png", transparency=1)
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.mode == "P" and pixel(image, 3) == [255, 255, 255]
+
+
+def test_exif_orientation(tmp_path):
+    image = Image.new("RGB", (16, 8))
+    image.paste((255, 255, 255), (0, 0, 8, 8))  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise: the left becomes the top
+    image.save(tmp_path / "a.png", exif=exif)
+    out = base.open_image(tmp_path / "a.png", (1, 16, 8), 256, "exact")
+    assert out[0, :8].min() == 255 and out[0, 8:].max() == 0
+
+
+def test_a_large_jpeg_decodes_reduced_to_the_same_picture(tmp_path):
+    image = Image.fromarray(noise(128, 128)).resize((1024, 1024))
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    jpg, png = (base.open_image(tmp_path / f"a.{s}", (1, 120, 120), 256) for s in ("jpg", "png"))
+    assert np.abs(jpg.astype(int) - png).mean() < 2
+
+
+@pytest.mark.parametrize("levels", [256, 32, 2, 17])
+def test_open_image_levels(tmp_path, levels):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    out = base.open_image(tmp_path / "a.png", (1, 16, 16), levels)[0]
+    wanted = {256: values, 32: values >> 3, 2: values >> 7}.get(
+        levels, np.round(values / 255 * 16).astype(np.uint8)
+    )
+    assert out.dtype == np.uint8 and np.array_equal(out, wanted) and out.max() == levels - 1
+
+
+def test_open_image_errors(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    Image.fromarray(noise(30, 30)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    names = ["none.png", "empty.png", "text.png", "eps.png", "cut.png", "float.tiff", "."]
+    for name in names:
+        with pytest.raises(UserError) as raised:
+            base.open_image(tmp_path / name, (1, 8, 8), 256)
+        assert str(tmp_path / name) in str(raised.value)
+    with pytest.raises(UserError, match=r"eps.png cannot be read as an image \(cannot identify"):
+        base.open_image(tmp_path / "eps.png", (1, 8, 8), 256)  # Ghostscript was not asked
+    with pytest.raises(UserError, match=r"whole.png: the image is 30x30"):
+        base.open_image(tmp_path / "whole.png", (1, 8, 8), 256, "exact")

@@ -1,0 +1,150 @@
+"""A user's own arrays."""
+
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from dataset_helpers import check, corrupt, noise
+from helpers import SHARED, shared
+
+from flowtrain.datasets import npz
+from flowtrain.errors import UserError
+
+
+def saved(path, **arrays):
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize(
+    "array, layout, shape, wanted",
+    [
+        (noise(9, 6, 5), "nhwc", (1, 6, 5), lambda a: a[:, None]),
+        (noise(9, 6, 5), "nchw", (1, 6, 5), lambda a: a[:, None]),
+        (noise(9, 6, 5, 1), "nhwc", (1, 6, 5), lambda a: a.transpose(0, 3, 1, 2)),
+        (noise(9, 6, 5, 3), "nhwc", (3, 6, 5), lambda a: a.transpose(0, 3, 1, 2)),
+        (noise(9, 3, 6, 5), "nchw", (3, 6, 5), lambda a: a),
+        (
+            np.asfortranarray(noise(9, 6, 5, 3)),
+            "nhwc",
+            (3, 6, 5),
+            lambda a: a.transpose(0, 3, 1, 2),
+        ),
+    ],
+)
+def test_npz_layouts(tmp_path, array, layout, shape, wanted):
+    other = array[::-1][:4]
+    path = saved(tmp_path / "a.npz", x_train=array, x_test=other, y_train=np.zeros(9))
+    for split, source in (("train", array), ("test", other)):
+        images = npz.build(tmp_path, split, path=path, layout=layout)
+        assert images.shape == shape and images.levels == 256 and not images.flip
+        assert np.array_equal(check(images), wanted(source))
+
+
+def test_npz_without_a_test_split_holds_out_a_tenth(tmp_path):
+    array = np.arange(40, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    path = saved(tmp_path / "a.npz", x_train=array)
+
+    def values(split, seed):
+        return check(npz.build(tmp_path, split, seed=seed, path=path))[:, 0, 0, 0].tolist()
+
+    test, train = values("test", 0), values("train", 0)
+    assert len(test) == 4 and sorted(test + train) == list(range(40))
+    assert values("test", 0) == test != values("test", 1)
+
+
+def test_npz_shape_comes_from_the_header(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.npz", x_train=noise(100, 8, 8, 3))
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("pixels read"))
+    assert npz.build(tmp_path, "train", path=path).shape == (3, 8, 8)
+
+
+GOOD = noise(9, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "arrays, options, message",
+    [
+        ({"x": GOOD, "y": GOOD}, {}, r"no array x_train \(it has x, y\).*np.savez"),
+        ({"x_test": GOOD}, {}, r"no array x_train \(it has x_test\)"),
+        ({"x_train": GOOD / 255}, {}, r"x_train in .*a.npz has the type float64, not uint8"),
+        ({"x_train": GOOD.astype(object)}, {}, r"x_train in .* has the type object"),
+        ({"x_train": GOOD, "x_test": GOOD / 255}, {}, r"x_test in .*float64"),
+        ({"x_train": GOOD.reshape(9, -1)}, {}, r"x_train .*shape \(9, 192\): images are"),
+        ({"x_train": GOOD[None]}, {}, r"x_train .*shape \(1, 9, 8, 8, 3\): images are"),
+        ({"x_train": np.uint8(3)}, {}, r"x_train .*shape \(\): images are"),
+        ({"x_train": noise(9, 8, 8, 4)}, {}, r"4 channels .*where 1 or 3 are allowed"),
+        ({"x_train": noise(9, 3, 8, 8)}, {}, r"8 channels .*nhwc: set data.layout: nchw"),
+        ({"x_train": GOOD}, {"layout": "nchw"}, r"8 channels .*nchw: set data.layout: nhwc"),
+        ({"x_train": GOOD, "x_test": noise(9, 9, 8, 3)}, {}, r"8x8 with 3 .*x_test 9x8 with 3"),
+        ({"x_train": GOOD[:0]}, {}, r"no pixels"),
+        ({"x_train": GOOD[:1]}, {}, r"one image"),
+    ],
+)
+def test_npz_refuses(tmp_path, arrays, options, message):
+    path = saved(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=message) as raised:
+        npz.build(tmp_path, "train", path=path, **options)
+    assert str(path) in str(raised.value)
+
+
+def broken(kind, path):
+    """Damage an .npz in the way of `kind`; returns it."""
+    if kind == "missing":
+        return path
+    if kind == "folder":
+        path.mkdir()
+        return path
+    (np.savez if kind == "bytes" else np.savez_compressed)(path, x_train=noise(50, 8, 8, 3))
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, GOOD)
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif kind in ("bytes", "deflate"):
+        corrupt(path)
+    elif kind in ("short", "header"):
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read("x_train.npy")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x_train.npy", data[:-10] if kind == "short" else b"junk" * 60)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", r"there is no file"),
+        ("folder", r"cannot be opened"),
+        ("text", r"not an .npz file, or is cut short"),
+        ("empty", r"not an .npz file, or is cut short"),
+        ("npy", r"not an .npz file"),
+        ("cut", r"not an .npz file, or is cut short"),
+        ("bytes", r"x_train in .* damaged .*CRC"),
+        ("deflate", r"x_train in .* damaged"),
+        ("short", r"x_train in .* is damaged"),
+        ("header", r"x_train in .* is damaged or not a plain array"),
+    ],
+)
+def test_npz_damage(tmp_path, kind, message):
+    path = broken(kind, tmp_path / "a.npz")
+    with pytest.raises(UserError, match=message) as raised:
+        images = npz.build(tmp_path, "train", path=path)
+        assert kind in ("bytes", "deflate"), "all else is seen before the pixels are read"
+        images.read()
+    assert str(path) in str(raised.value)
+
+
+@shared
+def test_real_cifar10():
+    start = time.perf_counter()
+    images = npz.build(SHARED, "test", path=SHARED / "cifar10.npz")
+    assert images.shape == (3, 32, 32) and time.perf_counter() - start < 0.5
+    pixels = check(images, 10000)
+    with np.load(SHARED / "cifar10.npz") as file:
+        assert np.array_equal(pixels[7, 2], file["x_test"][7, :, :, 2])
