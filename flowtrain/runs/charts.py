@@ -11,7 +11,18 @@ from matplotlib.figure import Figure
 
 from flowtrain.results import Row
 
-COLOURS = "#4477cc #dd7722 #2a9d5c #cc3344 #8866cc #997755 #cc66aa #888888 #a0a020 #1fa0b0".split()
+COLOURS = (
+    "#4477cc",
+    "#dd7722",
+    "#2a9d5c",
+    "#cc3344",
+    "#8866cc",
+    "#997755",
+    "#cc66aa",
+    "#888888",
+    "#a0a020",
+    "#1fa0b0",
+)
 STYLES = ("-", "--", ":", "-.")  # the next one when all colours are used
 # The axis leaves out the loss over this share of a run's images, at the start. The loss falls so
 # fast there that the rest would look flat.
