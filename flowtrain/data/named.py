@@ -89,13 +89,8 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
 
         def decode() -> np.ndarray:
             with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-                return np.stack(
-                    list(
-                        pool.map(
-                            lambda file: open_image(file, shape, 256, options["resize"]), files
-                        )
-                    )
-                )
+                images = pool.map(lambda f: open_image(f, shape, 256, options["resize"]), files)
+                return np.stack(list(images))
 
         return Images(shape=shape, levels=256, read=decode)
     return None

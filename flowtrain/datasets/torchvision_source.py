@@ -84,13 +84,13 @@ def images(
     """A split that `torchvision.datasets.<name>` reads, and downloads if it is not under `root`.
 
     Args:
-        files: what torchvision looks for.
+        files: The files that torchvision looks for.
         shape: (C, H, W).
-        count: the number of images in the split.
-        read: from the class and `root` to the images, uint8 (N, C, H, W), and their classes, whole
-            numbers from 0.
-        urls: from the class to the addresses from which it downloads, for messages.
-        flip: whether a mirrored image belongs to the same distribution.
+        count: Number of images in the split.
+        read: Maps the class and `root` to the images, uint8 (N, C, H, W), and to their classes,
+            whole numbers from 0.
+        urls: Maps the class to the addresses from which it downloads, for messages.
+        flip: Whether a mirrored image belongs to the same distribution.
     """
     home = Path(root).expanduser().resolve()
     place = home / files.folder

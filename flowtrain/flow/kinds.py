@@ -5,7 +5,6 @@ code does not ask whether there are levels.
 """
 
 import math
-from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -19,105 +18,66 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     return log_prob / (-dims * math.log(2))
 
 
-class Kind(ABC):
-    """The questions that each kind of data answers."""
-
-    levels: int | None  # Q: the values are 0..Q-1. None for real values
-    words: str  # what the values are, for messages
-    unit: str  # unit of the loss, for messages
-    metric: str  # name of the loss in files
-    exact: bool  # whether the likelihood is exact, because there is no dequantization noise
-    on_surface = False  # whether a latent has fewer entries than an example
-    scale: int  # what the reconstruction error is multiplied by
-
-    picture_count: int  # samples in a picture
-    report_count: int  # samples in each picture of a report
-    report_temperatures: tuple[float, ...]  # a report has one picture for each
-    decode_batch: int  # samples decoded at a time
-
-    @abstractmethod
-    def npz(self) -> dict[str, int]:
-        """What an .npz file of samples says beside the samples."""
-
-    @abstractmethod
-    def loss(self, log_prob: Tensor, dims: int) -> Tensor:
-        """The loss in `unit`, from nats of examples with `dims` entries."""
-
-    @abstractmethod
-    def require_levels(self, message: str) -> int:
-        """Q. Raises `UserError` with the message for real values."""
-
-    @abstractmethod
-    def reduced(self, drop_bits: int) -> "Kind":
-        """The kind of the same data without their lowest bits."""
-
-    @abstractmethod
-    def fault(self, values: np.ndarray) -> str | None:
-        """What is wrong with stored values, in words, or None."""
-
-    @abstractmethod
-    def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:
-        """Random examples `(B, C, H, W)`, to stand for data that are not read."""
-
-    @abstractmethod
-    def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
-        """As many examples as `x`, uniform over all possible values or over the range of `x`."""
-
-    @abstractmethod
-    def levels_per_unit(self, x: Tensor) -> float:
-        """Q; for real values 256 over the range of `x`, so that a level is a 256th of it."""
-
-
-class QuantizedImages(Kind):
+class QuantizedImages:
     """Images of integers 0..Q-1. Their probability has a bound, in bits per dimension."""
 
-    levels: int
-    unit = "bits/dim"
-    metric = "bits_per_dim"
-    exact = False
-    picture_count = 64
-    report_count = 16
-    report_temperatures = (0.5, 0.7, 0.85, 1.0)
-    decode_batch = 64
+    unit = "bits/dim"  # unit of the loss, for messages
+    metric = "bits_per_dim"  # name of the loss in files
+    exact = False  # whether there is no dequantization noise, so that the likelihood is exact
+    on_surface = False  # whether a latent has fewer entries than an example
+    picture_count = 64  # samples in a picture
+    report_count = 16  # samples in each picture of a report
+    report_temperatures = (0.5, 0.7, 0.85, 1.0)  # a report has one picture for each
+    decode_batch = 64  # samples decoded at a time
 
     def __init__(self, levels: int):
-        self.levels = self.scale = levels
-        self.words = f"{levels} levels"
+        self.levels = levels
+        self.scale = levels  # factor of the reconstruction error
+        self.words = f"{levels} levels"  # what the values are, for messages
 
     def npz(self) -> dict[str, int]:
+        """What an .npz file of samples says about them."""
         return {"levels": self.levels}
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
+        """The loss in `unit`, from nats of examples with `dims` entries."""
         return bits_per_dim(log_prob, dims)
 
     def require_levels(self, message: str) -> int:
+        """Q. For real values, raises `UserError` with the message."""
         return self.levels
 
-    def reduced(self, drop_bits: int) -> Kind:
+    def reduced(self, drop_bits: int) -> "QuantizedImages":
+        """The kind of the same images without their lowest bits."""
         return QuantizedImages(self.levels >> drop_bits)
 
     def fault(self, values: np.ndarray) -> str | None:
+        """What is wrong with stored values, in words, or None."""
         if self.levels < 256 and int(values.max()) >= self.levels:
             return f"a value of {int(values.max())}, expected 0..{self.levels - 1}"
         return None
 
     def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:
+        """Random examples `(B, C, H, W)`, to stand for data that are not read."""
         return torch.randint(self.levels, shape, generator=randomness, dtype=torch.uint8)
 
     def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
+        """As many examples as `x`, uniform over all possible values."""
         return self.random(x.shape, randomness)
 
     def levels_per_unit(self, x: Tensor) -> float:
+        """Q, the number of levels per unit of `Dequantizer.to_unit`."""
         return self.levels
 
 
-class Points(Kind):
+class Points:
     """Real values. They have a density, which is computed exactly, in nats."""
 
     levels = None
     words = "real values"
     unit = metric = "nats"
     exact = True
+    on_surface = False
     scale = 1
     picture_count = report_count = 2000
     report_temperatures = (1.0,)  # each picture shows much else
@@ -132,7 +92,7 @@ class Points(Kind):
     def require_levels(self, message: str) -> int:
         raise UserError(message)
 
-    def reduced(self, drop_bits: int) -> Kind:
+    def reduced(self, drop_bits: int) -> "Points":
         return self
 
     def fault(self, values: np.ndarray) -> str | None:
@@ -142,9 +102,11 @@ class Points(Kind):
         return torch.randn(shape, generator=randomness)
 
     def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
+        """As many examples as `x`, uniform over the range of its values."""
         return x.min() + (x.max() - x.min()) * torch.rand(x.shape, generator=randomness)
 
     def levels_per_unit(self, x: Tensor) -> float:
+        """256 over the range of `x`, so that a level is a 256th of it."""
         return 256 / float((x.max() - x.min()).clamp_min(1e-6))
 
 
@@ -159,6 +121,9 @@ class SurfacePoints(Points):
     def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:
         x = super().random(shape, randomness)
         return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
+
+
+Kind = QuantizedImages | Points
 
 
 def kind_of(levels: int | None, on_surface: bool = False) -> Kind:
