@@ -561,6 +561,7 @@ def test_recomputing_gives_the_same_gradients(name, mode, tolerance):
 
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.run
 def test_reversible_gradients_at_paper_depth(coupling, bf16):
     """In bf16 they differ by about bf16's own error, because inputs that are off by an ulp round
     differently.

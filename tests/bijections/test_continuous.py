@@ -302,6 +302,7 @@ def test_size_by_hand():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.run
 def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     """Checked in float32, with weights that bend the plane."""
     torch.manual_seed(seed)

@@ -1,6 +1,4 @@
-"""Archives: codelengths that a formula knows, every image bit for bit, and one clear error for
-everything else.
-"""
+"""Archives: every image comes back bit for bit, and everything else is one clear error."""
 
 import contextlib
 import copy
@@ -10,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -21,11 +17,10 @@ import pytest
 import torch
 from catalogue import sets
 from cli_helpers import FOLDER, quick, tree
-from helpers import a_config, images, perturb, tiny_flow
+from coding_helpers import affine_flow, picture, smooth
+from helpers import a_config, images
 from PIL import Image
-from torch import nn
 
-from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.cli.base import require_writable
@@ -33,209 +28,14 @@ from flowtrain.compression import compress, decompress, strips
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec, probe
 from flowtrain.compression.decompress import Opened
-from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files
+from flowtrain.compression.inputs import ordinary_sizes
 from flowtrain.compression.model import model_hash
-from flowtrain.compression.stack import Exhausted, Stack, Uncodable, constriction, random_words
-from flowtrain.compression.streams import (
-    MOST_CARRIERS,
-    EncodedStream,
-    decode_stream,
-    encode_stream,
-)
-from flowtrain.compression.threads import in_threads
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow.class_prior import ClassPrior
-from flowtrain.flow.dequantize import Dequantizer, RealValued
-from flowtrain.flow.flow import Flow
-from flowtrain.flow.variational import VariationalNoise
-from flowtrain.pictures import lossless as lossless_formats
 from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import decoded, encoded, file_sizes
+from flowtrain.pictures.lossless import encoded, file_sizes
 
 pytest.importorskip("constriction")
-
-GREY, RGB = (1, 4, 4), (3, 4, 4)
-
-
-def variational(flow: Flow, scale: float = 0.1) -> Flow:
-    flow.dequantizer.noise_model = perturb(VariationalNoise(flow.shape, 2, 4), scale)
-    return flow
-
-
-def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
-    """`z = slope (y - 1/2) + shift`."""
-    affine = DiagonalAffine((math.prod(shape),))
-    nn.init.constant_(affine.log_scale, 8 * math.atanh(math.log(slope) / 8))
-    nn.init.constant_(affine.shift, shift)
-    return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
-
-
-def coded(flow: Flow, x: torch.Tensor) -> float:
-    """Bits per dimension on a stack of random bits. All images come back, and so does the stack."""
-    codec, words = Codec(flow), random_words(4 * x.numel() + 8)
-    stack = Stack(words)
-    before, parts = stack.bits, x.split(16)
-    for part in parts:
-        codec.encode(part, stack)
-    bits = (stack.bits - before) / x.numel()
-    stack = Stack(stack.words(), again=True)
-    back = [codec.decode(len(part), stack) for part in reversed(parts)]
-    assert torch.equal(torch.cat(back[::-1]), x)
-    assert np.array_equal(stack.first_words(), words)
-    return bits
-
-
-# --- codelengths ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("levels", [256, 17, 4])
-@pytest.mark.parametrize("noise", ["uniform", "variational"])
-def test_a_closed_form_density_gives_the_closed_form_codelength(levels, noise):
-    slope, shift = 3.0, 0.1
-    flow = affine_flow(RGB, levels, slope, shift)
-    if noise == "variational":  # as it starts: uniform
-        flow.dequantizer.noise_model = VariationalNoise(RGB, 2, 4)
-    x = images(256, RGB, levels)
-    middle = slope * ((x.double() + 0.5) / levels - 0.5) + shift
-    # of z, which is uniform in its bin
-    squares = middle.square().mean() + (slope / levels) ** 2 / 12
-    nats = (squares + math.log(2 * math.pi)) / 2 - math.log(slope) + math.log(levels)
-    assert coded(flow, x) == pytest.approx(nats.item() / math.log(2), abs=0.005 + 0.03 / levels)
-
-
-MODELS = {
-    **{
-        f"glow {name}": ("glow", {"coupling": name})
-        for name in ("affine", "additive", "spline", "mixture")
-    },
-    "glow checkerboard": (
-        "glow",
-        {"split": "checkerboard", "permutation": "conv1x1", "prior": "spline"},
-    ),
-    "glow mixed": (
-        "glow",
-        {"split": "mixed", "permutation": "shuffle", "initialization": "whitening"},
-    ),
-    "glow reverse": (
-        "glow",
-        {"permutation": "reverse", "conditioner": "gated", "prior": "mixture"},
-    ),
-    "realnvp": ("realnvp", {}),
-    "nice": ("nice", {}),
-    "nice gaussian": ("nice", {"prior": "gaussian"}),
-}
-
-
-@pytest.mark.parametrize("shape", [GREY, RGB], ids=["grey", "rgb"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_codelength_is_the_bound(name, shape):
-    model, options = MODELS[name]
-    transform = "logit" if model == "realnvp" else "center"
-    flow = tiny_flow(model, shape, 256, transform, scale=0.05, **options)
-    # those that it is initialized on: far out, the code is shorter than the normal density says
-    x = images(64, shape)
-    bound = torch.stack(
-        [flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)]
-    )
-    # Of this many images of this size the draws differ by about 0.01.
-    assert coded(flow, x) == pytest.approx(bound.mean().item(), abs=0.005 + 4 * bound.std().item())
-
-
-@pytest.mark.parametrize(
-    "shape, levels", [((1, 8, 8), 256), ((3, 5, 3), 256), ((1, 8, 8), 17), ((3, 4, 4), 2)]
-)
-def test_the_codelength_is_the_bound_with_learned_noise(shape, levels):
-    flow = variational(affine_flow(shape, levels))
-    x = images(96, shape, levels)
-    bound = torch.stack(
-        [flow.bits_per_dim(x, torch.Generator().manual_seed(i)).mean() for i in range(8)]
-    )
-    assert coded(flow, x) == pytest.approx(bound.mean().item(), abs=0.01 + 4 * bound.std().item())
-
-
-@pytest.mark.parametrize("alpha", [0.05, 1e-5])
-def test_constant_images_come_back(alpha):
-    x = torch.cat(
-        [torch.full((1, *RGB), value, dtype=torch.uint8) for value in (0, 1, 127, 254, 255)]
-    )
-    flow = variational(affine_flow(RGB, slope=1.0))
-    flow.dequantizer.transform, flow.dequantizer.alpha = "logit", alpha
-    coded(flow, x)
-    coded(variational(affine_flow(RGB)), x)
-
-
-def test_what_is_out_of_range_is_named():
-    x = torch.full((3, *RGB), 128, dtype=torch.uint8)
-    x[1] = 255
-    with pytest.raises(Uncodable) as caught:
-        Codec(affine_flow(RGB, slope=150.0)).encode(x, Stack(random_words(1000)))
-    assert caught.value.images.tolist() == [False, True, False]
-
-
-def test_a_layer_without_a_rule_is_named():
-    class Cubic(Bijection):
-        pass
-
-    flow = Flow(Sequential(Flatten(GREY), Cubic()), Dequantizer(256), GREY)
-    with pytest.raises(UserError, match="Cubic"):
-        Codec(flow)
-    with pytest.raises(UserError, match="real-valued"):
-        Codec(Flow(Sequential(Flatten(GREY)), RealValued(), GREY))
-    with pytest.raises(UserError, match="model.classes is 3"):
-        Codec(Flow(Sequential(Flatten(GREY)), Dequantizer(256), GREY, ClassPrior(3, (4,))))
-
-
-def test_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(UserError, match="flowtrain\\[compress\\]"):
-        constriction()
-
-
-# --- streams --------------------------------------------------------------------------------------
-
-
-def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> EncodedStream:
-    stream = encode_stream(codec, x, list(range(len(x))), borrowed, lambda count: None)
-    assert len(set(stream.images)) == len(stream.images)
-    back = decode_stream(codec, stream.words, stream.description(), lambda count: None)
-    assert torch.equal(back, x[stream.images])
-    return stream
-
-
-def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
-    """Images of which neighbouring pixels are alike."""
-    coarse = torch.rand(count, shape[0], 3, 3, generator=torch.Generator().manual_seed(seed))
-    return (nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear") * 255).to(
-        torch.uint8
-    )
-
-
-@pytest.mark.parametrize("borrowed", [16, 1200, 5000])
-def test_a_stream_that_borrows_more_than_it_has_begins_again(borrowed):
-    codec, x = Codec(affine_flow((3, 8, 8))), smooth(40, (3, 8, 8))
-    stream = round_trip(codec, x, borrowed)
-    assert sorted(stream.images) == list(range(40))
-    assert 0 < stream.carriers < 40 and max(stream.chunks) > min(stream.chunks)
-    with pytest.raises(Exhausted):
-        codec.encode(x[:1], Stack(random_words(10)))
-
-
-def test_random_bits_are_borrowed_where_images_are_too_small_to_carry():
-    x = torch.full((50, 1, 8, 8), 7, dtype=torch.uint8)
-    stream = round_trip(Codec(affine_flow((1, 8, 8))), x, 50_000)
-    assert len(stream.images) == 50
-    assert stream.carriers == MOST_CARRIERS and stream.initial_bits >= 50_000
-
-
-def test_an_image_that_cannot_be_coded_is_left_out_of_its_stream():
-    x = smooth(30, (3, 8, 8)) // 8 + 112
-    x[20, 0, 0, 0] = 255
-    stream = round_trip(Codec(affine_flow((3, 8, 8), slope=150.0)), x, 4000)
-    assert 20 not in stream.images and len(stream.images) == 29
-
-
-# --- archives -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -372,26 +172,6 @@ def test_threads_and_streams_change_no_byte(model, digits, monkeypatch, tmp_path
     found = opened(tmp_path / "a", made_.pop())
     assert len(found.streams) == 3
     assert torch.equal(found.images(model), digits[:120])
-
-
-def test_the_first_stream_that_fails_ends_all():
-    def fails(tick):
-        raise ValueError("the second")
-
-    def slow(tick):
-        for _ in range(2000):
-            time.sleep(0.005)
-            tick(1)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        started = time.monotonic()
-        with pytest.raises(ValueError, match="the second"):
-            in_threads([slow, fails], 1, lambda done, total: None)
-        assert time.monotonic() - started < 5
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_colours_of_few_levels_come_back(tmp_path):
@@ -734,35 +514,6 @@ def test_where_the_flow_wins_the_model_that_is_needed_is_said(tmp_path):
         assert word in said.out, said.out
 
 
-@pytest.mark.parametrize("levels", [256, 32, 17, 2])
-def test_files_of_few_levels_are_those_that_decompress_writes(levels, tmp_path):
-    x = images(3, (3, 4, 4), levels)
-    for i, image in enumerate(x):
-        (tmp_path / f"{i}.png").write_bytes(encoded(to_8bit(image, levels), "PNG"))
-    files = find_files([tmp_path])
-    assert list(files) == [f"{tmp_path.name}/{i}.png" for i in range(3)]
-    assert torch.equal(read_files(list(files.values()), (3, 4, 4), levels), x)
-
-
-def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
-    x = images(3, (3, 4, 4))
-    lossless = decoded
-    assert set(ordinary_sizes(x, 256)) >= {"PNG", "WEBP"}
-    last = encoded(x[2], "WEBP")
-    monkeypatch.setattr(
-        lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last)
-    )
-    assert "WEBP" not in ordinary_sizes(x, 256)
-
-
-def test_folders_are_read_as_the_data_set_reads_them(tmp_path):
-    picture(tmp_path / "one" / "a.png")
-    picture(tmp_path / "one" / ".hidden.png")
-    picture(tmp_path / "two" / "shot 12:30.JPG")
-    (tmp_path / "one" / "link").symlink_to(tmp_path / "two")
-    assert list(find_files([tmp_path / "one"])) == ["one/a.png", "one/link/shot 12:30.JPG.png"]
-
-
 def test_long_names_and_odd_ones_come_back(tmp_path):
     shutil.copytree(runs()["run"], tmp_path / "run")
     for name in ("shot 12:30.png", f"{'n' * 251}.png", "a\\b.png"):
@@ -781,11 +532,6 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="there: cannot be written"):
         decompress._write(tmp_path / "there", b"")
     assert (tmp_path / "there").stat().st_size > 0
-
-
-def picture(path, size=(8, 8), mode="L", value=0):
-    path.parent.mkdir(exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ def test_the_importance_weighted_bound_lies_between_the_single_draws_and_the_tru
 
 
 @pytest.mark.parametrize("k", [2, 16])
+@pytest.mark.run
 def test_the_error_over_draws_is_what_another_seed_changes(flow, split, k):
     results = [summarize(score(flow, split, samples=k, seed=seed), flow) for seed in range(150)]
     for prefix in ("", "elbo_"):
@@ -145,6 +146,7 @@ def a_split(count=100, shape=(1, 4, 4)):
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.run
 def test_batch_size_does_not_matter(glow, batch_size, samples):
     expected = score(glow, a_split(), samples=samples, batch_size=33)
     found = score(glow, a_split(), samples=samples, batch_size=batch_size)

@@ -161,6 +161,7 @@ def every_image(flow):
 @pytest.mark.parametrize(
     "model, shape", [("realnvp", (1, 1, 2)), ("nice", (1, 2, 1)), ("nice", (2, 1, 1))]
 )
+@pytest.mark.run
 def test_the_noise_does_not_change_the_probabilities(model, shape):
     # P(x) is the integral of the flow's density over the bin, whatever q it is computed with.
     options = {} if model == "nice" else {"levels": 1}
@@ -171,6 +172,7 @@ def test_the_noise_does_not_change_the_probabilities(model, shape):
     assert 0.3 < found.sum() < 1
 
 
+@pytest.mark.run
 def test_more_draws_tighten_the_bound():
     flow = variational_flow("realnvp", (1, 1, 2), q=3, scale=0.05, levels=1).double()
     exact = probabilities(flow).log()

@@ -1,84 +1,14 @@
-"""`flowtrain compare`, and reading a run directory (`flowtrain/record.py`)."""
+"""`flowtrain compare`: the table, the notes below it, and wrong arguments."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 from cli_helpers import quick, trained
-from helpers import a_config
-from matplotlib.figure import Figure
 from PIL import Image
+from run_files import ROWS, TEST, a_run, train_row, validation_row
 
-from flowtrain.errors import UserError
-from flowtrain.results import Row
-from flowtrain.runs import charts, compare, record
-
-
-def train_row(step, bits, **changes):
-    row = {
-        "step": step,
-        "images": 10 * step,
-        "seconds": 2.0 * step,
-        "split": "train",
-        "bits_per_dim": bits,
-    }
-    return {**row, "grad_norm": 1.0, "lr": 0.1, "images_per_second": 5.0 + step, **changes}
-
-
-def validation_row(step, bits, **changes):
-    row = {"step": step, "images": 10 * step, "seconds": 2.0 * step + 1, "split": "validation"}
-    return {**row, "bits_per_dim": bits, **changes}
-
-
-ROWS = [
-    train_row(1, 5.0),
-    train_row(2, 4.0),
-    validation_row(2, 4.2),
-    train_row(4, 3.0),
-    validation_row(4, 3.125),
-]
-SUMMARY = {
-    "step": 4,
-    "images": 40,
-    "seconds": 9.5,
-    "finished": True,
-    "best_validation_bits_per_dim": 3.125,
-}
-SUMMARY |= {
-    "best_step": 4,
-    "parameters": 12345,
-    "non_finite_steps": 0,
-    "versions": {},
-    "device": "cpu",
-}
-TEST = {
-    "bits_per_dim": 3.25,
-    "bits_per_dim_stderr": 0.0125,
-    "nats_per_image": 100.0,
-    "bound": "elbo",
-    "samples": 1,
-}
-TEST |= {
-    "num_images": 180,
-    "split": "test",
-    "dataset": "digits",
-    "weights": "ema",
-    "step": 4,
-    "dims": 64,
-}
-
-
-def a_run(path, rows=ROWS, test=TEST, data=None, train=None, **summary):
-    """A run directory as `train` and `evaluate` write it."""
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(a_config(data=data, train=train).yaml())
-    (path / "summary.json").write_text(json.dumps({**SUMMARY, **summary}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if test is not None:
-        (path / "evaluate-test.json").write_text(json.dumps(test))
-    return path
+from flowtrain.runs import compare, record
 
 
 def compared(*runs, cwd):
@@ -267,80 +197,6 @@ def test_real_valued_runs_are_in_nats(tmp_path):
     )
 
 
-# --- wrong input ----------------------------------------------------------------------------------
-
-
-def damage(name, text):
-    def apply(run):
-        (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    return apply
-
-
-def without(name, key):
-    def apply(run):
-        load, dump = (
-            (yaml.safe_load, yaml.safe_dump) if name.endswith("yaml") else (json.loads, json.dumps)
-        )
-        values = load((run / name).read_text())
-        del values[key]
-        (run / name).write_text(dump(values))
-
-    return apply
-
-
-BROKEN = {
-    "no configuration": (
-        lambda run: (run / "config.yaml").unlink(),
-        "a/config.yaml: cannot be read",
-    ),
-    "a configuration without a model": (
-        without("config.yaml", "model"),
-        "a/config.yaml: model: Field required",
-    ),
-    "no summary": (
-        lambda run: (run / "summary.json").unlink(),
-        "a/summary.json: cannot be read: No such file",
-    ),
-    "half a summary": (
-        damage("summary.json", '{"step": 4'),
-        "a/summary.json: broken: Invalid JSON",
-    ),
-    "a summary without a key": (
-        without("summary.json", "parameters"),
-        "a/summary.json: parameters: Field required",
-    ),
-    "a summary of another type": (
-        damage("summary.json", json.dumps({**SUMMARY, "parameters": "many"})),
-        "a/summary.json: parameters: Input should be a valid integer, unable to parse string as "
-        "an integer, got 'many'",
-    ),
-    "NaN": (
-        damage("summary.json", json.dumps({**SUMMARY, "seconds": float("nan")})),
-        "a/summary.json: seconds:",
-    ),
-    "a broken line": (
-        damage("metrics.jsonl", f"{json.dumps(ROWS[0])}\n{{\n"),
-        "a/metrics.jsonl, line 2: broken",
-    ),
-    "a line of another kind": (damage("metrics.jsonl", "[1]\n"), "a/metrics.jsonl, line 1: broken"),
-    "bytes": (damage("metrics.jsonl", b"\xff\xfe\n"), "a/metrics.jsonl: cannot be read"),
-    "a broken evaluation": (
-        damage("evaluate-test.json", "{}"),
-        "a/evaluate-test.json: bits_per_dim: Field required",
-    ),
-}
-
-
-@pytest.mark.parametrize("apply, fragment", BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_named(apply, fragment, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    apply(a_run(Path("a")))
-    with pytest.raises(UserError) as caught:
-        record.read(Path("a"))
-    assert fragment in str(caught.value)
-
-
 def test_wrong_arguments_are_named(tmp_path):
     run = a_run(tmp_path / "a")
     quick("compare", cwd=tmp_path).failed(2, "Missing argument 'RUN...'")
@@ -352,52 +208,3 @@ def test_wrong_arguments_are_named(tmp_path):
     (run / "summary.json").write_text("")
     quick("compare", "a", cwd=tmp_path).failed(2, "a/summary.json")
     assert not (tmp_path / "compare.png").exists()
-
-
-# --- the picture ----------------------------------------------------------------------------------
-
-
-def drawn(runs, key):
-    axes = Figure().subplots()
-    charts._losses(axes, runs, key, "bits/dim")
-    lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.get_lines()]
-    return lines, axes
-
-
-def test_curves_are_the_rows():
-    rows = [Row(**row) for row in [*ROWS, validation_row(5, None)]]
-    lines, axes = drawn({"a": rows, "b": rows[:1]}, "images")
-    assert lines == [([10, 20, 40], [5, 4, 3]), ([20, 40], [4.2, 3.125]), ([10], [5]), ([], [])]
-    assert axes.get_xlabel() == "images" and axes.get_ylabel() == "bits/dim"
-    lines, axes = drawn({"a": rows}, "seconds")
-    assert lines[1] == ([5, 9], [4.2, 3.125]) and axes.get_xlabel() == "seconds"
-
-
-@pytest.mark.parametrize(
-    "seconds, unit, shown", [(100, "seconds", 100), (600, "minutes", 10), (36000, "hours", 10)]
-)
-def test_time_is_in_a_unit_that_fits(seconds, unit, shown):
-    lines, axes = drawn({"a": [Row(**train_row(1, 3.0, seconds=seconds))]}, "seconds")
-    assert lines[0][0] == [shown] and axes.get_xlabel() == unit
-
-
-def test_the_steep_start_does_not_flatten_the_rest():
-    rows = [Row(**train_row(step, 3 + 100 / step**2)) for step in range(1, 101)]
-    low, high = drawn({"a": rows}, "images")[1].get_ylim()
-    assert low < 3.01 and 7 < high < 8  # the value at step 5 is 7
-
-
-def test_twelve_runs_all_look_different():
-    rows = [Row(**row) for row in ROWS]
-    lines = drawn({str(i): rows for i in range(12)}, "images")[1].get_lines()
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
-
-
-@pytest.mark.parametrize("name", ["_hidden", "$x_{$", "a$b$"])
-def test_any_name_is_in_the_legend(name):
-    rows = [Row(**row) for row in ROWS]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert charts.losses_png({name: rows}, "nats") != charts.losses_png(
-            {name + "b": rows}, "nats"
-        )

@@ -524,7 +524,7 @@ def test_a_budget_ends_for_all_at_once(tmp_path):
     )
     all_ok(together(2, "train", *LONG, *options, "--run-dir", "r", cwd=tmp_path, first=fast))
     after = summary(tmp_path / "r")
-    assert after["finished"] and 1 <= after["seconds"] < 3
+    assert after["finished"] and 1 <= after["seconds"] < 4
     rates = [row["lr"] for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 3
     assert "nothing to do" in all_ok(

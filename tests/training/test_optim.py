@@ -184,6 +184,7 @@ def test_muon_takes_the_steps_of_torchs(together, monkeypatch):
         torch.testing.assert_close(*momenta)
 
 
+@pytest.mark.run
 def test_muons_memory_does_not_grow_with_the_number_of_matrices():
     def taken(count):
         weights = [torch.randn(512, 512).requires_grad_() for _ in range(count)]

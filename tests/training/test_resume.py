@@ -490,7 +490,7 @@ def test_a_budget_knows_the_time_that_was_used(tmp_path):
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds) and summary(tmp_path / "r")["finished"]
-    assert 3 <= summary(tmp_path / "r")["seconds"] < 4.5
+    assert 3 <= summary(tmp_path / "r")["seconds"] < 6
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     lr = 2e-3
     # decays with the time

@@ -1,0 +1,41 @@
+"""Flows whose density is known, and images, for the tests of archives."""
+
+import math
+
+import torch
+from helpers import perturb
+from PIL import Image
+from torch import nn
+
+from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
+from flowtrain.flow.dequantize import Dequantizer
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.variational import VariationalNoise
+
+GREY, RGB = (1, 4, 4), (3, 4, 4)
+
+
+def variational(flow: Flow, scale: float = 0.1) -> Flow:
+    flow.dequantizer.noise_model = perturb(VariationalNoise(flow.shape, 2, 4), scale)
+    return flow
+
+
+def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
+    """`z = slope (y - 1/2) + shift`."""
+    affine = DiagonalAffine((math.prod(shape),))
+    nn.init.constant_(affine.log_scale, 8 * math.atanh(math.log(slope) / 8))
+    nn.init.constant_(affine.shift, shift)
+    return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
+
+
+def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+    """Images of which neighbouring pixels are alike."""
+    coarse = torch.rand(count, shape[0], 3, 3, generator=torch.Generator().manual_seed(seed))
+    return (nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear") * 255).to(
+        torch.uint8
+    )
+
+
+def picture(path, size=(8, 8), mode="L", value=0):
+    path.parent.mkdir(exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")

@@ -1,0 +1,28 @@
+"""Tasks in threads."""
+
+import time
+
+import pytest
+import torch
+
+from flowtrain.compression.threads import in_threads
+
+
+def test_the_first_stream_that_fails_ends_all():
+    def fails(tick):
+        raise ValueError("the second")
+
+    def slow(tick):
+        for _ in range(2000):
+            time.sleep(0.005)
+            tick(1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="the second"):
+            in_threads([slow, fails], 1, lambda done, total: None)
+        assert time.monotonic() - started < 5
+    finally:
+        torch.set_num_threads(threads)

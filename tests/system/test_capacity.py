@@ -1,0 +1,27 @@
+"""The memory that is left."""
+
+from flowtrain.system import capacity
+
+
+def test_memory_limits_of_control_groups(tmp_path):
+    """Of the own group and of those above it; files are given up when memory is needed."""
+
+    def limit(folder, maximum, used=100, files=30):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{maximum}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
+
+    own = tmp_path / "cgroup"
+    own.write_text("1:name=x:/other\n0::/slurm/job/step\n")
+    mount = tmp_path / "fs"
+    limit(mount / "slurm" / "job", 1000)
+    limit(mount / "slurm" / "job" / "step", "max")
+    limit(mount / "slurm", 5000)
+    groups = capacity._control_groups(mount, own)
+    assert groups == [mount / "slurm/job/step", mount / "slurm/job", mount / "slurm", mount]
+    assert min(map(capacity._of_the_group, groups)) == 930
+    own.write_text("0::/\n")  # of a container
+    limit(mount, 500, used=600)
+    assert list(map(capacity._of_the_group, capacity._control_groups(mount, own))) == [0]
+    assert capacity._control_groups(mount, tmp_path / "nothing") == []

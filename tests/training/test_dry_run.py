@@ -1,0 +1,85 @@
+"""What `train --dry-run` measures, beside the sizes of layers and a real step."""
+
+import pytest
+import torch
+from catalogue import SMALL
+from helpers import images, ready
+
+from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.evaluation.layers import watch_modules
+from flowtrain.flow.flow import initialize
+from flowtrain.nets.convolution import Conv2d
+from flowtrain.system import capacity
+from flowtrain.training import dry_run as module
+from flowtrain.training.dry_run import dry_run
+from flowtrain.training.optim import build_optimizers, matrices
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
+
+CPU = torch.device("cpu")
+
+
+def small(*overrides):
+    """The configuration of a small Glow of the digits, and the flow."""
+    config = load_config(find_config("glow_digits.yaml"), [*SMALL[1::2], *overrides])
+    return config, build_flow(config, (1, 8, 8), 17)
+
+
+@pytest.mark.parametrize("conditioner", ["glow", "gated", "depthwise"])
+def test_operations(conditioner):
+    """Against the sizes of the layers; a step is about three times the likelihood of its images."""
+    config, flow = small(
+        f"model.conditioner={conditioner}", "model.width=32", "train.memory=reversible"
+    )
+    initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
+    operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
+
+    def count(name, module, outputs):
+        if isinstance(module, Conv2d):
+            operations[".conditioner." in name] += 2 * module.weight.numel() * outputs[0, 0].numel()
+        elif isinstance(module, LinearChannels):
+            operations[False] += 2 * module.mixing_matrix().numel() * outputs[0][0, 0].numel()
+
+    pixel = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    watch_modules(flow, pixel, torch.rand(1, 1, 8, 8), count)
+    total = sum(operations.values())
+    found = dry_run(config, CPU).compute
+    assert found.image == pytest.approx(total, rel=0.02)
+    assert found.conditioners == pytest.approx(operations[True] / total, abs=0.02)
+    assert found.step == pytest.approx(3 * found.image * config.train.batch_size, rel=0.15)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_what_the_optimizer_keeps(optimizer):
+    config, flow = small("model.width=64", f"train.optimizer={optimizer}")
+    count = sum(p.numel() for p in flow.parameters())
+    # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
+    numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
+    assert dry_run(config, CPU).memory.fixed == pytest.approx(4 * numbers, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
+def test_what_a_step_takes(mode):
+    """From a few images, of a model whose gradients are larger than what those take."""
+    config, flow = small(
+        "model.steps=4", "model.width=128", "train.batch_size=512", f"train.memory={mode}"
+    )
+    said = {each.mode: each.needed for each in dry_run(config, CPU).memory.modes}[mode]
+    state = State(config, ready(flow), build_optimizers(flow, config.train), None, {})
+    x = images(512, (1, 8, 8), 17)
+    train_step(state, x)  # makes what is made once
+    state.zero_grad()
+    assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), CPU), rel=0.1)
+
+
+def test_what_does_not_fit(monkeypatch):
+    """No step of the whole batch is tried."""
+    monkeypatch.setattr(module, "available", lambda device: 3 * 2**20)
+    cost = dry_run(small("train.batch_size=4096")[0], CPU)
+    assert cost.memory.available == 3 * 2**20 and cost.seconds is None
+    (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
+    assert 1 <= few < 4096
+    assert dry_run(small(f"train.batch_size={few}")[0], CPU).seconds > 0
