@@ -390,6 +390,7 @@ def test_the_shipped_configurations():
     assert len(headline(REPOSITORY / "configs" / "glow_digits.yaml")) > 20
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_builds_its_model(path):
     config = load_config(path)

@@ -602,6 +602,7 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
             z.sum().backward()
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_against_depth(mode):
     """The activations of a reversible chain do not grow with its length."""

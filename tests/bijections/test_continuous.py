@@ -274,6 +274,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
 # --- gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 def test_the_adjoint_has_the_same_gradients(direction, trace):

@@ -62,6 +62,7 @@ def grid(function, parameters, points, parameters_per_entry):
     return function(points.expand(len(entries), 1, -1), entries.repeat_interleave(len(points), 2))
 
 
+@pytest.mark.run  # takes long
 @every
 @pytest.mark.parametrize("scale", [0.3, 3])
 def test_density_integrates_to_one(name, scale):
@@ -96,6 +97,7 @@ def test_log_derivative_is_that_of_autograd(name, scale):
         )
 
 
+@pytest.mark.run  # takes long
 @every
 def test_gradients_of_both_directions(name):
     transform, parameters = some(name, 1, shape=(1, 2, 5))

@@ -74,6 +74,7 @@ MODELS = {
 }
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("shape", [GREY, RGB], ids=["grey", "rgb"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_codelength_is_the_bound(name, shape):
@@ -89,6 +90,7 @@ def test_the_codelength_is_the_bound(name, shape):
     assert coded(flow, x) == pytest.approx(bound.mean().item(), abs=0.005 + 4 * bound.std().item())
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize(
     "shape, levels", [((1, 8, 8), 256), ((3, 5, 3), 256), ((1, 8, 8), 17), ((3, 4, 4), 2)]
 )

@@ -126,6 +126,7 @@ def test_every_model_is_examined():
     assert set(names) - {"sphere"} == {name for name, _ in SOUND}
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("name, options", SOUND, ids=str)
 def test_a_sound_model(name, options, tmp_path):
     """Nothing is bad, and no check is missing."""

@@ -330,6 +330,7 @@ class Spoiled(Bijection):
         return z, torch.where(x[:, 0, 0, 0] < -0.5 + 1 / 256, torch.nan, log_det)
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("black", ["outside", "inside", "reference"])
 def test_likelihoods_that_are_not_finite(tmp_path, black):
     model = a_model(tmp_path)

@@ -69,6 +69,7 @@ def test_a_model_names_its_paper_and_the_differences(name):
 # ---------------------------------------------------------------- size
 
 
+@pytest.mark.run  # takes long
 def test_glow_of_the_paper_has_44_million_parameters():
     # Kingma & Dhariwal 2018, section 6: K = 32, L = 3, 512 channels on CIFAR-10.
     with torch.device("meta"):

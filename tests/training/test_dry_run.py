@@ -28,6 +28,7 @@ def small(*overrides):
     return config, build_flow(config, (1, 8, 8), 17)
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("conditioner", ["glow", "gated", "depthwise"])
 def test_operations(conditioner):
     """Against the sizes of the layers; a step is about three times the likelihood of its images."""
@@ -52,6 +53,7 @@ def test_operations(conditioner):
     assert found.step == pytest.approx(3 * found.image * config.train.batch_size, rel=0.15)
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_what_the_optimizer_keeps(optimizer):
     config, flow = small("model.width=64", f"train.optimizer={optimizer}")
@@ -75,6 +77,7 @@ def test_what_a_step_takes(mode):
     assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), CPU), rel=0.1)
 
 
+@pytest.mark.run  # takes long
 def test_what_does_not_fit(monkeypatch):
     """No step of the whole batch is tried."""
     monkeypatch.setattr(module, "available", lambda device: 3 * 2**20)
