@@ -8,7 +8,18 @@ import tempfile
 from pathlib import Path
 from types import CodeType, FunctionType
 
+import pytest
+import torch
+
 HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors as small as the tests', more threads are ten times slower."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_configure(config):

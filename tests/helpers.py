@@ -16,8 +16,6 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.training.state import Progress
 
-torch.set_num_threads(1)  # on tensors this small, more threads are ten times slower
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")

@@ -232,9 +232,8 @@ def test_every_choice_is_flipped():
 def here(tmp_path_factory):
     """Makes the current folder, with a few images in every format."""
     folder = tmp_path_factory.mktemp("keys")
-    before, threads = Path.cwd(), torch.get_num_threads()
+    before = Path.cwd()
     os.chdir(folder)
-    torch.set_num_threads(1)  # more threads are slower for such small models
     random = np.random.default_rng(0)
     for name, shape in {"square": (8, 8, 1), "other": (8, 8, 1), "layout": (3, 8, 3)}.items():
         np.savez(f"{name}.npz", x_train=random.integers(0, 256, (60, *shape), dtype=np.uint8))
@@ -248,7 +247,6 @@ def here(tmp_path_factory):
         patch.setenv("FLOWTRAIN_CACHE", str(folder / "cache"))
         yield folder
     os.chdir(before)
-    torch.set_num_threads(threads)
 
 
 def merged(*layers):
