@@ -148,6 +148,7 @@ def save(state: State, run: RunDirectory, numbered: bool) -> None:
         best_step=progress.best_step,
         parameters=sum(p.numel() for p in state.flow.parameters()),
         non_finite_steps=progress.non_finite,
+        duplicates=state.data.get("duplicates", 0),
         versions=checkpoint_format.versions(),
         device=str(state.flow.device),
         **best,
