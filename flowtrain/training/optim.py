@@ -134,7 +134,10 @@ def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     else:
         keys = ["exp_avg", "exp_inf" if isinstance(optimizer, torch.optim.Adamax) else "exp_avg_sq"]
     zeros = {key: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) for key in keys}
-    return zeros if isinstance(optimizer, Muon) else {"step": torch.zeros(()), **zeros}
+    if isinstance(optimizer, Muon):
+        return zeros
+    kind = torch.float32 if optimizer.defaults.get("fused") else torch.get_default_dtype()
+    return {"step": torch.zeros((), dtype=kind), **zeros}
 
 
 def learning_rate(config: Train, step: int, seconds: float) -> float:

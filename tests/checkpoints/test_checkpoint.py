@@ -452,7 +452,10 @@ def test_a_parameter_without_a_gradient_has_the_state_of_the_first_step(tmp_path
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_first_state_is_like_every_later_one(optimizer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_state_is_like_every_later_one(optimizer, dtype, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(dtype)
     for each in a_state(optimizer=optimizer).optimizers:
         for parameter, values in each.state.items():
             first = first_state(each, parameter)
