@@ -631,7 +631,8 @@ def test_other_data_are_refused(tmp_path):
 def trained():
     folder = FOLDER / "doctor"
     folder.mkdir(exist_ok=True)
-    fast = sets(train__lr=2e-2, train__ema=0.5, train__warmup_steps=0)  # 20 steps have to be better than a uniform coder
+    # 20 steps have to be better than a uniform coder.
+    fast = sets(train__lr=2e-2, train__ema=0.5, train__warmup_steps=0)
     quick("train", *TINY_RUN, *fast, "--run-dir", "run", cwd=folder).ok()
     return folder / "run"
 
