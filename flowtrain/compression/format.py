@@ -29,7 +29,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from flowtrain.compression.strips import STRIP, strip_length
+from flowtrain.compression.strips import STRIP, strip_length, tall_length
 from flowtrain.errors import UserError
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
@@ -76,6 +76,7 @@ class Description(BaseModel):
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
     streams: list[StreamDescription] = []
     stored: list[int] = []
+    tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     probe: int | None = None
     versions: dict[str, str] = {}
@@ -95,7 +96,7 @@ class Description(BaseModel):
     @property
     def strips(self) -> list[int]:
         """How many images are in each strip."""
-        each = strip_length(self.shape[1])
+        each = tall_length(self.shape[1]) if self.tall else strip_length(self.shape[1])
         return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
     @property
