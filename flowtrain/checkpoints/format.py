@@ -72,12 +72,18 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     return bytes(data)
 
 
-def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    also: Path | None = None,
+) -> None:
     """Writes a checkpoint. A kill at any moment leaves the old file or the new one, never a part.
+    `also` is a second name for it in the same folder.
 
     Raises `RunError` where writing fails; what was there before is kept.
     """
-    write_atomically(path, encoded(meta, tensors))
+    write_atomically(path, encoded(meta, tensors), also)
 
 
 def read(path: Path) -> Checkpoint:
