@@ -23,7 +23,7 @@ from torch import Tensor
 import flowtrain
 from flowtrain.errors import UserError
 from flowtrain.system import distributed
-from flowtrain.system.files import write_atomically
+from flowtrain.system.files import make_folder_of, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -72,18 +72,14 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     return bytes(data)
 
 
-def write(
-    path: Path,
-    meta: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    also: Path | None = None,
-) -> None:
-    """Writes a checkpoint. A kill at any moment leaves the old file or the new one, never a part.
-    `also` is a second name for it in the same folder.
+def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint, and makes its folder if it is missing. A kill at any moment leaves the
+    old file or the new one, never a part.
 
     Raises `RunError` where writing fails; what was there before is kept.
     """
-    write_atomically(path, encoded(meta, tensors), also)
+    make_folder_of(path)
+    write_atomically(path, encoded(meta, tensors))
 
 
 def read(path: Path) -> Checkpoint:

@@ -76,6 +76,12 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder_of(path: Path) -> None:
+    """Raises `RunError`, as `write_atomically` does, if that fails."""
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def remove_left_overs(folder: Path) -> None:
     """Removes the temporary files of processes that died while they wrote.
 
@@ -106,8 +112,7 @@ def save(path: Path, data: bytes) -> None:
         RunError: if the disk fails, for example because it is full.
     """
     try:
-        with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(path)
         write_atomically(path, data)
     except RunError as error:
         if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:

@@ -121,9 +121,9 @@ class RunDirectory:
             "nothing is written in its place"
         )
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes, also: Path | None = None) -> None:
         self._require_there()
-        write_atomically(path, data)
+        write_atomically(path, data, also)
 
     @distributed.main_only
     def begin(self, config: Config) -> None:
@@ -202,8 +202,7 @@ class RunDirectory:
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._require_there()
-        checkpoint_format.write(self.best, meta, tensors)
+        self._write(self.best, checkpoint_format.encoded(meta, tensors))
 
     @distributed.main_only
     def save_last(
@@ -215,10 +214,9 @@ class RunDirectory:
         A kill before it is written makes the next command train those steps again. So whatever
         belongs to the checkpoint and does not follow from it is on the disk before.
         """
-        self._require_there()
         self.tensorboard.flush()
         name = self._numbered(meta["step"]) if numbered and keep else None
-        checkpoint_format.write(self.last, meta, tensors, also=name)
+        self._write(self.last, checkpoint_format.encoded(meta, tensors), also=name)
         self.prune(meta["step"], keep)
 
     def _numbered(self, step: int) -> Path:
