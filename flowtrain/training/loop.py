@@ -54,7 +54,7 @@ def fit(
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
-            bring_up_to_date(run, saved, flow, str(device))
+            bring_up_to_date(run, saved, config, flow, str(device))
             require_finite_end(run, saved.meta["step"])
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
@@ -81,7 +81,7 @@ def fit(
                     state.progress.best = state.progress.best_step = None  # of another run
                 save(state, run, numbered=False)
             else:
-                bring_up_to_date(run, saved, state.flow, str(device))
+                bring_up_to_date(run, saved, config, state.flow, str(device))
             distributed.ready()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"

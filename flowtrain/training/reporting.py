@@ -5,7 +5,9 @@ from typing import Any
 
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.config import Config
 from flowtrain.data.splits import Split
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import log_scale_ranges
@@ -18,7 +20,7 @@ from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, duration
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.run_directory import RunDirectory
-from flowtrain.training.state import Progress, State
+from flowtrain.training.state import State
 from flowtrain.training.stop import Clock
 
 RANGES_BATCH = 64  # images on which the ranges of log-scales are measured
@@ -144,13 +146,15 @@ def save(state: State, run: RunDirectory, numbered: bool) -> None:
 
 
 @distributed.main_only
-def bring_up_to_date(run: RunDirectory, saved: Checkpoint, flow: Flow, device: str) -> None:
+def bring_up_to_date(
+    run: RunDirectory, saved: Checkpoint, config: Config, flow: Flow, device: str
+) -> None:
     """Makes all that the run directory says follow from its last checkpoint, `saved`. A kill just
     after it was written leaves the rest as it was before.
     """
     progress = Progress(**saved.meta["progress"])
     run.tidy_metrics(progress.step)
-    run.prune(progress.step, saved.meta["config"]["train"]["keep_checkpoints"])
+    run.prune(progress.step, config.train.keep_checkpoints)
     found = run.summary()
     wanted = _summary(flow, progress, saved.meta["versions"], found.get("device", device))
     if found != wanted:
