@@ -22,8 +22,8 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain.errors import UserError
-from flowtrain.system import distributed
-from flowtrain.system.files import write_atomically
+from flowtrain.system import capacity, distributed
+from flowtrain.system.files import read_regular, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -98,7 +98,8 @@ def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # The tensors take as much again.
+        return read_regular(path, capacity.total() // 2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -94,6 +94,12 @@ def folder(tmp_path_factory):
     damaged[700] ^= 255  # a pixel
     (here / "damaged.npz").write_bytes(damaged)
     (here / "cut.npz").write_bytes((here / "same.npz").read_bytes()[:-40])
+    for name in ("pipe.npz", "pipe.yaml", "pipe.safetensors", "pipe.fta", "pipe.png"):
+        os.mkfifo(here / name)
+    for name in ("pipe_run/checkpoints", "pictures"):
+        (here / name).mkdir(parents=True)
+    os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
+    os.mkfifo(here / "pictures" / "pipe.png")
     for name in ("empty", "grid.png", "runs_of_nobody"):
         (here / name).mkdir()
     raw = here / "mnist_damaged" / "MNIST" / "raw"
@@ -322,6 +328,31 @@ BAD_COMMANDS = [
         "picture.png cannot be read as an image",
     ),
     (["interpolate", "run", "--images", "picture.png"], "--images"),
+    (["train", "--config", "pipe.yaml"], "--config pipe.yaml: not a regular file"),
+    (["train", "--config", "/dev/zero"], "--config /dev/zero: not a regular file"),
+    (
+        ["train", *TINY_RUN, "--resume", "pipe.safetensors", "--run-dir", "new"],
+        "pipe.safetensors: cannot be read: not a regular file",
+    ),
+    (["train", *TINY_RUN, "--run-dir", "pipe_run"], "last.safetensors", "not a regular file"),
+    (
+        ["train", *TINY_RUN, "--init-from", "/dev/random", "--run-dir", "new"],
+        "/dev/random: cannot be read: not a regular file",
+    ),
+    (npz("pipe.npz"), "data.path", "pipe.npz cannot be opened", "not a regular file"),
+    (["evaluate", "pipe.safetensors"], "pipe.safetensors: cannot be read: not a regular file"),
+    (["evaluate", "/dev/zero"], "/dev/zero: cannot be read: not a regular file"),
+    (["evaluate", "run", "--dataset", "pipe.npz"], "pipe.npz cannot be opened"),
+    (["evaluate", "run", "--dataset", "pictures"], "pipe.png", "not a regular file"),
+    (["decompress", "pipe.fta", "--out", "x"], "pipe.fta: cannot be read: not a regular file"),
+    (["decompress", "/dev/zero", "--out", "x"], "/dev/zero: cannot be read: not a regular file"),
+    (["compress", "run", "pipe.png", "--out", "x"], "pipe.png", "not a regular file"),
+    (
+        ["interpolate", "run", "--images", "pipe.png", "pipe.png"],
+        "pipe.png cannot be read as an image",
+        "not a regular file",
+    ),
+    (["compress", "pipe.safetensors", "picture.png", "--out", "x"], "not a regular file"),
 ]
 
 
