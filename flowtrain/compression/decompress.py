@@ -122,7 +122,7 @@ class Opened:
             raise self._irreproducible(
                 f"{wrong} of {len(found)} images do not match their checksums"
             )
-        if any((image >= self.levels).any() for image in found):
+        if self.levels < 256 and any((image >= self.levels).any() for image in found):
             raise UserError(
                 f"{self.path}: not a valid archive: it has values that are not in "
                 f"0..{self.levels - 1}"
