@@ -331,6 +331,13 @@ def component_module(base: type[Component], name: str) -> ModuleType:
     return _shipped(base, name)
 
 
+def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
+    """What the `name` of a section is in a configuration that is not checked yet."""
+    section = values.get(base.section)
+    default = base.model_fields["name"].default
+    return str(section.get("name", default) if isinstance(section, Mapping) else default)
+
+
 @functools.cache
 def component_schema(base: type[Component], name: str) -> type[Component]:
     """The keys of `base` and the options of the named module's `build` as one pydantic model."""
@@ -360,8 +367,13 @@ def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
+def parse(
+    values: Mapping[str, Any], where: str = "configuration", trust_code: bool = False
+) -> Config:
     """Checks a nested mapping and fills in the defaults.
+
+    Only with `trust_code` may `model.name` and `data.name` be modules outside flowtrain, which are
+    then imported. It is for what the user has written, or has said to be trusted.
 
     Raises:
         UserError: if a key is unknown or missing, or its value is wrong. The message names `where`,
@@ -374,8 +386,13 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
             )
     sections: dict[str, type[Section]] = {"dequantization": Dequantization, "train": Train}
     for base in (Data, Model):
-        name = values.get(base.section, {}).get("name", base.model_fields["name"].default)
-        sections[base.section] = component_schema(base, str(name))
+        name = component_name(base, values)
+        if "." in name and not trust_code:
+            raise UserError(
+                f"{where}: {base.section}.name is {shown(name)}, a module outside flowtrain; "
+                f"loading it runs its code. If you trust it, say --trust-code"
+            )
+        sections[base.section] = component_schema(base, name)
     # A section that is left out is checked like an empty one.
     fields: Any = {
         k: (kind, Field(default_factory=dict, validate_default=True))
@@ -502,7 +519,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     overrides = list(overrides)
     values = override(load_yaml(path), overrides)
     given = cut(" --set ".join(overrides))
-    return parse(values, f"{path} with --set {given}" if overrides else str(path))
+    where = f"{path} with --set {given}" if overrides else str(path)
+    return parse(values, where, trust_code=True)
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

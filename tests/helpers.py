@@ -12,9 +12,9 @@ from catalogue import TINY
 from flowtrain import config as configuration
 from flowtrain.bijections.base import SetFromData
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.description import Progress
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.training.state import Progress
 
 torch.set_num_threads(1)  # on tensors this small, more threads are ten times slower
 

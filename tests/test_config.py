@@ -59,7 +59,7 @@ SMALL |= {
 
 
 def parsed(overrides, values=STEPS):
-    return parse(override(json.loads(json.dumps(values)), overrides))
+    return parse(override(json.loads(json.dumps(values)), overrides), trust_code=True)
 
 
 def value(config, key):
@@ -270,6 +270,15 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
 def test_mistakes_name_the_key_and_the_value(text, message):
     with pytest.raises(UserError, match=message):
         parsed([text])
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_a_module_of_ones_own_needs_trust(section):
+    values = {**STEPS, section: {"name": "no_such.module"}}
+    with pytest.raises(UserError, match=f"{section}.name is 'no_such.module', a module outside"):
+        parse(values)
+    with pytest.raises(UserError, match="cannot import 'no_such.module'"):
+        parse(values, trust_code=True)
 
 
 def test_every_mistake_is_named():

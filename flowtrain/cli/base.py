@@ -218,7 +218,9 @@ def data_of(
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
     values = configuration.override(values, overrides or [])
-    config = configuration.parse(values, f"--dataset {dataset}" if dataset else "--set").data
+    where = f"--dataset {dataset}" if dataset else "--set"
+    # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
+    config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
 
 

@@ -7,10 +7,10 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
-from flowtrain.config import Config, differences
+from flowtrain.config import Config, Data, Model, Train, component_name, differences
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, cut, shown
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.console import console
@@ -64,34 +64,45 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
     if saved is None:
         return None
-    free = set(FREE_KEYS)
-    if _images_of_a_step(
-        saved.meta["config"]["train"], saved.meta.get("processes", 1)
-    ) == _images_of_a_step(config.resolved()["train"], distributed.world()):
-        free |= SPLIT_KEYS
+    if saved.meta.get("progress") is None:
+        raise UserError(
+            f"{saved.path}: it holds a model, and nothing else of a run that could go on; "
+            f"--init-from starts a run from its weights"
+        )
+    # Nothing but the names is looked at until they are known to be those of this command.
+    for base in (Data, Model):
+        there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
+        if there != here:
+            raise _other_value(saved.path, f"{base.section}.name", there, here)
     # Parsing fills in the defaults of keys that are newer than the checkpoint.
-    earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
-    for key, there, here in differences(earlier, config.resolved()):
+    earlier = configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
+    free = set(FREE_KEYS)
+    if _images_of_a_step(earlier.train, saved.meta.get("processes", 1)) == _images_of_a_step(
+        config.train, distributed.world()
+    ):
+        free |= SPLIT_KEYS
+    for key, there, here in differences(earlier.resolved(), config.resolved()):
         # If the user names the checkpoint, the schedule may change, but never the model or the
         # data.
         if key in free or (
             resume != "auto" and key.startswith("train.") and key != "train.optimizer"
         ):
             continue
-        raise UserError(
-            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose "
-            "another --run-dir; to go on, use the run's configuration"
-        )
-    if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
-        raise UserError(
-            f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}"
-        )
+        raise _other_value(saved.path, key, there, here)
+    if (earlier.train.ema > 0) != (config.train.ema > 0):
+        raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
 
 
-def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
-    images: int = train["batch_size"] * train["accumulate"] * processes
-    return images
+def _other_value(path: Path, key: str, there: object, here: object) -> UserError:
+    return UserError(
+        f"{key}: {path} has {shown(there)}, this command {shown(here)}: to start anew choose "
+        "another --run-dir; to go on, use the run's configuration"
+    )
+
+
+def _images_of_a_step(train: Train, processes: int) -> int:
+    return train.batch_size * train.accumulate * processes
 
 
 def start(
@@ -109,12 +120,12 @@ def start(
     averaged = Average(flow, config.train.ema) if config.train.ema else None
     state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
     if saved is not None:
-        changed = differences(saved.meta["data"], fingerprint)
+        changed = differences(saved.meta.get("data", {}), fingerprint)
         if changed:
             key, there, here = changed[0]
             raise UserError(
-                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and "
-                f"is {here!r}"
+                f"data: not the images that {saved.path} was trained on: {cut(key)} was "
+                f"{shown(there)} and is {shown(here)}"
             )
         state.restore(saved)
         # A checkpoint that the user names may belong to a shorter or longer schedule.

@@ -11,6 +11,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, sets
 from cli_helpers import (
     Forked,
@@ -26,6 +27,8 @@ from cli_helpers import (
 )
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import app
+from flowtrain.compression import format as archive_format
 from flowtrain.errors import RunError
 
 CUDA = torch.cuda.is_available()
@@ -522,7 +525,7 @@ def test_no_space_left_for_an_output(tmp_path):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    checkpoint_format.write(path, {"step": 1}, {"w": torch.ones(3)})
+    path.write_bytes(b"before")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -531,10 +534,77 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(
         RunError, match=r"a.safetensors: cannot be written: No space left on device"
     ):
-        checkpoint_format.write(path, {"step": 2}, {"w": torch.zeros(3)})
-    assert checkpoint_format.read(path).meta["step"] == 1 and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["a.safetensors"]
+        checkpoint_format.write(path, {"step": 2}, {"model.w": torch.zeros(3)})
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# --- code that a checkpoint names -----------------------------------------------------------------
+
+# Every command that takes a model, a run or a checkpoint. `crafted` is a run directory.
+READING = [
+    ["train", *TINY_RUN, "--run-dir", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted/checkpoints/last.safetensors"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--init-from", "crafted"],
+    ["train", *TINY_RUN, "--dry-run", "--run-dir", "crafted"],
+    ["evaluate", "crafted"],
+    ["ood", "crafted", "--out", "noise"],
+    ["doctor", "crafted"],
+    ["sample", "crafted"],
+    ["interpolate", "crafted"],
+    ["compress", "crafted", "--split", "test", "--out", "new.fta"],
+    ["decompress", "embedded.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new", "--model", "crafted"],
+    ["compare", "crafted", "crafted"],
+    ["report", "crafted"],
+]
+
+
+def test_every_command_is_among_those_that_read_a_checkpoint():
+    assert {command[0] for command in READING} == {
+        str(each.name or each.callback.__name__) for each in app.registered_commands
+    }
+
+
+def craft(folder, section, name):
+    """Makes a run whose configuration names a module that leaves a file when it is imported."""
+    for file in ("intruder.py", "package/__init__.py", "package/intruder.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("open('executed', 'w')")
+    run = copy_of(trained()["glow"], folder / "crafted")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section]["name"] = name
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (run / "checkpoints").iterdir():
+        saved = checkpoint_format.read(path)
+        path.unlink()
+        checkpoint_format.write(path, {**saved.meta, "config": config}, saved.tensors)
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"], "probe": 0, "versions": {}}
+    described["streams"] = [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}]
+    described["versions"]["torch"] = torch.__version__
+    parts = [bytes(4), bytes(8)]
+    for archive, model in (("embedded", [last(run).read_bytes()]), ("elsewhere", [])):
+        of = {"hash": "0" * 64, "path": str(last(run)), "weights": "raw", "embedded": bool(model)}
+        packed = archive_format.pack({**described, "model": of}, [*parts, *model])
+        (folder / f"{archive}.fta").write_bytes(packed)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+@pytest.mark.parametrize("name", ["intruder", "package.intruder"])
+def test_no_command_imports_what_a_checkpoint_names(section, name, tmp_path):
+    craft(tmp_path, section, name)
+    for command in READING:
+        done = quick(*command, cwd=tmp_path)
+        if {"--init-from", "--dry-run", "compare"} & set(command):  # they read no configuration
+            done.ok()
+        else:
+            done.failed(2, f"{section}.name", name)
+        assert not (tmp_path / "executed").exists(), command
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    quick("evaluate", "crafted", "--trust-code", cwd=tmp_path)
+    assert (tmp_path / "executed").exists() == ("." in name)
 
 
 # --- numbers that are not finite ------------------------------------------------------------------
