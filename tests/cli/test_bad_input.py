@@ -401,6 +401,18 @@ def test_as_a_user_would_see_it(folder):
     )
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    """As a run directory it is refused; the files of such a name can be read, and are printed."""
+    name = os.fsdecode(b"bad\xff")
+    flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path).failed(
+        2, "--run-dir bad?: its name is not UTF-8"
+    )
+    assert tree(tmp_path) == []
+    copy_of(trained()["glow"], tmp_path / name)
+    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    assert "bad\\udcff" in done.out
+
+
 def test_several_mistakes_are_told_at_once(folder):
     done = quick("train", *sets(model__stepz=3, train__lr="fast", nonsense=1), cwd=folder)
     done.failed(2, "model.stepz", "train.lr", "nonsense")
