@@ -17,7 +17,7 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
-from flowtrain.training.optim import learning_rate
+from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import log, sample, save, validate
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
 from flowtrain.training.run_directory import RunDirectory
@@ -41,7 +41,7 @@ def fit(
         RunError: after too many steps that were not finite, or if the disk is full.
     """
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
     require_trainable(flow, config)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
