@@ -33,19 +33,15 @@ def build_flow(
     """A new flow for images of `shape` with values 0..levels-1, or for real values (None).
 
     Its weights are a function of the configuration's seed. Before they get any memory, `check` is
-    called with a flow of the same sizes on the meta device.
+    called with a flow of the same sizes on the meta device, unless the model is a module of the
+    user, which may not build there.
 
     Raises `UserError` where the options do not fit the shape, do not fit data without levels, or
     where there is no memory for so many `copies` of the weights.
     """
-    try:
+    if "." not in config.model.name:
         with torch.device("meta"), _Counting():
             sizes = _build(config, shape, levels)
-    except (RuntimeError, NotImplementedError):
-        # A module of the user may need the values of tensors to build. It is trusted.
-        if "." not in config.model.name:
-            raise
-    else:
         weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
         free = available(torch.device("cpu"))
         if copies * weights > free:
