@@ -25,7 +25,7 @@ import flowtrain
 from flowtrain.checkpoints.description import Description, Origin
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.system import distributed
-from flowtrain.system.files import write_atomically
+from flowtrain.system.files import make_folder_of, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -79,10 +79,12 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint. A kill at any moment leaves the old file or the new one, never a part.
+    """Writes a checkpoint, and makes its folder if it is missing. A kill at any moment leaves the
+    old file or the new one, never a part.
 
     Raises `RunError` where writing fails; what was there before is kept.
     """
+    make_folder_of(path)
     write_atomically(path, encoded(meta, tensors))
 
 

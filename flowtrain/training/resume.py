@@ -1,5 +1,7 @@
 """Starting a run, or going on from a checkpoint."""
 
+import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import noise_of
+
+SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
 # Between two parts of a run the place of the data may change, and how they are read. The data
 # themselves may not.
@@ -61,7 +65,14 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
 
     Raises `UserError` if the checkpoint or the run directory does not fit the configuration.
     """
-    saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
+    try:
+        saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
+    except UserError as error:
+        if resume != "auto":
+            raise
+        if not distributed.is_main():
+            distributed.ready()  # process 0, which has the files, ends all with its message
+        raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None
     if saved.meta.get("progress") is None:
@@ -92,6 +103,28 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     if (earlier.train.ema > 0) != (config.train.ema > 0):
         raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
+
+
+def _sound_checkpoints(run: RunDirectory) -> str:
+    """What to do where the last checkpoint is damaged: up to `SHOWN` others of the run that are
+    sound, newest first, and how to go on from the newest.
+    """
+    files = [run.best, *run.checkpoints.glob(f"step-*{checkpoint_format.SUFFIX}")]
+    written = [file for file in files if file.is_file()]
+    sound: list[tuple[int, Path]] = []
+    for file in sorted(written, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):
+            sound.append((checkpoint_format.read(file).meta["step"], file))
+        if len(sound) == SHOWN:
+            break
+    if not sound:
+        return "no other checkpoint of this run is sound: to start anew, remove the directory"
+    step, newest = max(sound, key=lambda pair: pair[0])
+    named = ", ".join(f"{file.name} (step {step})" for step, file in sound)
+    return (
+        f"sound checkpoints of this run: {named}\n"
+        f"to go on from step {step}, give the same command with --resume {shlex.quote(str(newest))}"
+    )
 
 
 def _other_value(path: Path, key: str, there: object, here: object) -> UserError:

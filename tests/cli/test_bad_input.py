@@ -25,6 +25,7 @@ from cli_helpers import (
     tree,
     within,
 )
+from run_files import train_row
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.cli.main import app
@@ -476,7 +477,7 @@ def test_no_space_left(room, what, options, tmp_path):
     limit = last(run).stat().st_size + room
     step = checkpoint_format.read(last(run)).meta["step"]
     if what == "metrics.jsonl":  # nearly as long as it may be
-        row = '{"step": 1, "split": "train"}\n'
+        row = json.dumps(train_row(1, 4.0)) + "\n"
         (run / "metrics.jsonl").write_text(row * ((limit - 10) // len(row)))
     failed = quick(*command, cwd=tmp_path, file_limit=limit)
     failed.failed(1, "runs/glow_digits", what, "cannot be written", "File too large")
