@@ -87,7 +87,7 @@ def shown(value: object) -> str:
     try:
         return cut(_BOUNDED.repr(value))
     except ValueError:  # Python writes out no number of more than 4,300 digits.
-        return f"a {type(value).__name__} that is too long to show"
+        return "a number that is too long to show"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

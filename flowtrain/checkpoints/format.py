@@ -24,8 +24,8 @@ from torch import Tensor
 import flowtrain
 from flowtrain.checkpoints.description import Description, Origin
 from flowtrain.errors import UserError, cut, short, shown
-from flowtrain.system import distributed
-from flowtrain.system.files import make_folder_of, write_atomically
+from flowtrain.system import capacity, distributed
+from flowtrain.system.files import make_folder_of, read_regular, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -106,7 +106,8 @@ def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # The tensors take as much again.
+        return read_regular(path, capacity.total() // 2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

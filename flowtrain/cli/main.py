@@ -1,7 +1,9 @@
 """The command line: all commands, in the order of `--help`."""
 
+import io
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Annotated
 
@@ -71,4 +73,7 @@ def main() -> None:
     # Operations that Apple's GPUs lack, such as the normal quantiles of variational dequantization,
     # run on the CPU. torch reads this variable when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # File names may be no text at all. They are printed with escapes, as on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="flowtrain")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
@@ -14,7 +13,7 @@ from flowtrain.compression.format import check_names
 from flowtrain.compression.strips import STRIP
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
-from flowtrain.datasets.base import READABLE
+from flowtrain.datasets.base import picture
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
@@ -111,7 +110,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path, formats=READABLE) as image:
+        with picture(path) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
             # PNG's tRNS: one colour or level is transparent.

@@ -15,6 +15,7 @@ from flowtrain.pictures.lossless import decoded, encoded, formats
 
 STRIP = 64  # images per strip, at most
 LONGEST = 16383  # pixels, of a WebP's side
+PIECE = 2**20  # bytes that are inflated at a time
 
 
 def strip_length(height: int) -> int:
@@ -44,18 +45,28 @@ def strip(images: Tensor) -> bytes:
     return min(candidates, key=len)
 
 
-def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
-    """The inverse of `strip`: `(count, C, H, W)`.
+def unstrip(data: bytes, images: Tensor) -> None:
+    """The inverse of `strip`: writes to `images`, `(N, C, H, W)`, uint8 and contiguous.
 
     Raises almost anything for bytes that `strip` did not make.
     """
-    channels, height, width = shape
+    count, channels, height, width = images.shape
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
-        size = count * channels * height * width
-        inflate = zlib.decompressobj()
-        pixels = inflate.decompress(data, size + 1)
-        if len(pixels) != size or not inflate.eof:
-            raise ValueError(f"not {count} images")
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
-    tall = decoded(data, (channels, count * height, width))
-    return tall.view(channels, count, height, width).movedim(1, 0)
+        _inflate(data, images.numpy().data.cast("B"))
+    else:
+        tall = decoded(data, (channels, count * height, width))
+        images[:] = tall.view(channels, count, height, width).movedim(1, 0)
+
+
+def _inflate(data: bytes, out: memoryview) -> None:
+    """Fills `out`, piece by piece. Raises `ValueError` unless exactly so much is inflated."""
+    inflate = zlib.decompressobj()
+    done = 0
+    while piece := inflate.decompress(data, PIECE):
+        if done + len(piece) > len(out):
+            break
+        out[done : done + len(piece)] = piece
+        done += len(piece)
+        data = inflate.unconsumed_tail
+    if piece or done != len(out) or not inflate.eof:
+        raise ValueError(f"not {len(out)} bytes")

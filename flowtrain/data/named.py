@@ -11,6 +11,7 @@ from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import folder, npz
 from flowtrain.datasets.base import Images, hold_out, open_image
 from flowtrain.errors import UserError
+from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
 
@@ -72,7 +73,7 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
             npz.build(config.root, split, seed=config.split_seed, **options)
             for split in ("train", "test")
         ]
-        with np.load(path) as arrays:
+        with open_regular(path) as file, np.load(file) as arrays:
             if "x_test" in arrays.files:
                 return None
 

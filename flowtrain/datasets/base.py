@@ -1,14 +1,16 @@
 """What every data set returns (`Images`), held-out splits, and image files of any shape."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowtrain.errors import UserError, short
+from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
 Part = Literal["train", "test"]  # the parts that a data set itself has
@@ -121,9 +123,23 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
     return left, top, left + w, top + h
 
 
+@contextlib.contextmanager
+def picture(path: Path) -> Iterator[Image.Image]:
+    """An image file of one of the formats `READABLE`. Raises what `open_regular` and Pillow
+    raise.
+    """
+    with open_regular(path) as file:
+        try:
+            image = Image.open(file, formats=READABLE)
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(f"cannot identify image file '{path}'") from None
+        with image:
+            yield image
+
+
 def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
-    """Reads an image file as uint8 (C, H, W), 0..255. Raises what Pillow and `resize` raise."""
-    with Image.open(path, formats=READABLE) as image:
+    """Reads an image file as uint8 (C, H, W), 0..255. Raises what `picture` and `resize` raise."""
+    with picture(path) as image:
         if policy != "exact":  # a JPEG decodes much faster at a half, quarter or eighth of its size
             image.draft(None, (2 * max(shape[1:]),) * 2)
         return resize(image, shape, policy)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Part, Policy, part_of
@@ -285,7 +284,7 @@ def _check_sizes(pool: ThreadPoolExecutor, folder: Path, files: list[File], shap
 
     def size(file: File) -> tuple[int, int]:
         try:
-            with Image.open(folder / file.name) as image:
+            with base.picture(folder / file.name) as image:
                 return image.size
         except Exception:  # reported when it is decoded
             return wanted

@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files from outside, which are only read if they
+are regular files.
+"""
 
 import contextlib
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from flowtrain.errors import RunError, UserError
 
@@ -118,3 +122,36 @@ def save(path: Path, data: bytes) -> None:
         if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
             raise UserError(str(error)) from error
         raise
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading. Every file that may come from a stranger is opened here.
+
+    Raises:
+        OSError: as `open` does, and at once if it is not a regular file. Reading a pipe waits for
+            a writer, and a device may never end.
+    """
+    return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
+
+
+def _regular(path: str, flags: int) -> int:
+    # Otherwise opening a pipe would wait for a writer.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a file, as `open_regular` opens it.
+
+    Raises:
+        OSError: as `open_regular`, and before anything is read if it has more than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EINVAL, f"{size} bytes, more than {limit}", str(path))
+        return file.read(size)

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
-from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.errors import RunError, UserError, cut, is_disk_full
 from flowtrain.results import Row
 from flowtrain.system import distributed
 from flowtrain.system.console import console
@@ -55,6 +55,13 @@ class RunDirectory:
         if not distributed.is_main():
             yield
             return
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            # TensorBoard writes its path as UTF-8.
+            raise UserError(
+                f"--run-dir {cut(str(self.path))}: its name is not UTF-8; choose another name"
+            ) from None
         with contextlib.ExitStack() as held:
             self._lock(held)
             for folder in (self.path, self.checkpoints, self.samples):

@@ -98,6 +98,11 @@ def folder(tmp_path_factory):
     damaged[700] ^= 255  # a pixel
     (here / "damaged.npz").write_bytes(damaged)
     (here / "cut.npz").write_bytes((here / "same.npz").read_bytes()[:-40])
+    for name in ("pipe.npz", "pipe.yaml", "pipe.safetensors", "pipe.fta", "pipe.png"):
+        os.mkfifo(here / name)
+    (here / "pipe_run" / "checkpoints").mkdir(parents=True)
+    (here / "pipe_run" / ".lock").touch()
+    os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
     for name in ("empty", "grid.png", "runs_of_nobody"):
         (here / name).mkdir()
     raw = here / "mnist_damaged" / "MNIST" / "raw"
@@ -326,6 +331,30 @@ BAD_COMMANDS = [
         "picture.png cannot be read as an image",
     ),
     (["interpolate", "run", "--images", "picture.png"], "--images"),
+    (["train", "--config", "pipe.yaml"], "--config pipe.yaml: not a regular file"),
+    (["train", "--config", "/dev/zero"], "--config /dev/zero: not a regular file"),
+    (
+        ["train", *TINY_RUN, "--resume", "pipe.safetensors", "--run-dir", "new"],
+        "pipe.safetensors: cannot be read: not a regular file",
+    ),
+    (["train", *TINY_RUN, "--run-dir", "pipe_run"], "last.safetensors", "not a regular file"),
+    (
+        ["train", *TINY_RUN, "--init-from", "/dev/random", "--run-dir", "new"],
+        "/dev/random: cannot be read: not a regular file",
+    ),
+    (npz("pipe.npz"), "data.path", "pipe.npz cannot be opened", "not a regular file"),
+    (["evaluate", "pipe.safetensors"], "pipe.safetensors: cannot be read: not a regular file"),
+    (["evaluate", "/dev/zero"], "/dev/zero: cannot be read: not a regular file"),
+    (["evaluate", "run", "--dataset", "pipe.npz"], "pipe.npz cannot be opened"),
+    (["decompress", "pipe.fta", "--out", "x"], "pipe.fta: cannot be read: not a regular file"),
+    (["decompress", "/dev/zero", "--out", "x"], "/dev/zero: cannot be read: not a regular file"),
+    (["compress", "run", "pipe.png", "--out", "x"], "pipe.png", "not a regular file"),
+    (
+        ["interpolate", "run", "--images", "pipe.png", "pipe.png"],
+        "pipe.png cannot be read as an image",
+        "not a regular file",
+    ),
+    (["compress", "pipe.safetensors", "picture.png", "--out", "x"], "not a regular file"),
 ]
 
 
@@ -370,6 +399,18 @@ def test_as_a_user_would_see_it(folder):
     assert done.err.rstrip().endswith(
         "model.stepz: unknown key; did you mean model.steps? (value 3)"
     )
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    """As a run directory it is refused; the files of such a name can be read, and are printed."""
+    name = os.fsdecode(b"bad\xff")
+    flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path).failed(
+        2, "--run-dir bad?: its name is not UTF-8"
+    )
+    assert tree(tmp_path) == []
+    copy_of(trained()["glow"], tmp_path / name)
+    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    assert "bad\\udcff" in done.out
 
 
 def test_several_mistakes_are_told_at_once(folder):

@@ -380,3 +380,22 @@ def test_folder_refuses(tmp_path, make, size, message):
     make(tmp_path / "tree")
     with pytest.raises(UserError, match=message):
         folder.build(tmp_path, "train", path=tmp_path / "tree", size=size)
+
+
+@pytest.mark.parametrize("policy", ["crop", "exact"])
+def test_only_regular_files_are_read(tmp_path, caplog, policy):
+    """A pipe or a device in the folder is left out, and not waited for."""
+    tree = grow(tmp_path / "tree")
+    os.mkfifo(tree / "pipe.png")
+    (tree / "zero.png").symlink_to("/dev/zero")
+    images = folder.build(tmp_path, "train", path=tree, size=12, channels=1, resize=policy)
+    assert len(images.read()) >= 16
+    test = folder.build(tmp_path, "test", path=tree, size=12, channels=1, resize=policy)
+    test.read()
+    assert caplog.text.count("not a regular file") == 2
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="cannot be read as an image .*not a regular file"):
+        base.open_image(tmp_path / "pipe.png", (1, 8, 8), 256)

@@ -1,13 +1,21 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and which files are read."""
 
 import fcntl
 import os
+import signal
+import socket
 from pathlib import Path
 
 import pytest
 
 from flowtrain.errors import RunError
-from flowtrain.system.files import remove_left_overs, save, write_atomically
+from flowtrain.system.files import (
+    open_regular,
+    read_regular,
+    remove_left_overs,
+    save,
+    write_atomically,
+)
 
 
 def test_the_folder_is_flushed_after_the_name(tmp_path, monkeypatch):
@@ -90,3 +98,60 @@ def test_only_files_of_dead_processes_are_removed(tmp_path):
         os.waitpid(child, 0)
     remove_left_overs(tmp_path)
     assert not (tmp_path / ".alive.x.tmp").exists()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_a_regular_file_is_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name, 7) == b"content"
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"content"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="1099511627776 bytes, more than 1000"):
+        read_regular(tmp_path / "sparse", 1000)
+
+
+@pytest.fixture
+def soon():
+    """A test that waits fails."""
+
+    def expired(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("kind", ["fifo", "link", "/dev/zero", "/dev/random", "socket", "folder"])
+def test_nothing_else_is_opened(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = tmp_path / "fifo"
+    if kind in ("fifo", "link"):
+        os.mkfifo(path)
+    if kind == "link":
+        path = tmp_path / "link"
+        path.symlink_to("fifo")
+    if kind == "socket":
+        path = tmp_path / "socket"
+        socket.socket(socket.AF_UNIX).bind("socket")
+    if kind == "folder":
+        path = tmp_path
+    if kind.startswith("/dev"):
+        path = tmp_path / kind
+    others = {"folder": "Is a directory", "socket": "No such device"}
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match=others.get(kind, "not a regular file")):
+        read_regular(path, 1000)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
