@@ -22,7 +22,7 @@ from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
 from flowtrain.system.files import write_atomically
-from flowtrain.types import Shape
+from flowtrain.types import Shape, Side
 
 log = logging.getLogger("flowtrain")
 
@@ -45,7 +45,7 @@ def build(
     *,
     seed: int = 0,
     path: Path,
-    size: int,
+    size: Side,
     channels: Literal[1, 3] = 3,
     resize: Policy = "crop",
 ) -> Images:
