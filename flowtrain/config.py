@@ -27,7 +27,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     ValidationError,
     ValidationInfo,
@@ -39,7 +38,7 @@ from pydantic_core import PydanticCustomError
 
 from flowtrain.errors import UserError, cut, did_you_mean, short, shown
 from flowtrain.system.files import read_regular
-from flowtrain.types import Positive
+from flowtrain.types import Period, Positive, Steps
 
 # Far more than any configuration needs. Beyond them, a file or a value is refused unread.
 LARGEST_YAML = 2**16  # characters, also with all aliases written out
@@ -112,7 +111,7 @@ class Data(Component):
         description="How many training images are held out for model selection: a count, or a "
         "fraction below 1.",
     )
-    split_seed: NonNegativeInt = Field(
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Seed that chooses which images are held out. It is independent of `seed`."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
@@ -124,7 +123,7 @@ class Data(Component):
         None,
         description="Flip training images horizontally at random. With null, the data set decides.",
     )
-    shift: NonNegativeInt = Field(
+    shift: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0, description="Shift training images at random by up to this many pixels."
     )
     max_in_memory: NonNegativeFloat = Field(
@@ -132,7 +131,7 @@ class Data(Component):
         description="Largest training set in GiB that is held on the device. Threads read a larger "
         "one as it is needed.",
     )
-    workers: NonNegativeInt = Field(
+    workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Number of threads that read a training set not held on the device."
     )
 
@@ -147,7 +146,7 @@ class Model(Component):
         description="The model: a module of flowtrain.models, or a module of your own by its "
         "dotted name.",
     )
-    classes: NonNegativeInt = Field(
+    classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
         description="Number of classes, each with its own prior at the coarsest level. 0 trains "
         "without labels. The training loss is that of an image given its class. Validation and "
@@ -202,7 +201,7 @@ class Train(Section):
     is legal.
     """
 
-    num_steps: Positive | None = Field(
+    num_steps: Period | None = Field(
         None, description="Number of optimizer steps. Give either this or `budget`."
     )
     budget: Duration | None = Field(
@@ -217,7 +216,7 @@ class Train(Section):
         1, description="Number of forward passes whose gradients make one optimizer step."
     )
     lr: PositiveFloat = Field(1e-3, description="Peak learning rate.")
-    warmup_steps: NonNegativeInt = Field(
+    warmup_steps: Steps = Field(
         0, description="Number of steps over which the learning rate rises linearly from 0."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -250,20 +249,20 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
     )
-    max_non_finite: NonNegativeInt = Field(
+    max_non_finite: Steps = Field(
         5,
         description="Number of non-finite steps that a run survives. One more stops it with exit "
         "code 1.",
     )
-    log_every: Positive = Field(50, description="Steps between lines of metrics.")
-    validate_every: Positive = Field(
+    log_every: Period = Field(50, description="Steps between lines of metrics.")
+    validate_every: Period = Field(
         500, description="Steps between evaluations on the validation split."
     )
-    checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
-    keep_checkpoints: NonNegativeInt = Field(
+    checkpoint_every: Period = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: Steps = Field(
         1, description="Number of numbered checkpoints to keep, besides last and best."
     )
-    sample_every: Positive = Field(500, description="Steps between sample grids.")
+    sample_every: Period = Field(500, description="Steps between sample grids.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

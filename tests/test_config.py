@@ -272,6 +272,24 @@ def test_mistakes_name_the_key_and_the_value(text, message):
         parsed([text])
 
 
+def test_every_whole_number_has_an_upper_limit():
+    """Beyond any real use, so that no value makes a command hang or take all memory."""
+
+    def unlimited(schema, path=""):
+        found = []
+        if isinstance(schema, dict):
+            bounded = {"maximum", "exclusiveMaximum", "const", "enum"} & schema.keys()
+            found += [path] if schema.get("type") == "integer" and not bounded else []
+            schema = schema.items()
+        elif isinstance(schema, list):
+            schema = enumerate(schema)
+        else:
+            return []
+        return found + [each for key, value in schema for each in unlimited(value, f"{path}/{key}")]
+
+    assert unlimited(json_schema()) == []
+
+
 @pytest.mark.parametrize("section", ["model", "data"])
 def test_a_module_of_ones_own_needs_trust(section):
     values = {**STEPS, section: {"name": "no_such.module"}}

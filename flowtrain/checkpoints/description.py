@@ -13,22 +13,21 @@ from pydantic import (
     model_validator,
 )
 
-Side = Annotated[int, Field(ge=1, le=2**16)]
-Step = Annotated[int, Field(ge=0, le=2**53)]
+from flowtrain.types import Side, Steps
 
 
 @dataclass
 class Progress:
     """How far a run is, in plain numbers. They are stored in the checkpoint."""
 
-    step: Step = 0
+    step: Steps = 0
     images: NonNegativeInt = 0
     seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     best: FiniteFloat | None = None  # validation loss in bits/dim, or in nats for real-valued data
-    best_step: Step | None = None
+    best_step: Steps | None = None
     lr_scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     non_finite: NonNegativeInt = 0
-    averaged: Step = 0  # updates of the average of the weights
+    averaged: Steps = 0  # updates of the average of the weights
     finished: bool = False  # including the last validation and the last samples
     window_loss: FiniteFloat = 0.0  # sum of the training loss since the last row of metrics
     window_steps: NonNegativeInt = 0  # steps in that sum
@@ -53,7 +52,7 @@ class Description(Origin):
     config: dict[str, Any]
     shape: tuple[Side, Side, Side]  # (C, H, W)
     levels: Annotated[int, Field(ge=2, le=256)] | None  # None: real values
-    step: Step
+    step: Steps
     data: dict[str, Any] = {}  # the fingerprint of the data set
     processes: PositiveInt = 1
     progress: Progress | None = None

@@ -79,18 +79,25 @@ def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None)
     By default, the averaged weights (`ema`) are taken where there are any. Raises `UserError` where
     the weights are missing or do not fit.
     """
+    chosen, state = _require_weights(flow, checkpoint, weights)
+    for name, here in flow.state_dict().items():
+        _require_constant(checkpoint.path, name, state[name].to(here.device), here)
+    flow.load_state_dict(state)
+    return chosen
+
+
+def _require_weights(
+    flow: Flow, checkpoint: Checkpoint, weights: str | None
+) -> tuple[str, dict[str, Tensor]]:
+    """Which weights `load_weights` takes, and what they are. Raises `UserError` as it does."""
     chosen = weights or ("ema" if checkpoint.part("ema") else "raw")
     part = "ema" if chosen == "ema" else "model"
     state = checkpoint.part(part)
     if not state:
         why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
         raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
-    own = flow.state_dict()
-    require_tensors(checkpoint.path, state, own)
-    for name, here in own.items():
-        _require_constant(checkpoint.path, name, state[name].to(here.device), here)
-    flow.load_state_dict(state)
-    return chosen
+    require_tensors(checkpoint.path, state, flow.state_dict())
+    return chosen, state
 
 
 def require_tensors(path: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -137,6 +144,12 @@ def load_model(
     assert checkpoint is not None
     meta = checkpoint.meta
     config = configuration.parse(meta["config"], str(checkpoint.path), trust_code)
-    flow = build_flow(config, meta["shape"], meta["levels"])
+    # A model whose tensors are not those in the file gets no memory.
+    flow = build_flow(
+        config,
+        meta["shape"],
+        meta["levels"],
+        check=lambda sizes: _require_weights(sizes, checkpoint, weights),
+    )
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)

@@ -32,8 +32,7 @@ from torch import Tensor
 
 from flowtrain.compression.strips import STRIP, strip_length
 from flowtrain.errors import UserError, cut, shown
-
-Side = Annotated[int, Field(ge=1, le=2**16)]
+from flowtrain.types import Side
 
 
 class StreamDescription(BaseModel):

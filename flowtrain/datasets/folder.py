@@ -21,7 +21,7 @@ import numpy as np
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Part, Policy, part_of
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
-from flowtrain.types import Shape
+from flowtrain.types import Shape, Side
 
 log = logging.getLogger("flowtrain")
 
@@ -44,7 +44,7 @@ def build(
     *,
     seed: int = 0,
     path: Path,
-    size: int,
+    size: Side,
     channels: Literal[1, 3] = 3,
     resize: Policy = "crop",
 ) -> Images:

@@ -17,7 +17,7 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
-from flowtrain.training.optim import learning_rate
+from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
     bring_up_to_date,
     log,
@@ -49,7 +49,7 @@ def fit(
             finite, or if the run directory cannot be written.
     """
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
     require_trainable(flow, config)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)

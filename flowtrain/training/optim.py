@@ -119,6 +119,15 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     return optimizers
 
 
+def copies_of_weights(config: Train, device: torch.device) -> int:
+    """How many times the weights have to fit into the host's memory at least: the weights, their
+    gradients, what the optimizer keeps of each, and their average.
+    """
+    if device.type != "cpu":
+        return 1
+    return 2 + (1 if config.optimizer == "muon" else 2) + (config.ema > 0)
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All parameters of an optimizer, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
