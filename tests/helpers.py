@@ -66,7 +66,8 @@ def a_config(model="glow", data=None, train=None, **sections):
             "model": {"name": model, **TINY[model]} if isinstance(model, str) else model,
             "train": {"num_steps": 5, **(train or {})},
             **sections,
-        }
+        },
+        trust_code=True,  # of the tests' own modules
     )
 
 

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from flowtrain.compression.strips import STRIP, strip_length
+from flowtrain.compression.strips import STRIP, strip_length, tall_length
 from flowtrain.errors import UserError, cut, shown
 from flowtrain.types import Side
 
@@ -89,6 +89,7 @@ class Description(BaseModel):
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
     streams: list[StreamDescription] = []
     stored: list[int] = []
+    tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     probe: int | None = None
     versions: dict[str, str] = {}
@@ -117,7 +118,7 @@ class Description(BaseModel):
     @property
     def strips(self) -> list[int]:
         """How many images are in each strip."""
-        each = strip_length(self.shape[1])
+        each = tall_length(self.shape[1]) if self.tall else strip_length(self.shape[1])
         return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
     @property

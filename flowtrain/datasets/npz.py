@@ -11,7 +11,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, part_of
+from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
 from flowtrain.errors import UserError, cut, short
 from flowtrain.system import capacity
 from flowtrain.system.files import open_regular
@@ -62,14 +62,14 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 
     part = "test" if own_test and split == "test" else "train"
 
-    def own(values: np.ndarray) -> np.ndarray:
-        return values if own_test else part_of(values, split, seed)
-
     def read() -> np.ndarray:
         pixels = _array(path, f"x_{part}")
         if pixels.ndim == 4 and layout == "nhwc":
             pixels = pixels.transpose(0, 3, 1, 2)
-        return contiguous(own(pixels.reshape(-1, *train)))  # (N, C, H, W)
+        return contiguous(pixels.reshape(-1, *train))  # (N, C, H, W)
+
+    def rows() -> np.ndarray:
+        return part_of(first_equal(digests(read())), split, seed)
 
     def labels() -> np.ndarray:
         key = f"y_{part}"
@@ -80,10 +80,14 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
                 f"a whole number for "
                 f"each of the {counts[part]} images"
             )
-        return own(values.reshape(-1).astype(np.int64))
+        return values.reshape(-1).astype(np.int64)
 
     return Images(
-        shape=train, levels=256, read=read, labels=labels if f"y_{part}" in keys else None
+        shape=train,
+        levels=256,
+        read=read,
+        labels=labels if f"y_{part}" in keys else None,
+        rows=None if own_test else rows,
     )
 
 

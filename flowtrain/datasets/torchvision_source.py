@@ -141,6 +141,7 @@ def images(
         read=lambda: contiguous(guarded(0, (count, *shape))),
         flip=flip,
         labels=lambda: guarded(1, (count,)).astype(np.int64),
+        at_hand=lambda: all((place / file).exists() for file in files.unpacked),
     )
 
 

@@ -140,7 +140,11 @@ def save(state: State, run: RunDirectory, numbered: bool) -> None:
     """Writes the last checkpoint and `summary.json`."""
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
     summary = _summary(
-        state.flow, state.progress, checkpoint_format.versions(), str(state.flow.device)
+        state.flow,
+        state.progress,
+        state.data,
+        checkpoint_format.versions(),
+        str(state.flow.device),
     )
     run.write_json("summary.json", summary)
 
@@ -156,14 +160,17 @@ def bring_up_to_date(
     run.tidy_metrics(progress.step)
     run.prune(progress.step, config.train.keep_checkpoints)
     found = run.summary()
-    wanted = _summary(flow, progress, saved.meta["versions"], found.get("device", device))
+    wanted = _summary(
+        flow, progress, saved.meta["data"], saved.meta["versions"], found.get("device", device)
+    )
     if found != wanted:
         run.write_json("summary.json", wanted)
 
 
 def _summary(
-    flow: Flow, progress: Progress, versions: dict[str, str], device: str
+    flow: Flow, progress: Progress, data: dict[str, Any], versions: dict[str, str], device: str
 ) -> dict[str, Any]:
+    equal = data.get("duplicates", 0)
     best = {
         "best_validation_bits_per_dim": None,
         f"best_validation_{flow.kind.metric}": progress.best,
@@ -176,6 +183,7 @@ def _summary(
         best_step=progress.best_step,
         parameters=sum(p.numel() for p in flow.parameters()),
         non_finite_steps=progress.non_finite,
+        duplicates=equal if isinstance(equal, int) else 0,
         versions=versions,
         device=device,
         **best,

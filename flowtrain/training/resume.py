@@ -189,6 +189,11 @@ def announce(
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
+    if equal := fingerprint.get("duplicates"):
+        console.print(
+            f"{equal:,} of these images are equal to an earlier one; equal images are either all "
+            f"trained on or all held out"
+        )
     if saved is None:
         console.print(f"run directory: {run.path}")
     else:

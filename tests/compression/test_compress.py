@@ -115,6 +115,47 @@ def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp
     assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
 
 
+def test_what_is_stored_is_no_larger_than_any_tall_picture(model, digits, tmp_path):
+    """Archives with strips of 64 images, as of earlier versions, can be unpacked too."""
+    x = digits[:200]
+    short = [strips.strip(part) for part in x.split(64)]
+    tall = strips.strips(x)
+    assert (len(short), len(tall)) == (4, 1)
+    pictures = x.movedim(1, 0).flatten(1, 2)
+    assert len(tall[0]) <= min(len(encoded(pictures, "WEBP", m)) for m in (2, 6))
+    sizes = ordinary_sizes(x, 256)
+    assert sum(map(len, tall)) <= min(sizes[name] for name in ("tall PNG", "tall WEBP method 6"))
+    prepared = compress.prepare(model, x)
+    for parts, flag in ((short, None), (tall, True)):
+        data = compress._pack(prepared, "train", [], parts, b"")
+        found = opened(tmp_path / "a", data)
+        assert found.description.model_dump(exclude_unset=True).get("tall") == flag
+        assert torch.equal(found.images(None), x)
+
+
+def test_many_images_are_packed_in_bounded_time(monkeypatch):
+    """The slow method is for few images alone."""
+    methods = []
+
+    def noting(image, name, method=None):
+        methods.append(method)
+        return b"P"
+
+    monkeypatch.setattr(strips, "encoded", noting)
+    strips.strips(torch.zeros(334, 1, 28, 28, dtype=torch.uint8))
+    assert strips.BEST_METHOD in methods
+    methods.clear()
+    strips.strips(torch.zeros(335, 1, 28, 28, dtype=torch.uint8))
+    assert methods and strips.BEST_METHOD not in methods
+
+
+def test_a_tall_strip_fits_a_webp():
+    for height in (1, 28, 127, 128, 255, 256, 5000, 16383):
+        length = strips.tall_length(height)
+        assert length * height <= strips.LONGEST and length >= strips.strip_length(height)
+        assert length == strips.strip_length(height) or length >= 2 * strips.STRIP
+
+
 def of_size(size: int, prepared: compress.Prepared) -> list[bytes]:
     """Strips with which an archive takes about so many bytes."""
     return [bytes(size - len(compress._pack(prepared, "train", [], [b""], b"")))]

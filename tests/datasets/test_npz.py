@@ -58,6 +58,18 @@ def test_npz_without_a_test_split_holds_out_a_tenth(tmp_path):
     assert values("test", 0) == test != values("test", 1)
 
 
+def test_npz_keeps_equal_images_on_one_side(tmp_path):
+    array = noise(50, 4, 4)
+    labels = np.arange(50)
+    path = saved(tmp_path / "a.npz", x_train=np.r_[array, array], y_train=np.r_[labels, labels])
+    parts = {split: npz.build(tmp_path, split, path=path) for split in ("train", "test")}
+    found = {split: {x.tobytes() for x in check(part)} for split, part in parts.items()}
+    assert not found["train"] & found["test"]
+    assert {split: len(check(part)) for split, part in parts.items()} == {"train": 90, "test": 10}
+    for part in parts.values():
+        assert np.array_equal(array[part.labels()[part.rows()]][:, None], check(part))
+
+
 def test_npz_shape_comes_from_the_header(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.npz", x_train=noise(100, 8, 8, 3))
     monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("pixels read"))
