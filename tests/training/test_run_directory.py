@@ -152,7 +152,10 @@ def test_a_deleted_run_directory_stops_the_run(replaced, tmp_path):
     done = process.result()
     done.failed(1, "r: the run directory was deleted or moved during training")
     assert done.err.count("\n") == 1
-    assert tree(tmp_path) == (["r"] if replaced else [])
+    # TensorBoard's own thread opens its file by name for each record, and may do so once more
+    # where the directory was replaced.
+    left = [name for name in tree(tmp_path) if not (replaced and "tfevents" in name)]
+    assert left == (["r"] if replaced else [])
 
 
 def test_a_deleted_lock_still_locks(tmp_path):
