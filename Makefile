@@ -16,7 +16,7 @@ RECIPE ?=
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs quick test test-slow test-gpu bench recipe check format docker-check clean
+.PHONY: demo docs quick test test-slow test-gpu fuzz bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -34,13 +34,16 @@ docs: .venv/installed  ## write docs/configuration.md from the schema of the con
 	$(BIN)/python docs/configuration.py
 
 quick: .venv/installed-dev  ## the tests that run no command and train no model, in half a minute
-	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not run"
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not fuzz and not run"
 
 test: .venv/installed-dev  ## the fast tests, in four minutes
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: .venv/installed-dev  ## kills at every file operation of a run; many minutes
+	$(BIN)/python -m pytest -q -s -m fuzz tests/adversarial
 
 test-gpu: .venv/installed-dev  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

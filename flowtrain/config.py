@@ -27,15 +27,22 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     ValidationError,
+    ValidationInfo,
     create_model,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from flowtrain.errors import UserError, did_you_mean
-from flowtrain.types import Positive
+from flowtrain.errors import UserError, cut, did_you_mean, short, shown
+from flowtrain.system.files import read_regular
+from flowtrain.types import Period, Positive, Steps
+
+# Far more than any configuration needs. Beyond them, a file or a value is refused unread.
+LARGEST_YAML = 2**16  # characters, also with all aliases written out
+DEEPEST = 20  # levels of keys and lists
 
 
 def _absolute(path: Path) -> Path:
@@ -51,6 +58,25 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would take `true` for 1."""
+        assert info.field_name is not None
+        kinds = _types_in(cls.model_fields[info.field_name].annotation)
+        values = value if isinstance(value, list) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(v, bool) for v in values):
+            raise PydanticCustomError("boolean", "expected a number, not a boolean")
+        return value
+
+
+def _types_in(annotation: object) -> set[object]:
+    """The types that a value may have, and those of the values of a `Literal`."""
+    parts = typing.get_args(annotation)
+    if not parts:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set().union(*map(_types_in, parts))
 
 
 class Component(Section):
@@ -85,7 +111,7 @@ class Data(Component):
         description="How many training images are held out for model selection: a count, or a "
         "fraction below 1.",
     )
-    split_seed: NonNegativeInt = Field(
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Seed that chooses which images are held out. It is independent of `seed`."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
@@ -97,7 +123,7 @@ class Data(Component):
         None,
         description="Flip training images horizontally at random. With null, the data set decides.",
     )
-    shift: NonNegativeInt = Field(
+    shift: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0, description="Shift training images at random by up to this many pixels."
     )
     max_in_memory: NonNegativeFloat = Field(
@@ -105,7 +131,7 @@ class Data(Component):
         description="Largest training set in GiB that is held on the device. Threads read a larger "
         "one as it is needed.",
     )
-    workers: NonNegativeInt = Field(
+    workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Number of threads that read a training set not held on the device."
     )
 
@@ -120,7 +146,7 @@ class Model(Component):
         description="The model: a module of flowtrain.models, or a module of your own by its "
         "dotted name.",
     )
-    classes: NonNegativeInt = Field(
+    classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
         description="Number of classes, each with its own prior at the coarsest level. 0 trains "
         "without labels. The training loss is that of an image given its class. Validation and "
@@ -175,7 +201,7 @@ class Train(Section):
     is legal.
     """
 
-    num_steps: Positive | None = Field(
+    num_steps: Period | None = Field(
         None, description="Number of optimizer steps. Give either this or `budget`."
     )
     budget: Duration | None = Field(
@@ -190,7 +216,7 @@ class Train(Section):
         1, description="Number of forward passes whose gradients make one optimizer step."
     )
     lr: PositiveFloat = Field(1e-3, description="Peak learning rate.")
-    warmup_steps: NonNegativeInt = Field(
+    warmup_steps: Steps = Field(
         0, description="Number of steps over which the learning rate rises linearly from 0."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -223,20 +249,20 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
     )
-    max_non_finite: NonNegativeInt = Field(
+    max_non_finite: Steps = Field(
         5,
         description="Number of non-finite steps that a run survives. One more stops it with exit "
         "code 1.",
     )
-    log_every: Positive = Field(50, description="Steps between lines of metrics.")
-    validate_every: Positive = Field(
+    log_every: Period = Field(50, description="Steps between lines of metrics.")
+    validate_every: Period = Field(
         500, description="Steps between evaluations on the validation split."
     )
-    checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
-    keep_checkpoints: NonNegativeInt = Field(
+    checkpoint_every: Period = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: Steps = Field(
         1, description="Number of numbered checkpoints to keep, besides last and best."
     )
-    sample_every: Positive = Field(500, description="Steps between sample grids.")
+    sample_every: Period = Field(500, description="Steps between sample grids.")
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -284,22 +310,31 @@ def component_module(base: type[Component], name: str) -> ModuleType:
         UserError: if there is no such module, or it has no `build`.
     """
     key = f"{base.section}.name"
-    if "." in name and all(part.isidentifier() for part in name.split(".")):
+    parts = name.split(".")
+    if 1 < len(parts) <= DEEPEST and all(part.isidentifier() for part in parts):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            raise UserError(f"{key}: cannot import {name!r}: {error}") from error
+            raise UserError(f"{key}: cannot import {shown(name)}: {short(error)}") from error
         if not hasattr(module, "build"):
-            raise UserError(f"{key}: module {name!r} has no function `build`")
+            raise UserError(f"{key}: module {shown(name)} has no function `build`")
         return module
     names = component_names(base)
     if name not in names:
         raise UserError(
-            f"{key}: unknown name {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}"
+            f"{key}: unknown name {shown(name)}{did_you_mean(name, names)}; there are "
+            f"{', '.join(names)}"
         )
     return _shipped(base, name)
+
+
+def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
+    """What the `name` of a section is in a configuration that is not checked yet."""
+    section = values.get(base.section)
+    default = base.model_fields["name"].default
+    return str(section.get("name", default) if isinstance(section, Mapping) else default)
 
 
 @functools.cache
@@ -331,8 +366,13 @@ def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
+def parse(
+    values: Mapping[str, Any], where: str = "configuration", trust_code: bool = False
+) -> Config:
     """Checks a nested mapping and fills in the defaults.
+
+    Only with `trust_code` may `model.name` and `data.name` be modules outside flowtrain, which are
+    then imported. It is for what the user has written, or has said to be trusted.
 
     Raises:
         UserError: if a key is unknown or missing, or its value is wrong. The message names `where`,
@@ -341,12 +381,17 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
     for section in ("data", "model", "train", "dequantization"):
         if not isinstance(values.get(section, {}), Mapping):
             raise UserError(
-                f"{where}: {section}: expected keys and values, got {values[section]!r}"
+                f"{where}: {section}: expected keys and values, got {shown(values[section])}"
             )
     sections: dict[str, type[Section]] = {"dequantization": Dequantization, "train": Train}
     for base in (Data, Model):
-        name = values.get(base.section, {}).get("name", base.model_fields["name"].default)
-        sections[base.section] = component_schema(base, str(name))
+        name = component_name(base, values)
+        if "." in name and not trust_code:
+            raise UserError(
+                f"{where}: {base.section}.name is {shown(name)}, a module outside flowtrain; "
+                f"loading it runs its code. If you trust it, say --trust-code"
+            )
+        sections[base.section] = component_schema(base, name)
     # A section that is left out is checked like an empty one.
     fields: Any = {
         k: (kind, Field(default_factory=dict, validate_default=True))
@@ -359,12 +404,16 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
         raise UserError("\n".join(_described(error, schema, where))) from error
 
 
+LINES = 5  # wrong keys in one message
+ALTERNATIVES = 4  # of what is wrong with a key
+
+
 def _described(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
     """One line per key. A key with alternatives, such as a number or a list of numbers, says what
     is wrong by each of them.
     """
     known = set(_keys(schema))
-    lines: dict[str, str] = {}
+    wrong: dict[str, list[Mapping[str, Any]]] = {}
     for each in error.errors():
         loc = [str(part) for part in each["loc"]]
         # Behind the key, pydantic appends its names of the alternatives.
@@ -372,23 +421,27 @@ def _described(error: ValidationError, schema: type[BaseModel], where: str) -> l
             (name for n in range(len(loc), 0, -1) if (name := ".".join(loc[:n])) in known),
             ".".join(loc),
         )
-        line = _describe(each, key, schema, where)
-        lines[key] = (
-            f"{lines[key]}; or {line.removeprefix(f'{where}: {key}: ')}" if key in lines else line
-        )
-    return list(lines.values())
+        wrong.setdefault(key, []).append(each)
+    lines = []
+    for key, errors in list(wrong.items())[:LINES]:
+        first, *others = [_describe(each, key, schema) for each in errors[:ALTERNATIVES]]
+        also = "".join(f"; or {each.removeprefix(f'{cut(key)}: ')}" for each in others)
+        lines.append(f"{where}: {first}{also}")
+    if len(wrong) > LINES:
+        lines.append(f"{where}: {len(wrong) - LINES} more keys are wrong")
+    return lines
 
 
-def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel], where: str) -> str:
+def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
-        known = list(_keys(schema))
-        return f"{where}: {key}: unknown key{did_you_mean(key, known)} (value {error['input']!r})"
+        meant = did_you_mean(key, _keys(schema))
+        return f"{cut(key)}: unknown key{meant} (value {shown(error['input'])})"
     if error["type"] == "missing":
-        return f"{where}: {key}: missing; it has no default"
-    message = error["msg"].removeprefix("Value error, ")
+        return f"{key}: missing; it has no default"
+    message = cut(error["msg"].removeprefix("Value error, "), 300)
     if error["type"] == "value_error" and "." not in key:
-        return f"{where}: {message}"
-    return f"{where}: {key}: {message}, got {error['input']!r}"
+        return message
+    return f"{cut(key)}: {message}, got {shown(error['input'])}"
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
@@ -402,11 +455,57 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses values that are too deep or too large before it makes
+    them. What an alias stands for counts each time.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.size = 0
+        self.sizes: dict[yaml.Node, int] = {}  # of what is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        before, alias = self.size, self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"it has more than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self.depth -= 1
+        if not alias:
+            self.size += 1 + len(node.value) * isinstance(node, yaml.ScalarNode)
+            self.sizes[node] = self.size - before
+        elif node in self.sizes:
+            self.size += self.sizes[node]
+        else:
+            raise yaml.YAMLError("a value contains itself")
+        if self.size > LARGEST_YAML:
+            raise yaml.YAMLError(f"with its aliases, it is longer than {LARGEST_YAML} characters")
+        return node
+
+
+def _yaml(text: str) -> Any:
+    """The value of YAML. Raises `ValueError` that says in one line what is wrong."""
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it is longer than {LARGEST_YAML} characters")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+        return yaml.load(text, _Loader)  # noqa: S506 (_Loader is a safe one)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ValueError(f"{cut(error.problem or error.context or '')}{at}") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that does not exist
+        raise ValueError(short(error)) from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values in a YAML file. Raises `UserError`."""
+    try:
+        values = _yaml(read_regular(path, 4 * LARGEST_YAML).decode())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else short(error)
+        raise UserError(f"{path}: cannot be read as YAML: {why}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -418,8 +517,9 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file, with `--set` overrides. Raises `UserError`."""
     overrides = list(overrides)
     values = override(load_yaml(path), overrides)
-    where = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
-    return parse(values, where)
+    given = cut(" --set ".join(overrides))
+    where = f"{path} with --set {given}" if overrides else str(path)
+    return parse(values, where, trust_code=True)
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -436,7 +536,7 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
                 raise UserError(
-                    f"--set {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} has no keys"
+                    f"--set {cut('.'.join(keys))}: {cut('.'.join(keys[: depth + 1]))} has no keys"
                 )
         if keys in (["data", "name"], ["model", "name"]):
             base = Data if keys[0] == "data" else Model
@@ -452,11 +552,14 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 def _assignment(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {text}: expected key=value, such as train.lr=5e-4")
+        raise UserError(f"--set {cut(text)}: expected key=value, such as train.lr=5e-4")
+    keys = key.strip().split(".")
+    if len(keys) > DEEPEST:
+        raise UserError(f"--set {cut(text)}: a key has at most {DEEPEST} levels")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"--set {text}: the value is not YAML: {error}") from error
+        return keys, _yaml(value)
+    except ValueError as error:
+        raise UserError(f"--set {cut(text)}: the value is not YAML: {error}") from error
 
 
 def differences(

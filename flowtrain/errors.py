@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import reprlib
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,8 +64,30 @@ def disk_full(folder: Path | str, error: BaseException) -> RunError:
 
 def short(error: BaseException, limit: int = 300) -> str:
     """An exception as one line for a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return cut(str(error), limit) or type(error).__name__
+
+
+def cut(text: str, limit: int = 100) -> str:
+    """Text from outside as one printable line of at most `limit` characters, for a message."""
+    text = " ".join(text[: 2 * limit + 2].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel = 3
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value from outside as it is shown in a message: its `repr`, in at most 100 characters.
+
+    Nested values are never written out in full, however large they are.
+    """
+    try:
+        return cut(_BOUNDED.repr(value))
+    except ValueError:  # Python writes out no number of more than 4,300 digits.
+        return "a number that is too long to show"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

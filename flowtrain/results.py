@@ -30,6 +30,8 @@ class Summary(File):
     best_step: int | None
     parameters: int
     non_finite_steps: int
+    # Training and validation images that are equal to an earlier one.
+    duplicates: int | None = None
     versions: dict[str, str]
     device: str
 
@@ -89,6 +91,9 @@ class Evaluation(File):
     accuracy: float | None = None
     accuracy_stderr: float | None = None
     num_images: int
+    duplicates: int | None = None  # images that are equal to an earlier one of these
+    # Images that are equal to one of the training split. None if those are not at hand.
+    duplicates_of_training: int | None = None
     dims: int | None = None
     levels: int | None = None
     split: str

@@ -4,5 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-Positive = Annotated[int, Field(ge=1)]
+# The upper limits are beyond any real use.
+Positive = Annotated[int, Field(ge=1, le=2**20)]  # a number of layers, channels, images of a batch
+Count = Annotated[int, Field(ge=1, le=10**8)]  # a number of examples
+Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image
+Period = Annotated[int, Field(ge=1, le=10**12)]  # a number of steps
+Steps = Annotated[int, Field(ge=0, le=10**12)]
 Shape = tuple[int, int, int]  # (C, H, W)

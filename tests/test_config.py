@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ SMALL |= {
 
 
 def parsed(overrides, values=STEPS):
-    return parse(override(json.loads(json.dumps(values)), overrides))
+    return parse(override(json.loads(json.dumps(values)), overrides), trust_code=True)
 
 
 def value(config, key):
@@ -270,6 +272,33 @@ def test_mistakes_name_the_key_and_the_value(text, message):
         parsed([text])
 
 
+def test_every_whole_number_has_an_upper_limit():
+    """Beyond any real use, so that no value makes a command hang or take all memory."""
+
+    def unlimited(schema, path=""):
+        found = []
+        if isinstance(schema, dict):
+            bounded = {"maximum", "exclusiveMaximum", "const", "enum"} & schema.keys()
+            found += [path] if schema.get("type") == "integer" and not bounded else []
+            schema = schema.items()
+        elif isinstance(schema, list):
+            schema = enumerate(schema)
+        else:
+            return []
+        return found + [each for key, value in schema for each in unlimited(value, f"{path}/{key}")]
+
+    assert unlimited(json_schema()) == []
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_a_module_of_ones_own_needs_trust(section):
+    values = {**STEPS, section: {"name": "no_such.module"}}
+    with pytest.raises(UserError, match=f"{section}.name is 'no_such.module', a module outside"):
+        parse(values)
+    with pytest.raises(UserError, match="cannot import 'no_such.module'"):
+        parse(values, trust_code=True)
+
+
 def test_every_mistake_is_named():
     with pytest.raises(UserError) as error:
         parsed(["train.lr=x", "data.n_bits=0", "model.wdith=3"])
@@ -292,6 +321,137 @@ def test_bad_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=rf"bad\.yaml.*{message}"):
         load_config(path)
+
+
+# ten levels of ten aliases each: 10**10 values
+BOMB = "{a0: &a0 [1], " + ", ".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11)
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (BOMB + "}", "with its aliases, it is longer than 65536 characters"),
+        (BOMB + ", train: *a10}", "with its aliases, it is longer than"),
+        ("{a: &a [*a]}", "a value contains itself"),
+        ("{a: " + "[" * 30000 + "}", "more than 20 levels"),
+        ("{" + "a: {" * 21 + "}" * 22, "more than 20 levels"),
+        ("{a: " + "b" * 2**16 + "}", "longer than 65536 characters"),
+        ("{a: 2024-13-45}", "month must be"),
+        ("{a: !!python/name:os.system x}", "could not determine a constructor"),
+        ("{a: !" + "x" * 60000 + " x}", "could not determine a constructor"),
+    ],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.parametrize("option", [False, True])
+def test_yaml_that_is_deep_or_large_is_refused(text, message, option, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("seed: 1" if option else text)
+    started = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message) as error:
+        load_config(path, ["data.name=digits", f"data.root={text}"] if option else [])
+    assert tracemalloc.get_traced_memory()[1] < 5e7
+    tracemalloc.stop()
+    assert time.process_time() - started < 5
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_aliases_may_be_used(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(
+        "model: &m {name: glow, width: &w [16, 8]}\ntrain: {num_steps: 3}\n"
+        "dequantization: {width: 4}\n"
+    )
+    assert load_config(path).model.width == [16, 8]
+    path.write_text("model: {name: nice, width: &w 16, hidden_layers: *w}\ntrain: {num_steps: *w}")
+    assert load_config(path).train.num_steps == 16
+
+
+def test_a_yaml_file_that_is_too_large_is_not_read(tmp_path):
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"sparse\.yaml: cannot be read as YAML: 1099511627776"):
+        load_config(tmp_path / "sparse.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["model: {steps: 1\ntrain: [", "a:\n  - b\n c: d", 'a: "b\n\n\n', "a: b: c", "\t- a"]
+)
+def test_a_syntax_error_is_one_line_with_its_place(text, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"as YAML: .*\(line \d, column \d+\)$") as error:
+        load_config(tmp_path / "bad.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.lr=" + "x" * 10000,
+        "train.batch_size=[" + "[1, 2], " * 2000 + "]",
+        "train.batch_size={a: " + "[1, 2, 3], b: " * 1 + "x}",
+        "model=" + "x" * 10000,
+        "x" * 10000 + "=1",
+        "x" * 10000,
+        "train.lr=[" + "x" * 10000,
+        "seed=0x" + "f" * 10000,
+        "model.name=" + "x" * 10000,
+        "model.name=" + "x." * 10000 + "x",
+        "seed=" + "9" * 5000,
+        "x\x1b[2J=1",
+        "train.num_steps." + "y" * 10000 + "=1",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_what_is_shown_of_a_value_is_short(text):
+    with pytest.raises(UserError) as error:
+        parsed([text])
+    assert len(str(error.value)) < 800 and str(error.value).isprintable()
+
+
+def test_a_key_of_many_levels_is_refused():
+    with pytest.raises(UserError, match="a key has at most 20 levels") as error:
+        parsed([".".join("a" * 5000) + "=1"])
+    assert len(str(error.value)) < 200
+    with pytest.raises(UserError, match="unknown key"):
+        parsed([".".join("a" * 20) + "=1"])
+
+
+def test_a_thousand_mistakes_are_six_lines():
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"995 more keys are wrong$") as error:
+        parsed([f"train.key_{i}=1" for i in range(1000)])
+    assert str(error.value).count("\n") == 5
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.batch_size=true",
+        "train.batch_size=yes",
+        "train.lr=true",
+        "train.num_steps=on",
+        "seed=false",
+        "data.validation=true",
+        "data.n_bits=true",
+        "train.budget=true",
+        "model.width=true",
+        "model.width=[8,true]",
+        "model.bins=true",
+    ],
+)
+def test_a_boolean_is_no_number(text):
+    key, _, _ = text.partition("=")
+    with pytest.raises(UserError, match=rf"{key}: expected a number, not a boolean, got "):
+        parsed([text])
+
+
+def test_a_boolean_is_no_number_for_a_choice_of_numbers():
+    with pytest.raises(UserError, match=r"data\.channels: "):
+        parsed(["data.name=folder", "data.path=/a", "data.size=8", "data.channels=true"])
 
 
 def test_files_that_cannot_be_read(tmp_path):

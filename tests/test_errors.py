@@ -1,8 +1,58 @@
-"""Suggestions in messages."""
+"""What messages show of values, and suggestions."""
 
-from flowtrain.errors import did_you_mean
+import time
+import tracemalloc
+
+import pytest
+
+from flowtrain.errors import cut, did_you_mean, short, shown
 
 
 def test_did_you_mean():
     assert did_you_mean("train.lrr", ["train.lr", "seed"]) == "; did you mean train.lr?"
     assert did_you_mean("zzz", ["train.lr", "seed"]) == ""
+
+
+def test_text_is_cut_to_one_printable_line():
+    assert cut("a\n  b") == "a b"
+    assert cut("x" * 100) == "x" * 100 and cut("x" * 101) == "x" * 97 + "..."
+    assert cut("\x1b[31m\udcff") == "?[31m?"
+    assert short(ValueError("a\nb")) == "a b" and short(ValueError()) == "ValueError"
+    assert len(short(ValueError("x" * 1000))) == 300
+
+
+BOMB: list[object] = [1] * 10
+for _ in range(30):
+    BOMB = [BOMB] * 10
+DEEP: list[object] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+ITSELF: list[object] = []
+ITSELF.append(ITSELF)
+
+
+VALUES = {
+    "text": ("wide", "'wide'"),
+    "number": (1.5, "1.5"),
+    "dict": ({"x": 3}, "{'x': 3}"),
+    "nothing": (None, "None"),
+    "bomb": (BOMB, None),
+    "deep": (DEEP, "[[[[...]]]]"),
+    "itself": (ITSELF, None),
+    "digits": (10**5000, "a number that is too long to show"),
+    "long text": ("x" * 10**6, None),
+    "bytes": (b"x" * 1000, None),
+    "long keys": ({"x" * 1000: {"y" * 1000: "z" * 1000}}, None),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_is_shown_in_few_characters(name):
+    value, text = VALUES[name]
+    started = time.process_time()
+    tracemalloc.start()
+    found = shown(value)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert time.process_time() - started < 1
+    assert len(found) <= 100 and found == (text or found)

@@ -9,10 +9,11 @@ from cli_helpers import metrics, quick
 SHORT = sets(train__num_steps=4, train__log_every=4, train__validate_every=4)
 AT = ["step", "images", "seconds"]
 TRAINING = ["grad_norm", "clip_norm", "lr", "images_per_second"]
-REST = ["best_step", "parameters", "non_finite_steps", "versions", "device"]
+REST = ["best_step", "parameters", "non_finite_steps", "duplicates", "versions", "device"]
 BITS, STDERR = "bits_per_dim", "bits_per_dim_stderr"
 NATS = ["nats_per_image", "nats_per_image_stderr"]
-DESCRIPTION = ["num_images", "dims", "levels", "split", "dataset", "weights", "step", "seed"]
+DESCRIPTION = ["num_images", "duplicates", "duplicates_of_training", "dims", "levels", "split"]
+DESCRIPTION += ["dataset", "weights", "step", "seed"]
 DESCRIPTION += ["non_finite_images", "non_finite_indices", "max_reconstruction_error", "checkpoint"]
 OF_CLASSES = ["bits_per_dim_given_class", "accuracy", "accuracy_stderr"]
 OF_IMAGES = [

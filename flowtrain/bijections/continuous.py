@@ -25,7 +25,9 @@ STAGES = 8  # intervals of time in a picture of the way from the base to the dat
 def torchdiffeq() -> Any:
     """The module torchdiffeq. Raises `UserError` if it is not installed."""
     try:
-        import torchdiffeq  # type: ignore[import-untyped]
+        # Its constants are tensors, which belong to the CPU on whatever device a flow is built.
+        with torch.device("cpu"):
+            import torchdiffeq  # type: ignore[import-untyped]
     except ImportError:
         raise UserError(
             "model.name: cnf needs the package torchdiffeq: pip install 'flowtrain[cnf]'"

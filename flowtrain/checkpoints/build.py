@@ -1,8 +1,11 @@
 """The flow that a configuration describes."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from flowtrain import config as configuration
 from flowtrain.bijections import Bijection
@@ -12,16 +15,66 @@ from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import Dequantizer, RealValued, UniformNoise
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
+from flowtrain.system.capacity import available
 from flowtrain.system.random import Stream
 from flowtrain.types import Shape
 
+# Far more than any model needs. It takes seconds.
+LONGEST_BUILD = 100_000  # operations on tensors
 
-def build_flow(config: Config, shape: Shape, levels: int | None) -> Flow:
+
+def build_flow(
+    config: Config,
+    shape: Shape,
+    levels: int | None,
+    copies: int = 1,
+    check: Callable[[Flow], object] = lambda sizes: None,
+) -> Flow:
     """A new flow for images of `shape` with values 0..levels-1, or for real values (None).
 
-    Its weights are a function of the configuration's seed. Raises `UserError` where the options do
-    not fit the shape, or do not fit data without levels.
+    Its weights are a function of the configuration's seed. Before they get any memory, `check` is
+    called with a flow of the same sizes on the meta device, unless the model is a module of the
+    user, which may not build there.
+
+    Raises `UserError` where the options do not fit the shape, do not fit data without levels, or
+    where there is no memory for so many `copies` of the weights.
     """
+    if "." not in config.model.name:
+        with torch.device("meta"), _Counting():
+            sizes = _build(config, shape, levels)
+        weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
+        free = available(torch.device("cpu"))
+        if copies * weights > free:
+            raise UserError(
+                f"model: its weights take {weights / 2**30:,.1f} GiB, {_of_copies(copies)}"
+                f"{free / 2**30:,.1f} GiB are available: make it smaller"
+            )
+        check(sizes)
+    return _build(config, shape, levels)
+
+
+def _of_copies(copies: int) -> str:
+    return f"and training needs {copies} times that; " if copies > 1 else ""
+
+
+class _Counting(TorchFunctionMode):
+    """Ends a build that has too many operations."""
+
+    operations = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.operations += 1
+        if self.operations > LONGEST_BUILD:
+            raise UserError(
+                f"model: it has too many layers: building it takes more than {LONGEST_BUILD:,} "
+                f"operations"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
     module = configuration.component_module(configuration.Model, config.model.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))

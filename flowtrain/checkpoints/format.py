@@ -13,20 +13,23 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 import flowtrain
-from flowtrain.errors import UserError
-from flowtrain.system import distributed
-from flowtrain.system.files import write_atomically
+from flowtrain.checkpoints.description import Description, Origin
+from flowtrain.errors import UserError, cut, short, shown
+from flowtrain.system import capacity, distributed
+from flowtrain.system.files import make_folder_of, read_regular, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
+PARTS = ("model", "ema", "optimizer")
 
 _ZEROS = b"0" * 64  # in place of the checksum
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -34,7 +37,10 @@ _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`."""
+    """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`.
+
+    `meta` has the keys of `Description`, apart from those that the file does not have.
+    """
 
     path: Path
     meta: dict[str, Any]
@@ -73,10 +79,12 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint. A kill at any moment leaves the old file or the new one, never a part.
+    """Writes a checkpoint, and makes its folder if it is missing. A kill at any moment leaves the
+    old file or the new one, never a part.
 
     Raises `RunError` where writing fails; what was there before is kept.
     """
+    make_folder_of(path)
     write_atomically(path, encoded(meta, tensors))
 
 
@@ -98,7 +106,8 @@ def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        # The tensors take as much again.
+        return read_regular(path, capacity.total() // 2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -129,15 +138,46 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         raise UserError(
             f"{path}: damaged: its bytes do not match its checksum (truncated or changed)"
         )
-    meta = json.loads(described)
-    if meta.get("format") != FORMAT:
+    # The file is now as somebody wrote it, but perhaps not with `write`.
+    origin = _described(Origin, path, described)
+    if origin.format != FORMAT:
+        version = cut(origin.versions.get("flowtrain", "?"))
         raise UserError(
-            f"{path}: written in checkpoint format {meta.get('format')} by flowtrain "
-            f"{meta.get('versions', {}).get('flowtrain', '?')}; this is flowtrain "
-            f"{flowtrain.__version__}, which reads format {FORMAT}: use that version, or train "
-            f"again"
+            f"{path}: written in checkpoint format {origin.format} by flowtrain {version}; this is "
+            f"flowtrain {flowtrain.__version__}, which reads format {FORMAT}: use that version, or "
+            f"train again"
         )
-    return Checkpoint(path, meta, safetensors.torch.load(data))
+    meta = _described(Description, path, described).model_dump(exclude_unset=True)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # KeyError: of a dtype
+        raise UserError(
+            f"{path}: not a valid checkpoint: its tensors cannot be read: {short(error)}"
+        ) from error
+    foreign_names = sorted(name for name in tensors if name.partition(".")[0] not in PARTS)
+    if foreign_names:
+        raise UserError(
+            f"{path}: not a valid checkpoint: a tensor {shown(foreign_names[0])} belongs to none "
+            f"of {', '.join(PARTS)}"
+        )
+    return Checkpoint(path, meta, tensors)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def _described(kind: type[Kind], path: Path, described: object) -> Kind:
+    try:
+        if not isinstance(described, str):
+            raise UserError(f"{path}: not a valid checkpoint: its description is no text")
+        return kind.model_validate_json(described)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = cut(".".join(map(str, first["loc"])))
+        why = cut(first["msg"].removeprefix("Value error, "), 300)
+        got = "" if not key or first["type"] == "missing" else f", got {shown(first['input'])}"
+        where = f"{key}: " if key else ""
+        raise UserError(f"{path}: not a valid checkpoint: {where}{why}{got}") from error
 
 
 def _header_end(data: bytes | bytearray) -> int:

@@ -1,16 +1,20 @@
 """Finds checkpoints, and loads the models in them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import SUFFIX, Checkpoint, read_by_main
 from flowtrain.config import Config
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, cut
 from flowtrain.flow.flow import Flow
+
+NAMED = 3  # tensors in a message
 
 
 def find(model: str | None, runs: Path = Path("runs")) -> Path:
@@ -75,26 +79,57 @@ def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None)
     By default, the averaged weights (`ema`) are taken where there are any. Raises `UserError` where
     the weights are missing or do not fit.
     """
-    chosen = weights or ("ema" if checkpoint.part("ema") else "raw")
-    state = checkpoint.part("ema" if chosen == "ema" else "model")
-    if not state:
-        raise UserError(
-            f"--weights {chosen}: {checkpoint.path} has none (train.ema was 0); use --weights raw"
-        )
-    own = flow.state_dict()
-    for name in [*own, *sorted(state.keys() - own.keys())]:  # safetensors has no order
-        here, there = own.get(name), state.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            shapes = [
-                "nothing" if t is None else "x".join(map(str, t.shape)) or "a number"
-                for t in (there, here)
-            ]
-            raise UserError(
-                f"{checkpoint.path}: does not fit this model: {name} is {shapes[0]} there and "
-                f"{shapes[1]} here"
-            )
+    chosen, state = _require_weights(flow, checkpoint, weights)
+    for name, here in flow.state_dict().items():
+        _require_constant(checkpoint.path, name, state[name].to(here.device), here)
     flow.load_state_dict(state)
     return chosen
+
+
+def _require_weights(
+    flow: Flow, checkpoint: Checkpoint, weights: str | None
+) -> tuple[str, dict[str, Tensor]]:
+    """Which weights `load_weights` takes, and what they are. Raises `UserError` as it does."""
+    chosen = weights or ("ema" if checkpoint.part("ema") else "raw")
+    part = "ema" if chosen == "ema" else "model"
+    state = checkpoint.part(part)
+    if not state:
+        why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
+        raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
+    require_tensors(checkpoint.path, state, flow.state_dict())
+    return chosen, state
+
+
+def require_tensors(path: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises `UserError` unless the tensors of a checkpoint have the names, shapes and types of
+    `own`, which are those that the configuration builds. The message names those that do not.
+    """
+    wrong = []
+    for name in [*own, *sorted(found.keys() - own.keys())]:  # safetensors has no order
+        here, there = own.get(name), found.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            wrong.append(f"{cut(name)} is {_shape(there)} there and {_shape(here)} here")
+        elif here.dtype != there.dtype:
+            wrong.append(f"{cut(name)} is {there.dtype} there and {here.dtype} here")
+    if wrong:
+        more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise UserError(f"{path}: does not fit this model: {'; '.join(wrong[:NAMED])}{more}")
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _require_constant(path: Path, name: str, there: Tensor, here: Tensor) -> None:
+    """Raises `UserError` for a buffer that training cannot have left so: an order of entries that
+    is none, another mask, or a layer that was not initialized.
+    """
+    if there.dtype == torch.bool:
+        fits = torch.equal(there, here) if here.ndim else bool(there)
+    else:
+        fits = there.dtype != torch.int64 or torch.equal(there.sort()[0], here.sort()[0])
+    if not fits:
+        raise UserError(f"{path}: does not fit this model: {name} has values that it cannot have")
 
 
 def load_model(
@@ -107,14 +142,14 @@ def load_model(
         raise UserError(f"--weights {weights}: expected ema or raw")
     checkpoint = read_by_main(lambda: find(model))
     assert checkpoint is not None
-    for section in ("model", "data"):
-        name = checkpoint.meta["config"][section]["name"]
-        if "." in name and not trust_code:
-            raise UserError(
-                f"{checkpoint.path}: {section}.name is {name!r}, a module outside flowtrain; "
-                f"loading it runs its code. If you trust it, say --trust-code"
-            )
-    config = configuration.parse(checkpoint.meta["config"], str(checkpoint.path))
-    flow = build_flow(config, tuple(checkpoint.meta["shape"]), checkpoint.meta["levels"])
+    meta = checkpoint.meta
+    config = configuration.parse(meta["config"], str(checkpoint.path), trust_code)
+    # A model whose tensors are not those in the file gets no memory.
+    flow = build_flow(
+        config,
+        meta["shape"],
+        meta["levels"],
+        check=lambda sizes: _require_weights(sizes, checkpoint, weights),
+    )
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)

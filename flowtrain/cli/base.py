@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 
-from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
+from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, cut, exit_code
 
 # torch takes seconds to import, and `--help` should be instant. So each function imports what it
 # needs when it is called.
@@ -81,8 +81,15 @@ def on_one_process(function: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
+LINES = 6  # of a message
+WIDTH = 2000  # characters of a line
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"flowtrain: {message}", err=True)
+    lines = [cut(line, WIDTH) for line in message.splitlines()]
+    if len(lines) > LINES:
+        lines[LINES - 1 :] = [f"and {len(lines) - LINES + 1} more lines"]
+    typer.echo("flowtrain: " + "\n".join(lines), err=True)
     raise typer.Exit(code)
 
 
@@ -204,13 +211,16 @@ def data_of(
     for text in overrides or []:
         if not text.startswith("data."):
             raise UserError(
-                f"--set {text}: only keys of data can be set here; the model is as it was trained"
+                f"--set {cut(text)}: only keys of data can be set here; the model is as it was "
+                f"trained"
             )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
     values = configuration.override(values, overrides or [])
-    config = configuration.parse(values, f"--dataset {dataset}" if dataset else "--set").data
+    where = f"--dataset {dataset}" if dataset else "--set"
+    # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
+    config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
 
 

@@ -164,6 +164,8 @@ def _print(
     all_sizes |= {f"as {name}": size for name, size in sizes.items()}
     for name, size in all_sizes.items():
         table[f"bytes {name}"] = f"{size}, {8 * size / selection.images.numel():.4f} bits/dim"
+    best = min(sizes, key=lambda name: sizes[name])
+    table["of the best of these"] = f"{100 * len(result.data) / sizes[best]:.1f}% ({best})"
     print_table(table)
     missing = [name for name in FORMATS if name not in sizes]
     if missing:

@@ -3,6 +3,7 @@
 It imports nothing heavy, because the command line's help and completion use it.
 """
 
+import os
 from pathlib import Path
 
 from flowtrain.errors import UserError, did_you_mean
@@ -40,6 +41,8 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     shipped = shipped_configs()
+    if os.path.lexists(name):
+        raise UserError(f"--config {name}: not a regular file")
     raise UserError(
         f"--config {name}: no such file, here, in configs/ or among the shipped ones"
         f"{did_you_mean(name, shipped)} (shipped: {', '.join(shipped)})"

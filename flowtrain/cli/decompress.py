@@ -32,13 +32,23 @@ def decompress(
             show_default="the embedded one, else where it was",
         ),
     ] = None,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--max-memory",
+            metavar="MIB",
+            min=1,
+            help="Refuse an archive that takes more MiB of memory to unpack.",
+            show_default="a quarter of the machine's memory",
+        ),
+    ] = None,
     trust_code: TrustOption = False,
 ) -> None:
     """Unpack an archive. Every image comes back bit for bit, or nothing is written."""
     from flowtrain.compression.decompress import Opened
     from flowtrain.system.console import ProgressBar, console
 
-    opened = Opened(file)
+    opened = Opened(file, None if max_memory is None else max_memory * 2**20)
     require_writable(out, out)
     opened.require_absent(out)
     device_of("cpu")

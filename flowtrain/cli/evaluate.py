@@ -67,7 +67,11 @@ def evaluate(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, metavar="B", help="Images at a time; no effect on the result."
+            "--batch-size",
+            min=1,
+            metavar="B",
+            help="Images at a time. It changes the rounding alone: an image's likelihood by about "
+            "1e-6 bits/dim.",
         ),
     ] = None,
     weights: WeightsOption = None,

@@ -1,7 +1,9 @@
 """The command line: all commands, in the order of `--help`."""
 
+import io
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Annotated
 
@@ -66,7 +68,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _stop)
     # Operations that Apple's GPUs lack, such as the normal quantiles of variational dequantization,
     # run on the CPU. torch reads this variable when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # File names may be no text at all. They are printed with escapes, as on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="flowtrain")

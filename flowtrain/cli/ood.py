@@ -66,7 +66,8 @@ def ood(
             "--batch-size",
             min=1,
             metavar="B",
-            help="Images per batch; it does not change the result.",
+            help="Images per batch. It changes the rounding alone: an image's likelihood by about "
+            "1e-6 bits/dim.",
         ),
     ] = None,
     weights: WeightsOption = None,

@@ -20,7 +20,7 @@ from flowtrain.compression.codec import Codec, probe
 from flowtrain.compression.inputs import Selection
 from flowtrain.compression.model import model_bytes, model_hash, versions
 from flowtrain.compression.streams import CHUNK, EncodedStream, Estimate, encode_stream, estimate
-from flowtrain.compression.strips import strips
+from flowtrain.compression.strips import strip_length, strips
 from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
@@ -218,6 +218,9 @@ def _pack(
     }
     if isinstance(names, str):
         description["count"] = len(prepared.images)
+    count = len(_not_in(streams, len(prepared.images)))
+    if len(stored) != -(-count // strip_length(codec.shape[1])):
+        description["tall"] = True
     checksums = np.array([archive.checksum(image) for image in prepared.images], "<u4")
     parts = [checksums.tobytes(), *stored]
     if streams:

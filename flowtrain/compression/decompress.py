@@ -12,29 +12,34 @@ from torch import Tensor
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.format import StreamDescription
 from flowtrain.compression.model import model_hash, versions
 from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
-from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
-from flowtrain.errors import RunError, UserError, short
+from flowtrain.compression.threads import Progress, Tick, in_threads, one_thread, silent
+from flowtrain.errors import RunError, UserError, cut, short, shown
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
+from flowtrain.system import capacity
+from flowtrain.system.files import read_regular
 
 
 class Opened:
     """An archive that has been read and verified.
 
-    Raises `UserError` where it is damaged or not an archive.
+    Raises `UserError` where it is damaged or not an archive, and where unpacking it takes more than
+    `memory` bytes, a quarter of the machine's memory by default.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, memory: int | None = None):
         self.path = path
+        memory = capacity.total() // 4 if memory is None else memory
         try:
-            data = path.read_bytes()
+            data = read_regular(path, memory)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-        self.description, self.parts = archive.unpack(path, data)
+        self.description, self.parts = archive.unpack(path, data, memory)
         self.names = self.description.files
         self.levels = self.description.levels
         self.streams = self.description.streams
@@ -43,12 +48,12 @@ class Opened:
         """Raises `UserError`, naming --out, where a file or folder in `out` is in the way."""
         present = next((name for name in self.names if os.path.lexists(out / name)), None)
         if present is not None:
-            raise UserError(f"--out {out}: {present!r} is there already; give another folder")
+            raise UserError(f"--out {out}: {shown(present)} is there already; give another folder")
         for folder in {parent for name in self.names for parent in Path(name).parents}:
             if os.path.lexists(out / folder) and not (out / folder).is_dir():
                 raise UserError(
-                    f"--out {out}: {str(folder)!r} is a file, and a folder in the archive; give "
-                    f"another folder"
+                    f"--out {out}: {shown(str(folder))} is a file, and a folder in the archive; "
+                    f"give another folder"
                 )
 
     def load(self, given: str | None, trust_code: bool) -> LoadedModel | None:
@@ -63,10 +68,10 @@ class Opened:
         if given is None and wanted.embedded:
             model = self._embedded_model(trust_code)
         else:
-            if given is None and not Path(wanted.path).is_file():
+            if given is None and not os.path.isfile(wanted.path):  # noqa: PTH113 (never raises)
                 raise UserError(
-                    f"{self.path}: it needs the model {wanted.hash[:16]}, which was {wanted.path}: "
-                    f"say where it is with --model"
+                    f"{self.path}: it needs the model {cut(wanted.hash, 16)}, which was "
+                    f"{cut(wanted.path)}: say where it is with --model"
                 )
             model = load_model(
                 given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
@@ -74,9 +79,9 @@ class Opened:
         found = model_hash(model)
         if found != wanted.hash:
             raise UserError(
-                f"{self.path}: it was coded with the model {wanted.hash[:16]}, {wanted.weights} "
-                f"weights; {model.checkpoint.path} is another one, {found[:16]}: say where it is "
-                f"with --model"
+                f"{self.path}: it was coded with the model {cut(wanted.hash, 16)}, "
+                f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
+                f"{found[:16]}: say where it is with --model"
             )
         if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
             raise UserError(
@@ -106,33 +111,35 @@ class Opened:
         """
         described = self.description
         checksums = np.frombuffer(self.parts[0], "<u4").tolist()
-        stored = self._stored()
         found = torch.empty(described.images, *described.shape, dtype=torch.uint8)
-        if described.stored:
-            found[described.stored] = stored
+        self._read_stored(found)
         if self.streams:
             assert model is not None
-            others = sorted(set(range(described.images)) - set(described.stored))
-            found[others] = self._decoded(model, progress)
+            self._decode(found, model, progress)
         pairs = zip(found, checksums, strict=True)
         wrong = sum(archive.checksum(image) != known for image, known in pairs)
         if wrong:
             raise self._irreproducible(
                 f"{wrong} of {len(found)} images do not match their checksums"
             )
-        if self.levels < 256 and (found >= self.levels).any():
+        if self.levels < 256 and any((image >= self.levels).any() for image in found):
             raise UserError(
                 f"{self.path}: not a valid archive: it has values that are not in "
                 f"0..{self.levels - 1}"
             )
         return found
 
-    def _stored(self) -> Tensor:
-        shape = self.description.shape
-        strips = zip(self.parts[1:], self.description.strips, strict=False)
+    def _read_stored(self, found: Tensor) -> None:
+        """Writes the images that are stored in strips to their places in `found`, strip by
+        strip.
+        """
+        stored, first = self.description.stored, 0
         try:
-            parts = [unstrip(data, shape, count) for data, count in strips]
-            return torch.cat([torch.empty(0, *shape, dtype=torch.uint8), *parts])
+            for data, count in zip(self.parts[1:], self.description.strips, strict=False):
+                images = torch.empty(count, *self.description.shape, dtype=torch.uint8)
+                unstrip(data, images)
+                found[stored[first : first + count]] = images
+                first += count
         except MemoryError:
             raise
         except Exception as error:  # bytes that are no picture make Pillow raise almost anything
@@ -140,19 +147,21 @@ class Opened:
                 f"{self.path}: an image that is stored in it cannot be read ({short(error)})"
             ) from None
 
-    def _decoded(self, model: LoadedModel, progress: Progress) -> Tensor:
+    def _decode(self, found: Tensor, model: LoadedModel, progress: Progress) -> None:
+        """Writes the images of the streams to their places in `found`."""
         first = 1 + len(self.description.strips)
+        stored = set(self.description.stored)
+        others = [i for i in range(len(found)) if i not in stored]
         try:
             with one_thread():
                 codec = Codec(model.flow)
                 if probe(codec) != self.description.probe:
                     raise self._irreproducible("the model computes other numbers here")
-            tasks = [
-                functools.partial(decode_stream, codec, words_of(data), described)
-                for data, described in zip(self.parts[first:], self.streams, strict=False)
-            ]
-            total = sum(stream.images for stream in self.streams)
-            return torch.cat(in_threads(tasks, total, progress))
+            tasks = []
+            for data, described in zip(self.parts[first:], self.streams, strict=False):
+                places, others = others[: described.images], others[described.images :]
+                tasks.append(functools.partial(_decode_to, found, places, codec, data, described))
+            in_threads(tasks, sum(stream.images for stream in self.streams), progress)
         except (MemoryError, UserError):
             raise
         # The coder and Pillow raise almost anything for bits that mean nothing.
@@ -162,7 +171,7 @@ class Opened:
     def _irreproducible(self, why: str) -> UserError:
         here = versions()
         differing = [
-            f"; written with {name} {version}, here {here.get(name)}"
+            f"; written with {cut(name, 20)} {cut(version, 20)}, here {here.get(name)}"
             for name, version in self.description.versions.items()
             if version != here.get(name)
         ]
@@ -176,8 +185,19 @@ class Opened:
         """Writes all images as PNG files into a folder. Raises `RunError` naming the first that
         fails.
         """
-        for name, image in zip(self.names, to_8bit(images, self.levels), strict=True):
-            _write(out / name, encoded(image, "PNG"))
+        for name, image in zip(self.names, images, strict=True):
+            _write(out / name, encoded(to_8bit(image, self.levels), "PNG"))
+
+
+def _decode_to(
+    found: Tensor,
+    places: list[int],
+    codec: Codec,
+    data: bytes,
+    described: StreamDescription,
+    tick: Tick,
+) -> None:
+    found[places] = decode_stream(codec, words_of(data), described, tick)
 
 
 def _write(path: Path, data: bytes) -> None:

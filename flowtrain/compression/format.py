@@ -12,6 +12,7 @@ and then the embedded model, where there is one.
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable
@@ -29,10 +30,9 @@ from pydantic import (
 )
 from torch import Tensor
 
-from flowtrain.compression.strips import STRIP, strip_length
-from flowtrain.errors import UserError
-
-Side = Annotated[int, Field(ge=1, le=2**16)]
+from flowtrain.compression.strips import STRIP, strip_length, tall_length
+from flowtrain.errors import UserError, cut, shown
+from flowtrain.types import Side
 
 
 class StreamDescription(BaseModel):
@@ -61,11 +61,24 @@ class ModelDescription(BaseModel):
     embedded: bool
 
 
+BYTES_PER_IMAGE = 1000  # of its name, its checksum, and what is computed with them
+
+
+class TooLarge(Exception):
+    """Unpacking an archive takes more memory than it may: `memory`, in bytes."""
+
+    def __init__(self, memory: int):
+        super().__init__(f"{memory} bytes")
+        self.memory = memory
+
+
 class Description(BaseModel):
     """What an archive says about itself. Without streams, all images are stored in strips; with
     them, only those in `stored` are.
 
-    The context of its validation is the number of bytes that follow.
+    The context of its validation is the number of bytes that follow, and the number of bytes of
+    memory that unpacking may take. If it takes more, `TooLarge` is raised before anything is made
+    of the number of images.
     """
 
     shape: tuple[Literal[1, 3], Side, Side]
@@ -76,6 +89,7 @@ class Description(BaseModel):
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
     streams: list[StreamDescription] = []
     stored: list[int] = []
+    tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     probe: int | None = None
     versions: dict[str, str] = {}
@@ -84,6 +98,15 @@ class Description(BaseModel):
     def images(self) -> int:
         """The number of images, which is that of their checksums."""
         return self.lengths[0] // 4
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes of memory unpacking takes: for all images, for the copies of the
+        largest strip while it is read, and for those of an image while it is written.
+        """
+        pixels = math.prod(self.shape)
+        strip = min(self.images, strip_length(self.shape[1])) * pixels
+        return self.images * (pixels + BYTES_PER_IMAGE) + max(4 * strip, 12 * pixels)
 
     @property
     def files(self) -> list[str]:
@@ -95,7 +118,7 @@ class Description(BaseModel):
     @property
     def strips(self) -> list[int]:
         """How many images are in each strip."""
-        each = strip_length(self.shape[1])
+        each = tall_length(self.shape[1]) if self.tall else strip_length(self.shape[1])
         return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
     @property
@@ -105,8 +128,12 @@ class Description(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Description":
-        if sum(self.lengths) != info.context:
+        assert info.context is not None
+        following, memory = info.context
+        if sum(self.lengths) != following:
             raise ValueError("its parts are longer or shorter than it says")
+        if self.memory > memory:
+            raise TooLarge(self.memory)
         names = self.count
         if not isinstance(self.names, str):
             names = len(self.names) if isinstance(self.names, list) else None
@@ -143,27 +170,27 @@ def check_names(names: Iterable[str]) -> None:
         raise ValueError("two files have the same name")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{name!r} is no file name")
+            raise ValueError(f"{shown(name)} is no file name")
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{name!r} is not a plain relative path")
+            raise ValueError(f"{shown(name)} is not a plain relative path")
         if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
-            raise ValueError(f"{name!r} has a character that no file name can have")
+            raise ValueError(f"{shown(name)} has a character that no file name can have")
         if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
             raise ValueError(
-                f"{name!r} is longer than the {LONGEST_NAME} bytes that a file name can have"
+                f"{shown(name)} is longer than the {LONGEST_NAME} bytes that a file name can have"
             )
         for i in range(1, len(parts)):
             folder = "/".join(parts[:i])
             if folder in seen:
-                raise ValueError(f"{name!r} needs a folder where the file {folder!r} is")
+                raise ValueError(f"{shown(name)} needs a folder where the file {shown(folder)} is")
 
 
 def _file_system_bytes(name: str) -> bytes:
     try:
         return os.fsencode(name)
     except UnicodeEncodeError:
-        raise ValueError(f"{name!r} is no file name") from None
+        raise ValueError(f"{shown(name)} is no file name") from None
 
 
 def checksum(image: Tensor) -> int:
@@ -175,6 +202,7 @@ MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
 DIGEST = 8  # bytes
 # No few bytes are inflated to more than this: bytes of JSON, for some 500,000 names.
 LONGEST_DESCRIPTION = 2**26
+BYTES_PER_CHARACTER = 32  # of that JSON, in memory: the shortest names and numbers take most
 # Never to be changed within a version.
 DICTIONARY = (
     b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],'
@@ -200,10 +228,11 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     return data + digest(data)
 
 
-def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
+def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[bytes]]:
     """The description and the parts.
 
-    Raises `UserError` naming the file where it is damaged or not an archive.
+    Raises `UserError` naming the file where it is damaged or not an archive, or where unpacking
+    takes more than `memory` bytes.
     """
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
@@ -218,15 +247,23 @@ def unpack(path: Path, data: bytes) -> tuple[Description, list[bytes]]:
     # The file is now as somebody wrote it, but perhaps not with `pack`.
     try:
         inflate = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
-        text = inflate.decompress(data[start:end], LONGEST_DESCRIPTION)
+        longest = min(LONGEST_DESCRIPTION, memory // BYTES_PER_CHARACTER)
+        text = inflate.decompress(data[start:end], longest)
         if not inflate.eof:
-            raise ValueError("its description does not end")
-        description = Description.model_validate(json.loads(text), context=len(data) - DIGEST - end)
+            raise ValueError(f"its description does not end within {longest} bytes")
+        # The parts are copies.
+        context = len(data) - DIGEST - end, memory - 2 * len(data)
+        description = Description.model_validate(json.loads(text), context=context)
+    except TooLarge as error:
+        raise UserError(
+            f"{path}: to unpack it takes {(2 * len(data) + error.memory) / 2**20:,.0f} MiB of "
+            f"memory, and --max-memory is {memory / 2**20:,.0f} MiB"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: not a valid archive: {why}") from None
+        raise UserError(f"{path}: not a valid archive: {cut(why, 300)}") from None
     except (ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}: not a valid archive: {error}") from None
     parts = []

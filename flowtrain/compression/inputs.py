@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression.format import check_names
-from flowtrain.compression.strips import STRIP
+from flowtrain.compression.strips import BEST_METHOD, STRIP, tall_length, thorough
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
-from flowtrain.datasets.base import READABLE
+from flowtrain.datasets.base import picture
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
@@ -111,7 +110,7 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path, formats=READABLE) as image:
+        with picture(path) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
             # PNG's tRNS: one colour or level is transparent.
@@ -143,13 +142,28 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
 
 
 def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> dict[str, int]:
-    """The bytes of all images together, one file each, per lossless format that Pillow has."""
-    names = formats()
+    """The bytes of all images together, per lossless format that Pillow has: as one file each, and
+    in tall pictures (`tall NAME`) of as many images as a WebP can have.
+
+    WebP's method 6 is tried where there are few images (`thorough`).
+    """
+    names: dict[str, tuple[str, int | None]] = {name: (name, None) for name in formats()}
+    if "WEBP" in names and thorough(images):
+        names[f"WEBP method {BEST_METHOD}"] = "WEBP", BEST_METHOD
     parts = torch.split(images, STRIP)
-    tasks = [functools.partial(_sizes, name, part, levels) for name in names for part in parts]
-    totals = dict.fromkeys(names, 0)
+    tall = [
+        part.movedim(1, 0).flatten(1, 2)[None]
+        for part in torch.split(images, tall_length(images.shape[2]))
+    ]
+    tasks = [
+        functools.partial(_sizes, prefix + name, *names[name], part, levels, count)
+        for name in names
+        for prefix, pictures in (("", parts), ("tall ", tall))
+        for part, count in zip(pictures, _shares(len(images), len(pictures)), strict=True)
+    ]
+    totals = {prefix + name: 0 for prefix in ("", "tall ") for name in names}
     lossy = set()
-    for name, sizes in in_threads(tasks, len(names) * len(images), progress):
+    for name, sizes in in_threads(tasks, 2 * len(names) * len(images), progress):
         if sizes is None:
             lossy.add(name)
         else:
@@ -157,7 +171,17 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> 
     return {name: total for name, total in totals.items() if name not in lossy}
 
 
-def _sizes(name: str, images: Tensor, levels: int, tick: Tick) -> tuple[str, Tensor | None]:
-    sizes = file_sizes(images, levels, name)
-    tick(len(images))
-    return name, sizes
+def _shares(count: int, parts: int) -> list[int]:
+    """`count` in about equal parts."""
+    return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
+
+
+def _sizes(
+    title: str, name: str, method: int | None, images: Tensor, levels: int, count: int, tick: Tick
+) -> tuple[str, Tensor | None]:
+    try:
+        sizes = file_sizes(images, levels, name, method)
+    except (OSError, ValueError):  # too tall for the format
+        sizes = None
+    tick(count)
+    return title, sizes

@@ -158,6 +158,7 @@ def decode_stream(
         tick(count)
     blob = stack.first_words().astype("<u4").tobytes()[: described.carrier_bytes]
     if described.carriers:
-        parts.append(unstrip(blob, codec.shape, described.carriers))
+        parts.append(torch.empty(described.carriers, *codec.shape, dtype=torch.uint8))
+        unstrip(blob, parts[-1])
         tick(described.carriers)
     return torch.cat(parts[::-1])

@@ -15,6 +15,11 @@ from flowtrain.pictures.lossless import decoded, encoded, formats
 
 STRIP = 64  # images per strip, at most
 LONGEST = 16383  # pixels, of a WebP's side
+# Images of so many pixels together are packed with WebP's method 6 too. It takes 50 to 100 times as
+# long as method 2: at most half a minute for so many pixels, and hours for a large set.
+THOROUGH = 2**18
+BEST_METHOD = 6
+PIECE = 2**20  # bytes that are inflated at a time
 
 
 def strip_length(height: int) -> int:
@@ -22,40 +27,79 @@ def strip_length(height: int) -> int:
     return min(STRIP, max(1, LONGEST // height))
 
 
+def tall_length(height: int) -> int:
+    """How many images of this height are in a tall strip, at most.
+
+    A tall strip is at least twice as long as another one, or there are none. So the number of
+    strips says which they are.
+    """
+    length = LONGEST // height
+    return length if length >= 2 * STRIP else strip_length(height)
+
+
+def thorough(images: Tensor) -> bool:
+    """Whether images `(N, C, H, W)` are few enough for the slow methods."""
+    return images[:, 0].numel() <= THOROUGH
+
+
 def strips(images: Tensor, progress: Progress = silent) -> list[bytes]:
-    """All images `(N, C, H, W)` in strips."""
-    length = strip_length(images.shape[2])
-    tasks = [functools.partial(_strip, part) for part in torch.split(images, length)]
-    return in_threads(tasks, len(images), progress) if len(images) else []
+    """All images `(N, C, H, W)` in strips or in tall strips, whichever take fewer bytes."""
+    if not len(images):
+        return []
+    height, best = images.shape[2], thorough(images)
+    layouts = [
+        [functools.partial(_strip, part, best) for part in torch.split(images, length)]
+        for length in sorted({strip_length(height), tall_length(height)})
+    ]
+    if len(layouts[0]) == len(layouts[-1]):  # there is only one strip
+        layouts = layouts[:1]
+    tasks = [task for layout in layouts for task in layout]
+    parts = in_threads(tasks, len(layouts) * len(images), progress)
+    first = len(layouts[0])
+    return min([parts[:first], parts[first:] or parts[:first]], key=lambda p: sum(map(len, p)))
 
 
-def _strip(images: Tensor, tick: Tick) -> bytes:
-    data = strip(images)
+def _strip(images: Tensor, best: bool, tick: Tick) -> bytes:
+    data = strip(images, best)
     tick(len(images))
     return data
 
 
-def strip(images: Tensor) -> bytes:
-    """Some images `(N, C, H, W)` in the fewest bytes: as WebP, as PNG, or deflated."""
+def strip(images: Tensor, best: bool = False) -> bytes:
+    """Some images `(N, C, H, W)` in the fewest bytes: as WebP, as PNG, or deflated.
+
+    With `best`, WebP's method 6 is tried too.
+    """
     tall = images.movedim(1, 0).flatten(1, 2)
     candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
     if "WEBP" in formats() and max(tall.shape) <= LONGEST:
-        candidates.append(encoded(tall, "WEBP"))
+        methods = (None, BEST_METHOD) if best else (None,)
+        candidates += [encoded(tall, "WEBP", method) for method in methods]
     return min(candidates, key=len)
 
 
-def unstrip(data: bytes, shape: tuple[int, int, int], count: int) -> Tensor:
-    """The inverse of `strip`: `(count, C, H, W)`.
+def unstrip(data: bytes, images: Tensor) -> None:
+    """The inverse of `strip`: writes to `images`, `(N, C, H, W)`, uint8 and contiguous.
 
     Raises almost anything for bytes that `strip` did not make.
     """
-    channels, height, width = shape
+    count, channels, height, width = images.shape
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
-        size = count * channels * height * width
-        inflate = zlib.decompressobj()
-        pixels = inflate.decompress(data, size + 1)
-        if len(pixels) != size or not inflate.eof:
-            raise ValueError(f"not {count} images")
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(count, *shape)
-    tall = decoded(data, (channels, count * height, width))
-    return tall.view(channels, count, height, width).movedim(1, 0)
+        _inflate(data, images.numpy().data.cast("B"))
+    else:
+        tall = decoded(data, (channels, count * height, width))
+        images[:] = tall.view(channels, count, height, width).movedim(1, 0)
+
+
+def _inflate(data: bytes, out: memoryview) -> None:
+    """Fills `out`, piece by piece. Raises `ValueError` unless exactly so much is inflated."""
+    inflate = zlib.decompressobj()
+    done = 0
+    while piece := inflate.decompress(data, PIECE):
+        if done + len(piece) > len(out):
+            break
+        out[done : done + len(piece)] = piece
+        done += len(piece)
+        data = inflate.unconsumed_tail
+    if piece or done != len(out) or not inflate.eof:
+        raise ValueError(f"not {len(out)} bytes")

@@ -1,5 +1,6 @@
 """Data that a command line names: a data set, a folder, an image file or an .npz file."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import folder, npz
-from flowtrain.datasets.base import Images, hold_out, open_image
+from flowtrain.datasets.base import Images, open_image
 from flowtrain.errors import UserError
 from flowtrain.types import Shape
 
@@ -68,19 +69,10 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     if (config.name, path) == (own.name, own.options().get("path", Path())):
         return None
     if config.name == "npz":
-        parts = [
-            npz.build(config.root, split, seed=config.split_seed, **options)
-            for split in ("train", "test")
-        ]
-        with np.load(path) as arrays:
-            if "x_test" in arrays.files:
-                return None
-
-        def read() -> np.ndarray:
-            pixels = np.concatenate([part.read() for part in parts])
-            return pixels[np.argsort(np.concatenate(hold_out(len(pixels), 0.1, config.split_seed)))]
-
-        return Images(shape=parts[0].shape, levels=256, read=read)
+        images = npz.build(config.root, "train", **options)
+        if images.rows is None:  # it has x_test
+            return None
+        return dataclasses.replace(images, rows=None, labels=None)
     if config.name == "folder" and not (path / "test").is_dir():
         shape = (options["channels"], options["size"], options["size"])
         files = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
-from flowtrain.datasets.base import Images, hold_out
+from flowtrain.datasets.base import Images, digests, duplicates, first_equal, hold_out
 from flowtrain.errors import UserError
 from flowtrain.flow.kinds import kind_of
 
@@ -112,34 +112,51 @@ class DataSet:
         return self.train_images.flip if self.config.flip is None else self.config.flip
 
     @cached_property
-    def _training_pixels(self) -> np.ndarray:
-        return _checked(self.train_images, f"{self.config.name}, training images")
+    def _training(self) -> "_Part":
+        return _read(self.train_images, f"{self.config.name}, training images")
 
     @cached_property
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        count = len(self._training_pixels)
+        count, first = len(self._training.rows), self._training.first
         try:
-            return hold_out(count, self.config.validation, self.config.split_seed)
+            return hold_out(count, self.config.validation, self.config.split_seed, first)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from error
 
     def split(self, name: SplitName) -> Split:
         """The images of one split, which are read, and downloaded on first use."""
         if name in ("test", "all"):
-            pixels = _checked(self.test_images, f"{self.config.name}, {name} images")
-            return Split(pixels, np.arange(len(pixels)), self.drop_bits, self.test_images.labels)
+            part = _read(self.test_images, f"{self.config.name}, {name} images")
+            return Split(part.pixels, part.rows, self.drop_bits, self.test_images.labels)
         kept, held = self._held_out
-        indices = kept if name == "train" else held
-        return Split(self._training_pixels, indices, self.drop_bits, self.train_images.labels)
+        part = self._training
+        indices = part.rows[kept if name == "train" else held]
+        return Split(part.pixels, indices, self.drop_bits, self.train_images.labels)
+
+    def equal_to_training(self, split: Split, count: int) -> int | None:
+        """How many of the first `count` images of a split are equal to an image of the training
+        split.
+
+        Images are compared as stored, with all bits. None if the training images would first have
+        to be downloaded or decoded.
+        """
+        if self.undivided or not self.train_images.at_hand():
+            return None
+        part = self._training
+        known = {digest.tobytes() for digest in part.digests[self._held_out[0]]}
+        found = digests(split.pixels, split.indices[:count])
+        return sum(digest.tobytes() in known for digest in found)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Identifies the training and validation images: their number, content and division."""
         kept, held = self._held_out
+        part = self._training
         content = (
             self.train_images.key
-            or hashlib.sha256(np.ascontiguousarray(self._training_pixels).data).hexdigest()
+            or hashlib.sha256(np.ascontiguousarray(part.used).data).hexdigest()
         )
+        equal = duplicates(part.first)  # where there are none, an earlier version made no mistake
         return {
             "shape": list(self.shape),
             "levels": self.levels,
@@ -147,20 +164,45 @@ class DataSet:
             "validation": len(held),
             "split_seed": self.config.split_seed,
             "content": content,
-        }
+        } | ({"duplicates": equal} if equal else {})
 
 
-def _checked(images: Images, what: str) -> np.ndarray:
+@dataclass(frozen=True)
+class _Part:
+    """What was read of a part of a data set: an array, and which of its rows belong to the part."""
+
+    images: Images
+    pixels: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def used(self) -> np.ndarray:
+        """The images of this part."""
+        return self.pixels if self.images.rows is None else self.pixels[self.rows]
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """A digest of each image of this part: see `flowtrain.datasets.base.digests`."""
+        known = self.images.digests
+        return digests(self.pixels, self.rows) if known is None else known()[self.rows]
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """For each image of this part, the first that is equal to it."""
+        return first_equal(self.digests)
+
+
+def _read(images: Images, what: str) -> _Part:
     pixels = images.read()
-    if pixels.shape[1:] != images.shape or len(pixels) == 0:
+    rows = np.arange(len(pixels)) if images.rows is None else images.rows()
+    if pixels.shape[1:] != images.shape or len(rows) == 0:
         raise UserError(
-            f"data: {what}: {len(pixels)} images of shape {pixels.shape[1:]}, expected "
-            f"{images.shape}"
+            f"data: {what}: {len(rows)} images of shape {pixels.shape[1:]}, expected {images.shape}"
         )
     fault = kind_of(images.levels).fault(pixels)
     if fault:
         raise UserError(f"data: {what}: {fault}")
-    return pixels
+    return _Part(images, pixels, rows)
 
 
 def labels_of(split: Split, classes: int, name: str) -> Tensor:

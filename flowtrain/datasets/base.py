@@ -1,14 +1,17 @@
 """What every data set returns (`Images`), held-out splits, and image files of any shape."""
 
-from collections.abc import Callable
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowtrain.errors import UserError, short
+from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
 Part = Literal["train", "test"]  # the parts that a data set itself has
@@ -21,7 +24,7 @@ READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 @dataclass(frozen=True)
 class Images:
-    """One split of a data set, described before any pixel is read or downloaded.
+    """One part of a data set, described before any pixel is read or downloaded.
 
     shape: (C, H, W) of one image as stored.
     levels: Q, for values 0..Q-1. None for real-valued data.
@@ -31,6 +34,9 @@ class Images:
     flip: Whether a mirrored image belongs to the same distribution. The default of `data.flip`.
     labels: Returns the classes of the same images, int64 (N,), from 0. None if there are none.
     key: Identifies the content if hashing the pixels would be slow. None: the pixels are hashed.
+    rows: Returns the indices of those of the N images that belong to this part. None: all do.
+    digests: Returns what `digests` gives for the pixels, if reading them all would be slow.
+    at_hand: Whether `read` neither downloads nor decodes anything first.
     """
 
     shape: Shape
@@ -39,6 +45,9 @@ class Images:
     flip: bool = False
     key: str | None = None
     labels: Callable[[], np.ndarray] | None = None
+    rows: Callable[[], np.ndarray] | None = None
+    digests: Callable[[], np.ndarray] | None = None
+    at_hand: Callable[[], bool] = lambda: True
 
 
 def frozen_random(*key: int) -> np.random.RandomState:
@@ -50,11 +59,48 @@ def frozen_random(*key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 
-def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+HASHED = 2**24  # bytes of pixels that are hashed at a time
+
+
+def digests(pixels: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """128 bits of BLAKE2 for each example of `(N, ...)`, or for those at `rows`: uint8 `(N, 16)`.
+
+    Examples are equal if these are. `pixels` may be a memory map larger than the memory.
+    """
+    rows = np.arange(len(pixels)) if rows is None else rows
+    found = np.empty((len(rows), 16), np.uint8)
+    each = max(1, HASHED // max(1, pixels[:1].nbytes))  # examples at a time
+    for start in range(0, len(rows), each):
+        part = np.ascontiguousarray(pixels[rows[start : start + each]]).reshape(-1, pixels[0].size)
+        hashed = (hashlib.blake2b(row.data, digest_size=16).digest() for row in part)
+        found[start : start + each] = np.frombuffer(b"".join(hashed), np.uint8).reshape(-1, 16)
+    return found
+
+
+def first_equal(digests: np.ndarray) -> np.ndarray:
+    """For each of N examples the index of the first that is equal to it, `(N,)`."""
+    first: dict[bytes, int] = {}
+    found = (first.setdefault(digest.tobytes(), i) for i, digest in enumerate(digests))
+    return np.fromiter(found, np.int64, len(digests))
+
+
+def duplicates(first: np.ndarray) -> int:
+    """How many of the examples are equal to an earlier one, from `first_equal`."""
+    return int((first != np.arange(len(first))).sum())
+
+
+def hold_out(
+    n: int, held: int | float, seed: int, first: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits range(n) into two sorted index arrays (kept, held), a function of the seed.
 
     `held` is a count, or a fraction below 1, which is rounded to at least one image. 0 holds out
-    nothing. Raises UserError if `held` is neither, or if nothing would be kept.
+    nothing. `first` is the result of `first_equal`: equal images go to the same side. They are held
+    out together if the count has room for all of them, and otherwise kept. If there is room for
+    none, the fewest equal images are held out. If all images are equal, nothing can keep them
+    together, and they are split like others.
+
+    Raises UserError if `held` is neither, or if nothing would be kept.
     """
     if seed < 0:
         raise UserError(f"seed is {seed}: give a whole number that is not negative")
@@ -64,14 +110,30 @@ def hold_out(n: int, held: int | float, seed: int) -> tuple[np.ndarray, np.ndarr
     if count >= n:
         raise UserError(f"cannot hold {count} of {n} images out: none is left to train on")
     order = frozen_random(seed).permutation(n)
-    return np.sort(order[count:]), np.sort(order[:count])
+    if first is None or not duplicates(first) or not first.any():
+        return np.sort(order[count:]), np.sort(order[:count])
+    sizes = np.bincount(first, minlength=n)  # of the groups of equal images, at their first one
+    groups = first[order]
+    groups = groups[np.sort(np.unique(groups, return_index=True)[1])]  # in the seeded order
+    out, room = np.zeros(n, bool), count
+    for group in groups:
+        if not room:
+            break
+        if sizes[group] <= room:
+            out[group] = True
+            room -= sizes[group]
+    if count and not out.any():
+        out[groups[np.argmin(sizes[groups])]] = True
+    out = out[first]
+    return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def part_of(examples: np.ndarray, part: Part, seed: int) -> np.ndarray:
-    """A part of examples without a test split of their own, which is a seeded tenth of them."""
-    kept, held = hold_out(len(examples), 0.1, seed)
-    chosen: np.ndarray = examples[kept if part == "train" else held]
-    return chosen
+def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
+    """The indices of a part of examples without a test split of their own: a seeded tenth is the
+    test split. `first` is the result of `first_equal` for the examples.
+    """
+    kept, held = hold_out(len(first), 0.1, seed, first)
+    return kept if part == "train" else held
 
 
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
@@ -121,9 +183,23 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
     return left, top, left + w, top + h
 
 
+@contextlib.contextmanager
+def picture(path: Path) -> Iterator[Image.Image]:
+    """An image file of one of the formats `READABLE`. Raises what `open_regular` and Pillow
+    raise.
+    """
+    with open_regular(path) as file:
+        try:
+            image = Image.open(file, formats=READABLE)
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(f"cannot identify image file '{path}'") from None
+        with image:
+            yield image
+
+
 def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
-    """Reads an image file as uint8 (C, H, W), 0..255. Raises what Pillow and `resize` raise."""
-    with Image.open(path, formats=READABLE) as image:
+    """Reads an image file as uint8 (C, H, W), 0..255. Raises what `picture` and `resize` raise."""
+    with picture(path) as image:
         if policy != "exact":  # a JPEG decodes much faster at a half, quarter or eighth of its size
             image.draft(None, (2 * max(shape[1:]),) * 2)
         return resize(image, shape, policy)

@@ -6,7 +6,7 @@ import numpy as np
 
 from flowtrain.datasets.base import Images, Part
 from flowtrain.datasets.points import real_valued
-from flowtrain.types import Positive
+from flowtrain.types import Count
 
 
 def build(
@@ -14,8 +14,8 @@ def build(
     split: Part,
     *,
     seed: int = 0,
-    count: Positive = 10_000,
-    test_count: Positive = 10_000,
+    count: Count = 10_000,
+    test_count: Count = 10_000,
 ) -> Images:
     """Points of the plane. `root` is not used.
 

@@ -7,21 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, part_of
+from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
 
 
 def build(root: Path, split: Part, *, seed: int = 0) -> Images:
     """1x8x8 images with 17 levels. A seeded tenth (180) is the test split. `root` is not used."""
 
-    def part(of: str) -> np.ndarray:
+    def all_of(name: str) -> np.ndarray:
         from sklearn.datasets import load_digits
 
-        return part_of(load_digits()[of], split, seed)
+        values: np.ndarray = load_digits()[name]
+        return values
 
     def read() -> np.ndarray:
-        return contiguous(part("images")[:, None])  # (N, 1, 8, 8), floats 0..16
+        return contiguous(all_of("images")[:, None])  # (N, 1, 8, 8), floats 0..16
 
     def labels() -> np.ndarray:
-        return part("target").astype(np.int64)
+        return all_of("target").astype(np.int64)
 
-    return Images(shape=(1, 8, 8), levels=17, read=read, labels=labels)
+    def rows() -> np.ndarray:
+        return part_of(first_equal(digests(read())), split, seed)
+
+    return Images(shape=(1, 8, 8), levels=17, read=read, labels=labels, rows=rows)

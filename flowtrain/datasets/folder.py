@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from flowtrain.datasets import base
-from flowtrain.datasets.base import Images, Part, Policy, part_of
+from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
-from flowtrain.types import Shape
+from flowtrain.system.files import write_atomically
+from flowtrain.types import Shape, Side
 
 log = logging.getLogger("flowtrain")
 
@@ -45,7 +45,7 @@ def build(
     *,
     seed: int = 0,
     path: Path,
-    size: int,
+    size: Side,
     channels: Literal[1, 3] = 3,
     resize: Policy = "crop",
 ) -> Images:
@@ -61,10 +61,11 @@ def build(
         resize: How an image is brought to that size: `crop` takes the largest centred square,
             `stretch` the whole image, and `exact` refuses images of another size.
 
-    The tree is listed here. The first `read` decodes the files of the split into
-    `$FLOWTRAIN_CACHE`, or else `$XDG_CACHE_HOME/flowtrain`, or else `~/.cache/flowtrain`. The key
-    of this cache is made of the paths, sizes and times of the files, and of the options. Files that
-    cannot be decoded are left out. The logger `flowtrain` lists them as a warning each time.
+    The tree is listed here. The first `read` decodes the files of the split, or all files if there
+    is no `test/`, into `$FLOWTRAIN_CACHE`, or else `$XDG_CACHE_HOME/flowtrain`, or else
+    `~/.cache/flowtrain`. The key of this cache is made of the paths, sizes and times of the files,
+    and of the options. Files that cannot be decoded are left out. The logger `flowtrain` lists them
+    as a warning each time.
 
     Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
     cache cannot be written.
@@ -72,44 +73,81 @@ def build(
     folder = Path(path).expanduser().resolve()
     if size < 1:
         raise UserError(f"data.size is {size}: give the side of the images in pixels")
-    files = _split(folder, split, seed)
+    files, divided = _files(folder, split)
     shape: Shape = (channels, size, size)
     options = json.dumps([1, channels, size, resize])  # 1: the version of the cache
     # The cache must notice an edited file. The fingerprint must stay the same after a copy to
     # another machine.
     cached = _digest([os.fspath(folder), options, *(repr(tuple(file)) for file in files)])
-    content = _digest([options, *(repr((file.name, file.size)) for file in files)])
+    named = files
+    if divided:  # as if no images were equal, because none has been read
+        named = [files[i] for i in part_of(np.arange(len(files)), split, seed)]
+    content = _digest([options, *(repr((file.name, file.size)) for file in named)])
+
+    def target() -> Path:
+        return _cache() / "folder" / cached
+
+    def decoded() -> tuple[np.ndarray, dict[str, str]]:
+        return _open(target(), shape) or _fill(target(), folder, files, shape, resize)
+
+    def digests() -> np.ndarray:
+        return _digests(target(), decoded()[0])
+
+    def part(unreadable: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the files of this part, and of all files that are images of the cache."""
+        readable = np.flatnonzero([file.name not in unreadable for file in files])
+        first = np.arange(len(files))
+        first[readable] = readable[first_equal(digests())]
+        return part_of(first, split, seed) if divided else first, readable
+
+    def rows() -> np.ndarray:
+        own, readable = part(decoded()[1])
+        return np.flatnonzero(np.isin(readable, own))
 
     def read() -> np.ndarray:
-        target = _cache() / "folder" / cached
-        images, unreadable = _open(target, shape) or _fill(target, folder, files, shape, resize)
+        images, unreadable = decoded()
+        if unreadable and divided:
+            own = {files[i].name for i in part(unreadable)[0]}
+            count, unreadable = len(own), {n: why for n, why in unreadable.items() if n in own}
+        else:
+            count = len(files)
         if unreadable:
             lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
             if len(unreadable) > LISTED:
-                lines.append(f"  and {len(unreadable) - LISTED} more, see {target / 'index.json'}")
+                index = target() / "index.json"
+                lines.append(f"  and {len(unreadable) - LISTED} more, see {index}")
             log.warning(
                 "data.path: %d of %d %s images in %s cannot be read and are left out:\n%s",
-                len(unreadable), len(files), split, folder, "\n".join(lines),
+                len(unreadable), count, split, folder, "\n".join(lines),
             )  # fmt: skip
         return images
 
-    return Images(shape=shape, levels=256, read=read, key=content)
+    return Images(
+        shape=shape,
+        levels=256,
+        read=read,
+        key=content,
+        rows=rows if divided else None,
+        digests=digests,
+        at_hand=lambda: (target() / "index.json").exists(),
+    )
 
 
-def _split(folder: Path, split: Part, seed: int) -> list[File]:
+def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
+    """The files of a part, and False. If there is no `test/`: all files to be divided, and True."""
     if not folder.is_dir():
         raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
     if test:
         part = split if split == "test" or train else ""
-        return list(files_of(folder, part, skip="" if part else "test"))
-    files = list(files_of(folder, "train" if train else ""))
+        return files_of(folder, part, skip="" if part else "test"), False
+    files = files_of(folder, "train" if train else "")
     if len(files) < 2:
         raise UserError(
             f"data.path: {folder} has one image, which cannot be split: add images, or folders "
             f"train/ and test/"
         )
-    return [files[i] for i in part_of(np.arange(len(files)), split, seed)]
+    return files, True
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
@@ -181,6 +219,21 @@ def _open(target: Path, shape: Shape) -> tuple[np.ndarray, dict[str, str]] | Non
         log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
         return None
     return images, index["unreadable"]
+
+
+def _digests(target: Path, images: np.ndarray) -> np.ndarray:
+    """What `base.digests` gives for the images of a cache, which remembers it."""
+    known = target / "digests.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found: np.ndarray = np.load(known)
+        if found.shape == (len(images), 16) and found.dtype == np.uint8:
+            return found
+    found = base.digests(images)
+    buffer = io.BytesIO()
+    np.save(buffer, found)
+    with contextlib.suppress(RunError):  # next time they are computed again
+        write_atomically(known, buffer.getvalue())
+    return found
 
 
 def _fill(
@@ -285,7 +338,7 @@ def _check_sizes(pool: ThreadPoolExecutor, folder: Path, files: list[File], shap
 
     def size(file: File) -> tuple[int, int]:
         try:
-            with Image.open(folder / file.name) as image:
+            with base.picture(folder / file.name) as image:
                 return image.size
         except Exception:  # reported when it is decoded
             return wanted

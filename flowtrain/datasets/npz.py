@@ -5,20 +5,19 @@ All but x_train are optional.
 import contextlib
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, part_of
-from flowtrain.errors import UserError, short
+from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
+from flowtrain.errors import UserError, cut, short
+from flowtrain.system import capacity
+from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
 Layout = Literal["nhwc", "nchw"]
-
-DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
@@ -36,9 +35,15 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
         keys = sorted(name.removesuffix(".npy") for name in archive.namelist())
         if "x_train" not in keys:
             raise UserError(
-                f"data.path: {path} has no array x_train (it has {', '.join(keys) or 'nothing'}): "
-                "save it with np.savez(path, x_train=..., x_test=...)"
+                f"data.path: {path} has no array x_train (it has "
+                f"{cut(', '.join(keys)) or 'nothing'}): save it with np.savez(path, x_train=..., "
+                "x_test=...)"
             )
+        for key in ("x_train", "x_test", "y_train", "y_test"):
+            if keys.count(key) > 1:
+                raise UserError(
+                    f"data.path: {path} has {keys.count(key)} arrays {key}: save it again with one"
+                )
         count, train = _shape(path, archive, "x_train", layout)
         own_test = "x_test" in keys
         counts = {"train": count}
@@ -57,14 +62,14 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 
     part = "test" if own_test and split == "test" else "train"
 
-    def own(values: np.ndarray) -> np.ndarray:
-        return values if own_test else part_of(values, split, seed)
-
     def read() -> np.ndarray:
         pixels = _array(path, f"x_{part}")
         if pixels.ndim == 4 and layout == "nhwc":
             pixels = pixels.transpose(0, 3, 1, 2)
-        return contiguous(own(pixels.reshape(-1, *train)))  # (N, C, H, W)
+        return contiguous(pixels.reshape(-1, *train))  # (N, C, H, W)
+
+    def rows() -> np.ndarray:
+        return part_of(first_equal(digests(read())), split, seed)
 
     def labels() -> np.ndarray:
         key = f"y_{part}"
@@ -75,10 +80,14 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
                 f"a whole number for "
                 f"each of the {counts[part]} images"
             )
-        return own(values.reshape(-1).astype(np.int64))
+        return values.reshape(-1).astype(np.int64)
 
     return Images(
-        shape=train, levels=256, read=read, labels=labels if f"y_{part}" in keys else None
+        shape=train,
+        levels=256,
+        read=read,
+        labels=labels if f"y_{part}" in keys else None,
+        rows=None if own_test else rows,
     )
 
 
@@ -105,7 +114,11 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
             f".astype(np.uint8)"
         )
     if there != math.prod(shape):
-        raise UserError(f"{where} is damaged: it has {there} bytes for an array {shape}")
+        raise UserError(f"{where} is damaged: it has {there} bytes for an array {cut(str(shape))}")
+    if there > capacity.total() // 2:
+        raise UserError(
+            f"{where} takes {there / 2**30:.1f} GiB, more than half of the memory of this machine"
+        )
     if len(shape) == 3:
         shape = (shape[0], 1, *shape[1:])
         n, *image = shape
@@ -132,17 +145,23 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        archive = zipfile.ZipFile(path)
+        file = open_regular(path)
     except FileNotFoundError:
         raise UserError(f"data.path: there is no file {path}") from None
-    except zipfile.BadZipFile:
-        raise UserError(
-            f"data.path: {path} is not an .npz file, or is cut short: save it again with np.savez"
-        ) from None
     except OSError as error:
         raise UserError(f"data.path: {path} cannot be opened ({short(error)})") from None
-    with archive:
-        yield archive
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except MemoryError:
+            raise
+        except Exception:  # a damaged directory of the archive makes zipfile raise almost anything
+            raise UserError(
+                f"data.path: {path} is not an .npz file, or is cut short: save it again with "
+                f"np.savez"
+            ) from None
+        with archive:
+            yield archive
 
 
 @contextlib.contextmanager
@@ -150,7 +169,9 @@ def _member(path: Path, archive: zipfile.ZipFile, key: str) -> Iterator[IO[bytes
     try:
         with archive.open(f"{key}.npy") as file:
             yield file
-    except (*DAMAGE, KeyError) as error:
+    except MemoryError:
+        raise UserError(f"data.path: {key} in {path} does not fit into memory") from None
+    except Exception as error:  # damaged bytes make zipfile, numpy and the codecs raise anything
         raise UserError(
             f"data.path: {key} in {path} is damaged or not a plain array ({short(error)}): copy "
             f"or save the file again"

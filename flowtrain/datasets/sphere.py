@@ -8,7 +8,7 @@ from pydantic import PositiveFloat
 
 from flowtrain.datasets.base import Images, Part, frozen_random
 from flowtrain.datasets.points import real_valued
-from flowtrain.types import Positive
+from flowtrain.types import Count, Positive
 
 
 def build(
@@ -16,8 +16,8 @@ def build(
     split: Part,
     *,
     seed: int = 0,
-    count: Positive = 10_000,
-    test_count: Positive = 10_000,
+    count: Count = 10_000,
+    test_count: Count = 10_000,
     components: Positive = 6,
     concentration: PositiveFloat = 20,
 ) -> Images:

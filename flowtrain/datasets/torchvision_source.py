@@ -105,6 +105,8 @@ def images(
             log.info("%s is not in %s: downloading it from %s", name, place, tried)
         try:
             for file, size in files.unpacked.items():
+                if present and not ((place / file).is_file() or (place / file).is_dir()):
+                    raise ValueError(f"{file} is not a regular file")
                 found = (place / file).stat().st_size if (place / file).exists() else size
                 if size is not None and found != size:
                     present = True
@@ -139,6 +141,7 @@ def images(
         read=lambda: contiguous(guarded(0, (count, *shape))),
         flip=flip,
         labels=lambda: guarded(1, (count,)).astype(np.int64),
+        at_hand=lambda: all((place / file).exists() for file in files.unpacked),
     )
 
 

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,13 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import Watching, layers_of, short_name
-from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system.random import Stream, generator
 
 Verdict = Literal["ok", "watch", "bad"]
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
+Pass = Callable[[Executor], tuple[Tensor, Tensor]]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ ROUNDING = 2.0**-24  # of float32, relative
 # noise so far that it does not come back (Behrmann et al. 2021, "Understanding and Mitigating
 # Exploding Inverses"). This harms neither images nor samples.
 IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
+
+NOISE_MODEL = "dequantizer.noise_model"  # the name of the learned noise as one layer
 
 # The bounds (watch, bad) of each check. A value beyond one gets that verdict. Where the second
 # bound is the smaller one, smaller values are worse.
@@ -67,6 +71,8 @@ BOUNDS = {
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
     "latent round trip, float64": (1e-5, 1e-4),
+    # Bits of the test images, relative to those of a uniform coder, log2(Q) for each entry.
+    "likelihood": (1, 1),
     # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, and
     # the inverse is not wrong.
     "images that come back exactly": (1, 0.999),
@@ -236,7 +242,7 @@ def examine(
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
     notes = _Notes()
     batches = -(-len(x) // BATCH_SIZE)
-    done, total = 0, 7 * batches + 1
+    done, total = 0, (10 if learns_noise(flow) else 7) * batches + 1
 
     def counted(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         nonlocal done
@@ -251,10 +257,19 @@ def examine(
     _weights(flow, notes)
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
         for part, u in in_batches(images, noise):
-            _layers(flow, part.to(flow.device), u.to(flow.device), kind, notes)
+            data_and_noise = part.to(flow.device), u.to(flow.device)
+            _layers(flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes)
     for (part,) in in_batches(z):
-        _layers(flow, part.to(flow.device), None, SAMPLES, notes)
+        latents = part.to(flow.device)
 
+        def decode(executor: Executor, latents: Tensor = latents) -> tuple[Tensor, Tensor]:
+            return flow.bijection.through(executor, "inverse", latents)
+
+        _layers(flow, decode, "inverse pass", SAMPLES, notes)
+    if learns_noise(flow):
+        for kind, images in ((IMAGES, x), (NOISE, random_images), (SAMPLES, x)):
+            for part, u in in_batches(images, noise):
+                _noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
         exact = sum(
             _data_round_trip(flow, precise, part, levels, kind, notes)
@@ -264,8 +279,10 @@ def examine(
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
     for (part,) in in_batches(z):
         _latent_round_trip(flow, precise, part, levels, notes)
-    for part, u in in_batches(x, noise):
-        _likelihood(flow, precise, part, u, notes)
+    reported = [_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
+    if flow.levels is not None:
+        bits = flow.loss(torch.cat(reported)).mean()
+        notes.add("likelihood", bits / math.log2(flow.levels), inputs=IMAGES)
     _jacobians(model, x[:1], noise[:1], notes)
     progress(total, total)
     return list(notes.findings.values())
@@ -309,12 +326,12 @@ def _finite(*tensors: Tensor) -> Tensor:
     ).all(dim=0)
 
 
-def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes: _Notes) -> None:
-    """Checks each layer on the inputs that it gets in a pass through the flow.
+def _layers(flow: Flow, run: Pass, check: str, inputs: str, notes: _Notes) -> None:
+    """Checks each layer on the inputs that it gets in a pass through the flow, or through its
+    learned noise.
 
-    With `noise`, `start` are images on the way to latents. Without, they are latents on the way to
-    data. A layer is judged on the examples that reach it finite. So only the first damaged layer is
-    named, not all those after it.
+    `run` is this pass, and `check` names the finding about its result. A layer is judged on the
+    examples that reach it finite. So only the first damaged layer is named, not all those after it.
     """
     where = first = ""
 
@@ -332,13 +349,8 @@ def _layers(flow: Flow, start: Tensor, noise: Tensor | None, inputs: str, notes:
             _layer(name, layer, direction, given[arrived], result[arrived], part, inputs, notes)
         return result, log_det
 
-    check = "inverse pass" if noise is None else "forward pass"
     try:
-        watching = Watching(flow, around)
-        if noise is None:
-            ends = flow.bijection.through(watching, "inverse", start)
-        else:
-            ends = flow.to_latents(start, noise, watching)
+        ends = run(Watching(flow, around))
     except Exception as error:  # a model of the user's own may raise anything
         notes.failed((check,), error, where, inputs)
     else:
@@ -367,6 +379,64 @@ def _layer(
     notes.add(checks[0], _relative_error(back, given), name, inputs)
     notes.add(checks[1], _relative_error(again, result), name, inputs)
     _log_scale(log_scales, name, inputs, notes)
+
+
+class LearnedNoise(Bijection):
+    """The learned noise of a model as one layer, from uniform noise to u. The context is the image.
+
+    Most of it are layers of its own. But the normal distribution function at its end can saturate,
+    which no layer before it shows.
+    """
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        assert isinstance(flow.dequantizer, Dequantizer)
+        self.dequantizer = flow.dequantizer
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        u, log_q = self.dequantizer.draw(context, x)
+        return u, -log_q
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert context is not None
+        return self.dequantizer.noise_of(context, z)
+
+
+def learns_noise(flow: Flow) -> bool:
+    """Whether the noise of a model is learned."""
+    return isinstance(flow.dequantizer, Dequantizer) and flow.dequantizer.learns_noise
+
+
+def _noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: _Notes) -> None:
+    """Checks the learned noise as one layer.
+
+    For samples, it also checks each of its layers on the way from a uniform u back to the noise.
+    The passes through the flow have no such direction.
+    """
+    layer = LearnedNoise(flow)
+    direction: Direction = "forward"
+    if inputs == SAMPLES:
+        direction = "inverse"
+        noise = EDGE + (1 - 2 * EDGE) * noise  # as u, which `draw` keeps off the edges of a bin
+        invert = partial(layer.dequantizer.noise_of, images, noise)
+        _layers(flow, invert, "inverse pass", inputs, notes)
+    try:
+        result, log_det = call(layer, direction, noise, images)
+    except Exception:  # the passes have noted it
+        return
+    arrived = _finite(result, log_det)
+    if arrived.any():
+        _layer(
+            NOISE_MODEL,
+            layer,
+            direction,
+            noise[arrived],
+            result[arrived],
+            images[arrived],
+            inputs,
+            notes,
+        )
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
@@ -439,8 +509,12 @@ def _latent_round_trip(flow: Flow, precise: Flow, z: Tensor, levels: float, note
         notes.add(checks[1], _bits(back, start), inputs=SAMPLES)
 
 
-def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Notes) -> None:
-    """Checks how far float32 moves a reported likelihood."""
+def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Notes) -> Tensor:
+    """Checks how far float32 moves a reported likelihood.
+
+    Returns the likelihoods in nats, float64 `(B,)` on the CPU; NaN where there are none.
+    """
+    reported = torch.full((len(x),), math.nan, dtype=torch.float64)
     try:
         reported = flow(x.to(flow.device), noise.to(flow.device)).total.cpu().double()
         error = (reported - precise(x, noise).total).abs().max() / (flow.dims * math.log(2))
@@ -448,6 +522,7 @@ def _likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: _Not
         notes.failed(("float32 likelihood",), failure, inputs=IMAGES)
     else:
         notes.add("float32 likelihood", error, inputs=IMAGES)
+    return reported
 
 
 # --- log-determinants -----------------------------------------------------------------------------
@@ -500,6 +575,14 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     start = x if flow.kind.exact else noise
     try:
         whole(precise, start.double(), Watching(precise, around))
+        if learns_noise(flow):
+            where = NOISE_MODEL
+            learned = LearnedNoise(precise)
+            exact = jacobian_log_det(
+                lambda copies: learned(copies, x.expand(len(copies), -1, -1, -1)), start.double()
+            )
+            reported = LearnedNoise(flow)(start, x)[1].double()
+            notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
         exact = jacobian_log_det(lambda copies: whole(precise, copies), start.double())
         notes.add(

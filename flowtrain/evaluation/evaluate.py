@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
+from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import UserError
 from flowtrain.evaluation.score import Scores, score
 from flowtrain.flow.flow import Flow
@@ -85,6 +86,8 @@ def evaluate(
         **summarize(scores, flow),
         **_classification(scores, flow, labels),
         num_images=count,
+        duplicates=duplicates(first_equal(digests(split.pixels, split.indices[:count]))),
+        **_shared(model, data, split_name, split, count),
         dims=flow.dims,
         levels=flow.levels,
         split=split_name,
@@ -100,6 +103,15 @@ def evaluate(
         checkpoint=str(model.checkpoint.path),
     )
     return result, scores
+
+
+def _shared(
+    model: LoadedModel, data: DataSet, name: SplitName, split: Split, count: int
+) -> dict[str, Any]:
+    """How many of the images the model was trained on, for another split of its own data."""
+    if name in ("train", "all") or data.config.name != model.config.data.name:
+        return {}
+    return {"duplicates_of_training": data.equal_to_training(split, count)}
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:

@@ -115,8 +115,9 @@ def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) 
     section = section_named(name, own.config, flow.shape, option, also=also)
     if name != own.config.name:  # `convert` brings any number of levels to the model's
         section |= {"n_bits": 8, "flip": None, "shift": 0}
+    # What the model's configuration names was trusted when it was loaded.
     config = configuration.parse(
-        {**model.config.resolved(), "data": section}, f"{option} {name}"
+        {**model.config.resolved(), "data": section}, f"{option} {name}", trust_code=True
     ).data
     data = DataSet(config, undivided(config, own.config))
     levels = data.kind.require_levels(f"{option} {name}: real values, not images")

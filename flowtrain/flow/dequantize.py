@@ -9,13 +9,16 @@ log-determinants.
 """
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import sum_per_example
 from flowtrain.bijections.execution import FUSED, Executor
+
+if TYPE_CHECKING:
+    from flowtrain.flow.variational import VariationalNoise
 
 # u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 *
 # 17 can fall below x. For Q up to 256, 2**-14 is more than twice the largest rounding error of
@@ -46,12 +49,16 @@ class UniformNoise(nn.Module):
 
     `forward` is the interface of all noise models. It maps uniform `noise` in [0, 1) and the scaled
     image, both `(B, C, H, W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
+    `inverse` maps `u` and the image to the noise and `log q(u|x)`.
     """
 
     def forward(
         self, noise: Tensor, x: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
         return noise.clamp(EDGE, 1 - EDGE), noise.new_zeros(noise.shape[0])
+
+    def inverse(self, u: Tensor, x: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        return u, u.new_zeros(u.shape[0])
 
 
 class Dequantizer(nn.Module):
@@ -71,13 +78,18 @@ class Dequantizer(nn.Module):
         levels: int,
         transform: Literal["center", "logit"] = "center",
         alpha: float = 0.05,
-        noise_model: nn.Module | None = None,
+        noise_model: "UniformNoise | VariationalNoise | None" = None,
     ):
         super().__init__()
         self.levels = levels
         self.transform = transform
         self.alpha = alpha
         self.noise_model = UniformNoise() if noise_model is None else noise_model
+
+    @property
+    def learns_noise(self) -> bool:
+        """Whether the noise depends on the image, through weights of its own."""
+        return not isinstance(self.noise_model, UniformNoise)
 
     def check(self, x: Tensor) -> None:
         """Raises `ValueError` for a dtype other than integers, or for a value outside 0..Q-1."""
@@ -98,10 +110,24 @@ class Dequantizer(nn.Module):
         The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the
         first to get the bound on log P(x). Neither argument is changed.
         """
-        x = x.to(noise.dtype)
-        u, log_q = self.noise_model(noise, x / self.levels - 0.5, executor)
-        v, log_det = self._to_real((x + u) / self.levels)
+        u, log_q = self.draw(x, noise, executor)
+        v, log_det = self._to_real((x.to(noise.dtype) + u) / self.levels)
         return v, log_det - log_q
+
+    def draw(self, x: Tensor, noise: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        """Uniform noise to `u ~ q(u|x)` for integers `x`, and `log q(u|x)`, `(B,)` in nats."""
+        drawn: tuple[Tensor, Tensor] = self.noise_model(noise, self._scaled(x, noise), executor)
+        return drawn
+
+    def noise_of(self, x: Tensor, u: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        """The inverse of `draw`: the noise that becomes `u`, and the same `log q(u|x)`.
+
+        Only `flowtrain doctor` needs this direction: it checks the layers of a learned noise by it.
+        """
+        return self.noise_model.inverse(u, self._scaled(x, u), executor)
+
+    def _scaled(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype) / self.levels - 0.5
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The flow's input for `x` at the middle of each bin, without noise."""

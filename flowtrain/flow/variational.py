@@ -94,3 +94,20 @@ class VariationalNoise(nn.Module):
         )
         u = EDGE + (1 - 2 * EDGE) * torch.special.ndtr(w)
         return self.squeeze.through(executor, "inverse", u)[0], log_q
+
+    def inverse(self, u: Tensor, x: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        """The noise that `forward` maps to `u`, with the same `log q(u|x)`.
+
+        Values of `u` at the edges of `[EDGE, 1 - EDGE]` or beyond have no exact inverse.
+        """
+        squeezed, image = (self.squeeze.through(executor, "forward", t)[0] for t in (u, x))
+        inside = ((squeezed - EDGE) / (1 - 2 * EDGE)).clamp(SMALLEST, LARGEST)
+        w = torch.special.ndtri(inside)
+        context = self.context(into_conditioner(image))
+        eps, log_det = self.flow.through(executor, "inverse", w, context)
+        log_q = (
+            0.5 * sum_per_example(w.square() - eps.square())
+            + log_det
+            - w[0].numel() * math.log1p(-2 * EDGE)
+        )
+        return self.squeeze.through(executor, "inverse", torch.special.ndtr(eps))[0], log_q

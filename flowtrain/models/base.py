@@ -37,7 +37,13 @@ def vector_coupling(
     """Coupling number `index` of a chain on vectors `(B, dims)`, with a dense conditioner.
 
     Even ones keep the first half, the larger one where `dims` is odd; odd ones keep the second.
+    Raises `UserError` if there is only one entry.
     """
+    if dims < 2:
+        raise UserError(
+            "model.name: couplings need at least two values per example, and the data have one; "
+            "use maf or cnf"
+        )
     swap = index % 2 == 1
     kept = dims // 2 if swap else (dims + 1) // 2
     net = DenseNet(kept, transform.parameters_per_entry * (dims - kept), width, hidden_layers)

@@ -35,7 +35,7 @@ from flowtrain.types import Positive, Shape
 def build(
     shape: Shape,
     *,
-    couplings: Annotated[int, Field(ge=2)] = 4,
+    couplings: Annotated[int, Field(ge=2, le=2**20)] = 4,
     width: Positive = 1000,
     hidden_layers: Positive = 5,
     prior: Literal["logistic", "gaussian"] = "logistic",

@@ -16,7 +16,9 @@ Vectors `(C, 1, 1)`, such as points of the plane, cannot be squeezed. For them t
 couplings that keep the halves of the vector by turns, with fully connected conditioners.
 """
 
-from pydantic import NonNegativeInt
+from typing import Annotated
+
+from pydantic import Field
 
 from flowtrain.bijections import (
     ActNorm,
@@ -35,7 +37,11 @@ from flowtrain.types import Positive, Shape
 
 
 def build(
-    shape: Shape, *, levels: Positive = 2, width: Positive = 64, blocks: NonNegativeInt = 8
+    shape: Shape,
+    *,
+    levels: Positive = 2,
+    width: Positive = 64,
+    blocks: Annotated[int, Field(ge=0, le=2**20)] = 8,
 ) -> Bijection:
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 

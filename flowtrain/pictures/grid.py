@@ -47,11 +47,16 @@ def _picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
 
 
-def save_png(path: Path, pixels: Tensor) -> None:
-    """Writes a `(3, H, W)` uint8 picture."""
+def png(pixels: Tensor) -> bytes:
+    """A `(3, H, W)` uint8 picture as a PNG file."""
     buffer = io.BytesIO()
     _picture(pixels).save(buffer, "PNG")
-    save(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(path: Path, pixels: Tensor) -> None:
+    """Writes a `(3, H, W)` uint8 picture."""
+    save(path, png(pixels))
 
 
 def save_gif(path: Path, frames: list[Tensor], milliseconds: int = 120) -> None:

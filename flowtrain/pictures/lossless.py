@@ -1,5 +1,6 @@
 """Ordinary lossless formats: PNG, WebP and others that Pillow may have."""
 
+import contextlib
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +39,12 @@ FORMATS = {
 
 
 def formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow writes and reads."""
+    """Those of `FORMATS` that this Pillow writes and reads, with the plugin for JPEG XL if it is
+    installed.
+    """
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
     return [name for name in FORMATS if name in Image.SAVE and name in Image.OPEN]
 
 
@@ -55,10 +60,14 @@ def picture_of(image: np.ndarray) -> Image.Image:
     )
 
 
-def encoded(image: Tensor, name: str) -> bytes:
-    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format."""
+def encoded(image: Tensor, name: str, method: int | None = None) -> bytes:
+    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format.
+
+    `method` is an effort of WebP other than that of `FORMATS`.
+    """
     buffer = io.BytesIO()
-    picture_of(image.numpy()).save(buffer, name, **FORMATS[name].options)
+    options = FORMATS[name].options | ({} if method is None else {"method": method})
+    picture_of(image.numpy()).save(buffer, name, **options)
     return buffer.getvalue()
 
 
@@ -83,14 +92,14 @@ def decoded(data: bytes, shape: Shape) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0)[:channels]
 
 
-def file_sizes(images: Tensor, levels: int, name: str) -> Tensor | None:
+def file_sizes(images: Tensor, levels: int, name: str, method: int | None = None) -> Tensor | None:
     """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`.
 
     None if the format does not give back all images exactly.
     """
     lengths = []
     for image in to_8bit(images, levels):
-        file = encoded(image, name)
+        file = encoded(image, name, method)
         channels, height, width = image.shape
         if not torch.equal(decoded(file, (channels, height, width)), image):
             return None

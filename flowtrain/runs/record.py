@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from flowtrain import config as configuration
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, shown
 from flowtrain.results import Evaluation, Row, Summary
+from flowtrain.system.files import open_regular
 
 
 class Named(BaseModel):
@@ -73,7 +74,8 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be read: {reason}") from error
@@ -95,5 +97,5 @@ def _checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kin
         key = ".".join(map(str, first["loc"]))
         if not key:  # it is not JSON, or not an object; the value is the whole file
             raise UserError(f"{where}: broken: {first['msg']}") from error
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise UserError(f"{where}: {key}: {first['msg']}{got}") from error

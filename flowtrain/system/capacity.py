@@ -22,6 +22,20 @@ def available(device: torch.device) -> int:
     )
 
 
+def total() -> int:
+    """Bytes of memory of this machine, or of the container, if that has less."""
+    groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for each in groups if (limit := _limit(each)) is not None)])
+
+
+def _limit(cgroup: Path) -> int | None:
+    try:
+        return int((cgroup / "memory.max").read_text())
+    except (OSError, ValueError):  # ValueError: max
+        return None
+
+
 def _of_the_machine() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,12 +1,66 @@
 """What commands print: live bars on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from types import TracebackType
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _PerhapsUnread:
+    """A stream that falls silent where nobody can read it, instead of raising an error."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    @contextlib.contextmanager
+    def _silent(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # Python flushes the stream again at its end, which must not fail either.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def write(self, text: str) -> int:
+        with self._silent():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silent():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Output(Console):
+    outlives_terminal = False
+
+    @property
+    def file(self) -> IO[str]:
+        stream = super().file
+        return cast(IO[str], _PerhapsUnread(stream)) if self.outlives_terminal else stream
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
+
+
+console = _Output(highlight=False, markup=False, soft_wrap=True)
+
+
+def outlive_the_terminal() -> None:
+    """From now on, printing where nobody reads is no error. The terminal may be closed, and with it
+    the other programs of a pipe.
+    """
+    console.outlives_terminal = True
 
 
 def duration(seconds: float) -> str:

@@ -1,37 +1,100 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files from outside, which are only read if they
+are regular files.
+"""
 
+import contextlib
 import errno
+import fcntl
 import os
+import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from flowtrain.errors import RunError, UserError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name, flushes to the disk, then renames.
+def write_atomically(path: Path, data: bytes, also: Path | None = None) -> None:
+    """Writes to a temporary name, flushes to the disk, renames, and flushes the folder.
+
+    The folder must exist. `also` is a second name in that folder for the same bytes. It is there
+    before `path` is, so whoever finds `path` finds both.
 
     Raises:
         RunError: if that fails. A file of that name is then as before.
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
-        )
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
+        with _naming(path):
+            handle, temporary = tempfile.mkstemp(
+                dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
+            )
+            with os.fdopen(handle, "wb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.lockf(file, fcntl.LOCK_EX)  # for `remove_left_overs`
+                os.fchmod(file.fileno(), 0o644)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                if also is not None:
+                    _link(Path(temporary), also, data)
+                Path(temporary).replace(path)
+                temporary = None
+            _flush(path.parent)
+    finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _link(source: Path, name: Path, data: bytes) -> None:
+    """A second name for the bytes of a file, or a copy on a file system without hard links."""
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        temporary.replace(name)
+    except OSError:
+        write_atomically(name, data)
+
+
+def _flush(folder: Path) -> None:
+    """Makes a new name survive a power cut. The file is whole by now, so a folder that cannot be
+    read, or a file system that flushes no folders, is no error.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise RunError(
             f"{path}: cannot be written: {error.strerror or error}; what was saved before is kept"
         ) from error
+
+
+def make_folder_of(path: Path) -> None:
+    """Raises `RunError`, as `write_atomically` does, if that fails."""
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Removes the temporary files of processes that died while they wrote.
+
+    A living process holds a lock on the temporary file that it writes.
+    """
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 # Errors that mean that the path is wrong. Any other error of writing is the disk's.
@@ -53,8 +116,42 @@ def save(path: Path, data: bytes) -> None:
         RunError: if the disk fails, for example because it is full.
     """
     try:
+        make_folder_of(path)
         write_atomically(path, data)
     except RunError as error:
         if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
             raise UserError(str(error)) from error
         raise
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading. Every file that may come from a stranger is opened here.
+
+    Raises:
+        OSError: as `open` does, and at once if it is not a regular file. Reading a pipe waits for
+            a writer, and a device may never end.
+    """
+    return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
+
+
+def _regular(path: str, flags: int) -> int:
+    # Otherwise opening a pipe would wait for a writer.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a file, as `open_regular` opens it.
+
+    Raises:
+        OSError: as `open_regular`, and before anything is read if it has more than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EINVAL, f"{size} bytes, more than {limit}", str(path))
+        return file.read(size)

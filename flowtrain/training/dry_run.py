@@ -25,7 +25,7 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import available, peak
 from flowtrain.system.random import Stream, generator
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import is_trainable, optimizer_step, require_trainable, train_step
 
@@ -77,7 +77,9 @@ class Cost:
 def dry_run(config: Config, device: torch.device) -> Cost:
     """Measures a run without starting it. Raises `UserError` where it could not start."""
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels).to(device)
+    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device)).to(
+        device
+    )
     require_trainable(flow, config)
     train = config.train
     batch = train.batch_size * train.accumulate

@@ -17,8 +17,15 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
-from flowtrain.training.optim import learning_rate
-from flowtrain.training.reporting import log, sample, save, validate
+from flowtrain.training.optim import copies_of_weights, learning_rate
+from flowtrain.training.reporting import (
+    bring_up_to_date,
+    log,
+    require_finite_end,
+    sample,
+    save,
+    validate,
+)
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
@@ -38,14 +45,17 @@ def fit(
     Raises:
         Interrupted: after a signal.
         UserError: for a configuration, data set or checkpoint that does not fit.
-        RunError: after too many steps that were not finite, or if the disk is full.
+        RunError: after too many steps that were not finite, after a last validation that was not
+            finite, or if the run directory cannot be written.
     """
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
     require_trainable(flow, config)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
+            bring_up_to_date(run, saved, config, flow, str(device))
+            require_finite_end(run, saved.meta["step"])
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
         console.print(f"reading {config.data.name}")
@@ -70,6 +80,8 @@ def fit(
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # of another run
                 save(state, run, numbered=False)
+            else:
+                bring_up_to_date(run, saved, config, state.flow, str(device))
             distributed.ready()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
@@ -84,6 +96,7 @@ def fit(
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
+        require_finite_end(run, state.progress.step)
         console.print(
             f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, "
             f"TensorBoard events)"

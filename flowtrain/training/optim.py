@@ -119,6 +119,36 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     return optimizers
 
 
+def copies_of_weights(config: Train, device: torch.device) -> int:
+    """How many times the weights have to fit into the host's memory at least: the weights, their
+    gradients, what the optimizer keeps of each, and their average.
+    """
+    if device.type != "cpu":
+        return 1
+    return 2 + (1 if config.optimizer == "muon" else 2) + (config.ema > 0)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps of a parameter before its first gradient: zeros, in no memory.
+
+    Names, shapes and types are those of what it keeps later.
+    """
+    if isinstance(optimizer, Muon):
+        keys = ["momentum_buffer"]
+    else:
+        keys = ["exp_avg", "exp_inf" if isinstance(optimizer, torch.optim.Adamax) else "exp_avg_sq"]
+    zeros = {key: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) for key in keys}
+    if isinstance(optimizer, Muon):
+        return zeros
+    kind = torch.float32 if optimizer.defaults.get("fused") else torch.get_default_dtype()
+    return {"step": torch.zeros((), dtype=kind), **zeros}
+
+
 def learning_rate(config: Train, step: int, seconds: float) -> float:
     """The rate of step `step` (counted from 0), `seconds` after the start of the run.
 

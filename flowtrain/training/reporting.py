@@ -1,11 +1,15 @@
 """What a run writes and prints while it trains: metrics, validation, samples, checkpoints."""
 
 import math
+from typing import Any
 
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.description import Progress
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.config import Config
 from flowtrain.data.splits import Split
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.dequantize import draw_noise
@@ -74,7 +78,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    grid.save_png(run.samples / f"step-{state.progress.step:08d}.png", picture)
+    run.save_sample(state.progress.step, grid.png(picture))
     run.tensorboard.add_image("samples", picture, state.progress.step)
 
 
@@ -135,21 +139,64 @@ def _of_layers(flow: Flow) -> dict[str, float]:
 def save(state: State, run: RunDirectory, numbered: bool) -> None:
     """Writes the last checkpoint and `summary.json`."""
     run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
-    progress = state.progress
+    summary = _summary(
+        state.flow,
+        state.progress,
+        state.data,
+        checkpoint_format.versions(),
+        str(state.flow.device),
+    )
+    run.write_json("summary.json", summary)
+
+
+@distributed.main_only
+def bring_up_to_date(
+    run: RunDirectory, saved: Checkpoint, config: Config, flow: Flow, device: str
+) -> None:
+    """Makes all that the run directory says follow from its last checkpoint, `saved`. A kill just
+    after it was written leaves the rest as it was before.
+    """
+    progress = Progress(**saved.meta["progress"])
+    run.tidy_metrics(progress.step)
+    run.prune(progress.step, config.train.keep_checkpoints)
+    found = run.summary()
+    wanted = _summary(
+        flow, progress, saved.meta["data"], saved.meta["versions"], found.get("device", device)
+    )
+    if found != wanted:
+        run.write_json("summary.json", wanted)
+
+
+def _summary(
+    flow: Flow, progress: Progress, data: dict[str, Any], versions: dict[str, str], device: str
+) -> dict[str, Any]:
+    equal = data.get("duplicates", 0)
     best = {
         "best_validation_bits_per_dim": None,
-        f"best_validation_{state.flow.kind.metric}": progress.best,
+        f"best_validation_{flow.kind.metric}": progress.best,
     }
-    summary = Summary(
+    return Summary(
         step=progress.step,
         images=progress.images,
         seconds=progress.seconds,
         finished=progress.finished,
         best_step=progress.best_step,
-        parameters=sum(p.numel() for p in state.flow.parameters()),
+        parameters=sum(p.numel() for p in flow.parameters()),
         non_finite_steps=progress.non_finite,
-        versions=checkpoint_format.versions(),
-        device=str(state.flow.device),
+        duplicates=equal if isinstance(equal, int) else 0,
+        versions=versions,
+        device=device,
         **best,
-    )
-    run.write_json("summary.json", summary.content())
+    ).content()
+
+
+@distributed.main_only
+def require_finite_end(run: RunDirectory, step: int) -> None:
+    """Raises `RunError` if the validation at the end of a run, at `step`, was not finite."""
+    row = run.last_validation()
+    if row is not None and row.step == step and row.loss is None:
+        raise RunError(
+            f"{run.path}: finished at step {step}, but its last validation loss is not finite. "
+            "The checkpoints are saved; best is of the best finite validation, if there was one. "
+            "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
+        )

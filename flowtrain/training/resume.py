@@ -1,5 +1,7 @@
 """Starting a run, or going on from a checkpoint."""
 
+import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,10 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
-from flowtrain.config import Config, differences
+from flowtrain.config import Config, Data, Model, Train, component_name, differences
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, cut, shown
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.console import console
@@ -18,6 +20,8 @@ from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import noise_of
+
+SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
 # Between two parts of a run the place of the data may change, and how they are read. The data
 # themselves may not.
@@ -61,37 +65,77 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
 
     Raises `UserError` if the checkpoint or the run directory does not fit the configuration.
     """
-    saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
+    try:
+        saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
+    except UserError as error:
+        if resume != "auto":
+            raise
+        if not distributed.is_main():
+            distributed.ready()  # process 0, which has the files, ends all with its message
+        raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None
-    free = set(FREE_KEYS)
-    if _images_of_a_step(
-        saved.meta["config"]["train"], saved.meta.get("processes", 1)
-    ) == _images_of_a_step(config.resolved()["train"], distributed.world()):
-        free |= SPLIT_KEYS
+    if saved.meta.get("progress") is None:
+        raise UserError(
+            f"{saved.path}: it holds a model, and nothing else of a run that could go on; "
+            f"--init-from starts a run from its weights"
+        )
+    # Nothing but the names is looked at until they are known to be those of this command.
+    for base in (Data, Model):
+        there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
+        if there != here:
+            raise _other_value(saved.path, f"{base.section}.name", there, here)
     # Parsing fills in the defaults of keys that are newer than the checkpoint.
-    earlier = configuration.parse(saved.meta["config"], str(saved.path)).resolved()
-    for key, there, here in differences(earlier, config.resolved()):
+    earlier = configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
+    free = set(FREE_KEYS)
+    if _images_of_a_step(earlier.train, saved.meta.get("processes", 1)) == _images_of_a_step(
+        config.train, distributed.world()
+    ):
+        free |= SPLIT_KEYS
+    for key, there, here in differences(earlier.resolved(), config.resolved()):
         # If the user names the checkpoint, the schedule may change, but never the model or the
         # data.
         if key in free or (
             resume != "auto" and key.startswith("train.") and key != "train.optimizer"
         ):
             continue
-        raise UserError(
-            f"{key}: {saved.path} has {there!r}, this command {here!r}: to start anew choose "
-            "another --run-dir; to go on, use the run's configuration"
-        )
-    if (saved.meta["config"]["train"]["ema"] > 0) != (config.train.ema > 0):
-        raise UserError(
-            f"train.ema: {saved.path} was trained with {saved.meta['config']['train']['ema']}"
-        )
+        raise _other_value(saved.path, key, there, here)
+    if (earlier.train.ema > 0) != (config.train.ema > 0):
+        raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
 
 
-def _images_of_a_step(train: dict[str, Any], processes: int) -> int:
-    images: int = train["batch_size"] * train["accumulate"] * processes
-    return images
+def _sound_checkpoints(run: RunDirectory) -> str:
+    """What to do where the last checkpoint is damaged: up to `SHOWN` others of the run that are
+    sound, newest first, and how to go on from the newest.
+    """
+    files = [run.best, *run.checkpoints.glob(f"step-*{checkpoint_format.SUFFIX}")]
+    written = [file for file in files if file.is_file()]
+    sound: list[tuple[int, Path]] = []
+    for file in sorted(written, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):
+            sound.append((checkpoint_format.read(file).meta["step"], file))
+        if len(sound) == SHOWN:
+            break
+    if not sound:
+        return "no other checkpoint of this run is sound: to start anew, remove the directory"
+    step, newest = max(sound, key=lambda pair: pair[0])
+    named = ", ".join(f"{file.name} (step {step})" for step, file in sound)
+    return (
+        f"sound checkpoints of this run: {named}\n"
+        f"to go on from step {step}, give the same command with --resume {shlex.quote(str(newest))}"
+    )
+
+
+def _other_value(path: Path, key: str, there: object, here: object) -> UserError:
+    return UserError(
+        f"{key}: {path} has {shown(there)}, this command {shown(here)}: to start anew choose "
+        "another --run-dir; to go on, use the run's configuration"
+    )
+
+
+def _images_of_a_step(train: Train, processes: int) -> int:
+    return train.batch_size * train.accumulate * processes
 
 
 def start(
@@ -109,12 +153,12 @@ def start(
     averaged = Average(flow, config.train.ema) if config.train.ema else None
     state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
     if saved is not None:
-        changed = differences(saved.meta["data"], fingerprint)
+        changed = differences(saved.meta.get("data", {}), fingerprint)
         if changed:
             key, there, here = changed[0]
             raise UserError(
-                f"data: not the images that {saved.path} was trained on: {key} was {there!r} and "
-                f"is {here!r}"
+                f"data: not the images that {saved.path} was trained on: {cut(key)} was "
+                f"{shown(there)} and is {shown(here)}"
             )
         state.restore(saved)
         # A checkpoint that the user names may belong to a shorter or longer schedule.
@@ -145,6 +189,11 @@ def announce(
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
+    if equal := fingerprint.get("duplicates"):
+        console.print(
+            f"{equal:,} of these images are equal to an earlier one; equal images are either all "
+            f"trained on or all held out"
+        )
     if saved is None:
         console.print(f"run directory: {run.path}")
     else:

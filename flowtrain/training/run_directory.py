@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
-from flowtrain.errors import RunError, UserError, is_disk_full
+from flowtrain.errors import RunError, UserError, cut, is_disk_full
 from flowtrain.results import Row
 from flowtrain.system import distributed
-from flowtrain.system.files import write_atomically
+from flowtrain.system.console import console
+from flowtrain.system.files import remove_left_overs, write_atomically
 
 
 class RunDirectory:
@@ -34,6 +36,8 @@ class RunDirectory:
         self.last = self.checkpoints / f"last{SUFFIX}"
         self.best = self.checkpoints / f"best{SUFFIX}"
         self.metrics = path / "metrics.jsonl"
+        self.damaged = path / "metrics.damaged.jsonl"
+        self._folder = -1  # a descriptor of the directory while it is locked
         self._writer: SummaryWriter | None = None
 
     def holds_a_run(self) -> bool:
@@ -45,59 +49,100 @@ class RunDirectory:
 
         Raises:
             UserError: if the directory is locked or cannot be used.
-            RunError: if a file cannot be written later, for example because the disk is full.
+            RunError: if a file cannot be written later, for example because the disk is full, or
+                because the directory was deleted.
         """
         if not distributed.is_main():
             yield
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("ab+", buffering=0)
-        except OSError as error:
-            kind = RunError if is_disk_full(error) else UserError
-            raise kind(
-                f"--run-dir {self.path}: cannot be used: {error.strerror or error}"
-            ) from error
-        with file:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            # TensorBoard writes its path as UTF-8.
+            raise UserError(
+                f"--run-dir {cut(str(self.path))}: its name is not UTF-8; choose another name"
+            ) from None
+        with contextlib.ExitStack() as held:
+            self._lock(held)
+            for folder in (self.path, self.checkpoints, self.samples):
+                remove_left_overs(folder)
             try:
-                # Not flock: processes that a killed trainer had started would keep holding that.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                owner = file.read().decode().strip() or "unknown"
-                raise UserError(
-                    f"--run-dir {self.path}: in use by another process (pid {owner}); "
-                    "wait for it, stop it, or choose another directory"
-                ) from error
-            try:
-                file.truncate(0)
-                file.write(str(os.getpid()).encode())
                 with _failing_quietly():
                     try:
                         yield
                     finally:
                         self.close()
-            except OSError as error:
+            except (OSError, RunError) as error:
+                self._require_there()
+                if isinstance(error, RunError):
+                    raise
                 raise RunError(
                     f"{error.filename or self.path}: cannot be written: {error.strerror or error}; "
                     f"what was saved before in {self.path} is kept"
                 ) from error
 
+    def _lock(self, held: contextlib.ExitStack) -> None:
+        """Locks the directory itself, because a name in it may be deleted. `.lock` tells others the
+        process, and is locked too for file systems that lock no directories, such as NFS.
+        """
+        name = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, self._folder)
+            try:
+                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise self._in_use(name) from error
+            except OSError:
+                pass
+            file = held.enter_context(name.open("ab+", buffering=0))
+        except OSError as error:
+            kind = RunError if is_disk_full(error) else UserError
+            raise kind(
+                f"--run-dir {self.path}: cannot be used: {error.strerror or error}"
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise self._in_use(name) from error
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+
+    def _in_use(self, name: Path) -> UserError:
+        owner = "unknown"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            owner = name.read_text() or owner
+        return UserError(
+            f"--run-dir {self.path}: in use by another process (pid {owner}); "
+            "wait for it, stop it, or choose another directory"
+        )
+
+    def _require_there(self) -> None:
+        """Raises `RunError` if the path no longer leads to the directory that is locked."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._folder)):
+                return
+        raise RunError(
+            f"{self.path}: the run directory was deleted or moved during training: stopped, and "
+            "nothing is written in its place"
+        )
+
+    def _write(self, path: Path, data: bytes, also: Path | None = None) -> None:
+        self._require_there()
+        write_atomically(path, data, also)
+
     @distributed.main_only
     def begin(self, config: Config) -> None:
-        """Writes the resolved configuration, and removes files that a killed process left half
-        written.
-        """
-        for folder in (self.path, self.checkpoints, self.samples):
+        """Makes the folders, and writes the resolved configuration."""
+        for folder in (self.checkpoints, self.samples):
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError as error:
                 raise UserError(
                     f"--run-dir {self.path}: {folder} is not a folder; remove it"
                 ) from error
-            for left_over in folder.glob(".*.tmp"):
-                left_over.unlink()
-        write_atomically(self.path / "config.yaml", config.yaml().encode())
+        self._write(self.path / "config.yaml", config.yaml().encode())
 
     @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
@@ -105,11 +150,43 @@ class RunDirectory:
         TensorBoard.
         """
         self.close()
-        if self.metrics.exists():
-            kept = [row for row in _rows(self.metrics) if row["step"] <= step]
-            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.tidy_metrics(step)
         self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
         self._writer.add_text("configuration", f"```yaml\n{config.yaml()}```", step)
+
+    def tidy_metrics(self, step: int) -> None:
+        """Removes from `metrics.jsonl` the lines after `step`, and a last one that a kill has cut.
+        Damaged lines are moved to `metrics.damaged.jsonl`.
+        """
+        self._require_there()
+        if not self.metrics.exists():
+            return
+        content = self.metrics.read_bytes()
+        *lines, cut = content.split(b"\n")
+        if _row(cut) is not None:
+            lines.append(cut)
+        rows = [(line, _row(line)) for line in lines]
+        damaged = [line for line, row in rows if row is None and line]
+        if damaged:
+            before = self.damaged.read_bytes() if self.damaged.exists() else b""
+            known = before.split(b"\n")  # a kill may have come before they were removed
+            new = [line for line in damaged if line not in known]
+            self._write(self.damaged, before + b"".join(line + b"\n" for line in new))
+            first = lines.index(damaged[0]) + 1
+            console.print(
+                f"{self.metrics}: damaged lines: {len(damaged)}, the first is line {first}; moved "
+                f"to {self.damaged}"
+            )
+        kept = b"".join(line + b"\n" for line, row in rows if row is not None and row.step <= step)
+        if kept != content:
+            self._write(self.metrics, kept)
+
+    def last_validation(self) -> Row | None:
+        """The last row of the validation split."""
+        if not self.metrics.exists():
+            return None
+        rows = map(_row, reversed(self.metrics.read_bytes().split(b"\n")))
+        return next((row for row in rows if row is not None and row.split == "validation"), None)
 
     @property
     def tensorboard(self) -> SummaryWriter:
@@ -120,6 +197,7 @@ class RunDirectory:
     def log(self, row: Row) -> None:
         """Writes a line of `metrics.jsonl`, flushed, and its figures to TensorBoard."""
         values = row.content()
+        self._require_there()
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -131,7 +209,7 @@ class RunDirectory:
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        checkpoint_format.write(self.best, meta, tensors)
+        self._write(self.best, checkpoint_format.encoded(meta, tensors))
 
     @distributed.main_only
     def save_last(
@@ -139,29 +217,42 @@ class RunDirectory:
     ) -> None:
         """Writes the last checkpoint. If it is `numbered`, it also gets a name with its step. Of
         the numbered ones the newest `keep` stay.
+
+        A kill before it is written makes the next command train those steps again. So whatever
+        belongs to the checkpoint and does not follow from it is on the disk before.
         """
-        checkpoint_format.write(self.last, meta, tensors)
-        if numbered and keep:
-            # A second name for the same bytes. `last` is replaced later, and never written into.
-            name = self.checkpoints / f"step-{meta['step']:08d}{SUFFIX}"
-            temporary = name.with_name(f".{name.name}.tmp")
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(self.last, temporary)
-                temporary.replace(name)
-            except OSError:  # a file system without hard links
-                write_atomically(name, self.last.read_bytes())
-        # Later ones, from before `--resume` of an earlier checkpoint, are not counted nor removed.
+        self.tensorboard.flush()
+        name = self._numbered(meta["step"]) if numbered and keep else None
+        self._write(self.last, checkpoint_format.encoded(meta, tensors), also=name)
+        self.prune(meta["step"], keep)
+
+    def _numbered(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}{SUFFIX}"
+
+    def prune(self, step: int, keep: int) -> None:
+        """Removes all numbered checkpoints up to `step` but the newest `keep`. Later ones, from
+        before `--resume` of an earlier checkpoint, are not counted nor removed.
+        """
         names = sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))
-        for old in [n for n in names if n.name <= f"step-{meta['step']:08d}{SUFFIX}"][
-            : -keep or None
-        ]:
+        for old in [n for n in names if n.name <= self._numbered(step).name][: -keep or None]:
             old.unlink()
+
+    @distributed.main_only
+    def save_sample(self, step: int, png: bytes) -> None:
+        self._write(self.samples / f"step-{step:08d}.png", png)
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `summary.json`; empty if it is missing or damaged."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads((self.path / "summary.json").read_bytes())
+            if isinstance(content, dict):
+                return content
+        return {}
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         path = self.path / name
         if distributed.is_main():
-            write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+            self._write(path, (json.dumps(values, indent=2) + "\n").encode())
         return path
 
     def close(self) -> None:
@@ -185,8 +276,9 @@ def _failing_quietly() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        # A kill may have cut the last line.
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+def _row(line: bytes) -> Row | None:
+    """A line of `metrics.jsonl`, or None if it is damaged."""
+    try:
+        return Row.model_validate_json(line)
+    except ValidationError:
+        return None

@@ -7,29 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import load_weights
+from flowtrain.checkpoints.load import load_weights, require_tensors
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
-from flowtrain.training.optim import Average
-
-
-@dataclass
-class Progress:
-    """How far a run is, in plain numbers. They are stored in the checkpoint."""
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    best: float | None = None  # validation loss in bits/dim, or in nats for real-valued data
-    best_step: int | None = None
-    lr_scale: float = 1.0
-    non_finite: int = 0
-    averaged: int = 0  # updates of the average of the weights
-    finished: bool = False  # including the last validation and the last samples
-    window_loss: float = 0.0  # sum of the training loss since the last row of metrics
-    window_steps: int = 0  # steps in that sum
+from flowtrain.training.optim import Average, first_state, parameters_of
 
 
 @dataclass
@@ -88,38 +72,45 @@ class State:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the checkpoint: `model.*`, `ema.*` and `optimizer.*`."""
+        """The tensors of the checkpoint: `model.*`, `ema.*` and, after a step, `optimizer.*`."""
+        stepped = any(optimizer.state for optimizer in self.optimizers)
+        return self._weights() | (self._optimizer_state() if stepped else {})
+
+    def _weights(self) -> dict[str, Tensor]:
         parts = {"model": self.flow.state_dict()}
         if self.average is not None:
             parts["ema"] = self.average.flow.state_dict()
-        tensors = {
-            f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()
-        }
-        names: dict[Tensor, str] = {
-            parameter: name for name, parameter in self.flow.named_parameters()
-        }
+        return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimizers keep of each parameter, also of one that has had no gradient yet."""
+        names: dict[Tensor, str] = {p: name for name, p in self.flow.named_parameters()}
+        tensors: dict[str, Tensor] = {}
         for optimizer in self.optimizers:
-            for parameter, values in optimizer.state.items():
-                tensors |= {
-                    f"optimizer.{key}.{names[parameter]}": value for key, value in values.items()
-                }
+            for parameter in parameters_of(optimizer):
+                values = optimizer.state.get(parameter) or first_state(optimizer, parameter)
+                tensors |= {f"optimizer.{key}.{names[parameter]}": v for key, v in values.items()}
         return tensors
 
     def restore(self, saved: Checkpoint) -> None:
-        """Takes over everything from a checkpoint of a run with this model and optimizer."""
+        """Takes over everything from a checkpoint of a run with this model and optimizer.
+
+        Raises `UserError` where its tensors are not those of such a run. Nothing is changed then.
+        """
+        progress = Progress(**saved.meta["progress"])
+        own = self._weights() | (self._optimizer_state() if progress.step else {})
+        require_tensors(saved.path, saved.tensors, own)
         load_weights(self.flow, saved, "raw")
-        self.progress = Progress(**saved.meta["progress"])
         if self.average is not None:
             load_weights(self.evaluated, saved, "ema")
+        self.progress = progress
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")
             by_name.setdefault(name, {})[key] = value
-        names = {parameter: name for name, parameter in self.flow.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.flow.named_parameters()}
         for optimizer in self.optimizers:
-            parameters = [
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            ]
+            parameters = parameters_of(optimizer)
             state = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}
             # Through torch's own format, which puts each value on the right device.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flowtrain.system import distributed
+from flowtrain.system.console import outlive_the_terminal
 from flowtrain.training.state import State
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
@@ -26,6 +27,8 @@ class Stop:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         first = not self.asked
         self.asked = signum
+        if signum == signal.SIGHUP:
+            outlive_the_terminal()
         if distributed.world() == 1:  # there is nobody to agree with
             self.signum = signum
         # torchrun forwards its signals to every process, and Ctrl-C reaches them anyway. So only
@@ -39,9 +42,15 @@ class Stop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """Catches SIGINT and SIGTERM, and puts the earlier handlers back at the end."""
+    """Catches SIGINT, SIGTERM and SIGHUP, and puts the earlier handlers back at the end."""
     stop = Stop()
-    before = {signum: signal.signal(signum, stop) for signum in STOPPING}
+    caught = [
+        signum
+        for signum in STOPPING
+        # nohup ignores it, so that the run outlives the terminal
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
+    ]
+    before = {signum: signal.signal(signum, stop) for signum in caught}
     try:
         yield stop
     finally:

@@ -3,24 +3,29 @@ loaded.
 """
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+import re
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from catalogue import TINY
 from helpers import a_config, images, perturb, seeded, tiny_flow
 
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import read, write
 from flowtrain.checkpoints.load import find, load_model, load_weights
 from flowtrain.errors import RunError, UserError
 from flowtrain.system.files import write_atomically
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import Average, build_optimizers, first_state
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
@@ -66,8 +71,6 @@ def small(tmp_path_factory):
         "shape": [1, 1, 2],
         "levels": 256,
         "step": 3,
-        "data": {},
-        "progress": {},
     }
     write(
         path,
@@ -93,12 +96,16 @@ def test_round_trip(tmp_path):
         "model.flag": torch.tensor(True),
         "ema.weight": torch.randn(2, 2).double(),
         "optimizer.step.weight": torch.tensor(7.0),
-        "empty.tensor": torch.zeros(0, 3),
+        "model.empty": torch.zeros(0, 3),
     }
     meta = {
-        "step": 3,
         "config": {"ä": '€ " \\ \n'},
-        "progress": {"best": None, "seconds": 0.1 + 0.2},
+        "shape": (1, 2, 3),
+        "levels": None,
+        "step": 3,
+        "data": {"content": "abc"},
+        "processes": 2,
+        "progress": asdict(Progress(step=3, best=None, seconds=0.1 + 0.2)),
     }
     write(tmp_path / "new folder" / "a.safetensors", meta, tensors)
     found = read(tmp_path / "new folder" / "a.safetensors")
@@ -112,7 +119,7 @@ def test_round_trip(tmp_path):
         assert (
             torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
         )
-    assert found.part("model").keys() == {"weight", "order", "flag"} and found.part(
+    assert found.part("model").keys() == {"weight", "order", "flag", "empty"} and found.part(
         "optimizer"
     ).keys() == {"step.weight"}
 
@@ -260,6 +267,226 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
         match=rf"a\.safetensors: written in checkpoint format {checkpoint_format.FORMAT + 1}",
     ):
         read(tmp_path / "a.safetensors")
+
+
+# ---------------------------------------------------------------- a right checksum, wrong content
+
+
+def crafted(path, description, header=None, data=b""):
+    """A file with a right checksum whose description and header are what somebody made up."""
+    metadata = {"flowtrain": description, "checksum": "0" * 64}
+    text = json.dumps({"__metadata__": metadata, **(header or {})}, separators=(",", ":")).encode()
+    blob = len(text).to_bytes(8, "little") + text + data
+    path.write_bytes(blob.replace(b"0" * 64, hashlib.sha256(blob).hexdigest().encode()))
+    return path
+
+
+def described(**changes):
+    """A good description with changes."""
+    meta = {"format": 1, "versions": checkpoint_format.versions(), **a_state(steps=0).meta()}
+    return json.dumps({**meta, **changes})
+
+
+WRONG_PROGRESS = {
+    "step": -1,
+    "images": "many",
+    "seconds": float("nan"),
+    "best": float("inf"),
+    "lr_scale": 0,
+    "averaged": 2.5,
+    "finished": None,
+    "window_loss": [],
+    "window_steps": True,
+}
+WRONG_DESCRIPTIONS = {
+    "config": [None, [], "glow", 1],
+    "shape": [None, [], [1, 4], [1, 4, 0], [1, 4, 4, 4], [1, 4, 10**9], [1, 4, "4"], 4],
+    "levels": [0, -5, 1, 257, 2.5, "256", [], True],
+    "step": [None, -1, 0.5, "0", True, 10**30, 3],
+    "data": [None, [], "digits"],
+    "processes": [0, -1, None, 1.5],
+    "progress": [[], 3, *({key: value} for key, value in WRONG_PROGRESS.items())],
+    "versions": [None, [], {"flowtrain": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    "key, value", [(key, value) for key, values in WRONG_DESCRIPTIONS.items() for value in values]
+)
+def test_a_wrong_description_is_refused(tmp_path, key, value):
+    path = crafted(tmp_path / "a", described(**{key: value}))
+    with pytest.raises(UserError, match=f"a: not a valid checkpoint: .*{key}") as caught:
+        read(path)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["format", "versions", "config", "shape", "levels", "step"])
+def test_a_missing_key_of_the_description_is_named(tmp_path, key):
+    meta = json.loads(described())
+    del meta[key]
+    with pytest.raises(UserError, match=f"a: not a valid checkpoint: {key}: Field required"):
+        read(crafted(tmp_path / "a", json.dumps(meta)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, 1, [], {}, "", "null", "[]", "3", "{", "[" * 10_000, '{"format":' * 10_000, "9" * 5000],
+    ids=lambda text: str(text)[:12],
+)
+def test_a_description_that_is_none_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="a: not a valid checkpoint") as caught:
+        read(crafted(tmp_path / "a", text))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"data": None}, "data: expected keys and values"),
+        ({"model": []}, "model: expected keys and values"),
+        ({"model": {"name": "glow", "levels": -5}}, "model.levels"),
+        ({"model": {"name": "base"}}, "model.name: unknown name 'base'"),
+        ({"model": {"name": ["os.path"]}}, "model.name is"),
+        ({"data": {"name": "../x"}}, "data.name"),
+        ({"train": {}}, "neither is given"),
+        ({"surplus": 1}, "surplus: unknown key"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(tmp_path, config, message):
+    whole = {**a_state(steps=0).meta()["config"], **config}
+    path = crafted(tmp_path / "a", described(config=whole))
+    with pytest.raises(UserError, match=message):
+        flowtrain.load(str(path))
+
+
+def entry(start, end, dtype="F32", shape=(1,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"model.a": entry(0, 4), "model.b": entry(0, 4)}, "cannot be read"),
+        ({"model.a": entry(0, 4), "model.b": entry(6, 8, "F16")}, "cannot be read"),
+        ({"model.a": entry(0, 8, "Q64")}, "cannot be read"),
+        ({"model.a": entry(0, 8, "F8_E8M0", [8])}, "cannot be read|does not fit this model"),
+        ({"model.a": entry(0, 8, "F4", [16])}, "cannot be read|does not fit this model"),
+        ({"model.a": entry(0, 2**60, "F32", [2**58])}, "cannot be read"),
+        ({"model.a": entry(0, 8, "F32", [-2])}, "cannot be read"),
+        ({"model.a": {}}, "cannot be read"),
+        ({"model.a": None}, "cannot be read"),
+        ({"other.a": entry(0, 8, "F32", [2])}, "'other.a' belongs to none of model, ema"),
+    ],
+)
+def test_wrong_tensors_of_the_file_are_refused(tmp_path, header, message):
+    path = crafted(tmp_path / "a", described(), header, bytes(8))
+    with pytest.raises(UserError, match=f"a: .*({message})"):
+        flowtrain.load(str(path))
+
+
+WRONG_TENSORS = [
+    (lambda t: t.new_zeros(0), "is 0 there and"),
+    (lambda t: t.new_zeros(1), "is 1 there and"),
+    (lambda t: t.new_zeros(3), "is 3 there and"),
+    (lambda t: t.double(), "is torch.float64 there and torch.float32 here"),
+    (lambda t: t.int(), "is torch.int32 there and torch.float32 here"),
+    (lambda t: None, "is nothing there and"),
+]
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer.exp_avg", "optimizer.step"])
+@pytest.mark.parametrize("change, message", WRONG_TENSORS)
+def test_a_run_does_not_go_on_with_tensors_that_do_not_fit(tmp_path, part, change, message):
+    state = a_state()
+    tensors = state.tensors()
+    name = next(name for name in sorted(tensors) if re.match(rf"{part}\..*weight", name))
+    tensors[name] = change(tensors[name])
+    kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    write(tmp_path / "a.safetensors", state.meta(), kept)
+    other = a_state(steps=0)
+    before = [p.clone() for p in other.flow.parameters()]
+    with pytest.raises(UserError, match=rf"does not fit this model: {re.escape(name)} {message}"):
+        other.restore(read(tmp_path / "a.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.flow.parameters(), strict=True))
+
+
+def test_surplus_tensors_are_named(tmp_path):
+    state = a_state()
+    for name in ("model.more", "ema.more", "optimizer.exp_avg.more", "optimizer.more"):
+        write(tmp_path / "a.safetensors", state.meta(), {**state.tensors(), name: torch.zeros(2)})
+        with pytest.raises(UserError, match=f"{name} is 2 there and nothing here"):
+            a_state(steps=0).restore(read(tmp_path / "a.safetensors"))
+
+
+OPTIMIZERS = ["adam", "adamw", "adamax", "muon"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_does_not_go_on_without_the_state_of_its_optimizer(tmp_path, optimizer):
+    state = a_state(optimizer=optimizer)
+    tensors = {k: t for k, t in state.tensors().items() if not k.startswith("optimizer.")}
+    write(tmp_path / "a.safetensors", state.meta(), tensors)
+    with pytest.raises(UserError, match="optimizer.* is nothing there and .*; and [0-9]+ more"):
+        a_state(optimizer=optimizer, steps=0).restore(read(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_parameter_without_a_gradient_has_the_state_of_the_first_step(tmp_path, optimizer):
+    """When its first gradient comes, a run that was resumed moves it as one that was not."""
+    state = a_state(optimizer=optimizer, steps=0)
+    idle = next(p for name, p in state.flow.named_parameters() if name.endswith("weight"))
+    idle.requires_grad_(False)
+    for step in range(2):
+        train_step(state, images(8, SHAPE, seed=step))
+        [each.step() for each in state.optimizers]
+        state.progress.step += 1
+    write(tmp_path / "a.safetensors", state.meta(), state.tensors())
+    other = a_state(optimizer=optimizer, steps=0)
+    other.restore(read(tmp_path / "a.safetensors"))
+    idle.requires_grad_(True)
+    for one in (state, other):
+        train_step(one, images(8, SHAPE, seed=5))
+        [each.step() for each in one.optimizers]
+    tensors = other.tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in state.tensors().items())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_state_is_like_every_later_one(optimizer, dtype, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(dtype)
+    for each in a_state(optimizer=optimizer).optimizers:
+        for parameter, values in each.state.items():
+            first = first_state(each, parameter)
+            assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+                k: (v.shape, v.dtype) for k, v in values.items()
+            }
+            assert not any(value.any() for value in first.values())
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("order", lambda t: t + 100),
+        ("inverse_order", lambda t: t * 0),
+        ("initialized", lambda t: ~t),
+        ("keep", lambda t: t | True),
+    ],
+)
+def test_buffers_that_no_training_leaves_so_are_refused(tmp_path, name, change):
+    flow = tiny_flow("glow", permutation="shuffle", split="checkerboard")
+    config = a_config(
+        {"name": "glow", **TINY["glow"], "permutation": "shuffle", "split": "checkerboard"}
+    )
+    tensors = {f"model.{key}": tensor for key, tensor in flow.state_dict().items()}
+    key = next(key for key in sorted(tensors) if key.endswith(f".{name}"))
+    meta = {"config": config.resolved(), "shape": SHAPE, "levels": 256, "step": 1}
+    write(tmp_path / "a.safetensors", meta, tensors)
+    flowtrain.load(str(tmp_path / "a.safetensors"))
+    write(tmp_path / "a.safetensors", meta, {**tensors, key: change(tensors[key])})
+    with pytest.raises(UserError, match=f"{key.removeprefix('model.')} has values that it cannot"):
+        flowtrain.load(str(tmp_path / "a.safetensors"))
 
 
 # ---------------------------------------------------------------- a disk that fails

@@ -11,6 +11,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, sets
 from cli_helpers import (
     Forked,
@@ -24,8 +25,11 @@ from cli_helpers import (
     tree,
     within,
 )
+from run_files import train_row
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import app
+from flowtrain.compression import format as archive_format
 from flowtrain.errors import RunError
 
 CUDA = torch.cuda.is_available()
@@ -94,6 +98,11 @@ def folder(tmp_path_factory):
     damaged[700] ^= 255  # a pixel
     (here / "damaged.npz").write_bytes(damaged)
     (here / "cut.npz").write_bytes((here / "same.npz").read_bytes()[:-40])
+    for name in ("pipe.npz", "pipe.yaml", "pipe.safetensors", "pipe.fta", "pipe.png"):
+        os.mkfifo(here / name)
+    (here / "pipe_run" / "checkpoints").mkdir(parents=True)
+    (here / "pipe_run" / ".lock").touch()
+    os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
     for name in ("empty", "grid.png", "runs_of_nobody"):
         (here / name).mkdir()
     raw = here / "mnist_damaged" / "MNIST" / "raw"
@@ -322,6 +331,30 @@ BAD_COMMANDS = [
         "picture.png cannot be read as an image",
     ),
     (["interpolate", "run", "--images", "picture.png"], "--images"),
+    (["train", "--config", "pipe.yaml"], "--config pipe.yaml: not a regular file"),
+    (["train", "--config", "/dev/zero"], "--config /dev/zero: not a regular file"),
+    (
+        ["train", *TINY_RUN, "--resume", "pipe.safetensors", "--run-dir", "new"],
+        "pipe.safetensors: cannot be read: not a regular file",
+    ),
+    (["train", *TINY_RUN, "--run-dir", "pipe_run"], "last.safetensors", "not a regular file"),
+    (
+        ["train", *TINY_RUN, "--init-from", "/dev/random", "--run-dir", "new"],
+        "/dev/random: cannot be read: not a regular file",
+    ),
+    (npz("pipe.npz"), "data.path", "pipe.npz cannot be opened", "not a regular file"),
+    (["evaluate", "pipe.safetensors"], "pipe.safetensors: cannot be read: not a regular file"),
+    (["evaluate", "/dev/zero"], "/dev/zero: cannot be read: not a regular file"),
+    (["evaluate", "run", "--dataset", "pipe.npz"], "pipe.npz cannot be opened"),
+    (["decompress", "pipe.fta", "--out", "x"], "pipe.fta: cannot be read: not a regular file"),
+    (["decompress", "/dev/zero", "--out", "x"], "/dev/zero: cannot be read: not a regular file"),
+    (["compress", "run", "pipe.png", "--out", "x"], "pipe.png", "not a regular file"),
+    (
+        ["interpolate", "run", "--images", "pipe.png", "pipe.png"],
+        "pipe.png cannot be read as an image",
+        "not a regular file",
+    ),
+    (["compress", "pipe.safetensors", "picture.png", "--out", "x"], "not a regular file"),
 ]
 
 
@@ -366,6 +399,18 @@ def test_as_a_user_would_see_it(folder):
     assert done.err.rstrip().endswith(
         "model.stepz: unknown key; did you mean model.steps? (value 3)"
     )
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    """As a run directory it is refused; the files of such a name can be read, and are printed."""
+    name = os.fsdecode(b"bad\xff")
+    flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path).failed(
+        2, "--run-dir bad?: its name is not UTF-8"
+    )
+    assert tree(tmp_path) == []
+    copy_of(trained()["glow"], tmp_path / name)
+    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    assert "bad\\udcff" in done.out
 
 
 def test_several_mistakes_are_told_at_once(folder):
@@ -473,7 +518,7 @@ def test_no_space_left(room, what, options, tmp_path):
     limit = last(run).stat().st_size + room
     step = checkpoint_format.read(last(run)).meta["step"]
     if what == "metrics.jsonl":  # nearly as long as it may be
-        row = '{"step": 1, "split": "train"}\n'
+        row = json.dumps(train_row(1, 4.0)) + "\n"
         (run / "metrics.jsonl").write_text(row * ((limit - 10) // len(row)))
     failed = quick(*command, cwd=tmp_path, file_limit=limit)
     failed.failed(1, "runs/glow_digits", what, "cannot be written", "File too large")
@@ -491,7 +536,7 @@ def test_no_space_left_for_an_output(tmp_path):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    checkpoint_format.write(path, {"step": 1}, {"w": torch.ones(3)})
+    path.write_bytes(b"before")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -500,10 +545,77 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(
         RunError, match=r"a.safetensors: cannot be written: No space left on device"
     ):
-        checkpoint_format.write(path, {"step": 2}, {"w": torch.zeros(3)})
-    assert checkpoint_format.read(path).meta["step"] == 1 and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["a.safetensors"]
+        checkpoint_format.write(path, {"step": 2}, {"model.w": torch.zeros(3)})
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# --- code that a checkpoint names -----------------------------------------------------------------
+
+# Every command that takes a model, a run or a checkpoint. `crafted` is a run directory.
+READING = [
+    ["train", *TINY_RUN, "--run-dir", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted/checkpoints/last.safetensors"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--init-from", "crafted"],
+    ["train", *TINY_RUN, "--dry-run", "--run-dir", "crafted"],
+    ["evaluate", "crafted"],
+    ["ood", "crafted", "--out", "noise"],
+    ["doctor", "crafted"],
+    ["sample", "crafted"],
+    ["interpolate", "crafted"],
+    ["compress", "crafted", "--split", "test", "--out", "new.fta"],
+    ["decompress", "embedded.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new", "--model", "crafted"],
+    ["compare", "crafted", "crafted"],
+    ["report", "crafted"],
+]
+
+
+def test_every_command_is_among_those_that_read_a_checkpoint():
+    assert {command[0] for command in READING} == {
+        str(each.name or each.callback.__name__) for each in app.registered_commands
+    }
+
+
+def craft(folder, section, name):
+    """Makes a run whose configuration names a module that leaves a file when it is imported."""
+    for file in ("intruder.py", "package/__init__.py", "package/intruder.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("open('executed', 'w')")
+    run = copy_of(trained()["glow"], folder / "crafted")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section]["name"] = name
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (run / "checkpoints").iterdir():
+        saved = checkpoint_format.read(path)
+        path.unlink()
+        checkpoint_format.write(path, {**saved.meta, "config": config}, saved.tensors)
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"], "probe": 0, "versions": {}}
+    described["streams"] = [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}]
+    described["versions"]["torch"] = torch.__version__
+    parts = [bytes(4), bytes(8)]
+    for archive, model in (("embedded", [last(run).read_bytes()]), ("elsewhere", [])):
+        of = {"hash": "0" * 64, "path": str(last(run)), "weights": "raw", "embedded": bool(model)}
+        packed = archive_format.pack({**described, "model": of}, [*parts, *model])
+        (folder / f"{archive}.fta").write_bytes(packed)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+@pytest.mark.parametrize("name", ["intruder", "package.intruder"])
+def test_no_command_imports_what_a_checkpoint_names(section, name, tmp_path):
+    craft(tmp_path, section, name)
+    for command in READING:
+        done = quick(*command, cwd=tmp_path)
+        if {"--init-from", "--dry-run", "compare"} & set(command):  # they read no configuration
+            done.ok()
+        else:
+            done.failed(2, f"{section}.name", name)
+        assert not (tmp_path / "executed").exists(), command
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    quick("evaluate", "crafted", "--trust-code", cwd=tmp_path)
+    assert (tmp_path / "executed").exists() == ("." in name)
 
 
 # --- numbers that are not finite ------------------------------------------------------------------

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -36,6 +38,8 @@ from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded, file_sizes
 
 pytest.importorskip("constriction")
+
+ROOM = 10**9  # bytes of memory
 
 
 @functools.cache
@@ -66,9 +70,9 @@ def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compre
     return compress.choose(compress.prepare(model, x), names, plain=plain, **options)
 
 
-def opened(path, data: bytes) -> Opened:
+def opened(path, data: bytes, memory: int | None = None) -> Opened:
     path.write_bytes(data)
-    return Opened(path)
+    return Opened(path, memory)
 
 
 @pytest.mark.parametrize("count", [1, 2, 500])
@@ -109,6 +113,47 @@ def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp
     assert result.stored == 4 and result.coded > 80
     assert said[-1] == 100  # carriers and all
     assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
+
+
+def test_what_is_stored_is_no_larger_than_any_tall_picture(model, digits, tmp_path):
+    """Archives with strips of 64 images, as of earlier versions, can be unpacked too."""
+    x = digits[:200]
+    short = [strips.strip(part) for part in x.split(64)]
+    tall = strips.strips(x)
+    assert (len(short), len(tall)) == (4, 1)
+    pictures = x.movedim(1, 0).flatten(1, 2)
+    assert len(tall[0]) <= min(len(encoded(pictures, "WEBP", m)) for m in (2, 6))
+    sizes = ordinary_sizes(x, 256)
+    assert sum(map(len, tall)) <= min(sizes[name] for name in ("tall PNG", "tall WEBP method 6"))
+    prepared = compress.prepare(model, x)
+    for parts, flag in ((short, None), (tall, True)):
+        data = compress._pack(prepared, "train", [], parts, b"")
+        found = opened(tmp_path / "a", data)
+        assert found.description.model_dump(exclude_unset=True).get("tall") == flag
+        assert torch.equal(found.images(None), x)
+
+
+def test_many_images_are_packed_in_bounded_time(monkeypatch):
+    """The slow method is for few images alone."""
+    methods = []
+
+    def noting(image, name, method=None):
+        methods.append(method)
+        return b"P"
+
+    monkeypatch.setattr(strips, "encoded", noting)
+    strips.strips(torch.zeros(334, 1, 28, 28, dtype=torch.uint8))
+    assert strips.BEST_METHOD in methods
+    methods.clear()
+    strips.strips(torch.zeros(335, 1, 28, 28, dtype=torch.uint8))
+    assert methods and strips.BEST_METHOD not in methods
+
+
+def test_a_tall_strip_fits_a_webp():
+    for height in (1, 28, 127, 128, 255, 256, 5000, 16383):
+        length = strips.tall_length(height)
+        assert length * height <= strips.LONGEST and length >= strips.strip_length(height)
+        assert length == strips.strip_length(height) or length >= 2 * strips.STRIP
 
 
 def of_size(size: int, prepared: compress.Prepared) -> list[bytes]:
@@ -207,10 +252,10 @@ def test_a_flipped_bit_anywhere_is_caught(model, digits, tmp_path):
             damaged = bytearray(data)
             damaged[position] ^= 1 << position % 8
             with pytest.raises(UserError, match="damaged|not an archive"):
-                archive.unpack(tmp_path, bytes(damaged))
+                archive.unpack(tmp_path, bytes(damaged), ROOM)
         for length in (0, 3, 4, 7, 12, len(data) // 2, len(data) - 1):
             with pytest.raises(UserError, match="damaged|not an archive"):
-                archive.unpack(tmp_path, data[:length])
+                archive.unpack(tmp_path, data[:length], ROOM)
 
 
 def moved(model: LoadedModel, by: float) -> LoadedModel:
@@ -265,7 +310,7 @@ def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **chang
 
 
 def repacked(data: bytes, parts=lambda parts: parts, model=None, **changes) -> bytes:
-    description, old = archive.unpack(Path("old"), data)
+    description, old = archive.unpack(Path("old"), data, ROOM)
     described = description.model_dump(exclude_unset=True)
     described["model"] |= model or {}
     return archive.pack(
@@ -364,6 +409,100 @@ def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
         opened(tmp_path / "a", data)
 
 
+def bomb(count=100_000) -> bytes:
+    """Black images of 100x100: 2 MB that say, truthfully, that they are 1 GB."""
+    strip = zlib.compress(bytes(64 * 10_000), 9)
+    rest = zlib.compress(bytes(count % 64 * 10_000), 9)
+    sums = archive.checksum(torch.zeros(1, 100, 100, dtype=torch.uint8)).to_bytes(4, "little")
+    described = {"shape": [1, 100, 100], "levels": 256, "names": "x", "count": count}
+    return archive.pack(
+        described, [sums * count, *[strip] * (count // 64), *[rest] * (count % 64 > 0)]
+    )
+
+
+def test_an_archive_that_takes_too_much_memory_is_refused(tmp_path):
+    """Before anything is inflated, and before anything is made of the number of images."""
+    data = bomb()
+    assert len(data) < 3e6
+    (tmp_path / "bomb.fta").write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"to unpack it takes 1,0\d\d MiB of memory, and --max-memory"
+    ):
+        Opened(tmp_path / "bomb.fta", 2**29)
+    assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    tracemalloc.stop()
+    with pytest.raises(UserError, match=rf"cannot be read: {len(data)} bytes, more than 1000000"):
+        Opened(tmp_path / "bomb.fta", 10**6)
+    names = {"names": ["a"] * 10**6, "count": None}
+    with pytest.raises(UserError, match="its description does not end within 1000000 bytes"):
+        opened(tmp_path / "a", stored(**names), memory=32 * 10**6)
+    quick("decompress", "bomb.fta", "--out", "x", "--max-memory", 500, cwd=tmp_path).failed(
+        2, "bomb.fta: to unpack it takes 1,0", "--max-memory is 500 MiB"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from flowtrain.compression.decompress import Opened
+torch.set_num_threads(1)
+status = Path("/proc/self/status")  # getrusage would begin with the peak of the parent
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+before = peak()
+found = Opened(Path(sys.argv[1]), 2**34)
+found.images(None)
+print(peak() - before, found.description.memory)
+"""
+
+
+@pytest.mark.parametrize("kind", ["many", "png", "deflated"])
+def test_unpacking_takes_the_memory_that_was_foreseen(kind, tmp_path):
+    if kind == "many":
+        data = bomb(20_000)
+    else:
+        x = torch.zeros(1, 1, 8000, 10_000, dtype=torch.uint8)
+        strip = encoded(x[0], "PNG") if kind == "png" else zlib.compress(bytes(x.numel()))
+        described = {"shape": [1, 8000, 10_000], "levels": 256, "names": ["a.png"]}
+        data = archive.pack(described, [archive.checksum(x).to_bytes(4, "little"), strip])
+    (tmp_path / "a.fta").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "a.fta"],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    taken, foreseen = map(int, done.stdout.split())
+    assert 5e7 < taken < foreseen + 2 * len(data) + 2e7
+
+
+@pytest.mark.parametrize("piece", [1, 100, 127, 128, 129, 10**6])
+def test_strips_are_inflated_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(strips, "PIECE", piece)
+    x = images(2, (1, 8, 8), 17)
+    found = torch.empty_like(x)
+    strips.unstrip(zlib.compress(x.numpy().tobytes()), found)
+    assert torch.equal(found, x)
+    for wrong in (bytes(127), bytes(129), bytes(10**6)):
+        with pytest.raises(ValueError, match="not 128 bytes"):
+            strips.unstrip(zlib.compress(wrong), found)
+    with pytest.raises(ValueError, match="not 128 bytes"):
+        strips.unstrip(zlib.compress(x.numpy().tobytes())[:-1], found)
+
+
+@pytest.mark.parametrize("name", ["a" * 10**5, "\x1b[2J/" * 10**4, "a/" * 10**5])
+def test_what_is_shown_of_an_archive_is_short(name, tmp_path):
+    data = stored(names=[name, name + "b"], versions={"v" * 10**5: "w" * 10**5})
+    with pytest.raises(UserError) as error:
+        opened(tmp_path / "a", data)
+    assert len(str(error.value)) < 500 + len(str(tmp_path)) and str(error.value).isprintable()
+    moved = repacked(embedding(), model={"embedded": False, "path": name, "hash": name})
+    with pytest.raises(UserError, match="it needs the model") as error:
+        opened(tmp_path / "a", moved).load(None, False)
+    assert len(str(error.value)) < 500 + len(str(tmp_path)) and str(error.value).isprintable()
+
+
 def test_a_description_that_is_none_is_one_error(tmp_path):
     for described in (
         b"",
@@ -395,7 +534,7 @@ def deflated(text: bytes) -> bytes:
 
 def test_crafted_streams_are_one_error(model, digits, tmp_path):
     data = embedding()
-    described = archive.unpack(Path(), data)[0].model_dump(exclude_unset=True)
+    described = archive.unpack(Path(), data, ROOM)[0].model_dump(exclude_unset=True)
     streams = described["streams"]
     for changes in (
         {"stored": [0, 0]},
@@ -410,7 +549,7 @@ def test_crafted_streams_are_one_error(model, digits, tmp_path):
         with pytest.raises(UserError, match="not a valid archive"):
             opened(
                 tmp_path / "a",
-                archive.pack({**described, **changes}, archive.unpack(Path(), data)[1]),
+                archive.pack({**described, **changes}, archive.unpack(Path(), data, ROOM)[1]),
             )
     with pytest.raises(UserError, match="not of its model's shape"):
         opened(tmp_path / "a", repacked(data, shape=[1, 4, 16])).load(None, False)
@@ -418,7 +557,7 @@ def test_crafted_streams_are_one_error(model, digits, tmp_path):
         opened(tmp_path / "a", repacked(data, lambda parts: [*parts[:-1], parts[-1][:-5]])).load(
             None, False
         )
-    size = len(archive.unpack(Path(), data)[1][-2])
+    size = len(archive.unpack(Path(), data, ROOM)[1][-2])
     for change in [
         lambda part, i=i: part[:i] + bytes([part[i] ^ 129]) + part[i + 1 :]
         for i in range(0, size, 211)

@@ -1,14 +1,16 @@
 """The splits of a data set, their fingerprint, and options that do not fit it."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import a_config, npz
+from helpers import SHARED, a_config, npz, shared
 
 from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split
+from flowtrain.datasets.base import hold_out
 from flowtrain.errors import UserError
 
 
@@ -44,6 +46,62 @@ def test_validation_is_a_count_or_a_fraction(tmp_path, validation, held):
 def test_impossible_validation(tmp_path, validation):
     with pytest.raises(UserError, match="data.validation"):
         data_set(npz(tmp_path / "a.npz", train=40, validation=validation)).split("train")
+
+
+def doubled(path, **arrays):
+    """Saves each array twice, one after the other, and gives the `data` section that reads it."""
+    np.savez(path, **{key: np.concatenate([array, array]) for key, array in arrays.items()})
+    return {"name": "npz", "path": str(path), "validation": 0.2}
+
+
+def test_equal_images_are_in_one_split(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "u1")
+    data = data_set(doubled(tmp_path / "a.npz", x_train=x))
+    found = {
+        name: [image.numpy().tobytes() for image in data.split(name).take(slice(None))]
+        for name in ("train", "validation", "test")
+    }
+    assert {name: len(images) for name, images in found.items()} == {
+        "train": 144, "validation": 36, "test": 20
+    }  # fmt: skip
+    assert len(set().union(*found.values())) == sum(len(set(images)) for images in found.values())
+    assert data.fingerprint["duplicates"] == 90
+    assert data.equal_to_training(data.split("test"), 20) == 0
+
+
+def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "u1")
+    np.savez(tmp_path / "a.npz", x_train=x, x_test=x[:40])
+    data = data_set({"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0.5})
+    test = data.split("test")
+    assert len(test) == 40  # none is moved
+    trained = set(data.split("train").indices.tolist())
+    for count in (40, 15):
+        assert data.equal_to_training(test, count) == len(trained & set(range(count)))
+    assert data.equal_to_training(data.split("validation"), 50) == 0
+    assert "duplicates" not in data.fingerprint
+
+
+@shared
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_the_splits_of_real_data_are_as_ever(name):
+    section = {"name": "mnist", "root": str(SHARED)}
+    if name == "cifar10":
+        section = {"name": "npz", "path": str(SHARED / "cifar10.npz")}
+    data = data_set(section)
+    split = data.split("validation")
+    count = len(data.split("train")) + len(split)
+    validation = data.config.validation
+    assert np.array_equal(split.indices, hold_out(count, validation, data.config.split_seed)[1])
+    assert "duplicates" not in data.fingerprint
+    assert data.equal_to_training(data.split("test"), 10000) == 0
+
+
+def test_training_images_that_are_not_at_hand_are_not_read(tmp_path):
+    section = npz(tmp_path / "a.npz", train=40)
+    data = data_set(section)
+    data.train_images = dataclasses.replace(data.train_images, at_hand=lambda: False)
+    assert data.equal_to_training(data.split("test"), 4) is None
 
 
 def test_nothing_is_read_before_a_split_is_asked_for(tmp_path):

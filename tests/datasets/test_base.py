@@ -38,6 +38,48 @@ def test_hold_out_refuses(n, held):
         base.hold_out(n, held, 0)
 
 
+def test_equal_images_are_held_out_together():
+    random = np.random.default_rng(0)
+    for seed in range(20):
+        first = random.integers(0, 60, 100)
+        first = np.array([np.flatnonzero(first == value)[0] for value in first])
+        kept, out = base.hold_out(100, 0.3, seed, first)
+        assert not set(first[kept]) & set(first[out])
+        assert sorted([*kept, *out]) == list(range(100))
+        assert len(out) == 30  # there are enough single images to fill up the count
+
+
+def test_without_equal_images_the_split_is_as_ever():
+    for held in (0, 5, 0.3):
+        for one, other in zip(
+            base.hold_out(20, held, 0), base.hold_out(20, held, 0, np.arange(20)), strict=True
+        ):
+            assert np.array_equal(one, other)
+
+
+def test_more_equal_images_than_are_to_be_held_out():
+    pairs = np.arange(20) // 2 * 2
+    assert len(base.hold_out(20, 5, 0, pairs)[1]) == 4
+    assert len(base.hold_out(20, 1, 0, pairs)[1]) == 2
+    most = np.array([0, 1, *[0] * 18])  # 19 of 20 are equal
+    assert base.hold_out(20, 10, 0, most)[1].tolist() == [1]
+    assert base.hold_out(5, 0, 0, np.zeros(5, int))[1].tolist() == []
+    assert len(base.hold_out(5, 2, 0, np.zeros(5, int))[1]) == 2  # all are equal: there is no way
+
+
+@pytest.mark.parametrize("hashed", [1, 100, 2**24])  # one image at a time, several, all
+def test_equal_images_are_found(monkeypatch, hashed):
+    monkeypatch.setattr(base, "HASHED", hashed)
+    pixels = noise(30, 3, 2, 2)[np.r_[0:10, 3, 10:20, 0, 3]]
+    found = base.first_equal(base.digests(pixels))
+    assert found.tolist() == [*range(10), 3, *range(11, 21), 0, 3]
+    assert base.duplicates(found) == 3
+    rows = np.array([20, 3, 10])
+    assert base.first_equal(base.digests(pixels, rows)).tolist() == [0, 1, 1]
+    turned = np.asfortranarray(pixels)
+    assert np.array_equal(base.digests(turned), base.digests(pixels))
+
+
 # --- image files -----------------------------------------------------------------------------
 
 

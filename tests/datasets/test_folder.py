@@ -119,6 +119,20 @@ def test_folder_holds_out_a_stable_tenth(tmp_path):
     assert values(build("test")) == test[1:]
 
 
+def test_folder_keeps_equal_images_on_one_side(tmp_path, monkeypatch):
+    """Also those of different files: every image is there as PNG, BMP and in another size."""
+    tree = grow(tmp_path / "tree", 20)
+    for i in range(20):
+        draw(tree / "more" / f"{i}.bmp", seed=i)
+        draw(tree / "more" / f"{i}.png", (30, 30), seed=i)
+    (tree / "003.png").write_bytes(b"")
+    build = functools.partial(folder.build, tmp_path, path=tree, size=4)
+    test, train = values(build("test")), values(build("train"))
+    assert len(test + train) == 59 and test and not set(test) & set(train)
+    monkeypatch.setattr(base, "digests", lambda pixels: pytest.fail("hashed again"))
+    assert values(build("test")) == test
+
+
 @pytest.mark.parametrize(
     "folders, train, test",
     [
@@ -195,20 +209,20 @@ def test_folder_decodes_once(tmp_path, decoded):
         return values(images), len(decoded)
 
     first, count = start()
-    assert count == 18 and start() == (first, 0)
+    assert (len(first), count) == (18, 20) and start() == (first, 0)
     assert sorted(p for p in tree.rglob("*")) == before, "nothing is written into the user's tree"
     for options in ({"size": 5}, {"channels": 1}, {"resize": "stretch"}):
-        assert start(**options)[1] == 18
+        assert start(**options)[1] == 20
     changed = tree / f"{first[0]:03}.png"
     time_ = changed.stat().st_mtime_ns
     draw(changed, seed=200)
     os.utime(changed, ns=(time_ + 1, time_ + 1))
-    assert start() == ([200, *first[1:]], 18), "a file's time counts"
+    assert start() == ([200, *first[1:]], 20), "a file's time counts"
     draw(changed, (40, 40), seed=201)
     os.utime(changed, ns=(time_ + 1, time_ + 1))
-    assert start()[1] == 18, "a file's size counts"
+    assert start()[1] == 20, "a file's size counts"
     draw(tree / "new.png", seed=100)
-    assert start()[1] == 18 + 1, "a new file counts"  # 21 images, 2 of them for test
+    assert start()[1] == 20 + 1, "a new file counts"
 
 
 def test_folder_caches_of_two_folders_are_apart(tmp_path):
@@ -241,8 +255,8 @@ def test_folder_rebuilds_a_damaged_cache(tmp_path, decoded, damage):
     [cache] = caches()
     damage(cache)
     decoded.clear()
-    assert values(images) == first and len(decoded) == 18
-    assert values(images) == first and len(decoded) == 18, "the new one is used"
+    assert values(images) == first and len(decoded) == 20
+    assert values(images) == first and len(decoded) == 20, "the new one is used"
     assert caches() == [cache]
 
 
@@ -267,7 +281,8 @@ def slow(*args):
     time.sleep(float(sys.argv[2]))
     return decode(*args)
 base.decode = slow
-pixels = folder.build(Path(), "train", path=Path(sys.argv[1]), size=4).read()
+images = folder.build(Path(), "train", path=Path(sys.argv[1]), size=4)
+pixels = images.read()[images.rows()]
 print(hashlib.sha256(pixels.tobytes()).hexdigest())
 """
 
@@ -295,7 +310,7 @@ def test_folder_killed_midway_and_built_twice_at_once(tmp_path, decoded):
     ends = [process.communicate(timeout=30) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     sums = {out.split()[-1] for out, _ in ends}
-    assert all(out.count("decoding") == 90 for out, _ in ends), "both found no cache"
+    assert all(out.count("decoding") == 100 for out, _ in ends), "both found no cache"
     pixels = check(folder.build(tmp_path, "train", path=tree, size=4), 90)
     assert sums == {hashlib.sha256(pixels.tobytes()).hexdigest()}
     assert not decoded and len(caches()) == 1
@@ -353,7 +368,7 @@ def test_folder_progress(tmp_path, monkeypatch, caplog, capsys):
     assert "decoding" in screen.getvalue()
     shutil.rmtree(caches()[0])
     images.read()
-    assert "decoding 18 images" in caplog.text
+    assert "decoding 20 images" in caplog.text
     assert capsys.readouterr() == ("", "")
 
 
@@ -380,3 +395,22 @@ def test_folder_refuses(tmp_path, make, size, message):
     make(tmp_path / "tree")
     with pytest.raises(UserError, match=message):
         folder.build(tmp_path, "train", path=tmp_path / "tree", size=size)
+
+
+@pytest.mark.parametrize("policy", ["crop", "exact"])
+def test_only_regular_files_are_read(tmp_path, caplog, policy):
+    """A pipe or a device in the folder is left out, and not waited for."""
+    tree = grow(tmp_path / "tree")
+    os.mkfifo(tree / "pipe.png")
+    (tree / "zero.png").symlink_to("/dev/zero")
+    images = folder.build(tmp_path, "train", path=tree, size=12, channels=1, resize=policy)
+    assert len(images.read()) >= 16
+    test = folder.build(tmp_path, "test", path=tree, size=12, channels=1, resize=policy)
+    test.read()
+    assert caplog.text.count("not a regular file") == 2
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="cannot be read as an image .*not a regular file"):
+        base.open_image(tmp_path / "pipe.png", (1, 8, 8), 256)

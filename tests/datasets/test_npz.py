@@ -1,7 +1,11 @@
 """A user's own arrays."""
 
+import contextlib
+import io
+import os
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +56,18 @@ def test_npz_without_a_test_split_holds_out_a_tenth(tmp_path):
     test, train = values("test", 0), values("train", 0)
     assert len(test) == 4 and sorted(test + train) == list(range(40))
     assert values("test", 0) == test != values("test", 1)
+
+
+def test_npz_keeps_equal_images_on_one_side(tmp_path):
+    array = noise(50, 4, 4)
+    labels = np.arange(50)
+    path = saved(tmp_path / "a.npz", x_train=np.r_[array, array], y_train=np.r_[labels, labels])
+    parts = {split: npz.build(tmp_path, split, path=path) for split in ("train", "test")}
+    found = {split: {x.tobytes() for x in check(part)} for split, part in parts.items()}
+    assert not found["train"] & found["test"]
+    assert {split: len(check(part)) for split, part in parts.items()} == {"train": 90, "test": 10}
+    for part in parts.values():
+        assert np.array_equal(array[part.labels()[part.rows()]][:, None], check(part))
 
 
 def test_npz_shape_comes_from_the_header(tmp_path, monkeypatch):
@@ -138,6 +154,78 @@ def test_npz_damage(tmp_path, kind, message):
         assert kind in ("bytes", "deflate"), "all else is seen before the pixels are read"
         images.read()
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_a_changed_byte_anywhere_is_one_error(tmp_path, method):
+    """Whatever the codec raises."""
+    path = tmp_path / "a.npz"
+    buffer = io.BytesIO()
+    np.save(buffer, noise(50, 4, 4))
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("x_train.npy", buffer.getvalue())
+    data = path.read_bytes()
+    refused = 0
+    for position in range(0, len(data), 3):
+        for flip in (1, 128, 255):
+            damaged = bytearray(data)
+            damaged[position] ^= flip
+            path.write_bytes(damaged)
+            try:
+                npz.build(tmp_path, "train", path=path).read()
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 600
+    assert refused > len(data) // 2
+
+
+def test_npz_with_two_arrays_of_a_name(tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for seed in (0, 1):
+            buffer = io.BytesIO()
+            np.save(buffer, noise(9, 4, 4))
+            with pytest.warns(UserWarning, match="Duplicate") if seed else contextlib.nullcontext():
+                archive.writestr("x_train.npy", buffer.getvalue())
+    with pytest.raises(UserError, match=r"a.npz has 2 arrays x_train"):
+        npz.build(tmp_path, "train", path=path)
+
+
+def claiming(path: Path, size: int) -> Path:
+    """A small .npz file whose directory and header say that x_train has `size` bytes."""
+    buffer = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (size // 100, 10, 10)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    start = buffer.tell()
+    buffer.write(bytes(1000))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x_train.npy", "w", force_zip64=True) as file:
+            file.write(buffer.getvalue())
+        archive.filelist[0].file_size = start + size
+    return path
+
+
+@pytest.mark.parametrize("size", [10**11, 10**14])
+def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
+    path = claiming(tmp_path / "a.npz", size)
+    wanted = rf"x_train in .*a.npz takes {size / 2**30:.1f} GiB, more than half of the memory"
+    with pytest.raises(UserError, match=wanted):
+        npz.build(tmp_path, "train", path=path)
+    # On a machine that has so much, the array is not allocated, or the missing bytes are noticed.
+    monkeypatch.setattr(npz.capacity, "total", lambda: 2**60)
+    with pytest.raises(UserError, match="x_train in .* (does not fit into memory|is damaged)"):
+        npz.build(tmp_path, "train", path=path).read()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
+def test_npz_is_a_regular_file(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=r"cannot be opened \(.*not a regular file"):
+        npz.build(tmp_path, "train", path=path)
 
 
 @shared

@@ -61,6 +61,25 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
     assert 0 <= result.max_reconstruction_error < 0.5
 
 
+def test_equal_images_are_counted(tmp_path, flow):
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
+    np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))
+    config = a_config("glow", data={"name": "npz", "path": str(tmp_path / "a.npz")})
+    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
+    data = DataSet(config.data)
+    trained = data.split("train").indices.tolist()
+
+    def counts(split, **options):
+        content = evaluate(model, data, split, **options)[0].content()
+        return content["duplicates"], content.get("duplicates_of_training", "nothing")
+
+    shared = sum(i in trained for i in [*range(8), *range(4)])
+    assert counts("test") == (4, shared) and shared > 8
+    assert counts("test", num_images=8) == (0, sum(i in trained for i in range(8)))
+    assert counts("validation") == (0, 0)
+    assert counts("train") == (0, "nothing")
+
+
 @pytest.mark.parametrize("split, count", [("train", 16), ("validation", 4), ("test", 30)])
 def test_every_split(tmp_path, flow, split, count):
     assert evaluated(tmp_path, flow, split=split)[0].num_images == count

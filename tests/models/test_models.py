@@ -46,6 +46,19 @@ def test_glow_learns_at_a_single_pixel_too(split):
     assert [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("name", ["nice", "realnvp", "glow"])
+def test_a_single_value_is_too_few_for_couplings(name):
+    said = "model.levels: 1x1 cannot" if name == "glow" else "at least two values per example"
+    with pytest.raises(UserError, match=said):
+        build_flow(a_config(name), (1, 1, 1), 256)
+
+
+@pytest.mark.parametrize("name", ["maf", "cnf"])
+def test_a_single_value_is_enough_for(name):
+    flow = tiny_flow(name, shape=(1, 1, 1))
+    assert flow.bits_per_dim(images(8, flow.shape)).isfinite().all()
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
 

@@ -1,5 +1,7 @@
 """The memory that is left."""
 
+import torch
+
 from flowtrain.system import capacity
 
 
@@ -21,7 +23,12 @@ def test_memory_limits_of_control_groups(tmp_path):
     groups = capacity._control_groups(mount, own)
     assert groups == [mount / "slurm/job/step", mount / "slurm/job", mount / "slurm", mount]
     assert min(map(capacity._of_the_group, groups)) == 930
+    assert [capacity._limit(group) for group in groups[:3]] == [None, 1000, 5000]
     own.write_text("0::/\n")  # of a container
     limit(mount, 500, used=600)
     assert list(map(capacity._of_the_group, capacity._control_groups(mount, own))) == [0]
     assert capacity._control_groups(mount, tmp_path / "nothing") == []
+
+
+def test_the_memory_of_the_machine():
+    assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()

@@ -30,6 +30,7 @@ from cli_helpers import (
     start,
     summary,
     torchrun_environment,
+    trained,
     within,
 )
 from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
@@ -559,10 +560,10 @@ def test_exit_codes():
 
 
 @pytest.mark.parametrize("count, images", [(2, 101), (3, 2)])
-def test_evaluation_is_sharded(count, images, alone, tmp_path):
+def test_evaluation_is_sharded(count, images, tmp_path):
     options = [
         "evaluate",
-        alone,
+        trained()["glow"],
         "--num-images",
         images,
         "--samples",
@@ -587,8 +588,8 @@ def test_evaluation_is_sharded(count, images, alone, tmp_path):
     np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
-def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(alone, tmp_path):
-    saved = checkpoint_format.read(last(alone))
+def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_path):
+    saved = checkpoint_format.read(last(trained()["glow"]))
     name = next(
         name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift")
     )
@@ -600,10 +601,12 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(alone,
     assert (tmp_path / "r.json").exists()
 
 
-def test_the_first_process_samples_and_interpolates(alone, tmp_path):
-    all_ok(together(2, "sample", alone, "--num", 4, "--out", "s.npz", cwd=tmp_path))
-    all_ok(together(2, "interpolate", alone, "--pairs", 1, "--out", "i.png", cwd=tmp_path))
-    quick("sample", alone, "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
+def test_the_first_process_samples_and_interpolates(tmp_path):
+    all_ok(together(2, "sample", trained()["glow"], "--num", 4, "--out", "s.npz", cwd=tmp_path))
+    all_ok(
+        together(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png", cwd=tmp_path)
+    )
+    quick("sample", trained()["glow"], "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
     assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
 

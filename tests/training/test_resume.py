@@ -170,7 +170,9 @@ def test_the_test_above_would_notice(tmp_path):
 # --- signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_stopped_by_a_signal_and_continued(signum, code, uninterrupted, tmp_path):
     process = start("train", *LONG, cwd=tmp_path)
     run = tmp_path / "runs" / "glow_digits"

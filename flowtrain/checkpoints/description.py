@@ -1,0 +1,64 @@
+"""The description in a checkpoint: everything in it that is not a tensor."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
+
+from flowtrain.types import Side, Steps
+
+
+@dataclass
+class Progress:
+    """How far a run is, in plain numbers. They are stored in the checkpoint."""
+
+    step: Steps = 0
+    images: NonNegativeInt = 0
+    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    best: FiniteFloat | None = None  # validation loss in bits/dim, or in nats for real-valued data
+    best_step: Steps | None = None
+    lr_scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    non_finite: NonNegativeInt = 0
+    averaged: Steps = 0  # updates of the average of the weights
+    finished: bool = False  # including the last validation and the last samples
+    window_loss: FiniteFloat = 0.0  # sum of the training loss since the last row of metrics
+    window_steps: NonNegativeInt = 0  # steps in that sum
+
+
+class Origin(BaseModel):
+    """What the description has in every format."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    format: int
+    versions: dict[str, str]
+
+
+class Description(Origin):
+    """The description in this format. The last three are those of a run, and are missing where a
+    checkpoint holds only a model, as in an archive.
+
+    `config` is only known to be a mapping of sections: `flowtrain.config.parse` checks it.
+    """
+
+    config: dict[str, Any]
+    shape: tuple[Side, Side, Side]  # (C, H, W)
+    levels: Annotated[int, Field(ge=2, le=256)] | None  # None: real values
+    step: Steps
+    data: dict[str, Any] = {}  # the fingerprint of the data set
+    processes: PositiveInt = 1
+    progress: Progress | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Description":
+        if self.progress is not None and self.progress.step != self.step:
+            raise ValueError(f"it is of step {self.step}, its progress of {self.progress.step}")
+        return self

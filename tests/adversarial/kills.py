@@ -1,0 +1,213 @@
+"""Kills a short run at its file operations, gives the same command again, and compares what it
+leaves with an undisturbed run: `python kills.py FOLDER POINT...` or `python kills.py FOLDER all`.
+
+Prints one JSON object: the number of file operations of the undisturbed run, the number of runs
+that were killed, and the differences that were found, each with the operation that was the last.
+
+An operation is opening a file for writing, writing (before it and halfway through it), flushing,
+renaming, linking, removing, and making a folder. Those of TensorBoard's own thread do not count,
+because their order is not fixed.
+
+Each command is a fork of this process, which has imported everything and computed nothing. So it
+starts in a moment.
+"""
+
+import builtins
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+from catalogue import WORDS, sets
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import main as flowtrain
+
+for name in (
+    *["torch._dynamo", "sklearn.datasets"],
+    *[f"flowtrain.{each}" for each in ("datasets.digits", "models.glow", "training.loop")],
+):
+    importlib.import_module(name)
+
+COMMAND = [
+    *["train", *WORDS["glow"], "--run-dir", "run"],
+    *sets(train__batch_size=16, train__num_steps=5, train__log_every=1, train__ema=0.9),
+    *sets(train__validate_every=2, train__checkpoint_every=2, train__sample_every=3),
+    *sets(train__keep_checkpoints=1, data__validation=20),
+]
+FUNCTIONS = ("open", "fsync", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir")
+CLOCK = ("seconds", "images_per_second")
+
+
+class Operations:
+    """Counts the file operations of this process, and kills it at number `fatal`."""
+
+    def __init__(self, fatal: int | None, log: Path):
+        self.count = 0
+        self.fatal = fatal
+        self.log = log.open("w")
+        for name in FUNCTIONS:
+            setattr(os, name, self.counted(name, getattr(os, name)))
+        self.io_open = io.open
+        builtins.open = io.open = self.open
+
+    def before(self, what: str) -> None:
+        """To be called before each operation."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.count += 1
+        self.log.write(f"{what}\n")
+        if self.count == self.fatal:
+            self.log.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(self, name, function):
+        def wrapped(path, *args, **options):
+            writes = name != "open" or (args and args[0] & (os.O_WRONLY | os.O_RDWR))
+            if writes:
+                self.before(f"{name} {path}")
+            return function(path, *args, **options)
+
+        return wrapped
+
+    def open(self, path, mode="r", *args, **options):
+        if not set(mode) & set("wax+"):
+            return self.io_open(path, mode, *args, **options)
+        if not isinstance(path, int):
+            self.before(f"open {path}")
+        file = self.io_open(path, mode, *args, **options)
+        write = file.write
+
+        def counted_write(data):
+            self.before(f"write {path}")
+            if self.count + 1 == self.fatal:
+                write(data[: len(data) // 2])
+                file.flush()
+            self.before(f"half of write {path}")
+            return write(data)
+
+        file.write = counted_write
+        return file
+
+
+def run(folder: Path, fatal: int | None = None) -> tuple[int | None, list[str]]:
+    """The command in `folder`, killed at operation `fatal`: its exit code, None after a kill, and
+    its operations.
+    """
+    log, out = folder / "operations", folder / "out"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number in (1, 2):
+                os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.chdir(folder)
+            sys.argv = ["flowtrain", *COMMAND]
+            operations = Operations(fatal, log)
+            try:
+                flowtrain()
+            except SystemExit as ended:
+                code = ended.code or 0
+            operations.log.flush()
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return None if code == -signal.SIGKILL else code, log.read_text().splitlines()
+
+
+def content(run: Path) -> dict[str, object]:
+    """All that a run directory says, but for what a clock says."""
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_dir() or path.name == ".lock" or "tfevents" in path.name:
+            continue
+        if path.suffix == ".safetensors":
+            saved = checkpoint_format.read(path)
+            progress = {**saved.meta["progress"], "seconds": 0}
+            found[name] = (
+                {**saved.meta, "progress": progress},
+                {key: value.numpy().tobytes() for key, value in saved.tensors.items()},
+            )
+        elif path.name == "summary.json":
+            found[name] = {**json.loads(path.read_text()), "seconds": 0}
+        elif path.name == "metrics.jsonl":
+            rows = map(json.loads, path.read_text().splitlines())
+            found[name] = [
+                {key: value for key, value in row.items() if key not in CLOCK} for row in rows
+            ]
+        else:
+            found[name] = path.read_bytes()
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    for tag in events.Tags()["scalars"]:
+        if not tag.endswith(CLOCK):
+            found[f"events: {tag}"] = [(each.step, each.value) for each in events.Scalars(tag)]
+    found["events: samples"] = [image.step for image in events.Images("samples")]
+    return found
+
+
+def differences(folder: Path, fatal: list[int], wanted: dict[str, object]) -> list[str]:
+    """What is other than `wanted` after the command was killed at these operations, one after the
+    other, and then given again.
+    """
+    shutil.rmtree(folder)
+    folder.mkdir()
+    said = []
+    for number in fatal:
+        code, operations = run(folder, number)
+        if code is None:
+            said.append(operations[-1])
+        elif code != 0:
+            return [f"exit code {code} after a kill at {said}: {(folder / 'out').read_text()}"]
+    for path in (folder / "run" / "checkpoints").glob("[!.]*"):
+        try:
+            checkpoint_format.read(path)
+        except Exception as error:
+            said.append(f"damaged after the kill: {error}")
+    code, _ = run(folder)
+    if code != 0:
+        return [f"exit code {code} after a kill at {said}: {(folder / 'out').read_text()}"]
+    found = content(folder / "run")
+    return [
+        f"{name} differs after a kill at {said}"
+        for name in sorted(wanted.keys() | found.keys())
+        if name not in found or name not in wanted or found[name] != wanted[name]
+    ]
+
+
+def main(folder: Path, points: list[str]) -> dict[str, object]:
+    torch.set_num_threads(1)
+    folder.mkdir()
+    code, operations = run(folder)
+    assert code == 0, (folder / "out").read_text()
+    wanted, count = content(folder / "run"), len(operations)
+    draw = random.Random(0)
+    if points == ["all"]:
+        plans = [[number] for number in range(1, count + 1)]
+        # twice: the command that goes on is killed, too
+        plans += [[draw.randint(1, count), draw.randint(1, count)] for _ in range(count)]
+    else:
+        plans = [[draw.randint(1, count)] for _ in range(int(points[0]))]
+    losses = [each for plan in plans for each in differences(folder, plan, wanted)]
+    return {"operations": count, "kills": len(plans), "losses": losses}
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = main(Path(sys.argv[1]), sys.argv[2:])
+    print(json.dumps(result))

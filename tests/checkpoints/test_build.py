@@ -1,0 +1,101 @@
+"""The size of a model is known, and refused where it cannot fit, before the model is built."""
+
+import json
+
+import pytest
+from catalogue import SPHERE, TINY
+from helpers import a_config
+
+import flowtrain
+from flowtrain.checkpoints import build
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.errors import UserError
+
+SHAPE = (1, 4, 4)
+
+
+IMAGES = [{"name": name, **options} for name, options in TINY.items()]
+IMAGES += [{"name": "glow", "permutation": "shuffle", "split": "mixed", "coupling": "mixture"}]
+
+
+@pytest.mark.parametrize(
+    "model, shape, levels, noise",
+    [
+        *((model, (1, 8, 8), 256, {}) for model in IMAGES),
+        (IMAGES[0], (3, 8, 8), 256, {"name": "variational"}),
+        (SPHERE, (3, 1, 1), None, {}),
+    ],
+)
+def test_the_sizes_are_those_of_the_flow(model, shape, levels, noise):
+    config = a_config({**model, "classes": 3}, dequantization=noise)
+    found = []
+    flow = build_flow(config, shape, levels, check=found.append)
+    assert {tensor.device.type for tensor in found[0].state_dict().values()} == {"meta"}
+    here, there = (
+        {name: (t.shape, t.dtype) for name, t in each.state_dict().items()}
+        for each in (flow, found[0])
+    )
+    assert here == there
+
+
+@pytest.mark.parametrize("copies, fits", [(1, True), (3, True), (4, False)])
+def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, fits, monkeypatch):
+    config = a_config({"name": "nice", "couplings": 4, "width": 1000, "hidden_layers": 1})
+    flow = build_flow(config, SHAPE, 256)
+    weights = sum(t.nbytes for t in (*flow.parameters(), *flow.buffers()))
+    monkeypatch.setattr(build, "available", lambda device: 3.5 * weights)
+    if fits:
+        build_flow(config, SHAPE, 256, copies)
+        return
+    with pytest.raises(UserError, match=r"weights take 0\.0 GiB, .* 4 times that; 0\.0 GiB are"):
+        build_flow(config, SHAPE, 256, copies)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"name": "nice", "width": 2**20}, r"weights take [0-9,.]+ GiB"),
+        ({"name": "nice", "couplings": 2**20}, "too many layers"),
+        ({"name": "planar", "layers": 2**20}, "too many layers"),
+    ],
+)
+def test_an_absurd_model_gets_no_memory(model, message):
+    with pytest.raises(UserError, match=message):
+        build_flow(a_config(model), SHAPE, 256)
+
+
+def test_a_model_that_its_file_does_not_hold_gets_no_memory(tmp_path, monkeypatch):
+    config = a_config({"name": "nice", "width": 8})
+    flow = build_flow(config, SHAPE, 256)
+    meta = {"config": config.resolved(), "shape": SHAPE, "levels": 256, "step": 0}
+    meta = json.loads(json.dumps(meta))
+    meta["config"]["model"]["width"] = 9
+    tensors = {f"model.{name}": tensor for name, tensor in flow.state_dict().items()}
+    checkpoint_format.write(tmp_path / "a.safetensors", meta, tensors)
+    built = []
+    real = build._build
+    monkeypatch.setattr(build, "_build", lambda *args: built.append(flow := real(*args)) or flow)
+    with pytest.raises(UserError, match="does not fit this model: .* there and .* here"):
+        flowtrain.load(str(tmp_path / "a.safetensors"))
+    assert [next(flow.parameters()).device.type for flow in built] == ["meta"]
+
+
+OWN = """
+import torch
+from flowtrain.models import nice
+def build(shape):
+    torch.zeros(1).item()
+    return nice.build(shape, width=4)
+"""
+
+
+def test_a_model_of_ones_own_may_need_the_values_of_tensors(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "valued.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = build.configuration.parse(
+        {"model": {"name": "own.valued"}, "train": {"num_steps": 1}}, trust_code=True
+    )
+    flow = build_flow(config, SHAPE, 256)
+    assert {parameter.device.type for parameter in flow.parameters()} == {"cpu"}

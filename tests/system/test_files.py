@@ -1,0 +1,157 @@
+"""Files that are written whole or not at all, and which files are read."""
+
+import fcntl
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from flowtrain.errors import RunError
+from flowtrain.system.files import (
+    open_regular,
+    read_regular,
+    remove_left_overs,
+    save,
+    write_atomically,
+)
+
+
+def test_the_folder_is_flushed_after_the_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle):
+        done.append("folder" if os.path.samestat(os.fstat(handle), tmp_path.stat()) else "file")
+        fsync(handle)
+
+    def renamed(*names):
+        done.append("name")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(tmp_path / "a", b"abc")
+    assert done == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_second_name_is_there_first(links, tmp_path, monkeypatch):
+    def no_links(*names):
+        raise OSError(95, "Operation not supported")
+
+    replace = os.replace
+    names = []
+
+    def renamed(source, name):
+        replace(source, name)
+        names.append(Path(name).name)
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "replace", renamed)
+    for data in (b"old", b"new"):
+        write_atomically(tmp_path / "a", data, also=tmp_path / "b")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == data
+    assert names == ["b", "a", "b", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_it_makes_no_folder(tmp_path):
+    with pytest.raises(RunError, match="cannot be written: No such file"):
+        write_atomically(tmp_path / "gone" / "a", b"")
+    assert not (tmp_path / "gone").exists()
+    save(tmp_path / "new" / "a", b"abc")
+    assert (tmp_path / "new" / "a").read_bytes() == b"abc"
+
+
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(handle):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(SystemExit):
+        write_atomically(tmp_path / "a", b"abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_files_of_dead_processes_are_removed(tmp_path):
+    for name in (".dead.x.tmp", ".alive.x.tmp", "tmp", ".x", "x.tmp"):
+        (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / ".fifo.tmp")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        file = (tmp_path / ".alive.x.tmp").open("w")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        os.write(write, b"locked")
+        os.read(os.pipe()[0], 1)  # until it is killed
+    os.read(read, 6)
+    try:
+        remove_left_overs(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            *[".alive.x.tmp", ".fifo.tmp", ".x", "tmp", "x.tmp"]
+        ]
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    remove_left_overs(tmp_path)
+    assert not (tmp_path / ".alive.x.tmp").exists()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_a_regular_file_is_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        assert read_regular(tmp_path / name, 7) == b"content"
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"content"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="1099511627776 bytes, more than 1000"):
+        read_regular(tmp_path / "sparse", 1000)
+
+
+@pytest.fixture
+def soon():
+    """A test that waits fails."""
+
+    def expired(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("kind", ["fifo", "link", "/dev/zero", "/dev/random", "socket", "folder"])
+def test_nothing_else_is_opened(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = tmp_path / "fifo"
+    if kind in ("fifo", "link"):
+        os.mkfifo(path)
+    if kind == "link":
+        path = tmp_path / "link"
+        path.symlink_to("fifo")
+    if kind == "socket":
+        path = tmp_path / "socket"
+        socket.socket(socket.AF_UNIX).bind("socket")
+    if kind == "folder":
+        path = tmp_path
+    if kind.startswith("/dev"):
+        path = tmp_path / kind
+    others = {"folder": "Is a directory", "socket": "No such device"}
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match=others.get(kind, "not a regular file")):
+        read_regular(path, 1000)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

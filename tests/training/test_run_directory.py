@@ -1,0 +1,217 @@
+"""What a run directory holds after kills, damage and deletion."""
+
+import json
+import shutil
+
+import pytest
+from catalogue import SMALL, TINY_RUN, sets
+from cli_helpers import (
+    Forked,
+    assert_same_run,
+    copy_of,
+    last,
+    left_overs,
+    metrics,
+    quick,
+    summary,
+    trained,
+    tree,
+    within,
+)
+
+from flowtrain.checkpoints import format as checkpoint_format
+
+ENDLESS = ["train", *SMALL, *sets(train__num_steps=100_000, train__log_every=1), "--run-dir", "r"]
+
+
+def wait_for_step(run, step):
+    with within(60, f"step {step} of {run}") as expired:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or (run / "metrics.jsonl").read_text().count('"train"') < step
+        ):
+            expired()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+
+
+def put_back(run, step):
+    last(run).unlink()
+    last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
+
+
+def cut(run):
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text + text[:40])
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        lambda run: (run / "summary.json").unlink(),
+        lambda run: (run / "summary.json").write_text("[" * 100_000),
+        lambda run: (run / "summary.json").write_text(
+            json.dumps({**summary(run), "finished": False, "step": 15})
+        ),
+        cut,
+        lambda run: shutil.copy(last(run), run / "checkpoints" / "step-00000010.safetensors"),
+        lambda run: (run / "checkpoints" / ".last.safetensors.x.tmp").write_text("half"),
+        lambda run: (run / ".summary.json.x.tmp").write_text("half"),
+    ],
+    ids=["no summary", "damaged summary", "old summary", "metrics", "numbered", "half", "half 2"],
+)
+def test_a_finished_run_is_brought_up_to_date(kill, run, tmp_path):
+    kill(run)
+    done = quick("train", *TINY_RUN, cwd=tmp_path).ok()
+    assert "nothing to do" in done.out and "damaged" not in done.out
+    whole = trained()["glow"]
+    assert summary(run) == summary(whole)
+    assert_same_run(run, whole)
+    assert tree(run) == tree(whole) and left_overs(run) == []
+
+
+def test_a_stopped_run_is_brought_up_to_date(run, tmp_path):
+    """Before the next checkpoint, which is far away."""
+    put_back(run, 15)
+    steps = sets(train__num_steps=100_000, train__checkpoint_every=100_000)
+    process = Forked(
+        ["train", *TINY_RUN, *steps, "--resume", last(run), "--run-dir", run], cwd=tmp_path
+    )
+    (run / "summary.json").unlink()
+    with within(60, "the summary") as expired:
+        while not (run / "summary.json").exists():
+            expired()
+    assert summary(run)["step"] == 15 and not summary(run)["finished"]
+    process.process.terminate()
+    assert process.result().code == 143
+
+
+# --- damaged lines --------------------------------------------------------------------------------
+
+
+def flipped(line):
+    return line[:3] + bytes([line[3] ^ 1]) + line[4:]  # "step" is "suep", say
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        flipped,
+        lambda line: b"\xff\xfe" + line,
+        lambda line: b'{"step": 10, "split": "train"}',
+        lambda line: b"[" * 100_000,
+        lambda line: b"3",
+    ],
+    ids=["bit", "bytes", "keys", "deep", "number"],
+)
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumes", "finished"])
+def test_damaged_metrics(damaged, resumes, run, tmp_path):
+    before = (run / "metrics.jsonl").read_bytes()
+    lines = before.split(b"\n")
+    lines[1] = damaged(lines[1])
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    if resumes:
+        put_back(run, 15)
+    done = quick("train", *TINY_RUN, cwd=tmp_path).ok()
+    assert done.out.count("metrics.jsonl: damaged lines: 1, the first is line 2") == 1
+    assert (run / "metrics.damaged.jsonl").read_bytes() == lines[1] + b"\n"
+    rows = metrics(trained()["glow"], timeless=True)
+    assert metrics(run, timeless=True) == [rows[0], *rows[2:]]
+    again = quick("train", *TINY_RUN, cwd=tmp_path).ok()
+    assert "damaged" not in again.out
+    assert (run / "metrics.damaged.jsonl").read_bytes() == lines[1] + b"\n"
+
+
+def test_more_damage_is_added(run, tmp_path):
+    for number in (3, 1):
+        lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
+        lines[number] = b"%d" % number
+        (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        quick("train", *TINY_RUN, cwd=tmp_path).ok()
+    assert (run / "metrics.damaged.jsonl").read_bytes() == b"3\n1\n"
+
+
+# --- deletion -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_deleted_run_directory_stops_the_run(replaced, tmp_path):
+    often = sets(train__checkpoint_every=10, train__sample_every=5, train__validate_every=5)
+    process = Forked([*ENDLESS, *often], cwd=tmp_path)
+    wait_for_step(tmp_path / "r", 3)
+    (tmp_path / "r").rename(tmp_path / "aside")
+    if replaced:
+        (tmp_path / "r").mkdir()
+    shutil.rmtree(tmp_path / "aside")
+    done = process.result()
+    done.failed(1, "r: the run directory was deleted or moved during training")
+    assert done.err.count("\n") == 1
+    # TensorBoard's own thread opens its file by name for each record, and may do so once more
+    # where the directory was replaced.
+    left = [name for name in tree(tmp_path) if not (replaced and "tfevents" in name)]
+    assert left == (["r"] if replaced else [])
+
+
+def test_a_deleted_lock_still_locks(tmp_path):
+    first = Forked(ENDLESS, cwd=tmp_path)
+    wait_for_step(tmp_path / "r", 1)
+    (tmp_path / "r" / ".lock").unlink()
+    second = quick(*ENDLESS, cwd=tmp_path)
+    second.failed(2, "--run-dir r", "in use by another process (pid unknown)")
+    assert not (tmp_path / "r" / ".lock").exists()
+    first.process.terminate()
+    assert first.result().code == 143
+
+
+# --- a damaged checkpoint -------------------------------------------------------------------------
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()  # it may be one of two names for the same bytes
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_names_the_sound_ones(run, tmp_path):
+    folder = run / "checkpoints"
+    damage(last(run))
+    damage(folder / "step-00000020.safetensors")
+    (folder / "best.safetensors").unlink()
+    done = quick("train", *TINY_RUN, cwd=tmp_path)
+    source = "runs/glow_digits/checkpoints/step-00000015.safetensors"
+    done.failed(
+        2,
+        "last.safetensors: damaged",
+        "sound checkpoints of this run: step-00000015.safetensors (step 15)",
+        f"to go on from step 15, give the same command with --resume {source}",
+    )
+    assert done.err.count("\n") <= 6
+    quick("train", *TINY_RUN, "--resume", source, cwd=tmp_path).ok()
+    assert_same_run(run, trained()["glow"])
+    for path in folder.glob("*.safetensors"):
+        damage(path)
+    quick("train", *TINY_RUN, cwd=tmp_path).failed(2, "no other checkpoint of this run is sound")
+
+
+# --- a validation that is not finite --------------------------------------------------------------
+
+NOT_FINITE = """
+from flowtrain.training import reporting
+reporting.mean_loss = lambda *args, **options: float("nan")
+"""
+
+
+def test_a_last_validation_that_is_not_finite(tmp_path):
+    command = ["train", *TINY_RUN, "--run-dir", "r"]
+    done = quick(*command, cwd=tmp_path, first=NOT_FINITE)
+    done.failed(1, "r: finished at step 20, but its last validation loss is not finite")
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["progress"]["finished"]
+    assert summary(tmp_path / "r")["finished"]
+    quick(*command, cwd=tmp_path).failed(1, "its last validation loss is not finite")
