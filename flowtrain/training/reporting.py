@@ -160,9 +160,8 @@ def bring_up_to_date(
     run.tidy_metrics(progress.step)
     run.prune(progress.step, config.train.keep_checkpoints)
     found = run.summary()
-    wanted = _summary(
-        flow, progress, saved.meta["data"], saved.meta["versions"], found.get("device", device)
-    )
+    where = str(found.get("device", device))
+    wanted = _summary(flow, progress, saved.meta["data"], saved.meta["versions"], where)
     if found != wanted:
         run.write_json("summary.json", wanted)
 
