@@ -14,6 +14,7 @@ from helpers import SHARED, shared
 
 from flowtrain.datasets import npz
 from flowtrain.errors import UserError
+from flowtrain.system import capacity
 
 
 def saved(path, **arrays):
@@ -214,7 +215,7 @@ def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
     with pytest.raises(UserError, match=wanted):
         npz.build(tmp_path, "train", path=path)
     # On a machine that has so much, the array is not allocated, or the missing bytes are noticed.
-    monkeypatch.setattr(npz.capacity, "total", lambda: 2**60)
+    monkeypatch.setattr(capacity, "total", lambda: 2**60)
     with pytest.raises(UserError, match="x_train in .* (does not fit into memory|is damaged)"):
         npz.build(tmp_path, "train", path=path).read()
 
