@@ -329,6 +329,7 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
 )
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize(
     "text, message",
     [

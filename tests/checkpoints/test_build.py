@@ -52,6 +52,7 @@ def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, fits, monkeypa
         build_flow(config, SHAPE, 256, copies)
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize(
     "model, message",
     [

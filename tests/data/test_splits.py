@@ -82,6 +82,7 @@ def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp
     assert "duplicates" not in data.fingerprint
 
 
+@pytest.mark.run  # takes long
 @shared
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_the_splits_of_real_data_are_as_ever(name):
