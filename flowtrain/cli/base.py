@@ -114,6 +114,25 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="B",
+        help="Images per batch. It changes the rounding alone: an image's likelihood by about "
+        "1e-6 bits/dim.",
+    ),
+]
+ScoresOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores",
+        metavar="FILE.csv",
+        help="Also write the scores here, one row per image.",
+        show_default=False,
+    ),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(

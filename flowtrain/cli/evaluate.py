@@ -7,9 +7,11 @@ import typer
 
 from flowtrain.cli.base import (
     DATA_NAMES,
+    BatchSizeOption,
     DataSetOption,
     DeviceOption,
     ModelArgument,
+    ScoresOption,
     SeedOption,
     TrustOption,
     WeightsOption,
@@ -64,16 +66,7 @@ def evaluate(
         ),
     ] = 1,
     seed: SeedOption = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            min=1,
-            metavar="B",
-            help="Images at a time. It changes the rounding alone: an image's likelihood by about "
-            "1e-6 bits/dim.",
-        ),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     weights: WeightsOption = None,
     json_out: Annotated[
         str | None,
@@ -84,12 +77,7 @@ def evaluate(
             show_default="evaluate-<split>.json or evaluate-<dataset>-<split>.json in the run",
         ),
     ] = None,
-    scores_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--scores", metavar="FILE.csv", help="Write one row per image.", show_default=False
-        ),
-    ] = None,
+    scores_out: ScoresOption = None,
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",

@@ -8,9 +8,11 @@ import typer
 
 from flowtrain.cli.base import (
     DATA_NAMES,
+    BatchSizeOption,
     DataSetOption,
     DeviceOption,
     ModelArgument,
+    ScoresOption,
     SeedOption,
     TrustOption,
     WeightsOption,
@@ -60,16 +62,7 @@ def ood(
         ),
     ] = 1000,
     seed: SeedOption = 0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            min=1,
-            metavar="B",
-            help="Images per batch. It changes the rounding alone: an image's likelihood by about "
-            "1e-6 bits/dim.",
-        ),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     weights: WeightsOption = None,
     json_out: Annotated[
         str | None,
@@ -80,15 +73,7 @@ def ood(
             show_default="ood.json in the run",
         ),
     ] = None,
-    scores_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--scores",
-            metavar="FILE.csv",
-            help="Also write the scores here, one row per image.",
-            show_default=False,
-        ),
-    ] = None,
+    scores_out: ScoresOption = None,
     picture_out: Annotated[
         Path | None,
         typer.Option(
