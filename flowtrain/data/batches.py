@@ -14,9 +14,6 @@ from flowtrain.system import distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
-# The smallest number of images for initialization. Fewer say little about the coarsest level.
-INITIALIZATION_IMAGES = 64
-
 
 class Position(Protocol):
     """How far a run is: the steps taken, and the images that all processes have used."""
@@ -70,12 +67,12 @@ class Batches:
         x = augment(x, self.flip, self.shift, randomness, start, self.all_processes)
         return x, labels
 
-    def first_of_all(self) -> Tensor:
+    def first_of_all(self, at_least: int) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
 
-        There are at least `INITIALIZATION_IMAGES`, if the split has so many.
+        There are at least `at_least`, if the split has so many.
         """
-        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        count = max(self.all_processes, min(at_least, len(self.source)))
         x = self.source.take(self._order(0, count)).to(self.device)
         return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
 

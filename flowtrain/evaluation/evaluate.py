@@ -65,10 +65,10 @@ def evaluate(
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
         )
-    if flow.kind.exact and samples > 1:
+    if flow.exact and samples > 1:
+        of = "real-valued data" if flow.kind.exact else model.config.model.name
         raise UserError(
-            f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing "
-            f"to draw"
+            f"--samples {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
     scores = score(
@@ -139,7 +139,8 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
             **in_nats,
         }
     dims = flow.dims
-    result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
+    name = "exact" if flow.exact else "elbo" if k == 1 else "iwbo"
+    result: dict[str, Any] = {"bound": name, "samples": k}
     variances = [torch.tensor(math.nan)] * 2  # per image, over draws
     if k > 1:
         leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)

@@ -100,13 +100,20 @@ class LinearPrediction(Prediction):
         The Cholesky factor of the covariance of window and token has the predictions of all
         entries: its inverse turns the entries into residuals of variance 1.
         """
-        entries, rows = x.shape[1], x.movedim(1, -1)
-        seen = torch.cat([self.window.windows(rows), rows], dim=-1).flatten(0, 2).double()
-        mean = seen.mean(dim=0)
-        covariance = torch.cov(seen.T, correction=0)
+        entries, count = x.shape[1], x[:, 0].numel()
+        size = self.window.in_features + entries
+        mean = x.new_zeros(size, dtype=torch.float64)
+        covariance = x.new_zeros(size, size, dtype=torch.float64)
+        for rows in x.movedim(1, -1).split(
+            1
+        ):  # the windows of all images would not fit into memory
+            seen = torch.cat([self.window.windows(rows), rows], dim=-1).flatten(0, 2).double()
+            mean += seen.sum(dim=0) / count
+            covariance += seen.T @ seen / count
+        covariance -= mean.outer(mean)
         covariance.diagonal().add_(ridge * covariance.diagonal().mean() + 1e-12)
         whitening = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(covariance), torch.eye(len(mean), dtype=mean.dtype), upper=False
+            torch.linalg.cholesky(covariance), torch.eye(size).to(covariance), upper=False
         )[-entries:]
         deviation: Tensor = 1 / whitening[:, -entries:].diagonal()
         weights = -whitening * deviation[:, None]
@@ -240,7 +247,8 @@ class CausalNet(TokenNet):
     """Causal convolutions over tokens, then a masked network within the token.
 
     It maps the values, the residuals and the linear predictions of the entries, `(B, 3E, H, W)`, to
-    `(B, P E, H, W)`.
+    `(B, P E, H, W)`. A context `(B, C')`, or `(B, C', H', W')` averaged down to the tokens, adds to
+    the features. Without one it is the mean of the unit vectors, which stands for an unknown class.
     """
 
     def __init__(
@@ -252,6 +260,7 @@ class CausalNet(TokenNet):
         blocks: int,
         units: int,
         window: int,
+        context_channels: int = 0,
     ):
         super().__init__()
         self.entries, self.size = entries, size
@@ -259,11 +268,25 @@ class CausalNet(TokenNet):
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.head = TokenHead(entries, width, units, parameters)
+        self.context = nn.Linear(context_channels, width, bias=False) if context_channels else None
+
+    def outside(self, context: Tensor | None) -> Tensor:
+        """What position and context add to the features of the tokens, `(B or 1, H, W, C)`."""
+        if self.context is None:
+            return self.position[None]
+        if context is None:
+            return self.position[None] + self.context.weight.mean(dim=1)
+        if context.ndim == 2:
+            context = context[..., None, None]
+        elif context.shape[-2:] != self.size:
+            context = F.adaptive_avg_pool2d(context, self.size)
+        outside: Tensor = self.position + self.context(context.movedim(1, -1))
+        return outside
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         rows = x.movedim(1, -1)
         h = self.first(rows[..., : 2 * self.entries])
-        h = h + self.position.to(h.dtype)
+        h = h + self.outside(context).to(h.dtype)
         for block in self.blocks:
             h = block(h)
         parameters: Tensor = self.head(rows, F.layer_norm(h, h.shape[-1:]))
@@ -280,11 +303,12 @@ class _CausalNetByToken(_HeadByEntry):
         super().__init__(net.head)
         self.net = net
         self.canvas = net.first.canvas(batch, net.size)
+        self.outside = net.outside(context).expand(-1, *net.size, -1)
         blocks: list[_Block] = list(net.blocks)  # type: ignore[arg-type]
         self.blocks = [(block, block.conv.canvas(batch, net.size)) for block in blocks]
 
     def start(self, i: int, j: int) -> None:
-        h = self.net.first.column(self.canvas, i, j) + self.net.position[i, j]
+        h = self.net.first.column(self.canvas, i, j) + self.outside[:, i, j]
         for block, canvas in self.blocks:
             h = block.column(h, canvas, i, j)
         self.begin(F.layer_norm(h, h.shape[-1:]))

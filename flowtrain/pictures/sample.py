@@ -37,12 +37,14 @@ def sample(
             )
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
-    labels = torch.tensor(classes).repeat_interleave(num) if classes else None
+    labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
     images = []
     for temperature in temperatures:
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
-        for part in torch.split(latents, flow.kind.decode_batch):
-            images.append(flow.decode(part).cpu())
+        for start in range(0, len(latents), flow.kind.decode_batch):
+            part = slice(start, start + flow.kind.decode_batch)
+            decoded = flow.decode(latents[part], None if labels is None else labels[part])
+            images.append(decoded.cpu())
             progress(sum(map(len, images)), len(latents) * len(temperatures))
     return torch.cat(images)
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data.batches import INITIALIZATION_IMAGES
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
@@ -86,7 +85,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     random = generator(config.seed, Stream.ORDER)
     labels = torch.arange(batch, device=device) % flow.classes if flow.classes else None
     x = flow.kind.random((batch, *data.shape), random).to(device)
-    some = x[:INITIALIZATION_IMAGES]
+    some = x[: flow.initialization_images]
     initialize(flow, some, draw_noise(some.shape, random, device))
     average = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), average, {})
