@@ -22,7 +22,7 @@ from typing import Literal
 from flowtrain.bijections import Bijection, OrdinalAutoregressive
 from flowtrain.bijections.discretized import DiscretizedMixture
 from flowtrain.errors import UserError
-from flowtrain.nets.causal import CausalNet, LinearPrediction
+from flowtrain.nets.causal import CausalNet, LinearPrediction, Window
 from flowtrain.types import Positive, Shape
 
 
@@ -62,8 +62,9 @@ def build(
         )
     entries = shape[0] * token**2
     size = (-(-shape[1] // token), -(-shape[2] // token))
+    seen = Window(window, window, itself=False)
     mixture = DiscretizedMixture(data_levels, components)
     parameters = mixture.parameters_per_entry
-    net = CausalNet(entries, size, parameters, width, blocks, units, window, classes)
-    prediction = LinearPrediction(entries, size, window, window)
+    net = CausalNet(entries, size, parameters, width, blocks, units, seen, classes)
+    prediction = LinearPrediction(entries, size, seen)
     return OrdinalAutoregressive(shape, data_levels, token, prediction, net, mixture)
