@@ -1,7 +1,7 @@
 """What depends on the class in a class-conditional model: the prior of the coarsest latent
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
-`Flow` asks both the same: `log_prob` for the likelihood, `place` and `context` for samples.
+`Flow` asks both the same: `parts` for the likelihood, `place` and `context` for samples.
 """
 
 import math
@@ -80,14 +80,14 @@ class ClassPrior(nn.Module):
         """The context of the bijection given labels `(B,)`: none."""
         return None
 
-    def log_prob(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
+    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         """The parts of the bound for `count` examples. See `Flow.forward`."""
         z, log_det = to_latents(None)
         if labels is None:
             return _of_all_classes(self.by_class(z), log_det)
-        return LogProb(self.given(z, labels), log_det)
+        return LogProb(self.log_prob(z, labels), log_det)
 
-    def given(self, z: Tensor, labels: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor, labels: Tensor) -> Tensor:
         """`log p(z | class)` in nats: latents `(B, D)` and labels `(B,)` to `(B,)`."""
         fine, coarse = self._split(z)
         log_scale = self.bounded_log_scale()[labels]
@@ -130,7 +130,7 @@ class ClassContext(nn.Module):
         """The context of the bijection given labels `(B,)`: unit vectors, `(B, K)`."""
         return F.one_hot(labels, self.classes)
 
-    def log_prob(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
+    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         """The parts of the bound for `count` examples. See `Flow.forward`.
 
         Without labels it takes one pass for each class. The log-determinants are then the mean over

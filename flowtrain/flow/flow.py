@@ -130,7 +130,7 @@ class Flow(nn.Module):
         def to_latents(labels: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.to_latents(x, noise, executor, labels)
 
-        return self.class_prior.log_prob(to_latents, labels, len(x))
+        return self.class_prior.parts(to_latents, labels, len(x))
 
     def log_prob(
         self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None

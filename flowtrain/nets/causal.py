@@ -293,7 +293,7 @@ class CausalNet(TokenNet):
         self.head = TokenHead(entries, width, units, parameters)
         self.context = nn.Linear(context_channels, width, bias=False) if context_channels else None
 
-    def outside(self, context: Tensor | None) -> Tensor:
+    def added(self, context: Tensor | None) -> Tensor:
         """What position and context add to the features of the tokens, `(B or 1, H, W, C)`."""
         if self.context is None:
             return self.position[None]
@@ -303,13 +303,13 @@ class CausalNet(TokenNet):
             context = context[..., None, None]
         elif context.shape[-2:] != self.size:
             context = F.adaptive_avg_pool2d(context, self.size)
-        outside: Tensor = self.position + self.context(context.movedim(1, -1))
-        return outside
+        added: Tensor = self.position + self.context(context.movedim(1, -1))
+        return added
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         rows = x.movedim(1, -1)
         h = self.first(rows[..., : 2 * self.entries])
-        h = h + self.outside(context).to(h.dtype)
+        h = h + self.added(context).to(h.dtype)
         for block in self.blocks:
             h = block(h)
         parameters: Tensor = self.head(rows, F.layer_norm(h, h.shape[-1:]))
@@ -326,12 +326,12 @@ class _CausalNetByToken(_HeadByEntry):
         super().__init__(net.head)
         self.net = net
         self.canvas = net.first.canvas(batch, net.size)
-        self.outside = net.outside(context).expand(-1, *net.size, -1)
+        self.added = net.added(context).expand(-1, *net.size, -1)
         blocks: list[_Block] = list(net.blocks)  # type: ignore[arg-type]
         self.blocks = [(block, block.conv.canvas(batch, net.size)) for block in blocks]
 
     def start(self, i: int, j: int) -> None:
-        h = self.net.first.column(self.canvas, i, j) + self.outside[:, i, j]
+        h = self.net.first.column(self.canvas, i, j) + self.added[:, i, j]
         for block, canvas in self.blocks:
             h = block.column(h, canvas, i, j)
         self.begin(F.layer_norm(h, h.shape[-1:]))
