@@ -18,79 +18,103 @@ from flowtrain.nets.convolution import relu_
 from flowtrain.nets.masked import MaskedLinear
 
 
-class CausalConv(nn.Linear):
-    """A convolution of tokens before a token: `(B, H, W, C)` to `(B, H, W, C')`.
+class Window:
+    """The tokens that a causal convolution sees at a token.
 
-    It sees the tokens of the `above` rows above it, up to `beside` columns to each side, and the
-    `beside` tokens to the left; with `itself` also the token. In raster order these are the first
-    of the window. Its weight is a matrix `(C', taps * C)`, because Muon takes matrices.
+    These are the tokens of the `above` rows above it, up to `beside` columns to each side, and the
+    `beside` tokens to the left; with `itself` also the token. In raster order they are the first
+    `taps` of a rectangle.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, above: int, beside: int, itself: bool, bias: bool = True
-    ):
+    def __init__(self, above: int, beside: int, itself: bool):
         self.above, self.beside = above, beside
-        self.window = (above + 1, 2 * beside + 1)
+        self.rectangle = (above + 1, 2 * beside + 1)
         self.taps = above * (2 * beside + 1) + beside + itself
-        super().__init__(self.taps * inputs, outputs, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.unflatten(1, (self.taps, -1))
-        weight = F.pad(weight, (0, 0, 0, math.prod(self.window) - self.taps))
-        filters = weight.unflatten(1, self.window).movedim(-1, 1)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Rows of tokens `(B, H, W, C)` and a weight `(C', taps * C)` to `(B, H, W, C')`."""
+        weight = weight.unflatten(1, (self.taps, -1))
+        weight = F.pad(weight, (0, 0, 0, math.prod(self.rectangle) - self.taps))
+        filters = weight.unflatten(1, self.rectangle).movedim(-1, 1)
         rows = torch.cat([x.new_zeros(len(x), self.above, *x.shape[2:]), x], dim=1)
-        y = F.conv2d(rows.movedim(-1, 1), filters, self.bias, padding=(0, self.beside))
+        y = F.conv2d(rows.movedim(-1, 1), filters, bias, padding=(0, self.beside))
         return y.movedim(1, -1)
 
-    def windows(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
         """What the convolution sees at each token, `(B, H, W, taps * C)`."""
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, self.beside, self.beside, self.above, 0))
-        taps = itertools.islice(itertools.product(*map(range, self.window)), self.taps)
+        taps = itertools.islice(itertools.product(*map(range, self.rectangle)), self.taps)
         return torch.cat([padded[:, i : i + height, j : j + width] for i, j in taps], dim=-1)
 
-    def column(self, known: Tensor, i: int, j: int) -> Tensor:
-        """The output at token `(i, j)`, `(B, C')`, from a canvas whose earlier tokens are known.
+    def canvas(self, like: Tensor, batch: int, size: tuple[int, int], channels: int) -> Tensor:
+        """Zeros for `seen_at`, of the kind of `like`: all tokens, with the margins of the window.
 
-        The canvas has the margins of the window: `(B, above + H, beside + W + beside, C)`.
+        The shape is `(B, above + H, beside + W + beside, C)`.
         """
-        seen = known[:, i : i + self.above + 1, j : j + self.window[1]].flatten(1, 2)
-        column: Tensor = F.linear(seen[:, : self.taps].flatten(1), self.weight, self.bias)
-        return column
-
-    def canvas(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """A canvas of zeros for `column`."""
         height, width = size
-        return self.weight.new_zeros(
-            batch,
-            height + self.above,
-            width + 2 * self.beside,
-            self.in_features // self.taps,
-        )
+        return like.new_zeros(batch, height + self.above, width + 2 * self.beside, channels)
+
+    def seen_at(self, canvas: Tensor, i: int, j: int) -> Tensor:
+        """What the convolution sees at token `(i, j)`, `(B, taps * C)`."""
+        rectangle = canvas[:, i : i + self.above + 1, j : j + self.rectangle[1]]
+        return rectangle.flatten(1, 2)[:, : self.taps].flatten(1)
 
     def write(self, canvas: Tensor, i: int, j: int, column: Tensor) -> None:
         """Puts the features `(B, C)` of token `(i, j)` on the canvas."""
         canvas[:, i + self.above, j + self.beside] = column
 
 
+class CausalConv(nn.Linear):
+    """A convolution of the tokens in a window: `(B, H, W, C)` to `(B, H, W, C')`.
+
+    Its weight is a matrix `(C', taps * C)`, because Muon takes matrices.
+    """
+
+    def __init__(self, inputs: int, outputs: int, window: Window):
+        super().__init__(window.taps * inputs, outputs)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.window.convolve(x, self.weight, self.bias)
+
+    def canvas(self, batch: int, size: tuple[int, int]) -> Tensor:
+        """See `Window`."""
+        channels = self.in_features // self.window.taps
+        return self.window.canvas(self.weight, batch, size, channels)
+
+    def column(self, canvas: Tensor, i: int, j: int) -> Tensor:
+        """The output at token `(i, j)`, `(B, C')`, from a canvas of the tokens seen there."""
+        column: Tensor = F.linear(self.window.seen_at(canvas, i, j), self.weight, self.bias)
+        return column
+
+
 class LinearPrediction(Prediction):
     """The best linear prediction of an entry from a causal window and from its token's entries.
 
-    `fit` solves it by least squares. Its weights are parameters of the data path, so they are
-    trained, and computed in full precision.
+    `fit` solves it by least squares. Its weights are parameters of the data path: they are computed
+    in full precision, and trained. They are stored in units of `UNIT`, so that the steps of Adam
+    are so much smaller: steps that suit a network would spoil the solution.
     """
 
-    def __init__(self, entries: int, size: tuple[int, int], above: int, beside: int):
+    UNIT = 0.01
+
+    def __init__(self, entries: int, size: tuple[int, int], window: Window):
         super().__init__()
         self.size = size
-        self.window = CausalConv(entries, entries, above, beside, itself=False)
+        self.window = window
+        self.of_window = nn.Parameter(torch.zeros(entries, window.taps * entries))
         self.within = nn.Parameter(torch.zeros(entries, entries))  # strictly lower triangular
-        nn.init.zeros_(self.window.weight)
-        nn.init.zeros_(self.window.bias)
+        self.bias = nn.Parameter(torch.zeros(entries))
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of the window, those within the token, and the bias."""
+        return self.of_window * self.UNIT, self.within.tril(-1) * self.UNIT, self.bias * self.UNIT
 
     def forward(self, x: Tensor) -> Tensor:
+        of_window, within, bias = self.weights()
         rows = x.movedim(1, -1).contiguous()
-        predicted: Tensor = self.window(rows) + F.linear(rows, self.within.tril(-1))
+        predicted = self.window.convolve(rows, of_window, bias) + F.linear(rows, within)
         return predicted.movedim(-1, 1)
 
     @torch.no_grad()
@@ -101,7 +125,7 @@ class LinearPrediction(Prediction):
         entries: its inverse turns the entries into residuals of variance 1.
         """
         entries, rows = x.shape[1], x.movedim(1, -1)
-        seen = torch.cat([self.window.windows(rows), rows], dim=-1).flatten(0, 2).double()
+        seen = torch.cat([self.window.seen(rows), rows], dim=-1).flatten(0, 2).double()
         mean = seen.mean(dim=0)
         covariance = torch.cov(seen.T, correction=0)
         covariance.diagonal().add_(ridge * covariance.diagonal().mean() + 1e-12)
@@ -111,9 +135,9 @@ class LinearPrediction(Prediction):
         deviation: Tensor = 1 / whitening[:, -entries:].diagonal()
         weights = -whitening * deviation[:, None]
         weights[:, -entries:].diagonal().zero_()
-        self.window.weight.copy_(weights[:, :-entries])
-        self.within.copy_(weights[:, -entries:])
-        self.window.bias.copy_(mean[-entries:] - weights @ mean)
+        self.of_window.copy_(weights[:, :-entries] / self.UNIT)
+        self.within.copy_(weights[:, -entries:] / self.UNIT)
+        self.bias.copy_((mean[-entries:] - weights @ mean) / self.UNIT)
         return deviation
 
     def by_token(self, batch: int) -> "_PredictionByToken":
@@ -125,11 +149,11 @@ class _PredictionByToken:
 
     def __init__(self, prediction: LinearPrediction, batch: int):
         self.window = prediction.window
-        self.within = prediction.within.tril(-1)
-        self.canvas = self.window.canvas(batch, prediction.size)
+        self.weight, self.within, self.bias = prediction.weights()
+        self.canvas = self.window.canvas(self.weight, batch, prediction.size, len(self.weight))
 
     def start(self, i: int, j: int) -> None:
-        self.of_window = self.window.column(self.canvas, i, j)
+        self.of_window = F.linear(self.window.seen_at(self.canvas, i, j), self.weight, self.bias)
 
     def mean(self, d: int, values: Tensor) -> Tensor:
         return self.of_window[:, d] + values @ self.within[d]
@@ -144,7 +168,7 @@ class _Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.conv = CausalConv(width, width, 1, 1, itself=True)
+        self.conv = CausalConv(width, width, Window(1, 1, itself=True))
         self.last = nn.Linear(width, width)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -157,7 +181,7 @@ class _Block(nn.Module):
         return y
 
     def column(self, x: Tensor, canvas: Tensor, i: int, j: int) -> Tensor:
-        self.conv.write(canvas, i, j, self.norm(x))
+        self.conv.window.write(canvas, i, j, self.norm(x))
         y: Tensor = x + self.last(self.conv.column(canvas, i, j).relu())
         return y
 
@@ -251,11 +275,11 @@ class CausalNet(TokenNet):
         width: int,
         blocks: int,
         units: int,
-        window: int,
+        window: Window,
     ):
         super().__init__()
         self.entries, self.size = entries, size
-        self.first = CausalConv(2 * entries, width, window, window, itself=False)
+        self.first = CausalConv(2 * entries, width, window)
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.head = TokenHead(entries, width, units, parameters)
@@ -290,4 +314,4 @@ class _CausalNetByToken(_HeadByEntry):
         self.begin(F.layer_norm(h, h.shape[-1:]))
 
     def end(self, i: int, j: int, values: Tensor, residuals: Tensor) -> None:
-        self.net.first.write(self.canvas, i, j, torch.cat([values, residuals], dim=1))
+        self.net.first.window.write(self.canvas, i, j, torch.cat([values, residuals], dim=1))
