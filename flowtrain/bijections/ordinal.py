@@ -92,7 +92,6 @@ class OrdinalAutoregressive(SetFromData):
         self.mixture = mixture
         entries = shape[0] * token**2
         self.log_scale = nn.Parameter(torch.zeros(entries, 1, 1))
-        self.start = nn.Parameter(mixture.start().repeat_interleave(entries)[:, None, None])
 
     def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
         y = (v + 0.5) * self.levels
@@ -124,7 +123,7 @@ class OrdinalAutoregressive(SetFromData):
         log_scale = self.log_scale
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        parameters = apply_conditioner(self.conditioner, seen, context) + self.start
+        parameters = apply_conditioner(self.conditioner, seen, context)
         half = (self.levels - 1) / 2
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
@@ -150,7 +149,6 @@ class OrdinalAutoregressive(SetFromData):
         x = self.log_scale.new_empty(batch, channels * height * width)
         log_scale = self.log_scale.flatten()
         half = (self.levels - 1) / 2
-        start = self.start.unflatten(0, (-1, entries))[..., 0, 0]
         prediction = self.prediction.by_token(batch)
         net = self.conditioner.by_token(batch, context)
         for i, j in itertools.product(range(height // r), range(width // r)):
@@ -164,7 +162,7 @@ class OrdinalAutoregressive(SetFromData):
                 edges = self.mixture.cumulative(
                     ((mean + 1) * half)[:, None],
                     log_scale[d : d + 1] + math.log(half),
-                    net.parameters(d, mean) + start[:, d],
+                    net.parameters(d, mean),
                 )
                 x[:, index] = level = next_level(edges[:, 0], index)
                 values[:, d] = level / half - 1

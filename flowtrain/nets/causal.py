@@ -199,12 +199,14 @@ class TokenHead(nn.Module):
         super().__init__()
         self.entries, self.units = entries, units
         entry = torch.arange(entries)
-        unit, output = entry.repeat_interleave(units)[:, None], entry.repeat(parameters)[:, None]
+        unit = entry.repeat_interleave(units)[:, None]
+        output = entry.repeat(len(start))[:, None]
         seen = torch.cat([(entry < unit).repeat(1, 2), entry <= unit], dim=1)
         self.first = _masked(seen, features)
         self.second = _masked(unit[:, 0] <= unit, features)
         self.last = _masked(unit[:, 0] <= output, features)
         nn.init.zeros_(self.last.weight)
+        self.last.bias = nn.Parameter(start.repeat_interleave(entries))
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         h = relu_(self.first(torch.cat([x, features], dim=-1)))
@@ -271,7 +273,7 @@ class CausalNet(TokenNet):
         self,
         entries: int,
         size: tuple[int, int],
-        parameters: int,
+        start: Tensor,
         width: int,
         blocks: int,
         units: int,
@@ -282,7 +284,7 @@ class CausalNet(TokenNet):
         self.first = CausalConv(2 * entries, width, window)
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.head = TokenHead(entries, width, units, parameters)
+        self.head = TokenHead(entries, width, units, start)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         rows = x.movedim(1, -1)
