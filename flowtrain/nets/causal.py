@@ -192,10 +192,10 @@ class TokenHead(nn.Module):
     It maps three inputs of each entry (value, residual, linear prediction), `(..., 3E)`, and
     features `(..., C)` to `(..., P E)`. The parameters of an entry depend on its prediction, and on
     all inputs of the entries before it. Each entry has `units` hidden units in each of two layers.
-    The features enter all three layers.
+    The features enter all three layers. At first the parameters of every entry are `start`, `(P,)`.
     """
 
-    def __init__(self, entries: int, features: int, units: int, parameters: int):
+    def __init__(self, entries: int, features: int, units: int, start: Tensor):
         super().__init__()
         self.entries, self.units = entries, units
         entry = torch.arange(entries)
