@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
+
 # The log-scales of the components are bounded by limit * tanh(h / limit), relative to the entry's.
 LOG_SCALE_LIMIT = 8.0
 # The weight of a uniform distribution over all levels in every mixture. No level is then so
@@ -102,11 +104,10 @@ class Entry:
 
     def __init__(self, tables: OneEntry, location: Tensor, log_scale: float, parameters: Tensor):
         self.tables = tables
-        logits, offsets, raw = parameters.unflatten(0, (3, tables.components)).unbind()
-        self.weights = logits.softmax(dim=0).mul_(1 - UNIFORM)
-        gate = (raw / LOG_SCALE_LIMIT).tanh_()
-        self.slope = gate.mul_(-LOG_SCALE_LIMIT).sub_(log_scale).exp_()
-        center = torch.add(location, offsets, alpha=math.exp(log_scale))
+        weights, offsets, inverse_scales, _ = _split(parameters[None], tables.components)
+        self.weights = weights.mul_(1 - UNIFORM)[0, :, 0]  # (K, B)
+        self.slope = inverse_scales.mul_(math.exp(-log_scale))[0, :, 0]
+        center = torch.add(location, offsets[0, :, 0], alpha=math.exp(log_scale))
         self.shift = center.mul_(self.slope).neg_()
 
     def cumulative(self, x: Tensor) -> Tensor:
@@ -143,10 +144,12 @@ def _range(edges: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split(parameters: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, offsets, inverse scales, and the tanh of the raw log-scales: `(B, K, E, ...)`."""
+    """Weights, offsets, inverse scales, and the gates of the log-scales: `(B, K, E, ...)`."""
     logits, offsets, raw = parameters.unflatten(1, (3, components, -1)).unbind(1)
-    gate = (raw / LOG_SCALE_LIMIT).tanh_()
-    return logits.softmax(dim=1), offsets, (gate * -LOG_SCALE_LIMIT).exp_(), gate
+    gate = log_scale_gate(raw, LOG_SCALE_LIMIT)
+    # exp2 is three times as fast as exp on a CPU.
+    inverse_scales = gated_log_scale(gate, LOG_SCALE_LIMIT).mul_(-1 / math.log(2)).exp2_()
+    return logits.softmax(dim=1), offsets, inverse_scales, gate
 
 
 class _Ordinal(torch.autograd.Function):
@@ -167,13 +170,14 @@ class _Ordinal(torch.autograd.Function):
         levels: int,
     ) -> tuple[Tensor, Tensor]:
         weights, offsets, inverse_scales, gate = _split(parameters, components)
-        mirrored = below + above > 0
-        sign = torch.where(mirrored, -1.0, 1.0).to(x.dtype)
-        share = torch.where(mirrored, 1 - u, u)
-        count = torch.where(mirrored, levels - 1 - x, x) + share  # levels in the tail
+        # 1 where an entry is mirrored, else 0. (`where` is slower than `lerp` on a CPU.)
+        mirrored = (below + above > 0).to(x.dtype)
+        sign = 1 - 2 * mirrored
+        share = torch.lerp(u, 1 - u, mirrored)
+        count = torch.lerp(x, levels - 1 - x, mirrored).add_(share)  # levels in the tail
         slope = inverse_scales.mul_(sign[:, None])
-        low = torch.where(mirrored, above, below)[:, None].sub(offsets).mul_(slope)
-        high = torch.where(mirrored, below, above)[:, None].sub(offsets).mul_(slope)
+        low = torch.lerp(below, above, mirrored)[:, None].sub(offsets).mul_(slope)
+        high = torch.lerp(above, below, mirrored)[:, None].sub(offsets).mul_(slope)
         f_low, f_high = low.sigmoid(), high.sigmoid()
         mass = (weights * (f_high - f_low)).sum(dim=1)
         tail = (weights * f_low).sum(dim=1).addcmul_(share, mass)
@@ -182,15 +186,14 @@ class _Ordinal(torch.autograd.Function):
         z = sign * torch.special.ndtri(tail.clamp_(max=1 - torch.finfo(x.dtype).eps))
         log_derivative = probability.log() + 0.5 * z.square() + math.log(ROOT_TAU)
         ctx.save_for_backward(
-            weights, slope, gate, low, high, f_low, f_high, sign, share, mass, probability, z
+            weights, slope, gate, low, high, f_low, f_high, sign, share, probability, z
         )
-        ctx.levels = levels
         return z, log_derivative
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
-        weights, slope, gate, low, high, f_low, f_high, sign, share, mass, probability, z = (
+        weights, slope, gate, low, high, f_low, f_high, sign, share, probability, z = (
             ctx.saved_tensors
         )
         # With respect to z in all, to the tail, and to the mass. Before a normal base the first is
@@ -206,14 +209,13 @@ class _Ordinal(torch.autograd.Function):
         grad_logits = of_weight.addcmul_(weights, of_weight.sum(dim=1, keepdim=True), value=-1)
         at_high = at_high.addcmul_(at_high, f_high, value=-1).mul_(grad_high)
         at_low = at_low.addcmul_(at_low, f_low, value=-1).mul_(grad_low)
-        grad_raw = (at_high * high).addcmul_(at_low, low)
-        grad_raw = grad_raw.mul_(gate.square().sub_(1))
+        grad_log_scales = (at_high * high).addcmul_(at_low, low).neg_()
+        grad_raw = torch.ops.aten.sigmoid_backward(grad_log_scales, gate).mul_(4)
         at_high, at_low = at_high.mul_(slope), at_low.mul_(slope)
         grad_offsets = at_high.add(at_low).neg_()
-        parts = torch.stack([grad_logits, grad_offsets, grad_raw], dim=1)
-        to_high, to_low = at_high.sum(dim=1), at_low.sum(dim=1)
-        mirrored = sign < 0
-        grad_above = torch.where(mirrored, to_low, to_high)
-        grad_below = torch.where(mirrored, to_high, to_low)
+        grad_parameters = torch.cat([grad_logits, grad_offsets, grad_raw], dim=1).flatten(1, 2)
+        to_high, to_low, mirrored = at_high.sum(dim=1), at_low.sum(dim=1), (1 - sign) / 2
+        grad_above = torch.lerp(to_high, to_low, mirrored)
+        grad_below = torch.lerp(to_low, to_high, mirrored)
         grad_u = over_density * probability
-        return None, grad_u, grad_below, grad_above, parts.flatten(1, 3), None, None
+        return None, grad_u, grad_below, grad_above, grad_parameters, None, None

@@ -91,7 +91,6 @@ class OrdinalAutoregressive(SetFromData):
         self.mixture = mixture
         entries = shape[0] * token**2
         self.log_scale = nn.Parameter(torch.zeros(entries, 1, 1))
-        self.start = nn.Parameter(mixture.start().repeat_interleave(entries)[:, None, None])
 
     def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
         y = (v + 0.5) * self.levels
@@ -123,7 +122,7 @@ class OrdinalAutoregressive(SetFromData):
         log_scale = self.log_scale
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        parameters = apply_conditioner(self.conditioner, seen, context) + self.start
+        parameters = apply_conditioner(self.conditioner, seen, context)
         half = (self.levels - 1) / 2
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
@@ -154,7 +153,6 @@ class OrdinalAutoregressive(SetFromData):
         net = self.conditioner.by_token(seen, context)
         distribution = self.mixture.one_entry(seen.device)
         value_of = torch.arange(self.levels, device=seen.device).to(seen) * (1 / half) - 1
-        start = self.start.view(-1, entries).T[..., None].contiguous()
         log_scales = self.log_scale.flatten()
         inverse_scales = (-log_scales).exp().tolist()
         log_scales_in_levels = (log_scales + math.log(half)).tolist()
@@ -167,9 +165,9 @@ class OrdinalAutoregressive(SetFromData):
                 index = (c * height + i * r + dy) * width + j * r + dx
                 predicted[d] = mean = prediction.mean(d)
                 entry = distribution(
-                    mean.double().add_(1).mul_(half),
+                    (mean.double() + 1).mul_(half),
                     log_scales_in_levels[d],
-                    net.parameters(d) + start[d],
+                    net.parameters(d),
                 )
                 levels[index] = level = next_level(entry, index)
                 values[d] = value = value_of[level]

@@ -6,7 +6,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.discretized import DiscretizedMixture
 from flowtrain.bijections.ordinal import OrdinalAutoregressive
 from flowtrain.errors import UserError
-from flowtrain.nets.causal import CausalNet, LinearPrediction
+from flowtrain.nets.causal import CausalNet, LinearPrediction, Window
 from flowtrain.types import Positive, Shape
 
 
@@ -26,8 +26,9 @@ def build(
     levels = data_levels
     entries = shape[0] * token**2
     size = (shape[1] // token, shape[2] // token)
+    seen = Window(window, window, itself=False)
     mixture = DiscretizedMixture(levels, components)
-    net = CausalNet(entries, size, mixture.parameters_per_entry, width, blocks, units, window)
+    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen)
     return OrdinalAutoregressive(
-        shape, levels, token, LinearPrediction(entries, size, window, window), net, mixture
+        shape, levels, token, LinearPrediction(entries, size, seen), net, mixture
     )

@@ -19,54 +19,53 @@ from flowtrain.nets.convolution import relu_
 from flowtrain.nets.masked import MaskedLinear
 
 
-class CausalConv(nn.Linear):
-    """A convolution of tokens before a token: `(B, H, W, C)` to `(B, H, W, C')`.
+class Window:
+    """The tokens that a causal convolution sees at a token.
 
-    It sees the tokens of the `above` rows above it, up to `beside` columns to each side, and the
-    `beside` tokens to the left; with `itself` also the token. In raster order these are the first
-    of the window. Its weight is a matrix `(C', taps * C)`, because Muon takes matrices.
+    These are the tokens of the `above` rows above it, up to `beside` columns to each side, and the
+    `beside` tokens to the left; with `itself` also the token. In raster order they are the first
+    `taps` of a rectangle.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, above: int, beside: int, itself: bool, bias: bool = True
-    ):
+    def __init__(self, above: int, beside: int, itself: bool):
         self.above, self.beside = above, beside
-        self.window = (above + 1, 2 * beside + 1)
+        self.rectangle = (above + 1, 2 * beside + 1)
         self.taps = above * (2 * beside + 1) + beside + itself
-        super().__init__(self.taps * inputs, outputs, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.unflatten(1, (self.taps, -1))
-        weight = F.pad(weight, (0, 0, 0, math.prod(self.window) - self.taps))
-        filters = weight.unflatten(1, self.window).movedim(-1, 1)
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Rows of tokens `(B, H, W, C)` and a weight `(C', taps * C)` to `(B, H, W, C')`."""
+        weight = weight.unflatten(1, (self.taps, -1))
+        weight = F.pad(weight, (0, 0, 0, math.prod(self.rectangle) - self.taps))
+        filters = weight.unflatten(1, self.rectangle).movedim(-1, 1)
         rows = torch.cat([x.new_zeros(len(x), self.above, *x.shape[2:]), x], dim=1)
-        y = F.conv2d(rows.movedim(-1, 1), filters, self.bias, padding=(0, self.beside))
+        y = F.conv2d(rows.movedim(-1, 1), filters, bias, padding=(0, self.beside))
         return y.movedim(1, -1)
 
-    def windows(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
         """What the convolution sees at each token, `(B, H, W, taps * C)`."""
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, self.beside, self.beside, self.above, 0))
-        taps = itertools.islice(itertools.product(*map(range, self.window)), self.taps)
+        taps = itertools.islice(itertools.product(*map(range, self.rectangle)), self.taps)
         return torch.cat([padded[:, i : i + height, j : j + width] for i, j in taps], dim=-1)
 
 
-class _ConvByToken:
-    """A `CausalConv` that computes one column `(C', B)` after the other.
+class _WindowByToken:
+    """A convolution of a `Window` that computes one column `(C', B)` after the other.
 
     It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each. What
     is to the right of the token at hand is never read.
     """
 
-    def __init__(self, conv: CausalConv, batch: int, width: int):
-        channels = conv.in_features // conv.taps
-        taps = [conv.window[1]] * conv.above + [conv.taps - conv.above * conv.window[1]]
-        weights = conv.weight.split([channels * n for n in taps], dim=1)
+    def __init__(self, window: Window, weight: Tensor, bias: Tensor, batch: int, width: int):
+        channels = weight.shape[1] // window.taps
+        taps = [window.rectangle[1]] * window.above
+        taps.append(window.taps - sum(taps))
+        weights = weight.split([channels * n for n in taps], dim=1)
         self.parts = list(zip(weights, taps, strict=True))
-        row = conv.weight.new_zeros(width + 2 * conv.beside, channels, batch)
+        self.bias = bias[:, None]
+        self.beside = window.beside
+        row = weight.new_zeros(width + 2 * window.beside, channels, batch)
         self.rows = deque(row.clone() for _ in taps)
-        self.beside = conv.beside
-        self.bias = conv.bias[:, None]
 
     def start(self, j: int) -> None:
         """Begins with a token in column j. In the first column a row begins."""
@@ -85,24 +84,49 @@ class _ConvByToken:
         self.rows[-1][self.beside + j] = column
 
 
+class CausalConv(nn.Linear):
+    """A convolution of the tokens in a window: `(B, H, W, C)` to `(B, H, W, C')`.
+
+    Its weight is a matrix `(C', taps * C)`, because Muon takes matrices.
+    """
+
+    def __init__(self, inputs: int, outputs: int, window: Window):
+        super().__init__(window.taps * inputs, outputs)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.window.convolve(x, self.weight, self.bias)
+
+    def by_token(self, batch: int, width: int) -> _WindowByToken:
+        return _WindowByToken(self.window, self.weight, self.bias, batch, width)
+
+
 class LinearPrediction(Prediction):
     """The best linear prediction of an entry from a causal window and from its token's entries.
 
-    `fit` solves it by least squares. Its weights are parameters of the data path, so they are
-    trained, and computed in full precision.
+    `fit` solves it by least squares. Its weights are parameters of the data path: they are computed
+    in full precision, and trained. They are stored in units of `UNIT`, so that the steps of Adam
+    are so much smaller: steps that suit a network would spoil the solution.
     """
 
-    def __init__(self, entries: int, size: tuple[int, int], above: int, beside: int):
+    UNIT = 0.01
+
+    def __init__(self, entries: int, size: tuple[int, int], window: Window):
         super().__init__()
         self.size = size
-        self.window = CausalConv(entries, entries, above, beside, itself=False)
+        self.window = window
+        self.of_window = nn.Parameter(torch.zeros(entries, window.taps * entries))
         self.within = nn.Parameter(torch.zeros(entries, entries))  # strictly lower triangular
-        nn.init.zeros_(self.window.weight)
-        nn.init.zeros_(self.window.bias)
+        self.bias = nn.Parameter(torch.zeros(entries))
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of the window, those within the token, and the bias."""
+        return self.of_window * self.UNIT, self.within.tril(-1) * self.UNIT, self.bias * self.UNIT
 
     def forward(self, x: Tensor) -> Tensor:
+        of_window, within, bias = self.weights()
         rows = x.movedim(1, -1).contiguous()
-        predicted: Tensor = self.window(rows) + F.linear(rows, self.within.tril(-1))
+        predicted = self.window.convolve(rows, of_window, bias) + F.linear(rows, within)
         return predicted.movedim(-1, 1)
 
     @torch.no_grad()
@@ -113,7 +137,7 @@ class LinearPrediction(Prediction):
         entries: its inverse turns the entries into residuals of variance 1.
         """
         entries, rows = x.shape[1], x.movedim(1, -1)
-        seen = torch.cat([self.window.windows(rows), rows], dim=-1).flatten(0, 2).double()
+        seen = torch.cat([self.window.seen(rows), rows], dim=-1).flatten(0, 2).double()
         mean = seen.mean(dim=0)
         covariance = torch.cov(seen.T, correction=0)
         covariance.diagonal().add_(ridge * covariance.diagonal().mean() + 1e-12)
@@ -123,9 +147,9 @@ class LinearPrediction(Prediction):
         deviation: Tensor = 1 / whitening[:, -entries:].diagonal()
         weights = -whitening * deviation[:, None]
         weights[:, -entries:].diagonal().zero_()
-        self.window.weight.copy_(weights[:, :-entries])
-        self.within.copy_(weights[:, -entries:])
-        self.window.bias.copy_(mean[-entries:] - weights @ mean)
+        self.of_window.copy_(weights[:, :-entries] / self.UNIT)
+        self.within.copy_(weights[:, -entries:] / self.UNIT)
+        self.bias.copy_((mean[-entries:] - weights @ mean) / self.UNIT)
         return deviation
 
     def by_token(self, values: Tensor) -> "_PredictionByToken":
@@ -137,8 +161,10 @@ class _PredictionByToken:
 
     def __init__(self, prediction: LinearPrediction, values: Tensor):
         self.values = values
-        self.window = _ConvByToken(prediction.window, values.shape[1], prediction.size[1])
-        self.within = prediction.within.tril(-1)[:, None]
+        weight, within, bias = prediction.weights()
+        size = values.shape[1], prediction.size[1]
+        self.window = _WindowByToken(prediction.window, weight, bias, *size)
+        self.within = within[:, None]
 
     def start(self, i: int, j: int) -> None:
         self.window.start(j)
@@ -157,7 +183,7 @@ class _Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.conv = CausalConv(width, width, 1, 1, itself=True)
+        self.conv = CausalConv(width, width, Window(1, 1, itself=True))
         self.last = nn.Linear(width, width)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -174,7 +200,7 @@ class _BlockByToken:
     """A `_Block` that computes one column `(C, B)` after the other."""
 
     def __init__(self, block: _Block, batch: int, width: int):
-        self.conv = _ConvByToken(block.conv, batch, width)
+        self.conv = block.conv.by_token(batch, width)
         self.weight, self.bias = block.last.weight, block.last.bias[:, None]
 
     def column(self, x: Tensor, j: int) -> Tensor:
@@ -195,19 +221,21 @@ class TokenHead(nn.Module):
     It maps three inputs of each entry (value, residual, linear prediction), `(..., 3E)`, and
     features `(..., C)` to `(..., P E)`. The parameters of an entry depend on its prediction, and on
     all inputs of the entries before it. Each entry has `units` hidden units in each of two layers.
-    The features enter all three layers.
+    The features enter all three layers. At first the parameters of every entry are `start`, `(P,)`.
     """
 
-    def __init__(self, entries: int, features: int, units: int, parameters: int):
+    def __init__(self, entries: int, features: int, units: int, start: Tensor):
         super().__init__()
         self.entries, self.units = entries, units
         entry = torch.arange(entries)
-        unit, output = entry.repeat_interleave(units)[:, None], entry.repeat(parameters)[:, None]
+        unit = entry.repeat_interleave(units)[:, None]
+        output = entry.repeat(len(start))[:, None]
         seen = torch.cat([(entry < unit).repeat(1, 2), entry <= unit], dim=1)
         self.first = _masked(seen, features)
         self.second = _masked(unit[:, 0] <= unit, features)
         self.last = _masked(unit[:, 0] <= output, features)
         nn.init.zeros_(self.last.weight)
+        self.last.bias = nn.Parameter(start.repeat_interleave(entries))
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         h = relu_(self.first(torch.cat([x, features], dim=-1)))
@@ -272,18 +300,18 @@ class CausalNet(TokenNet):
         self,
         entries: int,
         size: tuple[int, int],
-        parameters: int,
+        start: Tensor,
         width: int,
         blocks: int,
         units: int,
-        window: int,
+        window: Window,
     ):
         super().__init__()
         self.entries, self.size = entries, size
-        self.first = CausalConv(2 * entries, width, window, window, itself=False)
+        self.first = CausalConv(2 * entries, width, window)
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.head = TokenHead(entries, width, units, parameters)
+        self.head = TokenHead(entries, width, units, start)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         rows = x.movedim(1, -1)
@@ -305,7 +333,7 @@ class _CausalNetByToken(_HeadByEntry):
         super().__init__(net.head, seen)
         batch, width = seen.shape[1], net.size[1]
         self.position = net.position[..., None]
-        self.conv = _ConvByToken(net.first, batch, width)
+        self.conv = net.first.by_token(batch, width)
         blocks: list[_Block] = list(net.blocks)  # type: ignore[arg-type]
         self.blocks = [_BlockByToken(block, batch, width) for block in blocks]
 
