@@ -86,7 +86,7 @@ class OneEntry:
         x = torch.arange(groups * self.group + 1, device=device).clamp_(max=levels)
         self.lower = torch.where(x == levels, FAR, x - 0.5).double()
         self.lower[0] = -FAR
-        self.uniform = x * (UNIFORM / levels)
+        self.uniform = x.double() * (UNIFORM / levels)
         self.starts = torch.arange(groups + 1, device=device)[:, None] * self.group
         self.within = torch.arange(self.group + 1, device=device)[:, None]
 
@@ -128,6 +128,7 @@ class Entry:
 
         The lower and the upper ends of the ranges follow.
         """
+        target = target.clamp(max=1 - 2**-40)  # F(Q) is 1 with a rounding error
         group = (self.groups()[1:-1] <= target).sum(dim=0)
         edges = self.within(group)
         inner = (edges[1:-1] <= target).sum(dim=0)
