@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData, bounded, sum_per_example, unbounded
-from flowtrain.bijections.discretized import DiscretizedMixture
+from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
@@ -27,11 +27,11 @@ class PredictionByToken(Protocol):
     def start(self, i: int, j: int) -> None:
         """Begins with token `(i, j)`."""
 
-    def mean(self, d: int, values: Tensor) -> Tensor:
-        """The prediction `(B,)` of entry d, from the token's values `(B, E)`. Later ones are 0."""
+    def mean(self, d: int) -> Tensor:
+        """The prediction `(B,)` of entry d. The values of the entries before it are known."""
 
-    def end(self, i: int, j: int, values: Tensor) -> None:
-        """Takes the values `(B, E)` of token `(i, j)`."""
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which all values are known."""
 
 
 class Prediction(nn.Module):
@@ -48,8 +48,11 @@ class Prediction(nn.Module):
         """
         raise NotImplementedError
 
-    def by_token(self, batch: int) -> PredictionByToken:
-        """The same predictions for the inverse, which knows only the tokens before one."""
+    def by_token(self, values: Tensor) -> PredictionByToken:
+        """The same predictions for the inverse, which knows only the tokens before one.
+
+        `values` are those of the token at hand, `(E, B)`: the caller writes them there.
+        """
         raise NotImplementedError
 
 
@@ -59,14 +62,11 @@ class NetByToken(Protocol):
     def start(self, i: int, j: int) -> None:
         """Begins with token `(i, j)`."""
 
-    def parameters(self, d: int, predicted: Tensor) -> Tensor:
-        """The parameters `(B, P)` of entry d, from its prediction `(B,)`."""
+    def parameters(self, d: int) -> Tensor:
+        """The parameters `(P, B)` of entry d. What they depend on is known."""
 
-    def known(self, d: int, value: Tensor, residual: Tensor) -> None:
-        """Takes the value and the residual of entry d, both `(B,)`."""
-
-    def end(self, i: int, j: int, values: Tensor, residuals: Tensor) -> None:
-        """Takes all of token `(i, j)`, both `(B, E)`."""
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which everything is known."""
 
 
 class TokenNet(nn.Module):
@@ -78,8 +78,11 @@ class TokenNet(nn.Module):
     It is called as `net(x, context)`, like any conditioner.
     """
 
-    def by_token(self, batch: int, context: Tensor | None = None) -> NetByToken:
-        """The same parameters for the inverse, which knows only the tokens before one."""
+    def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
+        """The same parameters for the inverse, which knows only the tokens before one.
+
+        `seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there.
+        """
         raise NotImplementedError
 
 
@@ -135,7 +138,6 @@ class OrdinalAutoregressive(SetFromData):
         self.mixture = mixture
         entries = shape[0] * token**2
         self.log_scale = nn.Parameter(torch.zeros(entries, 1, 1))
-        self.start = nn.Parameter(mixture.start().repeat_interleave(entries)[:, None, None])
 
     def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The levels, as real numbers without a gradient, and u, both `(B, C, H, W)`."""
@@ -181,7 +183,7 @@ class OrdinalAutoregressive(SetFromData):
             predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        parameters = apply_conditioner(self.conditioner, seen, context) + self.start
+        parameters = apply_conditioner(self.conditioner, seen, context)
         half = (self.levels - 1) / 2  # levels per unit of value
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
@@ -192,63 +194,64 @@ class OrdinalAutoregressive(SetFromData):
     @torch.no_grad()
     def in_order(
         self,
-        next_level: Callable[[Tensor, int], Tensor],
+        next_level: Callable[[Entry, int], Tensor],
         batch: int,
         context: Tensor | None = None,
     ) -> Tensor:
-        """Builds levels `(B, C, H, W)` one entry after the other.
+        """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
 
-        `next_level` gets F(0), ..., F(Q) of an entry, `(B, Q + 1)` float64, and the entry's index
-        in the image. It returns the entry's levels `(B,)`, real numbers.
+        `next_level` gets the distribution of an entry and the entry's index in the image. It
+        returns the entry's levels `(B,)`, int64.
         """
         self.require_initialized()
         channels, height, width = self.shape
         r = self.token
         entries = channels * r**2
-        x = self.log_scale.new_empty(batch, channels * height * width)
-        log_scale = self.bounded_log_scale().flatten()
-        half = (self.levels - 1) / 2
-        start = self.start.unflatten(0, (-1, entries))[..., 0, 0]
-        prediction = self.prediction.by_token(batch)
-        net = self.conditioner.by_token(batch, context)
+        half = (self.levels - 1) / 2  # levels per unit of value
+        seen = self.log_scale.new_zeros(3 * entries, batch)
+        values, residuals, predicted = seen.chunk(3)
+        prediction = self.prediction.by_token(values)
+        net = self.conditioner.by_token(seen, context)
+        distribution = self.mixture.one_entry(seen.device)
+        value_of = self._value(torch.arange(self.levels, device=seen.device).to(seen))
+        log_scales = self.bounded_log_scale().flatten()
+        inverse_scales = (-log_scales).exp().tolist()
+        log_scales_in_levels = (log_scales + math.log(half)).tolist()
+        levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
         for i, j in itertools.product(range(-(-height // r)), range(-(-width // r))):
             prediction.start(i, j)
             net.start(i, j)
-            values, residuals = x.new_zeros(2, batch, entries)
             for d in range(entries):
                 c, (dy, dx) = d // r**2, divmod(d % r**2, r)
                 row, column = min(i * r + dy, height - 1), min(j * r + dx, width - 1)
                 index = (c * height + row) * width + column
-                mean = prediction.mean(d, values)
-                parameters = net.parameters(d, mean) + start[:, d]
+                predicted[d] = mean = prediction.mean(d)
+                parameters = net.parameters(d)
                 if (row, column) == (i * r + dy, j * r + dx):
-                    edges = self.mixture.cumulative(
-                        ((mean + 1) * half)[:, None],
-                        log_scale[d : d + 1] + math.log(half),
-                        parameters,
+                    entry = distribution(
+                        (mean.double() + 1).mul_(half), log_scales_in_levels[d], parameters
                     )
-                    x[:, index] = next_level(edges[:, 0], index)
-                values[:, d] = self._value(x[:, index])
-                residuals[:, d] = (values[:, d] - mean) * (-log_scale[d]).exp()
-                net.known(d, values[:, d], residuals[:, d])
-            prediction.end(i, j, values)
-            net.end(i, j, values, residuals)
-        return x.view(batch, *self.shape)
+                    levels[index] = next_level(entry, index)
+                values[d] = value = value_of[levels[index]]
+                residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
+            prediction.end(i, j)
+            net.end(i, j)
+        return levels.T.reshape(batch, *self.shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        by_entry: list[tuple[Tensor, Tensor]] = [(z, z)] * z.shape[1]
-        differentiable = torch.is_grad_enabled()
+        target = torch.special.ndtr(z.T.double())
+        low, high = torch.empty_like(target), torch.empty_like(target)
 
-        def next_level(edges: Tensor, index: int) -> Tensor:
-            with torch.set_grad_enabled(differentiable):
-                x, u, log_derivative = self.mixture.at(edges, z[:, index])
-            by_entry[index] = u, log_derivative
-            return x
+        def next_level(entry: Entry, index: int) -> Tensor:
+            level, low[index], high[index] = entry.find(target[index])
+            return level
 
         with full_precision(z):
-            x = self.in_order(next_level, len(z), context)
-        u, log_derivative = (torch.stack(part, dim=1) for part in zip(*by_entry, strict=True))
+            x = self.in_order(next_level, len(z), context).to(z)
+        u = ((target - low) / (high - low)).clamp_(0, 1).T.to(z)
+        log_density = -0.5 * z.square() - math.log(ROOT_TAU)
+        log_det = sum_per_example(log_density - (high - low).log_().T.to(z))
         # So far inside of its bin that rounding does not move it to another level.
         edge = 2 * self.levels * torch.finfo(z.dtype).eps
-        v = (x + u.clamp(edge, 1 - edge).view_as(x)) / self.levels - 0.5
-        return v, log_derivative.sum(dim=1) - z.shape[1] * math.log(self.levels)
+        v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
+        return v, log_det - z.shape[1] * math.log(self.levels)

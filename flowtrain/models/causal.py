@@ -64,7 +64,6 @@ def build(
     size = (-(-shape[1] // token), -(-shape[2] // token))
     seen = Window(window, window, itself=False)
     mixture = DiscretizedMixture(data_levels, components)
-    parameters = mixture.parameters_per_entry
-    net = CausalNet(entries, size, parameters, width, blocks, units, seen, classes)
+    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen, classes)
     prediction = LinearPrediction(entries, size, seen)
     return OrdinalAutoregressive(shape, data_levels, token, prediction, net, mixture)

@@ -201,6 +201,12 @@ def announce(
             f"{equal:,} of these images are equal to an earlier one; equal images are either all "
             f"trained on or all held out"
         )
+    in_a_step, in_all = batches.all_processes, len(batches.source)
+    if in_a_step > in_all:
+        console.print(
+            f"a step takes {in_a_step:,} images, so each of the {in_all:,} to train on "
+            f"{in_a_step / in_all:,.1f} times on average"
+        )
     if saved is None:
         console.print(f"run directory: {run.path}")
         return

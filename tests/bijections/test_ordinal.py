@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import a_config, images, seeded, tiny_flow
 
-from flowtrain.bijections.discretized import UNIFORM, DiscretizedMixture
+from flowtrain.bijections.discretized import UNIFORM
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.datasets import digits
 from flowtrain.errors import UserError
@@ -37,7 +37,7 @@ def causal(shape, levels, token=2, **options):
 def order_of(flow):
     """The indices of an image's entries in the order in which they are sampled."""
     seen = []
-    flow.bijection.in_order(lambda edges, i: seen.append(i) or edges.new_zeros(len(edges)), 1)
+    flow.bijection.in_order(lambda entry, i: seen.append(i) or torch.tensor([0]), 1)
     return seen
 
 
@@ -84,7 +84,7 @@ def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token):
     with torch.no_grad():
         parts = [flow(x, noise) for noise in draws]
     for other in parts[1:]:
-        assert (other.base - parts[0].base).abs().max() > 1e-2  # the latents do depend on it
+        assert (other.base != parts[0].base).all()  # the latents do depend on it
         torch.testing.assert_close(other.total, parts[0].total, rtol=1e-5, atol=1e-4)
     assert flow.exact
 
@@ -151,14 +151,14 @@ def test_in_order_is_the_plain_way(shape, levels, token, dtype, tolerance):
         z, log_det = flow.bijection(v)
     found, log_derivatives = torch.empty_like(z), torch.empty_like(z)
 
-    def next_level(edges, index):
+    def next_level(entry, index):
         level = x.flatten(1)[:, index].long()
-        low, high = edges.gather(1, level[:, None]), edges.gather(1, level[:, None] + 1)
-        found[:, index] = torch.special.ndtri(low + u * (high - low))[:, 0]
-        log_derivatives[:, index] = (high - low).log()[:, 0]
-        return level.to(dtype)
+        low, high = entry.range(level)
+        found[:, index] = torch.special.ndtri(low + u * (high - low))
+        log_derivatives[:, index] = (high - low).log()
+        return level
 
-    assert torch.equal(flow.bijection.in_order(next_level, 4), x.to(dtype))
+    assert torch.equal(flow.bijection.in_order(next_level, 4), x.long())
     torch.testing.assert_close(found, z, rtol=0, atol=tolerance)
     total = (log_derivatives + 0.5 * z.square()).sum(dim=1) + z.shape[1] * math.log(
         levels * math.sqrt(2 * math.pi)
@@ -221,7 +221,7 @@ def test_latents_of_images_are_normal(trained):
 @pytest.mark.parametrize("offset", [-1e20, -1e4, 0.0, 1e4, 1e20])
 def test_narrow_and_far_mixtures_are_finite(scale, offset):
     flow = causal((1, 4, 4), 256)
-    _, offsets, scales = flow.bijection.start.data.chunk(3)
+    _, offsets, scales = flow.bijection.conditioner.head.last.bias.data.chunk(3)
     scales.fill_(scale)
     offsets.fill_(offset)
     x = images(8, (1, 4, 4))
@@ -252,36 +252,6 @@ def test_images_that_never_vary(trained):
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     assert flow.bits_per_dim(x, seeded()).max() < 2
     assert flow.bits_per_dim(images(30, (1, 4, 4)), seeded()).isfinite().all()
-
-
-# ---------------------------------------------------------------- the mixture
-
-
-@pytest.mark.parametrize("levels", [2, 3, 17, 256, 1000])
-def test_a_mixture_is_a_distribution(levels):
-    mixture = DiscretizedMixture(levels, 3)
-    parameters = perturb(torch.nn.ParameterList([torch.zeros(6, 9)]), 1)[0].double()
-    location = levels * torch.rand(6, 1, generator=seeded(), dtype=torch.float64)
-    log_scale = torch.full((1,), math.log(levels / 20), dtype=torch.float64)
-    edges = mixture.cumulative(location, log_scale, parameters)[:, 0]
-    assert edges[:, 0].eq(0).all() and edges[:, -1].eq(1).all() and edges.diff().min() > 0
-    x = torch.arange(levels, dtype=torch.float64).expand(6, -1)
-    z, log_derivative = mixture.forward(
-        x,
-        torch.full_like(x, 0.25),
-        location,
-        log_scale,
-        parameters[:, :, None].expand(-1, -1, levels).flatten(1),
-    )
-    probability = (log_derivative - 0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
-    torch.testing.assert_close(probability, edges.diff(), rtol=1e-9, atol=1e-12)
-    expected = torch.special.ndtri(edges[:, :-1] + 0.25 * edges.diff())
-    torch.testing.assert_close(z, expected, rtol=0, atol=1e-7)
-    for level in (0, levels // 2, levels - 1):
-        found, u, slope = mixture.at(edges, z[:, level])
-        assert found.eq(level).all()
-        torch.testing.assert_close(u, torch.full((6,), 0.25).double(), rtol=0, atol=1e-6)
-        torch.testing.assert_close(slope, -log_derivative[:, level], rtol=0, atol=1e-7)
 
 
 # ---------------------------------------------------------------- the start
