@@ -28,7 +28,7 @@ def build(
     size = (shape[1] // token, shape[2] // token)
     seen = Window(window, window, itself=False)
     mixture = DiscretizedMixture(levels, components)
-    net = CausalNet(entries, size, mixture.parameters_per_entry, width, blocks, units, seen)
+    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen)
     return OrdinalAutoregressive(
         shape, levels, token, LinearPrediction(entries, size, seen), net, mixture
     )
