@@ -10,9 +10,7 @@ from torch import Tensor
 
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet, labels_of
-from flowtrain.errors import UserError
-from flowtrain.system import distributed
-from flowtrain.system.capacity import available
+from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
@@ -47,7 +45,12 @@ class Batches:
         nbytes = len(self.source) * self.source.pixels[0].nbytes
         self.streams = nbytes > config.data.max_in_memory * 2**30
         if self.streams:
-            _require_memory(batch_size * self.source.pixels[0].nbytes, config.data.workers)
+            ahead = ReadAhead.batches(config.data.workers)
+            capacity.require(
+                ahead * batch_size * self.source.pixels[0].nbytes,
+                f"data.workers: {config.data.workers} threads hold {ahead:,} batches of "
+                f"{batch_size:,} images, which take",
+            )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         self.labels = (
             labels_of(self.source, config.model.classes, data.config.name)
@@ -112,18 +115,6 @@ class Batches:
         """A batch, ready to go to the device."""
         x = self.source.take(self.positions(images))
         return x.pin_memory() if self.device.type == "cuda" else x
-
-
-def _require_memory(batch: int, threads: int) -> None:
-    """Raises `UserError` where the batches that are read ahead, of so many bytes, do not fit."""
-    needed = ReadAhead.batches(threads) * batch
-    free = available(torch.device("cpu")) // distributed.local_world()
-    if needed > free:
-        raise UserError(
-            f"data.workers: {threads} threads hold {ReadAhead.batches(threads):,} batches, which "
-            f"take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are available: lower it, "
-            f"or train.batch_size"
-        )
 
 
 class ReadAhead:

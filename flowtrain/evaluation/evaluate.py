@@ -14,7 +14,7 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
 from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import UserError
-from flowtrain.evaluation.score import Scores, score
+from flowtrain.evaluation.score import Scores, require_memory, score
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.results import Evaluation
@@ -71,6 +71,8 @@ def evaluate(
             f"--samples {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
+    own = len(distributed.share(min(num_images or len(split), len(split))))
+    require_memory(flow, own, batch_size, samples)
     scores = score(
         flow,
         split,

@@ -244,8 +244,10 @@ class Flow(nn.Module):
         So the first rows do not depend on how many follow.
         """
         where = self.device if generator is None else generator.device
-        rows = [torch.randn(self.latent_dims, generator=generator, device=where) for _ in range(n)]
-        return torch.stack(rows).to(self.device, self.dtype)
+        rows = torch.empty(n, self.latent_dims, device=where)
+        for i in range(n):
+            rows[i].normal_(generator=generator)
+        return rows.to(self.device, self.dtype)
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
