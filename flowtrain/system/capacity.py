@@ -3,16 +3,20 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+# `total` is also for readers of files that need no torch.
+if TYPE_CHECKING:
+    import torch
 
 _UNLIMITED = 2**63 - 1
 
 
-def available(device: torch.device) -> int:
+def available(device: "torch.device") -> int:
     """Bytes that can still be allocated. On the CPU, the limit of a container counts."""
     if device.type == "cuda":
+        import torch
+
         # torch holds some memory for further tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -73,8 +77,11 @@ def _of_the_group(cgroup: Path) -> int:
     return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
 
 
-def peak(run: Callable[[], object], device: torch.device) -> int:
+def peak(run: Callable[[], object], device: "torch.device") -> int:
     """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
