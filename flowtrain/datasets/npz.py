@@ -13,7 +13,6 @@ import numpy as np
 
 from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
 from flowtrain.errors import UserError, cut, short
-from flowtrain.system import capacity
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -115,6 +114,8 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
         )
     if there != math.prod(shape):
         raise UserError(f"{where} is damaged: it has {there} bytes for an array {cut(str(shape))}")
+    from flowtrain.system import capacity  # imports torch
+
     # In the order of channels that training takes, it is a copy.
     taken = there * (2 if layout == "nhwc" and len(shape) == 4 else 1)
     if taken > capacity.total() // 2:

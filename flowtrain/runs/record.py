@@ -12,10 +12,11 @@ from pydantic import BaseModel, ValidationError
 from flowtrain import config as configuration
 from flowtrain.errors import UserError, shown
 from flowtrain.results import Evaluation, Row, Summary
-from flowtrain.system import capacity
 from flowtrain.system.files import read_regular
 
-LONGEST_JSON = 2**24  # bytes of a summary or an evaluation
+# In bytes. A row of metrics takes some twenty times as much memory as its line.
+LONGEST_METRICS = 2**27
+LONGEST_JSON = 2**24  # of a summary or an evaluation
 
 
 class Named(BaseModel):
@@ -66,8 +67,7 @@ def read(path: Path) -> Record:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, without a last line that is still being written."""
-    # A row takes some thirty times as much memory as its line.
-    *lines, _unfinished = _text(path, capacity.total() // 128).split("\n")
+    *lines, _unfinished = _text(path, LONGEST_METRICS).split("\n")
     return [_checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 

@@ -3,20 +3,18 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-# `total` is also for readers of files that need no torch.
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 _UNLIMITED = 2**63 - 1
 
 
-def available(device: "torch.device") -> int:
+def available(device: torch.device) -> int:
     """Bytes that can still be allocated. On the CPU, the limit of a container counts."""
     if device.type == "cuda":
-        import torch
-
         # torch holds some memory for further tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -77,11 +75,8 @@ def _of_the_group(cgroup: Path) -> int:
     return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
 
 
-def peak(run: Callable[[], object], device: "torch.device") -> int:
+def peak(run: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -97,4 +92,36 @@ def peak(run: Callable[[], object], device: "torch.device") -> int:
         if event.name() == "[memory]":
             allocated += event.nbytes()
             largest = max(largest, allocated)
+    return largest
+
+
+def kept(run: Callable[[], object]) -> int:
+    """Bytes of tensors that autograd keeps for a backward pass at the peak of `run`, which may be a
+    forward pass. It is a part of `peak`, known in the time of that pass.
+    """
+    holders: dict[int, int] = {}  # how many parts of the graph keep each piece of memory
+    now = largest = 0
+
+    class Kept:
+        """A tensor for as long as autograd keeps it."""
+
+        def __init__(self, tensor: Tensor):
+            nonlocal now, largest
+            self.tensor = tensor.detach()  # otherwise an output would hold its own graph
+            storage = tensor.untyped_storage()
+            self.key, self.nbytes = storage.data_ptr(), storage.nbytes()
+            holders[self.key] = holders.get(self.key, 0) + 1
+            if holders[self.key] == 1:
+                now += self.nbytes
+                largest = max(largest, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            holders[self.key] -= 1
+            if holders[self.key] == 0:
+                now -= self.nbytes
+
+    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        result = run()  # it holds the graph
+    del result
     return largest

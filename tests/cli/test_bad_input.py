@@ -183,7 +183,24 @@ BAD_CONFIGURATIONS = [
     ("train.lr.peak=1", "train.lr"),
 ]
 
+WIDE = sets(model__steps=16, model__width=512)  # a megabyte for each image
+
 BAD_COMMANDS = [
+    (
+        ["train", *TINY_RUN, *WIDE, *sets(train__batch_size=2**20)],
+        "train.batch_size: a step of 1,048,576 x 1 images",
+        "GiB are available: at most",
+        "use train.accumulate, or another train.memory",
+    ),
+    (
+        ["train", *TINY_RUN, *sets(train__batch_size=4096, train__accumulate=2**20)],
+        "train.accumulate: a step of 4,096 x 1,048,576 images",
+        "GiB are available: at most",
+    ),
+    (
+        ["train", "--dry-run", *sets(train__batch_size=2**20, train__accumulate=2**20)],
+        "train.accumulate: a step of 1,048,576 x 1,048,576 images",
+    ),
     (
         ["train", "--config", "glow_digit.yaml"],
         "--config glow_digit.yaml",

@@ -1,0 +1,193 @@
+"""Autoregressive models of the levels of an image, as flows (Nielsen & Winther 2020, "Closing the
+Dequantization Gap: PixelCNN as a Single-Layer Flow").
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowtrain.bijections.base import SetFromData, sum_per_example
+from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
+from flowtrain.bijections.precision import apply_conditioner, full_precision
+
+
+class PredictionByToken(Protocol):
+    """The linear predictions of a batch, a token at a time in raster order."""
+
+    def start(self, i: int, j: int) -> None:
+        """Begins with token `(i, j)`."""
+
+    def mean(self, d: int) -> Tensor:
+        """The prediction `(B,)` of entry d. The values of the entries before it are known."""
+
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which all values are known."""
+
+
+class Prediction(nn.Module):
+    """Predicts each entry of tokens, `(B, E, H, W)`, linearly from entries before it."""
+
+    if TYPE_CHECKING:  # torch declares that a call returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
+    def fit(self, x: Tensor) -> Tensor:
+        """Sets the weights from tokens. Returns the standard deviations of the residuals `(E,)`."""
+        raise NotImplementedError
+
+    def by_token(self, values: Tensor) -> PredictionByToken:
+        """`values` are those of the token at hand, `(E, B)`: the caller writes them there."""
+        raise NotImplementedError
+
+
+class NetByToken(Protocol):
+    """The parameters of a batch, a token at a time in raster order."""
+
+    def start(self, i: int, j: int) -> None:
+        """Begins with token `(i, j)`."""
+
+    def parameters(self, d: int) -> Tensor:
+        """The parameters `(P, B)` of entry d. What they depend on is known."""
+
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which everything is known."""
+
+
+class TokenNet(nn.Module):
+    """Maps values, residuals and predictions of entries `(B, 3E, H, W)` to `(B, P E, H, W)`.
+
+    The parameters of an entry depend on its prediction, and on the other inputs of entries before
+    it: all of earlier tokens, in raster order, and the first ones of its own token.
+    """
+
+    def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
+        """`seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there."""
+        raise NotImplementedError
+
+
+class OrdinalAutoregressive(SetFromData):
+    """`z_d = Phi^-1(F(x_d | x_<d) + u_d P(x_d | x_<d))` of images `x + u` with Q levels (eq. 6)."""
+
+    inverse_is_sequential = True
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        levels: int,
+        token: int,
+        prediction: Prediction,
+        conditioner: TokenNet,
+        mixture: DiscretizedMixture,
+    ):
+        super().__init__()
+        self.shape, self.levels, self.token = shape, levels, token
+        self.prediction = prediction
+        self.conditioner = conditioner
+        self.mixture = mixture
+        entries = shape[0] * token**2
+        self.log_scale = nn.Parameter(torch.zeros(entries, 1, 1))
+
+    def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        y = (v + 0.5) * self.levels
+        x = y.floor().clamp_(0, self.levels - 1).detach()
+        return x, y - x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.token)
+
+    def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values in [-1, 1], `(B, E, H, W)`, and their predictions."""
+        value = x * (2 / (self.levels - 1)) - 1
+        with full_precision(x):
+            return value, self.prediction(value)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        if self.initialized:
+            return
+        value = self._tokens(self._levels_of(x)[0]) * (2 / (self.levels - 1)) - 1
+        deviation = self.prediction.fit(value)
+        with torch.no_grad():
+            self.log_scale.copy_(deviation.log()[:, None, None])
+            self.initialized.fill_(True)
+
+    def forward(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.require_initialized()
+        x, u = map(self._tokens, self._levels_of(v))
+        value, predicted = self._predicted(x)
+        log_scale = self.log_scale
+        residual = (value - predicted) * (-log_scale).exp()
+        seen = torch.cat([value, residual, predicted], dim=1)
+        parameters = apply_conditioner(self.conditioner, seen, context)
+        half = (self.levels - 1) / 2
+        z, log_derivative = self.mixture.forward(
+            x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
+        )
+        z = F.pixel_shuffle(z, self.token).flatten(1)
+        constant = z.shape[1] * math.log(self.levels)
+        return z, sum_per_example(log_derivative) + constant
+
+    @torch.no_grad()
+    def in_order(
+        self,
+        next_level: Callable[[Entry, int], Tensor],
+        batch: int,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
+
+        `next_level` gets the distribution of an entry and the entry's index in the image. It
+        returns the entry's levels `(B,)`, int64.
+        """
+        channels, height, width = self.shape
+        r = self.token
+        entries = channels * r**2
+        half = (self.levels - 1) / 2
+        seen = self.log_scale.new_zeros(3 * entries, batch)
+        values, residuals, predicted = seen.chunk(3)
+        prediction = self.prediction.by_token(values)
+        net = self.conditioner.by_token(seen, context)
+        distribution = self.mixture.one_entry(seen.device)
+        value_of = torch.arange(self.levels, device=seen.device).to(seen) * (1 / half) - 1
+        log_scales = self.log_scale.flatten()
+        inverse_scales = (-log_scales).exp().tolist()
+        log_scales_in_levels = (log_scales + math.log(half)).tolist()
+        levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
+        for i, j in itertools.product(range(height // r), range(width // r)):
+            prediction.start(i, j)
+            net.start(i, j)
+            for d in range(entries):
+                c, (dy, dx) = d // r**2, divmod(d % r**2, r)
+                index = (c * height + i * r + dy) * width + j * r + dx
+                predicted[d] = mean = prediction.mean(d)
+                entry = distribution(
+                    (mean.double() + 1).mul_(half),
+                    log_scales_in_levels[d],
+                    net.parameters(d),
+                )
+                levels[index] = level = next_level(entry, index)
+                values[d] = value = value_of[level]
+                residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
+            prediction.end(i, j)
+            net.end(i, j)
+        return levels.T.reshape(batch, *self.shape)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        target = torch.special.ndtr(z.T.double())
+        low, high = torch.empty_like(target), torch.empty_like(target)
+
+        def next_level(entry: Entry, index: int) -> Tensor:
+            level, low[index], high[index] = entry.find(target[index])
+            return level
+
+        with full_precision(z):
+            x = self.in_order(next_level, len(z), context).to(z)
+        u = ((target - low) / (high - low)).clamp_(0, 1).T.to(z)
+        log_density = -0.5 * z.square() - math.log(ROOT_TAU)
+        log_det = sum_per_example(log_density - (high - low).log_().T.to(z))
+        v = (x + u.reshape(x.shape)) / self.levels - 0.5
+        return v, log_det - z.shape[1] * math.log(self.levels)
