@@ -20,6 +20,7 @@ import random
 import shlex
 import shutil
 import struct
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -547,7 +548,10 @@ def fuzz(names: list[str], files: Sound, folder: Path) -> dict[str, object]:
         count.accepted += outcome.code == 0
         count.seconds = max(count.seconds, round(outcome.seconds, 1))
         count.mib = max(count.mib, round(outcome.peak))
+        if count.tried % 100 == 0:
+            print(name, file=sys.stderr)
         if fault:
+            print(f"{name}: {fault}", file=sys.stderr)
             last = outcome.err.strip().rpartition("\n")[2][-300:]
             faults.setdefault(f"{case.words[0]}: {fault}: {last}", []).append(name)
     return {"formats": {kind: vars(count) for kind, count in counts.items()}, "faults": faults}

@@ -35,10 +35,10 @@ def table(formats):
 
 
 def test_some_damaged_files_do_no_harm():
-    result = run("fuzz.py", "--cases", "46")
+    result = run("fuzz.py", "--cases", "23")
     assert result["faults"] == {}, AGAIN
     assert all(each["tried"] for each in result["formats"].values())
-    assert sum(each["refused"] for each in result["formats"].values()) > 10
+    assert sum(each["refused"] for each in result["formats"].values()) > 5
 
 
 @pytest.mark.fuzz
