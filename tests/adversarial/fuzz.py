@@ -19,9 +19,11 @@ import json
 import random
 import shlex
 import shutil
+import signal
 import struct
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -438,7 +440,13 @@ def picture(draw: random.Random, files: Sound, folder: Path) -> Case:
     )
     for model in ("run", "colour"):
         shutil.copytree(files.folder / model, folder / model)
-    return Case(words)
+    sound_pixels = [_pixels(files.folder / "pictures" / each) for each in (name, other)]
+
+    def fault(outcome: Outcome) -> str:
+        checked = raw and name.endswith(".png") and words[0] in ("compress", "interpolate")
+        return "wrong pixels" if checked and _pixels(pictures / name) not in sound_pixels else ""
+
+    return Case(words, fault=fault)
 
 
 def _png_chunk(draw: random.Random, data: bytes) -> bytes:
@@ -540,7 +548,11 @@ def fault_of(case: Case, outcome: Outcome) -> str:
 def fuzz(names: list[str], files: Sound, folder: Path) -> dict[str, object]:
     counts = {kind: Count() for kind in FORMATS}
     faults: dict[str, list[str]] = {}  # cases that failed in the same way
+    stop = threading.Event()  # by Ctrl-C, after the case that runs
+    signal.signal(signal.SIGINT, lambda signum, frame: stop.set())
     for name in names:
+        if stop.is_set():
+            break
         case, outcome, fault = attempt(name, files, folder / "case")
         count = counts[name.partition(":")[0]]
         count.tried += 1
