@@ -11,6 +11,7 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
 ATTRIBUTE_IMAGES = 500  # images of a class over which the mean latent is taken, at most
@@ -35,10 +36,19 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
+    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends.
+
+    Raises `UserError` where they would not fit into memory.
+    """
+    _require_memory(flow, len(first), steps)
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
     return torch.stack([flow.decode(path) for path in paths])
+
+
+def _require_memory(flow: Flow, pairs: int, steps: int) -> None:
+    path = steps * (4 * flow.latent_dims + flow.dims)
+    capacity.require(pairs * path, f"--steps {steps}")
 
 
 def between_classes(
@@ -50,13 +60,15 @@ def between_classes(
     `(P, steps, C, H, W)`, starts from the first `P = pairs` images of class `first`. Each row
     begins with the unchanged image. The means are over up to `ATTRIBUTE_IMAGES` images of a class.
 
-    Raises `UserError` if there are no labels, or too few images of a class.
+    Raises `UserError` if there are no labels, or too few images of a class, or where the paths
+    would not fit into memory.
     """
     if split.labels is None:
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
     for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
-        where = (split.labels == label).nonzero().flatten().numpy()
+        # numpy compares with numbers of any size
+        where = (split.labels.numpy() == label).nonzero()[0]
         if len(where) < needed:
             raise UserError(
                 f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"
@@ -67,6 +79,7 @@ def between_classes(
             for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))
         ]
         of_class[label] = torch.cat(latents)
+    _require_memory(flow, pairs, steps)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
     t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
     return torch.stack([flow.decode(z + t * direction) for z in of_class[first][:pairs]])

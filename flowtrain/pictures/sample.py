@@ -10,7 +10,10 @@ from torch import Tensor
 
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
+
+ROW = 300  # bytes of a tensor, beside its values
 
 
 def sample(
@@ -27,8 +30,15 @@ def sample(
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents.
 
-    Raises `UserError` for a class that the model does not have.
+    Raises `UserError` for a class that the model does not have, and before anything is drawn where
+    the images would not fit into memory.
     """
+    rows = num * max(1, len(classes))
+    capacity.require(
+        num * (ROW + 4 * flow.latent_dims)
+        + rows * (4 * flow.latent_dims + flow.dims * len(temperatures)),
+        f"--num {num}",
+    )
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
     for label in classes:
         if not flow.classes:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flowtrain.errors import UserError
+
 _UNLIMITED = 2**63 - 1
 
 
@@ -27,6 +29,15 @@ def total() -> int:
     groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for each in groups if (limit := _limit(each)) is not None)])
+
+
+def require(needed: int, what: str) -> None:
+    """Raises `UserError` with `what` the user asked for, where there are not `needed` bytes."""
+    free = available(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{what}: that takes more than the {free / 2**30:,.1f} GiB of memory that are available"
+        )
 
 
 def _limit(cgroup: Path) -> int | None:

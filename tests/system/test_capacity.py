@@ -1,7 +1,9 @@
 """The memory that is left."""
 
+import pytest
 import torch
 
+from flowtrain.errors import UserError
 from flowtrain.system import capacity
 
 
@@ -32,3 +34,10 @@ def test_memory_limits_of_control_groups(tmp_path):
 
 def test_the_memory_of_the_machine():
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(capacity, "available", lambda device: 2**30)
+    capacity.require(2**30, "--num 5")
+    with pytest.raises(UserError, match=r"--num 6: that takes more than the 1.0 GiB of memory"):
+        capacity.require(2**30 + 1, "--num 6")
