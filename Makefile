@@ -54,7 +54,7 @@ bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown t
 		OMP_NUM_THREADS=$$threads $(BIN)/python $$words --threads $$threads || exit 1; \
 	done; done
 
-recipe: .venv/installed-bench  ## train the final recipes and their baseline, and compare them; two hours
+recipe: .venv/installed-bench  ## train the final recipes and their baseline, and compare them; six hours
 	$(BIN)/python benchmarks/recipe.py --picture docs/recipe.png $(RECIPE)
 
 check: .venv/installed-dev  ## formatting, lint and types

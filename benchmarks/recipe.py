@@ -2,7 +2,7 @@
 split once.
 
 `python benchmarks/recipe.py` prints a table of test bits/dim. `--picture FILE.png` draws validation
-bits/dim against time. All recipes take two hours; `--only NAME...` runs some of them. A run that
+bits/dim against time. All recipes take six hours; `--only NAME...` runs some of them. A run that
 exists is resumed. `--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train`
 does.
 """
@@ -37,6 +37,17 @@ RECIPES = {
     "cifar-3min": Recipe(
         "cifar", "ours, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)
     ),
+    "cifar-causal": Recipe("cifar", "causal", "causal_cifar_small.yaml"),
+    "cifar-causal-5min": Recipe(
+        "cifar", "causal, 5 min", "causal_cifar_small.yaml", ("train.budget=5min",)
+    ),
+    "cifar-causal-15min": Recipe(
+        "cifar", "causal, 15 min", "causal_cifar_small.yaml", ("train.budget=15min",)
+    ),
+    "cifar-causal-90min": Recipe(
+        "cifar", "causal, 90 min", "causal_cifar_small.yaml", ("train.budget=90min",)
+    ),
+    "mnist-causal": Recipe("mnist", "causal", "causal_mnist_small.yaml"),
     "mnist": Recipe(
         "mnist", "uniform dequantization", "glow_mnist_small.yaml", ("dequantization.name=uniform",)
     ),

@@ -140,7 +140,7 @@ class Model(Component):
     """The normalizing flow."""
 
     section, package = "model", "models"
-    arguments = {"shape"}
+    arguments = {"shape", "data_levels"}
     name: str = Field(
         "glow",
         description="The model: a module of flowtrain.models, or a module of your own by its "

@@ -1,7 +1,9 @@
 """The flow that a configuration describes."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,7 +80,8 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
     module = configuration.component_module(configuration.Model, config.model.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
-        bijection: Bijection = module.build(shape, **config.model.options())
+        about_data = {"data_levels": levels} if takes_levels(module) else {}
+        bijection: Bijection = module.build(shape, **about_data, **config.model.options())
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior = None
         if config.model.classes:
@@ -92,6 +95,11 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
         # After the bijection, so that its weights are the same with any noise.
         dequantizer = _build_dequantizer(config.dequantization, shape, levels)
     return Flow(bijection, dequantizer, shape, class_prior)
+
+
+def takes_levels(module: ModuleType) -> bool:
+    """Whether a model is one of levels, so that its `build` needs their number."""
+    return "data_levels" in inspect.signature(module.build).parameters
 
 
 def _build_dequantizer(

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet, labels_of
+from flowtrain.errors import UserError
 from flowtrain.system import distributed
+from flowtrain.system.capacity import available
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
 # The smallest number of images for initialization. Fewer say little about the coarsest level.
 INITIALIZATION_IMAGES = 64
+# The largest one. More say nothing new, and the whole pass has to fit into memory, unlike a step
+# that `train.accumulate` divides.
+MOST_INITIALIZATION_IMAGES = 1024
 
 
 class Position(Protocol):
@@ -43,6 +48,8 @@ class Batches:
         self.flip, self.shift = data.flip, config.data.shift
         nbytes = len(self.source) * self.source.pixels[0].nbytes
         self.streams = nbytes > config.data.max_in_memory * 2**30
+        if self.streams:
+            _require_memory(batch_size * self.source.pixels[0].nbytes, config.data.workers)
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         self.labels = (
             labels_of(self.source, config.model.classes, data.config.name)
@@ -73,9 +80,11 @@ class Batches:
     def first_of_all(self) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
 
-        There are at least `INITIALIZATION_IMAGES`, if the split has so many.
+        There are at least `INITIALIZATION_IMAGES`, if the split has so many, and at most
+        `MOST_INITIALIZATION_IMAGES`.
         """
         count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        count = min(count, MOST_INITIALIZATION_IMAGES)
         x = self.source.take(self._order(0, count)).to(self.device)
         return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
 
@@ -107,6 +116,18 @@ class Batches:
         return x.pin_memory() if self.device.type == "cuda" else x
 
 
+def _require_memory(batch: int, threads: int) -> None:
+    """Raises `UserError` where the batches that are read ahead, of so many bytes, do not fit."""
+    needed = ReadAhead.batches(threads) * batch
+    free = available(torch.device("cpu")) // distributed.local_world()
+    if needed > free:
+        raise UserError(
+            f"data.workers: {threads} threads hold {ReadAhead.batches(threads):,} batches, which "
+            f"take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are available: lower it, "
+            f"or train.batch_size"
+        )
+
+
 class ReadAhead:
     """A function of a position, which threads compute in advance for the positions that follow.
 
@@ -126,10 +147,15 @@ class ReadAhead:
         self.pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="data")
         self.results: dict[int, Future[Tensor]] = {}
 
+    @staticmethod
+    def batches(threads: int) -> int:
+        """How many results there are at a time, with the one that is used."""
+        return 2 * threads + 1
+
     def __call__(self, position: int) -> Tensor:
         if not self.threads:
             return self.function(position)
-        wanted = range(position, position + (2 * self.threads + 1) * self.stride, self.stride)
+        wanted = range(position, position + self.batches(self.threads) * self.stride, self.stride)
         for other in self.results.keys() - set(wanted):
             self.results.pop(other).cancel()
         for each in wanted:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain.errors import UserError
@@ -101,4 +103,36 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
         if event.name() == "[memory]":
             allocated += event.nbytes()
             largest = max(largest, allocated)
+    return largest
+
+
+def kept(run: Callable[[], object]) -> int:
+    """Bytes of tensors that autograd keeps for a backward pass at the peak of `run`, which may be a
+    forward pass. It is a part of `peak`, known in the time of that pass.
+    """
+    holders: dict[int, int] = {}  # how many parts of the graph keep each piece of memory
+    now = largest = 0
+
+    class Kept:
+        """A tensor for as long as autograd keeps it."""
+
+        def __init__(self, tensor: Tensor):
+            nonlocal now, largest
+            self.tensor = tensor.detach()  # otherwise an output would hold its own graph
+            storage = tensor.untyped_storage()
+            self.key, self.nbytes = storage.data_ptr(), storage.nbytes()
+            holders[self.key] = holders.get(self.key, 0) + 1
+            if holders[self.key] == 1:
+                now += self.nbytes
+                largest = max(largest, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            holders[self.key] -= 1
+            if holders[self.key] == 0:
+                now -= self.nbytes
+
+    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        result = run()  # it holds the graph
+    del result
     return largest

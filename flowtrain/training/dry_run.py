@@ -27,7 +27,13 @@ from flowtrain.system.capacity import available, peak
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
-from flowtrain.training.step import is_trainable, optimizer_step, require_trainable, train_step
+from flowtrain.training.step import (
+    is_trainable,
+    optimizer_step,
+    require_memory,
+    require_trainable,
+    train_step,
+)
 
 TIMED_STEPS = 3
 MEASURED_IMAGES = 8  # at first; the memory of any batch size follows from a few sizes
@@ -82,21 +88,25 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     )
     require_trainable(flow, config)
     train = config.train
+    require_memory(flow, config, device, activations=0)
     batch = train.batch_size * train.accumulate
-    random = generator(config.seed, Stream.ORDER)
-    labels = torch.arange(batch, device=device) % flow.classes if flow.classes else None
-    x = flow.kind.random((batch, *data.shape), random).to(device)
-    some = x[:INITIALIZATION_IMAGES]
+    some = _images(flow, min(batch, INITIALIZATION_IMAGES))
+    random = generator(config.seed, Stream.DEQUANTIZATION)
     initialize(flow, some, draw_noise(some.shape, random, device))
     average = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), average, {})
 
-    compute = _compute(state, x)
-    memory = _memory(state, x[: train.batch_size], device)
+    compute = _compute(state, batch)
+    memory = _memory(state, train.batch_size, device)
     chosen = next(each for each in memory.modes if each.mode == train.memory)
     fits = all(distributed.exchange(chosen.largest_batch >= train.batch_size))
-    seconds = _seconds_of_a_step(state, x, labels) if fits else None
+    seconds = _seconds_of_a_step(state, batch) if fits else None
     return Cost(_parameters(flow), compute, memory, seconds, batch * distributed.world())
+
+
+def _images(flow: Flow, count: int) -> Tensor:
+    """Random images that stand for the data, `(count, C, H, W)`."""
+    return flow.kind.random((count, *flow.shape), torch.Generator().manual_seed(0)).to(flow.device)
 
 
 def _parameters(flow: Flow) -> dict[str, int]:
@@ -108,10 +118,10 @@ def _parameters(flow: Flow) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda part: -part[1]))
 
 
-def _compute(state: State, x: Tensor) -> Compute:
-    few = x[:MEASURED_IMAGES]
+def _compute(state: State, batch: int) -> Compute:
+    few = _images(state.flow, min(batch, MEASURED_IMAGES))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        state.flow(few, torch.full(few.shape, 0.5, device=x.device))
+        state.flow(few, torch.full(few.shape, 0.5, device=few.device))
     counts = {
         name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
     }
@@ -121,7 +131,7 @@ def _compute(state: State, x: Tensor) -> Compute:
         train_step(_with_memory(state, "store"), few)
     state.zero_grad()
     total = max(1, forward.get_total_flops())
-    of_a_step = step.get_total_flops() / len(few) * len(x)
+    of_a_step = step.get_total_flops() / len(few) * batch
     return Compute(total / len(few), conditioners / total, of_a_step)
 
 
@@ -134,9 +144,9 @@ def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shap
     return both
 
 
-def _memory(state: State, x: Tensor, device: torch.device) -> Memory:
+def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     """Measured with a few images, so that the answer is known for a batch that would not fit."""
-    _, grad_norm = train_step(state, x[:MEASURED_IMAGES])
+    _, grad_norm = train_step(state, _images(state.flow, min(batch_size, MEASURED_IMAGES)))
     optimizer_step(state, grad_norm)  # makes the optimizers' state
     gradients = sum(p.nbytes for p in state.flow.parameters())
     kept = [
@@ -152,9 +162,9 @@ def _memory(state: State, x: Tensor, device: torch.device) -> Memory:
     modes = []
     for mode in get_args(Mode):
         if is_trainable(state.flow, mode, state.config.train.precision):
-            constant, per_image = _activations(_with_memory(state, mode), x, device)
+            constant, per_image = _activations(_with_memory(state, mode), batch_size, device)
             largest_batch = int(max(0, left - constant) // per_image)
-            modes.append(Activations(mode, constant + per_image * len(x), largest_batch))
+            modes.append(Activations(mode, constant + per_image * batch_size, largest_batch))
     state.zero_grad()
     return Memory(2 * gradients + sum(t.nbytes for t in kept), free, modes)
 
@@ -167,31 +177,34 @@ def _with_memory(state: State, mode: Mode) -> State:
     )
 
 
-def _activations(state: State, x: Tensor, device: torch.device) -> tuple[float, float]:
+def _activations(state: State, batch_size: int, device: torch.device) -> tuple[float, float]:
     """Bytes of a step beyond the gradients: those of any batch, and those of each image.
 
     From two batch sizes, so large that the images outweigh the rest, such as copies of weights.
     """
-    size = math.ceil(min(MEASURED_IMAGES, len(x)) / 2)
-    peaks = [_peak_of_a_step(state, x[:size], device)]
-    while size < len(x) and (len(peaks) < 2 or peaks[-1] < DOUBLED * peaks[-2]):
-        before, size = size, min(2 * size, len(x))
-        peaks.append(_peak_of_a_step(state, x[:size], device))
+    size = math.ceil(min(MEASURED_IMAGES, batch_size) / 2)
+    peaks = [_peak_of_a_step(state, size, device)]
+    while size < batch_size and (len(peaks) < 2 or peaks[-1] < DOUBLED * peaks[-2]):
+        before, size = size, min(2 * size, batch_size)
+        peaks.append(_peak_of_a_step(state, size, device))
     per_image = (peaks[-1] - peaks[-2]) / (size - before) if len(peaks) > 1 else peaks[0] / size
     per_image = max(1.0, per_image)
     return peaks[-1] - per_image * size, per_image
 
 
-def _peak_of_a_step(state: State, x: Tensor, device: torch.device) -> int:
+def _peak_of_a_step(state: State, count: int, device: torch.device) -> int:
     """The largest of all processes, so that all of them measure the same batch sizes."""
-    step = functools.partial(train_step, state, x)
+    step = functools.partial(train_step, state, _images(state.flow, count))
     step()  # makes what is made once
     peaks: list[int] = distributed.exchange(peak(step, device))
     return max(peaks)
 
 
-def _seconds_of_a_step(state: State, x: Tensor, labels: Tensor | None) -> float:
+def _seconds_of_a_step(state: State, batch: int) -> float:
     """The median of `TIMED_STEPS` steps."""
+    x = _images(state.flow, batch)
+    classes = state.flow.classes
+    labels = torch.arange(batch, device=x.device) % classes if classes else None
     seconds = []
     for step in range(TIMED_STEPS + 1):
         started = time.perf_counter()

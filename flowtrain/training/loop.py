@@ -29,7 +29,14 @@ from flowtrain.training.reporting import (
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.step import noise_of, optimizer_step, require_trainable, train_step
+from flowtrain.training.step import (
+    activations_of_an_image,
+    noise_of,
+    optimizer_step,
+    require_memory,
+    require_trainable,
+    train_step,
+)
 from flowtrain.training.stop import STOPPING, Clock, Stop, signals
 
 
@@ -58,6 +65,8 @@ def fit(
             require_finite_end(run, saved.meta["step"])
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
+        flow = flow.to(device)
+        require_memory(flow, config, device, activations_of_an_image(flow, config))
         console.print(f"reading {config.data.name}")
         with distributed.one_first():  # it may download
             batches = Batches(
@@ -68,7 +77,7 @@ def fit(
         if batches.labels is not None:
             fingerprint["labels"] = hashlib.sha256(batches.labels.numpy().data).hexdigest()
         require_same_everywhere(config, fingerprint)
-        state = start(config, flow.to(device), fingerprint, saved, init_from, batches)
+        state = start(config, flow, fingerprint, saved, init_from, batches)
         # Until here a signal ends the process at once, because there is nothing to save.
         with signals() as stop:
             run.begin(config)

@@ -85,8 +85,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
         if there != here:
             raise _other_value(saved.path, f"{base.section}.name", there, here)
-    # Parsing fills in the defaults of keys that are newer than the checkpoint.
-    earlier = configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
+    earlier = _earlier(saved)
     free = set(FREE_KEYS)
     if _images_of_a_step(earlier.train, saved.meta.get("processes", 1)) == _images_of_a_step(
         config.train, distributed.world()
@@ -132,6 +131,14 @@ def _other_value(path: Path, key: str, there: object, here: object) -> UserError
         f"{key}: {path} has {shown(there)}, this command {shown(here)}: to start anew choose "
         "another --run-dir; to go on, use the run's configuration"
     )
+
+
+def _earlier(saved: Checkpoint) -> Config:
+    """The configuration of a checkpoint whose names are known to be those of this command.
+
+    Parsing fills in the defaults of keys that are newer than the checkpoint.
+    """
+    return configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
 
 
 def _images_of_a_step(train: Train, processes: int) -> int:
@@ -194,9 +201,53 @@ def announce(
             f"{equal:,} of these images are equal to an earlier one; equal images are either all "
             f"trained on or all held out"
         )
+    in_a_step, in_all = batches.all_processes, len(batches.source)
+    if in_a_step > in_all:
+        console.print(
+            f"a step takes {in_a_step:,} images, so each of the {in_all:,} to train on "
+            f"{in_a_step / in_all:,.1f} times on average"
+        )
     if saved is None:
         console.print(f"run directory: {run.path}")
-    else:
-        console.print(
-            f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}"
+        return
+    console.print(
+        f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}"
+    )
+    for line in _new_division(state, saved):
+        console.print(line)
+
+
+def _new_division(state: State, saved: Checkpoint) -> list[str]:
+    """What it means that the images of a step are divided otherwise than they were in `saved`: into
+    another number of processes, or by another `train.batch_size` or `train.accumulate`.
+    """
+    now, world = state.config.train, distributed.world()
+    before, processes = _earlier(saved).train, saved.meta.get("processes", 1)
+    if (processes, before.batch_size, before.accumulate) == (world, now.batch_size, now.accumulate):
+        return []
+    there, here = _images_of_a_step(before, processes), _images_of_a_step(now, world)
+    division = (
+        f"saved by {processes} process{'es' * (processes > 1)} of {before.batch_size} x "
+        f"{before.accumulate} images (train.batch_size x train.accumulate), now {world} of "
+        f"{now.batch_size} x {now.accumulate}: "
+    )
+    if there == here:
+        seconds = "; train.budget counts seconds, so the number of steps may change"
+        return [
+            f"{division}a step takes {here:,} images as before, the same ones in the same order, "
+            f"with the same noise and augmentation, which changes rounding only"
+            f"{seconds if now.budget is not None else ''}"
+        ]
+    used = state.progress.images
+    follows = "train.lr is not scaled, and follows the clock of train.budget as before"
+    if now.num_steps is not None:
+        left = max(0, now.num_steps - state.progress.step)
+        follows = (
+            f"train.lr is not scaled, and follows the steps as before: the {left:,} steps left "
+            f"take {left * here:,} images, not {left * there:,}"
         )
+    return [
+        f"{division}a step takes {here:,} images, not {there:,}: another run from here on",
+        f"the order goes on after the {used:,} images already used, and none is skipped or "
+        f"repeated; noise and augmentation are drawn for the new batch; {follows}",
+    ]

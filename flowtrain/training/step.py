@@ -1,6 +1,7 @@
 """One training step: the noise, the gradient, and the update of the weights."""
 
 import contextlib
+import copy
 import math
 
 import torch
@@ -11,8 +12,9 @@ from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.config import Config
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import Flow
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
+from flowtrain.system.capacity import available, kept
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.state import State
@@ -98,3 +100,56 @@ def require_trainable(flow: Flow, config: Config) -> None:
             "float32, but its output was computed in bf16: set train.precision=fp32, or another "
             "train.memory"
         )
+
+
+def activations_of_an_image(flow: Flow, config: Config) -> int:
+    """Bytes that the forward pass of a training step keeps for each image, from two small passes.
+
+    The flow may be a new one. A step needs somewhat more at its peak.
+    """
+    random = generator(config.seed, Stream.ORDER)
+    x = flow.kind.random((2, *flow.shape), random)
+    noise = draw_noise(x.shape, random, x.device)
+    flow = copy.deepcopy(flow)
+    initialize(flow, x.to(flow.device), noise.to(flow.device))
+    executor = executor_of(config.train.memory)
+
+    def of(count: int) -> int:
+        # Twice the same image, so that a continuous flow takes the same steps.
+        of_x, of_noise = (
+            each[:1].repeat(count, 1, 1, 1).to(flow.device) for each in (x, noise.to(flow.dtype))
+        )
+        labels = torch.zeros(count, dtype=torch.int64, device=flow.device) if flow.classes else None
+        with _precision(config.train.precision, flow.device):
+            return kept(lambda: flow(of_x, of_noise, labels, executor))
+
+    return max(0, of(2) - of(1))
+
+
+def require_memory(flow: Flow, config: Config, device: torch.device, activations: int) -> None:
+    """Raises `UserError` where the images of a step, their noise and their `activations`, bytes for
+    each image, do not fit into the memory that is left.
+    """
+    train = config.train
+    free = available(device)
+    if device.type == "cpu":
+        free //= distributed.local_world()  # the processes of a machine share its memory
+    # For each image. The noise is float32, and is there twice while it is put together.
+    held = flow.dims * (8 + (4 if flow.levels is None else 1))
+    at_a_time = train.batch_size * (held + activations)
+    needed = at_a_time + train.batch_size * (train.accumulate - 1) * held
+    if needed <= free:
+        return
+    key, largest = "train.batch_size", free // (held + activations)
+    advice = f"lower it{', or use train.accumulate' if train.accumulate == 1 else ''}"
+    if at_a_time <= free:
+        key, largest = "train.accumulate", 1 + (free - at_a_time) // (train.batch_size * held)
+        advice = "lower it, or train.batch_size"
+    elif train.memory != "reversible":
+        advice += ", or another train.memory"
+    raise UserError(
+        f"{key}: a step of {train.batch_size:,} x {train.accumulate:,} images (train.batch_size x "
+        f"train.accumulate) needs at least {needed / 2**30:,.1f} GiB for images, noise and "
+        f"activations, and {free / 2**30:,.1f} GiB are available: at most {largest:,} would fit; "
+        f"{advice}"
+    )

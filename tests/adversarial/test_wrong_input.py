@@ -352,6 +352,20 @@ TABLE = [
     ("train IMAGES text", "data.path", NO_FOLDER),
     ("train IMAGES nowhere", "data.path", "is no folder"),
     ("train SMALL MNIST mnist_damaged", "data.root: the MNIST files in", "100 bytes, not 47040016"),
+    (
+        "train TINY LARGE --set train.batch_size=1048576",
+        "train.batch_size: a step of 1,048,576 x 1",
+    ),
+    (
+        "train TINY LARGE --set train.batch_size=1048576",
+        "GiB are available: at most",
+        "train.memory",
+    ),
+    ("train TINY --set train.accumulate=1048576 --set train.batch_size=4096", "4,096 x 1,048,576"),
+    (
+        "train --dry-run --set train.accumulate=1048576 --set train.batch_size=1048576",
+        "1,048,576 x",
+    ),
     # --- the configuration
     *[(f"train TINY --set '{override}'", *said) for override, *said in CONFIGURATIONS],
     ("train --set model.name=./mine.py", "model.name", "unknown name './mine.py'"),
@@ -523,6 +537,7 @@ TABLE = [
 WORDS_OF = {
     "TINY": TINY_RUN,
     "SMALL": SMALL,
+    "LARGE": sets(model__steps=16, model__width=512),  # a megabyte for each image
     "NPZ": [*SMALL, *sets(train__num_steps=2, data__name="npz"), "--set", "data.path="],
     "IMAGES": [*TINY_RUN, *sets(data__name="folder", data__size=8), "--set", "data.path="],
     "MNIST": [*sets(data__name="mnist"), "--set", "data.root="],

@@ -337,6 +337,15 @@ def test_what_train_prints(tmp_path):
     )
 
 
+def test_a_step_of_more_images_than_there_are(tmp_path):
+    """It is legal, and said."""
+    few = sets(data__validation=1600, train__num_steps=1)  # 17 images
+    done = quick("train", *TINY_RUN, *few, "--run-dir", "r", cwd=tmp_path).ok()
+    said = "a step takes 32 images, so each of the 17 to train on 1.9 times on average"
+    assert said in done.out
+    assert "a step takes" not in quick("train", *TINY_RUN, *few[2:], cwd=tmp_path).ok().out
+
+
 def test_the_configuration_is_found(tmp_path):
     """As given, then in configs/, then among those that come with flowtrain."""
     own = "train: {num_steps: 7}\n"

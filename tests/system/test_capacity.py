@@ -41,3 +41,36 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     capacity.require(2**30, "--num 5")
     with pytest.raises(UserError, match=r"--num 6: that takes more than the 1.0 GiB of memory"):
         capacity.require(2**30 + 1, "--num 6")
+
+
+def test_what_autograd_keeps():
+    """Each piece of memory counts once, for as long as a graph holds it."""
+    x = torch.ones(1000, requires_grad=True)  # 4,000 bytes
+
+    def squares(times):
+        y = x
+        for _ in range(times):
+            y = y * y  # keeps y, twice
+        return y
+
+    assert capacity.kept(lambda: squares(1)) == 4000
+    assert capacity.kept(lambda: squares(3)) == 12000
+    assert capacity.kept(lambda: [squares(3), squares(3)]) == 20000  # x is the same
+    assert capacity.kept(lambda: [squares(3).sum().item() for _ in range(5)]) == 12000
+    assert capacity.kept(lambda: x.exp().exp()) == 8000  # outputs, which are freed too
+    assert capacity.kept(lambda: [x.exp().exp().sum().item() for _ in range(5)]) == 8000
+    with torch.no_grad():
+        assert capacity.kept(lambda: squares(3)) == 0
+
+
+def test_the_gradient_is_right_while_it_is_counted():
+    """A continuous flow asks for one within its forward pass."""
+    x = torch.tensor([2.0], requires_grad=True)
+    found = []
+
+    def run():
+        (slope,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        found.extend(torch.autograd.grad(slope.sum(), x))
+
+    capacity.kept(run)
+    assert found[0].item() == 12

@@ -61,7 +61,7 @@ ALL += sets(
 ALL += sets(
     train__validate_every=4,
     train__sample_every=1000,
-    train__checkpoint_every=10,
+    train__checkpoint_every=5,
     train__keep_checkpoints=5,
 )
 LONG = [*SMALL, *sets(train__num_steps=100_000, train__log_every=1, train__checkpoint_every=10)]
@@ -291,42 +291,95 @@ def test_20_steps_are_10_and_10(tmp_path):
     assert left_overs(tmp_path / "halves") == []
 
 
+def resumed(count, *args, cwd, first=FLOAT64):
+    """What the first of the processes that go on with a run says about it."""
+    said = all_ok(together(count, *args, "--run-dir", "r", cwd=cwd, first=first))
+    return said[said.index("going on from") :]
+
+
+def saved_by(run):
+    """The step of the last checkpoint, and the number of processes that wrote it."""
+    meta = checkpoint_format.read(last(run)).meta
+    return meta["step"], meta["processes"]
+
+
 def test_resumed_by_two_processes_and_by_one_again(alone, tmp_path):
     run = put_back(copy_of(alone, tmp_path / "r"))
-    command = ["train", *ALL, "--run-dir", "r"]
-    all_ok(together(2, *command, *parts(4, 4), cwd=tmp_path, first=FLOAT64))
+    said = resumed(2, "train", *ALL, *parts(4, 4), cwd=tmp_path)
+    same = "a step takes 32 images as before, the same ones in the same order"
+    assert f"saved by 1 process of 32 x 1 images ({PARTS}), now 2 of 4 x 4: {same}" in said
     assert_close_runs(alone, run, 1e-9)
-    put_back(run)
-    quick(*command, *parts(32), cwd=tmp_path, first=FLOAT64).ok()
+    assert saved_by(put_back(run, 15)) == (15, 2)
+    said = resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
+    assert f"saved by 2 processes of 4 x 4 images ({PARTS}), now 1 of 32 x 1: {same}" in said
     assert_close_runs(alone, run, 1e-9)
+    assert saved_by(put_back(run, 15)) == (15, 2)  # written by the two
 
 
-def test_resumed_with_more_images_a_step(alone, tmp_path):
+def test_nothing_is_said_of_the_same_division(alone, tmp_path):
+    put_back(copy_of(alone, tmp_path / "r"))
+    assert "saved by" not in resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
+
+
+PARTS = "train.batch_size x train.accumulate"
+
+
+def used_images(folder, count):
+    """The images that the steps of `SAVING_ALL` took, in order."""
+    files = [folder / f"process-{rank}.pt" for rank in range(count)]
+    used = [torch.load(file, weights_only=False)[2] for file in files]
+    return np.concatenate([part for step in zip(*used, strict=True) for part in step])
+
+
+def test_resumed_with_more_images_a_step_and_with_fewer_again(alone, tmp_path):
     """The order goes on after the images that were used, as when the number of processes is all
     that is changed.
     """
     run = put_back(copy_of(alone, tmp_path / "r"))
-    command = ["train", *ALL, "--run-dir", "r"]
-    all_ok(together(2, *command, *parts(32), cwd=tmp_path, first=FLOAT64 + SAVING_ALL))
-    saved = [
-        torch.load(tmp_path / f"process-{rank}.pt", weights_only=False)[2] for rank in range(2)
-    ]
+    command = ["train", *ALL, *parts(32)]
+    said = resumed(2, *command, cwd=tmp_path, first=FLOAT64 + SAVING_ALL)
+    assert f"saved by 1 process of 32 x 1 images ({PARTS}), now 2 of 32 x 1: " in said
+    assert "a step takes 64 images, not 32: another run from here on" in said
+    assert "the order goes on after the 320 images already used" in said
+    assert "the 10 steps left take 640 images, not 320" in said
     config = a_config(data={"name": "digits"})
-    order = Batches(DataSet(config.data), config, 10 * 64, torch.device("cpu")).positions(10 * 32)
-    assert np.array_equal(
-        order, np.concatenate([part for step in zip(*saved, strict=True) for part in step])
-    )
+    order = Batches(DataSet(config.data), config, 30 * 32, torch.device("cpu")).positions(10 * 32)
+    assert np.array_equal(order[: 10 * 64], used_images(tmp_path, 2))
     assert summary(run)["images"] == 10 * 32 + 10 * 64
     assert losses(run)[:12] == losses(alone)[:12] and losses(run)[13] != losses(alone)[13]
+
+    assert saved_by(put_back(run, 15)) == (15, 2)
+    said = resumed(1, *command, cwd=tmp_path, first=FLOAT64 + SAVING_ALL)
+    assert "saved by 2 processes of 32 x 1 images" in said and "now 1 of 32 x 1" in said
+    assert "a step takes 32 images, not 64: another run from here on" in said
+    assert "the order goes on after the 640 images already used" in said
+    assert "the 5 steps left take 160 images, not 320" in said
+    assert np.array_equal(order[5 * 64 : 5 * 64 + 5 * 32], used_images(tmp_path, 1))
+    assert summary(run)["images"] == 10 * 32 + 5 * 64 + 5 * 32
+
     put_back(run)
     # Now 10 * 32 images are used up, and a step of 2 * 20 is neither the old one nor the same
     # configuration.
     all_failed(
-        together(2, *command, *parts(20), cwd=tmp_path),
+        together(2, "train", *ALL, *parts(20), "--run-dir", "r", cwd=tmp_path),
         2,
         "train.batch_size: ",
         "has 32, this command 20",
     )
+
+
+def test_what_a_budget_means_for_another_number_of_processes(alone, tmp_path):
+    """It ends by the clock, here after one step, and so does the decay of the learning rate."""
+    options = [*ALL, *sets(train__num_steps="null", train__budget="1e-3s")]
+    source = ["--resume", alone / "checkpoints" / "step-00000010.safetensors"]
+    for size, *fragments in (
+        (16, "a step takes 32 images as before", "train.budget counts seconds"),
+        (32, "a step takes 64 images, not 32", "follows the clock of train.budget as before"),
+    ):
+        run = ["--run-dir", f"r{size}"]
+        command = ["train", *options, *source, *parts(size), *run]
+        said = all_ok(together(2, *command, cwd=tmp_path, first=FLOAT64))
+        assert all(each in said for each in fragments), said
 
 
 def test_the_order_goes_on_with_another_number_of_processes(as_process, tmp_path):

@@ -1,0 +1,82 @@
+"""Training steps beside their floor: the same step's convolutions and matrix products alone.
+
+The floor is recorded from the step itself, forward and backward, with the shapes, types and orders
+in memory that it has. So this works for any configuration. The optimizer is part of the step and
+not of the floor.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, begin, flowtrain_step, images, in_turns, table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import load_config
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
+from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRODUCTS = {
+    torch.ops.aten.convolution,
+    torch.ops.aten.convolution_backward,
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the convolutions and products, with tensors like those that they were called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in PRODUCTS:
+            like = tree_map_only(Tensor, lambda x: torch.empty_like(x).uniform_(-0.1, 0.1), args)
+            self.calls.append(lambda: func(*like))
+        return func(*args, **(kwargs or {}))
+
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def main() -> None:
+    parser = arguments(__doc__, config="causal_cifar_small.yaml")
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    config = load_config(CONFIGS / options.config, options.set)
+    begin(f"{options.config} {' '.join(options.set)}: a training step and its products", options)
+    flow = build_flow(config, (3, 32, 32), 256)
+    x = images(256)
+    initialize(flow, x, draw_noise(x.shape, None, x.device))
+    average = Average(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizers(flow, config.train), average, {})
+    x = images(config.train.batch_size * config.train.accumulate)
+    with Recorder() as floor:
+        train_step(state, x)
+    parameters = sum(p.numel() for p in flow.parameters())
+    print(f"{parameters:,} parameters, {len(floor.calls)} convolutions and products\n")
+    contenders = {
+        "products alone": floor.run,
+        "forward and backward pass": lambda: train_step(state, x),
+        "whole step": lambda: flowtrain_step(state, x),
+    }
+    table(in_turns(contenders, options.repeats), {"to products": "products alone"}, "ms")
+
+
+if __name__ == "__main__":
+    main()

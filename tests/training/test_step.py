@@ -1,0 +1,84 @@
+"""The memory of a step: known, and refused where it cannot fit, before it is taken."""
+
+import re
+
+import pytest
+import torch
+from catalogue import SPHERE, TINY
+from helpers import a_config, images
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.errors import UserError
+from flowtrain.flow.flow import initialize
+from flowtrain.system import capacity, distributed
+from flowtrain.training import step
+from flowtrain.training.state import State
+from flowtrain.training.step import activations_of_an_image, require_memory, train_step
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+
+
+@pytest.mark.run  # takes long
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("model", ["glow", "realnvp", "cnf"])
+def test_the_activations_are_a_part_of_the_peak(model, memory):
+    """Nearly all of it where they are stored."""
+    config = a_config(model, train={"memory": memory, "batch_size": 64})
+    flow = build_flow(config, SHAPE, 256)
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    found = activations_of_an_image(flow, config)
+    after = flow.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    x = images(64, SHAPE)
+    initialize(flow, x, torch.rand(x.shape))
+    state = State(config, flow, [], None, {})
+    train_step(state, x)
+    few, many = (capacity.peak(lambda n=n: train_step(state, x[:n]), CPU) for n in (32, 64))
+    of_an_image = (many - few) / 32
+    assert 0 < found < 1.1 * of_an_image
+    assert found > 0.8 * of_an_image or memory != "store" or model == "cnf"
+
+
+@pytest.mark.parametrize(
+    "section, shape, levels",
+    [
+        *((model, SHAPE, 256) for model in TINY),
+        ({"name": "glow", **TINY["glow"], "classes": 3}, SHAPE, 17),
+        ("nice", (2, 1, 1), None),
+        (SPHERE, (3, 1, 1), None),
+    ],
+)
+def test_every_model_has_activations(section, shape, levels):
+    config = a_config(section)
+    assert activations_of_an_image(build_flow(config, shape, levels), config) > 0
+
+
+def require(monkeypatch, free, batch_size, accumulate=1, activations=1000, processes=1, **train):
+    monkeypatch.setattr(step, "available", lambda device: free)
+    monkeypatch.setattr(distributed, "local_world", lambda: processes)
+    train |= {"batch_size": batch_size, "accumulate": accumulate}
+    config = a_config(train=train)
+    require_memory(build_flow(config, SHAPE, 256), config, CPU, activations)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_largest_that_would_fit_does(processes, monkeypatch):
+    """An image with its noise takes 64 * (1 + 8) bytes, and 1000 for its activations."""
+    free = processes * 10 * (64 * 9 + 1000)
+    for fits, train in (
+        (10, {"memory": "reversible"}),
+        (1, {"accumulate": 10, "activations": free // processes - 10 * 64 * 9}),
+    ):
+        require(monkeypatch, free, fits, processes=processes, **train)
+    with pytest.raises(UserError, match="^train.batch_size: a step of 11 x 1 .* at most 10 would"):
+        require(monkeypatch, free, 11, processes=processes)
+    with pytest.raises(UserError, match="^train.batch_size: .* use train.accumulate, or another"):
+        require(monkeypatch, free, 2**20, processes=processes)
+    held = free // processes - 10 * 64 * 9
+    with pytest.raises(UserError, match="^train.accumulate: .* at most 10 would fit"):
+        require(monkeypatch, free, 1, 11, held, processes)
+    with pytest.raises(UserError, match="^train.batch_size: .* at most 10 would fit") as raised:
+        require(monkeypatch, free, 11, 2, processes=processes, memory="reversible")
+    assert re.search("lower it$", str(raised.value))
