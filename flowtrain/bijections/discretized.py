@@ -17,6 +17,7 @@ LOG_SCALE_LIMIT = 8.0
 # improbable that its share of the latent's range is lost to rounding.
 UNIFORM = 2.0**-10
 EDGE = 1e6  # stands for infinity, where 0 * infinity would not be a number
+FAR = 1e12  # the same, in levels, for any scale
 ROOT_TAU = math.sqrt(2 * math.pi)
 
 
@@ -65,32 +66,82 @@ class DiscretizedMixture:
         )
         return results
 
-    def cumulative(self, location: Tensor, log_scale: Tensor, parameters: Tensor) -> Tensor:
-        """F(0), ..., F(Q) of entries `(B, E)`, so 0 and 1 at the ends: `(B, E, Q + 1)` float64.
+    def one_entry(self, device: torch.device) -> "OneEntry":
+        """The distributions of single entries, whose tables are on a device."""
+        return OneEntry(self.levels, self.components, device)
 
-        Double precision tells neighbours apart also where both are close to 1.
+
+class OneEntry:
+    """Makes the distribution of one entry at a time, for a batch of images.
+
+    A table has the position of the lower edge of each level, and one has its uniform part of F.
+    The levels come in groups, about as many as there are levels in each. So a level is found from
+    few values of F: those of the groups, and those of one group.
+    """
+
+    def __init__(self, levels: int, components: int, device: torch.device):
+        self.components = components
+        self.group = math.ceil(math.sqrt(levels))  # levels in a group; the last may have fewer
+        groups = math.ceil(levels / self.group)
+        x = torch.arange(groups * self.group + 1, device=device).clamp_(max=levels)
+        self.lower = torch.where(x == levels, FAR, x - 0.5).double()
+        self.lower[0] = -FAR
+        self.uniform = x.double() * (UNIFORM / levels)
+        self.starts = torch.arange(groups + 1, device=device)[:, None] * self.group
+        self.within = torch.arange(self.group + 1, device=device)[:, None]
+
+    def __call__(self, location: Tensor, log_scale: float, parameters: Tensor) -> "Entry":
+        """The distribution of an entry with locations `(B,)` and parameters `(3 K, B)`."""
+        return Entry(self, location.double(), log_scale, parameters.double())
+
+
+class Entry:
+    """The distribution of one entry in B images, in double precision.
+
+    Double precision tells neighbours apart also where F is close to 1. The batch comes last, so all
+    that is computed for a level lies in rows.
+    """
+
+    def __init__(self, tables: OneEntry, location: Tensor, log_scale: float, parameters: Tensor):
+        self.tables = tables
+        weights, offsets, inverse_scales, _ = _split(parameters[None], tables.components)
+        self.weights = weights.mul_(1 - UNIFORM)[0, :, 0]  # (K, B)
+        self.slope = inverse_scales.mul_(math.exp(-log_scale))[0, :, 0]
+        center = torch.add(location, offsets[0, :, 0], alpha=math.exp(log_scale))
+        self.shift = center.mul_(self.slope).neg_()
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        """F at levels `(N, B)` or `(N, 1)`, the probabilities of the levels below: `(N, B)`."""
+        t = torch.addcmul(self.shift, self.tables.lower[x][:, None], self.slope)
+        return t.sigmoid_().mul_(self.weights).sum(dim=1).add_(self.tables.uniform[x])
+
+    def groups(self) -> Tensor:
+        """F at the first level of each group, and 1: `(G + 1, B)`."""
+        return self.cumulative(self.tables.starts)
+
+    def within(self, group: Tensor) -> Tensor:
+        """F at each level of a group `(B,)`, and at the first one of the next: `(S + 1, B)`."""
+        return self.cumulative(torch.add(self.tables.within, group, alpha=self.tables.group))
+
+    def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The levels `(B,)` in whose ranges `[F(x), F(x + 1))` the numbers in [0, 1] are.
+
+        The lower and the upper ends of the ranges follow.
         """
-        location, log_scale = location.double()[..., None], log_scale.double()[..., None]
-        weights, offsets, inverse_scales, _ = _split(
-            parameters.double()[..., None], self.components
-        )
-        edges = torch.arange(self.levels + 1, device=location.device, dtype=torch.float64)
-        t = (edges - 0.5 - location) * (-log_scale).exp()
-        t[..., 0], t[..., -1] = -EDGE, EDGE
-        mixed = (((t[:, None] - offsets) * inverse_scales).sigmoid_() * weights).sum(dim=1)
-        return (1 - UNIFORM) * mixed + UNIFORM / self.levels * edges
+        target = target.clamp(max=1 - 2**-40)  # F(Q) is 1 with a rounding error
+        group = (self.groups()[1:-1] <= target).sum(dim=0)
+        edges = self.within(group)
+        inner = (edges[1:-1] <= target).sum(dim=0)
+        return torch.add(inner, group, alpha=self.tables.group), *_range(edges, inner)
 
-    def at(self, edges: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels, the `u`, and the log-derivatives of `x + u` of latents `(B,)`.
+    def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) and F(x + 1) of levels `(B,)`, by the arithmetic of `find`."""
+        group = x.div(self.tables.group, rounding_mode="floor")
+        return _range(self.within(group), x - group * self.tables.group)
 
-        `edges` are those of `cumulative`, `(B, Q + 1)`.
-        """
-        target = torch.special.ndtr(z.double())[:, None]
-        x = (edges[:, 1:-1] <= target).sum(dim=1, keepdim=True)
-        low, high = edges.gather(1, x), edges.gather(1, x + 1)
-        u = ((target - low) / (high - low)).clamp_(0, 1)
-        log_derivative = -(high - low).log()[:, 0] - 0.5 * z.square() - math.log(ROOT_TAU)
-        return x[:, 0].to(z.dtype), u[:, 0].to(z.dtype), log_derivative.to(z.dtype)
+
+def _range(edges: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    return edges.gather(0, inner[None])[0], edges.gather(0, inner[None] + 1)[0]
 
 
 def _split(parameters: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

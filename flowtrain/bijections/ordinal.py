@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import SetFromData, sum_per_example
-from flowtrain.bijections.discretized import DiscretizedMixture
+from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
@@ -22,11 +22,11 @@ class PredictionByToken(Protocol):
     def start(self, i: int, j: int) -> None:
         """Begins with token `(i, j)`."""
 
-    def mean(self, d: int, values: Tensor) -> Tensor:
-        """The prediction `(B,)` of entry d, from the token's values `(B, E)`. Later ones are 0."""
+    def mean(self, d: int) -> Tensor:
+        """The prediction `(B,)` of entry d. The values of the entries before it are known."""
 
-    def end(self, i: int, j: int, values: Tensor) -> None:
-        """Takes the values `(B, E)` of token `(i, j)`."""
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which all values are known."""
 
 
 class Prediction(nn.Module):
@@ -40,7 +40,8 @@ class Prediction(nn.Module):
         """Sets the weights from tokens. Returns the standard deviations of the residuals `(E,)`."""
         raise NotImplementedError
 
-    def by_token(self, batch: int) -> PredictionByToken:
+    def by_token(self, values: Tensor) -> PredictionByToken:
+        """`values` are those of the token at hand, `(E, B)`: the caller writes them there."""
         raise NotImplementedError
 
 
@@ -50,14 +51,11 @@ class NetByToken(Protocol):
     def start(self, i: int, j: int) -> None:
         """Begins with token `(i, j)`."""
 
-    def parameters(self, d: int, predicted: Tensor) -> Tensor:
-        """The parameters `(B, P)` of entry d, from its prediction `(B,)`."""
+    def parameters(self, d: int) -> Tensor:
+        """The parameters `(P, B)` of entry d. What they depend on is known."""
 
-    def known(self, d: int, value: Tensor, residual: Tensor) -> None:
-        """Takes the value and the residual of entry d, both `(B,)`."""
-
-    def end(self, i: int, j: int, values: Tensor, residuals: Tensor) -> None:
-        """Takes all of token `(i, j)`, both `(B, E)`."""
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which everything is known."""
 
 
 class TokenNet(nn.Module):
@@ -67,7 +65,8 @@ class TokenNet(nn.Module):
     it: all of earlier tokens, in raster order, and the first ones of its own token.
     """
 
-    def by_token(self, batch: int, context: Tensor | None = None) -> NetByToken:
+    def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
+        """`seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there."""
         raise NotImplementedError
 
 
@@ -132,55 +131,63 @@ class OrdinalAutoregressive(SetFromData):
         constant = z.shape[1] * math.log(self.levels)
         return z, sum_per_example(log_derivative) + constant
 
+    @torch.no_grad()
     def in_order(
         self,
-        next_level: Callable[[Tensor, int], Tensor],
+        next_level: Callable[[Entry, int], Tensor],
         batch: int,
         context: Tensor | None = None,
     ) -> Tensor:
-        """Builds levels `(B, C, H, W)` one entry after the other.
+        """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
 
-        `next_level` gets F(0), ..., F(Q) of an entry, `(B, Q + 1)` float64, and the entry's index
-        in the image. It returns the entry's levels `(B,)`, real numbers.
+        `next_level` gets the distribution of an entry and the entry's index in the image. It
+        returns the entry's levels `(B,)`, int64.
         """
         channels, height, width = self.shape
         r = self.token
         entries = channels * r**2
-        x = self.log_scale.new_empty(batch, channels * height * width)
-        log_scale = self.log_scale.flatten()
         half = (self.levels - 1) / 2
-        prediction = self.prediction.by_token(batch)
-        net = self.conditioner.by_token(batch, context)
+        seen = self.log_scale.new_zeros(3 * entries, batch)
+        values, residuals, predicted = seen.chunk(3)
+        prediction = self.prediction.by_token(values)
+        net = self.conditioner.by_token(seen, context)
+        distribution = self.mixture.one_entry(seen.device)
+        value_of = torch.arange(self.levels, device=seen.device).to(seen) * (1 / half) - 1
+        log_scales = self.log_scale.flatten()
+        inverse_scales = (-log_scales).exp().tolist()
+        log_scales_in_levels = (log_scales + math.log(half)).tolist()
+        levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
         for i, j in itertools.product(range(height // r), range(width // r)):
             prediction.start(i, j)
             net.start(i, j)
-            values, residuals = x.new_zeros(2, batch, entries)
             for d in range(entries):
                 c, (dy, dx) = d // r**2, divmod(d % r**2, r)
                 index = (c * height + i * r + dy) * width + j * r + dx
-                mean = prediction.mean(d, values)
-                edges = self.mixture.cumulative(
-                    ((mean + 1) * half)[:, None],
-                    log_scale[d : d + 1] + math.log(half),
-                    net.parameters(d, mean),
+                predicted[d] = mean = prediction.mean(d)
+                entry = distribution(
+                    (mean.double() + 1).mul_(half),
+                    log_scales_in_levels[d],
+                    net.parameters(d),
                 )
-                x[:, index] = level = next_level(edges[:, 0], index)
-                values[:, d] = level / half - 1
-                residuals[:, d] = (values[:, d] - mean) * (-log_scale[d]).exp()
-                net.known(d, values[:, d], residuals[:, d])
-            prediction.end(i, j, values)
-            net.end(i, j, values, residuals)
-        return x.view(batch, *self.shape)
+                levels[index] = level = next_level(entry, index)
+                values[d] = value = value_of[level]
+                residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
+            prediction.end(i, j)
+            net.end(i, j)
+        return levels.T.reshape(batch, *self.shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        u = torch.empty_like(z)
-        log_derivatives = torch.empty_like(z)
+        target = torch.special.ndtr(z.T.double())
+        low, high = torch.empty_like(target), torch.empty_like(target)
 
-        def next_level(edges: Tensor, index: int) -> Tensor:
-            x, u[:, index], log_derivatives[:, index] = self.mixture.at(edges, z[:, index])
-            return x
+        def next_level(entry: Entry, index: int) -> Tensor:
+            level, low[index], high[index] = entry.find(target[index])
+            return level
 
-        with full_precision(z), torch.no_grad():
-            x = self.in_order(next_level, len(z), context)
-        v = (x + u.view_as(x)) / self.levels - 0.5
-        return v, sum_per_example(log_derivatives) - z.shape[1] * math.log(self.levels)
+        with full_precision(z):
+            x = self.in_order(next_level, len(z), context).to(z)
+        u = ((target - low) / (high - low)).clamp_(0, 1).T.to(z)
+        log_density = -0.5 * z.square() - math.log(ROOT_TAU)
+        log_det = sum_per_example(log_density - (high - low).log_().T.to(z))
+        v = (x + u.reshape(x.shape)) / self.levels - 0.5
+        return v, log_det - z.shape[1] * math.log(self.levels)

@@ -8,6 +8,7 @@ token by token, which computes each column of features once.
 
 import itertools
 import math
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -47,22 +48,40 @@ class Window:
         taps = itertools.islice(itertools.product(*map(range, self.rectangle)), self.taps)
         return torch.cat([padded[:, i : i + height, j : j + width] for i, j in taps], dim=-1)
 
-    def canvas(self, like: Tensor, batch: int, size: tuple[int, int], channels: int) -> Tensor:
-        """Zeros for `seen_at`, of the kind of `like`: all tokens, with the margins of the window.
 
-        The shape is `(B, above + H, beside + W + beside, C)`.
-        """
-        height, width = size
-        return like.new_zeros(batch, height + self.above, width + 2 * self.beside, channels)
+class _WindowByToken:
+    """A convolution of a `Window` that computes one column `(C', B)` after the other.
 
-    def seen_at(self, canvas: Tensor, i: int, j: int) -> Tensor:
-        """What the convolution sees at token `(i, j)`, `(B, taps * C)`."""
-        rectangle = canvas[:, i : i + self.above + 1, j : j + self.rectangle[1]]
-        return rectangle.flatten(1, 2)[:, : self.taps].flatten(1)
+    It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each. What
+    is to the right of the token at hand is never read.
+    """
 
-    def write(self, canvas: Tensor, i: int, j: int, column: Tensor) -> None:
-        """Puts the features `(B, C)` of token `(i, j)` on the canvas."""
-        canvas[:, i + self.above, j + self.beside] = column
+    def __init__(self, window: Window, weight: Tensor, bias: Tensor, batch: int, width: int):
+        channels = weight.shape[1] // window.taps
+        taps = [window.rectangle[1]] * window.above
+        taps.append(window.taps - sum(taps))
+        weights = weight.split([channels * n for n in taps], dim=1)
+        self.parts = list(zip(weights, taps, strict=True))
+        self.bias = bias[:, None]
+        self.beside = window.beside
+        row = weight.new_zeros(width + 2 * window.beside, channels, batch)
+        self.rows = deque(row.clone() for _ in taps)
+
+    def start(self, j: int) -> None:
+        """Begins with a token in column j. In the first column a row begins."""
+        if j == 0:
+            self.rows.rotate(-1)
+
+    def column(self, j: int) -> Tensor:
+        """The output `(C', B)` at the token in column j."""
+        y = self.bias
+        for (weight, taps), row in zip(self.parts, self.rows, strict=True):
+            y = torch.addmm(y, weight, row[j : j + taps].flatten(0, 1))
+        return y
+
+    def write(self, j: int, column: Tensor) -> None:
+        """Takes the input `(C, B)` at the token in column j."""
+        self.rows[-1][self.beside + j] = column
 
 
 class CausalConv(nn.Linear):
@@ -78,15 +97,8 @@ class CausalConv(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.window.convolve(x, self.weight, self.bias)
 
-    def canvas(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """See `Window`."""
-        channels = self.in_features // self.window.taps
-        return self.window.canvas(self.weight, batch, size, channels)
-
-    def column(self, canvas: Tensor, i: int, j: int) -> Tensor:
-        """The output at token `(i, j)`, `(B, C')`, from a canvas of the tokens seen there."""
-        column: Tensor = F.linear(self.window.seen_at(canvas, i, j), self.weight, self.bias)
-        return column
+    def by_token(self, batch: int, width: int) -> _WindowByToken:
+        return _WindowByToken(self.window, self.weight, self.bias, batch, width)
 
 
 class LinearPrediction(Prediction):
@@ -140,26 +152,29 @@ class LinearPrediction(Prediction):
         self.bias.copy_((mean[-entries:] - weights @ mean) / self.UNIT)
         return deviation
 
-    def by_token(self, batch: int) -> "_PredictionByToken":
-        return _PredictionByToken(self, batch)
+    def by_token(self, values: Tensor) -> "_PredictionByToken":
+        return _PredictionByToken(self, values)
 
 
 class _PredictionByToken:
     """See `PredictionByToken`."""
 
-    def __init__(self, prediction: LinearPrediction, batch: int):
-        self.window = prediction.window
-        self.weight, self.within, self.bias = prediction.weights()
-        self.canvas = self.window.canvas(self.weight, batch, prediction.size, len(self.weight))
+    def __init__(self, prediction: LinearPrediction, values: Tensor):
+        self.values = values
+        weight, within, bias = prediction.weights()
+        size = values.shape[1], prediction.size[1]
+        self.window = _WindowByToken(prediction.window, weight, bias, *size)
+        self.within = within[:, None]
 
     def start(self, i: int, j: int) -> None:
-        self.of_window = F.linear(self.window.seen_at(self.canvas, i, j), self.weight, self.bias)
+        self.window.start(j)
+        self.of_window = self.window.column(j)
 
-    def mean(self, d: int, values: Tensor) -> Tensor:
-        return self.of_window[:, d] + values @ self.within[d]
+    def mean(self, d: int) -> Tensor:
+        return torch.addmm(self.of_window[d : d + 1], self.within[d], self.values)[0]
 
-    def end(self, i: int, j: int, values: Tensor) -> None:
-        self.window.write(self.canvas, i, j, values)
+    def end(self, i: int, j: int) -> None:
+        self.window.write(j, self.values)
 
 
 class _Block(nn.Module):
@@ -180,10 +195,24 @@ class _Block(nn.Module):
         y: Tensor = x + self.last(relu_(self.conv(self.norm(x))))
         return y
 
-    def column(self, x: Tensor, canvas: Tensor, i: int, j: int) -> Tensor:
-        self.conv.window.write(canvas, i, j, self.norm(x))
-        y: Tensor = x + self.last(self.conv.column(canvas, i, j).relu())
-        return y
+
+class _BlockByToken:
+    """A `_Block` that computes one column `(C, B)` after the other."""
+
+    def __init__(self, block: _Block, batch: int, width: int):
+        self.conv = block.conv.by_token(batch, width)
+        self.weight, self.bias = block.last.weight, block.last.bias[:, None]
+
+    def column(self, x: Tensor, j: int) -> Tensor:
+        self.conv.start(j)
+        self.conv.write(j, _norm_of_columns(x))
+        return torch.addmm(x, self.weight, self.conv.column(j).relu_()).add_(self.bias)
+
+
+def _norm_of_columns(x: Tensor) -> Tensor:
+    """Layer norm over the channels of `(C, B)`."""
+    x = x - x.mean(dim=0)
+    return x.mul_((x.square().mean(dim=0) + 1e-5).rsqrt_())
 
 
 class TokenHead(nn.Module):
@@ -216,45 +245,43 @@ class TokenHead(nn.Module):
 
 
 class _HeadByEntry:
-    """A `TokenHead` that computes one entry after the other."""
+    """A `TokenHead` that computes one entry after the other, in rows `(., B)`."""
 
-    def __init__(self, head: TokenHead):
-        self.entries = head.entries
+    def __init__(self, head: TokenHead, seen: Tensor):
+        entries, units = head.entries, head.units
+        self.seen = seen
+        # The rows of the last layer are sorted by entry.
+        order = torch.arange(len(head.last.weight)).view(-1, entries).T.flatten()
         layers = [head.first, head.second, head.last]
-        widths = [3 * head.entries, *[head.entries * head.units] * 2]
         weights = [layer.weight * layer.mask for layer in layers]
-        self.within = [weight[:, :n] for weight, n in zip(weights, widths, strict=True)]
+        weights[2] = weights[2][order]
+        widths = [len(seen), entries * units, entries * units]
         self.outside = torch.cat([w[:, n:] for w, n in zip(weights, widths, strict=True)])
-        self.bias = torch.cat([layer.bias for layer in layers])
-        self.units = head.units
-        self.rows = [len(weight) for weight in weights]
+        bias = [head.first.bias, head.second.bias, head.last.bias[order]]
+        self.bias = torch.cat(bias)[:, None]
+        self.of_features = seen.new_empty(len(self.bias), seen.shape[1])
+        of_layers = self.of_features.split([len(weight) for weight in weights])
+        self.first, self.second = (torch.empty_like(of) for of in of_layers[:2])
+        # Rows of weights, of what the features add, and of outputs, for each entry.
+        self.rows = [
+            [
+                (weight[:, :n].chunk(entries)[d], of.chunk(entries)[d])
+                for weight, n, of in zip(weights, widths, of_layers, strict=True)
+            ]
+            for d in range(entries)
+        ]
+        self.units = units
 
     def begin(self, features: Tensor) -> None:
-        """Begins with a token that has these features, `(B, C)`."""
-        outside = F.linear(features, self.outside, self.bias).split(self.rows, dim=1)
-        self.of_first, self.of_second, of_last = outside
-        self.of_last = of_last.unflatten(1, (-1, self.entries))
-        new = features.new_zeros
-        self.inputs = new(len(features), self.within[0].shape[1])
-        self.first = new(len(features), self.rows[0])
-        self.second = new(len(features), self.rows[1])
+        """Begins with a token that has these features, `(C, B)`."""
+        torch.addmm(self.bias, self.outside, features, out=self.of_features)
 
-    def parameters(self, d: int, predicted: Tensor) -> Tensor:
-        """The parameters `(B, P)` of entry d, from its prediction `(B,)`."""
-        self.inputs[:, 2 * self.entries + d] = predicted
-        units = slice(d * self.units, (d + 1) * self.units)
-        w1, w2, w3 = self.within
-        self.first[:, units] = torch.addmm(
-            self.of_first[:, units], self.inputs, w1[units].T
-        ).relu_()
-        self.second[:, units] = torch.addmm(
-            self.of_second[:, units], self.first, w2[units].T
-        ).relu_()
-        return torch.addmm(self.of_last[..., d], self.second, w3[d :: self.entries].T)
-
-    def known(self, d: int, value: Tensor, residual: Tensor) -> None:
-        """Takes the value and the residual of entry d, both `(B,)`."""
-        self.inputs[:, d], self.inputs[:, self.entries + d] = value, residual
+    def parameters(self, d: int) -> Tensor:
+        (w1, of_first), (w2, of_second), (w3, of_last) = self.rows[d]
+        units, known = slice(d * self.units, (d + 1) * self.units), (d + 1) * self.units
+        torch.addmm(of_first, w1, self.seen, out=self.first[units]).relu_()
+        torch.addmm(of_second, w2[:, :known], self.first[:known], out=self.second[units]).relu_()
+        return torch.addmm(of_last, w3[:, :known], self.second[:known])
 
 
 def _masked(mask: Tensor, features: int) -> MaskedLinear:
@@ -295,25 +322,27 @@ class CausalNet(TokenNet):
         parameters: Tensor = self.head(rows, F.layer_norm(h, h.shape[-1:]))
         return parameters.movedim(-1, 1)
 
-    def by_token(self, batch: int, context: Tensor | None = None) -> "_CausalNetByToken":
-        return _CausalNetByToken(self, batch, context)
+    def by_token(self, seen: Tensor, context: Tensor | None = None) -> "_CausalNetByToken":
+        return _CausalNetByToken(self, seen, context)
 
 
 class _CausalNetByToken(_HeadByEntry):
     """See `NetByToken`. Each column of features is computed once."""
 
-    def __init__(self, net: CausalNet, batch: int, context: Tensor | None):
-        super().__init__(net.head)
-        self.net = net
-        self.canvas = net.first.canvas(batch, net.size)
+    def __init__(self, net: CausalNet, seen: Tensor, context: Tensor | None):
+        super().__init__(net.head, seen)
+        batch, width = seen.shape[1], net.size[1]
+        self.position = net.position[..., None]
+        self.conv = net.first.by_token(batch, width)
         blocks: list[_Block] = list(net.blocks)  # type: ignore[arg-type]
-        self.blocks = [(block, block.conv.canvas(batch, net.size)) for block in blocks]
+        self.blocks = [_BlockByToken(block, batch, width) for block in blocks]
 
     def start(self, i: int, j: int) -> None:
-        h = self.net.first.column(self.canvas, i, j) + self.net.position[i, j]
-        for block, canvas in self.blocks:
-            h = block.column(h, canvas, i, j)
-        self.begin(F.layer_norm(h, h.shape[-1:]))
+        self.conv.start(j)
+        h = self.conv.column(j) + self.position[i, j]
+        for block in self.blocks:
+            h = block.column(h, j)
+        self.begin(_norm_of_columns(h))
 
-    def end(self, i: int, j: int, values: Tensor, residuals: Tensor) -> None:
-        self.net.first.window.write(self.canvas, i, j, torch.cat([values, residuals], dim=1))
+    def end(self, i: int, j: int) -> None:
+        self.conv.write(j, self.seen[: 2 * len(self.seen) // 3])

@@ -1,0 +1,57 @@
+"""The distribution of one entry: its function, and the search in groups of levels."""
+
+import pytest
+import torch
+
+from flowtrain.bijections.discretized import UNIFORM, DiscretizedMixture
+
+BATCH, COMPONENTS = 40, 3
+
+
+def entry(levels: int, scale: float = 3.0):
+    mixture = DiscretizedMixture(levels, COMPONENTS)
+    randomness = torch.Generator().manual_seed(levels)
+    parameters = 2 * torch.randn(3 * COMPONENTS, BATCH, generator=randomness)
+    location = levels * torch.rand(BATCH, generator=randomness)
+    log_scale = torch.tensor(scale).log().item()
+    found = mixture.one_entry(torch.device("cpu"))(location, log_scale, parameters)
+    # `forward` wants the entry where images have height and width.
+    x = torch.arange(levels).repeat(BATCH, 1)[:, None].double()
+    z, _ = mixture.forward(
+        x,
+        torch.full_like(x, 0.5),
+        location.double()[:, None, None],
+        torch.tensor([[[log_scale]]]).double(),
+        parameters.T.double()[..., None].expand(-1, -1, levels),
+    )
+    return found, torch.special.ndtr(z[:, 0]).T
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 250, 256])
+def test_a_level_is_found_from_few_values_of_its_function(levels):
+    found, middles = entry(levels)
+    edges = found.cumulative(torch.arange(levels + 1)[:, None])
+    assert (edges[0] == 0).all() and (edges[-1] - 1).abs().max() < 1e-14
+    assert edges.diff(dim=0).min() >= 0.999 * UNIFORM / levels
+    torch.testing.assert_close((edges[1:] + edges[:-1]) / 2, middles, rtol=0, atol=1e-12)
+    for x in range(levels):
+        expected = torch.full((BATCH,), x)
+        level, low, high = found.find(middles[x])
+        assert torch.equal(level, expected)
+        assert torch.equal(low, found.range(expected)[0])
+        assert torch.equal(high, found.range(expected)[1])
+        torch.testing.assert_close(torch.stack([low, high]), edges[x : x + 2], rtol=0, atol=1e-14)
+
+
+def test_the_ends_of_the_latents_are_the_first_and_the_last_level():
+    found, _ = entry(17)
+    for target, level in [(0.0, 0), (1.0, 16)]:
+        assert (found.find(torch.full((BATCH,), target).double())[0] == level).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_no_scale_is_too_small_or_too_large(scale):
+    found, _ = entry(256, scale)
+    edges = found.cumulative(torch.arange(257)[:, None])
+    assert (edges[0] == 0).all() and (edges[-1] - 1).abs().max() < 1e-14
+    assert edges.diff(dim=0).min() > 0
