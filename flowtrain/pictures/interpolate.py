@@ -11,6 +11,7 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.pictures.sample import decode
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
@@ -36,19 +37,20 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends.
-
-    Raises `UserError` where they would not fit into memory.
-    """
-    _require_memory(flow, len(first), steps)
+    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
+    _require_room(flow, len(first), steps)
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
-    return torch.stack([flow.decode(path) for path in paths])
+    return torch.stack([decode(flow, path) for path in paths])
 
 
-def _require_memory(flow: Flow, pairs: int, steps: int) -> None:
-    path = steps * (4 * flow.latent_dims + flow.dims)
-    capacity.require(pairs * path, f"--steps {steps}")
+def _require_room(flow: Flow, pairs: int, steps: int) -> None:
+    """Raises `UserError` where one path and all pictures do not fit into memory."""
+    pixels = flow.dims * (4 if flow.levels is None else 1)
+    capacity.require(
+        2 * 4 * steps * flow.latent_dims + 2 * pairs * steps * pixels,
+        f"--steps {steps}: {pairs} paths of {steps:,} images need",
+    )
 
 
 def between_classes(
@@ -60,9 +62,9 @@ def between_classes(
     `(P, steps, C, H, W)`, starts from the first `P = pairs` images of class `first`. Each row
     begins with the unchanged image. The means are over up to `ATTRIBUTE_IMAGES` images of a class.
 
-    Raises `UserError` if there are no labels, or too few images of a class, or where the paths
-    would not fit into memory.
+    Raises `UserError` if there are no labels, or too few images of a class.
     """
+    _require_room(flow, pairs, steps)
     if split.labels is None:
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
@@ -79,10 +81,9 @@ def between_classes(
             for part in np.array_split(where, max(1, len(where) // BATCH_SIZE))
         ]
         of_class[label] = torch.cat(latents)
-    _require_memory(flow, pairs, steps)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
     t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
-    return torch.stack([flow.decode(z + t * direction) for z in of_class[first][:pairs]])
+    return torch.stack([decode(flow, z + t * direction) for z in of_class[first][:pairs]])
 
 
 def from_test_images(

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from flowtrain.errors import UserError
+from flowtrain.system import distributed
 
 _UNLIMITED = 2**63 - 1
 
@@ -26,20 +27,31 @@ def available(device: torch.device) -> int:
     )
 
 
+def left(device: torch.device) -> int:
+    """Bytes that this process may still allocate. The processes of a machine share its memory."""
+    free = available(device)
+    return free // distributed.local_world() if device.type == "cpu" else free
+
+
+def require(needed: int, what: str, device: torch.device | None = None) -> None:
+    """Raises `UserError` where so many bytes are not left. By default they are the host's.
+
+    `what` begins the message. It names the option, its value, and what needs the memory.
+    """
+    free = left(device or torch.device("cpu"))
+    if needed > free:
+        shown = min(needed, 2**70)  # a number of any length may be asked for
+        raise UserError(
+            f"{what} at least {shown / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            f"available: lower it"
+        )
+
+
 def total() -> int:
     """Bytes of memory of this machine, or of the container, if that has less."""
     groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for each in groups if (limit := _limit(each)) is not None)])
-
-
-def require(needed: int, what: str) -> None:
-    """Raises `UserError` with `what` the user asked for, where there are not `needed` bytes."""
-    free = available(torch.device("cpu"))
-    if needed > free:
-        raise UserError(
-            f"{what}: that takes more than the {free / 2**30:,.1f} GiB of memory that are available"
-        )
 
 
 def _limit(cgroup: Path) -> int | None:

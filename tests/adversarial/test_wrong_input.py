@@ -113,6 +113,8 @@ def make_data(here: Path) -> None:
     data = (here / "same.npz").read_bytes()
     (here / "damaged.npz").write_bytes(data[:700] + bytes([data[700] ^ 255]) + data[701:])
     (here / "cut.npz").write_bytes(data[:-40])
+    for i in range(8):
+        picture(here / "images" / f"{i}.png", mode="RGB", value=i)
     raw = here / "mnist_damaged" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -162,6 +164,7 @@ class Evil:
 
 
 NUMBER = "Input should be a valid integer"
+HUGE = 10**10
 AT_LEAST_1 = "greater than or equal to 1"
 FOLDER, PIPE = "is a folder", "not a regular file"
 DENIED, NO_FOLDER = "there is no permission to write into", "is not a folder"
@@ -348,6 +351,7 @@ TABLE = [
     ("train NPZ labels.npz", "data.path", "has no array x_train (it has y_train)"),
     ("train NPZ large.npz --set model.levels=5", "16x16 can be squeezed 4 times", "levels: 5"),
     ("train TINY --set data.name=npz", "data.path", "missing"),
+    ("train IMAGES images --set data.size=65536", "train.batch_size: a step of 32 x 1 images"),
     ("train IMAGES empty", "data.path", "no image in"),
     ("train IMAGES text", "data.path", NO_FOLDER),
     ("train IMAGES nowhere", "data.path", "is no folder"),
@@ -391,6 +395,7 @@ TABLE = [
     ("evaluate run --num-images 0", "--num-images", AT_LEAST_1),
     ("evaluate run --num-images 1.5", "--num-images", NUMBER),
     ("evaluate run --samples -1", "--samples", AT_LEAST_1),
+    (f"evaluate run --samples {HUGE}", f"--samples {HUGE}: the scores of 180 images need"),
     ("evaluate run --batch-size inf", "--batch-size", NUMBER),
     ("evaluate run --seed nan", "--seed", NUMBER),
     ("evaluate points --samples 2", "--samples 2", "exact"),
@@ -428,8 +433,10 @@ TABLE = [
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     ("sample run --out a", "--out a:", ".png or .npz"),
     ("sample run --num 0", "--num", AT_LEAST_1),
-    ("sample run --num 1000000000000", "--num 1000000000000", "memory"),
-    (f"sample run --num {10**400}", "memory"),
+    (f"sample run --num {HUGE}", f"--num {HUGE}: a picture of", "GiB are available: lower"),
+    (f"sample run --num {HUGE} --out a.npz", f"--num {HUGE}: 10,000,000,000 samples"),
+    (f"sample run --seed {2**63}", "--seed"),
+    (f"sample run --num {10**400}", "GiB are available: lower"),
     ("sample run --temperature -1", "--temperature", "greater than or equal to 0"),
     ("sample run --temperature nan", "--temperature"),
     ("sample run --temperature hot", "--temperature", "valid number"),
@@ -444,7 +451,8 @@ TABLE = [
     # --- interpolate
     ("interpolate run --set data.name=npz --set data.path=large.npz", *OTHER_SHAPE),
     ("interpolate run --steps 1", "--steps", "greater than or equal to 2"),
-    ("interpolate run --steps 100000000000", "--steps 100000000000", "memory"),
+    (f"interpolate run --steps {HUGE}", f"--steps {HUGE}: a picture of 40,000,000,000 im"),
+    (f"interpolate run --pairs {HUGE} --steps 2", "a picture of 20,000,000,000 images"),
     ("interpolate run --pairs 91", "--pairs 91", "180 images"),
     ("interpolate run --pairs nan", "--pairs", NUMBER),
     ("interpolate run --out a.npz", "--out a.npz", ".png or .gif"),
@@ -460,7 +468,7 @@ TABLE = [
     ("interpolate run --from-class 4 --to-class 12", "--to-class 12", "0 images"),
     (f"interpolate run --from-class 4 --to-class {10**30}", "--to-class 1000", "0 images"),
     ("interpolate run --from-class 4 --to-class 5 --pairs 99", "--from-class 4", "99 are needed"),
-    ("interpolate run --from-class 4 --to-class 5 --steps 100000000000", "--steps", "memory"),
+    ("interpolate run --from-class 4 --to-class 5 --steps 100000000000", "--steps", "GiB"),
     ("interpolate run --from-class 4 --to-class 5 --images a b", "--images", "--from-class"),
     ("interpolate points --from-class 1 --to-class 2", "--from-class 1", "no labels"),
     # --- report
