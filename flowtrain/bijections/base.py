@@ -43,6 +43,13 @@ class Bijection(nn.Module):
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.layer(self, direction, x, context)
 
+    def retrace(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
+
+        A layer overrides it if its inverse makes steps, so that a rounding error can be one.
+        """
+        return self(x, context)
+
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
 
