@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from flowtrain.bijections.execution import Executor
+    from flowtrain.bijections.ordinal import OrdinalAutoregressive
 
 Direction = Literal["forward", "inverse"]
 
@@ -89,6 +90,10 @@ class Bijection(nn.Module):
         """`z`, then the result of each layer on the way to `inverse(z)`, without gradients."""
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
+
+    def by_level(self) -> "OrdinalAutoregressive | None":
+        """The distributions of the levels, one after the other, if that is what the layer has."""
+        return None
 
     def latent_dims(self, dims: int) -> int:
         """The number of latent entries of an example with `dims` entries.

@@ -131,6 +131,9 @@ class OrdinalAutoregressive(SetFromData):
         constant = z.shape[1] * math.log(self.levels)
         return z, sum_per_example(log_derivative) + constant
 
+    def by_level(self) -> "OrdinalAutoregressive":
+        return self
+
     @torch.no_grad()
     def in_order(
         self,
