@@ -6,7 +6,7 @@ from pydantic import Field
 
 # The upper limits are beyond any real use.
 Positive = Annotated[int, Field(ge=1, le=2**20)]  # a number of layers, channels, images of a batch
-Count = Annotated[int, Field(ge=1, le=10**8)]  # a number of examples
+Count = Annotated[int, Field(ge=1, le=10**7)]  # a number of examples
 Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image
 Period = Annotated[int, Field(ge=1, le=10**12)]  # a number of steps
 Steps = Annotated[int, Field(ge=0, le=10**12)]

@@ -31,8 +31,7 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
 
 def causal_flow(shape, levels=256, scale=0.2) -> Flow:
     """A causal flow with every parameter moved, set from smooth images."""
-    options = {"width": 8, "blocks": 2, "token": 2, "components": 3, "units": 4, "window": 1}
-    flow = build_flow(a_config({"name": "causal", **options}), shape, levels)
+    flow = build_flow(a_config("causal"), shape, levels)
     x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
     return perturb(flow, scale).eval().requires_grad_(False)

@@ -113,7 +113,9 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random numbers.")
+]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(

@@ -98,6 +98,9 @@ def interpolate(
         raise UserError("--images: with --from-class the images are those of the class")
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
+    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
+    count = steps * (1 if files else pairs)
+    drawing.require_room(count, flow.shape, f"--steps {steps}: a picture of {count:,} images needs")
     if from_class is not None and to_class is not None:
         data = data_of(loaded, overrides)
         data.require(flow.shape, flow.levels, loaded.checkpoint.path)
@@ -110,7 +113,6 @@ def interpolate(
         )
     rows = rows.cpu()  # (P, S, C, H, W)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
-    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
         grid.save_gif(path, frames + frames[-2:0:-1])  # there and back

@@ -91,6 +91,12 @@ def sample(
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
     num = num or (8 if labels else flow.kind.picture_count)
+    drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+    if suffix == ".png":
+        count = num * len(temperatures) * max(1, len(labels))
+        drawing.require_room(
+            count, flow.shape, f"--num {num}: a picture of {count:,} samples needs"
+        )
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
@@ -98,7 +104,6 @@ def sample(
         save(path, sampling.npz(flow, drawn, temperatures, seed, labels))
     else:
         columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
-        drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
         grid.save_png(path, drawing.samples(drawn, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 

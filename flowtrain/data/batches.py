@@ -10,16 +10,12 @@ from torch import Tensor
 
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet, labels_of
-from flowtrain.errors import UserError
-from flowtrain.system import distributed
-from flowtrain.system.capacity import available
+from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
-# The smallest number of images for initialization. Fewer say little about the coarsest level.
-INITIALIZATION_IMAGES = 64
-# The largest one. More say nothing new, and the whole pass has to fit into memory, unlike a step
-# that `train.accumulate` divides.
+# The largest number of images for initialization. More say nothing new, and the whole pass has to
+# fit into memory, unlike a step that `train.accumulate` divides.
 MOST_INITIALIZATION_IMAGES = 1024
 
 
@@ -49,7 +45,12 @@ class Batches:
         nbytes = len(self.source) * self.source.pixels[0].nbytes
         self.streams = nbytes > config.data.max_in_memory * 2**30
         if self.streams:
-            _require_memory(batch_size * self.source.pixels[0].nbytes, config.data.workers)
+            ahead = ReadAhead.batches(config.data.workers)
+            capacity.require(
+                ahead * batch_size * self.source.pixels[0].nbytes,
+                f"data.workers: {config.data.workers} threads hold {ahead:,} batches of "
+                f"{batch_size:,} images, which take",
+            )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         self.labels = (
             labels_of(self.source, config.model.classes, data.config.name)
@@ -77,13 +78,13 @@ class Batches:
         x = augment(x, self.flip, self.shift, randomness, start, self.all_processes)
         return x, labels
 
-    def first_of_all(self) -> Tensor:
+    def first_of_all(self, at_least: int) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
 
-        There are at least `INITIALIZATION_IMAGES`, if the split has so many, and at most
+        There are at least `at_least`, if the split has so many, and at most
         `MOST_INITIALIZATION_IMAGES`.
         """
-        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        count = max(self.all_processes, min(at_least, len(self.source)))
         count = min(count, MOST_INITIALIZATION_IMAGES)
         x = self.source.take(self._order(0, count)).to(self.device)
         return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
@@ -114,18 +115,6 @@ class Batches:
         """A batch, ready to go to the device."""
         x = self.source.take(self.positions(images))
         return x.pin_memory() if self.device.type == "cuda" else x
-
-
-def _require_memory(batch: int, threads: int) -> None:
-    """Raises `UserError` where the batches that are read ahead, of so many bytes, do not fit."""
-    needed = ReadAhead.batches(threads) * batch
-    free = available(torch.device("cpu")) // distributed.local_world()
-    if needed > free:
-        raise UserError(
-            f"data.workers: {threads} threads hold {ReadAhead.batches(threads):,} batches, which "
-            f"take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are available: lower it, "
-            f"or train.batch_size"
-        )
 
 
 class ReadAhead:

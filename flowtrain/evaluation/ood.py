@@ -23,7 +23,7 @@ from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split, SplitName
 from flowtrain.datasets.base import Policy, quantize, resize
 from flowtrain.errors import RunError, UserError
-from flowtrain.evaluation.score import score
+from flowtrain.evaluation.score import require_memory, score
 from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
@@ -389,9 +389,11 @@ def score_all(
     """Scores every image.
 
     The likelihood is the single-draw bound of `flowtrain evaluate`, with the weights that were
-    loaded.
+    loaded. Raises `UserError` for a `batch_size` that cannot fit into memory.
     """
-    total = sum(len(collection.images) for collection in collections.all)
+    sizes = [len(collection.images) for collection in collections.all]
+    require_memory(model.flow, max(sizes), batch_size)
+    total = sum(sizes)
     log_probs: list[np.ndarray] = []
     for collection in collections.all:
         split = Split(collection.images, np.arange(len(collection.images)), drop_bits=0)

@@ -14,7 +14,7 @@ from flowtrain.data.splits import Split
 from flowtrain.evaluation.layers import watch_modules
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
-from flowtrain.system import distributed
+from flowtrain.system import capacity, distributed
 from flowtrain.system.random import Stream, generator
 
 # Bytes of activations. A larger batch is no faster on a CPU (benchmarks/evaluation.py).
@@ -26,13 +26,8 @@ ALIVE = 6
 
 
 @torch.no_grad()
-def fitting_batch_size(flow: Flow) -> int:
-    """How many images to score at a time: a power of two.
-
-    On a GPU it is what fits into a quarter of all memory, not of the memory that is free. The last
-    digits of a likelihood depend on the batch size, and should be the same the next time. On a CPU
-    speed is the limit, long before memory.
-    """
+def _largest_activation(flow: Flow) -> int:
+    """Bytes of the largest output of a module for one image."""
     largest = 0
 
     def note(name: str, module: nn.Module, output: Any) -> None:
@@ -41,11 +36,36 @@ def fitting_batch_size(flow: Flow) -> int:
 
     x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
     watch_modules(flow, x, torch.full_like(x, 0.5, dtype=flow.dtype), note)
+    return largest
+
+
+def fitting_batch_size(flow: Flow) -> int:
+    """How many images to score at a time: a power of two.
+
+    On a GPU it is what fits into a quarter of all memory, not of the memory that is free. The last
+    digits of a likelihood depend on the batch size, and should be the same the next time. On a CPU
+    speed is the limit, long before memory.
+    """
     budget: float = ENOUGH_FOR_A_CPU
     if flow.device.type == "cuda":
         budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
-    fitting = min(budget / (ALIVE * largest), LARGEST_BATCH)
+    fitting = min(budget / (ALIVE * _largest_activation(flow)), LARGEST_BATCH)
     return 1 << int(math.log2(max(fitting, 1)))
+
+
+def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int = 1) -> None:
+    """Raises `UserError` where `count` images cannot be scored with these options of a command."""
+    capacity.require(
+        8 * 2 * samples * (1 + flow.classes) * count,  # in parts and as a whole
+        f"--samples {samples}: the scores of {count:,} images need",
+    )
+    if batch_size is not None:
+        largest = min(batch_size, count)
+        capacity.require(
+            2 * largest * _largest_activation(flow),  # what a layer takes and what it gives
+            f"--batch-size {batch_size}: {largest:,} images at a time need",
+            flow.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ def score(
             else []
         )
         draws = []
-        for _ in range(samples):
+        for draw in range(samples):
             noise = torch.zeros_like(x, device="cpu")
             if noisy:
                 noise = torch.stack(
@@ -130,10 +150,10 @@ def score(
             parts = flow(x, noise.to(flow.device))
             of_classes = [] if parts.by_class is None else parts.by_class.T
             draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
+            progress(start - own.start + (stop - start) * (draw + 1) // samples, len(own))
         by_draw = torch.stack(draws)  # (K, 2 + C, B)
         bounds = by_draw[:, 1:] + by_draw[:, :1]  # all classes together, then each class
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
-        progress(stop - own.start, len(own))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)
     bounds = gathered[:-2].unflatten(0, (samples, -1))
     return Scores(bounds[:, 0], gathered[-1], gathered[-2], bounds[:, 1:] if flow.classes else None)

@@ -18,6 +18,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Points, QuantizedImages
 from flowtrain.pictures import grid
 from flowtrain.system.random import Stream, generator
+from flowtrain.types import Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,10 @@ class ImageGrids:
 
     def __init__(self, levels: int):
         self.levels = levels
+
+    def require_room(self, count: int, shape: Shape, what: str) -> None:
+        """Raises `UserError` where a picture of so many images does not fit into memory."""
+        grid.require_room(count, shape, what)
 
     def samples(
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
@@ -59,6 +64,9 @@ class PointPlots:
     def __init__(self, flow: Flow, split: Callable[[], Split]):
         self.flow = flow
         self.split = split
+
+    def require_room(self, count: int, shape: Shape, what: str) -> None:
+        """A picture has the same size for any number of points."""
 
     def samples(
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowtrain.system import capacity
 from flowtrain.system.files import save
+from flowtrain.types import Shape
 
 SMALLEST_SIDE = 32  # smaller images are enlarged in pictures
 FRAME, GREY = 2, 64  # width and value of the pixels between and around the images of a grid
@@ -24,7 +26,7 @@ def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     Small images are enlarged. Each image has a grey frame, unless it is the only one. The result is
     like that of torchvision's `make_grid`, whose import takes a second.
     """
-    factor = max(1, -(-SMALLEST_SIDE // min(images.shape[-2:])))
+    factor = _enlargement(*images.shape[-2:])
     enlarged = (
         to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     )
@@ -41,6 +43,19 @@ def grid(images: Tensor, levels: int, columns: int) -> Tensor:
         top, left = FRAME + row * (height + FRAME), FRAME + column * (width + FRAME)
         picture[:, top : top + height, left : left + width] = image  # one channel becomes three
     return picture
+
+
+def _enlargement(height: int, width: int) -> int:
+    return max(1, -(-SMALLEST_SIDE // min(height, width)))
+
+
+def require_room(images: int, shape: Shape, what: str) -> None:
+    """Raises `UserError` where a grid of so many images `(C, H, W)` does not fit into memory: the
+    images, enlarged, and the picture. `what` begins the message.
+    """
+    channels, height, width = shape
+    factor = _enlargement(height, width)
+    capacity.require(images * factor**2 * height * width * (channels + 3), what)
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -11,6 +11,8 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.pictures.sample import decode
+from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
 ATTRIBUTE_IMAGES = 500  # images of a class over which the mean latent is taken, at most
@@ -36,9 +38,19 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
     """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
+    _require_room(flow, len(first), steps)
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
-    return torch.stack([flow.decode(path) for path in paths])
+    return torch.stack([decode(flow, path) for path in paths])
+
+
+def _require_room(flow: Flow, pairs: int, steps: int) -> None:
+    """Raises `UserError` where one path and all pictures do not fit into memory."""
+    pixels = flow.dims * (4 if flow.levels is None else 1)
+    capacity.require(
+        2 * 4 * steps * flow.latent_dims + 2 * pairs * steps * pixels,
+        f"--steps {steps}: {pairs} paths of {steps:,} images need",
+    )
 
 
 def between_classes(
@@ -52,6 +64,7 @@ def between_classes(
 
     Raises `UserError` if there are no labels, or too few images of a class.
     """
+    _require_room(flow, pairs, steps)
     if split.labels is None:
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
@@ -69,7 +82,7 @@ def between_classes(
         of_class[label] = torch.cat(latents)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
     t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
-    return torch.stack([flow.decode(z + t * direction) for z in of_class[first][:pairs]])
+    return torch.stack([decode(flow, z + t * direction) for z in of_class[first][:pairs]])
 
 
 def from_test_images(

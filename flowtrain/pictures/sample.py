@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
 
@@ -27,8 +28,15 @@ def sample(
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents.
 
-    Raises `UserError` for a class that the model does not have.
+    Raises `UserError` for a class that the model does not have, or for samples without room.
     """
+    count = num * len(temperatures) * max(1, len(classes))
+    pixels = flow.dims * (4 if flow.levels is None else 1)
+    capacity.require(
+        # Latents as drawn and as placed, and images in parts and as a whole.
+        2 * 4 * num * flow.latent_dims + 2 * count * pixels,
+        f"--num {num}: {count:,} samples need",
+    )
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
     for label in classes:
         if not flow.classes:
@@ -37,13 +45,35 @@ def sample(
             )
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
-    labels = torch.tensor(classes).repeat_interleave(num) if classes else None
+    labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
     images = []
-    for temperature in temperatures:
+    for i, temperature in enumerate(temperatures):
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
-        for part in torch.split(latents, flow.kind.decode_batch):
-            images.append(flow.decode(part).cpu())
-            progress(sum(map(len, images)), len(latents) * len(temperatures))
+
+        def note(done: int, before: int = i * len(latents)) -> None:
+            progress(before + done, count)
+
+        images.append(decode(flow, latents, note, labels))
+    return torch.cat(images)
+
+
+def decode(
+    flow: Flow,
+    z: Tensor,
+    progress: Callable[[int], None] = lambda done: None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, a few at a time. See `Flow.decode`.
+
+    `progress` is called with the number of images that are done.
+    """
+    images = []
+    done = 0
+    for start in range(0, len(z), flow.kind.decode_batch):
+        part = slice(start, start + flow.kind.decode_batch)
+        images.append(flow.decode(z[part], None if labels is None else labels[part]).cpu())
+        done += len(images[-1])
+        progress(done)
     return torch.cat(images)
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from flowtrain.errors import UserError
+from flowtrain.system import distributed
+
 _UNLIMITED = 2**63 - 1
 
 
@@ -22,6 +25,25 @@ def available(device: torch.device) -> int:
         _of_the_machine(),
         *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))),
     )
+
+
+def left(device: torch.device) -> int:
+    """Bytes that this process may still allocate. The processes of a machine share its memory."""
+    free = available(device)
+    return free // distributed.local_world() if device.type == "cpu" else free
+
+
+def require(needed: int, what: str, device: torch.device | None = None) -> None:
+    """Raises `UserError` where so many bytes are not left. By default they are the host's.
+
+    `what` begins the message. It names the option, its value, and what needs the memory.
+    """
+    free = left(device or torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"{what} at least {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            f"available: lower it"
+        )
 
 
 def total() -> int:

@@ -18,19 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data.batches import INITIALIZATION_IMAGES
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
-from flowtrain.system.capacity import available, peak
+from flowtrain.system.capacity import left, peak
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
     is_trainable,
     optimizer_step,
-    require_memory,
+    require_images_to_fit,
     require_trainable,
     train_step,
 )
@@ -65,7 +64,7 @@ class Memory:
     """Bytes."""
 
     fixed: int  # weights, gradients, the average of the weights and the optimizer's state
-    available: int
+    available: int  # to this process
     modes: list[Activations]
 
 
@@ -88,9 +87,9 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     )
     require_trainable(flow, config)
     train = config.train
-    require_memory(flow, config, device, activations=0)
+    require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
-    some = _images(flow, min(batch, INITIALIZATION_IMAGES))
+    some = _images(flow, min(batch, flow.initialization_images))
     random = generator(config.seed, Stream.DEQUANTIZATION)
     initialize(flow, some, draw_noise(some.shape, random, device))
     average = Average(flow, train.ema) if train.ema else None
@@ -156,14 +155,12 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
         for t in values.values()
     ]
     kept += [] if state.average is None else state.average.flow.parameters()
-    free = available(device)
-    # The processes of a machine share its memory. All but the activations is there already.
-    left = free // distributed.local_world() if device.type == "cpu" else free
+    free = left(device)  # all but the activations is there already
     modes = []
     for mode in get_args(Mode):
         if is_trainable(state.flow, mode, state.config.train.precision):
             constant, per_image = _activations(_with_memory(state, mode), batch_size, device)
-            largest_batch = int(max(0, left - constant) // per_image)
+            largest_batch = int(max(0, free - constant) // per_image)
             modes.append(Activations(mode, constant + per_image * batch_size, largest_batch))
     state.zero_grad()
     return Memory(2 * gradients + sum(t.nbytes for t in kept), free, modes)

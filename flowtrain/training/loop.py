@@ -30,7 +30,6 @@ from flowtrain.training.resume import announce, checkpoint_to_resume, require_sa
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    activations_of_an_image,
     noise_of,
     optimizer_step,
     require_memory,
@@ -66,7 +65,7 @@ def fit(
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
         flow = flow.to(device)
-        require_memory(flow, config, device, activations_of_an_image(flow, config))
+        require_memory(flow, config, device)
         console.print(f"reading {config.data.name}")
         with distributed.one_first():  # it may download
             batches = Batches(

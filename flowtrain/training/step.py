@@ -14,7 +14,7 @@ from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
-from flowtrain.system.capacity import available, kept
+from flowtrain.system.capacity import kept, left
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 from flowtrain.training.state import State
@@ -126,14 +126,20 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
     return max(0, of(2) - of(1))
 
 
-def require_memory(flow: Flow, config: Config, device: torch.device, activations: int) -> None:
+def require_memory(flow: Flow, config: Config, device: torch.device) -> None:
+    """Raises `UserError` where a step does not fit into the memory that is left."""
+    require_images_to_fit(flow, config, device)  # before two of them pass through the flow
+    require_images_to_fit(flow, config, device, activations_of_an_image(flow, config))
+
+
+def require_images_to_fit(
+    flow: Flow, config: Config, device: torch.device, activations: int = 0
+) -> None:
     """Raises `UserError` where the images of a step, their noise and their `activations`, bytes for
     each image, do not fit into the memory that is left.
     """
     train = config.train
-    free = available(device)
-    if device.type == "cpu":
-        free //= distributed.local_world()  # the processes of a machine share its memory
+    free = left(device)
     # For each image. The noise is float32, and is there twice while it is put together.
     held = flow.dims * (8 + (4 if flow.levels is None else 1))
     at_a_time = train.batch_size * (held + activations)
@@ -147,6 +153,8 @@ def require_memory(flow: Flow, config: Config, device: torch.device, activations
         advice = "lower it, or train.batch_size"
     elif train.memory != "reversible":
         advice += ", or another train.memory"
+    if largest < 1:
+        advice = "use smaller images or a smaller model"
     raise UserError(
         f"{key}: a step of {train.batch_size:,} x {train.accumulate:,} images (train.batch_size x "
         f"train.accumulate) needs at least {needed / 2**30:,.1f} GiB for images, noise and "

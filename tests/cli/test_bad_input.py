@@ -25,6 +25,7 @@ from cli_helpers import (
     tree,
     within,
 )
+from PIL import Image
 from run_files import train_row
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -109,6 +110,9 @@ def folder(tmp_path_factory):
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{part}-ubyte").write_bytes(b"\0" * 100)
+    (here / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), "u1")).save(here / "images" / f"{i}.png")
     return here
 
 
@@ -183,7 +187,10 @@ BAD_CONFIGURATIONS = [
     ("train.lr.peak=1", "train.lr"),
 ]
 
+HUGE = str(10**10)
 WIDE = sets(model__steps=16, model__width=512)  # a megabyte for each image
+
+FOLDER_OF_IMAGES = sets(data__name="folder", data__path="images")
 
 BAD_COMMANDS = [
     (
@@ -196,6 +203,11 @@ BAD_COMMANDS = [
         ["train", *TINY_RUN, *sets(train__batch_size=4096, train__accumulate=2**20)],
         "train.accumulate: a step of 4,096 x 1,048,576 images",
         "GiB are available: at most",
+    ),
+    (
+        ["train", *SMALL, *FOLDER_OF_IMAGES, *sets(data__size=2**16, train__num_steps=1)],
+        "train.batch_size: a step of 32 x 1 images",
+        "GiB are available",
     ),
     (
         ["train", "--dry-run", *sets(train__batch_size=2**20, train__accumulate=2**20)],
@@ -275,6 +287,7 @@ BAD_COMMANDS = [
     (["evaluate", "run", "--weights", "best"], "--weights best", "ema or raw"),
     (["evaluate", "run", "--num-images", "0"], "--num-images"),
     (["evaluate", "run", "--samples", "0"], "--samples"),
+    (["evaluate", "run", "--samples", HUGE], f"--samples {HUGE}: the scores of 180 images need"),
     (
         ["evaluate", "run", *sets(data__validation=0), "--split", "validation"],
         "--split validation",
@@ -325,6 +338,9 @@ BAD_COMMANDS = [
     (["sample", "run", "--out", "grid.png"], "grid.png", "cannot be written"),
     (["sample", "run", "--out", "text/a.png"], "text/a.png: cannot be written"),
     (["sample", "run", "--num", "0"], "--num"),
+    (["sample", "run", "--num", HUGE], f"--num {HUGE}: a picture of", "GiB are available: lower"),
+    (["sample", "run", "--num", HUGE, "--out", "a.npz"], f"--num {HUGE}: 10,000,000,000 samples"),
+    (["sample", "run", "--seed", str(2**63)], "--seed"),
     (["sample", "run", "--temperature", "-1"], "--temperature"),
     (["sample", "run", "--temperature", "nan"], "--temperature"),
     (["sample", "run", "--temperature", "hot"], "--temperature"),
@@ -337,6 +353,8 @@ BAD_COMMANDS = [
     ),
     (["evaluate", "n" * 300], "n" * 300),
     (["interpolate", "run", "--steps", "1"], "--steps"),
+    (["interpolate", "run", "--steps", HUGE], f"--steps {HUGE}: a picture of 40,000,000,000 im"),
+    (["interpolate", "run", "--pairs", HUGE, "--steps", "2"], "a picture of 20,000,000,000 images"),
     (["interpolate", "run", "--pairs", "91"], "--pairs 91", "180 images"),
     (["interpolate", "run", "--out", "a.npz"], "--out a.npz", ".png or .gif"),
     (

@@ -445,7 +445,7 @@ def test_dry_run(name, tmp_path):
 
 
 def test_dry_run_of_what_does_not_fit(tmp_path):
-    small = "import flowtrain.training.dry_run as dry; dry.available = lambda device: 3 * 2**20"
+    small = "import flowtrain.training.dry_run as dry; dry.left = lambda device: 3 * 2**20"
     options = [*SMALL, *sets(train__batch_size=4096)]
     out = quick("train", *options, "--dry-run", cwd=tmp_path, first=small).ok().out
     assert "with 3 MiB available" in " ".join(out.split()) and "speed: not measured" in out

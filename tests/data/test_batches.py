@@ -11,10 +11,10 @@ import torch
 from helpers import SHARED, a_config, batch_of, npz, seeded, shared
 from PIL import Image
 
-from flowtrain.data import batches as batches_module
 from flowtrain.data.batches import Batches, ReadAhead, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
+from flowtrain.system import capacity
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,7 @@ def test_the_last_order_is_not_assumed(numbered):
 @pytest.mark.parametrize("batch_size, count", [(6, 20), (50, 50), (3000, 1024)])
 def test_the_images_for_initialization(numbered, batch_size, count):
     """As many as a step has, but not so few that they say little, nor more than help."""
-    assert len(batches(numbered, batch_size).first_of_all()) == count
+    assert len(batches(numbered, batch_size).first_of_all(64)) == count
 
 
 # --- in memory, or streamed ------------------------------------------------------------
@@ -144,9 +144,11 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
 
 def test_batches_read_ahead_have_to_fit(tmp_path, monkeypatch):
     section = {**npz(tmp_path / "a.npz"), "max_in_memory": 0, "workers": 3}  # 7 batches of 6 x 64 B
-    monkeypatch.setattr(batches_module, "available", lambda device: 7 * 6 * 64)
+    monkeypatch.setattr(capacity, "available", lambda device: 7 * 6 * 64)
     batches(section).close()
-    with pytest.raises(UserError, match="^data.workers: 3 threads hold 7 batches, which take"):
+    with pytest.raises(
+        UserError, match="^data.workers: 3 threads hold 7 batches of 7 images, which take"
+    ):
         batches(section, batch_size=7)
     batches({**section, "max_in_memory": 1}, batch_size=7).close()
 

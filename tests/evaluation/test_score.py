@@ -10,12 +10,14 @@ from torch.distributions import Normal
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.data.splits import Split
+from flowtrain.errors import UserError
 from flowtrain.evaluation import score as scoring
 from flowtrain.evaluation.evaluate import summarize
 from flowtrain.evaluation.score import LARGEST_BATCH, Scores, fitting_batch_size, mean_loss, score
 from flowtrain.flow.dequantize import Dequantizer, UniformNoise
 from flowtrain.flow.flow import Flow, LogProb
 from flowtrain.flow.kinds import kind_of
+from flowtrain.system import capacity
 
 LEVELS = 8
 SHAPE = (1, 2, 2)
@@ -231,3 +233,24 @@ def test_progress_is_reported(glow):
     seen = []
     score(glow, a_split(20), batch_size=8, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(8, 20), (16, 20), (20, 20)]
+    seen.clear()
+    score(
+        glow,
+        a_split(20),
+        samples=2,
+        batch_size=10,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(5, 20), (10, 20), (15, 20), (20, 20)]
+
+
+def test_what_cannot_be_scored_is_refused(flow, monkeypatch):
+    """An activation of the flow has 4 numbers of 8 bytes, and so has a layer's input."""
+    monkeypatch.setattr(capacity, "available", lambda device: 10 * 2 * 4 * 8)
+    scoring.require_memory(flow, 20, 10, samples=2)
+    scoring.require_memory(flow, 10, 10**9)  # no more images than there are
+    scoring.require_memory(flow, 20, None, samples=2)
+    with pytest.raises(UserError, match="^--batch-size 11: 11 images at a time need at least 0.0 "):
+        scoring.require_memory(flow, 20, 11, samples=2)
+    with pytest.raises(UserError, match="^--samples 3: the scores of 20 images need"):
+        scoring.require_memory(flow, 20, 10, samples=3)

@@ -11,6 +11,9 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.flow import initialize
 from flowtrain.pictures import draw, grid
+from flowtrain.pictures.interpolate import interpolate
+from flowtrain.pictures.sample import decode, sample
+from flowtrain.system import capacity
 
 POINTS = {"data": {"name": "eight_gaussians", "count": 50, "test_count": 50}}
 
@@ -83,3 +86,37 @@ def test_other_dimensions_have_no_picture():
         draw.coordinates(torch.zeros(4, 5, 1, 1))
     with pytest.raises(UserError, match="points in space"):
         draw.drawing(a_flow((3, 1, 1)), unneeded).samples(torch.zeros(4, 3, 1, 1), 8, 0)
+
+
+def test_a_picture_without_room_is_refused(monkeypatch):
+    """Images of 4 x 4 are enlarged 8 times; they and the picture take a byte for each value."""
+    flow = tiny_flow(shape=(1, 4, 4), q=17)
+    monkeypatch.setattr(capacity, "available", lambda device: 6 * 32 * 32 * 4)
+    draw.drawing(flow, unneeded).require_room(6, flow.shape, "six")
+    with pytest.raises(UserError, match="^seven: at least 0.0 GiB, and 0.0 GiB are available"):
+        draw.drawing(flow, unneeded).require_room(7, flow.shape, "seven:")
+    draw.drawing(a_flow(), unneeded).require_room(10**12, (2, 1, 1), "points")
+
+
+def test_samples_and_paths_without_room_are_refused(monkeypatch):
+    """A latent has 16 numbers of 4 bytes, and an image 16 bytes; each is there twice."""
+    flow = tiny_flow(shape=(1, 4, 4), q=17)
+    monkeypatch.setattr(capacity, "available", lambda device: 5 * 2 * (64 + 16))
+    assert len(sample(flow, 5, [1.0], 0)) == 5
+    with pytest.raises(UserError, match="^--num 6: 6 samples need at least"):
+        sample(flow, 6, [1.0], 0)
+    with pytest.raises(UserError, match="^--num 3: 15 samples need at least"):
+        sample(flow, 3, [1.0] * 5, 0)
+    x = images(2, (1, 4, 4), 17)
+    assert interpolate(flow, x[:1], x[1:], 5).shape == (1, 5, 1, 4, 4)
+    with pytest.raises(UserError, match="^--steps 6: 1 paths of 6 images need at least"):
+        interpolate(flow, x[:1], x[1:], 6)
+
+
+@pytest.mark.parametrize("count", [5, 64, 150])
+def test_latents_are_decoded_a_few_at_a_time(count):
+    flow, done = tiny_flow(shape=(1, 4, 4), q=17), []
+    z = flow.draw_latents(count, seeded(3))
+    assert torch.equal(z[:5], flow.draw_latents(5, seeded(3)))
+    assert torch.equal(decode(flow, z, done.append), flow.decode(z))
+    assert done == [*range(64, count, 64), count]

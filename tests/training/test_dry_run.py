@@ -80,7 +80,7 @@ def test_what_a_step_takes(mode):
 @pytest.mark.run  # takes long
 def test_what_does_not_fit(monkeypatch):
     """No step of the whole batch is tried."""
-    monkeypatch.setattr(module, "available", lambda device: 3 * 2**20)
+    monkeypatch.setattr(module, "left", lambda device: 3 * 2**20)
     cost = dry_run(small("train.batch_size=4096")[0], CPU)
     assert cost.memory.available == 3 * 2**20 and cost.seconds is None
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]

@@ -11,9 +11,8 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import initialize
 from flowtrain.system import capacity, distributed
-from flowtrain.training import step
 from flowtrain.training.state import State
-from flowtrain.training.step import activations_of_an_image, require_memory, train_step
+from flowtrain.training.step import activations_of_an_image, require_images_to_fit, train_step
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
@@ -56,11 +55,11 @@ def test_every_model_has_activations(section, shape, levels):
 
 
 def require(monkeypatch, free, batch_size, accumulate=1, activations=1000, processes=1, **train):
-    monkeypatch.setattr(step, "available", lambda device: free)
+    monkeypatch.setattr(capacity, "available", lambda device: free)
     monkeypatch.setattr(distributed, "local_world", lambda: processes)
     train |= {"batch_size": batch_size, "accumulate": accumulate}
     config = a_config(train=train)
-    require_memory(build_flow(config, SHAPE, 256), config, CPU, activations)
+    require_images_to_fit(build_flow(config, SHAPE, 256), config, CPU, activations)
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -82,3 +81,7 @@ def test_the_largest_that_would_fit_does(processes, monkeypatch):
     with pytest.raises(UserError, match="^train.batch_size: .* at most 10 would fit") as raised:
         require(monkeypatch, free, 11, 2, processes=processes, memory="reversible")
     assert re.search("lower it$", str(raised.value))
+    with pytest.raises(
+        UserError, match="^train.batch_size: .* at most 0 would fit; use smaller im"
+    ):
+        require(monkeypatch, 100, 1)
