@@ -179,7 +179,7 @@ def require_regular(path: Path) -> None:
     for here, _, names in os.walk(path, followlinks=False):
         for name in names:
             require_regular(Path(here, name))
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_special(path):
         raise _not_regular(path)
 
 
