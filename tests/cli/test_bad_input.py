@@ -156,6 +156,12 @@ BAD_CONFIGURATIONS = [
     ("train.budget=soon", "train.budget", "a duration such as 90s, 30min or 1.5h", "'soon'"),
     ("train.log_every=0", "train.log_every", "greater than or equal to 1"),
     ("data.validation=-1", "data.validation", "greater than or equal to 0", "-1"),
+    (
+        "data.validation=1e308",
+        "data.validation",
+        "cannot hold 1000000000",
+        "of 1617 images out",
+    ),
     ("data.validation=5000", "data.validation", "cannot hold 5000 of 1617 images out"),
     ("data.flip=maybe", "data.flip", "boolean", "'maybe'"),
     ("data.n_bits=5", "data.n_bits", "digits has 17 levels"),
@@ -353,8 +359,11 @@ BAD_COMMANDS = [
     ),
     (["evaluate", "n" * 300], "n" * 300),
     (["interpolate", "run", "--steps", "1"], "--steps"),
-    (["interpolate", "run", "--steps", HUGE], f"--steps {HUGE}: a picture of 40,000,000,000 im"),
-    (["interpolate", "run", "--pairs", HUGE, "--steps", "2"], "a picture of 20,000,000,000 images"),
+    (["interpolate", "run", "--steps", HUGE], f"--steps {HUGE}: a picture of 4 paths of 10,00"),
+    (
+        ["interpolate", "run", "--pairs", HUGE, "--steps", "2"],
+        "a picture of 10,000,000,000 paths of 2 images",
+    ),
     (["interpolate", "run", "--pairs", "91"], "--pairs 91", "180 images"),
     (["interpolate", "run", "--out", "a.npz"], "--out a.npz", ".png or .gif"),
     (
