@@ -140,7 +140,7 @@ class Model(Component):
     """The normalizing flow."""
 
     section, package = "model", "models"
-    arguments = {"shape", "data_levels"}
+    arguments = {"shape", "data_levels", "classes"}  # of `build`, given by keyword or position
     name: str = Field(
         "glow",
         description="The model: a module of flowtrain.models, or a module of your own by its "
@@ -148,9 +148,9 @@ class Model(Component):
     )
     classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
-        description="Number of classes, each with its own prior at the coarsest level. 0 trains "
-        "without labels. The training loss is that of an image given its class. Validation and "
-        "evaluation report the image alone.",
+        description="Number of classes. Each has its own prior at the coarsest level, or the "
+        "networks of a causal flow see it. 0 trains without labels. The training loss is that of "
+        "an image given its class. Validation and evaluation report the image alone.",
     )
 
 

@@ -78,7 +78,7 @@ class Evaluation(File):
 
     bits_per_dim: float | None  # of `bound`; with the standard error over images
     bits_per_dim_stderr: float | None
-    bound: str  # elbo, iwbo, or exact for real-valued data
+    bound: str  # elbo, iwbo, or exact
     samples: int
     bits_per_dim_stderr_draws: float | None = None  # standard error over draws of the noise
     elbo_bits_per_dim: float | None = None
@@ -109,12 +109,17 @@ class Evaluation(File):
     @property
     def loss(self) -> tuple[float | None, float | None]:
         """The loss with its standard error: nats for real-valued data, otherwise bits/dim."""
-        if self.bound == "exact":
+        if self._is_density:
             return self.nats_per_image, self.nats_per_image_stderr
         return self.bits_per_dim, self.bits_per_dim_stderr
 
+    @property
+    def _is_density(self) -> bool:
+        """Whether the data are real-valued: they have no levels and no bits."""
+        return self.bound == "exact" and self.levels is None
+
     def content(self) -> dict[str, Any]:
         values = super().content()
-        if self.bound == "exact":
+        if self._is_density:
             return values
         return {"bound": self.bound, "samples": self.samples} | values  # these two first

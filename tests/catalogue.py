@@ -17,6 +17,7 @@ TINY = {
         "rtol": 1e-12,
         "atol": 1e-12,
     },
+    "causal": {"width": 6, "blocks": 1, "components": 2, "units": 3, "window": 1},
 }
 # A model of points on a sphere. It fits no image.
 SPHERE = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}

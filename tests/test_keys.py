@@ -61,6 +61,7 @@ PLANAR = {"model": {"name": "planar", "layers": 2}}
 MAF = {"model": {"name": "maf", "layers": 2, "width": 8, "hidden_layers": 1}}
 CNF = {"model": {"name": "cnf", "width": 8, "hidden_layers": 1}}
 IAF = {"model": {**MAF["model"], "name": "iaf"}}
+CAUSAL = {"model": {"name": "causal", "width": 8, "blocks": 1, "units": 2, "window": 1}}
 SPHERE = {"data": {"name": "sphere", "count": 60}}
 SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
@@ -156,6 +157,13 @@ FLIPS = [
     ("cnf:model.trace", "exact", "loss", CNF),
     ("cnf:model.trace", "hutchinson", "loss", {"data": POINTS["pinwheel"]["data"], **CNF}),
     ("cnf:model.adjoint", True, "loss", CNF),
+    ("causal:model.width", 9, "parameters", CAUSAL),
+    ("causal:model.blocks", 2, "parameters", CAUSAL),
+    ("causal:model.token", 1, "parameters", CAUSAL),
+    ("causal:model.token", 4, "parameters", CAUSAL),
+    ("causal:model.components", 2, "parameters", CAUSAL),
+    ("causal:model.units", 3, "parameters", CAUSAL),
+    ("causal:model.window", 2, "parameters", CAUSAL),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),

@@ -17,6 +17,7 @@ from flowtrain.bijections.coupling import (
 from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
+from flowtrain.bijections.ordinal import OrdinalAutoregressive
 from flowtrain.bijections.planar import Planar
 from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
 from flowtrain.bijections.sequential import Sequential
@@ -42,6 +43,7 @@ __all__ = [
     "MaskedAutoregressive",
     "MixtureTransform",
     "Multiscale",
+    "OrdinalAutoregressive",
     "Permute",
     "Planar",
     "Sequential",

@@ -25,7 +25,12 @@ class Bijection(nn.Module):
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
+    reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
+    # Whether it maps centred images x + u with levels x, and the likelihood is the same for all u.
+    of_levels: bool = False
+    # How many images `initialize` should see. Fewer say little about the coarsest level.
+    initialization_images: int = 64
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 

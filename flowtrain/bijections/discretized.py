@@ -16,8 +16,8 @@ LOG_SCALE_LIMIT = 8.0
 # The weight of a uniform distribution over all levels in every mixture. No level is then so
 # improbable that its share of the latent's range is lost to rounding.
 UNIFORM = 2.0**-10
-EDGE = 1e6  # stands for infinity, where 0 * infinity would not be a number
-FAR = 1e12  # the same, in levels, for any scale
+EDGE = 1e30  # stands for infinity, where 0 * infinity would not be a number
+FAR = 1e30  # the same, in levels, for any scale
 ROOT_TAU = math.sqrt(2 * math.pi)
 
 

@@ -1,5 +1,9 @@
-"""Autoregressive models of the levels of an image, as flows (Nielsen & Winther 2020, "Closing the
-Dequantization Gap: PixelCNN as a Single-Layer Flow").
+"""Autoregressive models of the levels of an image, as flows (Nielsen & Winther 2020,
+arXiv:2002.02547, "Closing the Dequantization Gap: PixelCNN as a Single-Layer Flow").
+
+The layer is here, and so is what it asks of its networks, which are in `nets/causal.py`. They work
+on tokens: square patches of an image, in raster order. A token of r x r pixels has E = C r^2
+entries, ordered by channel, row and column.
 """
 
 import itertools
@@ -11,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.base import SetFromData, sum_per_example
+from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
+from flowtrain.bijections.base import SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
@@ -37,11 +42,17 @@ class Prediction(nn.Module):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def fit(self, x: Tensor) -> Tensor:
-        """Sets the weights from tokens. Returns the standard deviations of the residuals `(E,)`."""
+        """Sets the weights from tokens `(B, E, H, W)`.
+
+        Returns the standard deviations of the residuals `(E,)`.
+        """
         raise NotImplementedError
 
     def by_token(self, values: Tensor) -> PredictionByToken:
-        """`values` are those of the token at hand, `(E, B)`: the caller writes them there."""
+        """The same predictions for the inverse, which knows only the tokens before one.
+
+        `values` are those of the token at hand, `(E, B)`: the caller writes them there.
+        """
         raise NotImplementedError
 
 
@@ -63,17 +74,53 @@ class TokenNet(nn.Module):
 
     The parameters of an entry depend on its prediction, and on the other inputs of entries before
     it: all of earlier tokens, in raster order, and the first ones of its own token.
+
+    It is called as `net(x, context)`, like any conditioner.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
-        """`seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there."""
+        """The same parameters for the inverse, which knows only the tokens before one.
+
+        `seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there.
+        """
         raise NotImplementedError
 
 
 class OrdinalAutoregressive(SetFromData):
-    """`z_d = Phi^-1(F(x_d | x_<d) + u_d P(x_d | x_<d))` of images `x + u` with Q levels (eq. 6)."""
+    """`z_d = Phi^-1(F(x_d | x_<d) + u_d P(x_d | x_<d))` of dequantized images (eq. 6).
+
+    An image with Q levels is `v = (x + u) / Q - 1/2`, where x are the levels and u is noise in
+    [0, 1). F and P are the distribution function and the probabilities of an entry's level. The
+    networks that predict them read x alone, so the Jacobian is diagonal almost everywhere, and
+
+        log N(z; 0, I) + log|det dz/dv| = log P(x) + D log Q
+
+    for any noise: the likelihood of the image is exact.
+
+    The distribution is a mixture relative to a linear prediction from entries before this one, in
+    units of the standard deviation of its residual. `initialize` sets both by least squares. The
+    networks see the levels, scaled to [-1, 1], the residuals, and the predictions.
+
+    `forward` is one pass of the networks. `inverse` computes one entry after the other, and each
+    column of features once. It runs in full precision. It is differentiable with respect to z, but
+    not to the parameters.
+
+    Where the sides are no multiples of the token's, the last row and column are repeated. These
+    entries have no part in the likelihood, and sampling copies them.
+
+    Args:
+        shape: `(C, H, W)` of an image.
+        levels: Q, at least 2.
+        token: The side r of a token in pixels.
+        prediction: Linear predictions of tokens.
+        conditioner: Predicts the parameters of the mixtures.
+        mixture: The distribution of an entry, as a map to normal numbers.
+    """
 
     inverse_is_sequential = True
+    of_levels = True
+    reversible = False  # all activations are inside of this one layer
+    initialization_images = 200  # so few determine the linear prediction well enough
 
     def __init__(
         self,
@@ -93,43 +140,56 @@ class OrdinalAutoregressive(SetFromData):
         self.log_scale = nn.Parameter(torch.zeros(entries, 1, 1))
 
     def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels, as real numbers without a gradient, and u, both `(B, C, H, W)`."""
         y = (v + 0.5) * self.levels
         x = y.floor().clamp_(0, self.levels - 1).detach()
         return x, y - x
 
     def _tokens(self, x: Tensor) -> Tensor:
+        """An image `(B, C, H, W)` as tokens `(B, E, H', W')`."""
+        below, right = (-side % self.token for side in self.shape[1:])
+        if below or right:
+            x = F.pad(x, (0, right, 0, below), mode="replicate")
         return F.pixel_unshuffle(x, self.token)
 
-    def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values in [-1, 1], `(B, E, H, W)`, and their predictions."""
-        value = x * (2 / (self.levels - 1)) - 1
-        with full_precision(x):
-            return value, self.prediction(value)
+    def _image(self, tokens: Tensor) -> Tensor:
+        """The inverse of `_tokens`."""
+        return F.pixel_shuffle(tokens, self.token)[..., : self.shape[1], : self.shape[2]]
+
+    def _value(self, x: Tensor) -> Tensor:
+        """Levels scaled to [-1, 1]."""
+        return x * (2 / (self.levels - 1)) - 1
+
+    def bounded_log_scale(self) -> Tensor:
+        """The log-scales of the residuals of a token's entries, `(E, 1, 1)`."""
+        return bounded(self.log_scale, LOG_SCALE_LIMIT)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         if self.initialized:
             return
-        value = self._tokens(self._levels_of(x)[0]) * (2 / (self.levels - 1)) - 1
-        deviation = self.prediction.fit(value)
+        levels = self._tokens(self._levels_of(x[: self.initialization_images])[0])
+        deviation = self.prediction.fit(self._value(levels))
+        half_a_level = 1 / (self.levels - 1)  # entries that never vary have a scale, too
         with torch.no_grad():
-            self.log_scale.copy_(deviation.log()[:, None, None])
+            log_scale = deviation.clamp(min=half_a_level).log()
+            self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
             self.initialized.fill_(True)
 
     def forward(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         x, u = map(self._tokens, self._levels_of(v))
-        value, predicted = self._predicted(x)
-        log_scale = self.log_scale
+        value, log_scale = self._value(x), self.bounded_log_scale()
+        with full_precision(v):
+            predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
         parameters = apply_conditioner(self.conditioner, seen, context)
-        half = (self.levels - 1) / 2
+        half = (self.levels - 1) / 2  # levels per unit of value
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
         )
-        z = F.pixel_shuffle(z, self.token).flatten(1)
-        constant = z.shape[1] * math.log(self.levels)
-        return z, sum_per_example(log_derivative) + constant
+        constant = math.prod(self.shape) * math.log(self.levels)
+        return self._image(z).flatten(1), sum_per_example(self._image(log_derivative)) + constant
 
     @torch.no_grad()
     def in_order(
@@ -143,34 +203,36 @@ class OrdinalAutoregressive(SetFromData):
         `next_level` gets the distribution of an entry and the entry's index in the image. It
         returns the entry's levels `(B,)`, int64.
         """
+        self.require_initialized()
         channels, height, width = self.shape
         r = self.token
         entries = channels * r**2
-        half = (self.levels - 1) / 2
+        half = (self.levels - 1) / 2  # levels per unit of value
         seen = self.log_scale.new_zeros(3 * entries, batch)
         values, residuals, predicted = seen.chunk(3)
         prediction = self.prediction.by_token(values)
         net = self.conditioner.by_token(seen, context)
         distribution = self.mixture.one_entry(seen.device)
-        value_of = torch.arange(self.levels, device=seen.device).to(seen) * (1 / half) - 1
-        log_scales = self.log_scale.flatten()
+        value_of = self._value(torch.arange(self.levels, device=seen.device).to(seen))
+        log_scales = self.bounded_log_scale().flatten()
         inverse_scales = (-log_scales).exp().tolist()
         log_scales_in_levels = (log_scales + math.log(half)).tolist()
         levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
-        for i, j in itertools.product(range(height // r), range(width // r)):
+        for i, j in itertools.product(range(-(-height // r)), range(-(-width // r))):
             prediction.start(i, j)
             net.start(i, j)
             for d in range(entries):
                 c, (dy, dx) = d // r**2, divmod(d % r**2, r)
-                index = (c * height + i * r + dy) * width + j * r + dx
+                row, column = min(i * r + dy, height - 1), min(j * r + dx, width - 1)
+                index = (c * height + row) * width + column
                 predicted[d] = mean = prediction.mean(d)
-                entry = distribution(
-                    (mean.double() + 1).mul_(half),
-                    log_scales_in_levels[d],
-                    net.parameters(d),
-                )
-                levels[index] = level = next_level(entry, index)
-                values[d] = value = value_of[level]
+                parameters = net.parameters(d)
+                if (row, column) == (i * r + dy, j * r + dx):
+                    entry = distribution(
+                        (mean.double() + 1).mul_(half), log_scales_in_levels[d], parameters
+                    )
+                    levels[index] = next_level(entry, index)
+                values[d] = value = value_of[levels[index]]
                 residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
             prediction.end(i, j)
             net.end(i, j)
@@ -189,5 +251,7 @@ class OrdinalAutoregressive(SetFromData):
         u = ((target - low) / (high - low)).clamp_(0, 1).T.to(z)
         log_density = -0.5 * z.square() - math.log(ROOT_TAU)
         log_det = sum_per_example(log_density - (high - low).log_().T.to(z))
-        v = (x + u.reshape(x.shape)) / self.levels - 0.5
+        # So far inside of its bin that rounding does not move it to another level.
+        edge = 2 * self.levels * torch.finfo(z.dtype).eps
+        v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
         return v, log_det - z.shape[1] * math.log(self.levels)

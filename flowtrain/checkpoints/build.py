@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from flowtrain import config as configuration
 from flowtrain.bijections import Bijection
 from flowtrain.config import Config, Dequantization
 from flowtrain.errors import UserError
-from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.class_prior import ClassContext, ClassPrior
 from flowtrain.flow.dequantize import Dequantizer, RealValued, UniformNoise
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
@@ -80,13 +79,20 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
     module = configuration.component_module(configuration.Model, config.model.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
-        about_data = {"data_levels": levels} if takes_levels(module) else {}
-        bijection: Bijection = module.build(shape, **about_data, **config.model.options())
+        # What a model may want to know beside the shape. Most do not.
+        about = {"data_levels": levels, "classes": config.model.classes}
+        wanted = about.keys() & inspect.signature(module.build).parameters.keys()
+        arguments = {name: about[name] for name in wanted}
+        bijection: Bijection = module.build(shape, **arguments, **config.model.options())
         latent_dims = bijection.latent_dims(math.prod(shape))
-        class_prior = None
-        if config.model.classes:
+        class_prior: ClassPrior | ClassContext | None = None
+        if config.model.classes and "classes" in wanted:
+            class_prior = ClassContext(config.model.classes)
+        elif config.model.classes:
             coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
+        if bijection.of_levels:
+            _require_centred(config)
         if levels is not None and latent_dims != math.prod(shape):
             raise UserError(
                 f"model.name: {config.model.name} is for real-valued data, these have {levels} "
@@ -97,9 +103,18 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
     return Flow(bijection, dequantizer, shape, class_prior)
 
 
-def takes_levels(module: ModuleType) -> bool:
-    """Whether a model is one of levels, so that its `build` needs their number."""
-    return "data_levels" in inspect.signature(module.build).parameters
+def _require_centred(config: Config) -> None:
+    name, options = config.model.name, config.dequantization
+    if options.name != "uniform":
+        raise UserError(
+            f"dequantization.name: {options.name}, but the likelihood of {name} does not depend on "
+            f"the noise: leave it at uniform"
+        )
+    if options.transform != "center":
+        raise UserError(
+            f"dequantization.transform: {options.transform}, but {name} reads the levels of "
+            f"centred images: leave it at center"
+        )
 
 
 def _build_dequantizer(

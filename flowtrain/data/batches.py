@@ -14,10 +14,8 @@ from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
 
-# The smallest number of images for initialization. Fewer say little about the coarsest level.
-INITIALIZATION_IMAGES = 64
-# The largest one. More say nothing new, and the whole pass has to fit into memory, unlike a step
-# that `train.accumulate` divides.
+# The largest number of images for initialization. More say nothing new, and the whole pass has to
+# fit into memory, unlike a step that `train.accumulate` divides.
 MOST_INITIALIZATION_IMAGES = 1024
 
 
@@ -80,13 +78,13 @@ class Batches:
         x = augment(x, self.flip, self.shift, randomness, start, self.all_processes)
         return x, labels
 
-    def first_of_all(self) -> Tensor:
+    def first_of_all(self, at_least: int) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
 
-        There are at least `INITIALIZATION_IMAGES`, if the split has so many, and at most
+        There are at least `at_least`, if the split has so many, and at most
         `MOST_INITIALIZATION_IMAGES`.
         """
-        count = max(self.all_processes, min(INITIALIZATION_IMAGES, len(self.source)))
+        count = max(self.all_processes, min(at_least, len(self.source)))
         count = min(count, MOST_INITIALIZATION_IMAGES)
         x = self.source.take(self._order(0, count)).to(self.device)
         return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))

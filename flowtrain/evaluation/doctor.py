@@ -293,7 +293,7 @@ def examine(
 
 def _weights(flow: Flow, notes: _Notes) -> None:
     if flow.class_prior is not None:
-        _log_scale(flow.class_prior.bounded_log_scale(), "class_prior", "", notes)
+        _log_scale(flow.class_prior.log_scales(), "class_prior", "", notes)
     layers = layers_of(flow)
     owners = {module: name for name, layer in layers.items() for module in layer.modules()}
     for name, module in flow.named_modules():

@@ -65,10 +65,10 @@ def evaluate(
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
         )
-    if flow.kind.exact and samples > 1:
+    if flow.exact and samples > 1:
+        of = "real-valued data" if flow.kind.exact else model.config.model.name
         raise UserError(
-            f"--samples {samples}: the likelihood of real-valued data is exact, there is nothing "
-            f"to draw"
+            f"--samples {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
     own = len(distributed.share(min(num_images or len(split), len(split))))
@@ -119,8 +119,9 @@ def _shared(
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     """Mean bits/dim of both bounds, each with two standard errors: over images, and over draws.
 
-    `bits_per_dim` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. For
-    real-valued data the likelihood is exact and in nats, so there are no bits.
+    `bits_per_dim` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. An exact
+    likelihood has neither a second bound nor an error over draws. That of real-valued data is in
+    nats, so there are no bits.
 
     The standard error over draws is what another seed would change. It comes from the variance of
     each image's draws, and for the importance-weighted bound from the jackknife (Efron 1982, eq.
@@ -130,17 +131,18 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     nats = -scores.log_prob
     in_nats = {
         "nats_per_image": _finite(nats.mean().item()),
-        "nats_per_image_stderr": _finite(nats.std().item() / math.sqrt(n)) if n > 1 else None,
+        "nats_per_image_stderr": _stderr(nats),
     }
-    if flow.kind.exact:
+    dims = flow.dims
+    if flow.exact:
+        bits = None if flow.kind.exact else bits_per_dim(scores.log_prob, dims)
         return {
-            "bits_per_dim": None,
-            "bits_per_dim_stderr": None,
+            "bits_per_dim": None if bits is None else _finite(bits.mean().item()),
+            "bits_per_dim_stderr": None if bits is None else _stderr(bits),
             "bound": "exact",
             "samples": k,
             **in_nats,
         }
-    dims = flow.dims
     result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
     variances = [torch.tensor(math.nan)] * 2  # per image, over draws
     if k > 1:
@@ -151,9 +153,8 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
         ("", "elbo_"), (scores.log_prob, scores.elbo), variances, strict=True
     ):
         bits = bits_per_dim(bound, dims)
-        over_images = bits.std().item() / math.sqrt(n) if n > 1 else math.nan
         result[f"{prefix}bits_per_dim"] = _finite(bits.mean().item())
-        result[f"{prefix}bits_per_dim_stderr"] = _finite(over_images)
+        result[f"{prefix}bits_per_dim_stderr"] = _stderr(bits)
         result[f"{prefix}bits_per_dim_stderr_draws"] = _finite(variance.sum().sqrt().item() / n)
     return result | in_nats
 
@@ -192,6 +193,11 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
         "accuracy": _finite(accuracy.item()),
         "accuracy_stderr": _finite((accuracy * (1 - accuracy) / len(correct)).sqrt().item()),
     }
+
+
+def _stderr(values: Tensor) -> float | None:
+    """The standard error of the mean; None for a single value, or if one is not finite."""
+    return _finite(values.std().item() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _finite(value: float) -> float | None:

@@ -71,7 +71,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
             found[f"{name}.transform"] = layer.predicted_log_scales(x, context)
         return call(layer, direction, x, context)
 
-    flow(x, noise, executor=Watching(flow, around))
+    flow.to_latents(x, noise, Watching(flow, around))
     return {
         name: (log_scales.min().item(), log_scales.max().item())
         for name, log_scales in found.items()

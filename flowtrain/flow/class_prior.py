@@ -1,9 +1,16 @@
-"""Class-conditional densities: only the prior of the coarsest latent depends on the class."""
+"""What depends on the class in a class-conditional model: the prior of the coarsest latent
+(`ClassPrior`), or the networks of the bijection (`ClassContext`).
+
+`Flow` asks both the same: `parts` for the likelihood, `place` and `context` for samples.
+"""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import bounded
@@ -12,6 +19,31 @@ from flowtrain.bijections.base import bounded
 def normal_log_prob(z: Tensor) -> Tensor:
     """`log N(z; 0, I)` in nats: `(B, D)` to `(B,)`."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
+
+
+class LogProb(NamedTuple):
+    """The parts of a single-draw bound on log P(x), each `(B,)` in nats; their sum is the bound."""
+
+    # log N(z; 0, I). A class-conditional model has the density of the class instead, or the mean
+    # over all classes.
+    base: Tensor
+    log_det: Tensor  # every log-determinant, with -log q(u|x) - D log Q
+    # log-density of the base given each class, (B, K), for a class-conditional model without labels
+    by_class: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        return self.base + self.log_det
+
+
+# Maps labels `(B,)` or None to latents `(B, D)` and all terms of the bound but the base, `(B,)`.
+ToLatents = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _of_all_classes(by_class: Tensor, log_det: Tensor) -> LogProb:
+    """log P(x) from that of each class, `(B, K)`, where all classes are equally likely."""
+    mean = by_class.logsumexp(dim=1) - math.log(by_class.shape[1])
+    return LogProb(mean, log_det, by_class)
 
 
 class ClassPrior(nn.Module):
@@ -40,6 +72,21 @@ class ClassPrior(nn.Module):
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z.tensor_split([z.shape[1] - self.size], dim=1)  # type: ignore[return-value]
 
+    def log_scales(self) -> Tensor | None:
+        """The log-scales among the parameters, of any shape, or None."""
+        return self.bounded_log_scale()
+
+    def context(self, labels: Tensor) -> Tensor | None:
+        """The context of the bijection given labels `(B,)`: none."""
+        return None
+
+    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
+        """The parts of the bound for `count` examples. See `Flow.forward`."""
+        z, log_det = to_latents(None)
+        if labels is None:
+            return _of_all_classes(self.by_class(z), log_det)
+        return LogProb(self.log_prob(z, labels), log_det)
+
     def log_prob(self, z: Tensor, labels: Tensor) -> Tensor:
         """`log p(z | class)` in nats: latents `(B, D)` and labels `(B,)` to `(B,)`."""
         fine, coarse = self._split(z)
@@ -57,9 +104,49 @@ class ClassPrior(nn.Module):
         ]
         return normal_log_prob(fine)[:, None] + torch.stack(classes, dim=1)
 
-    def from_normal(self, noise: Tensor, labels: Tensor) -> Tensor:
+    def place(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Standard normal draws `(B, D)` as draws given the classes `labels` `(B,)`."""
         fine, coarse = self._split(noise)
         return torch.cat(
             [fine, coarse * self.bounded_log_scale()[labels].exp() + self.mean[labels]], dim=1
         )
+
+
+class ClassContext(nn.Module):
+    """The class as a context of the bijection, whose networks see it. The base is N(0, I).
+
+    Args:
+        classes: Number of classes, K.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+
+    def log_scales(self) -> Tensor | None:
+        return None
+
+    def context(self, labels: Tensor) -> Tensor | None:
+        """The context of the bijection given labels `(B,)`: unit vectors, `(B, K)`."""
+        return F.one_hot(labels, self.classes)
+
+    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
+        """The parts of the bound for `count` examples. See `Flow.forward`.
+
+        Without labels it takes one pass for each class. The log-determinants are then the mean over
+        the classes, and what a class has beyond that is part of its log-density.
+        """
+        if labels is not None:
+            z, log_det = to_latents(labels)
+            return LogProb(normal_log_prob(z), log_det)
+        bases, log_dets = [], []
+        for label in range(self.classes):
+            z, log_det = to_latents(torch.full((count,), label))
+            bases.append(normal_log_prob(z))
+            log_dets.append(log_det)
+        by_class = torch.stack(log_dets, dim=1)
+        mean = by_class.mean(dim=1)
+        return _of_all_classes(torch.stack(bases, dim=1) + by_class - mean[:, None], mean)
+
+    def place(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return noise

@@ -4,32 +4,16 @@ For images it gives a bound on the likelihood, and for points the likelihood its
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.execution import FUSED, Executor, Initializing
-from flowtrain.flow.class_prior import ClassPrior, normal_log_prob
+from flowtrain.flow.class_prior import ClassContext, ClassPrior, LogProb, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
-
-
-class LogProb(NamedTuple):
-    """The parts of a single-draw bound on log P(x), each `(B,)` in nats; their sum is the bound."""
-
-    # log N(z; 0, I). A class-conditional model has the density of the class instead, or the mean
-    # over all classes.
-    base: Tensor
-    log_det: Tensor  # every log-determinant, with -log q(u|x) - D log Q
-    # log-density of the base given each class, (B, K), for a class-conditional model without labels
-    by_class: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor:
-        return self.base + self.log_det
 
 
 class Flow(nn.Module):
@@ -41,13 +25,13 @@ class Flow(nn.Module):
         log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
 
     Real-valued data have a density, which is computed exactly:
-    `log p(x) = log N(z; 0, I) + log|det|`.
+    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`.
 
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
         dequantizer: Maps integers to reals, or leaves `RealValued` data as they are.
         shape: Shape of one image, `(C, H, W)`.
-        class_prior: Density of the latents in a class-conditional model.
+        class_prior: What depends on the class in a class-conditional model.
     """
 
     def __init__(
@@ -55,7 +39,7 @@ class Flow(nn.Module):
         bijection: Bijection,
         dequantizer: Dequantizer | RealValued,
         shape: Shape,
-        class_prior: ClassPrior | None = None,
+        class_prior: ClassPrior | ClassContext | None = None,
     ):
         super().__init__()
         self.dequantizer = dequantizer  # first, so that parameters are in the order of their use
@@ -72,6 +56,17 @@ class Flow(nn.Module):
     def kind(self) -> Kind:
         """The kind of data: images, points, or points on a surface."""
         return kind_of(self.levels, self.latent_dims < self.dims)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the likelihood is exact: there is no noise, or it does not depend on it."""
+        return self.kind.exact or self.bijection.of_levels
+
+    @property
+    def initialization_images(self) -> int:
+        """How many images `initialize` should see."""
+        layers = [module for module in self.modules() if isinstance(module, Bijection)]
+        return max(layer.initialization_images for layer in layers)
 
     def loss(self, log_prob: Tensor) -> Tensor:
         """The loss in `kind.unit`, from nats: bits per dimension of images, nats of points."""
@@ -101,15 +96,19 @@ class Flow(nn.Module):
         return 0 if self.class_prior is None else self.class_prior.classes
 
     def to_latents(
-        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+        self,
+        x: Tensor,
+        noise: Tensor,
+        executor: Executor = FUSED,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
         `x` are integers `(B, C, H, W)`, and `noise` is uniform and has the same shape. `executor`
-        calls the layers.
+        calls the layers. The networks of the bijection may see the classes `labels` `(B,)`.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
-        z, flow_log_det = self.bijection.through(executor, "forward", v)
+        z, flow_log_det = self.bijection.through(executor, "forward", v, self._context(labels))
         return z, log_det + flow_log_det
 
     def forward(
@@ -124,13 +123,14 @@ class Flow(nn.Module):
         A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
         log P(x), where all classes are equally likely.
         """
-        z, log_det = self.to_latents(x, noise, executor)
         if self.class_prior is None:
+            z, log_det = self.to_latents(x, noise, executor)
             return LogProb(normal_log_prob(z), log_det)
-        if labels is not None:
-            return LogProb(self.class_prior.log_prob(z, labels), log_det)
-        by_class = self.class_prior.by_class(z)
-        return LogProb(by_class.logsumexp(dim=1) - math.log(self.classes), log_det, by_class)
+
+        def to_latents(labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.to_latents(x, noise, executor, labels)
+
+        return self.class_prior.parts(to_latents, labels, len(x))
 
     def log_prob(
         self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
@@ -176,12 +176,15 @@ class Flow(nn.Module):
         return z
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
-        Raises `FloatingPointError` where the result is not finite.
+        The networks of the bijection may see the classes `labels` `(B,)`. Without them the class is
+        unknown to them, as it is in `encode`. Raises `FloatingPointError` where the result is not
+        finite.
         """
-        return self.dequantizer.to_data(self.bijection.inverse(z.to(self.device))[0]).contiguous()
+        v, _ = self.bijection.inverse(z.to(self.device), self._context(labels))
+        return self.dequantizer.to_data(v).contiguous()
 
     def sample(
         self,
@@ -195,7 +198,20 @@ class Flow(nn.Module):
         `temperature` scales the standard deviation of the base density. A class-conditional model
         samples the classes in `labels` `(n,)`, or by default all classes in turn.
         """
-        return self.decode(self.place(temperature * self.draw_latents(n, generator), labels))
+        labels = self.classes_in_turn(n) if labels is None else labels
+        latents = self.place(temperature * self.draw_latents(n, generator), labels)
+        return self.decode(latents, labels)
+
+    def classes_in_turn(self, n: int) -> Tensor | None:
+        """The labels `(n,)` of `n` samples: all classes in turn, or None if there are none."""
+        return torch.arange(n) % self.classes if self.classes else None
+
+    def _context(self, labels: Tensor | None) -> Tensor | None:
+        """What the networks of the bijection see of the classes `labels` `(B,)`."""
+        if labels is None or self.class_prior is None:
+            return None
+        context = self.class_prior.context(labels)
+        return None if context is None else context.to(self.device, self.dtype)
 
     def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Standard normal draws `(B, D)` as latents of the base density.
@@ -204,13 +220,12 @@ class Flow(nn.Module):
         all classes in turn. Raises `ValueError` for labels outside 0..K-1, and for labels if the
         model has no classes.
         """
+        labels = self.classes_in_turn(len(noise)) if labels is None else labels
         if labels is None:
-            if self.class_prior is None:
-                return noise
-            labels = torch.arange(len(noise)) % self.classes
+            return noise
         labels = self._checked_labels(labels, len(noise))
         assert self.class_prior is not None
-        return self.class_prior.from_normal(noise.to(self.device), labels)
+        return self.class_prior.place(noise.to(self.device), labels)
 
     def _checked_labels(self, labels: Tensor, count: int) -> Tensor:
         if self.class_prior is None:
@@ -254,4 +269,4 @@ def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
 
     Layers that are initialized already leave themselves alone.
     """
-    flow(x, noise, executor=Initializing())
+    flow.to_latents(x, noise, Initializing())

@@ -1,10 +1,26 @@
-"""Causal flow."""
+"""Causal flow: an autoregressive model of the levels of an image, as a flow of one layer (Nielsen
+& Winther 2020, arXiv:2002.02547, with the mixtures of Salimans et al. 2017, "PixelCNN++",
+arXiv:1701.05517).
+
+Its likelihood is exact, where other flows have a bound, and its latents are normal like theirs.
+Sampling computes one entry after the other.
+
+Deliberate differences from the papers:
+- The networks see tokens of several pixels, so they have fewer places and fewer layers. A masked
+  network (MADE, Germain et al. 2015) models the entries of a token. PixelCNN++ has one place for
+  each pixel, and linear relations between its three colours.
+- The mixtures are relative to a linear prediction of each entry, which least squares set before
+  the first step. The paper's networks predict everything.
+- The convolutions are plain ones with residual connections and layer normalization, without gates,
+  downsampling or dropout.
+- Every distribution has a small uniform part, so that no level is lost to rounding.
+- The paper stacks further flows on top of this layer. Here it is the whole flow.
+"""
 
 from typing import Literal
 
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, OrdinalAutoregressive
 from flowtrain.bijections.discretized import DiscretizedMixture
-from flowtrain.bijections.ordinal import OrdinalAutoregressive
 from flowtrain.errors import UserError
 from flowtrain.nets.causal import CausalNet, LinearPrediction, Window
 from flowtrain.types import Positive, Shape
@@ -13,6 +29,7 @@ from flowtrain.types import Positive, Shape
 def build(
     shape: Shape,
     data_levels: int | None,
+    classes: int = 0,
     *,
     width: Positive = 128,
     blocks: Positive = 6,
@@ -21,14 +38,32 @@ def build(
     units: Positive = 16,
     window: Positive = 3,
 ) -> Bijection:
+    """Causal flow for images of `shape` (C, H, W) with `data_levels` levels.
+
+    With `classes`, the networks see the class, so the likelihood given a class is exact, too.
+
+    Args:
+        width: Channels of the convolutions.
+        blocks: Number of residual blocks. Each sees one more row of tokens above, and one more
+            token to each side.
+        token: Side of the square patches that the convolutions see as one place, in pixels. Any
+            image size will do.
+        components: Number of logistics in the mixture of each entry.
+        units: Number of hidden units for each entry of a token, in each of two layers.
+        window: How many rows of tokens above, and tokens to each side, the linear prediction and
+            the first convolution see.
+
+    Raises:
+        UserError: if the data are real values.
+    """
     if data_levels is None:
-        raise UserError("model.name: causal is for images with levels, and these data are real")
-    levels = data_levels
+        raise UserError(
+            "model.name: causal is a model of the levels of images, and these data are real values"
+        )
     entries = shape[0] * token**2
-    size = (shape[1] // token, shape[2] // token)
+    size = (-(-shape[1] // token), -(-shape[2] // token))
     seen = Window(window, window, itself=False)
-    mixture = DiscretizedMixture(levels, components)
-    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen)
-    return OrdinalAutoregressive(
-        shape, levels, token, LinearPrediction(entries, size, seen), net, mixture
-    )
+    mixture = DiscretizedMixture(data_levels, components)
+    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen, classes)
+    prediction = LinearPrediction(entries, size, seen)
+    return OrdinalAutoregressive(shape, data_levels, token, prediction, net, mixture)

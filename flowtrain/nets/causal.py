@@ -136,13 +136,19 @@ class LinearPrediction(Prediction):
         The Cholesky factor of the covariance of window and token has the predictions of all
         entries: its inverse turns the entries into residuals of variance 1.
         """
-        entries, rows = x.shape[1], x.movedim(1, -1)
-        seen = torch.cat([self.window.seen(rows), rows], dim=-1).flatten(0, 2).double()
-        mean = seen.mean(dim=0)
-        covariance = torch.cov(seen.T, correction=0)
+        entries, count = x.shape[1], x[:, 0].numel()
+        size = (self.window.taps + 1) * entries
+        mean = torch.zeros(size, dtype=torch.float64)
+        covariance = torch.zeros(size, size, dtype=torch.float64)
+        # One image at a time, because the windows of all would not fit into memory.
+        for rows in x.movedim(1, -1).cpu().double().split(1):
+            seen = torch.cat([self.window.seen(rows), rows], dim=-1).flatten(0, 2)
+            mean += seen.sum(dim=0) / count
+            covariance += seen.T @ seen / count
+        covariance -= mean.outer(mean)
         covariance.diagonal().add_(ridge * covariance.diagonal().mean() + 1e-12)
         whitening = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(covariance), torch.eye(len(mean), dtype=mean.dtype), upper=False
+            torch.linalg.cholesky(covariance), torch.eye(size, dtype=mean.dtype), upper=False
         )[-entries:]
         deviation: Tensor = 1 / whitening[:, -entries:].diagonal()
         weights = -whitening * deviation[:, None]
@@ -293,7 +299,8 @@ class CausalNet(TokenNet):
     """Causal convolutions over tokens, then a masked network within the token.
 
     It maps the values, the residuals and the linear predictions of the entries, `(B, 3E, H, W)`, to
-    `(B, P E, H, W)`.
+    `(B, P E, H, W)`. A context `(B, C')`, or `(B, C', H', W')` averaged down to the tokens, adds to
+    the features. Without one it is the mean of the unit vectors, which stands for an unknown class.
     """
 
     def __init__(
@@ -305,6 +312,7 @@ class CausalNet(TokenNet):
         blocks: int,
         units: int,
         window: Window,
+        context_channels: int = 0,
     ):
         super().__init__()
         self.entries, self.size = entries, size
@@ -312,11 +320,25 @@ class CausalNet(TokenNet):
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.head = TokenHead(entries, width, units, start)
+        self.context = nn.Linear(context_channels, width, bias=False) if context_channels else None
+
+    def added(self, context: Tensor | None) -> Tensor:
+        """What position and context add to the features of the tokens, `(B or 1, H, W, C)`."""
+        if self.context is None:
+            return self.position[None]
+        if context is None:
+            return self.position[None] + self.context.weight.mean(dim=1)
+        if context.ndim == 2:
+            context = context[..., None, None]
+        elif context.shape[-2:] != self.size:
+            context = F.adaptive_avg_pool2d(context, self.size)
+        added: Tensor = self.position + self.context(context.movedim(1, -1))
+        return added
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         rows = x.movedim(1, -1)
         h = self.first(rows[..., : 2 * self.entries])
-        h = h + self.position.to(h.dtype)
+        h = h + self.added(context).to(h.dtype)
         for block in self.blocks:
             h = block(h)
         parameters: Tensor = self.head(rows, F.layer_norm(h, h.shape[-1:]))
@@ -332,14 +354,14 @@ class _CausalNetByToken(_HeadByEntry):
     def __init__(self, net: CausalNet, seen: Tensor, context: Tensor | None):
         super().__init__(net.head, seen)
         batch, width = seen.shape[1], net.size[1]
-        self.position = net.position[..., None]
+        self.added = net.added(context).permute(1, 2, 3, 0)  # (H, W, C, B or 1)
         self.conv = net.first.by_token(batch, width)
         blocks: list[_Block] = list(net.blocks)  # type: ignore[arg-type]
         self.blocks = [_BlockByToken(block, batch, width) for block in blocks]
 
     def start(self, i: int, j: int) -> None:
         self.conv.start(j)
-        h = self.conv.column(j) + self.position[i, j]
+        h = self.conv.column(j) + self.added[i, j]
         for block in self.blocks:
             h = block.column(h, j)
         self.begin(_norm_of_columns(h))

@@ -45,7 +45,7 @@ def sample(
             )
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
-    labels = torch.tensor(classes).repeat_interleave(num) if classes else None
+    labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
     images = []
     for i, temperature in enumerate(temperatures):
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
@@ -53,20 +53,26 @@ def sample(
         def note(done: int, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note))
+        images.append(decode(flow, latents, note, labels))
     return torch.cat(images)
 
 
-def decode(flow: Flow, z: Tensor, progress: Callable[[int], None] = lambda done: None) -> Tensor:
-    """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, a few at a time.
+def decode(
+    flow: Flow,
+    z: Tensor,
+    progress: Callable[[int], None] = lambda done: None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, a few at a time. See `Flow.decode`.
 
     `progress` is called with the number of images that are done.
     """
     images = []
     done = 0
-    for part in torch.split(z, flow.kind.decode_batch):
-        images.append(flow.decode(part).cpu())
-        done += len(part)
+    for start in range(0, len(z), flow.kind.decode_batch):
+        part = slice(start, start + flow.kind.decode_batch)
+        images.append(flow.decode(z[part], None if labels is None else labels[part]).cpu())
+        done += len(images[-1])
         progress(done)
     return torch.cat(images)
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data.batches import INITIALIZATION_IMAGES
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
@@ -90,7 +89,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     train = config.train
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
-    some = _images(flow, min(batch, INITIALIZATION_IMAGES))
+    some = _images(flow, min(batch, flow.initialization_images))
     random = generator(config.seed, Stream.DEQUANTIZATION)
     initialize(flow, some, draw_noise(some.shape, random, device))
     average = Average(flow, train.ema) if train.ema else None

@@ -73,7 +73,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     )
     flow, seed = state.evaluated, state.config.seed
     try:
-        samples = flow.decode(flow.place(z))
+        samples = flow.decode(flow.place(z), flow.classes_in_turn(len(z)))
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")

@@ -178,7 +178,7 @@ def start(
 def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
-    x = batches.first_of_all()
+    x = batches.first_of_all(flow.initialization_images)
     initialize(flow, x, noise_of(config, step=0, x=x, start=0))
 
 

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from catalogue import TINY
-from helpers import perturb, ready, seeded
+from helpers import images, perturb, ready, seeded
 
 import flowtrain.bijections
 import flowtrain.models
@@ -53,10 +53,15 @@ from flowtrain.system.capacity import peak
 MODES = get_args(Mode)
 
 
-def model(name, shape, **options):
+def model(name, shape, *about_data, **options):
     return importlib.import_module(f"flowtrain.models.{name}").build(
-        shape, **{**TINY[name], **options}
+        shape, *about_data, **{**TINY[name], **options}
     )
+
+
+def ordinal(shape, levels, token=2, context=0):
+    """A causal model, which is a layer."""
+    return model("causal", shape, levels, context, token=token)
 
 
 def multiscale():
@@ -260,6 +265,13 @@ LAYERS = {
         (3, 2, 2),
     ),
     "sequential-empty": (Sequential, (4, 2, 2), None),
+    "ordinal": (lambda: ordinal((1, 4, 6), 17), (1, 4, 6), None),
+    "ordinal-rgb": (lambda: ordinal((3, 2, 4), 256), (3, 2, 4), None),
+    "ordinal-pixels": (lambda: ordinal((2, 3, 3), 16, token=1), (2, 3, 3), None),
+    "ordinal-padded": (lambda: ordinal((2, 3, 5), 8), (2, 3, 5), None),
+    "ordinal-large-token": (lambda: ordinal((1, 4, 5), 17, token=4), (1, 4, 5), None),
+    "ordinal-context": (lambda: ordinal((1, 4, 4), 17, context=3), (1, 4, 4), (3, 4, 4)),
+    "ordinal-vector-context": (lambda: ordinal((1, 3, 4), 17, context=3), (1, 3, 4), (3,)),
     "continuous": (lambda: Continuous(Dynamics(5, 6, 2), "dopri8", 1e-12, 1e-12), (5,), None),
 }
 # The layers of these models are tested above. These rows test what joins them.
@@ -333,6 +345,7 @@ MODELS = {
     "cnf": (lambda: model("cnf", (1, 2, 2)), (1, 2, 2), None),
     "cnf-plane": (lambda: model("cnf", (2, 1, 1), blocks=1, hidden_layers=2), (2, 1, 1), None),
     "iaf-plane-random": (lambda: model("iaf", (2, 1, 1), order="random"), (2, 1, 1), None),
+    "causal": (lambda: model("causal", (1, 4, 4), 17), (1, 4, 4), None),
 }
 TABLE = LAYERS | MODELS
 row = pytest.mark.parametrize("name", TABLE)
@@ -346,6 +359,10 @@ def a_row(name, dtype=torch.float32, batch=B, seed=0):
     torch.manual_seed(seed)
     bijection = ready(perturb(build(), seed=seed)).to(dtype)
     x = torch.randn((batch, *shape), generator=seeded(1), dtype=dtype)
+    if bijection.of_levels:  # the middle halves of the bins of random levels
+        levels = images(batch, shape, bijection.levels)
+        x = (levels + 0.25 + 0.5 * torch.rand(x.shape, generator=seeded(1))).to(dtype)
+        x = x / bijection.levels - 0.5
     context = None
     if context_shape is not None:
         context = torch.randn((batch, *context_shape), generator=seeded(2), dtype=dtype)
@@ -407,7 +424,9 @@ def test_log_det_is_that_of_the_jacobian(name):
         (bijection.inverse, bijection(x, context)[0].detach()),
     ):
         jacobian = torch.autograd.functional.jacobian(
-            lambda v, f=function: f(v, context)[0], point, vectorize=True
+            lambda v, f=function: f(v, context)[0],
+            point,
+            vectorize=not bijection.of_levels,  # its gradient is computed in place
         )
         jacobian = jacobian.reshape(2, dims, 2, dims)
         # No example depends on another.

@@ -109,7 +109,7 @@ def test_the_last_order_is_not_assumed(numbered):
 @pytest.mark.parametrize("batch_size, count", [(6, 20), (50, 50), (3000, 1024)])
 def test_the_images_for_initialization(numbered, batch_size, count):
     """As many as a step has, but not so few that they say little, nor more than help."""
-    assert len(batches(numbered, batch_size).first_of_all()) == count
+    assert len(batches(numbered, batch_size).first_of_all(64)) == count
 
 
 # --- in memory, or streamed ------------------------------------------------------------

@@ -61,6 +61,23 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
     assert 0 <= result.max_reconstruction_error < 0.5
 
 
+def test_an_exact_likelihood_has_one_draw_and_no_error_over_draws(tmp_path):
+    flow = tiny_flow("causal")
+    result, scores = evaluated(tmp_path, flow, batch_size=8)
+    content = result.content()
+    assert (content["bound"], content["samples"]) == ("exact", 1)
+    assert not [key for key in content if "elbo" in key or "draws" in key]
+    bits = -scores.log_prob / (16 * math.log(2))
+    assert content["bits_per_dim"] == pytest.approx(bits.mean().item())
+    assert content["bits_per_dim_stderr"] == pytest.approx(bits.std().item() / math.sqrt(30))
+    assert result.loss == (content["bits_per_dim"], content["bits_per_dim_stderr"])
+    assert content["max_reconstruction_error"] is None
+    other = evaluated(tmp_path, flow, seed=1)[1]
+    torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)
+    with pytest.raises(UserError, match="--samples 2: the likelihood of glow is exact"):
+        evaluated(tmp_path, flow, samples=2)  # `evaluated` calls its model so
+
+
 def test_equal_images_are_counted(tmp_path, flow):
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))

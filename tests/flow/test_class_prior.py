@@ -49,7 +49,7 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
 
 
 def test_draws_of_a_class(prior):
-    draws = prior.from_normal(
+    draws = prior.place(
         torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)
     ).detach()
     mean, scale = draws[:, 6:].mean(0), draws[:, 6:].std(0)
@@ -84,14 +84,13 @@ def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
     mixed = flow.log_prob(x, seeded(), torch.tensor([0, 1, 2, 0, 1, 2]))
     torch.testing.assert_close(mixed, given[[0, 1, 2, 0, 1, 2], range(6)])
     mixed.sum().backward()
-    assert (
-        flow.class_prior.mean.grad.abs().min() > 0
-        and flow.class_prior.log_scale.grad.abs().min() > 0
-    )
+    of_classes = list(flow.class_prior.parameters()) or [flow.bijection.conditioner.context.weight]
+    assert all(parameter.grad.abs().min() > 0 for parameter in of_classes)
 
 
-def test_images_come_back_and_samples_have_a_class():
-    flow = conditional()
+@pytest.mark.parametrize("model", ["glow", "causal"])
+def test_images_come_back_and_samples_have_a_class(model):
+    flow = conditional(model)
     x = images(8, SHAPE)
     assert torch.equal(flow.decode(flow.encode(x)), x)
     labels = torch.tensor([2] * 8)
@@ -102,6 +101,33 @@ def test_images_come_back_and_samples_have_a_class():
         flow.sample(1, labels=torch.tensor([3]))
     with pytest.raises(ValueError, match="not class-conditional"):
         build_flow(a_config("nice"), SHAPE, 256).place(torch.zeros(1, 16), torch.tensor([0]))
+
+
+def test_networks_that_see_the_class_give_a_distribution_for_each():
+    config = a_config({"name": "causal", "classes": 3, **TINY["causal"]})
+    flow = perturb(build_flow(config, (1, 2, 2), 4), 0.5)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 4).reshape(-1, 1, 2, 2).to(torch.uint8)
+    initialize(flow, every, torch.full(every.shape, 0.5))
+    with torch.no_grad():
+        parts = flow(every, torch.rand(every.shape, generator=seeded()))
+        given = [flow.log_prob(every, seeded(), torch.full((256,), label)) for label in range(3)]
+    assert (given[0] - given[1]).abs().max() > 0.05
+    for label in range(3):
+        assert given[label].exp().sum().item() == pytest.approx(1, abs=1e-5)
+        of_class = parts.by_class[:, label] + parts.log_det
+        torch.testing.assert_close(of_class, given[label], rtol=1e-4, atol=1e-4)
+    assert parts.total.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_without_a_class_the_networks_see_the_mean_of_all():
+    flow = conditional("causal")
+    x, mean = images(5, SHAPE), torch.full((5, 3), 1 / 3)
+    v = flow.dequantizer.middle(x)
+    z = flow.encode(x)
+    torch.testing.assert_close(flow.bijection(v, mean)[0], z)
+    assert torch.equal(flow.decode(z), x)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    assert not torch.equal(flow.decode(z, labels), x)
 
 
 # --- labels ---------------------------------------------------------------------------------------

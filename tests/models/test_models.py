@@ -53,7 +53,7 @@ def test_a_single_value_is_too_few_for_couplings(name):
         build_flow(a_config(name), (1, 1, 1), 256)
 
 
-@pytest.mark.parametrize("name", ["maf", "cnf"])
+@pytest.mark.parametrize("name", ["maf", "cnf", "causal"])
 def test_a_single_value_is_enough_for(name):
     flow = tiny_flow(name, shape=(1, 1, 1))
     assert flow.bits_per_dim(images(8, flow.shape)).isfinite().all()
@@ -182,7 +182,7 @@ def test_geometry_comes_before_any_data():
 # ---------------------------------------------------------------- the start
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", sorted(TINY.keys() - {"causal"}))  # this maps data to normal
 def test_layers_start_as_the_identity(name):
     flow = build_flow(a_config(name), (1, 4, 4), 256)
     x = images(16, (1, 4, 4))
@@ -357,6 +357,7 @@ GOLDEN = {
     ("maf", "logit"): [4.171696, 4.142295, 4.112939, 4.085051, 4.07078],
     ("cnf", "center"): [4.355894, 4.349852, 4.328248, 4.319482, 4.298997],
     ("iaf", "center"): [4.353874, 4.330907, 4.296639, 4.281101, 4.255087],
+    ("causal", "center"): [3.803679, 3.672404, 3.582726, 3.518047, 3.467457],
 }
 
 

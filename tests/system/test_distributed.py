@@ -246,8 +246,8 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
     as_process(1, 2)
     pieces = Batches(data, config, 12, torch.device("cpu"))
     as_process(0, 1)
-    whole = Batches(data, config, 24, torch.device("cpu")).first_of_all()
-    assert torch.equal(pieces.first_of_all(), whole)
+    whole = Batches(data, config, 24, torch.device("cpu")).first_of_all(64)
+    assert torch.equal(pieces.first_of_all(64), whole)
 
 
 def test_augmentation_of_a_part(tmp_path):

@@ -1,0 +1,312 @@
+"""The autoregressive layer of levels: a distribution over images, causal, and exact both ways."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from catalogue import TINY
+from helpers import a_config, images, seeded, tiny_flow
+
+from flowtrain.bijections.discretized import UNIFORM
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.datasets import digits
+from flowtrain.errors import UserError
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
+from flowtrain.nets.causal import LinearPrediction, Window
+
+# Shape, levels, token: divided by the token or not, one channel or several, down to one pixel.
+GEOMETRIES = [
+    ((1, 4, 4), 17, 2),
+    ((3, 2, 4), 256, 2),
+    ((2, 3, 5), 8, 2),
+    ((1, 3, 3), 2, 1),
+    ((1, 5, 6), 17, 4),
+    ((1, 1, 1), 256, 2),
+    ((3, 1, 1), 4, 4),
+    ((1, 1, 7), 256, 1),
+]
+geometry = pytest.mark.parametrize("shape, levels, token", GEOMETRIES)
+
+
+def causal(shape, levels, token=2, **options):
+    return tiny_flow("causal", shape, levels, token=token, **options)
+
+
+def order_of(flow):
+    """The indices of an image's entries in the order in which they are sampled."""
+    seen = []
+    flow.bijection.in_order(lambda entry, i: seen.append(i) or torch.tensor([0]), 1)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that knows the digits well enough to have narrow mixtures."""
+    x = torch.from_numpy(digits.build("data", "train").read()[:512])
+    config = a_config({"name": "causal", **TINY["causal"], "width": 16})
+    flow = build_flow(config, (1, 8, 8), 17)
+    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        batch = x[torch.randint(len(x), (64,), generator=seeded(step))]
+        flow.bits_per_dim(batch, seeded(step)).mean().backward()
+        optimizer.step()
+    assert flow.bits_per_dim(x, seeded()).mean() < 2.3
+    return flow, x
+
+
+# ---------------------------------------------------------------- the likelihood
+
+
+@pytest.mark.parametrize(
+    "shape, levels, token",
+    [((1, 2, 3), 3, 2), ((2, 2, 1), 4, 2), ((1, 3, 1), 7, 2), ((1, 3, 2), 3, 1), ((2, 1, 2), 4, 4)],
+)
+def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token):
+    flow = causal(shape, levels, token)
+    every = torch.tensor(list(itertools.product(range(levels), repeat=math.prod(shape))))
+    x = every.reshape(-1, *shape).to(torch.uint8)
+    with torch.no_grad():
+        log_prob = torch.cat([flow.log_prob(part, seeded()) for part in x.split(500)])
+    assert log_prob.std() > 0.1
+    assert log_prob.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@geometry
+def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token):
+    flow = causal(shape, levels, token)
+    x = images(9, shape, levels)
+    draws = [torch.rand(x.shape, generator=seeded(seed)) for seed in range(3)]
+    draws += [torch.zeros(x.shape), torch.full(x.shape, 1 - 2.0**-24)]
+    with torch.no_grad():
+        parts = [flow(x, noise) for noise in draws]
+    for other in parts[1:]:
+        assert (other.base != parts[0].base).all()  # the latents do depend on it
+        torch.testing.assert_close(other.total, parts[0].total, rtol=1e-5, atol=1e-4)
+    assert flow.exact
+
+
+# ---------------------------------------------------------------- causality
+
+
+@geometry
+def test_an_entry_depends_on_earlier_entries_only(shape, levels, token):
+    flow = causal(shape, levels, token, window=2).double()
+    order = order_of(flow)
+    dims = math.prod(shape)
+    assert sorted(order) == list(range(dims))
+    x, noise = images(3, shape, levels), torch.full((3, *shape), 0.3)
+    z = flow.to_latents(x, noise)[0]
+    seen = torch.zeros(dims, dims, dtype=torch.bool)
+    for place, index in enumerate(order):
+        other = x.clone()
+        other.flatten(1)[:, index] = (x.flatten(1)[:, index].int() + levels // 2) % levels
+        changed = (flow.to_latents(other, noise)[0] != z).any(dim=0)[order]
+        assert not changed[:place].any() and changed[place]
+        seen[:, place] = changed
+    neighbours = seen.diagonal(-1)
+    assert neighbours.all()  # of one row of an image, or of a token
+
+
+@geometry
+def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, token):
+    flow = causal(shape, levels, token).double()
+    layer = flow.bijection
+    entries = shape[0] * token**2
+    size = [-(-side // token) for side in shape[1:]]
+    value = torch.rand(1, entries, *size, generator=seeded(), dtype=torch.float64)
+
+    def in_order(tensor):  # (1, P E, H, W) to (H W E, P)
+        return tensor.unflatten(1, (-1, entries))[0].permute(2, 3, 1, 0).flatten(0, 2)
+
+    def parameters(value):
+        predicted = layer.prediction(value)
+        seen = torch.cat([value, (value - predicted) / layer.bounded_log_scale().exp()], dim=1)
+        net = layer.conditioner(torch.cat([seen, predicted], dim=1))
+        return torch.cat([in_order(predicted), in_order(net)], dim=1)
+
+    jacobian = torch.autograd.functional.jacobian(parameters, value)  # (places, P, 1, E, H, W)
+    jacobian = jacobian[:, :, 0].permute(0, 3, 4, 2, 1).flatten(1, 3).abs().amax(dim=-1)
+    assert jacobian.triu().count_nonzero() == 0
+    assert (jacobian[1:].amax(dim=1) > 0).all()
+
+
+# ---------------------------------------------------------------- both directions
+
+
+@geometry
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_in_order_is_the_plain_way(shape, levels, token, dtype, tolerance):
+    """With the levels given, each entry has the distribution that one pass of the networks gives.
+
+    The plain way has F and P only at the image's own levels, as z and its derivative.
+    """
+    flow = causal(shape, levels, token).to(dtype)
+    x, u = images(4, shape, levels), 0.3
+    with torch.no_grad():
+        v = flow.dequantizer(x, torch.full(x.shape, u, dtype=dtype))[0]
+        z, log_det = flow.bijection(v)
+    found, log_derivatives = torch.empty_like(z), torch.empty_like(z)
+
+    def next_level(entry, index):
+        level = x.flatten(1)[:, index].long()
+        low, high = entry.range(level)
+        found[:, index] = torch.special.ndtri(low + u * (high - low))
+        log_derivatives[:, index] = (high - low).log()
+        return level
+
+    assert torch.equal(flow.bijection.in_order(next_level, 4), x.long())
+    torch.testing.assert_close(found, z, rtol=0, atol=tolerance)
+    total = (log_derivatives + 0.5 * z.square()).sum(dim=1) + z.shape[1] * math.log(
+        levels * math.sqrt(2 * math.pi)
+    )
+    torch.testing.assert_close(total, log_det, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape, levels, token", [g for g in GEOMETRIES if g[1] < 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_samples_are_those_of_the_plain_way(shape, levels, token, dtype):
+    """The plain way tries every level of an entry with whole passes of the networks."""
+    flow = causal(shape, levels, token).to(dtype)
+    z = torch.randn(1, math.prod(shape), generator=seeded(5)).to(dtype)
+    x = torch.zeros(levels, math.prod(shape), dtype=torch.uint8)
+    for index in order_of(flow):
+        x[:, index] = torch.arange(levels)
+        lowest = flow.to_latents(x.view(levels, *shape), torch.zeros(levels, *shape))[0]
+        x[:, index] = (lowest[1:, index] <= z[0, index]).sum()
+    assert torch.equal(flow.decode(z), x[:1].view(1, *shape))
+
+
+@geometry
+def test_images_come_back(shape, levels, token):
+    flow = causal(shape, levels, token)
+    x = images(50, shape, levels)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+    samples = flow.sample(20, generator=seeded())
+    assert samples.shape == (20, *shape) and int(samples.max()) < levels
+    assert torch.equal(flow.decode(flow.encode(samples)), samples)
+
+
+def test_images_come_back_from_a_trained_model(trained):
+    flow, x = trained
+    shape = (20, 1, 8, 8)
+    constant = [torch.full(shape, level, dtype=torch.uint8) for level in (0, 7, 16)]
+    for each in (x[:100], images(100, (1, 8, 8), 17), *constant):
+        assert torch.equal(flow.decode(flow.encode(each)), each)
+
+
+def test_samples_of_a_trained_model_look_like_its_images(trained):
+    flow, x = trained
+    drawn = flow.sample(200, generator=seeded())
+    mean = x.float().mean(dim=(0, 1))
+    assert (drawn.float().mean(dim=(0, 1)) - mean).abs().mean() < 1.5
+    uniform = math.log2(17)
+    assert flow.bits_per_dim(drawn, seeded()).mean() < 0.7 * uniform
+
+
+def test_latents_of_images_are_normal(trained):
+    flow, x = trained
+    with torch.no_grad():
+        z = flow.to_latents(x, torch.rand(x.shape, generator=seeded()))[0]
+    assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.1
+
+
+# ---------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("scale", [-1e30, -30.0, 30.0, 1e30])
+@pytest.mark.parametrize("offset", [-1e20, -1e4, 0.0, 1e4, 1e20])
+def test_narrow_and_far_mixtures_are_finite(scale, offset):
+    flow = causal((1, 4, 4), 256)
+    _, offsets, scales = flow.bijection.conditioner.head.last.bias.data.chunk(3)
+    scales.fill_(scale)
+    offsets.fill_(offset)
+    x = images(8, (1, 4, 4))
+    log_prob = flow.log_prob(x, seeded())
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
+    # No level costs more than the uniform part leaves it.
+    assert log_prob.min() >= -16 * math.log(256 / UNIFORM) - 1e-3
+    z = torch.cat([torch.randn(4, 16, generator=seeded()), torch.full((1, 16), 1e4)])
+    for result in flow.bijection.inverse(z):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [-1e30, 1e30])
+def test_the_scale_of_an_entry_is_bounded(scale):
+    flow = causal((1, 4, 4), 256)
+    flow.bijection.log_scale.data.fill_(scale)
+    x = images(8, (1, 4, 4))
+    assert flow.log_prob(x, seeded()).isfinite().all()
+    assert flow.sample(3, generator=seeded()).shape == (3, 1, 4, 4)
+
+
+def test_images_that_never_vary(trained):
+    config = a_config("causal")
+    flow = build_flow(config, (1, 4, 4), 256)
+    x = torch.full((30, 1, 4, 4), 9, dtype=torch.uint8)
+    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    assert flow.bits_per_dim(x, seeded()).max() < 2
+    assert flow.bits_per_dim(images(30, (1, 4, 4)), seeded()).isfinite().all()
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_the_linear_prediction_is_that_of_least_squares():
+    generator = seeded()
+    x = torch.randn(40, 2, 6, 7, generator=generator, dtype=torch.float64)
+    for column in range(1, 7):  # neighbours and entries are correlated
+        x[..., column] += 0.8 * x[..., column - 1]
+    x[:, 1] += 0.7 * x[:, 0]
+    window = Window(1, 1, itself=False)
+    prediction = LinearPrediction(2, (6, 7), window).double()
+    deviation = prediction.fit(x, ridge=0)
+    residual = x - prediction(x)
+    rows = x.movedim(1, -1)
+    ones = torch.ones(*rows.shape[:-1], 1, dtype=x.dtype)
+    for entry in range(2):
+        seen = torch.cat([window.seen(rows), rows[..., :entry], ones], dim=-1).flatten(0, 2)
+        wanted = rows[..., entry].flatten()
+        solved = torch.linalg.lstsq(seen, wanted).solution
+        torch.testing.assert_close(residual[:, entry].flatten(), wanted - seen @ solved)
+    torch.testing.assert_close(residual.std(dim=(0, 2, 3), correction=0), deviation)
+
+
+def test_it_is_initialized_from_200_images():
+    few, more = (build_flow(a_config("causal"), (1, 4, 4), 256) for _ in range(2))
+    x = images(300, (1, 4, 4))
+    initialize(few, x[:200], torch.zeros(200, 1, 4, 4))
+    initialize(more, x, torch.zeros(300, 1, 4, 4))
+    assert few.initialization_images == 200
+    for here, there in zip(few.parameters(), more.parameters(), strict=True):
+        assert torch.equal(here, there)
+
+
+def test_it_raises_until_it_is_initialized():
+    flow = build_flow(a_config("causal"), (1, 4, 4), 256)
+    with pytest.raises(RuntimeError, match="OrdinalAutoregressive is not initialized"):
+        flow.log_prob(images(1, (1, 4, 4)))
+    with pytest.raises(RuntimeError, match="OrdinalAutoregressive is not initialized"):
+        flow.sample(1)
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    "levels, dequantization, message",
+    [
+        (None, {}, "model.name: causal is a model of the levels of images"),
+        (256, {"name": "variational"}, "dequantization.name: variational, but the likelihood of"),
+        (256, {"transform": "logit"}, "dequantization.transform: logit, but causal reads the"),
+    ],
+)
+def test_it_refuses(levels, dequantization, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_flow(a_config("causal", dequantization=dequantization), (1, 4, 4), levels)
+    assert "\n" not in str(error.value)
