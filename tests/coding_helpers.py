@@ -3,13 +3,14 @@
 import math
 
 import torch
-from helpers import perturb
+from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch import nn
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.flow.dequantize import Dequantizer
-from flowtrain.flow.flow import Flow
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
 
 GREY, RGB = (1, 4, 4), (3, 4, 4)
@@ -26,6 +27,14 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
     nn.init.constant_(affine.log_scale, 8 * math.atanh(math.log(slope) / 8))
     nn.init.constant_(affine.shift, shift)
     return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
+
+
+def causal_flow(shape, levels=256, scale=0.2) -> Flow:
+    """A causal flow with every parameter moved, set from smooth images."""
+    flow = build_flow(a_config("causal"), shape, levels)
+    x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
+    initialize(flow, x, torch.rand(x.shape, generator=seeded()))
+    return perturb(flow, scale).eval().requires_grad_(False)
 
 
 def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:

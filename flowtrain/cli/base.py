@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
@@ -94,6 +95,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _log_warnings() -> None:
+    # Pillow warns of pictures that it reads all the same. It refuses those that are too large.
+    warnings.filterwarnings("ignore", module="PIL")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("flowtrain: %(message)s"))
     logger = logging.getLogger("flowtrain")

@@ -71,7 +71,7 @@ def compress(
     change the archive.
     """
     from flowtrain.compression import inputs as images
-    from flowtrain.compression.codec import Codec
+    from flowtrain.compression.coder import coder_of
     from flowtrain.compression.compress import compress as make
     from flowtrain.compression.model import model_hash
     from flowtrain.compression.stack import constriction
@@ -91,7 +91,7 @@ def compress(
         raise UserError("--set: only with --split, where it says where the data are")
     require_writable(out, out.parent)
     loaded = load(model, "cpu", weights, trust_code)
-    Codec(loaded.flow)  # refuses a model that has no rules, before any work is done
+    coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
     if split_name is None:
         selection = images.from_files(files, loaded, out, num_images)
     else:

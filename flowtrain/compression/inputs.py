@@ -113,14 +113,16 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         with picture(path) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
+            # Nothing is decoded that is not wanted.
+            fits = found == f"{width}x{height} {mode}" and frames == 1
+            pixels = np.array(image) if fits else np.empty(0)
             # PNG's tRNS: one colour or level is transparent.
             transparent = "transparency" in image.info
-            pixels = np.array(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image file") from None
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path}: cannot be read as an image ({short(error)})") from None
-    if found != f"{width}x{height} {mode}" or frames > 1:
+    if not fits:
         raise UserError(
             f"{path}: it has {frames} picture(s) of {found}, and the model is for "
             f"{width}x{height} {mode}; nothing is converted, as that would not be lossless"

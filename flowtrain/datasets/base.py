@@ -187,10 +187,16 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
 def picture(path: Path) -> Iterator[Image.Image]:
     """An image file of one of the formats `READABLE`. Raises what `open_regular` and Pillow
     raise.
+
+    The checksums of a PNG are compared. Decoding alone takes some damaged files for other pixels.
     """
     with open_regular(path) as file:
         try:
             image = Image.open(file, formats=READABLE)
+            if image.format == "PNG":
+                image.verify()
+                file.seek(0)
+                image = Image.open(file, formats=READABLE)
         except UnidentifiedImageError:
             raise UnidentifiedImageError(f"cannot identify image file '{path}'") from None
         with image:

@@ -1,5 +1,5 @@
 """Files that are written whole or not at all, and files from outside, which are only read if they
-are regular files.
+are regular files. `tests/system/test_files.py` checks that no other module opens one.
 """
 
 import contextlib
@@ -134,14 +134,43 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
 
 
+def append_regular(path: Path) -> BinaryIO:
+    """Opens a file for appending, and makes it if it is missing.
+
+    Raises:
+        OSError: as `open_regular` does, and if it is a link. In a stranger's folder, a link may
+            lead to any file of the user.
+    """
+    if path.is_symlink():
+        raise _not_regular(path)
+    return open(path, "ab", opener=_regular)  # noqa: SIM115 (the caller closes it)
+
+
 def _regular(path: str, flags: int) -> int:
     # Otherwise opening a pipe would wait for a writer.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", path)
+    raise _not_regular(path)
+
+
+def _not_regular(path: Path | str) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def require_regular(path: Path) -> None:
+    """For files that another library opens: what exists at `path`, and all in it if it is a folder.
+
+    Raises:
+        OSError: where something is neither a regular file nor a folder.
+    """
+    for here, _, names in os.walk(path, followlinks=False):
+        for name in names:
+            require_regular(Path(here, name))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise _not_regular(path)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -28,7 +28,8 @@ from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.cli.base import require_writable
 from flowtrain.compression import compress, decompress, strips
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.codec import Codec
+from flowtrain.compression.coder import probe
 from flowtrain.compression.decompress import Opened
 from flowtrain.compression.inputs import ordinary_sizes
 from flowtrain.compression.model import model_hash
