@@ -42,7 +42,7 @@ test: .venv/installed-dev  ## the fast tests, in four minutes
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow
 
-fuzz: .venv/installed-dev  ## kills at every file operation of a run; many minutes
+fuzz: .venv/installed-dev  ## damaged files, bombs, kills at every file operation; an hour
 	$(BIN)/python -m pytest -q -s -m fuzz tests/adversarial
 
 test-gpu: .venv/installed-dev  ## tests that need a CUDA device

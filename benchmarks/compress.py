@@ -1,6 +1,4 @@
-"""Archives: images per second each way with the small CIFAR-10 Glow, and the share of the flow's
-own passes.
-"""
+"""Archives: images per second each way, and the share of the flow's own passes."""
 
 import functools
 import statistics
@@ -11,9 +9,8 @@ from common import SHAPE, arguments, begin, images, in_turns, table
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
-from flowtrain.compression.codec import Codec
+from flowtrain.compression.coder import coder_of
 from flowtrain.compression.streams import (
-    CHUNK,
     EncodedStream,
     decode_stream,
     encode_stream,
@@ -42,21 +39,22 @@ def main() -> None:
     )
     x = images(options.images * options.threads)
     initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
-    codec = Codec(flow)
+    coder = coder_of(flow)
     with one_thread():
-        expected = estimate(codec, x[:CHUNK])
+        expected = estimate(coder, x[: coder.chunk])
+    assert expected is not None
     parts = torch.arange(len(x)).view(options.threads, -1).tolist()
 
     def encode() -> list[EncodedStream]:
         tasks = [
-            functools.partial(encode_stream, codec, x, part, expected.borrowed) for part in parts
+            functools.partial(encode_stream, coder, x, part, expected.borrowed) for part in parts
         ]
         return in_threads(tasks, len(x), silent)
 
     streams = encode()
 
     def decode() -> None:
-        tasks = [functools.partial(decode_stream, codec, s.words, s.description()) for s in streams]
+        tasks = [functools.partial(decode_stream, coder, s.words, s.description()) for s in streams]
         in_threads(tasks, len(x), lambda done, total: None)
 
     contenders = {

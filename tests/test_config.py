@@ -226,7 +226,8 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
         (
             "model.name=glwo",
-            r"model\.name: unknown name 'glwo'; did you mean glow\?; there are causal, cnf, glow, ",
+            r"model\.name: unknown name 'glwo'; did you mean glow\?; "
+            r"there are causal, cnf, glow, iaf, ",
         ),
         ("data.name=minst", r"data\.name: unknown name 'minst'; did you mean mnist\?"),
         ("data.path=/a", r"data\.path: unknown key"),  # the digits have none

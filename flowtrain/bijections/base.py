@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from flowtrain.bijections.execution import Executor
+    from flowtrain.bijections.ordinal import OrdinalAutoregressive
 
 Direction = Literal["forward", "inverse"]
 
@@ -54,6 +55,13 @@ class Bijection(nn.Module):
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.layer(self, direction, x, context)
 
+    def retrace(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
+
+        A layer overrides it if its inverse makes steps, so that a rounding error can be one.
+        """
+        return self(x, context)
+
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
 
@@ -93,6 +101,10 @@ class Bijection(nn.Module):
         """`z`, then the result of each layer on the way to `inverse(z)`, without gradients."""
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
+
+    def by_level(self) -> "OrdinalAutoregressive | None":
+        """The distributions of the levels, one after the other, if that is what the layer has."""
+        return None
 
     def latent_dims(self, dims: int) -> int:
         """The number of latent entries of an example with `dims` entries.

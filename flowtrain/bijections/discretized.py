@@ -123,6 +123,15 @@ class Entry:
         """F at each level of a group `(B,)`, and at the first one of the next: `(S + 1, B)`."""
         return self.cumulative(torch.add(self.tables.within, group, alpha=self.tables.group))
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups of levels `(B,)`, and where the levels are within them."""
+        group = x.div(self.tables.group, rounding_mode="floor")
+        return group, x - group * self.tables.group
+
+    def join(self, group: Tensor, inner: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.add(inner, group, alpha=self.tables.group)
+
     def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The levels `(B,)` in whose ranges `[F(x), F(x + 1))` the numbers in [0, 1] are.
 
@@ -132,12 +141,12 @@ class Entry:
         group = (self.groups()[1:-1] <= target).sum(dim=0)
         edges = self.within(group)
         inner = (edges[1:-1] <= target).sum(dim=0)
-        return torch.add(inner, group, alpha=self.tables.group), *_range(edges, inner)
+        return self.join(group, inner), *_range(edges, inner)
 
     def range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """F(x) and F(x + 1) of levels `(B,)`, by the arithmetic of `find`."""
-        group = x.div(self.tables.group, rounding_mode="floor")
-        return _range(self.within(group), x - group * self.tables.group)
+        group, inner = self.split(x)
+        return _range(self.within(group), inner)
 
 
 def _range(edges: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,17 @@ class Executor:
 FUSED = Executor()
 
 
+class Retracing(Executor):
+    """Computes latents from which `inverse` gives exactly the data back (`Bijection.retrace`)."""
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "forward":
+            return layer.retrace(x, context)
+        return layer.inverse(x, context)
+
+
 class LayerByLayer(Executor):
     """Calls every layer by itself. Subclasses that watch layers override `layer`."""
 

@@ -44,8 +44,6 @@ NOISE_BITS = 14
 NOISE_REACH = 6
 SQUEEZED_REACH = 16
 
-PROBE = 2  # images
-
 
 class Uniform:
     """Uniform noise."""
@@ -94,22 +92,31 @@ class Variational:
         stack.push_normal(self.flow.inverse(w, self._context(x), stack), NOISE_BITS, NOISE_REACH)
 
 
+def levels_of(flow: Flow) -> int:
+    """Q. Raises `UserError` for a model of real-valued data or with classes."""
+    if flow.classes:
+        raise UserError(
+            f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
+            f"coding rule"
+        )
+    return flow.kind.require_levels(
+        "compress: a model of real-valued data has no bits without loss"
+    )
+
+
 class Codec:
-    """A flow as an exact map between images and bits on a stack. It computes on the CPU.
+    """See `Coder`.
 
     Raises `UserError` where a layer has no rule, and for a model of real-valued data or with
     classes.
     """
 
+    borrows = True
+    chunk = 16
+    stream = 1000
+
     def __init__(self, flow: Flow):
-        self.levels = flow.kind.require_levels(
-            "compress: a model of real-valued data has no bits without loss"
-        )
-        if flow.classes:
-            raise UserError(
-                f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
-                f"coding rule"
-            )
+        self.levels = levels_of(flow)
         self.shape, self.dims = flow.shape, flow.dims
         flow = copy.deepcopy(flow).to("cpu", torch.float64).eval().requires_grad_(False)
         noise = flow.dequantizer.noise_model
@@ -123,10 +130,6 @@ class Codec:
         self.flow = rule(flow.bijection, DATA_BITS)
 
     def encode(self, x: Tensor, stack: Stack) -> None:
-        """Puts images, uint8 `(B, C, H, W)`, onto the stack.
-
-        Raises `Uncodable` and `Exhausted`, after which the stack is useless.
-        """
         stack.push_normal(self.latents(x, stack), DATA_BITS, LATENT_REACH)
 
     def latents(self, x: Tensor, stack: Stack) -> Tensor:
@@ -138,11 +141,6 @@ class Codec:
         return self.flow.forward(v, None, stack)
 
     def decode(self, count: int, stack: Stack) -> Tensor:
-        """The inverse of `encode`: takes images off the stack, uint8 `(count, C, H, W)`.
-
-        The stack then holds what `encode` began with, but only if both computed exactly the same
-        numbers. Raises `Uncodable` or `Exhausted` where they plainly did not.
-        """
         z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
         v = self.flow.inverse(z, None, stack)
         require((v >= self.edges[0]) & (v < self.edges[-1]))
@@ -152,18 +150,10 @@ class Codec:
         self.noise.push(y - x * PARTS, x, stack)
         return x.to(torch.uint8)
 
+    def fingerprint(self, x: Tensor) -> int:
+        stack = Stack(random_words(4 * x.numel()))
+        z = self.latents(x, stack)
+        return checksum(z) ^ checksum(torch.from_numpy(stack.words().astype(np.int64)))
+
     def _slope(self, group: Tensor) -> tuple[Tensor, Tensor]:
         return self.edges[group + 1] - self.edges[group], torch.full_like(group, 2**GROUP_BITS)
-
-
-def probe(codec: Codec) -> int:
-    """A checksum of what the model computes for fixed images: a different one means that this
-    machine computes other numbers.
-    """
-    channels, height, width = codec.shape
-    ramp = torch.arange(height)[:, None] + torch.arange(width) * 2
-    level = torch.arange(PROBE * channels).view(PROBE, channels, 1, 1) * 3
-    images = ((ramp + level) * codec.levels // (4 * (height + width))) % codec.levels
-    stack = Stack(random_words(4 * images.numel()))
-    z = codec.latents(images.to(torch.uint8), stack)
-    return checksum(z) ^ checksum(torch.from_numpy(stack.words().astype(np.int64)))

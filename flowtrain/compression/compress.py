@@ -16,16 +16,14 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.inputs import Selection
 from flowtrain.compression.model import model_bytes, model_hash, versions
-from flowtrain.compression.streams import CHUNK, EncodedStream, Estimate, encode_stream, estimate
+from flowtrain.compression.streams import EncodedStream, Estimate, encode_stream, estimate
 from flowtrain.compression.strips import strip_length, strips
 from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
-
-STREAM = 1000  # images per stream, at most
 
 Stage = Callable[[str], AbstractContextManager[Progress]]  # such as `ProgressBar`
 
@@ -96,13 +94,13 @@ class Prepared:
     """Images, uint8 `(N, C, H, W)`, and what the model says about them before any is coded."""
 
     model: LoadedModel
-    codec: Codec
+    coder: Coder
     probe: int
     images: Tensor
     bound: Tensor  # bits of each image, `(N,)`: the single-draw bound that `evaluate` computes
     # The images worth coding: one about which the model knows nothing is better stored.
     promising: list[int]
-    expected: Estimate
+    expected: Estimate | None  # None where none can be coded
 
 
 def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> Prepared:
@@ -111,14 +109,14 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> 
     Raises as `compress` does.
     """
     with one_thread():
-        codec = Codec(model.flow)
-        probed = probe(codec)
+        coder = coder_of(model.flow)
+        probed = probe(coder)
     split = Split(images.numpy(), np.arange(len(images)), 0)
     bound = score(model.flow, split, progress=progress).log_prob / -math.log(2)
-    promising = (bound < codec.dims * math.log2(codec.levels)).nonzero()[:, 0].tolist()
+    promising = (bound < coder.dims * math.log2(coder.levels)).nonzero()[:, 0].tolist()
     with one_thread():
-        expected = estimate(codec, images[promising[:CHUNK]])
-    return Prepared(model, codec, probed, images, bound, promising, expected)
+        expected = estimate(coder, images[promising[: coder.chunk]])
+    return Prepared(model, coder, probed, images, bound, promising, expected)
 
 
 def choose(
@@ -127,14 +125,16 @@ def choose(
     *,
     plain: list[bytes] | None = None,
     embed: bool = False,
-    stream_size: int = STREAM,
+    stream_size: int | None = None,
     stage: Stage = silent_stage,
     announce: Callable[[Forecast], None] = lambda forecast: None,
 ) -> Compressed:
     """The smaller archive. `plain` are the images' strips; without them, the flow is always tried.
 
-    `names` are a file name per image, or one word, of which the names are made.
+    `names` are a file name per image, or one word, of which the names are made. `stream_size` is
+    the largest number of images on a stack, by default the coder's.
     """
+    stream_size = stream_size or prepared.coder.stream
     images, bound, promising = prepared.images, prepared.bound, prepared.promising
     without = math.inf if plain is None else len(_pack(prepared, names, [], plain, b""))
     embedded = model_bytes(prepared.model) if embed else b""
@@ -142,14 +142,13 @@ def choose(
     streams: list[EncodedStream] = []
     data = b""
     seconds = 0.0
-    if prepared.expected.borrowed and (
-        plain is None or _promises(prepared, number, plain, len(embedded))
-    ):
-        announce(_forecast(prepared.expected, len(promising)))
+    expected = prepared.expected
+    if expected and (plain is None or _promises(prepared, expected, number, plain, len(embedded))):
+        announce(_forecast(expected, len(promising), number))
         started = time.perf_counter()
         tasks = [
             functools.partial(
-                encode_stream, prepared.codec, images, part.tolist(), prepared.expected.borrowed
+                encode_stream, prepared.coder, images, part.tolist(), expected.borrowed
             )
             for part in np.array_split(np.array(promising), number)
         ]
@@ -176,14 +175,16 @@ def choose(
     )
 
 
-def _promises(prepared: Prepared, streams: int, plain: list[bytes], model_bytes: int) -> bool:
+def _promises(
+    prepared: Prepared, expected: Estimate, streams: int, plain: list[bytes], model_bytes: int
+) -> bool:
     """Whether the flow might take less than the strips `plain`, give or take a twentieth.
 
     Only coding tells for certain.
     """
     plain_bits = 8 * sum(len(part) for part in plain) / len(prepared.images)  # per image
     bound = prepared.bound[prepared.promising]
-    borrowed = prepared.expected.borrowed
+    borrowed = expected.borrowed
     carriers = borrowed / plain_bits  # per stream
     if streams * carriers >= len(bound):
         return False
@@ -191,8 +192,8 @@ def _promises(prepared: Prepared, streams: int, plain: list[bytes], model_bytes:
     return bits + 8 * model_bytes < 1.05 * plain_bits * len(bound)
 
 
-def _forecast(expected: Estimate, images: int) -> Forecast:
-    threads = min(torch.get_num_threads(), -(-images // STREAM))
+def _forecast(expected: Estimate, images: int, streams: int) -> Forecast:
+    threads = min(torch.get_num_threads(), streams)
     each = images / threads
     return Forecast(threads, expected.encode_seconds * each, expected.decode_seconds * each)
 
@@ -210,16 +211,16 @@ def _pack(
     stored: list[bytes],
     embedded: bytes,
 ) -> bytes:
-    codec, model = prepared.codec, prepared.model
+    coder, model = prepared.coder, prepared.model
     description: dict[str, Any] = {
-        "shape": list(codec.shape),
-        "levels": codec.levels,
+        "shape": list(coder.shape),
+        "levels": coder.levels,
         "names": names,
     }
     if isinstance(names, str):
         description["count"] = len(prepared.images)
     count = len(_not_in(streams, len(prepared.images)))
-    if len(stored) != -(-count // strip_length(codec.shape[1])):
+    if len(stored) != -(-count // strip_length(coder.shape[1])):
         description["tall"] = True
     checksums = np.array([archive.checksum(image) for image in prepared.images], "<u4")
     parts = [checksums.tobytes(), *stored]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.compression import format as archive
-from flowtrain.compression.codec import Codec, probe
+from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.format import StreamDescription
 from flowtrain.compression.model import model_hash, versions
 from flowtrain.compression.stack import words_of
@@ -154,13 +154,13 @@ class Opened:
         others = [i for i in range(len(found)) if i not in stored]
         try:
             with one_thread():
-                codec = Codec(model.flow)
-                if probe(codec) != self.description.probe:
+                coder = coder_of(model.flow)
+                if probe(coder) != self.description.probe:
                     raise self._irreproducible("the model computes other numbers here")
             tasks = []
             for data, described in zip(self.parts[first:], self.streams, strict=False):
                 places, others = others[: described.images], others[described.images :]
-                tasks.append(functools.partial(_decode_to, found, places, codec, data, described))
+                tasks.append(functools.partial(_decode_to, found, places, coder, data, described))
             in_threads(tasks, sum(stream.images for stream in self.streams), progress)
         except (MemoryError, UserError):
             raise
@@ -192,12 +192,12 @@ class Opened:
 def _decode_to(
     found: Tensor,
     places: list[int],
-    codec: Codec,
+    coder: Coder,
     data: bytes,
     described: StreamDescription,
     tick: Tick,
 ) -> None:
-    found[places] = decode_stream(codec, words_of(data), described, tick)
+    found[places] = decode_stream(coder, words_of(data), described, tick)
 
 
 def _write(path: Path, data: bytes) -> None:

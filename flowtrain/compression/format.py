@@ -30,9 +30,11 @@ from pydantic import (
 )
 from torch import Tensor
 
-from flowtrain.compression.strips import STRIP, strip_length, tall_length
+from flowtrain.compression.strips import strip_length, tall_length
 from flowtrain.errors import UserError, cut, shown
 from flowtrain.types import Side
+
+LARGEST_CHUNK = 128  # images coded together
 
 
 class StreamDescription(BaseModel):
@@ -43,7 +45,7 @@ class StreamDescription(BaseModel):
     images: PositiveInt
     carriers: NonNegativeInt
     carrier_bytes: NonNegativeInt
-    chunks: list[Annotated[int, Field(ge=1, le=STRIP)]]
+    chunks: list[Annotated[int, Field(ge=1, le=LARGEST_CHUNK)]]
 
     @model_validator(mode="after")
     def _consistent(self) -> "StreamDescription":

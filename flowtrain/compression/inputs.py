@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression.format import check_names
-from flowtrain.compression.strips import BEST_METHOD, STRIP, tall_length, thorough
+from flowtrain.compression.strips import STRIP, tall_length
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets.base import picture
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import file_sizes, formats
+from flowtrain.pictures.lossless import FORMATS, affordable, file_sizes, formats
 
 
 @dataclass
@@ -113,14 +113,16 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         with picture(path) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
+            # Nothing is decoded that is not wanted.
+            fits = found == f"{width}x{height} {mode}" and frames == 1
+            pixels = np.array(image) if fits else np.empty(0)
             # PNG's tRNS: one colour or level is transparent.
             transparent = "transparency" in image.info
-            pixels = np.array(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image file") from None
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path}: cannot be read as an image ({short(error)})") from None
-    if found != f"{width}x{height} {mode}" or frames > 1:
+    if not fits:
         raise UserError(
             f"{path}: it has {frames} picture(s) of {found}, and the model is for "
             f"{width}x{height} {mode}; nothing is converted, as that would not be lossless"
@@ -145,11 +147,14 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> 
     """The bytes of all images together, per lossless format that Pillow has: as one file each, and
     in tall pictures (`tall NAME`) of as many images as a WebP can have.
 
-    WebP's method 6 is tried where there are few images (`thorough`).
+    The slow options of `FORMATS` are tried too where there are few images (`affordable`).
     """
-    names: dict[str, tuple[str, int | None]] = {name: (name, None) for name in formats()}
-    if "WEBP" in names and thorough(images):
-        names[f"WEBP method {BEST_METHOD}"] = "WEBP", BEST_METHOD
+    names = {name: (name, False) for name in formats()}
+    names |= {
+        f"{name} {FORMATS[name].slow}": (name, True)
+        for name in formats()
+        if affordable(images, name)
+    }
     parts = torch.split(images, STRIP)
     tall = [
         part.movedim(1, 0).flatten(1, 2)[None]
@@ -177,10 +182,10 @@ def _shares(count: int, parts: int) -> list[int]:
 
 
 def _sizes(
-    title: str, name: str, method: int | None, images: Tensor, levels: int, count: int, tick: Tick
+    title: str, name: str, slow: bool, images: Tensor, levels: int, count: int, tick: Tick
 ) -> tuple[str, Tensor | None]:
     try:
-        sizes = file_sizes(images, levels, name, method)
+        sizes = file_sizes(images, levels, name, slow)
     except (OSError, ValueError):  # too tall for the format
         sizes = None
     tick(count)

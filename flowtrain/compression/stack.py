@@ -63,6 +63,7 @@ class Stack:
         stream = constriction().stream
         self.coder = stream.stack.AnsCoder(words, seal=not again)
         self.uniform = stream.model.Uniform()
+        self.categorical = stream.model.Categorical(perfect=False)
         self.gaussian = stream.model.QuantizedGaussian
         self.lowest = self.bits  # the smallest number of bits so far
 
@@ -104,6 +105,21 @@ class Stack:
         """The inverse of `pop`."""
         taken = _takes_bits(sizes)
         self.coder.encode_reverse(_int32(values[taken]), self.uniform, _int32(sizes[taken]))
+
+    def pop_choice(self, probabilities: Tensor) -> Tensor:
+        """Whole numbers `(B,)` below N of relative probabilities `(B, N)`, int64."""
+        if probabilities.shape[1] == 1:
+            return torch.zeros(len(probabilities), dtype=torch.long)
+        popped = self.coder.decode(self.categorical, probabilities.numpy())
+        return torch.from_numpy(popped).long()
+
+    def push_choice(self, choice: Tensor, probabilities: Tensor) -> None:
+        """The inverse of `pop_choice`. Raises `FloatingPointError` for what is no probability."""
+        if probabilities.shape[1] == 1:
+            return
+        if not torch.isfinite(probabilities).all():
+            raise FloatingPointError("a weight, or what a network computes, is not finite")
+        self.coder.encode_reverse(_int32(choice), self.categorical, probabilities.numpy())
 
     def pop_normal(self, shape: tuple[int, ...], bits: int, reach: int) -> Tensor:
         """Standard normal numbers of a shape, in units of `2**-bits`, at most `reach` from zero."""

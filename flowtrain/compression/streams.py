@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.compression.codec import Codec
+from flowtrain.compression.coder import Coder
 from flowtrain.compression.format import StreamDescription
 from flowtrain.compression.stack import (
     RESERVE,
@@ -28,7 +28,6 @@ from flowtrain.compression.strips import strip, unstrip
 from flowtrain.compression.threads import Tick
 from flowtrain.errors import UserError
 
-CHUNK = 16  # images coded together, at most
 MOST_CARRIERS = 32  # images; where they are too small, random bits fill up what is missing
 
 
@@ -68,9 +67,9 @@ class Estimate:
     decode_seconds: float
 
 
-def estimate(codec: Codec, images: Tensor) -> Estimate:
+def estimate(coder: Coder, images: Tensor) -> Estimate | None:
     """Codes and decodes images `(N, C, H, W)`, without those that cannot be coded, on a stack of
-    random bits.
+    random bits. None if none can be coded.
 
     Raises `UserError` if they do not come back.
     """
@@ -78,36 +77,38 @@ def estimate(codec: Codec, images: Tensor) -> Estimate:
         stack = Stack(random_words(4 * images.numel()))
         before, started = stack.bits, time.perf_counter()
         try:
-            codec.encode(images, stack)
+            coder.encode(images, stack)
         except Uncodable as error:
             images = images[~error.images]
             continue
         encoded = time.perf_counter()
-        back = codec.decode(len(images), stack)
+        back = coder.decode(len(images), stack)
         seconds = time.perf_counter() - encoded
         if not torch.equal(back, images):
             raise UserError(
                 "the model's numerics do not reproduce on this machine: it cannot be used to "
                 "compress"
             )
-        borrowed = math.ceil(1.1 * (before - stack.lowest) / len(images)) + 2 * RESERVE
+        borrowed = 0
+        if coder.borrows:
+            borrowed = math.ceil(1.1 * (before - stack.lowest) / len(images)) + 2 * RESERVE
         return Estimate(borrowed, (encoded - started) / len(images), seconds / len(images))
-    return Estimate(0, 0.0, 0.0)
+    return None
 
 
 def encode_stream(
-    codec: Codec, images: Tensor, indices: list[int], borrowed: int, tick: Tick
+    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick
 ) -> EncodedStream:
     """Codes those of the images at these indices that can be coded. `borrowed` is an estimate."""
     while True:
         try:
-            return _encode_stream(codec, images, indices, borrowed, tick)
+            return _encode_stream(coder, images, indices, borrowed, tick)
         except Exhausted:  # one image borrowed more than the carriers have
             borrowed = borrowed * 5 // 4
 
 
 def _encode_stream(
-    codec: Codec, images: Tensor, indices: list[int], borrowed: int, tick: Tick
+    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick
 ) -> EncodedStream:
     carriers, blob = 0, b""
     while 8 * len(blob) < borrowed and carriers < min(len(indices), MOST_CARRIERS):
@@ -119,11 +120,13 @@ def _encode_stream(
     rest = indices[carriers:]
     tick(carriers)
     while rest:
-        chunk = rest[: min(max((stack.bits - RESERVE) // borrowed, 1), CHUNK)]
+        chunk = rest[: coder.chunk]
+        if coder.borrows:
+            chunk = chunk[: max((stack.bits - RESERVE) // borrowed, 1)]
         while chunk:
             attempt = stack.copy()
             try:
-                codec.encode(images[chunk], attempt)
+                coder.encode(images[chunk], attempt)
             except Uncodable as error:
                 bad = {index for index, flag in zip(chunk, error.images, strict=True) if flag}
                 chunk = [index for index in chunk if index not in bad]
@@ -145,7 +148,7 @@ def _encode_stream(
 
 
 def decode_stream(
-    codec: Codec, words: np.ndarray, described: StreamDescription, tick: Tick
+    coder: Coder, words: np.ndarray, described: StreamDescription, tick: Tick
 ) -> Tensor:
     """The images of a stream, uint8 `(N, C, H, W)`.
 
@@ -154,11 +157,11 @@ def decode_stream(
     stack = Stack(words, again=True)
     parts = []
     for count in reversed(described.chunks):
-        parts.append(codec.decode(count, stack))
+        parts.append(coder.decode(count, stack))
         tick(count)
     blob = stack.first_words().astype("<u4").tobytes()[: described.carrier_bytes]
     if described.carriers:
-        parts.append(torch.empty(described.carriers, *codec.shape, dtype=torch.uint8))
+        parts.append(torch.empty(described.carriers, *coder.shape, dtype=torch.uint8))
         unstrip(blob, parts[-1])
         tick(described.carriers)
     return torch.cat(parts[::-1])

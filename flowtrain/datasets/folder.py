@@ -14,20 +14,21 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
-from flowtrain.system.files import write_atomically
+from flowtrain.system.files import open_regular, read_regular, write_atomically
 from flowtrain.types import Shape, Side
 
 log = logging.getLogger("flowtrain")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHUNK = 256  # images decoded ahead of the one being written
+LONGEST_INDEX = 2**28  # bytes; a folder of a million unreadable files has fewer
 LISTED = 50  # unreadable files named in a message; the cache's index.json has all of them
 ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
 
@@ -88,7 +89,7 @@ def build(
         return _cache() / "folder" / cached
 
     def decoded() -> tuple[np.ndarray, dict[str, str]]:
-        return _open(target(), shape) or _fill(target(), folder, files, shape, resize)
+        return _open(target(), files, shape) or _fill(target(), folder, files, shape, resize)
 
     def digests() -> np.ndarray:
         return _digests(target(), decoded()[0])
@@ -203,31 +204,44 @@ def _cache() -> Path:
         raise UserError("there is no home folder for the cache: set FLOWTRAIN_CACHE") from None
 
 
-def _open(target: Path, shape: Shape) -> tuple[np.ndarray, dict[str, str]] | None:
-    """A finished cache, mapped read-only, with its unreadable files.
+def _open(
+    target: Path, files: list[File], shape: Shape
+) -> tuple[np.ndarray, dict[str, str]] | None:
+    """A finished cache of files, mapped read-only, with its unreadable files.
 
     None if it is absent or damaged.
     """
     try:
-        index = json.loads((target / "index.json").read_text())
-        images = np.load(target / "images.npy", mmap_mode="r")
-        if images.shape != (index["count"], *shape) or images.dtype != np.uint8:
-            raise ValueError(f"it holds {images.shape}")
+        index = json.loads(read_regular(target / "index.json", LONGEST_INDEX))
+        unreadable: dict[str, str] = dict(index["unreadable"])
+        known = unreadable.keys() <= {file.name for file in files}
+        texts = all(isinstance(why, str) for why in unreadable.values())
+        count = len(files) - len(unreadable)
+        if index["count"] != count or not known or not texts:
+            raise ValueError("index.json is not of these files")
+        images = _mapped(target / "images.npy", (count, *shape))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
         return None
-    return images, index["unreadable"]
+    return images, unreadable
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of uint8 in this shape. Raises `OSError`, and `ValueError` for any other file."""
+    header = _header(shape)
+    with open_regular(path) as file:
+        if file.read(len(header)) != header:
+            raise ValueError(f"{path.name} is not an array of shape {shape}")
+        return np.memmap(file, np.uint8, "r", len(header), shape)
 
 
 def _digests(target: Path, images: np.ndarray) -> np.ndarray:
     """What `base.digests` gives for the images of a cache, which remembers it."""
     known = target / "digests.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        found: np.ndarray = np.load(known)
-        if found.shape == (len(images), 16) and found.dtype == np.uint8:
-            return found
+    with contextlib.suppress(OSError, ValueError):
+        return np.array(_mapped(known, (len(images), 16)))
     found = base.digests(images)
     buffer = io.BytesIO()
     np.save(buffer, found)
@@ -252,12 +266,12 @@ def _fill(
             raise UserError(f"data.path: no image in {folder} can be read ({listed})")
         index = {"source": os.fspath(folder), "count": count, "unreadable": unreadable}
         (temporary / "index.json").write_text(json.dumps(index, indent=1))
-        opened = _open(temporary, shape)
+        opened = _open(temporary, files, shape)
         assert opened is not None
         try:
             temporary.rename(target)
         except OSError:  # it exists: another process was faster, or it is the damaged one
-            if _open(target, shape) is None:
+            if _open(target, files, shape) is None:
                 shutil.rmtree(target, ignore_errors=True)
                 # If yet another process was faster, the open map still holds our copy.
                 with contextlib.suppress(OSError):
@@ -294,7 +308,7 @@ def _write(
         if policy == "exact":
             _check_sizes(pool, folder, files, shape)
         # Written in sequence, not through a map, where a full disk would be a SIGBUS.
-        _write_header(out, (len(files), *shape))
+        out.write(_header((len(files), *shape)))
         for start in _progress(range(0, len(files), CHUNK), len(files)):
             chunk = files[start : start + CHUNK]
             decoded = pool.map(lambda file: _decode(folder / file.name, shape, policy), chunk)
@@ -304,17 +318,18 @@ def _write(
                 else:
                     out.write(image.tobytes())
         out.seek(0)  # numpy pads the header, so a smaller count fits into the same space
-        _write_header(out, (len(files) - len(unreadable), *shape))
+        out.write(_header((len(files) - len(unreadable), *shape)))
         out.flush()
         os.fsync(out.fileno())
     return unreadable
 
 
-def _write_header(out: BinaryIO, shape: tuple[int, ...]) -> None:
+def _header(shape: tuple[int, ...]) -> bytes:
+    """That of a .npy file of uint8."""
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, header)
-    out.write(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray | str:

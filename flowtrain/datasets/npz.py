@@ -116,9 +116,11 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
         raise UserError(f"{where} is damaged: it has {there} bytes for an array {cut(str(shape))}")
     from flowtrain.system import capacity  # imports torch
 
-    if there > capacity.total() // 2:
+    # In the order of channels that training takes, it is a copy.
+    taken = there * (2 if layout == "nhwc" and len(shape) == 4 else 1)
+    if taken > capacity.total() // 2:
         raise UserError(
-            f"{where} takes {there / 2**30:.1f} GiB, more than half of the memory of this machine"
+            f"{where} takes {taken / 2**30:.1f} GiB, more than half of the memory of this machine"
         )
     if len(shape) == 3:
         shape = (shape[0], 1, *shape[1:])

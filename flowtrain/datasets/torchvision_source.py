@@ -14,6 +14,7 @@ import numpy as np
 
 from flowtrain.datasets.base import Images, Part, contiguous
 from flowtrain.errors import UserError, disk_full, is_disk_full, short
+from flowtrain.system.files import require_regular
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -104,9 +105,9 @@ def images(
         if not present:
             log.info("%s is not in %s: downloading it from %s", name, place, tried)
         try:
+            for file in (*files.downloaded, *files.unpacked):
+                require_regular(place / file)
             for file, size in files.unpacked.items():
-                if present and not ((place / file).is_file() or (place / file).is_dir()):
-                    raise ValueError(f"{file} is not a regular file")
                 found = (place / file).stat().st_size if (place / file).exists() else size
                 if size is not None and found != size:
                     present = True

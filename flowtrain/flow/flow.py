@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.execution import FUSED, Executor, Initializing
+from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
 from flowtrain.flow.class_prior import ClassContext, ClassPrior, LogProb, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
@@ -170,10 +170,11 @@ class Flow(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The latent at the middle of each image's bin, `(B, D)`.
 
-        There is no randomness, so `decode` gives `x` back.
+        There is no randomness, so `decode` gives `x` back. A causal flow computes one entry after
+        the other for that, so it takes as long as `decode`.
         """
-        z: Tensor = self.bijection(self.dequantizer.middle(self._checked(x), self.dtype))[0]
-        return z
+        v = self.dequantizer.middle(self._checked(x), self.dtype)
+        return self.bijection.through(Retracing(), "forward", v)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor, labels: Tensor | None = None, executor: Executor = FUSED) -> Tensor:

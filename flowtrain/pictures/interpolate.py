@@ -78,7 +78,8 @@ def between_classes(
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
     for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
-        where = (split.labels == label).nonzero().flatten().numpy()
+        # numpy compares with numbers of any size
+        where = (split.labels.numpy() == label).nonzero()[0]
         if len(where) < needed:
             raise UserError(
                 f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"

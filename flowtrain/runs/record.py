@@ -12,7 +12,11 @@ from pydantic import BaseModel, ValidationError
 from flowtrain import config as configuration
 from flowtrain.errors import UserError, shown
 from flowtrain.results import Evaluation, Row, Summary
-from flowtrain.system.files import open_regular
+from flowtrain.system.files import read_regular
+
+# In bytes. A row of metrics takes some twenty times as much memory as its line.
+LONGEST_METRICS = 2**27
+LONGEST_JSON = 2**24  # of a summary or an evaluation
 
 
 class Named(BaseModel):
@@ -63,7 +67,7 @@ def read(path: Path) -> Record:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, without a last line that is still being written."""
-    *lines, _unfinished = _text(path).split("\n")
+    *lines, _unfinished = _text(path, LONGEST_METRICS).split("\n")
     return [_checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -72,10 +76,9 @@ def read_evaluation(path: Path) -> Evaluation:
     return _checked(Evaluation, _text(path), str(path))
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, limit: int = LONGEST_JSON) -> str:
     try:
-        with open_regular(path) as file:
-            return file.read().decode()
+        return read_regular(path, limit).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be read: {reason}") from error

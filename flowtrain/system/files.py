@@ -1,5 +1,5 @@
 """Files that are written whole or not at all, and files from outside, which are only read if they
-are regular files.
+are regular files. `tests/system/test_files.py` checks that no other module opens one.
 """
 
 import contextlib
@@ -111,17 +111,27 @@ _BAD_PATH = {
 def save(path: Path, data: bytes) -> None:
     """Writes a file that the user asked for, and makes its parent folder if it is missing.
 
+    A link stays, and the file that it names is written.
+
     Raises:
-        UserError: if the path cannot be written.
+        UserError: if the path cannot be written. A pipe or a device is not replaced by a file.
         RunError: if the disk fails, for example because it is full.
     """
+    target = path.resolve() if path.is_symlink() else path
+    if is_special(target):
+        raise UserError(f"{path}: cannot be written: not a regular file")
     try:
-        make_folder_of(path)
-        write_atomically(path, data)
+        make_folder_of(target)
+        write_atomically(target, data)
     except RunError as error:
         if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
             raise UserError(str(error)) from error
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether a pipe, a device or the like is at `path`."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -134,14 +144,43 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
 
 
+def append_regular(path: Path) -> BinaryIO:
+    """Opens a file for appending, and makes it if it is missing.
+
+    Raises:
+        OSError: as `open_regular` does, and if it is a link. In a stranger's folder, a link may
+            lead to any file of the user.
+    """
+    if path.is_symlink():
+        raise _not_regular(path)
+    return open(path, "ab", opener=_regular)  # noqa: SIM115 (the caller closes it)
+
+
 def _regular(path: str, flags: int) -> int:
     # Otherwise opening a pipe would wait for a writer.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", path)
+    raise _not_regular(path)
+
+
+def _not_regular(path: Path | str) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def require_regular(path: Path) -> None:
+    """For files that another library opens: what exists at `path`, and all in it if it is a folder.
+
+    Raises:
+        OSError: where something is neither a regular file nor a folder.
+    """
+    for here, _, names in os.walk(path, followlinks=False):
+        for name in names:
+            require_regular(Path(here, name))
+    if is_special(path):
+        raise _not_regular(path)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -18,9 +18,17 @@ from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, cut, is_disk_full
 from flowtrain.results import Row
-from flowtrain.system import distributed
+from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
-from flowtrain.system.files import remove_left_overs, write_atomically
+from flowtrain.system.files import (
+    append_regular,
+    read_regular,
+    remove_left_overs,
+    write_atomically,
+)
+
+LONGEST_SUMMARY = 2**20  # bytes
+LONGEST_OWNER = 100  # bytes of `.lock`
 
 
 class RunDirectory:
@@ -96,7 +104,7 @@ class RunDirectory:
                 raise self._in_use(name) from error
             except OSError:
                 pass
-            file = held.enter_context(name.open("ab+", buffering=0))
+            file = held.enter_context(append_regular(name))
         except OSError as error:
             kind = RunError if is_disk_full(error) else UserError
             raise kind(
@@ -108,11 +116,12 @@ class RunDirectory:
             raise self._in_use(name) from error
         file.truncate(0)
         file.write(str(os.getpid()).encode())
+        file.flush()
 
     def _in_use(self, name: Path) -> UserError:
         owner = "unknown"
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            owner = name.read_text() or owner
+            owner = cut(read_regular(name, LONGEST_OWNER).decode()) or owner
         return UserError(
             f"--run-dir {self.path}: in use by another process (pid {owner}); "
             "wait for it, stop it, or choose another directory"
@@ -159,16 +168,14 @@ class RunDirectory:
         Damaged lines are moved to `metrics.damaged.jsonl`.
         """
         self._require_there()
-        if not self.metrics.exists():
-            return
-        content = self.metrics.read_bytes()
-        *lines, cut = content.split(b"\n")
-        if _row(cut) is not None:
-            lines.append(cut)
+        content = self._read(self.metrics)
+        *lines, last = content.split(b"\n")
+        if _row(last) is not None:
+            lines.append(last)
         rows = [(line, _row(line)) for line in lines]
         damaged = [line for line, row in rows if row is None and line]
         if damaged:
-            before = self.damaged.read_bytes() if self.damaged.exists() else b""
+            before = self._read(self.damaged)
             known = before.split(b"\n")  # a kill may have come before they were removed
             new = [line for line in damaged if line not in known]
             self._write(self.damaged, before + b"".join(line + b"\n" for line in new))
@@ -183,10 +190,18 @@ class RunDirectory:
 
     def last_validation(self) -> Row | None:
         """The last row of the validation split."""
-        if not self.metrics.exists():
-            return None
-        rows = map(_row, reversed(self.metrics.read_bytes().split(b"\n")))
+        rows = map(_row, reversed(self._read(self.metrics).split(b"\n")))
         return next((row for row in rows if row is not None and row.split == "validation"), None)
+
+    def _read(self, path: Path) -> bytes:
+        """The content of a file of lines, nothing if it is missing. Raises `UserError`."""
+        try:
+            # Its lines, one by one, take a few times as much.
+            return read_regular(path, capacity.total() // 16)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     @property
     def tensorboard(self) -> SummaryWriter:
@@ -199,8 +214,8 @@ class RunDirectory:
         values = row.content()
         self._require_there()
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            with append_regular(self.metrics) as file:
+                file.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
         for key, value in values.items():
@@ -244,7 +259,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty if it is missing or damaged."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads((self.path / "summary.json").read_bytes())
+            content = json.loads(read_regular(self.path / "summary.json", LONGEST_SUMMARY))
             if isinstance(content, dict):
                 return content
         return {}

@@ -198,6 +198,36 @@ def test_images_come_back_from_a_trained_model(trained):
         assert torch.equal(flow.decode(flow.encode(each)), each)
 
 
+def test_images_come_back_from_batches_of_another_size(trained):
+    """Batches change the rounding of the networks, by far less than the range of any level."""
+    flow, x = trained
+    every = torch.cat([x[:30], images(30, (1, 8, 8), 17), torch.full((4, 1, 8, 8), 16)])
+    every = every.to(torch.uint8)
+    for encoded, decoded in [(64, 1), (7, 64), (33, 20)]:
+        z = torch.cat([flow.encode(part) for part in every.split(encoded)])
+        back = torch.cat([flow.decode(part) for part in z.split(decoded)])
+        assert torch.equal(back, every)
+
+
+def test_encode_computes_what_decode_computes(trained, monkeypatch):
+    """One pass of the networks rounds differently, so it has no part in it."""
+    flow, x = trained
+    monkeypatch.setattr(type(flow.bijection.conditioner), "forward", None)
+    z = flow.encode(x[:5])
+    targets: list[torch.Tensor] = []
+
+    def next_level(entry, index):
+        low, high = entry.range(x[:5].flatten(1)[:, index].long())
+        targets.append((index, (low + high) / 2))
+        return x[:5].flatten(1)[:, index].long()
+
+    flow.bijection.in_order(next_level, 5)
+    for index, middle in targets:
+        torch.testing.assert_close(
+            torch.special.ndtr(z[:, index].double()), middle, rtol=0, atol=1e-7
+        )
+
+
 def test_samples_of_a_trained_model_look_like_its_images(trained):
     flow, x = trained
     drawn = flow.sample(200, generator=seeded())

@@ -1,11 +1,16 @@
 """The images that go into an archive."""
 
+import struct
+import tracemalloc
+import zlib
+
 import pytest
 import torch
 from coding_helpers import picture
 from helpers import images
 
 from flowtrain.compression.inputs import find_files, ordinary_sizes, read_files
+from flowtrain.errors import UserError
 from flowtrain.pictures import lossless as lossless_formats
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import decoded, encoded
@@ -27,9 +32,22 @@ def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     assert set(ordinary_sizes(x, 256)) >= {"PNG", "WEBP"}
     last = encoded(x[2], "WEBP")
     monkeypatch.setattr(
-        lossless_formats, "decoded", lambda data, shape: lossless(data, shape) ^ (data == last)
+        lossless_formats, "decoded", lambda data, *of: lossless(data, *of) ^ (data == last)
     )
     assert "WEBP" not in ordinary_sizes(x, 256)
+
+
+def test_a_picture_of_another_size_is_not_decoded(tmp_path):
+    """Its pixels may take gigabytes."""
+    data = encoded(to_8bit(images(1, (1, 8, 8), 256)[0], 256), "PNG")
+    header = b"IHDR" + struct.pack(">II", 8, 2**23) + data[24:29]
+    large = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+    (tmp_path / "a.png").write_bytes(large)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="picture.s. of 8x8388608 L, and the model is for 8x8 L"):
+        read_files([tmp_path / "a.png"], (1, 8, 8), 256)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
 
 
 def test_folders_are_read_as_the_data_set_reads_them(tmp_path):

@@ -237,6 +237,18 @@ def caches():
     return list(Path(os.environ["FLOWTRAIN_CACHE"], "folder").iterdir())
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def npy_header(shape):
+    buffer = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -245,6 +257,12 @@ def caches():
         lambda c: (c / "images.npy").unlink(),
         lambda c: (c / "index.json").write_text('{"count"'),
         lambda c: (c / "index.json").write_text('{"count": 5, "unreadable": {}}'),
+        lambda c: (c / "index.json").write_text('{"count": 20, "unreadable": "text"}'),
+        lambda c: (c / "index.json").write_text('{"count": 19, "unreadable": {"other": "why"}}'),
+        lambda c: (c / "index.json").write_text("[" * 100_000),
+        lambda c: (c / "images.npy").write_bytes(npy_header((10**6, 1, 10**6))),
+        lambda c: pipe(c / "index.json"),
+        lambda c: pipe(c / "images.npy"),
         lambda c: (c / "index.json").unlink(),
     ],
 )

@@ -220,6 +220,17 @@ def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
         npz.build(tmp_path, "train", path=path).read()
 
 
+@pytest.mark.parametrize("layout, copies", [("nhwc", 2), ("nchw", 1)])
+def test_the_copy_in_another_order_counts(tmp_path, layout, copies, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez(path, x_train=np.zeros((10, 3, 3, 3), np.uint8))
+    monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270)
+    npz.build(tmp_path, "train", path=path, layout=layout)
+    monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270 - 1)
+    with pytest.raises(UserError, match="more than half of the memory"):
+        npz.build(tmp_path, "train", path=path, layout=layout)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
 def test_npz_is_a_regular_file(tmp_path, kind):
     path = tmp_path / kind

@@ -279,6 +279,12 @@ def test_cifar10_from_its_archive(tmp_path, monkeypatch):
         pixels = check(module("cifar10").build(root, "train"), 3)
     assert np.array_equal(pixels, wanted[:3])
     assert np.array_equal(check(module("cifar10").build(root, "test"), 2), wanted[3:])
+    for name in ("cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"):
+        (root / name).rename(root / "aside")
+        os.mkfifo(root / name)
+        with pytest.raises(UserError, match="not a regular file"):
+            module("cifar10").build(root, "train").read()
+        (root / "aside").rename(root / name)
     corrupt(root / "cifar-10-batches-py" / "data_batch_1")
     (root / "cifar-10-python.tar.gz").unlink()
     with pytest.raises(UserError, match=r"are damaged .*Delete cifar-10-batches-py there"):

@@ -767,26 +767,6 @@ def test_a_layer_of_ones_own_without_an_inverse(tmp_path):
     done.failed(1, "NotImplementedError", "layers.2, layers.3", " and 3 more")
 
 
-@pytest.mark.parametrize(
-    "options, fragments",
-    [
-        (["nowhere"], ["nowhere: no such checkpoint"]),
-        (["--num-images", 0], ["--num-images"]),
-        (["--weights", "best"], ["--weights best: expected ema or raw"]),
-        (["--device", "abacus"], ["--device abacus"]),
-        (sets(model__width=3), ["--set model.width=3", "only keys of data"]),
-        (
-            sets(data__name="npz", data__path="other.npz"),
-            ["shape (3, 8, 8)", "256 levels", "best.safetensors"],
-        ),
-        (["--json", "runs"], ["runs: cannot be written"]),
-    ],
-)
-def test_wrong_input(options, fragments, run, tmp_path):
-    npz(tmp_path / "other.npz", shape=(8, 8, 3))
-    quick("doctor", *options, cwd=tmp_path).failed(2, *fragments)
-
-
 def test_help(tmp_path):
     out = quick("doctor", "--help", cwd=tmp_path).ok().out
     assert "Example: flowtrain doctor" in out

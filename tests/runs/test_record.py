@@ -1,6 +1,7 @@
 """Reading a run directory whose files are damaged."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,24 @@ from flowtrain.runs import record
 def damage(name, text):
     def apply(run):
         (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return apply
+
+
+def pipe(name):
+    def apply(run):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+
+    return apply
+
+
+def huge(name):
+    """A file that takes no room on the disk."""
+
+    def apply(run):
+        with (run / name).open("wb") as file:
+            file.truncate(2**40)
 
     return apply
 
@@ -70,6 +89,11 @@ BROKEN = {
         damage("evaluate-test.json", "{}"),
         "a/evaluate-test.json: bits_per_dim: Field required",
     ),
+    **{
+        f"{problem.__name__}: {name}": (problem(name), f"a/{name}: cannot be read")
+        for problem in (pipe, huge)
+        for name in ("config.yaml", "summary.json", "metrics.jsonl", "evaluate-test.json")
+    },
 }
 
 

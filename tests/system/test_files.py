@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and which files are read."""
 
+import ast
 import fcntl
 import os
 import signal
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain.errors import RunError
+from flowtrain.errors import RunError, UserError
 from flowtrain.system.files import (
+    append_regular,
     open_regular,
     read_regular,
     remove_left_overs,
+    require_regular,
     save,
     write_atomically,
 )
@@ -154,4 +157,92 @@ def test_nothing_else_is_opened(kind, tmp_path, monkeypatch):
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(OSError, match=others.get(kind, "not a regular file")):
         read_regular(path, 1000)
+    if kind != "folder":
+        with pytest.raises(OSError):
+            append_regular(path)
+        with pytest.raises(OSError, match="not a regular file"):
+            require_regular(path)
+    if not kind.startswith("/dev"):
+        (tmp_path / "inner").mkdir()
+        (tmp_path / "inner" / "file").write_text("")
+        require_regular(tmp_path / "inner")
+        os.mkfifo(tmp_path / "inner" / "deeper")
+        with pytest.raises(OSError, match="not a regular file"):
+            require_regular(tmp_path / "inner")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "a link to a pipe"])
+def test_only_regular_files_are_replaced(kind, tmp_path):
+    """A device that root writes to would be gone for the whole machine."""
+    path = tmp_path / "a"
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        os.mkfifo(path)
+    if kind == "a link to a pipe":
+        (tmp_path / "link").symlink_to(path)
+        path = tmp_path / "link"
+    before = path.lstat()
+    with pytest.raises(UserError, match=f"{path}: cannot be written: not a regular file"):
+        save(path, b"x")
+    assert os.path.samestat(path.lstat(), before)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays(there, tmp_path):
+    file, link = tmp_path / "folder" / "file", tmp_path / "link"
+    file.parent.mkdir()
+    if there:
+        file.write_bytes(b"before")
+    link.symlink_to(file)
+    save(link, b"after")
+    assert link.is_symlink() and file.read_bytes() == b"after"
+
+
+def test_lines_are_appended_but_not_through_a_link(tmp_path):
+    for _ in range(2):
+        with append_regular(tmp_path / "file") as file:
+            file.write(b"line\n")
+    assert (tmp_path / "file").read_bytes() == b"line\nline\n"
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(OSError, match="not a regular file"):
+            append_regular(tmp_path / name)
+    require_regular(tmp_path / "dangling")
+    assert not (tmp_path / "nowhere").exists()
+
+
+# Calls that look like opening a file by its name, and what they open.
+OPENING = {
+    "system/files.py": {"open", "fdopen"},
+    "system/capacity.py": {"read_text"},  # the system's
+    "system/console.py": {"open"},  # the null device
+    "system/distributed.py": {"load"},  # bytes
+    "checkpoints/format.py": {"load"},  # bytes
+    "cli/configs.py": {"open"},  # the package's
+    "cli/decompress.py": {"load"},  # an archive that was read
+    "compression/decompress.py": {"open"},  # new files
+    "config.py": {"load"},  # text
+    "datasets/base.py": {"open"},  # what `open_regular` has opened
+    "datasets/folder.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
+    "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
+    "pictures/lossless.py": {"open"},  # bytes
+    "runs/report.py": {"read_text"},  # the package's
+    "training/run_directory.py": {"open"},  # a folder
+}
+
+
+def test_files_are_opened_in_one_place():
+    package = Path(__file__).parents[2] / "flowtrain"
+    names = {"open", "fdopen", "read_text", "read_bytes", "load", "fromfile", "memmap"}
+    found = {}
+    for file in package.rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+        called = {call.attr for call in calls if isinstance(call, ast.Attribute)} & names
+        called |= {call.id for call in calls if isinstance(call, ast.Name)} & {"open"}
+        if called:
+            found[str(file.relative_to(package))] = called
+    assert found == OPENING

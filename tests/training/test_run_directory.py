@@ -1,7 +1,9 @@
 """What a run directory holds after kills, damage and deletion."""
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from catalogue import SMALL, TINY_RUN, sets
@@ -20,6 +22,9 @@ from cli_helpers import (
 )
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.errors import RunError, UserError
+from flowtrain.results import Row
+from flowtrain.training.run_directory import RunDirectory
 
 ENDLESS = ["train", *SMALL, *sets(train__num_steps=100_000, train__log_every=1), "--run-dir", "r"]
 
@@ -135,6 +140,47 @@ def test_more_damage_is_added(run, tmp_path):
         (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
         quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert (run / "metrics.damaged.jsonl").read_bytes() == b"3\n1\n"
+
+
+# --- names that lead elsewhere --------------------------------------------------------------------
+
+NO_FILE = "not a regular file|No such device"  # the latter of a pipe without a reader
+ELSEWHERE = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link": lambda path: path.symlink_to("../private"),
+}
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "metrics.damaged.jsonl"])
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_run_directory_leads_nowhere_else(kind, name, tmp_path):
+    """Nothing waits for a pipe, reads a device for ever, or writes to a file that a link names."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "private").write_text("")
+    (tmp_path / "r" / "metrics.jsonl").write_text("damaged\n")
+    (tmp_path / "r" / name).unlink(missing_ok=True)
+    ELSEWHERE[kind](tmp_path / "r" / name)
+    run = RunDirectory(tmp_path / "r")
+    refused = kind != "link" or name == ".lock"
+    expected = pytest.raises(UserError, match=NO_FILE) if refused else nullcontext()
+    with expected, run.locked():
+        run.tidy_metrics(step=3)
+    if kind == "link" and name == "metrics.jsonl":
+        row = Row(step=1, images=1, seconds=1.0, split="train", bits_per_dim=1.0)
+        with pytest.raises(RunError, match="not a regular file"), run.locked():
+            run.log(row)
+    assert (tmp_path / "private").read_text() == ""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_summary_that_is_no_file_is_written_anew(kind, tmp_path):
+    run = RunDirectory(tmp_path)
+    ELSEWHERE[kind](tmp_path / "summary.json")
+    assert run.summary() == {}
+    with run.locked():
+        run.write_json("summary.json", {"step": 1})
+    assert run.summary() == {"step": 1}
 
 
 # --- deletion -------------------------------------------------------------------------------------

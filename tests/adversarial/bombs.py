@@ -1,0 +1,315 @@
+"""Small files that would take much time or memory, each given to a command in a process of its own:
+`PYTHONPATH=tests python tests/adversarial/bombs.py` prints a JSON object with the faults and a
+table in Markdown.
+
+The table has the size of the file, the exit code, the seconds of computing and the MiB at the peak.
+The last row is what python takes with torch and flowtrain imported.
+"""
+
+import io
+import json
+import math
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import children
+import sound
+from children import MIB, Outcome
+from fuzz import LAST, LINES, parts_of, sealed
+from sound import Sound
+
+from flowtrain.compression import format as archive_format
+from flowtrain.compression.strips import strip_length
+from flowtrain.system import capacity
+
+SECONDS, MEMORY = 60, 8 * 1024  # of a command, which is ended then
+LARGEST = 1024  # MiB at the peak
+DEEP = 100_000  # levels
+ZLIB = 15  # deflated data with a checksum
+
+
+@dataclass
+class Bomb:
+    """A file `name`, how its content is made, the command that reads it, and its exit code."""
+
+    name: str
+    make: Callable[[], bytes]
+    words: list[str]
+    code: int = 2
+
+
+def bombs(files: Sound) -> dict[str, Bomb]:
+    dry = ["train", "--dry-run", "--config", "c.yaml"]
+    packed = ["decompress", "a.fta", "--out", "out"]
+    evaluate = ["evaluate", "colour", "--dataset", "x.npz", "--json", "-"]
+    show = ["interpolate", "run", "--images", "x.png", "pictures/grey.png", "--out", "i.png"]
+    compare, sample = ["compare", "run", "run"], ["sample", LAST, "--num", "1"]
+
+    def configured(section: str, **values: object) -> Bomb:
+        return Bomb(LAST, lambda: _checkpoint(files, section, values), sample)
+
+    return {
+        "YAML: 9^29 values by aliases": Bomb("c.yaml", _aliases, dry),
+        "YAML: 8^11 values in `--set`": Bomb("c.yaml", bytes, [*dry, "--set", _flow_aliases()]),
+        "YAML: 100,000 levels": Bomb("c.yaml", lambda: b"a: " + b"[" * DEEP, dry),
+        "YAML: 100 MB": Bomb("c.yaml", lambda: b"# " + b"x" * 10**8, dry),
+        "YAML: `model.width` of 10^25": Bomb("c.yaml", lambda: b"model: {width: 1e25}", dry),
+        "archive: images of 5.5 GB, with `--max-memory 1024`": Bomb(
+            "a.fta", lambda: _archive(*_of_zeros(111)), [*packed, "--max-memory", "1024"]
+        ),
+        "archive: images of 100 GB": Bomb("a.fta", lambda: _archive(*_of_zeros(2001)), packed),
+        "archive: a description of 5.5 GB": Bomb(
+            "a.fta", lambda: _archive(_deflated(b" " * MIB, 5500), [bytes(4)]), packed
+        ),
+        "archive: an image of 192 bytes that inflates to 5.5 GB": Bomb(
+            "a.fta", lambda: _archive(*_long_strip()), packed
+        ),
+        "archive: a description of 100,000 levels": Bomb(
+            "a.fta", lambda: _archive(_deflated(b"[" * DEEP, 1), [bytes(4)]), packed
+        ),
+        "npz: a header that claims 100 GB": Bomb("x.npz", lambda: _npz(10**11), evaluate),
+        "npz: the zip claims 100 GB, too": Bomb("x.npz", _lying_npz, evaluate),
+        "npz: inflates to as much as the memory": Bomb(
+            "x.npz", lambda: _deflated_npz(capacity.total() // MIB), evaluate
+        ),
+        "PNG: 2^31 x 2^31": Bomb("x.png", lambda: _png(2**31 - 1, 0), show),
+        "PNG: 50,000 x 50,000": Bomb("x.png", lambda: _png(50_000, 50_000), show),
+        "PNG: 13,000 x 13,000, less than Pillow's limit": Bomb(
+            "x.png", lambda: _png(13_000, 13_000), show, code=0
+        ),
+        "PNG: a text of 1 GB": Bomb("x.png", _png_with_text, show),
+        "checkpoint: `model.couplings` of 10^9": configured("model", name="nice", couplings=10**9),
+        "checkpoint: `model.couplings` of 10^6": configured("model", name="nice", couplings=10**6),
+        "checkpoint: `model.width` of 10^25": configured("model", width=10**25),
+        "checkpoint: `model.width` of 10^6": configured("model", width=10**6),
+        "checkpoint: `model.classes` of 65,536": configured("model", classes=2**16),
+        "checkpoint: `train.batch_size` of 10^30": configured("train", batch_size=10**30),
+        "checkpoint: `dequantization.width` of 10^6": configured(
+            "dequantization", name="variational", width=10**6
+        ),
+        "checkpoint: a description of 100,000 levels": Bomb(
+            LAST, lambda: _with_header(files, __metadata__={"flowtrain": "[" * DEEP}), sample
+        ),
+        "checkpoint: a header of 1 TB": Bomb(
+            LAST, lambda: (2**40).to_bytes(8, "little") + files.bytes(LAST)[8:], sample
+        ),
+        "checkpoint: a tensor of 4 TB": Bomb(
+            LAST, lambda: _with_header(files, **{"model.x": _tensor([2**20, 2**20])}), sample
+        ),
+        "metrics.jsonl: 100,000 levels": Bomb(
+            "run/metrics.jsonl", lambda: b"[" * DEEP + b"\n", compare
+        ),
+        "summary.json: 1 GB": Bomb("run/summary.json", lambda: bytes(2**30), compare),
+        "no file, only `--version`": Bomb("nothing", bytes, ["--version"], code=0),
+    }
+
+
+def _deflated(piece: bytes, times: int, **format: object) -> bytes:
+    """A piece that is repeated, deflated as in archives, or in another format of zlib."""
+    packer = zlib.compressobj(9, **(format or {"wbits": -15, "zdict": archive_format.DICTIONARY}))
+    first, second = (packer.compress(piece) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    packed = first + second * (times - 1) + packer.flush()
+    if format.get("wbits") != ZLIB:
+        return packed
+    check = 1
+    for _ in range(times):
+        check = zlib.adler32(piece, check)
+    return packed[:-4] + check.to_bytes(4, "big")
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+
+def _aliases() -> bytes:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)]
+    return "".join(["a0: &a0 [x, x]\n", *lines]).encode()
+
+
+def _flow_aliases() -> str:
+    value = "&a0 [x, x]"
+    for i in range(1, 12):
+        value = f"&a{i} [{value}, {', '.join([f'*a{i - 1}'] * 7)}]"
+    return f"seed={value}"
+
+
+# --- archives -------------------------------------------------------------------------------------
+
+
+def _archive(packed: bytes, parts: list[bytes]) -> bytes:
+    start = archive_format.MAGIC + len(packed).to_bytes(4, "little")
+    data = b"".join([start, packed, *parts])
+    return data + archive_format.digest(data)
+
+
+def _described(parts: list[bytes], images: int, shape: list[int]) -> tuple[bytes, list[bytes]]:
+    described = {"shape": shape, "levels": 256, "names": "test", "count": images}
+    text = json.dumps({**described, "lengths": [len(part) for part in parts]})
+    return _deflated(text.encode(), 1), parts
+
+
+def _of_zeros(count: int) -> tuple[bytes, list[bytes]]:
+    """Images of 48 MiB in strips."""
+    each = strip_length(4096)
+    strip = _deflated(bytes(MIB), 48 * each, wbits=ZLIB)
+    return _described([bytes(4 * count), *[strip] * (count // each)], count, [3, 4096, 4096])
+
+
+def _long_strip() -> tuple[bytes, list[bytes]]:
+    return _described([bytes(4), _deflated(bytes(MIB), 5500, wbits=ZLIB)], 1, [3, 8, 8])
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def _checkpoint(files: Sound, section: str, values: dict[str, object]) -> bytes:
+    """A checkpoint with these keys in its configuration, and a right checksum."""
+    header, body = parts_of(files.bytes(LAST))
+    described = json.loads(header["__metadata__"]["flowtrain"])
+    kept = {} if "name" in values else described["config"][section]
+    described["config"][section] = kept | values
+    return sealed(header | {"__metadata__": {"flowtrain": json.dumps(described)}}, body)
+
+
+def _with_header(files: Sound, **changed: object) -> bytes:
+    header, body = parts_of(files.bytes(LAST))
+    return sealed(header | changed, body)
+
+
+def _tensor(shape: list[int]) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+
+
+# --- npz ------------------------------------------------------------------------------------------
+
+SHAPE = (32, 32, 3)
+
+
+def _header(size: int) -> bytes:
+    """That of an array of about so many bytes."""
+    shape = size // math.prod(SHAPE), *SHAPE
+    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
+
+
+def _npz(size: int, values: bytes = b"") -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("x_train.npy", _header(size) + values)
+    return made.getvalue()
+
+
+def _claiming(data: bytes, size: int, packed: int) -> bytes:
+    """A zip of one member whose directory says these sizes, in the fields of ZIP64."""
+    start, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    extra = struct.pack("<HHQQ", 1, 16, size, packed)
+    directory, tail = bytearray(data[start:end]), bytearray(data[end:])
+    directory[20:28] = b"\xff" * 8
+    directory[30:32] = len(extra).to_bytes(2, "little")
+    tail[12:16] = (len(directory) + len(extra)).to_bytes(4, "little")
+    return data[:start] + directory + extra + tail
+
+
+def _lying_npz() -> bytes:
+    size = 10**11 // math.prod(SHAPE) * math.prod(SHAPE)
+    header = len(_header(size))
+    return _claiming(_npz(size), header + size, header)
+
+
+def _deflated_npz(mib: int) -> bytes:
+    """A member that is deflated, with sizes that are right, and another checksum."""
+    header = _header(mib * MIB // math.prod(SHAPE) * math.prod(SHAPE))
+    size = len(header) + mib * MIB // math.prod(SHAPE) * math.prod(SHAPE)
+    packed = _stored(header) + _deflated(bytes(MIB), mib, wbits=-15)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("x_train.npy", packed)
+    data = bytearray(made.getvalue())
+    for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        place = data.index(mark) + at
+        data[place : place + 2] = zipfile.ZIP_DEFLATED.to_bytes(2, "little")
+    return _claiming(bytes(data), size, len(packed))
+
+
+def _stored(content: bytes) -> bytes:
+    """A block of deflate that is not the last one."""
+    length = len(content)
+    return b"\0" + struct.pack("<HH", length, length ^ 0xFFFF) + content
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def _png(side: int, rows: int, extra: bytes = b"") -> bytes:
+    """A blank grey PNG of `side` x `side`, of which only some rows are there."""
+    body = _deflated(bytes(1 + side), rows, wbits=ZLIB) if rows else zlib.compress(b"")
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = [_chunk(b"IHDR", header), extra, _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + check
+
+
+def _png_with_text() -> bytes:
+    return _png(8, 8, _chunk(b"zTXt", b"x\0\0" + _deflated(bytes(MIB), 1000, wbits=ZLIB)))
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def explode(files: Sound, folder: Path) -> dict[str, tuple[int, Bomb, Outcome]]:
+    """For each bomb its size in bytes, itself, and what comes of it."""
+    found = {}
+    for name, bomb in bombs(files).items():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for each in ("run", "colour", "pictures"):
+            shutil.copytree(files.folder / each, folder / each)
+        (folder / bomb.name).write_bytes(bomb.make())
+        size = (folder / bomb.name).stat().st_size
+        found[name] = size, bomb, children.run(bomb.words, folder, SECONDS, MEMORY)
+    return found
+
+
+def table(found: dict[str, tuple[int, Bomb, Outcome]]) -> str:
+    rows = [
+        "| bomb | bytes | command | exit code | seconds | MiB at the peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (size, bomb, done) in found.items():
+        command = f"`{bomb.words[0]}`"
+        figures = f"{done.code} | {done.seconds:.1f} | {done.peak:,.0f}"
+        rows.append(f"| {name} | {size:,} | {command} | {figures} |")
+    return "\n".join(rows)
+
+
+def faults(found: dict[str, tuple[int, Bomb, Outcome]]) -> list[str]:
+    return [
+        f"{name}: {done}"
+        for name, (_, bomb, done) in found.items()
+        if done.code != bomb.code
+        or done.peak > LARGEST
+        or len(done.err.splitlines()) > LINES
+        or "Traceback" in done.err
+        or "Warning:" in done.err
+    ]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bombs-") as folder:
+        children.prepare()
+        files = sound.make(Path(folder) / "sound")
+        found = explode(files, Path(folder) / "case")
+    print(json.dumps({"table": table(found), "faults": faults(found)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Commands of flowtrain in forks of this process, each with a limit of time and of memory.
+
+This process has imported everything and computed nothing. So a command starts in a moment, and has
+no threads to inherit.
+"""
+
+import gc
+import importlib
+import os
+import pkgutil
+import resource
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+import flowtrain as package
+from flowtrain.cli.main import main as flowtrain
+
+IMPORTS = [
+    *["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "constriction", "yaml"],
+    *["torchvision.datasets", "torchvision.utils", "rich.progress", "rich.table"],
+]
+# Plain output, and a network that refuses at once.
+ENVIRONMENT = {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
+ENVIRONMENT |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: The exit code, or minus the signal that ended the command.
+    seconds: Of computing, not of waiting for other processes.
+    peak: MiB of memory at the peak, with what it shares with this process.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak: float
+
+
+def prepare() -> None:
+    """Imports what commands import. To be called once, before `run`."""
+    torch.set_num_threads(1)
+    own = (info.name for info in pkgutil.walk_packages(package.__path__, "flowtrain."))
+    for name in [*IMPORTS, *(name for name in own if not name.endswith("__main__"))]:
+        importlib.import_module(name)
+    os.environ.update(ENVIRONMENT)
+    gc.collect()
+    gc.freeze()
+
+
+def run(words: list[str], folder: Path, seconds: int = 20, memory: int = 1024) -> Outcome:
+    """`flowtrain WORDS` in `folder`, with `memory` MiB more than this process has.
+
+    It is killed after `seconds` of computing, or after ten times as long if it waits.
+    """
+    files = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
+    for file in files:
+        file.unlink(missing_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _become(words, folder, files, seconds, memory)
+    _, status, used = os.wait4(child, 0)
+    out, err = (file.read_text(errors="replace") for file in files)
+    code = os.waitstatus_to_exitcode(status)
+    return Outcome(code, out, err, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+def _become(words, folder, files, seconds, memory) -> None:
+    code = 1
+    try:
+        for number, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.chdir(folder)
+        os.environ["FLOWTRAIN_CACHE"] = str(folder / "cache")
+        sys.argv = ["flowtrain", *words]
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + memory * MIB,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # Their signals end the process.
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        signal.alarm(10 * seconds)
+        try:
+            flowtrain()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,88 @@
+"""Archives of causal flows, which have the distribution of each level."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from coding_helpers import GREY, RGB, causal_flow, smooth
+from helpers import images
+
+from flowtrain.compression.coder import coder_of, probe
+from flowtrain.compression.direct import DirectCodec
+from flowtrain.compression.stack import Stack
+from flowtrain.compression.streams import decode_stream, encode_stream
+from flowtrain.errors import UserError
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.flow import Flow
+
+pytest.importorskip("constriction")
+
+
+def empty() -> Stack:
+    return Stack(np.zeros(0, np.uint32))
+
+
+def bits(flow: Flow, x: torch.Tensor) -> float:
+    return flow.log_prob(x).sum().item() / -math.log(2)
+
+
+@pytest.mark.parametrize(
+    "shape, levels", [(RGB, 256), (GREY, 17), (GREY, 2), (GREY, 3), ((1, 6, 4), 250)]
+)
+def test_the_codelength_is_the_likelihood(shape, levels):
+    flow = causal_flow(shape, levels)
+    x = torch.cat([images(40, shape, levels), torch.zeros(1, *shape, dtype=torch.uint8)])
+    x[-1] = levels - 1
+    coder, stack = coder_of(flow), empty()
+    assert isinstance(coder, DirectCodec)
+    coder.encode(x, stack)
+    # The coder's own precision costs 0.001 bits for each of two choices, and 24 at the beginning.
+    assert stack.bits == pytest.approx(bits(flow, x), abs=0.005 * x.numel() + 24)
+    stack = Stack(stack.words(), again=True)
+    assert torch.equal(coder.decode(len(x), stack), x)
+    assert len(stack.first_words()) == 0
+
+
+def test_a_stream_begins_with_nothing():
+    flow = causal_flow(RGB)
+    coder, x = coder_of(flow), smooth(150, RGB)
+    ticks: list[int] = []
+    stream = encode_stream(coder, x, list(range(150)), 0, ticks.append)
+    assert (stream.initial_bits, stream.carriers) == (0, 0)
+    assert stream.chunks == [128, 22] and sum(ticks) == 150
+    assert 32 * len(stream.words) == pytest.approx(bits(flow, x), rel=1e-3, abs=64)
+    back = decode_stream(coder, stream.words, stream.description(), lambda count: None)
+    assert torch.equal(back, x)
+
+
+def test_one_image_takes_few_bytes_more_than_its_likelihood():
+    flow, x = causal_flow(RGB), smooth(1, RGB)
+    stream = encode_stream(coder_of(flow), x, [0], 0, lambda count: None)
+    assert 32 * len(stream.words) < bits(flow, x) + 24 + 32
+
+
+def test_the_probe_sees_every_weight():
+    flow = causal_flow(RGB)
+    known = probe(coder_of(flow))
+    assert probe(coder_of(flow)) == known
+    for parameter in flow.parameters():
+        before = parameter.clone()
+        parameter += 1e-3
+        assert probe(coder_of(flow)) != known
+        parameter.copy_(before)
+    assert probe(coder_of(flow)) == known
+
+
+def test_weights_that_are_not_finite_are_named():
+    flow = causal_flow(RGB)
+    next(flow.bijection.parameters()).data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        coder_of(flow).encode(smooth(1, RGB), empty())
+
+
+def test_classes_are_refused_by_name():
+    flow = causal_flow(RGB)
+    flow.class_prior = ClassPrior(3, RGB)
+    with pytest.raises(UserError, match="model.classes is 3"):
+        coder_of(flow)
