@@ -2,9 +2,9 @@
 the test's choice.
 
 `flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` do the
-same in a process that is forked from one in which torch is imported already (flowtrain itself is
-not): a tenth of the time, for the long tables. Both kinds have their own exit code, output files
-and signals.
+same in a process that is forked from one in which torch and flowtrain are imported already: a
+hundredth of the time, for the long tables. Both kinds have their own exit code, output files and
+signals.
 """
 
 import atexit
@@ -44,6 +44,10 @@ SLOW_IMPORTS = [
         "yaml",
         "safetensors.torch",
     ],
+    *["flowtrain.cli.main", "flowtrain.compression.compress", "flowtrain.compression.decompress"],
+    *["flowtrain.compression.inputs", "flowtrain.datasets.digits", "flowtrain.datasets.npz"],
+    *["flowtrain.evaluation.doctor", "flowtrain.evaluation.evaluate", "flowtrain.models.glow"],
+    *["flowtrain.evaluation.ood", "flowtrain.runs.compare", "flowtrain.training.loop"],
 ]
 SESSION = Path(os.environ["FLOWTRAIN_TESTS"])  # of all workers, made and removed by conftest.py
 FOLDER = Path(tempfile.mkdtemp(dir=SESSION))  # what several tests of one worker share

@@ -3,12 +3,14 @@
 import math
 
 import torch
-from helpers import a_config, perturb, seeded
+from helpers import a_config, images, perturb, seeded
 from PIL import Image
 from torch import nn
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.compression import format as archive
+from flowtrain.compression import strips
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
@@ -48,3 +50,24 @@ def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tens
 def picture(path, size=(8, 8), mode="L", value=0):
     path.parent.mkdir(exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
+
+
+def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **changes) -> bytes:
+    """An archive of two images without a model, in which something is changed; None leaves it
+    out.
+    """
+    x = images(2, (1, 8, 8), 17)
+    sums = b"".join(archive.checksum(image).to_bytes(4, "little") for image in x)
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png", "b.png"], **changes}
+    described = {key: value for key, value in described.items() if value is not None}
+    return archive.pack(described, [sums, strip or strips.strip(x), *(parts or [])])
+
+
+def foreign_archive(path: str, model: bytes | None = None) -> bytes:
+    """An archive of one image that a model has coded, which is in the archive or at `path`."""
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"], "probe": 0}
+    described["streams"] = [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}]
+    described["versions"] = {"torch": torch.__version__}
+    of = {"hash": "0" * 64, "path": path, "weights": "raw", "embedded": model is not None}
+    parts = [bytes(4), bytes(8), *([] if model is None else [model])]
+    return archive.pack({**described, "model": of}, parts)

@@ -1,6 +1,4 @@
-"""What `cli_helpers.Forked` runs in a forked process. Imports nothing of flowtrain, which is to
-start as for a user.
-"""
+"""What `cli_helpers.Forked` runs in a forked process."""
 
 import multiprocessing
 import os

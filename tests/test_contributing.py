@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md names files and tests that exist."""
+"""CONTRIBUTING.md and docs/reliability.md name files and tests that exist."""
 
 import re
 
@@ -19,3 +19,14 @@ def test_its_files_exist():
     named = re.findall(r"`((?:configs|docs|flowtrain|tests)/[\w/.]*)`", TEXT)
     assert len(named) > 5
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+def test_the_tests_of_reliability_exist():
+    text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+/test_\w+\.py)`", text))
+    assert len(named) > 15
+    tests = REPOSITORY / "tests"
+    assert [path for path in named if not (tests / path).exists()] in (
+        [],
+        ["adversarial/test_fuzz.py"],
+    )

@@ -1,6 +1,6 @@
 """The contract of an invertible layer, and functions that many layers need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -42,6 +42,12 @@ class Bijection(nn.Module):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def inverse_noting(
+        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        """`inverse`. A layer that takes long calls `note` with the share that is done."""
+        return self.inverse(z, context)
 
     def through(
         self, executor: "Executor", direction: Direction, x: Tensor, context: Tensor | None = None

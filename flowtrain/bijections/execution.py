@@ -5,7 +5,7 @@ executor. Code that watches, initializes or recomputes layers passes another exe
 `Flow.forward` or to `Bijection.through`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -78,6 +78,20 @@ class Initializing(LayerByLayer):
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             layer.initialize(x, context)
+        return call(layer, direction, x, context)
+
+
+class Noting(Executor):
+    """Calls `note` with the share of the current layer's inverse that is done."""
+
+    def __init__(self, note: Callable[[float], None]):
+        self.note = note
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "inverse":
+            return layer.inverse_noting(x, context, self.note)
         return call(layer, direction, x, context)
 
 

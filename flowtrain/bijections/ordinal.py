@@ -242,11 +242,18 @@ class OrdinalAutoregressive(SetFromData):
         return levels.T.reshape(batch, *self.shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.inverse_noting(z, context, lambda share: None)
+
+    def inverse_noting(
+        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        done = itertools.count(1)
         target = torch.special.ndtr(z.T.double())
         low, high = torch.empty_like(target), torch.empty_like(target)
 
         def next_level(entry: Entry, index: int) -> Tensor:
             level, low[index], high[index] = entry.find(target[index])
+            note(next(done) / len(target))
             return level
 
         with full_precision(z):

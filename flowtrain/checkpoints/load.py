@@ -1,5 +1,6 @@
 """Finds checkpoints, and loads the models in them."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     that of the newest run. Raises `UserError` where there is none.
     """
     path = _newest(runs) if model is None else Path(model)
-    if not path.exists():
+    if not os.path.lexists(path):  # False also for a name that is too long
         raise UserError(f"{path}: no such checkpoint or run directory")
     if not path.is_dir():
         return path

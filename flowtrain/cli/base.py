@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 import typer
 
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, cut, exit_code
+from flowtrain.system.files import is_special
 
 # torch takes seconds to import, and `--help` should be instant. So each function imports what it
 # needs when it is called.
@@ -171,12 +172,27 @@ DATA_NAMES = (
 def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--out") -> str:
     """The suffix of an output file, or the first of `suffixes` where there is no file.
 
-    Raises `UserError` for another suffix, before any work is done.
+    Raises `UserError`, before any work is done, for another suffix and as `require_file` does.
     """
     suffix = suffixes[0] if path is None else path.suffix.lower()
     if suffix not in suffixes:
         raise UserError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    require_file(path, option)
     return suffix
+
+
+def require_file(path: Path | str | None, option: str = "--out") -> None:
+    """Raises `UserError`, naming the option, where no file can be written to `path`, before any
+    work is done. None and `-` (standard output) are no files.
+    """
+    if path is None or path == "-":
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give the name of a file")
+    if is_special(path):
+        raise UserError(f"{option} {path}: is not a regular file")
+    require_folder(path.parent, path, option)
 
 
 SPLITS: "tuple[SplitName, ...]" = ("test", "validation", "train")
@@ -192,16 +208,16 @@ def split_of(text: str | None) -> "SplitName | None":
     return None
 
 
-def require_writable(out: Path, folder: Path) -> None:
-    """Raises `UserError`, naming --out, where no file can be made in `folder`, before any work is
-    done.
+def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
+    """Raises `UserError`, naming the option and its `path`, where no file can be made in `folder`,
+    before any work is done.
     """
     folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not existing.is_dir():
-        raise UserError(f"--out {out}: {existing} is not a folder")
+        raise UserError(f"{option} {path}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: there is no permission to write into {existing}")
+        raise UserError(f"{option} {path}: there is no permission to write into {existing}")
 
 
 def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> "LoadedModel":
@@ -260,7 +276,7 @@ def write_json(result: Mapping[str, object], given: str | None, default: Path) -
     if given == "-":
         print(text)
         return
-    file = Path(given) if given else default
+    file = default if given is None else Path(given)
     save(file, text.encode() + b"\n")
     console.print(f"wrote {file}")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowtrain.cli.base import check_suffix, command, on_one_process, write_json
+from flowtrain.cli.base import check_suffix, command, on_one_process, require_file, write_json
 
 if TYPE_CHECKING:
     from flowtrain.results import Evaluation
@@ -44,6 +44,7 @@ def compare(
     from flowtrain.system.files import save
 
     check_suffix(out, (".png",))
+    require_file(json_out, "--json")
     console.stderr = json_out == "-"
     found = comparison.compare(runs)
     _print_table(found.results)

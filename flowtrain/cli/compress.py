@@ -14,7 +14,7 @@ from flowtrain.cli.base import (
     load,
     on_one_process,
     print_table,
-    require_writable,
+    require_file,
     split_of,
 )
 from flowtrain.errors import UserError
@@ -85,11 +85,9 @@ def compress(
         raise UserError(
             "INPUT: give image files or folders, or --split test" + (", not both" if files else "")
         )
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; give the name of a file")
     if overrides and split is None:
         raise UserError("--set: only with --split, where it says where the data are")
-    require_writable(out, out.parent)
+    require_file(out)
     loaded = load(model, "cpu", weights, trust_code)
     coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
     if split_name is None:
@@ -167,8 +165,13 @@ def _print(
     best = min(sizes, key=lambda name: sizes[name])
     table["of the best of these"] = f"{100 * len(result.data) / sizes[best]:.1f}% ({best})"
     print_table(table)
+    slow = [f"{name} {each.slow}" for name, each in FORMATS.items() if name in sizes and each.slow]
+    untried = [name for name in slow if name not in sizes]
+    if untried:
+        console.print(f"not tried, as it takes long for so many images: {', '.join(untried)}")
     missing = [name for name in FORMATS if name not in sizes]
     if missing:
         console.print(
             f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
+            + ("; pip install 'flowtrain[jxl]' adds JPEG XL" if "JXL" in missing else "")
         )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.cli.base import TrustOption, command, device_of, on_one_process, require_writable
+from flowtrain.cli.base import TrustOption, command, device_of, on_one_process, require_folder
 
 EPILOG = "Example: [cyan]flowtrain decompress digits.fta --out digits[/cyan]"
 
@@ -49,7 +49,7 @@ def decompress(
     from flowtrain.system.console import ProgressBar, console
 
     opened = Opened(file, None if max_memory is None else max_memory * 2**20)
-    require_writable(out, out)
+    require_folder(out, out)
     opened.require_absent(out)
     device_of("cpu")
     loaded = opened.load(model, trust_code)

@@ -15,6 +15,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    require_file,
     write_json,
 )
 
@@ -62,6 +63,7 @@ def doctor(
     from flowtrain.evaluation import doctor as diagnosis
     from flowtrain.system.console import ProgressBar, console
 
+    require_file(json_out, "--json")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
     console.print(f"examining {loaded.checkpoint.path}")

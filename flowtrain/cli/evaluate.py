@@ -20,6 +20,7 @@ from flowtrain.cli.base import (
     load,
     on_all_processes,
     print_table,
+    require_file,
     split_of,
     write_json,
 )
@@ -93,6 +94,8 @@ def evaluate(
     from flowtrain.system.files import save
 
     split_name = split_of(split)
+    require_file(json_out, "--json")
+    require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
     data = data_of(loaded, overrides, dataset)

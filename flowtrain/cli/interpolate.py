@@ -99,8 +99,9 @@ def interpolate(
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
     drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
-    count = steps * (1 if files else pairs)
-    drawing.require_room(count, flow.shape, f"--steps {steps}: a picture of {count:,} images needs")
+    paths_drawn = 1 if files else pairs
+    what = f"--steps {steps}: a picture of {paths_drawn:,} paths of {steps:,} images needs"
+    drawing.require_room(steps * paths_drawn, flow.shape, what)
     if from_class is not None and to_class is not None:
         data = data_of(loaded, overrides)
         data.require(flow.shape, flow.levels, loaded.checkpoint.path)

@@ -2,10 +2,11 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,6 +22,7 @@ from flowtrain.cli import (
     sample,
     train,
 )
+from flowtrain.errors import UserError
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",
@@ -65,6 +67,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def _refuse_empty(word: str) -> NoReturn:
+    # As a path it would be the current folder, which nobody who writes `--run-dir "$DIR"` means.
+    typer.echo(f"flowtrain: {word or 'an argument'} is empty: a value is missing", err=True)
+    raise SystemExit(UserError.exit_code)
+
+
 def main() -> None:
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
@@ -76,4 +84,7 @@ def main() -> None:
     # File names may be no text at all. They are printed with escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    for word in sys.argv[1:]:
+        if not word or re.fullmatch(r"--[\w-]+=", word):
+            _refuse_empty(word)
     app(prog_name="flowtrain")

@@ -21,6 +21,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    require_file,
     write_json,
 )
 
@@ -106,6 +107,8 @@ def ood(
     from flowtrain.system.files import save
 
     check_suffix(picture_out, (".png",), "--picture")
+    require_file(json_out, "--json")
+    require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
     run = run_of(loaded.checkpoint.path)

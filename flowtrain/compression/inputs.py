@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression.format import check_names
-from flowtrain.compression.strips import BEST_METHOD, STRIP, tall_length, thorough
+from flowtrain.compression.strips import STRIP, tall_length
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets.base import picture
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import file_sizes, formats
+from flowtrain.pictures.lossless import FORMATS, affordable, file_sizes, formats
 
 
 @dataclass
@@ -147,11 +147,14 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> 
     """The bytes of all images together, per lossless format that Pillow has: as one file each, and
     in tall pictures (`tall NAME`) of as many images as a WebP can have.
 
-    WebP's method 6 is tried where there are few images (`thorough`).
+    The slow options of `FORMATS` are tried too where there are few images (`affordable`).
     """
-    names: dict[str, tuple[str, int | None]] = {name: (name, None) for name in formats()}
-    if "WEBP" in names and thorough(images):
-        names[f"WEBP method {BEST_METHOD}"] = "WEBP", BEST_METHOD
+    names = {name: (name, False) for name in formats()}
+    names |= {
+        f"{name} {FORMATS[name].slow}": (name, True)
+        for name in formats()
+        if affordable(images, name)
+    }
     parts = torch.split(images, STRIP)
     tall = [
         part.movedim(1, 0).flatten(1, 2)[None]
@@ -179,10 +182,10 @@ def _shares(count: int, parts: int) -> list[int]:
 
 
 def _sizes(
-    title: str, name: str, method: int | None, images: Tensor, levels: int, count: int, tick: Tick
+    title: str, name: str, slow: bool, images: Tensor, levels: int, count: int, tick: Tick
 ) -> tuple[str, Tensor | None]:
     try:
-        sizes = file_sizes(images, levels, name, method)
+        sizes = file_sizes(images, levels, name, slow)
     except (OSError, ValueError):  # too tall for the format
         sizes = None
     tick(count)

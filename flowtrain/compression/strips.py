@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
-from flowtrain.pictures.lossless import decoded, encoded, formats
+from flowtrain.pictures.lossless import affordable, decoded, encoded, formats
 
 STRIP = 64  # images per strip, at most
 LONGEST = 16383  # pixels, of a WebP's side
-# Images of so many pixels together are packed with WebP's method 6 too. It takes 50 to 100 times as
-# long as method 2: at most half a minute for so many pixels, and hours for a large set.
-THOROUGH = 2**18
-BEST_METHOD = 6
+# Nothing else is read from an archive, whatever this Pillow can read.
+PICTURES = ["PNG", "WEBP"]
 PIECE = 2**20  # bytes that are inflated at a time
 
 
@@ -37,16 +35,11 @@ def tall_length(height: int) -> int:
     return length if length >= 2 * STRIP else strip_length(height)
 
 
-def thorough(images: Tensor) -> bool:
-    """Whether images `(N, C, H, W)` are few enough for the slow methods."""
-    return images[:, 0].numel() <= THOROUGH
-
-
 def strips(images: Tensor, progress: Progress = silent) -> list[bytes]:
     """All images `(N, C, H, W)` in strips or in tall strips, whichever take fewer bytes."""
     if not len(images):
         return []
-    height, best = images.shape[2], thorough(images)
+    height, best = images.shape[2], affordable(images, "WEBP")
     layouts = [
         [functools.partial(_strip, part, best) for part in torch.split(images, length)]
         for length in sorted({strip_length(height), tall_length(height)})
@@ -73,8 +66,8 @@ def strip(images: Tensor, best: bool = False) -> bytes:
     tall = images.movedim(1, 0).flatten(1, 2)
     candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
     if "WEBP" in formats() and max(tall.shape) <= LONGEST:
-        methods = (None, BEST_METHOD) if best else (None,)
-        candidates += [encoded(tall, "WEBP", method) for method in methods]
+        efforts = (False, True) if best else (False,)
+        candidates += [encoded(tall, "WEBP", slow) for slow in efforts]
     return min(candidates, key=len)
 
 
@@ -87,7 +80,7 @@ def unstrip(data: bytes, images: Tensor) -> None:
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
         _inflate(data, images.numpy().data.cast("B"))
     else:
-        tall = decoded(data, (channels, count * height, width))
+        tall = decoded(data, (channels, count * height, width), PICTURES)
         images[:] = tall.view(channels, count, height, width).movedim(1, 0)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from flowtrain.errors import UserError, short
+from flowtrain.errors import UserError, short, shown
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -108,7 +108,7 @@ def hold_out(
         raise UserError(f"cannot hold out {held} images: give a count, or a fraction below 1")
     count = int(held) if held >= 1 or held == 0 else max(1, round(n * held))
     if count >= n:
-        raise UserError(f"cannot hold {count} of {n} images out: none is left to train on")
+        raise UserError(f"cannot hold {shown(count)} of {n} images out: none is left to train on")
     order = frozen_random(seed).permutation(n)
     if first is None or not duplicates(first) or not first.any():
         return np.sort(order[count:]), np.sort(order[:count])

@@ -177,14 +177,15 @@ class Flow(nn.Module):
         return self.bijection.through(Retracing(), "forward", v)[0]
 
     @torch.no_grad()
-    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, labels: Tensor | None = None, executor: Executor = FUSED) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
         The networks of the bijection may see the classes `labels` `(B,)`. Without them the class is
-        unknown to them, as it is in `encode`. Raises `FloatingPointError` where the result is not
-        finite.
+        unknown to them, as it is in `encode`. `executor` calls the layers. Raises
+        `FloatingPointError` where the result is not finite.
         """
-        v, _ = self.bijection.inverse(z.to(self.device), self._context(labels))
+        context = self._context(labels)
+        v, _ = self.bijection.through(executor, "inverse", z.to(self.device), context)
         return self.dequantizer.to_data(v).contiguous()
 
     def sample(

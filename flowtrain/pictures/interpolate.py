@@ -41,14 +41,23 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
     _require_room(flow, len(first), steps)
     t = torch.linspace(0, 1, steps, device=flow.device)
     paths = [slerp(a, b, t) for a, b in zip(flow.encode(first), flow.encode(second), strict=True)]
-    return torch.stack([decode(flow, path) for path in paths])
+    return _decoded(flow, torch.stack(paths))
+
+
+def _decoded(flow: Flow, paths: Tensor) -> Tensor:
+    """Latents `(P, S, D)` as images `(P, S, C, H, W)`.
+
+    All paths are decoded together, because a sequential inverse takes as long for a few as for one.
+    """
+    images: Tensor = decode(flow, paths.flatten(0, 1)).unflatten(0, paths.shape[:2])
+    return images
 
 
 def _require_room(flow: Flow, pairs: int, steps: int) -> None:
-    """Raises `UserError` where one path and all pictures do not fit into memory."""
+    """Raises `UserError` where the paths and all pictures do not fit into memory."""
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
-        2 * 4 * steps * flow.latent_dims + 2 * pairs * steps * pixels,
+        2 * 4 * pairs * steps * flow.latent_dims + 2 * pairs * steps * pixels,
         f"--steps {steps}: {pairs} paths of {steps:,} images need",
     )
 
@@ -69,7 +78,8 @@ def between_classes(
         raise UserError(f"--from-class {first}: the data set has no labels")
     of_class = {}
     for option, label, needed in (("--from-class", first, pairs), ("--to-class", second, 1)):
-        where = (split.labels == label).nonzero().flatten().numpy()
+        # numpy compares with numbers of any size
+        where = (split.labels.numpy() == label).nonzero()[0]
         if len(where) < needed:
             raise UserError(
                 f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"
@@ -82,7 +92,7 @@ def between_classes(
         of_class[label] = torch.cat(latents)
     direction = of_class[second].mean(dim=0) - of_class[first].mean(dim=0)
     t = torch.linspace(0, 1, steps, device=flow.device)[:, None]
-    return torch.stack([decode(flow, z + t * direction) for z in of_class[first][:pairs]])
+    return _decoded(flow, of_class[first][:pairs, None] + t * direction)
 
 
 def from_test_images(

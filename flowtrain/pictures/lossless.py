@@ -8,11 +8,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.types import Shape
+
+
+class Slow(NamedTuple):
+    """An option and its value that make many files smaller still, and take far longer.
+
+    pixels: images of so many pixels together are worth the time.
+    """
+
+    option: str
+    value: int
+    pixels: int
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.value}"
 
 
 class Format(NamedTuple):
@@ -25,16 +39,23 @@ class Format(NamedTuple):
 
     options: dict[str, Any]
     container: int | None = None
+    slow: Slow | None = None
 
 
 # A PNG's container has its signature, IHDR, IEND and the frame of IDAT; a WebP's has the RIFF
 # header and the header of its one chunk. WebP's method is an effort from 0 to 6: on CIFAR-10,
-# method 6 takes 50 times as long as 2 and needs more bits. Pillow has JPEG XL only with a plugin.
+# method 6 takes 50 to 100 times as long as 2 and needs more bits for one image: half a minute for
+# 2**18 pixels. Pillow has JPEG XL only with a plugin. Its effort is 7 of 10 by default. Effort 10
+# takes two minutes for 2**21 pixels.
 FORMATS = {
     "PNG": Format({"optimize": True}, 8 + 25 + 12 + 12),
-    "WEBP": Format({"lossless": True, "quality": 100, "method": 2, "exact": True}, 12 + 8),
+    "WEBP": Format(
+        {"lossless": True, "quality": 100, "method": 2, "exact": True},
+        12 + 8,
+        Slow("method", 6, 2**18),
+    ),
     "AVIF": Format({"quality": 100, "subsampling": "4:4:4"}),
-    "JXL": Format({"lossless": True}),
+    "JXL": Format({"lossless": True, "num_threads": 0}, slow=Slow("effort", 10, 2**21)),
 }
 
 
@@ -60,24 +81,30 @@ def picture_of(image: np.ndarray) -> Image.Image:
     )
 
 
-def encoded(image: Tensor, name: str, method: int | None = None) -> bytes:
-    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format.
-
-    `method` is an effort of WebP other than that of `FORMATS`.
+def encoded(image: Tensor, name: str, slow: bool = False) -> bytes:
+    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format, perhaps with its
+    `slow` option.
     """
     buffer = io.BytesIO()
-    options = FORMATS[name].options | ({} if method is None else {"method": method})
+    chosen = FORMATS[name]
+    options = dict(chosen.options)
+    if slow and chosen.slow:
+        options[chosen.slow.option] = chosen.slow.value
     picture_of(image.numpy()).save(buffer, name, **options)
     return buffer.getvalue()
 
 
-def decoded(data: bytes, shape: Shape) -> Tensor:
-    """The image of `shape` in a file: the inverse of `encoded`.
+def decoded(data: bytes, shape: Shape, names: list[str]) -> Tensor:
+    """The image of `shape` in a file of one of the formats `names`: the inverse of `encoded`.
 
-    Raises `ValueError` for a picture of another size or mode, or what Pillow raises.
+    Raises `ValueError` for a picture of another format, size or mode, or what Pillow raises.
     """
     channels, height, width = shape
-    with Image.open(io.BytesIO(data), formats=formats()) as image:
+    try:
+        opened = Image.open(io.BytesIO(data), formats=names)
+    except UnidentifiedImageError:
+        raise ValueError(f"no picture of the format {' or '.join(names)}") from None
+    with opened as image:
         if image.size != (width, height) or image.mode not in (
             "RGB",
             "L" if channels == 1 else "RGB",
@@ -92,16 +119,22 @@ def decoded(data: bytes, shape: Shape) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0)[:channels]
 
 
-def file_sizes(images: Tensor, levels: int, name: str, method: int | None = None) -> Tensor | None:
+def affordable(images: Tensor, name: str) -> bool:
+    """Whether images `(N, C, H, W)` are few enough for the slow option of a format."""
+    slow = FORMATS[name].slow
+    return slow is not None and images[:, 0].numel() <= slow.pixels
+
+
+def file_sizes(images: Tensor, levels: int, name: str, slow: bool = False) -> Tensor | None:
     """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`.
 
     None if the format does not give back all images exactly.
     """
     lengths = []
     for image in to_8bit(images, levels):
-        file = encoded(image, name, method)
+        file = encoded(image, name, slow)
         channels, height, width = image.shape
-        if not torch.equal(decoded(file, (channels, height, width)), image):
+        if not torch.equal(decoded(file, (channels, height, width), [name]), image):
             return None
         lengths.append(len(file))
     return torch.tensor(lengths)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.execution import Noting
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.system import capacity
@@ -19,7 +20,7 @@ def sample(
     num: int,
     temperatures: Sequence[float],
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
@@ -50,7 +51,7 @@ def sample(
     for i, temperature in enumerate(temperatures):
         latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
 
-        def note(done: int, before: int = i * len(latents)) -> None:
+        def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
         images.append(decode(flow, latents, note, labels))
@@ -60,20 +61,23 @@ def sample(
 def decode(
     flow: Flow,
     z: Tensor,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, a few at a time. See `Flow.decode`.
 
-    `progress` is called with the number of images that are done.
+    `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
-    done = 0
     for start in range(0, len(z), flow.kind.decode_batch):
-        part = slice(start, start + flow.kind.decode_batch)
-        images.append(flow.decode(z[part], None if labels is None else labels[part]).cpu())
-        done += len(images[-1])
-        progress(done)
+        stop = min(start + flow.kind.decode_batch, len(z))
+
+        def note(share: float, start: int = start, stop: int = stop) -> None:
+            progress(round(start + share * (stop - start), 1))
+
+        of_part = None if labels is None else labels[start:stop]
+        images.append(flow.decode(z[start:stop], of_part, Noting(note)).cpu())
+        progress(stop)
     return torch.cat(images)
 
 

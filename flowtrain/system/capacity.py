@@ -40,8 +40,9 @@ def require(needed: int, what: str, device: torch.device | None = None) -> None:
     """
     free = left(device or torch.device("cpu"))
     if needed > free:
+        shown = min(needed, 2**70)  # a number of any length may be asked for
         raise UserError(
-            f"{what} at least {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            f"{what} at least {shown / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
             f"available: lower it"
         )
 

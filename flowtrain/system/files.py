@@ -111,17 +111,27 @@ _BAD_PATH = {
 def save(path: Path, data: bytes) -> None:
     """Writes a file that the user asked for, and makes its parent folder if it is missing.
 
+    A link stays, and the file that it names is written.
+
     Raises:
-        UserError: if the path cannot be written.
+        UserError: if the path cannot be written. A pipe or a device is not replaced by a file.
         RunError: if the disk fails, for example because it is full.
     """
+    target = path.resolve() if path.is_symlink() else path
+    if is_special(target):
+        raise UserError(f"{path}: cannot be written: not a regular file")
     try:
-        make_folder_of(path)
-        write_atomically(path, data)
+        make_folder_of(target)
+        write_atomically(target, data)
     except RunError as error:
         if path.is_dir() or getattr(error.__cause__, "errno", None) in _BAD_PATH:
             raise UserError(str(error)) from error
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether a pipe, a device or the like is at `path`."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -169,7 +179,7 @@ def require_regular(path: Path) -> None:
     for here, _, names in os.walk(path, followlinks=False):
         for name in names:
             require_regular(Path(here, name))
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_special(path):
         raise _not_regular(path)
 
 

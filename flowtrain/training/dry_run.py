@@ -27,8 +27,8 @@ from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    is_trainable,
     optimizer_step,
+    reason_against,
     require_images_to_fit,
     require_trainable,
     train_step,
@@ -158,7 +158,7 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     free = left(device)  # all but the activations is there already
     modes = []
     for mode in get_args(Mode):
-        if is_trainable(state.flow, mode, state.config.train.precision):
+        if reason_against(state.flow, mode, state.config.train.precision) is None:
             constant, per_image = _activations(_with_memory(state, mode), batch_size, device)
             largest_batch = int(max(0, free - constant) // per_image)
             modes.append(Activations(mode, constant + per_image * batch_size, largest_batch))

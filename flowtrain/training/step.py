@@ -85,21 +85,28 @@ def _precision(precision: str, device: torch.device) -> contextlib.AbstractConte
     )
 
 
-def is_trainable(flow: Flow, memory: Mode, precision: str) -> bool:
-    """Whether this memory mode gives the flow right gradients."""
+def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
+    """Why this memory mode does not suit the flow, or None if it does."""
     layers = [module for module in flow.modules() if isinstance(module, Bijection)]
-    in_bf16 = memory == "reversible" and precision == "bf16"
-    return not in_bf16 or all(layer.reversible_in_bf16 for layer in layers)
+    if memory != "reversible":
+        return None
+    if not all(layer.reversible for layer in layers):
+        return (
+            "reversible saves nothing here: all activations are inside of one layer, whose inverse "
+            "computes one entry after the other; use store or checkpoint"
+        )
+    if precision == "bf16" and not all(layer.reversible_in_bf16 for layer in layers):
+        return (
+            "reversible computes the input of an autoregressive layer again in float32, but its "
+            "output was computed in bf16: set train.precision=fp32, or another train.memory"
+        )
+    return None
 
 
 def require_trainable(flow: Flow, config: Config) -> None:
-    """Raises `UserError` for a memory mode that would give this flow wrong gradients."""
-    if not is_trainable(flow, config.train.memory, config.train.precision):
-        raise UserError(
-            "train.memory: reversible computes the input of an autoregressive layer again in "
-            "float32, but its output was computed in bf16: set train.precision=fp32, or another "
-            "train.memory"
-        )
+    """Raises `UserError` for a memory mode that does not suit this flow."""
+    if reason := reason_against(flow, config.train.memory, config.train.precision):
+        raise UserError(f"train.memory: {reason}")
 
 
 def activations_of_an_image(flow: Flow, config: Config) -> int:

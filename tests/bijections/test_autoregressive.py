@@ -75,6 +75,14 @@ def test_reversible_is_refused_in_bf16():
     require_trainable(tiny_flow("glow"), a_config("glow", train=train))
 
 
+def test_reversible_is_refused_where_it_saves_nothing():
+    flow = tiny_flow("causal")
+    for memory in ("store", "checkpoint"):
+        require_trainable(flow, a_config("causal", train={"memory": memory}))
+    with pytest.raises(UserError, match="train.memory: reversible saves nothing here"):
+        require_trainable(flow, a_config("causal", train={"memory": "reversible"}))
+
+
 # ---------------------------------------------------------------- the conditioner
 
 

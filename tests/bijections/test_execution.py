@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import perturb, ready, seeded
+from helpers import perturb, ready, seeded, tiny_flow
 
 from flowtrain.bijections import (
     ActNorm,
@@ -16,7 +16,7 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
 )
-from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
+from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, Noting, call
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import ResidualNet
 
@@ -25,7 +25,7 @@ def autoregressive():
     return MaskedAutoregressive(MaskedDenseNet(4, 2, 8, 1), AffineTransform())
 
 
-class Noting(LayerByLayer):
+class Recording(LayerByLayer):
     """Records the class and the direction of each call."""
 
     def __init__(self):
@@ -38,14 +38,14 @@ class Noting(LayerByLayer):
 
 def test_layers_are_called_in_the_order_of_the_direction():
     chain = ready(Sequential(Flatten((4,)), Sequential(ActNorm((4,)), Inverse(autoregressive()))))
-    noting = Noting()
-    z, _ = chain.through(noting, "forward", torch.randn(2, 4, generator=seeded()))
+    recording = Recording()
+    z, _ = chain.through(recording, "forward", torch.randn(2, 4, generator=seeded()))
     forward = [("Flatten", "forward"), ("ActNorm", "forward"), ("MaskedAutoregressive", "inverse")]
-    assert noting.calls == forward
-    noting.calls.clear()
-    chain.through(noting, "inverse", z)
+    assert recording.calls == forward
+    recording.calls.clear()
+    chain.through(recording, "inverse", z)
     swap = {"forward": "inverse", "inverse": "forward"}
-    assert noting.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
+    assert recording.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
 
 
 def test_the_layers_and_priors_of_levels_are_called():
@@ -54,10 +54,10 @@ def test_the_layers_and_priors_of_levels_are_called():
         [DiagonalAffine((4, 1, 1)), DiagonalAffine((2, 1, 1))],
         [(2, 2, 2), (2, 2, 2)],
     )
-    noting = Noting()
-    model.through(noting, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
+    recording = Recording()
+    model.through(recording, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
     names = ["DiagonalAffine", "DiagonalAffine", "Conv1x1", "DiagonalAffine"]
-    assert noting.calls == [(name, "forward") for name in names]
+    assert recording.calls == [(name, "forward") for name in names]
 
 
 @pytest.mark.parametrize("executor", [FUSED, LayerByLayer()])
@@ -74,6 +74,16 @@ def test_a_container_is_as_sequential_as_its_parts():
     assert not Sequential(Inverse(autoregressive())).inverse_is_sequential
     levels = [Sequential(Flatten((4,)), autoregressive())]
     assert Multiscale(levels, [Sequential()], [(4, 1, 1)]).inverse_is_sequential
+
+
+def test_a_sequential_inverse_notes_how_far_it_is():
+    shares = []
+    for name in ("causal", "glow"):
+        flow = tiny_flow(name)
+        z = flow.draw_latents(3, seeded())
+        noted = flow.decode(z, executor=Noting(shares.append))
+        assert torch.equal(noted, flow.decode(z))
+    assert shares == [done / 16 for done in range(1, 17)]  # Glow takes one pass
 
 
 def test_layers_inside_a_conditioner_are_initialized_from_their_inputs():

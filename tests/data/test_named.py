@@ -148,36 +148,3 @@ def test_the_result_on_other_data_does_not_replace_that_on_the_models_own(tmp_pa
     assert (
         json.loads(split.out)["num_images"] == 2 and json.loads(split.out)["split"] == "validation"
     )
-
-
-@pytest.mark.parametrize(
-    "words, fragments",
-    [
-        (
-            ["--dataset", "mnits"],
-            ["--dataset mnits: neither a data set", "mnist", "folder", ".png", ".npz"],
-        ),
-        (["--dataset", "npz.txt"], ["--dataset npz.txt: neither"]),
-        (["--dataset", "no.npz"], ["--dataset no.npz: there is no such file"]),
-        (["--dataset", "no.png"], ["--dataset no.png: there is no such file"]),
-        (
-            ["--dataset", "digits"],
-            ["(1, 8, 8) with 17 levels cannot be evaluated", "(3, 8, 8) with 256 levels"],
-        ),
-        (["--dataset", "empty"], ["there is no image in", "empty"]),
-        (["--dataset", "bad.png"], ["bad.png cannot be read as an image"]),
-        (["--dataset", "bad.npz"], ["bad.npz is not an .npz file"]),
-        (["--dataset", "p", "--split", "test"], ["--split test: p has no splits"]),
-        (["--split", "all"], ["--split all: expected test, validation or train"]),
-        (
-            ["--dataset", "digits", "--set", "data.size=3"],
-            ["--dataset digits: data.size: unknown key"],
-        ),
-    ],
-)
-def test_data_that_cannot_be_evaluated(tmp_path, words, fragments):
-    (tmp_path / "empty").mkdir()
-    pictures(tmp_path / "p", 2)
-    for name in ("npz.txt", "bad.png", "bad.npz"):
-        (tmp_path / name).write_text("no")
-    evaluate(tmp_path, *words).failed(2, *fragments)

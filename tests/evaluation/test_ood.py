@@ -445,28 +445,6 @@ def test_outputs_lie_in_the_run_by_default(tmp_path):
     assert tree(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "words, fragments",
-    [
-        ([], ["--out"]),
-        (["--out", "nope"], ["--out nope: neither", "mnist", "shuffled"]),
-        (["--out", "nope.npz"], ["--out nope.npz: there is no such file"]),
-        (["--out", "noise", "--in", "noise"], ["--out noise: it is named twice"]),
-        (["--out", "digits"], ["--out digits: it is named twice"]),
-        (["--out", "noise", "--out", "noise"], ["--out noise: it is named twice"]),
-        (["--out", "constant", "--in", "noise"], ["--in noise: neither a data set"]),
-        (["--out", "noise", "--picture", "x.jpg"], ["--picture x.jpg", ".png"]),
-        (["--out", "noise", "--num-images", "0"], ["--num-images"]),
-        (["--out", "noise", "--weights", "both"], ["--weights both"]),
-        (["--out", "noise", "--set", "model.width=3"], ["--set model.width=3"]),
-        (["--out", "noise", "--set", "data.name=two_moons"], ["(2, 1, 1)", "real values"]),
-    ],
-)
-def test_wrong_input(tmp_path, words, fragments):
-    command(tmp_path, *words).failed(2, *fragments)
-    assert tree(tmp_path) == []
-
-
 def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
     first = (
         "import torch, flowtrain.evaluation.ood as e; score = e.score\n"

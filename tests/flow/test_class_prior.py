@@ -287,8 +287,6 @@ def test_samples_have_a_row_a_class(run, tmp_path):
     quick("sample", run, "--classes", "3,0", "--num", 5, "--out", "s.png", cwd=tmp_path).ok()
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.size == (5 * 34 + 2, 2 * 34 + 2)
-    quick("sample", run, "--classes", "10", cwd=tmp_path).failed(2, "--classes 10", "0..9")
-    quick("sample", run, "--classes", "a", cwd=tmp_path).failed(2, "--classes a", "whole numbers")
 
 
 def test_resumed_with_labels(run, tmp_path):
@@ -427,22 +425,8 @@ def test_from_one_class_to_another(run, tmp_path):
     split = DataSet(a_config().data).split("test")
     of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
     assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())
-    quick("interpolate", run, "--from-class", 4, cwd=tmp_path).failed(
-        2, "--from-class and --to-class"
-    )
-    quick("interpolate", run, *options[:2], "--to-class", 12, cwd=tmp_path).failed(
-        2, "--to-class 12", "0 images"
-    )
-    words = ["--images", "a.png", "b.png"]
-    quick("interpolate", run, *options, *words, cwd=tmp_path).failed(2, "--images", "--from-class")
 
 
-def test_an_unconditional_model_has_no_classes_to_sample(tmp_path):
+def test_an_unconditional_model_moves_images_between_classes(tmp_path):
     quick("train", *RUN[8:], *sets(train__num_steps=1), "--run-dir", "r", cwd=tmp_path).ok()
-    quick("sample", "r", "--classes", "1", cwd=tmp_path).failed(
-        2, "--classes 1", "not class-conditional"
-    )
     quick("interpolate", "r", "--from-class", 1, "--to-class", 2, cwd=tmp_path).ok()
-    quick("train", *sets(model__classes=5), cwd=tmp_path).failed(
-        2, "model.classes: 5", "labels 0..9"
-    )

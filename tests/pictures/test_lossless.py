@@ -1,5 +1,6 @@
 """Lossless formats: the bytes that they need, and that they give every pixel back."""
 
+import importlib.util
 import io
 import math
 
@@ -15,6 +16,7 @@ from flowtrain.pictures.lossless import (
     compressed_bytes,
     decoded,
     encoded,
+    formats,
     picture_of,
 )
 
@@ -38,11 +40,22 @@ def test_complexity_is_the_shorter_code(shape):
     assert expected[3] < 0.25 * expected[0]
 
 
-@pytest.mark.parametrize("name", coders())
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("name", [name for name in formats() if name != "AVIF"])
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5)])
-def test_what_is_decoded_is_what_was_encoded(name, shape):
+def test_what_is_decoded_is_what_was_encoded(name, shape, slow):
     image = images(1, shape)[0]
-    assert torch.equal(decoded(encoded(image, name), shape), image)
+    data = encoded(image, name, slow)
+    assert torch.equal(decoded(data, shape, [name]), image)
+    others = [other for other in formats() if other != name]
+    with pytest.raises(ValueError, match="no picture of the format"):
+        decoded(data, shape, others)
+
+
+def test_jpeg_xl_is_compared_if_pillow_has_it():
+    """Where the plugin is missing, only the formats of Pillow itself are known."""
+    found = importlib.util.find_spec("pillow_jxl") is not None
+    assert ("JXL" in formats()) == found
 
 
 def test_the_constant_bytes_of_a_png_are_counted():

@@ -195,16 +195,3 @@ def test_real_valued_runs_are_in_nats(tmp_path):
         "b and a have different data (data.name: digits (two_moons)): their losses do not compare"
         in done.out
     )
-
-
-def test_wrong_arguments_are_named(tmp_path):
-    run = a_run(tmp_path / "a")
-    quick("compare", cwd=tmp_path).failed(2, "Missing argument 'RUN...'")
-    quick("compare", "a", "nowhere", cwd=tmp_path).failed(2, "nowhere: no such run directory")
-    quick("compare", "a/config.yaml", cwd=tmp_path).failed(
-        2, "a/config.yaml: is not a run directory"
-    )
-    quick("compare", "a", "--out", "x.jpg", cwd=tmp_path).failed(2, "--out x.jpg", ".png")
-    (run / "summary.json").write_text("")
-    quick("compare", "a", cwd=tmp_path).failed(2, "a/summary.json")
-    assert not (tmp_path / "compare.png").exists()

@@ -353,24 +353,6 @@ def test_points_have_a_page(tmp_path):
     assert page.text.count("real-valued data are no images") == 2
 
 
-def test_wrong_arguments_are_named(digits, moved, tmp_path):
-    run = digits[0]
-    quick("report", run, "--out", "x.pdf", cwd=tmp_path).failed(2, "--out x.pdf", ".html")
-    quick("report", run, "--num-images", 0, cwd=tmp_path).failed(
-        2, "--num-images", "greater than or equal to 1"
-    )
-    quick("report", "nowhere", cwd=tmp_path).failed(
-        2, "nowhere: no such checkpoint or run directory"
-    )
-    quick("report", run, "--weights", "best", cwd=tmp_path).failed(2, "--weights best")
-    quick("report", run, *sets(train__lr=1), cwd=tmp_path).failed(2, "--set train.lr=1")
-    quick("report", "run", *sets(data__path="gone.npz"), cwd=moved).failed(2, "gone.npz")
-    quick("report", "run", *sets(data__name="digits"), cwd=moved).failed(
-        2, "17 levels", "256 levels"
-    )
-    assert not list(tmp_path.iterdir()) and not (moved / "run" / "report.html").exists()
-
-
 # --- measurements ---------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """The memory that is left."""
 
+import pytest
 import torch
 
+from flowtrain.errors import UserError
 from flowtrain.system import capacity
 
 
@@ -32,6 +34,16 @@ def test_memory_limits_of_control_groups(tmp_path):
 
 def test_the_memory_of_the_machine():
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(capacity, "left", lambda device: 2**30)
+    capacity.require(2**30, "--num 5: they need")
+    for needed in (2**31, 10**400):
+        with pytest.raises(
+            UserError, match=r"need at least [\d,]+\.0 GiB, and 1\.0 GiB are available"
+        ):
+            capacity.require(needed, "--num 6: they need")
 
 
 def test_what_autograd_keeps():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain.errors import RunError
+from flowtrain.errors import RunError, UserError
 from flowtrain.system.files import (
     append_regular,
     open_regular,
@@ -170,6 +170,34 @@ def test_nothing_else_is_opened(kind, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="not a regular file"):
             require_regular(tmp_path / "inner")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "a link to a pipe"])
+def test_only_regular_files_are_replaced(kind, tmp_path):
+    """A device that root writes to would be gone for the whole machine."""
+    path = tmp_path / "a"
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        os.mkfifo(path)
+    if kind == "a link to a pipe":
+        (tmp_path / "link").symlink_to(path)
+        path = tmp_path / "link"
+    before = path.lstat()
+    with pytest.raises(UserError, match=f"{path}: cannot be written: not a regular file"):
+        save(path, b"x")
+    assert os.path.samestat(path.lstat(), before)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays(there, tmp_path):
+    file, link = tmp_path / "folder" / "file", tmp_path / "link"
+    file.parent.mkdir()
+    if there:
+        file.write_bytes(b"before")
+    link.symlink_to(file)
+    save(link, b"after")
+    assert link.is_symlink() and file.read_bytes() == b"after"
 
 
 def test_lines_are_appended_but_not_through_a_link(tmp_path):

@@ -1,0 +1,71 @@
+"""A checkpoint from a stranger runs no code without `--trust-code`, in any command."""
+
+import shutil
+
+import pytest
+import yaml
+from catalogue import TINY_RUN
+from cli_helpers import copy_of, last, quick, trained
+from coding_helpers import foreign_archive
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import app
+
+# Every command that takes a model, a run or a checkpoint. `crafted` is a run directory.
+READING = [
+    ["train", *TINY_RUN, "--run-dir", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--resume", "crafted/checkpoints/last.safetensors"],
+    ["train", *TINY_RUN, "--run-dir", "new", "--init-from", "crafted"],
+    ["train", *TINY_RUN, "--dry-run", "--run-dir", "crafted"],
+    ["evaluate", "crafted"],
+    ["ood", "crafted", "--out", "noise"],
+    ["doctor", "crafted"],
+    ["sample", "crafted"],
+    ["interpolate", "crafted"],
+    ["compress", "crafted", "--split", "test", "--out", "new.fta"],
+    ["decompress", "embedded.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new"],
+    ["decompress", "elsewhere.fta", "--out", "new", "--model", "crafted"],
+    ["compare", "crafted", "crafted"],
+    ["report", "crafted"],
+]
+
+
+def test_every_command_is_among_those_that_read_a_checkpoint():
+    assert {command[0] for command in READING} == {
+        str(each.name or each.callback.__name__) for each in app.registered_commands
+    }
+
+
+def craft(folder, section, name):
+    """Makes a run whose configuration names a module that leaves a file when it is imported."""
+    for file in ("intruder.py", "package/__init__.py", "package/intruder.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("open('executed', 'w')")
+    run = copy_of(trained()["glow"], folder / "crafted")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section]["name"] = name
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (run / "checkpoints").iterdir():
+        saved = checkpoint_format.read(path)
+        path.unlink()
+        checkpoint_format.write(path, {**saved.meta, "config": config}, saved.tensors)
+    for archive, model in (("embedded", last(run).read_bytes()), ("elsewhere", None)):
+        (folder / f"{archive}.fta").write_bytes(foreign_archive(str(last(run)), model))
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+@pytest.mark.parametrize("name", ["intruder", "package.intruder"])
+def test_no_command_imports_what_a_checkpoint_names(section, name, tmp_path):
+    craft(tmp_path, section, name)
+    for command in READING:
+        done = quick(*command, cwd=tmp_path)
+        if {"--init-from", "--dry-run", "compare"} & set(command):  # they read no configuration
+            done.ok()
+        else:
+            done.failed(2, f"{section}.name", name)
+        assert not (tmp_path / "executed").exists(), command
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    quick("evaluate", "crafted", "--trust-code", cwd=tmp_path)
+    assert (tmp_path / "executed").exists() == ("." in name)

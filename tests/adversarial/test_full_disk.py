@@ -1,0 +1,73 @@
+"""A disk that is full: exit code 1, a message, and nothing that was saved before is lost."""
+
+import json
+import os
+
+import pytest
+import torch
+from catalogue import SMALL, sets
+from cli_helpers import Forked, last, left_overs, quick, trained, within
+from run_files import train_row
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.errors import RunError
+
+
+@pytest.mark.parametrize(
+    # room: the longest file that the disk takes, beyond a checkpoint's bytes
+    "room, what, options",
+    [
+        (-1000, "last.safetensors", []),
+        (6000, "", sets(train__sample_every=1)),  # TensorBoard's file outgrows that
+        (2000, "metrics.jsonl", sets(train__sample_every=5000, train__validate_every=5000)),
+    ],
+    ids=["checkpoint", "tensorboard", "metrics"],
+)
+def test_no_space_left(room, what, options, tmp_path):
+    """Exit 1, with a message; what was saved before is whole, and no half-written file stays."""
+    command = [
+        "train",
+        *SMALL,
+        *sets(train__checkpoint_every=2, train__log_every=5, train__num_steps=400),
+        *options,
+    ]
+    first = Forked(command, cwd=tmp_path)
+    run = tmp_path / "runs" / "glow_digits"
+    with within(60, "a checkpoint") as expired:
+        while not list((run / "checkpoints").glob("step-*")):
+            expired()
+    first.process.terminate()
+    assert first.result().code == 143
+    limit = last(run).stat().st_size + room
+    step = checkpoint_format.read(last(run)).meta["step"]
+    if what == "metrics.jsonl":  # nearly as long as it may be
+        row = json.dumps(train_row(1, 4.0)) + "\n"
+        (run / "metrics.jsonl").write_text(row * ((limit - 10) // len(row)))
+    failed = quick(*command, cwd=tmp_path, file_limit=limit)
+    failed.failed(1, "runs/glow_digits", what, "cannot be written", "File too large")
+    assert checkpoint_format.read(last(run)).meta["step"] >= step
+    assert left_overs(run) == []
+
+
+def test_no_space_left_for_an_output(tmp_path):
+    args = [trained()["glow"], "--num", 2000, "--out", "a.npz"]
+    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(
+        1, "a.npz: cannot be written", "File too large"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"before")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        RunError, match=r"a.safetensors: cannot be written: No space left on device"
+    ):
+        checkpoint_format.write(path, {"step": 2}, {"model.w": torch.zeros(3)})
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

@@ -1,0 +1,687 @@
+"""Wrong input to every command, from one table: one message of at most six lines with what, where
+and what to do, exit code 2, and nothing written. Never a traceback.
+"""
+
+import os
+import pickle
+import shlex
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from catalogue import SMALL, TINY_RUN, sets
+from cli_helpers import copy_of, flowtrain, last, quick, trained, tree
+from coding_helpers import foreign_archive, picture, stored
+from helpers import npz
+from PIL import Image
+from typer.main import get_command
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import app
+
+CUDA = torch.cuda.is_available()
+# Root reads and writes everything. Without this capability it obeys the permissions of its files.
+OBEDIENT = """
+import ctypes
+drop = getattr(ctypes.CDLL(None), "capset", None)
+if drop is not None:
+    drop((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+"""
+
+
+def make(here: Path) -> None:
+    """One of everything that can be wrong, and runs that are right: of digits, of classes, and of
+    points.
+    """
+    run = copy_of(trained()["glow"], here / "run")
+    for name, more in (
+        ("classes", [*TINY_RUN, *sets(model__classes=10)]),
+        ("points", ["--config", "realnvp_two_moons.yaml"]),
+    ):
+        options = [*more, *sets(train__num_steps=1, train__sample_every=9), "--run-dir", name]
+        quick("train", *options, cwd=here).ok()
+    good = (run / "checkpoints" / "best.safetensors").read_bytes()
+    saved = checkpoint_format.read(last(run))
+    texts = {
+        "syntax.yaml": "model: {steps: 1\ntrain: [",
+        "list.yaml": "- 1\n- 2\n",
+        "section.yaml": "model: glow\ntrain: {num_steps: 1}\n",
+        "no_length.yaml": "model: {levels: 2, steps: 1, width: 8}\n",
+        "both.yaml": "train: {num_steps: 1, budget: 1min}\n",
+        "empty.yaml": "",
+        "text": "a file, not a folder\n",
+    }
+    for name, text in texts.items():
+        (here / name).write_text(text)
+    for suffix in ("npz", "png", "fta", "safetensors"):
+        (here / f"text.{suffix}").write_text("a text, and nothing else\n")
+        (here / f"empty.{suffix}").touch()
+    blobs = {
+        "binary.yaml": b"\xff\xfe\x00model",
+        "flipped.safetensors": good[:-100] + bytes([good[-100] ^ 1]) + good[-99:],
+        "header.safetensors": good[:100] + bytes([good[100] ^ 1]) + good[101:],
+        "cut.safetensors": good[:-1],
+        "cut_header.safetensors": good[:200],
+        "evil.pt": pickle.dumps(Evil()),
+        "evil.safetensors": pickle.dumps(Evil()),
+    }
+    for name, blob in blobs.items():
+        (here / name).write_bytes(blob)
+    torch.save({"model": Evil()}, here / "evil_torch.pt")
+    torch_tensors = {"weight": torch.zeros(3)}
+    checkpoint_format.safetensors.torch.save_file(torch_tensors, here / "foreign.safetensors")
+    meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_format, "FORMAT", 99)
+        patch.setattr(checkpoint_format, "versions", lambda: {"flowtrain": "9.8.7"})
+        checkpoint_format.write(here / "future.safetensors", meta, saved.tensors)
+    for section in ("model", "data"):
+        named = {**meta["config"], section: {**meta["config"][section], "name": "os.path"}}
+        path = here / f"dotted_{section}.safetensors"
+        checkpoint_format.write(path, {**meta, "config": named}, saved.tensors)
+    make_data(here)
+    make_pictures(here)
+    make_archives(here, run)
+    for suffix in ("npz", "yaml", "safetensors", "fta", "png"):
+        (here / f"locked.{suffix}").touch(mode=0)
+    for suffix in ("npz", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
+        os.mkfifo(here / f"pipe.{suffix}")
+        (here / f"grid.{suffix}").mkdir()
+    (here / "pipe_run" / "checkpoints").mkdir(parents=True)
+    (here / "pipe_run" / ".lock").touch()
+    os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
+    for name in ("empty", "locked"):
+        (here / name).mkdir()
+    (here / "locked").chmod(0o555)
+    for name, text in (("no_config", None), ("bad_config", "a: ["), ("bad_summary", "")):
+        copied = copy_of(run, here / name)
+        path = copied / ("summary.json" if name == "bad_summary" else "config.yaml")
+        path.unlink() if text is None else path.write_text(text)
+
+
+def make_data(here: Path) -> None:
+    """Files and folders of images for training and evaluation."""
+    rng = np.random.default_rng(0)
+    npz(here / "large.npz", shape=(16, 16))
+    npz(here / "same.npz", shape=(8, 8))
+    npz(here / "colour.npz", shape=(8, 8, 3))
+    np.savez(here / "floats.npz", x_train=rng.random((20, 8, 8)))
+    np.savez(here / "labels.npz", y_train=np.zeros(20))
+    data = (here / "same.npz").read_bytes()
+    (here / "damaged.npz").write_bytes(data[:700] + bytes([data[700] ^ 255]) + data[701:])
+    (here / "cut.npz").write_bytes(data[:-40])
+    for i in range(8):
+        picture(here / "images" / f"{i}.png", mode="RGB", value=i)
+    raw = here / "mnist_damaged" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{part}-ubyte").write_bytes(b"\0" * 100)
+
+
+def make_pictures(here: Path) -> None:
+    """Images that an archive takes or refuses."""
+    picture(here / "good.png")
+    picture(here / "sub" / "good.png")
+    picture(here / "wide.png", (9, 8))
+    picture(here / "rgb.png", mode="RGB")
+    picture(here / "deep.png", value=100)
+    Image.new("L", (8, 8)).save(here / "clear.png", transparency=0)
+    picture(here / "both" / "a.png.png")
+    (here / "a.png").mkdir()
+    picture(here / "a.png" / "b.png")
+    picture(here / "sub" / "a.png")
+    picture(here / f"{'n' * 250}.jpg")
+    picture(here / "taken" / "a.png")
+
+
+def make_archives(here: Path, run: Path) -> None:
+    """Archives without a model, and archives of a model that is not there."""
+    good = stored()
+    archives = {
+        "good": good,
+        "cut": good[:-1],
+        "flip": good[:100] + bytes([good[100] ^ 4]) + good[101:],
+        "evil": stored(names=["../up.png", "b.png"]),
+        "escape": stored(names="../../x", count=2),
+        "fields": stored(levels="many"),
+        "strips": stored(strip=b"no picture"),
+        "below": stored(names=["good.png/a.png", "b.png"]),
+    }
+    for name, path in (("gone", "gone/best.safetensors"), ("foreign", str(last(run)))):
+        archives[name] = foreign_archive(path)
+    for name, data in archives.items():
+        (here / f"{name}.fta").write_bytes(data)
+
+
+class Evil:
+    """Loading it as a pickle makes a folder `executed` in the current folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+NUMBER = "Input should be a valid integer"
+HUGE = 10**10
+AT_LEAST_1 = "greater than or equal to 1"
+FOLDER, PIPE = "is a folder", "not a regular file"
+DENIED, NO_FOLDER = "there is no permission to write into", "is not a folder"
+NO_MODEL, NOT_ONE = "no such checkpoint or run directory", "not a flowtrain checkpoint"
+OTHER_SHAPE = ("(1, 16, 16) with 256 levels", "(1, 8, 8) with 17 levels", "run/checkpoints")
+
+
+# A value of `--set`, and what the message has to say.
+CONFIGURATIONS = [
+    ("model.stepz=3", "model.stepz", "did you mean model.steps?", "3"),
+    ("train.learning_rate=1", "train.learning_rate", "unknown key", "1"),
+    ("train.steps=3", "train.steps", "did you mean train.num_steps?"),
+    ("num_steps=3", "num_steps", "did you mean train.num_steps?"),
+    ("model.coupling=afine", "'affine', 'additive', 'spline' or 'mixture'", "'afine'"),
+    ("model.width=wide", "model.width: Input should be a valid integer", "'wide'"),
+    ("model.width=[8,-1]", "model.width", AT_LEAST_1, "-1"),
+    ("model.width=0", "model.width", AT_LEAST_1, "0"),
+    ("model.width=2.5", "model.width", "integer", "2.5"),
+    ("model.bins=300", "model.bins", "less than or equal to 256", "300"),
+    ("model.classes=5", "model.classes: 5", "labels 0..9"),
+    ("model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1)", "a multiple of 16"),
+    ("train.lr=fast", "train.lr", "number", "'fast'"),
+    ("train.lr=-1", "train.lr", "greater than 0", "-1"),
+    ("train.lr=.nan", "train.lr", "finite", "nan"),
+    ("train.lr=1e400", "train.lr", "finite"),
+    ("train.lr.peak=1", "train.lr"),
+    ("train.lr=[1", "--set train.lr=[1", "not YAML"),
+    ("train.lr=&a [*a]", "not YAML", "contains itself"),
+    ("train.lr=!!python/object/apply:os.mkdir [executed]", "not YAML", "tag"),
+    ("train.ema=1", "train.ema", "less than 1", "1"),
+    ("train.ema=-.inf", "train.ema", "finite"),
+    ("train.budget=soon", "train.budget", "a duration such as 90s, 30min or 1.5h", "'soon'"),
+    ("train.budget=nan", "train.budget", "a duration"),
+    ("train.budget=1e400h", "train.budget", "finite"),
+    ("train.log_every=0", "train.log_every", AT_LEAST_1),
+    ("train.num_steps=nan", "train.num_steps", "integer"),
+    ("train.batch_size=1e30", "train.batch_size", "integer"),
+    ("train.batch_size=true", "train.batch_size", "not a boolean"),
+    ("train.precision=fp16", "train.precision", "'fp16'"),
+    ("train.%FF=1", "train", "unicode"),
+    ("train", "--set train", "key=value"),
+    ("=3", "--set =3", "key=value"),
+    ("data.validation=-1", "data.validation", "greater than or equal to 0", "-1"),
+    ("data.validation=.nan", "data.validation", "finite"),
+    ("data.validation=5000", "data.validation", "cannot hold 5000 of 1617 images out"),
+    ("data.validation=1e308", "data.validation", "cannot hold 1000000000", "of 1617 images out"),
+    ("data.flip=maybe", "data.flip", "boolean", "'maybe'"),
+    ("data.n_bits=5", "data.n_bits", "digits has 17 levels"),
+    ("data.shift=8", "data.shift", "8"),
+    ("data.path=x.npz", "data.path", "unknown key"),
+    ("data=digits", "data:", "'digits'"),
+    ("data.name=mnits", "data.name", "did you mean mnist?", "cifar10, cifar100, digits"),
+    ("data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
+    ("data.root=%FF", "data.root", "not YAML"),
+    ("dequantization.name=variatonal", "dequantization.name", "'variatonal'"),
+    ("dequantization.alpha=0.5", "dequantization.alpha", "less than 0.5"),
+    ("seed=-1", "seed", "-1"),
+    ("seed=2024-13-45", "--set seed=2024-13-45"),
+    ("seed=nan", "seed", "integer"),
+]
+
+# What stands where a command takes a model, and what the message has to say.
+MODELS = {
+    "nowhere.safetensors": (NO_MODEL,),
+    "no%FF.safetensors": ("no?.safetensors", NO_MODEL),
+    f"{'n' * 300}.safetensors": (NO_MODEL,),
+    "empty.safetensors": ("damaged", "header"),
+    "text.safetensors": ("damaged", "header"),
+    "pipe.safetensors": (PIPE,),
+    "locked.safetensors": ("locked.safetensors",),
+    "evil.safetensors": ("damaged",),
+    "foreign.safetensors": ("foreign.safetensors",),
+}
+# Commands that take one, and the other words that they need.
+TAKING_A_MODEL = {
+    "evaluate": "evaluate {}",
+    "ood": "ood {} --out noise",
+    "doctor": "doctor {}",
+    "sample": "sample {}",
+    "interpolate": "interpolate {}",
+    "report": "report {}",
+    "compress": "compress {} good.png --out x",
+    "decompress": "decompress gone.fta --out x --model {}",
+    "train --resume": "train TINY --run-dir new --resume {}",
+    "train --init-from": "train TINY --run-dir new --init-from {}",
+}
+# What stands where a command writes a file, before its suffix, and what the message has to say.
+OUTPUTS = {"text/a": (NO_FOLDER,), "locked/a": (DENIED,), "grid": (FOLDER,), "pipe": (PIPE,)}
+WRITING = [
+    ("evaluate run", "--json", ".json"),
+    ("evaluate run", "--scores", ".csv"),
+    ("ood run --out noise", "--json", ".json"),
+    ("ood run --out noise", "--scores", ".csv"),
+    ("ood run --out noise", "--picture", ".png"),
+    ("doctor run", "--json", ".json"),
+    ("sample run", "--out", ".png"),
+    ("sample run", "--out", ".npz"),
+    ("interpolate run", "--out", ".gif"),
+    ("report run", "--out", ".html"),
+    ("compare run", "--out", ".png"),
+    ("compare run", "--json", ".json"),
+    ("compress run good.png", "--out", ".fta"),
+]
+# What stands where images are read, and what the message has to say.
+DATA = {
+    "nope": ("neither a data set", "mnist", "folder", ".png", ".npz"),
+    "no%FF.npz": ("no?.npz: there is no such file",),
+    "no.png": ("no.png: there is no such file",),
+    "/dev/zero": ("/dev/zero: neither a data set",),
+    "empty": ("there is no image in",),
+    "empty.npz": ("empty.npz is not an .npz file", "np.savez"),
+    "text.npz": ("text.npz is not an .npz file",),
+    "pipe.npz": ("pipe.npz cannot be opened", PIPE),
+    "locked.npz": ("locked.npz cannot be opened", "Permission denied"),
+}
+READING = ["evaluate run --dataset {}", "ood run --out {}", "ood run --out noise --in {}"]
+
+# A command line, and what its message has to say.
+TABLE = [
+    # --- all commands
+    ("evaluat", "No such command 'evaluat'"),
+    ("%FF", "No such command"),
+    ("evaluate ''", "an argument is empty"),
+    ("train TINY --run-dir ''", "an argument is empty: a value is missing"),
+    ("train TINY --run-dir=", "--run-dir= is empty: a value is missing"),
+    ("evaluate run --nonsense", "No such option: --nonsense"),
+    ("evaluate run --%FF=1", "No such option"),
+    ("evaluate run run", "unexpected extra argument"),
+    *[
+        (line.format(model), *said)
+        for line in TAKING_A_MODEL.values()
+        for model, said in MODELS.items()
+    ],
+    *[
+        (f"{line} {option} {name}{suffix}", f"{option} {name}{suffix}", *said)
+        for line, option, suffix in WRITING
+        for name, said in OUTPUTS.items()
+    ],
+    *[(line.format(name), *said) for line in READING for name, said in DATA.items()],
+    # --- train
+    ("train --config glow_digit.yaml", "did you mean glow_digits.yaml?", "shipped:"),
+    ("train --config no%FF.yaml", "--config no?.yaml: no such file"),
+    ("train --config syntax.yaml", "syntax.yaml: cannot be read as YAML", "line 2"),
+    ("train --config binary.yaml", "binary.yaml: cannot be read as YAML"),
+    ("train --config good.png", "good.png: cannot be read as YAML"),
+    ("train --config list.yaml", "list.yaml: expected keys and values, got list"),
+    ("train --config section.yaml", "section.yaml: model: expected keys and values, got 'glow'"),
+    ("train --config empty.yaml", "train.num_steps and train.budget: neither is given"),
+    ("train --config no_length.yaml", "train.num_steps and train.budget: neither is given"),
+    ("train --config both.yaml", "train.num_steps and train.budget: both are given"),
+    ("train --config empty", "--config empty: not a regular file"),
+    ("train --config pipe.yaml", "--config pipe.yaml: not a regular file"),
+    ("train --config /dev/zero", "--config /dev/zero: not a regular file"),
+    ("train --config locked.yaml", "locked.yaml: cannot be read as YAML: Permission denied"),
+    ("train TINY --run-dir text", "--run-dir text: cannot be used"),
+    ("train TINY --run-dir text/below", "--run-dir text/below: cannot be used"),
+    ("train TINY --run-dir locked", "--run-dir locked: cannot be used: Permission denied"),
+    ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
+    ("train TINY --run-dir pipe.npz", "--run-dir pipe.npz: cannot be used"),
+    ("train TINY --run-dir pipe_run", "last.safetensors", PIPE),
+    ("train TINY --run-dir %FF", "--run-dir ?: its name is not UTF-8"),
+    ("train TINY --run-dir run --resume never", "--resume never: run holds a run"),
+    ("train TINY --run-dir new --resume empty", "empty: has no checkpoint"),
+    ("train TINY --run-dir new --resume flipped.safetensors", "flipped.safetensors: damaged"),
+    ("train TINY --run-dir new --resume classes", "model.classes: classes/checkpoints"),
+    ("train TINY --run-dir new --init-from evil.pt", "evil.pt", NOT_ONE),
+    ("train TINY --run-dir new --init-from classes", "does not fit this model"),
+    ("train TINY --run-dir new --init-from points", "does not fit this model"),
+    ("train TINY --run-dir new --init-from /dev/random", "/dev/random: cannot be read", PIPE),
+    ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N or mps"),
+    ("train TINY --device cuda:x", "--device cuda:x", "auto, cpu, cuda, cuda:N or mps"),
+    ("train TINY --device cuda:", "--device cuda:", "auto, cpu, cuda, cuda:N or mps"),
+    ("train TINY --device cuda:%FF", "--device cuda:?", "auto, cpu, cuda, cuda:N or mps"),
+    ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
+    ("train --sett seed=1", "No such option", "--set"),
+    ("train NPZ nowhere.npz", "data.path: there is no file", "nowhere.npz"),
+    ("train NPZ text.npz", "data.path", "text.npz is not an .npz file"),
+    ("train NPZ cut.npz", "data.path", "cut.npz", "cut short"),
+    ("train NPZ empty", "data.path", "empty cannot be opened", "Is a directory"),
+    ("train NPZ pipe.npz", "data.path", "pipe.npz cannot be opened", PIPE),
+    ("train NPZ locked.npz", "locked.npz cannot be opened", "Permission denied"),
+    ("train NPZ damaged.npz", "x_train in", "damaged.npz is damaged", "save the file again"),
+    ("train NPZ floats.npz", "data.path", "float64, not uint8", ".astype(np.uint8)"),
+    ("train NPZ labels.npz", "data.path", "has no array x_train (it has y_train)"),
+    ("train NPZ large.npz --set model.levels=5", "16x16 can be squeezed 4 times", "levels: 5"),
+    ("train TINY --set data.name=npz", "data.path", "missing"),
+    ("train IMAGES images --set data.size=65536", "train.batch_size: a step of 32 x 1 images"),
+    ("train IMAGES empty", "data.path", "no image in"),
+    ("train IMAGES text", "data.path", NO_FOLDER),
+    ("train IMAGES nowhere", "data.path", "is no folder"),
+    ("train SMALL MNIST mnist_damaged", "data.root: the MNIST files in", "100 bytes, not 47040016"),
+    (
+        "train TINY LARGE --set train.batch_size=1048576",
+        "train.batch_size: a step of 1,048,576 x 1",
+    ),
+    (
+        "train TINY LARGE --set train.batch_size=1048576",
+        "GiB are available: at most",
+        "train.memory",
+    ),
+    ("train TINY --set train.accumulate=1048576 --set train.batch_size=4096", "4,096 x 1,048,576"),
+    (
+        "train --dry-run --set train.accumulate=1048576 --set train.batch_size=1048576",
+        "1,048,576 x",
+    ),
+    # --- the configuration
+    *[(f"train TINY --set '{override}'", *said) for override, *said in CONFIGURATIONS],
+    ("train --set model.name=./mine.py", "model.name", "unknown name './mine.py'"),
+    ("train --set model.name=no.such.module", "model.name", "no.such.module"),
+    ("train --set model.name=glo", "model.name", "did you mean glow?", "cnf, glow, iaf, maf"),
+    # --- evaluate
+    ("evaluate", "no MODEL given", "no run under runs/"),
+    ("evaluate empty", "empty: has no checkpoint", "checkpoints/best.safetensors"),
+    ("evaluate text", "text: not a flowtrain checkpoint"),
+    ("evaluate run/config.yaml", "run/config.yaml", NOT_ONE),
+    ("evaluate /dev/zero", "/dev/zero: cannot be read", PIPE),
+    ("evaluate flipped.safetensors", "flipped.safetensors: damaged", "checksum"),
+    ("evaluate cut.safetensors", "cut.safetensors: damaged", "checksum"),
+    ("evaluate header.safetensors", "header.safetensors", "damaged"),
+    ("evaluate cut_header.safetensors", "cut_header.safetensors: damaged", "header"),
+    ("evaluate future.safetensors", "format 99 by flowtrain 9.8.7", "format 1", "train again"),
+    ("evaluate evil.pt", "evil.pt: not a flowtrain checkpoint", "pickles are never loaded"),
+    ("evaluate evil_torch.pt", "evil_torch.pt: not a flowtrain checkpoint"),
+    ("evaluate run --split dev", "--split dev", "test, validation or train"),
+    ("evaluate run --split validation --set data.validation=0", "--split validation", "empty"),
+    ("evaluate run --dataset sub --split test", "--split test: sub has no splits"),
+    ("evaluate run --weights best", "--weights best", "ema or raw"),
+    ("evaluate run --num-images 0", "--num-images", AT_LEAST_1),
+    ("evaluate run --num-images 1.5", "--num-images", NUMBER),
+    ("evaluate run --samples -1", "--samples", AT_LEAST_1),
+    (f"evaluate run --samples {HUGE}", f"--samples {HUGE}: the scores of 180 images need"),
+    ("evaluate run --batch-size inf", "--batch-size", NUMBER),
+    ("evaluate run --seed nan", "--seed", NUMBER),
+    ("evaluate points --samples 2", "--samples 2", "exact"),
+    ("evaluate run --set data.name=npz --set data.path=large.npz", *OTHER_SHAPE),
+    ("evaluate run --set data.name=npz --set data.path=same.npz", "256 levels", "17 levels"),
+    ("evaluate run --set model.width=3", "--set model.width=3", "only keys of data"),
+    ("evaluate run --set data.%FF=1", "data", "unicode"),
+    ("evaluate run --dataset same.npz", "256 levels", "17 levels"),
+    ("evaluate run --dataset digits --set data.size=3", "data.size: unknown key"),
+    ("evaluate points --dataset digits", "(1, 8, 8) with 17 levels", "(2, 1, 1) with real values"),
+    # --- ood
+    ("ood run", "--out"),
+    ("ood run --out noise --in noise", "--out noise: it is named twice"),
+    ("ood run --out digits", "--out digits: it is named twice"),
+    ("ood run --out noise --out noise", "--out noise: it is named twice"),
+    ("ood run --out constant --in noise", "--in noise: neither a data set"),
+    ("ood run --out noise --picture x.jpg", "--picture x.jpg", ".png"),
+    ("ood run --out noise --num-images 0", "--num-images", AT_LEAST_1),
+    ("ood run --out noise --batch-size 0", "--batch-size", AT_LEAST_1),
+    ("ood run --out noise --weights both", "--weights both"),
+    ("ood run --out noise --set model.width=3", "--set model.width=3"),
+    ("ood run --out noise --set data.name=two_moons", "(2, 1, 1)", "real values"),
+    ("ood run --out text.png", "text.png cannot be read as an image"),
+    ("ood points --out noise", "a model of real values"),
+    # --- doctor
+    ("doctor run --num-images 0", "--num-images", AT_LEAST_1),
+    ("doctor run --num-images nan", "--num-images", NUMBER),
+    ("doctor run --weights best", "--weights best: expected ema or raw"),
+    ("doctor run --device abacus", "--device abacus"),
+    ("doctor run --set model.width=3", "--set model.width=3", "only keys of data"),
+    ("doctor run --set data.name=npz --set data.path=colour.npz", "shape (3, 8, 8)", "256 levels"),
+    # --- sample
+    ("sample dotted_model.safetensors", "model.name is 'os.path'", "--trust-code"),
+    ("sample dotted_data.safetensors", "data.name is 'os.path'", "--trust-code"),
+    ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
+    ("sample run --out a", "--out a:", ".png or .npz"),
+    ("sample run --num 0", "--num", AT_LEAST_1),
+    (f"sample run --num {HUGE}", f"--num {HUGE}: a picture of", "GiB are available: lower"),
+    (f"sample run --num {HUGE} --out a.npz", f"--num {HUGE}: 10,000,000,000 samples"),
+    (f"sample run --seed {2**63}", "--seed"),
+    (f"sample run --num {10**400}", "GiB are available: lower"),
+    ("sample run --temperature -1", "--temperature", "greater than or equal to 0"),
+    ("sample run --temperature nan", "--temperature"),
+    ("sample run --temperature hot", "--temperature", "valid number"),
+    ("sample run --temperature 1e400", "--temperature inf", "finite"),
+    ("sample run --seed -1", "--seed", "greater than or equal to 0"),
+    ("sample run --classes 1", "--classes 1", "not class-conditional"),
+    ("sample classes --classes 10", "--classes 10", "0..9"),
+    ("sample classes --classes -1", "--classes -1", "0..9"),
+    (f"sample classes --classes {10**30}", "--classes 1000", "0..9"),
+    ("sample classes --classes a", "--classes a", "whole numbers"),
+    ("sample classes --classes 1,,2", "--classes 1,,2", "whole numbers"),
+    # --- interpolate
+    ("interpolate run --set data.name=npz --set data.path=large.npz", *OTHER_SHAPE),
+    ("interpolate run --steps 1", "--steps", "greater than or equal to 2"),
+    (f"interpolate run --steps {HUGE}", f"--steps {HUGE}: a picture of 4 paths of 10,00"),
+    (f"interpolate run --pairs {HUGE} --steps 2", "a picture of 10,000,000,000 paths of 2 images"),
+    ("interpolate run --pairs 91", "--pairs 91", "180 images"),
+    ("interpolate run --pairs nan", "--pairs", NUMBER),
+    ("interpolate run --out a.npz", "--out a.npz", ".png or .gif"),
+    ("interpolate run --images no%FF.png good.png", "no?.png: there is no such image file"),
+    ("interpolate run --images text.png text.png", "text.png cannot be read as an image"),
+    ("interpolate run --images empty.png good.png", "empty.png cannot be read as an image"),
+    ("interpolate run --images good.png grid.png", "grid.png cannot be read", "Is a directory"),
+    ("interpolate run --images pipe.png pipe.png", "pipe.png cannot be read", PIPE),
+    ("interpolate run --images good.png", "--images"),
+    ("interpolate points --images good.png good.png", "--images", "real-valued"),
+    ("interpolate run --from-class 4", "--from-class and --to-class"),
+    ("interpolate run --from-class -1 --to-class 2", "--from-class", "or equal to 0"),
+    ("interpolate run --from-class 4 --to-class 12", "--to-class 12", "0 images"),
+    (f"interpolate run --from-class 4 --to-class {10**30}", "--to-class 1000", "0 images"),
+    ("interpolate run --from-class 4 --to-class 5 --pairs 99", "--from-class 4", "99 are needed"),
+    ("interpolate run --from-class 4 --to-class 5 --steps 100000000000", "--steps", "GiB"),
+    ("interpolate run --from-class 4 --to-class 5 --images a b", "--images", "--from-class"),
+    ("interpolate points --from-class 1 --to-class 2", "--from-class 1", "no labels"),
+    # --- report
+    ("report run --out x.pdf", "--out x.pdf", ".html"),
+    ("report run --num-images 0", "--num-images", AT_LEAST_1),
+    ("report run --weights best", "--weights best"),
+    ("report run --set train.lr=1", "--set train.lr=1"),
+    ("report run --set data.name=npz --set data.path=gone.npz", "there is no file", "gone.npz"),
+    ("report run --set data.name=npz --set data.path=same.npz", "256 levels", "17 levels"),
+    # --- compare
+    ("compare", "Missing argument 'RUN...'"),
+    ("compare run nowhere", "nowhere: no such run directory"),
+    ("compare no%FF", "no?: no such run directory"),
+    ("compare run/config.yaml", "run/config.yaml: is not a run directory"),
+    ("compare pipe.npz", "pipe.npz: is not a run directory"),
+    ("compare empty", "empty/config.yaml", "No such file"),
+    ("compare bad_config", "bad_config/config.yaml: cannot be read as YAML"),
+    ("compare bad_summary", "bad_summary/summary.json: broken"),
+    ("compare run --out x.jpg", "--out x.jpg", ".png"),
+    # --- compress
+    ("compress run --out x", "INPUT", "--split"),
+    ("compress run good.png", "Missing option '--out'"),
+    ("compress run good.png --split test --out x", "INPUT", "not both"),
+    ("compress run --split all --out x", "--split all"),
+    ("compress run good.png --num-images nan --out x", "--num-images", NUMBER),
+    ("compress run none.png --out x", "none.png", "no such"),
+    ("compress run no%FF.png --out x", "no?.png", "no such"),
+    ("compress run text.png --out x", "text.png", "cannot be read"),
+    ("compress run pipe.png --out x", "pipe.png", PIPE),
+    ("compress run wide.png --out x", "wide.png", "9x8 L", "8x8 L"),
+    ("compress run rgb.png --out x", "rgb.png", "8x8 RGB", "8x8 L"),
+    ("compress run deep.png --out x", "deep.png", "17", "not be lossless"),
+    ("compress run clear.png --out x", "clear.png", "transparent"),
+    ("compress run empty --out x", "empty", "no image"),
+    ("compress run good.png sub/good.png --out x", "sub/good.png", "good.png"),
+    ("compress run a.png sub/a.png --out x", "a.png/b.png", "folder where the file 'a.png' is"),
+    (f"compress run {'n' * 250}.jpg --out x", "n.jpg", "255 bytes"),
+    ("compress run good.png --out x --weights best", "--weights best"),
+    ("compress run good.png --out x --set data.root=y", "--set", "--split"),
+    ("compress run good.png --out good.png", "--out good.png", "one of the files"),
+    ("compress run sub --out sub/good.png", "--out sub/good.png", "one of the files"),
+    ("compress run sub --out run/checkpoints/best.safetensors", "--out run", "one of the files"),
+    ("compress points --split test --out x", "real-valued"),
+    # --- decompress
+    ("decompress", "Missing argument 'FILE'"),
+    ("decompress good.fta", "Missing option '--out'"),
+    ("decompress none.fta --out x", "none.fta", "cannot be read"),
+    ("decompress no%FF.fta --out x", "no?.fta", "cannot be read"),
+    ("decompress empty --out x", "empty: cannot be read: Is a directory"),
+    ("decompress empty.fta --out x", "empty.fta: not an archive"),
+    ("decompress text.fta --out x", "text.fta: not an archive"),
+    ("decompress pipe.fta --out x", "pipe.fta: cannot be read", PIPE),
+    ("decompress /dev/zero --out x", "/dev/zero: cannot be read", PIPE),
+    ("decompress locked.fta --out x", "locked.fta", "not readable"),
+    ("decompress cut.fta --out x", "cut.fta", "damaged"),
+    ("decompress flip.fta --out x", "flip.fta", "damaged"),
+    ("decompress evil.fta --out x/y", "evil.fta", "../up.png"),
+    ("decompress escape.fta --out x/y/z", "escape.fta", "../../x-00000.png"),
+    ("decompress fields.fta --out x", "fields.fta", "not a valid archive: levels"),
+    ("decompress strips.fta --out x", "strips.fta", "cannot be read (no picture"),
+    ("decompress below.fta --out .", "--out .", "good.png", "folder"),
+    ("decompress good.fta --out good.png", "--out good.png", NO_FOLDER),
+    ("decompress good.fta --out good.png/x", "--out good.png/x", NO_FOLDER),
+    ("decompress good.fta --out pipe.png", "--out pipe.png", NO_FOLDER),
+    ("decompress good.fta --out locked/x", "--out locked/x", DENIED),
+    ("decompress good.fta --out taken", "--out taken", "'a.png' is there already"),
+    ("decompress good.fta --out x --max-memory 0", "--max-memory", AT_LEAST_1),
+    ("decompress good.fta --out x --max-memory nan", "--max-memory", NUMBER),
+    ("decompress gone.fta --out x", "gone.fta", "gone/best.safetensors", "--model"),
+    ("decompress foreign.fta --out x --model classes", "classes", "another one", "--model"),
+]
+
+
+WORDS_OF = {
+    "TINY": TINY_RUN,
+    "SMALL": SMALL,
+    "LARGE": sets(model__steps=16, model__width=512),  # a megabyte for each image
+    "NPZ": [*SMALL, *sets(train__num_steps=2, data__name="npz"), "--set", "data.path="],
+    "IMAGES": [*TINY_RUN, *sets(data__name="folder", data__size=8), "--set", "data.path="],
+    "MNIST": [*sets(data__name="mnist"), "--set", "data.root="],
+}
+
+
+def words(line: str) -> list[str]:
+    """A command line of the table as words. %FF is a byte that no text has. A name in capitals is
+    short for some words, of which the last goes on with the next word if it ends in "=".
+    """
+    found: list[str] = []
+    for word in shlex.split(line):
+        text = os.fsdecode(word.encode().replace(b"%FF", b"\xff"))
+        if found and found[-1].startswith("data.") and found[-1].endswith("="):
+            found[-1] += text
+        else:
+            found += WORDS_OF.get(word, [text])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    here = tmp_path_factory.mktemp("wrong")
+    make(here)
+    return here
+
+
+def short(line: str) -> str:
+    return line.replace("n" * 250, "long").replace("0" * 30, "")[:70]
+
+
+@pytest.mark.parametrize(
+    "line, said", [(row[0], row[1:]) for row in TABLE], ids=[short(row[0]) for row in TABLE]
+)
+def test_wrong_input(line, said, folder):
+    before = tree(folder)
+    done = quick(*words(line), cwd=folder, first=OBEDIENT)
+    for new in ("new", "runs"):  # a refused start may leave a folder with a lock
+        files = [path.name for path in (folder / new).rglob("*") if path.is_file()]
+        assert files in ([], [".lock"])
+        shutil.rmtree(folder / new, ignore_errors=True)
+    done.failed(2, *said)
+    assert done.err.count("\n") <= 6
+    assert tree(folder) == before  # nothing written, nothing executed, nothing lost
+
+
+def test_every_command_has_rows():
+    rows = [words(row[0])[0] for row in TABLE]
+    for name in get_command(app).commands:
+        assert rows.count(name) >= 15, name
+
+
+def test_as_a_user_would_see_it(folder):
+    """The table runs forked; this one does not."""
+    done = flowtrain("train", *sets(model__stepz=3), cwd=folder).failed(2)
+    assert done.out == ""
+    assert done.err.startswith("flowtrain: ") and done.err.count("\n") == 1
+    assert done.err.rstrip().endswith(
+        "model.stepz: unknown key; did you mean model.steps? (value 3)"
+    )
+
+
+def test_several_mistakes_are_told_at_once(folder):
+    done = quick("train", *sets(model__stepz=3, train__lr="fast", nonsense=1), cwd=folder)
+    done.failed(2, "model.stepz", "train.lr", "nonsense")
+
+
+@pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "command",
+    [["train", *TINY_RUN], ["evaluate", "run"], ["sample", "run"], ["interpolate", "run"]],
+)
+def test_no_cuda(command, folder):
+    quick(*command, "--device", "cuda", cwd=folder).failed(
+        2, "--device cuda", "no CUDA device", "--device cpu"
+    )
+
+
+def test_mnist_without_a_network(folder):
+    with socket.socket() as closed:  # a port on which nobody listens
+        closed.bind(("127.0.0.1", 0))
+        proxy = dict.fromkeys(
+            ("http_proxy", "https_proxy"), f"http://127.0.0.1:{closed.getsockname()[1]}"
+        )
+        done = quick(
+            "train", *SMALL, *sets(data__name="mnist", data__root="dl"), cwd=folder, **proxy
+        )
+    wanted = (
+        "data.root: MNIST is not in",
+        "could not be downloaded",
+        "train-images-idx3-ubyte.gz",
+        "https://",
+    )
+    done.failed(2, *wanted, str(folder / "dl" / "MNIST" / "raw"))
+    for name in ("runs", "dl"):
+        shutil.rmtree(folder / name)
+
+
+def test_the_pickles_above_are_malicious(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    pickle.loads((folder / "evil.pt").read_bytes())
+    assert (folder / "executed").is_dir()
+    (folder / "executed").rmdir()
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    """As a run directory it is refused; the files of such a name can be read, and are printed."""
+    name = os.fsdecode(b"bad\xff")
+    flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path).failed(
+        2, "--run-dir bad?: its name is not UTF-8"
+    )
+    assert tree(tmp_path) == []
+    copy_of(trained()["glow"], tmp_path / name)
+    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    assert "bad\\udcff" in done.out
+
+
+def test_weights_that_were_not_kept(tmp_path):
+    quick("train", *TINY_RUN, *sets(train__ema=0), cwd=tmp_path).ok()
+    quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(
+        2, "--weights ema", "train.ema was 0", "--weights raw"
+    )
+    assert '"raw"' in quick("evaluate", "--json", "-", cwd=tmp_path).ok().out
+
+
+def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):
+    """Resuming says which file; it neither starts over nor removes anything."""
+    run = copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+    data = bytearray(last(run).read_bytes())
+    data[-1] ^= 1
+    last(run).write_bytes(data)
+    before = tree(run)
+    quick("train", *TINY_RUN, cwd=tmp_path).failed(
+        2, "runs/glow_digits/checkpoints/last.safetensors: damaged"
+    )
+    assert tree(run) == before
+    (run / "checkpoints").rename(run / "aside")
+    (run / "checkpoints").write_text("in the way")
+    quick("train", *TINY_RUN, cwd=tmp_path).failed(2, "--run-dir", "checkpoints is not a folder")
