@@ -40,6 +40,7 @@ WORDS = {
     "realnvp": ["--config", "realnvp_digits.yaml", *sets(model__width=4, model__blocks=1)],
     "nice": ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
 }
+CAUSAL = ["--config", "causal_digits.yaml", *sets(model__width=8, model__blocks=1, model__units=4)]
 SHORT = sets(train__batch_size=32, train__lr=2e-3, train__num_steps=20, train__log_every=5)
 SHORT += sets(train__validate_every=10, train__checkpoint_every=5)
 SHORT += sets(train__sample_every=10, train__keep_checkpoints=2)

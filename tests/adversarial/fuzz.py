@@ -270,7 +270,7 @@ def _crafted_npz(draw: random.Random, data: bytes) -> bytes:
     elif kind < 0.7:
         members[name] = _npy(draw)
     elif kind < 0.8:
-        members[draw.choice(["x.npy", "x_test.npy", "y_test.npy", "../x.npy", ""])] = _npy(draw)
+        members[draw.choice(["x.npy", "x_test.npy", "y_test.npy", "../x.npy", " "])] = _npy(draw)
     elif kind < 0.9:
         del members[name]
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogue import SMALL, sets
+from catalogue import CAUSAL, SMALL, sets
 from cli_helpers import (
     FOLDER,
     Forked,
@@ -157,6 +157,14 @@ def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
     )
     # Muon orthogonalizes in bfloat16, which makes more of a difference in the last bits.
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-3)
+
+
+def test_the_same_of_a_causal_flow_with_classes(tmp_path):
+    words = ["train", *CAUSAL, *ALL[len(MODEL) :]]
+    words += sets(model__classes=10, train__num_steps=5, train__optimizer="adamw")
+    quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
+    all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
+    assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)
 
 
 def test_nearly_the_same_in_float32(tmp_path):

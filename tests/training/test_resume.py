@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import yaml
-from catalogue import SMALL, TINY_RUN, WORDS, sets
+from catalogue import CAUSAL, SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import (
     FOLDER,
     Forked,
@@ -118,6 +118,7 @@ def uninterrupted():
         sets(data__max_in_memory=0, data__workers=1),
         [*WORDS["realnvp"], *sets(train__precision="bf16")],
         WORDS["nice"],
+        [*CAUSAL, *sets(train__precision="bf16", model__classes=10)],
     ],
     ids=[
         "fp32-adam",
@@ -127,6 +128,7 @@ def uninterrupted():
         "streamed",
         "realnvp",
         "nice",
+        "causal-with-classes",
     ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
