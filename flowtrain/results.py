@@ -96,6 +96,7 @@ class Evaluation(File):
     duplicates_of_training: int | None = None
     dims: int | None = None
     levels: int | None = None
+    sampling: str | None = None  # one pass, or sequential: one entry after the other
     split: str
     dataset: str
     weights: str

@@ -92,6 +92,7 @@ def evaluate(
         **_shared(model, data, split_name, split, count),
         dims=flow.dims,
         levels=flow.levels,
+        sampling=flow.sampling,
         split=split_name,
         dataset=data.config.name,
         weights=model.weights,

@@ -63,6 +63,11 @@ class Flow(nn.Module):
         return self.kind.exact or self.bijection.of_levels
 
     @property
+    def sampling(self) -> str:
+        """How samples are computed, in words. A sequential flow takes one entry after the other."""
+        return "sequential" if self.bijection.inverse_is_sequential else "one pass"
+
+    @property
     def initialization_images(self) -> int:
         """How many images `initialize` should see."""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]

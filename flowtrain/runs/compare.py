@@ -24,7 +24,7 @@ NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 # The keys of an evaluation in the JSON of a comparison.
 TEST_FIGURES = (
     *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
-    *("bound", "samples", "num_images", "split", "dataset", "weights", "step"),
+    *("bound", "samples", "num_images", "sampling", "split", "dataset", "weights", "step"),
 )
 
 
@@ -165,6 +165,10 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
             f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured
         )
         found.append(f"the test figures were not measured alike ({ways})")
+    ways_of_sampling = {test.sampling for test in tests}
+    for own in results:
+        if own.test and own.test.sampling == "sequential" and len(ways_of_sampling) > 1:
+            found.append(f"{own.run} samples one entry after the other")
     return found
 
 

@@ -53,6 +53,7 @@ def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
             "num_images": 30,
             "dims": 16,
             "levels": 256,
+            "sampling": "one pass",
             "split": "test",
         },
         **{"dataset": "npz", "weights": "raw", "step": 12, "seed": 3, "non_finite_images": 0},
@@ -71,7 +72,7 @@ def test_an_exact_likelihood_has_one_draw_and_no_error_over_draws(tmp_path):
     assert content["bits_per_dim"] == pytest.approx(bits.mean().item())
     assert content["bits_per_dim_stderr"] == pytest.approx(bits.std().item() / math.sqrt(30))
     assert result.loss == (content["bits_per_dim"], content["bits_per_dim_stderr"])
-    assert content["max_reconstruction_error"] is None
+    assert content["max_reconstruction_error"] is None and content["sampling"] == "sequential"
     other = evaluated(tmp_path, flow, seed=1)[1]
     torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)
     with pytest.raises(UserError, match="--samples 2: the likelihood of glow is exact"):

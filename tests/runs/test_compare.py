@@ -69,7 +69,7 @@ def test_the_table_has_what_the_files_say(tmp_path):
     expected |= {"validation": 3.125, "validation_step": 4}
     assert {key: value for key, value in a.items() if key != "test"} == expected
     assert (
-        a["test"].items() <= {**TEST, "nats_per_image_stderr": None}.items()
+        a["test"].items() <= {**TEST, "nats_per_image_stderr": None, "sampling": None}.items()
         and a["test"]["bits_per_dim"] == 3.25
     )
     assert b["test"] is None and b["validation"] is None
@@ -148,6 +148,10 @@ NOTES = {
         "of step 2, its best checkpoint of step 4: flowtrain evaluate b",
     ),
     "another bound": ({"test": {**TEST, "bound": "iwbo", "samples": 8}}, "iwbo, draws: 8"),
+    "another way of sampling": (
+        {"test": {**TEST, "sampling": "sequential"}},
+        "b samples one entry after the other",
+    ),
     "fewer images": ({"test": {**TEST, "num_images": 10}}, "10 images of digits"),
 }
 
