@@ -31,10 +31,11 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
     return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
 
 
-def causal_flow(shape, levels=256, scale=0.2) -> Flow:
-    """A causal flow with every parameter moved, set from smooth images."""
+def causal_flow(shape, levels=256, scale=0.2, x=None) -> Flow:
+    """A causal flow with every parameter moved, set from `x` or smooth images."""
     flow = build_flow(a_config("causal"), shape, levels)
-    x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
+    if x is None:
+        x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
     return perturb(flow, scale).eval().requires_grad_(False)
 

@@ -267,9 +267,10 @@ class OrdinalAutoregressive(SetFromData):
     def retrace(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
-        The two paths of the networks round differently, by about 1e-6 of F in float32. An
-        improbable level's range of F is as small as 2**-18, so a latent from the other path could
-        belong to its neighbour.
+        The two paths of the networks round differently, and the range of an improbable level is as
+        small as 2**-18. In float32, middles by `forward` were off by up to 6% of half of their
+        range, on noise under a trained model. Between batches of different sizes, `retrace` and
+        `inverse` differ by up to 1.4% of it.
         """
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()

@@ -142,9 +142,10 @@ def _print(
         values = selection.images[0].numel() * result.coded
         table["bits/dim, net"] = f"{result.net_bits / values:.4f} of {result.coded} images"
         table["bits/dim, the bound"] = f"{result.bound_bits / values:.4f} of the same images"
-        table["initial bits"] = (
-            f"{result.initial_bits} ({result.carriers} images in an ordinary format)"
-        )
+        if result.initial_bits:
+            table["initial bits"] = (
+                f"{result.initial_bits} ({result.carriers} images in an ordinary format)"
+            )
         table["images/s"] = f"{result.coded / result.seconds:.1f}"
         if result.stored:
             table["stored without the flow"] = (

@@ -114,6 +114,7 @@ class Codec:
     borrows = True
     chunk = 16
     stream = 1000
+    checked = 1
 
     def __init__(self, flow: Flow):
         self.levels = levels_of(flow)

@@ -25,6 +25,7 @@ class Coder(Protocol):
     borrows: bool  # whether coding takes bits off the stack, which the first images must give
     chunk: int  # images coded together, at most
     stream: int  # images on one stack, at most
+    checked: int  # images with one checksum in the archive
 
     def encode(self, x: Tensor, stack: Stack) -> None:
         """Puts images, uint8 `(B, C, H, W)`, onto the stack.

@@ -18,7 +18,7 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression import format as archive
 from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.inputs import Selection
-from flowtrain.compression.model import model_bytes, model_hash, versions
+from flowtrain.compression.model import HASH_DIGITS, model_bytes, model_hash, versions
 from flowtrain.compression.streams import EncodedStream, Estimate, encode_stream, estimate
 from flowtrain.compression.strips import strip_length, strips
 from flowtrain.compression.threads import Progress, in_threads, one_thread, silent
@@ -222,14 +222,17 @@ def _pack(
     count = len(_not_in(streams, len(prepared.images)))
     if len(stored) != -(-count // strip_length(coder.shape[1])):
         description["tall"] = True
-    checksums = np.array([archive.checksum(image) for image in prepared.images], "<u4")
+    checked = coder.checked if streams else 1
+    if checked > 1:
+        description["checked"] = checked
+    checksums = np.array([archive.checksum(part) for part in prepared.images.split(checked)], "<u4")
     parts = [checksums.tobytes(), *stored]
     if streams:
         description["stored"] = _not_in(streams, len(prepared.images))
         description["streams"] = [stream.description().model_dump() for stream in streams]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
         described = {
-            "hash": model_hash(model),
+            "hash": model_hash(model)[:HASH_DIGITS],
             "path": os.fsencode(model.checkpoint.path).decode(errors="replace"),
             "weights": model.weights,
             "embedded": bool(embedded),

@@ -91,6 +91,7 @@ class Description(BaseModel):
     lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
     streams: list[StreamDescription] = []
     stored: list[int] = []
+    checked: PositiveInt = 1  # how many images have one checksum; the last may have fewer
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     probe: int | None = None
@@ -98,8 +99,10 @@ class Description(BaseModel):
 
     @property
     def images(self) -> int:
-        """The number of images, which is that of their checksums."""
-        return self.lengths[0] // 4
+        """The number of images, which is that of their names."""
+        if isinstance(self.names, str):
+            return self.count or 0
+        return len(self.names) if isinstance(self.names, list) else 0
 
     @property
     def memory(self) -> int:
@@ -134,13 +137,10 @@ class Description(BaseModel):
         following, memory = info.context
         if sum(self.lengths) != following:
             raise ValueError("its parts are longer or shorter than it says")
+        if self.images < 1 or self.lengths[0] != 4 * -(-self.images // self.checked):
+            raise ValueError("there is not one name for each image that has a checksum")
         if self.memory > memory:
             raise TooLarge(self.memory)
-        names = self.count
-        if not isinstance(self.names, str):
-            names = len(self.names) if isinstance(self.names, list) else None
-        if self.lengths[0] % 4 or not self.images or names != self.images:
-            raise ValueError("there is not one name for each checksum")
         check_names(self.files)
         if not self.streams:
             self.stored, self.model = list(range(self.images)), None

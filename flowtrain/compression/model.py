@@ -7,6 +7,8 @@ from importlib import metadata
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel
 
+HASH_DIGITS = 16  # of the model's hash in an archive, at least; earlier versions wrote all of them
+
 
 def model_hash(model: LoadedModel) -> str:
     """SHA-256 of all that the model computes with: its options, shape, levels, and the weights that

@@ -1,14 +1,19 @@
 """Archives of causal flows, which have the distribution of each level."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from coding_helpers import GREY, RGB, causal_flow, smooth
-from helpers import images
+from helpers import a_config, images
 
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.compression import compress
 from flowtrain.compression.coder import coder_of, probe
+from flowtrain.compression.decompress import Opened
 from flowtrain.compression.direct import DirectCodec
 from flowtrain.compression.stack import Stack
 from flowtrain.compression.streams import decode_stream, encode_stream
@@ -79,6 +84,74 @@ def test_weights_that_are_not_finite_are_named():
     next(flow.bijection.parameters()).data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         coder_of(flow).encode(smooth(1, RGB), empty())
+
+
+@pytest.fixture
+def model():
+    file = Checkpoint(Path("causal.safetensors"), {"config": a_config("causal").resolved()}, {})
+    flow = causal_flow((3, 4, 4), scale=0.01, x=faint(64))
+    return LoadedModel(flow, a_config("causal"), "raw", file)
+
+
+def faint(count: int) -> torch.Tensor:
+    """Images that take far fewer than eight bits for each entry."""
+    return smooth(count, (3, 4, 4)) // 8 + 112
+
+
+def archive(model: LoadedModel, x: torch.Tensor) -> bytes:
+    return compress.choose(compress.prepare(model, x), "test").data
+
+
+def test_threads_change_no_byte_of_an_archive(model, tmp_path):
+    x, path = faint(150), tmp_path / "a"
+    torch.set_num_threads(1)
+    data = archive(model, x)
+    torch.set_num_threads(2)
+    assert archive(model, x) == data
+    path.write_bytes(data)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        opened = Opened(path)
+        assert [s.chunks for s in opened.streams] == [[75], [75]] and not any(
+            s.carriers for s in opened.streams
+        )
+        assert torch.equal(opened.images(model), x)
+
+
+def test_an_archive_is_little_larger_than_its_streams(model, tmp_path):
+    x, path = faint(150), tmp_path / "a"
+    path.write_bytes(archive(model, x))
+    found = Opened(path)
+    assert (found.description.checked, len(found.parts[0])) == (128, 8)
+    assert path.stat().st_size - sum(map(len, found.parts)) < 210
+    damaged = x.clone()
+    damaged[149, 0, 0, 0] += 1
+    found._decode = lambda images, model, progress: images.copy_(damaged)
+    with pytest.raises(UserError, match="22 of 150 images do not match their checksums"):
+        found.images(model)
+
+
+def test_other_numbers_are_refused(model, tmp_path, monkeypatch):
+    path, x = tmp_path / "a", faint(3)
+    path.write_bytes(archive(model, x))
+    in_order = type(model.flow.bijection).in_order
+
+    def other(self, next_level, batch, context=None):
+        """As on a machine where two entries of the first image come out a little different."""
+
+        def changed(entry, index):
+            if index in (3, 30):
+                entry.shift += 1e-4 * torch.rand(batch)  # never the same
+            return next_level(entry, index)
+
+        return in_order(self, changed, batch, context)
+
+    monkeypatch.setattr(type(model.flow.bijection), "in_order", other)
+    with pytest.raises(UserError, match="this machine does not reproduce the numbers"):
+        Opened(path).images(model)
+    monkeypatch.setattr(DirectCodec, "decode", lambda self, n, stack: torch.zeros_like(x))
+    with pytest.raises(UserError, match="numerics do not reproduce on this machine"):
+        archive(model, x)
 
 
 def test_classes_are_refused_by_name():
