@@ -19,6 +19,7 @@ from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision
+from flowtrain.system.threads import one_thread
 
 
 class PredictionByToken(Protocol):
@@ -194,6 +195,7 @@ class OrdinalAutoregressive(SetFromData):
     def by_level(self) -> "OrdinalAutoregressive":
         return self
 
+    @one_thread()
     @torch.no_grad()
     def in_order(
         self,
@@ -205,6 +207,9 @@ class OrdinalAutoregressive(SetFromData):
 
         `next_level` gets the distribution of an entry and the entry's index in the image. It
         returns the entry's levels `(B,)`, int64.
+
+        There are thousands of operations on small tensors, and a second thread of torch takes more
+        time for each than it saves, far more on a busy machine.
         """
         self.require_initialized()
         channels, height, width = self.shape

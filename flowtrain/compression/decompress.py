@@ -17,12 +17,13 @@ from flowtrain.compression.model import HASH_DIGITS, model_hash, versions
 from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
-from flowtrain.compression.threads import Progress, Tick, in_threads, one_thread, silent
+from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.errors import RunError, UserError, cut, short, shown
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
 from flowtrain.system.files import read_regular
+from flowtrain.system.threads import one_thread
 
 
 class Opened:

@@ -1,12 +1,11 @@
 """Tasks in threads, each of which computes with one thread of torch."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-import torch
+from flowtrain.system.threads import one_thread
 
 Progress = Callable[[int, int], None]  # images done, and all of them
 Tick = Callable[[int], None]  # images done since the last call
@@ -16,17 +15,6 @@ T = TypeVar("T")
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody sees."""
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[int]:
-    """Lets torch use one thread meanwhile. Gives the number of threads that it had."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def in_threads(tasks: Sequence[Callable[[Tick], T]], total: int, progress: Progress) -> list[T]:

@@ -261,6 +261,19 @@ def test_latents_of_images_are_normal(trained):
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.1
 
 
+def test_one_entry_after_the_other_takes_one_thread():
+    flow = causal((1, 4, 4), 17)
+    torch.set_num_threads(2)
+    seen = set()
+
+    def next_level(entry, index):
+        seen.add(torch.get_num_threads())
+        return torch.tensor([0])
+
+    flow.bijection.in_order(next_level, 1)
+    assert seen == {1} and torch.get_num_threads() == 2
+
+
 # ---------------------------------------------------------------- extremes
 
 
