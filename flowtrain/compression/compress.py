@@ -230,7 +230,9 @@ def _pack(
     parts = [checksums.tobytes(), *stored]
     if streams:
         description["stored"] = _not_in(streams, len(prepared.images))
-        description["streams"] = [stream.description().model_dump() for stream in streams]
+        description["streams"] = [
+            stream.description().model_dump(exclude_defaults=True) for stream in streams
+        ]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
         described = {
             "hash": model_hash(model)[:HASH_DIGITS],

@@ -2,6 +2,8 @@
 
     "FTa1"  length of the description  description  parts, one after the other  checksum of all that
 
+"FTa2" takes the place of "FTa1" where a flow has coded each level directly (`direct.py`).
+
 The description is JSON, deflated with a dictionary of the words that it always has, so that an
 archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, the
 lengths of the parts, and how the streams were coded.
@@ -43,8 +45,8 @@ class StreamDescription(BaseModel):
     """
 
     images: PositiveInt
-    carriers: NonNegativeInt
-    carrier_bytes: NonNegativeInt
+    carriers: NonNegativeInt = 0
+    carrier_bytes: NonNegativeInt = 0
     chunks: list[Annotated[int, Field(ge=1, le=LARGEST_CHUNK)]]
 
     @model_validator(mode="after")
@@ -215,6 +217,21 @@ DICTIONARY = (
 )
 
 
+# Archives of flows that code each level directly. There are small ones, so the words are in the
+# order in which they come, with what is often there.
+DIRECT_MAGIC = b"FTa2"
+DIRECT_DICTIONARY = (
+    b'{"shape":[1,28,28],"levels":256,"names":"test","count":10000,"checked":128,"stored":[],'
+    b'"streams":[{"images":128,"chunks":[128]},{"images":127,"chunks":[127]}],"model":{"hash":"'
+    b'","path":"runs//checkpoints/best.safetensors","weights":"ema","embedded":false},"probe":,'
+    b'"versions":{"flowtrain":"0.1.0","torch":"2.13.0+cpu","python":"3.11.7",'
+    b'"constriction":"0.5.0"},"lengths":[4,1'
+    b'{"shape":[3,32,32],"levels":256,"names":["0.png"],"checked":128,"stored":[],'
+    b'"streams":[{"images":1,"chunks":[1]}],"model":{"hash":"'
+)
+DICTIONARIES = {MAGIC: DICTIONARY, DIRECT_MAGIC: DIRECT_DICTIONARY}
+
+
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     """The bytes of an archive. Raises `UserError` where there are too many names."""
     text = json.dumps(
@@ -224,9 +241,10 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
         raise UserError(
             f"the names take {len(text)} bytes, more than the {LONGEST_DESCRIPTION} of one archive"
         )
-    deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
+    magic = DIRECT_MAGIC if "checked" in description else MAGIC
+    deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARIES[magic])
     described = deflate.compress(text) + deflate.flush()
-    data = b"".join([MAGIC, len(described).to_bytes(4, "little"), described, *parts])
+    data = b"".join([magic, len(described).to_bytes(4, "little"), described, *parts])
     return data + digest(data)
 
 
@@ -236,7 +254,8 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
     Raises `UserError` naming the file where it is damaged or not an archive, or where unpacking
     takes more than `memory` bytes.
     """
-    if data[: len(MAGIC)] != MAGIC:
+    dictionary = DICTIONARIES.get(data[: len(MAGIC)])
+    if dictionary is None:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
             raise UserError(f"{path}: damaged, or an archive of another version of flowtrain")
         raise UserError(f"{path}: not an archive of flowtrain compress")
@@ -248,7 +267,7 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
     # The file is now as somebody wrote it, but perhaps not with `pack`.
     try:
-        inflate = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
+        inflate = zlib.decompressobj(wbits=-15, zdict=dictionary)
         longest = min(LONGEST_DESCRIPTION, memory // BYTES_PER_CHARACTER)
         text = inflate.decompress(data[start:end], longest)
         if not inflate.eof:
