@@ -65,7 +65,7 @@ def formats() -> list[str]:
     """
     Image.init()
     with contextlib.suppress(ImportError):
-        import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
+        import pillow_jxl  # noqa: F401
     return [name for name in FORMATS if name in Image.SAVE and name in Image.OPEN]
 
 

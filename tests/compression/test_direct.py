@@ -33,7 +33,16 @@ def bits(flow: Flow, x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "shape, levels", [(RGB, 256), (GREY, 17), (GREY, 2), (GREY, 3), ((1, 6, 4), 250)]
+    "shape, levels",
+    [
+        (RGB, 256),
+        (GREY, 17),
+        (GREY, 2),
+        (GREY, 3),
+        ((1, 6, 4), 250),
+        ((3, 5, 3), 256),
+        ((1, 1, 1), 5),
+    ],
 )
 def test_the_codelength_is_the_likelihood(shape, levels):
     flow = causal_flow(shape, levels)
