@@ -22,7 +22,9 @@ from typing import Literal
 from flowtrain.bijections import Bijection, OrdinalAutoregressive
 from flowtrain.bijections.discretized import DiscretizedMixture
 from flowtrain.errors import UserError
-from flowtrain.nets.causal import CausalNet, LinearPrediction, Window
+from flowtrain.nets.causal import CausalNet
+from flowtrain.nets.prediction import LinearPrediction
+from flowtrain.nets.window import Window
 from flowtrain.types import Positive, Shape
 
 

@@ -14,7 +14,8 @@ from flowtrain.datasets import digits
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.nets.causal import LinearPrediction, Window
+from flowtrain.nets.prediction import LinearPrediction
+from flowtrain.nets.window import Window
 
 # Shape, levels, token: divided by the token or not, one channel or several, down to one pixel.
 GEOMETRIES = [
