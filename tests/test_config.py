@@ -32,6 +32,7 @@ from flowtrain.errors import UserError
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
 PAPER_SIZED = {
+    "causal_cifar",
     "best_cifar",
     "glow_cifar",
     "glow_mnist",

@@ -32,7 +32,7 @@ from flowtrain.bijections import (
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
-from flowtrain.compression.stack import Stack, scale, unscale, whole
+from flowtrain.compression.stack import LARGEST_SIZE, Stack, scale, unscale, whole
 from flowtrain.errors import UserError
 
 # Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
@@ -198,7 +198,15 @@ class Diagonal:
 
 
 def _closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The closest fractions of small numbers: numerators and denominators, of the slope's shape."""
+    """The closest fractions of small numbers: numerators and denominators, of the slope's shape.
+
+    Raises `UserError` for slopes that the stack of bits cannot scale by.
+    """
+    if not ((slope <= LARGEST_SIZE) & (slope >= 1 / LARGEST_SIZE)).all():
+        raise UserError(
+            f"compress: the model scales a value by {slope.min():.3g} or {slope.max():.3g}, and "
+            f"whole numbers only by 1/{LARGEST_SIZE} to {LARGEST_SIZE}"
+        )
     fractions = []
     for value in slope.flatten().tolist():
         larger, smaller = max(value, 1 / value), min(value, 1 / value)

@@ -1,6 +1,7 @@
 """Codelengths that a formula knows: a flow as an exact map between images and bits."""
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from coding_helpers import GREY, RGB, affine_flow, variational
 from helpers import images, tiny_flow
 
-from flowtrain.bijections import Bijection, Flatten, Sequential
+from flowtrain.bijections import Bijection, Conv1x1, Flatten, Sequential
 from flowtrain.compression.codec import Codec
+from flowtrain.compression.rules import rule
 from flowtrain.compression.stack import Stack, Uncodable, constriction, random_words
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassPrior
@@ -120,6 +122,14 @@ def test_what_is_out_of_range_is_named():
     with pytest.raises(Uncodable) as caught:
         Codec(affine_flow(RGB, slope=150.0)).encode(x, Stack(random_words(1000)))
     assert caught.value.images.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_a_scale_that_whole_numbers_do_not_have_is_named(scale):
+    mixing = Conv1x1(3).double()
+    mixing.set_weight(scale * torch.eye(3))
+    with pytest.raises(UserError, match=re.escape(f"scales a value by {scale:.3g}")):
+        rule(mixing, 20)
 
 
 def test_a_layer_without_a_rule_is_named():
