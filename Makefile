@@ -33,10 +33,10 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
 	$(BIN)/python docs/configuration.py
 
-quick: .venv/installed-dev  ## the tests that run no command and train no model, in half a minute
+quick: .venv/installed-dev  ## the tests that run no command and train no model, in less than a minute
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not fuzz and not run"
 
-test: .venv/installed-dev  ## the fast tests, in four minutes
+test: .venv/installed-dev  ## the fast tests, in five minutes
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold

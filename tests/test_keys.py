@@ -41,6 +41,8 @@ from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
+pytestmark = pytest.mark.run  # many seconds in all
+
 BASE = {
     "data": {"name": "digits", "root": "data"},
     "model": {"name": "glow", "levels": 1, "steps": 1, "width": 8},

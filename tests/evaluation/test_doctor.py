@@ -49,6 +49,8 @@ from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.random import Stream, generator
 
+pytestmark = pytest.mark.run  # many seconds in all
+
 BOTH = ("inverse of forward", "forward of inverse")
 FIRST = "levels.0.layers.1"  # Glow's first ActNorm; then the 1x1 convolution and the coupling
 

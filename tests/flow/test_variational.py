@@ -23,6 +23,8 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 
+pytestmark = pytest.mark.run  # many seconds in all
+
 every_model = pytest.mark.parametrize("model", sorted(TINY.keys() - {"causal"}))  # it is refused
 every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (1, 3, 2), (2, 1, 1)])
 SHAPES = {
