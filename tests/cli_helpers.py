@@ -236,6 +236,29 @@ def within(seconds: float, what: str) -> Iterator[None]:
 # --- runs that several tests look at --------------------------------------------------------------
 
 
+def wait_for_step(run: Path, step: int) -> None:
+    """Returns once a run in the background has logged so many steps."""
+    with within(60, f"step {step} of {run}") as expired:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or (run / "metrics.jsonl").read_text().count('"train"') < step
+        ):
+            expired()
+
+
+def report_of(program: Path, *words) -> dict:
+    """The JSON that a program of `tests/adversarial` prints."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, program, *words],
+        env=environment(PYTHONPATH=f"{tests}:{tests.parent}"),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
 @functools.cache
 def trained() -> dict[str, Path]:
     """Finished runs of each model on the digits; not to be written to. The first worker makes

@@ -28,8 +28,6 @@ class Bijection(nn.Module):
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
-    # Whether it maps centred images x + u with levels x, and the likelihood is the same for all u.
-    of_levels: bool = False
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64
 
@@ -105,6 +103,14 @@ class Bijection(nn.Module):
     def by_level(self) -> "OrdinalAutoregressive | None":
         """The distributions of the levels, one after the other, if that is what the layer has."""
         return None
+
+    @property
+    def of_levels(self) -> bool:
+        """Whether it maps centred images x + u with levels x by the distributions of the levels.
+
+        The likelihood is then the same for all u.
+        """
+        return self.by_level() is not None
 
     def latent_dims(self, dims: int) -> int:
         """The number of latent entries of an example with `dims` entries.

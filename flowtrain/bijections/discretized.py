@@ -16,8 +16,7 @@ LOG_SCALE_LIMIT = 8.0
 # The weight of a uniform distribution over all levels in every mixture. No level is then so
 # improbable that its share of the latent's range is lost to rounding.
 UNIFORM = 2.0**-10
-EDGE = 1e30  # stands for infinity, where 0 * infinity would not be a number
-FAR = 1e30  # the same, in levels, for any scale
+FAR = 1e30  # stands for infinity, where 0 * infinity would not be a number
 ROOT_TAU = math.sqrt(2 * math.pi)
 
 
@@ -59,8 +58,8 @@ class DiscretizedMixture:
         `x` are levels, as real numbers. The derivative is `P(x) / phi(z)`.
         """
         scale = (-log_scale).exp()
-        below = ((x - 0.5 - location) * scale).masked_fill(x <= 0, -EDGE)
-        above = ((x + 0.5 - location) * scale).masked_fill(x >= self.levels - 1, EDGE)
+        below = ((x - 0.5 - location) * scale).masked_fill(x <= 0, -FAR)
+        above = ((x + 0.5 - location) * scale).masked_fill(x >= self.levels - 1, FAR)
         results: tuple[Tensor, Tensor] = _Ordinal.apply(
             x, u, below, above, parameters, self.components, self.levels
         )

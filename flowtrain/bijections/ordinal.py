@@ -119,7 +119,6 @@ class OrdinalAutoregressive(SetFromData):
     """
 
     inverse_is_sequential = True
-    of_levels = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 

@@ -1,28 +1,13 @@
 """Damaged and crafted files (fuzz.py), and small files that take much (bombs.py)."""
 
-import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import environment
+from cli_helpers import report_of
 
 HERE = Path(__file__).parent
 AGAIN = "PYTHONPATH=tests python tests/adversarial/fuzz.py --only CASE runs one case again"
-
-
-def run(program, *words):
-    """The JSON that a program of this folder prints."""
-    done = subprocess.run(
-        [sys.executable, HERE / program, *words],
-        env=environment(PYTHONPATH=f"{HERE.parent}:{HERE.parents[1]}"),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
 
 
 def table(formats):
@@ -35,7 +20,7 @@ def table(formats):
 
 
 def test_some_damaged_files_do_no_harm():
-    result = run("fuzz.py", "--cases", "23")
+    result = report_of(HERE / "fuzz.py", "--cases", "23")
     assert result["faults"] == {}, AGAIN
     assert all(each["tried"] for each in result["formats"].values())
     assert sum(each["refused"] for each in result["formats"].values()) > 5
@@ -45,13 +30,13 @@ def test_some_damaged_files_do_no_harm():
 def test_no_damaged_file_does_harm():
     seed = random.randrange(10**6)
     print(f"\nfuzz.py --cases 10000 --first {seed}")
-    result = run("fuzz.py", "--cases", "10000", "--first", str(seed))
+    result = report_of(HERE / "fuzz.py", "--cases", "10000", "--first", str(seed))
     print(table(result["formats"]))
     assert result["faults"] == {}, AGAIN
 
 
 @pytest.mark.fuzz
 def test_no_small_file_takes_much():
-    result = run("bombs.py")
+    result = report_of(HERE / "bombs.py")
     print("\n" + result["table"])
     assert result["faults"] == []

@@ -31,7 +31,7 @@ from cli_helpers import (
     summary,
     torchrun_environment,
     trained,
-    within,
+    wait_for_step,
 )
 from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
 
@@ -498,15 +498,6 @@ def test_steps_that_are_not_finite(tmp_path):
     assert "back at step 0, with the learning rate times 0.5" in results[0].out
     assert len(list((tmp_path / "r").glob("non-finite-*.json"))) == 2
     assert checkpoint_format.read(last(tmp_path / "r")).meta["progress"]["non_finite"] == 2
-
-
-def wait_for_step(run, step):
-    with within(60, f"step {step} of {run}") as expired:
-        while (
-            not (run / "metrics.jsonl").exists()
-            or (run / "metrics.jsonl").read_text().count('"train"') < step
-        ):
-            expired()
 
 
 @pytest.mark.parametrize("rank, signum, code", [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])

@@ -25,6 +25,7 @@ from cli_helpers import (
     start,
     summary,
     trained,
+    wait_for_step,
     within,
 )
 
@@ -71,15 +72,6 @@ def put_back(run, step):
     """
     last(run).unlink()
     last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
-
-
-def wait_for_step(run, step):
-    with within(60, f"step {step} of {run}") as expired:
-        while (
-            not (run / "metrics.jsonl").exists()
-            or (run / "metrics.jsonl").read_text().count('"train"') < step
-        ):
-            expired()
 
 
 def assert_curve_without_gaps(run, num_steps):

@@ -18,6 +18,7 @@ from cli_helpers import (
     summary,
     trained,
     tree,
+    wait_for_step,
     within,
 )
 
@@ -27,15 +28,6 @@ from flowtrain.results import Row
 from flowtrain.training.run_directory import RunDirectory
 
 ENDLESS = ["train", *SMALL, *sets(train__num_steps=100_000, train__log_every=1), "--run-dir", "r"]
-
-
-def wait_for_step(run, step):
-    with within(60, f"step {step} of {run}") as expired:
-        while (
-            not (run / "metrics.jsonl").exists()
-            or (run / "metrics.jsonl").read_text().count('"train"') < step
-        ):
-            expired()
 
 
 @pytest.fixture
