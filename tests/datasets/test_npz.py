@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import time
 import zipfile
 from pathlib import Path
 
@@ -242,9 +241,8 @@ def test_npz_is_a_regular_file(tmp_path, kind):
 
 @shared
 def test_real_cifar10():
-    start = time.perf_counter()
     images = npz.build(SHARED, "test", path=SHARED / "cifar10.npz")
-    assert images.shape == (3, 32, 32) and time.perf_counter() - start < 0.5
+    assert images.shape == (3, 32, 32)
     pixels = check(images, 10000)
     with np.load(SHARED / "cifar10.npz") as file:
         assert np.array_equal(pixels[7, 2], file["x_test"][7, :, :, 2])
