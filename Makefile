@@ -21,7 +21,7 @@ WORKERS ?= -n 2 --dist worksteal
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
 	$(BIN)/flowtrain evaluate $(DEMO)
-	$(BIN)/flowtrain sample $(DEMO) --num 100
+	$(BIN)/flowtrain sample $(DEMO) --num-images 100
 	$(BIN)/flowtrain interpolate $(DEMO) --pairs 10
 	@echo
 	@echo "The model:          $(DEMO)/checkpoints/best.safetensors"

@@ -105,10 +105,17 @@ def _log_warnings() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _complete_model(incomplete: str) -> list[str]:
+    """Run directories in runs/. Other paths are completed by the shell."""
+    runs = (str(path.parent) for path in Path("runs").glob("*/checkpoints"))
+    return sorted(run for run in runs if run.startswith(incomplete))
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=_complete_model,
         show_default=False,
         help="A checkpoint, or a run directory (its best checkpoint, else its last). By default, "
         "the newest run in runs/.",
@@ -242,7 +249,7 @@ def data_of(
     loaded: "LoadedModel", overrides: list[str] | None, dataset: str | None = None
 ) -> "DataSet":
     """The data set that the model was trained on, perhaps from another place, or the one that
-    `--dataset` names.
+    `--data` names.
     """
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
@@ -256,9 +263,9 @@ def data_of(
             )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
-        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
+        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
     values = configuration.override(values, overrides or [])
-    where = f"--dataset {dataset}" if dataset else "--set"
+    where = f"--data {dataset}" if dataset else "--set"
     # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
     config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))

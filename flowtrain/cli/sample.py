@@ -33,7 +33,7 @@ def sample(
     num: Annotated[
         int | None,
         typer.Option(
-            "--num",
+            "--num-images",
             min=1,
             help="Number of images per temperature.",
             show_default="64; 2000 points; 8 per class",
@@ -95,7 +95,7 @@ def sample(
     if suffix == ".png":
         count = num * len(temperatures) * max(1, len(labels))
         drawing.require_room(
-            count, flow.shape, f"--num {num}: a picture of {count:,} samples needs"
+            count, flow.shape, f"--num-images {num}: a picture of {count:,} samples needs"
         )
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
+from flowtrain.errors import UserError, cut
 
 if TYPE_CHECKING:
     from flowtrain.config import Train
@@ -22,6 +25,12 @@ def _complete_config(incomplete: str) -> list[tuple[str, str]]:
     ]
 
 
+def _complete_key(incomplete: str) -> list[str]:
+    from flowtrain.config import all_keys
+
+    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+
+
 def _config_list() -> str:
     rows = [
         f"[bold]{name}[/bold]  {configfiles.headline(path)}"
@@ -31,14 +40,39 @@ def _config_list() -> str:
 
 
 EPILOG = (
-    "Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set "
-    "train.budget=20min[/cyan]\n\n" + _config_list()
+    "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=20min[/cyan]\n\n"
+    + _config_list()
 )
+
+
+class Settings(TyperCommand):
+    """Says how a key of the configuration is set to those who write it as an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from flowtrain.config import keys_like
+
+            option = error.option_name.lstrip("-").replace("-", "_")
+            if found := keys_like(option):
+                error.message += f" Keys of the configuration are set by {found[0]}=VALUE."
+                error.possibilities = []
+            raise
 
 
 @command
 @on_all_processes
 def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Override keys of the configuration, such as train.lr=5e-4.",
+            show_default=False,
+            autocompletion=_complete_key,
+        ),
+    ] = None,
     config: Annotated[
         str,
         typer.Option(
@@ -53,8 +87,9 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a key, such as train.lr=5e-4; repeatable.",
+            help="The same as KEY=VALUE; repeatable.",
             show_default=False,
+            autocompletion=_complete_key,
         ),
     ] = None,
     run_dir: Annotated[
@@ -96,17 +131,23 @@ def train(
     from flowtrain import config as configuration
 
     path = configfiles.find_config(config)
-    settings = configuration.load_config(path, overrides or [])
+    for word in settings or []:
+        if "=" not in word:
+            raise UserError(
+                f"{cut(word)}: expected KEY=VALUE, such as train.lr=5e-4; a configuration is named "
+                f"by --config"
+            )
+    loaded = configuration.load_config(path, [*(overrides or []), *(settings or [])])
     target = device_of(device)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
-        _print_cost(run_dry(settings, target), settings.train)
+        _print_cost(run_dry(loaded, target), loaded.train)
         return
     from flowtrain.training.loop import fit
     from flowtrain.training.run_directory import RunDirectory
 
-    fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
+    fit(loaded, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
 
 
 def _print_cost(cost: "Cost", train: "Train") -> None:

@@ -103,9 +103,9 @@ def test_samples_and_paths_without_room_are_refused(monkeypatch):
     flow = tiny_flow(shape=(1, 4, 4), q=17)
     monkeypatch.setattr(capacity, "available", lambda device: 5 * 2 * (64 + 16))
     assert len(sample(flow, 5, [1.0], 0)) == 5
-    with pytest.raises(UserError, match="^--num 6: 6 samples need at least"):
+    with pytest.raises(UserError, match="^--num-images 6: 6 samples need at least"):
         sample(flow, 6, [1.0], 0)
-    with pytest.raises(UserError, match="^--num 3: 15 samples need at least"):
+    with pytest.raises(UserError, match="^--num-images 3: 15 samples need at least"):
         sample(flow, 3, [1.0] * 5, 0)
     x = images(2, (1, 4, 4), 17)
     assert interpolate(flow, x[:1], x[1:], 5).shape == (1, 5, 1, 4, 4)

@@ -618,7 +618,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
         trained()["glow"],
         "--num-images",
         images,
-        "--samples",
+        "--draws",
         2,
         "--json",
         "-",
@@ -654,11 +654,13 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_pa
 
 
 def test_the_first_process_samples_and_interpolates(tmp_path):
-    all_ok(together(2, "sample", trained()["glow"], "--num", 4, "--out", "s.npz", cwd=tmp_path))
+    all_ok(
+        together(2, "sample", trained()["glow"], "--num-images", 4, "--out", "s.npz", cwd=tmp_path)
+    )
     all_ok(
         together(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png", cwd=tmp_path)
     )
-    quick("sample", trained()["glow"], "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
+    quick("sample", trained()["glow"], "--num-images", 4, "--out", "1.npz", cwd=tmp_path).ok()
     assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
 
