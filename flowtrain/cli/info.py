@@ -35,7 +35,7 @@ def info(
 ) -> None:
     """Say what a model or a configuration is: data, shape, parameters, figures, versions, size."""
     shipped = what is not None and what.removesuffix(".yaml") in configfiles.shipped_configs()
-    if what is not None and (what.endswith(".yaml") or (shipped and not os.path.exists(what))):
+    if what is not None and (what.endswith(".yaml") or (shipped and not os.path.lexists(what))):
         print_table(_of_config(configfiles.find_config(what)))
     else:
         print_table(_of_model(what, trust_code))
