@@ -21,9 +21,10 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split, SplitName
-from flowtrain.datasets.base import Policy, quantize, resize
+from flowtrain.datasets.base import Policy, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import require_memory, score
+from flowtrain.flow.inputs import quantize
 from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
