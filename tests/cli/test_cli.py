@@ -82,7 +82,8 @@ def cells(picture, rows, columns, shape=(8, 8), channels=1):
     the picture.
     """
     pixels = np.asarray(picture.convert("RGB"))
-    factor = max(1, -(-32 // min(shape)))
+    factor = max(-(-32 // min(shape)), -(-800 // (columns * shape[1])))
+    assert pixels.shape[1] >= 800
     height, width = shape[0] * factor, shape[1] * factor
     assert pixels.shape == (rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
     cut = [
