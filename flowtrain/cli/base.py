@@ -236,12 +236,15 @@ def load(model: str | None, device: str, weights: str | None, trust_code: bool) 
 
 def device_of(name: str) -> "torch.device":
     """The device of `--device`, made ready."""
-    from flowtrain.system import allocator
+    from flowtrain.system import allocator, threads
     from flowtrain.system import device as devices
+    from flowtrain.system.console import console
 
     device = devices.resolve(name)
     if device.type == "cpu":
         allocator.keep_freed_memory()
+        if said := threads.use_free_cores():
+            console.print(said)
     return device
 
 

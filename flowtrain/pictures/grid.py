@@ -26,8 +26,9 @@ def to_8bit(images: Tensor, levels: int) -> Tensor:
 def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`.
 
-    Small images are enlarged, until the grid is `SMALLEST_GRID` pixels wide. Each image has a grey frame, unless it is the only one. The result is
-    like that of torchvision's `make_grid`, whose import takes a second.
+    Small images are enlarged, until the grid is `SMALLEST_GRID` pixels wide. Each image has a grey
+    frame, unless it is the only one. The result is like that of torchvision's `make_grid`, whose
+    import takes a second.
     """
     count = len(images)
     factor = _enlargement(images.shape, columns)
