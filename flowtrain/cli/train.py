@@ -110,6 +110,14 @@ def train(
             "directory that holds a run.",
         ),
     ] = "auto",
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Go on with the run in the run directory, finished or not, with the length and "
+            "the other settings of training that this command gives.",
+        ),
+    ] = False,
     init_from: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +145,10 @@ def train(
                 f"{cut(word)}: expected KEY=VALUE, such as train.lr=5e-4; a configuration is named "
                 f"by --config"
             )
+    if extend and resume != "auto":
+        raise UserError(
+            f"--extend: goes on from the last checkpoint, so not with --resume {resume}"
+        )
     loaded = configuration.load_config(path, [*(overrides or []), *(settings or [])])
     target = device_of(device)
     if dry_run:
@@ -145,9 +157,11 @@ def train(
         _print_cost(run_dry(loaded, target), loaded.train)
         return
     from flowtrain.training.loop import fit
+    from flowtrain.training.resume import EXTEND
     from flowtrain.training.run_directory import RunDirectory
 
-    fit(loaded, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
+    run = RunDirectory(run_dir or Path("runs") / path.stem)
+    fit(loaded, run, target, EXTEND if extend else resume, init_from)
 
 
 def _print_cost(cost: "Cost", train: "Train") -> None:
