@@ -19,6 +19,7 @@ from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
+    announce_end,
     bring_up_to_date,
     log,
     require_finite_end,
@@ -105,10 +106,7 @@ def fit(
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
         require_finite_end(run, state.progress.step)
-        console.print(
-            f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, "
-            f"TensorBoard events)"
-        )
+        announce_end(state, run)
 
 
 def _loop(

@@ -198,6 +198,17 @@ def test_the_python_module_imports_instantly():
 # --- train ----------------------------------------------------------------------------------------
 
 
+def test_a_run_ends_with_its_result_and_what_comes_next(tmp_path):
+    done = quick("train", *TINY_RUN, "--run-dir", "r", cwd=tmp_path).ok()
+    values = summary(tmp_path / "r")
+    *_, result, evaluate, sample, report = done.out.splitlines()
+    best = values["best_validation_bits_per_dim"]
+    assert result.startswith(f"finished: {best:.3f} bits/dim on the validation images")
+    assert "20 steps in 0:0" in result and result.endswith(", r")
+    words = [line.split()[:3] for line in (evaluate, sample, report)]
+    assert words == [["flowtrain", name, "r"] for name in ("evaluate", "sample", "report")]
+
+
 @pytest.mark.parametrize("name", WORDS)
 def test_files_of_a_run(name):
     run = trained()[name]
