@@ -36,21 +36,21 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except (Interrupted, EndedElsewhere) as ended:  # the reason was printed before
             raise typer.Exit(ended.exit_code) from None
         except (UserError, RunError) as error:
-            _fail(str(error), error.exit_code)
+            fail(str(error), error.exit_code)
         except FloatingPointError as error:
-            _fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
+            fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
         except BrokenPipeError:
             raise  # for the command line library, which ends quietly
         except OSError as error:
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
+            fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
         except KeyboardInterrupt:
-            _fail("interrupted", exit_code(KeyboardInterrupt()))
+            fail("interrupted", exit_code(KeyboardInterrupt()))
         except MemoryError as error:
-            _fail(f"out of memory: {error}", RunError.exit_code)
+            fail(f"out of memory: {error}", RunError.exit_code)
         except RuntimeError as error:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
-            _fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
+            fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
 
     return wrapped
 
@@ -87,7 +87,8 @@ LINES = 6  # of a message
 WIDTH = 2000  # characters of a line
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the command with a message of at most `LINES` lines."""
     lines = [cut(line, WIDTH) for line in message.splitlines()]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"and {len(lines) - LINES + 1} more lines"]

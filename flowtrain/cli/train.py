@@ -1,14 +1,13 @@
 """`flowtrain train`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
 from flowtrain.cli import configs as configfiles
-from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
+from flowtrain.cli.base import DeviceOption, command, device_of, fail, on_all_processes
 from flowtrain.errors import UserError, cut
 
 if TYPE_CHECKING:
@@ -48,16 +47,22 @@ EPILOG = (
 class Settings(TyperCommand):
     """Says how a key of the configuration is set to those who write it as an option."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
+        except Exception as error:
+            # Versions of typer differ in where the class is: in click, or in a copy of it.
+            if type(error).__name__ != "NoSuchOption":
+                raise
             from flowtrain.config import keys_like
 
-            option = error.option_name.lstrip("-").replace("-", "_")
+            option = vars(error)["option_name"].lstrip("-").replace("-", "_")
             if found := keys_like(option):
-                error.message += f" Keys of the configuration are set by {found[0]}=VALUE."
-                error.possibilities = []
+                fail(
+                    f"No such option: --{option}; a key of the configuration is set by "
+                    f"{found[0]}=VALUE",
+                    UserError.exit_code,
+                )
             raise
 
 
