@@ -560,7 +560,8 @@ def test_a_shipped_configuration_builds_its_model(path, tmp_path):
     config = load_config(path)
     section = config.data
     if section.name == "folder":
-        Image.new("RGB", (9, 9)).save(tmp_path / "an_image.png")
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (9, 9)).save(tmp_path / name)
         section = load_config(path, [f"data.path={tmp_path}"]).data
     data = DataSet(section)
     with torch.device("meta"):

@@ -357,7 +357,8 @@ def test_what_train_prints(tmp_path):
         "step 20/20",
         "step 20",
     ]
-    assert "runs/glow_digits" in lines[-1] and "finished" in lines[-1]
+    (finished,) = (line for line in lines if line.startswith("finished"))
+    assert finished.endswith(", runs/glow_digits")
     again = quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20)" in again.out
     assert metrics(tmp_path / "runs" / "glow_digits", timeless=True) == metrics(
