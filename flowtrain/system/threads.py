@@ -47,8 +47,8 @@ def free_cores() -> float:
 
     The limits are those of the process (affinity) and of its container (cgroup quota).
     """
-    busy = psutil.cpu_percent(LOOK, percpu=True)
+    busy: list[float] = psutil.cpu_percent(LOOK, percpu=True)
     if hasattr(os, "sched_getaffinity"):
         mine = os.sched_getaffinity(0)
         busy = [percent for core, percent in enumerate(busy) if core in mine] or busy
-    return min(joblib.cpu_count(), sum(1 - percent / 100 for percent in busy))
+    return min(float(joblib.cpu_count()), sum(1 - percent / 100 for percent in busy))

@@ -369,7 +369,9 @@ def test_a_finished_run_is_extended(run, tmp_path):
         2, "--extend: new holds no run"
     )
     quick("train", *longer, "--extend", "--resume", "never", cwd=tmp_path).failed(2, "--extend")
-    other = quick("train", *longer, *sets(model__width=9), "--extend", cwd=tmp_path)
+    other = quick(
+        "train", *longer, *sets(model__width=9, train__num_steps=40), "--extend", cwd=tmp_path
+    )
     other.failed(2, "model.width:")
 
 
