@@ -190,7 +190,7 @@ def _go_back(
     Raises `RunError` when this has happened more than `train.max_non_finite` times.
     """
     failed_step = state.progress.step
-    noise = noise_of(state.config, failed_step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, state.progress.images + distributed.rank() * len(x), x)
     layers = [
         layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
     ]

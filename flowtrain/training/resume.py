@@ -179,7 +179,7 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all(flow.initialization_images)
-    initialize(flow, x, noise_of(config, step=0, x=x, start=0))
+    initialize(flow, x, noise_of(config, 0, x))
 
 
 def announce(
@@ -249,5 +249,6 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     return [
         f"{division}a step takes {here:,} images, not {there:,}: another run from here on",
         f"the order goes on after the {used:,} images already used, and none is skipped or "
-        f"repeated; noise and augmentation are drawn for the new batch; {follows}",
+        f"repeated; the noise goes on with it, and augmentation is drawn for the new batch; "
+        f"{follows}",
     ]
