@@ -168,11 +168,13 @@ def bring_up_to_date(
 def _summary(
     flow: Flow, progress: Progress, data: dict[str, Any], versions: dict[str, str], device: str
 ) -> dict[str, Any]:
-    equal = data.get("duplicates", 0)
-    best = {
+    equal, edition = data.get("duplicates", 0), data.get("edition")
+    others: dict[str, Any] = {
         "best_validation_bits_per_dim": None,
         f"best_validation_{flow.kind.metric}": progress.best,
     }
+    if isinstance(edition, str):
+        others["edition"] = edition
     return Summary(
         step=progress.step,
         images=progress.images,
@@ -184,7 +186,7 @@ def _summary(
         duplicates=equal if isinstance(equal, int) else 0,
         versions=versions,
         device=device,
-        **best,
+        **others,
     ).content()
 
 

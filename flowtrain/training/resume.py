@@ -197,6 +197,8 @@ def announce(
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
+    if edition := fingerprint.get("edition"):
+        console.print(edition)
     if equal := fingerprint.get("duplicates"):
         console.print(
             f"{equal:,} of these images are equal to an earlier one; equal images are either all "
