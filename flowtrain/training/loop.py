@@ -57,7 +57,7 @@ def fit(
     """
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
-    require_trainable(flow, config)
+    require_trainable(flow, config, device)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
@@ -188,7 +188,7 @@ def _go_back(
     Raises `RunError` when this has happened more than `train.max_non_finite` times.
     """
     failed_step = state.progress.step
-    noise = noise_of(state.config, failed_step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, state.progress.images + distributed.rank() * len(x), x)
     layers = [
         layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
     ]

@@ -23,9 +23,10 @@ from flowtrain.training.step import noise_of
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
-# Between two parts of a run the place of the data may change, and how they are read. The data
-# themselves may not.
+# Between two parts of a run the place of the data may change, how they are read, and how a step is
+# computed. The data themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
+FREE_KEYS |= {"train.compile", "train.cuda_graph"}
 
 # In place of a word of `--resume`: go on from the last checkpoint with another length of the run.
 EXTEND = "--extend"
@@ -200,7 +201,7 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all(flow.initialization_images)
-    initialize(flow, x, noise_of(config, step=0, x=x, start=0))
+    initialize(flow, x, noise_of(config, 0, x))
 
 
 def announce(
@@ -217,6 +218,8 @@ def announce(
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
+    if edition := fingerprint.get("edition"):
+        console.print(edition)
     if equal := fingerprint.get("duplicates"):
         console.print(
             f"{equal:,} of these images are equal to an earlier one; equal images are either all "
@@ -270,5 +273,6 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     return [
         f"{division}a step takes {here:,} images, not {there:,}: another run from here on",
         f"the order goes on after the {used:,} images already used, and none is skipped or "
-        f"repeated; noise and augmentation are drawn for the new batch; {follows}",
+        f"repeated; the noise goes on with it, and augmentation is drawn for the new batch; "
+        f"{follows}",
     ]

@@ -372,6 +372,10 @@ TABLE = [
     ("train NPZ labels.npz", "data.path", "has no array x_train (it has y_train)"),
     ("train NPZ large.npz --set model.levels=5", "16x16 can be squeezed 4 times", "levels: 5"),
     ("train TINY --set data.name=npz", "data.path", "missing"),
+    ("train TINY --set data.name=imagenet32", "data.version", "missing"),
+    ("train TINY IMAGENET new", "data.version", "oord2016", "chrabaszcz2017", "'new'"),
+    ("train TINY IMAGENET oord2016", "data.root", "put train_64x64.tar there", "Source: "),
+    ("train TINY IMAGENET chrabaszcz2017", "put Imagenet64_train_part1_npz.zip and", "Source: "),
     ("train IMAGES images --set data.size=65536", "train.batch_size: a step of 32 x 1 images"),
     ("train IMAGES empty", "data.path", "no image in"),
     ("train IMAGES text", "data.path", NO_FOLDER),
@@ -579,6 +583,7 @@ WORDS_OF = {
     "LARGE": sets(model__steps=16, model__width=512),  # a megabyte for each image
     "NPZ": [*SMALL, *sets(train__num_steps=2, data__name="npz"), "--set", "data.path="],
     "IMAGES": [*TINY_RUN, *sets(data__name="folder", data__size=8), "--set", "data.path="],
+    "IMAGENET": [*sets(data__name="imagenet64"), "--set", "data.version="],
     "MNIST": [*sets(data__name="mnist"), "--set", "data.root="],
 }
 

@@ -69,7 +69,8 @@ def test_the_table_has_what_the_files_say(tmp_path):
     expected |= {"validation": 3.125, "validation_step": 4}
     assert {key: value for key, value in a.items() if key != "test"} == expected
     assert (
-        a["test"].items() <= {**TEST, "nats_per_image_stderr": None, "sampling": None}.items()
+        a["test"].items()
+        <= {**TEST, "nats_per_image_stderr": None, "sampling": None, "edition": None}.items()
         and a["test"]["bits_per_dim"] == 3.25
     )
     assert b["test"] is None and b["validation"] is None
