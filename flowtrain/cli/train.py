@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli import configs as configfiles
-from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
+from flowtrain.cli.base import DeviceOption, command, device_of, mention_unused, on_all_processes
 
 if TYPE_CHECKING:
     from flowtrain.config import Train
@@ -98,6 +98,7 @@ def train(
     path = configfiles.find_config(config)
     settings = configuration.load_config(path, overrides or [])
     target = device_of(device)
+    mention_unused(device, target)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
