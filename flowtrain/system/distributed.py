@@ -47,7 +47,9 @@ FAILED = "failed"  # the store's key for the exit code of the first process to f
 MEETING_TIMEOUT = 600.0  # seconds
 COLLECTIVE_TIMEOUT = 600.0  # seconds; more than one machine compiles longer than another
 LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
-GRACE = 8.0  # seconds in which a process that has lost another, or has failed, can end by itself
+GRACE = 8.0  # seconds in which a process that has lost another can end by itself
+ENDING = 20.0  # seconds in which a process that has failed can; torchrun kills it after 30
+ANSWER = 5.0  # seconds that a process waits for the store before it ends without an answer
 CHUNK = 2**28  # bytes sent at a time
 
 # Parts of torch's messages when the other end of a connection is gone.
@@ -279,13 +281,13 @@ def _end_without(silent: list[int]) -> None:
         f"process {rank()} of {world()} has heard nothing of {others} for {pulse.SILENCE:g} s: "
         f"killed or stopped, or on a machine that cannot be reached{_group.advice}"
     )
-    _end_soon(_group.lost, RunError.exit_code)
+    _end_soon(_group.lost, RunError.exit_code, GRACE)
 
 
-def _end_soon(message: str, code: int) -> None:
-    """Ends this process with a message if it has not ended by itself after `GRACE` seconds."""
+def _end_soon(message: str, code: int, grace: float) -> None:
+    """Ends this process with a message if it has not ended by itself after `grace` seconds."""
     group = _group
-    if group is None or group.heart is None or group.heart.over.wait(GRACE):
+    if group is None or group.heart is None or group.heart.over.wait(grace):
         return
     first: list[bool] = []
 
@@ -295,7 +297,7 @@ def _end_soon(message: str, code: int) -> None:
 
     thread = threading.Thread(target=claim, daemon=True)  # the store may not answer
     thread.start()
-    thread.join(LINGER)
+    thread.join(ANSWER)
     if first != [False]:  # otherwise another process has said what the matter is
         os.write(2, f"flowtrain: {message}\n".encode())
     os._exit(code)
@@ -330,7 +332,9 @@ def _failed(error: BaseException) -> BaseException:
     failure = error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
     # The end of what runs on a GPU may be waited for in vain.
-    threading.Thread(target=_end_soon, args=(str(error), exit_code(error)), daemon=True).start()
+    threading.Thread(
+        target=_end_soon, args=(str(error), exit_code(error), ENDING), daemon=True
+    ).start()
     with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
         own = json.dumps([rank(), exit_code(error)])
         first, code = json.loads(_group.store.compare_set(FAILED, "", own))
