@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def resolve(name: str) -> torch.device:
 
 
 def _available(kind: str) -> bool:
-    ask = {
+    ask: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "xpu": torch.xpu.is_available,
         "mps": torch.backends.mps.is_available,

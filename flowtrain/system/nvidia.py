@@ -99,10 +99,8 @@ def without_kernels(name: str, capability: tuple[int, int], architectures: list[
 
 
 def _wheel(cuda: int) -> str:
-    return (
-        f"torch's wheel {WHEELS[cuda]}, see pytorch.org/get-started/locally, or docs/servers.md for "
-        "Docker"
-    )
+    where = "pytorch.org/get-started/locally, or docs/servers.md for Docker"
+    return f"torch's wheel {WHEELS[cuda]}, see {where}"
 
 
 def _generation() -> int | None:

@@ -192,7 +192,9 @@ def process(monkeypatch):
     monkeypatch.setattr(distributed, "connect", joined.append)
 
     def become(rank, world, local_rank=None, others=()):
-        monkeypatch.setattr(distributed, "_group", distributed._Group(dist.HashStore(), rank, world))
+        monkeypatch.setattr(
+            distributed, "_group", distributed._Group(dist.HashStore(), rank, world)
+        )
         monkeypatch.setenv("LOCAL_RANK", str(rank if local_rank is None else local_rank))
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))

@@ -130,7 +130,9 @@ def test_nvidia_smi_that_hangs_says_nothing(machine, monkeypatch):
     assert nvidia.find() == Found(1, "")
 
 
-@pytest.mark.parametrize("value, hidden", [("", True), ("-1", True), ("0", False), ("GPU-a", False)])
+@pytest.mark.parametrize(
+    "value, hidden", [("", True), ("-1", True), ("0", False), ("GPU-a", False)]
+)
 def test_hidden_gpus_do_not_count(machine, value, hidden, monkeypatch):
     machine.devices("nvidia0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
@@ -164,7 +166,11 @@ def test_a_build_for_cpus(torch_is):
         "CUDA. Install torch's wheel cu130, see pytorch.org/get-started/locally"
     )
     assert "docs/servers.md" in said and "update the driver" not in said
-    for driver, wheel in [("579.1", "cu126 (of torch 2.14 or older)"), ("", "cu126"), ("525.60", "cu126")]:
+    for driver, wheel in [
+        ("579.1", "cu126 (of torch 2.14 or older)"),
+        ("", "cu126"),
+        ("525.60", "cu126"),
+    ]:
         assert f"Install torch's wheel {wheel}" in nvidia.why_unusable(Found(1, driver))
     assert "Update the driver to 525 or newer, and install torch's wheel cu126" in (
         nvidia.why_unusable(Found(1, "470.82.01"))
