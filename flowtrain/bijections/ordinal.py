@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
@@ -120,6 +120,7 @@ class OrdinalAutoregressive(SetFromData):
     """
 
     inverse_is_sequential = True
+    has_network = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 
@@ -191,6 +192,9 @@ class OrdinalAutoregressive(SetFromData):
         )
         constant = math.prod(self.shape) * math.log(self.levels)
         return self._image(z).flatten(1), sum_per_example(self._image(log_derivative)) + constant
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
 
     def by_level(self) -> "OrdinalAutoregressive":
         return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -13,6 +13,7 @@ from flowtrain.checkpoints.load import load_weights, require_tensors
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
+from flowtrain.training.computation import Computation
 from flowtrain.training.optim import Average, first_state, parameters_of
 
 
@@ -26,10 +27,10 @@ class State:
     average: Average | None
     data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
-    parallel: nn.Module = field(init=False)  # the flow to call in training
+    computation: Computation = field(init=False)  # of the gradient
 
     def __post_init__(self) -> None:
-        self.parallel = distributed.parallel(self.flow)
+        self.computation = Computation(self.flow, self.config.train)
 
     @property
     def evaluated(self) -> Flow:
