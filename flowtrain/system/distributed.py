@@ -47,7 +47,7 @@ FAILED = "failed"  # the store's key for the exit code of the first process to f
 MEETING_TIMEOUT = 600.0  # seconds
 COLLECTIVE_TIMEOUT = 600.0  # seconds; more than one machine compiles longer than another
 LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
-GRACE = 8.0  # seconds in which a process that has lost another can end by itself
+GRACE = 5.0  # seconds in which a process that has lost another can end by itself
 ENDING = 20.0  # seconds in which a process that has failed can; torchrun kills it after 30
 ANSWER = 5.0  # seconds that a process waits for the store before it ends without an answer
 CHUNK = 2**28  # bytes sent at a time
@@ -300,6 +300,8 @@ def _end_soon(message: str, code: int, grace: float) -> None:
     thread.join(ANSWER)
     if first != [False]:  # otherwise another process has said what the matter is
         os.write(2, f"flowtrain: {message}\n".encode())
+    if group.rank == 0:
+        time.sleep(ANSWER)  # it may hold the store, which the others ask who has said it
     os._exit(code)
 
 

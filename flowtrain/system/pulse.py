@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 BEAT = 2.0  # seconds between two signs of life
-SILENCE = 40.0  # seconds without one after which a process is lost
+SILENCE = 35.0  # seconds without one after which a process is lost
 GONE = "gone"  # the last sign of a process that is done
 
 
