@@ -49,7 +49,6 @@ COLLECTIVE_TIMEOUT = 600.0  # seconds; more than one machine compiles longer tha
 LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
 GRACE = 5.0  # seconds in which a process that has lost another can end by itself
 ENDING = 20.0  # seconds in which a process that has failed can; torchrun kills it after 30
-ANSWER = 5.0  # seconds that a process waits for the store before it ends without an answer
 CHUNK = 2**28  # bytes sent at a time
 
 # Parts of torch's messages when the other end of a connection is gone.
@@ -297,11 +296,11 @@ def _end_soon(message: str, code: int, grace: float) -> None:
 
     thread = threading.Thread(target=claim, daemon=True)  # the store may not answer
     thread.start()
-    thread.join(ANSWER)
+    thread.join(pulse.ANSWER)
     if first != [False]:  # otherwise another process has said what the matter is
         os.write(2, f"flowtrain: {message}\n".encode())
     if group.rank == 0:
-        time.sleep(ANSWER)  # it may hold the store, which the others ask who has said it
+        time.sleep(pulse.ANSWER)  # it may hold the store, which the others ask who has said it
     os._exit(code)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 35.0  # seconds without one after which a process is lost
+ANSWER = 5.0  # seconds that a process waits for the store before it ends without an answer
 GONE = "gone"  # the last sign of a process that is done
 
 
@@ -54,7 +55,7 @@ class Pulse:
         self.over.set()
         for thread in self.threads:
             if thread is not threading.current_thread():
-                thread.join(BEAT)
+                thread.join(ANSWER)
         if not self.threads[0].is_alive():  # else the store does not answer
             with contextlib.suppress(RuntimeError):
                 self._say(GONE)
