@@ -44,14 +44,21 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
             with _precision(config.precision, x.device):
                 log_prob = state.parallel(part, part_noise, part_labels, executor).total
             part_loss = state.flow.loss(log_prob).sum() / len(x)
-            part_loss.backward()
+            # A loss that is not finite makes its whole gradient NaN. So the norm alone tells every
+            # process that the step has failed.
+            part_loss.backward(1 + 0 * part_loss.detach())
         loss = loss + part_loss.detach()
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     return loss, torch.nn.utils.get_total_norm(gradients)
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
-    """Clips the gradient to the configured norm, moves the weights, and updates their average."""
+    """Clips the gradient to the configured norm, moves the weights, and updates their average.
+
+    A norm that is not finite leaves all of them as they are, and so do the steps after it until
+    the state is restored. The host does not wait to know which.
+    """
+    state.stuck.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -59,7 +66,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
     if state.average is not None:
-        state.average.update(state.progress.averaged)
+        state.average.update(state.progress.averaged, state.stuck)
         state.progress.averaged += 1
 
 
