@@ -246,6 +246,18 @@ class Train(Section):
         "`checkpoint` keeps the inputs of the layers, and `reversible` keeps only the output, from "
         "which the inverse computes them again.",
     )
+    compile: Literal["off", "layers", "step"] = Field(
+        "off",
+        description="What `torch.compile` compiles: nothing, the layers that have a network (those "
+        "of one shape share the code), or the whole forward and backward pass of a step. The first "
+        "batch is compared with the computation without it.",
+    )
+    cuda_graph: bool = Field(
+        False,
+        description="Record the forward and backward pass of the first step as a CUDA graph, and "
+        "replay it in the others. It needs a CUDA device. The first batch is compared with the "
+        "computation without it.",
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
     )

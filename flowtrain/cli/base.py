@@ -165,7 +165,7 @@ DataSetOption = Annotated[
 ]
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
-    "image files, an image file, or an .npz file. "
+    "image files, an image file, or an .npz or .npy file. "
 )
 
 

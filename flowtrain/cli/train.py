@@ -136,6 +136,11 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
     if cost.seconds is None:
         console.print("speed: not measured, because that would not fit")
         return
+    if cost.compiling is not None:
+        console.print(
+            f"before the first step: {duration(cost.compiling)} for compiling, capturing and "
+            f"checking (train.compile={train.compile}); less the next time"
+        )
     console.print(
         f"speed: {cost.seconds:.3f} s per step, {cost.images / cost.seconds:,.0f} images/s "
         f"(median of {TIMED_STEPS} steps)"

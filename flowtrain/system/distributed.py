@@ -472,6 +472,13 @@ def parallel(flow: nn.Module) -> nn.Module:
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def average(tensor: Tensor) -> None:
+    """Replaces a tensor, on any device, by its mean over all processes."""
+    if _group is not None:
+        dist.all_reduce(tensor)
+        tensor /= world()
+
+
 def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager[None]:
     """The context of one forward and backward pass of the result of `parallel`. If `more` passes
     follow in the same step, the averaging waits for them.

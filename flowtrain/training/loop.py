@@ -56,7 +56,7 @@ def fit(
     """
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
-    require_trainable(flow, config)
+    require_trainable(flow, config, device)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:

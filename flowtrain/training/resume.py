@@ -23,9 +23,10 @@ from flowtrain.training.step import noise_of
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
-# Between two parts of a run the place of the data may change, and how they are read. The data
-# themselves may not.
+# Between two parts of a run the place of the data may change, how they are read, and how a step is
+# computed. The data themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
+FREE_KEYS |= {"train.compile", "train.cuda_graph"}
 
 # These may change if, with the number of processes, a step still has as many images.
 SPLIT_KEYS = {"train.batch_size", "train.accumulate"}

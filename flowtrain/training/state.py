@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -14,6 +14,7 @@ from flowtrain.checkpoints.load import load_weights, require_tensors
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
+from flowtrain.training.computation import Computation
 from flowtrain.training.optim import Average, first_state, parameters_of
 
 
@@ -27,13 +28,13 @@ class State:
     average: Average | None
     data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
-    parallel: nn.Module = field(init=False)  # the flow to call in training
+    computation: Computation = field(init=False)  # of the gradient
     # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
     # steps change nothing.
     stuck: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parallel = distributed.parallel(self.flow)
+        self.computation = Computation(self.flow, self.config.train)
         self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
             optimizer.found_inf = self.stuck  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """One training step: the noise, the gradient, and the update of the weights."""
 
-import contextlib
 import copy
 import math
 
@@ -17,6 +16,7 @@ from flowtrain.system import distributed
 from flowtrain.system.capacity import kept, left
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator
+from flowtrain.training.computation import autocast, require_possible
 from flowtrain.training.state import State
 
 NOISE_BLOCK = 512  # images whose noise comes from one generator
@@ -35,19 +35,11 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
-    executor = executor_of(config.memory)
     parts = [x.split(config.batch_size), noise.split(config.batch_size)]
     parts.append([None] * len(parts[0]) if labels is None else labels.split(config.batch_size))
     for part, part_noise, part_labels in zip(*parts, strict=True):
         left -= len(part)
-        with distributed.accumulating(state.parallel, more=left > 0):
-            with _precision(config.precision, x.device):
-                log_prob = state.parallel(part, part_noise, part_labels, executor).total
-            part_loss = state.flow.loss(log_prob).sum() / len(x)
-            # A loss that is not finite makes its whole gradient NaN. So the norm alone tells every
-            # process that the step has failed.
-            part_loss.backward(1 + 0 * part_loss.detach())
-        loss = loss + part_loss.detach()
+        loss = loss + state.computation(part, part_noise, part_labels, len(x), more=left > 0)
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
     return loss, torch.nn.utils.get_total_norm(gradients)
 
@@ -85,13 +77,6 @@ def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
     return send(torch.cat(blocks)[start % NOISE_BLOCK :], x.device)
 
 
-def _precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """bf16 for the conditioners. The data path casts back, and computes its products in float32."""
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
-    )
-
-
 def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
     """Why this memory mode does not suit the flow, or None if it does."""
     layers = [module for module in flow.modules() if isinstance(module, Bijection)]
@@ -110,10 +95,11 @@ def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
     return None
 
 
-def require_trainable(flow: Flow, config: Config) -> None:
-    """Raises `UserError` for a memory mode that does not suit this flow."""
+def require_trainable(flow: Flow, config: Config, device: torch.device) -> None:
+    """Raises `UserError` for a way of computing a step that does not suit this flow or device."""
     if reason := reason_against(flow, config.train.memory, config.train.precision):
         raise UserError(f"train.memory: {reason}")
+    require_possible(flow, config.train, device)
 
 
 def activations_of_an_image(flow: Flow, config: Config) -> int:
@@ -134,7 +120,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
             each[:1].repeat(count, 1, 1, 1).to(flow.device) for each in (x, noise.to(flow.dtype))
         )
         labels = torch.zeros(count, dtype=torch.int64, device=flow.device) if flow.classes else None
-        with _precision(config.train.precision, flow.device):
+        with autocast(config.train.precision, flow.device):
             return kept(lambda: flow(of_x, of_noise, labels, executor))
 
     return max(0, of(2) - of(1))

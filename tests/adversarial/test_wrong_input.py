@@ -87,7 +87,7 @@ def make(here: Path) -> None:
     make_archives(here, run)
     for suffix in ("npz", "yaml", "safetensors", "fta", "png"):
         (here / f"locked.{suffix}").touch(mode=0)
-    for suffix in ("npz", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
+    for suffix in ("npz", "npy", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
         os.mkfifo(here / f"pipe.{suffix}")
         (here / f"grid.{suffix}").mkdir()
     (here / "pipe_run" / "checkpoints").mkdir(parents=True)
@@ -110,6 +110,12 @@ def make_data(here: Path) -> None:
     npz(here / "colour.npz", shape=(8, 8, 3))
     np.savez(here / "floats.npz", x_train=rng.random((20, 8, 8)))
     np.savez(here / "labels.npz", y_train=np.zeros(20))
+    np.save(here / "objects.npy", np.array([Evil()], object))
+    np.save(here / "cut.npy", np.zeros((20, 8, 8), np.uint8))
+    os.truncate(here / "cut.npy", 128 + 50)
+    (here / "parts").mkdir()
+    np.save(here / "parts" / "x_train-0.npy", np.zeros((20, 8, 8, 3), np.uint8))
+    np.save(here / "parts" / "x_train-1.npy", np.zeros((20, 8, 8), np.uint8))
     data = (here / "same.npz").read_bytes()
     (here / "damaged.npz").write_bytes(data[:700] + bytes([data[700] ^ 255]) + data[701:])
     (here / "cut.npz").write_bytes(data[:-40])
@@ -343,7 +349,12 @@ TABLE = [
     ("train NPZ nowhere.npz", "data.path: there is no file", "nowhere.npz"),
     ("train NPZ text.npz", "data.path", "text.npz is not an .npz file"),
     ("train NPZ cut.npz", "data.path", "cut.npz", "cut short"),
-    ("train NPZ empty", "data.path", "empty cannot be opened", "Is a directory"),
+    ("train NPZ empty", "data.path", "empty has no array x_train (it has nothing)", "np.save"),
+    ("train NPZ objects.npy", "data.path", "objects.npy has the type object, not uint8"),
+    ("train NPZ cut.npy", "data.path", "cut.npy is damaged: it has 50 bytes for an array"),
+    ("train NPZ parts", "x_train-1.npy has images of 8x8 with 1", "one size"),
+    ("train NPZ grid.npy", "data.path", "has no array x_train", "x_train.npy"),
+    ("train NPZ pipe.npy", "data.path", "pipe.npy cannot be opened", PIPE),
     ("train NPZ pipe.npz", "data.path", "pipe.npz cannot be opened", PIPE),
     ("train NPZ locked.npz", "locked.npz cannot be opened", "Permission denied"),
     ("train NPZ damaged.npz", "x_train in", "damaged.npz is damaged", "save the file again"),

@@ -95,6 +95,17 @@ def test_all_images_of_a_file_without_splits(tmp_path, layout):
     assert data.undivided and values(data) == [i // 2 for i in range(25)]
 
 
+def test_all_images_of_arrays_without_splits(tmp_path):
+    pixels = np.arange(25, dtype="u1").reshape(25, 1, 1, 1) * np.ones((1, 8, 8, 3), "u1")
+    (tmp_path / "parts").mkdir()
+    for number, part in enumerate(np.split(pixels, [20])):
+        np.save(tmp_path / "parts" / f"x_train-{number}.npy", part)
+    np.save(tmp_path / "b.npy", pixels)
+    for name in ("parts", "b.npy"):
+        data = named(tmp_path / name, npz(tmp_path / "a.npz"))
+        assert data.undivided and values(data) == list(range(25))
+
+
 def test_the_models_own_data_keep_their_splits(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=np.zeros((20, 8, 8, 3), "u1"))
     own = {"name": "npz", "path": str(tmp_path / "a.npz")}

@@ -20,7 +20,7 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-HELPERS = {"base", "torchvision_source", "points"}
+HELPERS = {"base", "cache", "mapped", "torchvision_source", "points"}
 
 
 def test_every_data_set_is_tested():

@@ -226,7 +226,7 @@ OPENING = {
     "compression/decompress.py": {"open"},  # new files
     "config.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
-    "datasets/folder.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
+    "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "pictures/lossless.py": {"open"},  # bytes
     "runs/report.py": {"read_text"},  # the package's
