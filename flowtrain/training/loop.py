@@ -19,6 +19,7 @@ from flowtrain.system.console import ProgressBar, console
 from flowtrain.training.facts import Facts, Known
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
+    announce_end,
     bring_up_to_date,
     log,
     require_finite_end,
@@ -105,10 +106,7 @@ def fit(
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
         require_finite_end(run, state.progress.step)
-        console.print(
-            f"finished: {run.path} (checkpoints/, samples/, metrics.jsonl, summary.json, "
-            f"TensorBoard events)"
-        )
+        announce_end(state, run)
 
 
 def _loop(
@@ -191,7 +189,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -
     x, labels = batches.at(state.progress)
     if not failed.finite:
         train_step(state, x, labels)  # the device may have the gradient of the step after it
-    noise = noise_of(state.config, failed.step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, failed.images + distributed.rank() * len(x), x)
     layers = [
         layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
     ]

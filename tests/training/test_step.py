@@ -121,6 +121,31 @@ def test_every_model_has_activations(section, shape, levels):
     assert activations_of_an_image(build_flow(config, shape, levels), config) > 0
 
 
+def test_the_noise_of_an_image_is_the_same_however_a_run_is_divided(monkeypatch):
+    """Images 8 to 15 of a run: in one step, in two, by two processes, and in parts."""
+
+    def noise(images_before, batch_size, rank=0, accumulate=1):
+        settings = {"batch_size": batch_size, "accumulate": accumulate}
+        config = a_config("nice", train=settings)
+        state = State(config, build_flow(config, SHAPE, 256), [], None, {})
+        state.progress.images = images_before
+        x = images(batch_size * accumulate, SHAPE)
+        initialize(state.flow, x, torch.rand(x.shape))
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        seen = []
+        flow = state.flow.forward
+        state.flow.forward = lambda x, noise, *rest: seen.append(noise) or flow(x, noise, *rest)
+        train_step(state, x)
+        return torch.cat(seen)
+
+    whole = noise(8, 8)
+    assert len(whole) == 8
+    assert torch.equal(torch.cat([noise(8, 4), noise(12, 4)]), whole)
+    assert torch.equal(torch.cat([noise(8, 4, rank=0), noise(8, 4, rank=1)]), whole)
+    assert torch.equal(noise(8, 2, accumulate=4), whole)
+    assert torch.equal(torch.cat([noise(8, 2, 0, 2), noise(8, 2, 1, 2)]), whole)
+
+
 def require(monkeypatch, free, batch_size, accumulate=1, activations=1000, processes=1, **train):
     monkeypatch.setattr(capacity, "available", lambda device: free)
     monkeypatch.setattr(distributed, "local_world", lambda: processes)
