@@ -187,8 +187,8 @@ python -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", t
 step "train, evaluate, sample and interpolate the demo (60 steps)"
 run "${volume_options[@]}" -- train "${short[@]}"
 run "${volume_options[@]}" -- evaluate --json runs/glow_digits/result.json
-run "${volume_options[@]}" -- sample --num 16 --out runs/glow_digits/samples.npz
-run "${volume_options[@]}" -- sample --num 16
+run "${volume_options[@]}" -- sample --num-images 16 --out runs/glow_digits/samples.npz
+run "${volume_options[@]}" -- sample --num-images 16
 run "${volume_options[@]}" -- interpolate --pairs 2
 for file in config.yaml metrics.jsonl summary.json result.json samples.npz sample.png interpolate.png; do
     [ -s "$runs/glow_digits/$file" ] || fail "train, evaluate, sample and interpolate: no $file in the volume"
@@ -229,7 +229,7 @@ chown 12345:12345 "$dir/other"
 b run --isolation chroot --user 0:0 "$container" rm -rf /app/cache/folder # as in a new container
 run --user 12345:12345 -v "$dir/other:/app/runs" -v "$dir/data:/app/data:ro" -- \
     train --set data.name=folder --set data.path=data/other --set data.size=8 "${tiny[@]}" --run-dir runs/folder
-run --user 12345:12345 -v "$dir/other:/app/runs" -- sample --num 4
+run --user 12345:12345 -v "$dir/other:/app/runs" -- sample --num-images 4
 check "train and sample work as user 12345, and the files are that user's" \
     [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
 
@@ -294,7 +294,7 @@ check "the same command goes on from there (its first line is of step $first) an
 
 step "docker stop and Ctrl-C during evaluate"
 for signal in TERM:143 INT:130; do
-    start "$dir/evaluate.log" evaluate runs/glow_digits --samples 5000 --json result.json
+    start "$dir/evaluate.log" evaluate runs/glow_digits --draws 5000 --json result.json
     stop "${signal%:*}" '^evaluating' "$dir/evaluate.log"
     check "SIG${signal%:*} during evaluate: exit code ${signal#*:} (it was $code)" [ "$code" = "${signal#*:}" ]
 done

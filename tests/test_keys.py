@@ -5,6 +5,7 @@ A key of the schema that is not in the tables fails `test_every_key_is_flipped`.
 """
 
 import copy
+import functools
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from helpers import batch_of
 from PIL import Image
 
@@ -35,6 +37,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
 from flowtrain.system.capacity import peak
+from flowtrain.training.dry_run import dry_run
 from flowtrain.training.loop import fit
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.run_directory import RunDirectory
@@ -197,8 +200,9 @@ BUILT = {"content", "shape", "levels", "parameters"}
 # Keys that have a test of their own below.
 SPECIAL = {
     *("data.root", "data.max_in_memory", "data.workers"),
-    *("train.budget", "train.memory", "train.max_non_finite"),
+    *("train.budget", "train.memory", "train.max_non_finite", "train.compile", "train.cuda_graph"),
     *(f"{name}:data.test_count" for name in [*POINTS, "sphere"]),
+    *(f"imagenet{side}:data.version" for side in (32, 64)),
 }
 
 
@@ -373,6 +377,15 @@ def test_data_root(tmp_path, monkeypatch):
             DataSet(parse(values).data).split("test")
 
 
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("version", ["oord2016", "chrabaszcz2017"])
+def test_data_version(side, version, tmp_path):
+    values = merged(BASE, {"data": {"name": f"imagenet{side}", "version": version}})
+    values["data"]["root"] = str(tmp_path)
+    with pytest.raises(UserError, match=f"imagenet{side} of data.version {version} is not in"):
+        DataSet(parse(values).data).split("test")
+
+
 @pytest.mark.parametrize("name", [*POINTS, "sphere"])
 def test_data_test_count(name):
     for count in (5, 6):
@@ -426,6 +439,31 @@ def test_train_memory():
     assert taken["reversible"] < taken["checkpoint"] < taken["store"]
     torch.testing.assert_close(gradients["store"], gradients["checkpoint"])
     torch.testing.assert_close(gradients["store"], gradients["reversible"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("value, graphs", [("off", 0), ("layers", 1), ("step", 1)])
+def test_train_compile(value, graphs, monkeypatch):
+    """Something is compiled, into few graphs, and the gradients are the same."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    x = torch.randint(17, (16, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for compile in ("off", value):
+        settings = parse(merged(BASE, {"train": {"compile": compile}}))
+        flow = build_flow(settings, (1, 8, 8), 17)
+        initialize(flow, x, torch.rand(x.shape, generator=torch.Generator().manual_seed(1)))
+        train_step(State(settings, flow, [], None, {}), x)
+        gradients.append([p.grad for p in flow.parameters()])
+    assert counts["unique_graphs"] == graphs
+    torch.testing.assert_close(*gradients)
+
+
+def test_train_cuda_graph():
+    values = merged(BASE, {"train": {"cuda_graph": True}})
+    with pytest.raises(UserError, match="^train.cuda_graph: needs a CUDA device"):
+        dry_run(parse(values), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -39,6 +39,7 @@ class MaskedAutoregressive(Bijection):
     """
 
     inverse_is_sequential = True
+    has_network = True
     reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
 
     def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
@@ -67,6 +68,9 @@ class MaskedAutoregressive(Bijection):
             x = self.conditioner.entry_by_entry(next_entry, z.shape[0], context)
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
 
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
+
     def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._transformed(x, context)[1]
 
@@ -87,6 +91,9 @@ class Inverse(Container):
 
     def parts(self) -> Iterable[Bijection]:
         return [self.bijection]
+
+    def loops(self) -> list[Direction]:
+        return [opposite(direction) for direction in self.bijection.loops()]
 
     def through(
         self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None

@@ -28,6 +28,7 @@ class Bijection(nn.Module):
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
+    has_network: bool = False  # whether networks take most of its time
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64
 
@@ -53,6 +54,13 @@ class Bijection(nn.Module):
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.layer(self, direction, x, context)
 
+    def loops(self) -> list[Direction]:
+        """The directions that take a step for each entry, or as many as the values require.
+
+        A compiler cannot trace them, or would write out every step.
+        """
+        return []
+
     def retrace(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
 
@@ -72,8 +80,9 @@ class Bijection(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The input `x` of an output `z`, as a leaf of autograd, and `forward(x)` with its graph.
 
-        This serves backward passes that have kept outputs only. A layer whose two directions
-        share work overrides it.
+        This serves backward passes that have kept outputs only. `z` is another leaf: what is the
+        same in `z` and `x` may be computed from `z`, and its gradient then counts as one of `x`. A
+        layer whose two directions share work overrides it.
         """
         with torch.no_grad():
             x = self.inverse(z, context)[0]
@@ -162,6 +171,7 @@ class Transform(nn.Module):
     """
 
     parameters_per_entry: int  # P
+    inverse_is_loop: bool = False  # as `Bijection.loops` means it
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 

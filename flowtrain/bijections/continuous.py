@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.precision import full_precision
 from flowtrain.errors import UserError
 
@@ -151,6 +151,9 @@ class Continuous(Bijection):
         self.trace = trace
         self.adjoint = adjoint
         self.evaluations = 0  # of f, in the last solution and its adjoint
+
+    def loops(self) -> list[Direction]:
+        return ["forward", "inverse"]
 
     def metrics(self) -> dict[str, float]:
         """The tolerances, and the evaluations of f in the last solution and its adjoint."""

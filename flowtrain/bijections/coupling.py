@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flowtrain.bijections.base import Bijection, Transform, sum_per_example
+from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
 from flowtrain.bijections.precision import apply_conditioner, into_conditioner
 
 # A transform, or its inverse: entries and parameters to entries and log-derivatives.
@@ -94,10 +94,15 @@ class _ConditionedTransform(Bijection):
     differs.
     """
 
+    has_network = True
+
     def __init__(self, conditioner: nn.Module, transform: Transform):
         super().__init__()
         self.conditioner = conditioner
         self.transform = transform
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"] if self.transform.inverse_is_loop else []
 
     def _kept(self, x: Tensor) -> Tensor:
         """The part of `x` that the conditioner sees. The output has the same one."""
@@ -138,12 +143,10 @@ class _ConditionedTransform(Bijection):
     def reconstruct(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = z.detach().clone().requires_grad_()
-        parameters = self.predict(x, context)  # once for both directions
+        parameters = self.predict(z, context)  # once for both directions: z and x keep the same
         with torch.no_grad():
-            # Autograd need not see this change: the conditioner reads only the kept part, which
-            # stays the same.
-            x.data = self._transformed(z, parameters, self.transform.inverse)[0]
+            x = self._transformed(z, parameters, self.transform.inverse)[0]
+        x.requires_grad_()
         return x, *self._with(x, parameters, self.transform)
 
     def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:

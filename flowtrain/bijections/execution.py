@@ -12,6 +12,9 @@ from torch import Tensor
 from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.fused import fuse
 
+# Calls a layer in a direction on an input and a context, as `call` does.
+Call = Callable[[Bijection, Direction, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
 
 def call(
     layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None = None
@@ -25,23 +28,29 @@ def opposite(direction: Direction) -> Direction:
 
 
 class Executor:
-    """Calls layers one after the other, with neighbours fused where that is faster (`fuse`)."""
+    """Calls layers one after the other, with neighbours fused where that is faster (`fuse`).
+
+    `call` calls a single layer: the function of that name, or the same one compiled.
+    """
+
+    def __init__(self, call: Call = call):
+        self.call = call
 
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Calls one layer that is not made of others."""
-        return call(layer, direction, x, context)
+        return self.call(layer, direction, x, context)
 
-    def prepared(self, layers: Sequence[Bijection]) -> Sequence[Bijection]:
+    def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
         """The layers that a chain calls in place of `layers`."""
-        return fuse(layers)
+        return fuse(layers, direction)
 
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Calls layers, listed from data to latents, and adds up their log-determinants."""
-        called = self.prepared(layers)
+        called = self.prepared(layers, direction)
         total = x.new_zeros(x.shape[0])
         for layer in called if direction == "forward" else reversed(called):
             x, log_det = layer.through(self, direction, x, context)
@@ -66,7 +75,7 @@ class Retracing(Executor):
 class LayerByLayer(Executor):
     """Calls every layer by itself. Subclasses that watch layers override `layer`."""
 
-    def prepared(self, layers: Sequence[Bijection]) -> Sequence[Bijection]:
+    def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
         return layers
 
 
@@ -85,6 +94,7 @@ class Noting(Executor):
     """Calls `note` with the share of the current layer's inverse that is done."""
 
     def __init__(self, note: Callable[[float], None]):
+        super().__init__()
         self.note = note
 
     def layer(
@@ -112,6 +122,9 @@ class Container(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.through(FUSED, "inverse", z, context)
+
+    def loops(self) -> list[Direction]:
+        return sorted({direction for part in self.parts() for direction in part.loops()})
 
     @property
     def inverse_is_sequential(self) -> bool:  # type: ignore[override]

@@ -6,24 +6,27 @@ one size are built together.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT, ActNorm
-from flowtrain.bijections.base import Bijection, bounded, stacked
+from flowtrain.bijections.base import Bijection, Direction, bounded, stacked
 from flowtrain.bijections.conv1x1 import LinearChannels, mix_channels
 from flowtrain.bijections.precision import full_precision
 
+# A map `A x + b` at every pixel: A `(C, C)`, b `(C,)`, and log|det A| in nats, 0-dimensional.
+Affine = tuple[Tensor, Tensor, Tensor]
 
-def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
+
+def fuse(layers: Sequence[Bijection], *directions: Direction) -> list[Bijection]:
     """`layers`, with each ActNorm and the 1x1 convolution after it replaced by their product.
 
-    The result serves one call only, because it holds matrices instead of parameters.
+    The result serves one call only, because it holds matrices instead of parameters. It may be
+    called in `directions`.
     """
     result: list[Bijection] = []
-    kinds: dict[tuple[type, torch.Size], _Products] = {}
+    # For each kind and number of channels: the places of the pairs in the result, and the pairs.
+    pairs: dict[tuple[type, int], list[tuple[int, ActNorm, LinearChannels]]] = {}
     for layer in layers:
         before = result[-1] if result else None
         if (
@@ -33,74 +36,66 @@ def fuse(layers: Sequence[Bijection]) -> list[Bijection]:
         ):
             before.require_initialized()
             layer.require_initialized()
-            products = kinds.setdefault((type(layer), before.shift.shape), _Products())
-            result[-1] = products.add(before, layer)
+            kind = type(layer), before.shift.shape[0]
+            pairs.setdefault(kind, []).append((len(result) - 1, before, layer))
+            result[-1] = layer
         else:
             result.append(layer)
+    for of_a_kind in pairs.values():
+        places, actnorms, linears = zip(*of_a_kind, strict=True)
+        products = _products(actnorms, linears, directions)
+        for place, product in zip(places, products, strict=True):
+            result[place] = product
     return result
 
 
-class _Products:
-    """The matrices of all pairs of one kind and size, computed when the first is used."""
-
-    def __init__(self) -> None:
-        self.actnorms: list[ActNorm] = []
-        self.linears: list[LinearChannels] = []
-
-    def add(self, actnorm: ActNorm, linear: LinearChannels) -> "FusedLinear":
-        self.actnorms.append(actnorm)
-        self.linears.append(linear)
-        return FusedLinear(self, len(self.linears) - 1)
-
-    @cached_property
-    def _actnorm(self) -> tuple[Tensor, Tensor]:
-        """Log-scales and shifts, `(K, C)`."""
-        log_scale = bounded(stacked(self.actnorms, "log_scale"), LOG_SCALE_LIMIT)
-        return log_scale.flatten(1), stacked(self.actnorms, "shift").flatten(1)
-
-    @cached_property
-    def forward_parts(self) -> tuple[tuple[Tensor, ...], ...]:
-        """For each pair: `W diag(s)`, `W b` and the log-determinant per pixel, in nats."""
-        log_scale, shift = self._actnorm
-        kind = type(self.linears[0])
-        with full_precision(shift):
-            weight = kind.weights(self.linears)
+def _products(
+    actnorms: Sequence[ActNorm], linears: Sequence[LinearChannels], directions: Sequence[Direction]
+) -> list["FusedLinear"]:
+    """The products of pairs of one kind and size, computed together."""
+    log_scale = bounded(stacked(actnorms, "log_scale"), LOG_SCALE_LIMIT).flatten(1)  # (K, C)
+    shift = stacked(actnorms, "shift").flatten(1)
+    kind = type(linears[0])
+    products = [FusedLinear() for _ in linears]
+    with full_precision(shift):
+        log_det = kind.log_abs_dets(linears) + log_scale.sum(dim=1)
+        if "forward" in directions:
+            weight = kind.weights(linears)
             bias = (weight @ shift[:, :, None])[:, :, 0]
-            log_det = kind.log_abs_dets(self.linears) + log_scale.sum(dim=1)
-            return (weight * log_scale.exp()[:, None, :]).unbind(), bias.unbind(), log_det.unbind()
-
-    @cached_property
-    def inverse_parts(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The same for the inverses: `x = diag(1/s) W^-1 z - b / s`."""
-        log_scale, shift = self._actnorm
-        kind = type(self.linears[0])
-        with full_precision(shift):
+            weight = weight * log_scale.exp()[:, None, :]
+            maps = zip(weight.unbind(), bias.unbind(), log_det.unbind(), strict=True)
+            for product, each in zip(products, maps, strict=True):
+                product.to_latents = each
+        if "inverse" in directions:  # x = diag(1/s) W^-1 z - b / s
             scale = (-log_scale).exp()
-            weight = kind.inverse_weights(self.linears) * scale[:, :, None]
-            log_det = -kind.log_abs_dets(self.linears) - log_scale.sum(dim=1)
-            return weight.unbind(), (-shift * scale).unbind(), log_det.unbind()
+            weight = kind.inverse_weights(linears) * scale[:, :, None]
+            bias = -shift * scale
+            maps = zip(weight.unbind(), bias.unbind(), (-log_det).unbind(), strict=True)
+            for product, each in zip(products, maps, strict=True):
+                product.to_data = each
+    return products
 
 
 class FusedLinear(Bijection):
-    """`z = W (x * s + b)` at every pixel; see `fuse`."""
+    """`z = W (x * s + b)` at every pixel; see `fuse`. It has the maps of the directions asked for.
 
-    def __init__(self, products: _Products, index: int):
-        super().__init__()
-        self.products = products
-        self.index = index
+    `to_latents` maps x to z, and `to_data` maps z to x.
+    """
+
+    to_latents: Affine
+    to_data: Affine
 
     def tensors(self) -> list[Tensor]:
-        return [part[self.index] for part in self.products.forward_parts]
-
-    def _apply_channels(
-        self, x: Tensor, parts: tuple[tuple[Tensor, ...], ...]
-    ) -> tuple[Tensor, Tensor]:
-        weight, bias, log_det = (part[self.index] for part in parts)
-        with full_precision(x):
-            return mix_channels(x, weight, bias), (log_det * x[0, 0].numel()).expand(x.shape[0])
+        return list(self.to_latents)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_channels(x, self.products.forward_parts)
+        return _apply_channels(x, self.to_latents)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_channels(z, self.products.inverse_parts)
+        return _apply_channels(z, self.to_data)
+
+
+def _apply_channels(x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+    weight, bias, log_det = affine
+    with full_precision(x):
+        return mix_channels(x, weight, bias), (log_det * x[0, 0].numel()).expand(x.shape[0])

@@ -7,8 +7,7 @@
   of layers.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,33 +15,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction
-from flowtrain.bijections.execution import FUSED, Executor
+from flowtrain.bijections.execution import Call, Executor, call
+from flowtrain.bijections.fused import fuse
 
 Mode = Literal["store", "checkpoint", "reversible"]
 
 
-def executor_of(mode: Mode) -> Executor:
-    """The executor of a memory mode, for `Flow.forward` in training."""
-    return FUSED if mode == "store" else Recomputing(reversible=mode == "reversible")
+def directions_of(mode: Mode) -> list[Direction]:
+    """The directions in which a training step calls the layers of a flow."""
+    return ["forward", "inverse"] if mode == "reversible" else ["forward"]
+
+
+def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def executor_of(
+    mode: Mode, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged
+) -> Executor:
+    """The executor of a memory mode, for `Flow.forward` in training.
+
+    `compiler` compiles the functions that compute a single layer. The layer is the first argument.
+    """
+    if mode == "store":
+        return Executor(compiler(call))
+    return Recomputing(mode, compiler(call), compiler(gradient_of_layer))
 
 
 class Recomputing(Executor):
-    """Computes the activations of each chain again in the backward pass."""
+    """Computes the activations of each chain again in the backward pass.
 
-    def __init__(self, reversible: bool):
-        self.reversible = reversible
+    `gradient` computes the gradient of a single layer: the function `gradient_of_layer`, or the
+    same one compiled.
+    """
+
+    def __init__(self, mode: Mode, call: Call, gradient: Callable[..., Any]):
+        super().__init__(call)
+        self.mode = mode
+        self.gradient = gradient
 
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse" or not layers or not torch.is_grad_enabled():
             return super().chain(layers, direction, x, context)
-        called = self.prepared(layers)
-        tensors = [layer.tensors() for layer in called]
-        everything = itertools.chain(*tensors)
-        result: tuple[Tensor, Tensor] = _Recomputed.apply(
-            called, tensors, self.reversible, x, context, *everything
-        )
+        called = fuse(layers, *directions_of(self.mode))
+        tensors = [tensor for layer in called for tensor in layer.tensors()]
+        result: tuple[Tensor, Tensor] = _Recomputed.apply(self, called, x, context, *tensors)
         return result
 
 
@@ -55,66 +74,90 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        executor: Recomputing,
         layers: Sequence[Bijection],
-        tensors: Sequence[list[Tensor]],  # those of each layer that need a gradient
-        reversible: bool,
         x: Tensor,
         context: Tensor | None,
-        *_tensors: Tensor,  # the same ones as arguments, for autograd to see
+        *_tensors: Tensor,  # those of the layers that need a gradient, for autograd to see
     ) -> tuple[Tensor, Tensor]:
-        ctx.chain = list(zip(layers, tensors, strict=True))
-        ctx.reversible = reversible
+        ctx.executor, ctx.layers = executor, layers
         kind = x.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         ctx.autocast = kind, dtype, enabled, False  # False: no cache of cast weights
         total = x.new_zeros(x.shape[0])
         inputs = []
         for layer in layers:
-            if not reversible:
+            if executor.mode == "checkpoint":
                 inputs.append(x)
             # With gradients, as in the backward pass: without, `Continuous` has other tolerances.
             with torch.enable_grad():
-                x, log_det = layer(x.detach(), context)
+                x, log_det = executor.call(layer, "forward", x.detach(), context)
             x, total = x.detach(), total + log_det.detach()
-        ctx.save_for_backward(context, *([x] if reversible else inputs))
+        ctx.save_for_backward(context, *(inputs or [x]))
         return x, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.chain is None:
-            raise RuntimeError(
-                "train.memory: activations are computed again for one backward pass, not a second "
-                "time"
-            )
         context, *kept = ctx.saved_tensors
-        # Fused layers hold matrices for this call. They are freed with the layers.
-        chain, ctx.chain = ctx.chain, None
-        wants_context = ctx.needs_input_grad[4]
-        if wants_context:
-            context = context.detach().requires_grad_()
+        reversible = ctx.executor.mode == "reversible"
+        wants_context = ctx.needs_input_grad[3]
         grad_context: Tensor | None = None
         grad_tensors: list[Tensor | None] = []
-        z = kept[-1]
+        given = kept[-1]
         # For a GPU, autograd runs this in its own thread, where autocast is off.
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            for layer, tensors in reversed(chain):
-                if ctx.reversible:
-                    x, *outputs = layer.reconstruct(z, context)
-                else:
-                    x = kept.pop().detach().requires_grad_()
-                    outputs = layer(x, context)
-                # A constant log-determinant has no graph.
-                given = [
-                    (y, g)
-                    for y, g in zip(outputs, (grad_z, grad_log_det), strict=True)
-                    if y.requires_grad
-                ]
-                wanted = [x, *tensors, context] if wants_context else [x, *tensors]
-                ys, gs = zip(*given, strict=True)
-                grad_z, *grads = torch.autograd.grad(ys, wanted, gs, allow_unused=True)
-                if wants_context and (grad := grads.pop()) is not None:
+        with torch.autocast(*ctx.autocast):
+            for layer in reversed(ctx.layers):
+                if not reversible:
+                    given = kept.pop()
+                given, grad_z, grad, grads = ctx.executor.gradient(
+                    layer, reversible, given, context, grad_z, grad_log_det, wants_context
+                )
+                if grad is not None:
                     grad_context = grad if grad_context is None else grad_context + grad
                 grad_tensors[:0] = grads
-                z = x.detach()
-        return None, None, None, grad_z, grad_context, *grad_tensors
+        return None, None, grad_z, grad_context, *grad_tensors
+
+
+def gradient_of_layer(
+    layer: Bijection,
+    reversible: bool,
+    given: Tensor,
+    context: Tensor | None,
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    wants_context: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+    """The gradient of one layer, from its input, or from its output where it is `reversible`.
+
+    `grad_z` and `grad_log_det` are gradients with respect to its results. Returns its input, and
+    the gradients with respect to the input, the context if wanted, and `layer.tensors()`.
+    """
+    with torch.enable_grad():
+        leaf = given.detach().requires_grad_()
+        if wants_context:
+            assert context is not None
+            context = context.detach().requires_grad_()
+        if reversible:
+            x, *results = layer.reconstruct(leaf, context)
+            inputs = [x, leaf]
+        else:
+            x, results = leaf, list(layer(leaf, context))
+            inputs = [leaf]
+        # A constant log-determinant has no graph.
+        pairs = [
+            (y, grad)
+            for y, grad in zip(results, (grad_z, grad_log_det), strict=True)
+            if y.requires_grad
+        ]
+        if wants_context:
+            assert context is not None
+            inputs.append(context)
+        ys, grad_ys = zip(*pairs, strict=True)
+        wanted = [*inputs, *layer.tensors()]
+        grad_x, *others = torch.autograd.grad(ys, wanted, grad_ys, allow_unused=True)
+    grads: list[Tensor | None] = list(others)
+    if reversible and (of_leaf := grads.pop(0)) is not None:
+        grad_x = grad_x + of_leaf
+    grad_context = grads.pop(0) if wants_context else None
+    return x.detach(), grad_x, grad_context, grads

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 from flowtrain.system.threads import one_thread
@@ -119,6 +119,7 @@ class OrdinalAutoregressive(SetFromData):
     """
 
     inverse_is_sequential = True
+    has_network = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 
@@ -190,6 +191,9 @@ class OrdinalAutoregressive(SetFromData):
         )
         constant = math.prod(self.shape) * math.log(self.levels)
         return self._image(z).flatten(1), sum_per_example(self._image(log_derivative)) + constant
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
 
     def by_level(self) -> "OrdinalAutoregressive":
         return self

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.monotone import solve_monotone
 
 MIN_DERIVATIVE = 1e-3  # of the map along w; so the inverse stretches by at most 1000
@@ -33,6 +33,9 @@ class Planar(Bijection):
         self.w = nn.Parameter(torch.randn(dims) / dims**0.5)
         self.u = nn.Parameter(torch.zeros(dims))
         self.b = nn.Parameter(torch.randn(()))
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
 
     def constrained(self) -> tuple[Tensor, Tensor]:
         """The u in use, `(D,)`, and its product with w, in `[-1 + MIN_DERIVATIVE, inf)`."""

@@ -87,7 +87,8 @@ class Chain:
 
 @rule.register
 def _(layer: Sequential, bits: int) -> Rule:
-    return Chain([rule(each, bits) for each in fuse(list(layer.layers))])  # type: ignore[arg-type]
+    layers: list[Bijection] = list(layer.layers)  # type: ignore[arg-type]
+    return Chain([rule(each, bits) for each in fuse(layers, "forward")])
 
 
 class MultiscaleRule:

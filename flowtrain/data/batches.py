@@ -42,12 +42,12 @@ class Batches:
         self.seed = config.seed
         self.device = device
         self.flip, self.shift = data.flip, config.data.shift
-        nbytes = len(self.source) * self.source.pixels[0].nbytes
+        nbytes = len(self.source) * self.source.bytes_of_image
         self.streams = nbytes > config.data.max_in_memory * 2**30
         if self.streams:
             ahead = ReadAhead.batches(config.data.workers)
             capacity.require(
-                ahead * batch_size * self.source.pixels[0].nbytes,
+                ahead * batch_size * self.source.bytes_of_image,
                 f"data.workers: {config.data.workers} threads hold {ahead:,} batches of "
                 f"{batch_size:,} images, which take",
             )

@@ -1,4 +1,4 @@
-"""Data that a command line names: a data set, a folder, an image file or an .npz file."""
+"""Data that a command line names: a data set, a folder, an image file, or files of arrays."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +21,8 @@ def section_named(
     """The `data` section for a NAME on the command line.
 
     NAME is a data set that needs no path, the model's own data set, a folder of image files, an
-    image file, or an .npz file. All keys that fit are taken from `own`, the section of the model.
-    Image files get the size and channels of `shape`, the model's.
+    image file, or what `flowtrain.datasets.npz` reads. All keys that fit are taken from `own`, the
+    section of the model. Image files get the size and channels of `shape`, the model's.
 
     Raises `UserError` that names `option` if NAME is none of these. The message also lists `also`.
     """
@@ -34,7 +34,9 @@ def section_named(
     names = [kind for kind, schema in schemas.items() if "path" not in schema.model_fields]
     path = Path(name)
     values: dict[str, Any] = {"name": name}
-    if name not in names and path.suffix.lower() == ".npz":
+    if name not in names and (
+        path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy"))
+    ):
         values = {"name": "npz", "path": name}
     elif name not in names and (path.is_dir() or path.suffix.lower() in folder.SUFFIXES):
         values = {"name": "folder", "path": name, "size": max(shape[1:]), "channels": shape[0]}
@@ -42,7 +44,7 @@ def section_named(
         raise UserError(
             f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
             f"nor an image file "
-            f"({', '.join(folder.SUFFIXES)}), nor an .npz file"
+            f"({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
@@ -60,7 +62,7 @@ def section_named(
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data that have no test split, or None.
 
-    These are a folder without `test/`, an image file, or an .npz file without x_test. For training,
+    These are a folder without `test/`, an image file, or arrays without x_test. For training,
     a tenth of them is held out as the test split. To evaluate a model on other data, this would
     leave nine tenths unused. The result is None for all other data, and for the model's `own`.
     """

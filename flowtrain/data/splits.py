@@ -13,7 +13,16 @@ from torch import Tensor
 
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
-from flowtrain.datasets.base import Images, digests, duplicates, first_equal, hold_out
+from flowtrain.datasets.base import (
+    Images,
+    Pixels,
+    bytes_of_image,
+    content,
+    digests,
+    duplicates,
+    first_equal,
+    hold_out,
+)
 from flowtrain.errors import UserError
 from flowtrain.flow.kinds import kind_of
 
@@ -24,7 +33,7 @@ SplitName = Literal["train", "validation", "test", "all"]
 class Split:
     """Some images of an array: `pixels[indices]`, without their lowest `drop_bits` bits."""
 
-    pixels: np.ndarray  # uint8 (N, C, H, W), or float32 for points; it may be a memory map
+    pixels: Pixels  # uint8 (N, C, H, W), or float32 for points; they may be mapped files
     indices: np.ndarray
     drop_bits: int
     # reads the labels of the whole array, int64 (N,); None if there are none
@@ -32,6 +41,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def bytes_of_image(self) -> int:
+        return bytes_of_image(self.pixels)
 
     def take(self, positions: np.ndarray | slice) -> Tensor:
         """The images at some positions of this split, `(B, C, H, W)` on the CPU.
@@ -152,19 +165,17 @@ class DataSet:
         """Identifies the training and validation images: their number, content and division."""
         kept, held = self._held_out
         part = self._training
-        content = (
-            self.train_images.key
-            or hashlib.sha256(np.ascontiguousarray(part.used).data).hexdigest()
-        )
         equal = duplicates(part.first)  # where there are none, an earlier version made no mistake
+        edition = self.train_images.edition
+        also = ({"duplicates": equal} if equal else {}) | ({"edition": edition} if edition else {})
         return {
             "shape": list(self.shape),
             "levels": self.levels,
             "train": len(kept),
             "validation": len(held),
             "split_seed": self.config.split_seed,
-            "content": content,
-        } | ({"duplicates": equal} if equal else {})
+            "content": self.train_images.key or part.content,
+        } | also
 
 
 @dataclass(frozen=True)
@@ -172,13 +183,15 @@ class _Part:
     """What was read of a part of a data set: an array, and which of its rows belong to the part."""
 
     images: Images
-    pixels: np.ndarray
+    pixels: Pixels
     rows: np.ndarray
 
     @property
-    def used(self) -> np.ndarray:
-        """The images of this part."""
-        return self.pixels if self.images.rows is None else self.pixels[self.rows]
+    def content(self) -> str:
+        """A digest of all images of this part. It does not read images whose digests are known."""
+        if self.images.digests is not None:
+            return hashlib.sha256(self.digests.tobytes()).hexdigest()
+        return content(self.pixels, self.rows)
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -199,8 +212,8 @@ def _read(images: Images, what: str) -> _Part:
         raise UserError(
             f"data: {what}: {len(rows)} images of shape {pixels.shape[1:]}, expected {images.shape}"
         )
-    fault = kind_of(images.levels).fault(pixels)
-    if fault:
+    fault = kind_of(images.levels).fault(pixels) if isinstance(pixels, np.ndarray) else None
+    if fault:  # mapped files are bytes with 256 levels
         raise UserError(f"data: {what}: {fault}")
     return _Part(images, pixels, rows)
 

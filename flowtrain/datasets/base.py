@@ -1,16 +1,20 @@
 """What every data set returns (`Images`), held-out splits, and image files of any shape."""
 
 import contextlib
+import errno
 import hashlib
+import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from flowtrain.errors import UserError, short, shown
+from flowtrain.errors import RunError, UserError, short, shown
+from flowtrain.flow.inputs import quantize
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -22,6 +26,26 @@ Policy = Literal["crop", "stretch", "exact"]
 READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
+class Pixels(Protocol):
+    """Images or points `(N, C, H, W)`: an array, or a `flowtrain.datasets.mapped.Mapped`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any:
+        """The examples of a slice, or of an array of their numbers `(B,)`: `(B, C, H, W)`."""
+
+
+def bytes_of_image(pixels: Pixels) -> int:
+    """How many bytes one example takes, at least 1."""
+    return max(1, math.prod(pixels.shape[1:]) * pixels.dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class Images:
     """One part of a data set, described before any pixel is read or downloaded.
@@ -29,25 +53,27 @@ class Images:
     shape: (C, H, W) of one image as stored.
     levels: Q, for values 0..Q-1. None for real-valued data.
     read: Returns the pixels, uint8 (N, C, H, W), or float32 for real-valued data. They are a
-        C-contiguous array, or a read-only `np.memmap` if they may not fit in memory. Downloads on
-        first use. Raises UserError or RunError.
+        C-contiguous array, or are mapped read-only from files if they may not fit in memory.
+        Downloads on first use. Raises UserError or RunError.
     flip: Whether a mirrored image belongs to the same distribution. The default of `data.flip`.
     labels: Returns the classes of the same images, int64 (N,), from 0. None if there are none.
     key: Identifies the content if hashing the pixels would be slow. None: the pixels are hashed.
     rows: Returns the indices of those of the N images that belong to this part. None: all do.
     digests: Returns what `digests` gives for the pixels, if reading them all would be slow.
     at_hand: Whether `read` neither downloads nor decodes anything first.
+    edition: Which of several data sets of one name this is. It is said beside every figure.
     """
 
     shape: Shape
     levels: int | None
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Pixels]
     flip: bool = False
     key: str | None = None
     labels: Callable[[], np.ndarray] | None = None
     rows: Callable[[], np.ndarray] | None = None
     digests: Callable[[], np.ndarray] | None = None
     at_hand: Callable[[], bool] = lambda: True
+    edition: str | None = None
 
 
 def frozen_random(*key: int) -> np.random.RandomState:
@@ -62,26 +88,42 @@ def frozen_random(*key: int) -> np.random.RandomState:
 HASHED = 2**24  # bytes of pixels that are hashed at a time
 
 
-def digests(pixels: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+def digests(pixels: Pixels, rows: np.ndarray | None = None) -> np.ndarray:
     """128 bits of BLAKE2 for each example of `(N, ...)`, or for those at `rows`: uint8 `(N, 16)`.
 
-    Examples are equal if these are. `pixels` may be a memory map larger than the memory.
+    Examples are equal if these are. `pixels` may be larger than the memory.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     found = np.empty((len(rows), 16), np.uint8)
-    each = max(1, HASHED // max(1, pixels[:1].nbytes))  # examples at a time
+    each = max(1, HASHED // bytes_of_image(pixels))  # examples at a time
     for start in range(0, len(rows), each):
-        part = np.ascontiguousarray(pixels[rows[start : start + each]]).reshape(-1, pixels[0].size)
+        part = np.ascontiguousarray(pixels[rows[start : start + each]])
+        part = part.reshape(len(part), -1)
         hashed = (hashlib.blake2b(row.data, digest_size=16).digest() for row in part)
         found[start : start + each] = np.frombuffer(b"".join(hashed), np.uint8).reshape(-1, 16)
     return found
 
 
+def content(pixels: Pixels, rows: np.ndarray | None = None) -> str:
+    """The SHA-256 of all examples of `(N, ...)`, or of those at `rows`, in C order."""
+    rows = np.arange(len(pixels)) if rows is None else rows
+    found = hashlib.sha256()
+    each = max(1, HASHED // bytes_of_image(pixels))
+    for start in range(0, len(rows), each):
+        found.update(np.ascontiguousarray(pixels[rows[start : start + each]]).data)
+    return found.hexdigest()
+
+
 def first_equal(digests: np.ndarray) -> np.ndarray:
     """For each of N examples the index of the first that is equal to it, `(N,)`."""
+    found = np.arange(len(digests))
+    # Those whose first eight bytes nobody else has are equal to none. They are nearly all.
+    beginnings = np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
+    _, which, counts = np.unique(beginnings, return_inverse=True, return_counts=True)
     first: dict[bytes, int] = {}
-    found = (first.setdefault(digest.tobytes(), i) for i, digest in enumerate(digests))
-    return np.fromiter(found, np.int64, len(digests))
+    for i in np.flatnonzero(counts[which] > 1).tolist():
+        found[i] = first.setdefault(digests[i].tobytes(), i)
+    return found
 
 
 def duplicates(first: np.ndarray) -> int:
@@ -184,13 +226,14 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
 
 
 @contextlib.contextmanager
-def picture(path: Path) -> Iterator[Image.Image]:
-    """An image file of one of the formats `READABLE`. Raises what `open_regular` and Pillow
-    raise.
+def picture(source: Path | bytes) -> Iterator[Image.Image]:
+    """An image file of one of the formats `READABLE`, or the bytes of one. Raises what
+    `open_regular` and Pillow raise.
 
     The checksums of a PNG are compared. Decoding alone takes some damaged files for other pixels.
     """
-    with open_regular(path) as file:
+    name = f" '{source}'" if isinstance(source, Path) else ""
+    with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
         try:
             image = Image.open(file, formats=READABLE)
             if image.format == "PNG":
@@ -198,17 +241,37 @@ def picture(path: Path) -> Iterator[Image.Image]:
                 file.seek(0)
                 image = Image.open(file, formats=READABLE)
         except UnidentifiedImageError:
-            raise UnidentifiedImageError(f"cannot identify image file '{path}'") from None
+            raise UnidentifiedImageError(f"cannot identify image file{name}") from None
         with image:
             yield image
 
 
-def decode(path: Path, shape: Shape, policy: Policy) -> np.ndarray:
-    """Reads an image file as uint8 (C, H, W), 0..255. Raises what `picture` and `resize` raise."""
-    with picture(path) as image:
+def decode(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray:
+    """Reads an image file, or the bytes of one, as uint8 (C, H, W), 0..255. Raises what `picture`
+    and `resize` raise.
+    """
+    with picture(source) as image:
         if policy != "exact":  # a JPEG decodes much faster at a half, quarter or eighth of its size
             image.draft(None, (2 * max(shape[1:]),) * 2)
         return resize(image, shape, policy)
+
+
+def decoded(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray | str:
+    """What `decode` gives, or why the image cannot be read.
+
+    Raises `RunError` if the cause is the machine, not the image.
+    """
+    name = source if isinstance(source, Path) else "an image"
+    try:
+        return decode(source, shape, policy)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE):
+            raise RunError(f"{name} cannot be read ({short(error)})") from None
+        why = " ".join(str(error).split()).replace(f" '{name}'", "").rstrip(":")
+        return why[:200] or type(error).__name__
 
 
 def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -> np.ndarray:
@@ -227,18 +290,6 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path} cannot be read as an image ({short(error)})") from None
     return quantize(pixels, levels)
-
-
-def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
-    """Values 0..255 to 0..Q-1, uint8.
-
-    256 levels keep the values, and 2**n levels their upper n bits, as `data.n_bits` does. Any other
-    number Q takes round(v / 255 * (Q - 1)).
-    """
-    if levels & (levels - 1) == 0:
-        reduced: np.ndarray = pixels >> (8 - (levels.bit_length() - 1))
-        return reduced
-    return np.round(pixels / 255 * (levels - 1)).astype(np.uint8)
 
 
 def contiguous(pixels: np.ndarray) -> np.ndarray:

@@ -1,126 +1,242 @@
-"""A user's own arrays in one .npz file, with the names of Keras: x_train, x_test, y_train, y_test.
-All but x_train are optional.
+"""A user's own arrays, with the names of Keras: x_train, x_test, y_train, y_test. They are in one
+.npz file, or in a folder of .npy files. All but x_train are optional.
 """
 
 import contextlib
+import functools
 import math
+import os
+import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, BinaryIO
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
-from flowtrain.errors import UserError, cut, short
+from flowtrain.datasets import cache
+from flowtrain.datasets.base import (
+    HASHED,
+    Images,
+    Part,
+    Pixels,
+    contiguous,
+    digests,
+    first_equal,
+    part_of,
+)
+from flowtrain.datasets.mapped import (
+    Layout,
+    Mapped,
+    Piece,
+    channels_first,
+    header_of,
+    piece,
+)
+from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
-Layout = Literal["nhwc", "nchw"]
+KEYS = ("x_train", "x_test", "y_train", "y_test")
+MAPPED = 2**26  # bytes; arrays that are at least as large are mapped
+LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip: its signature, lengths of name and of extras
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array in a file, described by its header.
+
+    key: Its name in an .npz file. None for an .npy file.
+    bytes: That are there for the values.
+    offset: Where the values begin in the file. None if they are compressed.
+    crc: The checksum of the header and the values, in a zip.
+    """
+
+    path: Path
+    key: str | None
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[np.generic]
+    bytes: int
+    offset: int | None
+    header: int  # bytes of the header before the values
+    crc: int | None = None
+
+    @property
+    def where(self) -> str:
+        return f"data.path: {f'{self.key} in ' if self.key else ''}{self.path}"
 
 
 def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
     """uint8 images with 256 levels from x_train and x_test, with classes from y_train and y_test.
 
     Args:
-        path: The .npz file. Without x_test, a seeded tenth of x_train is the test split.
+        path: The .npz file, or a folder with x_train.npy and the like, or one .npy file, which is
+            x_train. In a folder, x_train-0.npy, x_train-1.npy and so on are parts of one array.
+            Without x_test, a seeded tenth of x_train is the test split.
         layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
-    Only the headers inside the file are read here. `read` takes the whole array into memory.
-    Raises `UserError` that names the file and the key. `root` is not used.
+    Only the headers inside the files are read here. Arrays of `MAPPED` bytes or more that are not
+    compressed are mapped into memory. Before they are used for the first time, all of their bytes
+    are read once, compared with the checksum of the .npz file, and hashed. `read` takes any other
+    array into memory. Raises `UserError` that names the file and the key. `root` is not used.
     """
     path = Path(path).expanduser()
-    with _opened(path) as archive:
-        keys = sorted(name.removesuffix(".npy") for name in archive.namelist())
-        if "x_train" not in keys:
-            raise UserError(
-                f"data.path: {path} has no array x_train (it has "
-                f"{cut(', '.join(keys)) or 'nothing'}): save it with np.savez(path, x_train=..., "
-                "x_test=...)"
-            )
-        for key in ("x_train", "x_test", "y_train", "y_test"):
-            if keys.count(key) > 1:
-                raise UserError(
-                    f"data.path: {path} has {keys.count(key)} arrays {key}: save it again with one"
-                )
-        count, train = _shape(path, archive, "x_train", layout)
-        own_test = "x_test" in keys
-        counts = {"train": count}
-        if own_test:
-            counts["test"], test = _shape(path, archive, "x_test", layout)
-            if test != train:
-                raise UserError(
-                    f"data.path: in {path}, the images of x_train are {_by(train)} and those of "
-                    f"x_test {_by(test)}: they have to be of one size"
-                )
-
-        if not own_test and count < 2:
-            raise UserError(
-                f"data.path: {path} has one image, which cannot be split: add more, or x_test"
-            )
-
+    arrays = _arrays(path)
+    if "x_train" not in arrays:
+        there = ", ".join(sorted(arrays)) or "nothing"
+        advice = "save it with np.savez(path, x_train=..., x_test=...)"
+        if path.is_dir():
+            advice = "save it there with np.save as x_train.npy, or in parts as x_train-0.npy, ..."
+        raise UserError(f"data.path: {path} has no array x_train (it has {cut(there)}): {advice}")
+    counts: dict[str, int] = {}
+    shapes: dict[str, Shape] = {}
+    for key in ("x_train", "x_test"):
+        if key in arrays:
+            counts[key], shapes[key] = _counted(arrays[key], layout)
+    own_test = "x_test" in arrays
+    shape = shapes["x_train"]
+    if own_test and shapes["x_test"] != shape:
+        raise UserError(
+            f"data.path: in {path}, the images of x_train are {_by(shape)} and those of x_test "
+            f"{_by(shapes['x_test'])}: they have to be of one size"
+        )
+    if not own_test and counts["x_train"] < 2:
+        raise UserError(
+            f"data.path: {path} has one image, which cannot be split: add more, or x_test"
+        )
     part = "test" if own_test and split == "test" else "train"
+    x, y = arrays[f"x_{part}"], arrays.get(f"y_{part}")
+    mapped = sum(each.bytes for each in x) >= MAPPED and all(each.offset is not None for each in x)
+    if not mapped:
+        _require_memory(x, layout)
 
-    def read() -> np.ndarray:
-        pixels = _array(path, f"x_{part}")
-        if pixels.ndim == 4 and layout == "nhwc":
-            pixels = pixels.transpose(0, 3, 1, 2)
-        return contiguous(pixels.reshape(-1, *train))  # (N, C, H, W)
+    @functools.cache
+    def remembered() -> np.ndarray:
+        return _digests(x, layout)
+
+    def read() -> Pixels:
+        if mapped:
+            remembered()  # it notices damage
+            return Mapped([_piece(each, layout) for each in x])
+        each = [channels_first(_values(array), layout) for array in x]
+        return contiguous(np.concatenate(each) if len(each) > 1 else each[0])
 
     def rows() -> np.ndarray:
-        return part_of(first_equal(digests(read())), split, seed)
+        found = remembered() if mapped else digests(read())
+        return part_of(first_equal(found), split, seed)
 
     def labels() -> np.ndarray:
-        key = f"y_{part}"
-        values = _array(path, key)
-        if values.dtype.kind not in "iu" or values.size != counts[part]:
+        assert y is not None
+        parts = [_values(each) for each in y]
+        count = counts[f"x_{part}"]
+        if any(v.dtype.kind not in "iu" for v in parts) or sum(v.size for v in parts) != count:
+            shown = ", ".join(f"{v.dtype} of shape {v.shape}" for v in parts)
             raise UserError(
-                f"data.path: {key} in {path} is {values.dtype} of shape {values.shape}: expected "
-                f"a whole number for "
-                f"each of the {counts[part]} images"
+                f"data.path: y_{part} in {path} is {cut(shown)}: expected a whole number for each "
+                f"of the {count} images"
             )
-        return values.reshape(-1).astype(np.int64)
+        return np.concatenate([values.reshape(-1).astype(np.int64) for values in parts])
 
     return Images(
-        shape=train,
+        shape=shape,
         levels=256,
         read=read,
-        labels=labels if f"y_{part}" in keys else None,
+        labels=labels if y is not None else None,
         rows=None if own_test else rows,
+        digests=remembered if mapped else None,
     )
 
 
-def _array(path: Path, key: str) -> np.ndarray:
-    with _opened(path) as archive, _member(path, archive, key) as file:
-        values = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # at the end of the member, zipfile compares its checksum
-    return values
+# --- what a path has ------------------------------------------------------------------------------
 
 
-def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tuple[int, Shape]:
+def _arrays(path: Path) -> dict[str, list[_Array]]:
+    """The arrays at a path, by name. The parts of an array in a folder are in order."""
+    if path.is_dir():
+        return _arrays_of_folder(path)
+    if path.suffix.lower() == ".npy":
+        return {"x_train": [_of_npy(path)]}
+    with _opened(path) as file, _zip(path, file) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        for key in KEYS:
+            if names.count(key) > 1:
+                raise UserError(
+                    f"data.path: {path} has {names.count(key)} arrays {key}: save it again with one"
+                )
+        known = {key: [_of_member(path, file, archive, key)] for key in KEYS if key in names}
+        return known or {name: [] for name in names}
+
+
+def _arrays_of_folder(folder: Path) -> dict[str, list[_Array]]:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise UserError(f"data.path: {folder} cannot be listed ({short(error)})") from None
+    found: dict[str, list[_Array]] = {}
+    for name in sorted((n for n in names if n[0] != "." and n.endswith(".npy")), key=_natural):
+        key = next((key for key in KEYS if name.startswith(key)), None)
+        if key is None:
+            found.setdefault(name, [])
+        else:
+            found.setdefault(key, []).append(_of_npy(folder / name))
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key of sorting that puts part 2 before part 10."""
+    return [(int(w), w) if w.isdigit() else (-1, w) for w in re.split(r"([0-9]+)", name)]
+
+
+def _of_npy(path: Path) -> _Array:
+    with _opened(path) as file, _reading(f"data.path: {path}"):
+        shape, fortran, dtype = header_of(file)
+        offset = file.tell()
+        there = os.fstat(file.fileno()).st_size - offset
+        return _Array(path, None, shape, fortran, dtype, there, offset, offset)
+
+
+def _of_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, key: str) -> _Array:
+    with _reading(f"data.path: {key} in {path}"):
+        info = archive.getinfo(f"{key}.npy")
+        with archive.open(info) as member:
+            shape, fortran, dtype = header_of(member)
+            header = member.tell()
+        offset = None
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
+            file.seek(info.header_offset)
+            _, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            offset = info.header_offset + LOCAL_HEADER.size + name + extra + header
+        there = info.file_size - header
+        return _Array(path, key, shape, fortran, dtype, there, offset, header, info.CRC)
+
+
+def _counted(parts: list[_Array], layout: Layout) -> tuple[int, Shape]:
+    """N and (C, H, W) of the images in the parts of an array."""
+    counted = [_shape(each, layout) for each in parts]
+    for each, (_, shape) in zip(parts, counted, strict=True):
+        if shape != counted[0][1]:
+            raise UserError(
+                f"{each.where} has images of {_by(shape)}, and {parts[0].path.name} of "
+                f"{_by(counted[0][1])}: they have to be of one size"
+            )
+    return sum(count for count, _ in counted), counted[0][1]
+
+
+def _shape(array: _Array, layout: Layout) -> tuple[int, Shape]:
     """N and (C, H, W) of an array, from its header alone."""
-    with _member(path, archive, key) as file:
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[np.lib.format.read_magic(file)]
-        shape, _, dtype = header(file)
-        there = archive.getinfo(f"{key}.npy").file_size - file.tell()
-    where = f"data.path: {key} in {path}"
-    if dtype != np.uint8:
+    where, shape = array.where, array.shape
+    if array.dtype != np.uint8:
         raise UserError(
-            f"{where} has the type {dtype}, not uint8: convert it to whole numbers 0..255 with "
-            f".astype(np.uint8)"
+            f"{where} has the type {array.dtype}, not uint8: convert it to whole numbers 0..255 "
+            f"with .astype(np.uint8)"
         )
-    if there != math.prod(shape):
-        raise UserError(f"{where} is damaged: it has {there} bytes for an array {cut(str(shape))}")
-    from flowtrain.system import capacity  # imports torch
-
-    # In the order of channels that training takes, it is a copy.
-    taken = there * (2 if layout == "nhwc" and len(shape) == 4 else 1)
-    if taken > capacity.total() // 2:
+    if array.bytes != math.prod(shape):
         raise UserError(
-            f"{where} takes {taken / 2**30:.1f} GiB, more than half of the memory of this machine"
+            f"{where} is damaged: it has {array.bytes} bytes for an array {cut(str(shape))}"
         )
     if len(shape) == 3:
         shape = (shape[0], 1, *shape[1:])
@@ -145,8 +261,79 @@ def _shape(path: Path, archive: zipfile.ZipFile, key: str, layout: Layout) -> tu
     return n, (image[0], image[1], image[2])
 
 
+def _require_memory(parts: list[_Array], layout: Layout) -> None:
+    """Raises `UserError` for an array that takes more than half of the memory."""
+    from flowtrain.system import capacity  # imports torch
+
+    # In the order of channels that training takes, it is a copy.
+    copies = 2 if layout == "nhwc" and len(parts[0].shape) == 4 else 1
+    taken = copies * sum(each.bytes for each in parts)
+    if taken > capacity.total() // 2:
+        raise UserError(
+            f"{parts[0].where} takes {taken / 2**30:.1f} GiB, more than half of the memory of this "
+            f"machine: save it with np.savez or np.save, which do not compress"
+        )
+
+
+# --- the values -----------------------------------------------------------------------------------
+
+
+def _values(array: _Array) -> np.ndarray:
+    """The values of an array, in memory."""
+    with _opened(array.path) as file, _reading(array.where):
+        if array.key is None:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        with _zip(array.path, file) as archive, archive.open(f"{array.key}.npy") as member:
+            values = np.lib.format.read_array(member, allow_pickle=False)
+            member.read(1)  # at the end of the member, zipfile compares its checksum
+            return values
+
+
+def _piece(array: _Array, layout: Layout) -> Piece:
+    """The images of an array, mapped."""
+    assert array.offset is not None
+    with _opened(array.path) as file, _reading(array.where):
+        return piece(array.path, file, array.offset, array.shape, array.fortran, layout)
+
+
+def _digests(parts: list[_Array], layout: Layout) -> np.ndarray:
+    """What `base.digests` gives for the images of mapped arrays. It is remembered by path, size and
+    time of the files. Raises `UserError` if the checksum of a zip is wrong.
+    """
+    names: list[str] = [layout]
+    for each in parts:
+        status = each.path.stat()
+        names += map(str, (each.path.resolve(), status.st_size, status.st_mtime_ns, each.offset))
+    known = cache.place() / "digests" / cache.key_of(["1", *names])
+
+    def verify() -> None:
+        for each in parts:
+            if each.crc is not None:
+                _verify(each)
+
+    images = Mapped([_piece(each, layout) for each in parts])
+    return cache.digests(known, images, str(parts[0].path), verify)
+
+
+def _verify(array: _Array) -> None:
+    assert array.offset is not None
+    left, crc = array.header + array.bytes, 0
+    with _opened(array.path) as file, _reading(array.where):
+        file.seek(array.offset - array.header)
+        while left:
+            read = file.read(min(left, HASHED))
+            if not read:
+                raise ValueError("it is cut short")
+            crc, left = zlib.crc32(read, crc), left - len(read)
+        if crc != array.crc:
+            raise ValueError(f"bad CRC-32 {crc:08x}")
+
+
+# --- files from outside ---------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         file = open_regular(path)
     except FileNotFoundError:
@@ -154,30 +341,35 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except OSError as error:
         raise UserError(f"data.path: {path} cannot be opened ({short(error)})") from None
     with file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except MemoryError:
-            raise
-        except Exception:  # a damaged directory of the archive makes zipfile raise almost anything
-            raise UserError(
-                f"data.path: {path} is not an .npz file, or is cut short: save it again with "
-                f"np.savez"
-            ) from None
-        with archive:
-            yield archive
+        yield file
 
 
 @contextlib.contextmanager
-def _member(path: Path, archive: zipfile.ZipFile, key: str) -> Iterator[IO[bytes]]:
+def _zip(path: Path, file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
     try:
-        with archive.open(f"{key}.npy") as file:
-            yield file
+        archive = zipfile.ZipFile(file)
     except MemoryError:
-        raise UserError(f"data.path: {key} in {path} does not fit into memory") from None
+        raise
+    except Exception:  # a damaged directory of the archive makes zipfile raise almost anything
+        raise UserError(
+            f"data.path: {path} is not an .npz file, or is cut short: save it again with np.savez"
+        ) from None
+    with archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Whatever goes wrong with the content of a file becomes one message."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except MemoryError:
+        raise UserError(f"{where} does not fit into memory") from None
     except Exception as error:  # damaged bytes make zipfile, numpy and the codecs raise anything
         raise UserError(
-            f"data.path: {key} in {path} is damaged or not a plain array ({short(error)}): copy "
-            f"or save the file again"
+            f"{where} is damaged or not a plain array ({short(error)}): copy or save the file again"
         ) from None
 
 

@@ -42,6 +42,7 @@ class Watching(LayerByLayer):
     """
 
     def __init__(self, flow: Flow, around: Around):
+        super().__init__()
         self.names = {layer: name for name, layer in layers_of(flow).items()}
         self.around = around
 

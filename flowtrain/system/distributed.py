@@ -362,13 +362,55 @@ def _wait(keys: list[str]) -> None:
 # --- tensors, through the process group -----------------------------------------------------------
 
 
-def total(values: list[float]) -> list[float]:
-    """The sums over all processes in float64, the same numbers everywhere."""
+def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[float]]:
+    """Begins to sum numbers over all processes: those of a 1-dimensional tensor on the training
+    device, and those of the host.
+
+    Neither the host nor the steps on the device wait for it. The function that is returned waits,
+    and gives the sums in this order, in float64, the same numbers everywhere.
+    """
     if _group is None:
-        return values
-    numbers = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(numbers)
-    return numbers.tolist()
+        read = _read_later(on_device, None)
+        return lambda: [*read(), *on_host]
+    pinned = on_device.device.type == "cuda"
+    numbers = torch.tensor(on_host, dtype=torch.float64, pin_memory=pinned)
+    values = torch.cat([on_device.double(), numbers.to(on_device.device, non_blocking=True)])
+    return _read_later(values, dist.all_reduce(values, async_op=True))
+
+
+def _read_later(values: Tensor, work: dist.Work | None) -> Callable[[], list[float]]:
+    """A function that gives the numbers of `values`, when `work` on them is done.
+
+    On a GPU, a stream of its own waits for the work, and copies them to pinned memory.
+    """
+    if values.device.type != "cuda":
+
+        def read() -> list[float]:
+            if work is not None:
+                work.wait()
+            return values.tolist()
+
+        return read
+
+    aside = _aside(values.device)
+    aside.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(aside):
+        if work is not None:
+            work.wait()  # the stream does, not the host
+        host = values.to("cpu", non_blocking=True)
+        copied = aside.record_event()
+    values.record_stream(aside)
+
+    def read_copy() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read_copy
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def share(count: int) -> range:
@@ -428,6 +470,13 @@ def parallel(flow: nn.Module) -> nn.Module:
     # torch has a new name for broadcast_buffers and warns about the old one.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def average(tensor: Tensor) -> None:
+    """Replaces a tensor, on any device, by its mean over all processes."""
+    if _group is not None:
+        dist.all_reduce(tensor)
+        tensor /= world()
 
 
 def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager[None]:

@@ -19,14 +19,13 @@ from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, peak
-from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
+    noise_of,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -77,6 +76,7 @@ class Cost:
     memory: Memory
     seconds: float | None  # per step; None where a batch would not fit into memory
     images: int  # per step, of all processes
+    compiling: float | None = None  # seconds before the first step; None where nothing is compiled
 
 
 def dry_run(config: Config, device: torch.device) -> Cost:
@@ -85,22 +85,24 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device)).to(
         device
     )
-    require_trainable(flow, config)
+    require_trainable(flow, config, device)
     train = config.train
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
     some = _images(flow, min(batch, flow.initialization_images))
-    random = generator(config.seed, Stream.DEQUANTIZATION)
-    initialize(flow, some, draw_noise(some.shape, random, device))
+    initialize(flow, some, noise_of(config, 0, some))
     average = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), average, {})
 
-    compute = _compute(state, batch)
-    memory = _memory(state, train.batch_size, device)
+    plain = _changed(state, compile="off", cuda_graph=False)
+    compute = _compute(plain, batch)
+    memory = _memory(plain, train.batch_size, device)
     chosen = next(each for each in memory.modes if each.mode == train.memory)
     fits = all(distributed.exchange(chosen.largest_batch >= train.batch_size))
     seconds = _seconds_of_a_step(state, batch) if fits else None
-    return Cost(_parameters(flow), compute, memory, seconds, batch * distributed.world())
+    images = batch * distributed.world()
+    compiling = state.computation.seconds
+    return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
 
 
 def _images(flow: Flow, count: int) -> Tensor:
@@ -127,7 +129,7 @@ def _compute(state: State, batch: int) -> Compute:
     conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
     own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
-        train_step(_with_memory(state, "store"), few)
+        train_step(_changed(state, memory="store", optimizers=[]), few)
     state.zero_grad()
     total = max(1, forward.get_total_flops())
     of_a_step = step.get_total_flops() / len(few) * batch
@@ -159,18 +161,24 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     modes = []
     for mode in get_args(Mode):
         if reason_against(state.flow, mode, state.config.train.precision) is None:
-            constant, per_image = _activations(_with_memory(state, mode), batch_size, device)
+            constant, per_image = _activations(
+                _changed(state, memory=mode, optimizers=[]), batch_size, device
+            )
             largest_batch = int(max(0, free - constant) // per_image)
             modes.append(Activations(mode, constant + per_image * batch_size, largest_batch))
     state.zero_grad()
     return Memory(2 * gradients + sum(t.nbytes for t in kept), free, modes)
 
 
-def _with_memory(state: State, mode: Mode) -> State:
-    """The same with another `train.memory`. It has no optimizers, so gradients stay and add up."""
-    train = state.config.train.model_copy(update={"memory": mode})
+def _changed(
+    state: State, optimizers: list[torch.optim.Optimizer] | None = None, **keys: object
+) -> State:
+    """The same with other keys of `train`. Without optimizers, gradients stay and add up."""
+    train = state.config.train.model_copy(update=keys)
     return dataclasses.replace(
-        state, config=state.config.model_copy(update={"train": train}), optimizers=[]
+        state,
+        config=state.config.model_copy(update={"train": train}),
+        optimizers=state.optimizers if optimizers is None else optimizers,
     )
 
 

@@ -87,7 +87,7 @@ def make(here: Path) -> None:
     make_archives(here, run)
     for suffix in ("npz", "yaml", "safetensors", "fta", "png"):
         (here / f"locked.{suffix}").touch(mode=0)
-    for suffix in ("npz", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
+    for suffix in ("npz", "npy", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
         os.mkfifo(here / f"pipe.{suffix}")
         (here / f"grid.{suffix}").mkdir()
     (here / "pipe_run" / "checkpoints").mkdir(parents=True)
@@ -110,6 +110,12 @@ def make_data(here: Path) -> None:
     npz(here / "colour.npz", shape=(8, 8, 3))
     np.savez(here / "floats.npz", x_train=rng.random((20, 8, 8)))
     np.savez(here / "labels.npz", y_train=np.zeros(20))
+    np.save(here / "objects.npy", np.array([Evil()], object))
+    np.save(here / "cut.npy", np.zeros((20, 8, 8), np.uint8))
+    os.truncate(here / "cut.npy", 128 + 50)
+    (here / "parts").mkdir()
+    np.save(here / "parts" / "x_train-0.npy", np.zeros((20, 8, 8, 3), np.uint8))
+    np.save(here / "parts" / "x_train-1.npy", np.zeros((20, 8, 8), np.uint8))
     data = (here / "same.npz").read_bytes()
     (here / "damaged.npz").write_bytes(data[:700] + bytes([data[700] ^ 255]) + data[701:])
     (here / "cut.npz").write_bytes(data[:-40])
@@ -241,11 +247,12 @@ MODELS = {
 # Commands that take one, and the other words that they need.
 TAKING_A_MODEL = {
     "evaluate": "evaluate {}",
-    "ood": "ood {} --out noise",
+    "ood": "ood {} --data noise",
     "doctor": "doctor {}",
     "sample": "sample {}",
     "interpolate": "interpolate {}",
     "report": "report {}",
+    "info": "info {}",
     "compress": "compress {} good.png --out x",
     "decompress": "decompress gone.fta --out x --model {}",
     "train --resume": "train TINY --run-dir new --resume {}",
@@ -256,9 +263,9 @@ OUTPUTS = {"text/a": (NO_FOLDER,), "locked/a": (DENIED,), "grid": (FOLDER,), "pi
 WRITING = [
     ("evaluate run", "--json", ".json"),
     ("evaluate run", "--scores", ".csv"),
-    ("ood run --out noise", "--json", ".json"),
-    ("ood run --out noise", "--scores", ".csv"),
-    ("ood run --out noise", "--picture", ".png"),
+    ("ood run --data noise", "--json", ".json"),
+    ("ood run --data noise", "--scores", ".csv"),
+    ("ood run --data noise", "--out", ".png"),
     ("doctor run", "--json", ".json"),
     ("sample run", "--out", ".png"),
     ("sample run", "--out", ".npz"),
@@ -280,7 +287,7 @@ DATA = {
     "pipe.npz": ("pipe.npz cannot be opened", PIPE),
     "locked.npz": ("locked.npz cannot be opened", "Permission denied"),
 }
-READING = ["evaluate run --dataset {}", "ood run --out {}", "ood run --out noise --in {}"]
+READING = ["evaluate run --data {}", "ood run --data {}", "ood run --data noise --in {}"]
 
 # A command line, and what its message has to say.
 TABLE = [
@@ -305,7 +312,16 @@ TABLE = [
     ],
     *[(line.format(name), *said) for line in READING for name, said in DATA.items()],
     # --- train
-    ("train --config glow_digit.yaml", "did you mean glow_digits.yaml?", "shipped:"),
+    ("train --config glow_digit.yaml", "did you mean glow_digits?", "shipped:"),
+    ("train --config nothing_like_it", "no such file", "shipped:"),
+    ("train glow_digits", "glow_digits: expected KEY=VALUE", "--config"),
+    ("train train.learning_rate=1", "did you mean train.lr?"),
+    ("train --set train.epochs=1", "did you mean train.num_steps?"),
+    ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
+    ("train --learning-rate 1", "train.lr=VALUE"),
+    ("train data.size=8", "data.size: unknown key", "it belongs to data.name folder"),
+    ("train data.name=MNIST", "did you mean mnist?"),
+    ("train data.name=celeba", "a folder of images is data.name=folder"),
     ("train --config no%FF.yaml", "--config no?.yaml: no such file"),
     ("train --config syntax.yaml", "syntax.yaml: cannot be read as YAML", "line 2"),
     ("train --config binary.yaml", "binary.yaml: cannot be read as YAML"),
@@ -343,7 +359,12 @@ TABLE = [
     ("train NPZ nowhere.npz", "data.path: there is no file", "nowhere.npz"),
     ("train NPZ text.npz", "data.path", "text.npz is not an .npz file"),
     ("train NPZ cut.npz", "data.path", "cut.npz", "cut short"),
-    ("train NPZ empty", "data.path", "empty cannot be opened", "Is a directory"),
+    ("train NPZ empty", "data.path", "empty has no array x_train (it has nothing)", "np.save"),
+    ("train NPZ objects.npy", "data.path", "objects.npy has the type object, not uint8"),
+    ("train NPZ cut.npy", "data.path", "cut.npy is damaged: it has 50 bytes for an array"),
+    ("train NPZ parts", "x_train-1.npy has images of 8x8 with 1", "one size"),
+    ("train NPZ grid.npy", "data.path", "has no array x_train", "x_train.npy"),
+    ("train NPZ pipe.npy", "data.path", "pipe.npy cannot be opened", PIPE),
     ("train NPZ pipe.npz", "data.path", "pipe.npz cannot be opened", PIPE),
     ("train NPZ locked.npz", "locked.npz cannot be opened", "Permission denied"),
     ("train NPZ damaged.npz", "x_train in", "damaged.npz is damaged", "save the file again"),
@@ -351,6 +372,10 @@ TABLE = [
     ("train NPZ labels.npz", "data.path", "has no array x_train (it has y_train)"),
     ("train NPZ large.npz --set model.levels=5", "16x16 can be squeezed 4 times", "levels: 5"),
     ("train TINY --set data.name=npz", "data.path", "missing"),
+    ("train TINY --set data.name=imagenet32", "data.version", "missing"),
+    ("train TINY IMAGENET new", "data.version", "oord2016", "chrabaszcz2017", "'new'"),
+    ("train TINY IMAGENET oord2016", "data.root", "put train_64x64.tar there", "Source: "),
+    ("train TINY IMAGENET chrabaszcz2017", "put Imagenet64_train_part1_npz.zip and", "Source: "),
     ("train IMAGES images --set data.size=65536", "train.batch_size: a step of 32 x 1 images"),
     ("train IMAGES empty", "data.path", "no image in"),
     ("train IMAGES text", "data.path", NO_FOLDER),
@@ -390,36 +415,36 @@ TABLE = [
     ("evaluate evil_torch.pt", "evil_torch.pt: not a flowtrain checkpoint"),
     ("evaluate run --split dev", "--split dev", "test, validation or train"),
     ("evaluate run --split validation --set data.validation=0", "--split validation", "empty"),
-    ("evaluate run --dataset sub --split test", "--split test: sub has no splits"),
+    ("evaluate run --data sub --split test", "--split test: sub has no splits"),
     ("evaluate run --weights best", "--weights best", "ema or raw"),
     ("evaluate run --num-images 0", "--num-images", AT_LEAST_1),
     ("evaluate run --num-images 1.5", "--num-images", NUMBER),
-    ("evaluate run --samples -1", "--samples", AT_LEAST_1),
-    (f"evaluate run --samples {HUGE}", f"--samples {HUGE}: the scores of 180 images need"),
+    ("evaluate run --draws -1", "--draws", AT_LEAST_1),
+    (f"evaluate run --draws {HUGE}", f"--draws {HUGE}: the scores of 180 images need"),
     ("evaluate run --batch-size inf", "--batch-size", NUMBER),
     ("evaluate run --seed nan", "--seed", NUMBER),
-    ("evaluate points --samples 2", "--samples 2", "exact"),
+    ("evaluate points --draws 2", "--draws 2", "exact"),
     ("evaluate run --set data.name=npz --set data.path=large.npz", *OTHER_SHAPE),
     ("evaluate run --set data.name=npz --set data.path=same.npz", "256 levels", "17 levels"),
     ("evaluate run --set model.width=3", "--set model.width=3", "only keys of data"),
     ("evaluate run --set data.%FF=1", "data", "unicode"),
-    ("evaluate run --dataset same.npz", "256 levels", "17 levels"),
-    ("evaluate run --dataset digits --set data.size=3", "data.size: unknown key"),
-    ("evaluate points --dataset digits", "(1, 8, 8) with 17 levels", "(2, 1, 1) with real values"),
+    ("evaluate run --data same.npz", "256 levels", "17 levels"),
+    ("evaluate run --data digits --set data.size=3", "data.size: unknown key"),
+    ("evaluate points --data digits", "(1, 8, 8) with 17 levels", "(2, 1, 1) with real values"),
     # --- ood
-    ("ood run", "--out"),
-    ("ood run --out noise --in noise", "--out noise: it is named twice"),
-    ("ood run --out digits", "--out digits: it is named twice"),
-    ("ood run --out noise --out noise", "--out noise: it is named twice"),
-    ("ood run --out constant --in noise", "--in noise: neither a data set"),
-    ("ood run --out noise --picture x.jpg", "--picture x.jpg", ".png"),
-    ("ood run --out noise --num-images 0", "--num-images", AT_LEAST_1),
-    ("ood run --out noise --batch-size 0", "--batch-size", AT_LEAST_1),
-    ("ood run --out noise --weights both", "--weights both"),
-    ("ood run --out noise --set model.width=3", "--set model.width=3"),
-    ("ood run --out noise --set data.name=two_moons", "(2, 1, 1)", "real values"),
-    ("ood run --out text.png", "text.png cannot be read as an image"),
-    ("ood points --out noise", "a model of real values"),
+    ("ood run", "--data"),
+    ("ood run --data noise --in noise", "--data noise: it is named twice"),
+    ("ood run --data digits", "--data digits: it is named twice"),
+    ("ood run --data noise --data noise", "--data noise: it is named twice"),
+    ("ood run --data constant --in noise", "--in noise: neither a data set"),
+    ("ood run --data noise --out x.jpg", "--out x.jpg", ".png"),
+    ("ood run --data noise --num-images 0", "--num-images", AT_LEAST_1),
+    ("ood run --data noise --batch-size 0", "--batch-size", AT_LEAST_1),
+    ("ood run --data noise --weights both", "--weights both"),
+    ("ood run --data noise --set model.width=3", "--set model.width=3"),
+    ("ood run --data noise --set data.name=two_moons", "(2, 1, 1)", "real values"),
+    ("ood run --data text.png", "text.png cannot be read as an image"),
+    ("ood points --data noise", "a model of real values"),
     # --- doctor
     ("doctor run --num-images 0", "--num-images", AT_LEAST_1),
     ("doctor run --num-images nan", "--num-images", NUMBER),
@@ -432,11 +457,15 @@ TABLE = [
     ("sample dotted_data.safetensors", "data.name is 'os.path'", "--trust-code"),
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     ("sample run --out a", "--out a:", ".png or .npz"),
-    ("sample run --num 0", "--num", AT_LEAST_1),
-    (f"sample run --num {HUGE}", f"--num {HUGE}: a picture of", "GiB are available: lower"),
-    (f"sample run --num {HUGE} --out a.npz", f"--num {HUGE}: 10,000,000,000 samples"),
+    ("sample run --num-images 0", "--num-images", AT_LEAST_1),
+    (
+        f"sample run --num-images {HUGE}",
+        f"--num-images {HUGE}: a picture of",
+        "GiB are available: lower",
+    ),
+    (f"sample run --num-images {HUGE} --out a.npz", f"--num-images {HUGE}: 10,000,000,000 samples"),
     (f"sample run --seed {2**63}", "--seed"),
-    (f"sample run --num {10**400}", "GiB are available: lower"),
+    (f"sample run --num-images {10**400}", "GiB are available: lower"),
     ("sample run --temperature -1", "--temperature", "greater than or equal to 0"),
     ("sample run --temperature nan", "--temperature"),
     ("sample run --temperature hot", "--temperature", "valid number"),
@@ -478,6 +507,12 @@ TABLE = [
     ("report run --set train.lr=1", "--set train.lr=1"),
     ("report run --set data.name=npz --set data.path=gone.npz", "there is no file", "gone.npz"),
     ("report run --set data.name=npz --set data.path=same.npz", "256 levels", "17 levels"),
+    # --- list and info
+    ("list run", "unexpected extra argument"),
+    ("info", "no MODEL given"),
+    ("info nothing_like_it", "nothing_like_it: no such checkpoint or run directory"),
+    ("info nowhere.yaml", "--config nowhere.yaml: no such file"),
+    ("info syntax.yaml", "syntax.yaml: cannot be read as YAML"),
     # --- compare
     ("compare", "Missing argument 'RUN...'"),
     ("compare run nowhere", "nowhere: no such run directory"),
@@ -548,6 +583,7 @@ WORDS_OF = {
     "LARGE": sets(model__steps=16, model__width=512),  # a megabyte for each image
     "NPZ": [*SMALL, *sets(train__num_steps=2, data__name="npz"), "--set", "data.path="],
     "IMAGES": [*TINY_RUN, *sets(data__name="folder", data__size=8), "--set", "data.path="],
+    "IMAGENET": [*sets(data__name="imagenet64"), "--set", "data.version="],
     "MNIST": [*sets(data__name="mnist"), "--set", "data.root="],
 }
 

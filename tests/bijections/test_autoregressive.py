@@ -17,6 +17,8 @@ from flowtrain.models import iaf, maf
 from flowtrain.nets.masked import MaskedDenseNet, MaskedLinear
 from flowtrain.training.step import require_trainable
 
+CPU = torch.device("cpu")
+
 # dims, width, hidden layers, features of a context
 SIZES = [
     (1, 4, 1, 0),
@@ -67,20 +69,22 @@ def test_reversible_is_refused_in_bf16():
     for model in ("maf", "iaf"):
         flow, train = tiny_flow(model), {"memory": "reversible", "precision": "bf16"}
         with pytest.raises(UserError, match="train.memory: reversible"):
-            require_trainable(flow, a_config(model, train=train))
+            require_trainable(flow, a_config(model, train=train), CPU)
         for key in train:
             require_trainable(
-                flow, a_config(model, train={**train, key: {"memory": "store"}.get(key, "fp32")})
+                flow,
+                a_config(model, train={**train, key: {"memory": "store"}.get(key, "fp32")}),
+                CPU,
             )
-    require_trainable(tiny_flow("glow"), a_config("glow", train=train))
+    require_trainable(tiny_flow("glow"), a_config("glow", train=train), CPU)
 
 
 def test_reversible_is_refused_where_it_saves_nothing():
     flow = tiny_flow("causal")
     for memory in ("store", "checkpoint"):
-        require_trainable(flow, a_config("causal", train={"memory": memory}))
+        require_trainable(flow, a_config("causal", train={"memory": memory}), CPU)
     with pytest.raises(UserError, match="train.memory: reversible saves nothing here"):
-        require_trainable(flow, a_config("causal", train={"memory": "reversible"}))
+        require_trainable(flow, a_config("causal", train={"memory": "reversible"}), CPU)
 
 
 # ---------------------------------------------------------------- the conditioner

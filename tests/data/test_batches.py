@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
 from flowtrain.data.splits import DataSet
+from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 from flowtrain.system import capacity
 
@@ -140,6 +141,25 @@ def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
     assert isinstance(streamed.source.pixels, np.memmap) and streamed.streams
     for a, b in zip(first(resident, 6), first(streamed, 6), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_from_mapped_parts_of_an_array(tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("flowtrain.datasets.npz.MAPPED", 0)
+    x = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), "u1")
+    (tmp_path / "parts").mkdir()
+    for number, part in enumerate(np.split(x, [9, 10])):
+        np.save(tmp_path / "parts" / f"x_train-{number}.npy", part)
+    np.savez_compressed(tmp_path / "a.npz", x_train=x)
+    section = {"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 4, "n_bits": 5}
+    resident = batches(section)
+    parts = {**section, "path": str(tmp_path / "parts"), "max_in_memory": 0, "workers": workers}
+    streamed = batches(parts)
+    assert isinstance(streamed.source.pixels, Mapped) and streamed.streams
+    for a, b in zip(first(resident, 6), first(streamed, 6), strict=True):
+        assert torch.equal(a, b)
+    streamed.close()
 
 
 def test_batches_read_ahead_have_to_fit(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from helpers import SHARED, a_config, npz, shared
 from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import hold_out
+from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 
 
@@ -134,6 +135,29 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
         assert data_set({**section, **change}).fingerprint != base, change
     for same in ({"flip": True}, {"shift": 1}, {"max_in_memory": 0}):
         assert data_set({**section, **same}).fingerprint == base, same
+
+
+@pytest.mark.parametrize("own_test", [True, False])
+def test_mapped_images_are_split_like_those_in_memory(tmp_path, monkeypatch, own_test):
+    """And from the second time on, nothing is read for it."""
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), "u1")
+    arrays = {"x_train": np.concatenate([x, x[:30]])} | ({"x_test": x[:9]} if own_test else {})
+    np.savez(tmp_path / "a.npz", **arrays)
+    section = {"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0.2, "n_bits": 5}
+    read = data_set(section)
+    monkeypatch.setattr("flowtrain.datasets.npz.MAPPED", 0)
+    mapped = data_set(section)
+    for name in ("train", "validation", "test"):
+        assert np.array_equal(mapped.split(name).indices, read.split(name).indices)
+        both = [data.split(name).take(slice(None)) for data in (mapped, read)]
+        assert torch.equal(*both) and isinstance(mapped.split(name).pixels, Mapped)
+    test = mapped.split("test")
+    assert mapped.equal_to_training(test, 9) == read.equal_to_training(read.split("test"), 9)
+    assert mapped.fingerprint.keys() == read.fingerprint.keys()
+    monkeypatch.setattr(Mapped, "__getitem__", lambda *args: pytest.fail("read again"))
+    assert data_set(section).fingerprint == mapped.fingerprint
+    assert data_set({**section, "split_seed": 1}).fingerprint != mapped.fingerprint
 
 
 @pytest.mark.parametrize("n_bits", [1, 4, 5, 8])

@@ -18,7 +18,7 @@ from dataset_helpers import check, cut, noise
 from helpers import REPOSITORY
 from PIL import Image
 
-from flowtrain.datasets import base, folder
+from flowtrain.datasets import base, cache, folder
 from flowtrain.errors import RunError, UserError
 
 
@@ -129,7 +129,7 @@ def test_folder_keeps_equal_images_on_one_side(tmp_path, monkeypatch):
     build = functools.partial(folder.build, tmp_path, path=tree, size=4)
     test, train = values(build("test")), values(build("train"))
     assert len(test + train) == 59 and test and not set(test) & set(train)
-    monkeypatch.setattr(base, "digests", lambda pixels: pytest.fail("hashed again"))
+    monkeypatch.setattr(base, "digests", lambda *args: pytest.fail("hashed again"))
     assert values(build("test")) == test
 
 
@@ -279,7 +279,7 @@ def test_folder_rebuilds_a_damaged_cache(tmp_path, decoded, damage):
 
 
 def test_folder_interrupted(tmp_path, monkeypatch, decoded):
-    monkeypatch.setattr(folder, "CHUNK", 4)
+    monkeypatch.setattr(cache, "CHUNK", 4)
     images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -292,7 +292,7 @@ def test_folder_interrupted(tmp_path, monkeypatch, decoded):
 READER = """
 import hashlib, sys, time
 from pathlib import Path
-from flowtrain.datasets import base, folder
+from flowtrain.datasets import base, cache, folder
 decode = base.decode
 def slow(*args):
     print("decoding", flush=True)

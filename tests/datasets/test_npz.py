@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_helpers import check, corrupt, noise
+from dataset_helpers import check, corrupt, cut, noise
 from helpers import SHARED, shared
 
-from flowtrain.datasets import npz
+from flowtrain.datasets import base, npz
+from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 from flowtrain.system import capacity
 
@@ -136,7 +137,7 @@ def broken(kind, path):
     "kind, message",
     [
         ("missing", r"there is no file"),
-        ("folder", r"cannot be opened"),
+        ("folder", r"has no array x_train \(it has nothing\).*x_train.npy"),
         ("text", r"not an .npz file, or is cut short"),
         ("empty", r"not an .npz file, or is cut short"),
         ("npy", r"not an .npz file"),
@@ -221,8 +222,7 @@ def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
 
 @pytest.mark.parametrize("layout, copies", [("nhwc", 2), ("nchw", 1)])
 def test_the_copy_in_another_order_counts(tmp_path, layout, copies, monkeypatch):
-    path = tmp_path / "a.npz"
-    np.savez(path, x_train=np.zeros((10, 3, 3, 3), np.uint8))
+    path = saved(tmp_path / "a.npz", x_train=np.zeros((10, 3, 3, 3), np.uint8))
     monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270)
     npz.build(tmp_path, "train", path=path, layout=layout)
     monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270 - 1)
@@ -237,6 +237,153 @@ def test_npz_is_a_regular_file(tmp_path, kind):
         os.mkfifo(path)
     with pytest.raises(UserError, match=r"cannot be opened \(.*not a regular file"):
         npz.build(tmp_path, "train", path=path)
+
+
+# --- files that are not compressed ---------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """Arrays of any size are mapped, if they are not compressed."""
+    monkeypatch.setattr(npz, "MAPPED", 0)
+
+
+def forms(folder, x, x_test=None, y=None):
+    """The same arrays in every form that is not compressed: paths by name."""
+    named = {"x_train": x, "x_test": x_test, "y_train": y}
+    arrays = {key: value for key, value in named.items() if value is not None}
+    np.savez(folder / "a.npz", **arrays)
+    found = {"npz": folder / "a.npz"}
+    for form, cuts in {"folder": [], "shards": [1, *range(3, 13)]}.items():
+        (folder / form).mkdir()
+        for key, value in arrays.items():
+            parts = np.split(value, cuts) if cuts and key[-5:] == "train" else [value]
+            for number, part in enumerate(parts):
+                name = f"{key}-{number}" if len(parts) > 1 else key
+                np.save(folder / form / f"{name}.npy", part)
+        found[form] = folder / form
+    if len(arrays) == 1:
+        np.save(folder / "a.npy", x)
+        found["npy"] = folder / "a.npy"
+    return found
+
+
+@pytest.mark.parametrize("own_test", [True, False])
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_every_form_has_the_same_images(tmp_path, mapped, own_test, layout):
+    """Also the parts of an array are in order: 2 comes before 10."""
+    x = noise(40, *((6, 5, 3) if layout == "nhwc" else (3, 6, 5)))
+    x[7] = x[21]
+    y = np.arange(40) if own_test else None
+    arrays = {"x_train": x, "x_test": x[:5] if own_test else None, "y_train": y}
+    compressed = saved(tmp_path / "c.npz", **{k: v for k, v in arrays.items() if v is not None})
+    found = forms(tmp_path, *arrays.values())
+    assert len(found) == (3 if own_test else 4)
+    for form, path in found.items():
+        for split in ("train", "test"):
+            wanted = npz.build(tmp_path, split, path=compressed, layout=layout)
+            images = npz.build(tmp_path, split, path=path, layout=layout)
+            assert isinstance(images.read(), Mapped) and images.shape == wanted.shape, form
+            assert np.array_equal(images.read()[:], wanted.read())
+            assert np.array_equal(images.digests(), base.digests(wanted.read()))
+            assert (images.rows is None) == (wanted.rows is None) == own_test
+            assert own_test or np.array_equal(images.rows(), wanted.rows())
+        images = npz.build(tmp_path, "train", path=path, layout=layout)
+        assert (images.labels is not None) == own_test
+        assert not own_test or np.array_equal(images.labels(), y)
+
+
+def test_a_mapped_array_is_hashed_once(tmp_path, mapped, monkeypatch):
+    path = forms(tmp_path, noise(40, 4, 4))["shards"]
+    first = npz.build(tmp_path, "train", path=path).rows()
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "digests", lambda *args: pytest.fail("hashed again"))
+        again = npz.build(tmp_path, "train", path=path)
+        assert np.array_equal(again.rows(), first) and len(again.read()) == 40
+    changed = noise(1, 4, 4, seed=1)
+    np.save(path / "x_train-0.npy", changed)
+    os.utime(path / "x_train-0.npy", ns=(1, 1))  # of the same size
+    images = npz.build(tmp_path, "train", path=path)
+    assert np.array_equal(images.digests()[:1], base.digests(changed))
+
+
+@pytest.mark.parametrize("damage", [corrupt, cut, lambda p: p.write_bytes(b""), Path.unlink])
+def test_damaged_digests_are_computed_again(tmp_path, mapped, damage):
+    path = forms(tmp_path, noise(40, 4, 4))["npy"]
+    first = npz.build(tmp_path, "train", path=path).digests()
+    [known] = Path(os.environ["FLOWTRAIN_CACHE"], "digests").iterdir()
+    whole = known.read_bytes()
+    damage(known)
+    assert np.array_equal(npz.build(tmp_path, "train", path=path).digests(), first)
+    assert known.read_bytes() == whole
+
+
+def test_digests_that_cannot_be_remembered(tmp_path, mapped, monkeypatch):
+    path = forms(tmp_path, noise(40, 4, 4))["npy"]
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(path))  # a file, not a folder
+    assert len(npz.build(tmp_path, "train", path=path).digests()) == 40
+
+
+def test_a_mapped_array_may_be_larger_than_the_memory(tmp_path, mapped, monkeypatch):
+    path = forms(tmp_path, noise(40, 4, 4))["npz"]
+    monkeypatch.setattr(capacity, "total", lambda: 10)
+    assert len(npz.build(tmp_path, "train", path=path).read()) == 40
+    monkeypatch.setattr(npz, "MAPPED", 10**6)
+    with pytest.raises(UserError, match="more than half of the memory .*: save it with np.savez"):
+        npz.build(tmp_path, "train", path=path)
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "shards"])
+def test_a_mapped_array_that_is_damaged(tmp_path, mapped, form):
+    """A file that is too short is noticed from its header, and a changed byte by the zip's own
+    checksum. A .npy file has none.
+    """
+    x = noise(400, 8, 8)
+    path = forms(tmp_path, x)[form]
+    file = path / "x_train-11.npy" if form == "shards" else path
+    if form == "npz":
+        corrupt(file)
+        with pytest.raises(UserError, match=r"x_train in .*a.npz is damaged .*bad CRC-32"):
+            npz.build(tmp_path, "train", path=path).read()
+        return
+    corrupt(file)
+    assert (npz.build(tmp_path, "train", path=path).read()[:] != x[:, None]).sum() == 1
+    cut(file)
+    with pytest.raises(UserError, match=rf"{file.name} is damaged: it has \d+ bytes"):
+        npz.build(tmp_path, "train", path=path)
+
+
+@pytest.mark.parametrize(
+    "name, array, message",
+    [
+        ("x_train-1.npy", noise(5, 8, 9, 3), r"x_train-1.npy has images of 8x9 .*-0.npy of 8x8"),
+        ("x_train-1.npy", noise(5, 8, 8, 3) / 2, r"x_train-1.npy has the type float64"),
+        ("x_test.npy", noise(5, 8, 7, 3), r"x_train are 8x8 .* x_test 8x7"),
+        ("y_train.npy", np.arange(8), r"y_train in .* is int64 of shape \(8,\): .* 9 images"),
+    ],
+)
+def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):
+    np.save(tmp_path / "x_train-0.npy", GOOD)
+    np.save(tmp_path / name, array)
+    with pytest.raises(UserError, match=message):
+        npz.build(tmp_path, "train", path=tmp_path).labels()
+
+
+def test_a_folder_without_x_train(tmp_path):
+    np.save(tmp_path / "images.npy", GOOD)
+    (tmp_path / "x_train.txt").touch()
+    with pytest.raises(UserError, match=r"no array x_train \(it has images.npy\): save it there"):
+        npz.build(tmp_path, "train", path=tmp_path)
+
+
+def test_an_array_of_objects_is_never_loaded(tmp_path, mapped):
+    np.save(tmp_path / "x_train.npy", np.array([{}, {}], object))
+    with pytest.raises(UserError, match="has the type object, not uint8"):
+        npz.build(tmp_path, "train", path=tmp_path)
+    np.save(tmp_path / "x_train.npy", GOOD)
+    np.save(tmp_path / "y_train.npy", np.array([{}] * 9, object))
+    with pytest.raises(UserError, match="y_train.npy is damaged or not a plain array .*Object"):
+        npz.build(tmp_path, "train", path=tmp_path).labels()
 
 
 @shared

@@ -38,12 +38,12 @@ def test_the_memory_of_the_machine():
 
 def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(capacity, "left", lambda device: 2**30)
-    capacity.require(2**30, "--num 5: they need")
+    capacity.require(2**30, "--num-images 5: they need")
     for needed in (2**31, 10**400):
         with pytest.raises(
             UserError, match=r"need at least [\d,]+\.0 GiB, and 1\.0 GiB are available"
         ):
-            capacity.require(needed, "--num 6: they need")
+            capacity.require(needed, "--num-images 6: they need")
 
 
 def test_what_autograd_keeps():

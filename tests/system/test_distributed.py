@@ -40,7 +40,7 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import NOISE_BLOCK, noise_of
+from flowtrain.training.step import noise_of
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
@@ -266,19 +266,11 @@ def test_augmentation_of_a_part(tmp_path):
 
 def test_noise_of_a_part():
     config = a_config()
-    count = 2 * NOISE_BLOCK + 20
-    x = torch.zeros(count, 1, 2, 2)
-    whole = noise_of(config, 3, x, 0)
+    x = torch.zeros(40, 1, 2, 2)
+    whole = noise_of(config, 70, x)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
-    for begins, ends in [
-        (0, 5),
-        (NOISE_BLOCK - 1, NOISE_BLOCK + 1),
-        (NOISE_BLOCK, count),
-        (700, 1020),
-        (7, count),
-    ]:
-        assert torch.equal(noise_of(config, 3, x[begins:ends], begins), whole[begins:ends])
-    assert not torch.equal(noise_of(config, 4, x, 0), whole)
+    for begins, ends in [(0, 5), (19, 21), (7, 40)]:
+        assert torch.equal(noise_of(config, 70 + begins, x[begins:ends]), whole[begins:ends])
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -618,7 +610,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
         trained()["glow"],
         "--num-images",
         images,
-        "--samples",
+        "--draws",
         2,
         "--json",
         "-",
@@ -634,7 +626,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
     assert one.keys() == several.keys() and several["num_images"] == images
     for key, value in one.items():
         assert several[key] == (
-            pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value
+            pytest.approx(value, abs=1e-5, rel=1e-5) if isinstance(value, float) else value
         ), key
     scores = [np.loadtxt(tmp_path / name, delimiter=",", skiprows=1) for name in ("1.csv", "n.csv")]
     np.testing.assert_allclose(*scores, rtol=1e-5)
@@ -654,11 +646,13 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_pa
 
 
 def test_the_first_process_samples_and_interpolates(tmp_path):
-    all_ok(together(2, "sample", trained()["glow"], "--num", 4, "--out", "s.npz", cwd=tmp_path))
+    all_ok(
+        together(2, "sample", trained()["glow"], "--num-images", 4, "--out", "s.npz", cwd=tmp_path)
+    )
     all_ok(
         together(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png", cwd=tmp_path)
     )
-    quick("sample", trained()["glow"], "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
+    quick("sample", trained()["glow"], "--num-images", 4, "--out", "1.npz", cwd=tmp_path).ok()
     assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
 

@@ -1,0 +1,295 @@
+"""What is computed once from data and remembered in the cache folder: decoded images, and a digest
+of each image.
+
+A cache is complete or absent, and a damaged one is made again. It is `$FLOWTRAIN_CACHE`, or else
+`$XDG_CACHE_HOME/flowtrain`, or else `~/.cache/flowtrain`.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from flowtrain.datasets import base
+from flowtrain.datasets.base import Pixels
+from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
+from flowtrain.system.files import open_regular, read_regular, write_atomically
+from flowtrain.types import Shape
+
+log = logging.getLogger("flowtrain")
+
+CHUNK = 256  # images decoded ahead of the one being written
+LONGEST_INDEX = 2**28  # bytes; a data set of a million unreadable images has fewer
+ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
+THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes, and hashlib hashes, without the GIL
+DIGEST = 16  # bytes of a digest
+
+
+def place() -> Path:
+    """The cache folder, which need not exist. Raises `UserError` if there is no home folder."""
+    given = os.environ.get("FLOWTRAIN_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    base_folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base_folder) if base_folder else Path.home() / ".cache") / "flowtrain"
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache: set FLOWTRAIN_CACHE") from None
+
+
+def key_of(parts: Iterable[str]) -> str:
+    """A name for a cache that depends on all parts."""
+    text = "\0".join(parts)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+# --- bytes with a checksum ------------------------------------------------------------------------
+
+
+def sealed(data: bytes) -> bytes:
+    """Bytes behind their SHA-256."""
+    return hashlib.sha256(data).digest() + data
+
+
+def remember(path: Path, data: bytes) -> None:
+    """Writes bytes, sealed. If the cache cannot be written, nothing is remembered."""
+    with contextlib.suppress(OSError, RunError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, sealed(data))
+
+
+def remembered(path: Path, longest: int) -> bytes | None:
+    """The sealed bytes at `path`, at most `longest`. None if they are absent or damaged."""
+    try:
+        stored = read_regular(path, 32 + longest)
+        if stored[:32] != hashlib.sha256(stored[32:]).digest():
+            raise ValueError("its checksum is wrong")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("the cache %s is damaged (%s): making it again", path, short(error))
+        return None
+    return stored[32:]
+
+
+def digests(
+    path: Path, pixels: Pixels, what: str, verify: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """What `base.digests` gives for all of `pixels`, which may be larger than the memory.
+
+    They are hashed by several threads, once, and remembered at `path`. Before that, `verify` is
+    called, which may raise. `what` names the images.
+    """
+    known = remembered(path, DIGEST * len(pixels))
+    if known is not None and len(known) == DIGEST * len(pixels):
+        return np.frombuffer(known, np.uint8).reshape(-1, DIGEST)
+    verify()
+    each = max(1, base.HASHED // base.bytes_of_image(pixels))  # images for a thread at a time
+    few = THREADS * each
+
+    def hashed(start: int) -> np.ndarray:
+        return base.digests(pixels, np.arange(start, min(start + each, len(pixels))))
+
+    parts: list[np.ndarray] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in progress(range(0, len(pixels), few), len(pixels), few, f"hashing {what}"):
+            parts += pool.map(hashed, range(start, min(start + few, len(pixels)), each))
+    found = np.concatenate(parts)
+    remember(path, found.tobytes())
+    return found
+
+
+# --- decoded images -------------------------------------------------------------------------------
+
+
+class Numbered(Sequence[str]):
+    """The names of images that have none: "0", "1" and so on."""
+
+    def __init__(self, count: int):
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        found = self._numbers[index]
+        return str(found) if isinstance(found, int) else list(map(str, found))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images that are decoded once.
+
+    where: The place of the originals, for messages.
+    option: The key of the configuration that names it.
+    names: A name for each image, in order.
+    encoded: Gives what `decode` takes for each image, in the same order.
+    decode: Returns the image, uint8 (C, H, W), or why it cannot be read. Threads call it.
+    also: Gives further files of the cache, as name and bytes to be sealed, once all images are
+        decoded. It gets the numbers of the images that could be read, in order.
+    """
+
+    where: str
+    option: str
+    names: Sequence[str]
+    encoded: Callable[[], Iterable[Any]]
+    decode: Callable[[Any], np.ndarray | str]
+    also: Callable[[np.ndarray], dict[str, bytes]] = lambda readable: {}
+
+
+def opened(
+    target: Path, names: Sequence[str], shape: Shape
+) -> tuple[np.ndarray, dict[str, str]] | None:
+    """A finished cache of the images of these names, mapped read-only, with the unreadable ones.
+
+    None if it is absent or damaged.
+    """
+    try:
+        index = json.loads(read_regular(target / "index.json", LONGEST_INDEX))
+        unreadable: dict[str, str] = dict(index["unreadable"])
+        texts = all(isinstance(why, str) for why in unreadable.values())
+        count = len(names) - len(unreadable)
+        known = not unreadable or unreadable.keys() <= set(names)
+        if index["count"] != count or not texts or not known:
+            raise ValueError("index.json is not of these images")
+        images = _mapped(target / "images.npy", (count, *shape))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
+        return None
+    return images, unreadable
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of uint8 in this shape. Raises `OSError`, and `ValueError` for any other file."""
+    header = _header(shape)
+    with open_regular(path) as file:
+        if file.read(len(header)) != header:
+            raise ValueError(f"{path.name} is not an array of shape {shape}")
+        return np.memmap(file, np.uint8, "r", len(header), shape)
+
+
+def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict[str, str]]:
+    """Decodes into a folder of another name and renames it, so `target` is complete or absent.
+
+    Raises `UserError` if no image can be read or the cache cannot be written, and what the
+    functions of `source` raise.
+    """
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _remove_abandoned(target.parent)
+        log.info("decoding %d images of %s, once, into %s", len(source.names), source.where, target)
+        unreadable = _write(temporary / "images.npy", source, shape)
+        count = len(source.names) - len(unreadable)
+        if not count:
+            listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
+            raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
+        readable = np.flatnonzero([name not in unreadable for name in source.names])
+        for name, data in source.also(readable).items():
+            (temporary / name).write_bytes(sealed(data))
+        index = {"source": source.where, "count": count, "unreadable": unreadable}
+        (temporary / "index.json").write_text(json.dumps(index, indent=1))
+        made = opened(temporary, source.names, shape)
+        assert made is not None
+        try:
+            temporary.rename(target)
+        except OSError:  # it exists: another process was faster, or it is the damaged one
+            if opened(target, source.names, shape) is None:
+                shutil.rmtree(target, ignore_errors=True)
+                # If yet another process was faster, the open map still holds our copy.
+                with contextlib.suppress(OSError):
+                    temporary.rename(target)
+        return made
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(target.parent, error) from None
+        raise UserError(
+            f"the image cache {target.parent} cannot be written ({short(error)}): set the "
+            "environment variable FLOWTRAIN_CACHE to a folder that can"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for entry in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [entry, *entry.iterdir()])
+            if time.time() - newest > ABANDONED:
+                shutil.rmtree(entry)
+
+
+def _write(path: Path, source: Source, shape: Shape) -> dict[str, str]:
+    """Writes the readable images in order as .npy. Returns the others, with the cause."""
+    unreadable = {}
+    count = len(source.names)
+    with ThreadPoolExecutor(THREADS) as pool, path.open("wb") as out:
+        # Written in sequence, not through a map, where a full disk would be a SIGBUS.
+        out.write(_header((count, *shape)))
+        encoded = iter(source.encoded())
+        for start in progress(range(0, count, CHUNK), count, CHUNK, "decoding images"):
+            names = source.names[start : start + CHUNK]
+            decoded = pool.map(source.decode, itertools.islice(encoded, CHUNK))
+            for name, image in zip(names, decoded, strict=True):
+                if isinstance(image, str):
+                    unreadable[name] = image
+                else:
+                    out.write(image.tobytes())
+        out.seek(0)  # numpy pads the header, so a smaller count fits into the same space
+        out.write(_header((count - len(unreadable), *shape)))
+        out.flush()
+        os.fsync(out.fileno())
+    return unreadable
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """That of a .npy file of uint8."""
+    header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def progress(starts: Iterable[int], total: int, each: int, what: str) -> Iterator[int]:
+    """Some numbers of images, with a progress bar on a terminal, or else a line now and then.
+
+    After each number, `each` more of the `total` images are done. `what` says what is done.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            for start in starts:
+                yield start
+                bar.update(task, completed=min(start + each, total))
+        return
+    said = time.monotonic()
+    for start in starts:
+        yield start
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            log.info("%s: %d of %d", what, min(start + each, total), total)
