@@ -533,6 +533,27 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
+SOON = """
+from flowtrain.system import distributed, pulse
+pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+"""
+
+
+@pytest.mark.parametrize("victim, world", [(1, 3), (0, 2)])
+def test_a_process_that_stands_still_ends_the_others(victim, world, tmp_path):
+    """Its connections stay open, so nothing but its silence says that it is lost."""
+    processes = begin(world, "train", *LONG, "--run-dir", "r", cwd=tmp_path, first=SOON)
+    wait_for_step(tmp_path / "r", 12)
+    stopped = processes.pop(victim).process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    results = [process.result() for process in processes]
+    stopped.kill()
+    said = [each for each in results if each.err]
+    assert [each.code for each in results] == [1] * len(results) and len(said) == 1, results
+    said[0].failed(1, f"heard nothing of process {victim} for 3 s", "last.safetensors is the last")
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+
+
 def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
     torchrun = [
         sys.executable,
