@@ -32,6 +32,7 @@ class Summary(File):
     non_finite_steps: int
     # Training and validation images that are equal to an earlier one.
     duplicates: int | None = None
+    edition: str | None = None  # which of several data sets of one name this is
     versions: dict[str, str]
     device: str
 
@@ -99,6 +100,7 @@ class Evaluation(File):
     sampling: str | None = None  # one pass, or sequential: one entry after the other
     split: str
     dataset: str
+    edition: str | None = None  # which of several data sets of one name this is
     weights: str
     step: int
     seed: int | None = None

@@ -169,6 +169,9 @@ FLIPS = [
     ("causal:model.components", 2, "parameters", CAUSAL),
     ("causal:model.units", 3, "parameters", CAUSAL),
     ("causal:model.window", 2, "parameters", CAUSAL),
+    ("causal:model.attention", 1, "parameters", CAUSAL),
+    ("causal:model.downsample", 1, "parameters", CAUSAL),
+    ("causal:model.dropout", 0.5, "loss", CAUSAL),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),
@@ -202,6 +205,7 @@ SPECIAL = {
     *("data.root", "data.max_in_memory", "data.workers"),
     *("train.budget", "train.memory", "train.max_non_finite", "train.compile", "train.cuda_graph"),
     *(f"{name}:data.test_count" for name in [*POINTS, "sphere"]),
+    *(f"imagenet{side}:data.version" for side in (32, 64)),
 }
 
 
@@ -374,6 +378,15 @@ def test_data_root(tmp_path, monkeypatch):
         values = merged(BASE, {"data": {"name": "mnist", "root": str(tmp_path / root)}})
         with pytest.raises(UserError, match=f"data.root: MNIST is not in {tmp_path / root}"):
             DataSet(parse(values).data).split("test")
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("version", ["oord2016", "chrabaszcz2017"])
+def test_data_version(side, version, tmp_path):
+    values = merged(BASE, {"data": {"name": f"imagenet{side}", "version": version}})
+    values["data"]["root"] = str(tmp_path)
+    with pytest.raises(UserError, match=f"imagenet{side} of data.version {version} is not in"):
+        DataSet(parse(values).data).split("test")
 
 
 @pytest.mark.parametrize("name", [*POINTS, "sphere"])

@@ -166,6 +166,8 @@ class DataSet:
         kept, held = self._held_out
         part = self._training
         equal = duplicates(part.first)  # where there are none, an earlier version made no mistake
+        edition = self.train_images.edition
+        also = ({"duplicates": equal} if equal else {}) | ({"edition": edition} if edition else {})
         return {
             "shape": list(self.shape),
             "levels": self.levels,
@@ -173,7 +175,7 @@ class DataSet:
             "validation": len(held),
             "split_seed": self.config.split_seed,
             "content": self.train_images.key or part.content,
-        } | ({"duplicates": equal} if equal else {})
+        } | also
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -60,15 +60,20 @@ def key_of(parts: Iterable[str]) -> str:
 # --- bytes with a checksum ------------------------------------------------------------------------
 
 
+def sealed(data: bytes) -> bytes:
+    """Bytes behind their SHA-256."""
+    return hashlib.sha256(data).digest() + data
+
+
 def remember(path: Path, data: bytes) -> None:
-    """Writes bytes behind their SHA-256. If the cache cannot be written, nothing is remembered."""
+    """Writes bytes, sealed. If the cache cannot be written, nothing is remembered."""
     with contextlib.suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, hashlib.sha256(data).digest() + data)
+        write_atomically(path, sealed(data))
 
 
 def remembered(path: Path, longest: int) -> bytes | None:
-    """The bytes that were written to `path`, at most `longest`. None if it is absent or damaged."""
+    """The sealed bytes at `path`, at most `longest`. None if they are absent or damaged."""
     try:
         stored = read_regular(path, 32 + longest)
         if stored[:32] != hashlib.sha256(stored[32:]).digest():
@@ -111,6 +116,26 @@ def digests(
 # --- decoded images -------------------------------------------------------------------------------
 
 
+class Numbered(Sequence[str]):
+    """The names of images that have none: "0", "1" and so on."""
+
+    def __init__(self, count: int):
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        found = self._numbers[index]
+        return str(found) if isinstance(found, int) else list(map(str, found))
+
+
 @dataclass(frozen=True)
 class Source:
     """Images that are decoded once.
@@ -120,8 +145,8 @@ class Source:
     names: A name for each image, in order.
     encoded: Gives what `decode` takes for each image, in the same order.
     decode: Returns the image, uint8 (C, H, W), or why it cannot be read. Threads call it.
-    also: Further files of the cache, as name and content, known once all images are decoded. It
-        gets the numbers of the images that could be read.
+    also: Gives further files of the cache, as name and bytes to be sealed, once all images are
+        decoded. It gets the numbers of the images that could be read, in order.
     """
 
     where: str
@@ -144,7 +169,8 @@ def opened(
         unreadable: dict[str, str] = dict(index["unreadable"])
         texts = all(isinstance(why, str) for why in unreadable.values())
         count = len(names) - len(unreadable)
-        if index["count"] != count or not texts or not unreadable.keys() <= set(names):
+        known = not unreadable or unreadable.keys() <= set(names)
+        if index["count"] != count or not texts or not known:
             raise ValueError("index.json is not of these images")
         images = _mapped(target / "images.npy", (count, *shape))
     except FileNotFoundError:
@@ -182,7 +208,7 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
             raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
         readable = np.flatnonzero([name not in unreadable for name in source.names])
         for name, data in source.also(readable).items():
-            (temporary / name).write_bytes(data)
+            (temporary / name).write_bytes(sealed(data))
         index = {"source": source.where, "count": count, "unreadable": unreadable}
         (temporary / "index.json").write_text(json.dumps(index, indent=1))
         made = opened(temporary, source.names, shape)

@@ -28,7 +28,14 @@ from flowtrain.datasets.base import (
     first_equal,
     part_of,
 )
-from flowtrain.datasets.mapped import Layout, Mapped, Piece, channels_first, piece
+from flowtrain.datasets.mapped import (
+    Layout,
+    Mapped,
+    Piece,
+    channels_first,
+    header_of,
+    piece,
+)
 from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
@@ -186,7 +193,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _of_npy(path: Path) -> _Array:
     with _opened(path) as file, _reading(f"data.path: {path}"):
-        shape, fortran, dtype = _header(file)
+        shape, fortran, dtype = header_of(file)
         offset = file.tell()
         there = os.fstat(file.fileno()).st_size - offset
         return _Array(path, None, shape, fortran, dtype, there, offset, offset)
@@ -196,7 +203,7 @@ def _of_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, key: str) 
     with _reading(f"data.path: {key} in {path}"):
         info = archive.getinfo(f"{key}.npy")
         with archive.open(info) as member:
-            shape, fortran, dtype = _header(member)
+            shape, fortran, dtype = header_of(member)
             header = member.tell()
         offset = None
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
@@ -205,16 +212,6 @@ def _of_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, key: str) 
             offset = info.header_offset + LOCAL_HEADER.size + name + extra + header
         there = info.file_size - header
         return _Array(path, key, shape, fortran, dtype, there, offset, header, info.CRC)
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, order and type of the array of a .npy file."""
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(file)]
-    shape, fortran, dtype = read(file)
-    return shape, fortran, dtype
 
 
 def _counted(parts: list[_Array], layout: Layout) -> tuple[int, Shape]:

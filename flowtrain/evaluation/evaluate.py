@@ -68,7 +68,7 @@ def evaluate(
     if flow.exact and samples > 1:
         of = "real-valued data" if flow.kind.exact else model.config.model.name
         raise UserError(
-            f"--samples {samples}: the likelihood of {of} is exact, there is nothing to draw"
+            f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
     own = len(distributed.share(min(num_images or len(split), len(split))))
@@ -90,6 +90,7 @@ def evaluate(
         num_images=count,
         duplicates=duplicates(first_equal(digests(split.pixels, split.indices[:count]))),
         **_shared(model, data, split_name, split, count),
+        **_edition(data),
         dims=flow.dims,
         levels=flow.levels,
         sampling=flow.sampling,
@@ -115,6 +116,12 @@ def _shared(
     if name in ("train", "all") or data.config.name != model.config.data.name:
         return {}
     return {"duplicates_of_training": data.equal_to_training(split, count)}
+
+
+def _edition(data: DataSet) -> dict[str, Any]:
+    """Which of several data sets of one name this is, for those where this has to be said."""
+    edition = data.test_images.edition
+    return {} if edition is None else {"edition": edition}
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:

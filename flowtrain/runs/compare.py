@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.config import differences
+from flowtrain.errors import cut
 from flowtrain.results import Evaluation, Row, Summary
 from flowtrain.runs import charts, record
 from flowtrain.runs.record import Record
@@ -24,7 +25,8 @@ NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 # The keys of an evaluation in the JSON of a comparison.
 TEST_FIGURES = (
     *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
-    *("bound", "samples", "num_images", "sampling", "split", "dataset", "weights", "step"),
+    *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
+    *("weights", "step"),
 )
 
 
@@ -124,6 +126,8 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
     """What a reader of the table has to know, one sentence per note."""
     found = []
     for own, run in zip(results, records, strict=True):
+        if run.summary.edition:
+            found.append(f"{own.run}: its data are {cut(run.summary.edition, 200)}")
         evaluated = run.summary.best_step or run.summary.step  # the step that `evaluate RUN` takes
         if not own.finished:
             found.append(f"{own.run} is not finished: it is at step {own.step}")

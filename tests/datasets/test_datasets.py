@@ -20,15 +20,16 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-HELPERS = {"base", "cache", "mapped", "torchvision_source", "points"}
+HELPERS = {"base", "cache", "imagenet", "mapped", "torchvision_source", "points"}
+OTHERS = {"digits", "folder", "imagenet32", "imagenet64", "npz", "sphere"}
 
 
 def test_every_data_set_is_tested():
     found = {info.name for info in pkgutil.iter_modules(flowtrain.datasets.__path__)}
-    assert found == set(DOWNLOADED) | {"digits", "npz", "folder", "sphere", *POINTS, *HELPERS}
+    assert found == set(DOWNLOADED) | {*OTHERS, *POINTS, *HELPERS}
 
 
-@pytest.mark.parametrize("name", [*DOWNLOADED, "digits", "npz", "folder"])
+@pytest.mark.parametrize("name", [*DOWNLOADED, *sorted(OTHERS)])
 def test_signature_is_a_schema(name):
     parameters = inspect.signature(module(name).build).parameters
     assert list(parameters)[:3] == ["root", "split", "seed"]

@@ -227,6 +227,7 @@ OPENING = {
     "config.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
+    "datasets/imagenet.py": {"open"},  # members of archives, and new files
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "pictures/lossless.py": {"open"},  # bytes
     "runs/report.py": {"read_text"},  # the package's
