@@ -6,10 +6,11 @@ on tokens: square patches of an image, in raster order. A token of r x r pixels 
 entries, ordered by channel, row and column.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
-from flowtrain.bijections.precision import apply_conditioner, full_precision
+from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
 
 
@@ -255,6 +256,8 @@ class OrdinalAutoregressive(SetFromData):
     def inverse_noting(
         self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
+        if not has_float64(z):
+            return self._on_the_cpu("inverse_noting", z, context, note)
         done = itertools.count(1)
         target = torch.special.ndtr(z.T.double())
         low, high = torch.empty_like(target), torch.empty_like(target)
@@ -280,6 +283,8 @@ class OrdinalAutoregressive(SetFromData):
         range, on noise under a trained model. Between batches of different sizes, `retrace` and
         `inverse` differ by up to 1.4% of it.
         """
+        if not has_float64(v):
+            return self._on_the_cpu("retrace", v, context)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()
         low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
@@ -293,6 +298,17 @@ class OrdinalAutoregressive(SetFromData):
             self.in_order(next_level, len(v), context)
         z = torch.special.ndtri(torch.lerp(low, high, u.double())).T.to(v)
         return z, self._log_det(z, high - low)
+
+    def _on_the_cpu(
+        self, method: str, x: Tensor, context: Tensor | None, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a method of this layer gives on the CPU: its entries need double precision, and one
+        after the other they gain little from a GPU.
+        """
+        there = copy.deepcopy(self).cpu()
+        context = None if context is None else context.cpu()
+        result, log_det = getattr(there, method)(x.cpu(), context, *others)
+        return result.to(x.device), log_det.to(x.device)
 
     def _log_det(self, z: Tensor, probability: Tensor) -> Tensor:
         """That of `forward`, from latents `(B, D)` and the levels' probabilities `(D, B)`."""

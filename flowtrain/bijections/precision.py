@@ -60,3 +60,8 @@ def full_precision(x: Tensor) -> torch.autocast:
     `x` is any tensor on the device.
     """
     return torch.autocast(x.device.type, enabled=False)
+
+
+def has_float64(x: Tensor) -> bool:
+    """Whether the device of `x` computes in double precision, which Apple's GPUs do not."""
+    return x.device.type != "mps"

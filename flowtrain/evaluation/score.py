@@ -20,7 +20,7 @@ def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int 
     """Raises `UserError` where `count` images cannot be scored with these options of a command."""
     capacity.require(
         8 * 2 * samples * (1 + flow.classes) * count,  # in parts and as a whole
-        f"--samples {samples}: the scores of {count:,} images need",
+        f"--draws {samples}: the scores of {count:,} images need",
     )
     if batch_size is not None:
         largest = min(batch_size, count)

@@ -1,6 +1,7 @@
 """What a run writes and prints while it trains: metrics, validation, samples, checkpoints."""
 
 import math
+import shlex
 from typing import Any
 
 from flowtrain.bijections import Bijection
@@ -201,3 +202,22 @@ def require_finite_end(run: RunDirectory, step: int) -> None:
             "The checkpoints are saved; best is of the best finite validation, if there was one. "
             "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
         )
+
+
+def announce_end(state: State, run: RunDirectory) -> None:
+    """Prints the result of a run, where it is, and what can be done with it."""
+    progress, path = state.progress, shlex.quote(str(run.path))
+    best = "no validation images"
+    if progress.best is not None:
+        best = f"{progress.best:.3f} {state.flow.kind.unit} on the validation images"
+        if progress.best_step != progress.step:
+            best += f" (at step {progress.best_step:,}, the best)"
+    console.print(
+        f"finished: {best}; {progress.step:,} steps in {duration(progress.seconds)}, {run.path}"
+    )
+    for command, what in (
+        ("evaluate", "likelihood of the test images"),
+        ("sample", "a picture of samples"),
+        ("report", "all about the run in one page"),
+    ):
+        console.print(f"  {f'flowtrain {command} {path}':40} {what}")

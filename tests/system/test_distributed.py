@@ -533,6 +533,27 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
+SOON = """
+from flowtrain.system import distributed, pulse
+pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+"""
+
+
+@pytest.mark.parametrize("victim, world", [(1, 3), (0, 2)])
+def test_a_process_that_stands_still_ends_the_others(victim, world, tmp_path):
+    """Its connections stay open, so nothing but its silence says that it is lost."""
+    processes = begin(world, "train", *LONG, "--run-dir", "r", cwd=tmp_path, first=SOON)
+    wait_for_step(tmp_path / "r", 12)
+    stopped = processes.pop(victim).process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    results = [process.result() for process in processes]
+    stopped.kill()
+    said = [each for each in results if each.err]
+    assert [each.code for each in results] == [1] * len(results) and len(said) == 1, results
+    said[0].failed(1, f"heard nothing of process {victim} for 3 s", "last.safetensors is the last")
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+
+
 def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
     torchrun = [
         sys.executable,
@@ -610,7 +631,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
         trained()["glow"],
         "--num-images",
         images,
-        "--samples",
+        "--draws",
         2,
         "--json",
         "-",
@@ -646,11 +667,13 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_pa
 
 
 def test_the_first_process_samples_and_interpolates(tmp_path):
-    all_ok(together(2, "sample", trained()["glow"], "--num", 4, "--out", "s.npz", cwd=tmp_path))
+    all_ok(
+        together(2, "sample", trained()["glow"], "--num-images", 4, "--out", "s.npz", cwd=tmp_path)
+    )
     all_ok(
         together(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png", cwd=tmp_path)
     )
-    quick("sample", trained()["glow"], "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
+    quick("sample", trained()["glow"], "--num-images", 4, "--out", "1.npz", cwd=tmp_path).ok()
     assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
 
