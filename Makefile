@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
-NOT_BENCH := $(addprefix benchmarks/,common.py gpu.py jacobi.py logit_space.py recipe.py)
+NOT_BENCH := $(addprefix benchmarks/,common.py equal_time.py gpu.py jacobi.py logit_space.py recipe.py)
 BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
@@ -16,12 +16,12 @@ RECIPE ?=
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs quick test test-slow test-gpu fuzz bench recipe check format docker-check clean
+.PHONY: demo docs site quick test test-slow test-gpu fuzz bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
 	$(BIN)/flowtrain evaluate $(DEMO)
-	$(BIN)/flowtrain sample $(DEMO) --num 100
+	$(BIN)/flowtrain sample $(DEMO) --num-images 100
 	$(BIN)/flowtrain interpolate $(DEMO) --pairs 10
 	@echo
 	@echo "The model:          $(DEMO)/checkpoints/best.safetensors"
@@ -32,6 +32,9 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 
 docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
 	$(BIN)/python docs/configuration.py
+
+site: .venv/installed-site  ## the documentation as a site in site/html; dead links are errors
+	$(BIN)/python docs/site.py
 
 quick: .venv/installed-dev  ## the tests that run no command and train no model, in less than a minute
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not fuzz and not run"
@@ -70,7 +73,7 @@ docker-check:  ## build the container image without a Docker engine and run the 
 	bash docker/check.sh
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache dist
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("flowtrain needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -80,6 +83,10 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/installed-site: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[site]'
 	touch $@
 
 .venv/installed-bench: .venv/installed

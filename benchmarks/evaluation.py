@@ -10,26 +10,14 @@ from torch import Tensor
 
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, uniform
 
 
 @torch.no_grad()
 def bare(flow: Flow, x: Tensor, noise: Tensor, batch_size: int) -> None:
     for part, part_noise in zip(x.split(batch_size), noise.split(batch_size), strict=True):
         flow(part, part_noise)
-
-
-def noise_of_each(count: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise as evaluation draws it, with one generator per image."""
-    device = torch.device("cpu")
-    return torch.stack(
-        [
-            draw_noise(shape, generator(0, Stream.EVALUATION, index), device)
-            for index in range(count)
-        ]
-    )
 
 
 def main() -> None:
@@ -42,13 +30,13 @@ def main() -> None:
     flow = flowtrain_state(WORK["S"]).flow
     x = images(options.images)
     split = Split(x.numpy(), np.arange(len(x)), 0)
-    noise = noise_of_each(len(x), flow.shape)
+    noise = uniform(x.shape, 0, Stream.EVALUATION)
     contenders: dict[str, Callable[[], object]] = {
         f"forward passes, batches of {size}": lambda size=size: bare(flow, x, noise, size)
         for size in options.batch_sizes
     }
     contenders["flowtrain.evaluation.score.score, as it chooses"] = lambda: score(flow, split)
-    contenders["of it, the noise"] = lambda: noise_of_each(len(x), flow.shape)
+    contenders["of it, the noise"] = lambda: uniform(x.shape, 0, Stream.EVALUATION)
     seconds = in_turns(contenders, options.repeats, warmup=1)
     fastest = min(
         list(seconds)[: len(options.batch_sizes)],

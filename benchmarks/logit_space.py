@@ -14,8 +14,7 @@ import torch
 from flowtrain import config as configuration
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, uniform
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def main() -> None:
     flow, nats = model.flow, []
     for start in range(0, len(split), 500):
         x = split.take(slice(start, start + 500))
-        noise = draw_noise(x.shape, generator(0, Stream.EVALUATION, start), x.device)
+        noise = uniform(x.shape, 0, Stream.EVALUATION, start)
         nats.append((flow(x, noise).total - flow.dequantizer(x, noise)[1]).double())
     found = torch.cat(nats)
     error = found.std() / math.sqrt(len(found))

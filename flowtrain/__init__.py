@@ -3,19 +3,27 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowtrain.flow.flow import Flow
+    from flowtrain.flow.flow import Flow as Flow
 
 __version__ = "0.1.0"
 
 
+def __getattr__(name: str) -> object:
+    if name == "Flow":
+        from flowtrain.flow.flow import Flow  # torch is imported only when it is needed
+
+        return Flow
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def load(
-    model: str, device: str = "cpu", weights: str | None = None, trust_code: bool = False
+    model: str, device: str = "auto", weights: str | None = None, trust_code: bool = False
 ) -> "Flow":
     """A trained flow, ready to use.
 
     Args:
         model: a checkpoint, or a run directory (its best checkpoint, else its last).
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`.
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.
@@ -24,7 +32,7 @@ def load(
         flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not
         there.
     """
-    from flowtrain.checkpoints.load import load_model  # torch is imported only when it is needed
+    from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices
 
     return load_model(model, devices.resolve(device), weights, trust_code).flow

@@ -335,9 +335,10 @@ def component_module(base: type[Component], name: str) -> ModuleType:
         return module
     names = component_names(base)
     if name not in names:
+        own = "; a folder of images is data.name=folder data.path=DIR data.size=SIDE"
         raise UserError(
             f"{key}: unknown name {shown(name)}{did_you_mean(name, names)}; there are "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}{own if base is Data else ''}"
         )
     return _shipped(base, name)
 
@@ -417,6 +418,18 @@ def parse(
         raise UserError("\n".join(_described(error, schema, where))) from error
 
 
+# What other trainers call some keys. The letters of these names do not lead to ours.
+ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "epochs": "train.num_steps",
+    "max_epochs": "train.num_steps",
+    "max_steps": "train.num_steps",
+    "iterations": "train.num_steps",
+    "grad_clip": "train.clip_norm",
+    "max_grad_norm": "train.clip_norm",
+    "image_size": "data.size",
+    "hidden_channels": "model.width",
+}
 LINES = 5  # wrong keys in one message
 ALTERNATIVES = 4  # of what is wrong with a key
 
@@ -447,14 +460,54 @@ def _described(error: ValidationError, schema: type[BaseModel], where: str) -> l
 
 def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
-        meant = did_you_mean(key, _keys(schema))
-        return f"{cut(key)}: unknown key{meant} (value {shown(error['input'])})"
+        return f"{cut(key)}: unknown key{_meant(key, schema)} (value {shown(error['input'])})"
     if error["type"] == "missing":
         return f"{key}: missing; it has no default"
     message = cut(error["msg"].removeprefix("Value error, "), 300)
     if error["type"] == "value_error" and "." not in key:
         return message
     return f"{cut(key)}: {message}, got {shown(error['input'])}"
+
+
+def _meant(key: str, schema: type[BaseModel]) -> str:
+    """What an unknown key may stand for: a key that belongs to other names, or a similar one."""
+    section, _, option = key.rpartition(".")
+    for base in (Data, Model):
+        if section == base.section and (names := owners(base, option)):
+            return f"; it belongs to {section}.name {' or '.join(names)}"
+    if option in ELSEWHERE:
+        return f"; did you mean {ELSEWHERE[option]}?"
+    return did_you_mean(key, _keys(schema))
+
+
+def owners(base: type[Component], option: str) -> list[str]:
+    """The data sets or models that come with flowtrain and have this option."""
+    return [
+        name
+        for name in component_names(base)
+        if option in component_schema(base, name).option_names
+    ]
+
+
+def all_keys() -> list[str]:
+    """Every key of a configuration, with the options of all data sets and models of flowtrain."""
+    keys = list(_keys(Config))
+    for base in (Data, Model):
+        options = {
+            option
+            for name in component_names(base)
+            for option in component_schema(base, name).option_names
+        }
+        keys += [f"{base.section}.{option}" for option in sorted(options)]
+    return keys
+
+
+def keys_like(option: str) -> list[str]:
+    """The keys that end in `option`, or that other trainers call so, training first."""
+    if option in ELSEWHERE:
+        return [ELSEWHERE[option]]
+    found = [key for key in all_keys() if key.rpartition(".")[2] == option]
+    return sorted(found, key=lambda key: not key.startswith("train."))
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:

@@ -97,5 +97,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     # same end, such as `.yaml` or `.name`, say nothing.
     close = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     if len(close) != 1:
-        close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+        lower = {w.lower(): w for w in words}
+        found = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+        close = [lower[w] for w in found]
     return f"; did you mean {close[0]}?" if close else ""

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,21 +37,21 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except (Interrupted, EndedElsewhere) as ended:  # the reason was printed before
             raise typer.Exit(ended.exit_code) from None
         except (UserError, RunError) as error:
-            _fail(str(error), error.exit_code)
+            fail(str(error), error.exit_code)
         except FloatingPointError as error:
-            _fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
+            fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
         except BrokenPipeError:
             raise  # for the command line library, which ends quietly
         except OSError as error:
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
+            fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
         except KeyboardInterrupt:
-            _fail("interrupted", exit_code(KeyboardInterrupt()))
+            fail("interrupted", exit_code(KeyboardInterrupt()))
         except MemoryError as error:
-            _fail(f"out of memory: {error}", RunError.exit_code)
+            fail(f"out of memory: {error}", RunError.exit_code)
         except RuntimeError as error:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
-            _fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
+            fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
 
     return wrapped
 
@@ -87,7 +88,8 @@ LINES = 6  # of a message
 WIDTH = 2000  # characters of a line
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the command with a message of at most `LINES` lines."""
     lines = [cut(line, WIDTH) for line in message.splitlines()]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"and {len(lines) - LINES + 1} more lines"]
@@ -105,17 +107,24 @@ def _log_warnings() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _complete_model(incomplete: str) -> list[str]:
+    """Run directories in runs/. Other paths are completed by the shell."""
+    runs = (str(path.parent) for path in Path("runs").glob("*/checkpoints"))
+    return sorted(run for run in runs if run.startswith(incomplete))
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=_complete_model,
         show_default=False,
         help="A checkpoint, or a run directory (its best checkpoint, else its last). By default, "
         "the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
+    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
 ]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random numbers.")
@@ -229,20 +238,32 @@ def load(model: str | None, device: str, weights: str | None, trust_code: bool) 
 
 def device_of(name: str) -> "torch.device":
     """The device of `--device`, made ready."""
-    from flowtrain.system import allocator
+    from flowtrain.system import allocator, threads
     from flowtrain.system import device as devices
+    from flowtrain.system.console import console
 
     device = devices.resolve(name)
     if device.type == "cpu":
         allocator.keep_freed_memory()
+        if said := threads.use_free_cores():
+            console.print(said)
     return device
+
+
+def mention_unused(name: str, device: "torch.device") -> None:
+    """Says where GPUs stay unused by this command, which several processes could share. `name` is
+    that of `--device`.
+    """
+    from flowtrain.system import device as devices
+
+    devices.mention_unused(name, device, sys.argv[1:])
 
 
 def data_of(
     loaded: "LoadedModel", overrides: list[str] | None, dataset: str | None = None
 ) -> "DataSet":
     """The data set that the model was trained on, perhaps from another place, or the one that
-    `--dataset` names.
+    `--data` names.
     """
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
@@ -256,9 +277,9 @@ def data_of(
             )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
-        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--dataset")
+        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
     values = configuration.override(values, overrides or [])
-    where = f"--dataset {dataset}" if dataset else "--set"
+    where = f"--data {dataset}" if dataset else "--set"
     # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
     config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))

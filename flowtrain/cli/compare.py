@@ -8,6 +8,8 @@ import typer
 from flowtrain.cli.base import check_suffix, command, on_one_process, require_file, write_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from flowtrain.results import Evaluation
     from flowtrain.runs.compare import Result
 
@@ -56,34 +58,57 @@ def compare(
         write_json(found.content(), json_out, Path(json_out))
 
 
+# The columns that are left out first where the table is too wide.
+LEAST_IMPORTANT = ("unit", "images/s", "parameters", "data", "model", "images seen")
+
+
 def _print_table(results: "list[Result]") -> None:
+    from rich.console import Console
+
+    from flowtrain.system.console import console
+
+    columns = _columns(results)
+    if len({row.unit for row in results}) == 1:
+        values = columns.pop("unit")
+        columns = {
+            f"{title}, {values[0]}" if title == "validation" else title: column
+            for title, column in columns.items()
+        }
+    unlimited = Console(width=10**6)
+    for title in LEAST_IMPORTANT:
+        if unlimited.measure(_table(columns)).maximum <= console.width:
+            break
+        columns.pop(title, None)
+    console.print(_table(columns))
+
+
+def _columns(results: "list[Result]") -> dict[str, list[str]]:
+    from flowtrain.system.console import duration
+
+    return {
+        "run": [row.run for row in results],
+        "model": [row.model for row in results],
+        "data": [row.data for row in results],
+        "parameters": [f"{row.parameters:,}" for row in results],
+        "images seen": [f"{row.images:,}" for row in results],
+        "time": [duration(row.seconds) for row in results],
+        "validation": [_figure(row.validation, ".4f") for row in results],
+        "test": [_test(row.test) for row in results],
+        "unit": [row.unit for row in results],
+        "images/s": [_figure(row.images_per_second, ".0f") for row in results],
+    }
+
+
+def _table(columns: dict[str, list[str]]) -> "Table":
     from rich.table import Table
 
-    from flowtrain.system.console import console, duration
-
     table = Table()
-    for title in ("run", "model", "data"):
-        table.add_column(title, overflow="fold")
-    for title in ("parameters", "images seen", "time", "validation", "test", "unit", "images/s"):
-        table.add_column(title, justify="right", overflow="fold")
-    for row in results:
-        table.add_row(
-            *(
-                row.run,
-                row.model,
-                row.data,
-                f"{row.parameters:,}",
-                f"{row.images:,}",
-                duration(row.seconds),
-            ),
-            *(
-                _figure(row.validation, ".4f"),
-                _test(row.test),
-                row.unit,
-                _figure(row.images_per_second, ".0f"),
-            ),
-        )
-    console.print(table)
+    for title in columns:
+        words = title in ("run", "model", "data")
+        table.add_column(title, justify="left" if words else "right", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flowtrain.errors import UserError, did_you_mean
 
-DEMO = "glow_digits.yaml"
+DEMO = "glow_digits"
 
 
 def config_folders() -> list[Path]:
@@ -20,9 +20,9 @@ def config_folders() -> list[Path]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with flowtrain, by file name."""
+    """The configurations that come with flowtrain, by file name without `.yaml`."""
     return {
-        path.name: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))
+        path.stem: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))
     }
 
 
@@ -33,17 +33,19 @@ def headline(path: Path) -> str:
 
 
 def find_config(name: str) -> Path:
-    """Looks for `name` as given, then in `configs/`, then among the shipped ones.
+    """Looks for `name` as given, then in `configs/`, then among the shipped ones. The end `.yaml`
+    may be left out.
 
     Raises `UserError` where there is none.
     """
-    for candidate in [Path(name), *(folder / name for folder in config_folders())]:
-        if candidate.is_file():
-            return candidate
+    for folder in [Path(), *config_folders()]:
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
     shipped = shipped_configs()
     if os.path.lexists(name):
         raise UserError(f"--config {name}: not a regular file")
     raise UserError(
         f"--config {name}: no such file, here, in configs/ or among the shipped ones"
-        f"{did_you_mean(name, shipped)} (shipped: {', '.join(shipped)})"
+        f"{did_you_mean(name.removesuffix('.yaml'), shipped)} (shipped: {', '.join(shipped)})"
     )

@@ -1,7 +1,7 @@
 """`flowtrain evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from flowtrain.cli.base import (
     command,
     data_of,
     load,
+    mention_unused,
     on_all_processes,
     print_table,
     require_file,
@@ -26,9 +27,10 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import RunError, UserError
 
-EPILOG = (
-    "Example: [cyan]flowtrain evaluate runs/glow_digits --samples 16 --scores scores.csv[/cyan]"
-)
+if TYPE_CHECKING:
+    from flowtrain.results import Evaluation
+
+EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --draws 16 --scores scores.csv[/cyan]"
 
 
 @command
@@ -44,7 +46,7 @@ def evaluate(
     dataset: Annotated[
         str | None,
         typer.Option(
-            "--dataset",
+            "--data",
             metavar="NAME|PATH",
             help=DATA_NAMES
             + "All images of a folder without test/ or of a file without x_test are evaluated.",
@@ -60,7 +62,7 @@ def evaluate(
     samples: Annotated[
         int,
         typer.Option(
-            "--samples",
+            "--draws",
             min=1,
             metavar="K",
             help="Draws of the dequantization noise. Above 1, the bound is importance-weighted.",
@@ -98,6 +100,7 @@ def evaluate(
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
+    mention_unused(device, loaded.flow.device)
     data = data_of(loaded, overrides, dataset)
     if data.undivided and split is not None:
         raise UserError(
@@ -126,9 +129,8 @@ def evaluate(
     if dataset is not None:
         result = result.model_copy(update={"dataset": dataset})
         name = f"evaluate-{Path(dataset).resolve().stem}-{split_name}.json"
-    content = result.content()
-    print_table({key: value for key, value in content.items() if key != "non_finite_indices"})
-    write_json(content, json_out, run_of(loaded.checkpoint.path) / name)
+    _print(result, loaded.flow.kind.unit)
+    write_json(result.content(), json_out, run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
@@ -138,3 +140,54 @@ def evaluate(
             f"{len(bad)} of {result.num_images} images have a likelihood that is not finite: "
             f"those at {which}"
         )
+
+
+def _print(result: "Evaluation", unit: str) -> None:
+    """The loss in one line, and what it is made of in a table."""
+    from flowtrain.system.console import console
+
+    of = "images" if result.levels is not None else "examples"
+    of = of if result.split == "all" else f"{result.split} {of}"
+    console.print(f"{_figure(*result.loss)} {unit} ({result.num_images:,} {of})")
+    draws = "1 draw of noise" if result.samples == 1 else f"{result.samples} draws of noise"
+    bounds = {
+        "exact": "exact",
+        "elbo": f"a bound, from {draws}",
+        "iwbo": f"an importance-weighted bound, from {draws}",
+    }
+    table: dict[str, object] = {"likelihood": bounds[result.bound]}
+    if result.bits_per_dim_stderr_draws is not None:
+        table["error over draws"] = f"{result.bits_per_dim_stderr_draws:.2g}"
+    if result.bound == "iwbo":
+        table["bound of a single draw"] = (
+            _figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + f" {unit}"
+        )
+    if result.levels is not None:
+        nats = _figure(result.nats_per_image, result.nats_per_image_stderr, 1)
+        table["nats per image"] = nats
+    given_class = result.bits_per_dim_given_class or result.nats_given_class
+    if given_class is not None:
+        table["given the class"] = f"{given_class:.3f} {unit}"
+    if result.accuracy is not None:
+        table["accuracy"] = _figure(result.accuracy, result.accuracy_stderr)
+    for name, count in (
+        ("equal to an earlier one", result.duplicates),
+        ("equal to a training image", result.duplicates_of_training),
+        ("not finite", result.non_finite_images),
+    ):
+        if count:
+            table[name] = f"{count:,} of {result.num_images:,}"
+    if result.max_reconstruction_error is not None:
+        table["largest reconstruction error"] = f"{result.max_reconstruction_error:.2g}"
+    levels = "" if result.levels is None else f", {result.levels} levels"
+    table["data"] = f"{result.dataset}: {result.dims} dimensions{levels}"
+    table["model"] = f"{result.checkpoint}: step {result.step:,}, {result.weights} weights"
+    table["sampling"] = result.sampling
+    print_table(table)
+
+
+def _figure(value: float | None, error: float | None, digits: int = 3) -> str:
+    """A figure with its standard error, which a single image does not have."""
+    if value is None:
+        return "not finite"
+    return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")

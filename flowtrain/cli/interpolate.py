@@ -101,7 +101,7 @@ def interpolate(
     drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
     paths_drawn = 1 if files else pairs
     what = f"--steps {steps}: a picture of {paths_drawn:,} paths of {steps:,} images needs"
-    drawing.require_room(steps * paths_drawn, flow.shape, what)
+    drawing.require_room(steps * paths_drawn, flow.shape, steps, what)
     if from_class is not None and to_class is not None:
         data = data_of(loaded, overrides)
         data.require(flow.shape, flow.levels, loaded.checkpoint.path)

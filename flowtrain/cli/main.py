@@ -11,11 +11,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from flowtrain.cli import (
+    catalogue,
     compare,
     compress,
     decompress,
     doctor,
     evaluate,
+    info,
     interpolate,
     ood,
     report,
@@ -31,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=train.EPILOG)(train.train)
+app.command(cls=train.Settings, epilog=train.EPILOG)(train.train)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=ood.EPILOG)(ood.ood)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
@@ -41,6 +43,8 @@ app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)
 app.command(epilog=compare.EPILOG)(compare.compare)
 app.command(epilog=report.EPILOG)(report.report)
+app.command("list", epilog=catalogue.EPILOG)(catalogue.catalogue)
+app.command(epilog=info.EPILOG)(info.info)
 
 
 def _print_version(value: bool) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flowtrain.evaluation.ood import Comparison, Scored
 
 EPILOG = (
-    "Example: [cyan]flowtrain ood runs/glow_cifar_small --out mnist --out noise --out "
+    "Example: [cyan]flowtrain ood runs/glow_cifar_small --data mnist --data noise --data "
     "constant[/cyan]"
 )
 
@@ -40,7 +40,7 @@ def ood(
     outside: Annotated[
         list[str],
         typer.Option(
-            "--out",
+            "--data",
             metavar="NAME|PATH",
             help="Images to compare; repeatable. A name as for --in, or noise (uniform levels), "
             "constant (one colour per image) or shuffled (the --in images, pixels reordered).",
@@ -78,7 +78,7 @@ def ood(
     picture_out: Annotated[
         Path | None,
         typer.Option(
-            "--picture",
+            "--out",
             metavar="FILE.png",
             help="Where the histograms of the scores go.",
             show_default="ood.png in the run",
@@ -106,7 +106,7 @@ def ood(
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    check_suffix(picture_out, (".png",), "--picture")
+    check_suffix(picture_out, (".png",), "--out")
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"

@@ -33,7 +33,7 @@ def sample(
     num: Annotated[
         int | None,
         typer.Option(
-            "--num",
+            "--num-images",
             min=1,
             help="Number of images per temperature.",
             show_default="64; 2000 points; 8 per class",
@@ -92,18 +92,17 @@ def sample(
     flow = loaded.flow
     num = num or (8 if labels else flow.kind.picture_count)
     drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+    columns = num if len(temperatures) > 1 or labels else _root(num)
     if suffix == ".png":
         count = num * len(temperatures) * max(1, len(labels))
-        drawing.require_room(
-            count, flow.shape, f"--num {num}: a picture of {count:,} samples needs"
-        )
+        what = f"--num-images {num}: a picture of {count:,} samples needs"
+        drawing.require_room(count, flow.shape, columns, what)
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         save(path, sampling.npz(flow, drawn, temperatures, seed, labels))
     else:
-        columns = num if len(temperatures) > 1 or labels else max(1, round(num**0.5))
         grid.save_png(path, drawing.samples(drawn, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
 
@@ -115,3 +114,8 @@ def _whole_numbers(option: str, text: str) -> list[int]:
         raise UserError(
             f"{option} {text}: expected whole numbers with commas between them"
         ) from None
+
+
+def _root(number: int) -> int:
+    """The square root of a number of any size, rounded, and at least 1."""
+    return max(1, (math.isqrt(4 * number) + 1) // 2)

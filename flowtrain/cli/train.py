@@ -1,12 +1,21 @@
 """`flowtrain train`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from flowtrain.cli import configs as configfiles
-from flowtrain.cli.base import DeviceOption, command, device_of, on_all_processes
+from flowtrain.cli.base import (
+    DeviceOption,
+    command,
+    device_of,
+    fail,
+    mention_unused,
+    on_all_processes,
+)
+from flowtrain.errors import UserError, cut
 
 if TYPE_CHECKING:
     from flowtrain.config import Train
@@ -22,6 +31,12 @@ def _complete_config(incomplete: str) -> list[tuple[str, str]]:
     ]
 
 
+def _complete_key(incomplete: str) -> list[str]:
+    from flowtrain.config import all_keys
+
+    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+
+
 def _config_list() -> str:
     rows = [
         f"[bold]{name}[/bold]  {configfiles.headline(path)}"
@@ -31,14 +46,45 @@ def _config_list() -> str:
 
 
 EPILOG = (
-    "Example: [cyan]flowtrain train --config glow_mnist_small.yaml --set "
-    "train.budget=20min[/cyan]\n\n" + _config_list()
+    "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=20min[/cyan]\n\n"
+    + _config_list()
 )
+
+
+class Settings(TyperCommand):
+    """Says how a key of the configuration is set to those who write it as an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # Versions of typer differ in where the class is: in click, or in a copy of it.
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            from flowtrain.config import keys_like
+
+            option = vars(error)["option_name"].lstrip("-").replace("-", "_")
+            if found := keys_like(option):
+                fail(
+                    f"No such option: --{option}; a key of the configuration is set by "
+                    f"{found[0]}=VALUE",
+                    UserError.exit_code,
+                )
+            raise
 
 
 @command
 @on_all_processes
 def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Override keys of the configuration, such as train.lr=5e-4.",
+            show_default=False,
+            autocompletion=_complete_key,
+        ),
+    ] = None,
     config: Annotated[
         str,
         typer.Option(
@@ -53,8 +99,9 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a key, such as train.lr=5e-4; repeatable.",
+            help="The same as KEY=VALUE; repeatable.",
             show_default=False,
+            autocompletion=_complete_key,
         ),
     ] = None,
     run_dir: Annotated[
@@ -75,6 +122,14 @@ def train(
             "directory that holds a run.",
         ),
     ] = "auto",
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Go on with the run in the run directory, finished or not, with the length and "
+            "the other settings of training that this command gives.",
+        ),
+    ] = False,
     init_from: Annotated[
         str | None,
         typer.Option(
@@ -96,17 +151,30 @@ def train(
     from flowtrain import config as configuration
 
     path = configfiles.find_config(config)
-    settings = configuration.load_config(path, overrides or [])
+    for word in settings or []:
+        if "=" not in word:
+            raise UserError(
+                f"{cut(word)}: expected KEY=VALUE, such as train.lr=5e-4; a configuration is named "
+                f"by --config"
+            )
+    if extend and resume != "auto":
+        raise UserError(
+            f"--extend: goes on from the last checkpoint, so not with --resume {resume}"
+        )
+    loaded = configuration.load_config(path, [*(overrides or []), *(settings or [])])
     target = device_of(device)
+    mention_unused(device, target)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
-        _print_cost(run_dry(settings, target), settings.train)
+        _print_cost(run_dry(loaded, target), loaded.train)
         return
     from flowtrain.training.loop import fit
+    from flowtrain.training.resume import EXTEND
     from flowtrain.training.run_directory import RunDirectory
 
-    fit(settings, RunDirectory(run_dir or Path("runs") / path.stem), target, resume, init_from)
+    run = RunDirectory(run_dir or Path("runs") / path.stem)
+    fit(loaded, run, target, EXTEND if extend else resume, init_from)
 
 
 def _print_cost(cost: "Cost", train: "Train") -> None:

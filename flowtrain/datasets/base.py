@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowtrain.errors import RunError, UserError, short, shown
+from flowtrain.flow.inputs import quantize
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -289,18 +290,6 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path} cannot be read as an image ({short(error)})") from None
     return quantize(pixels, levels)
-
-
-def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
-    """Values 0..255 to 0..Q-1, uint8.
-
-    256 levels keep the values, and 2**n levels their upper n bits, as `data.n_bits` does. Any other
-    number Q takes round(v / 255 * (Q - 1)).
-    """
-    if levels & (levels - 1) == 0:
-        reduced: np.ndarray = pixels >> (8 - (levels.bit_length() - 1))
-        return reduced
-    return np.round(pixels / 255 * (levels - 1)).astype(np.uint8)
 
 
 def contiguous(pixels: np.ndarray) -> np.ndarray:

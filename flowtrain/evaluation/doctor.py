@@ -23,9 +23,9 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import Watching, layers_of, short_name
-from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
+from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.flow import Flow
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, generator, uniform
 
 Verdict = Literal["ok", "watch", "bad"]
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -247,7 +247,7 @@ def examine(
         raise UserError("data: the test split is empty")
     x = split.take(slice(0, num_images))
     randomness = generator(seed, Stream.EVALUATION)
-    noise = draw_noise(x.shape, randomness, x.device)
+    noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
     random_images = flow.kind.uniform_like(x, randomness)
     levels = flow.kind.levels_per_unit(x)
     z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()

@@ -68,7 +68,7 @@ def evaluate(
     if flow.exact and samples > 1:
         of = "real-valued data" if flow.kind.exact else model.config.model.name
         raise UserError(
-            f"--samples {samples}: the likelihood of {of} is exact, there is nothing to draw"
+            f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
     own = len(distributed.share(min(num_images or len(split), len(split))))

@@ -21,9 +21,10 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split, SplitName
-from flowtrain.datasets.base import Policy, quantize, resize
+from flowtrain.datasets.base import Policy, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import require_memory, score
+from flowtrain.flow.inputs import quantize
 from flowtrain.flow.kinds import bits_per_dim
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
@@ -73,7 +74,7 @@ def collect(
             where that is empty.
         inside: `--in`: images of the kind that the model was trained on. By default, the test split
             of its own data.
-        outside: `--out`: other images, or names in `MADE`.
+        outside: `--data`: other images, or names in `MADE`.
         seed: of images that are made.
 
     Raises `UserError` naming the option, for a model of real values, and where a name is given
@@ -89,7 +90,7 @@ def collect(
     others = [
         made(name, within, levels_of(model), seed)
         if name in MADE
-        else named(name, "--out", model, data, num_images)
+        else named(name, "--data", model, data, num_images)
         for name in outside
     ]
     reference: SplitName = "validation" if len(data.split("validation")) else "train"
@@ -100,7 +101,7 @@ def _check_names(inside: str, outside: list[str]) -> None:
     """Raises `UserError` where two data sets have one name: rows and figures would look alike."""
     for index, name in enumerate(outside):
         if name in (inside, *outside[:index]):
-            raise UserError(f"--out {name}: it is named twice")
+            raise UserError(f"--data {name}: it is named twice")
 
 
 def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) -> Collection:
@@ -111,7 +112,7 @@ def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) 
     the model's own data. Raises `UserError` naming `option`.
     """
     flow = model.flow
-    also = MADE if option == "--out" else ()
+    also = MADE if option == "--data" else ()
     section = section_named(name, own.config, flow.shape, option, also=also)
     if name != own.config.name:  # `convert` brings any number of levels to the model's
         section |= {"n_bits": 8, "flip": None, "shift": 0}

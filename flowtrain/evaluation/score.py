@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.layers import watch_modules
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.system import capacity, distributed
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, uniform
 
 # Bytes of activations. A larger batch is no faster on a CPU (benchmarks/evaluation.py).
 ENOUGH_FOR_A_CPU = 256 * 2**20
@@ -57,7 +56,7 @@ def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int 
     """Raises `UserError` where `count` images cannot be scored with these options of a command."""
     capacity.require(
         8 * 2 * samples * (1 + flow.classes) * count,  # in parts and as a whole
-        f"--samples {samples}: the scores of {count:,} images need",
+        f"--draws {samples}: the scores of {count:,} images need",
     )
     if batch_size is not None:
         largest = min(batch_size, count)
@@ -129,25 +128,19 @@ def score(
     count = len(split) if num_images is None else min(num_images, len(split))
     own = distributed.share(count)
     batch_size = batch_size or fitting_batch_size(flow)
-    noisy = not flow.kind.exact
     # A process may have no image.
     rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
-        generators = (
-            [generator(seed, Stream.EVALUATION, index) for index in range(start, stop)]
-            if noisy
-            else []
-        )
         draws = []
         for draw in range(samples):
-            noise = torch.zeros_like(x, device="cpu")
-            if noisy:
-                noise = torch.stack(
-                    [draw_noise(x.shape[1:], g, torch.device("cpu")) for g in generators]
-                )
-            parts = flow(x, noise.to(flow.device))
+            noise = (
+                torch.zeros_like(x)
+                if flow.kind.exact
+                else uniform(x.shape, seed, Stream.EVALUATION, start, draw, x.device)
+            )
+            parts = flow(x, noise)
             of_classes = [] if parts.by_class is None else parts.by_class.T
             draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
             progress(start - own.start + (stop - start) * (draw + 1) // samples, len(own))

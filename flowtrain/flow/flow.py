@@ -12,6 +12,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
 from flowtrain.flow.class_prior import ClassContext, ClassPrior, LogProb, normal_log_prob
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
+from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
 
@@ -138,29 +139,49 @@ class Flow(nn.Module):
         return self.class_prior.parts(to_latents, labels, len(x))
 
     def log_prob(
-        self, x: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
+        self,
+        x: Batch,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+        draws: int = 1,
     ) -> Tensor:
-        """Single-draw bound on log P(x), `(B,)` in nats.
+        """A bound on log P(x), `(B,)` in nats, from one draw of the dequantization noise.
+
+        Several draws give the importance-weighted bound, the log of their mean probability (Burda
+        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw.
 
         Args:
             x: Integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`. It is not changed.
+                NumPy arrays and lists of PIL images will do (`as_tensor`).
             generator: Draws the dequantization noise. With a CPU generator, the noise of an image
                 does not depend on the batch size.
             labels: Classes `(B,)` for log P(x | class) of a class-conditional model. Without them
                 the result is log P(x).
+            draws: Number of draws of the noise.
 
         Raises:
             ValueError: The shape or the type of the numbers is wrong, a value is outside 0..Q-1, or
-                the model does not have these labels.
+                the model does not have these labels. Or `draws` is below 1, or above 1 where the
+                likelihood is exact.
         """
         x = self._checked(x)
+        if draws < 1 or (draws > 1 and self.exact):
+            raise ValueError(
+                f"draws: {draws}, where "
+                + ("the likelihood is exact" if draws > 1 else "at least 1 is needed")
+            )
         if labels is not None:
             labels = self._checked_labels(labels, len(x))
-        parts: LogProb = self(x, draw_noise(x.shape, generator, x.device), labels)
-        return parts.total
+        bounds = []
+        for _ in range(draws):
+            parts: LogProb = self(x, draw_noise(x.shape, generator, x.device), labels)
+            bounds.append(parts.total)
+        return torch.stack(bounds).logsumexp(dim=0) - math.log(draws)
 
-    def bits_per_dim(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Single-draw bound in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
+    def bits_per_dim(
+        self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
+    ) -> Tensor:
+        """The bound of `log_prob` in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
 
         The arguments are those of `log_prob`. Raises `ValueError` for real-valued data, whose
         density has no bits.
@@ -169,10 +190,10 @@ class Flow(nn.Module):
             raise ValueError(
                 "real-valued data have a density, which has no bits per dimension: use log_prob"
             )
-        return bits_per_dim(self.log_prob(x, generator), self.dims)
+        return bits_per_dim(self.log_prob(x, generator, draws=draws), self.dims)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Batch) -> Tensor:
         """The latent at the middle of each image's bin, `(B, D)`.
 
         There is no randomness, so `decode` gives `x` back. A causal flow computes one entry after
@@ -208,6 +229,39 @@ class Flow(nn.Module):
         labels = self.classes_in_turn(n) if labels is None else labels
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
         return self.decode(latents, labels)
+
+    @torch.no_grad()
+    def sample_with_log_prob(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples as `sample` gives them, and the `log_prob` of each, `(n,)` in nats.
+
+        The noise of the likelihood is drawn after the samples, from the same generator.
+        """
+        labels = self.classes_in_turn(n) if labels is None else labels
+        x = self.sample(n, temperature, generator, labels)
+        return x, self.log_prob(x, generator, labels)
+
+    def __repr__(self) -> str:
+        """What the flow is, in five lines. `print(flow.bijection)` has every layer."""
+        values = "real values" if self.levels is None else f"{self.levels} levels"
+        classes = f", {self.classes} classes" if self.classes else ""
+        layers = [module for module in self.modules() if isinstance(module, Bijection)]
+        names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        return "\n".join(
+            [
+                f"Flow of {'x'.join(map(str, self.shape))} with {values}{classes}",
+                f"  likelihood: {'exact' if self.exact else 'a bound'}, in {self.kind.unit}",
+                f"  sampling: {self.sampling}",
+                f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "
+                f"{self.device}",
+                f"  layers: {len(layers)} ({names})",
+            ]
+        )
 
     def classes_in_turn(self, n: int) -> Tensor | None:
         """The labels `(n,)` of `n` samples: all classes in turn, or None if there are none."""
@@ -260,7 +314,8 @@ class Flow(nn.Module):
         """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
         return self.bijection.split_latents(z)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _checked(self, batch: Batch) -> Tensor:
+        x = as_tensor(batch, self.shape, self.levels)
         if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
             raise ValueError(
                 f"expected images of shape (B, {', '.join(map(str, self.shape))}), got "

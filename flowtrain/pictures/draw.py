@@ -4,6 +4,7 @@ Points of the plane, `(2, 1, 1)`, are drawn where they are. Points of the unit s
 are drawn by longitude and height. This is Lambert's cylindrical projection, which preserves areas.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -39,9 +40,9 @@ class ImageGrids:
     def __init__(self, levels: int):
         self.levels = levels
 
-    def require_room(self, count: int, shape: Shape, what: str) -> None:
+    def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
         """Raises `UserError` where a picture of so many images does not fit into memory."""
-        grid.require_room(count, shape, what)
+        grid.require_room(count, shape, columns, what)
 
     def samples(
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
@@ -65,7 +66,7 @@ class PointPlots:
         self.flow = flow
         self.split = split
 
-    def require_room(self, count: int, shape: Shape, what: str) -> None:
+    def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
         """A picture has the same size for any number of points."""
 
     def samples(
@@ -74,7 +75,7 @@ class PointPlots:
         """The samples `x` `(T N, C, 1, 1)`, N for each temperature, as uint8 `(3, H', W')`.
 
         They were drawn from the latents of `seed`. The upper row shows them beside the data and the
-        log-density on a mesh. The lower row shows how some layers carry the latents to the data, at
+        log-density on a mesh. The rows below show how some layers carry the latents to the data, at
         temperature 1. `columns` is not used.
 
         Raises `UserError` for points of which there is no picture.
@@ -85,9 +86,10 @@ class PointPlots:
         beside = self._beside()
         bounds = _bounds(beside)
         z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
-        stages = _few(flow.bijection.stages(flow.place(z)), STAGES)
-        figure, panels = _figure(2, max(2 + len(temperatures), len(stages)))
-        first, *middle = panels[0][: 2 + len(temperatures)]
+        columns = 2 + len(temperatures)
+        stages = _full_rows(flow.bijection.stages(flow.place(z)), columns)
+        figure, (upper, *lower) = _figure(1 + -(-len(stages) // columns), columns)
+        first, *middle = upper
         _scatter(first, f"data ({len(beside):,})", beside, bounds)
         for axes, part, temperature in zip(
             middle, torch.split(x, len(z)), temperatures, strict=False
@@ -96,7 +98,7 @@ class PointPlots:
             _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
         _density(middle[-1], flow, bounds)
         colours = torch.atan2(z[:, 1], z[:, 0])
-        for i, (axes, stage) in enumerate(zip(panels[1], stages, strict=False)):
+        for i, (axes, stage) in enumerate(zip(itertools.chain(*lower), stages, strict=False)):
             title = "base" if i == 0 else "data" if i == len(stages) - 1 else ""
             _scatter(axes, title, stage, _bounds(stage), colours)
         return _pixels(figure)
@@ -183,8 +185,11 @@ def _bounds(x: Tensor) -> Bounds:
     return tuple((middle[:, None] + torch.tensor([-half, half])).flatten().tolist())
 
 
-def _few(stages: Sequence[Tensor], count: int) -> list[Tensor]:
-    chosen = torch.linspace(0, len(stages) - 1, min(count, len(stages))).round().long().tolist()
+def _full_rows(stages: Sequence[Tensor], columns: int) -> list[Tensor]:
+    """About `STAGES` of the stages, the first and the last among them, that fill whole rows."""
+    count = min(len(stages), -(-STAGES // columns) * columns)
+    count = count // columns * columns or count
+    chosen = torch.linspace(0, len(stages) - 1, count).round().long().tolist()
     return [stages[i] for i in chosen]
 
 

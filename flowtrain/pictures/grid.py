@@ -1,6 +1,7 @@
 """Pictures: grids, PNG and GIF files."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from flowtrain.system import capacity
 from flowtrain.system.files import save
 from flowtrain.types import Shape
 
-SMALLEST_SIDE = 32  # smaller images are enlarged in pictures
+# Smaller images are enlarged in pictures, to whole multiples of their size.
+SMALLEST_SIDE = 32
+SMALLEST_GRID = 800  # width in pixels
 FRAME, GREY = 2, 64  # width and value of the pixels between and around the images of a grid
 
 
@@ -23,14 +26,16 @@ def to_8bit(images: Tensor, levels: int) -> Tensor:
 def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`.
 
-    Small images are enlarged. Each image has a grey frame, unless it is the only one. The result is
-    like that of torchvision's `make_grid`, whose import takes a second.
+    Small images are enlarged, until the grid is `SMALLEST_GRID` pixels wide. Each image has a grey
+    frame, unless it is the only one. The result is like that of torchvision's `make_grid`, whose
+    import takes a second.
     """
-    factor = _enlargement(*images.shape[-2:])
+    count = len(images)
+    factor = _enlargement(images.shape, columns)
     enlarged = (
         to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     )
-    count, _, height, width = enlarged.shape
+    height, width = enlarged.shape[-2:]
     if count == 1:
         return enlarged[0].expand(3, -1, -1)
     columns = min(columns, count)
@@ -45,16 +50,20 @@ def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     return picture
 
 
-def _enlargement(height: int, width: int) -> int:
-    return max(1, -(-SMALLEST_SIDE // min(height, width)))
+def _enlargement(shape: Sequence[int], columns: int) -> int:
+    """The factor by which a grid enlarges images `(N, C, H, W)`."""
+    count, _, height, width = shape
+    factor = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    columns = min(columns, count)
+    return factor if count == 1 else max(factor, -(-SMALLEST_GRID // (columns * width)))
 
 
-def require_room(images: int, shape: Shape, what: str) -> None:
+def require_room(images: int, shape: Shape, columns: int, what: str) -> None:
     """Raises `UserError` where a grid of so many images `(C, H, W)` does not fit into memory: the
     images, enlarged, and the picture. `what` begins the message.
     """
     channels, height, width = shape
-    factor = _enlargement(height, width)
+    factor = _enlargement((images, *shape), columns)
     capacity.require(images * factor**2 * height * width * (channels + 3), what)
 
 

@@ -36,7 +36,7 @@ def sample(
     capacity.require(
         # Latents as drawn and as placed, and images in parts and as a whole.
         2 * 4 * num * flow.latent_dims + 2 * count * pixels,
-        f"--num {num}: {count:,} samples need",
+        f"--num-images {num}: {count:,} samples need",
     )
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
     for label in classes:

@@ -1,9 +1,14 @@
 """The number of threads that torch uses for one operation."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
+import joblib
+import psutil
 import torch
+
+LOOK = 0.1  # seconds for which the cores are watched
 
 
 @contextlib.contextmanager
@@ -15,3 +20,35 @@ def one_thread() -> Iterator[int]:
         yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+def use_free_cores() -> str | None:
+    """Lets torch use as many threads as cores are free, and at least one.
+
+    A thread more than that makes each operation wait for a core, which is many times slower. Where
+    OMP_NUM_THREADS is set, as torchrun does, nothing changes. Returns a line for the user where
+    fewer threads are used than there are cores.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    allowed, free = joblib.cpu_count(), free_cores()
+    threads = max(1, min(allowed, round(free)))
+    torch.set_num_threads(threads)
+    if threads == allowed:
+        return None
+    return (
+        f"threads: {threads}, because about {max(0.0, allowed - free):.1f} of {allowed} cores are "
+        f"busy; OMP_NUM_THREADS sets another number"
+    )
+
+
+def free_cores() -> float:
+    """How many cores other processes leave idle, of those that this process may use.
+
+    The limits are those of the process (affinity) and of its container (cgroup quota).
+    """
+    busy: list[float] = psutil.cpu_percent(LOOK, percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        mine = os.sched_getaffinity(0)
+        busy = [percent for core, percent in enumerate(busy) if core in mine] or busy
+    return min(float(joblib.cpu_count()), sum(1 - percent / 100 for percent in busy))

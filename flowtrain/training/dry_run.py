@@ -19,14 +19,13 @@ from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, peak
-from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
+    noise_of,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -91,8 +90,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
     some = _images(flow, min(batch, flow.initialization_images))
-    random = generator(config.seed, Stream.DEQUANTIZATION)
-    initialize(flow, some, draw_noise(some.shape, random, device))
+    initialize(flow, some, noise_of(config, 0, some))
     average = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), average, {})
 

@@ -1,6 +1,7 @@
 """What a run writes and prints while it trains: metrics, validation, samples, checkpoints."""
 
 import math
+import shlex
 from typing import Any
 
 from flowtrain.bijections import Bijection
@@ -12,13 +13,12 @@ from flowtrain.data.splits import Split
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, duration
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.stop import Clock
@@ -57,7 +57,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> None:
 @distributed.main_only
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
-    noise = draw_noise(x.shape, generator(state.config.seed, Stream.EVALUATION), x.device)
+    noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
     for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
         run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, state.progress.step)
         run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, state.progress.step)
@@ -201,3 +201,22 @@ def require_finite_end(run: RunDirectory, step: int) -> None:
             "The checkpoints are saved; best is of the best finite validation, if there was one. "
             "Lower train.lr, set train.clip_norm, or use more train.warmup_steps"
         )
+
+
+def announce_end(state: State, run: RunDirectory) -> None:
+    """Prints the result of a run, where it is, and what can be done with it."""
+    progress, path = state.progress, shlex.quote(str(run.path))
+    best = "no validation images"
+    if progress.best is not None:
+        best = f"{progress.best:.3f} {state.flow.kind.unit} on the validation images"
+        if progress.best_step != progress.step:
+            best += f" (at step {progress.best_step:,}, the best)"
+    console.print(
+        f"finished: {best}; {progress.step:,} steps in {duration(progress.seconds)}, {run.path}"
+    )
+    for command, what in (
+        ("evaluate", "likelihood of the test images"),
+        ("sample", "a picture of samples"),
+        ("report", "all about the run in one page"),
+    ):
+        console.print(f"  {f'flowtrain {command} {path}':40} {what}")

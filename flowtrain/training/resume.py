@@ -15,7 +15,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, cut, shown
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
-from flowtrain.system.console import console
+from flowtrain.system.console import console, duration
 from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
@@ -27,6 +27,10 @@ SHOWN = 3  # checkpoints in the message about a damaged one; each is read to che
 # computed. The data themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
 FREE_KEYS |= {"train.compile", "train.cuda_graph"}
+
+# In place of a word of `--resume`: go on from the last checkpoint with another length of the run.
+EXTEND = "--extend"
+LENGTH_KEYS = {"train.num_steps", "train.budget"}
 
 # These may change if, with the number of processes, a step still has as many images.
 SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
@@ -52,6 +56,10 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return run.last if run.last.exists() else None
+    if resume == EXTEND:
+        if not run.last.exists():
+            raise UserError(f"--extend: {run.path} holds no run that could go on")
+        return run.last
     path = find(resume)
     if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
         raise UserError(
@@ -69,7 +77,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     try:
         saved = checkpoint_format.read_by_main(lambda: _path_to_resume(run, resume))
     except UserError as error:
-        if resume != "auto":
+        if resume not in ("auto", EXTEND):
             raise
         if not distributed.is_main():
             distributed.ready()  # process 0, which has the files, ends all with its message
@@ -81,6 +89,8 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
             f"{saved.path}: it holds a model, and nothing else of a run that could go on; "
             f"--init-from starts a run from its weights"
         )
+    if resume == EXTEND:
+        _require_longer(config.train, saved)
     # Nothing but the names is looked at until they are known to be those of this command.
     for base in (Data, Model):
         there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
@@ -103,6 +113,16 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     if (earlier.train.ema > 0) != (config.train.ema > 0):
         raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
+
+
+def _require_longer(train: Train, saved: Checkpoint) -> None:
+    step, seconds = saved.meta["step"], saved.meta["progress"]["seconds"]
+    if train.num_steps is not None and train.num_steps <= step:
+        raise UserError(f"--extend: {saved.path} is at step {step}: give a larger train.num_steps")
+    if train.budget is not None and train.budget <= seconds:
+        raise UserError(
+            f"--extend: {saved.path} has used {duration(seconds)}: give a larger train.budget"
+        )
 
 
 def _sound_checkpoints(run: RunDirectory) -> str:
@@ -128,9 +148,10 @@ def _sound_checkpoints(run: RunDirectory) -> str:
 
 
 def _other_value(path: Path, key: str, there: object, here: object) -> UserError:
+    longer = "; to go on with this length, add --extend" if key in LENGTH_KEYS else ""
     return UserError(
         f"{key}: {path} has {shown(there)}, this command {shown(here)}: to start anew choose "
-        "another --run-dir; to go on, use the run's configuration"
+        f"another --run-dir; to go on, use the run's configuration{longer}"
     )
 
 
@@ -170,8 +191,9 @@ def start(
             )
         state.restore(saved)
         # A checkpoint that the user names may belong to a shorter or longer schedule.
-        if config.train.num_steps is not None or not state.reached_end():
-            state.progress.finished = state.reached_end()
+        ended = state.reached_end(state.progress.seconds)
+        if config.train.num_steps is not None or not ended:
+            state.progress.finished = ended
     return state
 
 
@@ -180,7 +202,7 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all(flow.initialization_images)
-    initialize(flow, x, noise_of(config, step=0, x=x, start=0))
+    initialize(flow, x, noise_of(config, 0, x))
 
 
 def announce(
@@ -252,5 +274,6 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     return [
         f"{division}a step takes {here:,} images, not {there:,}: another run from here on",
         f"the order goes on after the {used:,} images already used, and none is skipped or "
-        f"repeated; noise and augmentation are drawn for the new batch; {follows}",
+        f"repeated; the noise goes on with it, and augmentation is drawn for the new batch; "
+        f"{follows}",
     ]

@@ -1,7 +1,6 @@
 """One training step: the noise, the gradient, and the update of the weights."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor
@@ -10,16 +9,12 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.config import Config
 from flowtrain.errors import UserError
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import kept, left
-from flowtrain.system.device import send
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.training.computation import autocast, require_possible
 from flowtrain.training.state import State
-
-NOISE_BLOCK = 512  # images whose noise comes from one generator
 
 
 def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -27,11 +22,12 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
     `x` are this process's images of the batch, `accumulate` times `batch_size`. Returns the mean
     loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
-    the whole batch of all processes. The noise depends on the seed and the step alone. With
-    `labels` `(B,)` the loss is that of the class-conditional likelihood.
+    the whole batch of all processes. The noise of an image depends on the seed and on how many
+    images the run has used before it. With `labels` `(B,)` the loss is that of the
+    class-conditional likelihood.
     """
     config = state.config.train
-    noise = noise_of(state.config, state.progress.step, x, distributed.rank() * len(x))
+    noise = noise_of(state.config, state.progress.images + distributed.rank() * len(x), x)
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
@@ -45,7 +41,12 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
-    """Clips the gradient to the configured norm, moves the weights, and updates their average."""
+    """Clips the gradient to the configured norm, moves the weights, and updates their average.
+
+    A norm that is not finite leaves all of them as they are, and so do the steps after it until
+    the state is restored. The host does not wait to know which.
+    """
+    state.stuck.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -53,23 +54,16 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
     if state.average is not None:
-        state.average.update(state.progress.averaged)
+        state.average.update(state.progress.averaged, state.stuck)
         state.progress.averaged += 1
 
 
-def noise_of(config: Config, step: int, x: Tensor, start: int) -> Tensor:
-    """The noise for `x`, which are images of a step's batch, from its image `start` on.
+def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
+    """The noise for `x`, a part of a run's whole sequence of images, from its `position` on.
 
-    The batch is that of all processes. Each block of `NOISE_BLOCK` images has its own generator, so
-    a process draws little more than its own part, however many processes there are.
+    It does not depend on how the sequence is divided into steps, processes and parts.
     """
-    stop = start + len(x)
-    blocks = []
-    for block in range(start // NOISE_BLOCK, math.ceil(stop / NOISE_BLOCK)):
-        count = min(stop - block * NOISE_BLOCK, NOISE_BLOCK)
-        random = generator(config.seed, Stream.DEQUANTIZATION, step, *([block] if block else []))
-        blocks.append(draw_noise((count, *x.shape[1:]), random, torch.device("cpu")))
-    return send(torch.cat(blocks)[start % NOISE_BLOCK :], x.device)
+    return uniform(x.shape, config.seed, Stream.DEQUANTIZATION, position, device=x.device)
 
 
 def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
@@ -104,7 +98,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
     """
     random = generator(config.seed, Stream.ORDER)
     x = flow.kind.random((2, *flow.shape), random)
-    noise = draw_noise(x.shape, random, x.device)
+    noise = noise_of(config, 0, x)
     flow = copy.deepcopy(flow)
     initialize(flow, x.to(flow.device), noise.to(flow.device))
     executor = executor_of(config.train.memory)

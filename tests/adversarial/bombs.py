@@ -47,9 +47,9 @@ class Bomb:
 def bombs(files: Sound) -> dict[str, Bomb]:
     dry = ["train", "--dry-run", "--config", "c.yaml"]
     packed = ["decompress", "a.fta", "--out", "out"]
-    evaluate = ["evaluate", "colour", "--dataset", "x.npz", "--json", "-"]
+    evaluate = ["evaluate", "colour", "--data", "x.npz", "--json", "-"]
     show = ["interpolate", "run", "--images", "x.png", "pictures/grey.png", "--out", "i.png"]
-    compare, sample = ["compare", "run", "run"], ["sample", LAST, "--num", "1"]
+    compare, sample = ["compare", "run", "run"], ["sample", LAST, "--num-images", "1"]
 
     def configured(section: str, **values: object) -> Bomb:
         return Bomb(LAST, lambda: _checkpoint(files, section, values), sample)

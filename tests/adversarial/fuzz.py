@@ -77,7 +77,7 @@ def checkpoint(draw: random.Random, files: Sound, folder: Path) -> Case:
     words = draw.choices(
         [
             ["evaluate", LAST, *few, "--json", "-"],
-            ["sample", LAST, "--num", "2", "--out", "s.png"],
+            ["sample", LAST, "--num-images", "2", "--out", "s.png"],
             ["interpolate", LAST, "--pairs", "1", "--steps", "3", "--out", "i.png"],
             ["compress", LAST, "--split", "test", "--num-images", "3", "--out", "x.fta"],
             [*TRAIN, "--run-dir", "run"],
@@ -241,7 +241,7 @@ def npz(draw: random.Random, files: Sound, folder: Path) -> Case:
     (folder / "colour").symlink_to(files.folder / "colour")
     named = sets(data__name="npz", data__path="x.npz")
     if draw.random() < 0.7:
-        words = ["evaluate", "colour", "--dataset", "x.npz", "--json", "-"]
+        words = ["evaluate", "colour", "--data", "x.npz", "--json", "-"]
     else:
         words = [*TRAIN, "--run-dir", "new", *named, *sets(train__num_steps=1, data__validation=2)]
     wanted = files.bits_per_dim[name]
@@ -434,7 +434,7 @@ def picture(draw: random.Random, files: Sound, folder: Path) -> Case:
             ["interpolate", "run", "--images", file, "pictures/grey.png", "--out", "i.png"],
             ["compress", "run", file, "--out", "x.fta"],
             ["compress", "colour", file, "--out", "x.fta"],
-            ["evaluate", "colour", "--dataset", "pictures", "--json", "-"],
+            ["evaluate", "colour", "--data", "pictures", "--json", "-"],
             [*sound.on_folder(pictures), "--run-dir", "new"],
         ]
     )

@@ -99,7 +99,7 @@ def make(folder: Path) -> Sound:
         run("decompress", name, "--out", f"{name}.images")
     bits = {}
     for name in ("x.npz", "other.npz"):
-        result = json.loads(run("evaluate", "colour", "--dataset", name, "--json", "-"))
+        result = json.loads(run("evaluate", "colour", "--data", name, "--json", "-"))
         bits[name] = result["bits_per_dim"]
     saved = checkpoint_format.read(checkpoints / "last.safetensors")
     return Sound(folder, saved.meta["levels"], bits)

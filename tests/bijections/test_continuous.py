@@ -373,7 +373,7 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
         quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok().out
     )
     assert result["max_reconstruction_error"] < 0.01 and 3 < result["bits_per_dim"] < 7
-    quick("sample", "a", "--num", 4, "--out", "s.png", cwd=tmp_path).ok()
+    quick("sample", "a", "--num-images", 4, "--out", "s.png", cwd=tmp_path).ok()
     assert (tmp_path / "s.png").exists()
 
 

@@ -441,7 +441,7 @@ def test_commands(tmp_path):
     result = json.loads(quick("evaluate", "r", "--json", "-", cwd=tmp_path).ok().out)
     assert result["bits_per_dim"] is None and result["nats_per_image"] < -UNIFORM - 0.2
     assert result["max_reconstruction_error"] < 1e-5 and result["non_finite_images"] == 0
-    quick("sample", "r", "--num", 50, "--out", "s.npz", cwd=tmp_path).ok()
+    quick("sample", "r", "--num-images", 50, "--out", "s.npz", cwd=tmp_path).ok()
     drawn = np.load(tmp_path / "s.npz")["images"]
     assert drawn.shape == (50, 1, 1, 3) and np.abs(np.linalg.norm(drawn, axis=-1) - 1).max() < 1e-5
     quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()

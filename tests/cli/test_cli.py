@@ -82,7 +82,8 @@ def cells(picture, rows, columns, shape=(8, 8), channels=1):
     the picture.
     """
     pixels = np.asarray(picture.convert("RGB"))
-    factor = max(1, -(-32 // min(shape)))
+    factor = max(-(-32 // min(shape)), -(-800 // (columns * shape[1])))
+    assert pixels.shape[1] >= 800
     height, width = shape[0] * factor, shape[1] * factor
     assert pixels.shape == (rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
     cut = [
@@ -134,9 +135,9 @@ def test_help_names_every_command_and_is_instant(tmp_path):
         ("train", "--config --set --run-dir --resume --init-from --dry-run --device"),
         (
             "evaluate",
-            "--split --num-images --samples --seed --batch-size --weights --json --scores --device",
+            "--split --num-images --draws --seed --batch-size --weights --json --scores --device",
         ),
-        ("sample", "--num --temperature --seed --weights --out --device"),
+        ("sample", "--num-images --temperature --seed --weights --out --device"),
         ("interpolate", "--pairs --steps --images --seed --out --device"),
     ],
 )
@@ -153,7 +154,7 @@ def test_train_help_lists_the_configurations_with_a_line_each(tmp_path):
     )
     for path in shipped:
         headline = path.read_text().splitlines()[0].lstrip("# ")
-        assert path.name in out and headline.split("[")[0] in out, path
+        assert path.stem in out and headline.split("[")[0] in out, path
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -166,8 +167,24 @@ def test_the_shell_completes_config_names(shell, tmp_path):
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     done = quick(cwd=tmp_path, _FLOWTRAIN_COMPLETE=f"complete_{shell}", **env)
-    assert "glow_digits.yaml" in done.out and "glow_mnist_small.yaml" in done.out
-    assert "nice_digits.yaml" not in done.out
+    assert "glow_digits" in done.out and "glow_mnist_small" in done.out
+    assert "nice_digits" not in done.out
+
+
+@pytest.mark.parametrize(
+    "words, found, other",
+    [
+        ("train train.l", "train.lr=", "train.log_every=x"),
+        ("train --set data.si", "data.size=", "data.path="),
+        ("evaluate runs/a", "runs/a", "runs/b"),
+    ],
+)
+def test_the_shell_completes_keys_and_runs(words, found, other, tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run / "checkpoints").mkdir(parents=True)
+    env = {"_TYPER_COMPLETE_ARGS": f"flowtrain {words}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = quick(cwd=tmp_path, _FLOWTRAIN_COMPLETE="complete_fish", **env)
+    assert found in done.out and other not in done.out
 
 
 def test_the_python_module_imports_instantly():
@@ -179,6 +196,17 @@ def test_the_python_module_imports_instantly():
 
 
 # --- train ----------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_result_and_what_comes_next(tmp_path):
+    done = quick("train", *TINY_RUN, "--run-dir", "r", cwd=tmp_path).ok()
+    values = summary(tmp_path / "r")
+    *_, result, evaluate, sample, report = done.out.splitlines()
+    best = values["best_validation_bits_per_dim"]
+    assert result.startswith(f"finished: {best:.3f} bits/dim on the validation images")
+    assert "20 steps in 0:0" in result and result.endswith(", r")
+    words = [line.split()[:3] for line in (evaluate, sample, report)]
+    assert words == [["flowtrain", name, "r"] for name in ("evaluate", "sample", "report")]
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -329,7 +357,8 @@ def test_what_train_prints(tmp_path):
         "step 20/20",
         "step 20",
     ]
-    assert "runs/glow_digits" in lines[-1] and "finished" in lines[-1]
+    (finished,) = (line for line in lines if line.startswith("finished"))
+    assert finished.endswith(", runs/glow_digits")
     again = quick("train", *TINY_RUN, cwd=tmp_path).ok()
     assert "runs/glow_digits is finished (step 20)" in again.out
     assert metrics(tmp_path / "runs" / "glow_digits", timeless=True) == metrics(
@@ -466,7 +495,13 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     written = json.loads((run / "evaluate-test.json").read_text())
     assert set(written) >= KEYS
     assert "runs/glow_digits/evaluate-test.json" in done.out
-    assert f"{written['bits_per_dim']:.5g}" in done.out and "bits per dim" in done.out
+    value, error = written["bits_per_dim"], written["bits_per_dim_stderr"]
+    lines = done.out.splitlines()
+    headline = f"{value:.3f} +- {error:.3f} bits/dim ({DIGITS[0]} test images)"
+    assert headline in lines and lines.index(headline) < lines.index(
+        next(line for line in lines if "likelihood" in line)
+    )
+    assert done.out.count(f"{value:.3f}") == 1 and "None" not in done.out
     expected = {
         "bound": "elbo",
         "samples": 1,
@@ -487,11 +522,39 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     assert 0 < written["max_reconstruction_error"] < 0.01
 
 
+def test_info_says_what_a_run_is(run, tmp_path):
+    flowtrain("evaluate", cwd=tmp_path).ok()
+    out = " ".join(flowtrain("info", cwd=tmp_path).ok().out.split())
+    values = summary(run)
+    for words in (
+        "digits: 1x8x8, 17 levels",
+        f"glow, {values['parameters']:,} parameters, sampling: one pass",
+        f"step {values['best_step']:,}",
+        "digits, test",
+        f"({DIGITS[0]} images",
+        "flowtrain " + package.__version__,
+    ):
+        assert words in out, words
+
+
+def test_info_says_what_a_configuration_is(tmp_path):
+    out = " ".join(quick("info", "causal_cifar_small", cwd=tmp_path).ok().out.split())
+    assert "cifar10: 3x32x32, 256 levels" in out and "sampling: sequential" in out
+    assert "30:00, muon, batches of 32" in out
+
+
+def test_list_names_what_comes_with_flowtrain(tmp_path):
+    out = quick("list", cwd=tmp_path).ok().out
+    for words in ("  glow_cifar_small ", "  mnist ", "MNIST handwritten digits", "  glow "):
+        assert words in out, words
+    assert "None" not in out
+
+
 def test_json_on_standard_output_is_alone(run, tmp_path):
     before = tree(tmp_path)
     done = flowtrain("evaluate", run, "--json", "-", cwd=tmp_path).ok()
     assert set(json.loads(done.out)) >= KEYS
-    assert "evaluating" in done.err and "bits per dim" in done.err
+    assert "evaluating" in done.err and "bits/dim" in done.err
     assert tree(tmp_path) == before
 
 
@@ -518,7 +581,7 @@ def test_options_of_evaluate(run, tmp_path):
     assert evaluated("--seed", 1, cwd=tmp_path)["bits_per_dim"] != all_images["bits_per_dim"]
     raw = evaluated("--weights", "raw", cwd=tmp_path)
     assert raw["weights"] == "raw" and raw["bits_per_dim"] != all_images["bits_per_dim"]
-    tighter = evaluated("--samples", 8, cwd=tmp_path)
+    tighter = evaluated("--draws", 8, cwd=tmp_path)
     assert (tighter["bound"], tighter["samples"]) == ("iwbo", 8)
     assert tighter["bits_per_dim"] < all_images["bits_per_dim"]
     assert evaluated("runs/glow_digits/checkpoints/last.safetensors", cwd=tmp_path)["step"] == 20
@@ -526,7 +589,7 @@ def test_options_of_evaluate(run, tmp_path):
 
 def test_scores(run, tmp_path):
     values = evaluated(
-        "--scores", "new/folder/scores.csv", "--num-images", 9, "--samples", 2, cwd=tmp_path
+        "--scores", "new/folder/scores.csv", "--num-images", 9, "--draws", 2, cwd=tmp_path
     )
     rows = list(csv.DictReader((tmp_path / "new" / "folder" / "scores.csv").open()))
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
@@ -637,7 +700,9 @@ def test_sample_writes_a_grid(run, tmp_path):
 
 
 def test_samples_in_an_npz(run, tmp_path):
-    values = drawn("--num", 5, "--temperature", 0.5, "--temperature", 1, "--seed", 3, cwd=tmp_path)
+    values = drawn(
+        "--num-images", 5, "--temperature", 0.5, "--temperature", 1, "--seed", 3, cwd=tmp_path
+    )
     assert values["images"].shape == (10, 8, 8, 1) and values["images"].dtype == np.uint8
     assert values["images"].max() < 17
     assert values["temperature"].tolist() == [0.5] * 5 + [1.0] * 5
@@ -645,20 +710,24 @@ def test_samples_in_an_npz(run, tmp_path):
 
 
 def test_samples_depend_on_the_seed_alone(run, tmp_path):
-    many = drawn("--num", 70, cwd=tmp_path)["images"]  # more than one batch
-    assert np.array_equal(drawn("--num", 70, cwd=tmp_path)["images"], many)
-    assert np.array_equal(drawn("--num", 3, cwd=tmp_path)["images"], many[:3])
-    assert not np.array_equal(drawn("--num", 3, "--seed", 1, cwd=tmp_path)["images"], many[:3])
-    assert not np.array_equal(drawn("--num", 70, "--weights", "raw", cwd=tmp_path)["images"], many)
+    many = drawn("--num-images", 70, cwd=tmp_path)["images"]  # more than one batch
+    assert np.array_equal(drawn("--num-images", 70, cwd=tmp_path)["images"], many)
+    assert np.array_equal(drawn("--num-images", 3, cwd=tmp_path)["images"], many[:3])
+    assert not np.array_equal(
+        drawn("--num-images", 3, "--seed", 1, cwd=tmp_path)["images"], many[:3]
+    )
+    assert not np.array_equal(
+        drawn("--num-images", 70, "--weights", "raw", cwd=tmp_path)["images"], many
+    )
     assert len(np.unique(many.reshape(70, -1), axis=0)) == 70
 
 
 @pytest.mark.parametrize(
     "args, rows, columns",
     [
-        (["--num", 7], 3, 3),
-        (["--num", 2], 2, 1),
-        (["--num", 3, "--temperature", 0, "--temperature", 0.7], 2, 3),
+        (["--num-images", 7], 3, 3),
+        (["--num-images", 2], 2, 1),
+        (["--num-images", 3, "--temperature", 0, "--temperature", 0.7], 2, 3),
     ],
 )
 def test_grids_of_any_number(args, rows, columns, run, tmp_path):
@@ -669,7 +738,7 @@ def test_grids_of_any_number(args, rows, columns, run, tmp_path):
 
 
 def test_one_sample_is_a_picture_without_a_frame(run, tmp_path):
-    quick("sample", "--num", 1, "--out", "one.png", cwd=tmp_path).ok()
+    quick("sample", "--num-images", 1, "--out", "one.png", cwd=tmp_path).ok()
     assert Image.open(tmp_path / "one.png").size == (32, 32)
 
 

@@ -17,7 +17,7 @@ from flowtrain.data.splits import DataSet
 def named(name, own, shape=(3, 8, 8)):
     """The data set that a name stands for, beside a model's own."""
     own = a_config("nice", data=own).data
-    config = a_config("nice", data=section_named(str(name), own, shape, "--dataset")).data
+    config = a_config("nice", data=section_named(str(name), own, shape, "--data")).data
     return DataSet(config, undivided(config, own))
 
 
@@ -42,7 +42,7 @@ def test_what_fits_another_data_set_comes_from_the_models_own(tmp_path):
         layout="nchw",
         shape=(3, 8, 8),
     )
-    mnist = section_named("mnist", a_config("nice", data=own).data, (3, 8, 8), "--dataset")
+    mnist = section_named("mnist", a_config("nice", data=own).data, (3, 8, 8), "--data")
     assert (mnist["name"], mnist["n_bits"], mnist["split_seed"], mnist["root"]) == (
         "mnist",
         5,
@@ -134,28 +134,28 @@ def evaluate(tmp_path, *words):
 
 def test_evaluate_on_other_data(tmp_path):
     pictures(tmp_path / "p", 12)
-    found = evaluate(tmp_path, "--dataset", "p", "--scores", "s.csv", "--json", "r.json").ok()
+    found = evaluate(tmp_path, "--data", "p", "--scores", "s.csv", "--json", "r.json").ok()
     assert "on all of p" in found.out
     outcome = json.loads((tmp_path / "r.json").read_text())
     assert (outcome["dataset"], outcome["split"], outcome["num_images"]) == ("p", "all", 12)
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 13
     # The file as such scores as it does in the folder (its noise is that of the first image).
-    one = json.loads(evaluate(tmp_path, "--dataset", "p/0.png", "--json", "-").ok().out)
+    one = json.loads(evaluate(tmp_path, "--data", "p/0.png", "--json", "-").ok().out)
     assert one["num_images"] == 1
     assert one["bits_per_dim"] == pytest.approx(
         float((tmp_path / "s.csv").read_text().splitlines()[1].split(",")[1])
     )
     # Keys of data still apply.
-    reduced = evaluate(tmp_path, "--dataset", "p", "--set", "data.size=6")
+    reduced = evaluate(tmp_path, "--data", "p", "--set", "data.size=6")
     reduced.failed(2, "(3, 6, 6) with 256 levels cannot be evaluated", "(3, 8, 8)")
 
 
 def test_the_result_on_other_data_does_not_replace_that_on_the_models_own(tmp_path):
     section = npz(tmp_path / "b.npz", shape=(8, 8, 3), test=5)
     before = tree(a_run())
-    evaluate(tmp_path, "--dataset", section["path"]).ok()
+    evaluate(tmp_path, "--data", section["path"]).ok()
     assert set(tree(a_run())) - set(before) == {"evaluate-b-test.json"}
-    split = evaluate(tmp_path, "--dataset", "b.npz", "--split", "validation", "--json", "-").ok()
+    split = evaluate(tmp_path, "--data", "b.npz", "--split", "validation", "--json", "-").ok()
     assert (
         json.loads(split.out)["num_images"] == 2 and json.loads(split.out)["split"] == "validation"
     )

@@ -257,7 +257,7 @@ def test_samples_and_paths(run, tmp_path):
     quick(
         "sample",
         run,
-        "--num",
+        "--num-images",
         50,
         "--temperature",
         0.5,
@@ -312,7 +312,7 @@ def test_pictures_without_validation(tmp_path):
 
 
 def test_other_points_have_their_own_options(run, tmp_path):
-    done = quick("evaluate", run, "--dataset", "eight_gaussians", "--json", "-", cwd=tmp_path).ok()
+    done = quick("evaluate", run, "--data", "eight_gaussians", "--json", "-", cwd=tmp_path).ok()
     assert json.loads(done.out)["num_images"] == 10_000  # and not the 300 of the model's data set
 
 

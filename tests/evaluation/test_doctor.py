@@ -47,7 +47,7 @@ from flowtrain.evaluation.layers import Watching, layers_of, log_scale_ranges
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, uniform
 
 pytestmark = pytest.mark.run  # many seconds in all
 
@@ -226,9 +226,7 @@ def test_log_scales_are_those_of_the_layers(tmp_path):
     model, data = a_model(tmp_path)
     found = examined(model, data, num_images=4, seed=3)
     x = data.split("test").take(slice(0, 4))
-    ranges = log_scale_ranges(
-        model.flow, x, draw_noise(x.shape, generator(3, Stream.EVALUATION), x.device)
-    )
+    ranges = log_scale_ranges(model.flow, x, uniform(x.shape, 3, Stream.EVALUATION))
     assert len(ranges) > 5
     for name, (low, high) in ranges.items():
         coupling = name.endswith(".transform")
@@ -483,7 +481,7 @@ def test_a_model_that_is_worse_than_a_uniform_coder(tmp_path):
     model, data = a_model(tmp_path)
     finding = examined(model, data, num_images=4)["likelihood", "", IMAGES]
     x = data.split("test").take(slice(0, 4))
-    noise = draw_noise(x.shape, generator(0, Stream.EVALUATION), x.device)
+    noise = uniform(x.shape, 0, Stream.EVALUATION)
     bits = -model.flow(x, noise).total.mean().item() / (64 * math.log(2))
     assert finding.value == pytest.approx(bits / 8, rel=1e-4)
     assert finding.verdict == "bad"  # random images are not what any model knows
@@ -591,7 +589,7 @@ def test_the_values_of_a_known_fault(tmp_path):
             0.6, rel=1e-3
         )
     x = data.split("test").take(slice(None))
-    v = model.flow.dequantizer(x, draw_noise(x.shape, generator(0, Stream.EVALUATION), x.device))[0]
+    v = model.flow.dequantizer(x, uniform(x.shape, 0, Stream.EVALUATION))[0]
     size = v.abs().clamp_min(v.square().mean().sqrt())
     assert found["inverse of forward", "layers.0", IMAGES].value == pytest.approx(
         0.6 / 256 / size.min().item(), rel=1e-3
@@ -618,7 +616,7 @@ def test_errors_are_relative_to_large_entries(tmp_path):
 def test_images_that_are_not_finite_are_counted(fault, tmp_path):
     model, data = faulty(tmp_path, fault)
     x = data.split("test").take(slice(None))
-    v = model.flow.dequantizer(x, draw_noise(x.shape, generator(0, Stream.EVALUATION), x.device))[0]
+    v = model.flow.dequantizer(x, uniform(x.shape, 0, Stream.EVALUATION))[0]
     bright = int((v.flatten(1).mean(1) > 0).sum())
     assert 0 < bright < len(x)
     found = examined(model, data)

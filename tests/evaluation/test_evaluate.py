@@ -75,7 +75,7 @@ def test_an_exact_likelihood_has_one_draw_and_no_error_over_draws(tmp_path):
     assert content["max_reconstruction_error"] is None and content["sampling"] == "sequential"
     other = evaluated(tmp_path, flow, seed=1)[1]
     torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)
-    with pytest.raises(UserError, match="--samples 2: the likelihood of glow is exact"):
+    with pytest.raises(UserError, match="--draws 2: the likelihood of glow is exact"):
         evaluated(tmp_path, flow, samples=2)  # `evaluated` calls its model so
 
 

@@ -287,7 +287,7 @@ def test_rows_and_picture(tmp_path):
 def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     model = a_model(tmp_path, shape=(3, 8, 8), levels=32, n_bits=5, shift=5, flip=True)
     own = model.config.data
-    digits = ood.named("digits", "--out", model, DataSet(own), 20)
+    digits = ood.named("digits", "--data", model, DataSet(own), 20)
     assert digits.images.shape == (20, 3, 8, 8) and digits.images.max() == 31
     assert digits.stored == ((1, 8, 8), 17) and digits.split == "test"
     stored = (
@@ -304,18 +304,21 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     named = ood.named("npz", "--in", model, DataSet(own), 100)
     assert np.array_equal(named.images, inside.images) and named.stored is None
     Image.fromarray(np.full((20, 10), 255, "u1")).save(tmp_path / "one.png")
-    one = ood.named(str(tmp_path / "one.png"), "--out", model, DataSet(own), 20)
+    one = ood.named(str(tmp_path / "one.png"), "--data", model, DataSet(own), 20)
     assert one.images.shape == (1, 3, 8, 8) and one.images.min() == 31 and one.split == "all"
 
 
 @pytest.mark.parametrize(
     "name, fragment",
-    [("mnits", "--out mnits: neither a data set .*noise"), ("two_moons", "--out two_moons: real")],
+    [
+        ("mnits", "--data mnits: neither a data set .*noise"),
+        ("two_moons", "--data two_moons: real"),
+    ],
 )
 def test_names_that_are_no_images(tmp_path, name, fragment):
     model = a_model(tmp_path)
     with pytest.raises(UserError, match=fragment):
-        ood.named(name, "--out", model, DataSet(model.config.data), 5)
+        ood.named(name, "--data", model, DataSet(model.config.data), 5)
 
 
 class Spoiled(Bijection):
@@ -374,15 +377,15 @@ def command(tmp_path, *words):
 
 def test_command(tmp_path):
     words = [
-        "--out",
+        "--data",
         "noise",
-        "--out",
+        "--data",
         "constant",
         "--num-images",
         40,
         "--scores",
         "a/s.csv",
-        "--picture",
+        "--out",
         "b/o.png",
     ]
     found = command(tmp_path, *words, "--json", "c/o.json").ok()
@@ -396,14 +399,12 @@ def test_command(tmp_path):
     assert f"{outcome['in']['bits_per_dim']:.3f}" in found.out and "AUROC" in found.out
     assert len((tmp_path / "a/s.csv").read_text().splitlines()) == 121
     assert Image.open(tmp_path / "b/o.png").format == "PNG"
-    again = command(
-        tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--batch-size", 3
-    ).ok()
+    again = command(tmp_path, *words[:6], "--json", "-", "--out", "o.png", "--batch-size", 3).ok()
     repeated = json.loads(again.out)
     assert repeated["in"]["bits_per_dim"] == pytest.approx(outcome["in"]["bits_per_dim"], abs=1e-4)
     assert repeated["out"][0]["auroc"] == pytest.approx(outcome["out"][0]["auroc"], abs=1e-3)
     other = command(
-        tmp_path, *words[:6], "--json", "-", "--picture", "o.png", "--seed", 1, "--weights", "raw"
+        tmp_path, *words[:6], "--json", "-", "--out", "o.png", "--seed", 1, "--weights", "raw"
     ).ok()
     assert json.loads(other.out)["weights"] == "raw"
     assert json.loads(other.out)["out"][0]["bits_per_dim"] != repeated["out"][0]["bits_per_dim"]
@@ -416,16 +417,16 @@ def test_the_model_without_validation_images_and_data_that_it_did_not_see(tmp_pa
     words = [
         "--in",
         "a.npz",
-        "--out",
+        "--data",
         "digits",
-        "--out",
+        "--data",
         "shuffled",
         "--num-images",
         10,
         "--json",
         "-",
     ]
-    found = command(tmp_path, *words, "--picture", "o.png", *sets(data__validation=0)).ok()
+    found = command(tmp_path, *words, "--out", "o.png", *sets(data__validation=0)).ok()
     outcome = json.loads(found.out)
     assert outcome["entropy_split"] == "train"
     assert (outcome["in"]["dataset"], outcome["in"]["split"], outcome["in"]["num_images"]) == (
@@ -440,7 +441,7 @@ def test_the_model_without_validation_images_and_data_that_it_did_not_see(tmp_pa
 
 def test_outputs_lie_in_the_run_by_default(tmp_path):
     before = tree(digits_run())
-    command(tmp_path, "--out", "noise", "--num-images", 2).ok()
+    command(tmp_path, "--data", "noise", "--num-images", 2).ok()
     assert set(tree(digits_run())) - set(before) == {"ood.json", "ood.png"}
     assert tree(tmp_path) == []
 
@@ -453,7 +454,7 @@ def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
         "e.score = bad"
     )
     found = quick(
-        "ood", digits_run(), "--out", "noise", "--num-images", 3, cwd=tmp_path, first=first
+        "ood", digits_run(), "--data", "noise", "--num-images", 3, cwd=tmp_path, first=first
     )
     found.failed(
         1, "1 of 3 images of noise (made) have a likelihood that is not finite: those at 1"
@@ -468,5 +469,5 @@ def test_the_help_says_that_the_likelihood_fails(tmp_path):
         and "bits/dim" in words
         and "Serra et al. 2020" in words
     )
-    for option in ("--in", "--out", "--num-images", "--scores", "--picture", "--json", "--set"):
+    for option in ("--in", "--data", "--num-images", "--scores", "--out", "--json", "--set"):
         assert option in words

@@ -252,5 +252,5 @@ def test_what_cannot_be_scored_is_refused(flow, monkeypatch):
     scoring.require_memory(flow, 20, None, samples=2)
     with pytest.raises(UserError, match="^--batch-size 11: 11 images at a time need at least 0.0 "):
         scoring.require_memory(flow, 20, 11, samples=2)
-    with pytest.raises(UserError, match="^--samples 3: the scores of 20 images need"):
+    with pytest.raises(UserError, match="^--draws 3: the scores of 20 images need"):
         scoring.require_memory(flow, 20, 10, samples=3)

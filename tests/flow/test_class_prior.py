@@ -258,9 +258,7 @@ def test_evaluation_adds_the_accuracy(run, tmp_path):
     labels = DataSet(a_config().data).split("test").labels.tolist()
     hits = [int(row["predicted_class"]) == label for row, label in zip(rows, labels, strict=True)]
     assert np.mean(hits) == pytest.approx(result["accuracy"])
-    several = json.loads(
-        quick("evaluate", run, "--json", "-", "--samples", 3, cwd=tmp_path).ok().out
-    )
+    several = json.loads(quick("evaluate", run, "--json", "-", "--draws", 3, cwd=tmp_path).ok().out)
     assert (
         several["accuracy"] != result["accuracy"]
         or several["bits_per_dim"] < result["bits_per_dim"]
@@ -279,12 +277,12 @@ def test_bounds_by_class_are_those_of_the_draws(run):
 
 
 def test_samples_have_a_row_a_class(run, tmp_path):
-    quick("sample", run, "--classes", "3,0", "--num", 5, "--out", "s.npz", cwd=tmp_path).ok()
+    quick("sample", run, "--classes", "3,0", "--num-images", 5, "--out", "s.npz", cwd=tmp_path).ok()
     drawn = np.load(tmp_path / "s.npz")
     assert drawn["classes"].tolist() == [3] * 5 + [0] * 5 and len(drawn["images"]) == 10
-    quick("sample", run, "--classes", "0", "--num", 5, "--out", "0.npz", cwd=tmp_path).ok()
+    quick("sample", run, "--classes", "0", "--num-images", 5, "--out", "0.npz", cwd=tmp_path).ok()
     assert np.array_equal(np.load(tmp_path / "0.npz")["images"], drawn["images"][5:])
-    quick("sample", run, "--classes", "3,0", "--num", 5, "--out", "s.png", cwd=tmp_path).ok()
+    quick("sample", run, "--classes", "3,0", "--num-images", 5, "--out", "s.png", cwd=tmp_path).ok()
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.size == (5 * 34 + 2, 2 * 34 + 2)
 
@@ -363,11 +361,11 @@ def test_other_data_have_other_classes(run, tmp_path):
     arrays = {"x_train": digits_images()[:40], "y_train": np.arange(40) + 100}
     np.savez(tmp_path / "b.npz", **arrays, x_test=arrays["x_train"], y_test=arrays["y_train"])
     labelled(tmp_path / "a.npz", shape=(8, 8, 1))
-    done = quick("evaluate", run, "--dataset", "b.npz", "--json", "-", cwd=tmp_path)
+    done = quick("evaluate", run, "--data", "b.npz", "--json", "-", cwd=tmp_path)
     done.failed(2, "with 256 levels")  # the digits have 17
     quick("train", *RUN, *NPZ, "--run-dir", "r", cwd=tmp_path).ok()
     result = json.loads(
-        quick("evaluate", "r", "--dataset", "b.npz", "--json", "-", cwd=tmp_path).ok().out
+        quick("evaluate", "r", "--data", "b.npz", "--json", "-", cwd=tmp_path).ok().out
     )
     assert "accuracy" not in result and result["num_images"] == 40
 

@@ -176,6 +176,42 @@ def test_decode_inverts_encode_for_every_split_and_conditioner(coupling, options
     assert torch.equal(flow.decode(flow.encode(x)), x)
 
 
+def test_several_draws_are_the_importance_weighted_bound():
+    flow = tiny_flow("glow")
+    x = images(3, flow.shape, flow.levels)
+    random, again = seeded(4), seeded(4)
+    singles = torch.stack([flow.log_prob(x, random) for _ in range(5)])
+    expected = singles.double().exp().mean(dim=0).log().float()
+    torch.testing.assert_close(flow.log_prob(x, again, draws=5), expected)
+    assert torch.equal(flow.log_prob(x, seeded(4)), singles[0])
+    bits = flow.bits_per_dim(x, seeded(4), draws=5)
+    torch.testing.assert_close(bits, -expected / (flow.dims * math.log(2)))
+    with pytest.raises(ValueError, match="draws: 0"):
+        flow.log_prob(x, draws=0)
+    with pytest.raises(ValueError, match="draws: 2, where the likelihood is exact"):
+        tiny_flow("causal").log_prob(x, draws=2)
+
+
+def test_samples_with_their_log_prob():
+    flow = tiny_flow("glow")
+    x, log_prob = flow.sample_with_log_prob(4, 0.7, seeded(1))
+    random = seeded(1)
+    assert torch.equal(x, flow.sample(4, 0.7, random))
+    assert torch.equal(log_prob, flow.log_prob(x, random)) and not log_prob.requires_grad
+
+
+@every_model
+def test_a_flow_is_described_in_five_lines(model):
+    flow = tiny_flow(model)
+    lines = repr(flow).splitlines()
+    assert len(lines) == 5
+    count = sum(p.numel() for p in flow.parameters())
+    assert f"{count:,}" in lines[3] and "x".join(map(str, flow.shape)) in lines[0]
+    assert ("exact" in lines[1]) == flow.exact and ("sequential" in lines[2]) == (
+        flow.sampling == "sequential"
+    )
+
+
 @every_model
 def test_samples(model):
     flow = tiny_flow(model, q=17)

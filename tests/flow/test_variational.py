@@ -413,14 +413,12 @@ def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
     assert f"parameters: {sum(p.numel() for p in flow.parameters())}\n" in parameters
     assert {p.numel() > 0 for p in flow.dequantizer.parameters()} == {True}
     out = (
-        quick(
-            "evaluate", whole, "--num-images", "20", "--samples", "2", "--json", "-", cwd=tmp_path
-        )
+        quick("evaluate", whole, "--num-images", "20", "--draws", "2", "--json", "-", cwd=tmp_path)
         .ok()
         .out
     )
     assert '"bound": "iwbo"' in out and '"non_finite_images": 0' in out
-    quick("sample", whole, "--num", "4", cwd=tmp_path).ok()
+    quick("sample", whole, "--num-images", "4", cwd=tmp_path).ok()
 
     key = "dequantization.name"
     other = [*command, *sets(dequantization__name="uniform"), "--run-dir", whole]

@@ -89,13 +89,15 @@ def test_other_dimensions_have_no_picture():
 
 
 def test_a_picture_without_room_is_refused(monkeypatch):
-    """Images of 4 x 4 are enlarged 8 times; they and the picture take a byte for each value."""
+    """Three images of 4 x 4 in a row are enlarged 67 times, to 804 pixels. They and the picture
+    take a byte for each value.
+    """
     flow = tiny_flow(shape=(1, 4, 4), q=17)
-    monkeypatch.setattr(capacity, "available", lambda device: 6 * 32 * 32 * 4)
-    draw.drawing(flow, unneeded).require_room(6, flow.shape, "six")
+    monkeypatch.setattr(capacity, "available", lambda device: 6 * 268 * 268 * 4)
+    draw.drawing(flow, unneeded).require_room(6, flow.shape, 3, "six")
     with pytest.raises(UserError, match="^seven: at least 0.0 GiB, and 0.0 GiB are available"):
-        draw.drawing(flow, unneeded).require_room(7, flow.shape, "seven:")
-    draw.drawing(a_flow(), unneeded).require_room(10**12, (2, 1, 1), "points")
+        draw.drawing(flow, unneeded).require_room(7, flow.shape, 3, "seven:")
+    draw.drawing(a_flow(), unneeded).require_room(10**12, (2, 1, 1), 3, "points")
 
 
 def test_samples_and_paths_without_room_are_refused(monkeypatch):
@@ -103,9 +105,9 @@ def test_samples_and_paths_without_room_are_refused(monkeypatch):
     flow = tiny_flow(shape=(1, 4, 4), q=17)
     monkeypatch.setattr(capacity, "available", lambda device: 5 * 2 * (64 + 16))
     assert len(sample(flow, 5, [1.0], 0)) == 5
-    with pytest.raises(UserError, match="^--num 6: 6 samples need at least"):
+    with pytest.raises(UserError, match="^--num-images 6: 6 samples need at least"):
         sample(flow, 6, [1.0], 0)
-    with pytest.raises(UserError, match="^--num 3: 15 samples need at least"):
+    with pytest.raises(UserError, match="^--num-images 3: 15 samples need at least"):
         sample(flow, 3, [1.0] * 5, 0)
     x = images(2, (1, 4, 4), 17)
     assert interpolate(flow, x[:1], x[1:], 5).shape == (1, 5, 1, 4, 4)

@@ -12,5 +12,8 @@ from flowtrain.pictures import grid
 )
 def test_a_grid_is_that_of_torchvision(count, channels, columns):
     x = torch.randint(0, 256, (count, channels, 40, 33), dtype=torch.uint8)
-    expected = make_grid(x, nrow=columns, padding=2, pad_value=64)
-    assert torch.equal(grid.grid(x, 256, columns), expected)
+    picture = grid.grid(x, 256, columns)
+    factor = 1 if count == 1 else -(-800 // (33 * min(columns, count)))
+    assert count == 1 or picture.shape[2] >= 800
+    enlarged = x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    assert torch.equal(picture, make_grid(enlarged, nrow=columns, padding=2, pad_value=64))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import quick, trained
+from cli_helpers import flowtrain, quick, trained
 from PIL import Image
 from run_files import ROWS, TEST, a_run, train_row, validation_row
 
@@ -47,11 +47,11 @@ def test_the_table_has_what_the_files_say(tmp_path):
             "0:10",
             "3.1250",
             "3.2500 +- 0.0125",
-            "bits/dim",
             "7",
         ],
-        ["b", "glow", "digits", "12,345", "10", "0:02", "-", "-", "bits/dim", "6"],
+        ["b", "glow", "digits", "12,345", "10", "0:02", "-", "-", "6"],
     ]
+    assert "validation, bits/dim" in done.out
     assert "flowtrain evaluate b" in done.out and "b has no validation figure" in done.out
     assert "wrote new/picture.png" in done.out and "wrote new/table.json" in done.out
     picture = Image.open(tmp_path / "new" / "picture.png")
@@ -74,6 +74,20 @@ def test_the_table_has_what_the_files_say(tmp_path):
         and a["test"]["bits_per_dim"] == 3.25
     )
     assert b["test"] is None and b["validation"] is None
+
+
+def test_the_table_fits_a_terminal_of_eighty_columns(tmp_path):
+    names = ["glow_cifar_small_again", "b"]
+    for name in names:
+        a_run(tmp_path / name, parameters=44_000_000, images=123_456_789)
+    lines = flowtrain("compare", *names, cwd=tmp_path, COLUMNS="80").ok().out.splitlines()
+    table = lines[
+        : lines.index(next(line for line in lines if line.startswith("- ") or "wrote" in line))
+    ]
+    assert max(map(len, table)) <= 80 and names[0] in "".join(table)
+    for kept in ("validation, bits/dim", "test", "time", "3.2500 +- 0.0125"):
+        assert any(kept in line for line in table), kept
+    assert not any("images/s" in line for line in table)
 
 
 def test_real_runs_compare(tmp_path):

@@ -1,5 +1,7 @@
 """The memory that is left."""
 
+import types
+
 import pytest
 import torch
 
@@ -36,14 +38,36 @@ def test_the_memory_of_the_machine():
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_memory_of_a_gpu(kind, monkeypatch):
+    """What is free, and what torch holds and does not use. The peak is beyond what was there."""
+    counted = {"peak": 900, "run": 0}
+
+    def run():
+        counted["run"] += 1
+
+    module = types.SimpleNamespace(
+        mem_get_info=lambda device: (1000, 5000),
+        memory_reserved=lambda device: 300,
+        memory_allocated=lambda device: 250,
+        max_memory_allocated=lambda device: counted["peak"] if counted["run"] else 10**9,
+        reset_peak_memory_stats=lambda device: None,
+        synchronize=lambda device: None,
+    )
+    monkeypatch.setattr(torch, "get_device_module", {torch.device(kind, 1): module}.__getitem__)
+    device = torch.device(kind, 1)
+    assert capacity.available(device) == capacity.left(device) == 1050
+    assert capacity.peak(run, device) == 650
+
+
 def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(capacity, "left", lambda device: 2**30)
-    capacity.require(2**30, "--num 5: they need")
+    capacity.require(2**30, "--num-images 5: they need")
     for needed in (2**31, 10**400):
         with pytest.raises(
             UserError, match=r"need at least [\d,]+\.0 GiB, and 1\.0 GiB are available"
         ):
-            capacity.require(needed, "--num 6: they need")
+            capacity.require(needed, "--num-images 6: they need")
 
 
 def test_what_autograd_keeps():

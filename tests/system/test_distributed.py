@@ -40,7 +40,7 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import NOISE_BLOCK, noise_of
+from flowtrain.training.step import noise_of
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
@@ -159,9 +159,10 @@ def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-3)
 
 
-def test_the_same_of_a_causal_flow_with_classes(tmp_path):
+def test_the_same_of_a_causal_flow_with_classes_and_dropout(tmp_path):
     words = ["train", *CAUSAL, *ALL[len(MODEL) :]]
     words += sets(model__classes=10, train__num_steps=5, train__optimizer="adamw")
+    words += sets(model__dropout=0.2, model__attention=1, model__downsample=1)
     quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
     all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)
@@ -266,19 +267,11 @@ def test_augmentation_of_a_part(tmp_path):
 
 def test_noise_of_a_part():
     config = a_config()
-    count = 2 * NOISE_BLOCK + 20
-    x = torch.zeros(count, 1, 2, 2)
-    whole = noise_of(config, 3, x, 0)
+    x = torch.zeros(40, 1, 2, 2)
+    whole = noise_of(config, 70, x)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
-    for begins, ends in [
-        (0, 5),
-        (NOISE_BLOCK - 1, NOISE_BLOCK + 1),
-        (NOISE_BLOCK, count),
-        (700, 1020),
-        (7, count),
-    ]:
-        assert torch.equal(noise_of(config, 3, x[begins:ends], begins), whole[begins:ends])
-    assert not torch.equal(noise_of(config, 4, x, 0), whole)
+    for begins, ends in [(0, 5), (19, 21), (7, 40)]:
+        assert torch.equal(noise_of(config, 70 + begins, x[begins:ends]), whole[begins:ends])
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -541,6 +534,27 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
+SOON = """
+from flowtrain.system import distributed, pulse
+pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+"""
+
+
+@pytest.mark.parametrize("victim, world", [(1, 3), (0, 2)])
+def test_a_process_that_stands_still_ends_the_others(victim, world, tmp_path):
+    """Its connections stay open, so nothing but its silence says that it is lost."""
+    processes = begin(world, "train", *LONG, "--run-dir", "r", cwd=tmp_path, first=SOON)
+    wait_for_step(tmp_path / "r", 12)
+    stopped = processes.pop(victim).process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    results = [process.result() for process in processes]
+    stopped.kill()
+    said = [each for each in results if each.err]
+    assert [each.code for each in results] == [1] * len(results) and len(said) == 1, results
+    said[0].failed(1, f"heard nothing of process {victim} for 3 s", "last.safetensors is the last")
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+
+
 def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
     torchrun = [
         sys.executable,
@@ -618,7 +632,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
         trained()["glow"],
         "--num-images",
         images,
-        "--samples",
+        "--draws",
         2,
         "--json",
         "-",
@@ -634,7 +648,7 @@ def test_evaluation_is_sharded(count, images, tmp_path):
     assert one.keys() == several.keys() and several["num_images"] == images
     for key, value in one.items():
         assert several[key] == (
-            pytest.approx(value, abs=1e-6, rel=1e-6) if isinstance(value, float) else value
+            pytest.approx(value, abs=1e-5, rel=1e-5) if isinstance(value, float) else value
         ), key
     scores = [np.loadtxt(tmp_path / name, delimiter=",", skiprows=1) for name in ("1.csv", "n.csv")]
     np.testing.assert_allclose(*scores, rtol=1e-5)
@@ -654,11 +668,13 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_pa
 
 
 def test_the_first_process_samples_and_interpolates(tmp_path):
-    all_ok(together(2, "sample", trained()["glow"], "--num", 4, "--out", "s.npz", cwd=tmp_path))
+    all_ok(
+        together(2, "sample", trained()["glow"], "--num-images", 4, "--out", "s.npz", cwd=tmp_path)
+    )
     all_ok(
         together(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png", cwd=tmp_path)
     )
-    quick("sample", trained()["glow"], "--num", 4, "--out", "1.npz", cwd=tmp_path).ok()
+    quick("sample", trained()["glow"], "--num-images", 4, "--out", "1.npz", cwd=tmp_path).ok()
     assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
 

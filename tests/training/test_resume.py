@@ -110,7 +110,7 @@ def uninterrupted():
         sets(data__max_in_memory=0, data__workers=1),
         [*WORDS["realnvp"], *sets(train__precision="bf16")],
         WORDS["nice"],
-        [*CAUSAL, *sets(train__precision="bf16", model__classes=10)],
+        [*CAUSAL, *sets(train__precision="bf16", model__classes=10, model__dropout=0.2)],
     ],
     ids=[
         "fp32-adam",
@@ -120,7 +120,7 @@ def uninterrupted():
         "streamed",
         "realnvp",
         "nice",
-        "causal-with-classes",
+        "causal-with-classes-and-dropout",
     ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
@@ -348,6 +348,31 @@ def test_a_changed_key_is_named(key, value, run, tmp_path):
 def test_where_the_data_lie_may_change(run, tmp_path):
     moved = sets(data__root="moved", data__workers=7)
     assert "nothing to do" in quick("train", *TINY_RUN, *moved, cwd=tmp_path).ok().out
+
+
+def test_a_finished_run_is_extended(run, tmp_path):
+    before = metrics(run)
+    longer = [*TINY_RUN, *sets(train__num_steps=30)]
+    quick("train", *longer, cwd=tmp_path).failed(2, "train.num_steps:", "add --extend")
+    done = quick("train", *longer, "--extend", cwd=tmp_path).ok()
+    assert "going on from runs/glow_digits/checkpoints/last.safetensors at step 20" in done.out
+    assert metrics(run)[: len(before)] == before
+    steps = [row["step"] for row in metrics(run) if row["split"] == "train"]
+    assert steps == [5, 10, 15, 20, 25, 30] and summary(run)["finished"]
+    assert "nothing to do" in quick("train", *longer, cwd=tmp_path).ok().out
+    quick("train", *longer, "--extend", cwd=tmp_path).failed(
+        2, "--extend", "is at step 30: give a larger train.num_steps"
+    )
+    timed = [*TINY_RUN, *sets(train__budget="1e-3s")]
+    quick("train", *timed, "--extend", cwd=tmp_path).failed(2, "give a larger train.budget")
+    quick("train", *longer, "--extend", "--run-dir", "new", cwd=tmp_path).failed(
+        2, "--extend: new holds no run"
+    )
+    quick("train", *longer, "--extend", "--resume", "never", cwd=tmp_path).failed(2, "--extend")
+    other = quick(
+        "train", *longer, *sets(model__width=9, train__num_steps=40), "--extend", cwd=tmp_path
+    )
+    other.failed(2, "model.width:")
 
 
 def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):

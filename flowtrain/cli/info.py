@@ -1,0 +1,107 @@
+"""`flowtrain info`."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowtrain.cli import configs as configfiles
+from flowtrain.cli.base import TrustOption, command, on_one_process, print_table
+
+if TYPE_CHECKING:
+    from flowtrain.flow.flow import Flow
+
+EPILOG = (
+    "Examples: [cyan]flowtrain info runs/glow_digits[/cyan], [cyan]flowtrain info "
+    "glow_cifar_small[/cyan]"
+)
+MIB = 2**20
+
+
+@command
+@on_one_process
+def info(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL|RUN|CONFIG",
+            show_default=False,
+            help="A checkpoint, a run directory, or a configuration. By default, the newest run in "
+            "runs/.",
+        ),
+    ] = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size."""
+    shipped = what is not None and what.removesuffix(".yaml") in configfiles.shipped_configs()
+    if what is not None and (what.endswith(".yaml") or (shipped and not os.path.lexists(what))):
+        print_table(_of_config(configfiles.find_config(what)))
+    else:
+        print_table(_of_model(what, trust_code))
+
+
+def _of_config(path: Path) -> dict[str, object]:
+    from flowtrain.checkpoints.build import build_flow
+    from flowtrain.config import load_config
+    from flowtrain.data.splits import DataSet
+    from flowtrain.system.console import duration
+
+    config = load_config(path)
+    data = DataSet(config.data)
+    train = config.train
+    length = f"{train.num_steps:,} steps" if train.budget is None else duration(train.budget)
+    return {
+        "configuration": f"{path}: {configfiles.headline(path)}",
+        "data": f"{config.data.name}: {_shape(data.shape, data.levels)}",
+        "model": f"{config.model.name}, {_size(build_flow(config, data.shape, data.levels))}",
+        "training": f"{length}, {train.optimizer}, batches of {train.batch_size}",
+    }
+
+
+def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
+    import torch
+
+    from flowtrain.checkpoints.load import load_model, run_of
+    from flowtrain.runs.record import read_evaluation
+    from flowtrain.system.console import duration
+
+    loaded = load_model(model, torch.device("cpu"), None, trust_code)
+    flow, checkpoint = loaded.flow, loaded.checkpoint
+    meta = checkpoint.meta
+    table: dict[str, object] = {
+        "checkpoint": f"{checkpoint.path}: {checkpoint.path.stat().st_size / MIB:,.1f} MiB, "
+        f"{loaded.weights} weights",
+        "data": f"{loaded.config.data.name}: {_shape(flow.shape, flow.levels)}",
+        "model": f"{loaded.config.model.name}, {_size(flow)}",
+    }
+    if progress := meta.get("progress"):
+        state = "finished" if progress["finished"] else "not finished"
+        table["training"] = (
+            f"step {meta['step']:,}, {progress['images']:,} images, "
+            f"{duration(progress['seconds'])}, {state}"
+        )
+        if progress["best"] is not None:
+            table["validation"] = (
+                f"{progress['best']:.3f} {flow.kind.unit} at step {progress['best_step']:,}"
+            )
+    for file in sorted(run_of(checkpoint.path).glob("evaluate-*.json")):
+        result = read_evaluation(file)
+        value, error = result.loss
+        if value is not None:
+            spread = "" if error is None else f" +- {error:.3f}"
+            table[f"{result.dataset}, {result.split}"] = (
+                f"{value:.3f}{spread} {flow.kind.unit} ({result.num_images:,} images, step "
+                f"{result.step:,})"
+            )
+    table["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
+    return table
+
+
+def _shape(shape: tuple[int, int, int], levels: int | None) -> str:
+    values = "real values" if levels is None else f"{levels} levels"
+    return f"{'x'.join(map(str, shape))}, {values}"
+
+
+def _size(flow: "Flow") -> str:
+    return f"{sum(p.numel() for p in flow.parameters()):,} parameters, sampling: {flow.sampling}"
