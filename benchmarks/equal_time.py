@@ -45,7 +45,7 @@ def trained(config: Config, data: DataSet) -> tuple[State, list[float]]:
     progress = state.progress
     losses: list[Tensor] = []
     seconds: list[float] = []
-    while not state.reached_end():
+    while not state.reached_end(progress.seconds):
         began = time.process_time()
         x, labels = batches.at(progress)
         loss, gradient = train_step(state, x, labels)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,7 @@ from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import UserError, short
 from flowtrain.types import Shape, Side
 
-log = logging.getLogger("flowtrain")
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LISTED = 50  # unreadable files named in a message; the cache's index.json has all of them
 
 
 class File(NamedTuple):
@@ -110,15 +106,8 @@ def build(
             count, unreadable = len(own), {n: why for n, why in unreadable.items() if n in own}
         else:
             count = len(files)
-        if unreadable:
-            lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
-            if len(unreadable) > LISTED:
-                index = target() / "index.json"
-                lines.append(f"  and {len(unreadable) - LISTED} more, see {index}")
-            log.warning(
-                "data.path: %d of %d %s images in %s cannot be read and are left out:\n%s",
-                len(unreadable), count, split, folder, "\n".join(lines),
-            )  # fmt: skip
+        what = f"{split} images in {folder}"
+        cache.warn_of_unreadable(target(), unreadable, count, "data.path", what)
         return images
 
     return Images(

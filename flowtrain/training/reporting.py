@@ -15,6 +15,7 @@ from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw, grid
+from flowtrain.pictures.sample import decode
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, duration
@@ -73,7 +74,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     )
     flow, seed = state.evaluated, state.config.seed
     try:
-        samples = flow.decode(flow.place(z), flow.classes_in_turn(len(z)))
+        samples = decode(flow, flow.place(z), labels=flow.classes_in_turn(len(z)))
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")

@@ -9,8 +9,8 @@ from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.evaluation.layers import watch_modules
 from flowtrain.flow.flow import initialize
+from flowtrain.flow.passes import watch_modules
 from flowtrain.nets.convolution import Conv2d
 from flowtrain.system import capacity
 from flowtrain.training import dry_run as module
