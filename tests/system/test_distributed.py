@@ -33,7 +33,7 @@ from cli_helpers import (
     trained,
     wait_for_step,
 )
-from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
@@ -244,6 +244,11 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
         batches = Batches(data, settings, 24 // world, torch.device("cpu"))
         return batch_of(batches, step, images)[0]
 
+    # What happens to an image does not depend on the number of images in a step.
+    smaller = Batches(data, a_config(data=section), 12, torch.device("cpu"))
+    halves = [batch_of(smaller, step, images)[0] for step, images in ((7, 31), (8, 43))]
+    assert torch.equal(torch.cat(halves), batch(0, 1, 2, 31))
+
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
         whole = batch(0, 1, step, consumed)
@@ -261,8 +266,9 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
 
 def test_augmentation_of_a_part(tmp_path):
     x = images(20, (3, 8, 8))
-    whole = augment(x, True, 2, seeded())
-    assert torch.equal(augment(x[7:12], True, 2, seeded(), 7, 20), whole[7:12])
+    whole = augment(x, True, 2, 0, 100)
+    assert torch.equal(augment(x[7:12], True, 2, 0, 107), whole[7:12])
+    assert not torch.equal(augment(x, True, 2, 0), whole)
 
 
 def test_noise_of_a_part():
