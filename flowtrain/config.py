@@ -197,7 +197,7 @@ Duration = Annotated[PositiveFloat, BeforeValidator(_seconds, json_schema_input_
 
 
 def _off(value: object) -> object:
-    """YAML reads `off` as a boolean."""
+    """YAML reads `off` as false."""
     return "off" if value is False else value
 
 
