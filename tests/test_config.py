@@ -92,7 +92,6 @@ def value(config, key):
         ("train.budget=90", "train.budget", 90.0),
         ("train.budget=90s", "train.budget", 90.0),
         ("train.budget=30min", "train.budget", 1800.0),
-        ("train.compile=off", "train.compile", "off"),  # PyYAML reads it as a boolean.
         ("train.budget=1e3", "train.budget", 1000.0),
         ("train.budget=.5h", "train.budget", 1800.0),
         ("train.budget=1.5e2m", "train.budget", 9000.0),
