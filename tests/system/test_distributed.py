@@ -44,6 +44,11 @@ from flowtrain.training.step import noise_of
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
+# Traces without a C++ compiler.
+TRACED = (
+    f"{FLOAT64}; import functools; "
+    "torch.compile = functools.partial(torch.compile, backend='aot_eager')"
+)
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
 # All that could differ: clipping, the average, warm-up, decay, weight decay, augmentation, two-part
 # steps.
@@ -139,6 +144,16 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
     assert_close_runs(alone, tmp_path / "r", 1e-9)
     assert losses(alone)[0] - losses(alone)[-1] > 0.02
     assert checkpoint_format.read(last(tmp_path / "r")).meta["processes"] == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("compile", ["layers", "step"])
+def test_the_same_compiled(compile, memory, alone, tmp_path):
+    options = sets(train__compile=compile, train__memory=memory) + parts(8, 2)
+    out = all_ok(together(2, "train", *ALL, *options, "--run-dir", "r", cwd=tmp_path, first=TRACED))
+    assert f"train.compile={compile}: ready after" in out
+    assert_close_runs(alone, tmp_path / "r", 1e-9)
 
 
 def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
