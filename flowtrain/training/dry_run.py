@@ -255,8 +255,7 @@ def _seconds_of_a_step(state: State, batch: int) -> float:
         started = time.perf_counter()
         _, grad_norm = train_step(state, x, labels)
         optimizer_step(state, grad_norm)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        synchronize(x.device)
         if step > 0:  # the first one warms up
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
