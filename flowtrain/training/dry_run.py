@@ -24,6 +24,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
+from flowtrain.system.device import synchronize
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
