@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ log = logging.getLogger("flowtrain")
 
 CHUNK = 256  # images decoded ahead of the one being written
 LONGEST_INDEX = 2**28  # bytes; a data set of a million unreadable images has fewer
+LISTED = 50  # unreadable images named in a message; the cache's index.json has all of them
 ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
 THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes, and hashlib hashes, without the GIL
 DIGEST = 16  # bytes of a digest
@@ -181,6 +182,21 @@ def opened(
     return images, unreadable
 
 
+def warn_of_unreadable(
+    target: Path, unreadable: Mapping[str, str], count: int, option: str, what: str
+) -> None:
+    """Lists those of `count` images that are left out. `what` names all of them."""
+    if not unreadable:
+        return
+    lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+    if len(unreadable) > LISTED:
+        lines.append(f"  and {len(unreadable) - LISTED} more, see {target / 'index.json'}")
+    log.warning(
+        "%s: %d of %d %s cannot be read and are left out:\n%s",
+        option, len(unreadable), count, what, "\n".join(lines),
+    )  # fmt: skip
+
+
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy file of uint8 in this shape. Raises `OSError`, and `ValueError` for any other file."""
     header = _header(shape)
@@ -206,7 +222,9 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
         if not count:
             listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
             raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
-        readable = np.flatnonzero([name not in unreadable for name in source.names])
+        readable = np.arange(len(source.names))
+        if unreadable:
+            readable = np.flatnonzero([name not in unreadable for name in source.names])
         for name, data in source.also(readable).items():
             (temporary / name).write_bytes(sealed(data))
         index = {"source": source.where, "count": count, "unreadable": unreadable}
