@@ -170,6 +170,9 @@ FLIPS = [
     ("causal:model.components", 2, "parameters", CAUSAL),
     ("causal:model.units", 3, "parameters", CAUSAL),
     ("causal:model.window", 2, "parameters", CAUSAL),
+    ("causal:model.attention", 1, "parameters", CAUSAL),
+    ("causal:model.downsample", 1, "parameters", CAUSAL),
+    ("causal:model.dropout", 0.5, "loss", CAUSAL),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),
@@ -204,6 +207,9 @@ SPECIAL = {
     *("train.budget", "train.memory", "train.max_non_finite", "train.compile", "train.cuda_graph"),
     *(f"{name}:data.test_count" for name in [*POINTS, "sphere"]),
     *(f"imagenet{side}:data.version" for side in (32, 64)),
+    # tests/datasets/test_hub.py has these, because they need a package that may be missing.
+    *(f"hub:data.{key}" for key in ("repository", "path", "subset", "revision", "image", "label")),
+    *(f"hub:data.{key}" for key in ("train_split", "test_split", "size", "channels", "resize")),
 }
 
 

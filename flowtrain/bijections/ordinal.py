@@ -7,6 +7,7 @@ entries, ordered by channel, row and column.
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -81,7 +82,8 @@ class TokenNet(nn.Module):
     The parameters of an entry depend on its prediction, and on the other inputs of entries before
     it: all of earlier tokens, in raster order, and the first ones of its own token.
 
-    It is called as `net(x, context)`, like any conditioner.
+    It is called as `net(x, context, noise)`. `noise` `(B, ...)` are numbers of each example that
+    change with the step, for what a network does at random in training.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
@@ -189,7 +191,8 @@ class OrdinalAutoregressive(SetFromData):
             predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        parameters = apply_conditioner(self.conditioner, seen, context)
+        net = functools.partial(self.conditioner, noise=v)
+        parameters = apply_conditioner(net, seen, context)
         half = (self.levels - 1) / 2  # levels per unit of value
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters

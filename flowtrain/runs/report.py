@@ -21,8 +21,8 @@ from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.doctor import Finding, examine
-from flowtrain.evaluation.score import fitting_batch_size
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.pictures import draw, grid
 from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation

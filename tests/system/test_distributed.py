@@ -159,9 +159,10 @@ def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-3)
 
 
-def test_the_same_of_a_causal_flow_with_classes(tmp_path):
+def test_the_same_of_a_causal_flow_with_classes_and_dropout(tmp_path):
     words = ["train", *CAUSAL, *ALL[len(MODEL) :]]
     words += sets(model__classes=10, train__num_steps=5, train__optimizer="adamw")
+    words += sets(model__dropout=0.2, model__attention=1, model__downsample=1)
     quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
     all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)
