@@ -122,7 +122,7 @@ def build(
         channels, height, side = 4 * channels, height // 2, side // 2
         layers: list[Bijection] = [Squeeze()]
         if prediction and level == 0:
-            window = Window(prediction, prediction, itself=False)
+            window = Window(prediction, prediction, ahead=0)
             layers.append(LinearResidual(LinearPrediction(channels, (height, side), window)))
         for step in range(steps_of[level]):
             layers += [

@@ -69,7 +69,7 @@ def ordinal(shape, levels, token=2, context=0):
 
 def residual(shape, above, beside):
     """A linear residual, with weights of about 0.2: they are in units of 0.01."""
-    prediction = LinearPrediction(shape[0], shape[1:], Window(above, beside, itself=False))
+    prediction = LinearPrediction(shape[0], shape[1:], Window(above, beside, ahead=0))
     return LinearResidual(perturb(prediction, 20))
 
 

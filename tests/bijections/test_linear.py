@@ -12,7 +12,7 @@ from flowtrain.nets.window import Window
 
 
 def layer(shape, above=1, beside=1):
-    window = Window(above, beside, itself=False)
+    window = Window(above, beside, ahead=0)
     return LinearResidual(LinearPrediction(shape[0], shape[1:], window)).double()
 
 
