@@ -62,6 +62,7 @@ def _of_config(path: Path) -> dict[str, object]:
 def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     import torch
 
+    from flowtrain.checkpoints import zoo
     from flowtrain.checkpoints.load import load_model, run_of
     from flowtrain.runs.record import read_evaluation
     from flowtrain.system.console import duration
@@ -94,6 +95,14 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
                 f"{value:.3f}{spread} {flow.kind.unit} ({result.num_images:,} images, step "
                 f"{result.step:,})"
             )
+    if checkpoint.path.parent == zoo.FOLDER:
+        card = zoo.card_of(checkpoint.path.stem)
+        table["trained"] = f"{card.command}, {card.time} on {card.machine}"
+        table["test"] = (
+            f"{card.loss:.3f} +- {card.error:.3f} {card.unit} ({card.images:,} images, "
+            f"{card.likelihood})"
+        )
+        table["data from"] = f"{card.data} ({card.licence})"
     table["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
     return table
 
