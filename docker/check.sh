@@ -10,6 +10,8 @@
 #   BASE_IMAGE      an image to build on instead of debootstrap's, such as python:3.12-slim
 #   MIRROR          where debootstrap gets packages; by default this machine's apt mirror
 #   PIP_ARGS        the build argument of that name
+#   TORCH_INDEX     an index with another build of torch, and TORCH_INDEX_CUDA: the CUDA of that build,
+#                   12, 13 or 0. A second image is then built from it, without a compiler and extras.
 #   CHECK_DIR       a folder for images and runs, which is kept; by default a new one, which is removed
 #   STORAGE_DRIVER  how buildah keeps layers: vfs (works everywhere, copies) by default, or overlay
 set -euo pipefail
@@ -47,7 +49,7 @@ init= # the process that is process 1 in the container, while one runs
 clean_up() {
     status=$?
     [ -z "$init" ] || kill -KILL "$init" 2> /dev/null || true
-    b rm "$container" "$container-base" "$container-context" > /dev/null 2>&1 || true
+    b rm "$container" "$container-base" "$container-context" "$container-second" > /dev/null 2>&1 || true
     if [ -z "${CHECK_DIR:-}" ]; then
         b rmi --all --force > /dev/null 2>&1 || true
         mountpoint -q "$dir/storage/$driver" && umount "$dir/storage/$driver" || true
@@ -84,7 +86,7 @@ else
         step "base image: debootstrap $suite"
         b from --name "$container-base" scratch > /dev/null
         root=$(b mount "$container-base")
-        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$root" "$mirror" > "$dir/debootstrap.log" 2>&1 \
+        debootstrap --variant=minbase --include=python3,python3-dev,python3-venv,ca-certificates "$suite" "$root" "$mirror" > "$dir/debootstrap.log" 2>&1 \
             || { tail -n 20 "$dir/debootstrap.log" >&2; fail "debootstrap $suite"; }
         rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
         b umount "$container-base" > /dev/null
@@ -133,11 +135,38 @@ context=$(b mount "$container-context")
 foreign=$(cd "$context" && find . -type f | grep -v -E '^./(flowtrain/.*\.(py|typed|jinja)|configs/[a-z_]*\.yaml|pyproject\.toml|README\.md|LICENSE)$' || true)
 check "the build context holds the package, its configurations and nothing else" [ -z "$foreign" ]
 
+# build TAG [NAME=VALUE]...: builds an image with these build arguments.
+build() {
+    local tag=$1 arguments=() argument; shift
+    for argument in "BASE_IMAGE=$base" "PIP_ARGS=${PIP_ARGS:-}" "$@"; do arguments+=(--build-arg "$argument"); done
+    b bud --isolation chroot --layers "${limits[@]}" "${arguments[@]}" "${mounts[@]}" -t "$tag" -f "$here/Dockerfile" "$context"
+}
+
 step "buildah bud on $described"
-b bud --isolation chroot "${limits[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}" \
-    "${mounts[@]}" -t "$image" -f "$here/Dockerfile" "$context"
+# Which torch pip takes is not known before. The image is for one CUDA, and a build that has another
+# torch fails and names it.
+cuda=13
+if ! build "$image" > "$dir/build.log" 2>&1; then
+    cuda=$(grep -o -m 1 'build with --build-arg CUDA=[0-9]*' "$dir/build.log" | grep -o '[0-9]*$') \
+        || { tail -n 30 "$dir/build.log" >&2; fail "the Dockerfile builds on $described"; }
+    ok "a build whose torch is for another CUDA than the argument says fails, and says CUDA=$cuda"
+    build "$image" "CUDA=$cuda"
+fi
+ok "the Dockerfile builds on $described, with CUDA=$cuda"
+
+if [ -n "${TORCH_INDEX:-}" ]; then
+    step "a second image, from TORCH_INDEX"
+    build "$image-second" "TORCH_INDEX=$TORCH_INDEX" "CUDA=${TORCH_INDEX_CUDA:?}" COMPILER= EXTRAS=
+    b from "${limits[@]}" --name "$container-second" "$image-second" > /dev/null
+    second() { b run --isolation chroot "$container-second" "$@"; }
+    second python -c 'import torch; print("torch", torch.__version__, "from TORCH_INDEX")'
+    second flowtrain train --dry-run
+    check "the second image has no compiler and no extras" \
+        [ "$(second sh -c 'command -v g++ gcc cc; pip list 2> /dev/null | grep -E "^(constriction|torchdiffeq) "' || true)" = "" ]
+    ok "an image with torch from TORCH_INDEX, for CUDA=$TORCH_INDEX_CUDA, builds and runs"
+    b rm "$container-second" > /dev/null
+fi
 b rm "$container-context" > /dev/null
-ok "the Dockerfile builds on $described"
 
 # --- what the image says --------------------------------------------------------------------------
 
@@ -150,6 +179,9 @@ check "ENTRYPOINT is [flowtrain], CMD [--help], USER flowtrain" \
     [ "${entrypoint[*]} / ${cmd[*]} / $(config '{{.OCIv1.Config.User}}')" = "flowtrain / --help / flowtrain" ]
 volumes=$(config '{{range $path, $_ := .OCIv1.Config.Volumes}}{{$path}} {{end}}')
 check "volumes are declared for data, runs and cache" [ "$volumes" = "/app/cache /app/data /app/runs " ]
+
+check "the driver that the image requires, and the folder of compiled code" \
+    [ "$(printf '%s\n' "${environment[@]}" | grep -c -x -e "NVIDIA_REQUIRE_CUDA=cuda>=$cuda.0" -e TORCHINDUCTOR_CACHE_DIR=/app/cache/inductor)" = 2 ]
 
 b from "${limits[@]}" --name "$container" "$image" > /dev/null
 root=$(b mount "$container")
@@ -233,6 +265,22 @@ run --user 12345:12345 -v "$dir/other:/app/runs" -- sample --num-images 4
 check "train and sample work as user 12345, and the files are that user's" \
     [ -s "$dir/other/folder/sample.png" -a -z "$(find "$dir/other" ! -uid 12345)" ]
 
+step "compiled code, for a user that has no name"
+b run --isolation chroot --user 12345:12345 "$container" python - << 'PYTHON'
+import torch
+
+x = torch.arange(100.0)
+assert torch.equal(torch.compile(lambda x: x * 2 + 1)(x), x * 2 + 1)
+PYTHON
+check "torch.compile works as user 12345 and keeps its code in the cache" \
+    [ -n "$(b run --isolation chroot "$container" find /app/cache/inductor -name '*.so')" ]
+
+step "two processes, with the torchrun of the image"
+b run --isolation chroot "${volume_options[@]}" "$container" torchrun --standalone --nproc-per-node 2 \
+    -m flowtrain train "${tiny[@]}" --run-dir runs/two | tee "$dir/two.log"
+check "torchrun in the image trains with two processes" \
+    [ -n "$(grep '2 processes' "$dir/two.log")" -a -n "$(grep '"finished": true' "$runs/two/summary.json")" ]
+
 # --- signals --------------------------------------------------------------------------------------
 
 # buildah's chroot isolation has no process namespace. Here the entry point is process 1 of a new
@@ -302,6 +350,7 @@ done
 step "checked, on $described"
 printf '  %s\n' "${checked[@]}"
 echo "NOT checked here:"
-echo "  a GPU (docker run --gpus all): nothing here passes one to a container"
+echo "  a GPU (docker run --gpus all, NVIDIA_REQUIRE_CUDA, Triton): nothing here passes one to a container"
+[ -n "${TORCH_INDEX:-}" ] || echo "  another build of torch: TORCH_INDEX was not given"
 echo "  a Docker engine: the build and the runs were buildah's, with chroot for isolation, and without docker's network, seccomp or limits"
 [ -n "${BASE_IMAGE:-}" ] || echo "  the default base image of the Dockerfile: the base was made with debootstrap"

@@ -23,7 +23,7 @@ def load(
 
     Args:
         model: a checkpoint, or a run directory (its best checkpoint, else its last).
-        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`.
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from catalogue import TINY
 from helpers import a_config, images, perturb, seeded
 from PIL import Image
 from torch import nn
@@ -31,9 +32,10 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
     return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
 
 
-def causal_flow(shape, levels=256, scale=0.2, x=None) -> Flow:
+def causal_flow(shape, levels=256, scale=0.2, x=None, **options) -> Flow:
     """A causal flow with every parameter moved, set from `x` or smooth images."""
-    flow = build_flow(a_config("causal"), shape, levels)
+    named = {"name": "causal", **TINY["causal"], **options}
+    flow = build_flow(a_config(named), shape, levels)
     if x is None:
         x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))

@@ -11,6 +11,7 @@ from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.score import score
+from flowtrain.nets.dropout import Dropout
 from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
 from flowtrain.training.loop import fit
@@ -21,33 +22,49 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-SMALL = [
-    "model.steps=2",
-    "model.width=16",
-    "train.num_steps=20",
-    "train.log_every=5",
-    "train.validate_every=10",
-]
+SHORT = ["model.width=16", "train.num_steps=20", "train.log_every=5", "train.validate_every=10"]
+SMALL = {
+    "glow_digits.yaml": ["model.steps=2", *SHORT],
+    # Every kind of block.
+    "causal_digits.yaml": ["model.blocks=2", "model.attention=1", "model.downsample=1", *SHORT],
+}
+GLOW, CAUSAL = SMALL
 
 
-def train(path: Path, device: str, *overrides: str) -> checkpoint_format.Checkpoint:
-    config = load_config(find_config("glow_digits.yaml"), [*SMALL, *overrides])
+def train(path: Path, device: str, name: str, *overrides: str) -> checkpoint_format.Checkpoint:
+    config = load_config(find_config(name), [*SMALL[name], *overrides])
     fit(config, RunDirectory(path), devices.resolve(device))
     return checkpoint_format.read(path / "checkpoints" / "last.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-def test_trains_as_on_the_cpu(tmp_path: Path, precision: str, memory: str) -> None:
+@pytest.mark.parametrize(
+    "name, memory",
+    [(GLOW, mode) for mode in ("store", "checkpoint", "reversible")]
+    + [(CAUSAL, mode) for mode in ("store", "checkpoint")],
+)
+def test_trains_as_on_the_cpu(tmp_path: Path, name: str, precision: str, memory: str) -> None:
     overrides = [f"train.precision={precision}", f"train.memory={memory}"]
-    runs = {device: train(tmp_path / device, device, *overrides) for device in ("cpu", "cuda")}
+    runs = {
+        device: train(tmp_path / device, device, name, *overrides) for device in ("cpu", "cuda")
+    }
     best = {device: run.meta["progress"]["best"] for device, run in runs.items()}
     assert best["cuda"] == pytest.approx(best["cpu"], abs=1e-2 if precision == "fp32" else 5e-2)
 
 
-def test_scores_and_samples_as_on_the_cpu(tmp_path: Path) -> None:
-    train(tmp_path / "run", "cuda")
-    split = DataSet(load_config(find_config("glow_digits.yaml")).data).split("test")
+def test_dropout_has_the_masks_of_the_cpu() -> None:
+    example, x = torch.rand(7, 30), torch.ones(7, 5, 5, 9)
+    masks = []
+    for device in ("cpu", "cuda"):
+        drop = Dropout(0.3, example.to(device))
+        masks.append([drop(x.to(device)).cpu() for _ in range(3)])
+    assert all(map(torch.equal, *masks))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_scores_and_samples_as_on_the_cpu(tmp_path: Path, name: str) -> None:
+    train(tmp_path / "run", "cuda", name)
+    split = DataSet(load_config(find_config(name)).data).split("test")
     models = [load_model(str(tmp_path / "run"), devices.resolve(d)) for d in ("cpu", "cuda")]
     on_cpu, on_cuda = (score(model.flow, split).log_prob for model in models)
     torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-4, atol=1e-2)
@@ -59,8 +76,8 @@ def test_scores_and_samples_as_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
-    train(tmp_path / "run", "cpu")
-    longer = load_config(find_config("glow_digits.yaml"), [*SMALL, "train.num_steps=30"])
+    train(tmp_path / "run", "cpu", GLOW)
+    longer = load_config(find_config(GLOW), [*SMALL[GLOW], "train.num_steps=30"])
     saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
     fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
     assert (

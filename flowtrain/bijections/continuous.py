@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Bijection, Direction
-from flowtrain.bijections.precision import full_precision
+from flowtrain.bijections.precision import full_precision, has_float64
 from flowtrain.errors import UserError
 
 Solver = Literal["dopri5", "dopri8"]
@@ -207,8 +207,9 @@ class Continuous(Bijection):
 
         smallest = ROUNDING * torch.finfo(x.dtype).eps
         share = 1.0 if for_gradient else EVALUATION
-        times = torch.linspace(0, 1, intervals + 1, dtype=torch.float64, device=x.device)
-        options = {"first_step": FIRST_STEP, "max_num_steps": MAX_STEPS}
+        clock = torch.float64 if has_float64(x) else torch.float32
+        times = torch.linspace(0, 1, intervals + 1, dtype=clock, device=x.device)
+        options = {"first_step": FIRST_STEP, "max_num_steps": MAX_STEPS, "dtype": clock}
         settings: dict[str, Any] = {
             "method": self.solver,
             "rtol": max(share * self.rtol, smallest),

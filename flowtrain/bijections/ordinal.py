@@ -6,10 +6,12 @@ on tokens: square patches of an image, in raster order. A token of r x r pixels 
 entries, ordered by channel, row and column.
 """
 
+import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
-from flowtrain.bijections.precision import apply_conditioner, full_precision
+from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
 
 
@@ -76,7 +78,8 @@ class TokenNet(nn.Module):
     The parameters of an entry depend on its prediction, and on the other inputs of entries before
     it: all of earlier tokens, in raster order, and the first ones of its own token.
 
-    It is called as `net(x, context)`, like any conditioner.
+    It is called as `net(x, context, noise)`. `noise` `(B, ...)` are numbers of each example that
+    change with the step, for what a network does at random in training.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
@@ -184,7 +187,8 @@ class OrdinalAutoregressive(SetFromData):
             predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        parameters = apply_conditioner(self.conditioner, seen, context)
+        net = functools.partial(self.conditioner, noise=v)
+        parameters = apply_conditioner(net, seen, context)
         half = (self.levels - 1) / 2  # levels per unit of value
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
@@ -255,6 +259,8 @@ class OrdinalAutoregressive(SetFromData):
     def inverse_noting(
         self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
+        if not has_float64(z):
+            return self._on_the_cpu("inverse_noting", z, context, note)
         done = itertools.count(1)
         target = torch.special.ndtr(z.T.double())
         low, high = torch.empty_like(target), torch.empty_like(target)
@@ -280,6 +286,8 @@ class OrdinalAutoregressive(SetFromData):
         range, on noise under a trained model. Between batches of different sizes, `retrace` and
         `inverse` differ by up to 1.4% of it.
         """
+        if not has_float64(v):
+            return self._on_the_cpu("retrace", v, context)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()
         low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
@@ -293,6 +301,17 @@ class OrdinalAutoregressive(SetFromData):
             self.in_order(next_level, len(v), context)
         z = torch.special.ndtri(torch.lerp(low, high, u.double())).T.to(v)
         return z, self._log_det(z, high - low)
+
+    def _on_the_cpu(
+        self, method: str, x: Tensor, context: Tensor | None, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a method of this layer gives on the CPU: its entries need double precision, and one
+        after the other they gain little from a GPU.
+        """
+        there = copy.deepcopy(self).cpu()
+        context = None if context is None else context.cpu()
+        result, log_det = getattr(there, method)(x.cpu(), context, *others)
+        return result.to(x.device), log_det.to(x.device)
 
     def _log_det(self, z: Tensor, probability: Tensor) -> Tensor:
         """That of `forward`, from latents `(B, D)` and the levels' probabilities `(D, B)`."""

@@ -5,14 +5,17 @@ halves of a coupling are contiguous. Conditioners of images are convolutions. Th
 autocast, and are fastest with the channels last in memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def apply_conditioner(net: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+def apply_conditioner(
+    net: Callable[..., Tensor], x: Tensor, context: Tensor | None = None
+) -> Tensor:
     """`net(x, context)`, across the border and back: in the precision of `x`, channels apart."""
     inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
     parameters: Tensor = _Cast.apply(inside, x.dtype, False)
@@ -60,3 +63,8 @@ def full_precision(x: Tensor) -> torch.autocast:
     `x` is any tensor on the device.
     """
     return torch.autocast(x.device.type, enabled=False)
+
+
+def has_float64(x: Tensor) -> bool:
+    """Whether the device of `x` computes in double precision, which Apple's GPUs do not."""
+    return x.device.type != "mps"

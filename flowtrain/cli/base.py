@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,7 +126,7 @@ ModelArgument = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps.")
+    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
 ]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random numbers.")
@@ -249,6 +250,15 @@ def device_of(name: str) -> "torch.device":
         if said := threads.use_free_cores():
             console.print(said)
     return device
+
+
+def mention_unused(name: str, device: "torch.device") -> None:
+    """Says where GPUs stay unused by this command, which several processes could share. `name` is
+    that of `--device`.
+    """
+    from flowtrain.system import device as devices
+
+    devices.mention_unused(name, device, sys.argv[1:])
 
 
 def data_of(

@@ -18,6 +18,7 @@ from flowtrain.cli.base import (
     command,
     data_of,
     load,
+    mention_unused,
     on_all_processes,
     print_table,
     require_file,
@@ -99,6 +100,7 @@ def evaluate(
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code)
+    mention_unused(device, loaded.flow.device)
     data = data_of(loaded, overrides, dataset)
     if data.undivided and split is not None:
         raise UserError(

@@ -7,7 +7,14 @@ import typer
 from typer.core import TyperCommand
 
 from flowtrain.cli import configs as configfiles
-from flowtrain.cli.base import DeviceOption, command, device_of, fail, on_all_processes
+from flowtrain.cli.base import (
+    DeviceOption,
+    command,
+    device_of,
+    fail,
+    mention_unused,
+    on_all_processes,
+)
 from flowtrain.errors import UserError, cut
 
 if TYPE_CHECKING:
@@ -156,6 +163,7 @@ def train(
         )
     loaded = configuration.load_config(path, [*(overrides or []), *(settings or [])])
     target = device_of(device)
+    mention_unused(device, target)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 

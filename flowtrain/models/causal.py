@@ -11,13 +11,15 @@ Deliberate differences from the papers:
   each pixel, and linear relations between its three colours.
 - The mixtures are relative to a linear prediction of each entry, which least squares set before
   the first step. The paper's networks predict everything.
-- The convolutions are plain ones with residual connections and layer normalization, without gates,
-  downsampling or dropout.
+- The convolutions are plain ones with residual connections and layer normalization, without gates.
+  A coarser stream, attention over all tokens and dropout are options.
 - Every distribution has a small uniform part, so that no level is lost to rounding.
 - The paper stacks further flows on top of this layer. Here it is the whole flow.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from flowtrain.bijections import Bijection, OrdinalAutoregressive
 from flowtrain.bijections.discretized import DiscretizedMixture
@@ -25,7 +27,7 @@ from flowtrain.errors import UserError
 from flowtrain.nets.causal import CausalNet
 from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.window import Window
-from flowtrain.types import Positive, Shape
+from flowtrain.types import NonNegative, Positive, Shape
 
 
 def build(
@@ -39,6 +41,9 @@ def build(
     components: Positive = 5,
     units: Positive = 16,
     window: Positive = 3,
+    attention: NonNegative = 0,
+    downsample: NonNegative = 0,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `data_levels` levels.
 
@@ -54,9 +59,14 @@ def build(
         units: Number of hidden units for each entry of a token, in each of two layers.
         window: How many rows of tokens above, and tokens to each side, the linear prediction and
             the first convolution see.
+        attention: Number of blocks of causal self-attention over all tokens, at equal distances
+            between the residual blocks.
+        downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
+            The cells of the rows above join the tokens after half of the residual blocks.
+        dropout: Probability with which entries of a residual block are dropped in training.
 
     Raises:
-        UserError: if the data are real values.
+        UserError: if the data are real values, or if there are too few tokens to downsample.
     """
     if data_levels is None:
         raise UserError(
@@ -64,8 +74,19 @@ def build(
         )
     entries = shape[0] * token**2
     size = (-(-shape[1] // token), -(-shape[2] // token))
-    seen = Window(window, window, itself=False)
+    if downsample and size[0] < 3:
+        raise UserError(
+            f"model.downsample: {downsample} needs at least 3 rows of tokens, and these images "
+            f"have {size[0]}: set it to 0, or use a smaller model.token"
+        )
+    seen = Window(window, window, ahead=0)
     mixture = DiscretizedMixture(data_levels, components)
-    net = CausalNet(entries, size, mixture.start(), width, blocks, units, seen, classes)
+    start = mixture.start()
+    net = CausalNet(
+        *(entries, size, start, width, blocks, units, seen, classes),
+        attention=attention,
+        downsample=downsample,
+        dropout=dropout,
+    )
     prediction = LinearPrediction(entries, size, seen)
     return OrdinalAutoregressive(shape, data_levels, token, prediction, net, mixture)

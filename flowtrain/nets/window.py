@@ -13,14 +13,14 @@ class Window:
     """The tokens that a causal convolution sees at a token.
 
     These are the tokens of the `above` rows above it, up to `beside` columns to each side, and the
-    `beside` tokens to the left; with `itself` also the token. In raster order they are the first
-    `taps` of a rectangle.
+    `beside` tokens to the left. With `ahead` = 1 it sees also the token itself, and with more also
+    tokens to the right, up to `beside`. In raster order they are the first `taps` of a rectangle.
     """
 
-    def __init__(self, above: int, beside: int, itself: bool):
+    def __init__(self, above: int, beside: int, ahead: int):
         self.above, self.beside = above, beside
         self.rectangle = (above + 1, 2 * beside + 1)
-        self.taps = above * (2 * beside + 1) + beside + itself
+        self.taps = above * (2 * beside + 1) + beside + ahead
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Rows of tokens `(B, H, W, C)` and a weight `(C', taps * C)` to `(B, H, W, C')`."""
@@ -42,8 +42,8 @@ class Window:
 class WindowByToken:
     """A convolution of a `Window` that computes one column `(C', B)` after the other.
 
-    It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each. What
-    is to the right of the token at hand is never read.
+    It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each. Of its
+    own row it reads no more than the window sees.
     """
 
     def __init__(self, window: Window, weight: Tensor, bias: Tensor, batch: int, width: int):

@@ -11,16 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtrain.errors import UserError
 from flowtrain.system import distributed
+from flowtrain.system.device import NUMBERED
 
 _UNLIMITED = 2**63 - 1
 
 
 def available(device: torch.device) -> int:
     """Bytes that can still be allocated. On the CPU, the limit of a container counts."""
-    if device.type == "cuda":
+    if device.type in NUMBERED:
+        module = torch.get_device_module(device)
         # torch holds some memory for further tensors.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + unused)
     return min(
         _of_the_machine(),
         *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))),
@@ -100,12 +102,13 @@ def _of_the_group(cgroup: Path) -> int:
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type in NUMBERED:
+        module = torch.get_device_module(device)
+        module.synchronize(device)
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(module.max_memory_allocated(device) - before)
     # Otherwise the profiler reports its stages on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:

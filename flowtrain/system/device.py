@@ -1,57 +1,166 @@
 """Devices: what `--device` names, and how tensors get there."""
 
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from flowtrain.errors import UserError
-from flowtrain.system import distributed
+from flowtrain.system import distributed, nvidia
+from flowtrain.system.console import console
+
+NAMES = "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
+NUMBERED = ("cuda", "xpu")  # a machine may have several of these
 
 
 def resolve(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names.
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps` names.
 
-    Several processes on a machine have one GPU each: `cuda` is the GPU of the local rank.
+    Several processes on a machine have one GPU each: the only one that the process sees, or the one
+    of its local rank. The processes are then joined for tensors on their devices.
 
     Raises:
-        UserError: if the name is another one, or the machine has no such device.
+        UserError: if the name is another one, the machine has no such device, or `auto` would leave
+            a GPU unused because torch cannot use it.
     """
-    if name == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((kind for kind, available in there.items() if available), "cpu")
+    asked = f"--device {name}"
     kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdigit())):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: this machine, or this build of torch, has no CUDA device; use "
-            f"--device cpu"
-        )
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0"
-        )
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: this machine has no MPS device; use --device cpu")
-    if distributed.world() > 1 and (index or kind == "mps"):
-        raise UserError(
-            f"--device {name}: there are {distributed.world()} processes; expected auto, cpu or "
-            f"cuda"
-        )
-    if kind == "cuda" and distributed.world() > 1:
-        if distributed.local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {name}: {torch.cuda.device_count()} CUDA devices on this machine, none "
-                f"for the process of "
-                f"local rank {distributed.local_rank()}: start no more processes than devices "
-                f"(--nproc-per-node)"
-            )
-        name = f"cuda:{distributed.local_rank()}"
-        torch.cuda.set_device(name)
+    if kind not in ("auto", "cpu", "mps", *NUMBERED) or (
+        colon and not (kind in NUMBERED and index.isdigit())
+    ):
+        raise UserError(f"{asked}: expected {NAMES}")
+    if kind == "auto":
+        kind = _best(asked)
+    elif kind != "cpu" and not _available(kind):
+        raise UserError(f"{asked}: {_why_not(kind)}; use --device cpu")
+    if kind in NUMBERED and index and int(index) >= (count := _count(kind)):
+        raise UserError(f"{asked}: there are {count} {kind.upper()} devices, numbered from 0")
+    if distributed.world() > 1:
+        device = _of_this_process(asked, kind, index)
+    else:
+        device = torch.device(f"{kind}:{index}" if index else kind)
     if kind == "cuda":
+        _require_kernels(asked, device)
         # float32 means float32: cuDNN's default rounds the inputs of convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
-    return torch.device(name)
+    distributed.connect(device)
+    return device
 
 
-def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _available(kind: str) -> bool:
+    ask: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "xpu": torch.xpu.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    with warnings.catch_warnings(action="ignore"):  # `_why_not` says the same, and what to do
+        return ask[kind]()
+
+
+def _count(kind: str) -> int:
+    count: int = getattr(torch, kind).device_count()
+    return count
+
+
+def _best(asked: str) -> str:
+    for kind in ("cuda", "xpu", "mps"):
+        if _available(kind):
+            return kind
+    if found := nvidia.find():
+        raise UserError(
+            f"{asked}: {nvidia.why_unusable(found)}. To compute without a GPU: --device cpu"
+        )
+    return "cpu"
+
+
+def _why_not(kind: str) -> str:
+    if kind == "cuda" and (found := nvidia.find()):
+        return nvidia.why_unusable(found)
+    given = " (docker run --gpus all gives a container the GPUs)" if nvidia.in_container() else ""
+    return (
+        f"this machine, or this build of torch, has no {kind.upper()} device"
+        f"{given if kind == 'cuda' else ''}"
+    )
+
+
+def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
+    """The device of one of several processes.
+
+    Raises `UserError` where two of them would share a GPU, or have devices of different kinds.
+    """
+    if index or kind == "mps":
+        raise UserError(
+            f"{asked}: there are {distributed.world()} processes; expected auto, cpu, cuda or xpu"
+        )
+    number = 0
+    if kind in NUMBERED:
+        count, local_rank = _count(kind), distributed.local_rank()
+        # Some launchers show each process its own device alone, as Slurm does for --gpus-per-task.
+        number = local_rank if local_rank < count else 0
+    own = [kind, _identity(kind, number)]
+    before = distributed.exchange(own)[: distributed.rank()]
+    for rank, other in enumerate(before):
+        if other[0] != kind:
+            raise UserError(
+                f"{asked}: process {rank} has {other[0]}, process {distributed.rank()} {kind}: "
+                "name a device that every machine has"
+            )
+        if kind in NUMBERED and other == own:
+            raise UserError(
+                f"{asked}: processes {rank} and {distributed.rank()} have the same "
+                f"{kind.upper()} device ({count} visible, local rank {local_rank}): start no more "
+                "processes than devices (--nproc-per-node)"
+            )
+    if kind not in NUMBERED:
+        return torch.device(kind)
+    device = torch.device(kind, number)
+    getattr(torch, kind).set_device(device)
+    return device
+
+
+def _identity(kind: str, number: int) -> str:
+    """What tells a device from all others, however a process numbers them."""
+    if kind not in NUMBERED:
+        return ""
+    properties = getattr(torch, kind).get_device_properties(number)
+    return f"{os.uname().nodename} {getattr(properties, 'uuid', number)}"
+
+
+def _require_kernels(asked: str, device: torch.device) -> None:
+    """Raises `UserError` for a GPU that this build of torch has no code for."""
+    if torch.version.hip is not None:
+        return
+    reason = nvidia.without_kernels(
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        torch.cuda.get_arch_list(),
+    )
+    if reason is not None:
+        raise UserError(f"{asked}: {reason}")
+
+
+def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
+    """Says on one line where other GPUs stay unused, with the command that uses all of them.
+
+    `name` is what `--device` named: one that was named by its number was chosen. `words` are the
+    arguments of this command.
+    """
+    if distributed.world() > 1 or device.type not in NUMBERED or ":" in name:
+        return
+    count = _count(device.type)
+    if count > 1:
+        # Beside an interpreter that is not on the PATH, torchrun is not either.
+        known = shutil.which("torchrun") is not None
+        torchrun = ["torchrun"] if known else [sys.executable, "-m", "torch.distributed.run"]
+        line = [*torchrun, "--standalone", "--nproc-per-node", str(count), "-m", "flowtrain"]
+        console.print(f"1 of {count} GPUs is used; to use all: {shlex.join([*line, *words])}")
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

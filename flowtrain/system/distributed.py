@@ -5,7 +5,8 @@ torchrun says in the environment how many processes there are and which one this
 two ways. Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Small
 facts, and the news of a failure, go through the store by which the processes found each other. So
 a failure is heard even if the others wait for something else. All then end with the exit code of
-the process that failed, and only that process prints its message.
+the process that failed, and only that process prints its message. A process that can no longer say
+that it has failed falls silent, which the others notice (`pulse.py`).
 """
 
 import contextlib
@@ -18,12 +19,14 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import ParamSpec, TypeVar, cast
 
 import safetensors.torch
@@ -34,6 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
+from flowtrain.system import pulse
 from flowtrain.system.console import console
 
 P = ParamSpec("P")
@@ -41,7 +45,10 @@ T = TypeVar("T")
 
 FAILED = "failed"  # the store's key for the exit code of the first process to fail
 MEETING_TIMEOUT = 600.0  # seconds
+COLLECTIVE_TIMEOUT = 600.0  # seconds; more than one machine compiles longer than another
 LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
+GRACE = 5.0  # seconds in which a process that has lost another can end by itself
+ENDING = 20.0  # seconds in which a process that has failed can; torchrun kills it after 30
 CHUNK = 2**28  # bytes sent at a time
 
 # Parts of torch's messages when the other end of a connection is gone.
@@ -53,7 +60,10 @@ class _Group:
     store: dist.Store
     rank: int
     world: int
+    heart: pulse.Pulse | None = None  # None only in tests
     exchanges: int = 0  # so far; the same number on every process
+    advice: str = ""  # for the message about a lost process
+    lost: str = ""  # that message, once there is one
 
 
 _group: _Group | None = None  # None if there is one process
@@ -154,28 +164,55 @@ def setup() -> Iterator[None]:
     except BaseException as error:
         raise _failed(error) from error
     finally:
+        _fall_silent()
         _group = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _join() -> _Group:
-    address = f"{_variable('MASTER_ADDR')}:{_variable('MASTER_PORT')}"
-    backend = (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    )
-    try:
+    with _reaching_the_others():
         store, rank, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(_meeting(store, rank, world), store)
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world
+        meeting = _meeting(store, rank, world)
+        # A connection of its own, because the processes wait for each other with the first one.
+        own = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
+        heart = pulse.Pulse(dist.PrefixStore(meeting, own), rank, world, _end_without)
+        return _Group(dist.PrefixStore(meeting, store), rank, world, heart)
+
+
+@contextlib.contextmanager
+def _reaching_the_others() -> Iterator[None]:
+    """Says which address was tried, where a `RunError` ends this process."""
+    address = f"{_variable('MASTER_ADDR')}:{_variable('MASTER_PORT')}"
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others "
             f"through MASTER_ADDR:MASTER_PORT {address}: {str(error).splitlines()[0]}"
         ) from error
-    return _Group(dist.PrefixStore("flowtrain", store), rank, world)
+
+
+def connect(device: torch.device) -> None:
+    """Joins the processes for tensors on the CPU and on this device, which has been set.
+
+    A process that takes longer than `COLLECTIVE_TIMEOUT` for its part of an exchange is lost.
+    """
+    if _group is None or dist.is_initialized():
+        return
+    between_gpus = {"cuda": "nccl", "xpu": "xccl"}.get(device.type)
+    backend = "gloo" if between_gpus is None else f"cpu:gloo,{device.type}:{between_gpus}"
+    with _reaching_the_others():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", _group.store),
+            rank=_group.rank,
+            world_size=_group.world,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
+            device_id=None if between_gpus is None else device,
+        )
 
 
 def _meeting(store: dist.Store, rank: int, world: int) -> str:
@@ -216,18 +253,60 @@ def losing_a_process(advice: str = "") -> Iterator[None]:
     """Turns the error of a connection whose other end is gone into a `RunError` that says so, with
     advice.
     """
+    if _group is not None and advice:
+        _group.advice = f"; {advice}"
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        if world() == 1 or not (
+        if _group is None or not (
             isinstance(error, dist.DistError | ConnectionError) or _LOST.search(str(error))
         ):
             raise
-        message = (
+        raise RunError(
             f"process {rank()} of {world()} has lost another process of this run: it was killed, "
-            "or its machine cannot be reached"
-        )
-        raise RunError(f"{message}; {advice}" if advice else message) from error
+            f"or its machine cannot be reached{_group.advice}"
+        ) from error
+
+
+def _end_without(silent: list[int]) -> None:
+    """Ends this process, because others are silent. It is called in a thread.
+
+    The main thread raises the error if it waits for the store. It cannot if it waits in torch for a
+    tensor of a lost process, or if the store is lost.
+    """
+    assert _group is not None
+    others = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    _group.lost = (
+        f"process {rank()} of {world()} has heard nothing of {others} for {pulse.SILENCE:g} s: "
+        f"killed or stopped, or on a machine that cannot be reached{_group.advice}"
+    )
+    _end_soon(_group.lost, RunError.exit_code, GRACE)
+
+
+def _end_soon(message: str, code: int, grace: float) -> None:
+    """Ends this process with a message if it has not ended by itself after `grace` seconds."""
+    group = _group
+    if group is None or group.heart is None or group.heart.over.wait(grace):
+        return
+    first: list[bool] = []
+
+    def claim() -> None:
+        own = json.dumps([group.rank, code])
+        first.append(group.store.compare_set(FAILED, "", own).decode() == own)
+
+    thread = threading.Thread(target=claim, daemon=True)  # the store may not answer
+    thread.start()
+    thread.join(pulse.ANSWER)
+    if first != [False]:  # otherwise another process has said what the matter is
+        os.write(2, f"flowtrain: {message}\n".encode())
+    if group.rank == 0:
+        time.sleep(pulse.ANSWER)  # it may hold the store, which the others ask who has said it
+    os._exit(code)
+
+
+def _fall_silent() -> None:
+    if _group is not None and _group.heart is not None:
+        _group.heart.stop()
 
 
 def _leave() -> None:
@@ -240,6 +319,7 @@ def _leave() -> None:
         _wait(_keys("left"))
     else:
         _wait(["left/0"])
+        _fall_silent()  # before process 0, which may hold the store, is gone
         _say("left")
 
 
@@ -252,6 +332,10 @@ def _failed(error: BaseException) -> BaseException:
     assert _group is not None
     failure = error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
+    # The end of what runs on a GPU may be waited for in vain.
+    threading.Thread(
+        target=_end_soon, args=(str(error), exit_code(error), ENDING), daemon=True
+    ).start()
     with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
         own = json.dumps([rank(), exit_code(error)])
         first, code = json.loads(_group.store.compare_set(FAILED, "", own))
@@ -289,7 +373,8 @@ def _hang_up(error: BaseException) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     gc.collect()
 
 
@@ -355,6 +440,8 @@ def _wait(keys: list[str]) -> None:
     while not _group.store.check(keys):
         if _group.store.check([FAILED]):
             raise EndedElsewhere(json.loads(_group.store.get(FAILED))[1])
+        if _group.lost:
+            raise RunError(_group.lost)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 
@@ -362,13 +449,55 @@ def _wait(keys: list[str]) -> None:
 # --- tensors, through the process group -----------------------------------------------------------
 
 
-def total(values: list[float]) -> list[float]:
-    """The sums over all processes in float64, the same numbers everywhere."""
+def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[float]]:
+    """Begins to sum numbers over all processes: those of a 1-dimensional tensor on the training
+    device, and those of the host.
+
+    Neither the host nor the steps on the device wait for it. The function that is returned waits,
+    and gives the sums in this order, in float64, the same numbers everywhere.
+    """
     if _group is None:
-        return values
-    numbers = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(numbers)
-    return numbers.tolist()
+        read = _read_later(on_device, None)
+        return lambda: [*read(), *on_host]
+    pinned = on_device.device.type == "cuda"
+    numbers = torch.tensor(on_host, dtype=torch.float64, pin_memory=pinned)
+    values = torch.cat([on_device.double(), numbers.to(on_device.device, non_blocking=True)])
+    return _read_later(values, dist.all_reduce(values, async_op=True))
+
+
+def _read_later(values: Tensor, work: dist.Work | None) -> Callable[[], list[float]]:
+    """A function that gives the numbers of `values`, when `work` on them is done.
+
+    On a GPU, a stream of its own waits for the work, and copies them to pinned memory.
+    """
+    if values.device.type != "cuda":
+
+        def read() -> list[float]:
+            if work is not None:
+                work.wait()
+            return values.tolist()
+
+        return read
+
+    aside = _aside(values.device)
+    aside.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(aside):
+        if work is not None:
+            work.wait()  # the stream does, not the host
+        host = values.to("cpu", non_blocking=True)
+        copied = aside.record_event()
+    values.record_stream(aside)
+
+    def read_copy() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read_copy
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def share(count: int) -> range:

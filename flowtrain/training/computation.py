@@ -168,6 +168,15 @@ def _distance(found: list[Tensor | None], expected: tuple[Tensor | None, ...]) -
     return float(torch.nn.utils.get_total_norm(differences)) / (size or 1.0)
 
 
+def one_unless_bad(loss: Tensor) -> Tensor:
+    """The gradient to begin a backward pass with: 1, or NaN for a loss that is not finite.
+
+    The whole gradient is NaN then. So its norm, which all processes know, tells that a loss was
+    not finite, even if only one process has the image.
+    """
+    return 1 + 0 * loss.detach()
+
+
 # --- plain or compiled ----------------------------------------------------------------------------
 
 
@@ -180,7 +189,7 @@ class Called:
     def __call__(self, batch: Batch, images: int, more: bool) -> Tensor:
         with distributed.accumulating(self.parallel, more):
             loss: Tensor = self.parallel(*batch) / images
-            loss.backward()
+            loss.backward(one_unless_bad(loss))
         return loss.detach()
 
 
@@ -264,7 +273,7 @@ class Replayed:
         def run() -> Tensor:
             x, noise, *labels = self.place
             loss: Tensor = self.losses(x, noise, labels[0] if labels else None)
-            loss.backward(self.share)
+            loss.backward(self.share * one_unless_bad(loss))
             return loss.detach()
 
         self.replay, self.loss = self.recorder(run)

@@ -6,7 +6,6 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
@@ -17,6 +16,7 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
+from flowtrain.training.facts import Facts, Known
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
     announce_end,
@@ -37,7 +37,7 @@ from flowtrain.training.step import (
     require_trainable,
     train_step,
 )
-from flowtrain.training.stop import STOPPING, Clock, Stop, signals
+from flowtrain.training.stop import Clock, Stop, signals
 
 
 def fit(
@@ -119,76 +119,77 @@ def _loop(
 ) -> None:
     config = state.config.train
     clock = Clock(state)
-    while not (state.progress.finished or stop.signum):
+    facts = Facts(state, clock, stop)
+    stopped = bool(stop.signum)
+    while not (state.progress.finished or stopped):
         progress = state.progress  # another one after going back
         x, labels = batches.at(progress)
-
-        own_loss, gradient = train_step(state, x, labels)
-        loss, grad_norm = _agree(state, clock, stop, own_loss, gradient)
-        rate = learning_rate(config, progress.step, progress.seconds) * progress.lr_scale
-        if not math.isfinite(loss + grad_norm):
-            _go_back(state, run, x, loss, grad_norm, rate)
-            continue
+        loss, gradient = train_step(state, x, labels)
+        rate = learning_rate(config, progress.step, facts.seconds) * progress.lr_scale
         state.set_learning_rate(rate)
         optimizer_step(state, gradient)
-
+        facts.send(loss, gradient, rate)
         progress.step += 1
         progress.images += batches.all_processes
-        progress.window_loss += loss
-        progress.window_steps += 1
-        ends = state.reached_end()  # by the time that all processes have agreed on
+        facts.receive(leaving=1)  # while the device works on this step
+
+        ends = state.reached_end(facts.seconds)  # by the time that all processes have agreed on
+        logs, validates, samples, periodic = (
+            ends or progress.step % every == 0
+            for every in (
+                config.log_every,
+                config.validate_every,
+                config.sample_every,
+                config.checkpoint_every,
+            )
+        )
+        due = logs or validates or samples or periodic or stop.signum or facts.failed
+        if due:
+            facts.receive(leaving=0)
         clock.tick(batches.all_processes)
-        validates = ends or progress.step % config.validate_every == 0
-        periodic = ends or progress.step % config.checkpoint_every == 0
+        if not due:
+            continue
+        assert facts.last is not None
         # A finite gradient may still take a weight to infinity. Such a state is never saved.
-        if (validates or periodic or stop.signum) and not state.weights_are_finite():
-            _go_back(state, run, x, loss, grad_norm, rate)
+        if facts.failed is None and not state.weights_are_finite():
+            facts.failed = dataclasses.replace(
+                facts.last, step=progress.step, images=progress.images
+            )
+        if facts.failed is not None:
+            _go_back(state, run, batches, facts.failed)
+            facts.failed = None
+            stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not ends:
             save(state, run, numbered=False)  # now: the user may not wait for the validation
 
         progress.finished = ends
-        if ends or progress.step % config.log_every == 0:
-            log(state, run, grad_norm, rate, clock, bar)
+        if logs:
+            log(state, run, facts.last.grad_norm, facts.last.rate, clock, bar)
         if validates:
             validate(state, run, validation)
-        if ends or progress.step % config.sample_every == 0:
+        if samples:
             sample(state, run, validation if len(validation) else batches.source)
         clock.skip()
-        if periodic or stop.signum:
+        stopped = bool(stop.signum)
+        if periodic or stopped:
             save(state, run, numbered=periodic)
             clock.skip()
 
 
-def _agree(
-    state: State, clock: Clock, stop: Stop, loss: Tensor, grad_norm: Tensor
-) -> tuple[float, float]:
-    """The loss of the whole batch and the norm of its gradient, the same on all processes.
-
-    From here on they also share the clock of process 0, and any signal that one of them got.
-    """
-    # This waits for the device.
-    means = [value / distributed.world() for value in torch.stack([loss, grad_norm]).tolist()]
-    clock.tick()
-    seconds = state.progress.seconds if distributed.is_main() else 0.0
-    asked = [float(stop.asked == signum) for signum in STOPPING]
-    loss_mean, norm_mean, state.progress.seconds, *asked = distributed.total(
-        [*means, seconds, *asked]
-    )
-    stop.signum = next((signum for signum, count in zip(STOPPING, asked, strict=True) if count), 0)
-    return loss_mean, norm_mean
-
-
-def _go_back(
-    state: State, run: RunDirectory, x: Tensor, loss: float, grad_norm: float, rate: float
-) -> None:
+def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -> None:
     """After a loss, gradient or weight that is not finite: writes evidence, restores the last
     checkpoint, and halves the learning rate.
 
-    Raises `RunError` when this has happened more than `train.max_non_finite` times.
+    The weights are those that failed. Raises `RunError` when this has happened more than
+    `train.max_non_finite` times.
     """
-    failed_step = state.progress.step
-    noise = noise_of(state.config, state.progress.images + distributed.rank() * len(x), x)
+    now = state.progress
+    state.progress = dataclasses.replace(now, step=failed.step, images=failed.images)
+    x, labels = batches.at(state.progress)
+    if not failed.finite:
+        train_step(state, x, labels)  # the device may have the gradient of the step after it
+    noise = noise_of(state.config, failed.images + distributed.rank() * len(x), x)
     layers = [
         layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
     ]
@@ -199,24 +200,24 @@ def _go_back(
         layers[0] if layers else None,
     )
     where = layer or "no layer, when computed again in float32"
-    events = state.progress.non_finite + 1
+    events = now.non_finite + 1
     evidence = run.write_json(
         f"non-finite-{events}.json",
         {
-            "step": failed_step,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "lr": rate,
+            "step": failed.step,
+            "loss": str(failed.loss),
+            "grad_norm": str(failed.grad_norm),
+            "lr": failed.rate,
             "first_non_finite": layer,
         },
     )
     console.print(
-        f"step {failed_step}: loss {loss}, gradient norm {grad_norm}: first not finite: {where} "
-        f"({evidence})"
+        f"step {failed.step}: loss {failed.loss}, gradient norm {failed.grad_norm}: first not "
+        f"finite: {where} ({evidence})"
     )
-    lr_scale = state.progress.lr_scale / 2
+    lr_scale = now.lr_scale / 2
     # The best checkpoint is kept, even if it is of a later step.
-    kept = {key: getattr(state.progress, key) for key in ("seconds", "best", "best_step")}
+    kept = {key: getattr(now, key) for key in ("seconds", "best", "best_step")}
     last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
@@ -229,7 +230,7 @@ def _go_back(
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(
-            f"{run.path}: stopped at step {failed_step}: {events} steps not finite "
+            f"{run.path}: stopped at step {failed.step}: {events} steps not finite "
             f"(train.max_non_finite: {limit}); the first value that was not: {where}. The "
             f"checkpoints are from before. Evidence: {evidence}. Lower train.lr, set "
             "train.clip_norm, or use more train.warmup_steps"

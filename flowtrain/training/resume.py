@@ -191,8 +191,9 @@ def start(
             )
         state.restore(saved)
         # A checkpoint that the user names may belong to a shorter or longer schedule.
-        if config.train.num_steps is not None or not state.reached_end():
-            state.progress.finished = state.reached_end()
+        ended = state.reached_end(state.progress.seconds)
+        if config.train.num_steps is not None or not ended:
+            state.progress.finished = ended
     return state
 
 

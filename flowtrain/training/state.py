@@ -1,6 +1,7 @@
 """The state of a run: everything that a step changes, to a checkpoint and back."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,17 +29,23 @@ class State:
     data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
     computation: Computation = field(init=False)  # of the gradient
+    # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
+    # steps change nothing.
+    stuck: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.computation = Computation(self.flow, self.config.train)
+        self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = self.stuck  # type: ignore[attr-defined]
 
     @property
     def evaluated(self) -> Flow:
         """The flow that is validated and sampled: with averaged weights if they are kept."""
         return self.flow if self.average is None else self.average.flow
 
-    def reached_end(self) -> bool:
-        """Whether the steps are done or the time budget is used up.
+    def reached_end(self, seconds: float) -> bool:
+        """Whether the steps are done, or `seconds` use up the time budget.
 
         `progress.finished` also means that the last validation, samples and checkpoint are done.
         """
@@ -46,7 +53,7 @@ class State:
         if train.num_steps is not None:
             return self.progress.step >= train.num_steps
         assert train.budget is not None
-        return self.progress.seconds >= train.budget
+        return seconds >= train.budget
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -58,7 +65,9 @@ class State:
                 group["lr"] = rate
 
     def weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.flow.parameters())
+        """Waits for the device, once."""
+        largest = torch.nn.utils.get_total_norm(self.flow.parameters(), norm_type=math.inf)
+        return math.isfinite(largest.item())
 
     def meta(self) -> dict[str, Any]:
         """The description in the checkpoint."""
@@ -105,6 +114,7 @@ class State:
         if self.average is not None:
             load_weights(self.evaluated, saved, "ema")
         self.progress = progress
+        self.stuck.zero_()
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")

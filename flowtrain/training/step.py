@@ -41,7 +41,12 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
-    """Clips the gradient to the configured norm, moves the weights, and updates their average."""
+    """Clips the gradient to the configured norm, moves the weights, and updates their average.
+
+    A norm that is not finite leaves all of them as they are, and so do the steps after it until
+    the state is restored. The host does not wait to know which.
+    """
+    state.stuck.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -49,7 +54,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
     if state.average is not None:
-        state.average.update(state.progress.averaged)
+        state.average.update(state.progress.averaged, state.stuck)
         state.progress.averaged += 1
 
 

@@ -346,6 +346,11 @@ MODELS = {
     "cnf-plane": (lambda: model("cnf", (2, 1, 1), blocks=1, hidden_layers=2), (2, 1, 1), None),
     "iaf-plane-random": (lambda: model("iaf", (2, 1, 1), order="random"), (2, 1, 1), None),
     "causal": (lambda: model("causal", (1, 4, 4), 17), (1, 4, 4), None),
+    "causal-all-blocks": (
+        lambda: model("causal", (1, 3, 4), 17, token=1, attention=1, downsample=1),
+        (1, 3, 4),
+        None,
+    ),
 }
 TABLE = LAYERS | MODELS
 row = pytest.mark.parametrize("name", TABLE)

@@ -18,23 +18,26 @@ from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.window import Window
 
 # Shape, levels, token: divided by the token or not, one channel or several, down to one pixel.
+# The last ones have blocks of every kind.
 GEOMETRIES = [
-    ((1, 4, 4), 17, 2),
-    ((3, 2, 4), 256, 2),
-    ((2, 3, 5), 8, 2),
-    ((1, 3, 3), 2, 1),
-    ((1, 5, 6), 17, 4),
-    ((1, 1, 1), 256, 2),
-    ((3, 1, 1), 4, 4),
-    ((1, 1, 7), 256, 1),
+    ((1, 4, 4), 17, 2, {}),
+    ((3, 2, 4), 256, 2, {}),
+    ((2, 3, 5), 8, 2, {}),
+    ((1, 3, 3), 2, 1, {}),
+    ((1, 5, 6), 17, 4, {}),
+    ((1, 1, 1), 256, 2, {}),
+    ((3, 1, 1), 4, 4, {}),
+    ((1, 1, 7), 256, 1, {}),
+    ((1, 6, 3), 17, 1, {"attention": 1, "downsample": 1, "dropout": 0.5}),
+    ((2, 5, 3), 4, 1, {"attention": 2, "downsample": 2, "blocks": 2}),
 ]
-geometry = pytest.mark.parametrize("shape, levels, token", GEOMETRIES)
+geometry = pytest.mark.parametrize("shape, levels, token, options", GEOMETRIES)
 
 
 def causal(shape, levels, token=2, **options):
     flow = tiny_flow("causal", shape, levels, token=token, **options)
     perturb(flow.bijection.prediction, 5)  # off the solution of least squares, in units of 0.01
-    return flow
+    return flow.eval()
 
 
 def order_of(flow):
@@ -65,11 +68,18 @@ def trained():
 
 
 @pytest.mark.parametrize(
-    "shape, levels, token",
-    [((1, 2, 3), 3, 2), ((2, 2, 1), 4, 2), ((1, 3, 1), 7, 2), ((1, 3, 2), 3, 1), ((2, 1, 2), 4, 4)],
+    "shape, levels, token, options",
+    [
+        ((1, 2, 3), 3, 2, {}),
+        ((2, 2, 1), 4, 2, {}),
+        ((1, 3, 1), 7, 2, {}),
+        ((1, 3, 2), 3, 1, {}),
+        ((2, 1, 2), 4, 4, {}),
+        ((1, 3, 2), 3, 1, {"attention": 1, "downsample": 1}),
+    ],
 )
-def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token):
-    flow = causal(shape, levels, token)
+def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token, options):
+    flow = causal(shape, levels, token, **options)
     every = torch.tensor(list(itertools.product(range(levels), repeat=math.prod(shape))))
     x = every.reshape(-1, *shape).to(torch.uint8)
     with torch.no_grad():
@@ -79,8 +89,8 @@ def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token):
 
 
 @geometry
-def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token):
-    flow = causal(shape, levels, token)
+def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token, options):
+    flow = causal(shape, levels, token, **options)
     x = images(9, shape, levels)
     draws = [torch.rand(x.shape, generator=seeded(seed)) for seed in range(3)]
     draws += [torch.zeros(x.shape), torch.full(x.shape, 1 - 2.0**-24)]
@@ -96,8 +106,8 @@ def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token):
 
 
 @geometry
-def test_an_entry_depends_on_earlier_entries_only(shape, levels, token):
-    flow = causal(shape, levels, token, window=2).double()
+def test_an_entry_depends_on_earlier_entries_only(shape, levels, token, options):
+    flow = causal(shape, levels, token, **options, window=2).double()
     order = order_of(flow)
     dims = math.prod(shape)
     assert sorted(order) == list(range(dims))
@@ -115,8 +125,8 @@ def test_an_entry_depends_on_earlier_entries_only(shape, levels, token):
 
 
 @geometry
-def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, token):
-    flow = causal(shape, levels, token).double()
+def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, token, options):
+    flow = causal(shape, levels, token, **options).double()
     layer = flow.bijection
     entries = shape[0] * token**2
     size = [-(-side // token) for side in shape[1:]]
@@ -142,12 +152,12 @@ def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, toke
 
 @geometry
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_in_order_is_the_plain_way(shape, levels, token, dtype, tolerance):
+def test_in_order_is_the_plain_way(shape, levels, token, options, dtype, tolerance):
     """With the levels given, each entry has the distribution that one pass of the networks gives.
 
     The plain way has F and P only at the image's own levels, as z and its derivative.
     """
-    flow = causal(shape, levels, token).to(dtype)
+    flow = causal(shape, levels, token, **options).to(dtype)
     x, u = images(4, shape, levels), 0.3
     with torch.no_grad():
         v = flow.dequantizer(x, torch.full(x.shape, u, dtype=dtype))[0]
@@ -169,11 +179,11 @@ def test_in_order_is_the_plain_way(shape, levels, token, dtype, tolerance):
     torch.testing.assert_close(total, log_det, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape, levels, token", [g for g in GEOMETRIES if g[1] < 20])
+@pytest.mark.parametrize("shape, levels, token, options", [g for g in GEOMETRIES if g[1] < 20])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_samples_are_those_of_the_plain_way(shape, levels, token, dtype):
+def test_samples_are_those_of_the_plain_way(shape, levels, token, options, dtype):
     """The plain way tries every level of an entry with whole passes of the networks."""
-    flow = causal(shape, levels, token).to(dtype)
+    flow = causal(shape, levels, token, **options).to(dtype)
     z = torch.randn(1, math.prod(shape), generator=seeded(5)).to(dtype)
     x = torch.zeros(levels, math.prod(shape), dtype=torch.uint8)
     for index in order_of(flow):
@@ -184,8 +194,8 @@ def test_samples_are_those_of_the_plain_way(shape, levels, token, dtype):
 
 
 @geometry
-def test_images_come_back(shape, levels, token):
-    flow = causal(shape, levels, token)
+def test_images_come_back(shape, levels, token, options):
+    flow = causal(shape, levels, token, **options)
     x = images(50, shape, levels)
     assert torch.equal(flow.decode(flow.encode(x)), x)
     samples = flow.sample(20, generator=seeded())
@@ -338,7 +348,7 @@ def test_the_linear_prediction_is_that_of_least_squares():
     for column in range(1, 7):  # neighbours and entries are correlated
         x[..., column] += 0.8 * x[..., column - 1]
     x[:, 1] += 0.7 * x[:, 0]
-    window = Window(1, 1, itself=False)
+    window = Window(1, 1, ahead=0)
     prediction = LinearPrediction(2, (6, 7), window).double()
     deviation = prediction.fit(x, ridge=0)
     residual = x - prediction(x)

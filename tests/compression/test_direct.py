@@ -32,20 +32,24 @@ def bits(flow: Flow, x: torch.Tensor) -> float:
     return flow.log_prob(x).sum().item() / -math.log(2)
 
 
+EVERY_BLOCK = {"token": 1, "attention": 1, "downsample": 1, "dropout": 0.5}
+
+
 @pytest.mark.parametrize(
-    "shape, levels",
+    "shape, levels, options",
     [
-        (RGB, 256),
-        (GREY, 17),
-        (GREY, 2),
-        (GREY, 3),
-        ((1, 6, 4), 250),
-        ((3, 5, 3), 256),
-        ((1, 1, 1), 5),
+        (RGB, 256, {}),
+        (GREY, 17, {}),
+        (GREY, 2, {}),
+        (GREY, 3, {}),
+        ((1, 6, 4), 250, {}),
+        ((3, 5, 3), 256, {}),
+        ((1, 1, 1), 5, {}),
+        ((1, 6, 5), 17, EVERY_BLOCK),
     ],
 )
-def test_the_codelength_is_the_likelihood(shape, levels):
-    flow = causal_flow(shape, levels)
+def test_the_codelength_is_the_likelihood(shape, levels, options):
+    flow = causal_flow(shape, levels, **options)
     x = torch.cat([images(40, shape, levels), torch.zeros(1, *shape, dtype=torch.uint8)])
     x[-1] = levels - 1
     coder, stack = coder_of(flow), empty()
@@ -76,8 +80,9 @@ def test_one_image_takes_few_bytes_more_than_its_likelihood():
     assert 32 * len(stream.words) < bits(flow, x) + 24 + 32
 
 
-def test_the_probe_sees_every_weight():
-    flow = causal_flow(RGB)
+@pytest.mark.parametrize("options", [{}, EVERY_BLOCK])
+def test_the_probe_sees_every_weight(options):
+    flow = causal_flow(RGB, **options)
     known = probe(coder_of(flow))
     assert probe(coder_of(flow)) == known
     for parameter in flow.parameters():

@@ -1,5 +1,7 @@
 """The memory that is left."""
 
+import types
+
 import pytest
 import torch
 
@@ -34,6 +36,28 @@ def test_memory_limits_of_control_groups(tmp_path):
 
 def test_the_memory_of_the_machine():
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_memory_of_a_gpu(kind, monkeypatch):
+    """What is free, and what torch holds and does not use. The peak is beyond what was there."""
+    counted = {"peak": 900, "run": 0}
+
+    def run():
+        counted["run"] += 1
+
+    module = types.SimpleNamespace(
+        mem_get_info=lambda device: (1000, 5000),
+        memory_reserved=lambda device: 300,
+        memory_allocated=lambda device: 250,
+        max_memory_allocated=lambda device: counted["peak"] if counted["run"] else 10**9,
+        reset_peak_memory_stats=lambda device: None,
+        synchronize=lambda device: None,
+    )
+    monkeypatch.setattr(torch, "get_device_module", {torch.device(kind, 1): module}.__getitem__)
+    device = torch.device(kind, 1)
+    assert capacity.available(device) == capacity.left(device) == 1050
+    assert capacity.peak(run, device) == 650
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -159,9 +159,10 @@ def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-3)
 
 
-def test_the_same_of_a_causal_flow_with_classes(tmp_path):
+def test_the_same_of_a_causal_flow_with_classes_and_dropout(tmp_path):
     words = ["train", *CAUSAL, *ALL[len(MODEL) :]]
     words += sets(model__classes=10, train__num_steps=5, train__optimizer="adamw")
+    words += sets(model__dropout=0.2, model__attention=1, model__downsample=1)
     quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
     all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)
@@ -530,6 +531,27 @@ def test_the_death_of_one_ends_the_others(tmp_path):
         "has lost another process of this run: it was killed",
         "r/checkpoints/last.safetensors",
     )
+    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+
+
+SOON = """
+from flowtrain.system import distributed, pulse
+pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+"""
+
+
+@pytest.mark.parametrize("victim, world", [(1, 3), (0, 2)])
+def test_a_process_that_stands_still_ends_the_others(victim, world, tmp_path):
+    """Its connections stay open, so nothing but its silence says that it is lost."""
+    processes = begin(world, "train", *LONG, "--run-dir", "r", cwd=tmp_path, first=SOON)
+    wait_for_step(tmp_path / "r", 12)
+    stopped = processes.pop(victim).process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    results = [process.result() for process in processes]
+    stopped.kill()
+    said = [each for each in results if each.err]
+    assert [each.code for each in results] == [1] * len(results) and len(said) == 1, results
+    said[0].failed(1, f"heard nothing of process {victim} for 3 s", "last.safetensors is the last")
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 

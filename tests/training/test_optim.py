@@ -123,7 +123,7 @@ def test_optimizers(name, kind):
     (optimizer,) = build_optimizers(
         flow, a_config("nice", train={"optimizer": name, "lr": 0.01}).train
     )
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     before = [p.detach().clone() for p in flow.parameters()]
     flow.bits_per_dim(images(8, flow.shape)).mean().backward()
     optimizer.step()

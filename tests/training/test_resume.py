@@ -110,7 +110,7 @@ def uninterrupted():
         sets(data__max_in_memory=0, data__workers=1),
         [*WORDS["realnvp"], *sets(train__precision="bf16")],
         WORDS["nice"],
-        [*CAUSAL, *sets(train__precision="bf16", model__classes=10)],
+        [*CAUSAL, *sets(train__precision="bf16", model__classes=10, model__dropout=0.2)],
     ],
     ids=[
         "fp32-adam",
@@ -120,7 +120,7 @@ def uninterrupted():
         "streamed",
         "realnvp",
         "nice",
-        "causal-with-classes",
+        "causal-with-classes-and-dropout",
     ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):

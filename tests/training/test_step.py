@@ -1,21 +1,88 @@
-"""The memory of a step: known, and refused where it cannot fit, before it is taken."""
+"""A step that is not finite changes nothing, and the memory of a step: known, and refused where it
+cannot fit, before it is taken.
+"""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
 from catalogue import SPHERE, TINY
-from helpers import a_config, images
+from helpers import a_config, images, tiny_flow
 
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import Train
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import initialize
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
+from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.state import State
-from flowtrain.training.step import activations_of_an_image, require_images_to_fit, train_step
+from flowtrain.training.step import (
+    activations_of_an_image,
+    optimizer_step,
+    require_images_to_fit,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
+
+
+def trained_state(optimizer):
+    """A state after one step, with its images."""
+    config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": 1.0})
+    flow = tiny_flow(seed=1)
+    average = Average(flow, 0.5)
+    state = State(config, flow, build_optimizers(flow, config.train), average, {})
+    x = images(4, flow.shape)
+    optimizer_step(state, train_step(state, x)[1])
+    return state, x
+
+
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.tensors().items()}
+
+
+def changed(state, before):
+    after = state.tensors()
+    assert after.keys() == before.keys()
+    return {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+
+
+@pytest.mark.parametrize("optimizer", get_args(Train.model_fields["optimizer"].annotation))
+def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it(optimizer):
+    state, x = trained_state(optimizer)
+    before = copied(state)
+    last = list(state.flow.parameters())[-1]
+    for bad in (torch.nan, torch.inf):
+        _, norm = train_step(state, x)
+        last.grad[0] = bad
+        optimizer_step(state, norm * bad)
+        assert changed(state, before) == set()
+    _, norm = train_step(state, x)
+    optimizer_step(state, norm)
+    assert changed(state, before) == set() and torch.isfinite(norm)
+    state.stuck.zero_()
+    optimizer_step(state, norm)
+    assert changed(state, before) == {"model", "ema", "optimizer"}
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(monkeypatch):
+    """So that all processes know it from the norm, which they share."""
+    state, x = trained_state("adam")
+    loss = Flow.loss
+    monkeypatch.setattr(Flow, "loss", lambda flow, log_prob: loss(flow, log_prob) + torch.inf)
+    found, norm = train_step(state, x)
+    assert torch.isinf(found) and torch.isnan(norm)
+
+
+def test_one_weight_that_is_not_finite_is_noticed():
+    state, _ = trained_state("adam")
+    assert state.weights_are_finite()
+    weight = list(state.flow.parameters())[3].data.view(-1)
+    for value, finite in [(3e38, True), (-3e38, True), (torch.inf, False), (torch.nan, False)]:
+        weight[-1] = value
+        assert state.weights_are_finite() is finite
 
 
 @pytest.mark.run  # takes long

@@ -1,0 +1,154 @@
+"""Residual blocks of causal networks: convolutions and attention over tokens in raster order.
+
+Each computes all tokens at once, or one after the other with the same result. What has been
+computed for earlier tokens is kept.
+"""
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowtrain.nets.convolution import relu_
+from flowtrain.nets.dropout import Drop
+from flowtrain.nets.window import CausalConv, Window
+
+HEAD = 32  # channels of an attention head, about
+EPSILON = 1e-5  # of layer norm
+
+
+class BlockByToken(Protocol):
+    """A `Block` that computes the features of one token after the other."""
+
+    def column(self, x: Tensor, i: int, j: int) -> Tensor:
+        """The features `(C, B)` of token `(i, j)`. Tokens come in raster order."""
+
+
+class Block(nn.Module):
+    """A residual block of rows of tokens, `(B, H, W, C)`.
+
+    The result for a token depends on the tokens up to itself. `drop` drops some of what the block
+    is about to add.
+    """
+
+    if TYPE_CHECKING:  # torch declares that a call returns Any
+
+        def __call__(self, x: Tensor, drop: Drop) -> Tensor: ...
+
+    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+        raise NotImplementedError
+
+    def by_token(self, batch: int, size: tuple[int, int]) -> BlockByToken:
+        """The same for tokens that come one after the other, H times W in all."""
+        raise NotImplementedError
+
+
+class ConvolutionBlock(Block):
+    """Normalization, a causal convolution, ReLU, and a 1x1 convolution that starts at zero."""
+
+    def __init__(self, width: int, window: Window):
+        super().__init__()
+        self.conv = CausalConv(width, width, window)
+        self.last = zero_linear(width, width)
+
+    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+        y: Tensor = x + self.last(drop(relu_(self.conv(norm(x)))))
+        return y
+
+    def by_token(self, batch: int, size: tuple[int, int]) -> "ConvolutionByToken":
+        return ConvolutionByToken(self, batch, size[1])
+
+
+class ConvolutionByToken:
+    """See `BlockByToken`. Where the window sees tokens to the right, `write` comes before `read`
+    for a whole row.
+    """
+
+    def __init__(self, block: ConvolutionBlock, batch: int, width: int):
+        self.conv = block.conv.by_token(batch, width)
+        self.weight, self.bias = block.last.weight, block.last.bias[:, None]
+
+    def write(self, x: Tensor, j: int) -> None:
+        """Takes the input `(C, B)` in column j."""
+        self.conv.start(j)
+        self.conv.write(j, norm_of_columns(x))
+
+    def read(self, x: Tensor, j: int) -> Tensor:
+        """The result in column j, where the input is `x`."""
+        return torch.addmm(x, self.weight, self.conv.column(j).relu_()).add_(self.bias)
+
+    def column(self, x: Tensor, i: int, j: int) -> Tensor:
+        self.write(x, j)
+        return self.read(x, j)
+
+
+class AttentionBlock(Block):
+    """Normalization, causal self-attention over all tokens (Vaswani et al. 2017), and a projection
+    that starts at zero.
+
+    Queries and keys are normalized, too (Henry et al. 2020), so that no product grows large.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = next(n for n in range(max(1, width // HEAD), 0, -1) if width % n == 0)
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.last = zero_linear(width, width)
+
+    def queries_keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of N normalized tokens `(B, N, C)`, `(B, heads, N, C / heads)` each."""
+        parts = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        return norm(queries), norm(keys), values
+
+    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+        queries, keys, values = self.queries_keys_and_values(norm(x).flatten(1, 2))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        y: Tensor = x + self.last(drop(mixed.transpose(1, 2).reshape(x.shape)))
+        return y
+
+    def by_token(self, batch: int, size: tuple[int, int]) -> "_AttentionByToken":
+        return _AttentionByToken(self, batch, math.prod(size))
+
+
+class _AttentionByToken:
+    """See `BlockByToken`. It keeps keys and values."""
+
+    def __init__(self, block: AttentionBlock, batch: int, tokens: int):
+        self.block = block
+        self.weight, self.bias = block.last.weight, block.last.bias[:, None]
+        width, heads = len(self.weight), block.heads
+        self.keys = self.weight.new_empty(batch, heads, tokens, width // heads)
+        self.values = torch.empty_like(self.keys)
+        self.known = 0
+
+    def column(self, x: Tensor, i: int, j: int) -> Tensor:
+        normalized = norm_of_columns(x).T[:, None]
+        query, key, value = self.block.queries_keys_and_values(normalized)
+        self.keys[:, :, self.known], self.values[:, :, self.known] = key[:, :, 0], value[:, :, 0]
+        self.known += 1
+        mixed = F.scaled_dot_product_attention(
+            query, self.keys[:, :, : self.known], self.values[:, :, : self.known]
+        )
+        return torch.addmm(x, self.weight, mixed.flatten(1).T).add_(self.bias)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Layer norm over the channels of `(..., C)`, without weights, since a linear map follows."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+
+
+def norm_of_columns(x: Tensor) -> Tensor:
+    """Layer norm over the channels of `(C, B)`."""
+    x = x - x.mean(dim=0)
+    return x.mul_((x.square().mean(dim=0) + EPSILON).rsqrt_())
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts at zero."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

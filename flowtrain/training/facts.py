@@ -1,0 +1,89 @@
+"""What is known of the steps: loss, norm of the gradient, clock and signals, one step late."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtrain.system import distributed
+from flowtrain.training.state import State
+from flowtrain.training.stop import STOPPING, Clock, Stop
+
+
+@dataclass(frozen=True)
+class Known:
+    """A step whose numbers have arrived. They are those of the whole batch, on every process."""
+
+    step: int  # before it
+    images: int  # used before it
+    rate: float
+    loss: float
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss + self.grad_norm)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A step whose numbers are on their way."""
+
+    step: int
+    images: int
+    rate: float
+    seconds: float  # by the clock of this process
+    sums: Callable[[], list[float]]  # waits for them
+
+
+class Facts:
+    """Sends the numbers of each step on their way when the step is given to the device, and
+    receives them later. So the device has its next step before the host waits for this one.
+
+    All processes receive the same loss, norm, clock and signal. The clock is that of process 0.
+    """
+
+    def __init__(self, state: State, clock: Clock, stop: Stop):
+        self.state = state
+        self.clock = clock
+        self.stop = stop
+        self.seconds = state.progress.seconds  # on every process the same: of a checkpoint
+        self.last: Known | None = None
+        self.failed: Known | None = None  # a step that was not finite: the state is stuck there
+        self._sent: deque[_Sent] = deque()
+
+    def send(self, loss: Tensor, grad_norm: Tensor, rate: float) -> None:
+        """`loss` and `grad_norm` are 0-dimensional, and of this process."""
+        self.clock.tick()
+        progress = self.state.progress
+        seconds = progress.seconds if distributed.is_main() else 0.0
+        asked = [float(self.stop.asked == signum) for signum in STOPPING]
+        sums = distributed.total_later(torch.stack([loss, grad_norm]), [seconds, *asked])
+        self._sent.append(_Sent(progress.step, progress.images, rate, progress.seconds, sums))
+
+    def receive(self, leaving: int) -> None:
+        """Waits for the numbers of all steps but the `leaving` last ones.
+
+        After a step that was not finite it waits for all: they have changed nothing, and do not
+        count.
+        """
+        while len(self._sent) > (leaving if self.failed is None else 0):
+            sent = self._sent.popleft()
+            loss, grad_norm, seconds, *asked = sent.sums()
+            loss, grad_norm = loss / distributed.world(), grad_norm / distributed.world()
+            self.last = Known(sent.step, sent.images, sent.rate, loss, grad_norm)
+            self.seconds = seconds
+            progress = self.state.progress
+            progress.seconds += seconds - sent.seconds  # the same clock on every process
+            signum = next((s for s, count in zip(STOPPING, asked, strict=True) if count), 0)
+            self.stop.signum = self.stop.signum or signum
+            if self.failed is not None:
+                continue
+            if not self.last.finite:
+                self.failed = self.last
+            else:
+                progress.window_loss += loss
+                progress.window_steps += 1

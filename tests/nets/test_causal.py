@@ -1,0 +1,125 @@
+"""Blocks of causal networks: what each token depends on, and the two ways of computing it."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import perturb, seeded, tiny_flow
+
+from flowtrain.errors import UserError
+from flowtrain.models import causal
+from flowtrain.nets.causal_blocks import AttentionBlock, ConvolutionBlock
+from flowtrain.nets.coarse import CoarseStream
+from flowtrain.nets.dropout import keep_all
+from flowtrain.nets.window import Window
+
+SIZES = [(5, 6), (6, 3), (8, 5), (3, 1), (4, 8)]
+WIDTH = 6
+
+
+def before(token, other):
+    return other <= token
+
+
+def within(token, other, above, beside):
+    (i, j), (k, n) = token, other
+    return i - k <= above and abs(n - j) <= beside
+
+
+def seen_by(kind, token, other):
+    """Whether a block of a kind may, and so does, look from a token at another."""
+    (i, j), (k, n) = token, other
+    if kind == "convolution":
+        return before(token, other) and within(token, other, 1, 1)
+    if kind == "attention":
+        return before(token, other)
+    cell, other_cell = (i // 2 - 1, j // 2), (k // 2, n // 2)
+    # Two blocks of cells, of which each sees one row above and the cells beside it.
+    return other_cell[0] <= cell[0] and within(cell, other_cell, 2, 2) or other == token
+
+
+def block_of(kind, size):
+    block = {
+        "convolution": lambda: ConvolutionBlock(WIDTH, Window(1, 1, ahead=1)),
+        "attention": lambda: AttentionBlock(WIDTH),
+        "coarse": lambda: CoarseStream(WIDTH, 2, size),
+    }[kind]()
+    return perturb(block, 0.5).double()
+
+
+every_block = pytest.mark.parametrize(
+    "kind, size",
+    [(kind, size) for kind in ("convolution", "attention", "coarse") for size in SIZES],
+)
+
+
+def features(size, batch=1, dtype=torch.float64):
+    return torch.randn(batch, *size, WIDTH, generator=seeded(), dtype=dtype)
+
+
+@every_block
+def test_a_token_depends_on_earlier_tokens_only(kind, size):
+    block, x = block_of(kind, size), features(size, 5)  # every ReLU is active in one of them
+    jacobian = torch.autograd.functional.jacobian(lambda x: block(x, keep_all).sum(dim=0), x)
+    seen = jacobian.abs().amax(dim=(2, 3, 6)).flatten(2).flatten(0, 1) > 0
+    places = list(itertools.product(*map(range, size)))
+    wanted = [[seen_by(kind, token, other) for other in places] for token in places]
+    assert torch.equal(seen, torch.tensor(wanted))
+    assert not seen.triu(1).any()
+
+
+@every_block
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_one_token_after_the_other_gives_the_same(kind, size, dtype, tolerance):
+    block, x = block_of(kind, size).to(dtype), features(size, 3, dtype)
+    with torch.no_grad():
+        plain = block(x, keep_all)
+        by_token = block.by_token(3, size)
+        columns = [
+            by_token.column(x[:, i, j].T, i, j).T for i, j in itertools.product(*map(range, size))
+        ]
+    found = torch.stack(columns, dim=1).view_as(x)
+    torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "attention", "coarse"])
+def test_a_block_starts_by_adding_nothing(kind):
+    x = features((4, 4))
+    block = block_of(kind, (4, 4))
+    assert not torch.equal(block(x, keep_all), x)
+    with torch.no_grad():
+        block.last.weight.zero_()
+        block.last.bias.zero_()
+    assert torch.equal(block(x, keep_all), x)
+
+
+@pytest.mark.parametrize("width, heads", [(6, 1), (32, 1), (64, 2), (96, 3), (100, 2), (97, 1)])
+def test_heads_have_about_32_channels(width, heads):
+    assert AttentionBlock(width).heads == heads
+
+
+@pytest.mark.parametrize(
+    "blocks, attention, downsample, order",
+    [
+        (3, 0, 0, "ccc"),
+        (6, 1, 0, "cccaccc"),
+        (6, 2, 0, "ccaccacc"),
+        (6, 1, 2, "cccdaccc"),
+        (1, 0, 1, "dc"),
+        (1, 3, 0, "aaac"),
+    ],
+)
+def test_the_order_of_blocks(blocks, attention, downsample, order):
+    flow = tiny_flow("causal", (1, 6, 6), blocks=blocks, attention=attention, downsample=downsample)
+    letters = {ConvolutionBlock: "c", AttentionBlock: "a", CoarseStream: "d"}
+    found = flow.bijection.conditioner.blocks
+    assert "".join(letters[type(block)] for block in found) == order
+    assert [len(block.blocks) for block in found if type(block) is CoarseStream] == (
+        [downsample] if downsample else []
+    )
+
+
+def test_two_rows_of_tokens_are_too_few_to_downsample():
+    with pytest.raises(UserError, match="model.downsample: 2 needs at least 3 rows of tokens"):
+        causal.build((1, 4, 9), 17, token=2, downsample=2)
+    causal.build((1, 5, 9), 17, token=2, downsample=2)
