@@ -31,6 +31,7 @@ SECTIONS = [
     "evaluation",
     "curves",
     "samples",
+    "paths",
     "reconstructions",
     "nearest",
     "health",
@@ -320,6 +321,28 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
     page, _ = page_of("run", "--num-images", 1, cwd=tmp_path)
     assert page.tables[0][1][2:4] == ["not finite", "not finite"]
     assert "another model than this report" not in page.text
+
+
+def test_paths_and_samples_over_the_training_are_shown(digits, tmp_path):
+    run = copy_of(digits[0], tmp_path / "run")
+    page, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert "not in it: paths" not in done.out
+    (path,) = (image for image in page.all("img") if image["alt"] == "Paths between test images")
+    data = base64.b64decode(path["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).width >= 800
+    (moving,) = (image for image in page.all("img") if image["src"].startswith("data:image/gif"))
+    film = Image.open(io.BytesIO(base64.b64decode(moving["src"].partition(",")[2])))
+    pictures = sorted((run / "samples").glob("*.png"))
+    assert film.width == 400 and film.n_frames >= len(pictures) > 1
+
+    pictures[0].write_bytes(b"no picture")
+    _, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert f"not in it: samples over training: run/samples/{pictures[0].name} cannot" in done.out
+    pictures[0].unlink()
+    for file in pictures[2:]:
+        file.unlink()
+    _, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert "not in it: samples over training: run/samples has fewer than two" in done.out
 
 
 def test_a_damaged_model_has_a_page(digits, tmp_path):
