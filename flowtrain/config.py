@@ -361,8 +361,9 @@ def component_schema(base: type[Component], name: str) -> type[Component]:
         if key not in base.arguments:
             kind = hints.get(key, Any)
             default = ... if parameter.default is parameter.empty else parameter.default
+            absolute = {Path: AbsolutePath, Path | None: AbsolutePath | None}
             fields[key] = (
-                AbsolutePath if kind is Path else kind,
+                absolute.get(kind, kind),
                 Field(default, description=described.get(key)),
             )
     schema: type[Component] = create_model(

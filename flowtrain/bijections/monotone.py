@@ -8,6 +8,11 @@ from torch import Tensor
 
 FREE_STEPS = 6  # before the width of the brackets matters; smooth equations need two to six
 
+# Steps from one look at whether all equations are solved to the next. A look waits for the device,
+# which costs nothing on a CPU alone. A solved equation stays, so further steps change no result.
+STEPS_OF_A_LOOK = {"cpu": 1}
+STEPS_OF_A_LOOK_ELSEWHERE = 4
+
 
 @torch.no_grad()
 def solve_monotone(
@@ -29,13 +34,14 @@ def solve_monotone(
     than a quarter of the square root of one such rounding. The error that it leaves is its square
     times `|f'' / 2 f'|`, a factor that should not be far above 10. So the search also ends for an
     `f` whose own rounding keeps `x` from coming nearer. If target, bracket or `f` is NaN, so is
-    `x`. Not differentiable.
+    `x`. Every fourth step waits for a GPU, not each. Not differentiable.
     """
     info = torch.finfo(target.dtype)
     eps, tiny = info.eps, info.tiny
     first_width = upper - lower
     x = lower + first_width / 2
     active = torch.ones_like(x, dtype=torch.bool)
+    steps = STEPS_OF_A_LOOK.get(x.device.type, STEPS_OF_A_LOOK_ELSEWHERE)
     for step in range(FREE_STEPS + 2 * math.ceil(math.log2(info.max) - math.log2(eps))):
         value, derivative = function(x)
         error = value - target
@@ -55,6 +61,6 @@ def solve_monotone(
         moved = torch.where(active, moved, x)
         active = (moved - x).abs() > enough
         x = moved
-        if not active.any():
+        if (step + 1) % steps == 0 and not active.any():
             break
     return x

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ log = logging.getLogger("flowtrain")
 
 CHUNK = 256  # images decoded ahead of the one being written
 LONGEST_INDEX = 2**28  # bytes; a data set of a million unreadable images has fewer
+LISTED = 50  # unreadable images named in a message; the cache's index.json has all of them
 ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
 THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes, and hashlib hashes, without the GIL
 DIGEST = 16  # bytes of a digest
@@ -179,6 +180,21 @@ def opened(
         log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
         return None
     return images, unreadable
+
+
+def warn_of_unreadable(
+    target: Path, unreadable: Mapping[str, str], count: int, option: str, what: str
+) -> None:
+    """Lists those of `count` images that are left out. `what` names all of them."""
+    if not unreadable:
+        return
+    lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+    if len(unreadable) > LISTED:
+        lines.append(f"  and {len(unreadable) - LISTED} more, see {target / 'index.json'}")
+    log.warning(
+        "%s: %d of %d %s cannot be read and are left out:\n%s",
+        option, len(unreadable), count, what, "\n".join(lines),
+    )  # fmt: skip
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,6 +11,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
 from flowtrain.bijections.execution import Container, LayerByLayer, call
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import watch_modules
 
 Around = Callable[[str, Bijection, Direction, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -79,27 +80,6 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
         # A checkerboard may keep all of an image of one pixel.
         if log_scales is not None and log_scales.numel()
     }
-
-
-@torch.no_grad()
-def watch_modules(
-    flow: Flow, x: Tensor, noise: Tensor, note: Callable[[str, nn.Module, Any], None]
-) -> None:
-    """Calls `note(name, module, output)` for each module in a forward pass of the flow.
-
-    The pass goes layer by layer, and includes the modules of conditioners.
-    """
-    handles = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: note(name, module, output)
-        )
-        for name, module in flow.named_modules()
-    ]
-    try:
-        flow(x, noise, executor=LayerByLayer())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:

@@ -7,49 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from flowtrain.data.splits import Split
-from flowtrain.evaluation.layers import watch_modules
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import fitting_batch_size, largest_activation
 from flowtrain.system import capacity, distributed
 from flowtrain.system.random import Stream, uniform
-
-# Bytes of activations. A larger batch is no faster on a CPU (benchmarks/evaluation.py).
-ENOUGH_FOR_A_CPU = 256 * 2**20
-LARGEST_BATCH = 2048  # so that progress can be seen
-# Activations in memory at a time, as a multiple of the largest one: the input and output of a
-# convolution, and copies of them.
-ALIVE = 6
-
-
-@torch.no_grad()
-def _largest_activation(flow: Flow) -> int:
-    """Bytes of the largest output of a module for one image."""
-    largest = 0
-
-    def note(name: str, module: nn.Module, output: Any) -> None:
-        nonlocal largest
-        largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
-
-    x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
-    watch_modules(flow, x, torch.full_like(x, 0.5, dtype=flow.dtype), note)
-    return largest
-
-
-def fitting_batch_size(flow: Flow) -> int:
-    """How many images to score at a time: a power of two.
-
-    On a GPU it is what fits into a quarter of all memory, not of the memory that is free. The last
-    digits of a likelihood depend on the batch size, and should be the same the next time. On a CPU
-    speed is the limit, long before memory.
-    """
-    budget: float = ENOUGH_FOR_A_CPU
-    if flow.device.type == "cuda":
-        budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
-    fitting = min(budget / (ALIVE * _largest_activation(flow)), LARGEST_BATCH)
-    return 1 << int(math.log2(max(fitting, 1)))
 
 
 def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int = 1) -> None:
@@ -61,7 +25,7 @@ def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int 
     if batch_size is not None:
         largest = min(batch_size, count)
         capacity.require(
-            2 * largest * _largest_activation(flow),  # what a layer takes and what it gives
+            2 * largest * largest_activation(flow),  # what a layer takes and what it gives
             f"--batch-size {batch_size}: {largest:,} images at a time need",
             flow.device,
         )

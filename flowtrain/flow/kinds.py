@@ -28,7 +28,6 @@ class QuantizedImages:
     picture_count = 64  # samples in a picture
     report_count = 16  # samples in each picture of a report
     report_temperatures = (0.5, 0.7, 0.85, 1.0)  # a report has one picture for each
-    decode_batch = 64  # samples decoded at a time
 
     def __init__(self, levels: int):
         self.levels = levels
@@ -81,7 +80,6 @@ class Points:
     scale = 1
     picture_count = report_count = 2000
     report_temperatures = (1.0,)  # each picture shows much else
-    decode_batch = 640
 
     def npz(self) -> dict[str, int]:
         return {}

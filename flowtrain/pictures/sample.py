@@ -11,6 +11,7 @@ from torch import Tensor
 from flowtrain.bijections.execution import Noting
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import sampling_batch_size
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
@@ -64,13 +65,17 @@ def decode(
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, a few at a time. See `Flow.decode`.
+    """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
+
+    See `Flow.decode`. Images depend on the number of others that are decoded with them by rounding
+    only.
 
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
-    for start in range(0, len(z), flow.kind.decode_batch):
-        stop = min(start + flow.kind.decode_batch, len(z))
+    at_a_time = sampling_batch_size(flow)
+    for start in range(0, len(z), at_a_time):
+        stop = min(start + at_a_time, len(z))
 
         def note(share: float, start: int = start, stop: int = stop) -> None:
             progress(round(start + share * (stop - start), 1))

@@ -22,8 +22,8 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.doctor import Finding, examine
-from flowtrain.evaluation.score import fitting_batch_size
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.pictures import draw, grid
 from flowtrain.pictures.interpolate import interpolate
 from flowtrain.pictures.sample import sample

@@ -377,6 +377,9 @@ TABLE = [
     ("train NPZ large.npz --set model.levels=5", "16x16 can be squeezed 4 times", "levels: 5"),
     ("train TINY --set data.name=npz", "data.path", "missing"),
     ("train TINY --set data.name=imagenet32", "data.version", "missing"),
+    ("train TINY HUB", "data.repository: give either this or data.path: neither is given"),
+    ("train TINY HUB --set data.repository=x --set data.path=y", "data.path: both are given"),
+    ("train TINY HUB --set data.repository=/etc", "data.repository: /etc is no name on the hub"),
     ("train TINY IMAGENET new", "data.version", "oord2016", "chrabaszcz2017", "'new'"),
     ("train TINY IMAGENET oord2016", "data.root", "put train_64x64.tar there", "Source: "),
     ("train TINY IMAGENET chrabaszcz2017", "put Imagenet64_train_part1_npz.zip and", "Source: "),
@@ -587,6 +590,7 @@ WORDS_OF = {
     "LARGE": sets(model__steps=16, model__width=512),  # a megabyte for each image
     "NPZ": [*SMALL, *sets(train__num_steps=2, data__name="npz"), "--set", "data.path="],
     "IMAGES": [*TINY_RUN, *sets(data__name="folder", data__size=8), "--set", "data.path="],
+    "HUB": [*sets(data__name="hub", data__size=8)],
     "IMAGENET": [*sets(data__name="imagenet64"), "--set", "data.version="],
     "MNIST": [*sets(data__name="mnist"), "--set", "data.root="],
 }

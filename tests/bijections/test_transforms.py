@@ -13,6 +13,7 @@ from flowtrain.bijections import (
     AffineTransform,
     MixtureTransform,
     SplineTransform,
+    monotone,
 )
 from flowtrain.bijections.monotone import FREE_STEPS, solve_monotone
 
@@ -390,6 +391,37 @@ def test_solver_on_hard_functions(name, dtype):
         torch.testing.assert_close(
             x[:-1], torch.full_like(targets, 0.3), rtol=0, atol=2 * precision
         )
+
+
+@pytest.mark.parametrize("name", [*HARD, "mixture"])
+def test_looking_less_often_changes_nothing(name, monkeypatch):
+    """As on a GPU, where each look waits for it."""
+    calls = []
+
+    def solved():
+        calls.clear()
+        if name == "mixture":
+            transform, parameters = some("mixture", 1.5, torch.float32)
+            z = torch.randn(8, 3, 40, generator=seeded(1))
+            with torch.no_grad():
+                return transform.inverse(z, parameters)[0]
+        target = torch.linspace(-0.9, 0.9, 100)
+        target[7] = float("nan")
+
+        def function(x):
+            calls.append(1)
+            return HARD[name](x)
+
+        return solve_monotone(
+            function, target, torch.full_like(target, -50), torch.full_like(target, 70)
+        )
+
+    each_step = solved()
+    least = len(calls)
+    monkeypatch.setattr(monotone, "STEPS_OF_A_LOOK", {})
+    assert torch.equal(solved().nan_to_num(9e9), each_step.nan_to_num(9e9))
+    steps = monotone.STEPS_OF_A_LOOK_ELSEWHERE
+    assert steps > 1 and (name == "mixture" or len(calls) == math.ceil(least / steps) * steps)
 
 
 def test_solver_with_a_bracket_of_no_width():

@@ -21,7 +21,7 @@ DOWNLOADED = {  # name: shape, flip
     "svhn": ((3, 32, 32), False),
 }
 HELPERS = {"base", "cache", "imagenet", "mapped", "torchvision_source", "points"}
-OTHERS = {"digits", "folder", "imagenet32", "imagenet64", "npz", "sphere"}
+OTHERS = {"digits", "folder", "hub", "imagenet32", "imagenet64", "npz", "sphere"}
 
 
 def test_every_data_set_is_tested():

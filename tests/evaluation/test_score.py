@@ -13,7 +13,7 @@ from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.evaluation import score as scoring
 from flowtrain.evaluation.evaluate import summarize
-from flowtrain.evaluation.score import LARGEST_BATCH, Scores, fitting_batch_size, mean_loss, score
+from flowtrain.evaluation.score import Scores, mean_loss, score
 from flowtrain.flow.dequantize import Dequantizer, UniformNoise
 from flowtrain.flow.flow import Flow, LogProb
 from flowtrain.flow.kinds import kind_of
@@ -160,16 +160,6 @@ def test_batch_size_does_not_matter(glow, batch_size, samples):
         mean_loss(glow, a_split(), samples=samples, batch_size=size) for size in (33, batch_size)
     ]
     assert bits[0] == pytest.approx(bits[1], abs=1e-5)
-
-
-def test_the_batch_is_chosen_by_memory(glow, monkeypatch):
-    assert fitting_batch_size(glow) == LARGEST_BATCH
-    sizes = []
-    for budget in (1, 2**16, 2**17, 2**19):
-        monkeypatch.setattr(scoring, "ENOUGH_FOR_A_CPU", budget)
-        sizes.append(fitting_batch_size(glow))
-    assert sizes[0] == 1 < sizes[1] and sizes[2:] == [2 * sizes[1], 8 * sizes[1]]
-    assert fitting_batch_size(tiny_flow("glow", width=24)) == sizes[3] // 4
 
 
 def test_the_number_of_images_and_the_split_do_not_change_an_images_score(glow):

@@ -1,0 +1,222 @@
+"""Image data sets in the format of Hugging Face's package `datasets`: from their hub, or on disk.
+
+No code of a data set is run. The package, from its version 4 on, runs none, and flowtrain decodes
+the images itself.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from flowtrain.datasets import base, cache
+from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
+from flowtrain.errors import UserError, cut, is_disk_full, short
+from flowtrain.system.files import require_regular
+from flowtrain.types import Shape, Side
+
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # of a data set on the hub
+
+
+def build(
+    root: Path,
+    split: Part,
+    *,
+    seed: int = 0,
+    repository: str | None = None,
+    path: Path | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = "test",
+    image: str = "image",
+    label: str | None = None,
+    size: Side,
+    channels: Literal[1, 3] = 3,
+    resize: Policy = "crop",
+) -> Images:
+    """Any image data set of the hub, as `channels` x `size` x `size` with 256 levels. It needs
+    `pip install 'flowtrain[hub]'`.
+
+    Args:
+        repository: Its name on the hub, such as `ylecun/mnist`. Give either this or `path`.
+        path: A folder that `save_to_disk` has written. Give either this or `repository`.
+        subset: Which of several configurations of a repository.
+        revision: The version of a repository: a branch, a tag or a commit. A commit never changes.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to test with. With null, a seeded tenth of `train_split` is
+            the test split.
+        image: Name of the column of images.
+        label: Name of a column of classes, whole numbers from 0. With null there are none.
+        size: Side of the square images in pixels.
+        channels: 3 for RGB, 1 for grey.
+        resize: How an image is brought to that size: `crop` takes the largest centred square,
+            `stretch` the whole image, and `exact` refuses other images.
+
+    Nothing is loaded here. The first `read` downloads, and decodes the images into the cache.
+    Images that cannot be decoded are left out, with a warning. Raises `UserError` if the data
+    cannot be loaded.
+    """
+    if (repository is None) == (path is None):
+        given = "neither is given" if path is None else "both are given"
+        raise UserError(f"data.repository: give either this or data.path: {given}")
+    own_test = test_split is not None
+    wanted = test_split if split == "test" and test_split is not None else train_split
+    shape: Shape = (channels, size, size)
+    place, option = (repository, "data.repository") if path is None else (path, "data.path")
+
+    @functools.cache
+    def loaded() -> Any:
+        rows = (
+            _on_disk(Path(path), wanted, f"data.{split if own_test else 'train'}_split")
+            if path is not None
+            else _from_hub(repository or "", subset, revision, wanted)
+        )
+        _require_columns(rows, image, label)
+        return rows
+
+    def target() -> Path:
+        files = [Path(each["filename"]) for each in loaded().cache_files]
+        facts = [(os.fspath(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        options = json.dumps([1, image, len(loaded()), channels, size, resize, facts])
+        return cache.place() / "hub" / cache.key_of([options])
+
+    decode = functools.partial(_decode, shape=shape, policy=resize)
+
+    @functools.cache
+    def decoded() -> tuple[np.ndarray, dict[str, str]]:
+        names = cache.Numbered(len(loaded()))
+        source = cache.Source(
+            f"{place} ({wanted})", option, names, lambda: _encoded(loaded(), image), decode
+        )
+        return cache.opened(target(), names, shape) or cache.filled(target(), source, shape)
+
+    def read() -> np.ndarray:
+        images, unreadable = decoded()
+        what = f"images of {place} ({wanted})"
+        cache.warn_of_unreadable(target(), unreadable, len(loaded()), option, what)
+        return images
+
+    def digests() -> np.ndarray:
+        return cache.digests(target() / "digests", decoded()[0], f"images of {place}")
+
+    def labels() -> np.ndarray:
+        assert label is not None
+        values = np.array(loaded().select_columns([label])[:][label])
+        if values.dtype.kind not in "iu":
+            raise UserError(f"data.label: {label} of {place} has rows without a whole number")
+        unreadable = decoded()[1]
+        readable = [i for i in range(len(values)) if str(i) not in unreadable]
+        return values[readable].astype(np.int64)
+
+    return Images(
+        shape=shape,
+        levels=256,
+        read=read,
+        labels=None if label is None else labels,
+        rows=None if own_test else lambda: part_of(first_equal(digests()), split, seed),
+        digests=digests,
+        at_hand=lambda: path is not None and (target() / "index.json").exists(),
+    )
+
+
+def _package() -> Any:
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "data.name: hub needs the package datasets: pip install 'flowtrain[hub]'"
+        ) from None
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise UserError(
+            f"data.name: hub needs version 4 of the package datasets, and {datasets.__version__} "
+            f"is installed: pip install 'flowtrain[hub]'"
+        )
+    # What goes wrong is one message of flowtrain.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    return datasets
+
+
+def _on_disk(path: Path, wanted: str, option: str) -> Any:
+    """A split of a data set in a folder. `option` is the key that names the split."""
+    datasets = _package()
+    try:
+        require_regular(path)
+        found = datasets.load_from_disk(os.fspath(path), keep_in_memory=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make pyarrow and json raise anything
+        raise UserError(
+            f"data.path: {path} cannot be loaded ({short(error)}): give a folder that save_to_disk "
+            f"of the package datasets has written"
+        ) from None
+    if isinstance(found, datasets.Dataset):
+        if option == "data.test_split":
+            raise UserError(f"{option}: {path} has no splits; with null, a tenth is held out")
+        return found
+    if wanted not in found:
+        raise UserError(f"{option}: {path} has no split {cut(wanted)}, but {cut(', '.join(found))}")
+    return found[wanted]
+
+
+def _from_hub(repository: str, subset: str | None, revision: str | None, wanted: str) -> Any:
+    if not NAME.fullmatch(repository):
+        raise UserError(f"data.repository: {cut(repository)} is no name on the hub, OWNER/NAME")
+    if Path(repository).exists():  # the package would load it instead
+        raise UserError(
+            f"data.repository: {repository} is also a file or folder here: start in another folder "
+            f"(data.path is for a data set on disk)"
+        )
+    datasets = _package()
+    try:
+        return datasets.load_dataset(
+            repository, subset, split=wanted, revision=revision, keep_in_memory=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # of the network, the hub, pyarrow, ...
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"data.repository: {repository} (split {cut(wanted)}) cannot be loaded "
+            f"({short(error)}). Without a network, save_to_disk elsewhere, and give data.path"
+        ) from None
+
+
+def _require_columns(rows: Any, image: str, label: str | None) -> None:
+    pictures = [n for n, kind in rows.features.items() if type(kind).__name__ == "Image"]
+    if image not in pictures:
+        raise UserError(
+            f"data.image: there is no column of images {cut(image)}; there is "
+            f"{cut(', '.join(pictures)) or 'none'}"
+        )
+    classes = [n for n, kind in rows.features.items() if "int" in str(getattr(kind, "dtype", ""))]
+    if label is not None and label not in classes:
+        raise UserError(
+            f"data.label: {cut(label)} is no column of whole numbers; there is "
+            f"{cut(', '.join(classes)) or 'none'}"
+        )
+
+
+def _encoded(rows: Any, image: str) -> Iterator[dict[str, Any]]:
+    """The files of the images, as bytes or as a path."""
+    files = rows.select_columns([image]).cast_column(image, _package().Image(decode=False))
+    for start in range(0, len(files), cache.CHUNK):
+        yield from files[start : start + cache.CHUNK][image]
+
+
+def _decode(file: dict[str, Any] | None, shape: Shape, policy: Policy) -> np.ndarray | str:
+    if file is None or (file["bytes"] is None and file["path"] is None):
+        return "there is none"
+    source = Path(file["path"]) if file["bytes"] is None else file["bytes"]
+    image = base.decoded(source, shape, policy)
+    if policy == "exact" and isinstance(image, str):
+        raise UserError(f"data.resize: exact, but an image cannot be taken as it is: {image}")
+    return image
