@@ -350,6 +350,11 @@ def test_where_the_data_lie_may_change(run, tmp_path):
     assert "nothing to do" in quick("train", *TINY_RUN, *moved, cwd=tmp_path).ok().out
 
 
+def test_how_a_step_is_computed_may_change(run, tmp_path):
+    compiled = sets(train__compile="layers")
+    assert "nothing to do" in quick("train", *TINY_RUN, *compiled, cwd=tmp_path).ok().out
+
+
 def test_a_finished_run_is_extended(run, tmp_path):
     before = metrics(run)
     longer = [*TINY_RUN, *sets(train__num_steps=30)]
