@@ -33,9 +33,21 @@ def info(
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size."""
-    shipped = what is not None and what.removesuffix(".yaml") in configfiles.shipped_configs()
-    if what is not None and (what.endswith(".yaml") or (shipped and not os.path.lexists(what))):
+    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size.
+
+    Where a trained model and a configuration have one name, it means the model, and NAME.yaml the
+    configuration.
+    """
+    from flowtrain.checkpoints import zoo
+
+    if what is not None and (
+        what.endswith(".yaml")
+        or (
+            what in configfiles.shipped_configs()
+            and what not in zoo.names()
+            and not os.path.lexists(what)
+        )
+    ):
         print_table(_of_config(configfiles.find_config(what)))
     else:
         print_table(_of_model(what, trust_code))
