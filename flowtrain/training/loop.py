@@ -181,6 +181,9 @@ def _loop(
         elif best:
             save_best(state, run)
             clock.skip()
+        if validates or samples or periodic:
+            distributed.ready()  # an exchange of tensors waits for process 0 only so long
+            clock.skip()
 
 
 def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -> None:
