@@ -33,7 +33,7 @@ from cli_helpers import (
     trained,
     wait_for_step,
 )
-from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
@@ -259,6 +259,11 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
         batches = Batches(data, settings, 24 // world, torch.device("cpu"))
         return batch_of(batches, step, images)[0]
 
+    # What happens to an image does not depend on the number of images in a step.
+    smaller = Batches(data, a_config(data=section), 12, torch.device("cpu"))
+    halves = [batch_of(smaller, step, images)[0] for step, images in ((7, 31), (8, 43))]
+    assert torch.equal(torch.cat(halves), batch(0, 1, 2, 31))
+
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
         whole = batch(0, 1, step, consumed)
@@ -276,8 +281,9 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
 
 def test_augmentation_of_a_part(tmp_path):
     x = images(20, (3, 8, 8))
-    whole = augment(x, True, 2, seeded())
-    assert torch.equal(augment(x[7:12], True, 2, seeded(), 7, 20), whole[7:12])
+    whole = augment(x, True, 2, 0, 100)
+    assert torch.equal(augment(x[7:12], True, 2, 0, 107), whole[7:12])
+    assert not torch.equal(augment(x, True, 2, 0), whole)
 
 
 def test_noise_of_a_part():
@@ -547,6 +553,26 @@ def test_the_death_of_one_ends_the_others(tmp_path):
         "r/checkpoints/last.safetensors",
     )
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+
+
+SLOW_SAMPLES = """
+import time
+from flowtrain.system import distributed
+from flowtrain.training import loop
+
+def sample(state, *others):
+    if distributed.is_main() and state.progress.step == 1:
+        time.sleep(4)
+
+loop.sample, distributed.COLLECTIVE_TIMEOUT = sample, 3
+"""
+
+
+def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
+    """Its samples and checkpoints are no reason to believe that it is lost."""
+    options = [*LONG, *sets(train__num_steps=2, train__sample_every=1)]
+    words = ["train", *options, "--run-dir", "r"]
+    all_ok(together(2, *words, cwd=tmp_path, first=SLOW_SAMPLES))
 
 
 SOON = """
