@@ -47,6 +47,10 @@ MODELS = {
     "planar": ({"name": "planar", **TINY["planar"]}, (1, 2, 2), 256, {}, NO_INVERSE),
     "maf": ({"name": "maf", **TINY["maf"]}, (1, 2, 2), 256, {}, NO_INVERSE),
     "causal": ({"name": "causal", **TINY["causal"], "classes": 3}, (1, 4, 4), 16, {}, NO_INVERSE),
+    "attention": (
+        {"name": "causal", **TINY["causal"], "attention": 1, "downsample": 1, "dropout": 0.2},
+        *((1, 6, 6), 16, {}, NO_INVERSE),
+    ),
     "sphere": (SPHERE, (3, 1, 1), None, {}, BOTH),
 }
 # Tracing takes seconds, so few of the combinations are tried each time.
