@@ -4,7 +4,8 @@ BIN := .venv/bin
 DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
-NOT_BENCH := $(addprefix benchmarks/,common.py equal_time.py gpu.py jacobi.py logit_space.py recipe.py)
+NOT_BENCH := $(addprefix benchmarks/,common.py equal_time.py gpu_session.py jacobi.py \
+	large_data.py logit_space.py recipe.py)
 BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
@@ -13,10 +14,14 @@ THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 # `--only NAME`.
 RECIPE ?=
 
+# What `make gpu-session` adds: where CIFAR-10 lies (`--data data.name=npz --data data.path=FILE`), or
+# the `--minutes` that are left.
+SESSION ?=
+
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs site quick test test-slow test-gpu fuzz bench recipe check format docker-check clean
+.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz bench recipe check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -50,6 +55,9 @@ fuzz: .venv/installed-dev  ## damaged files, bombs, kills at every file operatio
 
 test-gpu: .venv/installed-dev  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+gpu-session: .venv/installed-dev  ## all measurements on a GPU, in 45 minutes
+	$(BIN)/python benchmarks/gpu_session.py $(SESSION)
 
 bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown tables; more than an hour
 	@for threads in $(THREADS); do for words in $(BENCHMARKS); do \

@@ -196,6 +196,11 @@ def _seconds(value: object) -> object:
 Duration = Annotated[PositiveFloat, BeforeValidator(_seconds, json_schema_input_type=float | str)]
 
 
+def _off(value: object) -> object:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
+
+
 class Train(Section):
     """Optimization, and how often things happen. Periods are in steps; a period longer than the run
     is legal.
@@ -246,7 +251,7 @@ class Train(Section):
         "`checkpoint` keeps the inputs of the layers, and `reversible` keeps only the output, from "
         "which the inverse computes them again.",
     )
-    compile: Literal["off", "layers", "step"] = Field(
+    compile: Annotated[Literal["off", "layers", "step"], BeforeValidator(_off)] = Field(
         "off",
         description="What `torch.compile` compiles: nothing, the layers that have a network (those "
         "of one shape share the code), or the whole forward and backward pass of a step. The first "

@@ -88,6 +88,7 @@ def value(config, key):
         ("data.validation=0.2", "data.validation", 0.2),
         ("model.coupling=additive", "model.coupling", "additive"),
         ("model.levels = 2", "model.levels", 2),
+        ("train.compile=off", "train.compile", "off"),  # PyYAML reads it as false.
         ("train.budget=90", "train.budget", 90.0),
         ("train.budget=90s", "train.budget", 90.0),
         ("train.budget=30min", "train.budget", 1800.0),

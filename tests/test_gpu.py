@@ -59,6 +59,32 @@ def test_trains_as_on_the_cpu(tmp_path: Path, name: str, precision: str, memory:
     assert best["cuda"] == pytest.approx(best["cpu"], abs=1e-2 if precision == "fp32" else 5e-2)
 
 
+@pytest.mark.parametrize("compile", ["off", "layers", "step"])
+@pytest.mark.parametrize("cuda_graph", ["false", "true"])
+@pytest.mark.parametrize(
+    "name, memory, precision",
+    [
+        (GLOW, "store", "fp32"),
+        (GLOW, "store", "bf16"),
+        (GLOW, "checkpoint", "fp32"),
+        (GLOW, "reversible", "bf16"),
+        (CAUSAL, "store", "bf16"),
+    ],
+)
+def test_compiled_and_replayed_steps_train_alike(
+    tmp_path: Path, name: str, memory: str, precision: str, compile: str, cuda_graph: str
+) -> None:
+    """With classes and two parts a step. The first batch of each is compared by the run itself."""
+    same = [f"train.memory={memory}", f"train.precision={precision}", "model.classes=10"]
+    same += ["train.batch_size=16", "train.accumulate=2"]
+    plain = train(tmp_path / "plain", "cuda", name, *same)
+    keys = [f"train.compile={compile}", f"train.cuda_graph={cuda_graph}"]
+    found = train(tmp_path / "other", "cuda", name, *same, *keys)
+    tolerance = 1e-2 if precision == "fp32" else 5e-2
+    best = [run.meta["progress"]["best"] for run in (plain, found)]
+    assert best[1] == pytest.approx(best[0], abs=tolerance)
+
+
 def test_dropout_has_the_masks_of_the_cpu() -> None:
     example, x = torch.rand(7, 30), torch.ones(7, 5, 5, 9)
     masks = []

@@ -110,8 +110,10 @@ class _Recomputed(torch.autograd.Function):
             for layer in reversed(ctx.layers):
                 if not reversible:
                     given = kept.pop()
+                # Detached, because a saved output needs a gradient and others do not. Compiled code
+                # would differ.
                 given, grad_z, grad, grads = ctx.executor.gradient(
-                    layer, reversible, given, context, grad_z, grad_log_det, wants_context
+                    layer, reversible, given.detach(), context, grad_z, grad_log_det, wants_context
                 )
                 if grad is not None:
                     grad_context = grad if grad_context is None else grad_context + grad

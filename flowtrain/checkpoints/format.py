@@ -4,13 +4,16 @@ The file is an ordinary safetensors file. Its metadata has two strings: `flowtra
 as JSON (format, versions, configuration, image shape, levels, step, the data's fingerprint, the
 trainer's counters), and `checksum`, the SHA-256 of the whole file with these 64 digits at zero.
 Nothing in it can run code.
+
+It is written here and not by safetensors, whose `save` holds the interpreter while it copies all
+tensors, and is in memory three times before it has a checksum. `safetensors` reads it.
 """
 
 import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +28,28 @@ import flowtrain
 from flowtrain.checkpoints.description import Description, Origin
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.system import capacity, distributed
-from flowtrain.system.files import make_folder_of, read_regular, write_atomically
+from flowtrain.system.files import Piece, make_folder_of, read_regular, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
 PARTS = ("model", "ema", "optimizer")
+
+SMALL = 2**20  # bytes; tensors with fewer are put together
+
+# The names of https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
 
 _ZEROS = b"0" * 64  # in place of the checksum
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -67,15 +87,55 @@ def versions() -> dict[str, str]:
 
 def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a checkpoint."""
-    described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = bytearray(
-        safetensors.torch.save(contiguous, {"flowtrain": described, "checksum": _ZEROS.decode()})
-    )
-    match = _CHECKSUM.search(data, 0, _header_end(data))
+    return b"".join(pieces(meta, tensors))
+
+
+def pieces(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """The bytes of a checkpoint, part by part. The large tensors of the host are not copied."""
+    # Aligned, as safetensors' own files are: a tensor of larger numbers comes first.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header = _header(meta, ordered)
+    match = _CHECKSUM.search(header)
     assert match is not None
-    data[match.start(1) : match.end(1)] = hashlib.sha256(data).hexdigest().encode()
-    return bytes(data)
+    digest = hashlib.sha256(header)
+    for piece in _contents(ordered):
+        digest.update(piece)
+    header[match.start(1) : match.end(1)] = digest.hexdigest().encode()
+    yield header
+    yield from _contents(ordered)
+
+
+def _header(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray:
+    """What comes before the tensors, with zeros in place of the checksum."""
+    described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
+    header: dict[str, Any] = {
+        "__metadata__": {"checksum": _ZEROS.decode(), "flowtrain": described},
+    }
+    start = 0
+    for name, tensor in tensors.items():
+        offsets = [start, start + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        start += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return bytearray(len(text).to_bytes(8, "little") + text)
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """The bytes of the tensors. Small ones are put together, so that there are few pieces."""
+    together = bytearray()
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        content = flat.view(torch.uint8).numpy().data
+        if len(content) < SMALL:
+            together += content
+        if len(together) >= SMALL or len(content) >= SMALL:
+            yield together
+            together = bytearray()
+        if len(content) >= SMALL:
+            yield content
+    yield together
 
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -85,7 +145,7 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     Raises `RunError` where writing fails; what was there before is kept.
     """
     make_folder_of(path)
-    write_atomically(path, encoded(meta, tensors))
+    write_atomically(path, pieces(meta, tensors))
 
 
 def read(path: Path) -> Checkpoint:

@@ -201,6 +201,12 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
             f"{each.largest_batch:,} images would fit"
             f"{' (chosen)' if each.mode == train.memory else ''}"
         )
+    console.print(
+        f"checkpoints: {memory.copy / MIB:,.0f} MiB of the host's memory for a copy, which is "
+        f"written while training goes on"
+        if memory.copy
+        else "checkpoints: no memory for a copy, so training waits while one is written"
+    )
     if cost.seconds is None:
         console.print("speed: not measured, because that would not fit")
         return

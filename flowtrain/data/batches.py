@@ -12,7 +12,7 @@ from flowtrain.config import Config
 from flowtrain.data.splits import DataSet, labels_of
 from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
-from flowtrain.system.random import Stream, generator
+from flowtrain.system.random import Stream, generator, uniform
 
 # The largest number of images for initialization. More say nothing new, and the whole pass has to
 # fit into memory, unlike a step that `train.accumulate` divides.
@@ -20,9 +20,8 @@ MOST_INITIALIZATION_IMAGES = 1024
 
 
 class Position(Protocol):
-    """How far a run is: the steps taken, and the images that all processes have used."""
+    """How far a run is: the images that all processes have used."""
 
-    step: int
     images: int
 
 
@@ -73,10 +72,8 @@ class Batches:
         labels = None
         if self.labels is not None:
             labels = send(self.labels[self.positions(images)], self.device)
-        randomness = generator(self.seed, Stream.AUGMENTATION, progress.step)
-        start = distributed.rank() * self.batch_size
-        x = augment(x, self.flip, self.shift, randomness, start, self.all_processes)
-        return x, labels
+        first = images + distributed.rank() * self.batch_size
+        return augment(x, self.flip, self.shift, self.seed, first), labels
 
     def first_of_all(self, at_least: int) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
@@ -87,7 +84,7 @@ class Batches:
         count = max(self.all_processes, min(at_least, len(self.source)))
         count = min(count, MOST_INITIALIZATION_IMAGES)
         x = self.source.take(self._order(0, count)).to(self.device)
-        return augment(x, self.flip, self.shift, generator(self.seed, Stream.AUGMENTATION, 0))
+        return augment(x, self.flip, self.shift, self.seed)
 
     def positions(self, images: int) -> np.ndarray:
         """Which images of the split this process takes after `images` of the order are used."""
@@ -157,29 +154,22 @@ class ReadAhead:
         self.pool.shutdown(cancel_futures=True)
 
 
-def augment(
-    x: Tensor,
-    flip: bool,
-    shift: int,
-    randomness: torch.Generator,
-    start: int = 0,
-    whole: int | None = None,
-) -> Tensor:
+def augment(x: Tensor, flip: bool, shift: int, seed: int, first: int = 0) -> Tensor:
     """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels.
 
-    Pixels at the edge are repeated. `x` are the images from `start` on in a batch of `whole`, so
-    that the result does not depend on the parts into which a batch is cut.
+    Pixels at the edge are repeated. `x` are the images from place `first` on in the order of a run.
+    What happens to an image depends on the seed and its place, not on how a batch is cut.
     """
     batch, _, height, width = x.shape
-    whole = batch if whole is None else whole
+    if not (flip or shift):
+        return x
+    draws = uniform((batch, 3), seed, Stream.AUGMENTATION, first)  # on the host: there are few
     if flip:
-        mirrored = send(
-            torch.rand(whole, generator=randomness)[start : start + batch] < 0.5, x.device
-        )
+        mirrored = send(draws[:, 0] < 0.5, x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if shift:
-        moves = torch.randint(-shift, shift + 1, (2, whole, 1), generator=randomness)
-        moves = send(moves[:, start : start + batch], x.device)
+        moves = (draws[:, 1:].double() * (2 * shift + 1)).long() - shift
+        moves = send(moves.T.unsqueeze(-1), x.device)  # (2, B, 1)
         rows = (torch.arange(height, device=x.device) + moves[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=x.device) + moves[1]).clamp(0, width - 1)
         images = torch.arange(batch, device=x.device)[:, None, None]

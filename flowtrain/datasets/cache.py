@@ -222,7 +222,9 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
         if not count:
             listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
             raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
-        readable = np.flatnonzero([name not in unreadable for name in source.names])
+        readable = np.arange(len(source.names))
+        if unreadable:
+            readable = np.flatnonzero([name not in unreadable for name in source.names])
         for name, data in source.also(readable).items():
             (temporary / name).write_bytes(sealed(data))
         index = {"source": source.where, "count": count, "unreadable": unreadable}

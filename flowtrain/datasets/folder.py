@@ -1,8 +1,10 @@
 """A user's own folder of image files, which are decoded once into a memory-mapped cache."""
 
+import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,11 @@ from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import UserError, short
 from flowtrain.types import Shape, Side
+
+LARGE = 10_000  # image files from which on the list of a tree is remembered
+LONGEST_LIST = 2**31  # bytes; ten million files have fewer
+COMPARED = 1000  # files of a remembered list that are compared with the tree
+SETTLED = 2.0  # seconds after its last change, when the times of a folder can be relied on
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -47,11 +54,10 @@ def build(
         resize: How an image is brought to that size: `crop` takes the largest centred square,
             `stretch` the whole image, and `exact` refuses images of another size.
 
-    The tree is listed here. The first `read` decodes the files of the split, or all files if there
-    is no `test/`, into `$FLOWTRAIN_CACHE`, or else `$XDG_CACHE_HOME/flowtrain`, or else
-    `~/.cache/flowtrain`. The key of this cache is made of the paths, sizes and times of the files,
-    and of the options. Files that cannot be decoded are left out. The logger `flowtrain` lists them
-    as a warning each time.
+    The tree is listed here, by one of several processes (`files_of`). The first `read` decodes the
+    files of the split, or all files if there is no `test/`, into the cache. The key of this cache
+    is made of the paths, sizes and times of the files, and of the options. Files that cannot be
+    decoded are left out. The logger `flowtrain` lists them as a warning each time.
 
     Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
     cache cannot be written.
@@ -139,32 +145,72 @@ def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
-    """The image files under folder/part, sorted by name in the same way on every machine."""
+    """The image files under folder/part, sorted by name in the same way on every machine.
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"data.path: {error.filename} cannot be listed ({short(error)})")
+    Of several processes one lists the tree. The list of a large tree is remembered, and the others
+    read it, as later starts do. All processes have to call this.
+    """
+    from flowtrain.system import distributed  # imports torch
 
-    files, seen = [], set()
-    for here, folders, names in os.walk(folder / part, onerror=fail, followlinks=True):
-        status = Path(here).stat()
-        if (status.st_dev, status.st_ino) in seen:  # links that form a circle
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        relative = Path(here).relative_to(folder)
-        top = relative == Path()
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and not (top and name == skip)
-        )
-        for name in names:
-            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:
-                files.append(_file(Path(here, name), (relative / name).as_posix()))
+    known = cache.place() / "lists" / cache.key_of(["1", os.fspath(folder), part, skip])
+    with distributed.one_first():
+        files = _remembered(known, folder) or _listed(known, folder, part, skip)
     if not files:
         raise UserError(
             f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, "
             f"in subfolders too)"
         )
-    return sorted(files)
+    return files
+
+
+def _remembered(known: Path, folder: Path) -> list[File] | None:
+    """A list that was written to `known`, unless the tree has changed.
+
+    A new, renamed or removed file changes the time of its folder. A file that is overwritten does
+    not, so a thousand files are compared as well.
+    """
+    data = cache.remembered(known, LONGEST_LIST)
+    if data is None:
+        return None
+    content = json.loads(data)
+    for name, mtime_ns in content["folders"]:
+        with contextlib.suppress(OSError):
+            if (folder / name).stat().st_mtime_ns == mtime_ns:
+                continue
+        return None
+    files = [File(*each) for each in content["files"]]
+    some = files[:: -(-len(files) // COMPARED)]
+    return files if all(_file(folder / file.name, file.name) == file for file in some) else None
+
+
+def _listed(known: Path, folder: Path, part: str, skip: str) -> list[File]:
+    """Lists a tree. A large one is remembered at `known`."""
+    started = time.time()
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"data.path: {error.filename} cannot be listed ({short(error)})")
+
+    files, seen = [], set()
+    folders: list[tuple[str, int]] = []
+    for here, inner, names in os.walk(folder / part, onerror=fail, followlinks=True):
+        status = Path(here).stat()
+        relative = Path(here).relative_to(folder)
+        folders.append((relative.as_posix(), status.st_mtime_ns))
+        if (status.st_dev, status.st_ino) in seen:  # links that form a circle
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        top = relative == Path()
+        inner[:] = sorted(name for name in inner if name[0] != "." and not (top and name == skip))
+        for name in names:
+            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES:
+                files.append(_file(Path(here, name), (relative / name).as_posix()))
+    files.sort()
+    # A folder that changes again at once may keep its time.
+    settled = all(mtime_ns < (started - SETTLED) * 1e9 for _, mtime_ns in folders)
+    if len(files) >= LARGE and settled:
+        cache.remember(known, json.dumps({"folders": folders, "files": files}).encode())
+    return files
 
 
 def _file(path: Path, name: str) -> File:

@@ -4,6 +4,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import re
@@ -39,6 +40,8 @@ from flowtrain.datasets.mapped import (
 from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
+
+log = logging.getLogger("flowtrain")
 
 KEYS = ("x_train", "x_test", "y_train", "y_test")
 MAPPED = 2**26  # bytes; arrays that are at least as large are mapped
@@ -307,6 +310,7 @@ def _digests(parts: list[_Array], layout: Layout) -> np.ndarray:
     known = cache.place() / "digests" / cache.key_of(["1", *names])
 
     def verify() -> None:
+        log.info("reading all images of %s, once, to find equal ones", parts[0].path)
         for each in parts:
             if each.crc is not None:
                 _verify(each)

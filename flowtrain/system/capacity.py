@@ -1,5 +1,6 @@
 """How much memory a device has left, and how much a computation takes."""
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -102,23 +103,27 @@ def _of_the_group(cgroup: Path) -> int:
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
+    return max(moments(run, device))
+
+
+def moments(run: Callable[[], object], device: torch.device) -> list[int]:
+    """Bytes of tensors beyond those that exist before `run`, at its start and after each time that
+    it takes memory or gives some back. On a GPU only the largest of these numbers is known.
+    """
     if device.type in NUMBERED:
         module = torch.get_device_module(device)
         module.synchronize(device)
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
         run()
-        return int(module.max_memory_allocated(device) - before)
+        return [int(module.max_memory_allocated(device) - before)]
     # Otherwise the profiler reports its stages on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
-    allocated = largest = 0
-    for event in trace.profiler.kineto_results.events():  # in order of time
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            largest = max(largest, allocated)
-    return largest
+    events = trace.profiler.kineto_results.events()  # in order of time
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return list(itertools.accumulate(changes, initial=0))
 
 
 def kept(run: Callable[[], object]) -> int:

@@ -6,20 +6,24 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from flowtrain.errors import RunError, UserError
 
+Piece = bytes | bytearray | memoryview
 
-def write_atomically(path: Path, data: bytes, also: Path | None = None) -> None:
-    """Writes to a temporary name, flushes to the disk, renames, and flushes the folder.
 
-    The folder must exist. `also` is a second name in that folder for the same bytes. It is there
-    before `path` is, so whoever finds `path` finds both.
+def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[Path] = ()) -> None:
+    """Writes `data`, or all its pieces, to a temporary name, flushes to the disk, renames, and
+    flushes the folder.
+
+    The folder must exist. `also` are further names in that folder for the same bytes. They are
+    there before `path` is, so whoever finds `path` finds all.
 
     Raises:
         RunError: if that fails. A file of that name is then as before.
@@ -34,11 +38,12 @@ def write_atomically(path: Path, data: bytes, also: Path | None = None) -> None:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.lockf(file, fcntl.LOCK_EX)  # for `remove_left_overs`
                 os.fchmod(file.fileno(), 0o644)
-                file.write(data)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-                if also is not None:
-                    _link(Path(temporary), also, data)
+                for name in also:
+                    _link(Path(temporary), name)
                 Path(temporary).replace(path)
                 temporary = None
             _flush(path.parent)
@@ -47,15 +52,28 @@ def write_atomically(path: Path, data: bytes, also: Path | None = None) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _link(source: Path, name: Path, data: bytes) -> None:
+def _link(source: Path, name: Path) -> None:
     """A second name for the bytes of a file, or a copy on a file system without hard links."""
     temporary = name.with_name(f".{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-        temporary.replace(name)
-    except OSError:
-        write_atomically(name, data)
+        with _naming(name):
+            try:
+                os.link(source, temporary)
+            except OSError:
+                _copy(source, temporary)
+            temporary.replace(name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, name: Path) -> None:
+    shutil.copyfile(source, name)
+    handle = os.open(name, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _flush(folder: Path) -> None:

@@ -36,8 +36,9 @@ CPU = torch.device("cpu")
 # Kinds of devices whose numbers numpy draws on the host. Its generator is compiled, seven times as
 # fast on a CPU as torch's operations, and for MPS the operations of `philox` were never tried.
 HOST_DRAWS = ("cpu", "mps", "xpu")
-# Numbers that a GPU computes at a time. Each takes about 30 bytes until it is done.
-AT_A_TIME = 2**23
+# Numbers that are computed at a time. Words for the host stay in its cache. A number takes about 30
+# bytes of a GPU until it is done.
+AT_A_TIME_ON_HOST, AT_A_TIME = 2**17, 2**23
 
 
 def uniform(
@@ -63,32 +64,29 @@ def uniform(
     entries = math.prod(shape[1:])
     blocks = math.ceil(entries / 8)  # of an image
     key = np.random.SeedSequence([seed, int(stream)]).generate_state(2, np.uint64)
-    if device.type in HOST_DRAWS:
-        words = _words_of_numpy(first * blocks, shape[0] * blocks, draw, key)
-        return _numbers(words, shape).to(device)
-    at_a_time = max(1, AT_A_TIME // entries)
+    by_host = device.type in HOST_DRAWS
+    at_a_time = max(1, (AT_A_TIME_ON_HOST if by_host else AT_A_TIME) // max(1, entries))
     parts = []
     for start in range(0, shape[0], at_a_time):
         count = min(at_a_time, shape[0] - start)
-        index = torch.arange(count * blocks, device=device) + (first + start) * blocks
-        parts.append(_numbers(philox(index, draw, key) >> 8, (count, *shape[1:])))
-    return torch.cat(parts)
+        begins, ends = (first + start) * blocks, (first + start + count) * blocks
+        if by_host:
+            upper = _upper_by_numpy(begins, ends, draw, key).to(device)
+        else:
+            upper = philox(torch.arange(begins, ends, device=device), draw, key) >> 8
+        parts.append(upper.view(count, 8 * blocks).narrow(1, 0, entries).to(torch.float32))
+    numbers = torch.cat(parts) if parts else torch.empty(shape, device=device)
+    return numbers.view(shape).mul_(2.0**-24)
 
 
-def _numbers(upper: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Numbers `shape` from the upper 24 bits of each word, integers `(blocks, 8)`."""
-    entries = math.prod(shape[1:])
-    numbers = upper.to(torch.float32).mul_(2.0**-24)
-    return numbers.reshape(shape[0], -1).narrow(1, 0, entries).reshape(shape)
-
-
-def _words_of_numpy(index: int, count: int, draw: int, key: np.ndarray) -> Tensor:
+def _upper_by_numpy(begins: int, ends: int, draw: int, key: np.ndarray) -> Tensor:
+    """The upper 24 bits of the words of these blocks, int32 `(8 * blocks,)`."""
     # numpy adds 1 to the counter before it computes a block.
-    counter = ((draw << 64) + index - 1) % 2**256
-    words = np.random.Philox(counter=counter, key=key).random_raw(4 * count)
+    counter = ((draw << 64) + begins - 1) % 2**256
+    words = np.random.Philox(counter=counter, key=key).random_raw(4 * (ends - begins))
     halves = words.astype("<u8", copy=False).view("<u4")  # the lower half first
     halves >>= 8
-    return torch.from_numpy(halves.view(np.int32)).view(count, 8)
+    return torch.from_numpy(halves.view(np.int32))
 
 
 WORD = 2**32 - 1  # the largest word of 32 bits

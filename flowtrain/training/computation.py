@@ -96,7 +96,7 @@ class Computation:
         self._plain = Losses(flow, train, executor_of(train.memory))
         losses = self._plain
         if train.compile != "off":
-            _configure_compiler()
+            configure_compiler()
         if train.compile == "layers":
             losses = Losses(flow, train, executor_of(train.memory, compiler(train)))
         if train.compile == "step":
@@ -193,7 +193,7 @@ class Called:
         return loss.detach()
 
 
-def _configure_compiler() -> None:
+def configure_compiler() -> None:
     """Settings of torch's compiler for which `torch.compile` has no argument."""
     import torch._dynamo  # takes seconds
 

@@ -8,6 +8,7 @@ import functools
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from flowtrain.bijections.memory import Mode
+from flowtrain.checkpoints.background import memory_of_copy
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
-from flowtrain.system.capacity import left, peak
+from flowtrain.system.capacity import left, moments
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
@@ -34,8 +36,8 @@ from flowtrain.training.step import (
 )
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # at first; the memory of any batch size follows from a few sizes
-DOUBLED = 1.75  # memory that grows by this factor for twice the images has grown in proportion
+MEASURED_IMAGES = 8  # the memory of any batch size follows from two sizes, where possible these
+DOUBLED = 1.9  # memory that grows by this factor for twice the images has grown in proportion
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,37 @@ class Memory:
 
     fixed: int  # weights, gradients, the average of the weights and the optimizer's state
     available: int  # to this process
+    copy: int  # the copy of a checkpoint that is written while training goes on, on the host
     modes: list[Activations]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes of a step beyond the gradients, `constant + per_image * images` at each of its moments.
+
+    Which moment is the peak depends on the number of images. With few, it may be one where the
+    gradients of a level are there at once, and with many another, where the activations are.
+    """
+
+    constant: Tensor
+    per_image: Tensor
+
+    @classmethod
+    def between(cls, few: Sequence[int], many: Sequence[int], images: int) -> "Growth":
+        """From the moments with `images` images, and with twice as many."""
+        first, second = (torch.tensor(each, dtype=torch.float64) for each in (few, many))
+        return cls(2 * first - second, (second - first) / images)
+
+    def of(self, images: int) -> float:
+        return float((self.constant + self.per_image * images).max())
+
+    def largest(self, free: int) -> int:
+        """How many images at most take no more than `free` bytes."""
+        if self.of(0) > free:
+            return 0
+        grows = self.per_image > 0
+        most = (free - self.constant[grows]) / self.per_image[grows]
+        return int(most.min()) if len(most) else 0
 
 
 @dataclass(frozen=True)
@@ -157,17 +189,18 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
         for t in values.values()
     ]
     kept += [] if state.average is None else state.average.flow.parameters()
-    free = left(device)  # all but the activations is there already
+    free = left(device)  # all but the activations is there already, and the copy
+    copy = memory_of_copy(state.tensors(), left(torch.device("cpu")))
+    of_copy = copy if device.type == "cpu" else 0
     modes = []
     for mode in get_args(Mode):
         if reason_against(state.flow, mode, state.config.train.precision) is None:
-            constant, per_image = _activations(
-                _changed(state, memory=mode, optimizers=[]), batch_size, device
-            )
-            largest_batch = int(max(0, free - constant) // per_image)
-            modes.append(Activations(mode, constant + per_image * batch_size, largest_batch))
+            growth = _growth(state, mode, batch_size, device, free)
+            needed = max(distributed.exchange(growth.of(batch_size)))
+            largest = min(distributed.exchange(growth.largest(free - of_copy)))
+            modes.append(Activations(mode, needed, largest))
     state.zero_grad()
-    return Memory(2 * gradients + sum(t.nbytes for t in kept), free, modes)
+    return Memory(2 * gradients + sum(t.nbytes for t in kept), free, copy, modes)
 
 
 def _changed(
@@ -182,27 +215,34 @@ def _changed(
     )
 
 
-def _activations(state: State, batch_size: int, device: torch.device) -> tuple[float, float]:
-    """Bytes of a step beyond the gradients: those of any batch, and those of each image.
+def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, free: int) -> Growth:
+    """What a step takes in this mode, from two batch sizes.
 
-    From two batch sizes, so large that the images outweigh the rest, such as copies of weights.
+    Where each step has the same moments, any two sizes tell. Otherwise only the peaks are compared,
+    and the size doubles until the images outweigh the rest, such as copies of weights, in both, or
+    until no more fit.
     """
     size = math.ceil(min(MEASURED_IMAGES, batch_size) / 2)
-    peaks = [_peak_of_a_step(state, size, device)]
-    while size < batch_size and (len(peaks) < 2 or peaks[-1] < DOUBLED * peaks[-2]):
-        before, size = size, min(2 * size, batch_size)
-        peaks.append(_peak_of_a_step(state, size, device))
-    per_image = (peaks[-1] - peaks[-2]) / (size - before) if len(peaks) > 1 else peaks[0] / size
-    per_image = max(1.0, per_image)
-    return peaks[-1] - per_image * size, per_image
+    few = _moments_of_a_step(state, mode, size, device)
+    if any(distributed.exchange(2 * max(few) > free)):  # twice as many might not fit
+        return Growth(torch.zeros(1), torch.tensor([max(few) / size]))
+    outweighed = False
+    while True:
+        many = _moments_of_a_step(state, mode, 2 * size, device)
+        aligned = len(few) == len(many) > 1
+        known = aligned or outweighed or 2 * max(many) > free
+        if all(distributed.exchange(known)):  # all of them measure the same sizes
+            break
+        outweighed = max(many) > DOUBLED * max(few)
+        size, few = 2 * size, many
+    return Growth.between(*((few, many) if aligned else ([max(few)], [max(many)])), size)
 
 
-def _peak_of_a_step(state: State, count: int, device: torch.device) -> int:
-    """The largest of all processes, so that all of them measure the same batch sizes."""
-    step = functools.partial(train_step, state, _images(state.flow, count))
+def _moments_of_a_step(state: State, mode: Mode, count: int, device: torch.device) -> list[int]:
+    changed = _changed(state, memory=mode, batch_size=count, optimizers=[])
+    step = functools.partial(train_step, changed, _images(state.flow, count))
     step()  # makes what is made once
-    peaks: list[int] = distributed.exchange(peak(step, device))
-    return max(peaks)
+    return moments(step, device)
 
 
 def _seconds_of_a_step(state: State, batch: int) -> float:

@@ -25,6 +25,7 @@ from flowtrain.training.reporting import (
     require_finite_end,
     sample,
     save,
+    save_best,
     validate,
 )
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
@@ -88,7 +89,7 @@ def fit(
                 # the checkpoint that the run goes on from.
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # of another run
-                save(state, run, numbered=False)
+                save(state, run, numbered=False, wait=True)
             else:
                 bring_up_to_date(run, saved, config, state.flow, str(device))
             distributed.ready()  # an error in writing has been raised by now
@@ -101,6 +102,7 @@ def fit(
                 ProgressBar("training", seconds_between_lines=math.inf) as bar,
             ):
                 _loop(state, run, batches, validation, stop, bar)
+                run.finish_saving()
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
@@ -122,6 +124,7 @@ def _loop(
     facts = Facts(state, clock, stop)
     stopped = bool(stop.signum)
     while not (state.progress.finished or stopped):
+        run.raise_error_of_saving()
         progress = state.progress  # another one after going back
         x, labels = batches.at(progress)
         loss, gradient = train_step(state, x, labels)
@@ -161,19 +164,22 @@ def _loop(
             stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not ends:
-            save(state, run, numbered=False)  # now: the user may not wait for the validation
+            # Now: the user may not wait for the validation.
+            save(state, run, numbered=False, wait=True)
 
         progress.finished = ends
         if logs:
             log(state, run, facts.last.grad_norm, facts.last.rate, clock, bar)
-        if validates:
-            validate(state, run, validation)
+        best = validates and validate(state, run, validation)
         if samples:
             sample(state, run, validation if len(validation) else batches.source)
         clock.skip()
         stopped = bool(stop.signum)
         if periodic or stopped:
-            save(state, run, numbered=periodic)
+            save(state, run, numbered=periodic, best=best, wait=ends or stopped)
+            clock.skip()
+        elif best:
+            save_best(state, run)
             clock.skip()
 
 
@@ -218,6 +224,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -
     lr_scale = now.lr_scale / 2
     # The best checkpoint is kept, even if it is of a later step.
     kept = {key: getattr(now, key) for key in ("seconds", "best", "best_step")}
+    run.finish_saving()
     last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
@@ -225,7 +232,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -
         state.progress, **kept, non_finite=events, lr_scale=lr_scale
     )
     run.cut_back(state.progress.step, state.config)
-    save(state, run, numbered=False)
+    save(state, run, numbered=False, wait=True)
     distributed.ready()  # the checkpoint is written
     limit = state.config.train.max_non_finite
     if events > limit:

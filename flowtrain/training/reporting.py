@@ -27,10 +27,10 @@ from flowtrain.training.stop import Clock
 RANGES_BATCH = 64  # images on which the ranges of log-scales are measured
 
 
-def validate(state: State, run: RunDirectory, validation: Split) -> None:
-    """Measures the loss of the images that are held out. The best weights get a checkpoint."""
+def validate(state: State, run: RunDirectory, validation: Split) -> bool:
+    """Measures the loss of the images that are held out. Returns whether it is the best so far."""
     if len(validation) == 0:
-        return
+        return False
     progress = state.progress
     flow = state.evaluated
     loss = mean_loss(flow, validation, seed=state.config.seed)
@@ -52,7 +52,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> None:
     )
     if best:
         progress.best, progress.best_step = loss, progress.step
-        run.save_best(state.meta(), state.tensors())
+    return best
 
 
 @distributed.main_only
@@ -137,9 +137,10 @@ def _of_layers(flow: Flow) -> dict[str, float]:
 
 
 @distributed.main_only
-def save(state: State, run: RunDirectory, numbered: bool) -> None:
-    """Writes the last checkpoint and `summary.json`."""
-    run.save_last(state.meta(), state.tensors(), state.config.train.keep_checkpoints, numbered)
+def save(
+    state: State, run: RunDirectory, *, numbered: bool, best: bool = False, wait: bool = False
+) -> None:
+    """Writes the last checkpoint and `summary.json`. See `RunDirectory.save_last`."""
     summary = _summary(
         state.flow,
         state.progress,
@@ -147,7 +148,21 @@ def save(state: State, run: RunDirectory, numbered: bool) -> None:
         checkpoint_format.versions(),
         str(state.flow.device),
     )
-    run.write_json("summary.json", summary)
+    run.save_last(
+        state.meta(),
+        state.tensors(),
+        summary,
+        keep=state.config.train.keep_checkpoints,
+        numbered=numbered,
+        best=best,
+        wait=wait,
+    )
+
+
+@distributed.main_only
+def save_best(state: State, run: RunDirectory) -> None:
+    """Writes the best checkpoint, while training goes on."""
+    run.save_best(state.meta(), state.tensors())
 
 
 @distributed.main_only

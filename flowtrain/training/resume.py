@@ -274,6 +274,5 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     return [
         f"{division}a step takes {here:,} images, not {there:,}: another run from here on",
         f"the order goes on after the {used:,} images already used, and none is skipped or "
-        f"repeated; the noise goes on with it, and augmentation is drawn for the new batch; "
-        f"{follows}",
+        f"repeated; noise and augmentation of the images go on with it; {follows}",
     ]

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.background import Background
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, cut, is_disk_full
@@ -46,6 +47,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.damaged = path / "metrics.damaged.jsonl"
         self._folder = -1  # a descriptor of the directory while it is locked
+        self._saving = Background()
         self._writer: SummaryWriter | None = None
 
     def holds_a_run(self) -> bool:
@@ -79,6 +81,7 @@ class RunDirectory:
                     try:
                         yield
                     finally:
+                        self._saving.wait()
                         self.close()
             except (OSError, RunError) as error:
                 self._require_there()
@@ -137,9 +140,9 @@ class RunDirectory:
             "nothing is written in its place"
         )
 
-    def _write(self, path: Path, data: bytes, also: Path | None = None) -> None:
+    def _write(self, path: Path, data: bytes) -> None:
         self._require_there()
-        write_atomically(path, data, also)
+        write_atomically(path, data)
 
     @distributed.main_only
     def begin(self, config: Config) -> None:
@@ -224,22 +227,60 @@ class RunDirectory:
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._write(self.best, checkpoint_format.encoded(meta, tensors))
+        """Writes the best checkpoint while training goes on."""
+        self._saving.start(tensors, lambda copied: self._checkpoint(self.best, meta, copied))
 
     @distributed.main_only
     def save_last(
-        self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int, numbered: bool
+        self,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        summary: Mapping[str, Any],
+        *,
+        keep: int,
+        numbered: bool,
+        best: bool,
+        wait: bool,
     ) -> None:
-        """Writes the last checkpoint. If it is `numbered`, it also gets a name with its step. Of
-        the numbered ones the newest `keep` stay.
+        """Writes the last checkpoint and `summary.json` while training goes on, or before it
+        returns if it is to `wait`. The same bytes are the `best` ones, and get a name with their
+        step if they are `numbered`. Of the numbered ones the newest `keep` stay.
 
-        A kill before it is written makes the next command train those steps again. So whatever
-        belongs to the checkpoint and does not follow from it is on the disk before.
+        A kill before the last checkpoint is written makes the next command train those steps again.
+        So whatever belongs to it and does not follow from it is on the disk before.
         """
         self.tensorboard.flush()
-        name = self._numbered(meta["step"]) if numbered and keep else None
-        self._write(self.last, checkpoint_format.encoded(meta, tensors), also=name)
-        self.prune(meta["step"], keep)
+        also = [self._numbered(meta["step"])] if numbered and keep else []
+        also += [self.best] if best else []
+
+        def write(tensors: Mapping[str, Tensor]) -> None:
+            self._checkpoint(self.last, meta, tensors, also)
+            self.prune(meta["step"], keep)
+            self.write_json("summary.json", summary)
+
+        if wait:
+            self.finish_saving()
+            write(tensors)
+        else:
+            self._saving.start(tensors, write)
+
+    def _checkpoint(
+        self,
+        path: Path,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        also: Sequence[Path] = (),
+    ) -> None:
+        self._require_there()
+        write_atomically(path, checkpoint_format.pieces(meta, tensors), also)
+
+    def raise_error_of_saving(self) -> None:
+        """Raises the error of a checkpoint whose writing has failed. It does not wait."""
+        self._saving.raise_error()
+
+    def finish_saving(self) -> None:
+        """Waits until the checkpoints are written. Raises `RunError` where that fails."""
+        self._saving.finish()
 
     def _numbered(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}{SUFFIX}"

@@ -6,7 +6,8 @@ that were killed, and the differences that were found, each with the operation t
 
 An operation is opening a file for writing, writing (before it and halfway through it), flushing,
 renaming, linking, removing, and making a folder. Those of TensorBoard's own thread do not count,
-because their order is not fixed.
+because their number is not fixed. Checkpoints are written by a thread, too, and count. Each run
+has it wait at random before each of its operations, so that the loop is sometimes ahead of it.
 
 Each command is a fork of this process, which has imported everything and computed nothing. So it
 starts in a moment.
@@ -23,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -30,6 +32,7 @@ import torch
 from catalogue import WORDS, sets
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flowtrain.checkpoints import background
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.cli.main import main as flowtrain
 
@@ -42,11 +45,12 @@ for name in (
 COMMAND = [
     *["train", *WORDS["glow"], "--run-dir", "run"],
     *sets(train__batch_size=16, train__num_steps=5, train__log_every=1, train__ema=0.9),
-    *sets(train__validate_every=2, train__checkpoint_every=2, train__sample_every=3),
+    *sets(train__validate_every=1, train__checkpoint_every=2, train__sample_every=3),
     *sets(train__keep_checkpoints=1, data__validation=20),
 ]
 FUNCTIONS = ("open", "fsync", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir")
 CLOCK = ("seconds", "images_per_second")
+SLOWEST = 0.02  # seconds that the thread waits before an operation; a step takes about as long
 
 
 class Operations:
@@ -54,6 +58,10 @@ class Operations:
 
     def __init__(self, fatal: int | None, log: Path):
         self.count = 0
+        self.lock = threading.Lock()
+        # Every second run has a thread that does not wait.
+        self.slowest = SLOWEST * ((fatal or 0) % 2)
+        self.draw = random.Random(fatal)
         self.fatal = fatal
         self.log = log.open("w")
         for name in FUNCTIONS:
@@ -63,13 +71,17 @@ class Operations:
 
     def before(self, what: str) -> None:
         """To be called before each operation."""
-        if threading.current_thread() is not threading.main_thread():
+        thread = threading.current_thread()
+        if thread.name.startswith(background.THREAD):
+            time.sleep(self.draw.random() * self.slowest)
+        elif thread is not threading.main_thread():
             return
-        self.count += 1
-        self.log.write(f"{what}\n")
-        if self.count == self.fatal:
-            self.log.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.lock:
+            self.count += 1
+            self.log.write(f"{what} ({thread.name})\n")
+            if self.count == self.fatal:
+                self.log.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(self, name, function):
         def wrapped(path, *args, **options):

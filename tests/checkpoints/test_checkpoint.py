@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from catalogue import TINY
@@ -132,6 +133,32 @@ def test_it_is_an_ordinary_safetensors_file(tmp_path):
         described = json.loads(file.metadata()["flowtrain"])
         assert "model.bijection.levels.0.layers.1.log_scale" in file.keys()  # noqa: SIM118
     assert described["config"]["model"]["name"] == "glow" and described["shape"] == list(SHAPE)
+
+
+def test_the_bytes_are_those_of_safetensors(tmp_path):
+    import safetensors.torch
+
+    kinds = [torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.bool, torch.uint8]
+    tensors = {f"model.{i}": torch.ones(3, 5 + i).to(kind) for i, kind in enumerate(kinds)}
+    tensors["model.large"] = torch.randn(checkpoint_format.SMALL)
+    tensors["model.a"] = torch.randn(7).half()
+    parts = list(checkpoint_format.pieces({}, tensors))
+    data = b"".join(parts)
+    theirs = safetensors.torch.save(tensors)
+    header, their_header = (
+        json.loads(each[8 : 8 + int.from_bytes(each[:8], "little")]) for each in (data, theirs)
+    )
+    assert header.keys() - {"__metadata__"} == their_header.keys()
+    found = safetensors.torch.load(data)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    # Tensors are aligned in memory, large ones are not copied, and small ones are one piece.
+    assert len(parts[0]) % 8 == 0
+    assert all(
+        header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items()
+    )
+    large = tensors["model.large"].numpy()
+    assert any(np.shares_memory(np.frombuffer(part, np.uint8), large) for part in parts[1:])
+    assert len(parts) == 4
 
 
 def test_what_is_not_a_number_cannot_hide_in_the_description(tmp_path):

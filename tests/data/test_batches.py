@@ -211,26 +211,24 @@ def test_what_fits_is_held_in_memory(tmp_path):
 
 def test_augmentation_off_changes_nothing():
     x = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(augment(x, False, 0, seeded()), x)
+    assert torch.equal(augment(x, False, 0, 0), x)
 
 
 def test_flips():
     x = torch.randint(256, (400, 3, 4, 6), generator=seeded(1), dtype=torch.uint8)
     before = x.clone()
-    y = augment(x, True, 0, seeded())
+    y = augment(x, True, 0, 0)
     mirrored = (y == x.flip(-1)).flatten(1).all(1)
     assert (mirrored | (y == x).flatten(1).all(1)).all()
     assert 150 < mirrored.sum() < 250
     assert torch.equal(x, before) and y.dtype == torch.uint8
-    assert torch.equal(y, augment(x, True, 0, seeded())) and not torch.equal(
-        y, augment(x, True, 0, seeded(2))
-    )
+    assert torch.equal(y, augment(x, True, 0, 0)) and not torch.equal(y, augment(x, True, 0, 2))
 
 
 def test_shifts():
     x = torch.randint(256, (200, 2, 6, 7), generator=seeded(1), dtype=torch.uint8)
     before = x.clone()
-    y = augment(x, False, 2, seeded())
+    y = augment(x, False, 2, 0)
     assert y.shape == x.shape and y.dtype == torch.uint8 and torch.equal(x, before)
     padded = torch.nn.functional.pad(x.float(), (2, 2, 2, 2), mode="replicate").to(torch.uint8)
     moves = {}

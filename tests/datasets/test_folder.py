@@ -1,5 +1,6 @@
 """A user's own folder of images, and its cache."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_helpers import check, cut, noise
+from dataset_helpers import check, corrupt, cut, noise
 from helpers import REPOSITORY
 from PIL import Image
 
 from flowtrain.datasets import base, cache, folder
 from flowtrain.errors import RunError, UserError
+from flowtrain.system import distributed
 
 
 def draw(path, size=(12, 12), mode="RGB", seed=0, **options):
@@ -396,6 +398,107 @@ def test_folder_follows_links_once(tmp_path):
     (tmp_path / "tree" / "train").symlink_to(tmp_path / "real" / "train")
     (tmp_path / "real" / "train" / "round").symlink_to(tmp_path / "real" / "train")
     assert values(folder.build(tmp_path, "train", path=tmp_path / "tree", size=4)) == [0, 1, 2]
+
+
+# --- the list of a large tree ---------------------------------------------------------------------
+
+
+def settle(tree):
+    """Makes the last change of every folder one of long ago."""
+    for here, _, _ in os.walk(tree):
+        os.utime(here, (10**9, 10**9))
+
+
+def lists():
+    return list(Path(os.environ["FLOWTRAIN_CACHE"], "lists").glob("*"))
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How often a tree is listed. Trees of any size count as large."""
+    monkeypatch.setattr(folder, "LARGE", 0)
+    calls = []
+    walk = os.walk
+
+    def counted(*args, **options):
+        calls.append(args)
+        return walk(*args, **options)
+
+    monkeypatch.setattr(folder.os, "walk", counted)
+    return calls
+
+
+def tree_of_two(tmp_path):
+    """A tree with a folder in it, and a function that gives its images."""
+    tree = grow(tmp_path / "tree", 5)
+    grow(tree / "inner", 5)
+    return tree, lambda: [file.name for file in folder.files_of(tree, "")]
+
+
+def test_a_large_tree_is_listed_once(tmp_path, walks):
+    tree, names = tree_of_two(tmp_path)
+    settle(tree)
+    walks.clear()
+    first = names()
+    assert len(first) == 10 and first == names() and len(walks) == 1
+    images = folder.build(tmp_path, "train", path=tree, size=4)
+    assert len(values(images)) == 8 and len(walks) == 1  # equal images are held out together
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: draw(t / "inner" / "new.png"),
+        lambda t: (t / "inner" / "002.png").unlink(),
+        lambda t: (t / "inner" / "002.png").rename(t / "inner" / "x.png"),
+        lambda t: shutil.rmtree(t / "inner"),
+        lambda t: draw(t / "another" / "new.png"),
+        lambda t: draw(t / "inner" / "002.png", (30, 30)),  # the folder keeps its time
+        lambda t: corrupt(lists()[0]),
+        lambda t: cut(lists()[0]),
+    ],
+)
+def test_a_changed_tree_is_listed_again(tmp_path, walks, change):
+    tree, _ = tree_of_two(tmp_path)
+    settle(tree)
+    folder.files_of(tree, "")
+    [remembered] = lists()
+    change(tree)
+    walks.clear()
+    found = folder.files_of(tree, "")
+    assert len(walks) == 1
+    remembered.unlink(missing_ok=True)
+    assert found == folder.files_of(tree, "")
+
+
+def test_a_tree_that_has_just_changed_is_not_remembered(tmp_path, walks):
+    """Its folders could change again without another time."""
+    tree, names = tree_of_two(tmp_path)
+    walks.clear()
+    assert names() == names() and len(walks) == 2 and not lists()
+
+
+def test_a_small_tree_is_not_remembered(tmp_path):
+    tree, names = tree_of_two(tmp_path)
+    settle(tree)
+    assert names() and not lists()
+
+
+def test_one_of_several_processes_lists_first(tmp_path, walks, monkeypatch):
+    inside, stat = [], folder._file
+
+    @contextlib.contextmanager
+    def one_first():
+        inside.append(True)
+        yield
+        assert lists(), "the others find the list"
+        inside.pop()
+
+    monkeypatch.setattr(distributed, "one_first", one_first)
+    monkeypatch.setattr(folder, "_file", lambda *args: inside[0] and stat(*args))
+    tree, names = tree_of_two(tmp_path)
+    settle(tree)
+    assert len(names()) == 10 and not inside
 
 
 @pytest.mark.parametrize(

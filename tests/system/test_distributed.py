@@ -33,7 +33,7 @@ from cli_helpers import (
     trained,
     wait_for_step,
 )
-from helpers import a_config, batch_of, images, npz, seeded, tiny_flow
+from helpers import a_config, batch_of, images, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
@@ -44,6 +44,11 @@ from flowtrain.training.step import noise_of
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
+# Traces without a C++ compiler.
+TRACED = (
+    f"{FLOAT64}; import functools; "
+    "torch.compile = functools.partial(torch.compile, backend='aot_eager')"
+)
 MODEL = sets(model__steps=1, model__width=8, model__initialization="whitening")
 # All that could differ: clipping, the average, warm-up, decay, weight decay, augmentation, two-part
 # steps.
@@ -139,6 +144,16 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
     assert_close_runs(alone, tmp_path / "r", 1e-9)
     assert losses(alone)[0] - losses(alone)[-1] > 0.02
     assert checkpoint_format.read(last(tmp_path / "r")).meta["processes"] == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("compile", ["layers", "step"])
+def test_the_same_compiled(compile, memory, alone, tmp_path):
+    options = sets(train__compile=compile, train__memory=memory) + parts(8, 2)
+    out = all_ok(together(2, "train", *ALL, *options, "--run-dir", "r", cwd=tmp_path, first=TRACED))
+    assert f"train.compile={compile}: ready after" in out
+    assert_close_runs(alone, tmp_path / "r", 1e-9)
 
 
 def test_the_same_with_muon_classes_and_variational_noise(tmp_path):
@@ -244,6 +259,11 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
         batches = Batches(data, settings, 24 // world, torch.device("cpu"))
         return batch_of(batches, step, images)[0]
 
+    # What happens to an image does not depend on the number of images in a step.
+    smaller = Batches(data, a_config(data=section), 12, torch.device("cpu"))
+    halves = [batch_of(smaller, step, images)[0] for step, images in ((7, 31), (8, 43))]
+    assert torch.equal(torch.cat(halves), batch(0, 1, 2, 31))
+
     streamed = {**section, "max_in_memory": 0, "workers": 1}
     for step, consumed in [(0, 0), (2, 48), (2, 31)]:  # the second spans two epochs
         whole = batch(0, 1, step, consumed)
@@ -261,8 +281,9 @@ def test_a_batch_is_cut_into_the_parts_of_the_processes(as_process, tmp_path):
 
 def test_augmentation_of_a_part(tmp_path):
     x = images(20, (3, 8, 8))
-    whole = augment(x, True, 2, seeded())
-    assert torch.equal(augment(x[7:12], True, 2, seeded(), 7, 20), whole[7:12])
+    whole = augment(x, True, 2, 0, 100)
+    assert torch.equal(augment(x[7:12], True, 2, 0, 107), whole[7:12])
+    assert not torch.equal(augment(x, True, 2, 0), whole)
 
 
 def test_noise_of_a_part():

@@ -55,7 +55,7 @@ def test_the_second_name_is_there_first(links, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(os, "replace", renamed)
     for data in (b"old", b"new"):
-        write_atomically(tmp_path / "a", data, also=tmp_path / "b")
+        write_atomically(tmp_path / "a", data, also=[tmp_path / "b"])
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == data
     assert names == ["b", "a", "b", "a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -231,6 +231,7 @@ OPENING = {
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "pictures/lossless.py": {"open"},  # bytes
     "runs/report.py": {"read_text"},  # the package's
+    "system/nvidia.py": {"open", "read_text"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
 }
 

@@ -77,9 +77,15 @@ def test_every_device_has_the_same_numbers(shape, monkeypatch):
     for first, draw in [(0, 0), (2**40, 3)]:
         of_host = uniform(shape, 4, Stream.EVALUATION, first, draw)
         assert torch.equal(of_cuda(monkeypatch, shape, 4, Stream.EVALUATION, first, draw), of_host)
-        monkeypatch.setattr(random, "AT_A_TIME", 1)  # image by image
+        for name in ("AT_A_TIME", "AT_A_TIME_ON_HOST"):
+            monkeypatch.setattr(random, name, 1)  # image by image
+        assert torch.equal(uniform(shape, 4, Stream.EVALUATION, first, draw), of_host)
         assert torch.equal(of_cuda(monkeypatch, shape, 4, Stream.EVALUATION, first, draw), of_host)
         monkeypatch.undo()
+
+
+def test_no_images_have_no_noise():
+    assert uniform((0, 3, 5, 5), 1, Stream.DEQUANTIZATION).shape == (0, 3, 5, 5)
 
 
 def test_an_image_has_its_noise_in_every_batch():

@@ -1,11 +1,14 @@
 """What `train --dry-run` measures, beside the sizes of layers and a real step."""
 
+from typing import get_args
+
 import pytest
 import torch
 from catalogue import SMALL
-from helpers import images, ready
+from helpers import a_config, images, ready
 
 from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
@@ -17,9 +20,10 @@ from flowtrain.training import dry_run as module
 from flowtrain.training.dry_run import dry_run
 from flowtrain.training.optim import build_optimizers, matrices
 from flowtrain.training.state import State
-from flowtrain.training.step import train_step
+from flowtrain.training.step import reason_against, train_step
 
 CPU = torch.device("cpu")
+MARGIN = 0.05  # of what is said of a batch, from two smaller ones
 
 
 def small(*overrides):
@@ -75,6 +79,67 @@ def test_what_a_step_takes(mode):
     train_step(state, x)  # makes what is made once
     state.zero_grad()
     assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), CPU), rel=0.1)
+
+
+GROWING = {
+    # Gradients that are larger than the activations of a few images.
+    "glow": ("glow", "bf16", {"levels": 2, "steps": 2, "width": 64}),
+    "mixture": ("glow", "fp32", {"levels": 1, "steps": 1, "width": 16, "coupling": "mixture"}),
+    "realnvp": ("realnvp", "fp32", {"levels": 2, "width": 16, "blocks": 1}),
+    "maf": ("maf", "fp32", {"layers": 2, "width": 64, "hidden_layers": 1}),
+    "cnf": ("cnf", "fp32", {"blocks": 1, "width": 16, "hidden_layers": 1}),
+}
+
+
+@pytest.mark.run  # takes long
+@pytest.mark.parametrize("name", GROWING)
+def test_few_images_tell_what_many_take(name):
+    """Also where the configured batch is so small that gradients are most of what a step takes."""
+    model, precision, options = GROWING[name]
+    config = a_config({"name": model, **options}, train={"precision": precision})
+    state = State(config, ready(build_flow(config, (1, 8, 8), 17)), [], None, {})
+    for mode in get_args(Mode):
+        if reason_against(state.flow, mode, precision) is None:
+            growth = module._growth(state, mode, 8, CPU, free=2**40)
+            found = max(module._moments_of_a_step(state, mode, 128, CPU))
+            assert growth.of(128) == pytest.approx(found, rel=MARGIN), mode
+            assert growth.largest(found) == pytest.approx(128, rel=MARGIN)
+
+
+@pytest.mark.run  # takes long
+def test_where_only_peaks_are_known(monkeypatch):
+    """As on a GPU: the number of images doubles until it decides."""
+    config, flow = small("model.width=64")
+    state = State(config, ready(flow), [], None, {})
+    monkeypatch.setattr(module, "moments", lambda *run: [capacity.peak(*run)])
+    growth = module._growth(state, "reversible", 4, CPU, free=2**40)
+    (found,) = module._moments_of_a_step(state, "reversible", 512, CPU)
+    assert growth.of(512) == pytest.approx(found, rel=MARGIN)
+    # No more images are tried where they might not fit.
+    tried = []
+    monkeypatch.setattr(module, "moments", lambda *run: (tried.append(1), [capacity.peak(*run)])[1])
+    module._growth(state, "reversible", 4, CPU, free=1000)
+    assert len(tried) == 1
+
+
+def test_the_largest_batch():
+    growth = module.Growth.between([0, 110, 20], [0, 120, 40], 10)
+    assert [growth.of(images) for images in (0, 10, 100, 200)] == [100, 110, 200, 400]
+    assert [growth.largest(free) for free in (99, 100, 120, 200, 201, 400)] == [
+        0,
+        0,
+        20,
+        100,
+        100,
+        200,
+    ]
+
+
+def test_what_a_copy_takes():
+    """The weights, their average, and two averages of Adam."""
+    config, flow = small("model.width=64", "train.optimizer=adam")
+    count = sum(p.numel() for p in flow.parameters())
+    assert dry_run(config, CPU).memory.copy == pytest.approx(4 * 4 * count, rel=0.05)
 
 
 @pytest.mark.run  # takes long

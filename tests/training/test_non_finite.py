@@ -61,9 +61,21 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
 
 
-def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
+SLOW = """
+import os, threading, time
+fsync = os.fsync
+def slowly(handle):
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.1)
+    fsync(handle)
+os.fsync = slowly
+"""
+
+
+@pytest.mark.parametrize("first", ["", SLOW], ids=["fast disk", "slow disk"])
+def test_a_moment_of_too_high_a_rate_is_survived(first, tmp_path):
     """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
-    not lost.
+    not lost. It goes back to a checkpoint that is still being written.
     """
     code = """
 import torch
@@ -92,7 +104,7 @@ def build(shape):
         *sets(train__log_every=1, train__warmup_steps=0),
     ]
     options += sets(train__schedule="constant", train__validate_every=1)
-    done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
+    done = quick("train", *options, "--run-dir", "r", cwd=tmp_path, first=first).ok()
     assert (
         "step 7: loss nan" in done.out
         and "back at step 5, with the learning rate times 0.5" in done.out

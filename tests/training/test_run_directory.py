@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import torch
 from catalogue import SMALL, TINY_RUN, sets
 from cli_helpers import (
     Forked,
@@ -87,6 +88,79 @@ def test_a_stopped_run_is_brought_up_to_date(run, tmp_path):
     assert summary(run)["step"] == 15 and not summary(run)["finished"]
     process.process.terminate()
     assert process.result().code == 143
+
+
+# --- a checkpoint that is written while training goes on ------------------------------------------
+
+# Calls `meanwhile` in the thread that writes a checkpoint, before a last one is whole.
+MEANWHILE = """
+import os, signal, threading, time
+from pathlib import Path
+from flowtrain.checkpoints import background
+fsync = os.fsync
+def watched(handle):
+    writes = threading.current_thread().name.startswith(background.THREAD)
+    if writes and ".last." in os.readlink(f"/proc/self/fd/{handle}"):
+        meanwhile()
+    fsync(handle)
+os.fsync = watched
+"""
+TWO_STEPS = """
+def meanwhile():
+    def steps():
+        return Path("r/metrics.jsonl").read_text().count("train")
+    wanted, give_up = steps() + 2, time.monotonic() + 30
+    while steps() < wanted:
+        assert time.monotonic() < give_up, "training waits"
+        time.sleep(0.001)
+"""
+FULL = """
+def meanwhile():
+    raise OSError(28, "No space left on device")
+"""
+STOPPED = """
+def meanwhile():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+"""
+OFTEN = sets(train__checkpoint_every=5, train__validate_every=5, train__log_every=1)
+GOING_ON = ["train", *SMALL, *OFTEN, *sets(train__num_steps=20, train__keep_checkpoints=9)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """What is written is the state of the checkpoint's step."""
+    quick(*GOING_ON, "--run-dir", "r", cwd=tmp_path, first=MEANWHILE + TWO_STEPS).ok()
+    quick(*GOING_ON, "--run-dir", "plain", cwd=tmp_path).ok()
+    assert_same_run(tmp_path / "r", tmp_path / "plain")
+    names = [name for name in tree(tmp_path / "r") if name.endswith(".safetensors")]
+    assert len(names) == 6  # of 4 steps, the last, and the best
+    for name in names:
+        one, other = (checkpoint_format.read(tmp_path / run / name) for run in ("r", "plain"))
+        assert one.meta["step"] == other.meta["step"]
+        assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
+    # The best one was written once, with the others of its step.
+    best = tmp_path / "r" / "checkpoints" / "best.safetensors"
+    step = summary(tmp_path / "r")["best_step"]
+    assert best.samefile(best.with_name(f"step-{step:08d}.safetensors"))
+
+
+def test_the_loop_raises_what_the_thread_has_raised(tmp_path):
+    endless = [*GOING_ON, *sets(train__num_steps=100_000), "--run-dir", "r"]
+    quick(*endless, cwd=tmp_path, first=MEANWHILE + FULL).failed(
+        1, "r/checkpoints/last.safetensors: cannot be written: No space left on device; what was"
+    )
+    run = tmp_path / "r"
+    assert checkpoint_format.read(last(run)).meta["step"] == summary(run)["step"] == 0
+    assert left_overs(run) == []
+
+
+def test_a_signal_waits_for_the_thread(tmp_path):
+    endless = [*GOING_ON, *sets(train__num_steps=100_000), "--run-dir", "r"]
+    assert quick(*endless, cwd=tmp_path, first=MEANWHILE + STOPPED).code == 143
+    run = tmp_path / "r"
+    steps = [row["step"] for row in metrics(run) if row["split"] == "train"]
+    assert checkpoint_format.read(last(run)).meta["step"] == summary(run)["step"] == steps[-1]
+    assert (run / "checkpoints" / "step-00000005.safetensors").exists() and left_overs(run) == []
 
 
 # --- damaged lines --------------------------------------------------------------------------------

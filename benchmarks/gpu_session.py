@@ -1,0 +1,754 @@
+"""What a GPU does with flowtrain, in 45 minutes: `make gpu-session`.
+
+Each part is a process of its own with a limit of time, and its result is a JSON file in `--out`. A
+part that has a file is skipped, so the same command goes on after an interruption. Without its file
+a part is measured again. The tables of all results are in `report.md` there.
+
+The steps are those of `flowtrain train`: its loop runs, with data, noise, optimizer and logging.
+
+    python benchmarks/gpu_session.py --data data.name=npz --data data.path=cifar10.npz
+
+`--data` names CIFAR-10 for the last part, a training run. All other parts use random images.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from common import images
+from products import Recorder
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.load import load_model
+from flowtrain.cli.configs import find_config
+from flowtrain.config import Config, Train, load_config
+from flowtrain.data.batches import Batches
+from flowtrain.data.splits import DataSet
+from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.pictures.sample import sample
+from flowtrain.system import device as devices
+from flowtrain.training import loop, step
+from flowtrain.training.dry_run import dry_run
+from flowtrain.training.resume import start
+from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.state import State
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
+GIB = 2**30
+FOR_EVALUATION = 120.0  # seconds kept for starting the training run and for evaluating it
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    models: Mapping[str, Sequence[str]]  # name: words after `--config`
+    modes: Mapping[str, Sequence[str]]  # name: modes of `train.memory`
+    batches: Sequence[int]
+    variants: Sequence[int]  # the batches at which precision, compile and graphs are varied
+    warm_up: int = 5  # steps before those that are measured
+    steps: int = 20
+    profiled: int = 3
+    images: int = 4096  # random ones, to train on
+    evaluated: int = 1000
+    channels: Sequence[int] = (6, 8, 12, 16, 24, 32, 48, 64)
+    sides: Sequence[int] = (16, 8, 4)
+    width: int = 512
+    training: str = "causal_cifar.yaml"
+    tests: bool = True  # those that need a GPU
+
+
+FULL = Plan(
+    models={"glow_cifar": ["glow_cifar.yaml"], "causal_cifar": ["causal_cifar.yaml"]},
+    modes={
+        "glow_cifar": ["store", "checkpoint", "reversible"],
+        "causal_cifar": ["store", "checkpoint"],
+    },
+    batches=(64, 256, 512, 1024),
+    variants=(64, 512),
+)
+# For a CPU: every part, in seconds.
+MINI = Plan(
+    models={
+        "glow": ["glow_digits.yaml", "model.steps=1", "model.width=8"],
+        "causal": ["causal_digits.yaml", "model.width=8", "model.blocks=1"],
+    },
+    modes={"glow": ["store", "reversible"], "causal": ["store"]},
+    batches=(8,),
+    variants=(),
+    warm_up=1,
+    steps=2,
+    profiled=1,
+    images=64,
+    evaluated=4,
+    channels=(2,),
+    sides=(4,),
+    width=4,
+    training="glow_digits.yaml",
+    tests=False,
+)
+PLANS = {"full": FULL, "mini": MINI}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all parts know."""
+
+    plan: Plan
+    device: torch.device
+    out: Path
+    data: Sequence[str] = ()  # `data.*` keys of the training run
+
+    def config(self, model: str, **train: object) -> Config:
+        """The configuration of a model of the plan, on random images."""
+        name, *overrides = self.plan.models[model]
+        settings = [f"train.{key}={value}" for key, value in train.items()]
+        data = self._random_images() if "cifar" in name else []
+        return load_config(find_config(name), [*overrides, *data, *settings])
+
+    def _random_images(self) -> list[str]:
+        path = self.out / "random.npz"
+        if not path.exists():
+            x = images(self.plan.images).movedim(1, -1).numpy()
+            temporary = path.with_suffix(".tmp.npz")
+            np.savez(temporary, x_train=x, x_test=x[:1024])
+            temporary.rename(path)
+        return ["data.name=npz", f"data.path={path}", "data.validation=64"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a session. `limit` is in seconds. `about` is what a row of a table names."""
+
+    name: str
+    limit: float
+    measure: Callable[[Session], Result]
+    about: Result = field(default_factory=dict)
+
+
+# --- the steps of the trainer ---------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """Ends a run after the steps that are measured."""
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type in devices.NUMBERED:
+        torch.get_device_module(device).synchronize(device)
+
+
+class Watch:
+    """Stands for `train_step` in the trainer's loop. It measures whole steps of the loop, from one
+    call to the next, and then ends the run.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        warm_up: int,
+        steps: int,
+        around: contextlib.AbstractContextManager[Any] | None = None,
+    ):
+        self.device, self.warm_up, self.steps = device, warm_up, steps
+        self.around = around or contextlib.nullcontext()
+        self.count = 0
+        self.first = self.seconds = 0.0  # of the first step, and of those that are measured
+        self.state: State | None = None
+
+    def __call__(
+        self, state: State, x: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.count == 0:
+            self.state, self.begun = state, time.perf_counter()
+        if self.count == 1:
+            synchronize(self.device)
+            self.first = time.perf_counter() - self.begun
+        if self.count == self.warm_up:
+            synchronize(self.device)
+            if self.device.type in devices.NUMBERED:
+                torch.get_device_module(self.device).reset_peak_memory_stats(self.device)
+            self.around.__enter__()
+            self.begun = time.perf_counter()
+        if self.count == self.warm_up + self.steps:
+            synchronize(self.device)
+            self.seconds = time.perf_counter() - self.begun
+            self.around.__exit__(None, None, None)
+            raise Enough
+        self.count += 1
+        return step.train_step(state, x, labels)
+
+
+@contextlib.contextmanager
+def run_of(session: Session, config: Config, watch: Watch) -> Iterator[RunDirectory]:
+    """Trains until the watch has seen enough. The run directory lasts as long as the context."""
+    with tempfile.TemporaryDirectory(dir=session.out) as folder:
+        run = RunDirectory(Path(folder) / "run")
+        with mock.patch.object(loop, "train_step", watch), contextlib.suppress(Enough):
+            loop.fit(config, run, session.device)
+        yield run
+
+
+def run_steps(session: Session, config: Config, watch: Watch) -> None:
+    """Trains until the watch has seen enough."""
+    with run_of(session, config, watch):
+        pass
+
+
+def measure_step(session: Session, model: str, **train: object) -> Result:
+    """Seconds of a step, images/s and memory."""
+    plan, device = session.plan, session.device
+    config = session.config(model, **train, num_steps=100_000, log_every=10)
+    watch = Watch(device, plan.warm_up, plan.steps)
+    run_steps(session, config, watch)
+    seconds = watch.seconds / plan.steps
+    batch = config.train.batch_size * config.train.accumulate
+    peak = None
+    if device.type in devices.NUMBERED:
+        peak = torch.get_device_module(device).max_memory_allocated(device)
+    assert watch.state is not None
+    return {
+        "seconds": seconds,
+        "images_per_second": batch / seconds,
+        "peak": peak,
+        "first_step": watch.first,
+        "compiling": watch.state.computation.seconds,
+    }
+
+
+def step_part(model: str, limit: float, **train: object) -> Part:
+    """A part that measures the steps of a model with these keys of `train`."""
+    words = "-".join(str(value) for value in train.values())
+    about = {"model": model, **train}
+    return Part(
+        f"step-{model}-{words}", limit, lambda session: measure_step(session, model, **train), about
+    )
+
+
+def variants(model: str, batch: int) -> Iterator[Part]:
+    """Precision, compiling and graphs. A key or a word that this version lacks is left out."""
+    known: dict[str, Any] = Train.model_json_schema()["properties"]
+    base = {"memory": "store", "batch_size": batch}
+    yield step_part(model, 90, **base, precision="fp32")
+    for compiled in ("off", "layers", "step"):
+        for graph in ("false", "true"):
+            keys = {"compile": compiled, "cuda_graph": graph}
+            if (compiled, graph) == ("off", "false") or not keys.keys() <= known.keys():
+                continue
+            if compiled not in known["compile"].get("enum", []):
+                continue
+            yield step_part(model, 90 if compiled == "off" else 240, **base, **keys)
+
+
+# --- what a step consists of ----------------------------------------------------------------------
+
+
+def measure_kernels(session: Session, model: str) -> Result:
+    """Kernels of a step, and the share of time in which the GPU works. On a CPU, operators."""
+    on_cpu = session.device.type == "cpu"
+    activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
+    trace = profile(activities=activities)
+    watch = Watch(session.device, session.plan.warm_up, session.plan.profiled, trace)
+    run_steps(session, session.config(model, num_steps=100_000), watch)
+    events = [
+        event
+        for event in trace.events()
+        if (event.name.startswith("aten::") if on_cpu else event.device_type != DeviceType.CPU)
+    ]
+    by_name: Counter[str] = Counter()
+    for event in events:
+        by_name[event.name[:90]] += event.time_range.elapsed_us()
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    return {
+        "kernels": len(events) / session.plan.profiled,
+        "busy": None if on_cpu else covered(spans) / 1e6 / watch.seconds,
+        "seconds": watch.seconds / session.plan.profiled,
+        "longest": {name: us / 1e6 / session.plan.profiled for name, us in by_name.most_common(12)},
+    }
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of intervals, which are sorted by their beginnings."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+@contextlib.contextmanager
+def noting_waits(waits: "Counter[str]") -> Iterator[None]:
+    """Counts where the host waits for a CUDA device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            waits[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+
+
+def measure_waits(session: Session, model: str) -> Result:
+    """How often the host waits in a step that logs nothing."""
+    waits: Counter[str] = Counter()
+    if session.device.type != "cuda":
+        return {"waits": None}
+    plan = session.plan
+    watch = Watch(session.device, plan.warm_up, plan.steps, noting_waits(waits))
+    run_steps(session, session.config(model, num_steps=100_000, log_every=10_000), watch)
+    return {"waits": {where: count / plan.steps for where, count in waits.most_common()}}
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The median time of a call, after two that warm up."""
+    times = []
+    for i in range(repeats + 2):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        if i >= 2:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure_floor(session: Session, model: str, batch: int) -> Result:
+    """The products and convolutions of a step alone. No step can be faster with the same ones."""
+    config = session.config(model, memory="store", batch_size=batch, num_steps=10)
+    data = DataSet(config.data)
+    flow = build_flow(config, data.shape, data.levels).to(session.device)
+    with contextlib.closing(Batches(data, config, batch, session.device)) as batches:
+        state = start(config, flow, {}, None, None, batches)
+        x, labels = batches.at(state.progress)
+    with Recorder() as recorder:
+        step.train_step(state, x, labels)
+    return {
+        "seconds": seconds_of(recorder.run, session.device),
+        "products": len(recorder.calls),
+    }
+
+
+def measure_alignment(session: Session, batch: int) -> Result:
+    """A 3x3 convolution from and to some numbers of channels, forward and backward, in bf16.
+
+    The keys are `side-channels`, the values seconds for both directions.
+    """
+    plan, found = session.plan, {}
+    for side in plan.sides:
+        for channels in plan.channels:
+            pairs = []
+            for into, out in ((channels, plan.width), (plan.width, channels)):
+                x = torch.randn(batch, into, side, side, device=session.device)
+                weight = torch.randn(out, into, 3, 3, device=session.device)
+                pairs.append(
+                    [
+                        each.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+                        for each in (x, weight)
+                    ]
+                )
+
+            def run(pairs: list[list[Tensor]] = pairs) -> None:
+                for x, weight in pairs:
+                    torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
+
+            found[f"{side}-{channels}"] = seconds_of(run, session.device)
+    return {"seconds": found}
+
+
+# --- predictions, evaluation, sampling, a run -----------------------------------------------------
+
+
+def measure_dry_run(session: Session, model: str, batch: int) -> Result:
+    """What `--dry-run` says of memory and time, to be compared with the steps."""
+    cost = dry_run(session.config(model, batch_size=batch), session.device)
+    return {
+        "flops": cost.compute.step / batch,  # for one image
+        "fixed": cost.memory.fixed,
+        "available": cost.memory.available,
+        "modes": {each.mode: dataclasses.asdict(each) for each in cost.memory.modes},
+        "seconds": cost.seconds,
+    }
+
+
+def measure_use(session: Session, model: str) -> Result:
+    """Images/s of an evaluation, by batch size, and of sampling."""
+    watch = Watch(session.device, 0, 1)
+    config = session.config(model, num_steps=100_000)
+    with run_of(session, config, watch) as run:  # a checkpoint is written before the first step
+        loaded = load_model(str(run.path), session.device)
+    data = DataSet(config.data)
+    count = session.plan.evaluated
+    result: Result = {"evaluated": {}, "sequential": loaded.flow.sampling == "sequential"}
+    for batch in (None, *session.plan.batches):
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            evaluate(loaded, data, "test", num_images=count, batch_size=batch)
+        result["evaluated"][str(batch or "default")] = count / (time.perf_counter() - began)
+    number = min(64, count)
+    began = time.perf_counter()
+    sample(loaded.flow, number, [1.0], seed=0)
+    result["sampled"] = number / (time.perf_counter() - began)
+    return result
+
+
+def measure_tests(session: Session) -> Result:
+    """`make test-gpu`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"code": done.returncode, "summary": lines[-1] if lines else "", "failed": failed}
+
+
+def measure_run(session: Session, seconds: float) -> Result:
+    """Trains for so long, and evaluates, with the commands that a user gives."""
+    run = session.out / "training"
+    data = [word for each in session.data for word in ("--set", each)]
+    device = ["--device", str(session.device)]
+    words = ["train", "--config", session.plan.training, "--set", f"train.budget={seconds:.0f}s"]
+    for command in (
+        [*words, *data, "--run-dir", str(run), *device],
+        ["evaluate", str(run), "--json", str(run / "result.json"), *device],
+    ):
+        subprocess.run([sys.executable, "-m", "flowtrain", *command], cwd=ROOT, check=True)
+    keys = ("bits_per_dim", "bits_per_dim_stderr", "bound", "split", "num_images", "step")
+    result = json.loads((run / "result.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        **{key: result[key] for key in keys},
+        "config": session.plan.training,
+        "images": summary["images"],
+        "seconds": summary["seconds"],
+    }
+
+
+# --- the session ----------------------------------------------------------------------------------
+
+
+def parts_of(plan: Plan) -> list[Part]:
+    """All parts but the training run, in the order in which they are measured."""
+    found = [Part("tests", 300, measure_tests)] if plan.tests else []
+    middle = plan.batches[len(plan.batches) // 2]
+    for model in plan.models:
+        about = {"model": model}
+
+        def part(
+            kind: str,
+            limit: float,
+            measure: Callable[..., Result],
+            model: str = model,
+            about: Result = about,
+            **keys: Any,
+        ) -> Part:
+            return Part(
+                f"{kind}-{model}", limit, lambda s: measure(s, model, **keys), {**about, **keys}
+            )
+
+        found += [
+            part("waits", 90, measure_waits),
+            *(
+                step_part(model, 90, memory=mode, batch_size=batch)
+                for mode in plan.modes[model]
+                for batch in plan.batches
+            ),
+            *(each for batch in plan.variants for each in variants(model, batch)),
+            part("kernels", 90, measure_kernels),
+            part("floor", 90, measure_floor, batch=middle),
+            part("dry-run", 120, measure_dry_run, batch=middle),
+            part("use", 180, measure_use),
+        ]
+    alignment = Part("alignment", 90, lambda s: measure_alignment(s, middle), {"batch": middle})
+    return [*found, alignment]
+
+
+def file_of(session: Session, name: str) -> Path:
+    return session.out / f"{name}.json"
+
+
+def write(session: Session, part: Part, began: float, **outcome: Any) -> None:
+    """Writes the file of a part: its result, or its error."""
+    content = {"part": part.name, "about": part.about, "took": time.time() - began, **outcome}
+    file = file_of(session, part.name)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    temporary.rename(file)
+
+
+def measure(session: Session, part: Part) -> None:
+    """Measures a part in this process."""
+    began = time.time()
+    try:
+        write(session, part, began, result=part.measure(session))
+    except Exception as error:  # of one part; the others go on
+        traceback.print_exc()
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        write(session, part, began, error=said[0][:200])
+
+
+def measure_apart(session: Session, part: Part, words: Sequence[str]) -> None:
+    """Measures a part in a process of its own. It gets these words, and ends at its limit."""
+    began = time.time()
+    command = [sys.executable, str(HERE), *words, "--part", part.name]
+    with (session.out / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(part.limit)
+            reason = f"ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {part.limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
+    if not file_of(session, part.name).exists():
+        write(session, part, began, error=reason)
+
+
+def results(session: Session) -> dict[str, Result]:
+    """The content of all files, by name, the oldest first."""
+    files = sorted(session.out.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table of all keys, or nothing if there are no rows."""
+    if not rows:
+        return ""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys), *([shown(row.get(key)) for key in keys] for row in rows)]
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
+def report(session: Session) -> str:
+    """The tables of all results."""
+    found = results(session)
+    good = {name: each for name, each in found.items() if "result" in each}
+    flops = {
+        each["about"]["model"]: each["result"]["flops"]
+        for name, each in good.items()
+        if name.startswith("dry-run-")
+    }
+
+    def rows(
+        kind: str, row: Callable[[Result, Result], Mapping[str, object]]
+    ) -> list[Mapping[str, object]]:
+        return [
+            {**each["about"], **row(each["about"], each["result"])}
+            for name, each in good.items()
+            if name.startswith(kind)
+        ]
+
+    def of_step(about: Result, result: Result) -> Result:
+        rate = result["images_per_second"]
+        work = flops.get(about["model"])
+        return {
+            "ms a step": 1e3 * result["seconds"],
+            "images/s": rate,
+            "TFLOP/s": None if work is None else rate * work / 1e12,
+            "peak GiB": None if result["peak"] is None else result["peak"] / GIB,
+            "first step s": result["first_step"],
+        }
+
+    def of_dry_run(about: Result, result: Result) -> Iterator[Result]:
+        for mode, each in result["modes"].items():
+            name = f"step-{about['model']}-{mode}-{about['batch']}"
+            measured = good.get(name, {}).get("result", {}).get("peak")
+            said = result["fixed"] + each["needed"]
+            yield {
+                **about,
+                "memory": mode,
+                "said GiB": said / GIB,
+                "measured GiB": None if measured is None else measured / GIB,
+                "said / measured": None if not measured else said / measured,
+                "largest batch said": each["largest_batch"],
+            }
+
+    def of_floor(about: Result, result: Result) -> Result:
+        name = f"step-{about['model']}-store-{about['batch']}"
+        whole = good.get(name, {}).get("result", {}).get("seconds")
+        return {
+            "products": result["products"],
+            "floor ms": 1e3 * result["seconds"],
+            "step ms": None if whole is None else 1e3 * whole,
+            "step / floor": None if whole is None else whole / result["seconds"],
+        }
+
+    alignment = good.get("alignment", {}).get("result", {}).get("seconds", {})
+    sides: dict[str, Result] = {}
+    for key, seconds in alignment.items():
+        side, channels = key.split("-")
+        sides.setdefault(side, {"side": side})[f"{channels} channels"] = 1e6 * seconds
+    longest = [
+        {"model": each["about"]["model"], "kernel": f"`{kernel}`", "ms a step": 1e3 * seconds}
+        for name, each in good.items()
+        if name.startswith("kernels-")
+        for kernel, seconds in each["result"]["longest"].items()
+    ]
+    dry = [
+        row
+        for name, each in good.items()
+        if name.startswith("dry-run-")
+        for row in of_dry_run(each["about"], each["result"])
+    ]
+    tables = [
+        table("Tests", rows("tests", lambda about, result: {"tests": result["summary"]})),
+        table(
+            "Waits of the host, a step",
+            rows("waits-", lambda about, result: {"waits": waits_in_words(result["waits"])}),
+        ),
+        table("Steps of the trainer", rows("step-", of_step)),
+        table(
+            "Kernels",
+            rows(
+                "kernels-",
+                lambda about, result: {
+                    "a step": result["kernels"],
+                    "GPU busy %": None if result["busy"] is None else 100 * result["busy"],
+                    "ms a step, profiled": 1e3 * result["seconds"],
+                },
+            ),
+        ),
+        table("The longest kernels", longest),
+        table("Floor: products alone", rows("floor-", of_floor)),
+        table("Dry run beside the peak", dry),
+        table(
+            "Microseconds of two 3x3 convolutions, bf16, from and to some channels",
+            list(sides.values()),
+        ),
+        table(
+            "Evaluation and sampling, images/s",
+            rows(
+                "use-",
+                lambda about, result: {
+                    **{f"evaluate, batch {k}": v for k, v in result["evaluated"].items()},
+                    "sampling": result["sampled"],
+                    "sequential": result["sequential"],
+                },
+            ),
+        ),
+        table("Training", rows("training", lambda about, result: result)),
+        table(
+            "Not measured",
+            [
+                {"part": name, "why": each["error"]}
+                for name, each in found.items()
+                if "error" in each
+            ],
+        ),
+    ]
+    return "".join(tables)
+
+
+def waits_in_words(waits: Mapping[str, float] | None) -> str:
+    if waits is None:
+        return "only CUDA can say"
+    return ", ".join(f"{where}: {shown(count)}" for where, count in waits.items()) or "none"
+
+
+def described(device: torch.device) -> str:
+    """The machine, in words."""
+    if device.type in devices.NUMBERED:
+        name = torch.get_device_module(device).get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-session"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--plan", choices=PLANS, default="full")
+    parser.add_argument("--minutes", type=float, default=45, help="in all, for this call")
+    parser.add_argument("--train-minutes", type=float, default=12, help="kept for the training run")
+    parser.add_argument("--data", action="append", default=[], metavar="data.KEY=VALUE")
+    parser.add_argument("--only", default="", help="parts whose name begins so")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--train-seconds", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    began = time.monotonic()
+    options = parse(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = devices.resolve(options.device)
+    session = Session(PLANS[options.plan], device, options.out.resolve(), options.data)
+    parts = {part.name: part for part in parts_of(session.plan)}
+
+    def left() -> float:
+        return 60 * options.minutes - (time.monotonic() - began)
+
+    def training(seconds: float) -> Part:
+        about = {"budget": round(seconds)}
+        return Part("training", seconds + 300, lambda s: measure_run(s, seconds), about)
+
+    if options.part is not None:
+        seconds = options.train_seconds
+        measure(session, parts[options.part] if seconds is None else training(seconds))
+        return
+    given = list(sys.argv[1:] if words is None else words)
+    for part in parts.values():
+        if file_of(session, part.name).exists() or not part.name.startswith(options.only):
+            continue
+        if left() < 60 * options.train_minutes:
+            print("the rest is for the training run; the same command measures what is missing")
+            break
+        print(f"{part.name}: {left() / 60:.1f} minutes are left", flush=True)
+        measure_apart(session, part, given)
+        write_report(session)
+    seconds = left() - FOR_EVALUATION
+    if not options.only and not file_of(session, "training").exists() and seconds > 0:
+        print(f"training for {seconds / 60:.1f} minutes", flush=True)
+        measure_apart(session, training(seconds), [*given, "--train-seconds", str(seconds)])
+    write_report(session)
+    print(f"{session.out}/report.md")
+
+
+def write_report(session: Session) -> None:
+    heading_of = f"# A session on {described(session.device)}\n\n"
+    (session.out / "report.md").write_text(heading_of + report(session))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""benchmarks/gpu_session.py, in miniature on the CPU."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY
+
+from flowtrain.config import Train
+from flowtrain.training import loop
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # its programs import each other
+
+import gpu_session as session_module
+from gpu_session import MINI, Part, Session
+
+pytestmark = pytest.mark.run
+
+
+@pytest.fixture
+def session(tmp_path):
+    return Session(MINI, torch.device("cpu"), tmp_path)
+
+
+def outcome(session, name):
+    return json.loads((session.out / f"{name}.json").read_text())
+
+
+def test_every_part_and_the_tables(session):
+    parts = {part.name: part for part in session_module.parts_of(MINI)}
+    for part in parts.values():
+        session_module.measure(session, part)
+    assert {name: outcome(session, name).get("error") for name in parts} == dict.fromkeys(parts)
+    assert sorted(path.stem for path in session.out.glob("*")) == sorted(parts)  # no run is left
+
+    kernels = outcome(session, "kernels-glow")["result"]
+    assert kernels["kernels"] > 100 and kernels["busy"] is None
+    assert "aten::convolution_backward" in kernels["longest"]
+    steps = outcome(session, "step-glow-store-8")["result"]
+    assert steps["images_per_second"] == pytest.approx(8 / steps["seconds"])
+    dry = outcome(session, "dry-run-glow")["result"]
+    assert set(dry["modes"]) == {"store", "checkpoint", "reversible"} and dry["flops"] > 1e4
+    # 3 couplings of 2 products and more: forward, and backward in one call each.
+    assert outcome(session, "floor-glow")["result"]["products"] >= 12
+    assert outcome(session, "use-causal")["result"]["sequential"] is True
+
+    text = session_module.report(session)
+    for title in ["Steps of the trainer", "Kernels", "Floor", "Dry run", "Evaluation", "channels"]:
+        assert title in text
+    assert "Not measured" not in text
+    assert "| glow | store | 8 | " in text and "| only CUDA can say |" in text
+
+
+def test_the_steps_are_those_of_the_trainer(session, monkeypatch):
+    """With its optimizer, and the measured ones are whole rounds of its loop."""
+    moved = []
+    optimizer_step = loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda *args: moved.append(optimizer_step(*args)))
+    session_module.measure_step(session, "glow", batch_size=4)
+    assert len(moved) == MINI.warm_up + MINI.steps
+
+
+def test_a_part_that_fails_says_so_and_the_others_go_on(session):
+    def fail(session):
+        raise ValueError("too much\nof everything")
+
+    session_module.measure(session, Part("bad", 1, fail))
+    assert outcome(session, "bad")["error"] == "too much"
+    assert "| bad | too much |" in session_module.report(session)
+
+
+def test_a_part_ends_at_its_limit(session):
+    words = ["--plan", "mini", "--device", "cpu", "--out", str(session.out)]
+    session_module.measure_apart(session, Part("alignment", 0.01, lambda s: {}), words)
+    assert outcome(session, "alignment")["error"] == "not done after 0 s"
+
+
+def test_it_goes_on_where_it_was(session, capsys):
+    words = ["--plan", "mini", "--device", "cpu", "--out", str(session.out), "--only", "align"]
+    session_module.main(words)
+    measured = (session.out / "alignment.json").read_text()
+    assert "2 channels" in (session.out / "report.md").read_text()
+    assert capsys.readouterr().out.startswith("alignment: ")
+    session_module.main(words)
+    assert (session.out / "alignment.json").read_text() == measured
+    assert "alignment: " not in capsys.readouterr().out
+
+
+def test_the_rest_of_the_time_is_for_a_training_run(session, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(
+        session_module, "measure_apart", lambda session, part, words: given.append((part, words))
+    )
+    words = ["--plan", "mini", "--device", "cpu", "--out", str(tmp_path), "--minutes", "10"]
+    session_module.main([*words, "--train-minutes", "11"])  # so no time is left for the others
+    ((part, passed),) = given
+    assert part.name == "training" and 470 < float(passed[-1]) <= 480 < part.limit
+
+
+def test_the_training_run_is_two_commands(session, monkeypatch):
+    commands = []
+
+    def run(command, cwd, check):
+        commands.append(command[1:])
+        folder = session.out / "training"
+        folder.mkdir(exist_ok=True)
+        result = {"bits_per_dim": 3.1, "bits_per_dim_stderr": 0.01, "bound": "exact", "step": 9}
+        result |= {"split": "test", "num_images": 100}
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "summary.json").write_text(json.dumps({"images": 5, "seconds": 6.0}))
+
+    monkeypatch.setattr(session_module.subprocess, "run", run)
+    with_data = dataclasses.replace(session, data=["data.name=npz"])
+    session_module.measure(
+        with_data, Part("training", 1, lambda s: session_module.measure_run(s, 99.7))
+    )
+    train, evaluate = commands
+    assert train[:5] == ["-m", "flowtrain", "train", "--config", "glow_digits.yaml"]
+    assert {"train.budget=100s", "data.name=npz"} <= set(train) and evaluate[2] == "evaluate"
+    assert "| 3.1 |" in session_module.report(session)
+
+
+def test_variants_are_those_that_this_version_has(monkeypatch):
+    names = [part.name for part in session_module.variants("glow", 64)]
+    assert names == [
+        f"step-glow-store-64-{words}"
+        for words in ["fp32", "off-true", "layers-false", "layers-true", "step-false", "step-true"]
+    ]
+    monkeypatch.setattr(Train, "model_json_schema", lambda: {"properties": {}})
+    assert [part.name for part in session_module.variants("glow", 64)] == [names[0]]
+
+
+def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
+    full = Session(session_module.FULL, torch.device("cpu"), tmp_path)
+    small = dataclasses.replace(full, plan=dataclasses.replace(full.plan, images=8))
+    for model in full.plan.models:
+        config = small.config(model, num_steps=3, memory="store")
+        assert config.train.num_steps == 3 and config.data.name == "npz"
+        assert config.train.optimizer == "muon"
+    names = [part.name for part in session_module.parts_of(full.plan)]
+    assert len(set(names)) == len(names)
+    assert Path(REPOSITORY / "configs" / full.plan.training).exists()
+
+
+def test_the_time_that_kernels_cover():
+    assert session_module.covered([]) == 0
+    assert session_module.covered([(0, 2), (1, 3), (1.5, 2), (5, 6)]) == 4
