@@ -5,7 +5,7 @@ DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
 NOT_BENCH := $(addprefix benchmarks/,common.py equal_time.py gpu_session.py jacobi.py \
-	large_data.py logit_space.py recipe.py)
+	large_data.py logit_space.py recipe.py zoo.py)
 BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
@@ -14,6 +14,9 @@ THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 # `--only NAME`.
 RECIPE ?=
 
+# What `make models` adds: where the data lie, or `--only NAME`.
+MODELS ?=
+
 # What `make gpu-session` adds: where CIFAR-10 lies (`--data data.name=npz --data data.path=FILE`), or
 # the `--minutes` that are left.
 SESSION ?=
@@ -21,7 +24,8 @@ SESSION ?=
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz bench recipe check format docker-check clean
+.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz bench recipe models check \
+	format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -67,6 +71,9 @@ bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown t
 
 recipe: .venv/installed-bench  ## train the final recipes and their baseline, and compare them; six hours
 	$(BIN)/python benchmarks/recipe.py --picture docs/recipe.png $(RECIPE)
+
+models: .venv/installed-bench  ## train the models that come with flowtrain again; two hours
+	$(BIN)/python benchmarks/zoo.py $(MODELS)
 
 check: .venv/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

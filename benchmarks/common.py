@@ -80,7 +80,7 @@ def heading(title: str, threads: int) -> None:
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     print(f"### {title}\n")
     print(
-        f"{_processor()}, {os.cpu_count()} cores, {threads} threads; Python "
+        f"{processor()}, {os.cpu_count()} cores, {threads} threads; Python "
         f"{platform.python_version()}, ",
         end="",
     )
@@ -91,7 +91,7 @@ def heading(title: str, threads: int) -> None:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

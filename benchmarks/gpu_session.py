@@ -158,11 +158,6 @@ class Enough(Exception):
     """Ends a run after the steps that are measured."""
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type in devices.NUMBERED:
-        torch.get_device_module(device).synchronize(device)
-
-
 class Watch:
     """Stands for `train_step` in the trainer's loop. It measures whole steps of the loop, from one
     call to the next, and then ends the run.
@@ -187,16 +182,16 @@ class Watch:
         if self.count == 0:
             self.state, self.begun = state, time.perf_counter()
         if self.count == 1:
-            synchronize(self.device)
+            devices.synchronize(self.device)
             self.first = time.perf_counter() - self.begun
         if self.count == self.warm_up:
-            synchronize(self.device)
+            devices.synchronize(self.device)
             if self.device.type in devices.NUMBERED:
                 torch.get_device_module(self.device).reset_peak_memory_stats(self.device)
             self.around.__enter__()
             self.begun = time.perf_counter()
         if self.count == self.warm_up + self.steps:
-            synchronize(self.device)
+            devices.synchronize(self.device)
             self.seconds = time.perf_counter() - self.begun
             self.around.__exit__(None, None, None)
             raise Enough
@@ -331,10 +326,10 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5
     """The median time of a call, after two that warm up."""
     times = []
     for i in range(repeats + 2):
-        synchronize(device)
+        devices.synchronize(device)
         began = time.perf_counter()
         run()
-        synchronize(device)
+        devices.synchronize(device)
         if i >= 2:
             times.append(time.perf_counter() - began)
     return statistics.median(times)

@@ -42,7 +42,10 @@ RECIPES = {
         "cifar", "causal, 5 min", "causal_cifar_small.yaml", ("train.budget=5min",)
     ),
     "cifar-causal-15min": Recipe(
-        "cifar", "causal, 15 min", "causal_cifar_small.yaml", ("train.budget=15min",)
+        "cifar",
+        "causal, 15 min",
+        "causal_cifar_small.yaml",
+        ("train.budget=15min", "model.width=128"),
     ),
     "cifar-causal-90min": Recipe(
         "cifar", "causal, 90 min", "causal_cifar_small.yaml", ("train.budget=90min",)

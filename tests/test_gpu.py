@@ -17,6 +17,7 @@ from flowtrain.evaluation.score import score
 from flowtrain.nets.dropout import Dropout
 from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
+from flowtrain.system.random import Stream, uniform
 from flowtrain.training.facts import Facts
 from flowtrain.training.loop import fit
 from flowtrain.training.resume import start
@@ -92,6 +93,19 @@ def test_dropout_has_the_masks_of_the_cpu() -> None:
         drop = Dropout(0.3, example.to(device))
         masks.append([drop(x.to(device)).cpu() for _ in range(3)])
     assert all(map(torch.equal, *masks))
+
+
+@pytest.mark.parametrize("shape", [(300, 3, 32, 32), (7, 1, 3, 3)])
+def test_noise_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
+    """Bit for bit, and nothing waits for the device."""
+    device = torch.device("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [uniform(shape, 3, Stream.EVALUATION, first, 2, device) for first in (0, 2**40)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for first, noise in zip((0, 2**40), drawn, strict=True):
+        assert torch.equal(noise.cpu(), uniform(shape, 3, Stream.EVALUATION, first, 2))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamax"])

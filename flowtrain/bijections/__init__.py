@@ -14,6 +14,7 @@ from flowtrain.bijections.coupling import (
     CheckerboardCoupling,
     Coupling,
 )
+from flowtrain.bijections.linear import LinearResidual
 from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
@@ -39,6 +40,7 @@ __all__ = [
     "DiagonalAffine",
     "Flatten",
     "Inverse",
+    "LinearResidual",
     "LogisticToNormal",
     "MaskedAutoregressive",
     "MixtureTransform",

@@ -134,6 +134,8 @@ class Continuous(Bijection):
         adjoint: whether gradients come from the adjoint equation.
     """
 
+    solves_batches = True
+
     def __init__(
         self,
         conditioner: nn.Module,

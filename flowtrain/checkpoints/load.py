@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
+from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import SUFFIX, Checkpoint, read_by_main
 from flowtrain.config import Config
-from flowtrain.errors import UserError, cut
+from flowtrain.errors import UserError, cut, did_you_mean
 from flowtrain.flow.flow import Flow
 
 NAMED = 3  # tensors in a message
@@ -21,12 +22,16 @@ NAMED = 3  # tensors in a message
 def find(model: str | None, runs: Path = Path("runs")) -> Path:
     """The checkpoint file that a command line's `MODEL` means.
 
-    That is the file itself, the best (else the last) checkpoint of a run directory, or by default
-    that of the newest run. Raises `UserError` where there is none.
+    That is the file itself, the best (else the last) checkpoint of a run directory, a trained model
+    of flowtrain by its name, or by default the newest run. Raises `UserError` where there is none.
     """
     path = _newest(runs) if model is None else Path(model)
     if not os.path.lexists(path):  # False also for a name that is too long
-        raise UserError(f"{path}: no such checkpoint or run directory")
+        if model in (trained := zoo.names()):
+            return zoo.checkpoint_of(model)
+        raise UserError(
+            f"{path}: no such checkpoint or run directory{did_you_mean(str(path), trained)}"
+        )
     if not path.is_dir():
         return path
     files = _checkpoints_of(path)
@@ -60,7 +65,11 @@ def _checkpoints_of(run: Path) -> list[Path]:
 
 
 def run_of(path: Path) -> Path:
-    """The run directory that a checkpoint file lies in, or else its own folder."""
+    """Where a command writes what it says about a checkpoint: the run directory that the file lies
+    in, or else its own folder. For a trained model of flowtrain it is `runs/NAME`.
+    """
+    if path.parent == zoo.FOLDER:
+        return Path("runs") / path.stem
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
@@ -97,6 +106,13 @@ def _require_weights(
     if not state:
         why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
         raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
+    if (
+        checkpoint.meta.get("progress") is None
+    ):  # only a model: its numbers may be in half precision
+        state = {
+            name: value.float() if value.dtype == torch.float16 else value
+            for name, value in state.items()
+        }
     require_tensors(checkpoint.path, state, flow.state_dict())
     return chosen, state
 

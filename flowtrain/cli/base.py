@@ -108,9 +108,11 @@ def _log_warnings() -> None:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    """Run directories in runs/. Other paths are completed by the shell."""
+    """Run directories in runs/, and trained models. Other paths are completed by the shell."""
+    from flowtrain.checkpoints import zoo
+
     runs = (str(path.parent) for path in Path("runs").glob("*/checkpoints"))
-    return sorted(run for run in runs if run.startswith(incomplete))
+    return [name for name in (*sorted(runs), *zoo.names()) if name.startswith(incomplete)]
 
 
 ModelArgument = Annotated[
@@ -119,8 +121,8 @@ ModelArgument = Annotated[
         metavar="MODEL",
         autocompletion=_complete_model,
         show_default=False,
-        help="A checkpoint, or a run directory (its best checkpoint, else its last). By default, "
-        "the newest run in runs/.",
+        help="A checkpoint, a run directory (its best checkpoint, else its last), or a trained "
+        "model of `flowtrain list`. By default, the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[

@@ -1,9 +1,14 @@
 """`flowtrain list`."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import command, on_one_process
+
+if TYPE_CHECKING:
+    from flowtrain.checkpoints.zoo import Card
 
 EPILOG = "Example: [cyan]flowtrain list[/cyan]"
 
@@ -11,14 +16,20 @@ EPILOG = "Example: [cyan]flowtrain list[/cyan]"
 @command
 @on_one_process
 def catalogue() -> None:
-    """List what comes with flowtrain: configurations, data sets and models."""
+    """List what comes with flowtrain: trained models, configurations, data sets and models."""
+    from flowtrain.checkpoints import zoo
     from flowtrain.config import Data, Model, component_module, component_names
 
+    _print("trained models (MODEL)", {name: _of_card(zoo.card_of(name)) for name in zoo.names()})
     configs = configfiles.shipped_configs().items()
     _print("configurations (--config)", {n: configfiles.headline(p) for n, p in configs})
     for title, base in (("data sets (data.name)", Data), ("models (model.name)", Model)):
         documented = {name: component_module(base, name).__doc__ for name in component_names(base)}
         _print(title, {name: _first_sentence(text or "") for name, text in documented.items()})
+
+
+def _of_card(card: "Card") -> str:
+    return f"{card.title}: {card.loss:.3f} +- {card.error:.3f} {card.unit}, {card.time}"
 
 
 def _first_sentence(docstring: str) -> str:
@@ -27,7 +38,7 @@ def _first_sentence(docstring: str) -> str:
 
 
 def _print(title: str, rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     typer.echo(f"\n{title}")
     for name, text in rows.items():
         typer.echo(f"  {name:{width}}  {text}")

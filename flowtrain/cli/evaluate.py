@@ -181,6 +181,8 @@ def _print(result: "Evaluation", unit: str) -> None:
         table["largest reconstruction error"] = f"{result.max_reconstruction_error:.2g}"
     levels = "" if result.levels is None else f", {result.levels} levels"
     table["data"] = f"{result.dataset}: {result.dims} dimensions{levels}"
+    if result.edition is not None:
+        table["which of these data"] = result.edition
     table["model"] = f"{result.checkpoint}: step {result.step:,}, {result.weights} weights"
     table["sampling"] = result.sampling
     print_table(table)

@@ -33,9 +33,21 @@ def info(
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size."""
-    shipped = what is not None and what.removesuffix(".yaml") in configfiles.shipped_configs()
-    if what is not None and (what.endswith(".yaml") or (shipped and not os.path.lexists(what))):
+    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size.
+
+    Where a trained model and a configuration have one name, it means the model, and NAME.yaml the
+    configuration.
+    """
+    from flowtrain.checkpoints import zoo
+
+    if what is not None and (
+        what.endswith(".yaml")
+        or (
+            what in configfiles.shipped_configs()
+            and what not in zoo.names()
+            and not os.path.lexists(what)
+        )
+    ):
         print_table(_of_config(configfiles.find_config(what)))
     else:
         print_table(_of_model(what, trust_code))
@@ -62,6 +74,7 @@ def _of_config(path: Path) -> dict[str, object]:
 def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     import torch
 
+    from flowtrain.checkpoints import zoo
     from flowtrain.checkpoints.load import load_model, run_of
     from flowtrain.runs.record import read_evaluation
     from flowtrain.system.console import duration
@@ -94,6 +107,14 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
                 f"{value:.3f}{spread} {flow.kind.unit} ({result.num_images:,} images, step "
                 f"{result.step:,})"
             )
+    if checkpoint.path.parent == zoo.FOLDER:
+        card = zoo.card_of(checkpoint.path.stem)
+        table["trained"] = f"{card.command}, {card.time} on {card.machine}"
+        table["test"] = (
+            f"{card.loss:.3f} +- {card.error:.3f} {card.unit} ({card.images:,} images, "
+            f"{card.likelihood})"
+        )
+        table["data from"] = f"{card.data} ({card.licence})"
     table["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
     return table
 

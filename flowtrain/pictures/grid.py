@@ -83,9 +83,14 @@ def save_png(path: Path, pixels: Tensor) -> None:
     save(path, png(pixels))
 
 
-def save_gif(path: Path, frames: list[Tensor], milliseconds: int = 120) -> None:
-    """Writes `(3, H, W)` uint8 pictures as an endless animation."""
+def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
+    """Pictures of one size as an endless animation."""
     buffer = io.BytesIO()
-    first, *rest = (_picture(frame).quantize(256) for frame in frames)
+    first, *rest = (frame.convert("RGB").quantize(256) for frame in frames)
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
-    save(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_gif(path: Path, frames: list[Tensor]) -> None:
+    """Writes `(3, H, W)` uint8 pictures as an animation."""
+    save(path, gif([_picture(frame) for frame in frames]))

@@ -1,10 +1,9 @@
-"""One HTML file about a model: configuration, curves, evaluation, samples, reconstructions, nearest
-training images and health.
+"""One HTML file about a model: configuration, curves, evaluation, samples, paths, reconstructions,
+nearest training images and health.
 """
 
 import base64
 import functools
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,11 +19,13 @@ from torch import Tensor
 import flowtrain
 from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.data.splits import DataSet, Split
-from flowtrain.errors import RunError, UserError
+from flowtrain.datasets.base import picture
+from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.doctor import Finding, examine
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.pictures import draw, grid
+from flowtrain.pictures.interpolate import interpolate
 from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation
 from flowtrain.runs import charts, record
@@ -32,6 +34,8 @@ from flowtrain.system.console import duration
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
 COMPARED = 16  # test images whose distance to the training images a sample's is compared with
+PATHS, STEPS = 4, 8  # paths between test images, and the images of each
+FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
 CHUNK = 2**22  # pixels of training images that are read at a time
 HEALTH = 16  # the health table takes about as long as this many other parts
 SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
@@ -159,6 +163,8 @@ def page(
         "reconstructions": lambda: reconstruct(
             flow, there().split("test").take(slice(0, num_images))
         ),
+        "paths": lambda: _paths(flow, there()),
+        "samples over training": lambda: _over_training(run),
         "nearest training images": lambda: _neighbours(flow, there(), seed),
         "health": health,
     }
@@ -175,6 +181,7 @@ def page(
         "duration": duration,
         "grid": lambda x, columns=1: grid.grid(x, _levels(flow), columns),
         "png": _png,
+        "gif": lambda data: _url("gif", data),
     }
     template = environment.from_string(
         Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
@@ -265,8 +272,38 @@ def _rank(finding: Finding) -> tuple[int, float]:
     return SEVERITY[finding.verdict], -finding.severity
 
 
+def _paths(flow: Flow, data: DataSet) -> Tensor:
+    """Paths between the first test images through the latent space, as a picture."""
+    split = data.split("test")
+    count = min(PATHS, len(split) // 2)
+    if count == 0:
+        raise UserError("a path needs two test images")
+    x = split.take(slice(0, 2 * count))
+    rows = interpolate(flow, x[:count], x[count:], STEPS)
+    return draw.drawing(flow, lambda: split).paths(rows)
+
+
+def _over_training(run: Path) -> bytes:
+    """The run's pictures of samples as an animated GIF, with its last picture shown longest."""
+    files = sorted((run / "samples").glob("*.png"))
+    if len(files) < 2:
+        raise UserError(f"{run / 'samples'} has fewer than two pictures")
+    chosen = np.linspace(0, len(files) - 1, min(FRAMES, len(files))).round().astype(int)
+    frames: list[Image.Image] = []
+    for file in (files[i] for i in chosen):
+        try:
+            with picture(file) as image:
+                size = (WIDTH, max(1, image.height * WIDTH // image.width))
+                frames.append(image.convert("RGB").resize(frames[0].size if frames else size))
+        except Exception as error:  # a damaged file makes Pillow raise almost anything
+            raise UserError(f"{file} cannot be read as an image ({short(error)})") from error
+    return grid.gif([*frames, *frames[-1:] * 4], 300)
+
+
 def _png(pixels: Tensor) -> str:
     """A `(3, H, W)` uint8 picture as a data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _url("png", grid.png(pixels))
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

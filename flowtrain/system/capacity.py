@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowtrain.errors import UserError
 from flowtrain.system import distributed
-from flowtrain.system.device import NUMBERED
+from flowtrain.system.device import NUMBERED, synchronize
 
 _UNLIMITED = 2**63 - 1
 
@@ -112,7 +112,7 @@ def moments(run: Callable[[], object], device: torch.device) -> list[int]:
     """
     if device.type in NUMBERED:
         module = torch.get_device_module(device)
-        module.synchronize(device)
+        synchronize(device)
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
         run()

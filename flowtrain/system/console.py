@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import IO, Any, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 
 class _PerhapsUnread:
@@ -70,24 +70,24 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+WIDE = 110  # columns of a terminal that has room for a long bar
+
+
 class ProgressBar:
     """Progress of a long job: a live bar on a terminal, and elsewhere a line now and then.
 
-    Call it with the amount done and the total. `text` is shown behind the bar.
+    Call it with the amount done and the total. `text` is shown behind the bar, by default the time
+    that is left.
     """
 
     def __init__(self, title: str, seconds_between_lines: float = 10.0):
         self.title = title
         self.seconds_between_lines = seconds_between_lines
         self.started = self.last_line = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-        )
         self.bar = Progress(
-            *columns,
+            TextColumn("{task.description}"),
+            BarColumn(40 if console.width >= WIDE else 8),
+            TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
             console=console,
             disable=not console.is_terminal,
@@ -107,13 +107,13 @@ class ProgressBar:
         self.bar.stop()
 
     def __call__(self, done: float, total: float, text: str = "") -> None:
-        self.bar.update(self.task, completed=done, total=total, text=text)
         now = time.monotonic()
+        left = f"{duration((now - self.started) / max(done, 1e-9) * (total - done))} left"
+        self.bar.update(self.task, completed=done, total=total, text=text or (left if done else ""))
         if (
             not console.is_terminal
             and done < total
             and now - self.last_line > self.seconds_between_lines
         ):
             self.last_line = now
-            left = (now - self.started) / max(done, 1e-9) * (total - done)
-            console.print(f"{self.title}: {done:g} of {total:g}, {duration(left)} left")
+            console.print(f"{self.title}: {done:g} of {total:g}, {left}")

@@ -164,3 +164,9 @@ def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> Non
 def send(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device. A GPU fetches it from pinned memory, and the host does not wait for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has computed all that it was given."""
+    if device.type in NUMBERED:
+        torch.get_device_module(device).synchronize(device)

@@ -24,6 +24,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
+from flowtrain.system.device import synchronize
 from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
@@ -255,8 +256,7 @@ def _seconds_of_a_step(state: State, batch: int) -> float:
         started = time.perf_counter()
         _, grad_norm = train_step(state, x, labels)
         optimizer_step(state, grad_norm)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        synchronize(x.device)
         if step > 0:  # the first one warms up
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

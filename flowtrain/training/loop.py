@@ -26,6 +26,7 @@ from flowtrain.training.reporting import (
     sample,
     save,
     save_best,
+    show,
     validate,
 )
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
@@ -150,6 +151,8 @@ def _loop(
         if due:
             facts.receive(leaving=0)
         clock.tick(batches.all_processes)
+        if facts.last is not None and facts.failed is None:
+            show(state, facts.last.loss, clock, bar)
         if not due:
             continue
         assert facts.last is not None
@@ -180,6 +183,9 @@ def _loop(
             clock.skip()
         elif best:
             save_best(state, run)
+            clock.skip()
+        if validates or samples or periodic:
+            distributed.ready()  # an exchange of tensors waits for process 0 only so long
             clock.skip()
 
 

@@ -88,11 +88,9 @@ def log(
 ) -> None:
     """Writes and prints a row of training metrics. The loss is the mean since the last row."""
     progress, config = state.progress, state.config.train
-    done: float
-    total: float
     loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
-    speed = clock.images_per_second()
+    speed = clock.images_per_second(begin_anew=True)
     losses = {"bits_per_dim": None, state.flow.kind.metric: loss}
     run.log(
         Row(
@@ -108,22 +106,38 @@ def log(
             **_of_layers(state.flow),
         )
     )
-    if config.num_steps is not None:
-        done, total = progress.step, config.num_steps
-        left = progress.seconds / max(progress.step, 1) * (total - done)
-        of = f"/{total}"
-    else:
-        assert config.budget is not None
-        done, total, of = progress.seconds, config.budget, ""
-        left = total - done
-    text = f"{loss:.4f} {state.flow.kind.unit}  {speed:.0f} images/s  {duration(left)} left"
-    bar(done, total, text)
+    _move(bar, state, loss, speed, clock)
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
         console.print(
-            f"step {progress.step}{of}: train {text}  lr {rate:.2e}  gradient "
-            f"{grad_norm:.2f}{clipped}"
+            f"step {_steps(state)}: train {loss:.4f} {state.flow.kind.unit}  {speed:.0f} images/s  "
+            f"{duration(clock.seconds_left())} left  lr {rate:.2e}  gradient {grad_norm:.2f}"
+            f"{clipped}"
         )
+
+
+def show(state: State, loss: float, clock: Clock, bar: ProgressBar) -> None:
+    """Moves the bar on a terminal. `loss` is that of the last step that is known."""
+    if console.is_terminal:
+        _move(bar, state, loss, clock.images_per_second(begin_anew=False), clock)
+
+
+def _steps(state: State) -> str:
+    num_steps = state.config.train.num_steps
+    return f"{state.progress.step}" + ("" if num_steps is None else f"/{num_steps}")
+
+
+def _move(bar: ProgressBar, state: State, loss: float, speed: float, clock: Clock) -> None:
+    train, progress = state.config.train, state.progress
+    text = (
+        f"{duration(clock.seconds_left())} left  step {_steps(state)}  {loss:.3f} "
+        f"{state.flow.kind.unit}  {speed:.0f} images/s"
+    )
+    if train.num_steps is not None:
+        bar(progress.step, train.num_steps, text)
+    else:
+        assert train.budget is not None
+        bar(min(progress.seconds, train.budget), train.budget, text)
 
 
 def _of_layers(flow: Flow) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain import config as configuration
+from flowtrain.bijections import Bijection
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
@@ -258,9 +259,12 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     )
     if there == here:
         seconds = "; train.budget counts seconds, so the number of steps may change"
+        layers = (layer for layer in state.flow.modules() if isinstance(layer, Bijection))
+        solver = any(layer.solves_batches for layer in layers)
+        changes = "results within the tolerances of the solver" if solver else "rounding only"
         return [
             f"{division}a step takes {here:,} images as before, the same ones in the same order, "
-            f"with the same noise and augmentation, which changes rounding only"
+            f"with the same noise and augmentation, which changes {changes}"
             f"{seconds if now.budget is not None else ''}"
         ]
     used = state.progress.images

@@ -69,6 +69,8 @@ class Clock:
         self.last = time.perf_counter()
         self.window_images = 0
         self.window_seconds = 0.0
+        # Where this part of the run began. An earlier part may have had another speed.
+        self.first_step, self.first_seconds = state.progress.step, state.progress.seconds
 
     def _elapsed(self) -> float:
         now = time.perf_counter()
@@ -85,8 +87,18 @@ class Clock:
         """To be called after anything else, such as validation. It counts as time of the run."""
         self._elapsed()
 
-    def images_per_second(self) -> float:
-        """The speed since the last call."""
+    def images_per_second(self, begin_anew: bool) -> float:
+        """The speed since the last call that was to `begin_anew`."""
         speed = self.window_images / max(self.window_seconds, 1e-9)
-        self.window_images, self.window_seconds = 0, 0.0
+        if begin_anew:
+            self.window_images, self.window_seconds = 0, 0.0
         return speed
+
+    def seconds_left(self) -> float:
+        """How long the run still takes, at the speed of this part of it."""
+        train, progress = self.state.config.train, self.state.progress
+        if train.budget is not None:
+            return train.budget - progress.seconds
+        assert train.num_steps is not None
+        steps = max(1, progress.step - self.first_step)
+        return (progress.seconds - self.first_seconds) / steps * (train.num_steps - progress.step)

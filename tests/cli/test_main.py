@@ -16,4 +16,10 @@ def test_every_command_is_listed_and_documented():
     commands = {name for name, module in modules.items() if hasattr(module, name)}
     assert commands == {command.callback.__name__ for command in app.registered_commands}
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert {name for name in commands if f"flowtrain {name} " not in readme} == set()
+    named = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {name for name in named if f"flowtrain {name} " not in readme} == set()
+
+
+def test_the_readme_is_short():
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150 and [line for line in lines if len(line) > 100] == []

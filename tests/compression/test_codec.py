@@ -70,6 +70,7 @@ MODELS = {
         "glow",
         {"permutation": "reverse", "conditioner": "gated", "prior": "mixture"},
     ),
+    "glow prediction": ("glow", {"prediction": 1, "levels": 1}),
     "realnvp": ("realnvp", {}),
     "nice": ("nice", {}),
     "nice gaussian": ("nice", {"prior": "gaussian"}),

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogue import CAUSAL, sets
+from cli_helpers import quick
 from coding_helpers import GREY, RGB, causal_flow, smooth
 from helpers import a_config, images
 
@@ -166,6 +168,32 @@ def test_other_numbers_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(DirectCodec, "decode", lambda self, n, stack: torch.zeros_like(x))
     with pytest.raises(UserError, match="numerics do not reproduce on this machine"):
         archive(model, x)
+
+
+OTHER_NUMBERS = """
+import torch
+from flowtrain.bijections.ordinal import OrdinalAutoregressive
+
+in_order = OrdinalAutoregressive.in_order
+
+def other(self, next_level, batch, context=None):
+    def changed(entry, index):
+        entry.shift += 1e-3 * torch.rand(batch)  # never the same
+        return next_level(entry, index)
+    return in_order(self, changed, batch, context)
+
+OrdinalAutoregressive.in_order = other
+"""
+
+
+def test_compress_writes_nothing_where_numbers_are_never_the_same(tmp_path):
+    train = sets(train__num_steps=20, train__validate_every=20, model__attention=1)
+    quick("train", *CAUSAL, *train, "--run-dir", "run", cwd=tmp_path).ok()
+    command = ["compress", "run", "--split", "test", "--num-images", 20, "--out", "test.fta"]
+    quick(*command, cwd=tmp_path, first=OTHER_NUMBERS).failed(2, "numerics do not reproduce")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    quick(*command, cwd=tmp_path).ok()
+    assert (tmp_path / "test.fta").exists()
 
 
 def test_classes_are_refused_by_name():

@@ -17,12 +17,12 @@ import torch
 from dataset_helpers import check, corrupt, cut, module, noise
 from helpers import a_config
 from PIL import Image
+from typer.testing import CliRunner
 
 from flowtrain.checkpoints.load import load_model
-from flowtrain.data.splits import DataSet
+from flowtrain.cli.main import app
 from flowtrain.datasets import base, cache, imagenet
 from flowtrain.errors import UserError
-from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.runs import report
 from flowtrain.runs.compare import compare
 from flowtrain.training.loop import fit
@@ -266,14 +266,13 @@ def test_the_version_is_said_beside_every_figure(home, capsys):
         said = f"{version}: ImageNet 32x32"
         assert said in capsys.readouterr().out
         assert said in json.loads((run.path / "summary.json").read_text())["edition"]
-        model = load_model(str(run.path), torch.device("cpu"))
-        data = DataSet(config.data)
-        result, _ = evaluate(model, data, "test")
-        assert said in result.content()["edition"]
-        (run.path / "evaluate-test.json").write_text(json.dumps(result.content()))
-        page, _ = report.page(model, "no data here")
-        assert page.count(said) == 2
+        printed = CliRunner().invoke(app, ["evaluate", str(run.path), "--device", "cpu"])
+        assert said in " ".join(printed.output.replace("│", " ").split()), printed
+        assert said in json.loads((run.path / "evaluate-test.json").read_text())["edition"]
         paths[version] = run.path
+    model = load_model(str(run.path), torch.device("cpu"))
+    page, _ = report.page(model, "no data here")
+    assert page.count(said) == 2
     comparison = compare(list(paths.values()))
     notes = " ".join(comparison.notes)
     assert all(f"{version}: its data are {version}: ImageNet" in notes for version in paths)

@@ -31,6 +31,7 @@ SECTIONS = [
     "evaluation",
     "curves",
     "samples",
+    "paths",
     "reconstructions",
     "nearest",
     "health",
@@ -113,7 +114,9 @@ def test_the_page_needs_nothing_else(digits):
         if key in ("src", "href", "srcset")
     ]
     assert (
-        all(value.startswith(("data:image/png;base64,", "#")) for value in sources)
+        all(
+            value.startswith(("data:image/", "#")) and "http" not in value[:40] for value in sources
+        )
         and len(sources) > 40
     )
     assert not page.all("script", "link", "iframe", "object", "base")
@@ -322,6 +325,28 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
     assert "another model than this report" not in page.text
 
 
+def test_paths_and_samples_over_the_training_are_shown(digits, tmp_path):
+    run = copy_of(digits[0], tmp_path / "run")
+    page, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert "not in it: paths" not in done.out
+    (path,) = (image for image in page.all("img") if image["alt"] == "Paths between test images")
+    data = base64.b64decode(path["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).width >= 800
+    (moving,) = (image for image in page.all("img") if image["src"].startswith("data:image/gif"))
+    film = Image.open(io.BytesIO(base64.b64decode(moving["src"].partition(",")[2])))
+    pictures = sorted((run / "samples").glob("*.png"))
+    assert film.width == 400 and film.n_frames >= len(pictures) > 1
+
+    pictures[0].write_bytes(b"no picture")
+    _, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert f"not in it: samples over training: run/samples/{pictures[0].name} cannot" in done.out
+    pictures[0].unlink()
+    for file in pictures[2:]:
+        file.unlink()
+    _, done = page_of("run", "--num-images", 2, cwd=tmp_path)
+    assert "not in it: samples over training: run/samples has fewer than two" in done.out
+
+
 def test_a_damaged_model_has_a_page(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
     best = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
@@ -349,7 +374,8 @@ def test_points_have_a_page(tmp_path):
         == f"{result['nats_per_image']:.4f} ± {result['nats_per_image_stderr']:.4f}"
     )
     assert "2 x 1 x 1, real values" in page.text and "Best validation, nats" in page.text
-    assert [image["alt"] for image in page.all("img")] == ["Samples at temperature 1.0"]
+    shown = [image["alt"] for image in page.all("img")]
+    assert shown == ["Samples at temperature 1.0", "Paths between test images"]
     assert page.text.count("real-valued data are no images") == 2
 
 

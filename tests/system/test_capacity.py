@@ -41,7 +41,7 @@ def test_the_memory_of_the_machine():
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_the_memory_of_a_gpu(kind, monkeypatch):
     """What is free, and what torch holds and does not use. The peak is beyond what was there."""
-    counted = {"peak": 900, "run": 0}
+    counted, waited = {"peak": 900, "run": 0}, []
 
     def run():
         counted["run"] += 1
@@ -52,12 +52,12 @@ def test_the_memory_of_a_gpu(kind, monkeypatch):
         memory_allocated=lambda device: 250,
         max_memory_allocated=lambda device: counted["peak"] if counted["run"] else 10**9,
         reset_peak_memory_stats=lambda device: None,
-        synchronize=lambda device: None,
+        synchronize=waited.append,
     )
     monkeypatch.setattr(torch, "get_device_module", {torch.device(kind, 1): module}.__getitem__)
     device = torch.device(kind, 1)
     assert capacity.available(device) == capacity.left(device) == 1050
-    assert capacity.peak(run, device) == 650
+    assert capacity.peak(run, device) == 650 and waited == [device]
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -555,6 +555,26 @@ def test_the_death_of_one_ends_the_others(tmp_path):
     assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
 
 
+SLOW_SAMPLES = """
+import time
+from flowtrain.system import distributed
+from flowtrain.training import loop
+
+def sample(state, *others):
+    if distributed.is_main() and state.progress.step == 1:
+        time.sleep(4)
+
+loop.sample, distributed.COLLECTIVE_TIMEOUT = sample, 3
+"""
+
+
+def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
+    """Its samples and checkpoints are no reason to believe that it is lost."""
+    options = [*LONG, *sets(train__num_steps=2, train__sample_every=1)]
+    words = ["train", *options, "--run-dir", "r"]
+    all_ok(together(2, *words, cwd=tmp_path, first=SLOW_SAMPLES))
+
+
 SOON = """
 from flowtrain.system import distributed, pulse
 pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1

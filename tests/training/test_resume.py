@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +29,12 @@ from cli_helpers import (
     wait_for_step,
     within,
 )
+from helpers import a_config, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.training import resume
+from flowtrain.training.state import State
 
 # All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the
 # order of the images.
@@ -530,3 +535,21 @@ def metrics_so_far(run):
         return []
     whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]
     return [yaml.safe_load(line) for line in whole.splitlines()[-1:]]
+
+
+@pytest.mark.parametrize(
+    "model, changes", [("glow", "rounding only"), ("cnf", "results within the tolerances")]
+)
+def test_what_another_division_of_the_same_images_changes(model, changes):
+    """Images of a batch share the steps of a solver, so there it is more than rounding."""
+    before, now = (
+        a_config(train={"batch_size": size, "num_steps": 9, "memory": "store"}) for size in (4, 8)
+    )
+    state = State(now, tiny_flow(model), [], None, {})
+    meta = {"config": before.resolved(), "processes": 2}
+    (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+    assert "a step takes 8 images as before" in line and f"which changes {changes}" in line
+    meta["processes"] = 1
+    first, second = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+    assert "a step takes 8 images, not 4: another run from here on" in first
+    assert "the 9 steps left take 72 images, not 36" in second

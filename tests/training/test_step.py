@@ -20,7 +20,6 @@ from flowtrain.data.batches import augment
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
-from flowtrain.system.random import Stream, generator
 from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import (
@@ -138,7 +137,7 @@ def fake_step(monkeypatch, device, model, train, **sections):
 
             monkeypatch.setattr(torch.Tensor, "backward", backward)
         x = torch.empty(4, *flow.shape, dtype=torch.uint8, device=device)
-        x = augment(x, True, 1, generator(0, Stream.AUGMENTATION, 0))
+        x = augment(x, True, 1, seed=0)
         labels = torch.empty(4, dtype=torch.int64, device=device) if flow.classes else None
         _, norm = train_step(state, x, labels)
         optimizer_step(state, norm)

@@ -1,0 +1,134 @@
+"""Trains the models that come with flowtrain, and writes their checkpoints and cards.
+
+`python benchmarks/zoo.py` trains all, which takes two hours. `--only NAME...` trains some of them.
+A run that exists is resumed, so only its checkpoint and card are written again. `--cifar` and
+`--mnist` say where the data lie, as `--set` of `flowtrain train` does. Each checkpoint holds the
+averaged weights in half precision. One that is worse than its run by more than `WORSE` is refused.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from common import processor
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints import zoo
+from flowtrain.checkpoints.load import load_model
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.data.splits import DataSet
+from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.evaluation.score import mean_loss
+from flowtrain.system.console import duration
+
+WORSE = 0.001  # bits/dim, or nats
+FIRST = 64
+CPU = torch.device("cpu")
+PICTURES = Path("docs/models")
+
+
+@dataclass(frozen=True)
+class Trained:
+    title: str
+    config: str
+    data: str
+    licence: str
+    where: str = ""  # which option says where the data lie
+
+
+DIGITS = "Optical digits, Alpaydin & Kaynak 1998, as in scikit-learn", "CC BY 4.0"
+MNIST = "MNIST, LeCun, Bottou, Bengio & Haffner 1998", "CC BY-SA 3.0", "mnist"
+CIFAR = "CIFAR-10, Krizhevsky 2009", "no licence is stated; research use", "cifar"
+MODELS = {
+    "glow_digits": Trained("Glow on the 8x8 digits", "glow_digits", *DIGITS),
+    "two_moons": Trained("RealNVP on two moons", "realnvp_two_moons", "made by a seed", "none"),
+    "glow_mnist_small": Trained("Glow on MNIST", "glow_mnist_small", *MNIST),
+    "glow_mnist_conditional": Trained(
+        "Glow on MNIST with a prior for each class", "glow_mnist_conditional", *MNIST
+    ),
+    "glow_cifar_small": Trained("Glow on CIFAR-10", "glow_cifar_small", *CIFAR),
+    "causal_cifar_small": Trained("Causal flow on CIFAR-10", "causal_cifar_small", *CIFAR),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
+    for name in ("cifar", "mnist"):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="data.KEY=VALUE")
+    options = parser.parse_args()
+    for name in options.only:
+        where = getattr(options, MODELS[name].where) if MODELS[name].where else []
+        print(_made(name, options.runs / name, where), flush=True)
+
+
+def _made(name: str, run: Path, where: list[str]) -> str:
+    """Trains a model, writes its checkpoint, card and picture, and says its figure."""
+    model = MODELS[name]
+    _flowtrain("train", "--config", model.config, *where, "--run-dir", str(run))
+    summary = json.loads((run / "summary.json").read_text())
+    file = zoo.checkpoint_of(name)
+    loaded = load_model(str(run), CPU)
+    # Where the data lie is a fact of the machine that trained the model.
+    config = load_config(find_config(model.config)).resolved()
+    config["data"]["root"] = "data"
+    tensors = {
+        f"model.{key}": value.half() if value.is_floating_point() else value
+        for key, value in loaded.flow.state_dict().items()
+    }
+    meta = loaded.checkpoint.meta
+    described = {key: meta[key] for key in ("shape", "levels", "step")} | {"config": config}
+    checkpoint_format.write(file, described, tensors)
+
+    data = DataSet(loaded.config.data)
+    before, after = (
+        evaluate(each, data, "test")[0] for each in (loaded, load_model(str(file), CPU))
+    )
+    (own, _), (loss, error) = before.loss, after.loss
+    assert own is not None and loss is not None and error is not None
+    if loss - own > WORSE:
+        raise SystemExit(f"{name}: {loss} in half precision, {own} before")
+    test = data.split("test")
+    first = min(FIRST, len(test))
+    flow = load_model(str(file), CPU).flow
+    card = zoo.Card(
+        title=model.title,
+        command=f"flowtrain train --config {model.config}",
+        machine=processor(),
+        time=duration(summary["seconds"]),
+        data=model.data,
+        licence=model.licence,
+        parameters=summary["parameters"],
+        unit=flow.kind.unit,
+        loss=round(loss, 4),
+        error=round(error, 4),
+        likelihood="exact" if flow.exact else "a bound from one draw of noise",
+        images=after.num_images,
+        loss_of_first=round(mean_loss(flow, test, seed=0, num_images=first), 4),
+        first=first,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+    )
+    text = yaml.safe_dump(card.model_dump(), sort_keys=False, width=96, allow_unicode=True)
+    (zoo.FOLDER / f"{name}.yaml").write_text(text, encoding="utf-8")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    _flowtrain("sample", str(file), "--out", str(PICTURES / f"{name}.png"))
+    return f"{name}: {loss:.3f} +- {error:.3f} {card.unit}, {file.stat().st_size / 2**20:.1f} MiB"
+
+
+def _flowtrain(*words: str) -> None:
+    """Runs a command as a user does. What it prints goes to standard error."""
+    subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

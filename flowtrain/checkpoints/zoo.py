@@ -1,0 +1,48 @@
+"""Trained models that come with flowtrain: a checkpoint and a card each, in `flowtrain/zoo`.
+
+`make models` trains them again (`benchmarks/zoo.py`).
+"""
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+FOLDER = Path(__file__).resolve().parents[1] / "zoo"
+
+
+class Card(BaseModel):
+    """What a reader should know of a trained model. The figures are those of the file itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    command: str  # that trains it
+    machine: str
+    time: str  # of training
+    data: str  # and where they come from
+    licence: str  # of the data
+    parameters: int
+    unit: str
+    loss: float  # of the test split, in `unit`
+    error: float  # its standard error over images
+    likelihood: str  # exact, or a bound from one draw of noise
+    images: int  # in the test split
+    loss_of_first: float  # of the first images of the test split, as a check
+    first: int  # how many these are
+    sha256: str  # of the checkpoint
+
+
+def names() -> list[str]:
+    """The names of the trained models, for `MODEL` of a command line."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def checkpoint_of(name: str) -> Path:
+    """The file of a trained model."""
+    return FOLDER / f"{name}.safetensors"
+
+
+def card_of(name: str) -> Card:
+    """The card of a trained model."""
+    return Card.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))

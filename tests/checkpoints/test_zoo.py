@@ -1,0 +1,102 @@
+"""The trained models that come with flowtrain: cards are true, and commands take their names."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from cli_helpers import quick
+from helpers import REPOSITORY, SHARED, a_config, tiny_flow
+
+from flowtrain import config as configuration
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints import zoo
+from flowtrain.checkpoints.load import find, load_model, run_of
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError
+from flowtrain.evaluation.score import mean_loss
+
+CPU = torch.device("cpu")
+# Where the data of the tests lie, in place of a download.
+ELSEWHERE = {
+    "cifar10": {"name": "npz", "path": str(SHARED / "cifar10.npz")},
+    "mnist": {"root": str(SHARED)},
+}
+every_model = pytest.mark.parametrize("name", zoo.names())
+
+
+def data_of(model):
+    values = dict(model.checkpoint.meta["config"])
+    if moved := ELSEWHERE.get(values["data"]["name"]):
+        if not SHARED.is_dir():
+            pytest.skip(f"no real data in {SHARED}")
+        values["data"] = {**values["data"], **moved}
+    return DataSet(configuration.parse(values).data)
+
+
+def test_they_are_small_and_each_has_a_card_and_a_picture():
+    files = sorted(path.name for path in zoo.FOLDER.iterdir() if path.suffix != ".py")
+    assert {path.partition(".")[0] for path in files} == set(zoo.names()) != set()
+    assert len([name for name in files if name != "__pycache__"]) == 2 * len(zoo.names())
+    assert sum(zoo.checkpoint_of(name).stat().st_size for name in zoo.names()) < 12e6
+    for name in zoo.names():
+        assert (REPOSITORY / "docs" / "models" / f"{name}.png").stat().st_size > 1000
+
+
+@every_model
+def test_a_card_says_what_the_file_is(name):
+    card, file = zoo.card_of(name), zoo.checkpoint_of(name)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == card.sha256
+    model = load_model(name, CPU)
+    assert sum(p.numel() for p in model.flow.parameters()) == card.parameters
+    assert model.flow.kind.unit == card.unit and model.flow.exact == (card.likelihood == "exact")
+    assert model.checkpoint.meta["config"]["data"]["root"] == "data"  # no path of a machine
+    assert "progress" not in model.checkpoint.meta
+
+
+@every_model
+def test_the_figure_of_a_card_is_that_of_the_weights(name):
+    card, model = zoo.card_of(name), load_model(name, CPU)
+    loss = mean_loss(model.flow, data_of(model).split("test"), seed=0, num_images=card.first)
+    assert loss == pytest.approx(card.loss_of_first, abs=2e-4)
+
+
+def test_commands_take_their_names(tmp_path):
+    quick("sample", "glow_digits", "--num-images", 2, cwd=tmp_path).ok()
+    assert (tmp_path / "runs" / "glow_digits" / "sample.png").exists()
+    done = quick("evaluate", "glow_digits", "--num-images", 64, "--json", "-", cwd=tmp_path).ok()
+    assert json.loads(done.out)["num_images"] == 64
+    card = zoo.card_of("glow_digits")
+    out = " ".join(quick("info", "glow_digits", cwd=tmp_path).ok().out.split())
+    assert card.command in out and f"{card.loss:.3f} +- {card.error:.3f}" in out
+    assert card.title in quick("list", cwd=tmp_path).ok().out
+
+
+def test_a_file_of_the_same_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("glow_digits") == zoo.checkpoint_of("glow_digits")
+    assert str(run_of(find("glow_digits"))) == "runs/glow_digits"
+    (tmp_path / "glow_digits" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="glow_digits: has no checkpoint"):
+        find("glow_digits")
+    with pytest.raises(UserError, match="no such checkpoint.*did you mean glow_digits"):
+        find("glow_digit")
+
+
+def test_half_precision_is_for_models_alone(tmp_path):
+    flow = tiny_flow("glow")
+    tensors = {f"model.{name}": value for name, value in flow.state_dict().items()}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    meta = {"config": a_config("glow").resolved(), "shape": [1, 4, 4], "levels": 256, "step": 3}
+    for name, values, extra in (
+        ("whole", tensors, {}),
+        ("half", half, {}),
+        ("run", half, {"progress": {"step": 3}}),
+    ):
+        checkpoint_format.write(tmp_path / f"{name}.safetensors", {**meta, **extra}, values)
+    whole, halved = (load_model(str(tmp_path / f"{n}.safetensors"), CPU) for n in ("whole", "half"))
+    for own, other in zip(whole.flow.parameters(), halved.flow.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+    with pytest.raises(UserError, match="does not fit this model: .* is torch.float16 there"):
+        load_model(str(tmp_path / "run.safetensors"), CPU)
