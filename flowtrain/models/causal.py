@@ -63,7 +63,8 @@ def build(
             between the residual blocks.
         downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
             The cells of the rows above join the tokens after half of the residual blocks.
-        dropout: Probability with which entries of a residual block are dropped in training.
+        dropout: Probability with which entries of a residual block are dropped in training. It
+            serves small sets and long runs.
 
     Raises:
         UserError: if the data are real values, or if there are too few tokens to downsample.
