@@ -81,6 +81,7 @@ class State:
             "step": self.progress.step,
             "data": self.data,
             "processes": distributed.world(),
+            "threads": torch.get_num_threads(),
             "progress": dataclasses.asdict(self.progress),
         }
 
