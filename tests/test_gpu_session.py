@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,20 @@ def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
     names = [part.name for part in session_module.parts_of(full.plan)]
     assert len(set(names)) == len(names)
     assert Path(REPOSITORY / "configs" / full.plan.training).exists()
+
+
+def test_where_the_host_waits(monkeypatch):
+    modes, waits = [], Counter()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with session_module.noting_waits(waits):
+        for line in (7, 7, 9):
+            warnings.warn_explicit(
+                "called a synchronizing CUDA operation", UserWarning, "a.py", line
+            )
+        warnings.warn_explicit("something else", UserWarning, "a.py", 7)
+    assert modes == ["warn", "default"] and waits == {"a.py:7": 2, "a.py:9": 1}
+    assert session_module.waits_in_words({"a.py:7": 0.5, "a.py:9": 1.0}) == "a.py:7: 0.5, a.py:9: 1"
+    assert session_module.waits_in_words({}) == "none"
 
 
 def test_the_time_that_kernels_cover():
