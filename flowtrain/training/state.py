@@ -34,6 +34,9 @@ class State:
     stuck: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.flow.device.type == "cuda":
+            # cuDNN tries its algorithms for each shape of a convolution, which training repeats.
+            torch.backends.cudnn.benchmark = True
         self.computation = Computation(self.flow, self.config.train)
         self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
