@@ -1,5 +1,7 @@
 """What a CUDA device must not change. Run with `-m gpu`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from flowtrain.evaluation.score import score
 from flowtrain.nets.dropout import Dropout
 from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
+from flowtrain.system import nvidia
 from flowtrain.system.random import Stream, uniform
 from flowtrain.training.facts import Facts
 from flowtrain.training.loop import fit
@@ -168,3 +171,23 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
         checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"]
         == 30
     )
+
+
+def test_auto_is_the_gpu_and_its_driver_is_known() -> None:
+    assert devices.resolve("auto").type == "cuda"
+    found = nvidia.find()
+    assert torch.version.cuda is None or (found is not None and found.driver)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(tmp_path: Path) -> None:
+    one = train(tmp_path / "one", "cuda", GLOW, "train.batch_size=32")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [*SMALL[GLOW], "train.batch_size=16"]
+    words = [word for each in settings for word in ("--set", each)]
+    command = ["-m", "flowtrain", "train", "--config", GLOW, "--run-dir", "two", *words]
+    subprocess.run([sys.executable, *launcher, *command], cwd=tmp_path, check=True)
+    two = checkpoint_format.read(tmp_path / "two" / "checkpoints" / "last.safetensors")
+    assert two.meta["processes"] == 2
+    best = [run.meta["progress"]["best"] for run in (one, two)]
+    assert best[0] == pytest.approx(best[1], abs=1e-2)
