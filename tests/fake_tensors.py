@@ -7,6 +7,7 @@ between the host and a GPU that are not asynchronous, for which the host waits, 
 
 import contextlib
 import ctypes
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 # An operator without a result, which torch does not know how to fake.
 UNKNOWN = {torch.ops.aten._fused_sgd_.default}
+
+
+class Counting(TorchDispatchMode):
+    """Counts the calls of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator] += 1
+        return operator(*args, **(kwargs or {}))
 
 
 class Waiting(TorchDispatchMode):

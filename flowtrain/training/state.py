@@ -69,7 +69,8 @@ class State:
 
     def weights_are_finite(self) -> bool:
         """Waits for the device, once."""
-        largest = torch.nn.utils.get_total_norm(self.flow.parameters(), norm_type=math.inf)
+        weights = [p.detach() for p in self.flow.parameters()]  # all at once only if no parameters
+        largest = torch.nn.utils.get_total_norm(weights, norm_type=math.inf)
         return math.isfinite(largest.item())
 
     def meta(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from catalogue import SPHERE, TINY
-from fake_tensors import CPU, CUDA, fake_tensors, moved
+from fake_tensors import CPU, CUDA, Counting, fake_tensors, moved
 from helpers import a_config, images, ready, tiny_flow
 
 from flowtrain.bijections.base import SetFromData
@@ -88,6 +88,16 @@ def test_one_weight_that_is_not_finite_is_noticed():
     for value, finite in [(3e38, True), (-3e38, True), (torch.inf, False), (torch.nan, False)]:
         weight[-1] = value
         assert state.weights_are_finite() is finite
+
+
+def test_all_weights_are_looked_at_together():
+    """Few operators, and one read, whatever the number of parameters."""
+    state, _ = trained_state("adam")
+    with Counting() as counting:
+        state.weights_are_finite()
+    assert counting.calls[torch.ops.aten._local_scalar_dense.default] == 1
+    assert counting.calls.total() < 20 + len(list(state.flow.parameters()))  # each is detached
+    assert counting.calls[torch.ops.aten.linalg_vector_norm.default] == 1
 
 
 # --- a step waits for nothing ---------------------------------------------------------------------
