@@ -3,7 +3,8 @@
 `python benchmarks/zoo.py` trains all, which takes two hours. `--only NAME...` trains some of them.
 A run that exists is resumed, so only its checkpoint and card are written again. `--cifar` and
 `--mnist` say where the data lie, as `--set` of `flowtrain train` does. Each checkpoint holds the
-averaged weights, those of networks in half precision. One that is worse than its run by more than `WORSE` is refused.
+averaged weights, those of networks in half precision. One that is worse than its run by more than
+`WORSE` is refused.
 """
 
 import argparse
