@@ -103,7 +103,10 @@ def processor() -> str:
 
 
 def in_turns(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call. The contenders take turns, so that a slow moment of the machine affects
     all of them.
@@ -114,9 +117,9 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 

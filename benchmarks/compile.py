@@ -70,6 +70,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["layers", "step"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--count", action="store_true", help="count operator calls, and stop")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="the processor's time instead of the clock's, for one thread on a busy machine",
+    )
     options = parser.parse_args()
     begin(f"{options.config} {' '.join(options.set)}: train.compile", options)
     for precision in options.precisions:
@@ -97,7 +102,8 @@ def main() -> None:
                 )
             contenders[f"{precision} {variant}"] = lambda state=state, x=x: flowtrain_step(state, x)
         if not options.count:
-            table(in_turns(contenders, options.repeats), against)
+            clock = time.process_time if options.processor else time.perf_counter
+            table(in_turns(contenders, options.repeats, warmup=1, clock=clock), against)
 
 
 if __name__ == "__main__":

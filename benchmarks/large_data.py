@@ -59,8 +59,8 @@ def train(folder: Path, run: str, options: argparse.Namespace) -> list[dict[str,
         "model.width": options.width,
         "train.batch_size": options.batch_size,
         "train.num_steps": options.steps,
-        # Only steps are measured.
-        "data.validation": 0,
+        "data.max_in_memory": 0,  # also where fewer images would fit
+        "data.validation": 100,
         "train.sample_every": options.steps,
         "train.checkpoint_every": options.steps,
     }

@@ -129,7 +129,7 @@ class Data(Component):
     max_in_memory: NonNegativeFloat = Field(
         4.0,
         description="Largest training set in GiB that is held on the device. Threads read a larger "
-        "one as it is needed.",
+        "one as it is needed. On a CPU, mapped files are never held.",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Number of threads that read a training set not held on the device."

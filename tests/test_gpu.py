@@ -1,22 +1,33 @@
 """What a CUDA device must not change. Run with `-m gpu`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.background import Background
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
+from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
+from flowtrain.errors import RunError
 from flowtrain.evaluation.score import score
 from flowtrain.nets.dropout import Dropout
 from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
+from flowtrain.system import nvidia
 from flowtrain.system.random import Stream, uniform
+from flowtrain.training.facts import Facts
 from flowtrain.training.loop import fit
+from flowtrain.training.resume import start
 from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.step import optimizer_step, train_step
+from flowtrain.training.stop import Clock, Stop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,6 +112,62 @@ def test_noise_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
         assert torch.equal(noise.cpu(), uniform(shape, 3, Stream.EVALUATION, first, 2))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamax"])
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_a_step_waits_for_nothing(memory: str, optimizer: str) -> None:
+    """From the images to the numbers on their way. The first step may wait, as it makes what is
+    made once.
+    """
+    settings = [*SMALL[GLOW], f"train.memory={memory}", f"train.optimizer={optimizer}"]
+    settings += ["train.precision=bf16", "data.flip=true", "data.shift=1", "train.clip_norm=1"]
+    config = load_config(find_config(GLOW), settings)
+    data, device = DataSet(config.data), devices.resolve("cuda")
+    flow = build_flow(config, data.shape, data.levels).to(device)
+    batches = Batches(data, config, 16, device)
+    state = start(config, flow, data.fingerprint, None, None, batches)
+    facts = Facts(state, Clock(state), Stop())
+    try:
+        for step in range(4):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            loss, grad_norm = train_step(state, *batches.at(state.progress))
+            optimizer_step(state, grad_norm)
+            facts.send(loss, grad_norm, 1e-3)
+            state.progress.step += 1
+            facts.receive(leaving=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        batches.close()
+    facts.receive(leaving=0)
+    assert facts.failed is None and state.progress.window_steps == 4
+
+
+def test_a_step_that_is_not_finite_is_skipped_there(tmp_path: Path) -> None:
+    """With the rate far too high, the run ends with evidence, and its checkpoint is sound."""
+    with pytest.raises(RunError, match="steps not finite"):
+        train(tmp_path / "run", "cuda", GLOW, "train.lr=1e30", "train.max_non_finite=1")
+    last = checkpoint_format.read(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert all(torch.isfinite(tensor.float()).all() for tensor in last.tensors.values())
+
+
+def test_a_checkpoint_is_copied_without_waiting() -> None:
+    """What is written is what was there, and the next step does not wait for the copy."""
+    weight = torch.arange(2**22, device="cuda", dtype=torch.float32)
+    tensors = {"weight": weight, "step": torch.tensor(3.0)}
+    found: list[torch.Tensor] = []
+    background = Background()
+    background.start(tensors, lambda copied: None)  # takes the memory
+    background.finish()
+    before = weight.cpu()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        background.start(tensors, lambda copied: found.append(copied["weight"].clone()))
+        weight += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    background.finish()
+    assert torch.equal(found[0], before)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_scores_and_samples_as_on_the_cpu(tmp_path: Path, name: str) -> None:
     train(tmp_path / "run", "cuda", name)
@@ -124,3 +191,23 @@ def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
         checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"]
         == 30
     )
+
+
+def test_auto_is_the_gpu_and_its_driver_is_known() -> None:
+    assert devices.resolve("auto").type == "cuda"
+    found = nvidia.find()
+    assert torch.version.cuda is None or (found is not None and found.driver)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(tmp_path: Path) -> None:
+    one = train(tmp_path / "one", "cuda", GLOW, "train.batch_size=32")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [*SMALL[GLOW], "train.batch_size=16"]
+    words = [word for each in settings for word in ("--set", each)]
+    command = ["-m", "flowtrain", "train", "--config", GLOW, "--run-dir", "two", *words]
+    subprocess.run([sys.executable, *launcher, *command], cwd=tmp_path, check=True)
+    two = checkpoint_format.read(tmp_path / "two" / "checkpoints" / "last.safetensors")
+    assert two.meta["processes"] == 2
+    best = [run.meta["progress"]["best"] for run in (one, two)]
+    assert best[0] == pytest.approx(best[1], abs=1e-2)

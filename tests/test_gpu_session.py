@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import REPOSITORY
+from torch.autograd import DeviceType
 
 from flowtrain.config import Train
 from flowtrain.training import loop
@@ -143,6 +147,31 @@ def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
     names = [part.name for part in session_module.parts_of(full.plan)]
     assert len(set(names)) == len(names)
     assert Path(REPOSITORY / "configs" / full.plan.training).exists()
+
+
+def test_where_the_host_waits(monkeypatch):
+    modes, waits = [], Counter()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with session_module.noting_waits(waits):
+        for line in (7, 7, 9):
+            warnings.warn_explicit(
+                "called a synchronizing CUDA operation", UserWarning, "a.py", line
+            )
+        warnings.warn_explicit("something else", UserWarning, "a.py", 7)
+    assert modes == ["warn", "default"] and waits == {"a.py:7": 2, "a.py:9": 1}
+    assert session_module.waits_in_words({"a.py:7": 0.5, "a.py:9": 1.0}) == "a.py:7: 0.5, a.py:9: 1"
+    assert session_module.waits_in_words({}) == "none"
+
+
+def test_what_counts_as_a_kernel():
+    def event(name, device, named=False):
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=named)
+
+    operator, kernel = event("aten::mul", DeviceType.CPU), event("gemm", DeviceType.CUDA)
+    on_both = [event("Optimizer.step", d, True) for d in (DeviceType.CPU, DeviceType.CUDA)]
+    events = [operator, kernel, event("cudaLaunchKernel", DeviceType.CPU), *on_both]
+    assert [each for each in events if session_module.counts(each, on_cpu=True)] == [operator]
+    assert [each for each in events if session_module.counts(each, on_cpu=False)] == [kernel]
 
 
 def test_the_time_that_kernels_cover():

@@ -119,7 +119,6 @@ FLIPS = [
     ("glow:model.coupling", "mixture", "parameters"),
     ("glow:model.prior", "spline", "parameters", {"model": {"levels": 2}}),
     ("glow:model.prior", "mixture", "parameters", {"model": {"levels": 2}}),
-    ("glow:model.prediction", 1, "parameters"),
     ("glow:model.steps", [1, 2], "parameters", {"model": {"levels": 2}}),
     ("glow:model.width", [8, 9], "parameters", {"model": {"levels": 2}}),
     ("glow:model.bins", 3, "parameters", {"model": {"coupling": "spline"}}),

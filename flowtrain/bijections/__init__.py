@@ -14,7 +14,6 @@ from flowtrain.bijections.coupling import (
     CheckerboardCoupling,
     Coupling,
 )
-from flowtrain.bijections.linear import LinearResidual
 from flowtrain.bijections.logistic import LogisticToNormal
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
@@ -40,7 +39,6 @@ __all__ = [
     "DiagonalAffine",
     "Flatten",
     "Inverse",
-    "LinearResidual",
     "LogisticToNormal",
     "MaskedAutoregressive",
     "MixtureTransform",

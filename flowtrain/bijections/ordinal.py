@@ -51,10 +51,6 @@ class Prediction(nn.Module):
         """
         raise NotImplementedError
 
-    def undo(self, residual: Tensor) -> Tensor:
-        """The tokens x `(B, E, H, W)` with `x - self(x) == residual`. It is differentiable."""
-        raise NotImplementedError
-
     def by_token(self, values: Tensor) -> PredictionByToken:
         """The same predictions for the inverse, which knows only the tokens before one.
 

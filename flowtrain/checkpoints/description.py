@@ -43,7 +43,7 @@ class Origin(BaseModel):
 
 
 class Description(Origin):
-    """The description in this format. The last three are those of a run, and are missing where a
+    """The description in this format. The last four are those of a run, and are missing where a
     checkpoint holds only a model, as in an archive.
 
     `config` is only known to be a mapping of sections: `flowtrain.config.parse` checks it.
@@ -55,6 +55,7 @@ class Description(Origin):
     step: Steps
     data: dict[str, Any] = {}  # the fingerprint of the data set
     processes: PositiveInt = 1
+    threads: PositiveInt | None = None  # of torch, in process 0
     progress: Progress | None = None
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 All values are int64, in units of `2**-bits`; `context` is the layer's own, float64.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -23,7 +22,6 @@ from flowtrain.bijections import (
     Coupling,
     DiagonalAffine,
     Flatten,
-    LinearResidual,
     LogisticToNormal,
     Multiscale,
     Permute,
@@ -36,7 +34,6 @@ from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.compression.stack import LARGEST_SIZE, Stack, scale, unscale, whole
 from flowtrain.errors import UserError
-from flowtrain.nets.prediction import LinearPrediction
 
 # Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
 SLOPE_BITS = 9
@@ -264,10 +261,7 @@ class Linear:
 
 def _product(matrix: Tensor, x: Tensor) -> Tensor:
     """A product in whole numbers, where the order of a sum is irrelevant, in units of `x`."""
-    return _rounded(matrix @ x)
-
-
-def _rounded(product: Tensor) -> Tensor:
+    product: Tensor = matrix @ x
     return torch.bitwise_right_shift(product + 2 ** (MATRIX_BITS - 1), MATRIX_BITS)
 
 
@@ -281,40 +275,6 @@ def _(layer: FusedLinear, bits: int) -> Rule:
 def _(layer: LinearChannels, bits: int) -> Rule:
     weight = layer.mixing_matrix()
     return Linear(weight, torch.zeros_like(weight[0]), bits)
-
-
-class Residual:
-    """`LinearResidual`: a chain of shifts, which take no bits."""
-
-    def __init__(self, layer: LinearResidual, bits: int):
-        assert isinstance(layer.prediction, LinearPrediction)
-        of_window, within, bias = layer.prediction.weights()
-        self.window = layer.prediction.window
-        self.of_window = whole(_finite(of_window), MATRIX_BITS)
-        self.within = whole(_finite(within), MATRIX_BITS)
-        self.bias = whole(_finite(bias), bits)[:, None]
-
-    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        seen = self.window.seen(x.movedim(1, -1)).flatten(1, 2).mT
-        y = x.flatten(2)
-        predicted = _rounded(self.of_window @ seen + self.within @ y) + self.bias
-        return (y - predicted).view_as(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        batch, entries, height, width = z.shape
-        above, beside = self.window.above, self.window.beside
-        x = z.new_zeros(batch, above + height, beside + width + beside, entries)
-        for i, j in itertools.product(range(height), range(width)):
-            rectangle = x[:, i : i + above + 1, j : j + 2 * beside + 1].flatten(1, 2)
-            of_window = self.of_window @ rectangle[:, : self.window.taps].flatten(1).T
-            token = x[:, above + i, beside + j]
-            for d in range(entries):  # token[:, :d] is right already, and the rest zero
-                product = of_window[d] + token @ self.within[d]
-                token[:, d] = z[:, d, i, j] + _rounded(product) + self.bias[d]
-        return x[:, above:, beside : beside + width].movedim(-1, 1).contiguous()
-
-
-rule.register(LinearResidual, Residual)
 
 
 class CouplingRule:

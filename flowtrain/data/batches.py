@@ -31,7 +31,8 @@ class Batches:
     The order is one seeded permutation of the split after another. A step takes the next images of
     this order, `batch_size` for each process, by rank. They may span two permutations. A split that
     fits into `data.max_in_memory` is one tensor on the device. A larger one is read by
-    `data.workers` threads, ahead of the steps to come. `close` ends these threads.
+    `data.workers` threads, ahead of the steps to come. `close` ends these threads. On a CPU, they
+    read mapped files of any size, because a copy would take memory for each process.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
@@ -42,7 +43,8 @@ class Batches:
         self.device = device
         self.flip, self.shift = data.flip, config.data.shift
         nbytes = len(self.source) * self.source.bytes_of_image
-        self.streams = nbytes > config.data.max_in_memory * 2**30
+        large = nbytes > config.data.max_in_memory * 2**30
+        self.streams = large or (self.source.mapped and device.type == "cpu")
         if self.streams:
             ahead = ReadAhead.batches(config.data.workers)
             capacity.require(

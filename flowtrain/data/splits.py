@@ -46,6 +46,11 @@ class Split:
     def bytes_of_image(self) -> int:
         return bytes_of_image(self.pixels)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the images are in mapped files, which all processes share."""
+        return isinstance(self.pixels, np.memmap) or not isinstance(self.pixels, np.ndarray)
+
     def take(self, positions: np.ndarray | slice) -> Tensor:
         """The images at some positions of this split, `(B, C, H, W)` on the CPU.
 

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowtrain.errors import RunError, UserError, short, shown
-from flowtrain.flow.inputs import quantize
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -279,6 +278,8 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
 
     Raises UserError that names the path.
     """
+    from flowtrain.flow.inputs import quantize  # imports torch
+
     try:
         pixels = decode(path, shape, policy)
     except UserError as error:

@@ -129,14 +129,16 @@ def _package() -> Any:
     try:
         import datasets
         import huggingface_hub
-    except ImportError:
+
+        version: str = datasets.__version__  # which a folder named datasets does not have
+    except (ImportError, AttributeError):
         raise UserError(
             "data.name: hub needs the package datasets: pip install 'flowtrain[hub]'"
         ) from None
-    if int(datasets.__version__.partition(".")[0]) < 4:
+    if int(version.partition(".")[0]) < 4:
         raise UserError(
-            f"data.name: hub needs version 4 of the package datasets, and {datasets.__version__} "
-            f"is installed: pip install 'flowtrain[hub]'"
+            f"data.name: hub needs version 4 of the package datasets, and {version} is "
+            f"installed: pip install 'flowtrain[hub]'"
         )
     # What goes wrong is one message of flowtrain.
     huggingface_hub.utils.logging.set_verbosity_error()

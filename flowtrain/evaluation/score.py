@@ -106,9 +106,9 @@ def score(
             )
             parts = flow(x, noise)
             of_classes = [] if parts.by_class is None else parts.by_class.T
-            draws.append(torch.stack([parts.log_det, parts.base, *of_classes]).cpu().double())
+            draws.append(torch.stack([parts.log_det, parts.base, *of_classes]))
             progress(start - own.start + (stop - start) * (draw + 1) // samples, len(own))
-        by_draw = torch.stack(draws)  # (K, 2 + C, B)
+        by_draw = torch.stack(draws).cpu().double()  # (K, 2 + C, B); this waits for the device
         bounds = by_draw[:, 1:] + by_draw[:, :1]  # all classes together, then each class
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)

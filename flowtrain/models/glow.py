@@ -8,7 +8,6 @@ Deliberate differences from the paper and its release:
   convolution are bounded by tanh to +-8.
 - `initialization: whitening` sets each 1x1 convolution from the first batch by PCA. `rotation` is
   the paper's.
-- `prediction` puts a linear prediction of each entry from those before it in front of everything.
 - The learned priors scale the latents instead of the base density. The likelihood is the same.
 """
 
@@ -27,7 +26,6 @@ from flowtrain.bijections import (
     Conv1x1LU,
     Coupling,
     DiagonalAffine,
-    LinearResidual,
     Multiscale,
     Permute,
     Sequential,
@@ -37,9 +35,7 @@ from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes
 from flowtrain.nets.convolution import GlowNet, ZeroNet
-from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.residual import DepthwiseNet, GatedNet
-from flowtrain.nets.window import Window
 from flowtrain.types import Positive, Shape
 
 PerLevel = Positive | list[Positive]
@@ -60,7 +56,6 @@ def build(
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
     prior: Elementwise = "affine",
-    prediction: Annotated[int, Field(ge=0, le=8)] = 0,
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
@@ -86,9 +81,6 @@ def build(
             of the first batch.
         prior: Transform that takes the half that leaves at a split to the standard normal, given
             the other half. The names are those of `coupling`.
-        prediction: How many rows above and columns to each side, of 2x2 pixels each, a linear
-            prediction of the pixels sees. Least squares set it before the first step, and the flow
-            goes on with its residuals. 0 leaves it out.
 
     Raises:
         UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`
@@ -121,9 +113,6 @@ def build(
     for level in range(levels):
         channels, height, side = 4 * channels, height // 2, side // 2
         layers: list[Bijection] = [Squeeze()]
-        if prediction and level == 0:
-            window = Window(prediction, prediction, ahead=0)
-            layers.append(LinearResidual(LinearPrediction(channels, (height, side), window)))
         for step in range(steps_of[level]):
             layers += [
                 ActNorm((channels, 1, 1)),

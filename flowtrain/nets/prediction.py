@@ -65,28 +65,6 @@ class LinearPrediction(Prediction):
         self.bias.copy_((mean[-entries:] - weights @ mean) / self.UNIT)
         return deviation
 
-    def undo(self, residual: Tensor) -> Tensor:
-        """See `Prediction`.
-
-        It takes one row of tokens after the other. A row depends linearly on the rows above it, and
-        on itself by a triangular matrix, which is the same for all rows.
-        """
-        of_window, within, bias = self.weights()
-        rows = residual.movedim(1, -1)
-        width, entries = rows.shape[2:]
-        units = torch.eye(width * entries).to(rows).view(-1, 1, width, entries)
-        of_itself = self.window.convolve(units, of_window, torch.zeros_like(bias))
-        system = (units - of_itself - F.linear(units, within)).flatten(1)
-        x = [rows.new_zeros(len(rows), width, entries)] * self.window.above
-        for row in rows.unbind(dim=1):
-            above = torch.stack([*x[len(x) - self.window.above :], torch.zeros_like(row)], dim=1)
-            target = row + self.window.convolve(above, of_window, bias)[:, -1]
-            solved = torch.linalg.solve_triangular(
-                system, target.flatten(1), upper=True, left=False, unitriangular=True
-            )
-            x.append(solved.view_as(row))
-        return torch.stack(x[self.window.above :], dim=1).movedim(-1, 1)
-
     def by_token(self, values: Tensor) -> "_PredictionByToken":
         return _PredictionByToken(self, values)
 

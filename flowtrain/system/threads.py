@@ -42,6 +42,14 @@ def use_free_cores() -> str | None:
     )
 
 
+def as_before(threads: int) -> None:
+    """Lets torch use the number of threads that an earlier part of a run had, unless the user has
+    set one. With another number, sums are added in another order.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(threads, joblib.cpu_count()))
+
+
 def free_cores() -> float:
     """How many cores other processes leave idle, of those that this process may use.
 

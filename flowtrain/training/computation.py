@@ -18,7 +18,7 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.execution import Executor
 from flowtrain.bijections.memory import directions_of, executor_of
 from flowtrain.config import Train
-from flowtrain.errors import RunError, UserError, short
+from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
 from flowtrain.system.console import console, duration
@@ -131,9 +131,10 @@ class Computation:
         try:
             found_loss = self._add(batch, len(batch[0]), True)
         except Exception as error:  # the same computation has just run without compiling
+            reason = str(error).partition("\nSet TORCH")[0]  # advice for torch's developers
             raise UserError(
-                f"{settings}: this failed: {short(error)}\n{remedy}; compiling needs a C++ "
-                f"compiler such as g++ on a CPU, and a C compiler on a GPU"
+                f"{settings}: failed: {cut(reason, 300) or type(error).__name__}\n{remedy}; "
+                f"compiling needs a C++ compiler such as g++ on a CPU, and a C compiler on a GPU"
             ) from error
         found = [p.grad for p in parameters]
         for parameter in parameters:
@@ -251,7 +252,7 @@ class Replayed:
         self.loss: Tensor
 
     def __call__(self, batch: Batch, images: int, more: bool) -> Tensor:
-        if self.parameters[0].grad is None:  # the first images of a step
+        if self.parameters[0].grad is not self.parts[0]:  # the first images of a step
             self.gradients.zero_()
             for parameter, part in zip(self.parameters, self.parts, strict=True):
                 parameter.grad = part

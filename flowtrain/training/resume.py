@@ -17,6 +17,7 @@ from flowtrain.errors import UserError, cut, shown
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.console import console, duration
+from flowtrain.system.threads import as_before
 from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
@@ -191,6 +192,8 @@ def start(
                 f"{shown(there)} and is {shown(here)}"
             )
         state.restore(saved)
+        if state.flow.device.type == "cpu" and (threads := saved.meta.get("threads")):
+            as_before(threads)
         # A checkpoint that the user names may belong to a shorter or longer schedule.
         ended = state.reached_end(state.progress.seconds)
         if config.train.num_steps is not None or not ended:

@@ -34,6 +34,9 @@ class State:
     stuck: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.flow.device.type == "cuda":
+            # cuDNN tries its algorithms for each shape of a convolution, which training repeats.
+            torch.backends.cudnn.benchmark = True
         self.computation = Computation(self.flow, self.config.train)
         self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
@@ -66,7 +69,8 @@ class State:
 
     def weights_are_finite(self) -> bool:
         """Waits for the device, once."""
-        largest = torch.nn.utils.get_total_norm(self.flow.parameters(), norm_type=math.inf)
+        weights = [p.detach() for p in self.flow.parameters()]  # all at once only if no parameters
+        largest = torch.nn.utils.get_total_norm(weights, norm_type=math.inf)
         return math.isfinite(largest.item())
 
     def meta(self) -> dict[str, Any]:
@@ -78,6 +82,7 @@ class State:
             "step": self.progress.step,
             "data": self.data,
             "processes": distributed.world(),
+            "threads": torch.get_num_threads(),
             "progress": dataclasses.asdict(self.progress),
         }
 

@@ -27,7 +27,6 @@ from flowtrain.bijections import (
     DiagonalAffine,
     Flatten,
     Inverse,
-    LinearResidual,
     LogisticToNormal,
     MaskedAutoregressive,
     MixtureTransform,
@@ -48,9 +47,7 @@ from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
-from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.residual import DepthwiseNet, GatedNet, ResidualNet
-from flowtrain.nets.window import Window
 from flowtrain.system.capacity import peak
 
 MODES = get_args(Mode)
@@ -65,12 +62,6 @@ def model(name, shape, *about_data, **options):
 def ordinal(shape, levels, token=2, context=0):
     """A causal model, which is a layer."""
     return model("causal", shape, levels, context, token=token)
-
-
-def residual(shape, above, beside):
-    """A linear residual, with weights of about 0.2: they are in units of 0.01."""
-    prediction = LinearPrediction(shape[0], shape[1:], Window(above, beside, ahead=0))
-    return LinearResidual(perturb(prediction, 20))
 
 
 def multiscale():
@@ -107,8 +98,6 @@ LAYERS = {
     "conv1x1-lu": (lambda: Conv1x1LU(4), (4, 2, 3), None),
     "conv1x1-lu-odd": (lambda: Conv1x1LU(5), (5, 1, 2), None),
     "conv1x1-lu-whitening": (lambda: Conv1x1LU(4, "whitening"), (4, 2, 2), None),
-    "residual": (lambda: residual((2, 3, 4), 1, 1), (2, 3, 4), None),
-    "residual-window-past-the-sides": (lambda: residual((3, 2, 2), 3, 2), (3, 2, 2), None),
     "squeeze": (Squeeze, (3, 4, 2), None),
     "squeeze-one-channel": (Squeeze, (1, 2, 6), None),
     "flatten": (lambda: Flatten((2, 3, 2)), (2, 3, 2), None),
@@ -326,7 +315,6 @@ MODELS = {
         (1, 4, 4),
         None,
     ),
-    "glow-prediction": (lambda: model("glow", (1, 4, 4), prediction=1), (1, 4, 4), None),
     "glow-per-level": (
         lambda: model("glow", (1, 4, 4), levels=2, steps=[1, 2], width=[4, 3]),
         (1, 4, 4),

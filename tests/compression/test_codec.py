@@ -70,7 +70,6 @@ MODELS = {
         "glow",
         {"permutation": "reverse", "conditioner": "gated", "prior": "mixture"},
     ),
-    "glow prediction": ("glow", {"prediction": 1, "levels": 1}),
     "realnvp": ("realnvp", {}),
     "nice": ("nice", {}),
     "nice gaussian": ("nice", {"prior": "gaussian"}),

@@ -18,7 +18,8 @@ from flowtrain.data.splits import DataSet
 from flowtrain.datasets import base, cache, hub
 from flowtrain.errors import UserError
 
-datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
+# The folder of these tests has the same name, but no version.
+datasets = pytest.importorskip("datasets", "4", reason="the extra hub is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +186,10 @@ def test_without_the_package(path, monkeypatch):
     with pytest.raises(UserError, match=r"needs the package datasets: pip install 'flowtrain\[hub"):
         build("train", path=path).read()
     monkeypatch.undo()
+    with monkeypatch.context() as patch:  # a folder of this name is imported, too
+        patch.delattr(datasets, "__version__")
+        with pytest.raises(UserError, match="needs the package datasets: pip install"):
+            build("train", path=path).read()
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
     with pytest.raises(UserError, match=r"needs version 4 .* 3.6.0 is installed"):
         build("train", path=path).read()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -254,8 +255,11 @@ def test_what_is_known_before_anything_is_read(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_version_is_said_beside_every_figure(home, capsys):
+def test_the_version_is_said_beside_every_figure(home, capsys, monkeypatch):
     """In summary, evaluation, comparison and report, and where a run starts."""
+    logger = logging.getLogger("flowtrain")  # the command changes it
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
     section = {"name": "imagenet32", "root": str(home.parent), "validation": 0.2}
     paths = {}
     for version in ("oord2016", "chrabaszcz2017"):

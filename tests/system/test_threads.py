@@ -49,5 +49,16 @@ def test_the_users_number_of_threads_is_kept(machine, monkeypatch):
     assert threads.use_free_cores() is None and torch.get_num_threads() == 3
 
 
+def test_a_run_goes_on_with_its_number_of_threads(machine, monkeypatch):
+    machine([0] * 8, allowed=4)
+    threads.as_before(2)
+    assert torch.get_num_threads() == 2
+    threads.as_before(6)  # on a larger machine
+    assert torch.get_num_threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    threads.as_before(1)
+    assert torch.get_num_threads() == 4
+
+
 def test_free_cores_of_this_machine():
     assert 0 <= threads.free_cores() <= threads.joblib.cpu_count()

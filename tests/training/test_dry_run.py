@@ -1,10 +1,12 @@
 """What `train --dry-run` measures, beside the sizes of layers and a real step."""
 
+import re
 from typing import get_args
 
 import pytest
 import torch
-from catalogue import SMALL
+from catalogue import SMALL, sets
+from cli_helpers import quick
 from helpers import a_config, images, ready
 
 from flowtrain.bijections.conv1x1 import LinearChannels
@@ -151,3 +153,13 @@ def test_what_does_not_fit(monkeypatch):
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
     assert 1 <= few < 4096
     assert dry_run(small(f"train.batch_size={few}")[0], CPU).seconds > 0
+
+
+def test_what_compiling_takes(tmp_path):
+    """Said where something is compiled. The compiler here only traces."""
+    words = ["train", *SMALL, "--dry-run"]
+    assert "compiling" not in quick(*words, cwd=tmp_path).ok().out
+    first = "import functools, torch; torch.compile = functools.partial(torch.compile, "
+    first += "backend='aot_eager')"
+    done = quick(*words, *sets(train__compile="layers"), cwd=tmp_path, first=first).ok()
+    assert re.search(r"before the first step: \d+:\d\d for compiling, .*compile=layers", done.out)

@@ -44,6 +44,25 @@ def test_a_rate_that_is_far_too_high(tmp_path):
     assert len(steps) == len(set(steps))
 
 
+def test_what_is_known_one_step_later_is_the_same(tmp_path):
+    """The device has been given another step meanwhile, which has changed nothing."""
+    options = sets(
+        train__lr=1e30,
+        train__max_non_finite=0,
+        train__warmup_steps=0,
+        train__checkpoint_every=100,
+        train__validate_every=100,
+        train__sample_every=100,
+    )
+    evidence = []
+    for every in (1, 100):
+        command = [*TINY_RUN, *options, *sets(train__log_every=every), "--run-dir", f"r{every}"]
+        quick("train", *command, cwd=tmp_path).failed(1, "stopped at step 1")
+        evidence.append(json.loads((tmp_path / f"r{every}" / "non-finite-1.json").read_text()))
+    assert evidence[0] == evidence[1]
+    assert evidence[0]["first_non_finite"].startswith("output of ")
+
+
 def test_weights_that_overflow_are_not_saved(tmp_path):
     """The gradient is finite, and the step takes the weights to infinity, just before a
     checkpoint.
@@ -61,23 +80,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
 
 
-SLOW = """
-import os, threading, time
-fsync = os.fsync
-def slowly(handle):
-    if threading.current_thread() is not threading.main_thread():
-        time.sleep(0.1)
-    fsync(handle)
-os.fsync = slowly
-"""
-
-
-@pytest.mark.parametrize("first", ["", SLOW], ids=["fast disk", "slow disk"])
-def test_a_moment_of_too_high_a_rate_is_survived(first, tmp_path):
-    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
-    not lost. It goes back to a checkpoint that is still being written.
-    """
-    code = """
+ONCE = """
 import torch
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.base import Bijection
@@ -96,15 +99,21 @@ class Once(Bijection):
 def build(shape):
     return Sequential(Flatten(shape), Once(), DiagonalAffine((64,)))
 """
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "once.py").write_text(code)
-    options = [
-        *sets(model__name="mine.once"),
-        *SHORT,
-        *sets(train__log_every=1, train__warmup_steps=0),
-    ]
-    options += sets(train__schedule="constant", train__validate_every=1)
-    done = quick("train", *options, "--run-dir", "r", cwd=tmp_path, first=first).ok()
+
+
+def once(folder):
+    """The words of a short run of a model whose eighth step is not finite."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / "once.py").write_text(ONCE)
+    schedule = sets(train__log_every=1, train__warmup_steps=0, train__schedule="constant")
+    return ["train", *sets(model__name="mine.once"), *SHORT, *schedule, "--run-dir", "r"]
+
+
+def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
+    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
+    not lost.
+    """
+    done = quick(*once(tmp_path), *sets(train__validate_every=1), cwd=tmp_path).ok()
     assert (
         "step 7: loss nan" in done.out
         and "back at step 5, with the learning rate times 0.5" in done.out
@@ -118,3 +127,20 @@ def build(shape):
         float(words[3]) for words in map(str.split, done.out.splitlines()) if words[-1] == "(best)"
     ]
     assert best == sorted(best, reverse=True) and len(best) > 7  # also across the way back
+
+
+SLOW = """
+import os, threading, time
+fsync = os.fsync
+def slowly(handle):
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.2)
+    fsync(handle)
+os.fsync = slowly
+"""
+
+
+def test_it_goes_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
+    rare = sets(train__validate_every=100)
+    done = quick(*once(tmp_path), *rare, cwd=tmp_path, first=SLOW).ok()
+    assert "step 7: loss nan" in done.out and "back at step 5, with" in done.out

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -145,13 +146,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 
 def test_the_loop_raises_what_the_thread_has_raised(tmp_path):
+    """Soon, and not only when the next checkpoint is due."""
     endless = [*GOING_ON, *sets(train__num_steps=100_000), "--run-dir", "r"]
-    quick(*endless, cwd=tmp_path, first=MEANWHILE + FULL).failed(
+    rare = sets(train__checkpoint_every=100, train__validate_every=100_000)
+    quick(*endless, *rare, cwd=tmp_path, first=MEANWHILE + FULL).failed(
         1, "r/checkpoints/last.safetensors: cannot be written: No space left on device; what was"
     )
     run = tmp_path / "r"
     assert checkpoint_format.read(last(run)).meta["step"] == summary(run)["step"] == 0
-    assert left_overs(run) == []
+    assert left_overs(run) == [] and 100 <= metrics(run)[-1]["step"] < 200
+
+
+def test_the_lock_is_held_until_the_thread_has_written(tmp_path, monkeypatch):
+    """Also where another error ends the run."""
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (time.sleep(0.05), fsync(handle)))
+    run = RunDirectory(tmp_path / "r")
+    with pytest.raises(RunError, match="another error"), run.locked():
+        run.checkpoints.mkdir()
+        run.save_best({"step": 1}, {"model.w": torch.ones(3)})
+        raise RunError("another error")
+    assert run.best.exists() and left_overs(run.path) == []
 
 
 def test_a_signal_waits_for_the_thread(tmp_path):

@@ -1,17 +1,22 @@
-"""A step that is not finite changes nothing, and the memory of a step: known, and refused where it
-cannot fit, before it is taken.
+"""A step that is not finite changes nothing. A step waits for nothing. Its memory is known, and
+refused where it cannot fit, before it is taken.
 """
 
+import contextlib
 import re
 from typing import get_args
 
 import pytest
 import torch
 from catalogue import SPHERE, TINY
-from helpers import a_config, images, tiny_flow
+from fake_tensors import CPU, CUDA, Counting, fake_tensors, moved
+from helpers import a_config, images, ready, tiny_flow
 
+from flowtrain.bijections.base import SetFromData
+from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
+from flowtrain.data.batches import augment
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
@@ -20,11 +25,11 @@ from flowtrain.training.state import State
 from flowtrain.training.step import (
     activations_of_an_image,
     optimizer_step,
+    reason_against,
     require_images_to_fit,
     train_step,
 )
 
-CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
 
 
@@ -83,6 +88,115 @@ def test_one_weight_that_is_not_finite_is_noticed():
     for value, finite in [(3e38, True), (-3e38, True), (torch.inf, False), (torch.nan, False)]:
         weight[-1] = value
         assert state.weights_are_finite() is finite
+
+
+def test_all_weights_are_looked_at_together():
+    """Few operators, and one read, whatever the number of parameters."""
+    state, _ = trained_state("adam")
+    with Counting() as counting:
+        state.weights_are_finite()
+    assert counting.calls[torch.ops.aten._local_scalar_dense.default] == 1
+    assert counting.calls.total() < 20 + len(list(state.flow.parameters()))  # each is detached
+    assert counting.calls[torch.ops.aten.linalg_vector_norm.default] == 1
+
+
+# --- a step waits for nothing ---------------------------------------------------------------------
+
+# As many passes as the numbers require: those of a solver, and of a search for an inverse.
+SEARCHING = {"cnf": get_args(Mode), "planar": ["reversible"], "mixture": ["reversible"]}
+CASES = [
+    *((name, name, {}) for name in TINY),
+    *((name, "glow", {"coupling": name}) for name in ("additive", "spline", "mixture")),
+    ("conditional", "glow", {"classes": 3, "split": "mixed", "conditioner": "depthwise"}),
+]
+
+
+def cases_of_waiting():
+    """Each model, coupling and mode. Most take too long together for every day."""
+    for name, model, options in CASES:
+        for memory in get_args(Mode):
+            for device in (CPU, CUDA):
+                daily = name == "glow" or (memory == "store" and device == CPU)
+                yield pytest.param(
+                    name,
+                    {"name": model, **TINY[model], **options},
+                    memory,
+                    device,
+                    marks=[] if daily else pytest.mark.slow,
+                    id=f"{name}-{memory}-{device.type}",
+                )
+
+
+def fake_step(monkeypatch, device, model, train, **sections):
+    """A step on fake images: augmentation, noise, gradient, clipping, optimizer and average."""
+    config = a_config(model, train={"batch_size": 4, **train}, **sections)
+    flow = ready(build_flow(config, (1, 4, 4), 256))
+    for layer in flow.modules():
+        if isinstance(layer, SetFromData):
+            layer.require_initialized()  # waits, once
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with fake_tensors(monkeypatch):
+        moved(flow, device)
+        state = State(config, flow, build_optimizers(flow, config.train), Average(flow, 0.5), {})
+        assert torch.backends.cudnn.benchmark == (device == CUDA)
+        if device == CUDA:
+
+            def backward(loss, gradient):
+                for parameter in flow.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+
+            monkeypatch.setattr(torch.Tensor, "backward", backward)
+        x = torch.empty(4, *flow.shape, dtype=torch.uint8, device=device)
+        x = augment(x, True, 1, seed=0)
+        labels = torch.empty(4, dtype=torch.int64, device=device) if flow.classes else None
+        _, norm = train_step(state, x, labels)
+        optimizer_step(state, norm)
+        return norm
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name, model, memory, device", [*cases_of_waiting()])
+def test_a_step_waits_for_nothing(name, model, memory, device, monkeypatch):
+    """The CUDA part is without the backward pass, which needs a torch that was built for CUDA."""
+    flow = build_flow(a_config(model), SHAPE, 256)
+    possible = [p for p in ("bf16", "fp32") if reason_against(flow, memory, p) is None]
+    if not possible:
+        pytest.skip("no such mode")
+    train = {
+        "memory": memory,
+        "precision": possible[0],
+        "optimizer": "adamax" if name == "planar" else "muon",
+        "clip_norm": 1.0,
+        "weight_decay": 0.1,
+    }
+    dequantization = {"name": "variational"} if name == "conditional" else {}
+    waits = memory in SEARCHING.get(name, []) and (device == CPU or name == "cnf")
+    with pytest.raises(Exception) if waits else contextlib.nullcontext():
+        norm = fake_step(monkeypatch, device, model, train, dequantization=dequantization)
+        assert norm.device == device
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item,
+        bool,
+        torch.Tensor.tolist,
+        torch.Tensor.nonzero,
+        torch.Tensor.cpu,
+        lambda x: x.view(1)[x.view(1) > 0],
+        lambda x: x.view(1)[torch.tensor([0])],
+        lambda x: torch.tensor(1.0, device=x.device) + x,
+    ],
+)
+def test_the_test_above_would_notice(read, monkeypatch):
+    with fake_tensors(monkeypatch):
+        x = torch.empty((), device=CUDA)
+        with pytest.raises((AssertionError, RuntimeError)):
+            read(x)
+
+
+# --- the memory of a step -------------------------------------------------------------------------
 
 
 @pytest.mark.run  # takes long
