@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.background import Background
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.configs import find_config
@@ -146,6 +147,25 @@ def test_a_step_that_is_not_finite_is_skipped_there(tmp_path: Path) -> None:
         train(tmp_path / "run", "cuda", GLOW, "train.lr=1e30", "train.max_non_finite=1")
     last = checkpoint_format.read(tmp_path / "run" / "checkpoints" / "last.safetensors")
     assert all(torch.isfinite(tensor.float()).all() for tensor in last.tensors.values())
+
+
+def test_a_checkpoint_is_copied_without_waiting() -> None:
+    """What is written is what was there, and the next step does not wait for the copy."""
+    weight = torch.arange(2**22, device="cuda", dtype=torch.float32)
+    tensors = {"weight": weight, "step": torch.tensor(3.0)}
+    found: list[torch.Tensor] = []
+    background = Background()
+    background.start(tensors, lambda copied: None)  # takes the memory
+    background.finish()
+    before = weight.cpu()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        background.start(tensors, lambda copied: found.append(copied["weight"].clone()))
+        weight += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    background.finish()
+    assert torch.equal(found[0], before)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -221,6 +221,7 @@ OPENING = {
     "system/console.py": {"open"},  # the null device
     "system/distributed.py": {"load"},  # bytes
     "checkpoints/format.py": {"load"},  # bytes
+    "checkpoints/zoo.py": {"read_text"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
     "compression/decompress.py": {"open"},  # new files

@@ -44,6 +44,25 @@ def test_a_rate_that_is_far_too_high(tmp_path):
     assert len(steps) == len(set(steps))
 
 
+def test_what_is_known_one_step_later_is_the_same(tmp_path):
+    """The device has been given another step meanwhile, which has changed nothing."""
+    options = sets(
+        train__lr=1e30,
+        train__max_non_finite=0,
+        train__warmup_steps=0,
+        train__checkpoint_every=100,
+        train__validate_every=100,
+        train__sample_every=100,
+    )
+    evidence = []
+    for every in (1, 100):
+        command = [*TINY_RUN, *options, *sets(train__log_every=every), "--run-dir", f"r{every}"]
+        quick("train", *command, cwd=tmp_path).failed(1, "stopped at step 1")
+        evidence.append(json.loads((tmp_path / f"r{every}" / "non-finite-1.json").read_text()))
+    assert evidence[0] == evidence[1]
+    assert evidence[0]["first_non_finite"].startswith("output of ")
+
+
 def test_weights_that_overflow_are_not_saved(tmp_path):
     """The gradient is finite, and the step takes the weights to infinity, just before a
     checkpoint.
