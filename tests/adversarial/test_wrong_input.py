@@ -331,7 +331,7 @@ TABLE = [
     ("train --config empty.yaml", "train.num_steps and train.budget: neither is given"),
     ("train --config no_length.yaml", "train.num_steps and train.budget: neither is given"),
     ("train --config both.yaml", "train.num_steps and train.budget: both are given"),
-    ("train --config empty", "--config empty: not a regular file"),
+    ("train --config sub", "--config sub: not a regular file"),
     ("train --config pipe.yaml", "--config pipe.yaml: not a regular file"),
     ("train --config /dev/zero", "--config /dev/zero: not a regular file"),
     ("train --config locked.yaml", "locked.yaml: cannot be read as YAML: Permission denied"),

@@ -284,7 +284,7 @@ def test_samples_have_a_row_a_class(run, tmp_path):
     assert np.array_equal(np.load(tmp_path / "0.npz")["images"], drawn["images"][5:])
     quick("sample", run, "--classes", "3,0", "--num-images", 5, "--out", "s.png", cwd=tmp_path).ok()
     with Image.open(tmp_path / "s.png") as picture:
-        assert picture.size == (5 * 34 + 2, 2 * 34 + 2)
+        assert picture.size == (5 * 162 + 2, 2 * 162 + 2)  # 20 times as large
 
 
 def test_resumed_with_labels(run, tmp_path):
@@ -418,8 +418,8 @@ def test_from_one_class_to_another(run, tmp_path):
     options = ["--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5]
     quick("interpolate", run, *options, "--out", "i.png", cwd=tmp_path).ok()
     with Image.open(tmp_path / "i.png") as picture:
-        assert picture.size == (5 * 34 + 2, 3 * 34 + 2)
-        first = np.asarray(picture.convert("L"))[2:34, 2:34][::4, ::4]
+        assert picture.size == (5 * 162 + 2, 3 * 162 + 2)
+        first = np.asarray(picture.convert("L"))[2:162, 2:162][::20, ::20]
     split = DataSet(a_config().data).split("test")
     of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
     assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())
