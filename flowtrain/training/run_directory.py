@@ -33,7 +33,7 @@ LONGEST_OWNER = 100  # bytes of `.lock`
 
 
 class RunDirectory:
-    """Paths and files under `RUN`. The README says what each holds.
+    """Paths and files under `RUN`. docs/runs.md says what each holds.
 
     If there are several processes, only process 0 writes.
     """
