@@ -538,7 +538,7 @@ def test_info_says_what_a_run_is(run, tmp_path):
 
 
 def test_info_says_what_a_configuration_is(tmp_path):
-    out = " ".join(quick("info", "causal_cifar_small", cwd=tmp_path).ok().out.split())
+    out = " ".join(quick("info", "causal_cifar_small.yaml", cwd=tmp_path).ok().out.split())
     assert "cifar10: 3x32x32, 256 levels" in out and "sampling: sequential" in out
     assert "30:00, muon, batches of 32" in out
 
