@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -141,6 +143,11 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
             cells.append(f"{statistics.median(ratios):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(flush=True)
+
+
+def flowtrain(*words: str) -> None:
+    """Runs a command as a user does. What it prints goes to standard error."""
+    subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
 
 
 def pyplot() -> Any:

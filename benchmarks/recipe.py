@@ -9,15 +9,13 @@ does.
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import heading, pyplot
+from common import flowtrain, heading, pyplot
 
 from flowtrain.system.console import duration
 
@@ -94,18 +92,13 @@ def main() -> None:
             for setting in (*recipe.settings, *getattr(options, recipe.dataset))
             for word in ("--set", setting)
         ]
-        _flowtrain("train", "--config", recipe.config, *settings, "--run-dir", str(run))
+        flowtrain("train", "--config", recipe.config, *settings, "--run-dir", str(run))
         result = run / "evaluate-test.json"
         if not result.exists():
-            _flowtrain("evaluate", str(run), "--json", str(result))
+            flowtrain("evaluate", str(run), "--json", str(result))
         print(_row(recipe, run, json.loads(result.read_text())), flush=True)
     if options.picture:
         _draw(runs, options.picture)
-
-
-def _flowtrain(*words: str) -> None:
-    """Runs a command as a user does. What it prints goes to standard error."""
-    subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
 
 
 def _row(recipe: Recipe, run: Path, test: dict[str, Any]) -> str:

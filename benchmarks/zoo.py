@@ -10,14 +10,12 @@ averaged weights, those of networks in half precision. One that is worse than it
 import argparse
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from common import processor
+from common import flowtrain, processor
 from torch import nn
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -65,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/models"))
     for name in ("cifar", "mnist"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="data.KEY=VALUE")
     options = parser.parse_args()
@@ -77,7 +75,7 @@ def main() -> None:
 def _made(name: str, run: Path, where: list[str]) -> str:
     """Trains a model, writes its checkpoint, card and picture, and says its figure."""
     model = MODELS[name]
-    _flowtrain("train", "--config", model.config, *where, "--run-dir", str(run))
+    flowtrain("train", "--config", model.config, *where, "--run-dir", str(run))
     summary = json.loads((run / "summary.json").read_text())
     file = zoo.checkpoint_of(name)
     loaded = load_model(str(run), CPU)
@@ -130,13 +128,8 @@ def _made(name: str, run: Path, where: list[str]) -> str:
     text = yaml.safe_dump(card.model_dump(), sort_keys=False, width=96, allow_unicode=True)
     (zoo.FOLDER / f"{name}.yaml").write_text(text, encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
-    _flowtrain("sample", str(file), "--out", str(PICTURES / f"{name}.png"))
+    flowtrain("sample", str(file), "--out", str(PICTURES / f"{name}.png"))
     return f"{name}: {loss:.3f} +- {error:.3f} {card.unit}, {file.stat().st_size / 2**20:.1f} MiB"
-
-
-def _flowtrain(*words: str) -> None:
-    """Runs a command as a user does. What it prints goes to standard error."""
-    subprocess.run([sys.executable, "-m", "flowtrain", *words], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":

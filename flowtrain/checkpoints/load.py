@@ -66,10 +66,11 @@ def _checkpoints_of(run: Path) -> list[Path]:
 
 def run_of(path: Path) -> Path:
     """Where a command writes what it says about a checkpoint: the run directory that the file lies
-    in, or else its own folder. For a trained model of flowtrain it is `runs/NAME`.
+    in, or else its own folder. For a trained model of flowtrain it is `runs/zoo/NAME`, since
+    `runs/NAME` may be a run of the user.
     """
     if path.parent == zoo.FOLDER:
-        return Path("runs") / path.stem
+        return Path("runs") / "zoo" / path.stem
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 

@@ -29,7 +29,9 @@ def catalogue() -> None:
 
 
 def _of_card(card: "Card") -> str:
-    return f"{card.title}: {card.loss:.3f} +- {card.error:.3f} {card.unit}, {card.time}"
+    from flowtrain.system.console import figure
+
+    return f"{card.title}: {figure(card.loss, card.error)} {card.unit}, {card.time}"
 
 
 def _first_sentence(docstring: str) -> str:

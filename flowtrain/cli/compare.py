@@ -83,7 +83,7 @@ def _print_table(results: "list[Result]") -> None:
 
 
 def _columns(results: "list[Result]") -> dict[str, list[str]]:
-    from flowtrain.system.console import duration
+    from flowtrain.system.console import duration, figure
 
     return {
         "run": [row.run for row in results],
@@ -92,10 +92,10 @@ def _columns(results: "list[Result]") -> dict[str, list[str]]:
         "parameters": [f"{row.parameters:,}" for row in results],
         "images seen": [f"{row.images:,}" for row in results],
         "time": [duration(row.seconds) for row in results],
-        "validation": [_figure(row.validation, ".4f") for row in results],
+        "validation": [figure(row.validation, None, ".4f", "-") for row in results],
         "test": [_test(row.test) for row in results],
         "unit": [row.unit for row in results],
-        "images/s": [_figure(row.images_per_second, ".0f") for row in results],
+        "images/s": [figure(row.images_per_second, None, ".0f", "-") for row in results],
     }
 
 
@@ -111,14 +111,7 @@ def _table(columns: dict[str, list[str]]) -> "Table":
     return table
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _test(test: "Evaluation | None") -> str:
-    if test is None:
-        return "-"
-    value, stderr = test.loss
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"
+    from flowtrain.system.console import figure
+
+    return "-" if test is None else figure(*test.loss, ".4f")

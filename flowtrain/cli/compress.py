@@ -1,5 +1,6 @@
 """`flowtrain compress`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ def compress(
         typer.Argument(
             metavar="[MODEL] INPUT...",
             show_default=False,
-            help="First a checkpoint or run directory, by default the newest run in runs/. Then "
+            help="First a model, by default the newest run in runs/. Then "
             "image files, and folders of them. They must have the model's shape, and are not "
             "resized. With --split, there is no INPUT.",
         ),
@@ -124,9 +125,15 @@ def compress(
 
 
 def _model_and_files(inputs: list[Path]) -> tuple[str | None, list[Path]]:
-    """Divides the arguments: the first is a model, if it is a checkpoint or a run directory."""
-    if inputs and (inputs[0].suffix == ".safetensors" or (inputs[0] / "checkpoints").is_dir()):
-        return str(inputs[0]), inputs[1:]
+    """Divides the arguments: the first is a model, if it is a checkpoint, a run directory, or the
+    name of a trained model that no file or folder has.
+    """
+    from flowtrain.checkpoints import zoo
+
+    first = inputs[0] if inputs else Path()
+    trained = str(first) in zoo.names() and not os.path.lexists(first)
+    if first.suffix == ".safetensors" or (first / "checkpoints").is_dir() or trained:
+        return str(first), inputs[1:]
     return None, inputs
 
 

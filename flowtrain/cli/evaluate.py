@@ -144,11 +144,11 @@ def evaluate(
 
 def _print(result: "Evaluation", unit: str) -> None:
     """The loss in one line, and what it is made of in a table."""
-    from flowtrain.system.console import console
+    from flowtrain.system.console import console, figure
 
     of = "images" if result.levels is not None else "examples"
     of = of if result.split == "all" else f"{result.split} {of}"
-    console.print(f"{_figure(*result.loss)} {unit} ({result.num_images:,} {of})")
+    console.print(f"{figure(*result.loss)} {unit} ({result.num_images:,} {of})")
     draws = "1 draw of noise" if result.samples == 1 else f"{result.samples} draws of noise"
     bounds = {
         "exact": "exact",
@@ -160,16 +160,16 @@ def _print(result: "Evaluation", unit: str) -> None:
         table["error over draws"] = f"{result.bits_per_dim_stderr_draws:.2g}"
     if result.bound == "iwbo":
         table["bound of a single draw"] = (
-            _figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + f" {unit}"
+            figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + f" {unit}"
         )
     if result.levels is not None:
-        nats = _figure(result.nats_per_image, result.nats_per_image_stderr, 1)
+        nats = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
         table["nats per image"] = nats
     given_class = result.bits_per_dim_given_class or result.nats_given_class
     if given_class is not None:
         table["given the class"] = f"{given_class:.3f} {unit}"
     if result.accuracy is not None:
-        table["accuracy"] = _figure(result.accuracy, result.accuracy_stderr)
+        table["accuracy"] = figure(result.accuracy, result.accuracy_stderr)
     for name, count in (
         ("equal to an earlier one", result.duplicates),
         ("equal to a training image", result.duplicates_of_training),
@@ -186,10 +186,3 @@ def _print(result: "Evaluation", unit: str) -> None:
     table["model"] = f"{result.checkpoint}: step {result.step:,}, {result.weights} weights"
     table["sampling"] = result.sampling
     print_table(table)
-
-
-def _figure(value: float | None, error: float | None, digits: int = 3) -> str:
-    """A figure with its standard error, which a single image does not have."""
-    if value is None:
-        return "not finite"
-    return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")

@@ -11,6 +11,8 @@ from flowtrain.cli.base import TrustOption, command, on_one_process, print_table
 
 if TYPE_CHECKING:
     from flowtrain.flow.flow import Flow
+    from flowtrain.flow.kinds import Kind
+    from flowtrain.types import Shape
 
 EPILOG = (
     "Examples: [cyan]flowtrain info runs/glow_digits[/cyan], [cyan]flowtrain info "
@@ -65,7 +67,7 @@ def _of_config(path: Path) -> dict[str, object]:
     length = f"{train.num_steps:,} steps" if train.budget is None else duration(train.budget)
     return {
         "configuration": f"{path}: {configfiles.headline(path)}",
-        "data": f"{config.data.name}: {_shape(data.shape, data.levels)}",
+        "data": f"{config.data.name}: {_shape(data.shape, data.kind)}",
         "model": f"{config.model.name}, {_size(build_flow(config, data.shape, data.levels))}",
         "training": f"{length}, {train.optimizer}, batches of {train.batch_size}",
     }
@@ -77,7 +79,7 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     from flowtrain.checkpoints import zoo
     from flowtrain.checkpoints.load import load_model, run_of
     from flowtrain.runs.record import read_evaluation
-    from flowtrain.system.console import duration
+    from flowtrain.system.console import duration, figure
 
     loaded = load_model(model, torch.device("cpu"), None, trust_code)
     flow, checkpoint = loaded.flow, loaded.checkpoint
@@ -85,7 +87,7 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     table: dict[str, object] = {
         "checkpoint": f"{checkpoint.path}: {checkpoint.path.stat().st_size / MIB:,.1f} MiB, "
         f"{loaded.weights} weights",
-        "data": f"{loaded.config.data.name}: {_shape(flow.shape, flow.levels)}",
+        "data": f"{loaded.config.data.name}: {_shape(flow.shape, flow.kind)}",
         "model": f"{loaded.config.model.name}, {_size(flow)}",
     }
     if progress := meta.get("progress"):
@@ -102,16 +104,15 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
         result = read_evaluation(file)
         value, error = result.loss
         if value is not None:
-            spread = "" if error is None else f" +- {error:.3f}"
             table[f"{result.dataset}, {result.split}"] = (
-                f"{value:.3f}{spread} {flow.kind.unit} ({result.num_images:,} images, step "
+                f"{figure(value, error)} {flow.kind.unit} ({result.num_images:,} images, step "
                 f"{result.step:,})"
             )
     if checkpoint.path.parent == zoo.FOLDER:
         card = zoo.card_of(checkpoint.path.stem)
         table["trained"] = f"{card.command}, {card.time} on {card.machine}"
         table["test"] = (
-            f"{card.loss:.3f} +- {card.error:.3f} {card.unit} ({card.images:,} images, "
+            f"{figure(card.loss, card.error)} {card.unit} ({card.images:,} images, "
             f"{card.likelihood})"
         )
         table["data from"] = f"{card.data} ({card.licence})"
@@ -119,9 +120,8 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     return table
 
 
-def _shape(shape: tuple[int, int, int], levels: int | None) -> str:
-    values = "real values" if levels is None else f"{levels} levels"
-    return f"{'x'.join(map(str, shape))}, {values}"
+def _shape(shape: "Shape", kind: "Kind") -> str:
+    return f"{'x'.join(map(str, shape))}, {kind.words}"
 
 
 def _size(flow: "Flow") -> str:

@@ -176,7 +176,6 @@ def _print(comparison: "Comparison") -> None:
 
 
 def _figure(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = ".3f" if abs(value) < 1000 else ".2g"
-    return f"{value:{digits}}" + ("" if error is None else f" +- {error:{digits}}")
+    from flowtrain.system.console import figure
+
+    return figure(value, error, ".2g" if value is not None and abs(value) >= 1000 else ".3f", "-")

@@ -52,6 +52,11 @@ def evaluate(
     Raises `UserError` if the data do not have the model's shape and levels, or the split is empty.
     """
     flow = model.flow
+    if flow.exact and samples > 1:
+        of = "real-valued data" if flow.kind.exact else model.config.model.name
+        raise UserError(
+            f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
+        )
     data.require(flow.shape, flow.levels, model.checkpoint.path)
     with distributed.one_first():
         split = data.split(split_name)
@@ -64,11 +69,6 @@ def evaluate(
     if len(split) == 0:
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
-        )
-    if flow.exact and samples > 1:
-        of = "real-valued data" if flow.kind.exact else model.config.model.name
-        raise UserError(
-            f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     labels = _labels(model, data, split)
     own = len(distributed.share(min(num_images or len(split), len(split))))

@@ -248,13 +248,12 @@ class Flow(nn.Module):
 
     def __repr__(self) -> str:
         """What the flow is, in five lines. `print(flow.bijection)` has every layer."""
-        values = "real values" if self.levels is None else f"{self.levels} levels"
         classes = f", {self.classes} classes" if self.classes else ""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         return "\n".join(
             [
-                f"Flow of {'x'.join(map(str, self.shape))} with {values}{classes}",
+                f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}",
                 f"  likelihood: {'exact' if self.exact else 'a bound'}, in {self.kind.unit}",
                 f"  sampling: {self.sampling}",
                 f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "

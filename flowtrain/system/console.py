@@ -70,6 +70,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def figure(
+    value: float | None, error: float | None = None, form: str = ".3f", missing: str = "not finite"
+) -> str:
+    """Formats a figure with its standard error, which a single image does not have."""
+    if value is None:
+        return missing
+    return f"{value:{form}}" + ("" if error is None else f" +- {error:{form}}")
+
+
 WIDE = 110  # columns of a terminal that has room for a long bar
 
 

@@ -32,7 +32,7 @@ def use_free_cores() -> str | None:
     if "OMP_NUM_THREADS" in os.environ:
         return None
     allowed, free = joblib.cpu_count(), free_cores()
-    threads = max(1, min(allowed, round(free)))
+    threads = max(1, round(free))
     torch.set_num_threads(threads)
     if threads == allowed:
         return None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cli_helpers import quick
 from helpers import REPOSITORY, SHARED, a_config, tiny_flow
+from PIL import Image
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints import format as checkpoint_format
@@ -63,7 +64,8 @@ def test_the_figure_of_a_card_is_that_of_the_weights(name):
 
 def test_commands_take_their_names(tmp_path):
     quick("sample", "glow_digits", "--num-images", 2, cwd=tmp_path).ok()
-    assert (tmp_path / "runs" / "glow_digits" / "sample.png").exists()
+    assert (tmp_path / "runs" / "zoo" / "glow_digits" / "sample.png").exists()
+    assert not (tmp_path / "runs" / "glow_digits").exists()  # which may be a run of the user
     done = quick("evaluate", "glow_digits", "--num-images", 64, "--json", "-", cwd=tmp_path).ok()
     assert json.loads(done.out)["num_images"] == 64
     card = zoo.card_of("glow_digits")
@@ -72,10 +74,22 @@ def test_commands_take_their_names(tmp_path):
     assert card.title in quick("list", cwd=tmp_path).ok().out
 
 
+@pytest.mark.run
+def test_an_archive_is_made_with_a_model_by_its_name(tmp_path):
+    pytest.importorskip("constriction")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    quick("compress", "causal_cifar_small", "a.png", "--out", "a.fta", cwd=tmp_path).ok()
+    done = ["decompress", "a.fta", "--out", "out", "--model", "causal_cifar_small"]
+    quick(*done, cwd=tmp_path).ok()
+    with Image.open(tmp_path / "out" / "a.png") as picture:
+        assert picture.getcolors() == [(32 * 32, (255, 0, 0))]
+    quick("compress", "glow_digit", "a.png", "--out", "b.fta", cwd=tmp_path).failed(2)
+
+
 def test_a_file_of_the_same_name_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find("glow_digits") == zoo.checkpoint_of("glow_digits")
-    assert str(run_of(find("glow_digits"))) == "runs/glow_digits"
+    assert str(run_of(find("glow_digits"))) == "runs/zoo/glow_digits"
     (tmp_path / "glow_digits" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="glow_digits: has no checkpoint"):
         find("glow_digits")
