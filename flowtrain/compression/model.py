@@ -7,12 +7,10 @@ from importlib import metadata
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel
 
-HASH_DIGITS = 16  # of the model's hash in an archive, at least; earlier versions wrote all of them
-
 
 def model_hash(model: LoadedModel) -> str:
     """SHA-256 of all that the model computes with: its options, shape, levels, and the weights that
-    are used.
+    are used. Its first `format.HASH_DIGITS` digits are in an archive.
     """
     described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
     described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
