@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.context import Context
 
 
 class Squeeze(Bijection):
@@ -15,11 +16,11 @@ class Squeeze(Bijection):
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         patches = [x[:, :, i::2, j::2] for i, j in self.OFFSETS]
         return torch.cat(patches, dim=1), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = z.shape
         x = z.new_empty(batch, channels // 4, 2 * height, 2 * width)
         for (i, j), patch in zip(self.OFFSETS, z.chunk(4, dim=1), strict=True):
@@ -34,10 +35,10 @@ class Flatten(Bijection):
         super().__init__()
         self.shape = tuple(shape)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z.reshape(-1, *self.shape), z.new_zeros(z.shape[0])
 
 
@@ -52,8 +53,8 @@ class Permute(Bijection):
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort())
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z[:, self.inverse_order], z.new_zeros(z.shape[0])
