@@ -110,6 +110,15 @@ class ClassPrior(nn.Module):
         ]
         return normal_log_prob(fine)[:, None] + torch.stack(classes, dim=1)
 
+    def carried(self, z: Tensor, first: int, second: int, kept: float = 1.0) -> Tensor:
+        """Latents `(B, D)` of a class, whose coarsest level is carried to the Gaussian of another:
+        what it has beyond the mean, in standard deviations, is the same there, times `kept`.
+        """
+        fine, coarse = self._split(z)
+        mean, scale = self.mean, self.bounded_log_scale()
+        beyond = (coarse - mean[first]) * (scale[second] - scale[first]).exp()
+        return torch.cat([fine, mean[second] + kept * beyond], dim=1)
+
     def place(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Standard normal draws `(B, D)` as draws given the classes `labels` `(B,)`."""
         fine, coarse = self._split(noise)
