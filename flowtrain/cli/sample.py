@@ -58,6 +58,14 @@ def sample(
             show_default="all in turn",
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="sequential|jacobi",
+            help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
+        ),
+    ] = "sequential",
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     out: Annotated[
@@ -87,6 +95,8 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
+    if method not in ("sequential", "jacobi"):
+        raise UserError(f"--method {method}: expected sequential or jacobi")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
@@ -98,7 +108,9 @@ def sample(
         what = f"--num-images {num}: a picture of {count:,} samples needs"
         drawing.require_room(count, flow.shape, columns, what)
     with ProgressBar("sampling") as bar:
-        drawn = sampling.sample(flow, num, temperatures, seed, bar, labels)
+        drawn = sampling.sample(
+            flow, num, temperatures, seed, bar, labels, iterate=method == "jacobi"
+        )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         save(path, sampling.npz(flow, drawn, temperatures, seed, labels))

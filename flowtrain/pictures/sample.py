@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.execution import Noting
+from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import sampling_batch_size
@@ -23,15 +23,27 @@ def sample(
     seed: int,
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
+    iterate: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
-    for each temperature and class, again from the same latents.
+    for each temperature and class, again from the same latents. With `iterate`, sequential layers
+    compute all entries at once, until they do not change any more.
 
-    Raises `UserError` for a class that the model does not have, or for samples without room.
+    Raises `UserError` for a class that the model does not have, for samples without room, or to
+    `iterate` where no layer has that way.
     """
+    if iterate and not flow.bijection.iterates:
+        raise UserError(
+            "--method jacobi: no layer of the model has this way"
+            + (
+                ", only one entry after the other"
+                if flow.bijection.inverse_is_sequential
+                else ", and none needs it: its samples take one pass"
+            )
+        )
     count = num * len(temperatures) * max(1, len(classes))
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
@@ -55,7 +67,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels))
+        images.append(decode(flow, latents, note, labels, iterate))
     return torch.cat(images)
 
 
@@ -64,16 +76,19 @@ def decode(
     z: Tensor,
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
+    iterate: bool = False,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
-    See `Flow.decode`. Images depend on the number of others that are decoded with them by rounding
-    only.
+    See `Flow.decode`, and `sample` for `iterate`. Images depend on the number of others that are
+    decoded with them by rounding only.
 
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
     at_a_time = sampling_batch_size(flow)
+    layers = sequential_layers(flow.bijection)
+    executor = Iterating if iterate else Noting
     for start in range(0, len(z), at_a_time):
         stop = min(start + at_a_time, len(z))
 
@@ -81,7 +96,7 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part = None if labels is None else labels[start:stop]
-        images.append(flow.decode(z[start:stop], of_part, Noting(note)).cpu())
+        images.append(flow.decode(z[start:stop], of_part, executor(note, layers)).cpu())
         progress(stop)
     return torch.cat(images)
 

@@ -464,6 +464,8 @@ TABLE = [
     ("sample dotted_data.safetensors", "data.name is 'os.path'", "--trust-code"),
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     ("sample run --out a", "--out a:", ".png or .npz"),
+    ("sample run --method fast", "--method fast: expected sequential or jacobi"),
+    ("sample run --method jacobi", "--method jacobi: ", "samples take one pass"),
     ("sample run --num-images 0", "--num-images", AT_LEAST_1),
     (
         f"sample run --num-images {HUGE}",
