@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import Flow
-from flowtrain.flow.passes import sampling_batch_size
+from flowtrain.flow.flow import NO_SIGMA, Flow
+from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
@@ -24,16 +24,19 @@ def sample(
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
     iterate: bool = False,
+    guidance: float | None = None,
+    denoise: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents. With `iterate`, sequential layers
-    compute all entries at once, until they do not change any more.
+    compute all entries at once, until they do not change any more. `guidance` and `denoise` are
+    those of `Flow.decode`.
 
-    Raises `UserError` for a class that the model does not have, for samples without room, or to
-    `iterate` where no layer has that way.
+    Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
+    `iterate` that it does not have, or for samples without room.
     """
     if iterate and not flow.bijection.iterates:
         raise UserError(
@@ -44,6 +47,10 @@ def sample(
                 else ", and none needs it: its samples take one pass"
             )
         )
+    if guidance is not None and (reason := flow.unguided):
+        raise UserError(f"--guidance {guidance:g}: {reason}")
+    if denoise and flow.dequantizer.sigma is None:
+        raise UserError(f"--denoise: {NO_SIGMA}")
     count = num * len(temperatures) * max(1, len(classes))
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
@@ -67,7 +74,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, iterate))
+        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise))
     return torch.cat(images)
 
 
@@ -77,6 +84,8 @@ def decode(
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
     iterate: bool = False,
+    guidance: float | None = None,
+    denoise: bool = False,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -86,7 +95,7 @@ def decode(
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
-    at_a_time = sampling_batch_size(flow)
+    at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
     layers = sequential_layers(flow.bijection)
     executor = Iterating if iterate else Noting
     for start in range(0, len(z), at_a_time):
@@ -96,16 +105,22 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part = None if labels is None else labels[start:stop]
-        images.append(flow.decode(z[start:stop], of_part, executor(note, layers)).cpu())
+        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise)
+        images.append(part.cpu())
         progress(stop)
     return torch.cat(images)
 
 
 def npz(
-    flow: Flow, drawn: Tensor, temperatures: Sequence[float], seed: int, classes: Sequence[int] = ()
+    flow: Flow,
+    drawn: Tensor,
+    temperatures: Sequence[float],
+    seed: int,
+    classes: Sequence[int] = (),
+    **others: object,
 ) -> bytes:
     """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` were asked for, its class.
+    each and, where `classes` were asked for, its class. `others` are further arrays or numbers.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {
@@ -114,7 +129,7 @@ def npz(
     }
     if classes:
         arrays["classes"] = np.tile(np.repeat(classes, num), len(temperatures))
-    arrays |= {"seed": seed, **flow.kind.npz()}
+    arrays |= {"seed": seed, **flow.kind.npz(), **others}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
