@@ -9,6 +9,7 @@ classes   int64 (N,), if they are known
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.errors import UserError, cut
+from flowtrain.flow.flow import Flow
 from flowtrain.latents.encoding import joined
 from flowtrain.system.arrays import ArrayFile
 from flowtrain.system.files import check_names
@@ -79,6 +81,16 @@ def read(path: Path, model: LoadedModel) -> Latents:
     if "classes" in file.names:
         classes = torch.from_numpy(file.read("classes", "iu", (len(names),)).astype(np.int64))
     return Latents(joined(levels), names, classes)
+
+
+def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
+    """Images or points `(N, C, H, W)` as an .npz file like that of `flowtrain sample`, with their
+    names.
+    """
+    buffer = io.BytesIO()
+    arrays = {"images": x.movedim(1, -1).numpy(), "names": np.array(names, dtype=np.str_)}
+    np.savez_compressed(buffer, allow_pickle=False, **arrays, **flow.kind.npz())
+    return buffer.getvalue()
 
 
 def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel) -> None:
