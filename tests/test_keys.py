@@ -67,10 +67,16 @@ MAF = {"model": {"name": "maf", "layers": 2, "width": 8, "hidden_layers": 1}}
 CNF = {"model": {"name": "cnf", "width": 8, "hidden_layers": 1}}
 IAF = {"model": {**MAF["model"], "name": "iaf"}}
 CAUSAL = {"model": {"name": "causal", "width": 8, "blocks": 1, "units": 2, "window": 1}}
+TARFLOW = {"model": {"name": "tarflow", "patch": 4, "width": 8, "blocks": 2, "layers": 1}}
+JET = {"model": {"name": "jet", "patch": 4, "width": 8, "couplings": 2, "layers": 1}}
 SPHERE = {"data": {"name": "sphere", "count": 60}}
 SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
 FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
+PATCHES = {
+    name: {"data": {**FOLDER["data"], "size": 16}, **base}
+    for name, base in (("tarflow", TARFLOW), ("jet", JET))
+}
 LAYOUT = {"data": {"name": "npz", "path": "layout.npz"}, **NICE}
 POINTS = {
     name: {"data": {"name": name, "count": 60}, **NICE}
@@ -172,6 +178,19 @@ FLIPS = [
     ("causal:model.attention", 1, "parameters", CAUSAL),
     ("causal:model.downsample", 1, "parameters", CAUSAL),
     ("causal:model.dropout", 0.5, "loss", CAUSAL),
+    *(("tarflow:model.patch", patch, "parameters", TARFLOW) for patch in (1, 2)),
+    *((f"{name}:model.patch", 8, "parameters", base) for name, base in PATCHES.items()),
+    ("tarflow:model.width", 9, "parameters", TARFLOW),
+    ("tarflow:model.blocks", 3, "parameters", TARFLOW),
+    ("tarflow:model.layers", 2, "parameters", TARFLOW),
+    ("tarflow:model.mixing", "none", "parameters", TARFLOW),
+    ("tarflow:model.bounded", False, "loss", TARFLOW),
+    ("jet:model.patch", 2, "parameters", JET),
+    ("jet:model.width", 9, "parameters", JET),
+    ("jet:model.couplings", 3, "parameters", JET),
+    ("jet:model.layers", 2, "parameters", JET),
+    ("jet:model.mixing", "permutation", "parameters", JET),
+    ("jet:model.bounded", False, "loss", JET),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),

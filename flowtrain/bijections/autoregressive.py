@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
 from flowtrain.bijections.execution import Container, Executor, opposite
+from flowtrain.bijections.iteration import fixed_point
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
@@ -39,6 +40,7 @@ class MaskedAutoregressive(Bijection):
     """
 
     inverse_is_sequential = True
+    iterates = True
     has_network = True
     reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
 
@@ -67,6 +69,17 @@ class MaskedAutoregressive(Bijection):
         with full_precision(z):
             x = self.conditioner.entry_by_entry(next_entry, z.shape[0], context)
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
+
+    def inverse_by_iteration(
+        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = apply_conditioner(self.conditioner, x, context)
+            return self.transform.inverse(z, parameters)
+
+        with full_precision(z):
+            x, log_derivative = fixed_point(step, z, z.shape[1], note)
+        return x, sum_per_example(log_derivative)
 
     def loops(self) -> list[Direction]:
         return ["inverse"]

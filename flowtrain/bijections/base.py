@@ -26,6 +26,7 @@ class Bijection(nn.Module):
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
+    iterates: bool = False  # whether `inverse_by_iteration` is another way to the inverse
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
     has_network: bool = False  # whether networks take most of its time
@@ -48,6 +49,12 @@ class Bijection(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`inverse`. A layer that takes long calls `note` with the share that is done."""
         return self.inverse(z, context)
+
+    def inverse_by_iteration(
+        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        """`inverse`, within rounding, by fixed-point iteration. See `iterates`."""
+        return self.inverse_noting(z, context, note)
 
     def through(
         self, executor: "Executor", direction: Direction, x: Tensor, context: Tensor | None = None
@@ -86,7 +93,8 @@ class Bijection(nn.Module):
         layer whose two directions share work overrides it.
         """
         with torch.no_grad():
-            x = self.inverse(z, context)[0]
+            # Detached, because the compiler would take a view of z for a part of its graph.
+            x = self.inverse(z.detach(), context)[0]
         return x.requires_grad_(), *self(x, context)
 
     def log_scales(self) -> Tensor | None:

@@ -105,6 +105,17 @@ class Noting(Executor):
         return call(layer, direction, x, context)
 
 
+class Iterating(Noting):
+    """Computes the inverse of a layer by fixed-point iteration where the layer has that way."""
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "inverse":
+            return layer.inverse_by_iteration(x, context, self.note)
+        return call(layer, direction, x, context)
+
+
 class Container(Bijection):
     """A bijection made of others. A subclass defines `parts` and `through`, in both directions."""
 
@@ -129,3 +140,7 @@ class Container(Bijection):
     @property
     def inverse_is_sequential(self) -> bool:  # type: ignore[override]
         return any(part.inverse_is_sequential for part in self.parts())
+
+    @property
+    def iterates(self) -> bool:  # type: ignore[override]
+        return any(part.iterates for part in self.parts())
