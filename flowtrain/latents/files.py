@@ -63,16 +63,17 @@ def read(path: Path, model: LoadedModel) -> Latents:
     flow = model.flow
     shapes = [level.shape[1:] for level in flow.split_latents(torch.empty(1, flow.latent_dims))]
     names = file.read("names", "U", (None,)).tolist()
+    if not names:
+        raise UserError(f"{path}: it has no latents")
     levels = []
     for number, shape in enumerate(shapes, start=1):
-        level = file.read(f"level{number}", "f", (len(names), *shape)).astype(np.float32)
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+            level = file.read(f"level{number}", "f", (len(names), *shape)).astype(np.float32)
         finite = np.isfinite(level.reshape(len(level), -1)).all(axis=1)
         if not finite.all():
             name = names[int(finite.argmin())]
             raise UserError(f"{path}: level{number} of {cut(name)} has a number that is not finite")
         levels.append(torch.from_numpy(level))
-    if not names:
-        raise UserError(f"{path}: it has no latents")
     try:
         check_names(names)
     except ValueError as error:

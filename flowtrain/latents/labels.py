@@ -66,13 +66,13 @@ def from_classes(
     labels = split.labels.numpy()
     of_first = labels != second if first is None else labels == first
     chosen = []
-    for option, label, where in (
-        ("--to-class", second, labels == second),
-        ("--from-class", first, of_first),
+    for what, where in (
+        (f"--to-class {second}", labels == second),
+        ("other classes" if first is None else f"--from-class {first}", of_first),
     ):
         rows = where.nonzero()[0][:most]
         if not len(rows):
-            raise UserError(f"{option} {label}: the {split_name} split has no images of it")
+            raise UserError(f"{what}: the {split_name} split has no images of it")
         chosen.append(split.take(rows))
     return Labelled(torch.cat(chosen), {name: _first(len(chosen[0]), len(chosen[1]))})
 
@@ -85,19 +85,19 @@ def from_table(path: Path, folder: Path, model: LoadedModel, most: int) -> Label
     """
     names, rows = _table(path)
     rows = rows[:most]
-    files = [folder / file for file, _ in rows]
-    for number, file in enumerate(files, start=2):
+    files = [folder / file for _, file, _ in rows]
+    for (number, _, _), file in zip(rows, files, strict=True):
         if not file.is_file():
             raise UserError(f"--csv {path}, line {number}: there is no image file {cut(str(file))}")
-    values = torch.tensor([each for _, each in rows])
+    values = torch.tensor([each for _, _, each in rows])
     return Labelled(
         read_images(files, model, "--csv"),
         {name: values[:, i] for i, name in enumerate(names)},
     )
 
 
-def _table(path: Path) -> tuple[list[str], list[tuple[str, list[bool]]]]:
-    """The attributes of a table, and for each line the file and which of them it has."""
+def _table(path: Path) -> tuple[list[str], list[tuple[int, str, list[bool]]]]:
+    """The attributes of a table; for each image the line, the file, and which of them it has."""
     try:
         text = read_regular(path, LARGEST_TABLE).decode("utf-8-sig")
         lines = list(csv.reader(io.StringIO(text), strict=True))
@@ -129,7 +129,7 @@ def _table(path: Path) -> tuple[list[str], list[tuple[str, list[bool]]]]:
                 raise UserError(
                     f"--csv {path}, line {number}: {cut(name)} is {shown(value)}, expected 0 or 1"
                 )
-        rows.append((line[0], [value.strip() == "1" for value in line[1:]]))
+        rows.append((number, line[0], [value.strip() == "1" for value in line[1:]]))
     if not rows:
         raise UserError(f"--csv {path}: it has no images")
     return names, rows
