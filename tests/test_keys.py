@@ -36,6 +36,7 @@ from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
+from flowtrain.results import Row
 from flowtrain.system.capacity import peak
 from flowtrain.training.dry_run import dry_run
 from flowtrain.training.loop import fit
@@ -60,6 +61,7 @@ BASE = {
 }
 LOGIT = {"dequantization": {"transform": "logit"}}
 VARIATIONAL = {"dequantization": {"name": "variational", "steps": 2, "width": 4}}
+GAUSSIAN = {"dequantization": {"name": "gaussian"}}
 REALNVP = {"model": {"name": "realnvp", "levels": 1, "width": 4, "blocks": 1}}
 NICE = {"model": {"name": "nice", "couplings": 2, "width": 8, "hidden_layers": 1}}
 PLANAR = {"model": {"name": "planar", "layers": 2}}
@@ -112,6 +114,7 @@ FLIPS = [
     ("sphere:data.concentration", 3, "content", SPHERE),
     ("model.name", "nice", "parameters"),
     ("model.classes", 10, "parameters"),
+    ("model.label_dropout", 0.5, "loss", {"model": {**CAUSAL["model"], "classes": 10}}),
     ("glow:model.levels", 2, "parameters"),
     ("glow:model.steps", 2, "parameters"),
     ("glow:model.width", 9, "parameters"),
@@ -194,6 +197,8 @@ FLIPS = [
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),
+    ("dequantization.name", "gaussian", "loss"),
+    ("dequantization.sigma", 0.3, "loss", GAUSSIAN),
     ("dequantization.transform", "logit", "loss"),
     ("dequantization.alpha", 0.2, "loss", LOGIT),
     ("train.num_steps", 3, "steps"),
@@ -325,7 +330,7 @@ def train(values, folder):
     steps = [row for row in rows if row["split"] == "train"]
     saved = read(run.last)
     return {
-        "loss": [row.get("nats", row["bits_per_dim"]) for row in steps],
+        "loss": [Row.model_validate(row).loss for row in steps],
         "lr": [row["lr"] for row in steps],
         "steps": [row["step"] for row in steps],
         "images": [row["images"] for row in steps],

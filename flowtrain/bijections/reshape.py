@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.context import Context
 
 
 class Squeeze(Bijection):
@@ -15,11 +16,17 @@ class Squeeze(Bijection):
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         patches = [x[:, :, i::2, j::2] for i, j in self.OFFSETS]
         return torch.cat(patches, dim=1), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_by_place(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        z, _ = self(x)
+        return z, torch.zeros_like(z[:, 0])
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = z.shape
         x = z.new_empty(batch, channels // 4, 2 * height, 2 * width)
         for (i, j), patch in zip(self.OFFSETS, z.chunk(4, dim=1), strict=True):
@@ -34,10 +41,10 @@ class Flatten(Bijection):
         super().__init__()
         self.shape = tuple(shape)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x.flatten(1), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z.reshape(-1, *self.shape), z.new_zeros(z.shape[0])
 
 
@@ -52,20 +59,25 @@ class Permute(Bijection):
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort())
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_by_place(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        return (self(x)[0], torch.zeros_like(x[:, 0])) if x.ndim == 4 else None
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z[:, self.inverse_order], z.new_zeros(z.shape[0])
 
 
 class Reverse(Bijection):
     """Reverses the raster order of the pixels of `(B, C, H, W)`, by half a turn of the image."""
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(2, 3), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.forward(z)
 
 
@@ -90,11 +102,11 @@ class HalvePixels(Bijection):
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort())
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         parts = x.flatten(2)[:, :, self.order].unflatten(1, (2, -1)).unflatten(3, (2, -1))
         return parts.permute(0, 3, 2, 1, 4).flatten(1, 2), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         parts = z.unflatten(1, (2, -1)).permute(0, 3, 2, 1, 4)
         pixels = parts.flatten(3).flatten(1, 2)[:, :, self.inverse_order]
         return pixels.unflatten(2, self.size), z.new_zeros(z.shape[0])

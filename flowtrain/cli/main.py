@@ -20,6 +20,7 @@ from flowtrain.cli import (
     doctor,
     encode,
     evaluate,
+    explore,
     info,
     interpolate,
     ood,
@@ -45,6 +46,7 @@ app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
 app.command(epilog=attributes.EPILOG)(attributes.attributes)
 app.command(epilog=encode.EPILOG)(encode.encode)
 app.command(epilog=decode.EPILOG)(decode.decode)
+app.command(epilog=explore.EPILOG)(explore.explore)
 app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)
 app.command(epilog=compare.EPILOG)(compare.compare)

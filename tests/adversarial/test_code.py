@@ -26,6 +26,7 @@ READING = [
     ["encode", "crafted", "--split", "test", "--out", "z.npz"],
     ["decode", "crafted", "z.npz", "--out", "new"],
     ["attributes", "crafted", "--to-class", "1"],
+    ["explore", "crafted", "--no-browser"],
     ["compress", "crafted", "--split", "test", "--out", "new.fta"],
     ["decompress", "embedded.fta", "--out", "new"],
     ["decompress", "elsewhere.fta", "--out", "new"],
