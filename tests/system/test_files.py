@@ -231,6 +231,7 @@ OPENING = {
     "datasets/imagenet.py": {"open"},  # members of archives, and new files
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "pictures/lossless.py": {"open"},  # bytes
+    "runs/about.py": {"read_text"},  # the package's
     "runs/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open", "read_text"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
