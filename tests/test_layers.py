@@ -21,6 +21,7 @@ ROWS = [
     ["checkpoints"],
     ["pictures"],
     ["evaluation"],
+    ["latents"],
     ["training", "runs", "compression"],
     ["cli"],
     ["__main__"],

@@ -11,10 +11,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError, UserError, cut, short
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 PREFIX = "hf://"
 FILE = "model.safetensors"  # the name that the hub expects
@@ -66,19 +70,16 @@ def download(model: str) -> Path:
     """
     wanted = address(model)
     require_package(model)
-    from huggingface_hub import hf_hub_download
-
     with _explaining(model):
-        about = hf_hub_download(
-            wanted.repository, FILE, revision=wanted.revision, dry_run=True, **_client()
-        )
+        hub = _client()
+        about = hub.hf_hub_download(wanted.repository, FILE, revision=wanted.revision, dry_run=True)
         limit = checkpoint_format.largest()
         if about.file_size > limit:
             raise UserError(
                 f"{model}: its {FILE} has {about.file_size:,} bytes, more than the {limit:,} that "
                 f"fit into memory"
             )
-        return Path(hf_hub_download(wanted.repository, FILE, revision=wanted.revision, **_client()))
+        return Path(hub.hf_hub_download(wanted.repository, FILE, revision=wanted.revision))
 
 
 def require_login(model: str) -> None:
@@ -100,10 +101,10 @@ def upload(repository: str, files: Mapping[str, bytes], private: bool) -> str:
         RunError: The hub cannot be reached, or fails.
     """
     require_package(repository)
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
     with _explaining(PREFIX + repository):
-        hub = HfApi(**_client())
+        hub = _client()
         url = hub.create_repo(repository, private=private or None, exist_ok=True)
         if private and not hub.model_info(repository).private:
             raise UserError(
@@ -115,19 +116,22 @@ def upload(repository: str, files: Mapping[str, bytes], private: bool) -> str:
         return str(url)
 
 
-def _client() -> dict[str, str]:
-    """What the hub is told about who asks."""
-    return {"library_name": "flowtrain", "library_version": flowtrain.__version__}
+def _client() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="flowtrain", library_version=flowtrain.__version__)
 
 
 @contextlib.contextmanager
 def _explaining(model: str) -> Iterator[None]:
     """Turns what may go wrong with the hub into one message."""
-    from huggingface_hub import errors, utils
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         yield
     except (UserError, MemoryError):

@@ -1,5 +1,7 @@
 """Finds checkpoints, and loads the models in them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,3 +187,16 @@ def load_model(
     )
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)
+
+
+def model_hash(model: LoadedModel) -> str:
+    """SHA-256 of all that the model computes with: its options, shape, levels, and the weights that
+    are used.
+    """
+    described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
+    described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(model.flow.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -71,10 +71,10 @@ def compress(
     It runs on the CPU. OMP_NUM_THREADS sets how many streams are coded at a time, and does not
     change the archive.
     """
+    from flowtrain.checkpoints.load import model_hash
     from flowtrain.compression import inputs as images
     from flowtrain.compression.coder import coder_of
     from flowtrain.compression.compress import compress as make
-    from flowtrain.compression.model import model_hash
     from flowtrain.compression.stack import constriction
     from flowtrain.system.console import ProgressBar, console, duration
     from flowtrain.system.files import save

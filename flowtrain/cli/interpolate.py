@@ -1,7 +1,8 @@
 """`flowtrain interpolate`."""
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,9 +21,13 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import UserError
 
+if TYPE_CHECKING:
+    from flowtrain.flow.flow import Flow
+
 EPILOG = (
-    "Example: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 "
-    "--out path.gif[/cyan]"
+    "Examples: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 "
+    "--out path.gif[/cyan], [cyan]flowtrain interpolate glow_digits --from-class 4 --to-class 9"
+    "[/cyan]"
 )
 
 
@@ -61,8 +66,36 @@ def interpolate(
             "--to-class",
             min=0,
             metavar="B",
-            help="Move images to this class, by the difference of the mean latents.",
+            help="Move images to this class, by the mean latents of both, or by the prior of each "
+            "class in a class-conditional model.",
             show_default=False,
+        ),
+    ] = None,
+    along: Annotated[
+        str | None,
+        typer.Option(
+            "--along",
+            metavar="NAME",
+            help="Move images along an attribute that `flowtrain attributes` has found.",
+            show_default=False,
+        ),
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(
+            "--strength",
+            metavar="S",
+            help="How far --along goes: 1 to the mean of images with the attribute, -1 to the mean "
+            "of those without it.",
+        ),
+    ] = 1.0,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="An image file of your own to move --along; repeatable.",
+            show_default="random test images",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -83,36 +116,54 @@ def interpolate(
     """Walk between images through the latent space. Images of the data come back exactly.
 
     The ends are two images of your own, or random pairs of test images. With --from-class and
-    --to-class, the first test images of one class move along the difference of the two classes'
-    mean latents.
+    --to-class, the first test images of one class move to another one. With --along, images move
+    along an attribute.
+
+    A path to a class or along an attribute stops before an image that is less likely than 99% of
+    the test images.
     """
     from flowtrain.checkpoints.load import run_of
+    from flowtrain.latents import directions, paths
+    from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
-    from flowtrain.pictures import interpolate as paths
-    from flowtrain.system.console import console
+    from flowtrain.system.console import ProgressBar, console
 
     suffix = check_suffix(out, (".png", ".gif"))
-    if (from_class is None) != (to_class is None):
-        raise UserError("--from-class and --to-class: one is of no use without the other")
-    if from_class is not None and files is not None:
-        raise UserError("--images: with --from-class the images are those of the class")
+    _check(files, from_class, to_class, along, strength, image)
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
-    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
-    paths_drawn = 1 if files else pairs
-    what = f"--steps {steps}: a picture of {paths_drawn:,} paths of {steps:,} images needs"
-    drawing.require_room(steps * paths_drawn, flow.shape, steps, what)
-    if from_class is not None and to_class is not None:
-        data = data_of(loaded, overrides)
-        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
-        rows = paths.between_classes(flow, data.split("test"), from_class, to_class, pairs, steps)
-    elif files is not None:
-        rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
-    else:
-        rows = paths.interpolate(
-            flow, *paths.from_test_images(loaded, data_of(loaded, overrides), pairs, seed), steps
+    data = data_of(loaded, overrides)
+    drawing = draw.drawing(flow, lambda: data.split("test"))
+    count = len(image) if image else 1 if files else pairs
+    what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
+    drawing.require_room(steps * count, flow.shape, steps, what)
+    if along is None and from_class is None:
+        ends = (
+            paths.from_files(files, loaded)
+            if files
+            else paths.from_test_images(loaded, data, pairs, seed)
         )
-    rows = rows.cpu()  # (P, S, C, H, W)
+        rows = paths.interpolate(flow, *ends, steps)
+    else:
+        if from_class is not None and to_class is not None:
+            data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+            latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
+        else:
+            assert along is not None
+            direction = directions.named(loaded, along)
+            paths.require_room(flow, count, steps)
+            x = (
+                read_images(image, loaded, "--image")
+                if image
+                else paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
+            )
+            latents = paths.along(encode(flow, x), direction, strength, steps)
+        with ProgressBar("what is typical") as bar:
+            lowest = paths.lowest_typical(flow, data.split("test"), bar)
+        rows = paths.decoded(flow, latents)
+        counts = paths.stopped(flow, rows, lowest)
+        rows = paths.stay(rows, counts)
+        _say_where_they_stop(counts, steps, lowest, flow)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
@@ -121,4 +172,43 @@ def interpolate(
         grid.save_png(path, drawing.paths(rows))
     console.print(
         f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
+    )
+
+
+def _check(
+    files: tuple[Path, Path] | None,
+    from_class: int | None,
+    to_class: int | None,
+    along: str | None,
+    strength: float,
+    image: list[Path] | None,
+) -> None:
+    """Raises `UserError` for options that do not go together."""
+    if (from_class is None) != (to_class is None):
+        raise UserError("--from-class and --to-class: one is of no use without the other")
+    if from_class is not None and files is not None:
+        raise UserError("--images: with --from-class the images are those of the class")
+    if along is not None and from_class is not None:
+        raise UserError("--along and --from-class: give one of the two")
+    if along is not None and files is not None:
+        raise UserError("--images: with --along, give each image by --image")
+    if along is None and (image or strength != 1.0):
+        raise UserError("--image and --strength: they need --along")
+    if not math.isfinite(strength):
+        raise UserError(f"--strength {strength}: expected a finite number")
+
+
+def _say_where_they_stop(counts: list[int], steps: int, lowest: float, flow: "Flow") -> None:
+    import torch
+
+    from flowtrain.system.console import console
+
+    early = sum(count < steps for count in counts)
+    limit = float(flow.loss(torch.tensor(lowest)))
+    ends = "all paths reach their end"
+    if early:
+        ends = f"{early} of {len(counts)} paths stop before their end, and stay there"
+    console.print(
+        f"{ends}; an image of {limit:.3f} {flow.kind.unit} is likelier than the lowest 1% of the "
+        f"test images"
     )

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.compression import format as archive
 from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.inputs import Selection
-from flowtrain.compression.model import HASH_DIGITS, model_bytes, model_hash, versions
+from flowtrain.compression.model import HASH_DIGITS, model_bytes, versions
 from flowtrain.compression.streams import EncodedStream, Estimate, encode_stream, estimate
 from flowtrain.compression.strips import strip_length, strips
 from flowtrain.compression.threads import Progress, in_threads, silent

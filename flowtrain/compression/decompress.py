@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.load import LoadedModel, load_model
+from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.compression import format as archive
 from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.format import StreamDescription
-from flowtrain.compression.model import HASH_DIGITS, model_hash, versions
+from flowtrain.compression.model import HASH_DIGITS, versions
 from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip

@@ -15,9 +15,7 @@ and then the embedded model, where there is one.
 import hashlib
 import json
 import math
-import os
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +31,8 @@ from pydantic import (
 from torch import Tensor
 
 from flowtrain.compression.strips import strip_length, tall_length
-from flowtrain.errors import UserError, cut, shown
+from flowtrain.errors import UserError, cut
+from flowtrain.system.files import check_names
 from flowtrain.types import Side
 
 LARGEST_CHUNK = 128  # images coded together
@@ -156,45 +155,6 @@ class Description(BaseModel):
         if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + self.embedded:
             raise ValueError("there are more or fewer parts than it needs")
         return self
-
-
-LONGEST_NAME = 255  # bytes, of a file or folder
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises `ValueError` unless files of these names can be written into one folder, and nowhere
-    else.
-
-    Names are relative paths with "/". Whatever else is legal in a file name is accepted, so that
-    what can be packed can be unpacked.
-    """
-    names = list(names)
-    seen = set(names)
-    if len(seen) < len(names):
-        raise ValueError("two files have the same name")
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{shown(name)} is no file name")
-        parts = name.split("/")
-        if any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{shown(name)} is not a plain relative path")
-        if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
-            raise ValueError(f"{shown(name)} has a character that no file name can have")
-        if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
-            raise ValueError(
-                f"{shown(name)} is longer than the {LONGEST_NAME} bytes that a file name can have"
-            )
-        for i in range(1, len(parts)):
-            folder = "/".join(parts[:i])
-            if folder in seen:
-                raise ValueError(f"{shown(name)} needs a folder where the file {shown(folder)} is")
-
-
-def _file_system_bytes(name: str) -> bytes:
-    try:
-        return os.fsencode(name)
-    except UnicodeEncodeError:
-        raise ValueError(f"{shown(name)} is no file name") from None
 
 
 def checksum(image: Tensor) -> int:

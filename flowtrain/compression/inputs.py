@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.compression.format import check_names
 from flowtrain.compression.strips import STRIP, tall_length
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
 from flowtrain.data.splits import DataSet, SplitName
@@ -18,6 +17,7 @@ from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import FORMATS, affordable, file_sizes, formats
+from flowtrain.system.files import check_names
 
 
 @dataclass

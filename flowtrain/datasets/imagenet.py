@@ -29,8 +29,8 @@ import numpy as np
 
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part
-from flowtrain.datasets.mapped import header_of
 from flowtrain.errors import RunError, UserError, is_disk_full, short
+from flowtrain.system.arrays import header_of
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -41,19 +41,6 @@ class Piece:
             raise RunError(
                 f"{self.path} became shorter while it was in use: do not change data during a run"
             )
-
-
-def header_of(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, whether the first axis varies fastest, and type of the array of a .npy file.
-
-    The values follow in the file. Raises anything for a file that is none.
-    """
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(file)]
-    shape, fortran, dtype = read(file)
-    return shape, fortran, dtype
 
 
 def piece(

@@ -34,10 +34,10 @@ from flowtrain.datasets.mapped import (
     Mapped,
     Piece,
     channels_first,
-    header_of,
     piece,
 )
 from flowtrain.errors import RunError, UserError, cut, short
+from flowtrain.system.arrays import header_of
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 

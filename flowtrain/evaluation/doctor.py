@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.execution import FUSED, Executor, call, opposite
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
@@ -293,7 +294,7 @@ def examine(
     for (part,) in in_batches(z):
         _latent_round_trip(flow, precise, part, levels, notes)
     reported = [_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
-    if flow.levels is not None:
+    if flow.levels is not None and not flow.kind.no_bits:
         bits = flow.loss(torch.cat(reported)).mean()
         notes.add("likelihood", bits / math.log2(flow.levels), inputs=IMAGES)
     _jacobians(model, x[:1], noise[:1], notes)
@@ -349,7 +350,7 @@ def _layers(flow: Flow, run: Pass, check: str, inputs: str, notes: _Notes) -> No
     where = first = ""
 
     def around(
-        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where, first
         where = name
@@ -358,7 +359,8 @@ def _layers(flow: Flow, run: Pass, check: str, inputs: str, notes: _Notes) -> No
         if not first and not _finite(result, log_det)[arrived].all():
             first = name
         if arrived.any():
-            part = None if context is None else context[arrived]
+            seen = unguided(context)
+            part = None if seen is None else seen[arrived]
             _layer(name, layer, direction, given[arrived], result[arrived], part, inputs, notes)
         return result, log_det
 
@@ -376,7 +378,7 @@ def _layer(
     direction: Direction,
     given: Tensor,
     result: Tensor,
-    context: Tensor | None,
+    context: Context | None,
     inputs: str,
     notes: _Notes,
 ) -> None:
@@ -409,14 +411,16 @@ class LearnedNoise(Bijection):
         assert isinstance(flow.dequantizer, Dequantizer)
         self.dequantizer = flow.dequantizer
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert context is not None
-        u, log_q = self.dequantizer.draw(context, x)
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        u, log_q = self.dequantizer.draw(image, x)
         return u, -log_q
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert context is not None
-        return self.dequantizer.noise_of(context, z)
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        return self.dequantizer.noise_of(image, z)
 
 
 def learns_noise(flow: Flow) -> bool:
@@ -549,8 +553,8 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     """Checks the log-dets in float32 against the Jacobian in float64, per layer and for all layers.
 
     The Jacobian of the whole flow is with respect to the uniform noise. So it includes that of the
-    dequantizer: q(u|x) is the density of u for uniform noise. Real values have no noise, and
-    the Jacobian is with respect to the values.
+    dequantizer: q(u|x) is the density of u for uniform noise. A density of real values, or of
+    noisy images, has the Jacobian with respect to these.
     """
     flow = reduced(model)
     if flow is None:
@@ -568,18 +572,18 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     where = ""
 
     def around(
-        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where
-        where = name
+        where, seen = name, unguided(context)
         result = call(layer, direction, given, context)
         if _finite(given.float()).all():  # otherwise a layer before it is at fault
 
             def with_copies(copies: Tensor) -> tuple[Tensor, Tensor]:
-                same = None if context is None else context.expand(len(copies), *context.shape[1:])
+                same = None if seen is None else seen.expand(len(copies), *seen.shape[1:])
                 return call(layer, direction, copies, same)
 
-            low = None if context is None else context.float()
+            low = None if seen is None else seen.float()
             reported = call(reporting[name], direction, given.float(), low)[1]
             exact = diagonal_log_det if layer.of_levels else jacobian_log_det
             error = abs(reported.double() - exact(with_copies, given)).max() * bits
@@ -587,10 +591,11 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        images = copies if one.kind.exact else x.expand(len(copies), -1, -1, -1)
-        return one.to_latents(images, copies, executor)
+        if one.kind.no_bits:
+            return one.bijection.through(executor, "forward", copies)
+        return one.to_latents(x.expand(len(copies), -1, -1, -1), copies, executor)
 
-    start = x if flow.kind.exact else noise
+    start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
     try:
         whole(precise, start.double(), Watching(precise, around))
         if learns_noise(flow):

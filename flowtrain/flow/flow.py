@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
-from flowtrain.flow.class_prior import ClassContext, ClassPrior, LogProb, normal_log_prob
+from flowtrain.flow.class_prior import (
+    ClassContext,
+    ClassPrior,
+    LogProb,
+    ToLatents,
+    normal_log_prob,
+)
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
+
+NO_SIGMA = "the model was not trained with Gaussian noise (dequantization.name: gaussian)"
 
 
 class Flow(nn.Module):
@@ -26,7 +35,8 @@ class Flow(nn.Module):
         log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
 
     Real-valued data have a density, which is computed exactly:
-    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`.
+    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`. With
+    Gaussian noise, the same is the density of a noisy image.
 
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
@@ -55,8 +65,8 @@ class Flow(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """The kind of data: images, points, or points on a surface."""
-        return kind_of(self.levels, self.latent_dims < self.dims)
+        """The kind of data: images, noisy images, points, or points on a surface."""
+        return kind_of(self.levels, self.latent_dims < self.dims, self.dequantizer.sigma)
 
     @property
     def exact(self) -> bool:
@@ -75,7 +85,7 @@ class Flow(nn.Module):
         return max(layer.initialization_images for layer in layers)
 
     def loss(self, log_prob: Tensor) -> Tensor:
-        """The loss in `kind.unit`, from nats: bits per dimension of images, nats of points."""
+        """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
         return self.kind.loss(log_prob, self.dims)
 
     @property
@@ -114,7 +124,8 @@ class Flow(nn.Module):
         calls the layers. The networks of the bijection may see the classes `labels` `(B,)`.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
-        z, flow_log_det = self.bijection.through(executor, "forward", v, self._context(labels))
+        context = self._context(labels, len(x))
+        z, flow_log_det = self.bijection.through(executor, "forward", v, context)
         return z, log_det + flow_log_det
 
     def forward(
@@ -129,14 +140,15 @@ class Flow(nn.Module):
         A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
         log P(x), where all classes are equally likely.
         """
+        return self._parts(
+            lambda of_class: self.to_latents(x, noise, executor, of_class), labels, len(x)
+        )
+
+    def _parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         if self.class_prior is None:
-            z, log_det = self.to_latents(x, noise, executor)
+            z, log_det = to_latents(None)
             return LogProb(normal_log_prob(z), log_det)
-
-        def to_latents(labels: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.to_latents(x, noise, executor, labels)
-
-        return self.class_prior.parts(to_latents, labels, len(x))
+        return self.class_prior.parts(to_latents, labels, count)
 
     def log_prob(
         self,
@@ -148,7 +160,8 @@ class Flow(nn.Module):
         """A bound on log P(x), `(B,)` in nats, from one draw of the dequantization noise.
 
         Several draws give the importance-weighted bound, the log of their mean probability (Burda
-        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw.
+        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw. With
+        Gaussian noise the result is the log-density of noisy images, and the mean over draws.
 
         Args:
             x: Integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`. It is not changed.
@@ -176,20 +189,18 @@ class Flow(nn.Module):
         for _ in range(draws):
             parts: LogProb = self(x, draw_noise(x.shape, generator, x.device), labels)
             bounds.append(parts.total)
-        return torch.stack(bounds).logsumexp(dim=0) - math.log(draws)
+        return self.kind.over_draws(torch.stack(bounds))
 
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
     ) -> Tensor:
         """The bound of `log_prob` in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
 
-        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data, whose
-        density has no bits.
+        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data and for
+        Gaussian noise, where a density has no bits.
         """
-        if self.kind.exact:
-            raise ValueError(
-                "real-valued data have a density, which has no bits per dimension: use log_prob"
-            )
+        if self.kind.no_bits is not None:
+            raise ValueError(f"{self.kind.no_bits}: use log_prob")
         return bits_per_dim(self.log_prob(x, generator, draws=draws), self.dims)
 
     @torch.no_grad()
@@ -200,19 +211,75 @@ class Flow(nn.Module):
         the other for that, so it takes as long as `decode`.
         """
         v = self.dequantizer.middle(self._checked(x), self.dtype)
-        return self.bijection.through(Retracing(), "forward", v)[0]
+        context = self._context(None, len(v))
+        return self.bijection.through(Retracing(), "forward", v, context)[0]
 
     @torch.no_grad()
-    def decode(self, z: Tensor, labels: Tensor | None = None, executor: Executor = FUSED) -> Tensor:
+    def decode(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        executor: Executor = FUSED,
+        guidance: float | None = None,
+        denoise: bool = False,
+    ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
         The networks of the bijection may see the classes `labels` `(B,)`. Without them the class is
-        unknown to them, as it is in `encode`. `executor` calls the layers. Raises
-        `FloatingPointError` where the result is not finite.
+        unknown to them, as it is in `encode`.
+
+        Args:
+            z: The latents.
+            labels: Classes.
+            executor: Calls the layers.
+            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
+            denoise: Whether to take one step of `denoised` after it.
+
+        Raises:
+            FloatingPointError: The result is not finite.
+            ValueError: The model has no guidance, or no noise to take away; see `unguided` and
+                `denoised`.
         """
-        context = self._context(labels)
+        if denoise:
+            self._sigma()
+        context = self._context(labels, len(z), guidance)
         v, _ = self.bijection.through(executor, "inverse", z.to(self.device), context)
+        if denoise:
+            v = self.denoised(v, labels)
         return self.dequantizer.to_data(v).contiguous()
+
+    def denoised(self, v: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean of the image without noise, given noisy ones `v`, inputs of the flow.
+
+        It is one step, `v + sigma^2 grad log p(v)` (Tweedie's formula, Robbins 1956; TarFlow, Zhai
+        et al. 2024, section 3.3), exact where p is the density of noisy images. The density is that
+        of the classes `labels` `(B,)`, without guidance. A continuous flow estimates its gradient
+        as in training. Raises `ValueError` where the noise is not Gaussian.
+        """
+        sigma = self._sigma()
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+
+            def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
+                context = self._context(of_class, len(v))
+                return self.bijection.through(FUSED, "forward", v, context)
+
+            log_prob = self._parts(to_latents, labels, len(v)).total
+            (score,) = torch.autograd.grad(log_prob.sum(), v)
+        return v.detach() + sigma**2 * score
+
+    def _sigma(self) -> float:
+        sigma = self.dequantizer.sigma
+        if sigma is None:
+            raise ValueError(f"denoise: {NO_SIGMA}")
+        return sigma
+
+    @property
+    def unguided(self) -> str | None:
+        """Why samples cannot be guided, in words, or None."""
+        if self.class_prior is None:
+            return "the model is not class-conditional (model.classes is 0)"
+        return self.class_prior.unguided
 
     def sample(
         self,
@@ -220,15 +287,18 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
+        guidance: float | None = None,
+        denoise: bool = False,
     ) -> Tensor:
         """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
-        samples the classes in `labels` `(n,)`, or by default all classes in turn.
+        samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance` and
+        `denoise` are those of `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else labels
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(latents, labels)
+        return self.decode(latents, labels, guidance=guidance, denoise=denoise)
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -254,7 +324,7 @@ class Flow(nn.Module):
         return "\n".join(
             [
                 f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}",
-                f"  likelihood: {'exact' if self.exact else 'a bound'}, in {self.kind.unit}",
+                f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}",
                 f"  sampling: {self.sampling}",
                 f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "
                 f"{self.device}",
@@ -266,12 +336,22 @@ class Flow(nn.Module):
         """The labels `(n,)` of `n` samples: all classes in turn, or None if there are none."""
         return torch.arange(n) % self.classes if self.classes else None
 
-    def _context(self, labels: Tensor | None) -> Tensor | None:
-        """What the networks of the bijection see of the classes `labels` `(B,)`."""
-        if labels is None or self.class_prior is None:
+    def _context(
+        self, labels: Tensor | None, count: int, guidance: float | None = None
+    ) -> Context | None:
+        """What the networks of the bijection see of the classes `labels` `(B,)`, B = `count`.
+
+        Raises `ValueError` for a weight of `guidance` where there is none.
+        """
+        if guidance is not None and self.unguided:
+            raise ValueError(f"guidance: {self.unguided}")
+        if self.class_prior is None:
             return None
-        context = self.class_prior.context(labels)
-        return None if context is None else context.to(self.device, self.dtype)
+        context = self.class_prior.context(labels, count)
+        if context is None:
+            return None
+        context = context.to(self.device, self.dtype)
+        return Guided(context, torch.zeros_like(context), guidance) if guidance else context
 
     def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Standard normal draws `(B, D)` as latents of the base density.

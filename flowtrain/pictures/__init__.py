@@ -1,4 +1,4 @@
-"""What a flow shows: samples, paths between images, and the picture files that hold them.
+"""What a flow shows: samples, and the picture files that hold them and paths.
 
 Pictures are uint8 `(3, H, W)`; `lossless.py` has the ordinary lossless formats of single images.
 """

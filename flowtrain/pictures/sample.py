@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowtrain.bijections.execution import Noting
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import Flow
-from flowtrain.flow.passes import sampling_batch_size
+from flowtrain.flow.flow import NO_SIGMA, Flow
+from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
@@ -23,15 +23,23 @@ def sample(
     seed: int,
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
+    guidance: float | None = None,
+    denoise: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
-    for each temperature and class, again from the same latents.
+    for each temperature and class, again from the same latents. `guidance` and `denoise` are those
+    of `Flow.decode`.
 
-    Raises `UserError` for a class that the model does not have, or for samples without room.
+    Raises `UserError` for a class that the model does not have, for guidance or denoising that it
+    does not have, or for samples without room.
     """
+    if guidance is not None and (reason := flow.unguided):
+        raise UserError(f"--guidance {guidance:g}: {reason}")
+    if denoise and flow.dequantizer.sigma is None:
+        raise UserError(f"--denoise: {NO_SIGMA}")
     count = num * len(temperatures) * max(1, len(classes))
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
@@ -55,7 +63,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels))
+        images.append(decode(flow, latents, note, labels, guidance, denoise))
     return torch.cat(images)
 
 
@@ -64,6 +72,8 @@ def decode(
     z: Tensor,
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
+    guidance: float | None = None,
+    denoise: bool = False,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -73,7 +83,7 @@ def decode(
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
-    at_a_time = sampling_batch_size(flow)
+    at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
     for start in range(0, len(z), at_a_time):
         stop = min(start + at_a_time, len(z))
 
@@ -81,16 +91,22 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part = None if labels is None else labels[start:stop]
-        images.append(flow.decode(z[start:stop], of_part, Noting(note)).cpu())
+        part = flow.decode(z[start:stop], of_part, Noting(note), guidance, denoise)
+        images.append(part.cpu())
         progress(stop)
     return torch.cat(images)
 
 
 def npz(
-    flow: Flow, drawn: Tensor, temperatures: Sequence[float], seed: int, classes: Sequence[int] = ()
+    flow: Flow,
+    drawn: Tensor,
+    temperatures: Sequence[float],
+    seed: int,
+    classes: Sequence[int] = (),
+    **others: object,
 ) -> bytes:
     """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` were asked for, its class.
+    each and, where `classes` were asked for, its class. `others` are further arrays or numbers.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {
@@ -99,7 +115,7 @@ def npz(
     }
     if classes:
         arrays["classes"] = np.tile(np.repeat(classes, num), len(temperatures))
-    arrays |= {"seed": seed, **flow.kind.npz()}
+    arrays |= {"seed": seed, **flow.kind.npz(), **others}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

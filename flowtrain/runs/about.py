@@ -23,6 +23,7 @@ LIKELIHOODS = {
     "exact": "exact",
     "elbo": "a bound from one draw of noise",
     "iwbo": "an importance-weighted bound",
+    "density": "a density of noisy images",
 }
 
 
@@ -92,6 +93,8 @@ def table(model: LoadedModel) -> dict[str, str]:
         "data": f"{model.config.data.name}: {shape_of(flow.shape, flow.kind)}",
         "model": f"{model.config.model.name}, {size_of(flow)}",
     }
+    if flow.kind.no_bits and flow.levels is not None:
+        rows["likelihood"] = f"none: {flow.kind.no_bits} (sigma {flow.dequantizer.sigma})"
     if progress := meta.get("progress"):
         state = "finished" if progress["finished"] else "not finished"
         rows["training"] = (

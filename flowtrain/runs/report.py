@@ -24,8 +24,8 @@ from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.doctor import Finding, examine
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import fitting_batch_size
+from flowtrain.latents.paths import interpolate
 from flowtrain.pictures import draw, grid
-from flowtrain.pictures.interpolate import interpolate
 from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation
 from flowtrain.runs import charts, record

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError, UserError, shown
 
 Piece = bytes | bytearray | memoryview
 
@@ -212,3 +212,42 @@ def read_regular(path: Path, limit: int) -> bytes:
         if size > limit:
             raise OSError(errno.EINVAL, f"{size} bytes, more than {limit}", str(path))
         return file.read(size)
+
+
+LONGEST_NAME = 255  # bytes, of a file or folder
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises `ValueError` unless files of these names can be written into one folder, and nowhere
+    else.
+
+    Names are relative paths with "/". Whatever else is legal in a file name is accepted, so that
+    what can be packed can be unpacked.
+    """
+    names = list(names)
+    seen = set(names)
+    if len(seen) < len(names):
+        raise ValueError("two files have the same name")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{shown(name)} is no file name")
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"{shown(name)} is not a plain relative path")
+        if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
+            raise ValueError(f"{shown(name)} has a character that no file name can have")
+        if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
+            raise ValueError(
+                f"{shown(name)} is longer than the {LONGEST_NAME} bytes that a file name can have"
+            )
+        for i in range(1, len(parts)):
+            folder = "/".join(parts[:i])
+            if folder in seen:
+                raise ValueError(f"{shown(name)} needs a folder where the file {shown(folder)} is")
+
+
+def _file_system_bytes(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown(name)} is no file name") from None

@@ -10,8 +10,8 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.flow import initialize
+from flowtrain.latents.paths import interpolate
 from flowtrain.pictures import draw, grid
-from flowtrain.pictures.interpolate import interpolate
 from flowtrain.pictures.sample import decode, sample
 from flowtrain.system import capacity
 

@@ -12,6 +12,7 @@ import pytest
 from flowtrain.errors import RunError, UserError
 from flowtrain.system.files import (
     append_regular,
+    check_names,
     open_regular,
     read_regular,
     remove_left_overs,
@@ -214,9 +215,22 @@ def test_lines_are_appended_but_not_through_a_link(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_windows_has_other_names_of_files(monkeypatch):
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        refused = []
+        for name in ("c:x", "a\\..\\b", "plain.png"):
+            try:
+                check_names([name])
+            except ValueError:
+                refused.append(name)
+    assert refused == ["c:x", "a\\..\\b"]
+
+
 # Calls that look like opening a file by its name, and what they open.
 OPENING = {
     "system/files.py": {"open", "fdopen"},
+    "system/arrays.py": {"open"},  # a member of what `open_regular` has opened
     "system/capacity.py": {"read_text"},  # the system's
     "system/console.py": {"open"},  # the null device
     "system/distributed.py": {"load"},  # bytes

@@ -1,0 +1,244 @@
+"""Directions of attributes in latent space: what separates images that have one from the others."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.errors import UserError, cut, did_you_mean
+from flowtrain.latents.files import require_format
+from flowtrain.system.arrays import ArrayFile
+from flowtrain.system.files import save as save_file
+from flowtrain.system.random import Stream, generator
+
+Method = Literal["difference", "logistic"]
+METHODS: tuple[Method, ...] = ("difference", "logistic")
+FORMAT = 1
+HELD_OUT = 0.25  # of the images with the attribute, and of those without
+FEWEST = 4  # images of each kind, so that one can be held out and a mean taken of the others
+CHANCE = 0.5  # the accuracy of a guess
+# Inverse of scikit-learn's penalty. Latents often have more entries than there are images, so the
+# weights are held small.
+STRENGTH = 0.1
+LONGEST_NAME = 60  # characters
+
+
+@dataclass(frozen=True)
+class Direction:
+    """An attribute of images as a direction in latent space.
+
+    vector: float32 `(D,)` of length 1 on the CPU. It points to images that have the attribute.
+    low, high: the mean of `z @ vector` over training images without and with the attribute.
+    accuracy: how often held-out images lie on the right side of the middle of the two: the mean
+        of those with and those without the attribute, of which a guess has 1/2.
+    error: its standard error.
+    held_out: how many images that were.
+    orthogonal: whether it was made orthogonal to other directions.
+    """
+
+    name: str
+    vector: Tensor
+    low: float
+    high: float
+    method: Method
+    accuracy: float
+    error: float
+    held_out: int
+    orthogonal: bool = False
+
+    def target(self, strength: float) -> float:
+        """The projection `z @ vector` at a strength: -1 is the mean of images without the
+        attribute, 1 that of images with it.
+        """
+        return (self.low + self.high) / 2 + strength * (self.high - self.low) / 2
+
+    def strength(self, z: Tensor) -> Tensor:
+        """The strength of the attribute in latents `(N, D)`: `(N,)`. The inverse of `target`."""
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        return (z @ self.vector.to(z.device, z.dtype) - middle) / half
+
+
+def divided(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of training images and of held-out ones, for `count` images of a kind."""
+    order = torch.randperm(count, generator=generator(seed, Stream.PAIRS))
+    held = max(1, round(HELD_OUT * count))
+    return order[held:], order[:held]
+
+
+def fitted(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
+    """The direction from latents `negative` `(M, D)` to latents `positive` `(N, D)`: `(D,)`.
+
+    `difference` is the difference of their means (Kingma & Dhariwal 2018, section 6.2), and
+    `logistic` the weights of a logistic regression.
+    """
+    if method == "difference":
+        return positive.mean(dim=0) - negative.mean(dim=0)
+    from sklearn.linear_model import LogisticRegression
+
+    z = torch.cat([positive, negative]).numpy()
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
+    model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
+    return torch.from_numpy(model.fit(z, labels).coef_[0].astype(np.float32))
+
+
+def orthogonal_to(vector: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """The part of `vector` `(D,)` that is orthogonal to all others (Shen et al. 2020, section 3.3):
+    moving along it keeps the projections on them.
+    """
+    basis = torch.linalg.qr(torch.stack(list(others), dim=1).double())[0]
+    rest = vector.double()
+    for _ in range(2):  # once more for what rounding has left
+        rest = rest - basis @ (basis.T @ rest)
+    return rest.to(vector.dtype)
+
+
+def measured(
+    name: str,
+    positive: Tensor,
+    negative: Tensor,
+    method: Method,
+    others: Sequence[Tensor] = (),
+    seed: int = 0,
+) -> Direction:
+    """The direction of an attribute from latents with it, `(N, D)`, and without it, `(M, D)`.
+
+    A seeded quarter of both is held out, and gives the accuracy. With `others`, the direction is
+    made orthogonal to them before that. Raises `UserError` where there are too few images, or
+    nothing is left of the direction.
+    """
+    for latents, kind in ((positive, "with"), (negative, "without")):
+        if len(latents) < FEWEST:
+            raise UserError(
+                f"{name}: there are {len(latents)} images {kind} it, and at least {FEWEST} are "
+                f"needed"
+            )
+    (own, own_held), (other, other_held) = (divided(len(z), seed) for z in (positive, negative))
+    vector = fitted(positive[own], negative[other], method)
+    length = vector.norm()
+    if others:
+        vector = orthogonal_to(vector, others)
+    if not vector.norm() > 1e-4 * length:
+        raise UserError(
+            f"{name}: nothing is left of its direction"
+            + (": it is a mixture of the others" if others else ", as the images are the same")
+        )
+    vector = vector / vector.norm()
+    low, high = (float((z @ vector).mean()) for z in (negative[other], positive[own]))
+    if not high > low:
+        raise UserError(f"{name}: its direction does not separate the images")
+    middle = (low + high) / 2
+    right = (
+        ((positive[own_held] @ vector) > middle).double(),
+        ((negative[other_held] @ vector) <= middle).double(),
+    )
+    shares = [float(each.mean()) for each in right]
+    variance = sum(p * (1 - p) / len(each) for p, each in zip(shares, right, strict=True)) / 4
+    return Direction(
+        name=name,
+        vector=vector,
+        low=low,
+        high=high,
+        method=method,
+        accuracy=sum(shares) / 2,
+        error=variance**0.5,
+        held_out=len(own_held) + len(other_held),
+        orthogonal=bool(others),
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises `UserError` for a name that cannot be that of an attribute."""
+    if not name or name != cut(name, LONGEST_NAME) or name[0] == "-":
+        raise UserError(
+            f"{cut(name)!r} cannot be the name of an attribute: give at most {LONGEST_NAME} "
+            f"printable characters, of which the first is no '-'"
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def file_of(model: LoadedModel) -> Path:
+    """Where the attributes of a model are kept."""
+    return run_of(model.checkpoint.path) / "attributes.npz"
+
+
+def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> None:
+    """Writes directions into one file. `hash_of_model` is that of `model_hash`."""
+    columns = {
+        key: np.array([getattr(each, key) for each in directions])
+        for key in ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
+    }
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        allow_pickle=False,
+        format=np.array(FORMAT),
+        model=np.array(hash_of_model),
+        vector=torch.stack([each.vector for each in directions]).numpy(),
+        **columns,
+    )
+    save_file(path, buffer.getvalue())
+
+
+def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
+    """The directions in a file, by name. The file may come from a stranger.
+
+    Raises `UserError` that names the file where it is none of this format, or not of this model.
+    """
+    file = ArrayFile(path)
+    require_format(file, FORMAT, "attributes", model)
+    names = file.read("name", "U", (None,)).tolist()
+    count = len(names)
+    vectors = torch.from_numpy(
+        file.read("vector", "f", (count, model.flow.latent_dims)).astype(np.float32)
+    )
+    numbers = {
+        key: file.read(key, "f", (count,)).astype(np.float64).tolist()
+        for key in ("low", "high", "accuracy", "error")
+    }
+    methods = file.read("method", "U", (count,)).tolist()
+    held_out = file.read("held_out", "iu", (count,)).tolist()
+    orthogonal = file.read("orthogonal", "b", (count,)).tolist()
+    found: dict[str, Direction] = {}
+    for i, name in enumerate(names):
+        check_name(name)
+        values = {key: column[i] for key, column in numbers.items()}
+        unit = abs(float(vectors[i].norm()) - 1) < 1e-3
+        if not unit or not np.isfinite(list(values.values())).all():
+            raise UserError(f"{path}: {cut(name)}: its numbers are not those of a direction")
+        if methods[i] not in METHODS or name in found or values["low"] >= values["high"]:
+            raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
+        found[name] = Direction(
+            name=name,
+            vector=vectors[i],
+            method=methods[i],
+            held_out=held_out[i],
+            orthogonal=orthogonal[i],
+            **values,
+        )
+    return found
+
+
+def existing(model: LoadedModel) -> dict[str, Direction]:
+    """The attributes that are kept for a model, by name; none where there is no file."""
+    path = file_of(model)
+    return load(path, model) if path.exists() else {}
+
+
+def named(model: LoadedModel, name: str) -> Direction:
+    """The attribute of this name. Raises `UserError` where the model has none."""
+    known = existing(model)
+    if name not in known:
+        there = ", ".join(sorted(known)) or "none; `flowtrain attributes` finds some"
+        raise UserError(
+            f"{cut(name)}: no such attribute of {model.checkpoint.path} (there are: {cut(there)})"
+            f"{did_you_mean(name, known)}"
+        )
+    return known[name]

@@ -1,0 +1,234 @@
+"""Paths through the latent space: between images, between classes, and along attributes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, Split
+from flowtrain.errors import UserError
+from flowtrain.evaluation.score import score
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.flow import Flow
+from flowtrain.latents.directions import Direction
+from flowtrain.latents.encoding import encode, read_images, silent
+from flowtrain.pictures.sample import decode
+from flowtrain.system import capacity
+from flowtrain.system.random import Stream, generator
+
+CLASS_IMAGES = 500  # training images of a class over which the mean latent is taken, at most
+TYPICAL_IMAGES = 500  # test images whose likelihoods say what is typical, at most
+LOWEST = 0.01  # the share of them that is less likely than where a path stops
+# What an image has beyond the mean of its class shrinks to this share on the way to another class.
+# Whole, it makes ends that are of no class (benchmarks/class_paths.py).
+KEPT = 0.5
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation (Shoemake 1985) between latents `(D,)` at each `t` `(S,)`: `(S, D)`.
+
+    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal. A
+    straight line would pass through the improbable middle, and only joins latents that are parallel
+    or antiparallel.
+    """
+    cosine = torch.dot(a, b) / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    t = t[:, None]
+    if torch.sin(angle) < 1e-4:
+        path = a + t * (b - a)
+    else:
+        path = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    return torch.where(t == 0, a, torch.where(t == 1, b, path))
+
+
+def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
+    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
+    require_room(flow, len(first), steps)
+    t = torch.linspace(0, 1, steps)
+    ends = zip(encode(flow, first), encode(flow, second), strict=True)
+    return decoded(flow, torch.stack([slerp(a, b, t) for a, b in ends]))
+
+
+def decoded(flow: Flow, paths: Tensor) -> Tensor:
+    """Latents `(P, S, D)` as images `(P, S, C, H, W)` on the CPU.
+
+    All paths are decoded together, because a sequential inverse takes as long for a few as for one.
+    """
+    images: Tensor = decode(flow, paths.flatten(0, 1)).unflatten(0, paths.shape[:2])
+    return images
+
+
+def require_room(flow: Flow, pairs: int, steps: int) -> None:
+    """Raises `UserError` where the paths and all pictures do not fit into memory."""
+    pixels = flow.dims * (4 if flow.levels is None else 1)
+    capacity.require(
+        2 * 4 * pairs * steps * flow.latent_dims + 2 * pairs * steps * pixels,
+        f"--steps {steps}: {pairs} paths of {steps:,} images need",
+    )
+
+
+# --- along attributes -----------------------------------------------------------------------------
+
+
+def moved(z: Tensor, vector: Tensor, target: Tensor) -> Tensor:
+    """Latents `(N, D)` turned towards the unit vector `(D,)`, until their projections on it are
+    `target` `(N,)`: on the great circle through both, so that the norm stays typical.
+
+    Where a target is larger than the norm, it takes the place of the norm.
+    """
+    vector, target = vector.to(z), target.to(z)
+    rest = z - (z @ vector)[:, None] * vector
+    length = (z.square().sum(dim=1) - target.square()).clamp_min(0).sqrt()
+    share = length / rest.norm(dim=1).clamp_min(1e-12)
+    turned: Tensor = target[:, None] * vector + share[:, None] * rest
+    return turned
+
+
+def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tensor:
+    """Paths from latents `(N, D)` to a strength of an attribute: `(N, steps, D)`. All begin with
+    the latent itself. See `Direction.target` for what a strength is.
+    """
+    vector = direction.vector.to(z)
+    begin, end = z @ vector, direction.target(strength)
+    t = torch.linspace(0, 1, steps).to(z)
+    rows = [moved(z, vector, begin + s * (end - begin)) for s in t[1:]]
+    return torch.stack([z, *rows], dim=1)
+
+
+# --- between classes ------------------------------------------------------------------------------
+
+
+def between_classes(
+    flow: Flow,
+    z: Tensor,
+    first: int,
+    second: int,
+    means: tuple[Tensor, Tensor],
+    steps: int,
+) -> Tensor:
+    """Paths from latents `z` `(N, D)` of class `first` to class `second`: `(N, steps, D)`.
+
+    A prior for each class says where the end lies: the coarsest latent is carried from one Gaussian
+    to the other. For other models it moves by the difference of the classes' mean latents, `means`
+    `(D,)` each, as in Glow, section 6.2. What is beyond the mean shrinks to `KEPT` on the way.
+    """
+    prior = flow.class_prior
+    if isinstance(prior, ClassPrior):
+        end = prior.carried(z.to(flow.device), first, second, KEPT).to(z)
+    else:
+        end = means[1] + KEPT * (z - means[0])
+    t = torch.linspace(0, 1, steps).to(z)
+    return z[:, None] + t[:, None] * (end - z)[:, None]
+
+
+def of_class(flow: Flow, split: Split, label: int, needed: int, most: int, option: str) -> Tensor:
+    """The first images of a class, at most `most`, `(N, C, H, W)`.
+
+    Raises `UserError` that names `option` where there are no labels, or fewer than `needed` images.
+    """
+    if split.labels is None:
+        raise UserError(f"{option} {label}: the data set has no labels")
+    # numpy compares with numbers of any size
+    where = (split.labels.numpy() == label).nonzero()[0]
+    if len(where) < needed:
+        raise UserError(
+            f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"
+        )
+    return split.take(where[: max(most, needed)])
+
+
+def of_classes(
+    flow: Flow, data: DataSet, first: int, second: int, pairs: int, steps: int
+) -> Tensor:
+    """Paths from the first test images of class `first` to class `second`: latents
+    `(P, steps, D)`.
+
+    The mean latents are those of at most `CLASS_IMAGES` training images of a class. Raises
+    `UserError` if there are no labels, or too few images of a class.
+    """
+    require_room(flow, pairs, steps)
+    options = {"--from-class": first, "--to-class": second}
+    z = encode(flow, of_class(flow, data.split("test"), first, pairs, pairs, "--from-class"))
+    means = [
+        encode(flow, of_class(flow, data.split("train"), label, 1, CLASS_IMAGES, option)).mean(0)
+        for option, label in options.items()
+    ]
+    return between_classes(flow, z, first, second, (means[0], means[1]), steps)
+
+
+# --- where a path stops ---------------------------------------------------------------------------
+
+
+def log_probs(flow: Flow, x: Tensor) -> Tensor:
+    """Log-likelihoods of images `(N, C, H, W)`, float64 `(N,)` in nats, by the noise of
+    `flowtrain evaluate`.
+    """
+    return score(flow, Split(x.cpu().numpy(), np.arange(len(x)), 0)).log_prob
+
+
+def lowest_typical(
+    flow: Flow, split: Split, progress: Callable[[int, int], None] = silent
+) -> float:
+    """The log-likelihood in nats that all but the lowest `LOWEST` of the images of a split have.
+
+    Of a large split, the first `TYPICAL_IMAGES` are taken.
+    """
+    found = score(flow, split, num_images=TYPICAL_IMAGES, progress=progress).log_prob
+    return float(found.quantile(LOWEST))
+
+
+def stopped(flow: Flow, rows: Tensor, lowest: float) -> list[int]:
+    """How many images of each path `(P, S, C, H, W)` come before the first that is less likely
+    than `lowest` nats. The first image of a path always counts, because it was given.
+    """
+    likely = log_probs(flow, rows.flatten(0, 1)).reshape(rows.shape[:2]) >= lowest
+    likely[:, 0] = True
+    counts: list[int] = likely.long().cumprod(dim=1).sum(dim=1).tolist()
+    return counts
+
+
+def stay(rows: Tensor, counts: list[int]) -> Tensor:
+    """Paths `(P, S, ...)` that stay at the last of their first `counts` images."""
+    return torch.stack(
+        [
+            torch.cat([row[:n], row[n - 1 : n].expand(len(row) - n, *row.shape[1:])])
+            for row, n in zip(rows, counts, strict=True)
+        ]
+    )
+
+
+# --- which images ---------------------------------------------------------------------------------
+
+
+def random_images(
+    model: LoadedModel, data: DataSet, count: int, seed: int, option: str, needed: int
+) -> Tensor:
+    """`count` random test images, all different, `(N, C, H, W)`.
+
+    Raises `UserError` that names `option`, whose value is `needed`, if there are too few.
+    """
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    split = data.split("test")
+    if len(split) < count:
+        raise UserError(f"{option} {needed}: the test split has only {len(split)} images")
+    order = torch.randperm(len(split), generator=generator(seed, Stream.PAIRS))
+    return split.take(order[:count].numpy())
+
+
+def from_test_images(
+    model: LoadedModel, data: DataSet, pairs: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Random pairs of different test images, as two tensors `(P, C, H, W)`. Raises `UserError` as
+    `random_images` does.
+    """
+    x = random_images(model, data, 2 * pairs, seed, "--pairs", pairs)
+    return x[:pairs], x[pairs:]
+
+
+def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Tensor]:
+    """Two image files as images of the model's shape, `(1, C, H, W)` each. See `read_images`."""
+    first, second = read_images(files, model, "--images")
+    return first[None], second[None]
