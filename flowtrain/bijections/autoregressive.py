@@ -76,7 +76,7 @@ class MaskedAutoregressive(Bijection):
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
 
     def inverse_by_iteration(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
             parameters = apply_conditioner(self.conditioner, x, context)

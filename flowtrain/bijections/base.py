@@ -54,7 +54,7 @@ class Bijection(nn.Module):
         return self.inverse(z, context)
 
     def inverse_by_iteration(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         """`inverse`, within rounding, by fixed-point iteration. See `iterates`."""
         return self.inverse_noting(z, context, note)

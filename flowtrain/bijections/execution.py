@@ -110,7 +110,7 @@ class Iterating(Noting):
     """Computes the inverse of a layer by fixed-point iteration where the layer has that way."""
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse":
             return layer.inverse_by_iteration(x, context, self.note)

@@ -63,10 +63,10 @@ class Permute(Bijection):
 class Reverse(Bijection):
     """Reverses the raster order of the pixels of `(B, C, H, W)`, by half a turn of the image."""
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(2, 3), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.forward(z)
 
 
@@ -91,11 +91,11 @@ class HalvePixels(Bijection):
         self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort())
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         parts = x.flatten(2)[:, :, self.order].unflatten(1, (2, -1)).unflatten(3, (2, -1))
         return parts.permute(0, 3, 2, 1, 4).flatten(1, 2), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         parts = z.unflatten(1, (2, -1)).permute(0, 3, 2, 1, 4)
         pixels = parts.flatten(3).flatten(1, 2)[:, :, self.inverse_order]
         return pixels.unflatten(2, self.size), z.new_zeros(z.shape[0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.iteration import fixed_point
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
@@ -52,24 +53,24 @@ class TokenAutoregressive(Bijection):
         self.conditioner = conditioner
         self.transform = transform
 
-    def _transformed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """`z` and the log-derivatives, both `(B, E, H, W)`."""
         return self.transform(x, apply_conditioner(self.conditioner, x, context))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, context)
         return z, sum_per_example(log_derivative)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.inverse_noting(z, context, lambda share: None)
 
     def inverse_noting(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         tokens: list[Tensor] = []
         log_derivatives: list[Tensor] = []
         with full_precision(z):
-            next_parameters = self.conditioner.by_token(len(z), context)
+            next_parameters = self._by_token(len(z), context)
             targets = z.flatten(2).unbind(dim=2)
             for target in targets:
                 parameters = next_parameters(tokens[-1] if tokens else None)
@@ -80,8 +81,15 @@ class TokenAutoregressive(Bijection):
         x = torch.stack(tokens, dim=2).view(z.shape)
         return x, sum_per_example(torch.stack(log_derivatives, dim=2))
 
+    def _by_token(self, batch: int, context: Context | None) -> NextParameters:
+        if not isinstance(context, Guided):
+            return self.conditioner.by_token(batch, context)
+        given = self.conditioner.by_token(batch, context.given)
+        without = self.conditioner.by_token(batch, context.without)
+        return lambda before: context.extrapolated(given(before), without(before))
+
     def inverse_by_iteration(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
             parameters = apply_conditioner(self.conditioner, x, context)
@@ -94,5 +102,5 @@ class TokenAutoregressive(Bijection):
     def loops(self) -> list[Direction]:
         return ["inverse"]
 
-    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self._transformed(x, context)[1]

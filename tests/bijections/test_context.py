@@ -11,12 +11,14 @@ from flowtrain.bijections import (
     Coupling,
     MaskedAutoregressive,
     SplineTransform,
+    TokenAutoregressive,
 )
 from flowtrain.bijections.context import Guided, unguided
 from flowtrain.bijections.memory import executor_of
 from flowtrain.bijections.precision import apply_conditioner
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.nets.masked import MaskedDenseNet
+from flowtrain.nets.transformer import CausalTransformer
 
 
 class OfVectors(nn.Module):
@@ -47,6 +49,11 @@ LAYERS = {
     "autoregressive": (
         lambda: MaskedAutoregressive(MaskedDenseNet(5, 2, 8, 2, 3), AffineTransform()),
         (5,),
+        (),
+    ),
+    "tokens": (
+        lambda: TokenAutoregressive(CausalTransformer(2, 2, 6, 8, 1, 3), AffineTransform()),
+        (2, 2, 3),
         (),
     ),
     "autoregressive spline": (
