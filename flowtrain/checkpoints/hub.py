@@ -74,7 +74,7 @@ def download(model: str) -> Path:
         hub = _client()
         about = hub.hf_hub_download(wanted.repository, FILE, revision=wanted.revision, dry_run=True)
         limit = checkpoint_format.largest()
-        if about.file_size > limit:
+        if (about.file_size or 0) > limit:
             raise UserError(
                 f"{model}: its {FILE} has {about.file_size:,} bytes, more than the {limit:,} that "
                 f"fit into memory"
