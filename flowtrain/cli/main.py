@@ -21,6 +21,7 @@ from flowtrain.cli import (
     info,
     interpolate,
     ood,
+    push,
     report,
     sample,
     train,
@@ -45,6 +46,7 @@ app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)
 app.command(epilog=compare.EPILOG)(compare.compare)
 app.command(epilog=report.EPILOG)(report.report)
+app.command(epilog=push.EPILOG)(push.push)
 app.command("list", epilog=catalogue.EPILOG)(catalogue.catalogue)
 app.command(epilog=info.EPILOG)(info.info)
 

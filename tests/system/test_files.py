@@ -246,6 +246,7 @@ OPENING = {
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
+    "runs/about.py": {"read_text"},  # the package's
     "runs/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open", "read_text"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
