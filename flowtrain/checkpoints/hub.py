@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError, UserError, cut, short
+from flowtrain.system import packages
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,13 +56,11 @@ def require_package(model: str) -> None:
     try:
         from huggingface_hub import __version__ as found  # which a folder of that name lacks
     except ImportError:
-        raise UserError(
-            f"{cut(model)}: the hub needs the package huggingface_hub: pip install huggingface_hub"
-        ) from None
+        raise packages.missing(f"{cut(model)}: the hub", "huggingface_hub") from None
     if tuple(map(int, found.split(".")[:2])) < OLDEST:
         raise UserError(
             f"{cut(model)}: the hub needs huggingface_hub {'.'.join(map(str, OLDEST))}, and "
-            f"{found} is installed: pip install --upgrade huggingface_hub"
+            f"{found} is installed: {packages.install_command('--upgrade huggingface_hub')}"
         )
 
 

@@ -11,11 +11,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from flowtrain.cli import (
+    attributes,
     catalogue,
     compare,
     compress,
+    decode,
     decompress,
     doctor,
+    encode,
     evaluate,
     explore,
     info,
@@ -41,6 +44,9 @@ app.command(epilog=ood.EPILOG)(ood.ood)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=sample.EPILOG)(sample.sample)
 app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
+app.command(epilog=attributes.EPILOG)(attributes.attributes)
+app.command(epilog=encode.EPILOG)(encode.encode)
+app.command(epilog=decode.EPILOG)(decode.decode)
 app.command(epilog=explore.EPILOG)(explore.explore)
 app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)

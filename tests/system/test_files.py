@@ -238,7 +238,6 @@ OPENING = {
     "checkpoints/zoo.py": {"read_text"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
-    "compression/decompress.py": {"open"},  # new files
     "config.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
