@@ -10,6 +10,7 @@ averaged weights, those of networks in half precision. One that is worse than it
 import argparse
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Trained:
     data: str
     licence: str
     where: str = ""  # which option says where the data lie
+    settings: tuple[str, ...] = ()  # `KEY=VALUE` for the configuration
 
 
 DIGITS = "Optical digits, Alpaydin & Kaynak 1998, as in scikit-learn", "CC BY 4.0"
@@ -53,7 +55,12 @@ MODELS = {
     "glow_mnist_conditional": Trained(
         "Glow on MNIST with a prior for each class", "glow_mnist_conditional", *MNIST
     ),
-    "glow_cifar_small": Trained("Glow on CIFAR-10", "glow_cifar_small", *CIFAR),
+    "glow_cifar_small": Trained(
+        "Glow on CIFAR-10",
+        "glow_cifar_small",
+        *CIFAR,
+        ("model.steps=[10,5,3]", "model.split=mixed", "model.prior=mixture"),
+    ),
     "causal_cifar_small": Trained("Causal flow on CIFAR-10", "causal_cifar_small", *CIFAR),
 }
 
@@ -75,12 +82,12 @@ def main() -> None:
 def _made(name: str, run: Path, where: list[str]) -> str:
     """Trains a model, writes its checkpoint, card and picture, and says its figure."""
     model = MODELS[name]
-    flowtrain("train", "--config", model.config, *where, "--run-dir", str(run))
+    flowtrain("train", "--config", model.config, *model.settings, *where, "--run-dir", str(run))
     summary = json.loads((run / "summary.json").read_text())
     file = zoo.checkpoint_of(name)
     loaded = load_model(str(run), CPU)
     # Where the data lie is a fact of the machine that trained the model.
-    config = load_config(find_config(model.config)).resolved()
+    config = load_config(find_config(model.config), model.settings).resolved()
     config["data"]["root"] = "data"
     # The weights of networks, which are most of a model. A small error in those of the data path is
     # one in the likelihood of every pixel.
@@ -110,7 +117,7 @@ def _made(name: str, run: Path, where: list[str]) -> str:
     flow = load_model(str(file), CPU).flow
     card = zoo.Card(
         title=model.title,
-        command=f"flowtrain train --config {model.config}",
+        command=shlex.join(["flowtrain", "train", "--config", model.config, *model.settings]),
         machine=processor(),
         time=duration(summary["seconds"]),
         data=model.data,
