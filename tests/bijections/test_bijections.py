@@ -46,7 +46,7 @@ from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.execution import FUSED, Container, LayerByLayer
+from flowtrain.bijections.execution import FUSED, ByPlace, Container, LayerByLayer
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
@@ -688,6 +688,23 @@ def test_memory_against_depth(mode):
     assert growth < 1.05 if mode == "reversible" else growth > 2
 
 
+def test_iteration_is_another_way_to_the_inverse():
+    tried = []
+    for name in TABLE:
+        bijection, x, context = a_row(name, torch.float64)
+        if bijection.iterates and not isinstance(bijection, Container):
+            with torch.no_grad():
+                z = bijection(x, context)[0]
+                expected = bijection.inverse(z, context)
+                found = bijection.inverse_by_iteration(z, context, lambda share: None)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            tried.append(name)
+    assert len(tried) > 8 and {name.partition("-")[0] for name in tried} == {
+        "autoregressive",
+        "tokens",
+    }
+
+
 # ---------------------------------------------------------------- fused layers
 
 
@@ -912,6 +929,19 @@ def test_affine_transform_is_bounded_both_ways(raw):
     assert far.abs().max() <= 1e3 * math.exp(transform.limit) + 10
 
 
+def test_the_scales_of_the_papers():
+    x, shift = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    for raw in (-3.0, 0.0, 2.0):
+        parameters = torch.cat([shift, torch.full((1, 2), raw)], dim=1)
+        for transform, scale in (
+            (ExponentialTransform(), math.exp(raw)),
+            (SigmoidTransform(), 2 / (1 + math.exp(-raw))),
+        ):
+            z, log_scale = transform(x, parameters)
+            torch.testing.assert_close(z, (x + shift) * scale)
+            torch.testing.assert_close(log_scale, torch.full((1, 2), math.log(scale)))
+
+
 @pytest.mark.parametrize("raw", [-1e30, -100.0, 100.0, 1e30])
 @pytest.mark.parametrize(
     "build",
@@ -962,6 +992,24 @@ def test_logistic_to_normal_is_harmless_far_out():
 # ---------------------------------------------------------------- layouts
 
 
+def test_reverse_reverses_the_raster_order():
+    x = torch.arange(12.0).view(1, 2, 2, 3)
+    assert torch.equal(Reverse()(x)[0].flatten(2), x.flatten(2).flip(2))
+
+
+def test_halving_puts_pixels_into_halves_of_the_channels():
+    first = torch.tensor([[True, False, False], [False, True, True]])
+    pixels = torch.arange(6.0).view(2, 3)
+    x = torch.stack([10 * pixels + channel for channel in range(4)])[None]
+    z = HalvePixels(first)(x)[0]
+    assert z.shape == (1, 4, 2, 3)
+    kept, changed = ({int(v) // 10 for v in half.flatten()} for half in z.chunk(2, dim=1))
+    assert kept == {0, 4, 5} and changed == {1, 2, 3}
+    # A place has two of the four entries of one pixel.
+    for place in z.chunk(2, dim=1)[0].flatten(2)[0].T:
+        assert len({int(v) // 10 for v in place}) == 1
+
+
 def test_squeeze_puts_the_colours_of_a_checkerboard_into_the_halves():
     rows, columns = torch.arange(4.0)[:, None], torch.arange(4.0)[None, :]
     x = torch.stack([(rows + columns) % 2, 2 + (rows + columns) % 2])[None]
@@ -988,6 +1036,32 @@ def test_coupling_keeps_one_part(swap):
     z = coupling(x)[0]
     assert torch.equal(z[:, -2:] if swap else z[:, :2], x[:, -2:] if swap else x[:, :2])
     assert (z != x)[:, :-2].all() if swap else (z != x)[:, 2:].all()
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *MODELS])
+def test_the_terms_of_places_sum_to_the_log_determinant(name):
+    bijection, x, context = a_row(name)
+    executor = ByPlace()
+    z, log_det = bijection.through(executor, "forward", x, context)
+    expected, expected_log_det = bijection(x, context)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(log_det, expected_log_det)
+    of_places = sum(each.sum(dim=(1, 2)) for each in executor.places.values())
+    if name.startswith(("glow", "realnvp", "ordinal", "checkerboard", "conv1x1", "multiscale")):
+        assert not executor.without
+    if not executor.without:
+        torch.testing.assert_close(of_places + torch.zeros(B), expected_log_det)
+
+
+def test_a_term_stays_at_its_place():
+    """A coupling and what comes after a squeeze, by the Jacobian of each place."""
+    layer = perturb(Coupling(1, GlowNet(1, 4, 4), AffineTransform()))
+    x = torch.randn(1, 3, 2, 3)
+    _, places = layer.forward_by_place(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)[0, :, :, :, 0]
+    for i, j in ((0, 0), (1, 2)):
+        own = jacobian[:, i, j, :, i, j]
+        torch.testing.assert_close(places[0, i, j], torch.linalg.slogdet(own).logabsdet)
 
 
 def test_split_latents_are_the_levels():

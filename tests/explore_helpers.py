@@ -1,0 +1,123 @@
+"""A running server of the explorer, and requests to it that a browser would not send."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+
+import torch
+import uvicorn
+from helpers import a_config, seeded, tiny_flow
+
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
+from flowtrain.data.splits import DataSet
+from flowtrain.explore import guard, server
+from flowtrain.explore.session import Session
+from flowtrain.explore.worker import Worker
+from flowtrain.latents import directions
+from flowtrain.latents.directions import Direction
+
+TAB = "abcdefgh12"
+MEMORY = 2**25
+
+
+def a_session(memory=MEMORY, name="glow_digits"):
+    """The session of a trained model. Its data are not read yet."""
+    model = load_model(name, torch.device("cpu"))
+    return Session(model, name, lambda: DataSet(model.config.data), memory)
+
+
+def class_session(folder):
+    """A tiny model with three classes and an attribute, whose data are not there."""
+    flow = tiny_flow("glow", (1, 4, 4), classes=3).eval().requires_grad_(False)
+    flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
+    config = a_config("glow", data={"name": "npz", "path": str(folder / "no.npz")})
+    meta = {"config": config.resolved(), "step": 0}
+    model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
+    vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
+    thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
+    directions.save(directions.file_of(model), [thick], model_hash(model))
+    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
+
+
+class Running:
+    """A server in a thread, on a free port of this machine."""
+
+    def __init__(self, session, token=None, hosts="own"):
+        self.session = session
+        self.worker = Worker(session.idle)
+        at = server.listening("127.0.0.1", 0)
+        self.port = at.getsockname()[1]
+        names = guard.names_of("127.0.0.1", self.port) if hosts == "own" else hosts
+        application = server.app(session, self.worker, names, token)
+        self.server = uvicorn.Server(server.settings(application))
+        self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
+        self.thread.start()
+        self.turn = 0
+
+    @property
+    def host(self):
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self):
+        return f"http://{self.host}/"
+
+    def end(self):
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.worker.end()
+
+    def request(self, method, path, body=None, headers=None):
+        """Status, headers and body of an answer. The path is sent as it is."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.putrequest(method, path, skip_host=True)
+            sent = {"Host": self.host, "Origin": f"http://{self.host}", **(headers or {})}
+            if body is not None and "Content-Length" not in sent:
+                sent["Content-Length"] = str(len(body))
+            for name, value in sent.items():
+                if value is not None:
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+
+    def get(self, path, headers=None):
+        return self.request("GET", path, headers=headers)
+
+    def post(self, topic, fields, headers=None, raw=None):
+        """Status and JSON of an answer to a request of a tab."""
+        self.turn += 1
+        body = raw
+        if raw is None:
+            body = json.dumps({"tab": TAB, "turn": self.turn, **fields}).encode()
+        status, _, answer = self.request("POST", f"/api/{topic}", body, headers)
+        return status, json.loads(answer)
+
+    def ask(self, topic, **fields):
+        """The JSON of an answer that is no error."""
+        status, answer = self.post(topic, fields)
+        assert status == 200, answer
+        return answer
+
+    def raw(self, data, wait=5.0):
+        """What comes back for bytes that may be no HTTP."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            parts = []
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while part := connection.recv(65536):
+                    parts.append(part)
+            return b"".join(parts)
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
