@@ -58,6 +58,14 @@ def sample(
             show_default="all in turn",
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="sequential|jacobi",
+            help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
+        ),
+    ] = "sequential",
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -105,6 +113,8 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
+    if method not in ("sequential", "jacobi"):
+        raise UserError(f"--method {method}: expected sequential or jacobi")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
@@ -119,7 +129,10 @@ def sample(
         drawing.require_room(count, flow.shape, columns, what)
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(
-            flow, num, temperatures, seed, bar, labels, guidance=guidance, denoise=denoise
+            *(flow, num, temperatures, seed, bar, labels),
+            iterate=method == "jacobi",
+            guidance=guidance,
+            denoise=denoise,
         )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":

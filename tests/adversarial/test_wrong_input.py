@@ -51,9 +51,8 @@ def make(here: Path) -> None:
         "syntax.yaml": "model: {steps: 1\ntrain: [",
         "list.yaml": "- 1\n- 2\n",
         "section.yaml": "model: glow\ntrain: {num_steps: 1}\n",
-        "no_length.yaml": "model: {levels: 2, steps: 1, width: 8}\n",
+        "no_length.yaml": "train: {budget: null}\n",
         "both.yaml": "train: {num_steps: 1, budget: 1min}\n",
-        "empty.yaml": "",
         "text": "a file, not a folder\n",
     }
     for name, text in texts.items():
@@ -235,6 +234,15 @@ CONFIGURATIONS = [
     ("train.batch_size=1e30", "train.batch_size", "integer"),
     ("train.batch_size=true", "train.batch_size", "not a boolean"),
     ("train.precision=fp16", "train.precision", "'fp16'"),
+    (
+        "train.logger=tensorbord",
+        "train.logger",
+        "'tensorboard', 'wandb' or 'trackio'",
+        "'tensorbord'",
+    ),
+    ("train.logger=[wandb,wandb]", "train.logger: one of them is named twice"),
+    ("train.logger=3", "train.logger", "a valid list", "3"),
+    ("train.logger=[tensorboard,1]", "train.logger", "'tensorboard', 'wandb' or 'trackio'", "1"),
     ("train.%FF=1", "train", "unicode"),
     ("train", "--set train", "key=value"),
     ("=3", "--set =3", "key=value"),
@@ -370,7 +378,6 @@ TABLE = [
     ("train --config good.png", "good.png: cannot be read as YAML"),
     ("train --config list.yaml", "list.yaml: expected keys and values, got list"),
     ("train --config section.yaml", "section.yaml: model: expected keys and values, got 'glow'"),
-    ("train --config empty.yaml", "train.num_steps and train.budget: neither is given"),
     ("train --config no_length.yaml", "train.num_steps and train.budget: neither is given"),
     ("train --config both.yaml", "train.num_steps and train.budget: both are given"),
     ("train --config sub", "--config sub: not a regular file"),
@@ -506,6 +513,8 @@ TABLE = [
     ("sample dotted_data.safetensors", "data.name is 'os.path'", "--trust-code"),
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     ("sample run --out a", "--out a:", ".png or .npz"),
+    ("sample run --method fast", "--method fast: expected sequential or jacobi"),
+    ("sample run --method jacobi", "--method jacobi: ", "samples take one pass"),
     ("sample run --num-images 0", "--num-images", AT_LEAST_1),
     (
         f"sample run --num-images {HUGE}",
