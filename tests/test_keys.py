@@ -71,6 +71,7 @@ SPHERE = {"data": {"name": "sphere", "count": 60}}
 SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
 FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
+COLOUR = {"data": {**FOLDER["data"], "channels": 3}}
 LAYOUT = {"data": {"name": "npz", "path": "layout.npz"}, **NICE}
 POINTS = {
     name: {"data": {"name": name, "count": 60}, **NICE}
@@ -106,6 +107,9 @@ FLIPS = [
     ("sphere:data.concentration", 3, "content", SPHERE),
     ("model.name", "nice", "parameters"),
     ("model.classes", 10, "parameters"),
+    ("model.context", "downsample", "parameters"),
+    ("model.context", "grey", "parameters", COLOUR),
+    ("model.context_factor", 4, "loss", {"model": {"context": "downsample"}}),
     ("glow:model.levels", 2, "parameters"),
     ("glow:model.steps", 2, "parameters"),
     ("glow:model.width", 9, "parameters"),

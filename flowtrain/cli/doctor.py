@@ -65,7 +65,7 @@ def doctor(
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     console.print(f"examining {loaded.checkpoint.path}")
     data = data_of(loaded, overrides)
     with ProgressBar("examining") as bar:

@@ -83,6 +83,8 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
 
     loaded = load_model(model, torch.device("cpu"), None, trust_code)
     flow, checkpoint = loaded.flow, loaded.checkpoint
+    context = flow.image_context
+    unit = flow.kind.unit + ("" if context is None else f" given {context.words}")
     meta = checkpoint.meta
     table: dict[str, object] = {
         "checkpoint": f"{checkpoint.path}: {checkpoint.path.stat().st_size / MIB:,.1f} MiB, "
@@ -97,15 +99,13 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
             f"{duration(progress['seconds'])}, {state}"
         )
         if progress["best"] is not None:
-            table["validation"] = (
-                f"{progress['best']:.3f} {flow.kind.unit} at step {progress['best_step']:,}"
-            )
+            table["validation"] = f"{progress['best']:.3f} {unit} at step {progress['best_step']:,}"
     for file in sorted(run_of(checkpoint.path).glob("evaluate-*.json")):
         result = read_evaluation(file)
         value, error = result.loss
         if value is not None:
             table[f"{result.dataset}, {result.split}"] = (
-                f"{figure(value, error)} {flow.kind.unit} ({result.num_images:,} images, step "
+                f"{figure(value, error)} {unit} ({result.num_images:,} images, step "
                 f"{result.step:,})"
             )
     if checkpoint.path.parent == zoo.FOLDER:
@@ -125,4 +125,6 @@ def _shape(shape: "Shape", kind: "Kind") -> str:
 
 
 def _size(flow: "Flow") -> str:
-    return f"{sum(p.numel() for p in flow.parameters()):,} parameters, sampling: {flow.sampling}"
+    given = "" if flow.image_context is None else f"given {flow.image_context.words}, "
+    size = sum(p.numel() for p in flow.parameters())
+    return f"{given}{size:,} parameters, sampling: {flow.sampling}"

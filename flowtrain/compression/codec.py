@@ -93,7 +93,8 @@ class Variational:
 
 
 def levels_of(flow: Flow) -> int:
-    """Q. Raises `UserError` for a model of real-valued data or with classes."""
+    """Q. Raises `UserError` for a model of real-valued data, with classes or with a context."""
+    flow.require_no_context("compress (an archive has no context)")
     if flow.classes:
         raise UserError(
             f"compress: the model is class-conditional (model.classes is {flow.classes}): no "

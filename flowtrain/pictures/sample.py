@@ -23,16 +23,19 @@ def sample(
     seed: int,
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
+    contexts: Tensor | None = None,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
-    for each temperature and class, again from the same latents.
+    for each temperature and class, again from the same latents. So it does for each of the
+    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs.
 
     Raises `UserError` for a class that the model does not have, or for samples without room.
     """
-    count = num * len(temperatures) * max(1, len(classes))
+    groups = max(1, len(classes)) if contexts is None else len(contexts)
+    count = num * len(temperatures) * groups
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
         # Latents as drawn and as placed, and images in parts and as a whole.
@@ -48,14 +51,15 @@ def sample(
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
+    given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
     images = []
     for i, temperature in enumerate(temperatures):
-        latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
+        latents = flow.place(temperature * z.repeat(groups, 1), labels)
 
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels))
+        images.append(decode(flow, latents, note, labels, given))
     return torch.cat(images)
 
 
@@ -64,6 +68,7 @@ def decode(
     z: Tensor,
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -80,17 +85,22 @@ def decode(
         def note(share: float, start: int = start, stop: int = stop) -> None:
             progress(round(start + share * (stop - start), 1))
 
-        of_part = None if labels is None else labels[start:stop]
-        images.append(flow.decode(z[start:stop], of_part, Noting(note)).cpu())
+        of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
+        images.append(flow.decode(z[start:stop], of_part, Noting(note), given).cpu())
         progress(stop)
     return torch.cat(images)
 
 
 def npz(
-    flow: Flow, drawn: Tensor, temperatures: Sequence[float], seed: int, classes: Sequence[int] = ()
+    flow: Flow,
+    drawn: Tensor,
+    temperatures: Sequence[float],
+    seed: int,
+    classes: Sequence[int] = (),
+    contexts: Tensor | None = None,
 ) -> bytes:
     """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` were asked for, its class.
+    each and, where `classes` or `contexts` were asked for, its class or its context.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {
@@ -99,6 +109,9 @@ def npz(
     }
     if classes:
         arrays["classes"] = np.tile(np.repeat(classes, num), len(temperatures))
+    if contexts is not None:
+        repeated = contexts.repeat_interleave(num // len(contexts), dim=0)
+        arrays["context"] = repeated.repeat(len(temperatures), 1, 1, 1).movedim(1, -1).numpy()
     arrays |= {"seed": seed, **flow.kind.npz()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
