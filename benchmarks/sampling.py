@@ -1,32 +1,47 @@
 """Sampling: seconds for 64 images, beside a forward pass of 64 images and the peers. Then the same
-of a causal flow, which samples one entry after the other.
+for the small configurations of flowtrain, some of which sample one entry after the other.
 """
 
-from common import SHAPE, WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
+import torch
+from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
 
-from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.data.splits import DataSet
 from flowtrain.flow.flow import Flow, initialize
 
 IMAGES = 64
-CAUSAL = {"name": "causal", "width": 192, "blocks": 8, "components": 5}
+CONFIGS = (
+    "glow_digits",
+    "causal_digits",
+    "glow_mnist_small",
+    "causal_mnist_small",
+    "glow_cifar_small",
+    "causal_cifar_small",
+)
 
 
-def causal_flow() -> Flow:
-    """As it starts, apart from the least squares. Weights do not change how long anything takes."""
-    described = {"data": {"name": "cifar10"}, "model": CAUSAL, "train": {"num_steps": 1}}
-    flow = build_flow(configuration.parse(described), SHAPE, 256)
-    x = images(IMAGES)
-    initialize(flow, x, x.new_zeros(x.shape, dtype=flow.dtype))
+def flow_of(name: str) -> Flow:
+    """The flow of a configuration of flowtrain, initialized from random images. Weights do not
+    change how long anything takes.
+    """
+    config = load_config(find_config(name))
+    data = DataSet(config.data)
+    assert data.kind.levels is not None
+    flow = build_flow(config, data.shape, data.kind.levels)
+    x = torch.randint(data.kind.levels, (IMAGES, *data.shape), dtype=torch.uint8)
+    initialize(flow, x, torch.rand(x.shape, dtype=flow.dtype))
     return flow.eval().requires_grad_(False)
 
 
 def main() -> None:
-    options = arguments(__doc__, work="S").parse_args()
+    parser = arguments(__doc__, work="S")
+    parser.add_argument("--configs", nargs="*", default=CONFIGS, help="the configurations")
+    options = parser.parse_args()
     work = WORK[options.work]
-    begin(f"Sampling {IMAGES} images, {options.work}: {work}; and {CAUSAL}", options)
+    begin(f"Sampling {IMAGES} images, {options.work}: {work}", options)
     flow = flowtrain_state(work).flow.eval().requires_grad_(False)
-    causal = causal_flow()
     x = images(IMAGES)
     contenders = {
         "flowtrain, forward pass": lambda: flow.log_prob(x),
@@ -34,12 +49,22 @@ def main() -> None:
     }
     for name, peer in peers(work).items():
         contenders[f"{name}, sampling"] = lambda peer=peer: peer.sample(IMAGES)
-    contenders["causal, forward pass"] = lambda: causal.log_prob(x)
-    contenders["causal, sampling"] = lambda: causal.sample(IMAGES)
     seconds = in_turns(contenders, options.repeats)
     table(
         seconds,
         {"to the forward pass": "flowtrain, forward pass", "to sampling": "flowtrain, sampling"},
+    )
+    flows = {name: flow_of(name) for name in options.configs}
+    print()
+    table(
+        in_turns(
+            {
+                f"`{name}`, {flow.sampling}": lambda flow=flow: flow.sample(IMAGES)
+                for name, flow in flows.items()
+            },
+            options.repeats,
+        ),
+        {},
     )
 
 

@@ -153,6 +153,13 @@ class Model(Component):
         "networks of a causal flow see it. 0 trains without labels. The training loss is that of "
         "an image given its class. Validation and evaluation report the image alone.",
     )
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Probability with which an image loses its label in training, for models whose "
+        "networks see the class. They then also know images without a class, which "
+        "`sample --guidance` needs; 0.1 is usual. Validation and evaluation still report the mean "
+        "over the classes.",
+    )
     context: Literal["none", "downsample", "grey"] = Field(
         "none",
         description="What all networks see of the image itself, so that the model is of images "
@@ -167,10 +174,16 @@ class Model(Component):
 class Dequantization(Section):
     """How integers become real numbers."""
 
-    name: Literal["uniform", "variational"] = Field(
+    name: Literal["uniform", "variational", "gaussian"] = Field(
         "uniform",
         description="The noise that is added: uniform, or variational, where a flow that sees the "
-        "image draws it.",
+        "image draws it. `gaussian` is for pictures: the model is then a density of noisy images, "
+        "and has no bits/dim.",
+    )
+    sigma: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.05,
+        description="Standard deviation of Gaussian noise (gaussian only), where 0 is black and 1 "
+        "is white. TarFlow's 0.05 to 0.15 are for images in [-1, 1], and are 0.025 to 0.075 here.",
     )
     steps: Positive = Field(
         4, description="Number of steps in the flow of the noise (variational only)."

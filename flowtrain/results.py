@@ -27,6 +27,7 @@ class Summary(File):
     finished: bool
     best_validation_bits_per_dim: float | None
     best_validation_nats: float | None = None  # given for real-valued data only
+    best_validation_nats_per_dim: float | None = None  # given for densities of noisy images only
     best_step: int | None
     parameters: int
     non_finite_steps: int
@@ -39,14 +40,18 @@ class Summary(File):
     @property
     def unit(self) -> str:
         """The unit of the run's losses."""
+        if "best_validation_nats_per_dim" in self.model_fields_set:
+            return "nats/dim"
         return "nats" if "best_validation_nats" in self.model_fields_set else "bits/dim"
 
     @property
     def best(self) -> float | None:
         """The best validation loss, in `unit`."""
-        return (
-            self.best_validation_nats if self.unit == "nats" else self.best_validation_bits_per_dim
-        )
+        return {
+            "nats/dim": self.best_validation_nats_per_dim,
+            "nats": self.best_validation_nats,
+            "bits/dim": self.best_validation_bits_per_dim,
+        }[self.unit]
 
 
 class Row(File):
@@ -58,8 +63,9 @@ class Row(File):
     images: int
     seconds: float
     split: Literal["train", "validation"]
-    bits_per_dim: float | None  # None where it was not finite, and for real-valued data
+    bits_per_dim: float | None  # None where it was not finite, and where a density has no bits
     nats: float | None = None  # given for real-valued data only
+    nats_per_dim: float | None = None  # given for densities of noisy images only
     grad_norm: float | None = None  # before clipping; this and the rest are given in training only
     clip_norm: float | None = None
     lr: float | None = None
@@ -67,8 +73,9 @@ class Row(File):
 
     @property
     def loss(self) -> float | None:
-        """In bits/dim or nats; None where it was not finite."""
-        return self.nats if self.bits_per_dim is None else self.bits_per_dim
+        """In bits/dim, nats or nats/dim; None where it was not finite."""
+        found = (self.bits_per_dim, self.nats, self.nats_per_dim)
+        return next((loss for loss in found if loss is not None), None)
 
 
 class Evaluation(File):
@@ -79,8 +86,12 @@ class Evaluation(File):
 
     bits_per_dim: float | None  # of `bound`; with the standard error over images
     bits_per_dim_stderr: float | None
-    bound: str  # elbo, iwbo, or exact
+    bound: str  # elbo, iwbo, exact, or density: that of noisy images, which has no bits
     samples: int
+    sigma: float | None = None  # of the noise of noisy images; this and the next three only there
+    nats_per_dim: float | None = None  # minus the mean log-density, also over draws of the noise
+    nats_per_dim_stderr: float | None = None
+    nats_per_dim_stderr_draws: float | None = None
     bits_per_dim_stderr_draws: float | None = None  # standard error over draws of the noise
     elbo_bits_per_dim: float | None = None
     elbo_bits_per_dim_stderr: float | None = None
@@ -89,6 +100,8 @@ class Evaluation(File):
     nats_per_image_stderr: float | None = None
     bits_per_dim_given_class: float | None = None  # class-conditional models, on labelled data
     nats_given_class: float | None = None
+    nats_per_dim_given_class: float | None = None
+    classes: int | None = None  # of a class-conditional model: the loss is of the mean over them
     accuracy: float | None = None
     accuracy_stderr: float | None = None
     num_images: int
@@ -113,7 +126,11 @@ class Evaluation(File):
 
     @property
     def loss(self) -> tuple[float | None, float | None]:
-        """The loss with its standard error: nats for real-valued data, otherwise bits/dim."""
+        """The loss with its standard error: nats for real-valued data, nats/dim for noisy images,
+        otherwise bits/dim.
+        """
+        if self.bound == "density":
+            return self.nats_per_dim, self.nats_per_dim_stderr
         if self._is_density:
             return self.nats_per_image, self.nats_per_image_stderr
         return self.bits_per_dim, self.bits_per_dim_stderr
@@ -125,6 +142,6 @@ class Evaluation(File):
 
     def content(self) -> dict[str, Any]:
         values = super().content()
-        if self._is_density:
+        if self._is_density or self.bound == "density":
             return values
         return {"bound": self.bound, "samples": self.samples} | values  # these two first

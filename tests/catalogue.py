@@ -18,6 +18,8 @@ TINY = {
         "atol": 1e-12,
     },
     "causal": {"width": 6, "blocks": 1, "components": 2, "units": 3, "window": 1},
+    "tarflow": {"patch": 2, "width": 8, "blocks": 2, "layers": 1},
+    "jet": {"patch": 2, "width": 8, "couplings": 5, "layers": 1},
 }
 # A model of points on a sphere. It fits no image.
 SPHERE = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}

@@ -68,9 +68,10 @@ def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **chang
 
 def foreign_archive(path: str, model: bytes | None = None) -> bytes:
     """An archive of one image that a model has coded, which is in the archive or at `path`."""
-    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"], "probe": 0}
+    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"]}
     described["streams"] = [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}]
     described["versions"] = {"torch": torch.__version__}
-    of = {"hash": "0" * 64, "path": path, "weights": "raw", "embedded": model is not None}
-    parts = [bytes(4), bytes(8), *([] if model is None else [model])]
+    of = {"path": path, "weights": "raw", "embedded": model is not None}
+    identity = archive.Identity("0" * archive.HASH_DIGITS, 0)
+    parts = [bytes(4) + identity.written(), bytes(8), *([] if model is None else [model])]
     return archive.pack({**described, "model": of}, parts)

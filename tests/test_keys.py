@@ -36,6 +36,7 @@ from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
+from flowtrain.results import Row
 from flowtrain.system.capacity import peak
 from flowtrain.training.dry_run import dry_run
 from flowtrain.training.loop import fit
@@ -60,6 +61,7 @@ BASE = {
 }
 LOGIT = {"dequantization": {"transform": "logit"}}
 VARIATIONAL = {"dequantization": {"name": "variational", "steps": 2, "width": 4}}
+GAUSSIAN = {"dequantization": {"name": "gaussian"}}
 REALNVP = {"model": {"name": "realnvp", "levels": 1, "width": 4, "blocks": 1}}
 NICE = {"model": {"name": "nice", "couplings": 2, "width": 8, "hidden_layers": 1}}
 PLANAR = {"model": {"name": "planar", "layers": 2}}
@@ -67,11 +69,17 @@ MAF = {"model": {"name": "maf", "layers": 2, "width": 8, "hidden_layers": 1}}
 CNF = {"model": {"name": "cnf", "width": 8, "hidden_layers": 1}}
 IAF = {"model": {**MAF["model"], "name": "iaf"}}
 CAUSAL = {"model": {"name": "causal", "width": 8, "blocks": 1, "units": 2, "window": 1}}
+TARFLOW = {"model": {"name": "tarflow", "patch": 4, "width": 8, "blocks": 2, "layers": 1}}
+JET = {"model": {"name": "jet", "patch": 4, "width": 8, "couplings": 2, "layers": 1}}
 SPHERE = {"data": {"name": "sphere", "count": 60}}
 SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
 FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
 COLOUR = {"data": {**FOLDER["data"], "channels": 3}}
+PATCHES = {
+    name: {"data": {**FOLDER["data"], "size": 16}, **base}
+    for name, base in (("tarflow", TARFLOW), ("jet", JET))
+}
 LAYOUT = {"data": {"name": "npz", "path": "layout.npz"}, **NICE}
 POINTS = {
     name: {"data": {"name": name, "count": 60}, **NICE}
@@ -107,6 +115,7 @@ FLIPS = [
     ("sphere:data.concentration", 3, "content", SPHERE),
     ("model.name", "nice", "parameters"),
     ("model.classes", 10, "parameters"),
+    ("model.label_dropout", 0.5, "loss", {"model": {**CAUSAL["model"], "classes": 10}}),
     ("model.context", "downsample", "parameters"),
     ("model.context", "grey", "parameters", COLOUR),
     ("model.context_factor", 4, "loss", {"model": {"context": "downsample"}}),
@@ -176,9 +185,24 @@ FLIPS = [
     ("causal:model.attention", 1, "parameters", CAUSAL),
     ("causal:model.downsample", 1, "parameters", CAUSAL),
     ("causal:model.dropout", 0.5, "loss", CAUSAL),
+    *(("tarflow:model.patch", patch, "parameters", TARFLOW) for patch in (1, 2)),
+    *((f"{name}:model.patch", 8, "parameters", base) for name, base in PATCHES.items()),
+    ("tarflow:model.width", 9, "parameters", TARFLOW),
+    ("tarflow:model.blocks", 3, "parameters", TARFLOW),
+    ("tarflow:model.layers", 2, "parameters", TARFLOW),
+    ("tarflow:model.mixing", "none", "parameters", TARFLOW),
+    ("tarflow:model.bounded", False, "loss", TARFLOW),
+    ("jet:model.patch", 2, "parameters", JET),
+    ("jet:model.width", 9, "parameters", JET),
+    ("jet:model.couplings", 3, "parameters", JET),
+    ("jet:model.layers", 2, "parameters", JET),
+    ("jet:model.mixing", "permutation", "parameters", JET),
+    ("jet:model.bounded", False, "loss", JET),
     ("dequantization.name", "variational", "parameters"),
     ("dequantization.steps", 3, "parameters", VARIATIONAL),
     ("dequantization.width", 5, "parameters", VARIATIONAL),
+    ("dequantization.name", "gaussian", "loss"),
+    ("dequantization.sigma", 0.3, "loss", GAUSSIAN),
     ("dequantization.transform", "logit", "loss"),
     ("dequantization.alpha", 0.2, "loss", LOGIT),
     ("train.num_steps", 3, "steps"),
@@ -310,7 +334,7 @@ def train(values, folder):
     steps = [row for row in rows if row["split"] == "train"]
     saved = read(run.last)
     return {
-        "loss": [row.get("nats", row["bits_per_dim"]) for row in steps],
+        "loss": [Row.model_validate(row).loss for row in steps],
         "lr": [row["lr"] for row in steps],
         "steps": [row["step"] for row in steps],
         "images": [row["images"] for row in steps],

@@ -4,6 +4,7 @@
 """
 
 from flowtrain.bijections.actnorm import ActNorm, DiagonalAffine
+from flowtrain.bijections.affine import ExponentialTransform, SigmoidTransform
 from flowtrain.bijections.autoregressive import Inverse, MaskedAutoregressive
 from flowtrain.bijections.base import Bijection, Transform
 from flowtrain.bijections.continuous import Continuous
@@ -19,10 +20,11 @@ from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.multiscale import Multiscale
 from flowtrain.bijections.ordinal import OrdinalAutoregressive
 from flowtrain.bijections.planar import Planar
-from flowtrain.bijections.reshape import Flatten, Permute, Squeeze
+from flowtrain.bijections.reshape import Flatten, HalvePixels, Permute, Reverse, Squeeze
 from flowtrain.bijections.sequential import Sequential
 from flowtrain.bijections.sphere import AnglesToNormal, SphereToAngles
 from flowtrain.bijections.spline import CircularSplineTransform, SplineTransform
+from flowtrain.bijections.token_autoregressive import TokenAutoregressive
 
 __all__ = [
     "ActNorm",
@@ -37,7 +39,9 @@ __all__ = [
     "Conv1x1LU",
     "Coupling",
     "DiagonalAffine",
+    "ExponentialTransform",
     "Flatten",
+    "HalvePixels",
     "Inverse",
     "LogisticToNormal",
     "MaskedAutoregressive",
@@ -46,9 +50,12 @@ __all__ = [
     "OrdinalAutoregressive",
     "Permute",
     "Planar",
+    "Reverse",
     "Sequential",
+    "SigmoidTransform",
     "SphereToAngles",
     "SplineTransform",
     "Squeeze",
+    "TokenAutoregressive",
     "Transform",
 ]

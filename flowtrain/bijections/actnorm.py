@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.context import Context
 
 # exp(8) is about 3,000. Dequantization noise alone has a standard deviation of 1/887 in y, so even
 # a channel that is constant in the data can be scaled to unit variance. Its inverse is harmless.
@@ -32,11 +33,11 @@ class DiagonalAffine(Bijection):
     def _log_det(self, log_scale: Tensor, like: Tensor) -> Tensor:
         return sum_per_example(log_scale.expand_as(like[:1])).expand(like.shape[0])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scales()
         return x * log_scale.exp() + self.shift, self._log_det(log_scale, x)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scales()
         return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)
 
@@ -52,7 +53,7 @@ class ActNorm(SetFromData, DiagonalAffine):
         super().__init__(shape)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if self.initialized:
             return
         # Statistics over the batch and every dimension in which the parameters are broadcast.
@@ -65,10 +66,10 @@ class ActNorm(SetFromData, DiagonalAffine):
         self.shift.copy_(-mean[0] * self.log_scales().exp())
         self.initialized.fill_(True)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         return super().forward(x, context)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         return super().inverse(z, context)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import Container, Executor, opposite
+from flowtrain.bijections.iteration import fixed_point
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
@@ -39,6 +41,7 @@ class MaskedAutoregressive(Bijection):
     """
 
     inverse_is_sequential = True
+    iterates = True
     has_network = True
     reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
 
@@ -47,15 +50,15 @@ class MaskedAutoregressive(Bijection):
         self.conditioner = conditioner
         self.transform = transform
 
-    def _transformed(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """`z` and the log-derivatives, both `(B, D)`."""
         return self.transform(x, apply_conditioner(self.conditioner, x, context))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, context)
         return z, sum_per_example(log_derivative)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         entries = z.split(1, dim=1)
         log_derivatives: list[Tensor] = []
 
@@ -64,14 +67,29 @@ class MaskedAutoregressive(Bijection):
             log_derivatives.append(log_derivative)
             return x
 
+        build = self.conditioner.entry_by_entry
         with full_precision(z):
-            x = self.conditioner.entry_by_entry(next_entry, z.shape[0], context)
+            if isinstance(context, Guided):
+                x = context.in_order(build, next_entry)
+            else:
+                x = build(next_entry, z.shape[0], context)
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
+
+    def inverse_by_iteration(
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = apply_conditioner(self.conditioner, x, context)
+            return self.transform.inverse(z, parameters)
+
+        with full_precision(z):
+            x, log_derivative = fixed_point(step, z, z.shape[1], note)
+        return x, sum_per_example(log_derivative)
 
     def loops(self) -> list[Direction]:
         return ["inverse"]
 
-    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
         return self._transformed(x, context)[1]
 
 
@@ -96,6 +114,6 @@ class Inverse(Container):
         return [opposite(direction) for direction in self.bijection.loops()]
 
     def through(
-        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         return self.bijection.through(executor, opposite(direction), x, context)

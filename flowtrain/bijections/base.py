@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flowtrain.bijections.context import Context
+
 if TYPE_CHECKING:
     from flowtrain.bijections.execution import Executor
     from flowtrain.bijections.ordinal import OrdinalAutoregressive
@@ -19,13 +21,15 @@ class Bijection(nn.Module):
     `forward` maps data to latents, `inverse` maps latents to data. Both return the result and
     `log_det`, the log of the absolute Jacobian determinant **of the direction just computed**, in
     nats, per example, shape `(B,)`. An example's result may not depend on the rest of its batch.
-    `context` is extra input that a conditional layer may read, shape `(B, C', H, W)` or `(B, E)`.
+    `context` is extra input that a conditional layer may read, shape `(B, C', H, W)` or `(B, E)`,
+    or two of them for guidance (`context.py`). A layer hands it to `apply_conditioner`.
 
     The other methods are questions that a layer answers about itself. The defaults suit a layer
     that computes both directions from its parameters alone.
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
+    iterates: bool = False  # whether `inverse_by_iteration` is another way to the inverse
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
     has_network: bool = False  # whether networks take most of its time
@@ -35,22 +39,28 @@ class Bijection(nn.Module):
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 
-        def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+        def __call__(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def inverse_noting(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         """`inverse`. A layer that takes long calls `note` with the share that is done."""
         return self.inverse(z, context)
 
+    def inverse_by_iteration(
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        """`inverse`, within rounding, by fixed-point iteration. See `iterates`."""
+        return self.inverse_noting(z, context, note)
+
     def through(
-        self, executor: "Executor", direction: Direction, x: Tensor, context: Tensor | None = None
+        self, executor: "Executor", direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.layer(self, direction, x, context)
@@ -62,14 +72,14 @@ class Bijection(nn.Module):
         """
         return []
 
-    def retrace(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
 
         A layer overrides it if its inverse makes steps, so that a rounding error can be one.
         """
         return self(x, context)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
 
     def tensors(self) -> list[Tensor]:
@@ -77,7 +87,7 @@ class Bijection(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def reconstruct(
-        self, z: Tensor, context: Tensor | None = None
+        self, z: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The input `x` of an output `z`, as a leaf of autograd, and `forward(x)` with its graph.
 
@@ -86,14 +96,15 @@ class Bijection(nn.Module):
         layer whose two directions share work overrides it.
         """
         with torch.no_grad():
-            x = self.inverse(z, context)[0]
+            # Detached, because the compiler would take a view of z for a part of its graph.
+            x = self.inverse(z.detach(), context)[0]
         return x.requires_grad_(), *self(x, context)
 
     def log_scales(self) -> Tensor | None:
         """The log-scales among the parameters, of any shape, or None."""
         return None
 
-    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor | None:
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor | None:
         """The log-scales that a network predicts for the input `x`, of any shape, or None."""
         return None
 

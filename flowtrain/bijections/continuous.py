@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.precision import full_precision, has_float64
 from flowtrain.errors import UserError
 
@@ -165,16 +166,16 @@ class Continuous(Bijection):
             "atol": self.atol,
         }
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         end = self._solve(x, forwards=True)[-1]
         return end[:, :-1], end[:, -1]
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         end = self._solve(z, forwards=False)[-1]
         return end[:, :-1], end[:, -1]
 
     def reconstruct(
-        self, z: Tensor, context: Tensor | None = None
+        self, z: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():  # but to the tolerances of the forward pass that gave z
             x = self._solve(z, forwards=False, for_gradient=True)[-1][:, :-1]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData, bounded, stacked, unbounded
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.precision import full_precision
 
 
@@ -82,7 +83,7 @@ class LinearChannels(SetFromData):
         raise NotImplementedError
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if not self.initialized:
             pixels, channels = x[:, 0].numel(), x.shape[1]
             if pixels > 2 * channels:  # C pixels cannot even vary in C directions
@@ -92,12 +93,12 @@ class LinearChannels(SetFromData):
     def _log_det(self, x: Tensor) -> Tensor:
         return (self.log_abs_dets([self]) * x[0, 0].numel()).expand(x.shape[0])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         with full_precision(x):
             return mix_channels(x, self.mixing_matrix()), self._log_det(x)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         with full_precision(z):
             return mix_channels(z, self.inverse_weights([self])[0]), -self._log_det(z)

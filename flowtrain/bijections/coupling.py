@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.precision import apply_conditioner, into_conditioner
 
 # A transform, or its inverse: entries and parameters to entries and log-derivatives.
@@ -121,19 +122,20 @@ class _ConditionedTransform(Bijection):
         """Those log-derivatives from `_transformed` whose entries the layer changes."""
         return values
 
-    def predict(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def predict(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The parameters of the transform, predicted from the layer's input or its output."""
         return apply_conditioner(self.conditioner, self._kept(x), context)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if (initialize := getattr(self.conditioner, "initialize", None)) is not None:
-            inside = None if context is None else into_conditioner(context)
+            plain = unguided(context)
+            inside = None if plain is None else into_conditioner(plain)
             initialize(into_conditioner(self._kept(x)), inside)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self._with(x, self.predict(x, context), self.transform)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self._with(z, self.predict(z, context), self.transform.inverse)
 
     def _with(self, x: Tensor, parameters: Tensor, transform: Elementwise) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,7 @@ class _ConditionedTransform(Bijection):
         return z, sum_per_example(log_derivative)
 
     def reconstruct(
-        self, z: Tensor, context: Tensor | None = None
+        self, z: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = self.predict(z, context)  # once for both directions: z and x keep the same
         with torch.no_grad():
@@ -149,7 +151,7 @@ class _ConditionedTransform(Bijection):
         x.requires_grad_()
         return x, *self._with(x, parameters, self.transform)
 
-    def predicted_log_scales(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
         log_derivative = self._transformed(x, self.predict(x, context), self.transform)[1]
         return self._of_changed(log_derivative)
 

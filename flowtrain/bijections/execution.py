@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.fused import fuse
 
 # Calls a layer in a direction on an input and a context, as `call` does.
-Call = Callable[[Bijection, Direction, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Call = Callable[[Bijection, Direction, Tensor, Context | None], tuple[Tensor, Tensor]]
 
 
 def call(
-    layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None = None
+    layer: Bijection, direction: Direction, x: Tensor, context: Context | None = None
 ) -> tuple[Tensor, Tensor]:
     """The layer's `forward` or `inverse`."""
     return layer(x, context) if direction == "forward" else layer.inverse(x, context)
@@ -37,7 +38,7 @@ class Executor:
         self.call = call
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         """Calls one layer that is not made of others."""
         return self.call(layer, direction, x, context)
@@ -47,7 +48,7 @@ class Executor:
         return fuse(layers, direction)
 
     def chain(
-        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         """Calls layers, listed from data to latents, and adds up their log-determinants."""
         called = self.prepared(layers, direction)
@@ -65,7 +66,7 @@ class Retracing(Executor):
     """Computes latents from which `inverse` gives exactly the data back (`Bijection.retrace`)."""
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             return layer.retrace(x, context)
@@ -83,7 +84,7 @@ class Initializing(LayerByLayer):
     """Lets each layer set itself from its actual input just before it is called."""
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             layer.initialize(x, context)
@@ -98,10 +99,21 @@ class Noting(Executor):
         self.note = note
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse":
             return layer.inverse_noting(x, context, self.note)
+        return call(layer, direction, x, context)
+
+
+class Iterating(Noting):
+    """Computes the inverse of a layer by fixed-point iteration where the layer has that way."""
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        if direction == "inverse":
+            return layer.inverse_by_iteration(x, context, self.note)
         return call(layer, direction, x, context)
 
 
@@ -113,14 +125,14 @@ class Container(Bijection):
         raise NotImplementedError
 
     def through(
-        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.through(FUSED, "forward", x, context)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.through(FUSED, "inverse", z, context)
 
     def loops(self) -> list[Direction]:
@@ -129,3 +141,7 @@ class Container(Bijection):
     @property
     def inverse_is_sequential(self) -> bool:  # type: ignore[override]
         return any(part.inverse_is_sequential for part in self.parts())
+
+    @property
+    def iterates(self) -> bool:  # type: ignore[override]
+        return any(part.iterates for part in self.parts())

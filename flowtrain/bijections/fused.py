@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT, ActNorm
 from flowtrain.bijections.base import Bijection, Direction, bounded, stacked
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.conv1x1 import LinearChannels, mix_channels
 from flowtrain.bijections.precision import full_precision
 
@@ -88,10 +89,10 @@ class FusedLinear(Bijection):
     def tensors(self) -> list[Tensor]:
         return list(self.to_latents)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return _apply_channels(x, self.to_latents)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return _apply_channels(z, self.to_data)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.execution import Call, Executor, call
 from flowtrain.bijections.fused import fuse
 
@@ -55,10 +56,11 @@ class Recomputing(Executor):
         self.gradient = gradient
 
     def chain(
-        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Tensor | None
+        self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "inverse" or not layers or not torch.is_grad_enabled():
             return super().chain(layers, direction, x, context)
+        context = unguided(context)
         called = fuse(layers, *directions_of(self.mode))
         tensors = [tensor for layer in called for tensor in layer.tensors()]
         result: tuple[Tensor, Tensor] = _Recomputed.apply(self, called, x, context, *tensors)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import Container, Executor
 
 
@@ -40,7 +41,7 @@ class Multiscale(Container):
         return itertools.chain(self.levels, self.priors)  # type: ignore[arg-type]
 
     def through(
-        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         way = self._to_latents if direction == "forward" else self._to_data
         return way(executor, x, context)
@@ -49,7 +50,7 @@ class Multiscale(Container):
         return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
 
     def _to_latents(
-        self, executor: Executor, x: Tensor, context: Tensor | None
+        self, executor: Executor, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         latents = []
@@ -62,7 +63,7 @@ class Multiscale(Container):
         return torch.cat(latents, dim=1), total
 
     def _to_data(
-        self, executor: Executor, z: Tensor, context: Tensor | None
+        self, executor: Executor, z: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         total = z.new_zeros(z.shape[0])
         latents = self.split_latents(z)

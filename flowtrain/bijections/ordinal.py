@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
@@ -88,6 +89,26 @@ class TokenNet(nn.Module):
         `seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there.
         """
         raise NotImplementedError
+
+
+class _GuidedByToken:
+    """The parameters of a batch in a guided context. See `NetByToken`."""
+
+    def __init__(self, net: TokenNet, seen: Tensor, context: Guided):
+        self.context = context
+        self.given = net.by_token(seen, context.given)
+        self.without = net.by_token(seen, context.without)
+
+    def start(self, i: int, j: int) -> None:
+        self.given.start(i, j)
+        self.without.start(i, j)
+
+    def parameters(self, d: int) -> Tensor:
+        return self.context.extrapolated(self.given.parameters(d), self.without.parameters(d))
+
+    def end(self, i: int, j: int) -> None:
+        self.given.end(i, j)
+        self.without.end(i, j)
 
 
 class OrdinalAutoregressive(SetFromData):
@@ -168,7 +189,7 @@ class OrdinalAutoregressive(SetFromData):
         """The log-scales of the residuals of a token's entries, `(E, 1, 1)`."""
         return bounded(self.log_scale, LOG_SCALE_LIMIT)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if self.initialized:
             return
         levels = self._tokens(self._levels_of(x[: self.initialization_images])[0])
@@ -179,7 +200,7 @@ class OrdinalAutoregressive(SetFromData):
             self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
             self.initialized.fill_(True)
 
-    def forward(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         x, u = map(self._tokens, self._levels_of(v))
         value, log_scale = self._value(x), self.bounded_log_scale()
@@ -208,7 +229,7 @@ class OrdinalAutoregressive(SetFromData):
         self,
         next_level: Callable[[Entry, int], Tensor],
         batch: int,
-        context: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
 
@@ -226,7 +247,11 @@ class OrdinalAutoregressive(SetFromData):
         seen = self.log_scale.new_zeros(3 * entries, batch)
         values, residuals, predicted = seen.chunk(3)
         prediction = self.prediction.by_token(values)
-        net = self.conditioner.by_token(seen, context)
+        net: NetByToken = (
+            _GuidedByToken(self.conditioner, seen, context)
+            if isinstance(context, Guided)
+            else self.conditioner.by_token(seen, context)
+        )
         distribution = self.mixture.one_entry(seen.device)
         value_of = self._value(torch.arange(self.levels, device=seen.device).to(seen))
         log_scales = self.bounded_log_scale().flatten()
@@ -253,11 +278,11 @@ class OrdinalAutoregressive(SetFromData):
             net.end(i, j)
         return levels.T.reshape(batch, *self.shape)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.inverse_noting(z, context, lambda share: None)
 
     def inverse_noting(
-        self, z: Tensor, context: Tensor | None, note: Callable[[float], None]
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         if not has_float64(z):
             return self._on_the_cpu("inverse_noting", z, context, note)
@@ -278,7 +303,7 @@ class OrdinalAutoregressive(SetFromData):
         v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
         return v, -self._log_det(z, high - low)
 
-    def retrace(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
         The two paths of the networks round differently, and the range of an improbable level is as
@@ -303,13 +328,13 @@ class OrdinalAutoregressive(SetFromData):
         return z, self._log_det(z, high - low)
 
     def _on_the_cpu(
-        self, method: str, x: Tensor, context: Tensor | None, *others: Any
+        self, method: str, x: Tensor, context: Context | None, *others: Any
     ) -> tuple[Tensor, Tensor]:
         """What a method of this layer gives on the CPU: its entries need double precision, and one
         after the other they gain little from a GPU.
         """
         there = copy.deepcopy(self).cpu()
-        context = None if context is None else context.cpu()
+        context = None if context is None else context.to("cpu")
         result, log_det = getattr(there, method)(x.cpu(), context, *others)
         return result.to(x.device), log_det.to(x.device)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.monotone import solve_monotone
 
 MIN_DERIVATIVE = 1e-3  # of the map along w; so the inverse stretches by at most 1000
@@ -48,12 +49,12 @@ class Planar(Bijection):
         length = torch.linalg.vector_norm(self.w).clamp(min=torch.finfo(self.w.dtype).tiny ** 0.5)
         return self.u + (allowed - product) / length * (self.w / length), allowed
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         u, product = self.constrained()
         h = ((x * self.w).sum(dim=1) + self.b).tanh()
         return x + h[:, None] * u, torch.log1p(product * (1 - h.square()))
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Solved to float precision. First derivatives are those of the inverse function."""
         u, product = self.constrained()
         target = (z * self.w).sum(dim=1) + self.b

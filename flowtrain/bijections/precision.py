@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowtrain.bijections.context import Context, Guided
+
 
 def apply_conditioner(
-    net: Callable[..., Tensor], x: Tensor, context: Tensor | None = None
+    net: Callable[..., Tensor], x: Tensor, context: Context | None = None
 ) -> Tensor:
-    """`net(x, context)`, across the border and back: in the precision of `x`, channels apart."""
+    """`net(x, context)`, across the border and back: in the precision of `x`, channels apart.
+
+    A guided context gives the parameters of its two contexts, extrapolated.
+    """
+    if isinstance(context, Guided):
+        return context.of(lambda each: apply_conditioner(net, x, each))
     inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
     parameters: Tensor = _Cast.apply(inside, x.dtype, False)
     return parameters

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import Container, Executor
 
 
@@ -26,7 +27,7 @@ class Sequential(Container):
         return layers
 
     def through(
-        self, executor: Executor, direction: Direction, x: Tensor, context: Tensor | None = None
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         return executor.chain(self.opened(), direction, x, context)
 

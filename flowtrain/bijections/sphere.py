@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.spline import whole_turns
 
 # At the poles a longitude means nothing, and the area of a cell of longitude and latitude vanishes.
@@ -41,14 +42,14 @@ class SphereToAngles(Bijection):
     a pole have the height of the pole. So the coordinate here is the latitude, an arc length.
     """
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         first, second, height = x.flatten(1).unbind(1)
         latitude = _away_from_poles(torch.atan2(height, torch.hypot(first, second)), POLE)
         off = (x.flatten(1).norm(dim=1) - 1).abs() > TOLERANCE
         log_det = torch.where(off, -math.inf, -latitude.cos().log())
         return torch.stack([torch.atan2(second, first), latitude], dim=1), log_det
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         longitude = z[:, 0]
         latitude = _away_from_poles(z[:, 1], NEAREST)
         radius = latitude.cos()
@@ -71,7 +72,7 @@ class AnglesToNormal(Bijection):
     the ends of the circle, precision is limited by the rounding of the longitude.
     """
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         longitude, latitude = x.unbind(1)
         share = 0.5 + (longitude - whole_turns(longitude)) / (2 * math.pi)
         share = share.clamp(EDGE, 1 - EDGE)
@@ -84,7 +85,7 @@ class AnglesToNormal(Bijection):
         )
         return z, latitude.cos().log() - _log_uniform_to_normal(z)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         longitude = 2 * math.pi * (torch.special.ndtr(z[:, 0]) - 0.5)
         north = z[:, 1] > 0
         # In logs, because ndtr is not precise in the tails.

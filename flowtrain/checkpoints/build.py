@@ -13,7 +13,12 @@ from flowtrain.bijections import Bijection
 from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
-from flowtrain.flow.dequantize import Dequantizer, RealValued, UniformNoise
+from flowtrain.flow.dequantize import (
+    Dequantizer,
+    GaussianDequantizer,
+    RealValued,
+    UniformNoise,
+)
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.variational import VariationalNoise
@@ -98,7 +103,9 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
         if config.model.classes and "classes" in wanted:
-            class_prior = ClassContext(config.model.classes)
+            class_prior = ClassContext(config.model.classes, config.model.label_dropout)
+        elif config.model.label_dropout:
+            raise UserError(_no_labels_to_drop(config))
         elif config.model.classes:
             coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
@@ -138,6 +145,13 @@ def _with_context() -> list[str]:
     ]
 
 
+def _no_labels_to_drop(config: Config) -> str:
+    why = "the model has no classes: set model.classes"
+    if config.model.classes:
+        why = f"the networks of {config.model.name} do not see the class: leave it at 0"
+    return f"model.label_dropout: {config.model.label_dropout:g}, but {why}"
+
+
 def _require_centred(config: Config) -> None:
     name, options = config.model.name, config.dequantization
     if options.name != "uniform":
@@ -161,6 +175,13 @@ def _build_dequantizer(
                 "dequantization: real-valued data have no levels, and need none of its keys"
             )
         return RealValued()
+    if options.name == "gaussian":
+        if options.transform != "center":
+            raise UserError(
+                f"dequantization.transform: {options.transform}, but Gaussian noise leaves [0, 1], "
+                f"where it is not defined: leave it at center"
+            )
+        return GaussianDequantizer(levels, options.sigma)
     variational = options.name == "variational"
     noise_model = (
         VariationalNoise(shape, options.steps, options.width) if variational else UniformNoise()

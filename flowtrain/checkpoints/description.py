@@ -23,7 +23,7 @@ class Progress:
     step: Steps = 0
     images: NonNegativeInt = 0
     seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0
-    best: FiniteFloat | None = None  # validation loss in bits/dim, or in nats for real-valued data
+    best: FiniteFloat | None = None  # validation loss, in the unit of the kind of data
     best_step: Steps | None = None
     lr_scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     non_finite: NonNegativeInt = 0

@@ -43,6 +43,11 @@ def checkpoint_of(name: str) -> Path:
     return FOLDER / f"{name}.safetensors"
 
 
+def argument(checkpoint: Path) -> str:
+    """What a command's `MODEL` is for a checkpoint: a trained model's name, or the path itself."""
+    return checkpoint.stem if checkpoint.parent == FOLDER else str(checkpoint)
+
+
 def card_of(name: str) -> Card:
     """The card of a trained model."""
     return Card.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))

@@ -67,6 +67,8 @@ def doctor(
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code, conditional=True)
     console.print(f"examining {loaded.checkpoint.path}")
+    if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
+        console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
     data = data_of(loaded, overrides)
     with ProgressBar("examining") as bar:
         findings = diagnosis.examine(loaded, data, num_images=num_images, seed=seed, progress=bar)

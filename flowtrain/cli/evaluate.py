@@ -65,7 +65,8 @@ def evaluate(
             "--draws",
             min=1,
             metavar="K",
-            help="Draws of the dequantization noise. Above 1, the bound is importance-weighted.",
+            help="Draws of the dequantization noise. Above 1, the bound is importance-weighted. "
+            "With Gaussian noise they give a mean.",
         ),
     ] = 1,
     seed: SeedOption = 0,
@@ -87,7 +88,8 @@ def evaluate(
 ) -> None:
     """Measure bits per dimension of a data set's split in float32, with the standard error.
 
-    By default it is the test split of the data that the model was trained on.
+    By default it is the test split of the data that the model was trained on. A model trained with
+    Gaussian noise has no bits/dim: its mean log-density of noisy images is in nats/dim.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import evaluate as evaluation
@@ -155,12 +157,15 @@ def _print(result: "Evaluation", unit: str) -> None:
         "exact": "exact",
         "elbo": f"a bound, from {draws}",
         "iwbo": f"an importance-weighted bound, from {draws}",
+        "density": f"none, and no bits/dim: minus the mean log-density of noisy images (sigma "
+        f"{result.sigma}), from {draws}",
     }
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
     if result.given is not None:
         table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
-    if result.bits_per_dim_stderr_draws is not None:
-        table["error over draws"] = f"{result.bits_per_dim_stderr_draws:.2g}"
+    over_draws = result.bits_per_dim_stderr_draws or result.nats_per_dim_stderr_draws
+    if over_draws is not None:
+        table["error over draws"] = f"{over_draws:.2g}"
     if result.bound == "iwbo":
         table["bound of a single draw"] = (
             figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + f" {unit}"
@@ -168,7 +173,13 @@ def _print(result: "Evaluation", unit: str) -> None:
     if result.levels is not None:
         nats = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
         table["nats per image"] = nats
-    given_class = result.bits_per_dim_given_class or result.nats_given_class
+    if result.classes is not None:
+        table["of which class"] = f"any: the mean over {result.classes} equally likely classes"
+    given_class = (
+        result.bits_per_dim_given_class
+        or result.nats_given_class
+        or result.nats_per_dim_given_class
+    )
     if given_class is not None:
         table["given the class"] = f"{given_class:.3f} {unit}"
     if result.accuracy is not None:

@@ -92,6 +92,8 @@ def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
         "data": f"{loaded.config.data.name}: {_shape(flow.shape, flow.kind)}",
         "model": f"{loaded.config.model.name}, {_size(flow)}",
     }
+    if flow.kind.no_bits and flow.levels is not None:
+        table["likelihood"] = f"none: {flow.kind.no_bits} (sigma {flow.dequantizer.sigma})"
     if progress := meta.get("progress"):
         state = "finished" if progress["finished"] else "not finished"
         table["training"] = (

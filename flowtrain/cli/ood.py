@@ -148,31 +148,37 @@ def _print(comparison: "Comparison") -> None:
     def name(scored: "Scored") -> str:
         return scored.collection.name
 
-    def bits(scored: "Scored") -> str:
-        return _figure(scored.mean_bits.mean, scored.mean_bits.stderr)
+    def loss(scored: "Scored") -> str:
+        return _figure(scored.mean_loss.mean, scored.mean_loss.stderr)
 
+    kind = comparison.kind
+    unit = kind.unit
     table = Table(box=box.SIMPLE)
     for column in (
         "\ndata",
-        "\nbits/dim",
+        f"\n{unit}",
         "AUROC by\nlikelihood",
         "\ntypicality",
         "complexity-\ncorrected",
     ):
         table.add_column(column, overflow="fold")
     inside, reference = comparison.inside, comparison.reference
-    table.add_row(name(inside), bits(inside))
+    table.add_row(name(inside), loss(inside))
     for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
-        table.add_row(name(scored), bits(scored), *(_figure(*area) for area in areas.values()))
+        table.add_row(name(scored), loss(scored), *(_figure(*area) for area in areas.values()))
     console.print(table)
     entropy = f"{comparison.entropy:.3f}" if math.isfinite(comparison.entropy) else "-"
     console.print(
         f"AUROC: the chance that an image has a larger score than one of {name(inside)}. 1 tells "
         f"them apart, 0.5 is chance, below it the others look more like the model's own.\n"
-        f"Typicality: the distance from {entropy} bits/dim, the mean of "
+        f"Typicality: the distance from {entropy} {unit}, the mean of "
         f"{len(reference.log_prob)} {reference.collection.split} images. Complexity: the "
         f"shorter code of {' and '.join(coders())}."
     )
+    if kind.no_bits:
+        console.print(
+            f"No bits/dim: {kind.no_bits}. Complexity-corrected scores are known up to a constant."
+        )
 
 
 def _figure(value: float | None, error: float | None) -> str:

@@ -73,6 +73,24 @@ def sample(
             show_default="8 test images",
         ),
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance",
+            min=0,
+            metavar="W",
+            help="Move samples away from those without a class, by classifier-free guidance. 0 "
+            "changes nothing. Needs a model trained with model.label_dropout.",
+            show_default="none",
+        ),
+    ] = None,
+    denoise: Annotated[
+        bool,
+        typer.Option(
+            "--denoise",
+            help="Take the noise away, in one step. Needs a model trained with Gaussian noise.",
+        ),
+    ] = False,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     out: Annotated[
@@ -102,6 +120,8 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code, conditional=True)
     flow = loaded.flow
@@ -117,16 +137,40 @@ def sample(
         what = f"--num-images {num}: a picture of {count:,} samples needs"
         drawing.require_room(count, flow.shape, columns, what)
     with ProgressBar("sampling") as bar:
-        drawn = sampling.sample(flow, num, temperatures, seed, bar, labels, contexts)
+        drawn = sampling.sample(
+            *(flow, num, temperatures, seed, bar, labels),
+            contexts=contexts,
+            guidance=guidance,
+            denoise=denoise,
+        )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
-        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts))
+        also = {} if guidance is None else {"guidance": guidance}
+        also |= {"denoised": True} if denoise else {}
+        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
     else:
         shown = drawn
         if contexts is not None:
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
         grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
+    for line in _about(flow.dequantizer.sigma, guidance, denoise):
+        console.print(line)
+
+
+def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[str]:
+    """What was done to the samples, a line each."""
+    lines = []
+    if guidance is not None:
+        lines.append(
+            f"guidance {guidance:g}: what the networks predict for a class, plus {guidance:g} "
+            f"times its difference from what they predict without one"
+        )
+    if sigma is not None and denoise:
+        lines.append(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
+    elif sigma is not None:
+        lines.append(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
+    return lines
 
 
 def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":

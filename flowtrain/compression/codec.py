@@ -93,16 +93,21 @@ class Variational:
 
 
 def levels_of(flow: Flow) -> int:
-    """Q. Raises `UserError` for a model of real-valued data, with classes or with a context."""
+    """Q. Raises `UserError` for a model of real-valued data or of noisy images, with classes, or
+    with a context.
+    """
     flow.require_no_context("compress (an archive has no context)")
     if flow.classes:
         raise UserError(
             f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
             f"coding rule"
         )
-    return flow.kind.require_levels(
+    levels = flow.kind.require_levels(
         "compress: a model of real-valued data has no bits without loss"
     )
+    if flow.kind.no_bits:
+        raise UserError(f"compress: {flow.kind.no_bits}, and no code")
+    return levels
 
 
 class Codec:

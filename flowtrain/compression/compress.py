@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.compression import format as archive
 from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.inputs import Selection
-from flowtrain.compression.model import HASH_DIGITS, model_bytes, versions
+from flowtrain.compression.model import model_bytes, versions
 from flowtrain.compression.streams import EncodedStream, Estimate, encode_stream, estimate
 from flowtrain.compression.strips import strip_length, strips
 from flowtrain.compression.threads import Progress, in_threads, silent
@@ -229,18 +230,19 @@ def _pack(
     checksums = np.array([archive.checksum(part) for part in prepared.images.split(checked)], "<u4")
     parts = [checksums.tobytes(), *stored]
     if streams:
+        hashed = model_hash(model)[: archive.HASH_DIGITS]
+        parts[0] += archive.Identity(hashed, prepared.probe).written()
         description["stored"] = _not_in(streams, len(prepared.images))
         description["streams"] = [
             stream.description().model_dump(exclude_defaults=True) for stream in streams
         ]
         parts += [stream.words.astype("<u4").tobytes() for stream in streams]
         described = {
-            "hash": model_hash(model)[:HASH_DIGITS],
-            "path": os.fsencode(model.checkpoint.path).decode(errors="replace"),
+            "path": os.fsencode(zoo.argument(model.checkpoint.path)).decode(errors="replace"),
             "weights": model.weights,
             "embedded": bool(embedded),
         }
-        description |= {"model": described, "probe": prepared.probe, "versions": versions()}
+        description |= {"model": described, "versions": versions()}
         if embedded:
             parts.append(embedded)
     return archive.pack(description, parts)

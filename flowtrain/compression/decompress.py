@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.compression import format as archive
 from flowtrain.compression.coder import Coder, coder_of, probe
 from flowtrain.compression.format import StreamDescription
-from flowtrain.compression.model import HASH_DIGITS, versions
+from flowtrain.compression.model import versions
 from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
@@ -69,20 +70,20 @@ class Opened:
         if given is None and wanted.embedded:
             model = self._embedded_model(trust_code)
         else:
-            if given is None and not os.path.isfile(wanted.path):  # noqa: PTH113 (never raises)
+            if given is None and not _is_there(wanted.path):
                 raise UserError(
-                    f"{self.path}: it needs the model {cut(wanted.hash, 16)}, which was "
+                    f"{self.path}: it needs the model {self.identity.hash}, which was "
                     f"{cut(wanted.path)}: say where it is with --model"
                 )
             model = load_model(
                 given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
             )
-        found = model_hash(model)
-        if found[: max(HASH_DIGITS, len(wanted.hash))] != wanted.hash:
+        found = model_hash(model)[: archive.HASH_DIGITS]
+        if found != self.identity.hash:
             raise UserError(
-                f"{self.path}: it was coded with the model {cut(wanted.hash, 16)}, "
+                f"{self.path}: it was coded with the model {self.identity.hash}, "
                 f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
-                f"{found[:16]}: say where it is with --model"
+                f"{found}: say where it is with --model"
             )
         if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
             raise UserError(
@@ -111,7 +112,8 @@ class Opened:
         archive.
         """
         described = self.description
-        checksums = np.frombuffer(self.parts[0], "<u4").tolist()
+        number = -(-described.images // described.checked)
+        checksums = np.frombuffer(self.parts[0], "<u4", count=number).tolist()
         found = torch.empty(described.images, *described.shape, dtype=torch.uint8)
         self._read_stored(found)
         if self.streams:
@@ -156,7 +158,7 @@ class Opened:
         try:
             with one_thread():
                 coder = coder_of(model.flow)
-                if probe(coder) != self.description.probe:
+                if probe(coder) != self.identity.probe:
                     raise self._irreproducible("the model computes other numbers here")
             tasks = []
             for data, described in zip(self.parts[first:], self.streams, strict=False):
@@ -168,6 +170,11 @@ class Opened:
         # The coder and Pillow raise almost anything for bits that mean nothing.
         except Exception as error:
             raise self._irreproducible(short(error)) from error
+
+    @property
+    def identity(self) -> archive.Identity:
+        """Of the model that the streams were coded with. Only for an archive with streams."""
+        return archive.Identity.read(self.parts[0][-archive.IDENTITY.size :])
 
     def _irreproducible(self, why: str) -> UserError:
         here = versions()
@@ -188,6 +195,10 @@ class Opened:
         """
         for name, image in zip(self.names, images, strict=True):
             _write(out / name, encoded(to_8bit(image, self.levels), "PNG"))
+
+
+def _is_there(model: str) -> bool:
+    return os.path.isfile(model) or model in zoo.names()  # noqa: PTH113 (never raises)
 
 
 def _decode_to(

@@ -1,23 +1,25 @@
 """The file of a compressed set of images: its bytes and its checks.
 
-    "FTa1"  length of the description  description  parts, one after the other  checksum of all that
+    "FTa3"  length of the description  description  parts, one after the other  checksum of all that
 
-"FTa2" takes the place of "FTa1" where a flow has coded each level directly (`direct.py`).
+"FTa4" takes the place of "FTa3" where a flow has coded each level directly (`direct.py`).
 
 The description is JSON, deflated with a dictionary of the words that it always has, so that an
-archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, the
-lengths of the parts, and how the streams were coded.
+archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, how
+the streams were coded, and the lengths of all parts but the last.
 
-The first part holds the images' checksums. The strips follow (see `strips.py`), then the streams,
-and then the embedded model, where there is one.
+The first part holds the images' checksums, and then the identity of the model, where there are
+streams. The strips follow (see `strips.py`), then the streams, and then the embedded model, where
+there is one.
 """
 
 import hashlib
 import json
 import math
+import struct
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -55,11 +57,29 @@ class StreamDescription(BaseModel):
         return self
 
 
+class Identity(NamedTuple):
+    """What the model is known by, in as few bytes as that takes: no deflating makes them fewer."""
+
+    hash: str  # the first hexadecimal digits of the model's hash
+    probe: int  # a checksum of what it computes
+
+    @classmethod
+    def read(cls, data: bytes) -> "Identity":
+        hashed, probe = IDENTITY.unpack(data)
+        return cls(hashed.hex(), probe)
+
+    def written(self) -> bytes:
+        return IDENTITY.pack(bytes.fromhex(self.hash), self.probe)
+
+
+HASH_DIGITS = 16  # of `checkpoints.load.model_hash`
+IDENTITY = struct.Struct(f"<{HASH_DIGITS // 2}sI")
+
+
 class ModelDescription(BaseModel):
     """The model that the streams were coded with."""
 
-    hash: str
-    path: str
+    path: str  # as a command takes it: that of a checkpoint, or the name of a trained model
     weights: Literal["ema", "raw"]
     embedded: bool
 
@@ -89,13 +109,12 @@ class Description(BaseModel):
     # A list of names, or the name of a split, of which they are made. Text in JSON may be no UTF-8.
     names: Any
     count: int | None = None
-    lengths: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    lengths: list[NonNegativeInt]  # in an archive of all parts but the last; here of all
     streams: list[StreamDescription] = []
     stored: list[int] = []
     checked: PositiveInt = 1  # how many images have one checksum; the last may have fewer
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
-    probe: int | None = None
     versions: dict[str, str] = {}
 
     @property
@@ -136,16 +155,19 @@ class Description(BaseModel):
     def _consistent(self, info: ValidationInfo) -> "Description":
         assert info.context is not None
         following, memory = info.context
-        if sum(self.lengths) != following:
-            raise ValueError("its parts are longer or shorter than it says")
-        if self.images < 1 or self.lengths[0] != 4 * -(-self.images // self.checked):
+        last = following - sum(self.lengths)
+        if last < 0:
+            raise ValueError("its parts are longer than it is")
+        self.lengths = [*self.lengths, last]
+        checksums = self.lengths[0] - (IDENTITY.size if self.streams else 0)
+        if self.images < 1 or checksums != 4 * -(-self.images // self.checked):
             raise ValueError("there is not one name for each image that has a checksum")
         if self.memory > memory:
             raise TooLarge(self.memory)
         check_names(self.files)
         if not self.streams:
             self.stored, self.model = list(range(self.images)), None
-        elif self.model is None or self.probe is None or not self.versions:
+        elif self.model is None or not self.versions:
             raise ValueError("there are streams, and no model")
         if sum(stream.images for stream in self.streams) + len(self.stored) != self.images:
             raise ValueError("the streams and what is stored do not add up to the images")
@@ -162,7 +184,7 @@ def checksum(image: Tensor) -> int:
     return zlib.crc32(image.contiguous().numpy().data)
 
 
-MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
+MAGIC = b"FTa3"  # the digit is the version of the format and of the arithmetic
 DIGEST = 8  # bytes
 # No few bytes are inflated to more than this: bytes of JSON, for some 500,000 names.
 LONGEST_DESCRIPTION = 2**26
@@ -170,8 +192,8 @@ BYTES_PER_CHARACTER = 32  # of that JSON, in memory: the shortest names and numb
 # Never to be changed within a version.
 DICTIONARY = (
     b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],'
-    b'"model":{"hash":"","path":"runs//checkpoints/best.safetensors","weights":"ema",'
-    b'"embedded":false},"probe":,"versions":{"flowtrain":"0.1.0","torch":"2.","python":"3."},'
+    b'"model":{"path":"runs//checkpoints/best.safetensors","weights":"ema",'
+    b'"embedded":false},"versions":{"flowtrain":"0.1.0","torch":"2.","python":"3."},'
     b'{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test","names":["0.png"],'
     b'"lengths":[4,'
 )
@@ -179,15 +201,15 @@ DICTIONARY = (
 
 # Archives of flows that code each level directly. There are small ones, so the words are in the
 # order in which they come, with what is often there.
-DIRECT_MAGIC = b"FTa2"
+DIRECT_MAGIC = b"FTa4"
 DIRECT_DICTIONARY = (
     b'{"shape":[1,28,28],"levels":256,"names":"test","count":10000,"checked":128,"stored":[],'
-    b'"streams":[{"images":128,"chunks":[128]},{"images":127,"chunks":[127]}],"model":{"hash":"'
-    b'","path":"runs//checkpoints/best.safetensors","weights":"ema","embedded":false},"probe":,'
-    b'"versions":{"flowtrain":"0.1.0","torch":"2.13.0+cpu","python":"3.11.7",'
-    b'"constriction":"0.5.0"},"lengths":[4,1'
+    b'"streams":[{"images":128,"chunks":[128]},{"images":127,"chunks":[127]}],"model":{"path":"'
+    b'causal_cifar_smallruns/causal/checkpoints/best.safetensors","weights":"ema","embedded":false}'
+    b',"versions":{"flowtrain":"0.1.0","torch":"2.13.0+cpu","python":"3.11.7",'
+    b'"constriction":"0.5.0"},"lengths":[16]}'
     b'{"shape":[3,32,32],"levels":256,"names":["0.png"],"checked":128,"stored":[],'
-    b'"streams":[{"images":1,"chunks":[1]}],"model":{"hash":"'
+    b'"streams":[{"images":1,"chunks":[1]}],"model":{"path":"'
 )
 DICTIONARIES = {MAGIC: DICTIONARY, DIRECT_MAGIC: DIRECT_DICTIONARY}
 
@@ -195,7 +217,7 @@ DICTIONARIES = {MAGIC: DICTIONARY, DIRECT_MAGIC: DIRECT_DICTIONARY}
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
     """The bytes of an archive. Raises `UserError` where there are too many names."""
     text = json.dumps(
-        {**description, "lengths": [len(part) for part in parts]}, separators=(",", ":")
+        {**description, "lengths": [len(part) for part in parts[:-1]]}, separators=(",", ":")
     ).encode()
     if len(text) > LONGEST_DESCRIPTION:
         raise UserError(

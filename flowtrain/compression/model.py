@@ -5,8 +5,6 @@ from importlib import metadata
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel
 
-HASH_DIGITS = 16  # of the model's hash in an archive, at least; earlier versions wrote all of them
-
 
 def model_bytes(model: LoadedModel) -> bytes:
     """A checkpoint that holds the weights that are used, and nothing else."""

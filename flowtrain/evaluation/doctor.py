@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.execution import FUSED, Executor, call, opposite
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
@@ -273,10 +274,11 @@ def examine(
             data_and_noise = part.to(flow.device), u.to(flow.device)
             _layers(flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes)
     for part, images in in_batches(z, x):
-        latents, seen = part.to(flow.device), flow.seen(context=flow.context_of(images))
+        latents = part.to(flow.device)
+        seen = flow.seen(len(latents), context=flow.context_of(images))
 
         def decode(
-            executor: Executor, latents: Tensor = latents, seen: Tensor | None = seen
+            executor: Executor, latents: Tensor = latents, seen: Context | None = seen
         ) -> tuple[Tensor, Tensor]:
             return flow.bijection.through(executor, "inverse", latents, seen)
 
@@ -295,7 +297,7 @@ def examine(
     for part, images in in_batches(z, x):
         _latent_round_trip(flow, precise, part, images, levels, notes)
     reported = [_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
-    if flow.levels is not None:
+    if flow.levels is not None and not flow.kind.no_bits:
         bits = flow.loss(torch.cat(reported)).mean()
         notes.add("likelihood", bits / math.log2(flow.levels), inputs=IMAGES)
     _jacobians(model, x[:1], noise[:1], notes)
@@ -351,7 +353,7 @@ def _layers(flow: Flow, run: Pass, check: str, inputs: str, notes: _Notes) -> No
     where = first = ""
 
     def around(
-        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where, first
         where = name
@@ -360,7 +362,8 @@ def _layers(flow: Flow, run: Pass, check: str, inputs: str, notes: _Notes) -> No
         if not first and not _finite(result, log_det)[arrived].all():
             first = name
         if arrived.any():
-            part = None if context is None else context[arrived]
+            seen = unguided(context)
+            part = None if seen is None else seen[arrived]
             _layer(name, layer, direction, given[arrived], result[arrived], part, inputs, notes)
         return result, log_det
 
@@ -378,7 +381,7 @@ def _layer(
     direction: Direction,
     given: Tensor,
     result: Tensor,
-    context: Tensor | None,
+    context: Context | None,
     inputs: str,
     notes: _Notes,
 ) -> None:
@@ -411,14 +414,16 @@ class LearnedNoise(Bijection):
         assert isinstance(flow.dequantizer, Dequantizer)
         self.dequantizer = flow.dequantizer
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert context is not None
-        u, log_q = self.dequantizer.draw(context, x)
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        u, log_q = self.dequantizer.draw(image, x)
         return u, -log_q
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert context is not None
-        return self.dequantizer.noise_of(context, z)
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        return self.dequantizer.noise_of(image, z)
 
 
 def learns_noise(flow: Flow) -> bool:
@@ -496,7 +501,7 @@ def _data_round_trip(
         try:
             images = x.to(one.device)
             v = one.dequantizer.middle(images, one.dtype)
-            seen = one.seen(context=one.context_of(images))
+            seen = one.seen(len(v), context=one.context_of(images))
             z = one.bijection(v, seen)[0]
             back = one.bijection.inverse(z, seen)[0]
             again = one.bijection(back, seen)[0]
@@ -519,7 +524,8 @@ def _latent_round_trip(
     for one, name in ((flow, "float32"), (precise, "float64")):
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
-            start, seen = z.to(one.device, one.dtype), one.seen(context=one.context_of(images))
+            start = z.to(one.device, one.dtype)
+            seen = one.seen(len(z), context=one.context_of(images))
             v = one.bijection.inverse(start, seen)[0]
             back = one.bijection(v, seen)[0]
             again = one.bijection.inverse(back, seen)[0]
@@ -554,8 +560,8 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     """Checks the log-dets in float32 against the Jacobian in float64, per layer and for all layers.
 
     The Jacobian of the whole flow is with respect to the uniform noise. So it includes that of the
-    dequantizer: q(u|x) is the density of u for uniform noise. Real values have no noise, and
-    the Jacobian is with respect to the values.
+    dequantizer: q(u|x) is the density of u for uniform noise. A density of real values, or of
+    noisy images, has the Jacobian with respect to these.
     """
     flow = reduced(model)
     if flow is None:
@@ -573,18 +579,18 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     where = ""
 
     def around(
-        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where
-        where = name
+        where, seen = name, unguided(context)
         result = call(layer, direction, given, context)
         if _finite(given.float()).all():  # otherwise a layer before it is at fault
 
             def with_copies(copies: Tensor) -> tuple[Tensor, Tensor]:
-                same = None if context is None else context.expand(len(copies), *context.shape[1:])
+                same = None if seen is None else seen.expand(len(copies), *seen.shape[1:])
                 return call(layer, direction, copies, same)
 
-            low = None if context is None else context.float()
+            low = None if seen is None else seen.float()
             reported = call(reporting[name], direction, given.float(), low)[1]
             exact = diagonal_log_det if layer.of_levels else jacobian_log_det
             error = abs(reported.double() - exact(with_copies, given)).max() * bits
@@ -592,10 +598,11 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        images = copies if one.kind.exact else x.expand(len(copies), -1, -1, -1)
-        return one.to_latents(images, copies, executor)
+        if one.kind.no_bits:
+            return one.bijection.through(executor, "forward", copies)
+        return one.to_latents(x.expand(len(copies), -1, -1, -1), copies, executor)
 
-    start = x if flow.kind.exact else noise
+    start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
     try:
         whole(precise, start.double(), Watching(precise, around))
         if learns_noise(flow):

@@ -1,4 +1,4 @@
-"""`flowtrain evaluate`: bits per dimension of a split in float32, and what exactly was measured."""
+"""`flowtrain evaluate`: the likelihood of a split in float32, and what exactly was measured."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import UserError
 from flowtrain.evaluation.score import Scores, require_memory, score
 from flowtrain.flow.flow import Flow
-from flowtrain.flow.kinds import bits_per_dim
+from flowtrain.flow.kinds import NoisyImages, bits_per_dim
 from flowtrain.results import Evaluation
 from flowtrain.system import distributed
 
@@ -31,7 +31,8 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     in their own unit.
     """
     x = x.to(flow.device)
-    v, seen = flow.dequantizer.middle(x, flow.dtype), flow.seen(context=flow.context_of(x))
+    v = flow.dequantizer.middle(x, flow.dtype)
+    seen = flow.seen(len(x), context=flow.context_of(x))
     back = flow.bijection.inverse(flow.bijection(v, seen)[0], seen)[0]
     error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
     return error.max().item()
@@ -136,7 +137,7 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
     `bits_per_dim` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. An exact
     likelihood has neither a second bound nor an error over draws. That of real-valued data is in
-    nats, so there are no bits.
+    nats, so there are no bits. A density of noisy images has none either, but `nats_per_dim`.
 
     The standard error over draws is what another seed would change. It comes from the variance of
     each image's draws, and for the importance-weighted bound from the jackknife (Efron 1982, eq.
@@ -150,7 +151,7 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     }
     dims = flow.dims
     if flow.exact:
-        bits = None if flow.kind.exact else bits_per_dim(scores.log_prob, dims)
+        bits = None if flow.kind.no_bits else bits_per_dim(scores.log_prob, dims)
         return {
             "bits_per_dim": None if bits is None else _finite(bits.mean().item()),
             "bits_per_dim_stderr": None if bits is None else _stderr(bits),
@@ -158,7 +159,23 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
             "samples": k,
             **in_nats,
         }
-    result: dict[str, Any] = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
+    result: dict[str, Any]
+    if isinstance(flow.kind, NoisyImages):
+        losses = flow.loss(scores.draws)  # (K, N)
+        result = {
+            "bits_per_dim": None,
+            "bits_per_dim_stderr": None,
+            "bound": "density",
+            "samples": k,
+            "sigma": flow.kind.sigma,
+            "nats_per_dim": _finite(losses.mean().item()),
+            "nats_per_dim_stderr": _stderr(losses.mean(dim=0)),
+        }
+        if k > 1:
+            of_draws = losses.var(dim=0).sum().div(k).sqrt().item() / n
+            result["nats_per_dim_stderr_draws"] = _finite(of_draws)
+        return result | in_nats
+    result = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
     variances = [torch.tensor(math.nan)] * 2  # per image, over draws
     if k > 1:
         leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)
@@ -189,13 +206,15 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
 
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
-    """For labelled data: the loss given the class, and the accuracy of Bayes' rule.
+    """The number of classes. For labelled data: the loss given the class, and the accuracy of
+    Bayes' rule.
 
     All classes are equally likely, so `P(class | x)` is proportional to `P(x | class)`. The most
     probable class is predicted.
     """
+    classes = {"classes": flow.classes} if flow.classes else {}
     if labels is None:
-        return {}
+        return classes
     by_class = scores.log_prob_by_class
     labels = labels[: by_class.shape[1]]
     given = flow.loss(by_class.gather(0, labels[None])[0])
@@ -204,6 +223,7 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
     ).double()
     accuracy = correct.mean()
     return {
+        **classes,
         f"{flow.kind.metric}_given_class": _finite(given.mean().item()),
         "accuracy": _finite(accuracy.item()),
         "accuracy_stderr": _finite((accuracy * (1 - accuracy) / len(correct)).sqrt().item()),
@@ -222,13 +242,12 @@ def _finite(value: float) -> float | None:
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
     """One row per image. `log_prob` is the bound, `log_prob_base + log_det` that of the first draw.
 
-    All are in nats. Class-conditional models add the predicted class. Real-valued data have no
-    bits.
+    All are in nats. Class-conditional models add the predicted class. A density has no bits.
     """
     log_prob = scores.log_prob.tolist()
     bits = (
         [""] * len(log_prob)
-        if flow.kind.exact
+        if flow.kind.no_bits
         else bits_per_dim(scores.log_prob, flow.dims).tolist()
     )
     columns = {"bits_per_dim": bits, "log_prob": log_prob}

@@ -9,11 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import Container, LayerByLayer, call
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import watch_modules
 
-Around = Callable[[str, Bijection, Direction, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Around = Callable[[str, Bijection, Direction, Tensor, Context | None], tuple[Tensor, Tensor]]
 
 
 def layers_of(flow: Flow) -> dict[str, Bijection]:
@@ -48,7 +49,7 @@ class Watching(LayerByLayer):
         self.around = around
 
     def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         return self.around(self.names[layer], layer, direction, x, context)
 
@@ -67,7 +68,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
     }
 
     def around(
-        name: str, layer: Bijection, direction: Direction, x: Tensor, context: Tensor | None
+        name: str, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             found[f"{name}.transform"] = layer.predicted_log_scales(x, context)

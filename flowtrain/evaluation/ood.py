@@ -3,7 +3,8 @@
 Three scores of an image are computed side by side. The first, the likelihood, is known to fail:
 flows trained on CIFAR-10 find house numbers likelier than CIFAR-10 (Nalisnick et al. 2019a, "Do
 Deep Generative Models Know What They Don't Know?"). The other two are the usual repairs. For each
-score, a larger value means further out. All are in bits per dimension.
+score, a larger value means further out. All are in bits per dimension, or for a density of noisy
+images in nats per dimension, where the complexity is in nats too.
 """
 
 import csv
@@ -25,7 +26,7 @@ from flowtrain.datasets.base import Policy, resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import require_memory, score
 from flowtrain.flow.inputs import quantize
-from flowtrain.flow.kinds import bits_per_dim
+from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
 from flowtrain.system.random import Stream, generator
@@ -220,25 +221,26 @@ def _draw(shape: Shape, levels: int, randomness: torch.Generator) -> np.ndarray:
 SCORES = ("likelihood", "typicality", "complexity_corrected")
 
 
-def typicality(bits: np.ndarray, entropy: float) -> np.ndarray:
-    """`|-log p(x) - H|`, `(N,)`, bits/dim: how far an image's likelihood is from the usual one.
+def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
+    """`|-log p(x) - H|`, `(N,)`: how far an image's likelihood is from the usual one.
 
     This is the test of Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep
-    Generative Models Using Typicality") with a batch of one image. `bits` is `-log p(x)`, and
+    Generative Models Using Typicality") with a batch of one image. `loss` is `-log p(x)`, and
     `entropy`, H, its mean over images like those trained on.
     """
-    return np.asarray(np.abs(bits - entropy))
+    return np.asarray(np.abs(loss - entropy))
 
 
-def complexity_corrected(bits: np.ndarray, complexity: np.ndarray) -> np.ndarray:
-    """`-log2 p(x) - L(x)`, `(N,)`, bits/dim: how many more bits the model needs for an image than a
-    general coder.
+def complexity_corrected(loss: np.ndarray, complexity: np.ndarray) -> np.ndarray:
+    """`-log p(x) - L(x)`, `(N,)`, in bits/dim: how many more bits the model needs than a general
+    coder.
 
     This is the likelihood ratio of Serra et al. 2020 ("Input Complexity and Out-of-Distribution
     Detection with Likelihood-Based Generative Models", section 3), whose other model is the coder.
-    L(x) is the length that `complexity` gives.
+    L(x) is the length that `complexity` gives. A density is no length: its score is known up to a
+    constant, on which no AUROC depends.
     """
-    return np.asarray(bits - complexity)
+    return np.asarray(loss - complexity)
 
 
 class Mean(NamedTuple):
@@ -251,17 +253,20 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """A collection's figures, each `(N,)` float64; all but `log_prob` (nats) in bits/dim."""
+    """A collection's figures, each `(N,)` float64; all but `log_prob` (nats) in the unit of the
+    kind.
+    """
 
     collection: Collection
     log_prob: np.ndarray
     entropy: float  # H, for `typicality`
+    kind: QuantizedImages
 
     @property
     def likelihood(self) -> np.ndarray:
-        """`-log2 p(x) / D`, the bits per dimension."""
+        """`-log p(x) / D`, for example the bits per dimension."""
         dims = math.prod(self.collection.images.shape[1:])
-        return bits_per_dim(torch.from_numpy(self.log_prob), dims).numpy()
+        return self.kind.loss(torch.from_numpy(self.log_prob), dims).numpy()
 
     @property
     def typicality(self) -> np.ndarray:
@@ -269,7 +274,7 @@ class Scored:
 
     @cached_property
     def complexity(self) -> np.ndarray:
-        return complexity(self.collection.images)
+        return self.kind.in_unit(complexity(self.collection.images))
 
     @property
     def complexity_corrected(self) -> np.ndarray:
@@ -280,7 +285,7 @@ class Scored:
         return np.asarray(getattr(self, name))
 
     @property
-    def mean_bits(self) -> Mean:
+    def mean_loss(self) -> Mean:
         return _mean(self.likelihood)
 
     @property
@@ -341,14 +346,18 @@ class Comparison:
 
     model: LoadedModel
     seed: int
-    reference: Scored  # the images whose mean bits/dim is H
+    reference: Scored  # the images whose mean loss is H
     inside: Scored
     outside: list[Scored]
 
     @property
     def entropy(self) -> float:
-        """H, bits/dim."""
+        """H, in the unit of the kind."""
         return self.reference.entropy
+
+    @property
+    def kind(self) -> QuantizedImages:
+        return self.reference.kind
 
     @property
     def compared(self) -> list[Scored]:
@@ -401,9 +410,11 @@ def score_all(
         ahead = partial(_ahead, progress, sum(map(len, log_probs)), total)
         scores = score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead)
         log_probs.append(scores.log_prob.numpy())
-    entropy = float(bits_per_dim(torch.from_numpy(log_probs[0]), model.flow.dims).mean())
+    entropy = float(model.flow.loss(torch.from_numpy(log_probs[0])).mean())
+    kind = model.flow.kind
+    assert isinstance(kind, QuantizedImages)  # `collect` refuses others
     first, second, *rest = (
-        Scored(collection, log_prob, entropy)
+        Scored(collection, log_prob, entropy, kind)
         for collection, log_prob in zip(collections.all, log_probs, strict=True)
     )
     return Comparison(model, seed, first, second, rest)
@@ -428,7 +439,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             }
             for scored, areas in zip(comparison.outside, comparison.areas, strict=True)
         ],
-        "entropy_bits_per_dim": _finite(comparison.entropy),
+        f"entropy_{comparison.kind.metric}": _finite(comparison.entropy),
         "entropy_split": comparison.reference.collection.split,
         "entropy_images": len(comparison.reference.log_prob),
         "coders": coders(),
@@ -452,23 +463,24 @@ def _described(scored: Scored) -> dict[str, Any]:
         "stored_shape": shape and list(shape),
         "stored_levels": levels,
     }
-    means = {"bits_per_dim": scored.mean_bits, "complexity_bits_per_dim": _mean(scored.complexity)}
+    metric = scored.kind.metric
+    means = {metric: scored.mean_loss, f"complexity_{metric}": _mean(scored.complexity)}
     for name, (mean, stderr, median) in means.items():
         described |= {name: mean, f"{name}_stderr": stderr, f"{name}_median": median}
     return described
-
-
-COLUMNS = (
-    *("dataset", "index", "bits_per_dim", "log_prob"),
-    *("typicality", "complexity_bits_per_dim", "complexity_corrected"),
-)
 
 
 def scores_csv(comparison: Comparison) -> bytes:
     """One row per image, those of the `in` data first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    metric = comparison.kind.metric
+    writer.writerow(
+        [
+            *("dataset", "index", metric, "log_prob"),
+            *("typicality", f"complexity_{metric}", "complexity_corrected"),
+        ]
+    )
     for scored in comparison.compared:
         columns = (scored.likelihood, scored.log_prob, scored.typicality, scored.complexity)
         rows: Iterable[tuple[float, ...]] = zip(
@@ -483,14 +495,16 @@ def draw(comparison: Comparison) -> bytes:
     """Histograms as a PNG file: one panel per score, with all data sets and their AUROC."""
     from matplotlib.figure import Figure
 
+    kind = comparison.kind
+    log = "log" if kind.no_bits else "log2"
     titles = {
-        "likelihood": "likelihood: -log2 p(x)",
-        "typicality": f"typicality: |-log2 p(x) - {comparison.entropy:.2f}|",
-        "complexity_corrected": f"complexity-corrected: -log2 p(x) - L(x) ({', '.join(coders())})",
+        "likelihood": f"likelihood: -{log} p(x)",
+        "typicality": f"typicality: |-{log} p(x) - {comparison.entropy:.2f}|",
+        "complexity_corrected": f"complexity-corrected: -{log} p(x) - L(x) ({', '.join(coders())})",
     }
-    # Noise and shuffled pixels may cost millions of bits. What is further out than twice a uniform
-    # coder's log2 Q is drawn there, in the last bar.
-    furthest = 2 * math.log2(levels_of(comparison.model))
+    # Noise and shuffled pixels may cost millions of bits. What is further out than a uniform
+    # coder's log2 Q, and as many bits again, is drawn there, in the last bar.
+    furthest = kind.uniform_loss + float(kind.in_unit(np.log2(kind.levels)))
     figure = Figure(figsize=(16, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
         values = [scored.score(name) for scored in comparison.compared]
@@ -511,7 +525,7 @@ def draw(comparison: Comparison) -> bytes:
             )
         axes.set_title(titles[name])
         axes.set(
-            xlabel=f"bits/dim (what is over {furthest:.3g} is in the last bar)",
+            xlabel=f"{kind.unit} (what is over {furthest:.3g} is in the last bar)",
             ylabel="share of the images",
         )
         axes.legend()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowtrain.data.splits import Split
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import log_mean_exp
 from flowtrain.flow.passes import fitting_batch_size, largest_activation
 from flowtrain.system import capacity, distributed
 from flowtrain.system.random import Stream, uniform
@@ -40,13 +41,15 @@ class Scores:
     log_det: Tensor  # the rest of the first draw's bound, (N,)
     # For class-conditional models: bounds on log P(x | class), (K, C, N).
     draws_by_class: Tensor | None = None
+    # What draws say together, (K, ...) to (...): `over_draws` of the kind of data.
+    over_draws: Callable[[Tensor], Tensor] = log_mean_exp
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """The importance-weighted bound `log 1/K sum_k exp(draw_k)`, `(N,)`. For K = 1 it is the
-        draw itself.
+        """What the draws say together, `(N,)`: the importance-weighted bound, or of noisy images
+        the mean log-density. For K = 1 it is the draw itself.
         """
-        return self.draws.logsumexp(dim=0) - math.log(len(self.draws))
+        return self.over_draws(self.draws)
 
     @cached_property
     def elbo(self) -> Tensor:
@@ -55,9 +58,9 @@ class Scores:
 
     @cached_property
     def log_prob_by_class(self) -> Tensor:
-        """The importance-weighted bound on log P(x | class), `(C, N)`."""
+        """The same given each class, `(C, N)`."""
         assert self.draws_by_class is not None
-        return self.draws_by_class.logsumexp(dim=0) - math.log(len(self.draws_by_class))
+        return self.over_draws(self.draws_by_class)
 
     def log_prob_leaving_one_out(self) -> Tensor:
         """The importance-weighted bound without each of the draws, `(K, N)`, for K > 1."""
@@ -84,8 +87,9 @@ def score(
     """The bounds on log P(x) for the first `num_images` images of a split, in nats.
 
     They come from K = `samples` draws of the noise. For K > 1 the bound is importance-weighted:
-    `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et al. 2019, section 3.1). An image's
-    noise depends only on the seed, its index and the draw.
+    `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et al. 2019, section 3.1). With
+    Gaussian noise they are the mean log-densities of K noisy images. An image's noise depends only
+    on the seed, its index and the draw.
 
     If there are several processes, each scores a part of the images, and all get all scores.
     """
@@ -113,11 +117,12 @@ def score(
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)
     bounds = gathered[:-2].unflatten(0, (samples, -1))
-    return Scores(bounds[:, 0], gathered[-1], gathered[-2], bounds[:, 1:] if flow.classes else None)
+    by_class = bounds[:, 1:] if flow.classes else None
+    return Scores(bounds[:, 0], gathered[-1], gathered[-2], by_class, flow.kind.over_draws)
 
 
 def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
-    """The mean loss of a split in bits/dim, or in nats for real-valued data.
+    """The mean loss of a split, in the unit of the flow's kind of data.
 
     It is not finite if that of any image is not.
     """

@@ -1,7 +1,8 @@
 """What depends on the class in a class-conditional model: the prior of the coarsest latent
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
-`Flow` asks both the same: `parts` for the likelihood, `place` and `context` for samples.
+`Flow` asks both the same: `parts` for the likelihood, `place` and `context` for samples, and
+`unguided` whether samples can be guided.
 """
 
 import math
@@ -76,9 +77,14 @@ class ClassPrior(nn.Module):
         """The log-scales among the parameters, of any shape, or None."""
         return self.bounded_log_scale()
 
-    def context(self, labels: Tensor) -> Tensor | None:
-        """The context of the bijection given labels `(B,)`: none."""
+    def context(self, labels: Tensor | None, count: int) -> Tensor | None:
+        """The context of the bijection for `count` examples with labels `(B,)`, if any: none."""
         return None
+
+    @property
+    def unguided(self) -> str | None:
+        """Why samples cannot be guided, in words, or None."""
+        return "each class has its own prior, and the networks of this model do not see the class"
 
     def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         """The parts of the bound for `count` examples. See `Flow.forward`."""
@@ -124,26 +130,49 @@ class ClassPrior(nn.Module):
 class ClassContext(nn.Module):
     """The class as a context of the bijection, whose networks see it. The base is N(0, I).
 
+    In training, each image loses its label with the probability `label_dropout`. Its networks then
+    see zeros, and learn the images of all classes together. This is what guidance needs (Ho &
+    Salimans 2022, arXiv:2207.12598). A label K, beyond those of the classes, stands for no class.
+
     Args:
         classes: Number of classes, K.
+        label_dropout: Probability with which training drops a label.
     """
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, label_dropout: float = 0.0):
         super().__init__()
         self.classes = classes
+        self.label_dropout = label_dropout
 
     def log_scales(self) -> Tensor | None:
         return None
 
-    def context(self, labels: Tensor) -> Tensor | None:
-        """The context of the bijection given labels `(B,)`: unit vectors, `(B, K)`."""
-        return F.one_hot(labels, self.classes)
+    def context(self, labels: Tensor | None, count: int) -> Tensor | None:
+        """The context of the bijection for `count` examples with labels `(B,)`.
+
+        It is `(B, K)`: unit vectors, and zeros where there is no class. Without labels it is zeros,
+        or None for a model that was trained with all labels.
+        """
+        if labels is None:
+            return torch.zeros(count, self.classes) if self.label_dropout else None
+        return F.one_hot(labels, self.classes + 1)[:, : self.classes]
+
+    @property
+    def unguided(self) -> str | None:
+        if self.label_dropout:
+            return None
+        return (
+            "it was trained with all labels, and does not know images without a class: train it "
+            "with model.label_dropout, for example 0.1"
+        )
 
     def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         """The parts of the bound for `count` examples. See `Flow.forward`.
 
-        Without labels it takes one pass for each class. The log-determinants are then the mean over
-        the classes, and what a class has beyond that is part of its log-density.
+        Without labels it takes one pass for each class, also after training with `label_dropout`:
+        the likelihood is then that of a model of the image and its class together. The
+        log-determinants are the mean over the classes, and what a class has beyond that is part of
+        its log-density.
         """
         if labels is not None:
             z, log_det = to_latents(labels)

@@ -2,7 +2,8 @@
 
 An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1). The noise `u` has a density q(u|x),
 uniform or learned (`variational.py`). Centring (`y - 1/2`) or the logit makes `y` the input of the
-flow. `to_data` is the exact inverse. Real-valued data are reals already (`RealValued`).
+flow. `to_data` is the exact inverse. Gaussian noise may leave the level, and the flow is then a
+density of noisy images (`GaussianDequantizer`). Real-valued data are reals already (`RealValued`).
 
 No other module computes with the number of levels, the noise, the logit's alpha or their
 log-determinants.
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # 17 can fall below x. For Q up to 256, 2**-14 is more than twice the largest rounding error of
 # (x + u) / Q * Q. It changes only one draw in 8,192, by less than 2**-14 of a level.
 EDGE = 2.0**-14
+# Uniform numbers in float32 are multiples of 2**-24. They may be 0, whose normal quantile is
+# -infinity.
+SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24
 
 
 def draw_noise(
@@ -72,6 +76,8 @@ class Dequantizer(nn.Module):
         noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`. The default is
             `UniformNoise`.
     """
+
+    sigma: float | None = None  # standard deviation of Gaussian noise, if that is the noise
 
     def __init__(
         self,
@@ -158,10 +164,46 @@ class Dequantizer(nn.Module):
         return log_s - log_rest, log_det + constant
 
 
+class GaussianDequantizer(Dequantizer):
+    """Adds Gaussian noise to an image in [0, 1], then centres (TarFlow, Zhai et al. 2024,
+    arXiv:2412.06329, section 3.3).
+
+        y = (x + 1/2) / Q + sigma eps,  eps ~ N(0, I)
+
+    The flow is then a density of noisy images. The noise may leave the level, so this density is no
+    bound on the probability of the image. Samples are noisy images.
+
+    The image without noise is at the middle of its bins, so that `to_data` rounds back to it. The
+    paper's images are in [-1, 1], where the same noise is twice as large.
+
+    Args:
+        levels: Number of levels, Q.
+        sigma: Standard deviation of the noise, where 0 is black and 1 is white.
+    """
+
+    sigma: float
+
+    def __init__(self, levels: int, sigma: float):
+        super().__init__(levels)
+        self.sigma = sigma
+
+    def forward(
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
+        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input, and zeros
+        `(B,)`: the density is with respect to `y`.
+
+        Neither argument is changed.
+        """
+        eps = torch.special.ndtri(noise.clamp(SMALLEST, LARGEST))
+        return self.middle(x, noise.dtype) + self.sigma * eps, noise.new_zeros(len(x))
+
+
 class RealValued(nn.Module):
     """Takes the place of `Dequantizer` for real-valued data, which it leaves unchanged."""
 
     levels = None
+    sigma = None
 
     def check(self, x: Tensor) -> None:
         """Raises `ValueError` for a dtype that is not floating-point."""

@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
 from flowtrain.errors import UserError
-from flowtrain.flow.class_prior import ClassContext, ClassPrior, LogProb, normal_log_prob
+from flowtrain.flow.class_prior import (
+    ClassContext,
+    ClassPrior,
+    LogProb,
+    ToLatents,
+    normal_log_prob,
+)
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
+
+NO_SIGMA = "the model was not trained with Gaussian noise (dequantization.name: gaussian)"
 
 
 class Flow(nn.Module):
@@ -28,7 +37,8 @@ class Flow(nn.Module):
         log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
 
     Real-valued data have a density, which is computed exactly:
-    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`.
+    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`. With
+    Gaussian noise, the same is the density of a noisy image.
 
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
@@ -61,8 +71,8 @@ class Flow(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """The kind of data: images, points, or points on a surface."""
-        return kind_of(self.levels, self.latent_dims < self.dims)
+        """The kind of data: images, noisy images, points, or points on a surface."""
+        return kind_of(self.levels, self.latent_dims < self.dims, self.dequantizer.sigma)
 
     @property
     def exact(self) -> bool:
@@ -81,7 +91,7 @@ class Flow(nn.Module):
         return max(layer.initialization_images for layer in layers)
 
     def loss(self, log_prob: Tensor) -> Tensor:
-        """The loss in `kind.unit`, from nats: bits per dimension of images, nats of points."""
+        """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
         return self.kind.loss(log_prob, self.dims)
 
     @property
@@ -123,7 +133,7 @@ class Flow(nn.Module):
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
-        seen = self.seen(labels, context)
+        seen = self.seen(len(x), labels, context)
         z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
         return z, log_det + flow_log_det
 
@@ -141,14 +151,17 @@ class Flow(nn.Module):
         log P(x), where all classes are equally likely. A model with an `image_context` gives
         log P(x | context), by default for the context of each image.
         """
+        return self._parts(
+            lambda of_class: self.to_latents(x, noise, executor, of_class, context),
+            labels,
+            len(x),
+        )
+
+    def _parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
         if self.class_prior is None:
-            z, log_det = self.to_latents(x, noise, executor, context=context)
+            z, log_det = to_latents(None)
             return LogProb(normal_log_prob(z), log_det)
-
-        def to_latents(labels: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.to_latents(x, noise, executor, labels)
-
-        return self.class_prior.parts(to_latents, labels, len(x))
+        return self.class_prior.parts(to_latents, labels, count)
 
     def log_prob(
         self,
@@ -161,7 +174,8 @@ class Flow(nn.Module):
         """A bound on log P(x), `(B,)` in nats, from one draw of the dequantization noise.
 
         Several draws give the importance-weighted bound, the log of their mean probability (Burda
-        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw.
+        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw. With
+        Gaussian noise the result is the log-density of noisy images, and the mean over draws.
 
         Args:
             x: Integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`. It is not changed.
@@ -195,20 +209,18 @@ class Flow(nn.Module):
                 x, draw_noise(x.shape, generator, x.device), labels, context=context
             )
             bounds.append(parts.total)
-        return torch.stack(bounds).logsumexp(dim=0) - math.log(draws)
+        return self.kind.over_draws(torch.stack(bounds))
 
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
     ) -> Tensor:
         """The bound of `log_prob` in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
 
-        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data, whose
-        density has no bits.
+        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data and for
+        Gaussian noise, where a density has no bits.
         """
-        if self.kind.exact:
-            raise ValueError(
-                "real-valued data have a density, which has no bits per dimension: use log_prob"
-            )
+        if self.kind.no_bits is not None:
+            raise ValueError(f"{self.kind.no_bits}: use log_prob")
         return bits_per_dim(self.log_prob(x, generator, draws=draws), self.dims)
 
     @torch.no_grad()
@@ -221,7 +233,7 @@ class Flow(nn.Module):
         """
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
-        seen = self.seen(context=self.context_of(x))
+        seen = self.seen(len(x), context=self.context_of(x))
         return self.bijection.through(Retracing(), "forward", v, seen)[0]
 
     @torch.no_grad()
@@ -230,18 +242,71 @@ class Flow(nn.Module):
         z: Tensor,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
+        guidance: float | None = None,
+        denoise: bool = False,
         context: Tensor | None = None,
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
         The networks of the bijection may see the classes `labels` `(B,)`. Without them the class is
-        unknown to them, as it is in `encode`. A model with an `image_context` needs the `context`,
-        integers `(B, C', H', W')`. `executor` calls the layers. Raises `FloatingPointError` where
-        the result is not finite, and `ValueError` for another context.
+        unknown to them, as it is in `encode`.
+
+        Args:
+            z: The latents.
+            labels: Classes.
+            executor: Calls the layers.
+            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
+            denoise: Whether to take one step of `denoised` after it.
+            context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
+
+        Raises:
+            FloatingPointError: The result is not finite.
+            ValueError: The model has no guidance, or no noise to take away; see `unguided` and
+                `denoised`. Or it needs another context.
         """
-        seen = self.seen(labels, self._checked_context(context, len(z)))
+        if denoise:
+            self._sigma()
+        context = self._checked_context(context, len(z))
+        seen = self.seen(len(z), labels, context, guidance)
         v, _ = self.bijection.through(executor, "inverse", z.to(self.device), seen)
+        if denoise:
+            v = self.denoised(v, labels, context)
         return self.dequantizer.to_data(v).contiguous()
+
+    def denoised(
+        self, v: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """The mean of the image without noise, given noisy ones `v`, inputs of the flow.
+
+        It is one step, `v + sigma^2 grad log p(v)` (Tweedie's formula, Robbins 1956; TarFlow, Zhai
+        et al. 2024, section 3.3), exact where p is the density of noisy images. The density is that
+        of the classes `labels` `(B,)` or given the `context`, without guidance. A continuous flow
+        estimates its gradient as in training. Raises `ValueError` where the noise is not Gaussian.
+        """
+        sigma = self._sigma()
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+
+            def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
+                seen = self.seen(len(v), of_class, context)
+                return self.bijection.through(FUSED, "forward", v, seen)
+
+            log_prob = self._parts(to_latents, labels, len(v)).total
+            (score,) = torch.autograd.grad(log_prob.sum(), v)
+        return v.detach() + sigma**2 * score
+
+    def _sigma(self) -> float:
+        sigma = self.dequantizer.sigma
+        if sigma is None:
+            raise ValueError(f"denoise: {NO_SIGMA}")
+        return sigma
+
+    @property
+    def unguided(self) -> str | None:
+        """Why samples cannot be guided, in words, or None."""
+        if self.class_prior is None:
+            return "the model is not class-conditional (model.classes is 0)"
+        return self.class_prior.unguided
 
     def sample(
         self,
@@ -249,17 +314,19 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
+        guidance: float | None = None,
+        denoise: bool = False,
         context: Tensor | None = None,
     ) -> Tensor:
         """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
-        samples the classes in `labels` `(n,)`, or by default all classes in turn. A model with an
-        `image_context` needs the `context` of each image, integers `(n, C', H', W')`.
+        samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
+        `denoise` and `context` are those of `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else labels
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(latents, labels, context=context)
+        return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -287,7 +354,7 @@ class Flow(nn.Module):
         return "\n".join(
             [
                 f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}",
-                f"  likelihood: {'exact' if self.exact else 'a bound'}, in {self.kind.unit}",
+                f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}",
                 f"  sampling: {self.sampling}",
                 f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "
                 f"{self.device}",
@@ -305,16 +372,29 @@ class Flow(nn.Module):
         """
         return None if self.image_context is None else self.image_context.of(x)
 
-    def seen(self, labels: Tensor | None = None, context: Tensor | None = None) -> Tensor | None:
-        """What the networks of the bijection see of classes `labels` `(B,)`, or of a `context` of
-        integers `(B, C', H', W')`.
+    def seen(
+        self,
+        count: int,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Context | None:
+        """What the networks of the bijection see for B = `count` examples, of their classes
+        `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
+
+        Raises `ValueError` for a weight of `guidance` where there is none.
         """
+        if guidance is not None and self.unguided:
+            raise ValueError(f"guidance: {self.unguided}")
         if self.image_context is not None and context is not None:
             return self.image_context.scaled(context.to(self.device), self.dtype)
-        if labels is None or self.class_prior is None:
+        if self.class_prior is None:
             return None
-        of_classes = self.class_prior.context(labels)
-        return None if of_classes is None else of_classes.to(self.device, self.dtype)
+        of_class = self.class_prior.context(labels, count)
+        if of_class is None:
+            return None
+        of_class = of_class.to(self.device, self.dtype)
+        return Guided(of_class, torch.zeros_like(of_class), guidance) if guidance else of_class
 
     def require_no_context(self, what: str) -> None:
         """Raises `UserError` that begins with `what` for a model with an `image_context`."""

@@ -1,4 +1,5 @@
-"""The kind of data that a flow models: images with Q levels, points, or points on a surface.
+"""The kind of data that a flow models: images with Q levels, the same with Gaussian noise, points,
+or points on a surface.
 
 `kind_of` chooses the kind. Whatever depends on it is a question that the kind answers, so other
 code does not ask whether there are levels.
@@ -18,11 +19,20 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     return log_prob / (-dims * math.log(2))
 
 
+def log_mean_exp(draws: Tensor) -> Tensor:
+    """The importance-weighted bound `log 1/K sum_k exp(draw_k)`: `(K, ...)` to `(...)`."""
+    return draws.logsumexp(dim=0) - math.log(len(draws))
+
+
 class QuantizedImages:
     """Images of integers 0..Q-1. Their probability has a bound, in bits per dimension."""
 
     unit = "bits/dim"  # unit of the loss, for messages
     metric = "bits_per_dim"  # name of the loss in files
+    no_bits: str | None = (
+        None  # why a likelihood has no bits per dimension, in words, if it has none
+    )
+    bound = "a bound"  # what a likelihood is that is not exact
     exact = False  # whether there is no dequantization noise, so that the likelihood is exact
     on_surface = False  # whether a latent has fewer entries than an example
     picture_count = 64  # samples in a picture
@@ -41,6 +51,19 @@ class QuantizedImages:
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
         """The loss in `unit`, from nats of examples with `dims` entries."""
         return bits_per_dim(log_prob, dims)
+
+    def over_draws(self, draws: Tensor) -> Tensor:
+        """What several draws of the noise say together, in nats: `(K, ...)` to `(...)`."""
+        return log_mean_exp(draws)
+
+    def in_unit(self, bits: np.ndarray) -> np.ndarray:
+        """Bits per dimension in `unit`."""
+        return bits
+
+    @property
+    def uniform_loss(self) -> float:
+        """The loss of a model for which all images are equally likely, in `unit`."""
+        return math.log2(self.levels)
 
     def require_levels(self, message: str) -> int:
         """Q. For real values, raises `UserError` with the message."""
@@ -69,12 +92,52 @@ class QuantizedImages:
         return self.levels
 
 
+class NoisyImages(QuantizedImages):
+    """Images of integers 0..Q-1 with Gaussian noise, of which the model is a density.
+
+    The density is that of noisy images in [0, 1], in nats per dimension. It is no bound on the
+    probability of an image, so nothing about it is in bits.
+
+    Args:
+        levels: Q.
+        sigma: Standard deviation of the noise, where 0 is black and 1 is white.
+    """
+
+    unit = "nats/dim"
+    metric = "nats_per_dim"
+    no_bits = (
+        "a model trained with Gaussian noise (dequantization.name: gaussian) is a density of noisy "
+        "images, which has no bits per dimension"
+    )
+    bound = "a density of noisy images"
+
+    def __init__(self, levels: int, sigma: float):
+        super().__init__(levels)
+        self.sigma = sigma
+
+    def loss(self, log_prob: Tensor, dims: int) -> Tensor:
+        return log_prob / -dims
+
+    def over_draws(self, draws: Tensor) -> Tensor:
+        """The mean log-density of several noisy images of an image."""
+        return draws.mean(dim=0)
+
+    def in_unit(self, bits: np.ndarray) -> np.ndarray:
+        return bits * math.log(2)
+
+    @property
+    def uniform_loss(self) -> float:
+        return 0.0
+
+
 class Points:
     """Real values. They have a density, which is computed exactly, in nats."""
 
     levels = None
     words = "real values"
     unit = metric = "nats"
+    no_bits = "real-valued data have a density, which has no bits per dimension"
+    bound = "exact"
     exact = True
     on_surface = False
     scale = 1
@@ -86,6 +149,9 @@ class Points:
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
         return -log_prob
+
+    def over_draws(self, draws: Tensor) -> Tensor:
+        return log_mean_exp(draws)
 
     def require_levels(self, message: str) -> int:
         raise UserError(message)
@@ -124,8 +190,11 @@ class SurfacePoints(Points):
 Kind = QuantizedImages | Points
 
 
-def kind_of(levels: int | None, on_surface: bool = False) -> Kind:
-    """The kind of data with values 0..levels-1, or with real values where `levels` is None."""
+def kind_of(levels: int | None, on_surface: bool = False, sigma: float | None = None) -> Kind:
+    """The kind of data with values 0..levels-1, or with real values where `levels` is None.
+
+    With `sigma`, the images have Gaussian noise of this standard deviation.
+    """
     if levels is not None:
-        return QuantizedImages(levels)
+        return QuantizedImages(levels) if sigma is None else NoisyImages(levels, sigma)
     return SurfacePoints() if on_surface else Points()

@@ -82,6 +82,24 @@ def sampling_batch_size(flow: Flow) -> int:
     return min(largest, _power_of_two(capacity.left(flow.device) / 2 / of_an_image))
 
 
+def denoising_batch_size(flow: Flow) -> int:
+    """How many images to decode at a time if they are denoised: a power of two.
+
+    The gradient needs all activations of a forward pass, of which decoding needs a few at a time.
+    """
+    # Twice the same image, so that a continuous flow takes the same steps.
+    v = flow.dequantizer.middle(torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device))
+
+    def of(count: int) -> int:
+        images = v.to(flow.dtype).repeat(count, 1, 1, 1)
+        return capacity.kept(lambda: flow.denoised(images, flow.classes_in_turn(count)))
+
+    of_an_image = max(1, of(2) - of(1))
+    return min(
+        sampling_batch_size(flow), _power_of_two(capacity.left(flow.device) / 2 / of_an_image)
+    )
+
+
 def _bytes_of_an_image(flow: Flow) -> int:
     return ALIVE * largest_activation(flow)
 

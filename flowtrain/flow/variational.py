@@ -17,13 +17,9 @@ from flowtrain.bijections import (
 from flowtrain.bijections.base import sum_per_example
 from flowtrain.bijections.execution import FUSED, Executor
 from flowtrain.bijections.precision import into_conditioner
-from flowtrain.flow.dequantize import EDGE
+from flowtrain.flow.dequantize import EDGE, LARGEST, SMALLEST
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
 from flowtrain.types import Shape
-
-# Uniform numbers in float32 are multiples of 2**-24. They may be 0, whose normal quantile is
-# -infinity.
-SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24
 
 
 class VariationalNoise(nn.Module):

@@ -1,5 +1,5 @@
-"""What several models share: elementwise transforms by name, couplings of vectors, and what image
-sizes allow.
+"""What several models share: elementwise transforms by name, couplings of vectors, what image
+sizes allow, and patches.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,11 @@ from typing import Literal
 from flowtrain.bijections import (
     AdditiveTransform,
     AffineTransform,
+    Bijection,
     Coupling,
     MixtureTransform,
     SplineTransform,
+    Squeeze,
     Transform,
 )
 from flowtrain.errors import UserError
@@ -68,3 +70,23 @@ def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:
         f"model.levels: {height}x{width} {times}{f' ({path})' if possible else ''}; "
         f"levels: {levels} needs a multiple of {2**squeezes}"
     )
+
+
+def tokens_of(shape: Shape, patch: int) -> tuple[int, int, int]:
+    """The entries of a token, and the rows and columns of tokens: the patches of an image.
+
+    Raises:
+        UserError: unless the patches fill the image.
+    """
+    channels, height, width = shape
+    if height % patch or width % patch:
+        raise UserError(
+            f"model.patch: patches of {patch}x{patch} pixels do not fill images of "
+            f"{height}x{width}: choose a patch whose side divides both"
+        )
+    return channels * patch**2, height // patch, width // patch
+
+
+def patches(patch: int) -> list[Bijection]:
+    """Layers that turn an image into tokens: a patch with a side of a power of 2 into channels."""
+    return [Squeeze() for _ in range(patch.bit_length() - 1)]

@@ -32,6 +32,7 @@ from flowtrain.bijections import (
     SphereToAngles,
     SplineTransform,
 )
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.nets.dense import DenseNet
@@ -47,7 +48,7 @@ class CircularNet(nn.Module):
         super().__init__()
         self.net = DenseNet(2 * angles, out_features, width, hidden_layers)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         parameters: Tensor = self.net(torch.cat([x.cos(), x.sin()], dim=1), context)
         return parameters
 

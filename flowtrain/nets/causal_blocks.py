@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowtrain.nets.attention import KeysAndValues, heads_of
 from flowtrain.nets.convolution import relu_
 from flowtrain.nets.dropout import Drop
 from flowtrain.nets.window import CausalConv, Window
@@ -93,7 +94,7 @@ class AttentionBlock(Block):
 
     def __init__(self, width: int):
         super().__init__()
-        self.heads = next(n for n in range(max(1, width // HEAD), 0, -1) if width % n == 0)
+        self.heads = heads_of(width, HEAD)
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
         self.last = zero_linear(width, width)
 
@@ -120,18 +121,12 @@ class _AttentionByToken:
         self.block = block
         self.weight, self.bias = block.last.weight, block.last.bias[:, None]
         width, heads = len(self.weight), block.heads
-        self.keys = self.weight.new_empty(batch, heads, tokens, width // heads)
-        self.values = torch.empty_like(self.keys)
-        self.known = 0
+        self.kept = KeysAndValues(tokens, (batch, heads, width // heads), self.weight)
 
     def column(self, x: Tensor, i: int, j: int) -> Tensor:
         normalized = norm_of_columns(x).T[:, None]
         query, key, value = self.block.queries_keys_and_values(normalized)
-        self.keys[:, :, self.known], self.values[:, :, self.known] = key[:, :, 0], value[:, :, 0]
-        self.known += 1
-        mixed = F.scaled_dot_product_attention(
-            query, self.keys[:, :, : self.known], self.values[:, :, : self.known]
-        )
+        mixed = self.kept.attend(query, key, value)
         return torch.addmm(x, self.weight, mixed.flatten(1).T).add_(self.bias)
 
 

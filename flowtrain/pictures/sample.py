@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowtrain.bijections.execution import Noting
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import Flow
-from flowtrain.flow.passes import sampling_batch_size
+from flowtrain.flow.flow import NO_SIGMA, Flow
+from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 
@@ -24,16 +24,24 @@ def sample(
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
     contexts: Tensor | None = None,
+    guidance: float | None = None,
+    denoise: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents. So it does for each of the
-    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs.
+    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. `guidance` and
+    `denoise` are those of `Flow.decode`.
 
-    Raises `UserError` for a class that the model does not have, or for samples without room.
+    Raises `UserError` for a class that the model does not have, for guidance or denoising that it
+    does not have, or for samples without room.
     """
+    if guidance is not None and (reason := flow.unguided):
+        raise UserError(f"--guidance {guidance:g}: {reason}")
+    if denoise and flow.dequantizer.sigma is None:
+        raise UserError(f"--denoise: {NO_SIGMA}")
     groups = max(1, len(classes)) if contexts is None else len(contexts)
     count = num * len(temperatures) * groups
     pixels = flow.dims * (4 if flow.levels is None else 1)
@@ -59,7 +67,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, given))
+        images.append(decode(flow, latents, note, labels, guidance, denoise, given))
     return torch.cat(images)
 
 
@@ -68,6 +76,8 @@ def decode(
     z: Tensor,
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
+    guidance: float | None = None,
+    denoise: bool = False,
     context: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
@@ -78,7 +88,7 @@ def decode(
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
-    at_a_time = sampling_batch_size(flow)
+    at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
     for start in range(0, len(z), at_a_time):
         stop = min(start + at_a_time, len(z))
 
@@ -86,7 +96,8 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
-        images.append(flow.decode(z[start:stop], of_part, Noting(note), given).cpu())
+        part = flow.decode(z[start:stop], of_part, Noting(note), guidance, denoise, given)
+        images.append(part.cpu())
         progress(stop)
     return torch.cat(images)
 
@@ -98,9 +109,11 @@ def npz(
     seed: int,
     classes: Sequence[int] = (),
     contexts: Tensor | None = None,
+    **others: object,
 ) -> bytes:
     """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` or `contexts` were asked for, its class or its context.
+    each and, where `classes` or `contexts` were asked for, its class or its context. `others` are
+    further arrays or numbers.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {
@@ -112,7 +125,7 @@ def npz(
     if contexts is not None:
         repeated = contexts.repeat_interleave(num // len(contexts), dim=0)
         arrays["context"] = repeated.repeat(len(temperatures), 1, 1, 1).movedim(1, -1).numpy()
-    arrays |= {"seed": seed, **flow.kind.npz()}
+    arrays |= {"seed": seed, **flow.kind.npz(), **others}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

@@ -25,6 +25,7 @@ NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 # The keys of an evaluation in the JSON of a comparison.
 TEST_FIGURES = (
     *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
+    *("nats_per_dim", "nats_per_dim_stderr", "sigma"),
     *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
     *("weights", "step", "given"),
 )
@@ -42,7 +43,7 @@ class Result:
     step: int
     images: int  # seen in training, as of the newest row or summary
     seconds: float  # wall-clock, with validation and samples
-    unit: str  # of the losses: bits/dim, or nats for real-valued data
+    unit: str  # of the losses: bits/dim, nats for real-valued data, nats/dim for noisy images
     images_per_second: float | None  # of training alone: the median of the rows
     validation: float | None  # the best
     validation_step: int | None
@@ -159,6 +160,11 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
             )
         if not run.rows:
             found.append(f"{own.run} has no metrics, so no curve")
+        if own.unit == "nats/dim":
+            found.append(
+                f"{own.run} has no bits/dim: its losses are densities of noisy images, and compare "
+                f"only with those of the same dequantization.sigma"
+            )
     first, first_name = records[0].config, results[0].run
     for own, run in zip(results[1:], records[1:], strict=True):
         changed = _changes(first, run.config)

@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     LATENTS = 4
     EVALUATION = 5
     PAIRS = 6
+    LABELS = 7
 
 
 def generator(

@@ -225,6 +225,8 @@ def announce(
         f"{'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
+    if data.kind.levels is not None and (reason := state.flow.kind.no_bits):
+        console.print(f"no bits/dim: {reason}; losses are in {state.flow.kind.unit}")
     if edition := fingerprint.get("edition"):
         console.print(edition)
     if equal := fingerprint.get("duplicates"):

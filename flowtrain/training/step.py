@@ -24,10 +24,13 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
     the whole batch of all processes. The noise of an image depends on the seed and on how many
     images the run has used before it. With `labels` `(B,)` the loss is that of the
-    class-conditional likelihood.
+    class-conditional likelihood, and some labels may be `dropped`.
     """
     config = state.config.train
-    noise = noise_of(state.config, state.progress.images + distributed.rank() * len(x), x)
+    position = state.progress.images + distributed.rank() * len(x)
+    noise = noise_of(state.config, position, x)
+    if labels is not None:
+        labels = dropped(state.config, position, labels)
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
@@ -64,6 +67,20 @@ def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
     It does not depend on how the sequence is divided into steps, processes and parts.
     """
     return uniform(x.shape, config.seed, Stream.DEQUANTIZATION, position, device=x.device)
+
+
+def dropped(config: Config, position: int, labels: Tensor) -> Tensor:
+    """The labels `(B,)` with some of them K, which stands for no class (`ClassContext`).
+
+    Each is dropped with the probability `model.label_dropout`. Like the noise, this depends on the
+    seed and on the image's place in the run's whole sequence.
+    """
+    probability, classes = config.model.label_dropout, config.model.classes
+    if not probability:
+        return labels
+    shape = (len(labels), 1)
+    draws = uniform(shape, config.seed, Stream.LABELS, position, device=labels.device)
+    return torch.where(draws[:, 0] < probability, classes, labels)
 
 
 def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:

@@ -149,7 +149,7 @@ def _archive(packed: bytes, parts: list[bytes]) -> bytes:
 
 def _described(parts: list[bytes], images: int, shape: list[int]) -> tuple[bytes, list[bytes]]:
     described = {"shape": shape, "levels": 256, "names": "test", "count": images}
-    text = json.dumps({**described, "lengths": [len(part) for part in parts]})
+    text = json.dumps({**described, "lengths": [len(part) for part in parts[:-1]]})
     return _deflated(text.encode(), 1), parts
 
 

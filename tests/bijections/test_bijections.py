@@ -25,7 +25,9 @@ from flowtrain.bijections import (
     Conv1x1LU,
     Coupling,
     DiagonalAffine,
+    ExponentialTransform,
     Flatten,
+    HalvePixels,
     Inverse,
     LogisticToNormal,
     MaskedAutoregressive,
@@ -33,9 +35,12 @@ from flowtrain.bijections import (
     Multiscale,
     Permute,
     Planar,
+    Reverse,
     Sequential,
+    SigmoidTransform,
     SplineTransform,
     Squeeze,
+    TokenAutoregressive,
 )
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData
@@ -48,6 +53,7 @@ from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import DepthwiseNet, GatedNet, ResidualNet
+from flowtrain.nets.transformer import CausalTransformer, VisionTransformer
 from flowtrain.system.capacity import peak
 
 MODES = get_args(Mode)
@@ -79,6 +85,12 @@ def multiscale():
 def autoregressive(dims, transform, width=7, hidden_layers=1, context=0):
     net = MaskedDenseNet(dims, transform.parameters_per_entry, width, hidden_layers, context)
     return MaskedAutoregressive(net, transform)
+
+
+def over_tokens(entries, tokens, transform, width=6, layers=1, context=0):
+    parameters = transform.parameters_per_entry
+    net = CausalTransformer(entries, parameters, tokens, width, layers, context)
+    return TokenAutoregressive(net, transform)
 
 
 # These take points of a surface, so their Jacobians are not square. test_sphere.py tests them.
@@ -258,6 +270,28 @@ LAYERS = {
         (3,),
         (3, 1, 1),
     ),
+    "reverse": (Reverse, (3, 2, 4), None),
+    "halve-pixels": (lambda: HalvePixels(torch.eye(2) == 1), (4, 2, 2), None),
+    "halve-pixels-stripes": (
+        lambda: HalvePixels(torch.arange(6).view(3, 2) % 2 == 0),
+        (2, 3, 2),
+        None,
+    ),
+    "tokens": (lambda: over_tokens(2, 6, AffineTransform()), (2, 3, 2), None),
+    "tokens-deep": (lambda: over_tokens(1, 4, AffineTransform(), layers=2), (1, 1, 4), None),
+    "tokens-unbounded": (lambda: over_tokens(3, 4, ExponentialTransform()), (3, 2, 2), None),
+    "tokens-mixture": (lambda: over_tokens(1, 4, MixtureTransform(2)), (1, 2, 2), None),
+    "tokens-context": (lambda: over_tokens(2, 4, AffineTransform(), context=3), (2, 4, 1), (3,)),
+    "coupling-transformer": (
+        lambda: Coupling(2, VisionTransformer(2, 4, 6, 6, 2), SigmoidTransform()),
+        (4, 3, 2),
+        None,
+    ),
+    "coupling-transformer-context": (
+        lambda: Coupling(2, VisionTransformer(2, 4, 4, 6, 1, 3), AffineTransform()),
+        (4, 2, 2),
+        (3,),
+    ),
     "multiscale": (multiscale, (2, 4, 4), (3, 2, 2)),
     "sequential": (
         lambda: Sequential(
@@ -378,6 +412,18 @@ MODELS = {
     "causal-all-blocks": (
         lambda: model("causal", (1, 3, 4), 17, token=1, attention=1, downsample=1),
         (1, 3, 4),
+        None,
+    ),
+    "tarflow": (lambda: model("tarflow", (1, 4, 4)), (1, 4, 4), None),
+    "tarflow-plain": (
+        lambda: model("tarflow", (3, 2, 4), patch=1, mixing="none", bounded=False),
+        (3, 2, 4),
+        None,
+    ),
+    "jet": (lambda: model("jet", (1, 4, 4)), (1, 4, 4), None),
+    "jet-plain": (
+        lambda: model("jet", (1, 4, 6), couplings=10, mixing="permutation", bounded=False),
+        (1, 4, 6),
         None,
     ),
 }

@@ -17,6 +17,7 @@ from flowtrain.compression import compress
 from flowtrain.compression.coder import coder_of, probe
 from flowtrain.compression.decompress import Opened
 from flowtrain.compression.direct import DirectCodec
+from flowtrain.compression.format import IDENTITY
 from flowtrain.compression.stack import Stack
 from flowtrain.compression.streams import decode_stream, encode_stream
 from flowtrain.errors import UserError
@@ -138,13 +139,24 @@ def test_an_archive_is_little_larger_than_its_streams(model, tmp_path):
     x, path = faint(150), tmp_path / "a"
     path.write_bytes(archive(model, x))
     found = Opened(path)
-    assert (found.description.checked, len(found.parts[0])) == (128, 8)
-    assert path.stat().st_size - sum(map(len, found.parts)) < 210
+    assert found.description.checked == 128
+    assert len(found.parts[0]) == 2 * 4 + IDENTITY.size
+    assert path.stat().st_size - sum(map(len, found.parts)) < 180
     damaged = x.clone()
     damaged[149, 0, 0, 0] += 1
     found._decode = lambda images, model, progress: images.copy_(damaged)
     with pytest.raises(UserError, match="22 of 150 images do not match their checksums"):
         found.images(model)
+
+
+def test_an_image_alone_takes_little_more_than_its_stream(model, tmp_path):
+    """Its likelihood and 64 bytes, with a short path of the model."""
+    path = tmp_path / "a"
+    path.write_bytes(archive(model, faint(1)))
+    found = Opened(path)
+    assert found.description.model is not None
+    named = len(found.description.model.path)
+    assert path.stat().st_size - len(found.parts[-1]) <= 45 + named
 
 
 def test_other_numbers_are_refused(model, tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
 
-OF_VECTORS = {name: options for name, options in TINY.items() if name not in ("glow", "causal")}
+OF_IMAGES = {"glow", "causal", "tarflow", "jet"}
+OF_VECTORS = {name: options for name, options in TINY.items() if name not in OF_IMAGES}
 
 
 def build(name, split="train", **options):

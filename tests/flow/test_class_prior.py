@@ -15,6 +15,7 @@ from helpers import SHARED, a_config, batch_of, images, npz, perturb, seeded, sh
 from PIL import Image
 from torch.distributions import Normal
 
+from flowtrain.bijections.context import Guided
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.batches import Batches
@@ -66,8 +67,8 @@ def test_before_training_all_classes_are_the_standard_normal():
     )
 
 
-def conditional(model="glow", classes=3):
-    config = a_config({"name": model, "classes": classes, **TINY[model]})
+def conditional(model="glow", classes=3, **options):
+    config = a_config({"name": model, "classes": classes, **TINY[model], **options})
     flow = perturb(build_flow(config, SHAPE, 256))
     x = images(64, SHAPE)
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
@@ -84,11 +85,13 @@ def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
     mixed = flow.log_prob(x, seeded(), torch.tensor([0, 1, 2, 0, 1, 2]))
     torch.testing.assert_close(mixed, given[[0, 1, 2, 0, 1, 2], range(6)])
     mixed.sum().backward()
-    of_classes = list(flow.class_prior.parameters()) or [flow.bijection.conditioner.context.weight]
+    names = ("class_prior.", "conditioner.context.")
+    of_classes = [p for name, p in flow.named_parameters() if any(n in name for n in names)]
+    assert of_classes
     assert all(parameter.grad.abs().min() > 0 for parameter in of_classes)
 
 
-@pytest.mark.parametrize("model", ["glow", "causal"])
+@pytest.mark.parametrize("model", ["glow", "causal", "tarflow", "jet"])
 def test_images_come_back_and_samples_have_a_class(model):
     flow = conditional(model)
     x = images(8, SHAPE)
@@ -128,6 +131,63 @@ def test_without_a_class_the_networks_see_the_mean_of_all():
     assert torch.equal(flow.decode(z), x)
     labels = torch.tensor([0, 1, 2, 0, 1])
     assert not torch.equal(flow.decode(z, labels), x)
+
+
+def test_without_a_class_the_networks_see_zeros_if_labels_were_dropped_in_training():
+    flow = conditional("causal", label_dropout=0.1)
+    x = images(5, SHAPE)
+    v = flow.dequantizer.middle(x)
+    z = flow.encode(x)
+    torch.testing.assert_close(flow.bijection(v, torch.zeros(5, 3))[0], z)
+    assert torch.equal(flow.decode(z), x)
+    noise = torch.full(x.shape, 0.5)
+    without = flow(x, noise, torch.full((5,), 3)).total  # the label beyond those of the classes
+    base = Normal(0, 1).log_prob(z).sum(1)
+    torch.testing.assert_close(
+        without, base + flow.bijection(v, torch.zeros(5, 3))[1] - 16 * math.log(256)
+    )
+    given = torch.stack([flow(x, noise, torch.full((5,), label)).total for label in range(3)])
+    # The likelihood of unlabelled images is that of Bayes' rule, as for any model with classes.
+    torch.testing.assert_close(flow(x, noise).total, given.logsumexp(dim=0) - math.log(3))
+    assert (flow(x, noise).total - without).abs().min() > 1e-3
+
+
+def test_guidance_needs_a_model_that_knows_images_without_a_class():
+    said = {
+        "not class-conditional": build_flow(a_config("causal"), SHAPE, 256),
+        "each class has its own prior": conditional("glow"),
+        "model.label_dropout, for example 0.1": conditional("causal"),
+    }
+    for words, flow in said.items():
+        with pytest.raises(ValueError, match=f"guidance: .*{words}"):
+            flow.sample(2, guidance=0.0)
+    flow = conditional("causal", label_dropout=0.1)
+    plain, guided = (flow.sample(9, generator=seeded(), guidance=w) for w in (None, 2.0))
+    assert torch.equal(flow.sample(9, generator=seeded(), guidance=0.0), plain)
+    assert not torch.equal(guided, plain)
+
+
+def test_guided_samples_of_a_causal_flow_are_by_the_extrapolated_parameters():
+    flow = conditional("causal", label_dropout=0.1).double()
+    z, labels = flow.draw_latents(6, seeded()), torch.arange(6) % 3
+    context = torch.nn.functional.one_hot(labels, 3).double()
+    guided = Guided(context, torch.zeros_like(context), 1.5)
+    v, log_det = flow.bijection.inverse(z, guided)
+    back, log_det_back = flow.bijection(v, guided)
+    torch.testing.assert_close(back, z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-5, atol=1e-5)
+    assert torch.equal(flow.decode(z, labels, guidance=1.5), flow.dequantizer.to_data(v))
+
+
+def test_only_networks_that_see_the_class_have_labels_to_drop():
+    for model, words in (
+        ("glow", "networks of glow do not see the class"),
+        ("causal", "set model.classes"),
+    ):
+        classes = 3 if model == "glow" else 0
+        config = a_config({"name": model, "classes": classes, **TINY[model], "label_dropout": 0.1})
+        with pytest.raises(UserError, match=f"model.label_dropout: 0.1, but .*{words}"):
+            build_flow(config, SHAPE, 256)
 
 
 # --- labels ---------------------------------------------------------------------------------------

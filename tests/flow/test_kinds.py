@@ -8,11 +8,12 @@ import torch
 from helpers import seeded
 
 from flowtrain.errors import UserError
-from flowtrain.flow.kinds import Points, QuantizedImages, SurfacePoints, kind_of
+from flowtrain.flow.kinds import NoisyImages, Points, QuantizedImages, SurfacePoints, kind_of
 
 
 def test_levels_and_surface_decide():
     assert type(kind_of(17)) is QuantizedImages and kind_of(17).levels == 17
+    assert type(kind_of(17, sigma=0.1)) is NoisyImages and kind_of(17, sigma=0.1).levels == 17
     assert type(kind_of(None)) is Points and kind_of(None).levels is None
     assert type(kind_of(None, on_surface=True)) is SurfacePoints
 
@@ -23,6 +24,31 @@ def test_the_loss_is_in_the_unit():
     assert kind_of(256).loss(log_prob, 4).item() == pytest.approx(2)
     assert (kind_of(None).unit, kind_of(None).metric) == ("nats", "nats")
     assert kind_of(None).loss(log_prob, 4).item() == pytest.approx(8 * math.log(2))
+    noisy = kind_of(256, sigma=0.1)
+    assert (noisy.unit, noisy.metric, noisy.exact) == ("nats/dim", "nats_per_dim", False)
+    assert noisy.loss(log_prob, 4).item() == pytest.approx(2 * math.log(2))
+
+
+def test_what_has_no_bits():
+    assert kind_of(256).no_bits is None
+    assert "real-valued data have a density" in kind_of(None).no_bits
+    assert "Gaussian noise (dequantization.name: gaussian)" in kind_of(17, sigma=0.1).no_bits
+
+
+def test_what_several_draws_say_together():
+    draws = torch.tensor([[0.0, 1.0], [math.log(3), 5.0]])
+    for kind in (kind_of(256), kind_of(None)):  # the log of the mean probability
+        assert kind.over_draws(draws)[0].item() == pytest.approx(math.log(2))
+    assert kind_of(256, sigma=0.1).over_draws(draws).tolist() == pytest.approx(
+        [math.log(3) / 2, 3.0]
+    )
+
+
+def test_scores_of_images_are_in_the_unit():
+    assert kind_of(16).uniform_loss == 4 and kind_of(16).in_unit(np.array([3.0]))[0] == 3
+    noisy = kind_of(16, sigma=0.1)  # a uniform density on the cube is 1
+    assert noisy.uniform_loss == 0
+    assert noisy.in_unit(np.array([3.0]))[0] == pytest.approx(3 * math.log(2))
 
 
 def test_faults():

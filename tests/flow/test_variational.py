@@ -30,6 +30,7 @@ every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (1, 3, 2),
 SHAPES = {
     **{"glow": (3, 8, 4), "realnvp": (1, 6, 2), "nice": (3, 3, 3)},
     **{"planar": (3, 2, 2), "maf": (3, 3, 2), "iaf": (3, 2, 2), "cnf": (3, 2, 2)},
+    **{"tarflow": (1, 6, 2), "jet": (3, 4, 2)},
 }
 
 

@@ -22,6 +22,7 @@ from flowtrain.bijections import (
     Permute,
     Planar,
     Sequential,
+    TokenAutoregressive,
 )
 from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.build import build_flow
@@ -35,7 +36,10 @@ from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
 # The layers that learn, apart from ActNorm and matrices.
-LEARNED = (CheckerboardCoupling, Continuous, Coupling, MaskedAutoregressive, Planar)
+LEARNED = (
+    *(CheckerboardCoupling, Continuous, Coupling),
+    *(MaskedAutoregressive, Planar, TokenAutoregressive),
+)
 
 
 @pytest.mark.parametrize("split", ["channel", "checkerboard", "mixed"])
@@ -357,6 +361,8 @@ GOLDEN = {
     ("maf", "logit"): [4.17041, 4.144823, 4.110533, 4.089016, 4.067691],
     ("cnf", "center"): [4.356643, 4.34722, 4.334869, 4.317419, 4.294961],
     ("iaf", "center"): [4.354898, 4.330153, 4.308249, 4.282404, 4.251452],
+    ("tarflow", "center"): [4.310452, 4.227404, 4.172088, 4.108107, 4.060031],
+    ("jet", "center"): [4.260336, 4.272494, 4.146126, 4.022169, 3.98238],
     ("causal", "center"): [3.803679, 3.672404, 3.582726, 3.518047, 3.467457],
 }
 

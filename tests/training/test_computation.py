@@ -51,6 +51,11 @@ MODELS = {
         {"name": "causal", **TINY["causal"], "attention": 1, "downsample": 1, "dropout": 0.2},
         *((1, 6, 6), 16, {}, NO_INVERSE),
     ),
+    "tarflow": (
+        {"name": "tarflow", **TINY["tarflow"], "classes": 3},
+        *((1, 4, 4), 16, {}, NO_INVERSE),
+    ),
+    "jet": ({"name": "jet", **TINY["jet"]}, (1, 4, 4), 16, {}, BOTH),
     "sphere": (SPHERE, (3, 1, 1), None, {}, BOTH),
 }
 # Tracing takes seconds, so few of the combinations are tried each time.
@@ -59,6 +64,8 @@ OFTEN = {
     ("glow", "store", "fp32"),
     ("glow", "reversible", "bf16"),
     ("causal", "checkpoint", "bf16"),
+    ("tarflow", "store", "bf16"),
+    ("jet", "reversible", "fp32"),
 }
 
 

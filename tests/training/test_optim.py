@@ -100,7 +100,7 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
     for group in groups:
         by_decay[group["weight_decay"]] |= {names[id(p)] for p in group["params"]}
     # By name: weights of convolutions and linear layers, which only conditioners have.
-    decayed = {n for n in names.values() if n.endswith(".weight")}
+    decayed = {n for n, p in flow.named_parameters() if n.endswith(".weight") and p.ndim == 2}
     assert by_decay == {0.1: decayed, 0.0: set(names.values()) - decayed}
     assert sum(len(group["params"]) for group in groups) == len(names)  # each once
     assert decayed and all(".conditioner." in n or ".priors." in n for n in decayed)
@@ -145,7 +145,9 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     # All weights count, also those that start at zero. Depthwise filters are vectors. Biases and
     # gains have other names.
     assert matrices == {
-        p for n, p in flow.named_parameters() if n.endswith(".weight") and p.shape[1] > 1
+        p
+        for n, p in flow.named_parameters()
+        if n.endswith(".weight") and p.ndim == 2 and p.shape[1] > 1
     }
     perturb(flow)
     before = {p: p.detach().clone() for p in matrices}

@@ -24,6 +24,8 @@ from flowtrain.training.optim import Average, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import (
     activations_of_an_image,
+    dropped,
+    noise_of,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -291,3 +293,33 @@ def test_the_largest_that_would_fit_does(processes, monkeypatch):
         UserError, match="^train.batch_size: .* at most 0 would fit; use smaller im"
     ):
         require(monkeypatch, 100, 1)
+
+
+def test_which_labels_are_dropped_depends_on_seed_and_place_alone():
+    model = {"name": "causal", **TINY["causal"], "classes": 10, "label_dropout": 0.3}
+    config = a_config(model)
+    labels = torch.arange(2000) % 10
+    found = dropped(config, 500, labels)
+    lost = found == 10
+    assert torch.equal(found[~lost], labels[~lost]) and abs(lost.float().mean() - 0.3) < 0.04
+    parts = [dropped(config, 500 + at, labels[at : at + 7]) for at in range(0, 2000, 7)]
+    assert torch.equal(torch.cat(parts), found)
+    assert not torch.equal(dropped(config, 501, labels) == 10, lost)
+    other = config.model_copy(update={"seed": 1})
+    assert not torch.equal(dropped(other, 500, labels) == 10, lost)
+    assert dropped(a_config({**model, "label_dropout": 0.0}), 500, labels) is labels
+
+
+def test_a_dropped_label_trains_the_model_without_a_class():
+    model = {"name": "causal", **TINY["causal"], "classes": 3, "label_dropout": 0.999999}
+    config = a_config(model)
+    flow = build_flow(config, (1, 4, 4), 256)
+    x, labels = images(8, (1, 4, 4)), torch.arange(8) % 3
+    initialize(flow, x, torch.full(x.shape, 0.5))
+    state = State(config, flow, [], None, {})
+    loss, _ = train_step(state, x, labels)
+    with torch.no_grad():
+        noise = noise_of(config, 0, x)
+        without = flow.loss(flow(x, noise, torch.full((8,), 3)).total).mean()
+    torch.testing.assert_close(loss, without)
+    assert not flow.bijection.conditioner.context.weight.grad.any()  # no class was seen

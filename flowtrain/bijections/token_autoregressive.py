@@ -1,0 +1,106 @@
+"""Autoregressive layers over tokens (TarFlow, Zhai et al. 2024, arXiv:2412.06329)."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.context import Context, Guided
+from flowtrain.bijections.iteration import fixed_point
+from flowtrain.bijections.precision import apply_conditioner, full_precision
+
+# The parameters `(B, P E)` of the next token, given the token before it, `(B, E)`. The first token
+# has none before it.
+NextParameters = Callable[[Tensor | None], Tensor]
+
+
+class TokenConditioner(nn.Module):
+    """Maps tokens `(B, E, H, W)` to `(B, P E, H, W)`: P parameters for each of their E entries.
+
+    Those of a token depend only on the tokens before it in raster order, and on the context.
+    """
+
+    if TYPE_CHECKING:  # torch declares that a call returns Any
+
+        def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor: ...
+
+    def by_token(self, batch: int, context: Tensor | None = None) -> NextParameters:
+        """The same parameters, one token after the other. What is known of a token is kept."""
+        raise NotImplementedError
+
+
+class TokenAutoregressive(Bijection):
+    """`z_n = T(x_n; parameters of x_1, ..., x_{n-1})` for tokens n of `(B, E, H, W)`.
+
+    T is an elementwise transform (TarFlow, eq. 4-6, has an affine one). The Jacobian is block
+    triangular with diagonal blocks, so its log-determinant is the sum of T's log-derivatives.
+    `forward` is one pass of the conditioner. `inverse` computes one token after the other, and
+    keeps what the conditioner knows of each. `inverse_by_iteration` computes all tokens at once,
+    again and again. Both run in full precision and are differentiable.
+
+    The layer takes the tokens in raster order. A `Reverse` before the layer gives the other order.
+    """
+
+    inverse_is_sequential = True
+    iterates = True
+    has_network = True
+    reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
+
+    def __init__(self, conditioner: TokenConditioner, transform: Transform):
+        super().__init__()
+        self.conditioner = conditioner
+        self.transform = transform
+
+    def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """`z` and the log-derivatives, both `(B, E, H, W)`."""
+        return self.transform(x, apply_conditioner(self.conditioner, x, context))
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self._transformed(x, context)
+        return z, sum_per_example(log_derivative)
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return self.inverse_noting(z, context, lambda share: None)
+
+    def inverse_noting(
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        tokens: list[Tensor] = []
+        log_derivatives: list[Tensor] = []
+        with full_precision(z):
+            next_parameters = self._by_token(len(z), context)
+            targets = z.flatten(2).unbind(dim=2)
+            for target in targets:
+                parameters = next_parameters(tokens[-1] if tokens else None)
+                token, log_derivative = self.transform.inverse(target, parameters)
+                tokens.append(token)
+                log_derivatives.append(log_derivative)
+                note(len(tokens) / len(targets))
+        x = torch.stack(tokens, dim=2).view(z.shape)
+        return x, sum_per_example(torch.stack(log_derivatives, dim=2))
+
+    def _by_token(self, batch: int, context: Context | None) -> NextParameters:
+        if not isinstance(context, Guided):
+            return self.conditioner.by_token(batch, context)
+        given = self.conditioner.by_token(batch, context.given)
+        without = self.conditioner.by_token(batch, context.without)
+        return lambda before: context.extrapolated(given(before), without(before))
+
+    def inverse_by_iteration(
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = apply_conditioner(self.conditioner, x, context)
+            return self.transform.inverse(z, parameters)
+
+        with full_precision(z):
+            x, log_derivative = fixed_point(step, z, z[0, 0].numel(), note)
+        return x, sum_per_example(log_derivative)
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
+
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
+        return self._transformed(x, context)[1]

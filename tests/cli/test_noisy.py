@@ -1,0 +1,182 @@
+"""Models for pictures through the commands: Gaussian noise, for which no command prints bits/dim,
+denoising, label dropping and guidance.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from catalogue import CAUSAL, SHORT, TINY_RUN, sets
+from cli_helpers import FOLDER, begin, events, last, metrics, quick, summary
+from PIL import Image
+
+from flowtrain.checkpoints import format as checkpoint_format
+
+NOISY = [*TINY_RUN, *sets(dequantization__name="gaussian", dequantization__sigma=0.1)]
+DROPPING = [*CAUSAL, *SHORT, *sets(model__classes=10, model__label_dropout=0.4)]
+SAID = "no bits/dim"
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """What training a model with Gaussian noise has printed, and the run."""
+    out = quick("train", *NOISY, "--run-dir", "noisy", cwd=FOLDER).ok().out
+    return out, FOLDER / "noisy"
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    quick("train", *DROPPING, "--run-dir", "dropping", cwd=FOLDER).ok()
+    return FOLDER / "dropping"
+
+
+def has_no_bits(text):
+    """No figure in bits/dim."""
+    assert not re.search(r"[\d)] bits/dim", text), text
+    return text
+
+
+def test_training_reports_densities(noisy):
+    out, run = noisy
+    assert SAID in has_no_bits(out) and "losses are in nats/dim" in out
+    assert re.search(r"validation -?\d+\.\d+ nats/dim", out)
+    rows = metrics(run)
+    assert all(row["bits_per_dim"] is None and row["nats_per_dim"] is not None for row in rows)
+    losses = [row["nats_per_dim"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    content = summary(run)
+    best = min(row["nats_per_dim"] for row in rows if row["split"] == "validation")
+    assert content["best_validation_nats_per_dim"] == best
+    assert content["best_validation_bits_per_dim"] is None
+    scalars = events(run).Tags()["scalars"]
+    assert {"train/nats_per_dim", "validation/nats_per_dim"} <= set(scalars)
+    assert not [tag for tag in scalars if "bits" in tag]
+
+
+def test_evaluation_is_of_noisy_images(noisy, tmp_path):
+    run = noisy[1]
+    done = quick("evaluate", run, "--json", "one.json", "--scores", "s.csv", cwd=tmp_path).ok()
+    said = has_no_bits(done.out)
+    assert "minus the mean log-density of noisy images (sigma 0.1)" in said and SAID in said
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert (one["bound"], one["samples"], one["sigma"]) == ("density", 1, 0.1)
+    assert one["bits_per_dim"] is None and one["bits_per_dim_stderr"] is None
+    assert one["nats_per_dim"] == pytest.approx(one["nats_per_image"] / 64)
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0].startswith("index,bits_per_dim,log_prob") and lines[1].startswith("0,,")
+    log_probs = [float(line.split(",")[2]) for line in lines[1:]]
+    assert np.mean(log_probs) == pytest.approx(-one["nats_per_image"], rel=1e-6)
+    quick("evaluate", run, "--json", "k.json", "--draws", 3, cwd=tmp_path).ok()
+    several = json.loads((tmp_path / "k.json").read_text())
+    assert (several["bound"], several["samples"]) == ("density", 3)
+    # Their mean: an importance-weighted bound of this broad noise would be far away.
+    assert abs(several["nats_per_dim"] - one["nats_per_dim"]) < 0.05
+    assert several["nats_per_dim_stderr_draws"] > 0
+
+
+def test_what_is_said_about_the_run(noisy, tmp_path):
+    run = noisy[1]
+    told = has_no_bits(quick("info", run, cwd=tmp_path).ok().out)
+    assert "a density of noisy images" in told and "sigma 0.1" in told and "nats/dim" in told
+    other = quick("compare", run, run.parent / "noisy", "--json", "c.json", cwd=tmp_path).ok()
+    assert f"noisy has {SAID}" in has_no_bits(other.out)
+    assert json.loads((tmp_path / "c.json").read_text())["runs"][0]["unit"] == "nats/dim"
+    checked = quick("doctor", run, "--json", "d.json", "--num-images", 4, cwd=tmp_path).ok().out
+    assert f"no check of {SAID[3:]}" in checked
+    checks = {f["check"] for f in json.loads((tmp_path / "d.json").read_text())["findings"]}
+    assert "likelihood" not in checks and {"log-det", "float32 likelihood"} <= checks
+    quick("report", run, "--out", "r.html", "--num-images", 4, cwd=tmp_path).ok()
+    html = (tmp_path / "r.html").read_text()
+    assert "No bits/dim: a model trained with Gaussian noise" in html
+    assert "Best validation, nats/dim" in html and "Loss, nats/dim" in html
+
+
+def test_out_of_distribution_scores_by_density(noisy, tmp_path):
+    options = ["--data", "noise", "--num-images", 40, "--scores", "s.csv", "--json", "o.json"]
+    said = quick("ood", noisy[1], *options, "--out", "o.png", cwd=tmp_path).ok().out
+    assert "No bits/dim" in said and "nats/dim, the mean of" in has_no_bits(said)
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert "bits" not in json.dumps(found)
+    assert found["out"][0]["auroc"]["likelihood"] > 0.9  # noise is unlikely
+    assert found["out"][0]["nats_per_dim"] > found["in"]["nats_per_dim"]
+    assert (tmp_path / "s.csv").read_text().startswith("dataset,index,nats_per_dim,log_prob,typ")
+
+
+def test_no_archives(noisy, tmp_path):
+    done = quick("compress", noisy[1], "--split", "test", "--out", "a.fta", cwd=tmp_path)
+    done.failed(2, "compress: a model trained with Gaussian noise", "no bits per dimension")
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_samples_are_noisy_unless_denoised(noisy, tmp_path):
+    run = noisy[1]
+    said = quick("sample", run, "--num-images", 9, "--out", "a.npz", cwd=tmp_path).ok().out
+    assert "noisy images, as in training (sigma 0.1)" in said
+    said = quick("sample", run, "--num-images", 9, "--denoise", "--out", "b.npz", cwd=tmp_path)
+    assert "denoised: one step" in said.ok().out
+    one, other = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert other["denoised"] and "denoised" not in one
+    assert not np.array_equal(one["images"], other["images"])
+    quick("sample", run, "--num-images", 4, "--denoise", "--out", "c.npz", cwd=tmp_path).ok()
+    few = np.load(tmp_path / "c.npz")["images"].astype(int)
+    assert abs(few - other["images"][:4]).max() <= 1  # up to rounding, however many there are
+    quick("sample", run, "--num-images", 4, "--denoise", cwd=tmp_path).ok()
+    with Image.open(run / "sample.png") as picture:
+        assert picture.width > 100
+
+
+def test_a_run_with_gaussian_noise_resumes_bit_for_bit(noisy, tmp_path):
+    middle = noisy[1] / "checkpoints" / "step-00000015.safetensors"
+    quick("train", *NOISY, "--run-dir", "r", "--resume", middle, cwd=tmp_path).ok()
+    assert_same_weights(noisy[1], tmp_path / "r")
+
+
+def assert_same_weights(one, other):
+    tensors = [checkpoint_format.read(last(folder)).tensors for folder in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(tensor.equal(tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_a_run_that_drops_labels_resumes_bit_for_bit(dropping, tmp_path):
+    middle = dropping / "checkpoints" / "step-00000015.safetensors"
+    quick("train", *DROPPING, "--run-dir", "r", "--resume", middle, cwd=tmp_path).ok()
+    assert_same_weights(dropping, tmp_path / "r")
+
+
+@pytest.mark.parametrize("options", [NOISY, DROPPING], ids=["noise", "labels"])
+def test_two_processes_see_the_same_noise_and_drop_the_same_labels(options, tmp_path):
+    short = sets(train__num_steps=4, train__log_every=1, train__sample_every=99)
+    quick("train", *options, *short, "--run-dir", "1", cwd=tmp_path).ok()
+    halves = sets(train__batch_size=16)
+    begun = begin(2, "train", *options, *short, *halves, "--run-dir", "2", cwd=tmp_path)
+    assert all(each.result().ok() for each in begun)
+    one, two = (
+        [row.get("nats_per_dim") or row["bits_per_dim"] for row in metrics(tmp_path / name)]
+        for name in "12"
+    )
+    assert one == pytest.approx(two, abs=2e-4)
+
+
+def test_guidance_0_is_the_model_given_the_class(dropping, tmp_path):
+    images = {}
+    for name, options in {"no": [], "0": ["--guidance", 0], "2": ["--guidance", 2]}.items():
+        options = [*options, "--classes", "3,7", "--num-images", 4, "--out", f"{name}.npz"]
+        said = quick("sample", dropping, *options, cwd=tmp_path).ok().out
+        assert ("guidance 2: what the networks predict for a class, plus 2" in said) == (
+            name == "2"
+        )
+        images[name] = np.load(tmp_path / f"{name}.npz")
+    assert images["2"]["guidance"] == 2 and "guidance" not in images["no"]
+    assert np.array_equal(images["no"]["images"], images["0"]["images"])
+    assert not np.array_equal(images["no"]["images"], images["2"]["images"])
+    assert images["2"]["classes"].tolist() == [3] * 4 + [7] * 4
+    quick("sample", dropping, "--guidance", 1.5, "--num-images", 4, cwd=tmp_path).ok()
+    assert (dropping / "sample.png").exists()
+
+
+def test_evaluation_says_that_it_is_the_mean_over_the_classes(dropping, tmp_path):
+    done = quick("evaluate", dropping, "--json", "e.json", "--num-images", 30, cwd=tmp_path).ok()
+    assert "any: the mean over 10 equally likely classes" in done.out
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["classes"] == 10 and result["bound"] == "exact"
