@@ -22,7 +22,7 @@ ROWS = [
     ["pictures"],
     ["evaluation"],
     ["latents"],
-    ["training", "runs", "compression"],
+    ["training", "runs", "compression", "explore"],
     ["cli"],
     ["__main__"],
 ]

@@ -37,6 +37,13 @@ class DiagonalAffine(Bijection):
         log_scale = self.log_scales()
         return x * log_scale.exp() + self.shift, self._log_det(log_scale, x)
 
+    def forward_by_place(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        if x.ndim != 4:
+            return None
+        return self(x, context)[0], self.log_scales().expand_as(x).sum(dim=1)
+
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scales()
         return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)

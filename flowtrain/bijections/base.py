@@ -82,6 +82,16 @@ class Bijection(nn.Module):
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
 
+    def forward_by_place(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """`forward`, with the part of `log_det` that belongs to each place of an image.
+
+        For `x` `(B, C, H, W)` the second result is `(B, H', W')`, and sums to `log_det`. None where
+        the log-determinant is no sum over places, or where `x` is a vector.
+        """
+        return None
+
     def tensors(self) -> list[Tensor]:
         """The tensors in the computation that need a gradient: by default the parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

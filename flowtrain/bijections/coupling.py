@@ -138,6 +138,14 @@ class _ConditionedTransform(Bijection):
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self._with(z, self.predict(z, context), self.transform.inverse)
 
+    def forward_by_place(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        if x.ndim != 4:
+            return None
+        z, log_derivative = self._transformed(x, self.predict(x, context), self.transform)
+        return z, log_derivative.sum(dim=1)
+
     def _with(self, x: Tensor, parameters: Tensor, transform: Elementwise) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, parameters, transform)
         return z, sum_per_example(log_derivative)

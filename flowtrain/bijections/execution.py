@@ -80,6 +80,33 @@ class LayerByLayer(Executor):
         return layers
 
 
+class ByPlace(LayerByLayer):
+    """Adds up the log-determinants of each place (`Bijection.forward_by_place`).
+
+    Attributes:
+        places: Sums over the layers at each size `(H, W)`, `(B, H, W)` in nats.
+        without: The names of layers whose log-determinant has no places. If there are any, `places`
+            do not have everything.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[tuple[int, int], Tensor] = {}
+        self.without: set[str] = set()
+
+    def layer(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        result = layer.forward_by_place(x, context) if direction == "forward" else None
+        if result is None:
+            self.without.add(type(layer).__name__)
+            return call(layer, direction, x, context)
+        z, by_place = result
+        size = (by_place.shape[1], by_place.shape[2])
+        self.places[size] = self.places[size] + by_place if size in self.places else by_place
+        return z, by_place.sum(dim=(1, 2))
+
+
 class Initializing(LayerByLayer):
     """Lets each layer set itself from its actual input just before it is called."""
 

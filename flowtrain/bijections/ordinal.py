@@ -201,6 +201,18 @@ class OrdinalAutoregressive(SetFromData):
             self.initialized.fill_(True)
 
     def forward(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self._entries(v, context)
+        constant = math.prod(self.shape) * math.log(self.levels)
+        return z.flatten(1), sum_per_example(log_derivative) + constant
+
+    def forward_by_place(
+        self, v: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        z, log_derivative = self._entries(v, context)
+        return z.flatten(1), (log_derivative + math.log(self.levels)).sum(dim=1)
+
+    def _entries(self, v: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """Latents, and their log-derivatives with respect to x + u, both `(B, C, H, W)`."""
         self.require_initialized()
         x, u = map(self._tokens, self._levels_of(v))
         value, log_scale = self._value(x), self.bounded_log_scale()
@@ -214,8 +226,10 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self.mixture.forward(
             x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
         )
-        constant = math.prod(self.shape) * math.log(self.levels)
-        return self._image(z).flatten(1), sum_per_example(self._image(log_derivative)) + constant
+        return self._image(z), self._image(log_derivative)
+
+    def split_latents(self, z: Tensor) -> list[Tensor]:
+        return [z.reshape(-1, *self.shape)]
 
     def loops(self) -> list[Direction]:
         return ["inverse"]

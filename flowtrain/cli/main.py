@@ -17,6 +17,7 @@ from flowtrain.cli import (
     decompress,
     doctor,
     evaluate,
+    explore,
     info,
     interpolate,
     ood,
@@ -39,6 +40,7 @@ app.command(epilog=ood.EPILOG)(ood.ood)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=sample.EPILOG)(sample.sample)
 app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
+app.command(epilog=explore.EPILOG)(explore.explore)
 app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)
 app.command(epilog=compare.EPILOG)(compare.compare)

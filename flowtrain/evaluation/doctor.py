@@ -598,9 +598,11 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
-            return one.bijection.through(executor, "forward", copies)
-        return one.to_latents(x.expand(len(copies), -1, -1, -1), copies, executor)
+            seen = one.seen(len(copies), context=one.context_of(images))
+            return one.bijection.through(executor, "forward", copies, seen)
+        return one.to_latents(images, copies, executor)
 
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
     try:

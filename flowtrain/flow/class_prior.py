@@ -17,9 +17,14 @@ from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import bounded
 
 
+def normal_log_density(z: Tensor) -> Tensor:
+    """`log N(z; 0, 1)` in nats, entry by entry."""
+    return -0.5 * (z.square() + math.log(2 * math.pi))
+
+
 def normal_log_prob(z: Tensor) -> Tensor:
     """`log N(z; 0, I)` in nats: `(B, D)` to `(B,)`."""
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
+    return normal_log_density(z).sum(dim=1)
 
 
 class LogProb(NamedTuple):
@@ -110,6 +115,14 @@ class ClassPrior(nn.Module):
         ]
         return normal_log_prob(fine)[:, None] + torch.stack(classes, dim=1)
 
+    def log_prob_by_entry(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The parts of `log_prob` that belong to each entry: latents and result are `(B, D)`."""
+        fine, coarse = self._split(z)
+        log_scale = self.bounded_log_scale()[labels]
+        normal = (coarse - self.mean[labels]) * (-log_scale).exp()
+        scales = torch.cat([torch.zeros_like(fine), log_scale], dim=1)
+        return normal_log_density(torch.cat([fine, normal], dim=1)) - scales
+
     def carried(self, z: Tensor, first: int, second: int, kept: float = 1.0) -> Tensor:
         """Latents `(B, D)` of a class, whose coarsest level is carried to the Gaussian of another:
         what it has beyond the mean, in standard deviations, is the same there, times `kept`.
@@ -185,6 +198,10 @@ class ClassContext(nn.Module):
         by_class = torch.stack(log_dets, dim=1)
         mean = by_class.mean(dim=1)
         return _of_all_classes(torch.stack(bases, dim=1) + by_class - mean[:, None], mean)
+
+    def log_prob_by_entry(self, z: Tensor, labels: Tensor) -> Tensor:
+        """`log N(z; 0, I)` of each entry: latents and result are `(B, D)`."""
+        return normal_log_density(z)
 
     def place(self, noise: Tensor, labels: Tensor) -> Tensor:
         return noise

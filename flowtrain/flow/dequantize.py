@@ -97,6 +97,11 @@ class Dequantizer(nn.Module):
         """Whether the noise depends on the image, through weights of its own."""
         return not isinstance(self.noise_model, UniformNoise)
 
+    @property
+    def of_entry(self) -> float:
+        """The term of `forward` that each entry of an image has: `-log Q`, in nats."""
+        return -math.log(self.levels)
+
     def check(self, x: Tensor) -> None:
         """Raises `ValueError` for a dtype other than integers, or for a value outside 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
@@ -119,6 +124,19 @@ class Dequantizer(nn.Module):
         u, log_q = self.draw(x, noise, executor)
         v, log_det = self._to_real((x.to(noise.dtype) + u) / self.levels)
         return v, log_det - log_q
+
+    def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The flow's input, and the terms of `forward` but for those `of_entry`: what each place
+        has, `(B, H, W)`, and `-log q(u|x)`, which the noise of a whole image has, `(B,)`.
+        """
+        u, log_q = self.draw(x, noise)
+        y = (x.to(noise.dtype) + u) / self.levels
+        v, _ = self._to_real(y)
+        derivative = torch.zeros_like(y)
+        if self.transform == "logit":
+            s = self.alpha + (1 - 2 * self.alpha) * y
+            derivative = math.log(1 - 2 * self.alpha) - s.log() - torch.log1p(-s)
+        return v, derivative.sum(dim=1), -log_q
 
     def draw(self, x: Tensor, noise: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         """Uniform noise to `u ~ q(u|x)` for integers `x`, and `log q(u|x)`, `(B,)` in nats."""
@@ -198,12 +216,21 @@ class GaussianDequantizer(Dequantizer):
         eps = torch.special.ndtri(noise.clamp(SMALLEST, LARGEST))
         return self.middle(x, noise.dtype) + self.sigma * eps, noise.new_zeros(len(x))
 
+    def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v, log_det = self(x, noise)
+        return v, torch.zeros_like(v[:, 0]), log_det
+
+    @property
+    def of_entry(self) -> float:
+        return 0.0
+
 
 class RealValued(nn.Module):
     """Takes the place of `Dequantizer` for real-valued data, which it leaves unchanged."""
 
     levels = None
     sigma = None
+    of_entry = 0.0
 
     def check(self, x: Tensor) -> None:
         """Raises `ValueError` for a dtype that is not floating-point."""
@@ -214,6 +241,9 @@ class RealValued(nn.Module):
         self, x: Tensor, noise: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
         return x.to(noise.dtype), noise.new_zeros(len(x))
+
+    def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x.to(noise.dtype), torch.zeros_like(noise[:, 0]), noise.new_zeros(len(x))
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return x.to(dtype)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
+from flowtrain.bijections.execution import FUSED, ByPlace, Executor, Initializing, Retracing
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
     ClassPrior,
     LogProb,
     ToLatents,
+    normal_log_density,
     normal_log_prob,
 )
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
@@ -162,6 +163,27 @@ class Flow(nn.Module):
             z, log_det = to_latents(None)
             return LogProb(normal_log_prob(z), log_det)
         return self.class_prior.parts(to_latents, labels, count)
+
+    def forward_by_place(
+        self, x: Tensor, noise: Tensor, executor: ByPlace, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms of the single-draw bound for integers `x` and uniform `noise`, in nats.
+
+        They are: the log-density of each entry of the latent, with the `-log Q` that an entry of an
+        image has, `(B, D)`; what the transform of the dequantization has at each place
+        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. `executor` has the terms of the layers.
+
+        A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
+        """
+        v, by_place, of_noise = self.dequantizer.forward_by_place(x, noise.to(self.dtype))
+        seen = self.seen(len(x), labels, self.context_of(x))
+        z, _ = self.bijection.through(executor, "forward", v, seen)
+        if self.class_prior is None:
+            density = normal_log_density(z)
+        else:
+            assert labels is not None
+            density = self.class_prior.log_prob_by_entry(z, labels)
+        return density + self.dequantizer.of_entry, by_place, of_noise
 
     def log_prob(
         self,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import flowtrain
 from flowtrain.checkpoints.load import LoadedModel, run_of
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.doctor import Finding, examine
+from flowtrain.evaluation.nearest import nearest_images
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.latents.paths import interpolate
@@ -37,7 +38,6 @@ COMPARED = 16  # test images whose distance to the training images a sample's is
 ROWS = 4  # and columns of a picture of samples
 PATHS, STEPS = 4, 8  # paths between test images, and the images of each
 FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
-CHUNK = 2**22  # pixels of training images that are read at a time
 HEALTH = 16  # the health table takes about as long as this many other parts
 SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
 
@@ -100,29 +100,6 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     return Reconstructions(
         x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification
     )
-
-
-def nearest_images(queries: Tensor, split: Split, levels: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` images of a split that are nearest to each query `(N, C, H, W)`.
-
-    The distance is L2, of pixels in 0..1. Returns the distances `(N, count)`, in ascending order,
-    and the positions in the split `(N, count)`. The split is read in chunks.
-    """
-    # |q|^2 - 2 qx + |x|^2 is exact for integers in float64, so a copy has distance 0.
-    q = queries.flatten(1).double()  # (N, D)
-    best, where = torch.empty(len(q), 0, dtype=q.dtype), torch.empty(len(q), 0, dtype=torch.int64)
-    chunk = max(1, CHUNK // q.shape[1])
-    for start in range(0, len(split), chunk):
-        x = split.take(slice(start, start + chunk)).flatten(1).double()
-        # (N, B)
-        squared = q.square().sum(dim=1, keepdim=True) - 2 * q @ x.T + x.square().sum(dim=1)
-        both = torch.cat([best, squared], dim=1)
-        positions = torch.cat(
-            [where, torch.arange(start, start + len(x)).expand_as(squared)], dim=1
-        )
-        best, order = both.topk(min(count, both.shape[1]), largest=False)
-        where = positions.gather(1, order)
-    return best.sqrt() / (levels - 1), where
 
 
 # --- the page -------------------------------------------------------------------------------------

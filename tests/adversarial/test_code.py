@@ -23,6 +23,7 @@ READING = [
     ["doctor", "crafted"],
     ["sample", "crafted"],
     ["interpolate", "crafted"],
+    ["explore", "crafted", "--no-browser"],
     ["compress", "crafted", "--split", "test", "--out", "new.fta"],
     ["decompress", "embedded.fta", "--out", "new"],
     ["decompress", "elsewhere.fta", "--out", "new"],

@@ -46,7 +46,7 @@ from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.execution import FUSED, Container, LayerByLayer
+from flowtrain.bijections.execution import FUSED, ByPlace, Container, LayerByLayer
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
@@ -1017,6 +1017,32 @@ def test_coupling_keeps_one_part(swap):
     z = coupling(x)[0]
     assert torch.equal(z[:, -2:] if swap else z[:, :2], x[:, -2:] if swap else x[:, :2])
     assert (z != x)[:, :-2].all() if swap else (z != x)[:, 2:].all()
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *MODELS])
+def test_the_terms_of_places_sum_to_the_log_determinant(name):
+    bijection, x, context = a_row(name)
+    executor = ByPlace()
+    z, log_det = bijection.through(executor, "forward", x, context)
+    expected, expected_log_det = bijection(x, context)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(log_det, expected_log_det)
+    of_places = sum(each.sum(dim=(1, 2)) for each in executor.places.values())
+    if name.startswith(("glow", "realnvp", "ordinal", "checkerboard", "conv1x1", "multiscale")):
+        assert not executor.without
+    if not executor.without:
+        torch.testing.assert_close(of_places + torch.zeros(B), expected_log_det)
+
+
+def test_a_term_stays_at_its_place():
+    """A coupling and what comes after a squeeze, by the Jacobian of each place."""
+    layer = perturb(Coupling(1, GlowNet(1, 4, 4), AffineTransform()))
+    x = torch.randn(1, 3, 2, 3)
+    _, places = layer.forward_by_place(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)[0, :, :, :, 0]
+    for i, j in ((0, 0), (1, 2)):
+        own = jacobian[:, i, j, :, i, j]
+        torch.testing.assert_close(places[0, i, j], torch.linalg.slogdet(own).logabsdet)
 
 
 def test_split_latents_are_the_levels():

@@ -20,7 +20,7 @@ from PIL import Image
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet
 from flowtrain.evaluation import doctor
 from flowtrain.evaluation.doctor import Finding
 from flowtrain.pictures import grid as pictures
@@ -380,28 +380,6 @@ def test_points_have_a_page(tmp_path):
 
 
 # --- measurements ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk, drop_bits", [(1, 0), (7 * 48, 0), (2**22, 3)])
-def test_nearest_is_that_of_all_distances(chunk, drop_bits, monkeypatch):
-    monkeypatch.setattr(report, "CHUNK", chunk)
-    split = Split(images(50, (3, 4, 4)).numpy(), np.arange(40, 0, -1), drop_bits)
-    levels = 256 >> drop_bits
-    queries = torch.cat([images(5, (3, 4, 4), levels, seed=1), split.take(slice(12, 13))])
-    distances, positions = report.nearest_images(queries, split, levels, 3)
-    every = torch.cdist(
-        queries.flatten(1).double(), split.take(slice(None)).flatten(1).double()
-    ) / (levels - 1)
-    expected, where = every.topk(3, largest=False)
-    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(positions, where)
-    assert distances[5, 0] == 0 and positions[5, 0] == 12
-
-
-def test_nearest_of_few_images_is_all_of_them():
-    split = Split(images(2, (1, 2, 2)).numpy(), np.arange(2), 0)
-    distances, positions = report.nearest_images(images(4, (1, 2, 2), seed=1), split, 256, 3)
-    assert distances.shape == positions.shape == (4, 2) and sorted(positions[0].tolist()) == [0, 1]
 
 
 def test_differences_are_counted_sorted_and_amplified(monkeypatch):

@@ -244,6 +244,7 @@ OPENING = {
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/imagenet.py": {"open"},  # members of archives, and new files
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
+    "explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
     "runs/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open", "read_text"},  # the system's

@@ -1,0 +1,157 @@
+"""What a page may send, as types that are checked before anything is computed.
+
+Numbers are finite and bounded. What they mean for a model, such as the number of its levels, is
+checked by `session.Session`, which raises `Refused`.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flowtrain.errors import shown
+
+LARGEST_SEED = 2**53 - 1  # the largest whole number of JavaScript
+LARGEST_INDEX = 2**20
+MOVES = 64  # sliders that are off their middle
+FARTHEST = 20.0  # of a slider, in standard deviations
+
+
+class Refused(Exception):
+    """A request that cannot be answered. The message is one sentence for the user."""
+
+    status = 400
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Index = Annotated[int, Field(ge=0, le=LARGEST_INDEX)]
+Label = Annotated[int, Field(ge=0, le=LARGEST_INDEX)]
+Temperature = Annotated[float, Field(ge=0, le=10)]
+Temperatures = Annotated[
+    list[Temperature], Field(min_length=1, max_length=32)
+]  # finest level first
+Amount = Annotated[float, Field(ge=-FARTHEST, le=FARTHEST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Sample(_Strict):
+    """Number `index` of the samples of a seed, those that `flowtrain sample` draws."""
+
+    kind: Literal["sample"]
+    seed: Seed
+    index: Index
+    temperatures: Temperatures
+    label: Label | None = None  # None: all classes in turn
+
+
+class Test(_Strict):
+    """An image of the test split."""
+
+    kind: Literal["test"]
+    index: Index
+
+
+class Upload(_Strict):
+    """An image that was dropped in. Its name is a digest of its pixels."""
+
+    kind: Literal["upload"]
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+Source = Annotated[Sample | Test | Upload, Field(discriminator="kind")]
+
+
+class Principal(_Strict):
+    """So many standard deviations along a principal direction of a level."""
+
+    level: Index
+    component: Index
+    amount: Amount
+
+
+class Attribute(_Strict):
+    """So many times an attribute's direction."""
+
+    name: Name
+    amount: Amount
+
+
+class Class(_Strict):
+    """A share of the way from an image's own class to another."""
+
+    label: Label
+    amount: Share
+
+
+class Place(_Strict):
+    """A latent: that of a source, and what was done to it, in this order."""
+
+    source: Source
+    other: Source | None = None
+    way: Share = 0.0  # of the path to `other`
+    from_other: Annotated[list[bool], Field(max_length=32)] = []  # levels, finest first
+    to_class: Class | None = None
+    principal: Annotated[list[Principal], Field(max_length=MOVES)] = []
+    attributes: Annotated[list[Attribute], Field(max_length=MOVES)] = []
+
+
+class Request(_Strict):
+    """What every request has: of several from one tab, only the newest is computed."""
+
+    tab: Annotated[str, Field(pattern=r"^[0-9a-z]{8,32}$")]
+    turn: Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+
+
+class Samples(Request):
+    """Samples `start`, `start + 1`, ... of a seed."""
+
+    seed: Seed
+    temperatures: Temperatures
+    label: Label | None = None
+    start: Index
+    count: Annotated[int, Field(ge=1, le=LARGEST_INDEX)]
+
+
+class Tests(Request):
+    """Images `start`, `start + 1`, ... of the test split."""
+
+    start: Index
+    count: Annotated[int, Field(ge=1, le=LARGEST_INDEX)]
+
+
+class Show(Request):
+    """The image at a place, or what the model says about it."""
+
+    place: Place
+
+
+class Neighbours(Request):
+    """The training images that are nearest to the image at a place."""
+
+    place: Place
+    by: Literal["pixels", "latents"]
+
+
+class Animation(Request):
+    """The path from a place's source to its `other`, there and back, as a GIF."""
+
+    place: Place
+    steps: Annotated[int, Field(ge=2, le=1000)]
+
+
+Kind = TypeVar("Kind", bound=Request)
+
+
+def parsed(kind: type[Kind], body: bytes) -> Kind:
+    """The request in the JSON of a body. Raises `Refused`, naming the first wrong value."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the request"
+        value = "" if first["type"] == "json_invalid" else f", not {shown(first['input'])}"
+        raise Refused(f"{shown(where)[1:-1]}: {first['msg']}{value}") from None

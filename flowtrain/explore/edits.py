@@ -1,0 +1,120 @@
+"""What can be done to a latent: temperatures, mixing, principal directions, class priors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections import base
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.execution import Noting
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.flow import Flow
+from flowtrain.latents.directions import Direction
+from flowtrain.latents.paths import KEPT, moved
+
+COMPONENTS = 8  # principal directions of each level
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of a flow's latent, which is the entries `where` of `(B, D)`."""
+
+    where: slice
+    shape: tuple[int, ...]  # (C, H, W), or (D,) of a latent without levels
+
+    @property
+    def words(self) -> str:
+        return " x ".join(map(str, self.shape))
+
+
+def levels_of(flow: Flow) -> list[Level]:
+    """The levels of a latent, the finest first."""
+    levels, start = [], 0
+    for part in flow.split_latents(torch.zeros(1, flow.latent_dims)):
+        stop = start + part[0].numel()
+        levels.append(Level(slice(start, stop), tuple(part.shape[1:])))
+        start = stop
+    return levels
+
+
+def by_level(levels: Sequence[Level], values: Sequence[float]) -> Tensor:
+    """One value for each entry of a latent, `(D,)`, from one for each level."""
+    return torch.cat(
+        [
+            torch.full((each.where.stop - each.where.start,), value)
+            for each, value in zip(levels, values, strict=True)
+        ]
+    )
+
+
+def mixed(a: Tensor, b: Tensor, levels: Sequence[Level], from_b: Sequence[bool]) -> Tensor:
+    """Latents `(B, D)` whose levels come from `b` where `from_b` says so, and else from `a`."""
+    return torch.where(by_level(levels, list(map(float, from_b))).to(a) > 0, b, a)
+
+
+def towards_class(prior: ClassPrior, z: Tensor, label: int, share: float) -> Tensor:
+    """One latent `(1, D)` moved by a share of the way from its likeliest class to another, as
+    `flowtrain interpolate --to-class` moves it.
+    """
+    own = int(prior.by_class(z).argmax(dim=1))
+    return torch.lerp(z, prior.carried(z, own, label, KEPT), share)
+
+
+def along_attribute(z: Tensor, direction: Direction, amount: float) -> Tensor:
+    """A latent `(1, D)` whose strength of an attribute is changed by `amount`. From -1 to 1 is the
+    way from images without the attribute to images with it.
+    """
+    target = direction.target(float(direction.strength(z)) + amount)
+    return moved(z, direction.vector, torch.tensor([target]))
+
+
+@dataclass(frozen=True)
+class Components:
+    """The principal directions of a level, over encoded images.
+
+    directions: unit vectors `(K, d)`, by descending variance.
+    deviations: standard deviations of the images along them, `(K,)`.
+    """
+
+    directions: Tensor
+    deviations: Tensor
+
+
+def components(z: Tensor, count: int = COMPONENTS) -> Components:
+    """The principal directions of latents of a level, `(N, d)`.
+
+    They are the eigenvectors of the smaller of the two products of the centred latents. The entry
+    of a direction that is largest in size is positive, so that signs are the same the next time.
+    """
+    centred = (z - z.mean(dim=0)).double().cpu()
+    count = min(count, len(z) - 1, z.shape[1])
+    if len(z) > z.shape[1]:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        directions = vectors.flip(1)[:, :count].T
+    else:
+        _, vectors = torch.linalg.eigh(centred @ centred.T)
+        directions = vectors.flip(1)[:, :count].T @ centred
+        directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    directions = directions * largest.sign()
+    deviations = (centred @ directions.T).square().mean(dim=0).sqrt()
+    return Components(directions.float(), deviations.float())
+
+
+class Stoppable(Noting):
+    """Calls `check` before each layer, and at each step of a layer that takes long.
+
+    `check` raises an exception where the result is no longer wanted.
+    """
+
+    def __init__(self, check: Callable[[], None]):
+        super().__init__(lambda share: check())
+        self.check = check
+
+    def layer(
+        self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        self.check()
+        return super().layer(layer, direction, x, context)
