@@ -364,7 +364,7 @@ class Flow(nn.Module):
         The noise of the likelihood is drawn after the samples, from the same generator.
         """
         labels = self.classes_in_turn(n) if labels is None else labels
-        x = self.sample(n, temperature, generator, labels, context)
+        x = self.sample(n, temperature, generator, labels, context=context)
         return x, self.log_prob(x, generator, labels, context=context)
 
     def __repr__(self) -> str:
