@@ -5,7 +5,7 @@ DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
 NOT_BENCH := $(addprefix benchmarks/,common.py conditional.py equal_time.py gpu_session.py \
-	jacobi.py large_data.py logit_space.py recipe.py zoo.py)
+	jacobi.py large_data.py logit_space.py newcomer.py recipe.py zoo.py)
 BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
 	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
@@ -39,8 +39,9 @@ demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and 
 	@echo "An interpolation:   $(DEMO)/interpolate.png"
 	@echo "The curves:         $(BIN)/tensorboard --logdir runs"
 
-docs: .venv/installed  ## write docs/configuration.md from the schema of the configuration
+docs: .venv/installed  ## write docs/configuration.md from the schema, docs/models.md from the cards
 	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/models.py
 
 site: .venv/installed-site  ## the documentation as a site in site/html; dead links are errors
 	$(BIN)/python docs/site.py

@@ -48,6 +48,9 @@ RECIPES = {
     "cifar-causal-90min": Recipe(
         "cifar", "causal, 90 min", "causal_cifar_small.yaml", ("train.budget=90min",)
     ),
+    "cifar-tarflow": Recipe("cifar", "TarFlow", "tarflow_cifar_small.yaml"),
+    "cifar-jet": Recipe("cifar", "Jet", "jet_cifar_small.yaml"),
+    "mnist-tarflow": Recipe("mnist", "TarFlow", "tarflow_mnist_small.yaml"),
     "mnist-causal": Recipe("mnist", "causal", "causal_mnist_small.yaml"),
     "mnist": Recipe(
         "mnist", "uniform dequantization", "glow_mnist_small.yaml", ("dequantization.name=uniform",)

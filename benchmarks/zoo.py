@@ -1,15 +1,17 @@
 """Trains the models that come with flowtrain, and writes their checkpoints and cards.
 
 `python benchmarks/zoo.py` trains all, which takes two hours. `--only NAME...` trains some of them.
-A run that exists is resumed, so only its checkpoint and card are written again. `--cifar` and
-`--mnist` say where the data lie, as `--set` of `flowtrain train` does. Each checkpoint holds the
-averaged weights, those of networks in half precision. One that is worse than its run by more than
-`WORSE` is refused.
+A run that exists is resumed, so only its checkpoint and card are written again. `--pack RUN` does
+so for a run anywhere, and trains nothing. `--cifar` and `--mnist` say where the data lie, as
+KEY=VALUE of `flowtrain train` does. Each checkpoint holds the averaged weights, those of networks
+in half precision. One that is worse than its run by more than `WORSE` is refused, and so is a run
+of another configuration than the card names. `docs/models.md` is written, too.
 """
 
 import argparse
 import hashlib
 import json
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,9 @@ from flowtrain.system.console import duration
 WORSE = 0.001  # bits/dim, or nats
 FIRST = 64
 CPU = torch.device("cpu")
-PICTURES = Path("docs/models")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+# What a run may have otherwise than its configuration says: where its data lie.
+PLACES = {"name", "root", "path"}
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,38 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--runs", type=Path, default=Path("runs/models"))
+    parser.add_argument("--pack", type=Path, metavar="RUN", help="of the one model of --only")
     for name in ("cifar", "mnist"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="data.KEY=VALUE")
     options = parser.parse_args()
+    if options.pack is not None and len(options.only) != 1:
+        parser.error("--pack RUN: say which model it is, by --only NAME")
     for name in options.only:
-        where = getattr(options, MODELS[name].where) if MODELS[name].where else []
-        print(_made(name, options.runs / name, where), flush=True)
+        run = options.pack or options.runs / name
+        if options.pack is None:
+            where = getattr(options, MODELS[name].where) if MODELS[name].where else []
+            words = ["--config", MODELS[name].config, *where, "--run-dir", str(run)]
+            flowtrain("train", *words)
+        print(packed(name, run), flush=True)
+        page = runpy.run_path(str(DOCS / "models.py"))["page"]()
+        (DOCS / "models.md").write_text(page, encoding="utf-8")
 
 
-def _made(name: str, run: Path, where: list[str]) -> str:
-    """Trains a model, writes its checkpoint, card and picture, and says its figure."""
+def packed(name: str, run: Path) -> str:
+    """Writes the checkpoint, the card and the picture of a finished run, and says its figure."""
     model = MODELS[name]
-    flowtrain("train", "--config", model.config, *where, "--run-dir", str(run))
     summary = json.loads((run / "summary.json").read_text())
     file = zoo.checkpoint_of(name)
     loaded = load_model(str(run), CPU)
     # Where the data lie is a fact of the machine that trained the model.
     config = load_config(find_config(model.config)).resolved()
     config["data"]["root"] = "data"
+    own = loaded.config.resolved()
+    data_keys = (own["data"].keys() & config["data"].keys()) - PLACES
+    other = [f"data.{key}" for key in data_keys if own["data"][key] != config["data"][key]]
+    other += [key for key in config if key != "data" and own[key] != config[key]]
+    if other or not summary["finished"]:
+        raise SystemExit(f"{run}: not a finished run of {model.config} {' '.join(other)}")
     # The weights of networks, which are most of a model. A small error in those of the data path is
     # one in the likelihood of every pixel.
     halved = {
@@ -101,10 +119,10 @@ def _made(name: str, run: Path, where: list[str]) -> str:
     before, after = (
         evaluate(each, data, "test")[0] for each in (loaded, load_model(str(file), CPU))
     )
-    (own, _), (loss, error) = before.loss, after.loss
-    assert own is not None and loss is not None and error is not None
-    if loss - own > WORSE:
-        raise SystemExit(f"{name}: {loss} in half precision, {own} before")
+    (whole, _), (loss, error) = before.loss, after.loss
+    assert whole is not None and loss is not None and error is not None
+    if loss - whole > WORSE:
+        raise SystemExit(f"{name}: {loss} in half precision, {whole} before")
     test = data.split("test")
     first = min(FIRST, len(test))
     flow = load_model(str(file), CPU).flow
@@ -127,8 +145,7 @@ def _made(name: str, run: Path, where: list[str]) -> str:
     )
     text = yaml.safe_dump(card.model_dump(), sort_keys=False, width=96, allow_unicode=True)
     (zoo.FOLDER / f"{name}.yaml").write_text(text, encoding="utf-8")
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    flowtrain("sample", str(file), "--out", str(PICTURES / f"{name}.png"))
+    flowtrain("sample", str(file), "--out", str(DOCS / "models" / f"{name}.png"))
     return f"{name}: {loss:.3f} +- {error:.3f} {card.unit}, {file.stat().st_size / 2**20:.1f} MiB"
 
 

@@ -1,5 +1,6 @@
 """flowtrain: normalizing flows on images, with likelihoods that can be trusted."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,12 +18,16 @@ def __getattr__(name: str) -> object:
 
 
 def load(
-    model: str, device: str = "auto", weights: str | None = None, trust_code: bool = False
+    model: str | os.PathLike[str],
+    device: str = "auto",
+    weights: str | None = None,
+    trust_code: bool = False,
 ) -> "Flow":
     """A trained flow, ready to use.
 
     Args:
-        model: a checkpoint, or a run directory (its best checkpoint, else its last).
+        model: a checkpoint, a run directory (its best checkpoint, else its last), a trained model
+            of `flowtrain list`, or `hf://user/name` on the Hugging Face Hub.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`.
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
@@ -35,4 +40,4 @@ def load(
     from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices
 
-    return load_model(model, devices.resolve(device), weights, trust_code).flow
+    return load_model(os.fspath(model), devices.resolve(device), weights, trust_code).flow

@@ -33,6 +33,9 @@ from flowtrain.errors import UserError
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
 PAPER_SIZED = {
+    "jet_cifar",
+    "tarflow_cifar",
+    "tarflow_imagenet64",
     "causal_cifar",
     "best_cifar",
     "glow_cifar",

@@ -119,29 +119,41 @@ class Initializing(LayerByLayer):
 
 
 class Noting(Executor):
-    """Calls `note` with the share of the current layer's inverse that is done."""
+    """Calls `note` with the share of a pass of inverses that is done.
 
-    def __init__(self, note: Callable[[float], None]):
+    Layers whose inverse is sequential take most of the time, so only they count. There are `layers`
+    of them, as `sequential_layers` finds.
+    """
+
+    def __init__(self, note: Callable[[float], None], layers: int = 1):
         super().__init__()
-        self.note = note
+        self.note, self.layers = note, layers
+        self.done = 0  # layers
 
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
-        if direction == "inverse":
-            return layer.inverse_noting(x, context, self.note)
-        return call(layer, direction, x, context)
+        if direction == "forward":
+            return call(layer, direction, x, context)
+        result = self.inverse(
+            layer, x, context, lambda share: self.note((self.done + share) / self.layers)
+        )
+        self.done += layer.inverse_is_sequential
+        return result
+
+    def inverse(
+        self, layer: Bijection, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        return layer.inverse_noting(z, context, note)
 
 
 class Iterating(Noting):
     """Computes the inverse of a layer by fixed-point iteration where the layer has that way."""
 
-    def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
+    def inverse(
+        self, layer: Bijection, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
-        if direction == "inverse":
-            return layer.inverse_by_iteration(x, context, self.note)
-        return call(layer, direction, x, context)
+        return layer.inverse_by_iteration(z, context, note)
 
 
 class Container(Bijection):
@@ -172,3 +184,10 @@ class Container(Bijection):
     @property
     def iterates(self) -> bool:  # type: ignore[override]
         return any(part.iterates for part in self.parts())
+
+
+def sequential_layers(bijection: Bijection) -> int:
+    """How many of the layers have a sequential inverse, but at least 1."""
+    layers = [module for module in bijection.modules() if isinstance(module, Bijection)]
+    single = [layer for layer in layers if not isinstance(layer, Container)]
+    return max(1, sum(layer.inverse_is_sequential for layer in single))

@@ -164,10 +164,14 @@ def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
     return _parse(Path(path), distributed.bytes_from_main(lambda: _bytes(Path(path))))
 
 
+def largest() -> int:
+    """The size in bytes of the largest file that is read. The tensors take as much again."""
+    return capacity.total() // 2
+
+
 def _bytes(path: Path) -> bytes:
     try:
-        # The tensors take as much again.
-        return read_regular(path, capacity.total() // 2)
+        return read_regular(path, largest())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -183,7 +187,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         described, checksum = metadata["flowtrain"], metadata["checksum"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         # Only its name or a word in it tells a damaged checkpoint from a file of another kind.
-        if b'"flowtrain"' in data[:1_000_000] or path.suffix == SUFFIX:
+        if b'"flowtrain"' in data[:1_000_000] or (path.suffix == SUFFIX and not _of_others(data)):
             raise UserError(
                 f"{path}: damaged: its header cannot be read (truncated, or bytes changed)"
             ) from error
@@ -221,6 +225,17 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
             f"of {', '.join(PARTS)}"
         )
     return Checkpoint(path, meta, tensors)
+
+
+def _of_others(data: bytes) -> bool:
+    """Whether it is a safetensors file of another program: its header can be read, and has neither
+    of the two words that a checkpoint has.
+    """
+    try:
+        header = data[8 : _header_end(data)]
+        return isinstance(json.loads(header), dict) and b'"checksum"' not in header
+    except (ValueError, RecursionError):
+        return False
 
 
 Kind = TypeVar("Kind", bound=BaseModel)

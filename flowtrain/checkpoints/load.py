@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
-from flowtrain.checkpoints import zoo
+from flowtrain.checkpoints import hub, zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import SUFFIX, Checkpoint, read_by_main
 from flowtrain.config import Config
@@ -25,8 +26,11 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     """The checkpoint file that a command line's `MODEL` means.
 
     That is the file itself, the best (else the last) checkpoint of a run directory, a trained model
-    of flowtrain by its name, or by default the newest run. Raises `UserError` where there is none.
+    of flowtrain by its name, `hf://user/name` on the hub, or by default the newest run. Raises
+    `UserError` where there is none.
     """
+    if model is not None and model.startswith(hub.PREFIX):
+        return hub.download(model)
     path = _newest(runs) if model is None else Path(model)
     if not os.path.lexists(path):  # False also for a name that is too long
         if model in (trained := zoo.names()):
@@ -69,10 +73,12 @@ def _checkpoints_of(run: Path) -> list[Path]:
 def run_of(path: Path) -> Path:
     """Where a command writes what it says about a checkpoint: the run directory that the file lies
     in, or else its own folder. For a trained model of flowtrain it is `runs/zoo/NAME`, since
-    `runs/NAME` may be a run of the user.
+    `runs/NAME` may be a run of the user, and for one of the hub `runs/hf/USER/NAME`.
     """
     if path.parent == zoo.FOLDER:
         return Path("runs") / "zoo" / path.stem
+    if repository := hub.repository_of(path):
+        return Path("runs") / "hf" / repository
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
@@ -84,6 +90,14 @@ class LoadedModel:
     config: Config
     weights: str  # ema or raw
     checkpoint: Checkpoint
+
+    def alone(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The description and the tensors of a checkpoint that holds the weights that are used, as
+        they are stored, and nothing else of a run.
+        """
+        meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
+        stored = self.checkpoint.part("ema" if self.weights == "ema" else "model")
+        return meta, {f"model.{name}": tensor for name, tensor in stored.items()}
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:

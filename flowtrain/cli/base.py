@@ -107,7 +107,7 @@ def _log_warnings() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
     """Run directories in runs/, and trained models. Other paths are completed by the shell."""
     from flowtrain.checkpoints import zoo
 
@@ -119,10 +119,11 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=False,
-        help="A checkpoint, a run directory (its best checkpoint, else its last), or a trained "
-        "model of `flowtrain list`. By default, the newest run in runs/.",
+        help="A checkpoint, a run directory (its best checkpoint, else its last), a trained model "
+        "of `flowtrain list`, or hf://user/name on the Hugging Face Hub. By default, the newest "
+        "run in runs/.",
     ),
 ]
 DeviceOption = Annotated[

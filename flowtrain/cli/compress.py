@@ -37,7 +37,7 @@ def compress(
         Path, typer.Option("--out", metavar="FILE", help="The archive.", show_default=False)
     ],
     inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="[MODEL] INPUT...",
             show_default=False,
@@ -124,17 +124,18 @@ def compress(
         )
 
 
-def _model_and_files(inputs: list[Path]) -> tuple[str | None, list[Path]]:
+def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
     """Divides the arguments: the first is a model, if it is a checkpoint, a run directory, or the
-    name of a trained model that no file or folder has.
+    name of a trained model that no file or folder has, or one on the hub.
     """
-    from flowtrain.checkpoints import zoo
+    from flowtrain.checkpoints import hub, zoo
 
-    first = inputs[0] if inputs else Path()
-    trained = str(first) in zoo.names() and not os.path.lexists(first)
-    if first.suffix == ".safetensors" or (first / "checkpoints").is_dir() or trained:
-        return str(first), inputs[1:]
-    return None, inputs
+    first = inputs[0] if inputs else ""
+    trained = first in zoo.names() and not os.path.lexists(first)
+    is_run = Path(first, "checkpoints").is_dir()
+    is_model = is_run or trained or first.startswith(hub.PREFIX) or first.endswith(".safetensors")
+    files = [Path(name) for name in inputs]
+    return (first, files[1:]) if is_model else (None, files)
 
 
 def _print(

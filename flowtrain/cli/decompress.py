@@ -47,10 +47,11 @@ def decompress(
     """Unpack an archive. Every image comes back bit for bit, or nothing is written."""
     from flowtrain.compression.decompress import Opened
     from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import require_absent
 
     opened = Opened(file, None if max_memory is None else max_memory * 2**20)
     require_folder(out, out)
-    opened.require_absent(out)
+    require_absent(opened.names, out)
     device_of("cpu")
     loaded = opened.load(model, trust_code)
     with ProgressBar("decompressing") as bar:

@@ -11,16 +11,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from flowtrain.cli import (
+    attributes,
     catalogue,
     compare,
     compress,
+    decode,
     decompress,
     doctor,
+    encode,
     evaluate,
     explore,
     info,
     interpolate,
     ood,
+    push,
     report,
     sample,
     train,
@@ -40,11 +44,15 @@ app.command(epilog=ood.EPILOG)(ood.ood)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=sample.EPILOG)(sample.sample)
 app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
+app.command(epilog=attributes.EPILOG)(attributes.attributes)
+app.command(epilog=encode.EPILOG)(encode.encode)
+app.command(epilog=decode.EPILOG)(decode.decode)
 app.command(epilog=explore.EPILOG)(explore.explore)
 app.command(epilog=compress.EPILOG)(compress.compress)
 app.command(epilog=decompress.EPILOG)(decompress.decompress)
 app.command(epilog=compare.EPILOG)(compare.compare)
 app.command(epilog=report.EPILOG)(report.report)
+app.command(epilog=push.EPILOG)(push.push)
 app.command("list", epilog=catalogue.EPILOG)(catalogue.catalogue)
 app.command(epilog=info.EPILOG)(info.info)
 

@@ -73,6 +73,14 @@ def sample(
             show_default="8 test images",
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="sequential|jacobi",
+            help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
+        ),
+    ] = "sequential",
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -120,6 +128,8 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
+    if method not in ("sequential", "jacobi"):
+        raise UserError(f"--method {method}: expected sequential or jacobi")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
@@ -140,6 +150,7 @@ def sample(
         drawn = sampling.sample(
             *(flow, num, temperatures, seed, bar, labels),
             contexts=contexts,
+            iterate=method == "jacobi",
             guidance=guidance,
             denoise=denoise,
         )

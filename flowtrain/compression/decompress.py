@@ -19,11 +19,11 @@ from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
 from flowtrain.compression.threads import Progress, Tick, in_threads, silent
-from flowtrain.errors import RunError, UserError, cut, short, shown
+from flowtrain.errors import UserError, cut, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
-from flowtrain.system.files import read_regular
+from flowtrain.system.files import read_regular, write_new
 from flowtrain.system.threads import one_thread
 
 
@@ -45,18 +45,6 @@ class Opened:
         self.names = self.description.files
         self.levels = self.description.levels
         self.streams = self.description.streams
-
-    def require_absent(self, out: Path) -> None:
-        """Raises `UserError`, naming --out, where a file or folder in `out` is in the way."""
-        present = next((name for name in self.names if os.path.lexists(out / name)), None)
-        if present is not None:
-            raise UserError(f"--out {out}: {shown(present)} is there already; give another folder")
-        for folder in {parent for name in self.names for parent in Path(name).parents}:
-            if os.path.lexists(out / folder) and not (out / folder).is_dir():
-                raise UserError(
-                    f"--out {out}: {shown(str(folder))} is a file, and a folder in the archive; "
-                    f"give another folder"
-                )
 
     def load(self, given: str | None, trust_code: bool) -> LoadedModel | None:
         """The model: the given one, else the embedded one, else the one at the path where it was.
@@ -194,7 +182,7 @@ class Opened:
         fails.
         """
         for name, image in zip(self.names, images, strict=True):
-            _write(out / name, encoded(to_8bit(image, self.levels), "PNG"))
+            write_new(out / name, encoded(to_8bit(image, self.levels), "PNG"))
 
 
 def _is_there(model: str) -> bool:
@@ -210,17 +198,3 @@ def _decode_to(
     tick: Tick,
 ) -> None:
     found[places] = decode_stream(coder, words_of(data), described, tick)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Makes a new file. It is not flushed to the disk by itself, since what a crash leaves of
-    thousands is of no use.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written, the images before it were: {error.strerror or error}"
-        ) from error

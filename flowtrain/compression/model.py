@@ -8,9 +8,7 @@ from flowtrain.checkpoints.load import LoadedModel
 
 def model_bytes(model: LoadedModel) -> bytes:
     """A checkpoint that holds the weights that are used, and nothing else."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.flow.state_dict().items()}
-    meta = {key: model.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
-    return checkpoint_format.encoded(meta, tensors)
+    return checkpoint_format.encoded(*model.alone())
 
 
 def versions() -> dict[str, str]:

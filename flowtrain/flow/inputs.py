@@ -10,26 +10,30 @@ from torch import Tensor
 
 from flowtrain.types import Shape
 
-Batch: TypeAlias = Tensor | np.ndarray | Sequence[Image.Image]
+Batch: TypeAlias = Tensor | np.ndarray | Sequence[Image.Image | np.ndarray]
 
 
 def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
     """A batch as a tensor `(B, C, H, W)`.
 
-    A tensor is taken as it is. An array may also have its channels last, `(B, H, W, C)`, or none,
-    `(B, H, W)`. PIL images are made grey or RGB, and their values 0..255 become 0..Q-1 by
-    `quantize`. They are not resized.
+    A tensor is taken as it is, but points may also be `(B, D)`. An array may have its channels
+    last, `(B, H, W, C)`, or none, `(B, H, W)`. A list is of arrays, or of PIL images. These are
+    made grey or RGB, their values 0..255 become 0..Q-1 by `quantize`, and they are not resized.
 
     Raises:
-        ValueError: for PIL images of another size, or for a model of points.
+        ValueError: for PIL images of another size or for a model of points, and for a single one.
     """
+    if isinstance(batch, Image.Image):
+        raise ValueError("expected several images, got one: give a list, [image]")
+    if not isinstance(batch, Tensor | np.ndarray):
+        batch = np.stack(
+            [_pixels(x, shape, levels) if isinstance(x, Image.Image) else x for x in batch]
+        )
+    channels, *size = shape
+    if batch.ndim == 2 and (batch.shape[1], 1, 1) == shape:
+        batch = batch[:, :, None, None]
     if isinstance(batch, Tensor):
         return batch
-    if not isinstance(batch, np.ndarray):
-        if levels is None:
-            raise ValueError("the model is of points, not of images: give a tensor or an array")
-        batch = np.stack([_pixels(image, shape, levels) for image in batch])
-    channels, *size = shape
     if batch.shape[1:] == (*size, channels) and batch.shape[1:] != shape:
         batch = batch.transpose(0, 3, 1, 2)
     elif batch.shape[1:] == tuple(size) and channels == 1:
@@ -37,8 +41,10 @@ def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(batch))
 
 
-def _pixels(image: Image.Image, shape: Shape, levels: int) -> np.ndarray:
+def _pixels(image: Image.Image, shape: Shape, levels: int | None) -> np.ndarray:
     """uint8 `(H, W)` or `(H, W, C)`."""
+    if levels is None:
+        raise ValueError("the model is of points, not of images: give a tensor or an array")
     channels, height, width = shape
     if image.size != (width, height):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Directions of attributes in latent space: what separates images that have one from the others."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -150,6 +150,43 @@ def measured(
         held_out=len(own_held) + len(other_held),
         orthogonal=bool(others),
     )
+
+
+def of_attributes(
+    z: Tensor,
+    attributes: Mapping[str, Tensor],
+    method: Method,
+    known: Sequence[Direction] = (),
+    orthogonal: bool = False,
+    seed: int = 0,
+) -> list[Direction]:
+    """The directions of attributes, of which bool `(N,)` says which of the latents `(N, D)` have
+    it.
+
+    With `orthogonal`, each is made orthogonal to those of all others as they were found, and to
+    those that are `known` under other names. Raises `UserError` as `measured` does.
+    """
+
+    def found(name: str, others: Sequence[Tensor] = ()) -> Direction:
+        has = attributes[name]
+        return measured(name, z[has], z[~has], method, others, seed)
+
+    plain = {name: found(name) for name in attributes}
+    if not orthogonal:
+        return list(plain.values())
+    outside = [each.vector for each in known if each.name not in attributes]
+    return [
+        found(name, [*outside, *(plain[other].vector for other in plain if other != name)])
+        for name in attributes
+    ]
+
+
+def method_of(text: str) -> Method:
+    """The method of `--method`. Raises `UserError` for another word."""
+    for method in METHODS:
+        if text == method:
+            return method
+    raise UserError(f"--method {cut(text)}: expected {' or '.join(METHODS)}")
 
 
 def check_name(name: str) -> None:

@@ -1,18 +1,25 @@
 """Images to latents and back, for any number of images, and images that a command line names."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets.base import open_image
 from flowtrain.datasets.folder import files_of
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import sampling_batch_size
+from flowtrain.pictures.grid import to_8bit
+from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
+from flowtrain.system.arrays import ONLY, ArrayFile
+from flowtrain.system.files import check_names, write_new
 
 
 def silent(done: float, total: float) -> None:
@@ -39,6 +46,91 @@ def encode(
 def joined(levels: Sequence[Tensor]) -> Tensor:
     """The latents `(B, D)` of which `Flow.split_latents` gives these levels."""
     return torch.cat([level.flatten(1) for level in levels], dim=1)
+
+
+def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> float:
+    """The largest difference of points from decoded ones, or 0.0 for images.
+
+    Raises `RunError` that names the first image that is not the same in every pixel.
+    """
+    if flow.levels is None:
+        return float((back - x.to(back.dtype)).abs().max())
+    different = (back != x).flatten(1).sum(dim=1)
+    if different.any():
+        first = int(different.gt(0).long().argmax())
+        raise RunError(
+            f"{cut(names[first])}: {int(different[first])} of {flow.dims} values do not come back, "
+            f"and those of {int(different.gt(0).sum())} of {len(x)} images: nothing is written"
+        )
+    return 0.0
+
+
+def of_split(
+    model: LoadedModel, data: DataSet, split_name: SplitName, count: int | None
+) -> tuple[list[str], Tensor, Tensor | None]:
+    """Names, images and classes, if they are known, of the first `count` images of a split.
+
+    Raises `UserError` where the data are not the model's, or the split is empty.
+    """
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    split = data.split(split_name)
+    if len(split) == 0:
+        raise UserError(f"--split {split_name}: it is empty")
+    x = split.take(slice(0, count))
+    classes = None if split.labels is None else split.labels[: len(x)]
+    return [f"{split_name}-{i:05}.png" for i in range(len(x))], x, classes
+
+
+def named_images(
+    paths: Sequence[Path], model: LoadedModel, count: int | None
+) -> tuple[list[str], Tensor]:
+    """The names and pixels of the first `count` images at these paths: image files and folders, or
+    an .npy or .npz file for a model of points.
+    """
+    if model.flow.levels is None:
+        x = read_points(paths, model)[:count]
+        return [f"{i:05}" for i in range(len(x))], x
+    found = dict(itertools.islice(files_at(paths, "--images").items(), count))
+    return list(found), read_images(list(found.values()), model, "--images")
+
+
+def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
+    """Points from one .npy file, or from `images` of an .npz file as `sample` and `decode` write
+    it: float32 `(N, C, 1, 1)`.
+
+    Raises `UserError` that names the file where it is not one such array, or not finite.
+    """
+    if len(paths) != 1 or paths[0].suffix.lower() not in (".npy", ".npz"):
+        raise UserError(
+            f"--images {paths[0]}: the model is of points: give one .npy or .npz file of them"
+        )
+    file = ArrayFile(paths[0])
+    name = ONLY if ONLY in file.names else "images"
+    channels = model.flow.shape[0]
+    flat = len(file.header(name).shape) == 2
+    values = file.read(name, "f", (None, channels) if flat else (None, 1, 1, channels))
+    if not len(values) or not np.isfinite(values).all():
+        raise UserError(f"{paths[0]}: it has no points, or one that is not finite")
+    return torch.from_numpy(values.astype(np.float32)).reshape(-1, *model.flow.shape)
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """Names of PNG files for images with these names. Raises `UserError` where two are the same, or
+    cannot be written into one folder.
+    """
+    found = [name if name.lower().endswith(".png") else f"{name}.png" for name in names]
+    try:
+        check_names(found)
+    except ValueError as error:
+        raise UserError(f"names: {error}") from None
+    return found
+
+
+def write_pictures(out: Path, names: Sequence[str], x: Tensor, flow: Flow) -> None:
+    """Writes images `(N, C, H, W)` into a folder. Raises `RunError` naming the first that fails."""
+    assert flow.levels is not None
+    for name, image in zip(names, x, strict=True):
+        write_new(out / name, encoded(to_8bit(image, flow.levels), "PNG"))
 
 
 def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:

@@ -9,6 +9,7 @@ classes   int64 (N,), if they are known
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.errors import UserError, cut
+from flowtrain.flow.flow import Flow
 from flowtrain.latents.encoding import joined
 from flowtrain.system.arrays import ArrayFile
 from flowtrain.system.files import check_names
@@ -61,16 +63,17 @@ def read(path: Path, model: LoadedModel) -> Latents:
     flow = model.flow
     shapes = [level.shape[1:] for level in flow.split_latents(torch.empty(1, flow.latent_dims))]
     names = file.read("names", "U", (None,)).tolist()
+    if not names:
+        raise UserError(f"{path}: it has no latents")
     levels = []
     for number, shape in enumerate(shapes, start=1):
-        level = file.read(f"level{number}", "f", (len(names), *shape)).astype(np.float32)
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+            level = file.read(f"level{number}", "f", (len(names), *shape)).astype(np.float32)
         finite = np.isfinite(level.reshape(len(level), -1)).all(axis=1)
         if not finite.all():
             name = names[int(finite.argmin())]
             raise UserError(f"{path}: level{number} of {cut(name)} has a number that is not finite")
         levels.append(torch.from_numpy(level))
-    if not names:
-        raise UserError(f"{path}: it has no latents")
     try:
         check_names(names)
     except ValueError as error:
@@ -79,6 +82,16 @@ def read(path: Path, model: LoadedModel) -> Latents:
     if "classes" in file.names:
         classes = torch.from_numpy(file.read("classes", "iu", (len(names),)).astype(np.int64))
     return Latents(joined(levels), names, classes)
+
+
+def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
+    """Images or points `(N, C, H, W)` as an .npz file like that of `flowtrain sample`, with their
+    names.
+    """
+    buffer = io.BytesIO()
+    arrays = {"images": x.movedim(1, -1).numpy(), "names": np.array(names, dtype=np.str_)}
+    np.savez_compressed(buffer, allow_pickle=False, **arrays, **flow.kind.npz())
+    return buffer.getvalue()
 
 
 def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.execution import Noting
+from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
@@ -24,6 +24,7 @@ def sample(
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
     contexts: Tensor | None = None,
+    iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
 ) -> Tensor:
@@ -32,12 +33,22 @@ def sample(
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents. So it does for each of the
-    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. `guidance` and
+    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
+    sequential layers compute all entries at once, until they do not change any more. `guidance` and
     `denoise` are those of `Flow.decode`.
 
-    Raises `UserError` for a class that the model does not have, for guidance or denoising that it
-    does not have, or for samples without room.
+    Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
+    `iterate` that it does not have, or for samples without room.
     """
+    if iterate and not flow.bijection.iterates:
+        raise UserError(
+            "--method jacobi: no layer of the model has this way"
+            + (
+                ", only one entry after the other"
+                if flow.bijection.inverse_is_sequential
+                else ", and none needs it: its samples take one pass"
+            )
+        )
     if guidance is not None and (reason := flow.unguided):
         raise UserError(f"--guidance {guidance:g}: {reason}")
     if denoise and flow.dequantizer.sigma is None:
@@ -67,7 +78,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, guidance, denoise, given))
+        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise, given))
     return torch.cat(images)
 
 
@@ -76,19 +87,22 @@ def decode(
     z: Tensor,
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
+    iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
-    See `Flow.decode`. Images depend on the number of others that are decoded with them by rounding
-    only.
+    See `Flow.decode`, and `sample` for `iterate`. Images depend on the number of others that are
+    decoded with them by rounding only.
 
     `progress` is called with the number of images that are done, in tenths where a part takes long.
     """
     images = []
     at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
+    layers = sequential_layers(flow.bijection)
+    executor = Iterating if iterate else Noting
     for start in range(0, len(z), at_a_time):
         stop = min(start + at_a_time, len(z))
 
@@ -96,7 +110,7 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
-        part = flow.decode(z[start:stop], of_part, Noting(note), guidance, denoise, given)
+        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise, given)
         images.append(part.cpu())
         progress(stop)
     return torch.cat(images)

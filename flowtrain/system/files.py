@@ -251,3 +251,35 @@ def _file_system_bytes(name: str) -> bytes:
         return os.fsencode(name)
     except UnicodeEncodeError:
         raise ValueError(f"{shown(name)} is no file name") from None
+
+
+def require_absent(names: Iterable[str], out: Path) -> None:
+    """Raises `UserError`, naming --out, where a file or folder in `out` is in the way of files with
+    these names.
+    """
+    names = list(names)
+    present = next((name for name in names if os.path.lexists(out / name)), None)
+    if present is not None:
+        raise UserError(f"--out {out}: {shown(present)} is there already; give another folder")
+    for folder in {parent for name in names for parent in Path(name).parents}:
+        if os.path.lexists(out / folder) and not (out / folder).is_dir():
+            raise UserError(
+                f"--out {out}: {shown(str(folder))} is a file, and a folder is needed there; give "
+                f"another folder"
+            )
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Makes one of many new files. It is not flushed to the disk by itself, since what a crash
+    leaves of thousands is of no use.
+
+    Raises `RunError` where that fails, also where there is such a file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written, the files before it were: {error.strerror or error}"
+        ) from error

@@ -20,7 +20,9 @@ from PIL import Image
 from typer.main import get_command
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.main import app
+from flowtrain.latents import files
 
 CUDA = torch.cuda.is_available()
 # Root reads and writes everything. Without this capability it obeys the permissions of its files.
@@ -93,6 +95,7 @@ def make(here: Path) -> None:
         checkpoint_format.write(path, {**meta, "config": named}, saved.tensors)
     make_pictures(here)
     make_archives(here, run)
+    make_latents(here, run)
     for suffix in ("npz", "yaml", "safetensors", "fta", "png"):
         (here / f"locked.{suffix}").touch(mode=0)
     for suffix in ("npz", "npy", "yaml", "safetensors", "fta", "png", "gif", "html", "json", "csv"):
@@ -149,6 +152,28 @@ def make_pictures(here: Path) -> None:
     picture(here / "sub" / "a.png")
     picture(here / f"{'n' * 250}.jpg")
     picture(here / "taken" / "a.png")
+
+
+def make_latents(here: Path, run: Path) -> None:
+    """Files of latents of a run, and tables of attributes."""
+    model = load_model(str(run), torch.device("cpu"))
+    z = torch.zeros(1, model.flow.latent_dims)
+    for name, image, values in (
+        ("z", "a.png", z),
+        ("up", "../up.png", z),
+        ("nan", "a.png", z * torch.nan),
+    ):
+        latents = files.Latents(values, [image])
+        (here / f"{name}.npz").write_bytes(files.npz(latents, model))
+    tables = {
+        "empty": "",
+        "header": "file,x\n",
+        "values": "file,x\ngood.png,1\ngood.png,2\n",
+        "short": "file,x\ngood.png\n",
+        "gone": "file,x\ngone.png,1\n",
+    }
+    for name, text in tables.items():
+        (here / f"{name}.csv").write_text(text)
 
 
 def make_archives(here: Path, run: Path) -> None:
@@ -266,9 +291,13 @@ TAKING_A_MODEL = {
     "doctor": "doctor {}",
     "sample": "sample {}",
     "interpolate": "interpolate {}",
+    "attributes": "attributes {} --to-class 1",
+    "encode": "encode {} --split test --out x.npz",
+    "decode": "decode {} z.npz --out x",
     "explore": "explore {} --no-browser",
     "report": "report {}",
     "info": "info {}",
+    "push": "push {} a/b --dry-run",
     "compress": "compress {} good.png --out x",
     "decompress": "decompress gone.fta --out x --model {}",
     "train --resume": "train TINY --run-dir new --resume {}",
@@ -286,6 +315,8 @@ WRITING = [
     ("sample run", "--out", ".png"),
     ("sample run", "--out", ".npz"),
     ("interpolate run", "--out", ".gif"),
+    ("encode run --split test", "--out", ".npz"),
+    ("decode run z.npz", "--out", ".npz"),
     ("report run", "--out", ".html"),
     ("compare run", "--out", ".png"),
     ("compare run", "--json", ".json"),
@@ -303,7 +334,13 @@ DATA = {
     "pipe.npz": ("pipe.npz cannot be opened", PIPE),
     "locked.npz": ("locked.npz cannot be opened", "Permission denied"),
 }
-READING = ["evaluate run --data {}", "ood run --data {}", "ood run --data noise --in {}"]
+READING = [
+    "evaluate run --data {}",
+    "ood run --data {}",
+    "ood run --data noise --in {}",
+    "encode run --data {} --out x.npz",
+    "attributes run --to-class 1 --data {}",
+]
 
 # A command line, and what its message has to say.
 TABLE = [
@@ -480,6 +517,8 @@ TABLE = [
     ("sample dotted_data.safetensors", "data.name is 'os.path'", "--trust-code"),
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     ("sample run --out a", "--out a:", ".png or .npz"),
+    ("sample run --method fast", "--method fast: expected sequential or jacobi"),
+    ("sample run --method jacobi", "--method jacobi: ", "samples take one pass"),
     ("sample run --num-images 0", "--num-images", AT_LEAST_1),
     (
         f"sample run --num-images {HUGE}",
@@ -562,6 +601,89 @@ TABLE = [
     ("interpolate run --from-class 4 --to-class 5 --steps 100000000000", "--steps", "GiB"),
     ("interpolate run --from-class 4 --to-class 5 --images a b", "--images", "--from-class"),
     ("interpolate points --from-class 1 --to-class 2", "--from-class 1", "no labels"),
+    ("interpolate run --along smile", "smile: no such attribute of run/", "there are: none"),
+    ("interpolate run --along ''", "an argument is empty"),
+    ("interpolate run --along a --from-class 1 --to-class 2", "--along and --from-class"),
+    ("interpolate run --along a --images good.png good.png", "--images", "--image"),
+    ("interpolate run --image good.png", "--image and --strength: they need --along"),
+    ("interpolate run --strength 2", "--image and --strength: they need --along"),
+    ("interpolate run --along a --strength nan", "--strength nan: expected a finite number"),
+    ("interpolate run --along a --strength far", "--strength", "valid number"),
+    # --- attributes
+    ("attributes run", "one of three ways", "--positive", "--csv", "--to-class"),
+    ("attributes run --positive images", "--positive and --negative: one is of no use"),
+    ("attributes run --positive a --negative b --to-class 1", "one of three ways"),
+    ("attributes run --positive empty --negative sub", "--positive empty: there is no image in"),
+    ("attributes run --positive images --negative none", "none: there is no such image file"),
+    ("attributes run --positive images --negative text.png", "text.png cannot be read as an image"),
+    ("attributes run --positive images --negative pipe.png", "pipe.png cannot be read", PIPE),
+    ("attributes run --positive images --negative sub", "without it", "at least 4 are needed"),
+    ("attributes points --positive images --negative sub", "--positive", "real-valued data"),
+    ("attributes run --to-class 12", "--to-class 12: the train split has no images of it"),
+    ("attributes run --to-class 1 --from-class 12", "--from-class 12: the train split has no"),
+    ("attributes run --to-class 1 --from-class 1", "--to-class 1: it is the same class"),
+    ("attributes run --to-class -1", "--to-class", "or equal to 0"),
+    ("attributes points --to-class 1", "--to-class 1: two_moons has no labels"),
+    ("attributes run --from-class 1 --csv t.csv", "they need --to-class"),
+    ("attributes run --to-class 1 --data sub", "--data sub: it has no classes"),
+    ("attributes run --to-class 1 --split dev", "--split dev: expected test, validation or train"),
+    ("attributes run --to-class 1 --method guess", "--method guess: expected difference or logi"),
+    ("attributes run --to-class 1 --name -x", "'-x' cannot be the name of an attribute"),
+    ("attributes run --to-class 1 --images sub", "--images: it is the folder of --csv"),
+    ("attributes run --to-class 1 --num-images 0", "--num-images", AT_LEAST_1),
+    ("attributes run --to-class 1 --weights best", "--weights best"),
+    ("attributes run --to-class 1 --set model.width=3", "--set model.width=3"),
+    ("attributes run --csv nowhere.csv", "--csv nowhere.csv: cannot be read: No such file"),
+    ("attributes run --csv pipe.csv", "--csv pipe.csv: cannot be read", PIPE),
+    ("attributes run --csv empty.csv", "--csv empty.csv: its first line has to name the columns"),
+    ("attributes run --csv binary.yaml", "binary.yaml: is not a CSV table in UTF-8"),
+    ("attributes run --csv header.csv", "--csv header.csv: it has no images"),
+    ("attributes run --csv values.csv", "values.csv, line 3: x is '2', expected 0 or 1"),
+    ("attributes run --csv short.csv", "short.csv, line 2: expected 2 values", "got 1"),
+    ("attributes run --csv gone.csv", "gone.csv, line 2: there is no image file gone.png"),
+    ("attributes run --csv gone.csv --images sub", "there is no image file sub/gone.png"),
+    ("attributes run --csv gone.csv --name x", "--name x: the attributes of --csv"),
+    # --- encode
+    ("encode run --split test", "Missing option '--out'"),
+    ("encode run --out x.npz", "give the images", "--images", "--split", "--data"),
+    ("encode run --split test --out x.png", "--out x.png: expected a name that ends in .npz"),
+    ("encode run --split dev --out x.npz", "--split dev: expected test, validation or train"),
+    ("encode run --images good.png --split test --out x.npz", "--images: give either these"),
+    ("encode run --images empty --out x.npz", "--images empty: there is no image in"),
+    ("encode run --images nowhere --out x.npz", "nowhere: there is no such image file"),
+    ("encode run --images text.png --out x.npz", "text.png cannot be read as an image"),
+    ("encode run --images pipe.png --out x.npz", "pipe.png cannot be read", PIPE),
+    ("encode run --images good.png --images sub --out x.npz", "the same name as good.png"),
+    ("encode run --split test --num-images 0 --out x.npz", "--num-images", AT_LEAST_1),
+    ("encode run --split test --weights best --out x.npz", "--weights best"),
+    ("encode run --split test --set data.name=two_moons --out x.npz", "(2, 1, 1)"),
+    ("encode run --data same.npz --out x.npz", "256 levels", "17 levels"),
+    ("encode run --data sub --split test --out x.npz", "--split test: sub has no splits"),
+    ("encode run --split validation --set data.validation=0 --out x.npz", "it is empty"),
+    ("encode points --images good.png --out x.npz", "--images good.png", ".npy or .npz"),
+    ("encode points --images cut.npy --out x.npz", "the array has the type uint8", "real"),
+    ("encode points --images floats.npz --out x.npz", "floats.npz: it has no array images"),
+    ("encode points --images text.npz --out x.npz", "text.npz: is not an .npz or .npy file"),
+    ("encode points --images pipe.npy --out x.npz", "pipe.npy: cannot be opened", PIPE),
+    # --- decode
+    ("decode run", "Missing argument 'FILE.npz'"),
+    ("decode run z.npz", "Missing option '--out'"),
+    ("decode run nowhere.npz --out x", "nowhere.npz: there is no such file"),
+    ("decode run text.npz --out x", "text.npz: is not an .npz or .npy file"),
+    ("decode run empty.npz --out x", "empty.npz: is not an .npz or .npy file"),
+    ("decode run pipe.npz --out x", "pipe.npz: cannot be opened", PIPE),
+    ("decode run grid.npz --out x", "grid.npz: cannot be opened", "Is a directory"),
+    ("decode run locked.npz --out x", "locked.npz", "not readable"),
+    ("decode run floats.npz --out x", "floats.npz: it has no array format (it has x_train)"),
+    ("decode run objects.npy --out x", "objects.npy: it has no array format"),
+    ("decode classes z.npz --out x", "z.npz: latents of the model", "is another one"),
+    ("decode run up.npz --out x", "up.npz: names: '../up.png' is not a plain relative path"),
+    ("decode run nan.npz --out x", "nan.npz: level1 of a.png has a number that is not finite"),
+    ("decode run z.npz --out taken", "--out taken: 'a.png' is there already"),
+    ("decode run z.npz --out locked/x", "--out locked/x", DENIED),
+    ("decode run z.npz --out text/x", "--out text/x", NO_FOLDER),
+    ("decode run z.npz --out x --weights best", "--weights best"),
+    ("decode points z.npz --out x", "--out x: the model is of real-valued data", ".npz"),
     # --- report
     ("report run --out x.pdf", "--out x.pdf", ".html"),
     ("report run --num-images 0", "--num-images", AT_LEAST_1),
@@ -578,6 +700,26 @@ TABLE = [
     ("info binary.yaml", "binary.yaml: cannot be read as YAML"),
     ("info empty", "empty: has no checkpoint"),
     ("info run run", "unexpected extra argument"),
+    # --- push, and models on the hub
+    ("push", "Missing argument 'MODEL'"),
+    ("push run", "Missing argument 'USER/NAME'"),
+    ("push run name --dry-run", "name: no name on the hub: expected hf://user/name"),
+    ("push run ../b --dry-run", "../b: no name on the hub"),
+    ("push run a/%FF --dry-run", "a/?: no name on the hub"),
+    ("push run a/b@v1 --dry-run", "a/b@v1: a revision cannot be uploaded to"),
+    ("push run a/b --dry-run --out text", "--out text", NO_FOLDER),
+    ("push run a/b --dry-run --out text/a", "--out text/a", NO_FOLDER),
+    ("push run a/b --dry-run --out locked/a", "--out locked/a", DENIED),
+    ("push run a/b --dry-run --weights best", "--weights best"),
+    ("push run a/b --dry-run --device abacus", "--device abacus"),
+    ("push dotted_data.safetensors a/b --dry-run", "data.name is 'os.path'", "--trust-code"),
+    ("sample hf://a", "hf://a: no name on the hub"),
+    ("sample hf://../../x", "hf://../../x: no name on the hub"),
+    ("info hf://a/b@../x", "hf://a/b@../x: no name on the hub"),
+    ("train TINY --run-dir new --init-from hf://a", "hf://a: no name on the hub"),
+    ("train TINY --run-dir new --resume hf://a", "hf://a: no name on the hub"),
+    ("compress hf://a good.png --out x", "hf://a: no name on the hub"),
+    ("decompress foreign.fta --out x --model hf://a", "hf://a: no name on the hub"),
     # --- compare
     ("compare", "Missing argument 'RUN...'"),
     ("compare run nowhere", "nowhere: no such run directory"),

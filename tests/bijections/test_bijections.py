@@ -717,6 +717,23 @@ def test_memory_against_depth(mode):
     assert growth < 1.05 if mode == "reversible" else growth > 2
 
 
+def test_iteration_is_another_way_to_the_inverse():
+    tried = []
+    for name in TABLE:
+        bijection, x, context = a_row(name, torch.float64)
+        if bijection.iterates and not isinstance(bijection, Container):
+            with torch.no_grad():
+                z = bijection(x, context)[0]
+                expected = bijection.inverse(z, context)
+                found = bijection.inverse_by_iteration(z, context, lambda share: None)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            tried.append(name)
+    assert len(tried) > 8 and {name.partition("-")[0] for name in tried} == {
+        "autoregressive",
+        "tokens",
+    }
+
+
 # ---------------------------------------------------------------- fused layers
 
 
@@ -941,6 +958,19 @@ def test_affine_transform_is_bounded_both_ways(raw):
     assert far.abs().max() <= 1e3 * math.exp(transform.limit) + 10
 
 
+def test_the_scales_of_the_papers():
+    x, shift = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    for raw in (-3.0, 0.0, 2.0):
+        parameters = torch.cat([shift, torch.full((1, 2), raw)], dim=1)
+        for transform, scale in (
+            (ExponentialTransform(), math.exp(raw)),
+            (SigmoidTransform(), 2 / (1 + math.exp(-raw))),
+        ):
+            z, log_scale = transform(x, parameters)
+            torch.testing.assert_close(z, (x + shift) * scale)
+            torch.testing.assert_close(log_scale, torch.full((1, 2), math.log(scale)))
+
+
 @pytest.mark.parametrize("raw", [-1e30, -100.0, 100.0, 1e30])
 @pytest.mark.parametrize(
     "build",
@@ -989,6 +1019,24 @@ def test_logistic_to_normal_is_harmless_far_out():
 
 
 # ---------------------------------------------------------------- layouts
+
+
+def test_reverse_reverses_the_raster_order():
+    x = torch.arange(12.0).view(1, 2, 2, 3)
+    assert torch.equal(Reverse()(x)[0].flatten(2), x.flatten(2).flip(2))
+
+
+def test_halving_puts_pixels_into_halves_of_the_channels():
+    first = torch.tensor([[True, False, False], [False, True, True]])
+    pixels = torch.arange(6.0).view(2, 3)
+    x = torch.stack([10 * pixels + channel for channel in range(4)])[None]
+    z = HalvePixels(first)(x)[0]
+    assert z.shape == (1, 4, 2, 3)
+    kept, changed = ({int(v) // 10 for v in half.flatten()} for half in z.chunk(2, dim=1))
+    assert kept == {0, 4, 5} and changed == {1, 2, 3}
+    # A place has two of the four entries of one pixel.
+    for place in z.chunk(2, dim=1)[0].flatten(2)[0].T:
+        assert len({int(v) // 10 for v in place}) == 1
 
 
 def test_squeeze_puts_the_colours_of_a_checkerboard_into_the_halves():

@@ -44,7 +44,7 @@ def test_help_and_version_import_nothing_heavy(tmp_path):
     }
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate", "encode"])
 def test_help_of_a_command_imports_nothing_heavy(command, tmp_path):
     # Typer itself imports pydantic, for options that have a type.
     assert not imported(command, "--help", cwd=tmp_path) & {*HEAVY, "flowtrain.config"}

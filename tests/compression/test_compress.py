@@ -26,7 +26,7 @@ from PIL import Image
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.cli.base import require_folder
-from flowtrain.compression import compress, decompress, strips
+from flowtrain.compression import compress, strips
 from flowtrain.compression import format as archive
 from flowtrain.compression.codec import Codec
 from flowtrain.compression.coder import probe
@@ -36,6 +36,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded, file_sizes
+from flowtrain.system.files import write_new
 
 pytest.importorskip("constriction")
 
@@ -652,5 +653,5 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
         require_folder(tmp_path, Path("x"))
     picture(tmp_path / "there")
     with pytest.raises(RunError, match="there: cannot be written"):
-        decompress._write(tmp_path / "there", b"")
+        write_new(tmp_path / "there", b"")
     assert (tmp_path / "there").stat().st_size > 0

@@ -18,6 +18,7 @@ from flowtrain.bijections import (
     CheckerboardCoupling,
     Continuous,
     Coupling,
+    HalvePixels,
     MaskedAutoregressive,
     Permute,
     Planar,
@@ -30,7 +31,7 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.models import base, glow, iaf, maf, nice, planar, realnvp
+from flowtrain.models import base, glow, iaf, jet, maf, nice, planar, realnvp, tarflow
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
@@ -126,7 +127,85 @@ def test_planar_size_by_hand():
     assert count(planar.build((3, 2, 2), layers=5)) == 2 * 12 + 5 * (12 + 12 + 1)
 
 
+def transformer(entries, outputs, tokens, width, layers):
+    """Parameters of a transformer, from the linear layers and norms of the papers' code."""
+    attention = 2 * width + (width * 3 * width + 3 * width) + (width * width + width)
+    mlp = 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)
+    ends = (entries * width + width) + tokens * width + (width * outputs + outputs)
+    return ends + layers * (attention + mlp)
+
+
+@pytest.mark.parametrize(
+    "shape, patch, width, blocks, layers, expected",
+    [
+        ((3, 64, 64), 2, 768, 8, 8, 460_142_784),  # the likelihood of ImageNet64
+        ((3, 64, 64), 4, 1024, 8, 8, 809_444_096),  # samples of ImageNet64
+        ((1, 28, 28), 4, 20, 3, 2, None),
+    ],
+)
+def test_tarflow_of_the_paper(shape, patch, width, blocks, layers, expected):
+    entries, tokens = shape[0] * patch**2, shape[1] * shape[2] // patch**2
+    by_hand = blocks * transformer(entries, 2 * entries, tokens, width, layers)
+    options = {"patch": patch, "width": width, "blocks": blocks, "layers": layers}
+    with torch.device("meta"):
+        plain = tarflow.build(shape, **options, mixing="none", bounded=False)
+        with_classes = tarflow.build(shape, 10, **options, mixing="none")
+    assert count(plain) == by_hand and expected in (by_hand, None)
+    assert count(with_classes) == by_hand + blocks * 10 * width
+
+
+@pytest.mark.parametrize(
+    "shape, couplings, layers, width, expected",
+    [
+        ((3, 64, 64), 32, 2, 512, 207_177_216),
+        ((3, 64, 64), 64, 5, 512, 1_019_612_160),
+        ((1, 8, 8), 6, 1, 12, None),
+    ],
+)
+def test_jet_of_the_paper(shape, couplings, layers, width, expected):
+    entries, tokens = shape[0] * 16, shape[1] * shape[2] // 16
+    half = entries // 2
+    by_hand = couplings * (transformer(half, entries, tokens, width, layers) + 2 * width)
+    with torch.device("meta"):
+        plain = jet.build(
+            shape, width=width, couplings=couplings, layers=layers, mixing="permutation"
+        )
+    assert count(plain) == by_hand and expected in (by_hand, None)
+
+
 # ---------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(
+    "build, shape, options, message",
+    [
+        (
+            tarflow,
+            (1, 28, 28),
+            {"patch": 8},
+            "model.patch: patches of 8x8 pixels do not fill images of 28x28: choose a patch whose "
+            "side divides both",
+        ),
+        (jet, (3, 4, 6), {"patch": 4}, "model.patch: patches of 4x4 pixels do not fill images of"),
+        (
+            tarflow,
+            (1, 8, 8),
+            {"patch": 8},
+            "model.name: tarflow needs at least two patches, and 8x8 has one of 8x8 (model.patch)",
+        ),
+        (
+            jet,
+            (1, 28, 28),
+            {"patch": 4},
+            "model.patch: jet halves the patches of an image, and 28x28 has 49 of 4x4, an odd "
+            "number: choose another patch",
+        ),
+    ],
+)
+def test_impossible_patches(build, shape, options, message):
+    with pytest.raises(UserError) as error:
+        build.build(shape, **options)
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +427,47 @@ def test_maf_is_as_the_paper_says(build, kind):
         all(sorted(order) == list(range(6)) for order in orders)
         and len({*orders, (5, 4, 3, 2, 1, 0)}) == 3
     )
+
+
+@pytest.mark.parametrize(
+    "options, before",
+    [({}, ["ActNorm", "Conv1x1LU"]), ({"mixing": "none", "bounded": False}, [])],
+)
+def test_tarflow_is_as_the_paper_says(options, before):
+    layers = tarflow.build((1, 4, 4), patch=2, width=4, blocks=3, layers=1, **options).layers
+    block = [*before, "TokenAutoregressive"]
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds == ["Squeeze", *block, *["Reverse", *block] * 2, "Flatten"]
+    transforms = {type(m.transform).__name__ for m in layers if isinstance(m, TokenAutoregressive)}
+    assert transforms == {"AffineTransform" if before else "ExponentialTransform"}
+
+
+@pytest.mark.parametrize(
+    "options, before",
+    [({}, ["ActNorm", "Conv1x1LU"]), ({"mixing": "permutation", "bounded": False}, ["Permute"])],
+)
+def test_jet_is_as_the_paper_says(options, before):
+    layers = jet.build((1, 4, 8), patch=2, width=4, couplings=35, layers=1, **options).layers
+    cycle = [*before, "Coupling"] * 4 + ["HalvePixels", "Coupling", "Inverse"]
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds == ["Squeeze", *cycle * 7, "Flatten"]
+    transforms = {type(m.transform).__name__ for m in layers if isinstance(m, Coupling)}
+    assert transforms == {"AffineTransform" if before[1:] else "SigmoidTransform"}
+    kept = [sorted(m.order[:4].tolist()) for m in layers if isinstance(m, HalvePixels)]
+    # A checkerboard, vertical stripes and horizontal ones, of 2x4 patches, and what they leave.
+    board, vertical, horizontal = [0, 2, 5, 7], [0, 2, 4, 6], [0, 1, 2, 3]
+    others = [sorted({*range(8)} - {*part}) for part in (board, vertical, horizontal)]
+    assert kept == [board, others[0], vertical, others[1], horizontal, others[2], board]
+
+
+def test_the_permutations_of_jet_are_a_function_of_the_seed():
+    def orders(seed):
+        config = a_config({"name": "jet", **TINY["jet"], "mixing": "permutation"}, seed=seed)
+        flow = build_flow(config, (1, 4, 4), 256)
+        return [v.tolist() for name, v in flow.state_dict().items() if name.endswith(".order")]
+
+    assert orders(3) == orders(3) != orders(4)
+    assert len({*map(tuple, orders(3)[:4])}) > 1
 
 
 # ---------------------------------------------------------------- golden losses

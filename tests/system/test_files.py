@@ -238,7 +238,6 @@ OPENING = {
     "checkpoints/zoo.py": {"read_text"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
-    "compression/decompress.py": {"open"},  # new files
     "config.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
@@ -246,6 +245,7 @@ OPENING = {
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
+    "runs/about.py": {"read_text"},  # the package's
     "runs/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open", "read_text"},  # the system's
     "training/run_directory.py": {"open"},  # a folder

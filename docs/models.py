@@ -1,0 +1,54 @@
+"""Writes docs/models.md from the cards of the trained models: `make docs`."""
+
+from pathlib import Path
+
+from flowtrain.checkpoints import zoo
+from flowtrain.system.console import figure
+
+PAGE = """\
+<!-- Written by `make docs` from the cards in flowtrain/zoo; change docs/models.py or the cards. -->
+# Trained models
+
+They come with flowtrain, {size:.1f} MB in all, and every command takes their names:
+
+    flowtrain sample {first}
+
+Figures are of the test split, in float32, and are those of the files themselves. The weights of
+networks are stored in half precision, which changes a figure by less than 0.001. `make models`
+trains them again.
+
+| model | what it is | figure | likelihood | parameters | size | trained in |
+|---|---|---|---|---|---|---|
+{rows}
+
+A test checks each card (`flowtrain/zoo/NAME.yaml`) against the weights.
+
+{parts}"""
+
+PART = """\
+## {name}
+
+![Samples of {name}](models/{name}.png)
+
+- Trained by `{card.command}`
+- Machine: {card.machine}, {card.time}
+- Data: {card.data} ({card.licence})
+- SHA-256: `{card.sha256}`
+"""
+
+
+def page() -> str:
+    cards = {name: zoo.card_of(name) for name in zoo.names()}
+    sizes = {name: zoo.checkpoint_of(name).stat().st_size / 1e6 for name in cards}
+    rows = [
+        f"| [`{name}`](#{name}) | {card.title} | {figure(card.loss, card.error)} {card.unit} | "
+        f"{card.likelihood} | {card.parameters:,} | {sizes[name]:.2f} MB | {card.time} |"
+        for name, card in cards.items()
+    ]
+    parts = "\n".join(PART.format(name=name, card=card) for name, card in cards.items())
+    size = sum(sizes.values())
+    return PAGE.format(size=size, first=next(iter(cards)), rows="\n".join(rows), parts=parts)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,79 @@
+"""`flowtrain decode`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DeviceOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    load,
+    on_one_process,
+    require_file,
+    require_folder,
+)
+
+EPILOG = "Example: [cyan]flowtrain decode runs/glow_digits z.npz --out images[/cyan]"
+
+
+@command
+@on_one_process
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="The checkpoint, run directory or trained model that made the latents.",
+        ),
+    ],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.npz", show_default=False, help="Latents of flowtrain encode."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FOLDER|FILE.npz",
+            help="Where the images go: a PNG file for each, or all in one file.",
+            show_default=False,
+        ),
+    ],
+    weights: WeightsOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Turn latents back into images. Those that encode has written come back exactly.
+
+    Latents that were changed are decoded as they are. Points go into a FILE.npz.
+    """
+    from flowtrain.latents import encoding, files
+    from flowtrain.pictures import sample
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import require_absent, save
+
+    one_file = out.suffix.lower() == ".npz"
+    if one_file:
+        require_file(out)
+    else:
+        require_folder(out, out)
+    loaded = load(model, device, weights, trust_code)
+    if not one_file:
+        loaded.flow.kind.require_levels(
+            f"--out {out}: the model is of real-valued data, so give the name of an .npz file"
+        )
+    latents = files.read(file, loaded)
+    names = encoding.picture_names(latents.names)
+    if not one_file:
+        require_absent(names, out)
+    with ProgressBar("decoding") as bar:
+        x = sample.decode(loaded.flow, latents.z, lambda done: bar(done, len(latents.z)))
+    if one_file:
+        save(out, files.images_npz(loaded.flow, x, latents.names))
+    else:
+        encoding.write_pictures(out, names, x, loaded.flow)
+    console.print(f"wrote {out}: {len(x)} images")

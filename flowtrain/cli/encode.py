@@ -1,0 +1,115 @@
+"""`flowtrain encode`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DATA_NAMES,
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    TrustOption,
+    WeightsOption,
+    check_suffix,
+    command,
+    data_of,
+    load,
+    on_one_process,
+    split_of,
+)
+from flowtrain.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+EPILOG = (
+    "Examples: [cyan]flowtrain encode runs/glow_digits --images photos --images cat.png --out "
+    "z.npz[/cyan], [cyan]flowtrain encode glow_digits --split test --out z.npz[/cyan]"
+)
+
+
+@command
+@on_one_process
+def encode(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.npz", help="The latents.", show_default=False)
+    ],
+    model: ModelArgument = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            metavar="FILE|FOLDER",
+            help="Image files, and folders of them; repeatable. For a model of points, an .npy or "
+            ".npz file.",
+            show_default=False,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="NAME|PATH", help=DATA_NAMES, show_default="the model's own"
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="test|validation|train",
+            help="Which images of the data set.",
+            show_default="test",
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
+        ),
+    ] = None,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Turn images into latents: one array for each level, from which decode gives them back.
+
+    Before the file is written, all latents are decoded, and every pixel is compared.
+    """
+    from flowtrain.latents import encoding, files
+    from flowtrain.pictures.sample import decode
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
+
+    check_suffix(out, (".npz",))
+    split_name = split_of(split)
+    if images and (dataset is not None or split is not None):
+        raise UserError("--images: give either these, or --data and --split")
+    if not images and dataset is None and split is None:
+        raise UserError("give the images: --images FILE|FOLDER, --split test, or --data NAME")
+    loaded = load(model, device, weights, trust_code)
+    classes = None
+    if images:
+        names, x = encoding.named_images(images, loaded, num_images)
+    else:
+        data = data_of(loaded, overrides, dataset)
+        if data.undivided and split_name is not None:
+            raise UserError(f"--split {split}: {dataset} has no splits; leave it out")
+        chosen = split_name or ("all" if data.undivided else "test")
+        names, x, classes = encoding.of_split(loaded, data, chosen, num_images)
+    with ProgressBar("encoding") as bar:
+        z = encoding.encode(loaded.flow, x, bar)
+    with ProgressBar("comparing") as bar:
+        back = decode(loaded.flow, z, lambda done: bar(done, len(z)))
+    error = encoding.difference(loaded.flow, x, back, names)
+    save(out, files.npz(files.Latents(z, names, classes), loaded))
+    levels = ", ".join(
+        "x".join(map(str, level.shape[1:])) for level in loaded.flow.split_latents(z)
+    )
+    console.print(f"wrote {out}: the latents of {len(z)} images, {levels} for each")
+    console.print(
+        "decoded, every pixel comes back"
+        if loaded.flow.levels is not None
+        else f"decoded, the points come back within {error:.1e}"
+    )

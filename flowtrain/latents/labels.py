@@ -1,0 +1,135 @@
+"""Images with and without attributes: from folders, from a table, or from the classes of a data
+set.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet, SplitName
+from flowtrain.errors import UserError, cut, short, shown
+from flowtrain.latents.directions import check_name
+from flowtrain.latents.encoding import files_at, read_images
+from flowtrain.system.files import read_regular
+
+LARGEST_TABLE = 2**26  # bytes; a million lines have fewer
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images `(N, C, H, W)`, and for each attribute which of them have it, bool `(N,)`."""
+
+    x: Tensor
+    attributes: dict[str, Tensor]
+
+
+def from_folders(
+    positive: Sequence[Path], negative: Sequence[Path], name: str, model: LoadedModel, most: int
+) -> Labelled:
+    """At most `most` images of each kind. Raises `UserError` as `files_at` and `read_images` do."""
+    check_name(name)
+    groups = []
+    for option, paths in (("--positive", positive), ("--negative", negative)):
+        files = list(files_at(paths, option).values())[:most]
+        groups.append(read_images(files, model, option))
+    return Labelled(torch.cat(groups), {name: _first(len(groups[0]), len(groups[1]))})
+
+
+def _first(count: int, others: int) -> Tensor:
+    return torch.arange(count + others) < count
+
+
+def from_classes(
+    model: LoadedModel,
+    data: DataSet,
+    split_name: SplitName,
+    first: int | None,
+    second: int,
+    name: str,
+    most: int,
+) -> Labelled:
+    """At most `most` images of class `second`, and as many of class `first`, or of all others.
+
+    Raises `UserError` where there are no labels, or no such images.
+    """
+    check_name(name)
+    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    split = data.split(split_name)
+    if split.labels is None:
+        raise UserError(f"--to-class {second}: {data.config.name} has no labels")
+    labels = split.labels.numpy()
+    of_first = labels != second if first is None else labels == first
+    chosen = []
+    for what, where in (
+        (f"--to-class {second}", labels == second),
+        ("other classes" if first is None else f"--from-class {first}", of_first),
+    ):
+        rows = where.nonzero()[0][:most]
+        if not len(rows):
+            raise UserError(f"{what}: the {split_name} split has no images of it")
+        chosen.append(split.take(rows))
+    return Labelled(torch.cat(chosen), {name: _first(len(chosen[0]), len(chosen[1]))})
+
+
+def from_table(path: Path, folder: Path, model: LoadedModel, most: int) -> Labelled:
+    """The first `most` images of a CSV table: a column of file names below `folder`, and a column
+    of 0 and 1 for each attribute. The first line has the names of the columns.
+
+    Raises `UserError` that names the table, and the line, where it is not such a table.
+    """
+    names, rows = _table(path)
+    rows = rows[:most]
+    files = [folder / file for _, file, _ in rows]
+    for (number, _, _), file in zip(rows, files, strict=True):
+        if not file.is_file():
+            raise UserError(f"--csv {path}, line {number}: there is no image file {cut(str(file))}")
+    values = torch.tensor([each for _, _, each in rows])
+    return Labelled(
+        read_images(files, model, "--csv"),
+        {name: values[:, i] for i, name in enumerate(names)},
+    )
+
+
+def _table(path: Path) -> tuple[list[str], list[tuple[int, str, list[bool]]]]:
+    """The attributes of a table; for each image the line, the file, and which of them it has."""
+    try:
+        text = read_regular(path, LARGEST_TABLE).decode("utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text), strict=True))
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"--csv {path}: is not a CSV table in UTF-8 ({short(error)})") from None
+    if not lines or len(lines[0]) < 2:
+        raise UserError(
+            f"--csv {path}: its first line has to name the columns: file, and one for each "
+            f"attribute"
+        )
+    names = lines[0][1:]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise UserError(f"--csv {path}: two columns are named {cut(name)}")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        if len(line) != len(lines[0]) or not line[0]:
+            raise UserError(
+                f"--csv {path}, line {number}: expected {len(lines[0])} values, a file and a 0 or "
+                f"1 for each attribute, got {len(line)}"
+            )
+        for name, value in zip(names, line[1:], strict=True):
+            if value.strip() not in ("0", "1"):
+                raise UserError(
+                    f"--csv {path}, line {number}: {cut(name)} is {shown(value)}, expected 0 or 1"
+                )
+        rows.append((number, line[0], [value.strip() == "1" for value in line[1:]]))
+    if not rows:
+        raise UserError(f"--csv {path}: it has no images")
+    return names, rows

@@ -1,0 +1,125 @@
+"""The layer over tokens: the three ways back, and what is kept between tokens."""
+
+import pytest
+import torch
+from helpers import images, perturb, seeded, tiny_flow
+
+from flowtrain.bijections import AffineTransform, ExponentialTransform, TokenAutoregressive
+from flowtrain.bijections.execution import Iterating
+from flowtrain.bijections.token_autoregressive import TokenConditioner
+from flowtrain.nets.transformer import CausalTransformer
+
+SHAPE = (2, 3, 3)
+
+
+def layer(transform=None, context=0, scale=0.2):
+    torch.manual_seed(0)
+    net = CausalTransformer(2, 2, 9, 8, 2, context)
+    return perturb(TokenAutoregressive(net, transform or AffineTransform()), scale).double()
+
+
+def latents(batch=3):
+    return torch.randn(batch, *SHAPE, generator=seeded(1), dtype=torch.float64)
+
+
+def plain_inverse(tokens, z, context):
+    """A whole pass of the conditioner for each token (TarFlow, eq. 6)."""
+    x = torch.zeros_like(z)
+    for n in range(9):
+        found = tokens.transform.inverse(z, tokens.conditioner(x, context))[0]
+        x = torch.where((torch.arange(9) == n).view(3, 3), found, x)
+    return x
+
+
+@pytest.mark.parametrize("transform", [AffineTransform(), ExponentialTransform()])
+@pytest.mark.parametrize("context", [0, 4])
+def test_the_three_ways_back_agree(transform, context):
+    bounded = isinstance(transform, AffineTransform)
+    tokens, z = layer(transform, context, 0.2 if bounded else 0.05), latents()
+    labels = torch.eye(4)[:3].double() if context else None
+    with torch.no_grad():
+        expected = plain_inverse(tokens, z, labels)
+        again, log_det = tokens(expected, labels)
+        found = tokens.inverse(z, labels)
+        iterated = tokens.inverse_by_iteration(z, labels, lambda share: None)
+    assert (expected - z).abs().amax(dim=(0, 1))[1:].min() > 0.01
+    torch.testing.assert_close(again, z, rtol=1e-10, atol=1e-10)
+    for result in (found, iterated):
+        torch.testing.assert_close(result, (expected, -log_det), rtol=1e-10, atol=1e-10)
+
+
+def test_a_token_of_z_depends_on_tokens_up_to_itself():
+    tokens = layer()
+    jacobian = torch.autograd.functional.jacobian(lambda x: tokens(x)[0].sum(dim=0), latents())
+    seen = (jacobian.abs().amax(dim=3) > 0).permute(1, 2, 4, 5, 0, 3).flatten(2, 3).flatten(0, 1)
+    whole = seen.any(dim=(2, 3))
+    assert torch.equal(whole, torch.ones(9, 9).tril().bool())
+    # Entries of one token do not see each other.
+    for n in range(9):
+        assert torch.equal(seen[n, n], torch.eye(2).bool())
+
+
+def test_both_ways_note_how_far_they_are():
+    for way in ("inverse_noting", "inverse_by_iteration"):
+        shares = []
+        getattr(layer(), way)(latents(), None, shares.append)
+        assert shares == [(n + 1) / 9 for n in range(len(shares))]
+        assert shares[-1] == 1 or way == "inverse_by_iteration"
+
+
+def test_iteration_ends_once_nothing_changes():
+    steps = {}
+    for scale in (0.0, 1e-3, 0.5):
+        shares = []
+        layer(scale=scale).inverse_by_iteration(latents(), None, shares.append)
+        steps[scale] = len(shares)
+    assert steps[0.0] == 1 < steps[1e-3] < steps[0.5] <= 9
+
+
+class Sums(TokenConditioner):
+    """Log-scales of a token: weights times the tokens before it. The product has all tokens."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, x, context=None):
+        raw = (self.weights @ x.flatten(2).mT).mT
+        return torch.cat([torch.zeros_like(raw), raw], dim=1).view(len(x), -1, *x.shape[2:])
+
+
+def test_a_guess_that_overflows_spoils_no_other_token():
+    weights = torch.zeros(4, 4)
+    weights[1, 0], weights[2, 1], weights[3, 2] = 40.0, 40.0, 1.0
+    tokens = TokenAutoregressive(Sums(weights), ExponentialTransform())
+    z = torch.tensor([1.0, -5.0, 1.0, 2.0]).view(1, 1, 2, 2)  # exp(200) is too large for float32
+    assert tokens.transform.inverse(z, tokens.conditioner(z))[0].isinf().any()
+    x, log_det = tokens.inverse_by_iteration(z, None, lambda share: None)
+    again, back = tokens(x)
+    torch.testing.assert_close(again, z)
+    torch.testing.assert_close(back, -log_det)
+
+
+def test_images_come_back_in_both_orders():
+    flow = tiny_flow("tarflow", (1, 6, 6), blocks=3)
+    x = images(8, flow.shape)
+    z = flow.encode(x)
+    assert torch.equal(flow.decode(z), x)
+    assert torch.equal(flow.decode(z, executor=Iterating(lambda share: None)), x)
+
+
+def test_blocks_take_both_orders():
+    """The first token passes a block unchanged. Here it is the first or the last patch."""
+    flow = tiny_flow("tarflow", (1, 4, 4), mixing="none", scale=0.5)
+    x = images(4, flow.shape)
+    with torch.no_grad():
+        v = flow.dequantizer.middle(x)
+        seen = [v]
+        for bijection in flow.bijection.layers:
+            seen.append(bijection(seen[-1])[0])
+    before, after = seen[1], seen[2]  # of the first block
+    assert torch.equal(before[..., 0, 0], after[..., 0, 0])
+    assert not torch.isclose(before[..., 1, 1], after[..., 1, 1]).any()
+    before, after = seen[2], seen[4].flip(2, 3)  # of the second
+    assert torch.equal(before[..., 1, 1], after[..., 1, 1])
+    assert not torch.isclose(before[..., 0, 0], after[..., 0, 0]).any()

@@ -1,0 +1,183 @@
+"""Directions of attributes: what they point to, what their accuracy counts, and their files."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import seeded
+
+from flowtrain.checkpoints.load import load_model, model_hash
+from flowtrain.errors import UserError
+from flowtrain.latents import directions
+from flowtrain.latents.directions import measured, of_attributes, orthogonal_to
+
+D = 12
+
+
+def two_kinds(count=400, gap=2.0, seed=0):
+    """Latents of which the first entry is `gap` larger with the attribute, `(count, D)` each."""
+    z = torch.randn(2 * count, D, generator=seeded(seed))
+    z[:count, 0] += gap
+    return z[:count], z[count:]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("glow_digits", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", directions.METHODS)
+def test_a_direction_points_to_the_images_that_have_it(method):
+    found = measured("a", *two_kinds(), method)
+    assert float(found.vector.norm()) == pytest.approx(1, abs=1e-6)
+    assert found.vector[0] > 0.97
+    assert found.low == pytest.approx(0, abs=0.3) and found.high == pytest.approx(2, abs=0.3)
+    assert found.target(-1) == pytest.approx(found.low, abs=1e-6)
+    assert found.target(1) == pytest.approx(found.high, abs=1e-6)
+    z = torch.randn(5, D, generator=seeded(3))
+    strengths = found.strength(z)
+    for each, strength in zip(z @ found.vector, strengths.tolist(), strict=True):
+        assert found.target(strength) == pytest.approx(float(each), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", directions.METHODS)
+def test_the_accuracy_is_that_of_held_out_images(method):
+    """Two Gaussians that are 2 standard deviations apart: Phi(1) of each are on the right side."""
+    found = measured("a", *two_kinds(4000), method)
+    expected = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
+    assert found.held_out == 2000
+    assert found.error == pytest.approx(math.sqrt(expected * (1 - expected) / 2000), rel=0.05)
+    assert abs(found.accuracy - expected) < 3 * found.error
+    # Noise cannot be learned by heart: D + 1 entries and 10 images separate any two kinds.
+    noise = torch.randn(2, 10, 40, generator=seeded(1)).unbind()
+    assert measured("a", *noise, method).accuracy < 0.9
+    chance = measured("a", *two_kinds(4000, gap=0.0), method)
+    assert abs(chance.accuracy - directions.CHANCE) < 4 * chance.error
+
+
+def test_kinds_of_other_sizes_have_the_same_weight():
+    """All of a small kind are missed where the threshold is that of the large one."""
+    positive, negative = two_kinds(4000)
+    found = measured("a", positive[:100], negative, "logistic")
+    assert found.accuracy > 0.7 and found.held_out == 1025
+
+
+def test_what_is_held_out_is_a_function_of_the_seed():
+    own, held = directions.divided(100, 3)
+    assert len(held) == 25 and sorted([*own.tolist(), *held.tolist()]) == list(range(100))
+    assert torch.equal(held, directions.divided(100, 3)[1])
+    assert not torch.equal(held, directions.divided(100, 4)[1])
+
+
+@pytest.mark.parametrize("method", directions.METHODS)
+def test_orthogonal_directions_leave_the_others_alone(method):
+    """Two attributes that often come together: their directions are alike until they are made
+    orthogonal to each other as they were found."""
+    generator = seeded(0)
+    z = torch.randn(2000, D, generator=generator)
+    a = torch.rand(2000, generator=generator) < 0.5
+    b = torch.where(torch.rand(2000, generator=generator) < 0.9, a, ~a)
+    z[:, 0] += 2 * a
+    z[:, 1] += 2 * b
+    labels = {"a": a, "b": b}
+    plain = dict(zip("ab", of_attributes(z, labels, method), strict=True))
+    apart = dict(zip("ab", of_attributes(z, labels, method, orthogonal=True), strict=True))
+    assert not plain["a"].orthogonal and apart["a"].orthogonal
+    for one, other in ("ab", "ba"):
+        assert abs(float(apart[one].vector @ plain[other].vector)) < 1e-6
+    if method == "difference":
+        assert plain["a"].vector @ plain["b"].vector > 0.5
+    known = plain["b"]
+    (again,) = of_attributes(z, {"a": a}, method, [known], orthogonal=True)
+    assert abs(float(again.vector @ known.vector)) < 1e-6
+    # One of its own name is replaced, not avoided.
+    (same,) = of_attributes(z, {"b": b}, method, [known], orthogonal=True)
+    torch.testing.assert_close(same.vector, known.vector)
+
+
+def test_orthogonal_to_many():
+    others = list(torch.randn(5, D, generator=seeded(0)))
+    rest = orthogonal_to(torch.randn(D, generator=seeded(1)), others)
+    assert rest.norm() > 0.1
+    assert (torch.stack(others) @ rest).abs().max() < 1e-5
+
+
+def test_directions_that_are_none_are_refused():
+    positive, negative = two_kinds(20)
+    with pytest.raises(UserError, match="a: there are 3 images with it, and at least 4"):
+        measured("a", positive[:3], negative, "difference")
+    with pytest.raises(UserError, match="a: there are 0 images without it"):
+        measured("a", positive, negative[:0], "difference")
+    same = torch.ones(20, D)
+    with pytest.raises(UserError, match="nothing is left .* the images are the same"):
+        measured("a", same, same, "difference")
+    own = measured("a", positive, negative, "difference").vector
+    with pytest.raises(UserError, match="a mixture of the others"):
+        measured("a", positive, negative, "difference", [own])
+
+
+@pytest.mark.parametrize("name", ["", "-4", "a\nb", "n" * 61, "a\0", " a"])
+def test_names_that_cannot_be_printed_are_refused(name):
+    with pytest.raises(UserError, match="cannot be the name of an attribute"):
+        directions.check_name(name)
+
+
+def some(model, names=("a", "4-to-9")):
+    generator = seeded(0)
+    found = []
+    for name in names:
+        positive, negative = torch.randn(2, 30, model.flow.latent_dims, generator=generator)
+        found.append(measured(name, positive + 0.5, negative, "logistic"))
+    return found
+
+
+def test_files_of_directions(model, tmp_path):
+    path, saved = tmp_path / "sub" / "attributes.npz", some(model)
+    directions.save(path, saved, model_hash(model))
+    found = directions.load(path, model)
+    assert list(found) == ["a", "4-to-9"]
+    for one, other in zip(saved, found.values(), strict=True):
+        assert torch.equal(one.vector, other.vector)
+        own, its = ({**dataclasses.asdict(d), "vector": None} for d in (one, other))
+        assert own == its
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": np.array("0123456789abcdef")}, "attributes of the model 0123456789abcdef; "),
+        ({"format": np.array(2)}, "attributes in format 2, .* reads 1"),
+        ({"format": np.array(1.5)}, "format has the type float64, expected whole numbers"),
+        ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are not those of a direction"),
+        ({"vector": np.zeros((2, 63), np.float32)}, r"vector has the shape \(2, 63\)"),
+        ({"low": np.array([np.nan, 0])}, "a: its numbers are not"),
+        ({"low": np.array([9.0, 9.0])}, "a: it is not the description of a direction"),
+        ({"method": np.array(["guess", "guess"])}, "a: it is not the description"),
+        ({"name": np.array(["a", "a"])}, "a: it is not the description"),
+        ({"name": np.array(["a", ""])}, "cannot be the name of an attribute"),
+        ({"orthogonal": np.array([1, 0])}, "orthogonal has the type int64, expected yes or no"),
+        ({"accuracy": None}, "it has no array accuracy"),
+    ],
+)
+def test_files_from_strangers_are_read_with_care(model, tmp_path, change, said):
+    path = tmp_path / "attributes.npz"
+    directions.save(path, some(model), model_hash(model))
+    with np.load(path) as good:
+        arrays = {**good, **change}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(UserError, match=said):
+        directions.load(path, model)
+
+
+def test_an_attribute_that_is_not_there(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert directions.existing(model) == {}
+    with pytest.raises(UserError, match="smile: no such attribute.*there are: none"):
+        directions.named(model, "smile")
+    directions.save(directions.file_of(model), some(model), model_hash(model))
+    assert str(directions.file_of(model)) == "runs/zoo/glow_digits/attributes.npz"
+    assert directions.named(model, "a").name == "a"
+    with pytest.raises(UserError, match=r"4-to-8: .*\(there are: 4-to-9, a\); did you mean 4-to-9"):
+        directions.named(model, "4-to-8")

@@ -1,0 +1,87 @@
+"""Transformers over tokens: what each token sees, and the two ways of the causal one."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import perturb, seeded
+
+from flowtrain.nets.attention import heads_of
+from flowtrain.nets.transformer import CausalTransformer, VisionTransformer
+
+SIZE = (3, 2)
+TOKENS = 6
+
+
+def causal(width=8, layers=2, context=0):
+    torch.manual_seed(0)
+    return perturb(CausalTransformer(3, 2, TOKENS, width, layers, context)).double()
+
+
+def tokens(batch=2):
+    return torch.randn(batch, 3, *SIZE, generator=seeded(1), dtype=torch.float64)
+
+
+def who_sees_whom(net):
+    """Whether the parameters of a token depend on another token, `(N, N)`."""
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=0), tokens(3))
+    # From (P E, H, W, B, E, H, W).
+    return (jacobian.abs().amax(dim=(0, 3, 4)) > 0).flatten(2).flatten(0, 1)
+
+
+def test_a_token_sees_those_before_it_and_no_others():
+    seen = who_sees_whom(causal())
+    assert torch.equal(seen, torch.ones(TOKENS, TOKENS).tril(-1).bool())
+
+
+def test_without_a_mask_all_tokens_see_each_other():
+    net = perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()
+    assert who_sees_whom(net).all()
+
+
+@pytest.mark.parametrize("width, layers, context", [(8, 1, 0), (8, 3, 4), (128, 2, 4)])
+@pytest.mark.parametrize("given", [False, True])
+def test_one_token_after_the_other_gives_the_same(width, layers, context, given):
+    net, x = causal(width, layers, context), tokens()
+    if width > 64:  # two heads; large weights would amplify rounding
+        torch.manual_seed(0)
+        net = perturb(CausalTransformer(3, 2, TOKENS, width, layers, context), 0.02).double()
+    labels = torch.eye(context)[:2].double() if given and context else None
+    with torch.no_grad():
+        plain = net(x, labels).flatten(2).unbind(dim=2)
+        following = net.by_token(2, labels)
+        found = [following(None), *map(following, x.flatten(2).unbind(dim=2)[:-1])]
+    torch.testing.assert_close(found, list(plain), rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_token_has_nothing_before_it():
+    net = causal()
+    assert not net(tokens())[:, :, 0, 0].any() and not net.by_token(2)(None).any()
+    assert net(tokens())[:, :, 0, 1].all()
+
+
+@pytest.mark.parametrize("build", [CausalTransformer, VisionTransformer])
+def test_it_starts_at_zero(build):
+    assert not build(3, 2, TOKENS, 8, 1)(tokens().float()).any()
+
+
+def test_without_a_class_it_sees_the_mean_of_all():
+    net, x = causal(context=4), tokens()
+    torch.testing.assert_close(net(x), net(x, torch.full((2, 4), 0.25).double()))
+    assert not torch.allclose(net(x), net(x, torch.eye(4)[:2].double()))
+
+
+@pytest.mark.parametrize(
+    "width, heads", [(8, 1), (64, 1), (96, 1), (128, 2), (130, 2), (200, 2), (768, 12), (131, 1)]
+)
+def test_heads_have_about_64_channels(width, heads):
+    assert heads_of(width, 64) == heads
+    assert {layer.heads for layer in CausalTransformer(1, 2, 2, width, 2).layers} == {heads}
+    assert width % heads == 0
+
+
+def test_positions_tell_tokens_apart():
+    """Without them, a token that attends to equal tokens is the same everywhere."""
+    net = perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()
+    y = net(torch.ones(1, 3, *SIZE).double()).flatten(2)[0].T
+    assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(y))

@@ -1,0 +1,117 @@
+"""Arrays in files from strangers: what is refused, and that nothing is unpickled or allocated."""
+
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+from flowtrain.errors import UserError
+from flowtrain.system import capacity
+from flowtrain.system.arrays import ONLY, ArrayFile, Header
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def npy(array, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def a_file(path, members) -> ArrayFile:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return ArrayFile(path)
+
+
+def test_arrays_are_read_as_they_were_saved(tmp_path):
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "names": np.array(["x", "ö"]),
+        "yes": np.array([True]),
+        "n": np.array(3),
+    }
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **arrays)
+        file = ArrayFile(tmp_path / "a.npz")
+        assert file.names == list(arrays)
+        assert np.array_equal(file.read("a", "f", (None, 3)), arrays["a"])
+        assert file.read("names", "U", (2,)).tolist() == ["x", "ö"]
+        assert file.read("yes", "b", (1,)).tolist() == [True]
+        assert int(file.read("n", "iu", ())) == 3
+    np.save(tmp_path / "a.npy", arrays["a"])
+    file = ArrayFile(tmp_path / "a.npy")
+    assert file.names == [ONLY]
+    assert file.header(ONLY) == Header((2, 3), np.dtype("<f4"), 24)
+    assert np.array_equal(file.read(ONLY, "f", (2, 3)), arrays["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "shape", "said"),
+    [
+        ("b", "f", (), "has no array b .it has a, n"),
+        ("a", "iu", (2, 3), "a has the type float32, expected whole numbers"),
+        ("a", "f", (3, 3), r"a has the shape \(2, 3\), expected 3 x 3"),
+        ("a", "f", (None,), r"a has the shape \(2, 3\), expected N"),
+        ("a", "f", (), "expected one value"),
+        ("n", "U", (), "n has the type int64, expected texts"),
+        ("o", "U", (1,), "o has the type object, expected texts"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, monkeypatch, name, kinds, shape, said):
+    monkeypatch.chdir(tmp_path)
+    evil = npy(np.array([Evil()], object), allow_pickle=True)
+    a = npy(np.zeros((2, 3), np.float32))
+    file = a_file(tmp_path / "a.npz", [("a.npy", a), ("n.npy", npy(np.array(3))), ("o.npy", evil)])
+    with pytest.raises(UserError, match=f"a.npz: .*{said}"):
+        file.read(name, kinds, shape)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
+    """Whether the zip says the same, which few bytes can, or not."""
+    good = npy(np.zeros((2, 3), np.float32))
+    lying = good.replace(b"(2, 3)", b"(2, 3000000000)")
+    padded = lying[:8] + good[8:10] + lying[10:].replace(b" " * 9, b"", 1)
+    file = a_file(tmp_path / "a.npz", [("a.npy", padded)])
+    with pytest.raises(UserError, match="a.npz: a is damaged: it has 24 bytes, not 24000000000"):
+        file.read("a", "f", (2, None))
+    monkeypatch.setattr(capacity, "available", lambda device: 100)
+    file = a_file(tmp_path / "b.npz", [("a.npy", npy(np.zeros((20, 3), np.float32)))])
+    with pytest.raises(UserError, match="b.npz: a needs at least"):
+        file.read("a", "f", (20, 3))
+
+
+def test_damaged_files_are_one_error(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.arange(100.0))
+    good = path.read_bytes()
+    for data in (b"", b"text", good[:-30], good[:100]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="a.npz: is not an .npz or .npy file, or is cut short"):
+            ArrayFile(path)
+    for place in range(0, 900, 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
+        try:
+            values = ArrayFile(path).read("a", "f", (100,))
+        except UserError as error:
+            assert str(path) in str(error)
+        else:  # a byte that means nothing
+            assert np.array_equal(values, np.arange(100.0))
+    with pytest.raises(UserError, match="there is no such file"):
+        ArrayFile(tmp_path / "none.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match="pipe.npz: cannot be opened .*not a regular file"):
+        ArrayFile(tmp_path / "pipe.npz")
+    with pytest.warns(UserWarning, match="Duplicate"):
+        members = [("a.npy", npy(np.zeros(1))), ("a.npy", npy(np.ones(1)))]
+        with pytest.raises(UserError, match="two of its arrays have one name"):
+            a_file(path, members)
+    with pytest.raises(UserError, match="a is damaged or not a plain array"):
+        a_file(path, [("a", npy(np.zeros(1)))]).read("a", "f", (1,))
