@@ -23,10 +23,10 @@ def sample(
     seed: int,
     progress: Callable[[float, int], None] = lambda done, total: None,
     classes: Sequence[int] = (),
-    contexts: Tensor | None = None,
     iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
+    contexts: Tensor | None = None,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
