@@ -67,7 +67,6 @@ class Row(File):
     nats: float | None = None  # given for real-valued data only
     nats_per_dim: float | None = None  # given for densities of noisy images only
     grad_norm: float | None = None  # before clipping; this and the rest are given in training only
-    clip_norm: float | None = None
     lr: float | None = None
     images_per_second: float | None = None  # of training alone
 
@@ -108,6 +107,8 @@ class Evaluation(File):
     duplicates: int | None = None  # images that are equal to an earlier one of these
     # Images that are equal to one of the training split. None if those are not at hand.
     duplicates_of_training: int | None = None
+    # What part of each image the likelihoods are conditional on, in words. None for whole images.
+    given: str | None = None
     dims: int | None = None
     levels: int | None = None
     sampling: str | None = None  # one pass, or sequential: one entry after the other

@@ -14,7 +14,8 @@ from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.flow import Flow
-from flowtrain.pictures import draw, grid
+from flowtrain.pictures import draw
+from flowtrain.pictures.conditional import of_split
 from flowtrain.pictures.sample import decode
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
@@ -59,9 +60,10 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
-    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
-        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, state.progress.step)
-        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, state.progress.step)
+    ranges = log_scale_ranges(state.evaluated, x, noise)
+    charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
+    charts |= {f"validation_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
+    run.chart(charts, state.progress.step)
 
 
 @distributed.main_only
@@ -74,13 +76,13 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     )
     flow, seed = state.evaluated, state.config.seed
     try:
-        samples = decode(flow, flow.place(z), labels=flow.classes_in_turn(len(z)))
+        labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
+        samples = decode(flow, flow.place(z), labels=labels, context=contexts)
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    run.save_sample(state.progress.step, grid.png(picture))
-    run.tensorboard.add_image("samples", picture, state.progress.step)
+    run.save_sample(state.progress.step, picture)
 
 
 def log(
@@ -99,7 +101,6 @@ def log(
             seconds=progress.seconds,
             split="train",
             grad_norm=grad_norm,
-            clip_norm=config.clip_norm,
             lr=rate,
             images_per_second=speed,
             **losses,
@@ -238,7 +239,9 @@ def announce_end(state: State, run: RunDirectory) -> None:
     progress, path = state.progress, shlex.quote(str(run.path))
     best = "no validation images"
     if progress.best is not None:
-        best = f"{progress.best:.3f} {state.flow.kind.unit} on the validation images"
+        unit, context = state.flow.kind.unit, state.flow.image_context
+        given = "" if context is None else f", given {context.words},"
+        best = f"{progress.best:.3f} {unit}{given} on the validation images"
         if progress.best_step != progress.step:
             best += f" (at step {progress.best_step:,}, the best)"
     console.print(

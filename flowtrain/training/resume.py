@@ -25,10 +25,10 @@ from flowtrain.training.step import noise_of
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
-# Between two parts of a run the place of the data may change, how they are read, and how a step is
-# computed. The data themselves may not.
+# Between two parts of a run the place of the data may change, how they are read, how a step is
+# computed, and where its charts go. The data themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
-FREE_KEYS |= {"train.compile", "train.cuda_graph"}
+FREE_KEYS |= {"train.compile", "train.cuda_graph", "train.logger"}
 
 # In place of a word of `--resume`: go on from the last checkpoint with another length of the run.
 EXTEND = "--extend"
@@ -214,10 +214,12 @@ def announce(
 ) -> None:
     """Prints what is trained on which data, and where the run is written."""
     parameters = sum(p.numel() for p in state.flow.parameters())
-    fingerprint = state.data
+    fingerprint, context = state.data, state.flow.image_context
+    given = "" if context is None else f" of images given {context.words}"
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
-        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; "
+        f"{state.config.model.name}{given}: {parameters:,} parameters on "
+        f"{batches.device}{processes}; "
         f"{data.config.name}: {fingerprint['train']:,} images to train on, "
         f"{fingerprint['validation']:,} to validate, "
         f"{'x'.join(map(str, data.shape))}, "
