@@ -137,7 +137,7 @@ def packed(name: str, run: Path) -> str:
         unit=flow.kind.unit,
         loss=round(loss, 4),
         error=round(error, 4),
-        likelihood="exact" if flow.exact else "a bound from one draw of noise",
+        likelihood="exact" if flow.exact else f"{flow.kind.bound} from one draw of noise",
         images=after.num_images,
         loss_of_first=round(mean_loss(flow, test, seed=0, num_images=first), 4),
         first=first,

@@ -36,10 +36,11 @@ There, `root` stands for `data.root`, and (C, H, W) for channels, height and wid
   `accumulate: 2` is the same as one with twice the batch size.
 - `--set` with another `data.name` or `model.name` drops the options that belonged to the old one.
   Setting one of `train.num_steps` and `train.budget` clears the other.
-- A resumed run must have every key as before, with two exceptions. Where the data lie and how they
-  are read may change: `data.root`, `data.path`, `data.max_in_memory`, `data.workers`. And
-  `train.batch_size`, `train.accumulate` and the number of processes may change if a step has as
-  many images as before.
+- A resumed run must have every key as before, with three exceptions. Where the data lie and how
+  they are read may change: `data.root`, `data.path`, `data.max_in_memory`, `data.workers`. So may
+  how a step is computed, and where its charts go: `train.compile`, `train.cuda_graph`,
+  `train.logger`. And `train.batch_size`, `train.accumulate` and the number of processes may change
+  if a step has as many images as before.
 - `--resume CHECKPOINT` into a new run directory also accepts another `train` section, apart from
   `train.optimizer`.
 - `train.budget` counts the wall-clock time of training with its validations and checkpoints, over

@@ -214,18 +214,39 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _listed(value: object) -> object:
+    """A single word stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _once(names: list[LoggerName]) -> list[LoggerName]:
+    if len(set(names)) < len(names):
+        raise ValueError("one of them is named twice")
+    return names
+
+
+Loggers = Annotated[
+    list[LoggerName],
+    BeforeValidator(_listed, json_schema_input_type=LoggerName | list[LoggerName]),
+    AfterValidator(_once),
+]
+
+
 class Train(Section):
     """Optimization, and how often things happen. Periods are in steps; a period longer than the run
-    is legal.
+    is legal. The defaults are those that did best for most models of images (docs/experiments.md).
     """
 
     num_steps: Period | None = Field(
         None, description="Number of optimizer steps. Give either this or `budget`."
     )
     budget: Duration | None = Field(
-        None,
-        description="Wall-clock time: seconds, or with a unit, such as 90s, 30min or 1.5h. Give "
-        "either this or `num_steps`.",
+        1800.0,
+        description="Wall-clock time: seconds, or with a unit, such as 90s, 30min or 1.5h. The "
+        "default holds unless `num_steps` is given.",
     )
     batch_size: Positive = Field(
         64, description="Number of images per forward pass, in each process."
@@ -233,19 +254,19 @@ class Train(Section):
     accumulate: Positive = Field(
         1, description="Number of forward passes whose gradients make one optimizer step."
     )
-    lr: PositiveFloat = Field(1e-3, description="Peak learning rate.")
+    lr: PositiveFloat = Field(5e-3, description="Peak learning rate.")
     warmup_steps: Steps = Field(
-        0, description="Number of steps over which the learning rate rises linearly from 0."
+        50, description="Number of steps over which the learning rate rises linearly from 0."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
+        "linear",
         description="Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay "
         "to 0 at the end. With a budget, the decay begins at 0 s.",
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
-        "adam",
-        description="The optimizer. `muon` uses Muon for the weights of the conditioners and AdamW "
-        "for the rest.",
+        "muon",
+        description="The optimizer. `muon` uses Muon for the weights of the conditioners that are "
+        "matrices, and AdamW for the rest. In a planar flow, that is all.",
     )
     weight_decay: NonNegativeFloat = Field(
         0.0,
@@ -253,7 +274,9 @@ class Train(Section):
         "and linear layers.",
     )
     clip_norm: NonNegativeFloat = Field(
-        0.0, description="Largest norm of the gradient. 0 does not clip."
+        50.0,
+        description="Largest norm of the gradient. 0 does not clip. The default acts on outliers "
+        "alone.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the conditioners. The rest of the flow is float32."
@@ -293,6 +316,18 @@ class Train(Section):
         1, description="Number of numbered checkpoints to keep, besides last and best."
     )
     sample_every: Period = Field(500, description="Steps between sample grids.")
+    logger: Loggers = Field(
+        ["tensorboard"],
+        description="Where the charts and pictures go besides `metrics.jsonl`: `tensorboard`, "
+        "`wandb` and `trackio`, several of them, or none (`[]`). A run that goes on may change it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_instead_of_the_default_budget(cls, values: object) -> object:
+        if isinstance(values, Mapping) and values.get("num_steps") is not None:
+            return {"budget": None, **values}
+        return values
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

@@ -67,7 +67,6 @@ class Row(File):
     nats: float | None = None  # given for real-valued data only
     nats_per_dim: float | None = None  # given for densities of noisy images only
     grad_norm: float | None = None  # before clipping; this and the rest are given in training only
-    clip_norm: float | None = None
     lr: float | None = None
     images_per_second: float | None = None  # of training alone
 

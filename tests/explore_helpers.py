@@ -7,12 +7,40 @@ import socket
 import threading
 import time
 
+import torch
 import uvicorn
+from helpers import a_config, seeded, tiny_flow
 
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
+from flowtrain.data.splits import DataSet
 from flowtrain.explore import guard, server
+from flowtrain.explore.session import Session
 from flowtrain.explore.worker import Worker
+from flowtrain.latents import directions
+from flowtrain.latents.directions import Direction
 
 TAB = "abcdefgh12"
+MEMORY = 2**25
+
+
+def a_session(memory=MEMORY, name="glow_digits"):
+    """The session of a trained model. Its data are not read yet."""
+    model = load_model(name, torch.device("cpu"))
+    return Session(model, name, lambda: DataSet(model.config.data), memory)
+
+
+def class_session(folder):
+    """A tiny model with three classes and an attribute, whose data are not there."""
+    flow = tiny_flow("glow", (1, 4, 4), classes=3).eval().requires_grad_(False)
+    flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
+    config = a_config("glow", data={"name": "npz", "path": str(folder / "no.npz")})
+    meta = {"config": config.resolved(), "step": 0}
+    model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
+    vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
+    thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
+    directions.save(directions.file_of(model), [thick], model_hash(model))
+    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
 
 
 class Running:

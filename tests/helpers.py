@@ -56,13 +56,17 @@ def images(count, shape, levels=256, seed=0):
     return torch.randint(levels, (count, *shape), generator=seeded(seed), dtype=torch.uint8)
 
 
+# The simplest training, so that a test of one key is a test of nothing else.
+PLAIN = {"optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "schedule": "constant", "clip_norm": 0}
+
+
 def a_config(model="glow", data=None, train=None, **sections):
     """A checked configuration of a tiny model."""
     return configuration.parse(
         {
             "data": data or {},
             "model": {"name": model, **TINY[model]} if isinstance(model, str) else model,
-            "train": {"num_steps": 5, **(train or {})},
+            "train": {"num_steps": 5, **PLAIN, **(train or {})},
             **sections,
         },
         trust_code=True,  # of the tests' own modules

@@ -24,6 +24,7 @@ from flowtrain.config import (
     differences,
     json_schema,
     load_config,
+    load_yaml,
     override,
     parse,
 )
@@ -204,12 +205,27 @@ def test_steps_and_budget_in_a_file_are_an_error(tmp_path):
         UserError, match=r"both\.yaml.*train\.num_steps and train\.budget: both are given"
     ):
         load_config(path)
-    path.write_text("train: {lr: 1e-3}\n")
+    path.write_text("train: {budget: null}\n")
     with pytest.raises(UserError, match="neither is given"):
         load_config(path)
-    path.write_text("seed: 1\n")
-    with pytest.raises(UserError, match="neither is given"):
-        load_config(path)
+
+
+def test_data_and_a_model_are_enough():
+    """Such a configuration is trained by the recipe that did best. tests/training/test_step.py
+    shows that every model can be.
+    """
+    train = parse({"data": {"name": "cifar10"}, "model": {"name": "glow"}}).train
+    assert (train.num_steps, train.budget) == (None, 1800)
+    tuned = load_config(find_config("glow_cifar_small.yaml")).train
+    for key in ("optimizer", "schedule", "warmup_steps", "clip_norm", "ema", "batch_size"):
+        assert getattr(train, key) == getattr(tuned, key), key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_does_not_depend_on_the_defaults_of_training(path):
+    keys = load_yaml(path)["train"].keys()
+    assert keys >= {"optimizer", "lr", "schedule", "warmup_steps", "clip_norm", "batch_size"}
+    assert keys & {"num_steps", "budget"}
 
 
 # ---------------------------------------------------------------- mistakes
@@ -472,7 +488,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_differences():
     old, new = parsed([]).resolved(), parsed(["train.lr=0.5", "model.width=3"]).resolved()
-    assert differences(old, new) == [("model.width", 512, 3), ("train.lr", 0.001, 0.5)]
+    assert differences(old, new) == [("model.width", 512, 3), ("train.lr", 0.005, 0.5)]
     assert differences(old, old) == []
     assert differences({"a": 1}, {"b": {"c": 2}}) == [("a", 1, None), ("b", None, {"c": 2})]
 

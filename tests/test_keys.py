@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from helpers import batch_of
+from helpers import PLAIN, batch_of
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -57,7 +57,7 @@ BASE = {
         "validate_every": 4,
         "checkpoint_every": 2,
     }
-    | {"keep_checkpoints": 1, "sample_every": 4, "ema": 0.5, "lr": 0.01},
+    | {"keep_checkpoints": 1, "sample_every": 4, "ema": 0.5, **PLAIN, "lr": 0.01},
 }
 LOGIT = {"dequantization": {"transform": "logit"}}
 VARIATIONAL = {"dequantization": {"name": "variational", "steps": 2, "width": 4}}
@@ -221,6 +221,7 @@ FLIPS = [
     ("train.checkpoint_every", 3, "files", {"train": {"keep_checkpoints": 5}}),
     ("train.keep_checkpoints", 2, "files"),
     ("train.sample_every", 3, "files"),
+    ("train.logger", [], "events"),
 ]
 # The parts that are known before any training.
 BUILT = {"content", "shape", "levels", "parameters"}
@@ -260,8 +261,8 @@ def test_every_choice_is_flipped():
     """A key that takes one of several words is flipped from or to each of them."""
     tried = {(key, str(flip[0])) for key, *flip in FLIPS}
     for key, _, _, base in [(*flip, {})[:4] for flip in FLIPS]:
-        section, _, option = key.partition(":")[2].partition(".")
-        tried.add((key, str(base.get(section, {}).get(option))))
+        section, _, option = (key.partition(":")[2] or key).partition(".")
+        tried.add((key, str(merged(BASE, base).get(section, {}).get(option))))
     choices = {
         (key, str(choice))
         for key, field in schema_fields()
@@ -340,6 +341,7 @@ def train(values, folder):
         "files": sorted(
             path.name for part in (run.checkpoints, run.samples) for path in part.iterdir()
         ),
+        "events": len(list(folder.glob("events.out.tfevents.*"))),
         "weights": sorted({name.partition(".")[0] for name in saved.tensors}),
     }
 

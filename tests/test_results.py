@@ -8,7 +8,7 @@ from cli_helpers import metrics, quick
 
 SHORT = sets(train__num_steps=4, train__log_every=4, train__validate_every=4)
 AT = ["step", "images", "seconds"]
-TRAINING = ["grad_norm", "clip_norm", "lr", "images_per_second"]
+TRAINING = ["grad_norm", "lr", "images_per_second"]
 REST = ["best_step", "parameters", "non_finite_steps", "duplicates", "versions", "device"]
 BITS, STDERR = "bits_per_dim", "bits_per_dim_stderr"
 NATS = ["nats_per_image", "nats_per_image_stderr"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.precision import full_precision, has_float64
-from flowtrain.errors import UserError
+from flowtrain.system import packages
 
 Solver = Literal["dopri5", "dopri8"]
 Trace = Literal["auto", "exact", "hutchinson"]
@@ -30,9 +30,7 @@ def torchdiffeq() -> Any:
         with torch.device("cpu"):
             import torchdiffeq  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError(
-            "model.name: cnf needs the package torchdiffeq: pip install 'flowtrain[cnf]'"
-        ) from None
+        raise packages.missing("model.name: cnf", "torchdiffeq") from None
     return torchdiffeq
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError, UserError, cut, short
+from flowtrain.system import packages
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -54,9 +55,7 @@ def require_package(model: str) -> None:
     try:
         from huggingface_hub import HfApi  # noqa: F401 (which a folder of that name does not have)
     except ImportError:
-        raise UserError(
-            f"{cut(model)}: the hub needs the package huggingface_hub: pip install huggingface_hub"
-        ) from None
+        raise packages.missing(f"{cut(model)}: the hub", "huggingface_hub") from None
 
 
 def download(model: str) -> Path:

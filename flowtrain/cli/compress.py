@@ -144,6 +144,7 @@ def _print(
     """A table of what the archive takes, beside ordinary formats."""
     from flowtrain.pictures.lossless import FORMATS
     from flowtrain.system.console import console
+    from flowtrain.system.packages import install_command
 
     table: dict[str, object] = {"images": len(selection.images)}
     if result.coded:
@@ -180,7 +181,8 @@ def _print(
         console.print(f"not tried, as it takes long for so many images: {', '.join(untried)}")
     missing = [name for name in FORMATS if name not in sizes]
     if missing:
+        jxl = install_command("pillow-jxl-plugin")
         console.print(
             f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
-            + ("; pip install 'flowtrain[jxl]' adds JPEG XL" if "JXL" in missing else "")
+            + (f"; {jxl} adds JPEG XL" if "JXL" in missing else "")
         )

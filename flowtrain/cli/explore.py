@@ -15,7 +15,6 @@ from flowtrain.cli.base import (
     load,
     on_one_process,
 )
-from flowtrain.errors import UserError
 
 EPILOG = "Example: [cyan]flowtrain explore glow_digits[/cyan]"
 
@@ -64,15 +63,13 @@ def explore(
     import threading
     import webbrowser
 
-    from flowtrain.system import capacity
+    from flowtrain.system import capacity, packages
     from flowtrain.system.console import console
 
     try:
         from flowtrain.explore import guard, server
-    except ImportError as error:
-        raise UserError(
-            f"explore needs the extra explore ({error}): pip install 'flowtrain[explore]'"
-        ) from None
+    except ImportError:
+        raise packages.missing("explore", "starlette", "uvicorn") from None
     from flowtrain.explore.session import Session
     from flowtrain.explore.worker import Worker
 

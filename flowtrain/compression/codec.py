@@ -94,17 +94,16 @@ class Variational:
 
 def levels_of(flow: Flow) -> int:
     """Q. Raises `UserError` for a model of real-valued data or of noisy images, or with classes."""
+    if flow.levels is not None and flow.kind.no_bits:
+        raise UserError(f"compress: {flow.kind.no_bits}, and no code")
     if flow.classes:
         raise UserError(
             f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
             f"coding rule"
         )
-    levels = flow.kind.require_levels(
+    return flow.kind.require_levels(
         "compress: a model of real-valued data has no bits without loss"
     )
-    if flow.kind.no_bits:
-        raise UserError(f"compress: {flow.kind.no_bits}, and no code")
-    return levels
 
 
 class Codec:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError
+from flowtrain.system import packages
 
 RESERVE = 64  # bits that are never taken off the stack
 LARGEST_SIZE = 2**24  # of the range of one uniform symbol
@@ -44,9 +45,7 @@ def constriction() -> ModuleType:
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError:
-        raise UserError(
-            "compression needs the package constriction: pip install 'flowtrain[compress]'"
-        ) from None
+        raise packages.missing("compression", "constriction") from None
     module: ModuleType = constriction
     return module
 

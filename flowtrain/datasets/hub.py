@@ -17,6 +17,7 @@ import numpy as np
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import UserError, cut, is_disk_full, short
+from flowtrain.system import packages
 from flowtrain.system.files import require_regular
 from flowtrain.types import Shape, Side
 
@@ -41,7 +42,7 @@ def build(
     resize: Policy = "crop",
 ) -> Images:
     """Any image data set of the hub, as `channels` x `size` x `size` with 256 levels. It needs
-    `pip install 'flowtrain[hub]'`.
+    the package `datasets`.
 
     Args:
         repository: Its name on the hub, such as `ylecun/mnist`. Give either this or `path`.
@@ -132,13 +133,11 @@ def _package() -> Any:
 
         version: str = datasets.__version__  # which a folder named datasets does not have
     except (ImportError, AttributeError):
-        raise UserError(
-            "data.name: hub needs the package datasets: pip install 'flowtrain[hub]'"
-        ) from None
+        raise packages.missing("data.name: hub", "datasets") from None
     if int(version.partition(".")[0]) < 4:
         raise UserError(
             f"data.name: hub needs version 4 of the package datasets, and {version} is "
-            f"installed: pip install 'flowtrain[hub]'"
+            f"installed: {packages.install_command('--upgrade datasets')}"
         )
     # What goes wrong is one message of flowtrain.
     huggingface_hub.utils.logging.set_verbosity_error()

@@ -354,7 +354,9 @@ class Session:
 
     def show(self, request: asked.Show, check: Check) -> Answer:
         x, _ = self.image(request.place, check)
-        return {"image": self.url(x[0])}
+        # The latent as a file, which the page saves, is what all edits have in common.
+        command = shlex.join(["flowtrain", "decode", self.word, "latent.npz", "--out", "images"])
+        return {"image": self.url(x[0]), "command": command}
 
     def facts(self, request: asked.Show, check: Check) -> Answer:
         """What the model says about an image."""

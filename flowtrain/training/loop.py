@@ -16,6 +16,7 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console
+from flowtrain.training import loggers
 from flowtrain.training.facts import Facts, Known
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
@@ -57,6 +58,7 @@ def fit(
         RunError: after too many steps that were not finite, after a last validation that was not
             finite, or if the run directory cannot be written.
     """
+    loggers.require(config.train.logger, run.path)
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
     require_trainable(flow, config, device)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.config import Train
-from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 
 # The attribute `found_inf` of every optimizer here is a number on the device, None at first. Where
@@ -168,24 +167,17 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimizer]:
     """The optimizers of a step. With `muon` there are two: Muon for the weights of the
-    conditioners, and AdamW for the rest.
+    conditioners, if there are any, and AdamW for the rest.
 
     Weight decay acts on the weights of convolutions and linear layers, so on the conditioners. It
     would pull ActNorm scales, 1x1 convolutions and biases away from the maximum of the likelihood.
-
-    Raises `UserError` for `muon` if the model has no weights for it.
     """
     parameters = list(flow.parameters())
     optimizers: list[torch.optim.Optimizer] = []
     kind = config.optimizer
     if kind == "muon":
-        weights = matrices(flow)
-        if not weights:
-            raise UserError(
-                "train.optimizer: muon: the model has no conditioners with weights that are "
-                "matrices"
-            )
-        optimizers.append(Muon(weights, config.lr, config.weight_decay))
+        if weights := matrices(flow):
+            optimizers.append(Muon(weights, config.lr, config.weight_decay))
         theirs = set(weights)
         parameters = [p for p in parameters if p not in theirs]
         kind = "adamw"  # its decay acts as Muon's does
@@ -195,7 +187,8 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
         {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers.append(ADAM_AND_KIN[kind](groups, lr=config.lr))  # type: ignore[operator]
+    if groups:
+        optimizers.append(ADAM_AND_KIN[kind](groups, lr=config.lr))  # type: ignore[operator]
     return optimizers
 
 

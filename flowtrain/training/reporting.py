@@ -14,7 +14,7 @@ from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.flow import Flow
-from flowtrain.pictures import draw, grid
+from flowtrain.pictures import draw
 from flowtrain.pictures.sample import decode
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
@@ -59,9 +59,10 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
-    for name, (low, high) in log_scale_ranges(state.evaluated, x, noise).items():
-        run.tensorboard.add_scalar(f"validation_log_scale_min/{name}", low, state.progress.step)
-        run.tensorboard.add_scalar(f"validation_log_scale_max/{name}", high, state.progress.step)
+    ranges = log_scale_ranges(state.evaluated, x, noise)
+    charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
+    charts |= {f"validation_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
+    run.chart(charts, state.progress.step)
 
 
 @distributed.main_only
@@ -79,8 +80,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
         return
-    run.save_sample(state.progress.step, grid.png(picture))
-    run.tensorboard.add_image("samples", picture, state.progress.step)
+    run.save_sample(state.progress.step, picture)
 
 
 def log(
@@ -99,7 +99,6 @@ def log(
             seconds=progress.seconds,
             split="train",
             grad_norm=grad_norm,
-            clip_norm=config.clip_norm,
             lr=rate,
             images_per_second=speed,
             **losses,

@@ -25,10 +25,10 @@ from flowtrain.training.step import noise_of
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
-# Between two parts of a run the place of the data may change, how they are read, and how a step is
-# computed. The data themselves may not.
+# Between two parts of a run the place of the data may change, how they are read, how a step is
+# computed, and where its charts go. The data themselves may not.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
-FREE_KEYS |= {"train.compile", "train.cuda_graph"}
+FREE_KEYS |= {"train.compile", "train.cuda_graph", "train.logger"}
 
 # In place of a word of `--resume`: go on from the last checkpoint with another length of the run.
 EXTEND = "--extend"

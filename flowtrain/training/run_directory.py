@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.background import Background
 from flowtrain.checkpoints.format import SUFFIX
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, cut, is_disk_full
+from flowtrain.pictures import grid
 from flowtrain.results import Row
 from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
@@ -27,6 +27,8 @@ from flowtrain.system.files import (
     remove_left_overs,
     write_atomically,
 )
+from flowtrain.training import loggers
+from flowtrain.training.loggers import Logger
 
 LONGEST_SUMMARY = 2**20  # bytes
 LONGEST_OWNER = 100  # bytes of `.lock`
@@ -48,7 +50,7 @@ class RunDirectory:
         self.damaged = path / "metrics.damaged.jsonl"
         self._folder = -1  # a descriptor of the directory while it is locked
         self._saving = Background()
-        self._writer: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
 
     def holds_a_run(self) -> bool:
         return (self.path / "config.yaml").exists() or self.last.exists()
@@ -158,13 +160,12 @@ class RunDirectory:
 
     @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
-        """Removes what was logged after `step` from `metrics.jsonl`, and marks it as purged in
-        TensorBoard.
+        """Removes what was logged after `step` from `metrics.jsonl`, and opens the loggers, which
+        go on after `step`.
         """
         self.close()
         self.tidy_metrics(step)
-        self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
-        self._writer.add_text("configuration", f"```yaml\n{config.yaml()}```", step)
+        self._loggers = loggers.opened(config.train.logger, self.path, config, step)
 
     def tidy_metrics(self, step: int) -> None:
         """Removes from `metrics.jsonl` the lines after `step`, and a last one that a kill has cut.
@@ -206,14 +207,15 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    @property
-    def tensorboard(self) -> SummaryWriter:
-        assert self._writer is not None, "cut_back comes first"
-        return self._writer
+    @distributed.main_only
+    def chart(self, values: Mapping[str, float], step: int) -> None:
+        """Gives figures to the loggers."""
+        for logger in self._loggers:
+            logger.scalars(values, step)
 
     @distributed.main_only
     def log(self, row: Row) -> None:
-        """Writes a line of `metrics.jsonl`, flushed, and its figures to TensorBoard."""
+        """Writes a line of `metrics.jsonl`, flushed, and gives its figures to the loggers."""
         values = row.content()
         self._require_there()
         try:
@@ -221,9 +223,13 @@ class RunDirectory:
                 file.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
-        for key, value in values.items():
-            if value is not None and key not in ("step", "images", "seconds", "split"):
-                self.tensorboard.add_scalar(f"{row.split}/{key}", value, row.step)
+        others = ("step", "images", "seconds", "split")
+        charts = {
+            f"{row.split}/{key}": value
+            for key, value in values.items()
+            if value is not None and key not in others
+        }
+        self.chart(charts, row.step)
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -249,7 +255,8 @@ class RunDirectory:
         A kill before the last checkpoint is written makes the next command train those steps again.
         So whatever belongs to it and does not follow from it is on the disk before.
         """
-        self.tensorboard.flush()
+        for logger in self._loggers:
+            logger.flush()
         also = [self._numbered(meta["step"])] if numbered and keep else []
         also += [self.best] if best else []
 
@@ -294,8 +301,11 @@ class RunDirectory:
             old.unlink()
 
     @distributed.main_only
-    def save_sample(self, step: int, png: bytes) -> None:
-        self._write(self.samples / f"step-{step:08d}.png", png)
+    def save_sample(self, step: int, picture: Tensor) -> None:
+        """Writes a picture of samples, uint8 `(3, H, W)`, and gives it to the loggers."""
+        self._write(self.samples / f"step-{step:08d}.png", grid.png(picture))
+        for logger in self._loggers:
+            logger.picture("samples", picture, step)
 
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty if it is missing or damaged."""
@@ -312,9 +322,10 @@ class RunDirectory:
         return path
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Closes the loggers, all of them even if one cannot write."""
+        with contextlib.ExitStack() as all_of_them:
+            while self._loggers:
+                all_of_them.callback(self._loggers.pop().close)
 
 
 @contextlib.contextmanager

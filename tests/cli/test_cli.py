@@ -240,7 +240,7 @@ def test_metrics(name):
     rows = metrics(trained()[name])
     common = ["step", "images", "seconds", "split", "bits_per_dim"]
     keys = {
-        "train": [*common, "grad_norm", "clip_norm", "lr", "images_per_second"],
+        "train": [*common, "grad_norm", "lr", "images_per_second"],
         "validation": common,
     }
     assert [(r["split"], r["step"]) for r in rows] == [
@@ -322,7 +322,6 @@ def test_tensorboard():
             ("train", "bits_per_dim"),
             ("train", "lr"),
             ("train", "grad_norm"),
-            ("train", "clip_norm"),
             ("train", "images_per_second"),
         ],
         ("validation", "bits_per_dim"),

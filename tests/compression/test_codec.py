@@ -151,5 +151,7 @@ def test_a_layer_without_a_rule_is_named():
 
 def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(UserError, match="flowtrain\\[compress\\]"):
+    with pytest.raises(
+        UserError, match="needs the package constriction: .*pip install constriction"
+    ):
         constriction()

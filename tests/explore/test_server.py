@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from explore_helpers import Running, until
+from explore_helpers import MEMORY, Running, a_session, until
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -19,14 +19,8 @@ from flowtrain.explore.session import Session
 
 pytestmark = pytest.mark.run
 
-MEMORY = 2**25
 SAMPLE = {"kind": "sample", "seed": 0, "index": 3, "temperatures": [1.0, 1.0], "label": None}
 PLACE = {"source": SAMPLE}
-
-
-def a_session(memory=MEMORY, name="glow_digits"):
-    model = load_model(name, torch.device("cpu"))
-    return Session(model, name, lambda: DataSet(model.config.data), memory)
 
 
 @pytest.fixture(scope="module")

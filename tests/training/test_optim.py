@@ -12,9 +12,15 @@ from torch import nn
 from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
-from flowtrain.errors import UserError
 from flowtrain.system.capacity import peak
-from flowtrain.training.optim import ADAM_AND_KIN, Average, Muon, build_optimizers, learning_rate
+from flowtrain.training.optim import (
+    ADAM_AND_KIN,
+    Average,
+    Muon,
+    build_optimizers,
+    learning_rate,
+    parameters_of,
+)
 
 WITH_NETWORKS = [name for name in TINY if name != "planar"]  # It has no matrices.
 
@@ -24,7 +30,7 @@ def test_every_optimizer_of_the_configuration_can_be_built():
 
 
 def rates(steps, **options):
-    config = Train(lr=0.1, **options)
+    config = Train(**{"lr": 0.1, "warmup_steps": 0, **options})
     return [learning_rate(config, step, 0.0) for step in steps]
 
 
@@ -66,7 +72,7 @@ def test_schedules_by_steps(options, steps, expected):
     [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])],
 )
 def test_schedules_by_budget(schedule, expected):
-    config = Train(budget="1min", lr=1.0, schedule=schedule)
+    config = Train(budget="1min", lr=1.0, schedule=schedule, warmup_steps=0)
     assert [learning_rate(config, 5, s) for s in (0, 30, 60, 90)] == pytest.approx(
         expected, abs=1e-12
     )
@@ -199,9 +205,13 @@ def test_muons_memory_does_not_grow_with_the_number_of_matrices():
     assert taken(24) < 1.05 * taken(8)
 
 
-def test_muon_needs_matrices():
-    with pytest.raises(UserError, match="train.optimizer: muon"):
-        build_optimizers(nn.Conv2d(1, 1, 3), Train(num_steps=1, optimizer="muon"))
+def test_muon_for_models_without_matrices_or_with_nothing_else():
+    """The default optimizer is for every model."""
+    muon = Train(optimizer="muon")
+    for layer, kind in ((nn.Conv2d(1, 1, 3), torch.optim.AdamW), (nn.Linear(2, 2, False), Muon)):
+        (optimizer,) = build_optimizers(layer, muon)
+        assert type(optimizer) is kind
+        assert parameters_of(optimizer) == list(layer.parameters())
 
 
 # ---------------------------------------------------------------- the average

@@ -167,7 +167,7 @@ def test_a_step_waits_for_nothing(name, model, memory, device, monkeypatch):
     train = {
         "memory": memory,
         "precision": possible[0],
-        "optimizer": "adamax" if name == "planar" else "muon",
+        "optimizer": "muon",
         "clip_norm": 1.0,
         "weight_decay": 0.1,
     }

@@ -56,6 +56,8 @@ const moves = new Latest(async (wanted, newest) => {
   shown.src = answer.image;
   shown.alt = words.source + (edited(wanted) ? ", changed" : "");
   shown.classList.remove("waiting");
+  $("#image-command").hidden = false;
+  $("#image-command code").textContent = answer.command;
   document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
 });

@@ -1,0 +1,225 @@
+"""Where the charts and pictures of a run go: TensorBoard, Weights & Biases, and trackio.
+
+Each class imports its package when it is used, so that only what `train.logger` names is needed.
+`metrics.jsonl` is written in any case (`run_directory.py`).
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flowtrain.config import Config
+from flowtrain.errors import UserError, short
+from flowtrain.system import distributed, packages
+from flowtrain.system.console import console
+from flowtrain.system.files import read_regular, write_atomically
+
+PROJECT = "flowtrain"  # what groups the runs in Weights & Biases and in trackio
+PATIENCE = 30.0  # seconds in which Weights & Biases has to answer
+OLDEST = {"wandb": (0, 31), "trackio": (0, 43)}  # versions that the tests have been run with
+
+
+class Logger(Protocol):
+    """One process calls these, in the order of the steps. Nothing may wait for a network."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds a point to each chart."""
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        """Adds a picture, uint8 `(3, H, W)`."""
+
+    def flush(self) -> None:
+        """Brings to the disk what would be lost if this process were killed."""
+
+    def close(self) -> None:
+        """Ends this part of the run. A later part goes on with the same charts."""
+
+
+class TensorBoard:
+    """Event files in the run directory itself."""
+
+    def __init__(self, folder: Path, config: Config, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer.add_text("configuration", f"```yaml\n{config.yaml()}```", step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        self._writer.add_image(name, picture, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, in the folder `wandb` of the run directory.
+
+    It is offline unless the user is logged in or has chosen a mode (`WANDB_MODE`, `wandb offline`),
+    and also where its server cannot be reached. It takes each step once and in order. So steps that
+    are trained again, after a kill or a step that was not finite, keep their first figures.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int):
+        wandb = imported("wandb")
+        quiet = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE)
+        mode: str = wandb.setup(quiet).settings.mode
+        chosen = "WANDB_MODE" in os.environ or mode != "online"
+        if not chosen and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+        start = functools.partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=identity(folder),
+            name=folder.name,
+            dir=str(folder),
+            config=config.resolved(),
+            allow_val_change=True,  # of the length of the run
+            resume="allow",
+        )
+        try:
+            self._run = start(mode=mode)
+        except wandb.Error as error:
+            if chosen:
+                raise UserError(
+                    f"train.logger: wandb: {short(error)}; WANDB_MODE=offline needs no network"
+                ) from error
+            console.print(f"wandb: {short(error)}")
+            mode = "offline"
+            wandb.teardown()  # its service takes an identity once
+            wandb.setup(quiet)
+            self._run = start(mode=mode)
+        self._image = wandb.Image
+        if mode == "online":
+            console.print(f"wandb: {self._run.url}")
+        elif mode == "offline":
+            parts = shlex.quote(str(folder / "wandb")) + "/offline-run-*"
+            console.print(f"wandb: offline; this sends it: wandb sync {parts}")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if step >= self._run.step:
+            self._run.log(dict(values), step=step)
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        if step >= self._run.step:
+            self._run.log({name: self._image(_channels_last(picture))}, step=step)
+
+    def flush(self) -> None:
+        pass  # a process of its own writes, which lives on
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """trackio (Hugging Face), in the folder `trackio` of the run directory, or in `TRACKIO_DIR`.
+
+    It writes twice a second. Steps that are trained again appear twice.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int):
+        trackio = imported("trackio", folder)
+        with _silent():
+            self._run = trackio.init(
+                project=PROJECT,
+                name=f"{folder.name}-{identity(folder)}",
+                config=config.resolved(),
+                resume="allow",
+                embed=False,
+            )
+        self._finish, self._image = trackio.finish, trackio.Image
+        place = shlex.quote(os.environ["TRACKIO_DIR"])
+        console.print(f"trackio: TRACKIO_DIR={place} trackio show --project {PROJECT}")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        self._run.log({name: self._image(_channels_last(picture))}, step=step)
+
+    def flush(self) -> None:
+        pass  # a thread of its own writes
+
+    def close(self) -> None:
+        with _silent():
+            self._finish()
+
+
+LOGGERS: dict[str, Callable[[Path, Config, int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
+
+
+@distributed.main_only
+def require(names: Iterable[str], folder: Path) -> None:
+    """Raises `UserError` if the package of a logger is not installed. `folder` is the run's."""
+    for name in names:
+        if name != "tensorboard":  # which flowtrain depends on
+            imported(name, folder)
+
+
+def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> list[Logger]:
+    """The loggers of a run that goes on after `step`. Its `folder` exists."""
+    return [LOGGERS[name](folder, config, step) for name in names]
+
+
+def imported(name: str, folder: Path | None = None) -> Any:
+    """The package of a logger. trackio reads where to write when it is imported.
+
+    Raises `UserError` if it is not installed, or too old. A folder of its name, as wandb makes one,
+    is imported as a package without a version.
+    """
+    if folder is not None:
+        os.environ.setdefault("TRACKIO_DIR", str(folder.absolute() / "trackio"))
+    try:
+        module = importlib.import_module(name)
+        version: str = module.__version__
+    except (ImportError, AttributeError):
+        raise packages.missing(f"train.logger: {name}", name) from None
+    if [int(part) for part in version.split(".")[:2]] < list(OLDEST[name]):
+        oldest = ".".join(map(str, OLDEST[name]))
+        raise UserError(
+            f"train.logger: {name} needs version {oldest} of its package, and {version} is "
+            f"installed: {packages.install_command(f'--upgrade {name}')}"
+        )
+    return module
+
+
+def identity(folder: Path) -> str:
+    """What tells this run from all others of its name: eight digits, kept in the run directory."""
+    path = folder / "logged-as"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = read_regular(path, 100).decode()
+        if re.fullmatch("[0-9a-f]{8}", known):
+            return known
+    new = secrets.token_hex(4)
+    write_atomically(path, new.encode())
+    return new
+
+
+def _channels_last(picture: Tensor) -> Any:
+    """A picture `(3, H, W)` as a NumPy array `(H, W, 3)`."""
+    return picture.permute(1, 2, 0).cpu().numpy()
+
+
+def _silent() -> contextlib.AbstractContextManager[object]:
+    """trackio prints six lines, which do not know `TRACKIO_DIR`."""
+    return contextlib.redirect_stdout(io.StringIO())

@@ -1,0 +1,298 @@
+"""The page of the explorer in a real Chromium: each control, wide and narrow, and by keyboard."""
+
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from explore_helpers import Running, a_session, class_session, until
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+pytestmark = [
+    pytest.mark.run,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium"),
+]
+PATIENCE = 60_000  # ms; a busy machine is no failure
+playwright.expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def running():
+    session = a_session()
+    running = Running(session)
+    session.read_data()
+    running.worker.wake()
+    until(lambda: session.data.progress == 1)
+    yield running
+    running.end()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[1200, 400])
+def page(request, browser, running):
+    """The page with its samples, of which nothing has been said to be wrong at the end."""
+    context = browser.new_context(
+        viewport={"width": request.param, "height": 900}, reduced_motion="reduce"
+    )
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+
+    def note(said):  # what was refused, or outdated by a newer move, is no error of the page
+        if said.type == "error" and "status of 4" not in said.text:
+            wrong.append(said.text)
+
+    page.on("console", note)
+    page.goto(running.url)
+    page.wait_for_selector("body[data-samples]")
+    yield page
+    assert wrong == []
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= request.param  # nothing is cut off
+    assert page.locator("img:not([alt])").count() == 0
+    context.close()
+
+
+def shown(page):
+    return page.get_attribute("#shown", "src")
+
+
+def changed(page, do):
+    """Does something, and waits for another image. Returns it."""
+    before, image = shown(page), page.locator("#shown")
+    do()
+    if before is None:
+        playwright.expect(image).to_have_attribute("src", re.compile("^data:"))
+    else:
+        playwright.expect(image).not_to_have_attribute("src", before)
+    return shown(page)
+
+
+def slide(control, value):
+    control.evaluate(
+        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }",
+        str(value),
+    )
+
+
+def settled(page, do):
+    """Does something, and waits until the page has all that it knows of the image."""
+    page.evaluate("delete document.body.dataset.facts")
+    do()
+    page.wait_for_selector("body[data-facts]")
+
+
+def images(page, panel):
+    return page.locator(f"#{panel} .grid button")
+
+
+def open_sample(page, number=0):
+    changed(page, images(page, "samples").nth(number).click)
+
+
+def test_samples_by_temperature_and_seed(page):
+    grid = images(page, "samples").locator("img")
+    assert grid.count() == 36
+
+    def first():
+        return grid.first.get_attribute("src")
+
+    def after(do):
+        before = first()
+        do()
+        playwright.expect(grid.first).not_to_have_attribute("src", before)
+        return first()
+
+    before = first()
+    temperatures = page.locator("#temperatures input")
+    assert temperatures.count() == 2
+    cold = after(lambda: slide(temperatures.first, 0.2))
+    assert cold != before
+    playwright.expect(page.locator("#samples-command")).to_be_hidden()
+    after(lambda: slide(temperatures.last, 0.2))
+    command = page.locator("#samples-command code")
+    playwright.expect(command).to_have_text(
+        "flowtrain sample glow_digits --num-images 36 --temperature 0.2 --seed 0"
+    )
+    after(lambda: page.fill("#seed", "7"))
+    after(page.locator("#another").click)
+    page.fill("#seed", "-1")
+    playwright.expect(page.locator("#status")).to_contain_text("not negative")
+    page.fill("#seed", "0")
+    page.click("#more-samples")
+    playwright.expect(grid).to_have_count(72)
+    assert page.locator("#samples .of-classes:visible").count() == 0
+
+
+def test_an_image_is_opened_and_changed_and_reset(page):
+    open_sample(page, 3)
+    assert page.get_attribute("#shown", "alt") == "Sample 3 of seed 0"
+    assert images(page, "samples").nth(3).get_attribute("aria-pressed") == "true"
+    before = shown(page)
+    page.wait_for_selector("#principal input")
+    slider = page.locator("#principal input").first
+    assert page.locator("#principal input").count() == 16
+    changed(page, lambda: slide(slider, 3))
+    assert "changed" in page.get_attribute("#shown", "alt")
+    assert slider.locator("xpath=following-sibling::output").text_content() == "3.00"
+    assert changed(page, page.locator("#reset").click) == before
+    assert slider.input_value() == "0"
+    changed(page, lambda: slide(slider, -3))
+    slider.dblclick(force=True)
+    playwright.expect(slider).to_have_value("0")
+
+
+def test_by_keyboard(page):
+    images(page, "samples").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    changed(page, lambda: page.keyboard.press("Enter"))
+    assert page.get_attribute("#shown", "alt") == "Sample 2 of seed 0"
+    page.focus("#tab-directions")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#path").is_visible() and not page.locator("#directions").is_visible()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#principal input")
+    page.locator("#principal input").first.focus()
+    changed(page, lambda: [page.keyboard.press("ArrowRight") for _ in range(40)])
+    page.focus("#tab-samples")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(images(page, "tests")).to_have_count(36)
+    # In the tab order a grid is one stop.
+    assert page.locator("#tests .grid button[tabindex='0']").count() == 1
+
+
+def test_what_the_model_says(page):
+    settled(page, lambda: open_sample(page))
+    bits = float(page.locator("#bits .figure").text_content())
+    figures = page.locator("#maps figcaption")
+    assert figures.count() == 3
+    of_all, *levels = (float(text.split()[-1]) for text in figures.all_text_contents())
+    assert of_all == pytest.approx(bits, abs=2e-3) == pytest.approx(sum(levels), abs=3e-3)
+    assert page.locator("#maps canvas").first.get_attribute("aria-label").startswith("All levels")
+    assert page.locator("#scores .score").count() == 3
+    assert "of 180 test images" in page.locator("#scores").text_content()
+    near = page.locator("#nearest img")
+    playwright.expect(near).to_have_count(8)
+    by_pixels = near.first.get_attribute("src")
+    page.check("#nearest-by input[value=latents]")
+    playwright.expect(page.locator("#nearest-note")).to_contain_text("that are encoded")
+    assert by_pixels and "Training image" in near.first.get_attribute("alt")
+    # A sample of temperature 0 is likelier than all test images; a test image has a rank between.
+    page.click("#tab-tests")
+    settled(page, lambda: changed(page, images(page, "tests").nth(5).click))
+    assert page.get_attribute("#shown", "alt") == "Test image 5"
+
+
+def test_a_path_to_a_second_image(page):
+    open_sample(page)
+    start = shown(page)
+    page.click("#tab-path")
+    assert page.locator("#way").is_disabled() and page.locator("#save-gif").is_disabled()
+    page.locator("#path .choose-other").click()
+    images(page, "samples").nth(4).click()
+    playwright.expect(page.locator("#way")).to_be_enabled()
+    assert "second" in images(page, "samples").nth(4).get_attribute("class")
+    assert page.is_checked("#target input[value=source]")  # the next click opens an image again
+    end = changed(page, lambda: slide(page.locator("#way"), 1))
+    assert end == images(page, "samples").nth(4).locator("img").get_attribute("src")
+    middle = changed(page, lambda: slide(page.locator("#way"), 0.5))
+    assert middle not in (start, end)
+    assert changed(page, lambda: slide(page.locator("#way"), 0)) == start
+    changed(page, page.locator("#play").click)
+    assert page.get_attribute("#play", "aria-pressed") == "true"
+    page.click("#play")
+    with page.expect_download() as download:
+        page.click("#save-gif")
+    assert Image.open(download.value.path()).n_frames == 46
+
+
+def test_levels_of_two_images_are_mixed(page):
+    open_sample(page)
+    start = shown(page)
+    page.click("#tab-mix")
+    page.locator("#mix .choose-other").click()
+    images(page, "samples").nth(4).click()
+    playwright.expect(page.locator("#mix-levels input").first).to_be_enabled()
+    coarse = changed(page, page.locator("[name=mix-1][value=other]").check)
+    both = changed(page, page.locator("[name=mix-0][value=other]").check)
+    assert len({start, coarse, both}) == 3
+    assert both == images(page, "samples").nth(4).locator("img").get_attribute("src")
+
+
+def test_files_are_saved(page, tmp_path):
+    open_sample(page)
+    files = {}
+    for button, name in (("#save-png", "image.png"), ("#save-npz", "latent.npz")):
+        with page.expect_download() as download:
+            page.click(button)
+        assert download.value.suggested_filename == name
+        files[name] = download.value.path()
+    assert Image.open(files["image.png"]).size == (32, 32)
+    arrays = np.load(files["latent.npz"])
+    assert arrays["level1"].shape == (1, 2, 4, 4) and arrays["level2"].shape == (1, 8, 2, 2)
+    command = page.locator("#image-command code").text_content()
+    assert command == "flowtrain decode glow_digits latent.npz --out images"
+
+
+def test_an_image_of_the_user(page, tmp_path):
+    Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30)).save(tmp_path / "mine.png")
+    (tmp_path / "broken.png").write_text("no image")
+    page.click("#tab-own")
+    changed(page, lambda: page.set_input_files("#files", [tmp_path / "mine.png"]))
+    said = page.locator("#said li")
+    playwright.expect(said).to_have_text(
+        "mine.png: 30 x 20 pixels, cut to the largest centred part, resized to 8 x 8, reduced to "
+        "17 levels"
+    )
+    assert page.get_attribute("#shown", "alt") == "mine.png"
+    page.set_input_files("#files", [tmp_path / "broken.png"])
+    playwright.expect(said.last).to_contain_text("cannot be read as an image")
+    # The same by dropping it onto the page.
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(buffer, "PNG")
+    drop = """bytes => {
+      const transfer = new DataTransfer();
+      transfer.items.add(new File([new Uint8Array(bytes)], "dropped.png"));
+      document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
+    }"""
+    changed(page, lambda: page.evaluate(drop, list(buffer.getvalue())))
+    assert page.get_attribute("#shown", "alt") == "dropped.png"
+    playwright.expect(images(page, "own")).to_have_count(2)
+
+
+def test_classes(browser, tmp_path):
+    running = Running(class_session(tmp_path))
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(running.url)
+        page.wait_for_selector("body[data-samples]")
+        page.evaluate("delete document.body.dataset.samples")
+        page.select_option("#sample-class", "2")
+        page.wait_for_selector("body[data-samples]")
+        assert page.locator("#samples-command code").text_content().endswith("--classes 2")
+        settled(page, lambda: open_sample(page))
+        assert re.search(r"class \d \(.* likely\)", page.locator("#maps").text_content())
+        start = shown(page)
+        page.click("#tab-class")
+        page.select_option("#to-class", "1")
+        changed(page, lambda: slide(page.locator("#class-amount"), 1))
+        assert changed(page, page.locator("#reset").click) == start
+        # An attribute that `flowtrain attributes` would have found.
+        page.click("#tab-directions")
+        changed(page, lambda: slide(page.get_by_label("thick"), 2))
+    finally:
+        page.close()
+        running.end()

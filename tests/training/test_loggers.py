@@ -1,0 +1,248 @@
+"""TensorBoard, Weights & Biases and trackio: what they get, offline, from the real packages."""
+
+import io
+import json
+import os
+import sqlite3
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from catalogue import TINY_RUN
+from cli_helpers import events, metrics, quick
+from helpers import a_config
+from PIL import Image
+
+from flowtrain.errors import UserError
+from flowtrain.system import distributed
+from flowtrain.training import loggers
+from flowtrain.training.loop import fit
+from flowtrain.training.resume import EXTEND
+from flowtrain.training.run_directory import RunDirectory
+
+TRAIN = {"batch_size": 8, "log_every": 2, "validate_every": 4, "sample_every": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nobody(tmp_path_factory):
+    """A user who is not logged in, and who has chosen nothing."""
+    home = str(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("WANDB", "TRACKIO"))]:
+            patch.delenv(name)
+        for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "HF_HOME"):
+            patch.setenv(name, home)
+        patch.setenv("NETRC", os.devnull)
+        # trackio sets it for its process. Here there are other tests.
+        patch.setenv("TRACKIO_DIR", "")
+        patch.delenv("TRACKIO_DIR")
+        yield
+
+
+@pytest.fixture
+def anew():
+    """Weights & Biases reads the environment once, before it is first used."""
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 4 steps with all loggers, which then goes on to 8 steps without TensorBoard."""
+    folder = tmp_path_factory.mktemp("loggers") / "run"
+    for names, steps in ((["tensorboard", "wandb", "trackio"], 4), (["wandb", "trackio"], 8)):
+        train = {**TRAIN, "logger": names, "num_steps": steps}
+        resume = "auto" if steps == 4 else EXTEND
+        fit(a_config(train=train), RunDirectory(folder), torch.device("cpu"), resume)
+    return folder
+
+
+def wandb_records(folder, kind):
+    """What Weights & Biases has kept of a kind, with the file, from all parts of the run."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.teardown()  # Only then its process has written all.
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in pieces(path.read_bytes()):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == kind:
+                yield path, getattr(record, kind)
+
+
+def pieces(log):
+    """The records of a log of LevelDB's format: blocks of 32 KiB, in which a record has a checksum,
+    its length and its kind, whole (1), or a first, middle or last part of one (2, 3, 4).
+    """
+    at, whole = 7, b""  # after the file's own header
+    while at + 7 <= len(log):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, at)
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def wandb_points(folder):
+    """`{(chart, step): value}`, and the names of the runs."""
+    points, names = {}, set()
+    for path, history in wandb_records(folder, "history"):
+        names.add(path.stem)
+        for item in history.item:
+            # A picture has a path, a size and so on.
+            name, *of_picture = [item.key] if item.key else item.nested_key
+            if not name.startswith("_") and of_picture in ([], ["path"]):
+                points[name, history.step.num] = json.loads(item.value_json)
+    return points, names
+
+
+def trackio_points(folder):
+    """The same of trackio."""
+    with sqlite3.connect(folder / "trackio" / "flowtrain.db") as base:
+        rows = base.execute("select run_name, run_id, step, metrics from metrics").fetchall()
+    points = {
+        (name, step): value for *_, step, row in rows for name, value in json.loads(row).items()
+    }
+    assert len({identity for _, identity, *_ in rows}) == 1
+    return points, {name for name, *_ in rows}
+
+
+POINTS = {"wandb": wandb_points, "trackio": trackio_points}
+FILES = {
+    "wandb": lambda run, value: next(run.glob(f"wandb/*/files/{value}")),
+    "trackio": lambda run, value: run / "trackio" / "media" / value["file_path"],
+}
+
+
+def chart_of(points, name):
+    return {step: value for (chart, step), value in points.items() if chart == name}
+
+
+@pytest.mark.parametrize("logger", ["wandb", "trackio"])
+def test_every_logger_gets_what_tensorboard_gets(logger, run):
+    seen = events(run)
+    points, _ = POINTS[logger](run)
+    tags = seen.Tags()["scalars"]
+    assert {chart for chart, _ in points} == {*tags, "samples"}
+    assert "train/clip_norm" not in tags  # a constant is no chart
+    for tag in tags:
+        expected = {point.step: pytest.approx(point.value) for point in seen.Scalars(tag)}
+        chart = chart_of(points, tag)
+        assert {step: value for step, value in chart.items() if step <= 4} == expected, tag
+    for row in metrics(run):
+        assert points[f"{row['split']}/bits_per_dim", row["step"]] == row["bits_per_dim"]
+    (picture,) = seen.Images("samples")
+    drawn = Image.open(io.BytesIO(picture.encoded_image_string))
+    stored = Image.open(FILES[logger](run, points["samples", 4])).convert("RGB")
+    assert np.array_equal(np.asarray(stored), np.asarray(drawn))
+
+
+@pytest.mark.parametrize("logger", ["wandb", "trackio"])
+def test_a_run_that_goes_on_is_the_same_run(logger, run):
+    """The second part of the run has changed its loggers."""
+    points, names = POINTS[logger](run)
+    assert list(chart_of(points, "train/bits_per_dim")) == [2, 4, 6, 8]
+    assert list(chart_of(points, "samples")) == [4, 8]
+    (name,) = names
+    assert name.endswith((run / "logged-as").read_text())
+    assert [point.step for point in events(run).Scalars("train/bits_per_dim")] == [2, 4]
+
+
+def test_the_configuration_is_logged(run):
+    # Of the last part: the length has changed.
+    *_, (_, record) = wandb_records(run, "run")
+    values = {update.key: json.loads(update.value_json) for update in record.config.update}
+    assert values["train"]["num_steps"] == 8
+    with sqlite3.connect(run / "trackio" / "flowtrain.db") as base:
+        ((text,),) = base.execute("select config from configs").fetchall()
+    assert json.loads(text)["model"]["name"] == "glow"
+
+
+def test_weights_and_biases_takes_a_step_once(tmp_path, capfd):
+    """Those that come again, because a run went back, are dropped without a word."""
+    (logger,) = loggers.opened(["wandb"], tmp_path, a_config(), 0)
+    for step, value in ((3, 1.0), (5, 2.0), (4, 3.0), (5, 4.0), (6, 5.0)):
+        logger.scalars({f"at {step}": value}, step)
+    logger.picture("late", torch.zeros(3, 4, 4, dtype=torch.uint8), 2)
+    logger.close()
+    expected = {("at 3", 3): 1.0, ("at 5", 5): 4.0, ("at 6", 6): 5.0}
+    assert wandb_points(tmp_path)[0] == expected
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [
+        f"wandb: offline; this sends it: wandb sync {tmp_path}/wandb/offline-run-*"
+    ]
+    assert err == ""
+
+
+@pytest.mark.parametrize("mode", ["disabled", "online"])
+def test_a_mode_that_the_user_has_chosen(mode, tmp_path, anew, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    if mode == "online":  # without a key
+        with pytest.raises(UserError, match="train.logger: wandb: .*WANDB_MODE=offline"):
+            loggers.opened(["wandb"], tmp_path, a_config(), 0)
+        return
+    (logger,) = loggers.opened(["wandb"], tmp_path, a_config(), 0)
+    logger.scalars({"a": 1.0}, 1)
+    logger.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["logged-as"]
+
+
+def test_a_server_that_cannot_be_reached(tmp_path, anew, monkeypatch, capsys):
+    """A user who is logged in, on a machine without a network: the run is logged offline."""
+    monkeypatch.setattr(loggers, "PATIENCE", 0.5)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (logger,) = loggers.opened(["wandb"], tmp_path, a_config(), 0)
+    logger.scalars({"a": 1.0}, 1)
+    logger.close()
+    assert wandb_points(tmp_path)[0] == {("a", 1): 1.0}
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("wandb: ") and second.startswith("wandb: offline; this sends it")
+
+
+def test_only_the_main_process_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run = RunDirectory(tmp_path)
+    run.cut_back(0, a_config(train={"logger": ["tensorboard", "wandb", "trackio"]}))
+    run.chart({"a": 1.0}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_identity_of_a_run(tmp_path):
+    for damaged in (b"", b"../up", b"\xff" * 8, b"a" * 200):
+        (tmp_path / "logged-as").write_bytes(damaged)
+        config = a_config(train={"logger": []})
+        assert loggers.opened(config.train.logger, tmp_path, config, 0) == []
+        new = loggers.identity(tmp_path)
+        assert len(new) == 8 and new == loggers.identity(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_logger_that_is_not_installed(name, tmp_path):
+    """It is said before the data are read, and nothing is written."""
+    hidden = f"import sys; sys.modules['{name}'] = None"
+    command = ["train", *TINY_RUN, f"train.logger=[tensorboard,{name}]"]
+    done = quick(*command, cwd=tmp_path, first=hidden)
+    done.failed(2, f"train.logger: {name} needs the package {name}:", f"pip install {name}")
+    assert "reading" not in done.out and list(tmp_path.iterdir()) == []
+
+
+def test_an_old_version_and_a_folder_of_the_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__version__="0.9.12"))
+    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .* --upgrade wandb"):
+        loggers.require(["wandb"], tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    with pytest.raises(UserError, match="needs the package wandb"):
+        loggers.require(["tensorboard", "wandb"], tmp_path)
+    loggers.require(["tensorboard"], tmp_path)
