@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "hf://"
 FILE = "model.safetensors"  # the name that the hub expects
+OLDEST = (1, 3)  # version of huggingface_hub
 ADDRESS = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 LOG_IN = "`hf auth login`, or a token in HF_TOKEN"
 
@@ -51,11 +52,16 @@ def repository_of(path: Path) -> str | None:
 
 
 def require_package(model: str) -> None:
-    """Raises `UserError` where huggingface_hub is missing."""
+    """Raises `UserError` where huggingface_hub is missing or too old."""
     try:
-        from huggingface_hub import HfApi  # noqa: F401 (which a folder of that name does not have)
+        from huggingface_hub import __version__ as found  # which a folder of that name lacks
     except ImportError:
         raise packages.missing(f"{cut(model)}: the hub", "huggingface_hub") from None
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        raise UserError(
+            f"{cut(model)}: the hub needs huggingface_hub {'.'.join(map(str, OLDEST))}, and "
+            f"{found} is installed: {packages.install_command('--upgrade huggingface_hub')}"
+        )
 
 
 def download(model: str) -> Path:

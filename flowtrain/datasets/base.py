@@ -245,6 +245,12 @@ def picture(source: Path | bytes) -> Iterator[Image.Image]:
             yield image
 
 
+def shorter_side(path: Path) -> int:
+    """Of an image file that can be decoded, in pixels, from its header."""
+    with open_regular(path) as file, Image.open(file, formats=READABLE) as image:
+        return min(image.size)
+
+
 def decode(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray:
     """Reads an image file, or the bytes of one, as uint8 (C, H, W), 0..255. Raises what `picture`
     and `resize` raise.

@@ -1,8 +1,8 @@
 """A user's own folder of image files, which are decoded once into a memory-mapped cache."""
 
 import contextlib
-import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -16,6 +16,8 @@ from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
 from flowtrain.errors import UserError, short
 from flowtrain.types import Shape, Side
+
+log = logging.getLogger("flowtrain")
 
 LARGE = 10_000  # image files from which on the list of a tree is remembered
 LONGEST_LIST = 2**31  # bytes; ten million files have fewer
@@ -57,7 +59,8 @@ def build(
     The tree is listed here, by one of several processes (`files_of`). The first `read` decodes the
     files of the split, or all files if there is no `test/`, into the cache. The key of this cache
     is made of the paths, sizes and times of the files, and of the options. Files that cannot be
-    decoded are left out. The logger `flowtrain` lists them as a warning each time.
+    decoded are left out. The logger `flowtrain` lists them as a warning each time, and counts the
+    images that are smaller than `size`.
 
     Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
     cache cannot be written.
@@ -80,7 +83,16 @@ def build(
         return cache.place() / "folder" / cached
 
     names = [file.name for file in files]
-    decode = functools.partial(base.decoded, shape=shape, policy=resize)
+    enlarged: list[Path] = []
+
+    def decode(path: Path) -> np.ndarray | str:
+        image = base.decoded(path, shape, resize)
+        if not isinstance(image, str) and resize != "exact" and base.shorter_side(path) < size:
+            enlarged.append(path)
+        return image
+
+    def counted(readable: np.ndarray) -> dict[str, bytes]:
+        return {"enlarged": f"{len(enlarged)} of {len(readable)}".encode()}
 
     def paths() -> Iterable[Path]:
         if resize == "exact":
@@ -88,7 +100,7 @@ def build(
         return (folder / name for name in names)
 
     def decoded() -> tuple[np.ndarray, dict[str, str]]:
-        source = cache.Source(os.fspath(folder), "data.path", names, paths, decode)
+        source = cache.Source(os.fspath(folder), "data.path", names, paths, decode, counted)
         return cache.opened(target(), names, shape) or cache.filled(target(), source, shape)
 
     def digests() -> np.ndarray:
@@ -114,6 +126,12 @@ def build(
             count = len(files)
         what = f"{split} images in {folder}"
         cache.warn_of_unreadable(target(), unreadable, count, "data.path", what)
+        few = (cache.remembered(target() / "enlarged", 100) or b"0 of").decode()
+        if not few.startswith("0 of"):
+            log.warning(
+                "data.size: %s images in %s have a side of less than %d pixels and are enlarged",
+                *(few, folder, size),
+            )
         return images
 
     return Images(

@@ -510,7 +510,7 @@ def test_buffers_that_no_training_leaves_so_are_refused(tmp_path, name, change):
     key = next(key for key in sorted(tensors) if key.endswith(f".{name}"))
     meta = {"config": config.resolved(), "shape": SHAPE, "levels": 256, "step": 1}
     write(tmp_path / "a.safetensors", meta, tensors)
-    flowtrain.load(str(tmp_path / "a.safetensors"))
+    flowtrain.load(tmp_path / "a.safetensors")
     write(tmp_path / "a.safetensors", meta, {**tensors, key: change(tensors[key])})
     with pytest.raises(UserError, match=f"{key.removeprefix('model.')} has values that it cannot"):
         flowtrain.load(str(tmp_path / "a.safetensors"))

@@ -178,6 +178,22 @@ def damaged_tree(root):
     return root
 
 
+@pytest.mark.parametrize("resize", ["crop", "stretch", "exact"])
+def test_images_that_are_enlarged_are_counted(resize, tmp_path, caplog):
+    """In one warning each time, also where the cache is there. They are blurred."""
+    sizes = [(8, 8)] * 3 if resize == "exact" else [(7, 20), (20, 7), (8, 20)]
+    for index, size in enumerate(sizes):
+        draw(tmp_path / f"{index}.png", size, seed=index)
+    for _ in range(2):
+        caplog.clear()
+        folder.build(tmp_path, "train", path=tmp_path, size=8, resize=resize).read()
+        warnings = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+        assert warnings == [
+            f"data.size: 2 of 3 images in {tmp_path} have a side of less than 8 pixels and are "
+            "enlarged"
+        ] * (resize != "exact")
+
+
 def test_folder_names_and_counts_unreadable_files(tmp_path, caplog, decoded):
     tree = damaged_tree(tmp_path / "tree")
     for start in ("first", "second"):

@@ -36,6 +36,21 @@ def test_pil_images(shape, mode):
         as_tensor(pictures, shape, None)
 
 
+def test_lists_of_arrays_and_a_single_image():
+    x = images(2, GREY, 256)
+    assert torch.equal(as_tensor([image[0].numpy() for image in x], GREY, 256), x)
+    assert torch.equal(as_tensor(list(x.numpy()), GREY, 256), x)
+    with pytest.raises(ValueError, match=r"expected several images, got one: give a list"):
+        as_tensor(Image.new("L", (6, 4)), GREY, 256)
+
+
+def test_points_as_a_table():
+    x = torch.randn(5, 2, generator=seeded(0))
+    for given in (x, x.numpy(), list(x.numpy()), x[:, :, None, None]):
+        assert torch.equal(as_tensor(given, (2, 1, 1), None), x[:, :, None, None])
+    assert as_tensor(x, (3, 1, 1), None) is x  # the flow says what is wrong
+
+
 def test_a_flow_takes_all_of_them():
     flow = tiny_flow("glow")
     x = images(3, flow.shape, flow.levels)

@@ -1,0 +1,116 @@
+"""The first ten minutes of a new user: runs what the README says, and prints a timeline.
+
+`python benchmarks/newcomer.py` clones the repository, makes a virtual environment, and runs there
+the first commands of the README, and then those of its examples that need nothing but the demo.
+`--busy 2` keeps two processes busy meanwhile. `--packages-here` lets the new environment see the
+packages of this one, where a download of torch would take longer than all the rest.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO = "runs/glow_digits"
+SHOWN = 15  # lines of the output of a command that fails
+SPIN = "while True: pass"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="busy processes beside it")
+    parser.add_argument("--packages-here", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="flowtrain-newcomer-") as folder, busy(options.busy):
+        print(f"{os.cpu_count()} cores, {options.busy} busy processes beside\n")
+        print("| from | seconds | command |\n|---|---|---|", flush=True)
+        clone, environment = Path(folder) / "flowtrain", Path(folder) / "venv"
+        timeline = Timeline()
+        timeline.run(f"git clone {REPOSITORY} flowtrain", Path(folder))
+        timeline.run(f"{sys.executable} -m venv {environment}", Path(folder))
+        if options.packages_here:
+            (packages,) = environment.glob("lib/python*/site-packages")
+            (packages / "here.pth").write_text("\n".join(site.getsitepackages()))
+        timeline.path = f"{environment / 'bin'}:{os.environ['PATH']}"
+        for line in commands((clone / "README.md").read_text(encoding="utf-8")):
+            timeline.run(line, clone)
+
+
+def commands(readme: str) -> list[str]:
+    """The commands of the first block of code, and those of the section of examples that need
+    nothing but the demo, or one of the trained models.
+    """
+    lines = [re.split(r"\s{2,}#", line)[0].strip() for line in readme.splitlines()]
+    indented = [line.startswith("    ") for line in readme.splitlines()]
+    first = indented.index(True)
+    found = [line for line in lines[first : first + indented[first:].index(False)] if line]
+    examples = lines[lines.index("## The commands, by example") :]
+    examples = examples[: examples.index("## Configurations")]
+    needs_more = re.compile(r"photos|hf:|\.png|runs/(?!glow_digits)|--config|browser")
+    for line in examples:
+        about_demo = DEMO in line or re.match(r"flowtrain (list|info|decompress)\b", line)
+        if line.startswith("flowtrain ") and about_demo and not needs_more.search(line):
+            if line.startswith("flowtrain compress"):
+                found.append("pip install constriction")
+            found.append(line)
+    return found
+
+
+class Timeline:
+    """Runs commands, and prints when each started and how long it took."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.path = os.environ["PATH"]
+
+    def which(self, program: str) -> str:
+        return shutil.which(program, path=self.path) or program
+
+    def run(self, command: str, folder: Path) -> None:
+        """Ends the program where the command fails, with the end of its output."""
+        begun = time.monotonic()
+        # What this program was started with is not what a newcomer has.
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        done = subprocess.run(
+            [self.which(command.split()[0]), *command.split()[1:]],
+            cwd=folder,
+            env={**kept, "PATH": self.path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        minutes, seconds = divmod(round(begun - self.started), 60)
+        took = time.monotonic() - begun
+        shown = command.replace(str(folder), ".").replace(str(folder.parent), "..")
+        print(f"| {minutes}:{seconds:02} | {took:.1f} | `{shown}` |", flush=True)
+        if done.returncode != 0:
+            print("\n".join(done.stdout.splitlines()[-SHOWN:]))
+            raise SystemExit(f"{command}: exit code {done.returncode}")
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
