@@ -5,6 +5,7 @@ For images it gives a bound on the likelihood, and for points the likelihood its
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from flowtrain.flow.class_prior import (
 )
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
-from flowtrain.flow.inputs import Batch, as_tensor
+from flowtrain.flow.inputs import Batch, Labels, as_tensor
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
 
@@ -189,7 +190,7 @@ class Flow(nn.Module):
         self,
         x: Batch,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         draws: int = 1,
         context: Tensor | None = None,
     ) -> Tensor:
@@ -261,7 +262,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def decode(
         self,
-        z: Tensor,
+        z: Tensor | np.ndarray,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
         guidance: float | None = None,
@@ -286,6 +287,8 @@ class Flow(nn.Module):
             ValueError: The model has no guidance, or no noise to take away; see `unguided` and
                 `denoised`. Or it needs another context.
         """
+        if isinstance(z, np.ndarray):
+            z = torch.as_tensor(z, dtype=self.dtype)
         if denoise:
             self._sigma()
         context = self._checked_context(context, len(z))
@@ -335,7 +338,7 @@ class Flow(nn.Module):
         n: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
@@ -346,7 +349,7 @@ class Flow(nn.Module):
         samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
         `denoise` and `context` are those of `decode`.
         """
-        labels = self.classes_in_turn(n) if labels is None else labels
+        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
         return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
 
@@ -356,14 +359,14 @@ class Flow(nn.Module):
         n: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples as `sample` gives them, and the `log_prob` of each, `(n,)` in nats.
 
         The noise of the likelihood is drawn after the samples, from the same generator.
         """
-        labels = self.classes_in_turn(n) if labels is None else labels
+        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         x = self.sample(n, temperature, generator, labels, context=context)
         return x, self.log_prob(x, generator, labels, context=context)
 
@@ -440,7 +443,8 @@ class Flow(nn.Module):
         assert self.class_prior is not None
         return self.class_prior.place(noise.to(self.device), labels)
 
-    def _checked_labels(self, labels: Tensor, count: int) -> Tensor:
+    def _checked_labels(self, labels: Labels, count: int) -> Tensor:
+        labels = torch.as_tensor(labels)
         if self.class_prior is None:
             raise ValueError("the model is not class-conditional: it has no labels")
         if labels.shape != (count,):
