@@ -378,7 +378,7 @@ MODELS = {
         (1, 4, 4),
     ),
     "glow-smaller-context": (
-        lambda: model("glow", (1, 4, 4), context=(1, 1, 1), split="mixed", conditioner="gated"),
+        lambda: model("glow", (1, 4, 4), context=(1, 1, 1)),
         (1, 4, 4),
         (1, 1, 1),
     ),
