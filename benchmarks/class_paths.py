@@ -17,7 +17,7 @@ from flowtrain.latents import paths
 from flowtrain.latents.encoding import encode
 from flowtrain.pictures.sample import decode
 
-SHARES = (1.0, 0.85, 0.7, 0.5, 0.3, 0.0)
+SHARES = (1.0, 0.85, 0.7, 0.5, 0.3)
 
 
 def main() -> None:
