@@ -74,6 +74,19 @@ def test_other_arrays_are_refused(tmp_path, monkeypatch, name, kinds, shape, sai
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_a_character_that_does_not_exist(tmp_path, order):
+    """Python fails at it with a SystemError, so numpy's arrays of texts are looked at before."""
+    texts = np.array(["ab", "c"], f"{order}U2")
+    good = npy(texts)
+    character = "c".encode(f"utf-32-{'le' if order == '<' else 'be'}")
+    damaged = good.replace(character, (0x110000).to_bytes(4, "little" if order == "<" else "big"))
+    file = a_file(tmp_path / "a.npz", [("good.npy", good), ("bad.npy", damaged)])
+    assert file.read("good", "U", (2,)).tolist() == ["ab", "c"]
+    with pytest.raises(UserError, match="bad is damaged: it has a character that does not exist"):
+        file.read("bad", "U", (2,))
+
+
 def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
     """Whether the zip says the same, which few bytes can, or not."""
     good = npy(np.zeros((2, 3), np.float32))
