@@ -35,6 +35,12 @@ RECIPES = {
     "cifar-3min": Recipe(
         "cifar", "ours, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)
     ),
+    "cifar-mixed": Recipe(
+        "cifar",
+        "Glow",
+        "glow_cifar_small.yaml",
+        ("model.steps=[10,5,3]", "model.split=mixed", "model.prior=mixture"),
+    ),
     "cifar-causal": Recipe("cifar", "causal", "causal_cifar_small.yaml"),
     "cifar-causal-5min": Recipe(
         "cifar", "causal, 5 min", "causal_cifar_small.yaml", ("train.budget=5min",)

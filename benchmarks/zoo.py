@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import runpy
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Trained:
     data: str
     licence: str
     where: str = ""  # which option says where the data lie
+    settings: tuple[str, ...] = ()  # `KEY=VALUE` for the configuration
 
 
 DIGITS = "Optical digits, Alpaydin & Kaynak 1998, as in scikit-learn", "CC BY 4.0"
@@ -57,7 +59,12 @@ MODELS = {
     "glow_mnist_conditional": Trained(
         "Glow on MNIST with a prior for each class", "glow_mnist_conditional", *MNIST
     ),
-    "glow_cifar_small": Trained("Glow on CIFAR-10", "glow_cifar_small", *CIFAR),
+    "glow_cifar_small": Trained(
+        "Glow on CIFAR-10",
+        "glow_cifar_small",
+        *CIFAR,
+        ("model.steps=[10,5,3]", "model.split=mixed", "model.prior=mixture"),
+    ),
     "causal_cifar_small": Trained("Causal flow on CIFAR-10", "causal_cifar_small", *CIFAR),
 }
 
@@ -78,7 +85,14 @@ def main() -> None:
         run = options.pack or options.runs / name
         if options.pack is None:
             where = getattr(options, MODELS[name].where) if MODELS[name].where else []
-            words = ["--config", MODELS[name].config, *where, "--run-dir", str(run)]
+            words = [
+                "--config",
+                MODELS[name].config,
+                *MODELS[name].settings,
+                *where,
+                "--run-dir",
+                str(run),
+            ]
             flowtrain("train", *words)
         print(packed(name, run), flush=True)
         page = runpy.run_path(str(DOCS / "models.py"))["page"]()
@@ -92,7 +106,7 @@ def packed(name: str, run: Path) -> str:
     file = zoo.checkpoint_of(name)
     loaded = load_model(str(run), CPU)
     # Where the data lie is a fact of the machine that trained the model.
-    config = load_config(find_config(model.config)).resolved()
+    config = load_config(find_config(model.config), model.settings).resolved()
     config["data"]["root"] = "data"
     own = loaded.config.resolved()
     data_keys = (own["data"].keys() & config["data"].keys()) - PLACES
@@ -128,7 +142,7 @@ def packed(name: str, run: Path) -> str:
     flow = load_model(str(file), CPU).flow
     card = zoo.Card(
         title=model.title,
-        command=f"flowtrain train --config {model.config}",
+        command=shlex.join(["flowtrain", "train", "--config", model.config, *model.settings]),
         machine=processor(),
         time=duration(summary["seconds"]),
         data=model.data,

@@ -140,7 +140,8 @@ class Model(Component):
     """The normalizing flow."""
 
     section, package = "model", "models"
-    arguments = {"shape", "data_levels", "classes"}  # of `build`, given by keyword or position
+    # Those of `build`, given by keyword or position.
+    arguments = {"shape", "data_levels", "classes", "context"}
     name: str = Field(
         "glow",
         description="The model: a module of flowtrain.models, or a module of your own by its "
@@ -158,6 +159,15 @@ class Model(Component):
         "networks see the class. They then also know images without a class, which "
         "`sample --guidance` needs; 0.1 is usual. Validation and evaluation still report the mean "
         "over the classes.",
+    )
+    context: Literal["none", "downsample", "grey"] = Field(
+        "none",
+        description="What all networks see of the image itself, so that the model is of images "
+        "given that: nothing, the image at a fraction of its sides (super-resolution), or its "
+        "brightness (colorization). All likelihoods are then conditional on it.",
+    )
+    context_factor: Literal[2, 4] = Field(
+        2, description="How many times shorter the sides of a `downsample` context are."
     )
 
 

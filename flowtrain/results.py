@@ -107,6 +107,8 @@ class Evaluation(File):
     duplicates: int | None = None  # images that are equal to an earlier one of these
     # Images that are equal to one of the training split. None if those are not at hand.
     duplicates_of_training: int | None = None
+    # What part of each image the likelihoods are conditional on, in words. None for whole images.
+    given: str | None = None
     dims: int | None = None
     levels: int | None = None
     sampling: str | None = None  # one pass, or sequential: one entry after the other

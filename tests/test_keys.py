@@ -75,6 +75,7 @@ SPHERE = {"data": {"name": "sphere", "count": 60}}
 SPHERE["model"] = {"name": "sphere", "layers": 1, "width": 8, "hidden_layers": 1, "bins": 3}
 NPZ = {"data": {"name": "npz", "path": "square.npz"}}
 FOLDER = {"data": {"name": "folder", "path": "pictures", "size": 8, "channels": 1}}
+COLOUR = {"data": {**FOLDER["data"], "channels": 3}}
 PATCHES = {
     name: {"data": {**FOLDER["data"], "size": 16}, **base}
     for name, base in (("tarflow", TARFLOW), ("jet", JET))
@@ -115,6 +116,9 @@ FLIPS = [
     ("model.name", "nice", "parameters"),
     ("model.classes", 10, "parameters"),
     ("model.label_dropout", 0.5, "loss", {"model": {**CAUSAL["model"], "classes": 10}}),
+    ("model.context", "downsample", "parameters"),
+    ("model.context", "grey", "parameters", COLOUR),
+    ("model.context_factor", 4, "loss", {"model": {"context": "downsample"}}),
     ("glow:model.levels", 2, "parameters"),
     ("glow:model.steps", 2, "parameters"),
     ("glow:model.width", 9, "parameters"),

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowtrain import config as configuration
 from flowtrain.bijections import Bijection
-from flowtrain.config import Config, Dequantization
+from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
 from flowtrain.flow.dequantize import (
@@ -20,6 +20,7 @@ from flowtrain.flow.dequantize import (
     UniformNoise,
 )
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.capacity import available
 from flowtrain.system.random import Stream
@@ -81,12 +82,22 @@ class _Counting(TorchFunctionMode):
 
 
 def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
-    module = configuration.component_module(configuration.Model, config.model.name)
+    module = configuration.component_module(Model, config.model.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
         # What a model may want to know beside the shape. Most do not.
-        about = {"data_levels": levels, "classes": config.model.classes}
+        image_context = _image_context(config.model, shape, levels)
+        about = {
+            "data_levels": levels,
+            "classes": config.model.classes,
+            "context": None if image_context is None else image_context.shape,
+        }
         wanted = about.keys() & inspect.signature(module.build).parameters.keys()
+        if image_context is not None and "context" not in wanted:
+            raise UserError(
+                f"model.context: {config.model.context}, but no network of {config.model.name} "
+                f"sees a context: it is for {', '.join(_with_context())}"
+            )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = module.build(shape, **arguments, **config.model.options())
         latent_dims = bijection.latent_dims(math.prod(shape))
@@ -107,7 +118,31 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
             )
         # After the bijection, so that its weights are the same with any noise.
         dequantizer = _build_dequantizer(config.dequantization, shape, levels)
-    return Flow(bijection, dequantizer, shape, class_prior)
+    return Flow(bijection, dequantizer, shape, class_prior, image_context)
+
+
+def _image_context(model: Model, shape: Shape, levels: int | None) -> ImageContext | None:
+    if model.context == "none":
+        return None
+    if levels is None:
+        raise UserError(
+            f"model.context: {model.context} is of images, and these data are real values"
+        )
+    if model.classes:
+        raise UserError(
+            f"model.context: {model.context}, and model.classes: {model.classes}: a model is given "
+            f"one of the two"
+        )
+    return ImageContext(model.context, model.context_factor, shape, levels)
+
+
+def _with_context() -> list[str]:
+    """The models whose networks see a context."""
+    names = configuration.component_names(Model)
+    modules = {name: configuration.component_module(Model, name) for name in names}
+    return [
+        name for name in names if "context" in inspect.signature(modules[name].build).parameters
+    ]
 
 
 def _no_labels_to_drop(config: Config) -> str:

@@ -232,11 +232,24 @@ def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
         raise UserError(f"{option} {path}: there is no permission to write into {existing}")
 
 
-def load(model: str | None, device: str, weights: str | None, trust_code: bool) -> "LoadedModel":
-    """The model of a command line. Raises `UserError` where it cannot be loaded."""
+def load(
+    model: str | None,
+    device: str,
+    weights: str | None,
+    trust_code: bool,
+    conditional: bool = False,
+) -> "LoadedModel":
+    """The model of a command line. Raises `UserError` where it cannot be loaded.
+
+    Only a command that says `conditional` takes a model of images given a part of them
+    (`model.context`).
+    """
     from flowtrain.checkpoints.load import load_model
 
-    return load_model(model, device_of(device), weights, trust_code)
+    loaded = load_model(model, device_of(device), weights, trust_code)
+    if not conditional:
+        loaded.flow.require_no_context(str(loaded.checkpoint.path))
+    return loaded
 
 
 def device_of(name: str) -> "torch.device":

@@ -89,7 +89,7 @@ def compress(
     if overrides and split is None:
         raise UserError("--set: only with --split, where it says where the data are")
     require_file(out)
-    loaded = load(model, "cpu", weights, trust_code)
+    loaded = load(model, "cpu", weights, trust_code, conditional=True)
     coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
     if split_name is None:
         selection = images.from_files(files, loaded, out, num_images)

@@ -65,7 +65,7 @@ def doctor(
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     console.print(f"examining {loaded.checkpoint.path}")
     if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
         console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")

@@ -101,7 +101,7 @@ def evaluate(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     mention_unused(device, loaded.flow.device)
     data = data_of(loaded, overrides, dataset)
     if data.undivided and split is not None:
@@ -150,7 +150,8 @@ def _print(result: "Evaluation", unit: str) -> None:
 
     of = "images" if result.levels is not None else "examples"
     of = of if result.split == "all" else f"{result.split} {of}"
-    console.print(f"{figure(*result.loss)} {unit} ({result.num_images:,} {of})")
+    given = "" if result.given is None else f", given {result.given}"
+    console.print(f"{figure(*result.loss)} {unit}{given} ({result.num_images:,} {of})")
     draws = "1 draw of noise" if result.samples == 1 else f"{result.samples} draws of noise"
     bounds = {
         "exact": "exact",
@@ -160,6 +161,8 @@ def _print(result: "Evaluation", unit: str) -> None:
         f"{result.sigma}), from {draws}",
     }
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
+    if result.given is not None:
+        table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
     over_draws = result.bits_per_dim_stderr_draws or result.nats_per_dim_stderr_draws
     if over_draws is not None:
         table["error over draws"] = f"{over_draws:.2g}"

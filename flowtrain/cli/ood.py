@@ -110,7 +110,7 @@ def ood(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     run = run_of(loaded.checkpoint.path)
     collections = scoring.collect(
         loaded, data_of(loaded, overrides), inside, outside, num_images=num_images, seed=seed

@@ -60,7 +60,7 @@ def report(
     from flowtrain.system.files import save
 
     check_suffix(out, (".html",))
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     data: DataSet | str
     try:
         data = data_of(loaded, overrides)

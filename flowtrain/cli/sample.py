@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,11 @@ from flowtrain.cli.base import (
 )
 from flowtrain.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowtrain.checkpoints.load import LoadedModel
+
 EPILOG = (
     "Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 "
     "--out t.png[/cyan]"
@@ -35,8 +40,8 @@ def sample(
         typer.Option(
             "--num-images",
             min=1,
-            help="Number of images per temperature.",
-            show_default="64; 2000 points; 8 per class",
+            help="Number of images per temperature, and per class or context.",
+            show_default="64; 2000 points; 8 per class or context",
         ),
     ] = None,
     temperature: Annotated[
@@ -56,6 +61,16 @@ def sample(
             metavar="0,1,...",
             help="For a class-conditional model: one row per class.",
             show_default="all in turn",
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="For a model of images given a part of them (model.context): the small image to "
+            "enlarge, or an image that is made small or grey first.",
+            show_default="8 test images",
         ),
     ] = None,
     method: Annotated[
@@ -104,7 +119,7 @@ def sample(
     shows how the flow carries the base density to the data, layer by layer.
     """
     from flowtrain.checkpoints.load import run_of
-    from flowtrain.pictures import draw, grid
+    from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
@@ -118,18 +133,23 @@ def sample(
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
-    loaded = load(model, device, weights, trust_code)
+    loaded = load(model, device, weights, trust_code, conditional=True)
     flow = loaded.flow
-    num = num or (8 if labels else flow.kind.picture_count)
+    contexts = _contexts(loaded, image)
+    num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
     drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
     columns = num if len(temperatures) > 1 or labels else _root(num)
+    groups = max(1, len(labels))
+    if contexts is not None:
+        groups, columns = len(contexts), num + 1  # with the context itself
     if suffix == ".png":
-        count = num * len(temperatures) * max(1, len(labels))
+        count = max(num, columns) * len(temperatures) * groups
         what = f"--num-images {num}: a picture of {count:,} samples needs"
         drawing.require_room(count, flow.shape, columns, what)
     with ProgressBar("sampling") as bar:
         drawn = sampling.sample(
             *(flow, num, temperatures, seed, bar, labels),
+            contexts=contexts,
             iterate=method == "jacobi",
             guidance=guidance,
             denoise=denoise,
@@ -138,9 +158,12 @@ def sample(
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"denoised": True} if denoise else {}
-        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, **also))
+        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
     else:
-        grid.save_png(path, drawing.samples(drawn, columns, seed, temperatures))
+        shown = drawn
+        if contexts is not None:
+            shown = conditional.rows(flow, contexts, drawn, len(temperatures))
+        grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
     for line in _about(flow.dequantizer.sigma, guidance, denoise):
         console.print(line)
@@ -159,6 +182,22 @@ def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[s
     elif sigma is not None:
         lines.append(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
     return lines
+
+
+def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
+    """What the samples are given: a part of the image in a file, or of test images."""
+    from flowtrain.pictures import conditional
+    from flowtrain.system.console import console
+
+    if image is not None:
+        context, how = conditional.of_file(image, loaded)
+        console.print(f"context: {how}")
+        return context
+    if loaded.flow.image_context is None:
+        return None
+    data = data_of(loaded, None)
+    data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
+    return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

@@ -93,7 +93,10 @@ class Variational:
 
 
 def levels_of(flow: Flow) -> int:
-    """Q. Raises `UserError` for a model of real-valued data or of noisy images, or with classes."""
+    """Q. Raises `UserError` for a model of real-valued data or of noisy images, with classes, or
+    with a context.
+    """
+    flow.require_no_context("compress (an archive has no context)")
     if flow.levels is not None and flow.kind.no_bits:
         raise UserError(f"compress: {flow.kind.no_bits}, and no code")
     if flow.classes:

@@ -22,7 +22,7 @@ from flowtrain.flow.flow import Flow
 
 
 class DirectCodec:
-    """See `Coder`. Raises `UserError` for a model with classes."""
+    """See `Coder`. Raises `UserError` for a model with classes or with a context."""
 
     borrows = False
     # More images take less time for each, but more memory, and there are fewer streams for threads.

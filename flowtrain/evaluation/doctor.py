@@ -273,11 +273,14 @@ def examine(
         for part, u in in_batches(images, noise):
             data_and_noise = part.to(flow.device), u.to(flow.device)
             _layers(flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes)
-    for (part,) in in_batches(z):
+    for part, images in in_batches(z, x):
         latents = part.to(flow.device)
+        seen = flow.seen(len(latents), context=flow.context_of(images))
 
-        def decode(executor: Executor, latents: Tensor = latents) -> tuple[Tensor, Tensor]:
-            return flow.bijection.through(executor, "inverse", latents)
+        def decode(
+            executor: Executor, latents: Tensor = latents, seen: Context | None = seen
+        ) -> tuple[Tensor, Tensor]:
+            return flow.bijection.through(executor, "inverse", latents, seen)
 
         _layers(flow, decode, "inverse pass", SAMPLES, notes)
     if learns_noise(flow):
@@ -291,8 +294,8 @@ def examine(
         )
         if not flow.kind.exact:
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
-    for (part,) in in_batches(z):
-        _latent_round_trip(flow, precise, part, levels, notes)
+    for part, images in in_batches(z, x):
+        _latent_round_trip(flow, precise, part, images, levels, notes)
     reported = [_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
     if flow.levels is not None and not flow.kind.no_bits:
         bits = flow.loss(torch.cat(reported)).mean()
@@ -498,9 +501,10 @@ def _data_round_trip(
         try:
             images = x.to(one.device)
             v = one.dequantizer.middle(images, one.dtype)
-            z = one.bijection(v)[0]
-            back = one.bijection.inverse(z)[0]
-            again = one.bijection(back)[0]
+            seen = one.seen(len(v), context=one.context_of(images))
+            z = one.bijection(v, seen)[0]
+            back = one.bijection.inverse(z, seen)[0]
+            again = one.bijection(back, seen)[0]
         except Exception as error:
             notes.failed(checks, error, inputs=inputs)
             continue
@@ -513,15 +517,18 @@ def _data_round_trip(
     return restored
 
 
-def _latent_round_trip(flow: Flow, precise: Flow, z: Tensor, levels: float, notes: _Notes) -> None:
-    """Checks latents to data, back, and to data again."""
+def _latent_round_trip(
+    flow: Flow, precise: Flow, z: Tensor, images: Tensor, levels: float, notes: _Notes
+) -> None:
+    """Checks latents to data, back, and to data again, given the contexts of images if need be."""
     for one, name in ((flow, "float32"), (precise, "float64")):
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
             start = z.to(one.device, one.dtype)
-            v = one.bijection.inverse(start)[0]
-            back = one.bijection(v)[0]
-            again = one.bijection.inverse(back)[0]
+            seen = one.seen(len(z), context=one.context_of(images))
+            v = one.bijection.inverse(start, seen)[0]
+            back = one.bijection(v, seen)[0]
+            again = one.bijection.inverse(back, seen)[0]
         except Exception as error:
             notes.failed(checks, error, inputs=SAMPLES)
             continue
@@ -591,9 +598,11 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
+        images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
-            return one.bijection.through(executor, "forward", copies)
-        return one.to_latents(x.expand(len(copies), -1, -1, -1), copies, executor)
+            seen = one.seen(len(copies), context=one.context_of(images))
+            return one.bijection.through(executor, "forward", copies, seen)
+        return one.to_latents(images, copies, executor)
 
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
     try:

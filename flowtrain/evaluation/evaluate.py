@@ -30,8 +30,10 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     Below 1/2 all pixels come back exactly. For real-valued data it is the distance from the data,
     in their own unit.
     """
-    v = flow.dequantizer.middle(x.to(flow.device), flow.dtype)
-    back = flow.bijection.inverse(flow.bijection(v)[0])[0]
+    x = x.to(flow.device)
+    v = flow.dequantizer.middle(x, flow.dtype)
+    seen = flow.seen(len(x), context=flow.context_of(x))
+    back = flow.bijection.inverse(flow.bijection(v, seen)[0], seen)[0]
     error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
     return error.max().item()
 
@@ -91,6 +93,7 @@ def evaluate(
         duplicates=duplicates(first_equal(digests(split.pixels, split.indices[:count]))),
         **_shared(model, data, split_name, split, count),
         **_edition(data),
+        **_given(flow),
         dims=flow.dims,
         levels=flow.levels,
         sampling=flow.sampling,
@@ -122,6 +125,11 @@ def _edition(data: DataSet) -> dict[str, Any]:
     """Which of several data sets of one name this is, for those where this has to be said."""
     edition = data.test_images.edition
     return {} if edition is None else {"edition": edition}
+
+
+def _given(flow: Flow) -> dict[str, Any]:
+    """What part of each image the likelihoods are conditional on, for a model that has one."""
+    return {} if flow.image_context is None else {"given": flow.image_context.words}
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:

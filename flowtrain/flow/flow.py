@@ -5,12 +5,14 @@ For images it gives a bound on the likelihood, and for points the likelihood its
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import FUSED, ByPlace, Executor, Initializing, Retracing
+from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
     ClassPrior,
@@ -20,7 +22,8 @@ from flowtrain.flow.class_prior import (
     normal_log_prob,
 )
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
-from flowtrain.flow.inputs import Batch, as_tensor
+from flowtrain.flow.image_context import ImageContext
+from flowtrain.flow.inputs import Batch, Labels, as_tensor
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
 
@@ -44,6 +47,8 @@ class Flow(nn.Module):
         dequantizer: Maps integers to reals, or leaves `RealValued` data as they are.
         shape: Shape of one image, `(C, H, W)`.
         class_prior: What depends on the class in a class-conditional model.
+        image_context: What a model of images given a part of them is given. The likelihoods of such
+            a model are log P(x | context of x).
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class Flow(nn.Module):
         dequantizer: Dequantizer | RealValued,
         shape: Shape,
         class_prior: ClassPrior | ClassContext | None = None,
+        image_context: ImageContext | None = None,
     ):
         super().__init__()
         self.dequantizer = dequantizer  # first, so that parameters are in the order of their use
         self.bijection = bijection
         self.class_prior = class_prior
+        self.image_context = image_context
         self.shape = shape
 
     @property
@@ -118,15 +125,18 @@ class Flow(nn.Module):
         noise: Tensor,
         executor: Executor = FUSED,
         labels: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
         `x` are integers `(B, C, H, W)`, and `noise` is uniform and has the same shape. `executor`
-        calls the layers. The networks of the bijection may see the classes `labels` `(B,)`.
+        calls the layers. The networks of the bijection may see the classes `labels` `(B,)`, or a
+        `context`, which by default is that of the images (`context_of`).
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
-        context = self._context(labels, len(x))
-        z, flow_log_det = self.bijection.through(executor, "forward", v, context)
+        context = self.context_of(x) if context is None else context
+        seen = self.seen(len(x), labels, context)
+        z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
         return z, log_det + flow_log_det
 
     def forward(
@@ -135,14 +145,18 @@ class Flow(nn.Module):
         noise: Tensor,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
+        context: Tensor | None = None,
     ) -> LogProb:
         """The parts of the single-draw bound for integers `x` and uniform `noise`, `(B, C, H, W)`.
 
         A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
-        log P(x), where all classes are equally likely.
+        log P(x), where all classes are equally likely. A model with an `image_context` gives
+        log P(x | context), by default for the context of each image.
         """
         return self._parts(
-            lambda of_class: self.to_latents(x, noise, executor, of_class), labels, len(x)
+            lambda of_class: self.to_latents(x, noise, executor, of_class, context),
+            labels,
+            len(x),
         )
 
     def _parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
@@ -163,7 +177,8 @@ class Flow(nn.Module):
         A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
         """
         v, by_place, of_noise = self.dequantizer.forward_by_place(x, noise.to(self.dtype))
-        z, _ = self.bijection.through(executor, "forward", v, self._context(labels, len(x)))
+        seen = self.seen(len(x), labels, self.context_of(x))
+        z, _ = self.bijection.through(executor, "forward", v, seen)
         if self.class_prior is None:
             density = normal_log_density(z)
         else:
@@ -175,8 +190,9 @@ class Flow(nn.Module):
         self,
         x: Batch,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         draws: int = 1,
+        context: Tensor | None = None,
     ) -> Tensor:
         """A bound on log P(x), `(B,)` in nats, from one draw of the dequantization noise.
 
@@ -192,11 +208,13 @@ class Flow(nn.Module):
             labels: Classes `(B,)` for log P(x | class) of a class-conditional model. Without them
                 the result is log P(x).
             draws: Number of draws of the noise.
+            context: Integers `(B, C', H', W')` for log P(x | context) of a model with an
+                `image_context`. By default it is `context_of(x)`.
 
         Raises:
             ValueError: The shape or the type of the numbers is wrong, a value is outside 0..Q-1, or
-                the model does not have these labels. Or `draws` is below 1, or above 1 where the
-                likelihood is exact.
+                the model does not have these labels or no context. Or `draws` is below 1, or above
+                1 where the likelihood is exact.
         """
         x = self._checked(x)
         if draws < 1 or (draws > 1 and self.exact):
@@ -206,9 +224,13 @@ class Flow(nn.Module):
             )
         if labels is not None:
             labels = self._checked_labels(labels, len(x))
+        if context is not None:
+            context = self._checked_context(context, len(x))
         bounds = []
         for _ in range(draws):
-            parts: LogProb = self(x, draw_noise(x.shape, generator, x.device), labels)
+            parts: LogProb = self(
+                x, draw_noise(x.shape, generator, x.device), labels, context=context
+            )
             bounds.append(parts.total)
         return self.kind.over_draws(torch.stack(bounds))
 
@@ -229,20 +251,23 @@ class Flow(nn.Module):
         """The latent at the middle of each image's bin, `(B, D)`.
 
         There is no randomness, so `decode` gives `x` back. A causal flow computes one entry after
-        the other for that, so it takes as long as `decode`.
+        the other for that, so it takes as long as `decode`. A model with an `image_context` needs
+        that of the images, `context_of(x)`, to give them back.
         """
-        v = self.dequantizer.middle(self._checked(x), self.dtype)
-        context = self._context(None, len(v))
-        return self.bijection.through(Retracing(), "forward", v, context)[0]
+        x = self._checked(x)
+        v = self.dequantizer.middle(x, self.dtype)
+        seen = self.seen(len(x), context=self.context_of(x))
+        return self.bijection.through(Retracing(), "forward", v, seen)[0]
 
     @torch.no_grad()
     def decode(
         self,
-        z: Tensor,
+        z: Tensor | np.ndarray,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
         guidance: float | None = None,
         denoise: bool = False,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
@@ -255,35 +280,41 @@ class Flow(nn.Module):
             executor: Calls the layers.
             guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
             denoise: Whether to take one step of `denoised` after it.
+            context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
 
         Raises:
             FloatingPointError: The result is not finite.
             ValueError: The model has no guidance, or no noise to take away; see `unguided` and
-                `denoised`.
+                `denoised`. Or it needs another context.
         """
+        if isinstance(z, np.ndarray):
+            z = torch.as_tensor(z, dtype=self.dtype)
         if denoise:
             self._sigma()
-        context = self._context(labels, len(z), guidance)
-        v, _ = self.bijection.through(executor, "inverse", z.to(self.device), context)
+        context = self._checked_context(context, len(z))
+        seen = self.seen(len(z), labels, context, guidance)
+        v, _ = self.bijection.through(executor, "inverse", z.to(self.device), seen)
         if denoise:
-            v = self.denoised(v, labels)
+            v = self.denoised(v, labels, context)
         return self.dequantizer.to_data(v).contiguous()
 
-    def denoised(self, v: Tensor, labels: Tensor | None = None) -> Tensor:
+    def denoised(
+        self, v: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """The mean of the image without noise, given noisy ones `v`, inputs of the flow.
 
         It is one step, `v + sigma^2 grad log p(v)` (Tweedie's formula, Robbins 1956; TarFlow, Zhai
         et al. 2024, section 3.3), exact where p is the density of noisy images. The density is that
-        of the classes `labels` `(B,)`, without guidance. A continuous flow estimates its gradient
-        as in training. Raises `ValueError` where the noise is not Gaussian.
+        of the classes `labels` `(B,)` or given the `context`, without guidance. A continuous flow
+        estimates its gradient as in training. Raises `ValueError` where the noise is not Gaussian.
         """
         sigma = self._sigma()
         with torch.enable_grad():
             v = v.detach().requires_grad_()
 
             def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
-                context = self._context(of_class, len(v))
-                return self.bijection.through(FUSED, "forward", v, context)
+                seen = self.seen(len(v), of_class, context)
+                return self.bijection.through(FUSED, "forward", v, seen)
 
             log_prob = self._parts(to_latents, labels, len(v)).total
             (score,) = torch.autograd.grad(log_prob.sum(), v)
@@ -307,19 +338,20 @@ class Flow(nn.Module):
         n: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         guidance: float | None = None,
         denoise: bool = False,
+        context: Tensor | None = None,
     ) -> Tensor:
         """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
-        samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance` and
-        `denoise` are those of `decode`.
+        samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
+        `denoise` and `context` are those of `decode`.
         """
-        labels = self.classes_in_turn(n) if labels is None else labels
+        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(latents, labels, guidance=guidance, denoise=denoise)
+        return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -327,24 +359,26 @@ class Flow(nn.Module):
         n: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples as `sample` gives them, and the `log_prob` of each, `(n,)` in nats.
 
         The noise of the likelihood is drawn after the samples, from the same generator.
         """
-        labels = self.classes_in_turn(n) if labels is None else labels
-        x = self.sample(n, temperature, generator, labels)
-        return x, self.log_prob(x, generator, labels)
+        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
+        x = self.sample(n, temperature, generator, labels, context=context)
+        return x, self.log_prob(x, generator, labels, context=context)
 
     def __repr__(self) -> str:
         """What the flow is, in five lines. `print(flow.bijection)` has every layer."""
         classes = f", {self.classes} classes" if self.classes else ""
+        given = "" if self.image_context is None else f", given {self.image_context.words}"
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         return "\n".join(
             [
-                f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}",
+                f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}",
                 f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}",
                 f"  sampling: {self.sampling}",
                 f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "
@@ -357,22 +391,43 @@ class Flow(nn.Module):
         """The labels `(n,)` of `n` samples: all classes in turn, or None if there are none."""
         return torch.arange(n) % self.classes if self.classes else None
 
-    def _context(
-        self, labels: Tensor | None, count: int, guidance: float | None = None
+    def context_of(self, x: Tensor) -> Tensor | None:
+        """The context of integers `x` `(B, C, H, W)`, uint8 `(B, C', H', W')`. None if the model is
+        of images by themselves.
+        """
+        return None if self.image_context is None else self.image_context.of(x)
+
+    def seen(
+        self,
+        count: int,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        guidance: float | None = None,
     ) -> Context | None:
-        """What the networks of the bijection see of the classes `labels` `(B,)`, B = `count`.
+        """What the networks of the bijection see for B = `count` examples, of their classes
+        `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
 
         Raises `ValueError` for a weight of `guidance` where there is none.
         """
         if guidance is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
+        if self.image_context is not None and context is not None:
+            return self.image_context.scaled(context.to(self.device), self.dtype)
         if self.class_prior is None:
             return None
-        context = self.class_prior.context(labels, count)
-        if context is None:
+        of_class = self.class_prior.context(labels, count)
+        if of_class is None:
             return None
-        context = context.to(self.device, self.dtype)
-        return Guided(context, torch.zeros_like(context), guidance) if guidance else context
+        of_class = of_class.to(self.device, self.dtype)
+        return Guided(of_class, torch.zeros_like(of_class), guidance) if guidance else of_class
+
+    def require_no_context(self, what: str) -> None:
+        """Raises `UserError` that begins with `what` for a model with an `image_context`."""
+        if self.image_context is not None:
+            raise UserError(
+                f"{what}: not possible for a model of images given {self.image_context.words} "
+                f"(model.context)"
+            )
 
     def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Standard normal draws `(B, D)` as latents of the base density.
@@ -388,7 +443,8 @@ class Flow(nn.Module):
         assert self.class_prior is not None
         return self.class_prior.place(noise.to(self.device), labels)
 
-    def _checked_labels(self, labels: Tensor, count: int) -> Tensor:
+    def _checked_labels(self, labels: Labels, count: int) -> Tensor:
+        labels = torch.as_tensor(labels)
         if self.class_prior is None:
             raise ValueError("the model is not class-conditional: it has no labels")
         if labels.shape != (count,):
@@ -398,6 +454,25 @@ class Flow(nn.Module):
                 f"expected classes in 0..{self.classes - 1}, got {sorted(set(labels.tolist()))}"
             )
         return labels.to(self.device)
+
+    def _checked_context(self, context: Tensor | None, count: int) -> Tensor | None:
+        if self.image_context is None:
+            if context is not None:
+                raise ValueError("the model has no image_context: it is of images by themselves")
+            return None
+        shape = self.image_context.shape
+        if context is None or tuple(context.shape) != (count, *shape):
+            given = "none" if context is None else f"{tuple(context.shape)}"
+            raise ValueError(
+                f"the model is given {self.image_context.words}: expected a context of shape "
+                f"({count}, {', '.join(map(str, shape))}), got {given}; context_of(x) is that of "
+                f"images"
+            )
+        levels = self.image_context.levels
+        low, high = context.min().item(), context.max().item()
+        if context.is_floating_point() or low < 0 or high >= levels:
+            raise ValueError(f"expected a context of integers in 0..{levels - 1}")
+        return context.to(self.device)
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` standard normal latents, `(n, D)`, drawn row by row.

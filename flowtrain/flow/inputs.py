@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowtrain.types import Shape
 
+Labels: TypeAlias = Tensor | np.ndarray | Sequence[int]
 Batch: TypeAlias = Tensor | np.ndarray | Sequence[Image.Image | np.ndarray]
 
 

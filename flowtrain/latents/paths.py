@@ -45,7 +45,11 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends."""
+    """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends.
+
+    Raises `UserError` for a model of images given a part of them, since a path would need one.
+    """
+    flow.require_no_context("paths between images")
     require_room(flow, len(first), steps)
     t = torch.linspace(0, 1, steps)
     ends = zip(encode(flow, first), encode(flow, second), strict=True)

@@ -34,6 +34,7 @@ def build(
     shape: Shape,
     data_levels: int | None,
     classes: int = 0,
+    context: Shape | None = None,
     *,
     width: Positive = 128,
     blocks: Positive = 6,
@@ -47,7 +48,8 @@ def build(
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `data_levels` levels.
 
-    With `classes`, the networks see the class, so the likelihood given a class is exact, too.
+    With `classes`, the networks see the class, so the likelihood given a class is exact, too. So is
+    that given an image, where the model is told the shape of a `context`.
 
     Args:
         width: Channels of the convolutions.
@@ -67,7 +69,8 @@ def build(
             serves small sets and long runs.
 
     Raises:
-        UserError: if the data are real values, or if there are too few tokens to downsample.
+        UserError: if the data are real values, if there are too few tokens to downsample, or if the
+            images of a model with a context are not made of whole tokens.
     """
     if data_levels is None:
         raise UserError(
@@ -80,11 +83,16 @@ def build(
             f"model.downsample: {downsample} needs at least 3 rows of tokens, and these images "
             f"have {size[0]}: set it to 0, or use a smaller model.token"
         )
+    if context is not None and (shape[1] % token or shape[2] % token):
+        raise UserError(
+            f"model.token: {token}, but with model.context both sides of an image must be "
+            f"multiples of it, and these images have {shape[1]}x{shape[2]} pixels"
+        )
     seen = Window(window, window, ahead=0)
     mixture = DiscretizedMixture(data_levels, components)
     start = mixture.start()
     net = CausalNet(
-        *(entries, size, start, width, blocks, units, seen, classes),
+        *(entries, size, start, width, blocks, units, seen, classes, context),
         attention=attention,
         downsample=downsample,
         dropout=dropout,

@@ -34,7 +34,7 @@ from flowtrain.bijections import (
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes
-from flowtrain.nets.convolution import GlowNet, ZeroNet
+from flowtrain.nets.convolution import GlowNet, ZeroNet, channels_of
 from flowtrain.nets.residual import DepthwiseNet, GatedNet
 from flowtrain.types import Positive, Shape
 
@@ -43,6 +43,7 @@ PerLevel = Positive | list[Positive]
 
 def build(
     shape: Shape,
+    context: Shape | None = None,
     *,
     levels: Positive = 3,
     steps: PerLevel = 32,
@@ -58,6 +59,9 @@ def build(
     prior: Elementwise = "affine",
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
+
+    Where the model is told the shape of a `context`, all networks see the context beside their
+    input, those of the split priors too.
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
@@ -89,10 +93,14 @@ def build(
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     options = {"spline": (bins,), "mixture": (components,)}
-    nets: dict[str, Callable[[int, int, int], nn.Module]] = {
+    nets: dict[str, Callable[[int, int, int, int], nn.Module]] = {
         "glow": GlowNet,
-        "gated": lambda inputs, outputs, width: GatedNet(inputs, outputs, width, blocks),
-        "depthwise": lambda inputs, outputs, width: DepthwiseNet(inputs, outputs, width, blocks),
+        "gated": lambda inputs, outputs, width, seen: GatedNet(
+            inputs, outputs, width, blocks, seen
+        ),
+        "depthwise": lambda inputs, outputs, width, seen: DepthwiseNet(
+            inputs, outputs, width, blocks, seen
+        ),
     }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
@@ -100,7 +108,8 @@ def build(
         by_channel = split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0)
         kept = channels // 2 if by_channel else channels
         changed = channels - kept if by_channel else channels
-        net = nets[conditioner](kept, transform.parameters_per_entry * changed, width_of[level])
+        parameters = transform.parameters_per_entry * changed
+        net = nets[conditioner](kept, parameters, width_of[level], channels_of(context, size))
         if by_channel:
             return Coupling(kept, net, transform)
         parity = (step // 2 if split == "mixed" else step) % 2
@@ -123,7 +132,8 @@ def build(
         if level < levels - 1:
             kept = channels // 2
             transform = TRANSFORMS[prior](*options.get(prior, ()))
-            net = ZeroNet(kept, transform.parameters_per_entry * (channels - kept))
+            parameters = transform.parameters_per_entry * (channels - kept)
+            net = ZeroNet(kept, parameters, channels_of(context, (height, side)))
             priors.append(Coupling(kept, net, transform))
             latent_shapes.append((channels - kept, height, side))
             channels = kept

@@ -32,12 +32,14 @@ from flowtrain.bijections import (
     Squeeze,
 )
 from flowtrain.models.base import check_squeezes, vector_coupling
+from flowtrain.nets.convolution import channels_of
 from flowtrain.nets.residual import ResidualNet
 from flowtrain.types import Positive, Shape
 
 
 def build(
     shape: Shape,
+    context: Shape | None = None,
     *,
     levels: Positive = 2,
     width: Positive = 64,
@@ -46,7 +48,8 @@ def build(
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 
     Each level but the last is three checkerboard couplings, a squeeze, and three channel couplings,
-    after which half of the channels leave. The last level is four checkerboard couplings.
+    after which half of the channels leave. The last level is four checkerboard couplings. Where the
+    model is told the shape of a `context`, all networks see the context beside their input.
 
     Args:
         levels: Number of scales. The image is squeezed `levels - 1` times (the paper: "downscale
@@ -58,7 +61,7 @@ def build(
     Raises:
         UserError: if the image cannot be squeezed `levels - 1` times.
     """
-    if shape[1:] == (1, 1):
+    if shape[1:] == (1, 1) and context is None:
         return _of_vectors(shape, 4 * levels, width, blocks)
     check_squeezes(shape, levels - 1, levels)
     channels, height, side = shape
@@ -67,8 +70,9 @@ def build(
     for level in range(levels):
         last = level == levels - 1
         layers: list[Bijection] = []
+        seen = channels_of(context, (height, side))
         for i in range(4 if last else 3):
-            net = ResidualNet(channels, 2 * channels, width, blocks)
+            net = ResidualNet(channels, 2 * channels, width, blocks, seen)
             layers += [
                 CheckerboardCoupling((height, side), net, AffineTransform(), parity=i % 2),
                 ActNorm((channels, 1, 1)),
@@ -76,9 +80,9 @@ def build(
         if not last:
             layers.append(Squeeze())
             channels, height, side, width = 4 * channels, height // 2, side // 2, 2 * width
-            half = channels // 2
+            half, seen = channels // 2, channels_of(context, (height, side))
             for i in range(3):
-                net = ResidualNet(half, 2 * half, width, blocks)
+                net = ResidualNet(half, 2 * half, width, blocks, seen)
                 layers += [
                     Coupling(half, net, AffineTransform(), swap=i % 2 == 1),
                     ActNorm((channels, 1, 1)),

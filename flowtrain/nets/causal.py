@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowtrain.bijections.ordinal import TokenNet
 from flowtrain.nets.causal_blocks import (
@@ -21,17 +20,20 @@ from flowtrain.nets.causal_blocks import (
     norm_of_columns,
 )
 from flowtrain.nets.coarse import CoarseStream
+from flowtrain.nets.convolution import Conv2d, ReLU, channels_of, resized
 from flowtrain.nets.dropout import Drop, Dropout, keep_all
 from flowtrain.nets.token_head import HeadByEntry, TokenHead
 from flowtrain.nets.window import CausalConv, Window
+from flowtrain.types import Shape
 
 
 class CausalNet(TokenNet):
     """Residual blocks over tokens, then a masked network within the token.
 
     It maps the values, the residuals and the linear predictions of the entries, `(B, 3E, H, W)`, to
-    `(B, P E, H, W)`. A context `(B, C')`, or `(B, C', H', W')` averaged down to the tokens, adds to
-    the features. Without one it is the mean of the unit vectors, which stands for an unknown class.
+    `(B, P E, H, W)`. A context adds to the features. It is a class `(B, C')`, without which it is
+    the mean of the unit vectors, for an unknown class. Or it is an image `(B, C', H', W')` of shape
+    `image`, of which two convolutions see what is around a token, to all sides.
 
     The blocks are convolutions, and between them at equal distances `attention` blocks of
     attention. A coarse stream of `downsample` blocks is in the middle.
@@ -49,7 +51,8 @@ class CausalNet(TokenNet):
         blocks: int,
         units: int,
         window: Window,
-        context_channels: int = 0,
+        classes: int = 0,
+        image: Shape | None = None,
         attention: int = 0,
         downsample: int = 0,
         dropout: float = 0.0,
@@ -61,20 +64,23 @@ class CausalNet(TokenNet):
         self.blocks = nn.ModuleList(_blocks(width, blocks, attention, downsample, size))
         self.dropout = dropout
         self.head = TokenHead(entries, width, units, start)
-        self.context = nn.Linear(context_channels, width, bias=False) if context_channels else None
+        self.context = nn.Linear(classes, width, bias=False) if classes else None
+        self.around = None
+        if image is not None:
+            first = Conv2d(channels_of(image, size), width, 3)
+            self.around = nn.Sequential(first, ReLU(), Conv2d(width, width, 3))
 
     def added(self, context: Tensor | None) -> Tensor:
         """What position and context add to the features of the tokens, `(B or 1, H, W, C)`."""
-        if self.context is None:
-            return self.position[None]
-        if context is None:
-            return self.position[None] + self.context.weight.mean(dim=1)
-        if context.ndim == 2:
-            context = context[..., None, None]
-        elif context.shape[-2:] != self.size:
-            context = F.adaptive_avg_pool2d(context, self.size)
-        added: Tensor = self.position + self.context(context.movedim(1, -1))
-        return added
+        of_context: Tensor | float = 0.0
+        if self.around is not None:
+            assert context is not None
+            of_context = self.around(resized(context, self.size)).movedim(1, -1)
+        elif self.context is not None and context is None:
+            of_context = self.context.weight.mean(dim=1)
+        elif self.context is not None:
+            of_context = self.context(context)[:, None, None]
+        return self.position[None] + of_context
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, noise: Tensor | None = None

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from flowtrain.types import Shape
+
 
 class Conv2d(nn.Linear):
     """A convolution of odd kernel size `k`, `(B, C, H, W)` to `(B, C', H, W)`.
@@ -55,12 +57,30 @@ class ZeroConv2d(Conv2d):
 
 
 def with_context(x: Tensor, context: Tensor | None) -> Tensor:
-    """`x` with the channels of the context, which is averaged down to the size of `x`."""
+    """`x` with the channels of the context, which is brought to the size of `x`."""
     if context is None:
         return x
-    if context.shape[-2:] != x.shape[-2:]:
-        context = F.adaptive_avg_pool2d(context, (x.shape[-2], x.shape[-1]))
-    return torch.cat([x, context], dim=1)
+    return torch.cat([x, resized(context, (x.shape[-2], x.shape[-1]))], dim=1)
+
+
+def resized(context: Tensor, size: tuple[int, int]) -> Tensor:
+    """A context `(B, C, H, W)` at another resolution, with all of its entries.
+
+    Patches of a larger one become channels, and a smaller one is repeated. One of its sizes is a
+    multiple of the other. `channels_of` says how many channels come out.
+    """
+    height = context.shape[-2]
+    if height < size[0]:
+        return F.interpolate(context, size)
+    return context if height == size[0] else F.pixel_unshuffle(context, height // size[0])
+
+
+def channels_of(context: Shape | None, size: tuple[int, int]) -> int:
+    """The number of channels of a context of shape `(C, H, W)` where it is `resized`, or 0."""
+    if context is None:
+        return 0
+    channels, height, _ = context
+    return channels * max(1, height // size[0]) ** 2
 
 
 class _IntegerReLU(torch.autograd.Function):
@@ -133,12 +153,12 @@ class ZeroNet(nn.Module):
     The release calls it `split2d_prior`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, context_channels: int = 0):
         super().__init__()
-        self.layer = ZeroConv2d(in_channels, out_channels, 3)
+        self.layer = ZeroConv2d(in_channels + context_channels, out_channels, 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        parameters: Tensor = self.layer(x)
+        parameters: Tensor = self.layer(with_context(x, context))
         return parameters
 
 

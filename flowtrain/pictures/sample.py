@@ -26,14 +26,16 @@ def sample(
     iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
+    contexts: Tensor | None = None,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
-    for each temperature and class, again from the same latents. With `iterate`, sequential layers
-    compute all entries at once, until they do not change any more. `guidance` and `denoise` are
-    those of `Flow.decode`.
+    for each temperature and class, again from the same latents. So it does for each of the
+    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
+    sequential layers compute all entries at once, until they do not change any more. `guidance` and
+    `denoise` are those of `Flow.decode`.
 
     Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
     `iterate` that it does not have, or for samples without room.
@@ -51,7 +53,8 @@ def sample(
         raise UserError(f"--guidance {guidance:g}: {reason}")
     if denoise and flow.dequantizer.sigma is None:
         raise UserError(f"--denoise: {NO_SIGMA}")
-    count = num * len(temperatures) * max(1, len(classes))
+    groups = max(1, len(classes)) if contexts is None else len(contexts)
+    count = num * len(temperatures) * groups
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
         # Latents as drawn and as placed, and images in parts and as a whole.
@@ -67,14 +70,15 @@ def sample(
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
+    given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
     images = []
     for i, temperature in enumerate(temperatures):
-        latents = flow.place(temperature * z.repeat(max(1, len(classes)), 1), labels)
+        latents = flow.place(temperature * z.repeat(groups, 1), labels)
 
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise))
+        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise, given))
     return torch.cat(images)
 
 
@@ -86,6 +90,7 @@ def decode(
     iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -104,8 +109,8 @@ def decode(
         def note(share: float, start: int = start, stop: int = stop) -> None:
             progress(round(start + share * (stop - start), 1))
 
-        of_part = None if labels is None else labels[start:stop]
-        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise)
+        of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
+        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise, given)
         images.append(part.cpu())
         progress(stop)
     return torch.cat(images)
@@ -117,10 +122,12 @@ def npz(
     temperatures: Sequence[float],
     seed: int,
     classes: Sequence[int] = (),
+    contexts: Tensor | None = None,
     **others: object,
 ) -> bytes:
     """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` were asked for, its class. `others` are further arrays or numbers.
+    each and, where `classes` or `contexts` were asked for, its class or its context. `others` are
+    further arrays or numbers.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {
@@ -129,6 +136,9 @@ def npz(
     }
     if classes:
         arrays["classes"] = np.tile(np.repeat(classes, num), len(temperatures))
+    if contexts is not None:
+        repeated = contexts.repeat_interleave(num // len(contexts), dim=0)
+        arrays["context"] = repeated.repeat(len(temperatures), 1, 1, 1).movedim(1, -1).numpy()
     arrays |= {"seed": seed, **flow.kind.npz(), **others}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -49,7 +49,15 @@ def shape_of(shape: Shape, kind: Kind) -> str:
 
 
 def size_of(flow: Flow) -> str:
-    return f"{sum(p.numel() for p in flow.parameters()):,} parameters, sampling: {flow.sampling}"
+    given = "" if flow.image_context is None else f"given {flow.image_context.words}, "
+    size = sum(p.numel() for p in flow.parameters())
+    return f"{given}{size:,} parameters, sampling: {flow.sampling}"
+
+
+def unit_of(flow: Flow) -> str:
+    """The unit of the losses, with what images are given."""
+    given = "" if flow.image_context is None else f" given {flow.image_context.words}"
+    return f"{flow.kind.unit}{given}"
 
 
 def card_of(model: LoadedModel) -> zoo.Card | None:
@@ -62,7 +70,7 @@ def figures(model: LoadedModel) -> list[Figure]:
     """What was measured of these weights: by `flowtrain evaluate` in the run, and on the card of a
     trained model.
     """
-    unit, meta = model.flow.kind.unit, model.checkpoint.meta
+    unit, meta = unit_of(model.flow), model.checkpoint.meta
     found = {}
     for file in sorted(run_of(model.checkpoint.path).glob("evaluate-*.json")):
         result = record.read_evaluation(file)
@@ -102,9 +110,8 @@ def table(model: LoadedModel) -> dict[str, str]:
             f"{duration(progress['seconds'])}, {state}"
         )
         if progress["best"] is not None:
-            rows["validation"] = (
-                f"{progress['best']:.3f} {flow.kind.unit} at step {progress['best_step']:,}"
-            )
+            best = f"{progress['best']:.3f} {unit_of(flow)}"
+            rows["validation"] = f"{best} at step {progress['best_step']:,}"
     if card := card_of(model):
         rows["trained"] = f"{card.command}, {card.time} on {card.machine}"
         rows["data from"] = f"{card.data} ({card.licence})"

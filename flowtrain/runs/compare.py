@@ -27,7 +27,7 @@ TEST_FIGURES = (
     *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
     *("nats_per_dim", "nats_per_dim_stderr", "sigma"),
     *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
-    *("weights", "step"),
+    *("weights", "step", "given"),
 )
 
 
@@ -108,7 +108,7 @@ def result(name: str, run: Record) -> Result:
     best = min(validations, default=(summary.best, summary.best_step))
     return Result(
         run=name,
-        model=run.config["model"]["name"],
+        model=" ".join(filter(None, [run.config["model"]["name"], given(run.config)])),
         data=run.config["data"]["name"],
         finished=summary.finished,
         parameters=summary.parameters,
@@ -123,12 +123,25 @@ def result(name: str, run: Record) -> Result:
     )
 
 
+def given(config: dict[str, Any]) -> str:
+    """What part of images a model is given, in words, or nothing for a model of whole images."""
+    model = config["model"]  # that of an earlier version has no such key
+    kind = model.get("context", "none")
+    factor = f" by {model.get('context_factor')}" if kind == "downsample" else ""
+    return "" if kind == "none" else f"given {kind}{factor}"
+
+
 def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
     """What a reader of the table has to know, one sentence per note."""
     found = []
     for own, run in zip(results, records, strict=True):
         if run.summary.edition:
             found.append(f"{own.run}: its data are {cut(run.summary.edition, 200)}")
+        if part := given(run.config):
+            found.append(
+                f"{own.run}: its losses are of images {part} (model.context), and compare only "
+                f"with such"
+            )
         evaluated = run.summary.best_step or run.summary.step  # the step that `evaluate RUN` takes
         if not own.finished:
             found.append(f"{own.run} is not finished: it is at step {own.step}")

@@ -26,7 +26,7 @@ from flowtrain.evaluation.nearest import nearest_images
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.latents.paths import interpolate
-from flowtrain.pictures import draw, grid
+from flowtrain.pictures import conditional, draw, grid
 from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation
 from flowtrain.runs import charts, record
@@ -35,6 +35,7 @@ from flowtrain.system.console import duration
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
 COMPARED = 16  # test images whose distance to the training images a sample's is compared with
+ROWS = 4  # and columns of a picture of samples
 PATHS, STEPS = 4, 8  # paths between test images, and the images of each
 FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
 HEALTH = 16  # the health table takes about as long as this many other parts
@@ -85,7 +86,10 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     """
     levels = _levels(flow)
     back = torch.cat(
-        [flow.decode(flow.encode(part)).cpu() for part in x.split(fitting_batch_size(flow))]
+        [
+            flow.decode(flow.encode(part), context=flow.context_of(part)).cpu()
+            for part in x.split(fitting_batch_size(flow))
+        ]
     )
     difference = (back.int() - x.int()).abs()
     by_image = difference.flatten(1).amax(dim=1)  # (N,)
@@ -124,8 +128,14 @@ def page(
         return data
 
     def samples(temperature: float) -> Tensor:
-        x = sample(flow, flow.kind.report_count, [temperature], seed)
-        return draw.drawing(flow, lambda: there().split("test")).samples(x, 4, seed)
+        if flow.image_context is None:
+            x = sample(flow, flow.kind.report_count, [temperature], seed)
+        else:
+            contexts = conditional.of_split(flow, there().split("test"), ROWS)
+            assert contexts is not None
+            drawn = sample(flow, ROWS - 1, [temperature], seed, contexts=contexts)
+            x = conditional.rows(flow, contexts, drawn, 1)
+        return draw.drawing(flow, lambda: there().split("test")).samples(x, ROWS, seed)
 
     def health() -> list[tuple[Finding, list[Finding]]]:
         def note(done: int, total: int) -> None:
@@ -215,7 +225,9 @@ class Neighbours(NamedTuple):
 
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
     levels, train = _levels(flow), data.split("train")
-    drawn, compared = sample(flow, SHOWN, [1.0], seed), data.split("test").take(slice(0, COMPARED))
+    test = data.split("test")
+    contexts, compared = conditional.of_split(flow, test, SHOWN), test.take(slice(0, COMPARED))
+    drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
     distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
     samples = []
     for one, near, found in zip(

@@ -15,6 +15,7 @@ from flowtrain.evaluation.layers import log_scale_ranges
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures import draw
+from flowtrain.pictures.conditional import of_split
 from flowtrain.pictures.sample import decode
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
@@ -75,7 +76,8 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     )
     flow, seed = state.evaluated, state.config.seed
     try:
-        samples = decode(flow, flow.place(z), labels=flow.classes_in_turn(len(z)))
+        labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
+        samples = decode(flow, flow.place(z), labels=labels, context=contexts)
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")
@@ -237,7 +239,9 @@ def announce_end(state: State, run: RunDirectory) -> None:
     progress, path = state.progress, shlex.quote(str(run.path))
     best = "no validation images"
     if progress.best is not None:
-        best = f"{progress.best:.3f} {state.flow.kind.unit} on the validation images"
+        unit, context = state.flow.kind.unit, state.flow.image_context
+        given = "" if context is None else f", given {context.words},"
+        best = f"{progress.best:.3f} {unit}{given} on the validation images"
         if progress.best_step != progress.step:
             best += f" (at step {progress.best_step:,}, the best)"
     console.print(

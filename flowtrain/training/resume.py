@@ -214,10 +214,12 @@ def announce(
 ) -> None:
     """Prints what is trained on which data, and where the run is written."""
     parameters = sum(p.numel() for p in state.flow.parameters())
-    fingerprint = state.data
+    fingerprint, context = state.data, state.flow.image_context
+    given = "" if context is None else f" of images given {context.words}"
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
-        f"{state.config.model.name}: {parameters:,} parameters on {batches.device}{processes}; "
+        f"{state.config.model.name}{given}: {parameters:,} parameters on "
+        f"{batches.device}{processes}; "
         f"{data.config.name}: {fingerprint['train']:,} images to train on, "
         f"{fingerprint['validation']:,} to validate, "
         f"{'x'.join(map(str, data.shape))}, "

@@ -35,13 +35,22 @@ if drop is not None:
 
 
 def make(here: Path) -> None:
-    """One of everything that can be wrong, and runs that are right: of digits, of classes, and of
-    points.
+    """One of everything that can be wrong, and runs that are right: of digits, of classes, of
+    points, and of images given a part of them.
     """
     run = copy_of(trained()["glow"], here / "run")
+    make_data(here)
     for name, more in (
         ("classes", [*TINY_RUN, *sets(model__classes=10)]),
         ("points", ["--config", "realnvp_two_moons.yaml"]),
+        (
+            "given",
+            [
+                *TINY_RUN,
+                *sets(data__name="npz", data__path=here / "colour.npz"),
+                *sets(model__context="downsample"),
+            ],
+        ),
     ):
         options = [*more, *sets(train__num_steps=1, train__sample_every=9), "--run-dir", name]
         quick("train", *options, cwd=here).ok()
@@ -83,7 +92,6 @@ def make(here: Path) -> None:
         named = {**meta["config"], section: {**meta["config"][section], "name": "os.path"}}
         path = here / f"dotted_{section}.safetensors"
         checkpoint_format.write(path, {**meta, "config": named}, saved.tensors)
-    make_data(here)
     make_pictures(here)
     make_archives(here, run)
     make_latents(here, run)
@@ -215,6 +223,9 @@ CONFIGURATIONS = [
     ("model.width=2.5", "model.width", "integer", "2.5"),
     ("model.bins=300", "model.bins", "less than or equal to 256", "300"),
     ("model.classes=5", "model.classes: 5", "labels 0..9"),
+    ("model.context=blue", "'none', 'downsample' or 'grey'", "'blue'"),
+    ("model.context=grey", "model.context: grey needs images with 3 channels, and these have 1"),
+    ("model.context_factor=3", "model.context_factor", "2 or 4", "3"),
     ("model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1)", "a multiple of 16"),
     ("train.lr=fast", "train.lr", "number", "'fast'"),
     ("train.lr=-1", "train.lr", "greater than 0", "-1"),
@@ -534,6 +545,22 @@ TABLE = [
     ("sample classes --classes -1", "--classes -1", "0..9"),
     (f"sample classes --classes {10**30}", "--classes 1000", "0..9"),
     ("sample classes --classes a", "--classes a", "whole numbers"),
+    ("sample run --image good.png", "--image good.png", "model.context is none"),
+    ("sample run --image no.png", "--image no.png", "model.context is none"),
+    ("sample points --image good.png", "--image good.png", "model.context is none"),
+    ("sample given --image no.png", "no.png: there is no such image file"),
+    ("sample given --image no%FF.png", "no?.png: there is no such image file"),
+    ("sample given --image empty.png", "empty.png cannot be read as an image"),
+    ("sample given --image text.png", "text.png cannot be read as an image"),
+    ("sample given --image pipe.png", "pipe.png", PIPE),
+    ("sample given --image grid.png", "grid.png"),
+    ("sample given --image locked.png", "locked.png", "is not readable"),
+    ("sample given --image ''", "an argument is empty"),
+    ("sample given --classes 1", "--classes 1", "not class-conditional"),
+    (f"sample given --num-images {HUGE}", f"--num-images {HUGE}: a picture of 80,000,000,"),
+    ("interpolate given", "not possible for a model of images given the image at 4x4 pixels"),
+    ("interpolate given --images good.png good.png", "not possible", "model.context"),
+    ("compress given rgb.png --out x", "an archive has no context", "4x4 pixels (model.context)"),
     ("sample classes --classes 1,,2", "--classes 1,,2", "whole numbers"),
     ("sample run --guidance -1", "--guidance", "greater than or equal to 0"),
     ("sample run --guidance nan", "--guidance nan", "finite"),

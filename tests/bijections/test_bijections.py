@@ -65,17 +65,17 @@ def model(name, shape, *about_data, **options):
     )
 
 
-def ordinal(shape, levels, token=2, context=0):
+def ordinal(shape, levels, token=2, **told):
     """A causal model, which is a layer."""
-    return model("causal", shape, levels, context, token=token)
+    return model("causal", shape, levels, token=token, **told)
 
 
 def multiscale():
-    """Two levels by hand, the second of whose priors is conditioned on the context."""
+    """Two levels by hand, whose priors are conditioned on the context."""
     return Multiscale(
         [Sequential(Squeeze(), Conv1x1LU(8)), Sequential(ActNorm((4, 1, 1)))],
         [
-            Coupling(4, ZeroNet(4, 8), AffineTransform()),
+            Coupling(4, ZeroNet(4, 8, 3), AffineTransform()),
             Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
         ],
         [(4, 2, 2), (4, 2, 2)],
@@ -144,9 +144,14 @@ LAYERS = {
         (3, 2, 2),
     ),
     "coupling-larger-context": (
-        lambda: Coupling(2, GlowNet(2, 4, 5, 3), AffineTransform()),
+        lambda: Coupling(2, GlowNet(2, 4, 5, 12), AffineTransform()),
         (4, 2, 2),
         (3, 4, 4),
+    ),
+    "coupling-smaller-context": (
+        lambda: Coupling(2, ZeroNet(2, 4, 3), AffineTransform()),
+        (4, 4, 2),
+        (3, 2, 1),
     ),
     "coupling-gated": (
         lambda: Coupling(2, GatedNet(2, 4, 5, 2), AffineTransform()),
@@ -304,8 +309,12 @@ LAYERS = {
     "ordinal-pixels": (lambda: ordinal((2, 3, 3), 16, token=1), (2, 3, 3), None),
     "ordinal-padded": (lambda: ordinal((2, 3, 5), 8), (2, 3, 5), None),
     "ordinal-large-token": (lambda: ordinal((1, 4, 5), 17, token=4), (1, 4, 5), None),
-    "ordinal-context": (lambda: ordinal((1, 4, 4), 17, context=3), (1, 4, 4), (3, 4, 4)),
-    "ordinal-vector-context": (lambda: ordinal((1, 3, 4), 17, context=3), (1, 3, 4), (3,)),
+    "ordinal-class": (lambda: ordinal((1, 3, 4), 17, classes=3), (1, 3, 4), (3,)),
+    "ordinal-context": (
+        lambda: ordinal((1, 4, 6), 17, context=(3, 8, 12)),
+        (1, 4, 6),
+        (3, 8, 12),
+    ),
     "continuous": (lambda: Continuous(Dynamics(5, 6, 2), "dopri8", 1e-12, 1e-12), (5,), None),
 }
 # The layers of these models are tested above. These rows test what joins them.
@@ -363,6 +372,21 @@ MODELS = {
     "realnvp": (lambda: model("realnvp", (1, 4, 4)), (1, 4, 4), None),
     "realnvp-rgb": (lambda: model("realnvp", (3, 2, 4)), (3, 2, 4), None),
     "realnvp-one-level": (lambda: model("realnvp", (2, 3, 3), levels=1), (2, 3, 3), None),
+    "glow-context": (
+        lambda: model("glow", (1, 4, 4), context=(1, 4, 4), prior="mixture"),
+        (1, 4, 4),
+        (1, 4, 4),
+    ),
+    "glow-smaller-context": (
+        lambda: model("glow", (1, 4, 4), context=(1, 1, 1)),
+        (1, 4, 4),
+        (1, 1, 1),
+    ),
+    "realnvp-context": (
+        lambda: model("realnvp", (1, 4, 4), context=(1, 2, 2)),
+        (1, 4, 4),
+        (1, 2, 2),
+    ),
     "nice": (lambda: model("nice", (1, 4, 4)), (1, 4, 4), None),
     "nice-gaussian": (lambda: model("nice", (1, 2, 4), prior="gaussian"), (1, 2, 4), None),
     "nice-odd": (lambda: model("nice", (1, 3, 3), couplings=3), (1, 3, 3), None),
@@ -380,6 +404,11 @@ MODELS = {
     "cnf-plane": (lambda: model("cnf", (2, 1, 1), blocks=1, hidden_layers=2), (2, 1, 1), None),
     "iaf-plane-random": (lambda: model("iaf", (2, 1, 1), order="random"), (2, 1, 1), None),
     "causal": (lambda: model("causal", (1, 4, 4), 17), (1, 4, 4), None),
+    "causal-context": (
+        lambda: model("causal", (1, 4, 4), 17, context=(1, 4, 4), attention=1),
+        (1, 4, 4),
+        (1, 4, 4),
+    ),
     "causal-all-blocks": (
         lambda: model("causal", (1, 3, 4), 17, token=1, attention=1, downsample=1),
         (1, 3, 4),

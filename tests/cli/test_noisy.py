@@ -54,6 +54,7 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     done = quick("evaluate", run, "--json", "one.json", "--scores", "s.csv", cwd=tmp_path).ok()
     said = has_no_bits(done.out)
     assert "minus the mean log-density of noisy images (sigma 0.1)" in said and SAID in said
+    assert re.search(r"-?\d+\.\d+ .* nats/dim \(180 test images\)", said)
     one = json.loads((tmp_path / "one.json").read_text())
     assert (one["bound"], one["samples"], one["sigma"]) == ("density", 1, 0.1)
     assert "any: the mean over 10 equally likely classes" in said and one["classes"] == 10

@@ -59,3 +59,17 @@ def test_a_flow_takes_all_of_them():
     assert torch.equal(flow.encode(x.numpy()), flow.encode(x))
     with pytest.raises(ValueError, match="expected images of shape"):
         flow.log_prob(np.zeros((2, 3, 3), np.uint8))
+
+
+def test_labels_and_latents_as_lists_and_arrays():
+    flow = tiny_flow("glow", classes=3)
+    x = images(3, flow.shape, flow.levels)
+    labels, z = torch.tensor([2, 0, 1]), flow.encode(x)
+    for given in ([2, 0, 1], labels.numpy()):
+        for ask in (
+            lambda labels: flow.log_prob(x, seeded(0), labels),
+            lambda labels: flow.sample(3, 1.0, seeded(0), labels),
+            lambda labels: flow.sample_with_log_prob(3, 1.0, seeded(0), labels)[1],
+        ):
+            assert torch.equal(ask(given), ask(labels))
+    assert torch.equal(flow.decode(z.double().numpy()), x)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from catalogue import SPHERE, TINY
 from fake_tensors import CPU, CUDA, Counting, fake_tensors, moved
-from helpers import a_config, images, ready, tiny_flow
+from helpers import a_config, images, perturb, ready, tiny_flow
 
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.memory import Mode
@@ -310,10 +310,26 @@ def test_which_labels_are_dropped_depends_on_seed_and_place_alone():
     assert dropped(a_config({**model, "label_dropout": 0.0}), 500, labels) is labels
 
 
+def test_a_process_drops_the_labels_of_its_own_images(monkeypatch):
+    model = {"name": "causal", **TINY["causal"], "classes": 10, "label_dropout": 0.5}
+    config = a_config(model)
+    state = State(config, build_flow(config, (1, 4, 4), 256), [], None, {})
+    state.progress.images = 500
+    x, labels, seen = images(16, (1, 4, 4)), torch.arange(16) % 10, []
+    state.computation = lambda x, noise, labels, *others, **options: (
+        seen.append(labels) or torch.zeros(())
+    )
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        train_step(state, x[8 * rank :][:8], labels[8 * rank :][:8])
+    assert torch.equal(torch.cat(seen), dropped(config, 500, labels))
+    assert 0 < (torch.cat(seen) == 10).sum() < 16
+
+
 def test_a_dropped_label_trains_the_model_without_a_class():
     model = {"name": "causal", **TINY["causal"], "classes": 3, "label_dropout": 0.999999}
     config = a_config(model)
-    flow = build_flow(config, (1, 4, 4), 256)
+    flow = perturb(build_flow(config, (1, 4, 4), 256))
     x, labels = images(8, (1, 4, 4)), torch.arange(8) % 3
     initialize(flow, x, torch.full(x.shape, 0.5))
     state = State(config, flow, [], None, {})
