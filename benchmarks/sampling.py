@@ -1,10 +1,17 @@
 """Sampling: seconds for 64 images, beside a forward pass of 64 images and the peers. Then the same
 for the small configurations of flowtrain, some of which sample one entry after the other.
+
+`--trained RUN` adds trained models, by both of their ways where they have two: Jacobi iteration
+takes as many passes as the weights demand.
 """
+
+from collections.abc import Callable
 
 import torch
 from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
 
+import flowtrain
+from flowtrain.bijections.execution import Iterating
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
@@ -19,6 +26,9 @@ CONFIGS = (
     "causal_mnist_small",
     "glow_cifar_small",
     "causal_cifar_small",
+    "tarflow_mnist_small",
+    "tarflow_cifar_small",
+    "jet_cifar_small",
 )
 
 
@@ -35,9 +45,20 @@ def flow_of(name: str) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
+def ways(name: str, flow: Flow) -> dict[str, Callable[[], object]]:
+    """The ways in which a trained flow samples."""
+    z = flow.draw_latents(IMAGES, torch.Generator().manual_seed(0))
+    found: dict[str, Callable[[], object]] = {f"`{name}`, {flow.sampling}": lambda: flow.decode(z)}
+    if flow.bijection.iterates:
+        executor = Iterating(lambda share: None)
+        found[f"`{name}`, Jacobi"] = lambda: flow.decode(z, executor=executor)
+    return found
+
+
 def main() -> None:
     parser = arguments(__doc__, work="S")
     parser.add_argument("--configs", nargs="*", default=CONFIGS, help="the configurations")
+    parser.add_argument("--trained", nargs="*", default=[], help="trained models")
     options = parser.parse_args()
     work = WORK[options.work]
     begin(f"Sampling {IMAGES} images, {options.work}: {work}", options)
@@ -56,16 +77,13 @@ def main() -> None:
     )
     flows = {name: flow_of(name) for name in options.configs}
     print()
-    table(
-        in_turns(
-            {
-                f"`{name}`, {flow.sampling}": lambda flow=flow: flow.sample(IMAGES)
-                for name, flow in flows.items()
-            },
-            options.repeats,
-        ),
-        {},
-    )
+    others: dict[str, Callable[[], object]] = {
+        f"`{name}`, {flow.sampling}": lambda flow=flow: flow.sample(IMAGES)
+        for name, flow in flows.items()
+    }
+    for name in options.trained:
+        others |= ways(name, flowtrain.load(name))
+    table(in_turns(others, options.repeats), {})
 
 
 if __name__ == "__main__":

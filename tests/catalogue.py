@@ -43,6 +43,11 @@ WORDS = {
     "nice": ["--config", "nice_digits.yaml", *sets(model__width=8, model__hidden_layers=1)],
 }
 CAUSAL = ["--config", "causal_digits.yaml", *sets(model__width=8, model__blocks=1, model__units=4)]
+OF_DIGITS = sets(
+    data__name="digits", data__validation=0.1, model__patch=2, model__width=8, model__layers=1
+)
+TARFLOW = ["--config", "tarflow_mnist_small.yaml", *OF_DIGITS]
+JET = ["--config", "jet_cifar_small.yaml", *OF_DIGITS, *sets(model__couplings=5, data__flip=False)]
 SHORT = sets(train__batch_size=32, train__lr=2e-3, train__num_steps=20, train__log_every=5)
 SHORT += sets(train__validate_every=10, train__checkpoint_every=5)
 SHORT += sets(train__sample_every=10, train__keep_checkpoints=2)

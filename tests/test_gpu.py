@@ -40,7 +40,10 @@ SMALL = {
     # Every kind of block.
     "causal_digits.yaml": ["model.blocks=2", "model.attention=1", "model.downsample=1", *SHORT],
 }
-GLOW, CAUSAL = SMALL
+OF_DIGITS = ["data.name=digits", "model.patch=2", *SHORT]
+SMALL["tarflow_mnist_small.yaml"] = OF_DIGITS
+SMALL["jet_cifar_small.yaml"] = ["model.couplings=5", "data.flip=false", *OF_DIGITS]
+GLOW, CAUSAL, TARFLOW, JET = SMALL
 
 
 def train(path: Path, device: str, name: str, *overrides: str) -> checkpoint_format.Checkpoint:
@@ -53,7 +56,8 @@ def train(path: Path, device: str, name: str, *overrides: str) -> checkpoint_for
 @pytest.mark.parametrize(
     "name, memory",
     [(GLOW, mode) for mode in ("store", "checkpoint", "reversible")]
-    + [(CAUSAL, mode) for mode in ("store", "checkpoint")],
+    + [(name, mode) for name in (CAUSAL, TARFLOW) for mode in ("store", "checkpoint")]
+    + [(JET, mode) for mode in ("store", "reversible")],
 )
 def test_trains_as_on_the_cpu(tmp_path: Path, name: str, precision: str, memory: str) -> None:
     overrides = [f"train.precision={precision}", f"train.memory={memory}"]
@@ -74,6 +78,8 @@ def test_trains_as_on_the_cpu(tmp_path: Path, name: str, precision: str, memory:
         (GLOW, "checkpoint", "fp32"),
         (GLOW, "reversible", "bf16"),
         (CAUSAL, "store", "bf16"),
+        (TARFLOW, "checkpoint", "bf16"),
+        (JET, "reversible", "fp32"),
     ],
 )
 def test_compiled_and_replayed_steps_train_alike(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from flowtrain.bijections.base import Transform
 
 
-class _Affine(Transform):
+class UnboundedAffine(Transform):
     """`z = (x + shift) * exp(log_scale)`. The parameters are the shifts, then raw numbers."""
 
     parameters_per_entry = 2
@@ -27,7 +27,7 @@ class _Affine(Transform):
         return z * (-log_scale).exp() - shift, -log_scale
 
 
-class ExponentialTransform(_Affine):
+class ExponentialTransform(UnboundedAffine):
     """A scale of `exp(raw)`, which nothing bounds (TarFlow, eq. 4, where the signs are opposite).
 
     A network's output far from zero overflows in one of the directions.
@@ -37,7 +37,7 @@ class ExponentialTransform(_Affine):
         return raw
 
 
-class SigmoidTransform(_Affine):
+class SigmoidTransform(UnboundedAffine):
     """A scale of `2 sigmoid(raw)`, at most 2 and as near to zero as it likes (Jet, section 3)."""
 
     def log_scale(self, raw: Tensor) -> Tensor:

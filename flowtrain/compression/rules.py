@@ -22,13 +22,18 @@ from flowtrain.bijections import (
     Coupling,
     DiagonalAffine,
     Flatten,
+    HalvePixels,
+    Inverse,
     LogisticToNormal,
     Multiscale,
     Permute,
+    Reverse,
     Sequential,
     Squeeze,
+    TokenAutoregressive,
     Transform,
 )
+from flowtrain.bijections.affine import UnboundedAffine
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
@@ -135,8 +140,24 @@ class Moves:
 
 
 @rule.register
-def _(layer: Squeeze | Flatten | Permute, bits: int) -> Rule:
+def _(layer: Squeeze | Flatten | Permute | Reverse | HalvePixels, bits: int) -> Rule:
     return Moves(layer)
+
+
+class Backwards:
+    """`Inverse`: a rule with its two directions exchanged."""
+
+    def __init__(self, layer: Inverse, bits: int):
+        self.rule = rule(layer.bijection, bits)
+
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        return self.rule.inverse(x, context, stack)
+
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        return self.rule.forward(z, context, stack)
+
+
+rule.register(Inverse, Backwards)
 
 
 class Monotone:
@@ -277,6 +298,12 @@ def _(layer: LinearChannels, bits: int) -> Rule:
     return Linear(weight, torch.zeros_like(weight[0]), bits)
 
 
+def _rounded(predicted: Tensor) -> Tensor:
+    """What a network predicts, as multiples of `2**-PREDICTED_BITS`."""
+    unit = 2.0**PREDICTED_BITS
+    return (_finite(predicted) * unit).round() / unit
+
+
 class CouplingRule:
     """A coupling. `changed` selects the entries that it transforms, and `of_pixels` the predictions
     for them.
@@ -298,8 +325,7 @@ class CouplingRule:
             self.layer.predict(real[i : i + 1], None if context is None else context[i : i + 1])
             for i in range(len(x))
         ]
-        unit = 2.0**PREDICTED_BITS
-        return (_finite(torch.cat(each)[self.of_pixels]) * unit).round() / unit
+        return _rounded(torch.cat(each)[self.of_pixels])
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         z = x.clone()
@@ -325,6 +351,56 @@ def _(layer: CheckerboardCoupling, bits: int) -> Rule:
     return CouplingRule(layer, (..., ~layer.keep), (..., ~layer.keep), bits)
 
 
+class TokensRule:
+    """`TokenAutoregressive`. Both directions predict one token after the other, by the same
+    arithmetic. The stack gives back last what it took first, so `forward` changes the last token
+    first.
+    """
+
+    def __init__(self, layer: TokenAutoregressive, bits: int):
+        self.layer = layer
+        self.rule_with = transform_rule(layer.transform, bits)
+        self.bits = bits
+
+    def _predictions(self, batch: int, context: Tensor | None) -> Callable[[Tensor | None], Rule]:
+        """From the token before, `(B, E)`, what to do with the next one. Each image is computed by
+        itself.
+        """
+        by_image = [
+            self.layer.conditioner.by_token(1, None if context is None else context[i : i + 1])
+            for i in range(batch)
+        ]
+
+        def following(before: Tensor | None) -> Rule:
+            real = [None] * batch if before is None else before.double().mul(2.0**-self.bits)
+            each = [
+                predict(None if token is None else token[None])
+                for predict, token in zip(by_image, real, strict=True)
+            ]
+            return self.rule_with(_rounded(torch.cat(each)))
+
+        return following
+
+    def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        following = self._predictions(len(x), context)
+        tokens = x.flatten(2).unbind(dim=2)
+        rules = [following(before) for before in (None, *tokens[:-1])]
+        pairs = reversed(list(zip(rules, tokens, strict=True)))
+        changed = [entries.forward(token, None, stack) for entries, token in pairs]
+        return torch.stack(changed[::-1], dim=2).view_as(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
+        following = self._predictions(len(z), context)
+        tokens: list[Tensor] = []
+        for target in z.flatten(2).unbind(dim=2):
+            entries = following(tokens[-1] if tokens else None)
+            tokens.append(entries.inverse(target, None, stack))
+        return torch.stack(tokens, dim=2).view_as(z)
+
+
+rule.register(TokenAutoregressive, TokensRule)
+
+
 @singledispatch
 def transform_rule(transform: Transform, bits: int) -> Callable[[Tensor], Rule]:
     """A function from the transform's parameters to what it does with the entries.
@@ -339,12 +415,12 @@ def transform_rule(transform: Transform, bits: int) -> Callable[[Tensor], Rule]:
 
 
 class AffineRule:
-    """`AffineTransform`: a shift and a `scale`, since the slopes are fractions."""
+    """An affine transform: a shift and a `scale`, since the slopes are fractions."""
 
-    def __init__(self, parameters: Tensor, limit: float, bits: int):
+    def __init__(self, parameters: Tensor, log_scale: Callable[[Tensor], Tensor], bits: int):
         shift, raw = parameters.chunk(2, dim=1)
         self.shift = whole(shift, bits)
-        self.slope = _fractions(gated_log_scale(log_scale_gate(raw, limit), limit))
+        self.slope = _fractions(log_scale(raw))
 
     def forward(self, x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
         return scale(x + self.shift, *self.slope, stack)
@@ -363,7 +439,15 @@ def _fractions(log_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 @transform_rule.register
 def _(transform: AffineTransform, bits: int) -> Callable[[Tensor], Rule]:
-    return lambda parameters: AffineRule(parameters, transform.limit, bits)
+    def log_scale(raw: Tensor) -> Tensor:
+        return gated_log_scale(log_scale_gate(raw, transform.limit), transform.limit)
+
+    return lambda parameters: AffineRule(parameters, log_scale, bits)
+
+
+@transform_rule.register
+def _(transform: UnboundedAffine, bits: int) -> Callable[[Tensor], Rule]:
+    return lambda parameters: AffineRule(parameters, transform.log_scale, bits)
 
 
 class AdditiveRule:

@@ -113,12 +113,10 @@ class WandB:
             console.print(f"wandb: offline; this sends it: wandb sync {parts}")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if step >= self._run.step:
-            self._run.log(dict(values), step=step)
+        self._run.log(dict(values), step=step)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
-        if step >= self._run.step:
-            self._run.log({name: self._image(_channels_last(picture))}, step=step)
+        self._run.log({name: self._image(_channels_last(picture))}, step=step)
 
     def flush(self) -> None:
         pass  # a process of its own writes, which lives on

@@ -73,6 +73,10 @@ MODELS = {
     "realnvp": ("realnvp", {}),
     "nice": ("nice", {}),
     "nice gaussian": ("nice", {"prior": "gaussian"}),
+    "tarflow": ("tarflow", {}),
+    "tarflow plain": ("tarflow", {"mixing": "none", "bounded": False, "patch": 1}),
+    "jet": ("jet", {}),
+    "jet plain": ("jet", {"mixing": "permutation", "bounded": False, "couplings": 10}),
 }
 
 

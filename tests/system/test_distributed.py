@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogue import CAUSAL, SMALL, sets
+from catalogue import CAUSAL, JET, SMALL, TARFLOW, sets
 from cli_helpers import (
     FOLDER,
     Forked,
@@ -178,6 +178,16 @@ def test_the_same_of_a_causal_flow_with_classes_and_dropout(tmp_path):
     words = ["train", *CAUSAL, *ALL[len(MODEL) :]]
     words += sets(model__classes=10, train__num_steps=5, train__optimizer="adamw")
     words += sets(model__dropout=0.2, model__attention=1, model__downsample=1)
+    quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
+    all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
+    assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)
+
+
+@pytest.mark.parametrize("words", [TARFLOW, JET], ids=["tarflow", "jet"])
+def test_the_same_of_transformers(words, tmp_path):
+    words = ["train", *words, *ALL[len(MODEL) :]]
+    words += sets(train__num_steps=5, train__optimizer="adamw", train__memory="checkpoint")
+    words += sets(train__precision="fp32", model__classes=10)
     quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=FLOAT64).ok()
     all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=FLOAT64))
     assert_close_runs(tmp_path / "1", tmp_path / "2", 1e-9)

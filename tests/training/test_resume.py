@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from catalogue import CAUSAL, SMALL, TINY_RUN, WORDS, sets
+from catalogue import CAUSAL, JET, SMALL, TARFLOW, TINY_RUN, WORDS, sets
 from cli_helpers import (
     FOLDER,
     Forked,
@@ -116,6 +116,8 @@ def uninterrupted():
         [*WORDS["realnvp"], *sets(train__precision="bf16")],
         WORDS["nice"],
         [*CAUSAL, *sets(train__precision="bf16", model__classes=10, model__dropout=0.2)],
+        [*TARFLOW, *sets(train__memory="checkpoint", model__classes=10)],
+        [*JET, *sets(train__memory="reversible", model__mixing="permutation")],
     ],
     ids=[
         "fp32-adam",
@@ -126,6 +128,8 @@ def uninterrupted():
         "realnvp",
         "nice",
         "causal-with-classes-and-dropout",
+        "tarflow-recomputed-with-classes",
+        "jet-reversible",
     ],
 )
 def test_20_steps_are_10_and_10(variant, tmp_path):
