@@ -67,7 +67,7 @@ def main() -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="for a shorter demo")
     options = parser.parse_args()
-    heading(f"The demo beside {options.processes} busy processes", os.cpu_count() or 1)
+    heading(f"The demo alone, and beside busy processes: {options.processes}", os.cpu_count() or 1)
     alone = demo(options.settings)
     with busy(options.processes):
         beside = demo(options.settings)

@@ -36,19 +36,20 @@ def main() -> None:
     accuracy = judge.score(pixels(test.take(slice(None))), test.labels.numpy())
     print(f"the classifier is right about {accuracy:.3f} of the test images")
     z = {
-        part: [
-            encode(flow, paths.of_class(flow, split, label, 1, 10**6, "")) for label in range(10)
-        ]
+        part: [encode(flow, paths.of_class(split, label, 1, 10**6, "")) for label in range(10)]
         for part, split in (("train", train), ("test", test))
     }
+
+    def mean(label: int) -> torch.Tensor:
+        return z["train"][label].mean(dim=0)
+
     lowest = paths.lowest_typical(flow, test)
     for kept in SHARES:
         paths.KEPT = kept
         right: list[bool] = []
         typical: list[bool] = []
         for first, second in itertools.permutations(range(10), 2):
-            means = (z["train"][first].mean(dim=0), z["train"][second].mean(dim=0))
-            rows = paths.between_classes(flow, z["test"][first], first, second, means, 2)
+            rows = paths.between_classes(flow, z["test"][first], first, second, mean, 2)
             ends = decode(flow, rows[:, 1])
             right += (judge.predict(pixels(ends)) == second).tolist()
             typical += (paths.log_probs(flow, ends) >= lowest).tolist()

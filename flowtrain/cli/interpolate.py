@@ -89,6 +89,13 @@ def interpolate(
             "of those without it.",
         ),
     ] = 1.0,
+    stop: Annotated[
+        bool,
+        typer.Option(
+            "--stop/--no-stop",
+            help="Stop --along before an image that is less likely than 99% of the test images.",
+        ),
+    ] = True,
     image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,8 +126,8 @@ def interpolate(
     --to-class, the first test images of one class move to another one. With --along, images move
     along an attribute.
 
-    A path to a class or along an attribute stops before an image that is less likely than 99% of
-    the test images.
+    A path along an attribute stops before an image that is less likely than 99% of the test images,
+    and for a path to a class it is said how many pass such images.
     """
     from flowtrain.checkpoints.load import run_of
     from flowtrain.latents import directions, paths
@@ -162,8 +169,11 @@ def interpolate(
             lowest = paths.lowest_typical(flow, data.split("test"), bar)
         rows = paths.decoded(flow, latents)
         counts = paths.stopped(flow, rows, lowest)
-        rows = paths.stay(rows, counts)
-        _say_where_they_stop(counts, steps, lowest, flow)
+        # A path to a class has its end where images of the class are, whatever is on the way.
+        stays = stop and along is not None
+        if stays:
+            rows = paths.stay(rows, counts)
+        _say_what_is_typical(counts, steps, stays, lowest, flow)
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
@@ -198,17 +208,18 @@ def _check(
         raise UserError(f"--strength {strength}: expected a finite number")
 
 
-def _say_where_they_stop(counts: list[int], steps: int, lowest: float, flow: "Flow") -> None:
+def _say_what_is_typical(
+    counts: list[int], steps: int, stays: bool, lowest: float, flow: "Flow"
+) -> None:
     import torch
 
     from flowtrain.system.console import console
 
     early = sum(count < steps for count in counts)
     limit = float(flow.loss(torch.tensor(lowest)))
-    ends = "all paths reach their end"
-    if early:
-        ends = f"{early} of {len(counts)} paths stop before their end, and stay there"
+    where = "stop before" if stays else "pass"
     console.print(
-        f"{ends}; an image of {limit:.3f} {flow.kind.unit} is likelier than the lowest 1% of the "
-        f"test images"
+        f"{early} of {len(counts)} paths {where} images that are less likely than 99% of the test "
+        f"images, which is at {limit:.3f} {flow.kind.unit}"
+        + ("; --no-stop shows them" if stays and early else "")
     )

@@ -115,9 +115,8 @@ class Background:
         start = len(self.latents)
         if start < self.encoded:
             x = self.train.take(slice(start, min(start + self._at_a_time, self.encoded)))
-            v = self.flow.dequantizer.middle(x.to(self.flow.device), self.flow.dtype)
-            # `encode` would be exact to the last bit, and is slow in a causal flow.
-            z, _ = self.flow.bijection.through(Stoppable(check), "forward", v)
+            # The default executor is exact to the last bit, and slow in a causal flow.
+            z = self.flow.encode(x, Stoppable(check))
             self.latents = torch.cat([self.latents, z.cpu()])
             self.images = torch.cat([self.images, x])
         else:

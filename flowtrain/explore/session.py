@@ -19,7 +19,7 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import decoded, picture
 from flowtrain.errors import RunError, UserError, short, shown
-from flowtrain.evaluation.nearest import nearest_images
+from flowtrain.evaluation.nearest import CHUNK, nearest_images
 from flowtrain.evaluation.ood import complexity_corrected, typicality
 from flowtrain.explore import asked
 from flowtrain.explore.accounts import account
@@ -33,7 +33,7 @@ from flowtrain.explore.edits import (
     mixed,
     towards_class,
 )
-from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.class_prior import ClassContext, ClassPrior
 from flowtrain.flow.inputs import quantize
 from flowtrain.flow.passes import ALIVE, fitting_batch_size, largest_activation
 from flowtrain.latents import directions
@@ -50,6 +50,7 @@ NEAREST = 8  # training images
 KEPT = 64  # latents of sources that are kept
 UPLOADS = 64  # images of the user that are kept
 LARGEST_FILE = 32 * 2**20  # bytes of an image file
+BYTES_OF_COMPARED = 32  # of a pixel of a training image, in float64 and twice in between
 BYTES_OF_PIXEL = 16  # of an image file, while it is decoded, converted and resized
 
 
@@ -66,7 +67,8 @@ class Session:
         memory: Bytes that a request may allocate.
 
     Raises:
-        UserError: for a model of real values, or where an image does not fit into `memory`.
+        UserError: for a model of real values, or of images given a part of them, or where an image
+            does not fit into `memory`.
     """
 
     def __init__(self, model: LoadedModel, word: str, data: Callable[[], DataSet], memory: int):
@@ -78,6 +80,7 @@ class Session:
             f"{model.checkpoint.path}: a model of points, and the explorer shows images; "
             f"flowtrain sample draws points and their density"
         )
+        flow.require_no_context(f"explore {word}")
         # Layers, and the image in its forms: levels, 8 bits, a file, and its text in JSON.
         self.bytes_of_image = ALIVE * largest_activation(flow) + 16 * flow.dims + 1024
         if self.bytes_of_image > memory:
@@ -354,9 +357,7 @@ class Session:
 
     def show(self, request: asked.Show, check: Check) -> Answer:
         x, _ = self.image(request.place, check)
-        # The latent as a file, which the page saves, is what all edits have in common.
-        command = shlex.join(["flowtrain", "decode", self.word, "latent.npz", "--out", "images"])
-        return {"image": self.url(x[0]), "command": command}
+        return {"image": self.url(x[0]), "command": self.decoding(request.place)}
 
     def facts(self, request: asked.Show, check: Check) -> Answer:
         """What the model says about an image."""
@@ -433,7 +434,9 @@ class Session:
         known = self.known()
         x, z = self.image(request.place, check)
         if request.by == "pixels":
-            distances, where = nearest_images(x, known.train, self.q, NEAREST, check)
+            distances, where = nearest_images(
+                x, known.train, self.q, NEAREST, check, min(CHUNK, self.memory // BYTES_OF_COMPARED)
+            )
             found = known.train.take(where[0].numpy())
             compared = len(known.train)
         else:
@@ -492,6 +495,15 @@ class Session:
         if request.label is not None:
             words += ["--classes", str(request.label)]
         return shlex.join(words)
+
+    def decoding(self, place: asked.Place) -> str | None:
+        """The command that makes the image of a latent that was saved.
+
+        It does not tell the class to networks that see it, so there is none where they do.
+        """
+        if isinstance(self.flow.class_prior, ClassContext) and self.label_of(place) is not None:
+            return None
+        return shlex.join(["flowtrain", "decode", self.word, "latent.npz", "--out", "images"])
 
     # --- pictures ---------------------------------------------------------------------------------
 

@@ -247,17 +247,18 @@ class Flow(nn.Module):
         return bits_per_dim(self.log_prob(x, generator, draws=draws), self.dims)
 
     @torch.no_grad()
-    def encode(self, x: Batch) -> Tensor:
+    def encode(self, x: Batch, executor: Executor | None = None) -> Tensor:
         """The latent at the middle of each image's bin, `(B, D)`.
 
         There is no randomness, so `decode` gives `x` back. A causal flow computes one entry after
-        the other for that, so it takes as long as `decode`. A model with an `image_context` needs
-        that of the images, `context_of(x)`, to give them back.
+        the other for that, so it takes as long as `decode`. With another `executor` it is one pass,
+        and gives the latents up to rounding. A model with an `image_context` needs that of the
+        images, `context_of(x)`, to give them back.
         """
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
         seen = self.seen(len(x), context=self.context_of(x))
-        return self.bijection.through(Retracing(), "forward", v, seen)[0]
+        return self.bijection.through(executor or Retracing(), "forward", v, seen)[0]
 
     @torch.no_grad()
     def decode(

@@ -110,25 +110,26 @@ def between_classes(
     z: Tensor,
     first: int,
     second: int,
-    means: tuple[Tensor, Tensor],
+    mean: Callable[[int], Tensor],
     steps: int,
 ) -> Tensor:
     """Paths from latents `z` `(N, D)` of class `first` to class `second`: `(N, steps, D)`.
 
     A prior for each class says where the end lies: the coarsest latent is carried from one Gaussian
-    to the other. For other models it moves by the difference of the classes' mean latents, `means`
-    `(D,)` each, as in Glow, section 6.2. What is beyond the mean shrinks to `KEPT` on the way.
+    to the other. For other models it moves by the difference of the classes' mean latents, as in
+    Glow, section 6.2: `mean` gives that of a class, `(D,)`. What is beyond the mean shrinks to
+    `KEPT` on the way.
     """
     prior = flow.class_prior
     if isinstance(prior, ClassPrior):
         end = prior.carried(z.to(flow.device), first, second, KEPT).to(z)
     else:
-        end = means[1] + KEPT * (z - means[0])
+        end = mean(second) + KEPT * (z - mean(first))
     t = torch.linspace(0, 1, steps).to(z)
     return z[:, None] + t[:, None] * (end - z)[:, None]
 
 
-def of_class(flow: Flow, split: Split, label: int, needed: int, most: int, option: str) -> Tensor:
+def of_class(split: Split, label: int, needed: int, most: int, option: str) -> Tensor:
     """The first images of a class, at most `most`, `(N, C, H, W)`.
 
     Raises `UserError` that names `option` where there are no labels, or fewer than `needed` images.
@@ -154,13 +155,19 @@ def of_classes(
     `UserError` if there are no labels, or too few images of a class.
     """
     require_room(flow, pairs, steps)
-    options = {"--from-class": first, "--to-class": second}
-    z = encode(flow, of_class(flow, data.split("test"), first, pairs, pairs, "--from-class"))
-    means = [
-        encode(flow, of_class(flow, data.split("train"), label, 1, CLASS_IMAGES, option)).mean(0)
-        for option, label in options.items()
-    ]
-    return between_classes(flow, z, first, second, (means[0], means[1]), steps)
+    test = data.split("test")
+    x = of_class(test, first, pairs, pairs, "--from-class")
+    of_class(test, second, 1, 1, "--to-class")
+    for option, label in (("--from-class", first), ("--to-class", second)):
+        if flow.classes and label >= flow.classes:
+            raise UserError(f"{option} {label}: the model has the classes 0..{flow.classes - 1}")
+
+    def mean(label: int) -> Tensor:
+        option = "--from-class" if label == first else "--to-class"
+        images = of_class(data.split("train"), label, 1, CLASS_IMAGES, option)
+        return encode(flow, images).mean(dim=0)
+
+    return between_classes(flow, encode(flow, x), first, second, mean, steps)
 
 
 # --- where a path stops ---------------------------------------------------------------------------

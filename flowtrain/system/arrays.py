@@ -7,6 +7,7 @@ caller expects, and its size with the memory.
 import contextlib
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,10 @@ class ArrayFile:
         with self._member(name) as (member, _):
             values = np.lib.format.read_array(member, allow_pickle=False)
             member.read(1)  # at the end of a member, zipfile compares its checksum
-            return values
+        if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
+            # Python makes no text of such a number, and fails without saying why.
+            raise UserError(f"{where} is damaged: it has a character that does not exist")
+        return values
 
     def _where(self, name: str) -> str:
         return f"{self.path}: {cut(name)}"
@@ -135,6 +139,11 @@ class ArrayFile:
             raise UserError(f"{self.path}: is not an .npz or .npy file, or is cut short") from None
         with archive:
             yield archive
+
+
+def _codes(texts: np.ndarray) -> np.ndarray:
+    """The numbers of all characters of an array of texts."""
+    return np.frombuffer(texts.tobytes(), f"{texts.dtype.str[0]}u4")
 
 
 def _is_npy(file: BinaryIO) -> bool:

@@ -26,6 +26,15 @@ def test_nearest_is_that_of_all_distances(chunk, drop_bits, monkeypatch):
     assert distances[5, 0] == 0 and positions[5, 0] == 12
 
 
+def test_parts_are_asked_for_and_may_be_small():
+    split = Split(images(50, (3, 4, 4)).numpy(), np.arange(50), 0)
+    queries, calls = images(2, (3, 4, 4), seed=1), []
+    found = nearest_images(queries, split, 256, 3, lambda: calls.append(1), 480)
+    for one, other in zip(found, nearest_images(queries, split, 256, 3), strict=True):
+        assert torch.equal(one, other)
+    assert len(calls) == 5
+
+
 def test_nearest_of_few_images_is_all_of_them():
     split = Split(images(2, (1, 2, 2)).numpy(), np.arange(2), 0)
     distances, positions = nearest_images(images(4, (1, 2, 2), seed=1), split, 256, 3)

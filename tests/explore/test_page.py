@@ -209,6 +209,8 @@ def test_a_path_to_a_second_image(page):
     assert end == images(page, "samples").nth(4).locator("img").get_attribute("src")
     middle = changed(page, lambda: slide(page.locator("#way"), 0.5))
     assert middle not in (start, end)
+    words = "Sample 0 of seed 0, 50% of the way to Sample 4 of seed 0"
+    playwright.expect(page.locator("#shown")).to_have_attribute("alt", words)
     assert changed(page, lambda: slide(page.locator("#way"), 0)) == start
     changed(page, page.locator("#play").click)
     assert page.get_attribute("#play", "aria-pressed") == "true"

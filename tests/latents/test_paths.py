@@ -54,7 +54,7 @@ def test_paths_along_an_attribute():
 def test_paths_between_classes_by_the_means():
     flow, (a, b) = tiny_flow(shape=(1, 4, 4), q=17), torch.randn(2, D, generator=seeded(1))
     z = torch.randn(3, D, generator=seeded(0))
-    found = paths.between_classes(flow, z, 0, 1, (a, b), 5)
+    found = paths.between_classes(flow, z, 0, 1, (a, b).__getitem__, 5)
     torch.testing.assert_close(found[:, 0], z)
     torch.testing.assert_close(found[:, -1], b + paths.KEPT * (z - a))
     torch.testing.assert_close(found[:, 2], (found[:, 0] + found[:, -1]) / 2)
@@ -65,7 +65,7 @@ def test_paths_between_classes_by_their_priors():
     flow.class_prior = perturb(ClassPrior(3, (4, 2, 1)), 0.7)
     z = torch.randn(4, D, generator=seeded(0))
     with torch.no_grad():
-        found = paths.between_classes(flow, z, 0, 2, (z[0], z[0]), 3)
+        found = paths.between_classes(flow, z, 0, 2, z.__getitem__, 3)
         mean, scale = flow.class_prior.mean, flow.class_prior.bounded_log_scale().exp()
     assert torch.equal(found[:, -1, :8], z[:, :8])  # the finer levels stay
     beyond = (z[:, 8:] - mean[0]) / scale[0]

@@ -63,7 +63,8 @@ export function show(facts, about) {
     likelihood && likelihood.below != null
       ? ` Of ${likelihood.of} test images, ${percent(likelihood.below)} have less.`
       : "";
-  $("#bits-note").textContent = bound + rank;
+  const far = likelihood?.below > 0.99 ? " It is less likely than nearly all of them: here paths of flowtrain interpolate stop." : "";
+  $("#bits-note").textContent = bound + rank + far;
   const maps = [];
   if (facts.map) {
     const several = facts.levels.length > 1;

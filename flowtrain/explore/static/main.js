@@ -35,13 +35,20 @@ function asked() {
   };
 }
 
-/** Runs something, and says where it fails. */
-async function trying(run) {
+/** Runs something. Says how long that takes, if it takes long, and where it fails. */
+async function trying(run, what) {
+  const began = performance.now();
+  const seconds = () => Math.round((performance.now() - began) / 1000);
+  const timer = what && setInterval(() => say(`${what}: ${seconds()} s …`), 1000);
   try {
-    return await run();
+    const found = await run();
+    if (what && $("#status").textContent.startsWith(what)) say("");
+    return found;
   } catch (error) {
     if (!(error instanceof Superseded)) say(error.message, true);
     return null;
+  } finally {
+    clearInterval(timer);
   }
 }
 
@@ -50,20 +57,26 @@ async function trying(run) {
 const moves = new Latest(async (wanted, newest) => {
   const began = performance.now();
   $("#shown").classList.add("waiting");
-  const answer = await trying(() => ask("show", { place: wanted }));
+  const answer = await trying(() => ask("show", { place: wanted }), "The image is computed");
   if (!answer || !newest()) return;
   const shown = $("#shown");
   shown.src = answer.image;
-  shown.alt = words.source + (edited(wanted) ? ", changed" : "");
+  shown.alt = described(wanted);
   shown.classList.remove("waiting");
-  $("#image-command").hidden = false;
-  $("#image-command code").textContent = answer.command;
+  $("#image-command").hidden = !answer.command;
+  $("#image-command code").textContent = answer.command ?? "";
   document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
 });
 
-function edited(wanted) {
-  return Boolean(wanted.other || wanted.to_class || wanted.principal.length || wanted.attributes.length);
+/** The image at a place in words. */
+function described(wanted) {
+  const parts = [words.source];
+  if (wanted.way > 0) parts.push(`${Math.round(100 * wanted.way)}% of the way to ${words.other}`);
+  if (wanted.from_other.length) parts.push(`with levels of ${words.other}`);
+  if (wanted.to_class) parts.push(`towards class ${wanted.to_class.label}`);
+  if (wanted.principal.length || wanted.attributes.length) parts.push("changed");
+  return parts.join(", ");
 }
 
 let settled;
@@ -109,6 +122,7 @@ function choose(source, url, text) {
     if (matchMedia("(max-width: 700px)").matches) $("#opened").scrollIntoView({ behavior: "smooth" });
   } else {
     setTarget("source");
+    say("");
     enable();
     move();
   }
@@ -159,12 +173,13 @@ const temperatures = [];
 let samples = 0; // how many the grid shall show
 
 const sampling = new Latest(async (wanted, newest) => {
-  let count = Math.min(FIRST, wanted.count);
+  // A sequential flow takes as long for one as for all.
+  let count = about.sequential ? wanted.count : Math.min(FIRST, wanted.count);
   let command = null;
   for (let start = 0; start < wanted.count && newest(); ) {
     const began = performance.now();
     const fields = { seed: wanted.seed, temperatures: wanted.temperatures, label: wanted.label };
-    const answer = await trying(() => ask("samples", { ...fields, start, count }));
+    const answer = await trying(() => ask("samples", { ...fields, start, count }), "Samples are drawn");
     if (!answer || !newest()) return;
     answer.images.forEach((url, i) => {
       const source = { kind: "sample", ...fields, index: start + i };

@@ -143,7 +143,7 @@ let pixelated = true;
 export function setShape([, height, width]) {
   pixelated = Math.max(height, width) <= 128;
   document.documentElement.style.setProperty("--ratio", `${width} / ${height}`);
-  document.documentElement.style.setProperty("--cell", Math.max(height, width) <= 64 ? "54px" : "110px");
+  document.documentElement.dataset.images = Math.max(height, width) <= 64 ? "small" : "large";
   for (const image of $$("#shown, .ends img")) image.classList.toggle("pixels", pixelated);
 }
 
