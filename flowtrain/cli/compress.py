@@ -132,7 +132,7 @@ def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
 
     first = inputs[0] if inputs else ""
     trained = first in zoo.names() and not os.path.lexists(first)
-    is_run = Path(first, "checkpoints").is_dir()
+    is_run = os.path.isdir(os.path.join(first, "checkpoints"))  # noqa: PTH112, PTH118 (never raises)
     is_model = is_run or trained or first.startswith(hub.PREFIX) or first.endswith(".safetensors")
     files = [Path(name) for name in inputs]
     return (first, files[1:]) if is_model else (None, files)

@@ -24,7 +24,8 @@ def normal_log_density(z: Tensor) -> Tensor:
 
 def normal_log_prob(z: Tensor) -> Tensor:
     """`log N(z; 0, I)` in nats: `(B, D)` to `(B,)`."""
-    return normal_log_density(z).sum(dim=1)
+    # The factor after the sum keeps one tensor fewer, at the peak of a step.
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
 
 
 class LogProb(NamedTuple):

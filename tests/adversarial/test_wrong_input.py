@@ -466,7 +466,7 @@ TABLE = [
     *[(f"train TINY --set '{override}'", *said) for override, *said in CONFIGURATIONS],
     ("train --set model.name=./mine.py", "model.name", "unknown name './mine.py'"),
     ("train --set model.name=no.such.module", "model.name", "no.such.module"),
-    ("train --set model.name=glo", "model.name", "did you mean glow?", "cnf, glow, iaf, maf"),
+    ("train --set model.name=glo", "model.name", "did you mean glow?", "cnf, glow, iaf, jet"),
     # --- evaluate
     ("evaluate", "no MODEL given", "no run under runs/"),
     ("evaluate empty", "empty: has no checkpoint", "checkpoints/best.safetensors"),
@@ -563,7 +563,7 @@ TABLE = [
     ("compress given rgb.png --out x", "an archive has no context", "4x4 pixels (model.context)"),
     ("sample classes --classes 1,,2", "--classes 1,,2", "whole numbers"),
     ("sample run --guidance -1", "--guidance", "greater than or equal to 0"),
-    ("sample run --guidance nan", "--guidance nan", "finite"),
+    ("sample run --guidance nan", "--guidance"),
     ("sample run --guidance 1e400", "--guidance inf", "finite"),
     ("sample run --guidance much", "--guidance", "valid number"),
     ("sample run --guidance 1", "--guidance 1: the model is not class-conditional"),

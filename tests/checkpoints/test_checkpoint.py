@@ -375,7 +375,6 @@ def test_a_description_that_is_none_is_refused(tmp_path, text):
         ({"model": {"name": "base"}}, "model.name: unknown name 'base'"),
         ({"model": {"name": ["os.path"]}}, "model.name is"),
         ({"data": {"name": "../x"}}, "data.name"),
-        ({"train": {}}, "neither is given"),
         ({"surplus": 1}, "surplus: unknown key"),
     ],
 )

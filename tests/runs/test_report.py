@@ -386,7 +386,7 @@ def test_differences_are_counted_sorted_and_amplified(monkeypatch):
     flow, x = tiny_flow(), images(5, (1, 4, 4))
     x[3, 0, 0, 0], x[1, 0, 2, 1] = 100, 200
 
-    def decode(z):
+    def decode(z, context):
         back = x[z].clone()
         back[z == 3, 0, 0, 0] += 1
         back[z == 1, 0, 2, 1] -= 50
@@ -394,7 +394,12 @@ def test_differences_are_counted_sorted_and_amplified(monkeypatch):
 
     monkeypatch.setattr(report, "fitting_batch_size", lambda flow: 2)
     numbered = iter(torch.arange(5).split(2))
-    fake = SimpleNamespace(kind=flow.kind, encode=lambda part: next(numbered), decode=decode)
+    fake = SimpleNamespace(
+        kind=flow.kind,
+        encode=lambda part: next(numbered),
+        decode=decode,
+        context_of=lambda part: None,
+    )
     found = report.reconstruct(fake, x)
     assert (found.exact, found.largest, found.amplification) == (3, 50, 64)
     assert torch.equal(found.x, x[[1, 3, 0, 2, 4]])
