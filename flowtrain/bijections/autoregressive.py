@@ -28,16 +28,13 @@ class AutoregressiveNet(nn.Module):
         raise NotImplementedError
 
 
-class MaskedAutoregressive(Bijection):
-    """`z_d = T(x_d; parameters of x_1, ..., x_{d-1})` on vectors `(B, D)` (MAF, eq. 3-5).
+class Autoregressive(Bijection):
+    """`z_n = T(x_n; parameters of x_1, ..., x_{n-1})`, where x_n are the parts of an example.
 
-    T is any elementwise transform. The Jacobian is lower triangular, so its log-determinant is the
-    sum of T's log-derivatives. `forward` is one pass of the conditioner. `inverse` computes the D
-    entries one after the other. It computes each hidden unit once, as soon as the last entry that
-    the unit sees is known. So it needs about the arithmetic of one pass, in D small steps. It
-    always runs in full precision, and it is differentiable.
-
-    The layer takes the entries in their order. A `Permute` before the layer gives other orders.
+    T is any elementwise transform. The Jacobian is block triangular with diagonal blocks, so its
+    log-determinant is the sum of T's log-derivatives. `forward` is one pass of the conditioner.
+    `inverse`, which subclasses define, computes one part after the other. `inverse_by_iteration`
+    computes all parts at once, again and again. Both run in full precision and are differentiable.
     """
 
     inverse_is_sequential = True
@@ -45,18 +42,57 @@ class MaskedAutoregressive(Bijection):
     has_network = True
     reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
 
-    def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
+    def __init__(self, conditioner: nn.Module, transform: Transform):
         super().__init__()
         self.conditioner = conditioner
         self.transform = transform
 
+    def count(self, x: Tensor) -> int:
+        """How many parts an example has."""
+        raise NotImplementedError
+
     def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
-        """`z` and the log-derivatives, both `(B, D)`."""
+        """`z` and the log-derivatives, both of the shape of `x`."""
         return self.transform(x, apply_conditioner(self.conditioner, x, context))
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, context)
         return z, sum_per_example(log_derivative)
+
+    def inverse_by_iteration(
+        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor) -> tuple[Tensor, Tensor]:
+            parameters = apply_conditioner(self.conditioner, x, context)
+            return self.transform.inverse(z, parameters)
+
+        with full_precision(z):
+            x, log_derivative = fixed_point(step, z, self.count(z), note)
+        return x, sum_per_example(log_derivative)
+
+    def loops(self) -> list[Direction]:
+        return ["inverse"]
+
+    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
+        return self._transformed(x, context)[1]
+
+
+class MaskedAutoregressive(Autoregressive):
+    """An autoregressive layer on the entries of vectors `(B, D)` (MAF, eq. 3-5).
+
+    `inverse` computes each hidden unit once, as soon as the last entry that the unit sees is known.
+    So it needs about the arithmetic of one pass, in D small steps.
+
+    The layer takes the entries in their order. A `Permute` before the layer gives other orders.
+    """
+
+    conditioner: AutoregressiveNet
+
+    def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
+        super().__init__(conditioner, transform)
+
+    def count(self, x: Tensor) -> int:
+        return x.shape[1]
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         entries = z.split(1, dim=1)
@@ -74,23 +110,6 @@ class MaskedAutoregressive(Bijection):
             else:
                 x = build(next_entry, z.shape[0], context)
         return x, sum_per_example(torch.cat(log_derivatives, dim=1))
-
-    def inverse_by_iteration(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        def step(x: Tensor) -> tuple[Tensor, Tensor]:
-            parameters = apply_conditioner(self.conditioner, x, context)
-            return self.transform.inverse(z, parameters)
-
-        with full_precision(z):
-            x, log_derivative = fixed_point(step, z, z.shape[1], note)
-        return x, sum_per_example(log_derivative)
-
-    def loops(self) -> list[Direction]:
-        return ["inverse"]
-
-    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
-        return self._transformed(x, context)[1]
 
 
 class Inverse(Container):

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.autoregressive import Autoregressive
+from flowtrain.bijections.base import Transform, sum_per_example
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.iteration import fixed_point
-from flowtrain.bijections.precision import apply_conditioner, full_precision
+from flowtrain.bijections.precision import full_precision
 
 # The parameters `(B, P E)` of the next token, given the token before it, `(B, E)`. The first token
 # has none before it.
@@ -31,35 +31,21 @@ class TokenConditioner(nn.Module):
         raise NotImplementedError
 
 
-class TokenAutoregressive(Bijection):
-    """`z_n = T(x_n; parameters of x_1, ..., x_{n-1})` for tokens n of `(B, E, H, W)`.
+class TokenAutoregressive(Autoregressive):
+    """An autoregressive layer on tokens n of `(B, E, H, W)` (TarFlow, eq. 4-6, with an affine T).
 
-    T is an elementwise transform (TarFlow, eq. 4-6, has an affine one). The Jacobian is block
-    triangular with diagonal blocks, so its log-determinant is the sum of T's log-derivatives.
-    `forward` is one pass of the conditioner. `inverse` computes one token after the other, and
-    keeps what the conditioner knows of each. `inverse_by_iteration` computes all tokens at once,
-    again and again. Both run in full precision and are differentiable.
+    `inverse` keeps what the conditioner knows of each token.
 
     The layer takes the tokens in raster order. A `Reverse` before the layer gives the other order.
     """
 
-    inverse_is_sequential = True
-    iterates = True
-    has_network = True
-    reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
+    conditioner: TokenConditioner
 
     def __init__(self, conditioner: TokenConditioner, transform: Transform):
-        super().__init__()
-        self.conditioner = conditioner
-        self.transform = transform
+        super().__init__(conditioner, transform)
 
-    def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
-        """`z` and the log-derivatives, both `(B, E, H, W)`."""
-        return self.transform(x, apply_conditioner(self.conditioner, x, context))
-
-    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        z, log_derivative = self._transformed(x, context)
-        return z, sum_per_example(log_derivative)
+    def count(self, x: Tensor) -> int:
+        return x[0, 0].numel()
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.inverse_noting(z, context, lambda share: None)
@@ -87,20 +73,3 @@ class TokenAutoregressive(Bijection):
         given = self.conditioner.by_token(batch, context.given)
         without = self.conditioner.by_token(batch, context.without)
         return lambda before: context.extrapolated(given(before), without(before))
-
-    def inverse_by_iteration(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        def step(x: Tensor) -> tuple[Tensor, Tensor]:
-            parameters = apply_conditioner(self.conditioner, x, context)
-            return self.transform.inverse(z, parameters)
-
-        with full_precision(z):
-            x, log_derivative = fixed_point(step, z, z[0, 0].numel(), note)
-        return x, sum_per_example(log_derivative)
-
-    def loops(self) -> list[Direction]:
-        return ["inverse"]
-
-    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
-        return self._transformed(x, context)[1]
