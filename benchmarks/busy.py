@@ -6,16 +6,14 @@ times the time alone, beside as many busy processes as there are cores.
 """
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from common import heading
+from common import busy, heading
 
 from flowtrain.system.console import duration
 
@@ -46,18 +44,6 @@ def demo(settings: list[str]) -> dict[str, float]:
             )
             seconds[command[0]] = time.perf_counter() - started
     return seconds
-
-
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Lets so many processes compute meanwhile, each on one core."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def main() -> None:

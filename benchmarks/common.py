@@ -3,6 +3,7 @@ turns.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import platform
@@ -10,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -103,6 +104,18 @@ def processor() -> str:
     flags = next((line for line in lines if line.startswith("flags")), "")
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
     return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Lets so many processes compute meanwhile, each on one core."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def in_turns(

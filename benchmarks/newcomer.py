@@ -7,7 +7,6 @@ packages of this one, where a download of torch would take longer than all the r
 """
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from common import busy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = "runs/glow_digits"
 SHOWN = 15  # lines of the output of a command that fails
-SPIN = "while True: pass"
 
 
 def main() -> None:
@@ -98,18 +97,6 @@ class Timeline:
         if done.returncode != 0:
             print("\n".join(done.stdout.splitlines()[-SHOWN:]))
             raise SystemExit(f"{command}: exit code {done.returncode}")
-
-
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """So many processes that compute all the time."""
-    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":
