@@ -1,5 +1,6 @@
 """Writes docs/models.md from the cards of the trained models: `make docs`."""
 
+import textwrap
 from pathlib import Path
 
 from flowtrain.checkpoints import zoo
@@ -30,11 +31,17 @@ PART = """\
 
 ![Samples of {name}](models/{name}.png)
 
-- Trained by `{card.command}`
+    {command}
+
 - Machine: {card.machine}, {card.time}
 - Data: {card.data} ({card.licence})
 - SHA-256: `{card.sha256}`
 """
+
+
+def _in_lines(command: str) -> str:
+    """A command of a shell in lines that a page can show."""
+    return " \\\n        ".join(textwrap.wrap(command, 88, break_on_hyphens=False))
 
 
 def page() -> str:
@@ -45,7 +52,10 @@ def page() -> str:
         f"{card.likelihood} | {card.parameters:,} | {sizes[name]:.2f} MB | {card.time} |"
         for name, card in cards.items()
     ]
-    parts = "\n".join(PART.format(name=name, card=card) for name, card in cards.items())
+    parts = "\n".join(
+        PART.format(name=name, card=card, command=_in_lines(card.command))
+        for name, card in cards.items()
+    )
     size = sum(sizes.values())
     return PAGE.format(size=size, first=next(iter(cards)), rows="\n".join(rows), parts=parts)
 

@@ -38,7 +38,7 @@ from pydantic_core import PydanticCustomError
 
 from flowtrain.errors import UserError, cut, did_you_mean, short, shown
 from flowtrain.system.files import read_regular
-from flowtrain.types import Period, Positive, Steps
+from flowtrain.types import Period, Policy, Positive, Steps
 
 # Far more than any configuration needs. Beyond them, a file or a value is refused unread.
 LARGEST_YAML = 2**16  # characters, also with all aliases written out
@@ -134,6 +134,14 @@ class Data(Component):
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Number of threads that read a training set not held on the device."
     )
+
+    @property
+    def resize_policy(self) -> Policy:
+        """How images of another size are brought to that of the data: as in the data set, or
+        `crop` where it has no policy.
+        """
+        policy: Policy = self.options().get("resize", "crop")
+        return policy
 
 
 class Model(Component):

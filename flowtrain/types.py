@@ -1,6 +1,6 @@
 """Types that the configuration, models and data sets share."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,3 +12,4 @@ Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image
 Period = Annotated[int, Field(ge=1, le=10**12)]  # a number of steps
 Steps = Annotated[int, Field(ge=0, le=10**12)]
 Shape = tuple[int, int, int]  # (C, H, W)
+Policy = Literal["crop", "stretch", "exact"]  # how images are brought to a shape

@@ -53,15 +53,7 @@ def repository_of(path: Path) -> str | None:
 
 def require_package(model: str) -> None:
     """Raises `UserError` where huggingface_hub is missing or too old."""
-    try:
-        from huggingface_hub import __version__ as found  # which a folder of that name lacks
-    except ImportError:
-        raise packages.missing(f"{cut(model)}: the hub", "huggingface_hub") from None
-    if tuple(map(int, found.split(".")[:2])) < OLDEST:
-        raise UserError(
-            f"{cut(model)}: the hub needs huggingface_hub {'.'.join(map(str, OLDEST))}, and "
-            f"{found} is installed: {packages.install_command('--upgrade huggingface_hub')}"
-        )
+    packages.required(f"{cut(model)}: the hub", "huggingface_hub", OLDEST)
 
 
 def download(model: str) -> Path:

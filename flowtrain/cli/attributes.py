@@ -230,6 +230,7 @@ def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:
     from rich import box
     from rich.table import Table
 
+    from flowtrain.latents.directions import CHANCE
     from flowtrain.system.console import console, figure
 
     table = Table(box=box.SIMPLE)
@@ -239,4 +240,4 @@ def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:
         accuracies = (figure(way.accuracy, way.error) for way in each)
         table.add_row(each[0].name, *accuracies, str(each[0].held_out))
     console.print(table)
-    console.print("accuracy on held-out images; 0.5 is chance")
+    console.print(f"accuracy on held-out images; {CHANCE:g} is chance")

@@ -129,6 +129,12 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
 ]
+FirstImagesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
+    ),
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random numbers.")
 ]

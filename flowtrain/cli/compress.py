@@ -8,6 +8,7 @@ import typer
 
 from flowtrain.cli.base import (
     DataSetOption,
+    FirstImagesOption,
     TrustOption,
     WeightsOption,
     command,
@@ -55,12 +56,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
-        ),
-    ] = None,
+    num_images: FirstImagesOption = None,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
     weights: WeightsOption = None,
     overrides: DataSetOption = None,

@@ -9,6 +9,7 @@ from flowtrain.cli.base import (
     DATA_NAMES,
     DataSetOption,
     DeviceOption,
+    FirstImagesOption,
     ModelArgument,
     TrustOption,
     WeightsOption,
@@ -62,12 +63,7 @@ def encode(
             show_default="test",
         ),
     ] = None,
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
-        ),
-    ] = None,
+    num_images: FirstImagesOption = None,
     weights: WeightsOption = None,
     overrides: DataSetOption = None,
     trust_code: TrustOption = False,

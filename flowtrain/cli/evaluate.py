@@ -10,6 +10,7 @@ from flowtrain.cli.base import (
     BatchSizeOption,
     DataSetOption,
     DeviceOption,
+    FirstImagesOption,
     ModelArgument,
     ScoresOption,
     SeedOption,
@@ -53,12 +54,7 @@ def evaluate(
             show_default="the model's own",
         ),
     ] = None,
-    num_images: Annotated[
-        int | None,
-        typer.Option(
-            "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
-        ),
-    ] = None,
+    num_images: FirstImagesOption = None,
     samples: Annotated[
         int,
         typer.Option(

@@ -15,10 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowtrain.errors import RunError, UserError, short, shown
 from flowtrain.system.files import open_regular
-from flowtrain.types import Shape
+from flowtrain.types import Policy, Shape
 
 Part = Literal["train", "test"]  # the parts that a data set itself has
-Policy = Literal["crop", "stretch", "exact"]
 
 # The formats that image files may have. EPS is left out, because Pillow starts Ghostscript for it,
 # whatever the suffix of the file.

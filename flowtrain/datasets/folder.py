@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from flowtrain.datasets import base, cache
-from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
+from flowtrain.datasets.base import Images, Part, first_equal, part_of
 from flowtrain.errors import UserError, short
-from flowtrain.types import Shape, Side
+from flowtrain.types import Policy, Shape, Side
 
 log = logging.getLogger("flowtrain")
 

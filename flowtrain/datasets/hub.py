@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from flowtrain.datasets import base, cache
-from flowtrain.datasets.base import Images, Part, Policy, first_equal, part_of
+from flowtrain.datasets.base import Images, Part, first_equal, part_of
 from flowtrain.errors import UserError, cut, is_disk_full, short
 from flowtrain.system import packages
 from flowtrain.system.files import require_regular
-from flowtrain.types import Shape, Side
+from flowtrain.types import Policy, Shape, Side
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # of a data set on the hub
 
@@ -127,18 +127,9 @@ def build(
 
 
 def _package() -> Any:
-    try:
-        import datasets
-        import huggingface_hub
+    datasets = packages.required("data.name: hub", "datasets", (4,))
+    import huggingface_hub  # which datasets depends on
 
-        version: str = datasets.__version__  # which a folder named datasets does not have
-    except (ImportError, AttributeError):
-        raise packages.missing("data.name: hub", "datasets") from None
-    if int(version.partition(".")[0]) < 4:
-        raise UserError(
-            f"data.name: hub needs version 4 of the package datasets, and {version} is "
-            f"installed: {packages.install_command('--upgrade datasets')}"
-        )
     # What goes wrong is one message of flowtrain.
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()

@@ -22,7 +22,7 @@ from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import section_named, undivided
 from flowtrain.data.splits import DataSet, Split, SplitName
-from flowtrain.datasets.base import Policy, resize
+from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import require_memory, score
 from flowtrain.flow.inputs import quantize
@@ -30,7 +30,7 @@ from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
 from flowtrain.system.random import Stream, generator
-from flowtrain.types import Shape
+from flowtrain.types import Policy, Shape
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _first(
 ) -> Collection:
     images = data.split(split).take(slice(0, count)).numpy()
     shape, levels = model.flow.shape, levels_of(model)
-    policy = data.config.options().get("resize", "crop")
+    policy = data.config.resize_policy
     stored = None if (data.shape, data_levels) == (shape, levels) else (data.shape, data_levels)
     return Collection(name, convert(images, data_levels, shape, levels, policy), split, stored)
 

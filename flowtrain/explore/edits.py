@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,24 +84,18 @@ class Components:
 
 
 def components(z: Tensor, count: int = COMPONENTS) -> Components:
-    """The principal directions of latents of a level, `(N, d)`.
-
-    They are the eigenvectors of the smaller of the two products of the centred latents. The entry
-    of a direction that is largest in size is positive, so that signs are the same the next time.
+    """The principal directions of latents of a level, `(N, d)`. The entry of a direction that is
+    largest in size is positive, so that signs are the same the next time.
     """
-    centred = (z - z.mean(dim=0)).double().cpu()
+    from sklearn.decomposition import PCA
+
     count = min(count, len(z) - 1, z.shape[1])
-    if len(z) > z.shape[1]:
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        directions = vectors.flip(1)[:, :count].T
-    else:
-        _, vectors = torch.linalg.eigh(centred @ centred.T)
-        directions = vectors.flip(1)[:, :count].T @ centred
-        directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-    directions = directions * largest.sign()
-    deviations = (centred @ directions.T).square().mean(dim=0).sqrt()
-    return Components(directions.float(), deviations.float())
+    found = PCA(count, svd_solver="full").fit(z.double().cpu().numpy())
+    # The last of as many directions as there are images have no variance.
+    deviations = np.sqrt(found.explained_variance_)
+    return Components(
+        torch.from_numpy(found.components_).float(), torch.from_numpy(deviations).float()
+    )
 
 
 class Stoppable(Noting):

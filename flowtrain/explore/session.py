@@ -172,7 +172,7 @@ class Session:
         Its size is compared with the memory before a pixel is decoded. Raises `Refused` where it
         is too large, or no image.
         """
-        policy = self.model.config.data.options().get("resize", "crop")
+        policy = self.model.config.data.resize_policy
         channels, height, width = self.flow.shape
         try:
             with picture(data) as image:

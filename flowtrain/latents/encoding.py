@@ -158,10 +158,10 @@ def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
 def read_images(files: Sequence[Path], model: LoadedModel, option: str) -> Tensor:
     """Image files as images of the model's shape, `(N, C, H, W)`.
 
-    They are resized by the policy of the model's data set, or by `crop` if it has none. Raises
-    `UserError` that names the file where one cannot be read, or `option` for a model of points.
+    They are resized by the `resize_policy` of the model's data. Raises `UserError` that names the
+    file where one cannot be read, or `option` for a model of points.
     """
-    flow, policy = model.flow, model.config.data.options().get("resize", "crop")
+    flow, policy = model.flow, model.config.data.resize_policy
     levels = flow.kind.require_levels(f"{option}: the model is of real-valued data, not of images")
     capacity.require(len(files) * flow.dims, f"{option}: {len(files):,} images need")
     x = torch.empty(len(files), *flow.shape, dtype=torch.uint8)

@@ -29,10 +29,10 @@ def of_file(path: Path, model: LoadedModel) -> tuple[Tensor, str]:
     """The context in an image file, uint8 `(1, C', H', W')`, and in words how it was made.
 
     A file of the size of a `downsample` context is one as it is. Any other is brought to the
-    model's shape by the resize policy of its data set, or `crop` if it has none, and the context is
-    that of the result. Raises `UserError`.
+    model's shape by the `resize_policy` of its data, and the context is that of the result. Raises
+    `UserError`.
     """
-    flow, policy = model.flow, model.config.data.options().get("resize", "crop")
+    flow, policy = model.flow, model.config.data.resize_policy
     if (context := flow.image_context) is None:
         raise UserError(f"--image {path}: the model is not given an image (model.context is none)")
     (_, height, width), (_, low, narrow) = flow.shape, context.shape

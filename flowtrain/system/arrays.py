@@ -86,8 +86,8 @@ class ArrayFile:
             raise UserError(f"{where} is damaged: it has {header.bytes} bytes, not {size}")
         capacity.require(2 * size, f"{where} needs")
         with self._member(name) as (member, _):
+            # With the last byte of a member, zipfile compares its checksum.
             values = np.lib.format.read_array(member, allow_pickle=False)
-            member.read(1)  # at the end of a member, zipfile compares its checksum
         if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
             # Python makes no text of such a number, and fails without saying why.
             raise UserError(f"{where} is damaged: it has a character that does not exist")

@@ -1,10 +1,13 @@
-"""Optional packages: the command that installs one, and the error where one is missing."""
+"""Optional packages: where one is imported, and the error and the command where it is missing."""
 
+import importlib
 import importlib.util
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from flowtrain.errors import UserError
 
@@ -22,6 +25,25 @@ def install_command(package: str) -> str:
     if pip is not None and Path(pip).parent == Path(sys.executable).parent:
         return f"pip install {package}"
     return f"{python} -m pip install {package}"
+
+
+def required(what: str, name: str, oldest: tuple[int, ...]) -> Any:
+    """The package `name`, for `what`, a key or a command.
+
+    Raises `UserError` where it is missing, or older than the version `oldest`. A folder of its name
+    is imported like a package, but has no version.
+    """
+    try:
+        package = importlib.import_module(name)
+        version: str = package.__version__
+    except (ImportError, AttributeError):
+        raise missing(what, name) from None
+    if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
+        raise UserError(
+            f"{what} needs version {'.'.join(map(str, oldest))} of the package {name}, and "
+            f"{version} is installed: {install_command(f'--upgrade {name}')}"
+        )
+    return package
 
 
 def missing(what: str, *packages: str) -> UserError:

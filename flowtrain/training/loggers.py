@@ -6,7 +6,6 @@ Each class imports its package when it is used, so that only what `train.logger`
 
 import contextlib
 import functools
-import importlib
 import io
 import os
 import re
@@ -182,23 +181,11 @@ def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> lis
 def imported(name: str, folder: Path | None = None) -> Any:
     """The package of a logger. trackio reads where to write when it is imported.
 
-    Raises `UserError` if it is not installed, or too old. A folder of its name, as wandb makes one,
-    is imported as a package without a version.
+    Raises `UserError` if it is not installed, or too old.
     """
     if folder is not None:
         os.environ.setdefault("TRACKIO_DIR", str(folder.absolute() / "trackio"))
-    try:
-        module = importlib.import_module(name)
-        version: str = module.__version__
-    except (ImportError, AttributeError):
-        raise packages.missing(f"train.logger: {name}", name) from None
-    if [int(part) for part in version.split(".")[:2]] < list(OLDEST[name]):
-        oldest = ".".join(map(str, OLDEST[name]))
-        raise UserError(
-            f"train.logger: {name} needs version {oldest} of its package, and {version} is "
-            f"installed: {packages.install_command(f'--upgrade {name}')}"
-        )
-    return module
+    return packages.required(f"train.logger: {name}", name, OLDEST[name])
 
 
 def identity(folder: Path) -> str:

@@ -107,6 +107,13 @@ def test_both_directions_are_inverse_to_each_other(layer):
     torch.testing.assert_close(log_det_back, -log_det)
 
 
+def test_an_inverse_by_iteration_is_guided_too(layer):
+    made, x, of_context = layer
+    guided = contexts(6, 1.0, *of_context)
+    found = made.inverse_by_iteration(x, guided, lambda share: None)
+    torch.testing.assert_close(found, made.inverse(x, guided))
+
+
 def test_an_example_is_guided_by_its_own_contexts(layer):
     made, x, of_context = layer
     guided = contexts(6, 2.0, *of_context)

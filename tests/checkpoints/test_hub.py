@@ -204,7 +204,7 @@ def test_uploading_needs_an_account(here, monkeypatch):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "__version__", "0.36.2")
-    with pytest.raises(UserError, match=r"^hf://a/b: .*huggingface_hub 1\.3, and 0\.36\.2 is inst"):
+    with pytest.raises(UserError, match=r"^hf://a/b: .* version 1\.3 .*, and 0\.36\.2 is inst"):
         find("hf://a/b")
     monkeypatch.setitem(hub_models.sys.modules, "huggingface_hub", None)
     for ask in (find, hub_models.require_login):

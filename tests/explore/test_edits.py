@@ -47,7 +47,7 @@ def test_principal_directions_are_those_of_the_covariance(count):
     _, singular, vectors = torch.linalg.svd((z - z.mean(dim=0)).double(), full_matrices=False)
     same = (found.directions.double() * vectors[:4]).sum(dim=1).abs()
     torch.testing.assert_close(same[:2], torch.ones(2, dtype=torch.double), rtol=1e-4, atol=0)
-    expected = singular[:4] / math.sqrt(count)
+    expected = singular[:4] / math.sqrt(count - 1)
     torch.testing.assert_close(found.deviations.double(), expected, rtol=1e-4, atol=0)
     assert (found.directions.gather(1, found.directions.abs().argmax(1, keepdim=True)) > 0).all()
     torch.testing.assert_close(found.directions.norm(dim=1), torch.ones(4))

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from explore_helpers import Running, a_session, class_session, until
+from explore_helpers import Running, class_session
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -17,17 +17,6 @@ pytestmark = [
 ]
 PATIENCE = 60_000  # ms; a busy machine is no failure
 playwright.expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def running():
-    session = a_session()
-    running = Running(session)
-    session.read_data()
-    running.worker.wake()
-    until(lambda: session.data.progress == 1)
-    yield running
-    running.end()
 
 
 @pytest.fixture(scope="module")

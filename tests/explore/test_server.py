@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from explore_helpers import MEMORY, Running, a_session, until
+from explore_helpers import MEMORY, Running, a_session
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -21,17 +21,6 @@ pytestmark = pytest.mark.run
 
 SAMPLE = {"kind": "sample", "seed": 0, "index": 3, "temperatures": [1.0, 1.0], "label": None}
 PLACE = {"source": SAMPLE}
-
-
-@pytest.fixture(scope="module")
-def running():
-    session = a_session()
-    running = Running(session)
-    session.read_data()
-    running.worker.wake()
-    until(lambda: session.data.progress == 1)
-    yield running
-    running.end()
 
 
 def png(size=(8, 8), mode="L", value=9):
