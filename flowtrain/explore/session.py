@@ -67,8 +67,7 @@ class Session:
         memory: Bytes that a request may allocate.
 
     Raises:
-        UserError: for a model of real values, or of images given a part of them, or where an image
-            does not fit into `memory`.
+        UserError: for a model of real values, or where an image does not fit into `memory`.
     """
 
     def __init__(self, model: LoadedModel, word: str, data: Callable[[], DataSet], memory: int):
@@ -80,7 +79,6 @@ class Session:
             f"{model.checkpoint.path}: a model of points, and the explorer shows images; "
             f"flowtrain sample draws points and their density"
         )
-        flow.require_no_context(f"explore {word}")
         # Layers, and the image in its forms: levels, 8 bits, a file, and its text in JSON.
         self.bytes_of_image = ALIVE * largest_activation(flow) + 16 * flow.dims + 1024
         if self.bytes_of_image > memory:
