@@ -269,6 +269,7 @@ class Flow(nn.Module):
         guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
+        guidance_grows: bool = False,
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
@@ -282,18 +283,19 @@ class Flow(nn.Module):
             guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
             denoise: Whether to take one step of `denoised` after it.
             context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
+            guidance_grows: Whether the weight grows along the tokens, from 0 at the first.
 
         Raises:
             FloatingPointError: The result is not finite.
-            ValueError: The model has no guidance, or no noise to take away; see `unguided` and
-                `denoised`. Or it needs another context.
+            ValueError: The model has no guidance, none that grows, or no noise to take away; see
+                `unguided`, `unordered` and `denoised`. Or it needs another context.
         """
         if isinstance(z, np.ndarray):
             z = torch.as_tensor(z, dtype=self.dtype)
         if denoise:
             self._sigma()
         context = self._checked_context(context, len(z))
-        seen = self.seen(len(z), labels, context, guidance)
+        seen = self.seen(len(z), labels, context, guidance, guidance_grows)
         v, _ = self.bijection.through(executor, "inverse", z.to(self.device), seen)
         if denoise:
             v = self.denoised(v, labels, context)
@@ -334,6 +336,14 @@ class Flow(nn.Module):
             return "the model is not class-conditional (model.classes is 0)"
         return self.class_prior.unguided
 
+    @property
+    def unordered(self) -> str | None:
+        """Why guidance cannot grow along an image, in words, or None."""
+        layers = [layer for layer in self.bijection.modules() if isinstance(layer, Bijection)]
+        if all(layer.guided_by_token for layer in layers if layer.has_network):
+            return None
+        return "the model has layers that see the tokens of an image all at once, in no order"
+
     def sample(
         self,
         n: int,
@@ -343,16 +353,24 @@ class Flow(nn.Module):
         guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
+        guidance_grows: bool = False,
     ) -> Tensor:
         """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
         samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
-        `denoise` and `context` are those of `decode`.
+        `denoise`, `context` and `guidance_grows` are those of `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
+        return self.decode(
+            latents,
+            labels,
+            guidance=guidance,
+            denoise=denoise,
+            context=context,
+            guidance_grows=guidance_grows,
+        )
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -404,14 +422,17 @@ class Flow(nn.Module):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         guidance: float | None = None,
+        guidance_grows: bool = False,
     ) -> Context | None:
         """What the networks of the bijection see for B = `count` examples, of their classes
         `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
 
-        Raises `ValueError` for a weight of `guidance` where there is none.
+        Raises `ValueError` for a weight of `guidance` where there is none, or none that grows.
         """
         if guidance is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
+        if guidance_grows and self.unordered:
+            raise ValueError(f"guidance_grows: {self.unordered}")
         if self.image_context is not None and context is not None:
             return self.image_context.scaled(context.to(self.device), self.dtype)
         if self.class_prior is None:
@@ -420,7 +441,9 @@ class Flow(nn.Module):
         if of_class is None:
             return None
         of_class = of_class.to(self.device, self.dtype)
-        return Guided(of_class, torch.zeros_like(of_class), guidance) if guidance else of_class
+        if not guidance:
+            return of_class
+        return Guided(of_class, torch.zeros_like(of_class), guidance, guidance_grows)
 
     def require_no_context(self, what: str) -> None:
         """Raises `UserError` that begins with `what` for a model with an `image_context`."""

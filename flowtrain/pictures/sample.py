@@ -13,6 +13,7 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 
 
@@ -21,12 +22,13 @@ def sample(
     num: int,
     temperatures: Sequence[float],
     seed: int,
-    progress: Callable[[float, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = silent,
     classes: Sequence[int] = (),
     iterate: bool = False,
     guidance: float | None = None,
     denoise: bool = False,
     contexts: Tensor | None = None,
+    guidance_grows: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
@@ -34,8 +36,8 @@ def sample(
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents. So it does for each of the
     `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
-    sequential layers compute all entries at once, until they do not change any more. `guidance` and
-    `denoise` are those of `Flow.decode`.
+    sequential layers compute all entries at once, until they do not change any more. `guidance`,
+    `denoise` and `guidance_grows` are those of `Flow.decode`.
 
     Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
     `iterate` that it does not have, or for samples without room.
@@ -51,6 +53,8 @@ def sample(
         )
     if guidance is not None and (reason := flow.unguided):
         raise UserError(f"--guidance {guidance:g}: {reason}")
+    if guidance_grows and (reason := flow.unordered):
+        raise UserError(f"--guidance-grows: {reason}")
     if denoise and flow.dequantizer.sigma is None:
         raise UserError(f"--denoise: {NO_SIGMA}")
     groups = max(1, len(classes)) if contexts is None else len(contexts)
@@ -78,7 +82,8 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise, given))
+        guided = guidance, denoise, given, guidance_grows
+        images.append(decode(flow, latents, note, labels, iterate, *guided))
     return torch.cat(images)
 
 
@@ -91,6 +96,7 @@ def decode(
     guidance: float | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
+    guidance_grows: bool = False,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -110,7 +116,8 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
-        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise, given)
+        guided = guidance, denoise, given, guidance_grows
+        part = flow.decode(z[start:stop], of_part, executor(note, layers), *guided)
         images.append(part.cpu())
         progress(stop)
     return torch.cat(images)
