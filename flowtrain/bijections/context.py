@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+class Guidance(NamedTuple):
+    """What is asked of `Guided`: its weight, and whether that grows along the tokens of a layer."""
+
+    weight: float
+    grows: bool = False
+
+
 class Guided(NamedTuple):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), as TarFlow uses it (Zhai et
     al. 2024, arXiv:2412.06329, section 3.4).

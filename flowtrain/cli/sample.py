@@ -126,6 +126,7 @@ def sample(
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer.
     """
+    from flowtrain.bijections.context import Guidance
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
@@ -161,9 +162,8 @@ def sample(
             *(flow, num, temperatures, seed, bar, labels),
             contexts=contexts,
             iterate=method == "jacobi",
-            guidance=guidance,
+            guidance=None if guidance is None else Guidance(guidance, guidance_grows),
             denoise=denoise,
-            guidance_grows=guidance_grows,
         )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":

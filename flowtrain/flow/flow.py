@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.context import Context, Guided
+from flowtrain.bijections.context import Context, Guidance, Guided
 from flowtrain.bijections.execution import FUSED, ByPlace, Executor, Initializing, Retracing
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
@@ -266,10 +266,9 @@ class Flow(nn.Module):
         z: Tensor | np.ndarray,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
-        guidance: float | None = None,
+        guidance: Guidance | float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
-        guidance_grows: bool = False,
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
@@ -280,10 +279,10 @@ class Flow(nn.Module):
             z: The latents.
             labels: Classes.
             executor: Calls the layers.
-            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
+            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing. A
+                `Guidance` also says whether the weight grows along the tokens.
             denoise: Whether to take one step of `denoised` after it.
             context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
-            guidance_grows: Whether the weight grows along the tokens, from 0 at the first.
 
         Raises:
             FloatingPointError: The result is not finite.
@@ -295,7 +294,7 @@ class Flow(nn.Module):
         if denoise:
             self._sigma()
         context = self._checked_context(context, len(z))
-        seen = self.seen(len(z), labels, context, guidance, guidance_grows)
+        seen = self.seen(len(z), labels, context, guidance)
         v, _ = self.bijection.through(executor, "inverse", z.to(self.device), seen)
         if denoise:
             v = self.denoised(v, labels, context)
@@ -350,27 +349,19 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         labels: Labels | None = None,
-        guidance: float | None = None,
+        guidance: Guidance | float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
-        guidance_grows: bool = False,
     ) -> Tensor:
         """`n` images from the model, uint8 `(n, C, H, W)`, or points.
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
         samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
-        `denoise`, `context` and `guidance_grows` are those of `decode`.
+        `denoise` and `context` are those of `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         latents = self.place(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(
-            latents,
-            labels,
-            guidance=guidance,
-            denoise=denoise,
-            context=context,
-            guidance_grows=guidance_grows,
-        )
+        return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -421,18 +412,18 @@ class Flow(nn.Module):
         count: int,
         labels: Tensor | None = None,
         context: Tensor | None = None,
-        guidance: float | None = None,
-        guidance_grows: bool = False,
+        guidance: Guidance | float | None = None,
     ) -> Context | None:
         """What the networks of the bijection see for B = `count` examples, of their classes
         `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
 
         Raises `ValueError` for a weight of `guidance` where there is none, or none that grows.
         """
-        if guidance is not None and self.unguided:
+        weight, grows = guidance if isinstance(guidance, Guidance) else (guidance, False)
+        if weight is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
-        if guidance_grows and self.unordered:
-            raise ValueError(f"guidance_grows: {self.unordered}")
+        if grows and self.unordered:
+            raise ValueError(f"guidance that grows: {self.unordered}")
         if self.image_context is not None and context is not None:
             return self.image_context.scaled(context.to(self.device), self.dtype)
         if self.class_prior is None:
@@ -441,9 +432,9 @@ class Flow(nn.Module):
         if of_class is None:
             return None
         of_class = of_class.to(self.device, self.dtype)
-        if not guidance:
+        if not weight:
             return of_class
-        return Guided(of_class, torch.zeros_like(of_class), guidance, guidance_grows)
+        return Guided(of_class, torch.zeros_like(of_class), weight, grows)
 
     def require_no_context(self, what: str) -> None:
         """Raises `UserError` that begins with `what` for a model with an `image_context`."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.context import Guidance
 from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
@@ -25,10 +26,9 @@ def sample(
     progress: Callable[[float, int], None] = silent,
     classes: Sequence[int] = (),
     iterate: bool = False,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     denoise: bool = False,
     contexts: Tensor | None = None,
-    guidance_grows: bool = False,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
@@ -36,8 +36,8 @@ def sample(
     ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
     for each temperature and class, again from the same latents. So it does for each of the
     `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
-    sequential layers compute all entries at once, until they do not change any more. `guidance`,
-    `denoise` and `guidance_grows` are those of `Flow.decode`.
+    sequential layers compute all entries at once, until they do not change any more. `guidance` and
+    `denoise` are those of `Flow.decode`.
 
     Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
     `iterate` that it does not have, or for samples without room.
@@ -52,8 +52,8 @@ def sample(
             )
         )
     if guidance is not None and (reason := flow.unguided):
-        raise UserError(f"--guidance {guidance:g}: {reason}")
-    if guidance_grows and (reason := flow.unordered):
+        raise UserError(f"--guidance {guidance.weight:g}: {reason}")
+    if guidance is not None and guidance.grows and (reason := flow.unordered):
         raise UserError(f"--guidance-grows: {reason}")
     if denoise and flow.dequantizer.sigma is None:
         raise UserError(f"--denoise: {NO_SIGMA}")
@@ -82,8 +82,7 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        guided = guidance, denoise, given, guidance_grows
-        images.append(decode(flow, latents, note, labels, iterate, *guided))
+        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise, given))
     return torch.cat(images)
 
 
@@ -93,10 +92,9 @@ def decode(
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
     iterate: bool = False,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
-    guidance_grows: bool = False,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -116,8 +114,7 @@ def decode(
             progress(round(start + share * (stop - start), 1))
 
         of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
-        guided = guidance, denoise, given, guidance_grows
-        part = flow.decode(z[start:stop], of_part, executor(note, layers), *guided)
+        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise, given)
         images.append(part.cpu())
         progress(stop)
     return torch.cat(images)

@@ -15,7 +15,7 @@ from helpers import SHARED, a_config, batch_of, images, npz, perturb, seeded, sh
 from PIL import Image
 from torch.distributions import Normal
 
-from flowtrain.bijections.context import Guided
+from flowtrain.bijections.context import Guidance, Guided
 from flowtrain.bijections.execution import Iterating
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
@@ -180,12 +180,12 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model, grows):
     back, log_det_back = flow.bijection(v, guided)
     torch.testing.assert_close(back, z, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-5, atol=1e-5)
-    weight = {"guidance": 1.5, "guidance_grows": grows}
-    x = flow.decode(z, labels, **weight)
+    guidance = Guidance(1.5, grows)
+    x = flow.decode(z, labels, guidance=guidance)
     assert torch.equal(x, flow.dequantizer.to_data(v))
-    assert torch.equal(flow.decode(z, labels, Iterating(lambda share: None), **weight), x)
+    assert torch.equal(flow.decode(z, labels, Iterating(lambda share: None), guidance), x)
     assert torch.equal(x, flow.decode(z, labels, guidance=1.5)) == (not grows)
-    assert torch.equal(flow.sample(6, 1, seeded(), labels, **weight), x)
+    assert torch.equal(flow.sample(6, 1, seeded(), labels, guidance), x)
 
 
 def test_the_weight_of_a_causal_flow_grows_with_its_tokens():
@@ -203,9 +203,11 @@ def test_the_weight_of_a_causal_flow_grows_with_its_tokens():
 def test_guidance_grows_only_along_tokens_in_an_order():
     flow = conditional("jet", label_dropout=0.1)
     flow.sample(2, guidance=1.0)
-    for call in (flow.sample, lambda n, **options: sample(flow, n, [1.0], 0, **options)):
-        with pytest.raises((ValueError, UserError), match="guidance.grows: .* all at once, in no"):
-            call(2, guidance=1.0, guidance_grows=True)
+    growing = Guidance(1.0, grows=True)
+    with pytest.raises(ValueError, match="guidance that grows: .* all at once, in no order"):
+        flow.sample(2, guidance=growing)
+    with pytest.raises(UserError, match="--guidance-grows: .* all at once, in no order"):
+        sample(flow, 2, [1.0], 0, guidance=growing)
 
 
 def test_only_networks_that_see_the_class_have_labels_to_drop():
