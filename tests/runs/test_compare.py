@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_helpers import quick, trained
+from cli_helpers import flowtrain, quick, trained
 from PIL import Image
 from run_files import ROWS, TEST, a_run, train_row, validation_row
 
@@ -79,7 +79,7 @@ def test_the_table_fits_a_terminal_of_eighty_columns(tmp_path):
     names = ["glow_cifar_small_again", "b"]
     for name in names:
         a_run(tmp_path / name, parameters=44_000_000, images=123_456_789)
-    lines = quick("compare", *names, cwd=tmp_path, COLUMNS="80").ok().out.splitlines()
+    lines = flowtrain("compare", *names, cwd=tmp_path, COLUMNS="80").ok().out.splitlines()
     table = lines[
         : lines.index(next(line for line in lines if line.startswith("- ") or "wrote" in line))
     ]
