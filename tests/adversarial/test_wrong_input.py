@@ -921,7 +921,7 @@ def test_a_name_that_is_no_text(tmp_path):
     )
     assert tree(tmp_path) == []
     copy_of(trained()["glow"], tmp_path / name)
-    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
     assert "bad\\udcff" in done.out
 
 
