@@ -16,9 +16,10 @@ from flowtrain.compression.streams import (
     encode_stream,
     estimate,
 )
-from flowtrain.compression.threads import in_threads, silent
+from flowtrain.compression.threads import in_threads
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
+from flowtrain.system.console import silent
 from flowtrain.system.threads import one_thread
 
 

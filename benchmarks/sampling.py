@@ -6,6 +6,7 @@ takes as many passes as the weights demand.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
@@ -18,7 +19,7 @@ from flowtrain.config import load_config
 from flowtrain.data.splits import DataSet
 from flowtrain.flow.flow import Flow, initialize
 
-IMAGES = 64
+IMAGES = 64  # by default
 CONFIGS = (
     "glow_digits",
     "causal_digits",
@@ -45,9 +46,9 @@ def flow_of(name: str) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
-def ways(name: str, flow: Flow) -> dict[str, Callable[[], object]]:
+def ways(name: str, flow: Flow, count: int) -> dict[str, Callable[[], object]]:
     """The ways in which a trained flow samples."""
-    z = flow.draw_latents(IMAGES, torch.Generator().manual_seed(0))
+    z = flow.draw_latents(count, torch.Generator().manual_seed(0))
     found: dict[str, Callable[[], object]] = {f"`{name}`, {flow.sampling}": lambda: flow.decode(z)}
     if flow.bijection.iterates:
         executor = Iterating(lambda share: None)
@@ -59,17 +60,19 @@ def main() -> None:
     parser = arguments(__doc__, work="S")
     parser.add_argument("--configs", nargs="*", default=CONFIGS, help="the configurations")
     parser.add_argument("--trained", nargs="*", default=[], help="trained models")
+    parser.add_argument("--num-images", type=int, default=IMAGES, help="of each contender")
     options = parser.parse_args()
+    count = options.num_images
     work = WORK[options.work]
-    begin(f"Sampling {IMAGES} images, {options.work}: {work}", options)
+    begin(f"Sampling {count} images, {options.work}: {work}", options)
     flow = flowtrain_state(work).flow.eval().requires_grad_(False)
-    x = images(IMAGES)
+    x = images(count)
     contenders = {
         "flowtrain, forward pass": lambda: flow.log_prob(x),
-        "flowtrain, sampling": lambda: flow.sample(IMAGES),
+        "flowtrain, sampling": lambda: flow.sample(count),
     }
     for name, peer in peers(work).items():
-        contenders[f"{name}, sampling"] = lambda peer=peer: peer.sample(IMAGES)
+        contenders[f"{name}, sampling"] = lambda peer=peer: peer.sample(count)
     seconds = in_turns(contenders, options.repeats)
     table(
         seconds,
@@ -78,11 +81,11 @@ def main() -> None:
     flows = {name: flow_of(name) for name in options.configs}
     print()
     others: dict[str, Callable[[], object]] = {
-        f"`{name}`, {flow.sampling}": lambda flow=flow: flow.sample(IMAGES)
+        f"`{name}`, {flow.sampling}": lambda flow=flow: flow.sample(count)
         for name, flow in flows.items()
     }
     for name in options.trained:
-        others |= ways(name, flowtrain.load(name))
+        others |= ways(Path(name).name, flowtrain.load(name), count)
     table(in_turns(others, options.repeats), {})
 
 

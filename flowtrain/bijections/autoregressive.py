@@ -51,9 +51,13 @@ class Autoregressive(Bijection):
         """How many parts an example has."""
         raise NotImplementedError
 
+    def parameters_of(self, x: Tensor, context: Context | None) -> Tensor:
+        """The parameters of all parts of `x`."""
+        return apply_conditioner(self.conditioner, x, context)
+
     def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """`z` and the log-derivatives, both of the shape of `x`."""
-        return self.transform(x, apply_conditioner(self.conditioner, x, context))
+        return self.transform(x, self.parameters_of(x, context))
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, context)
@@ -63,8 +67,7 @@ class Autoregressive(Bijection):
         self, z: Tensor, context: Context | None, note: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
-            parameters = apply_conditioner(self.conditioner, x, context)
-            return self.transform.inverse(z, parameters)
+            return self.transform.inverse(z, self.parameters_of(x, context))
 
         with full_precision(z):
             x, log_derivative = fixed_point(step, z, self.count(z), note)

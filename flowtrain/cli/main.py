@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -30,6 +31,8 @@ from flowtrain.cli import (
     train,
 )
 from flowtrain.errors import UserError
+
+GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",
@@ -78,6 +81,10 @@ def _options(
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    # A library may catch everything that is raised in it.
+    end = threading.Timer(GRACE, os._exit, [128 + signum])
+    end.daemon = True
+    end.start()
     raise SystemExit(128 + signum)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
+    DataSetOption,
     DeviceOption,
     ModelArgument,
     SeedOption,
@@ -92,6 +93,14 @@ def sample(
             show_default="none",
         ),
     ] = None,
+    guidance_grows: Annotated[
+        bool,
+        typer.Option(
+            "--guidance-grows",
+            help="Let the weight grow with the tokens of each layer, from 0 at the first to W at "
+            "the last. For TarFlow and causal flows.",
+        ),
+    ] = False,
     denoise: Annotated[
         bool,
         typer.Option(
@@ -110,6 +119,7 @@ def sample(
             show_default="sample.png in the run",
         ),
     ] = None,
+    overrides: DataSetOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -118,6 +128,7 @@ def sample(
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer.
     """
+    from flowtrain.bijections.context import Guidance
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
@@ -132,12 +143,17 @@ def sample(
         raise UserError(f"--method {method}: expected sequential or jacobi")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
+    if guidance_grows and guidance is None:
+        raise UserError("--guidance-grows: of which weight? Give --guidance W too")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code, conditional=True)
     flow = loaded.flow
-    contexts = _contexts(loaded, image)
+    needs_data = flow.levels is None or (flow.image_context is not None and image is None)
+    if overrides and not needs_data:
+        raise UserError("--set: these samples need no data, so leave it out")
+    contexts = _contexts(loaded, image, overrides)
     num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
-    drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
     columns = num if len(temperatures) > 1 or labels else _root(num)
     groups = max(1, len(labels))
     if contexts is not None:
@@ -151,12 +167,13 @@ def sample(
             *(flow, num, temperatures, seed, bar, labels),
             contexts=contexts,
             iterate=method == "jacobi",
-            guidance=guidance,
+            guidance=None if guidance is None else Guidance(guidance, guidance_grows),
             denoise=denoise,
         )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
+        also |= {"guidance_grows": True} if guidance_grows else {}
         also |= {"denoised": True} if denoise else {}
         save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
     else:
@@ -165,11 +182,13 @@ def sample(
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
         grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
     console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
-    for line in _about(flow.dequantizer.sigma, guidance, denoise):
+    for line in _about(flow.dequantizer.sigma, guidance, guidance_grows, denoise):
         console.print(line)
 
 
-def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[str]:
+def _about(
+    sigma: float | None, guidance: float | None, guidance_grows: bool, denoise: bool
+) -> list[str]:
     """What was done to the samples, a line each."""
     lines = []
     if guidance is not None:
@@ -177,6 +196,8 @@ def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[s
             f"guidance {guidance:g}: what the networks predict for a class, plus {guidance:g} "
             f"times its difference from what they predict without one"
         )
+    if guidance_grows:
+        lines.append(f"the weight grows with the tokens of each layer, from 0 to {guidance:g}")
     if sigma is not None and denoise:
         lines.append(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
     elif sigma is not None:
@@ -184,7 +205,9 @@ def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[s
     return lines
 
 
-def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
+def _contexts(
+    loaded: "LoadedModel", image: Path | None, overrides: list[str] | None
+) -> "Tensor | None":
     """What the samples are given: a part of the image in a file, or of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
@@ -195,7 +218,7 @@ def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
         return context
     if loaded.flow.image_context is None:
         return None
-    data = data_of(loaded, None)
+    data = data_of(loaded, overrides)
     data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
     return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 

@@ -22,9 +22,10 @@ from flowtrain.compression.inputs import Selection
 from flowtrain.compression.model import model_bytes, versions
 from flowtrain.compression.streams import EncodedStream, Estimate, encode_stream, estimate
 from flowtrain.compression.strips import strip_length, strips
-from flowtrain.compression.threads import Progress, in_threads, silent
+from flowtrain.compression.threads import Progress, in_threads
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
+from flowtrain.system.console import silent
 from flowtrain.system.threads import one_thread
 
 Stage = Callable[[str], AbstractContextManager[Progress]]  # such as `ProgressBar`

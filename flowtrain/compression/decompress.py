@@ -18,11 +18,12 @@ from flowtrain.compression.model import versions
 from flowtrain.compression.stack import words_of
 from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
-from flowtrain.compression.threads import Progress, Tick, in_threads, silent
+from flowtrain.compression.threads import Progress, Tick, in_threads
 from flowtrain.errors import UserError, cut, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
+from flowtrain.system.console import silent
 from flowtrain.system.files import read_regular, write_new
 from flowtrain.system.threads import one_thread
 

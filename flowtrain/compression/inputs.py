@@ -10,13 +10,14 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.compression.strips import STRIP, tall_length
-from flowtrain.compression.threads import Progress, Tick, in_threads, silent
+from flowtrain.compression.threads import Progress, Tick, in_threads
 from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets.base import picture
 from flowtrain.datasets.folder import files_of
 from flowtrain.errors import UserError, short
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import FORMATS, affordable, file_sizes, formats
+from flowtrain.system.console import silent
 from flowtrain.system.files import check_names
 
 

@@ -10,8 +10,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from flowtrain.compression.threads import Progress, Tick, in_threads, silent
+from flowtrain.compression.threads import Progress, Tick, in_threads
 from flowtrain.pictures.lossless import affordable, decoded, encoded, formats
+from flowtrain.system.console import silent
 
 STRIP = 64  # images per strip, at most
 LONGEST = 16383  # pixels, of a WebP's side

@@ -13,10 +13,6 @@ Tick = Callable[[int], None]  # images done since the last call
 T = TypeVar("T")
 
 
-def silent(done: int, total: int) -> None:
-    """Progress that nobody sees."""
-
-
 def in_threads(tasks: Sequence[Callable[[Tick], T]], total: int, progress: Progress) -> list[T]:
     """The results of tasks, of which as many run at a time as torch has threads.
 

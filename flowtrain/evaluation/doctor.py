@@ -26,6 +26,7 @@ from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import Watching, layers_of, short_name
 from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.flow import Flow
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator, uniform
 
 Verdict = Literal["ok", "watch", "bad"]
@@ -225,7 +226,7 @@ def examine(
     *,
     num_images: int = 64,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> list[Finding]:
     """All findings about a model, on test images, uniform noise and samples.
 

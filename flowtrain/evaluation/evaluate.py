@@ -19,6 +19,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import NoisyImages, bits_per_dim
 from flowtrain.results import Evaluation
 from flowtrain.system import distributed
+from flowtrain.system.console import silent
 
 log = logging.getLogger("flowtrain")
 
@@ -47,7 +48,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> tuple[Evaluation, Scores]:
     """The result of `flowtrain evaluate`, and the scores of the images.
 

@@ -29,6 +29,7 @@ from flowtrain.flow.inputs import quantize
 from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import coders, complexity, picture_of
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 from flowtrain.types import Policy, Shape
 
@@ -394,7 +395,7 @@ def score_all(
     *,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> Comparison:
     """Scores every image.
 

@@ -14,6 +14,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import log_mean_exp
 from flowtrain.flow.passes import fitting_batch_size, largest_activation
 from flowtrain.system import capacity, distributed
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, uniform
 
 
@@ -82,7 +83,7 @@ def score(
     samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> Scores:
     """The bounds on log P(x) for the first `num_images` images of a split, in nats.
 

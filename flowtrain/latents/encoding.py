@@ -19,11 +19,8 @@ from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
 from flowtrain.system.arrays import ONLY, ArrayFile
+from flowtrain.system.console import silent
 from flowtrain.system.files import check_names, write_new
-
-
-def silent(done: float, total: float) -> None:
-    pass
 
 
 def encode(

@@ -14,9 +14,10 @@ from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.latents.directions import Direction
-from flowtrain.latents.encoding import encode, read_images, silent
+from flowtrain.latents.encoding import encode, read_images
 from flowtrain.pictures.sample import decode
 from flowtrain.system import capacity
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 
 CLASS_IMAGES = 500  # training images of a class over which the mean latent is taken, at most

@@ -35,9 +35,9 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import gradient_batch_size
 from flowtrain.latents.constraints import Constraint, Pixels
-from flowtrain.latents.encoding import silent
 from flowtrain.latents.hamiltonian import Chains, effective_size
 from flowtrain.system import capacity
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 
 LEAPFROG = 8  # mean number of gradients for a move

@@ -16,7 +16,7 @@ class ZeroLinear(nn.Linear):
 class DenseNet(nn.Module):
     """ReLU layers of one width, then a zero linear layer (NICE, section 5.1).
 
-    It maps `(B, D)` to `(B, D')`.
+    It maps `(B, D)` to `(B, D')`. Without hidden layers it is linear.
     """
 
     def __init__(self, in_features: int, out_features: int, width: int, hidden_layers: int):
@@ -24,7 +24,8 @@ class DenseNet(nn.Module):
         layers: list[nn.Module] = []
         for i in range(hidden_layers):
             layers += [nn.Linear(in_features if i == 0 else width, width), ReLU()]
-        self.layers = nn.Sequential(*layers, ZeroLinear(width, out_features))
+        last = ZeroLinear(width if hidden_layers else in_features, out_features)
+        self.layers = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters: Tensor = self.layers(x)

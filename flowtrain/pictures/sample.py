@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.context import Guidance
 from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
+from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 
 
@@ -21,10 +23,10 @@ def sample(
     num: int,
     temperatures: Sequence[float],
     seed: int,
-    progress: Callable[[float, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = silent,
     classes: Sequence[int] = (),
     iterate: bool = False,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     denoise: bool = False,
     contexts: Tensor | None = None,
 ) -> Tensor:
@@ -50,7 +52,9 @@ def sample(
             )
         )
     if guidance is not None and (reason := flow.unguided):
-        raise UserError(f"--guidance {guidance:g}: {reason}")
+        raise UserError(f"--guidance {guidance.weight:g}: {reason}")
+    if guidance is not None and guidance.grows and (reason := flow.unordered):
+        raise UserError(f"--guidance-grows: {reason}")
     if denoise and flow.dequantizer.sigma is None:
         raise UserError(f"--denoise: {NO_SIGMA}")
     groups = max(1, len(classes)) if contexts is None else len(contexts)
@@ -88,7 +92,7 @@ def decode(
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
     iterate: bool = False,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
 ) -> Tensor:

@@ -79,6 +79,10 @@ def figure(
     return f"{value:{form}}" + ("" if error is None else f" +- {error:{form}}")
 
 
+def silent(done: float, total: float) -> None:
+    """Progress that nobody sees."""
+
+
 WIDE = 110  # columns of a terminal that has room for a long bar
 
 

@@ -24,15 +24,18 @@ import struct
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import children
 import damage
+import numpy as np
 import sound
+import torch
 import yaml
 from catalogue import sets
 from children import Outcome
@@ -40,6 +43,7 @@ from PIL import Image
 from sound import TRAIN, Sound
 
 from flowtrain.compression import format as archive_format
+from flowtrain.pictures.grid import to_8bit
 
 SECONDS = 20  # per case
 MEMORY = 1024  # MiB per case, besides what python with torch and flowtrain takes
@@ -257,12 +261,16 @@ def npz(draw: random.Random, files: Sound, folder: Path) -> Case:
     return Case(words, fault=fault)
 
 
+def _members(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as there:
+        return {name: there.read(name) for name in there.namelist()}
+
+
 def _crafted_npz(draw: random.Random, data: bytes) -> bytes:
     """Other members with right checksums, or other fields of the zip."""
     if draw.random() < 0.3:
         return _zip_field(draw, data)
-    with zipfile.ZipFile(io.BytesIO(data)) as there:
-        members = {name: there.read(name) for name in there.namelist()}
+    members = _members(data)
     name = draw.choice(list(members))
     kind = draw.random()
     if kind < 0.3:
@@ -275,6 +283,10 @@ def _crafted_npz(draw: random.Random, data: bytes) -> bytes:
         del members[name]
     else:
         members = {key: members[draw.choice(list(members))] for key in members}
+    return _zipped(draw, members)
+
+
+def _zipped(draw: random.Random, members: dict[str, bytes]) -> bytes:
     made = io.BytesIO()
     method = draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
     with zipfile.ZipFile(made, "w", method) as there:
@@ -314,6 +326,176 @@ def _zip_field(draw: random.Random, data: bytes) -> bytes:
     size = draw.choice([2, 4])
     number = draw.choice([0, 1, 8, 12, 14, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, len(data)])
     return data[:at] + (number % 256**size).to_bytes(size, "little") + data[at + size :]
+
+
+# --- latents, attributes, points ------------------------------------------------------------------
+
+
+def latents(draw: random.Random, files: Sound, folder: Path) -> Case:
+    name, raw = _damaged_arrays(draw, files, sound.LATENTS, folder / "z.npz")
+    (folder / "run").symlink_to(files.folder / "run")
+    out = draw.choice(["images", "x.npz"])
+
+    def fault(outcome: Outcome) -> str:
+        known = [_arrays(files.folder / f"{each}.images.npz") for each in sound.LATENTS]
+        if out != "x.npz":
+            found = [_pixels(file) for file in sorted(folder.glob("images/**/*.png"))]
+            return "" if not raw or found in map(_pictures_of, known) else "wrong pixels"
+        same = [all(map(np.array_equal, _arrays(folder / out), arrays)) for arrays in known]
+        return "wrong pixels or names" if raw and not any(same) else ""
+
+    return Case(["decode", "run", "z.npz", "--out", out], fault=fault)
+
+
+def _arrays(path: Path) -> list[np.ndarray]:
+    """The images and the names in what `decode` wrote."""
+    with np.load(path) as file:
+        return [file["images"], file["names"]]
+
+
+def _pictures_of(arrays: list[np.ndarray]) -> list[bytes]:
+    """The pixels of PNG files of images with 17 levels, in the order of the names."""
+    images, names = arrays
+    order = sorted(range(len(names)), key=lambda i: str(names[i]))
+    return [to_8bit(torch.from_numpy(images[i]), 17).numpy().tobytes() for i in order]
+
+
+def attributes(draw: random.Random, files: Sound, folder: Path) -> Case:
+    shutil.copytree(files.folder / "run", folder / "run")
+    _, raw = _damaged_arrays(draw, files, sound.ATTRIBUTES, folder / "run" / "attributes.npz")
+    words = draw.choice([sound.ALONG, ["attributes", "run", "--to-class", "2", "--name", "two"]])
+
+    def fault(outcome: Outcome) -> str:
+        known = [_pixels(files.folder / f"{each}.png") for each in sound.ATTRIBUTES]
+        checked = raw and words == sound.ALONG
+        return "another path" if checked and _pixels(folder / "i.png") not in known else ""
+
+    return Case(words, fault=fault)
+
+
+def points(draw: random.Random, files: Sound, folder: Path) -> Case:
+    name = draw.choice(["points.npz", "points.npy"])
+    path = folder / name
+    if name == "points.npz":
+        _damaged_arrays(draw, files, [name, "x.npz"], path)
+    else:
+        data = files.bytes(name)
+        made = draw.choice([damage.of_bytes(draw, data, data), _npy(draw), _edited_npy(draw, data)])
+        path.write_bytes(made)
+    (folder / "moons").symlink_to(files.folder / "moons")
+    return Case(["encode", "moons", "--images", name, "--out", "z.npz"])
+
+
+def _damaged_arrays(
+    draw: random.Random, files: Sound, names: list[str], path: Path
+) -> tuple[str, bool]:
+    """Writes one of two .npz files with damage to `path`: its name, and whether it can pass for
+    nothing but a sound one.
+    """
+    name, other = draw.sample(names, 2)
+    data = files.bytes(name)
+    raw = draw.random() < 0.4
+    if raw:
+        made = damage.of_bytes(draw, data, files.bytes(other))
+    elif draw.random() < 0.2:
+        made = _zip_field(draw, data)
+    else:
+        made = _edited_npz(draw, data)
+    path.write_bytes(made)
+    return name, raw
+
+
+def _edited_npz(draw: random.Random, data: bytes) -> bytes:
+    """One array or more is another one, with a right checksum, or has another name."""
+    members = _members(data)
+    if draw.random() < 0.2:
+        name, other = draw.choice(list(members)), draw.choice(list(members))
+        members[name] = damage.of_bytes(draw, members[name], members[other])
+        return _zipped(draw, members)
+    for _ in range(draw.choice([1, 1, 2])):
+        name, other = draw.choice(list(members)), draw.choice(list(members))
+        kind = draw.random()
+        if kind < 0.8:
+            members[name] = _edited_npy(draw, members[name])
+        elif kind < 0.87 and len(members) > 1:
+            del members[name]
+        elif kind < 0.94:
+            members[name] = members[other]
+        else:
+            members[draw.choice(["x.npy", "../x.npy", "level9.npy", " "])] = members[name]
+    return _zipped(draw, members)
+
+
+def _edited_npy(draw: random.Random, data: bytes) -> bytes:
+    """An array with other values, of another shape or of another type, which says so."""
+    array = np.load(io.BytesIO(data), allow_pickle=True)  # made here
+    kind = draw.random()
+    if kind < 0.5 and array.dtype.kind in "fiuU" and array.size:
+        array = array.copy()
+        at = ... if draw.random() < 0.3 else draw.randrange(array.size)
+        texts = ["", ".", "..", "/", "../x", "a/b", "x" * 300, "x" * 10_000, "\ud800", "a\0b", "-x"]
+        if array.dtype.kind == "U":
+            array = array.astype("U10000") if draw.random() < 0.2 else array.astype("U80")
+            value = draw.choice([*texts, *array.flat])
+        elif array.dtype.kind == "f":
+            value = draw.choice([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-42, 0, 1e10, -1, 100])
+        else:
+            value = draw.choice([0, 1, -1, 2, 2**31, 2**63 - 1, -(2**63)])
+        with np.errstate(all="ignore"):
+            array.flat[at] = np.asarray(value).astype(array.dtype)
+    elif kind < 0.8:
+        changed = [array[None], array[..., None], array.ravel(), array.T, np.stack([array, array])]
+        if array.ndim:
+            changed += [array[:0], array[:1], np.concatenate([array, array]), array[..., :1]]
+        array = draw.choice([*changed, np.empty((0, *array.shape)), np.array(0)])
+    else:
+        types = ["f8", "f2", ">f4", "i8", "u1", "?", "S9", "U9", "c8", "M8[s]", "i4,f4", "O"]
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                array = array.astype(draw.choice(types))
+            except (ValueError, TypeError):
+                array = array.astype("S9")
+    made = io.BytesIO()
+    np.save(made, array)
+    return made.getvalue()
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(draw: random.Random, files: Sound, folder: Path) -> Case:
+    """A CSV table of images and their attributes."""
+    data = files.bytes("table.csv")
+    made = damage.of_bytes(draw, data, data)
+    (folder / "t.csv").write_bytes(made if draw.random() < 0.4 else _edited_table(draw, data))
+    (folder / "pictures").symlink_to(files.folder / "pictures")
+    shutil.copytree(files.folder / "colour", folder / "colour")
+    words = ["attributes", "colour", "--csv", "t.csv", "--images", "pictures"]
+    return Case(words + draw.choice([[], ["--orthogonal"], ["--method", "logistic"]]))
+
+
+def _edited_table(draw: random.Random, data: bytes) -> bytes:
+    rows = [line.split(",") for line in data.decode().splitlines()]
+    cells = ["", " ", " 1", "2", "-1", "true", "nan", "1e400", "٣", "1.0", "\0", '"', '"x', "a\nb"]
+    cells += ["../pictures/grey.png", "/dev/zero", "..", "x" * 200_000, "é", "-x", "file", "even"]
+    for _ in range(draw.choice([1, 1, 2, 4])):
+        row = draw.choice(rows)
+        kind = draw.random()
+        if kind < 0.5:
+            row[draw.randrange(len(row))] = draw.choice(cells)
+        elif kind < 0.65:
+            row.append(draw.choice(cells))
+        elif kind < 0.75 and len(row) > 1:
+            row.pop()
+        elif kind < 0.85:
+            rows.append(list(row))
+        elif len(rows) > 1:
+            rows.remove(row)
+    text = draw.choice(["\n", "\n", "\r\n", "\r", "\n\n"]).join(",".join(row) for row in rows)
+    text = text.replace(",", draw.choice([",", ",", ",", ";", "\t", ",,", ", "]))
+    coding = draw.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "cp1252"])
+    return text.encode(coding, errors="replace")
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -491,6 +673,10 @@ FORMATS: dict[str, tuple[int, Callable[[random.Random, Sound, Path], Case]]] = {
     "run": (3, run_files),
     "picture": (3, picture),
     "cache": (1, cache),
+    "latents": (2, latents),
+    "attributes": (2, attributes),
+    "points": (1, points),
+    "table": (1, table),
 }
 
 
@@ -503,9 +689,9 @@ class Count:
     mib: float = 0.0
 
 
-def names_of(cases: int, first: int) -> list[str]:
-    """Cases of all formats by their shares, numbered from `first`, in an order that mixes them."""
-    shares = [name for name, (share, _) in FORMATS.items() for _ in range(share)]
+def names_of(cases: int, first: int, formats: Sequence[str] = tuple(FORMATS)) -> list[str]:
+    """Cases of formats by their shares, numbered from `first`, in an order that mixes them."""
+    shares = [name for name in formats for _ in range(FORMATS[name][0])]
     random.Random(0).shuffle(shares)
     count = dict.fromkeys(FORMATS, first)
     found = []
@@ -573,6 +759,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--only", metavar="CASE")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -583,7 +770,7 @@ def main() -> None:
         print(f"cd {folder / 'case'}", "flowtrain " + shlex.join(case.words), sep="\n")
         print(outcome.out, outcome.err, outcome, fault or "no fault", sep="\n")
         return
-    result = fuzz(names_of(options.cases, options.first), files, folder)
+    result = fuzz(names_of(options.cases, options.first, options.formats), files, folder)
     shutil.rmtree(folder)
     print(json.dumps(result, indent=1))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ TRAIN = [
     *sets(train__keep_checkpoints=2, data__validation=20),
 ]
 SIDE = 8
+LATENTS = ["z.npz", "other-z.npz"]
+ATTRIBUTES = ["attributes.npz", "other-attributes.npz"]
+# Along an attribute, which the file beside the model has.
+ALONG = ["interpolate", "run", "--along", "one", "--pairs", "2", "--steps", "3", "--out", "i.png"]
 # The formats of pictures, with the mode that each is saved in.
 PICTURES = {
     "grey.png": "L",
@@ -41,8 +46,11 @@ class Sound:
     """A folder with the files.
 
     folder: Has `run` (at step 4 of 6), `other` (finished), `colour` (a model of colour images),
-        `pictures` and their `cache`, `x.npz`, `other.npz`, and the archives `embedded.fta` and
-        `apart.fta`, each with the images in it in `NAME.images`.
+        `moons` (a model of points), `pictures` and their `cache`, `x.npz`, `other.npz`, and the
+        archives `embedded.fta` and `apart.fta`, each with the images in it in `NAME.images`. Of the
+        model `run` there are two files of latents (`LATENTS`), with what they decode to in
+        `NAME.images.npz`, and two of attributes (`ATTRIBUTES`), with the path along `one` in
+        `NAME.png`. `points.npz` and `points.npy` are for `moons`, `table.csv` is for `colour`.
     levels: Q of the model.
     bits_per_dim: Of `colour` on each npz.
     """
@@ -101,8 +109,34 @@ def make(folder: Path) -> Sound:
     for name in ("x.npz", "other.npz"):
         result = json.loads(run("evaluate", "colour", "--data", name, "--json", "-"))
         bits[name] = result["bits_per_dim"]
+    _latents(folder, run)
     saved = checkpoint_format.read(checkpoints / "last.safetensors")
     return Sound(folder, saved.meta["levels"], bits)
+
+
+def _latents(folder: Path, run: Callable[..., str]) -> None:
+    """Files of latents and of attributes, points, and a table of images with attributes."""
+    for name, split, count in zip(LATENTS, ("test", "train"), (6, 4), strict=True):
+        run("encode", "run", "--split", split, "--num-images", count, "--out", name)
+        run("decode", "run", name, "--out", f"{name}.images.npz")
+    for name, method in zip(ATTRIBUTES, ("difference", "logistic"), strict=True):
+        for label in (0, 1):
+            words = ["--to-class", label, "--name", ["zero", "one"][label], "--method", method]
+            run("attributes", "run", *words, "--num-images", 40)
+        run(*ALONG[:-1], f"{name}.png")
+        (folder / "run" / "attributes.npz").rename(folder / name)
+    points = [
+        "--config",
+        "realnvp_two_moons.yaml",
+        *sets(model__levels=1, model__width=8, model__blocks=0),
+    ]
+    points += sets(train__num_steps=2, data__validation=16, data__test_count=16)
+    run("train", *points, *sets(train__sample_every=50), "--run-dir", "moons")
+    run("sample", "moons", "--num-images", 9, "--out", "points.npz")
+    with np.load(folder / "points.npz") as sampled:
+        np.save(folder / "points.npy", sampled["images"])
+    rows = "".join(f"{name},{i % 2},{i % 3 % 2}\n" for i, name in enumerate(sorted(PICTURES)))
+    (folder / "table.csv").write_text("file,even,third\n" + rows)
 
 
 def _timeless(run: Path) -> None:

@@ -148,14 +148,19 @@ def test_two_processes_see_the_same_noise_and_drop_the_same_labels(tmp_path):
 
 def test_guidance_0_is_the_model_given_the_class(noisy, tmp_path):
     run, images = noisy[1], {}
-    for name, options in {"no": [], "0": ["--guidance", 0], "2": ["--guidance", 2]}.items():
+    given = {"no": [], "0": ["--guidance", 0], "2": ["--guidance", 2]}
+    given["grown"] = [*given["2"], "--guidance-grows"]
+    for name, options in given.items():
         options = [*options, "--classes", "3,7", "--num-images", 4, "--out", f"{name}.npz"]
         said = quick("sample", run, *options, cwd=tmp_path).ok().out
-        assert ("guidance 2: what the networks predict for a class, plus 2" in said) == (
-            name == "2"
-        )
+        guided = "guidance 2: what the networks predict for a class, plus 2" in said
+        assert guided == (name in ("2", "grown"))
+        grown = "the weight grows with the tokens of each layer, from 0 to 2" in said
+        assert grown == (name == "grown")
         images[name] = np.load(tmp_path / f"{name}.npz")
     assert images["2"]["guidance"] == 2 and "guidance" not in images["no"]
     assert np.array_equal(images["no"]["images"], images["0"]["images"])
     assert not np.array_equal(images["no"]["images"], images["2"]["images"])
+    assert images["grown"]["guidance_grows"] and "guidance_grows" not in images["2"]
+    assert not np.array_equal(images["grown"]["images"], images["2"]["images"])
     assert images["2"]["classes"].tolist() == [3] * 4 + [7] * 4

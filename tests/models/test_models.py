@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, seeded, tiny_flow
+from helpers import a_config, images, perturb, seeded, tiny_flow
 
 from flowtrain import config as configuration
 from flowtrain.bijections import (
@@ -94,6 +94,7 @@ def test_glow_of_the_paper_has_44_million_parameters():
         assert 43.5e6 < count(glow.build((3, 32, 32), levels=3, steps=32, width=512)) < 44.5e6
 
 
+@pytest.mark.run  # takes long
 def test_the_defaults_are_the_papers():
     with torch.device("meta"):
         assert count(glow.build((3, 32, 32))) == count(
@@ -366,6 +367,14 @@ def test_options_of_glow(options, kinds, couplings):
     assert {type(m.transform).__name__ for m in layers if isinstance(m, Coupling)} == couplings
     orders = [m.order.tolist() for m in layers if isinstance(m, Permute)]
     assert "reverse" not in options.values() or orders == [[3, 2, 1, 0]] * 2
+
+
+def test_realnvp_of_vectors_may_have_no_hidden_layers():
+    config = a_config({"name": "realnvp", "levels": 1, "blocks": 0})
+    flow = perturb(build_flow(config, (2, 1, 1), None))
+    x = torch.randn(64, 2, 1, 1, generator=seeded())
+    initialize(flow, x, torch.zeros_like(x))
+    torch.testing.assert_close(flow.decode(flow.encode(x)), x)
 
 
 def test_realnvp_is_as_the_paper_says():

@@ -224,14 +224,29 @@ def test_what_a_signal_stops_is_saved_before_it_is_validated(tmp_path):
     assert stopped.code == 143 and "validating 10 saved 10" in stopped.out
 
 
-def test_a_signal_before_the_first_step_is_obeyed(tmp_path):
-    process = start("train", *LONG, cwd=tmp_path)
-    with within(60, "the lock") as expired:
-        while not (tmp_path / "runs" / "glow_digits" / ".lock").exists():
-            expired()
-    process.send_signal(signal.SIGTERM)
-    stopped = result(process)
-    assert stopped.code in (143, -signal.SIGTERM) and "Traceback" not in stopped.err
+STOPPED_BEFORE_THE_FIRST_STEP = """
+import os, signal, time
+from flowtrain.cli import main
+from flowtrain.training import loop
+start = loop.start
+def signalled(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return start(*args)
+def signalled_in_a_library(*args):
+    try:
+        signalled(*args)
+    except BaseException:
+        time.sleep(60)
+loop.start, main.GRACE = {start}, 0.1
+"""
+
+
+@pytest.mark.parametrize("how", ["signalled", "signalled_in_a_library"])
+def test_a_signal_before_the_first_step_ends_the_process(tmp_path, how):
+    first = STOPPED_BEFORE_THE_FIRST_STEP.format(start=how)
+    stopped = quick("train", *LONG, cwd=tmp_path, first=first)
+    assert stopped.code == 143 and "Traceback" not in stopped.err
+    assert not last(tmp_path / "runs" / "glow_digits").exists()
 
 
 def test_kill_9_at_any_moment(uninterrupted, tmp_path):
