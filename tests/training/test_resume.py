@@ -49,7 +49,7 @@ EVERYTHING += sets(
     train__log_every=3,
     train__validate_every=4,
     train__sample_every=7,
-    train__batch_size=100,
+    train__batch_size=50,
     data__shift=1,
 )
 EVERYTHING += sets(
