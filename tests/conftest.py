@@ -1,5 +1,6 @@
 """The folder that all workers of a session share, and the marker `run`."""
 
+import gc
 import inspect
 import os
 import shutil
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items):
             for function in [item.function, *(definition.func for [*_, definition] in fixtures)]
         ):
             item.add_marker("run")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Modules and tests live to the end: Python's collector need not look at them again."""
+    gc.freeze()
 
 
 def reaches(function, targets, known):

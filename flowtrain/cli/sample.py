@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
+    DataSetOption,
     DeviceOption,
     ModelArgument,
     SeedOption,
@@ -118,6 +119,7 @@ def sample(
             show_default="sample.png in the run",
         ),
     ] = None,
+    overrides: DataSetOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -146,9 +148,12 @@ def sample(
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code, conditional=True)
     flow = loaded.flow
-    contexts = _contexts(loaded, image)
+    needs_data = flow.levels is None or (flow.image_context is not None and image is None)
+    if overrides and not needs_data:
+        raise UserError("--set: these samples need no data, so leave it out")
+    contexts = _contexts(loaded, image, overrides)
     num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
-    drawing = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
     columns = num if len(temperatures) > 1 or labels else _root(num)
     groups = max(1, len(labels))
     if contexts is not None:
@@ -200,7 +205,9 @@ def _about(
     return lines
 
 
-def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
+def _contexts(
+    loaded: "LoadedModel", image: Path | None, overrides: list[str] | None
+) -> "Tensor | None":
     """What the samples are given: a part of the image in a file, or of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
@@ -211,7 +218,7 @@ def _contexts(loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
         return context
     if loaded.flow.image_context is None:
         return None
-    data = data_of(loaded, None)
+    data = data_of(loaded, overrides)
     data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
     return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 

@@ -92,7 +92,7 @@ def build(
         return image
 
     def counted(readable: np.ndarray) -> dict[str, bytes]:
-        return {"enlarged": f"{len(enlarged)} of {len(readable)}".encode()}
+        return {"enlarged.json": json.dumps([len(enlarged), len(readable)]).encode()}
 
     def paths() -> Iterable[Path]:
         if resize == "exact":
@@ -126,11 +126,12 @@ def build(
             count = len(files)
         what = f"{split} images in {folder}"
         cache.warn_of_unreadable(target(), unreadable, count, "data.path", what)
-        few = (cache.remembered(target() / "enlarged", 100) or b"0 of").decode()
-        if not few.startswith("0 of"):
+        few, of_all = json.loads(cache.remembered(target() / "enlarged.json", 100) or b"[0, 0]")
+        if few:
             log.warning(
-                "data.size: %s images in %s have a side of less than %d pixels and are enlarged",
-                *(few, folder, size),
+                "data.size: %d of %d images in %s have a side of less than %d pixels and are "
+                "enlarged",
+                *(few, of_all, folder, size),
             )
         return images
 

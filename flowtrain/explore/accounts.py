@@ -18,12 +18,16 @@ A model with layers that mix all places, such as an autoregressive flow of vecto
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowtrain.bijections import base
+from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import ByPlace
+from flowtrain.explore.edits import Stoppable
 from flowtrain.flow.flow import Flow
 
 Size = tuple[int, int]
@@ -66,10 +70,29 @@ def _enlarged(values: Tensor, size: Size) -> Tensor:
     return values.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
+class _Stoppable(ByPlace):
+    """Calls `check` before each layer."""
+
+    def __init__(self, check: Callable[[], None]):
+        super().__init__()
+        self.check = check
+
+    def layer(
+        self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        self.check()
+        return super().layer(layer, direction, x, context)
+
+
 @torch.no_grad()
-def account(flow: Flow, x: Tensor, noise: Tensor) -> Accounts:
-    """The accounts of one image `(1, C, H, W)` with uniform noise of that shape."""
-    parts = flow(x, noise)
+def account(
+    flow: Flow, x: Tensor, noise: Tensor, check: Callable[[], None] = lambda: None
+) -> Accounts:
+    """The accounts of one image `(1, C, H, W)` with uniform noise of that shape.
+
+    `check` is called before each layer, and may raise an exception that ends this.
+    """
+    parts = flow(x, noise, executor=Stoppable(check))
     total = flow.loss(parts.total).item()
     of_class, labels = None, None
     if parts.by_class is not None:
@@ -78,7 +101,7 @@ def account(flow: Flow, x: Tensor, noise: Tensor) -> Accounts:
         share = shares[labels].clamp_min(torch.finfo(shares.dtype).tiny)
         loss = -flow.loss(share.log() + math.log(flow.classes))
         of_class = OfClass(int(labels), share.item(), loss.item())
-    executor = ByPlace()
+    executor = _Stoppable(check)
     entries, by_place, of_noise = flow.forward_by_place(x, noise, executor, labels)
     levels = flow.split_latents(entries)
     flat = levels[0].ndim != 4

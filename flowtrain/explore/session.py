@@ -47,7 +47,7 @@ Check = Callable[[], None]
 Answer = dict[str, Any]  # what becomes JSON
 
 NEAREST = 8  # training images
-KEPT = 64  # latents of sources that are kept
+KEPT = 64  # latents of sources, and images at places, that are kept
 UPLOADS = 64  # images of the user that are kept
 LARGEST_FILE = 32 * 2**20  # bytes of an image file
 BYTES_OF_COMPARED = 32  # of a pixel of a training image, in float64 and twice in between
@@ -92,6 +92,7 @@ class Session:
         self._read_data = data
         self.data: Background | str = "the data are being read"
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
+        self._images: OrderedDict[str, Tensor] = OrderedDict()
         self._uploads: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # of `_uploads`
 
@@ -229,11 +230,14 @@ class Session:
                 assert x is not None
                 check()
                 z = self.flow.encode(x)
-            self._latents[key] = z
+            self.keep(self._latents, key, z)
         self._latents.move_to_end(key)
-        while len(self._latents) > min(KEPT, self.largest_count):
-            self._latents.popitem(last=False)
         return self._latents[key]
+
+    def keep(self, kept: OrderedDict[str, Tensor], key: str, value: Tensor) -> None:
+        kept[key] = value
+        while len(kept) > min(KEPT, self.largest_count):
+            kept.popitem(last=False)
 
     def drawn(
         self, asked_for: asked.Sample | asked.Samples, start: int, count: int
@@ -302,8 +306,13 @@ class Session:
     def image(self, place: asked.Place, check: Check) -> tuple[Tensor, Tensor | None]:
         """The image `(1, C, H, W)` at a place, and its latent where that had to be computed.
 
-        An image of the data that nothing was done to is itself.
+        An image of the data that nothing was done to is itself. Facts and neighbours follow an
+        image that was shown, so it is kept.
         """
+        key = place.model_dump_json()
+        if key in self._images:
+            self._images.move_to_end(key)
+            return self._images[key], None
         untouched = asked.Place(source=place.source)
         x = (
             self.source(place.source)
@@ -313,7 +322,9 @@ class Session:
         if x is not None and place.other is None:
             return x, None
         z = self.latent(place, check)
-        return self.decode(z, check, self.label_of(place)), z
+        x = self.decode(z, check, self.label_of(place))
+        self.keep(self._images, key, x)
+        return x, z
 
     def label_of(self, place: asked.Place) -> Tensor | None:
         """The label of a sample, which networks that see the class have to know."""
@@ -342,6 +353,16 @@ class Session:
     def samples(self, request: asked.Samples, check: Check) -> Answer:
         z, labels = self.drawn(request, request.start, request.count)
         x = self.decode(z, check, labels)
+        for index, image in enumerate(x, request.start):
+            source = asked.Sample(
+                kind="sample",
+                seed=request.seed,
+                index=index,
+                temperatures=request.temperatures,
+                label=request.label,
+            )
+            key = asked.Place(source=source).model_dump_json()
+            self.keep(self._images, key, image[None].clone())
         return {
             "images": [self.url(each) for each in x],
             "command": self.sampling(request, request.start + request.count),
@@ -364,8 +385,7 @@ class Session:
         first = source.index if isinstance(source, asked.Test) else 0
         x = x.to(self.flow.device)
         noise = uniform(x.shape, 0, Stream.EVALUATION, first, 0, x.device)
-        check()
-        found = account(self.flow, x, noise)
+        found = account(self.flow, x, noise, check)
         if not math.isfinite(found.total):
             raise Refused("the likelihood of this image is not finite")
         parts = [

@@ -548,6 +548,10 @@ TABLE = [
     ("sample run --image good.png", "--image good.png", "model.context is none"),
     ("sample run --image no.png", "--image no.png", "model.context is none"),
     ("sample points --image good.png", "--image good.png", "model.context is none"),
+    ("sample run --set data.root=x", "--set: these samples need no data"),
+    ("sample given --image good.png --set data.root=x", "--set: these samples need no data"),
+    ("sample given --set model.width=3", "--set model.width=3: only keys of data"),
+    ("sample given --set data.path=no.npz", "no.npz"),
     ("sample given --image no.png", "no.png: there is no such image file"),
     ("sample given --image no%FF.png", "no?.png: there is no such image file"),
     ("sample given --image empty.png", "empty.png cannot be read as an image"),
@@ -917,7 +921,7 @@ def test_a_name_that_is_no_text(tmp_path):
     )
     assert tree(tmp_path) == []
     copy_of(trained()["glow"], tmp_path / name)
-    done = flowtrain("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
+    done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
     assert "bad\\udcff" in done.out
 
 

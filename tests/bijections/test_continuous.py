@@ -81,6 +81,7 @@ def test_a_linear_equation(solver):
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("gradient, share", [(True, 1.0), (False, EVALUATION)])
+@pytest.mark.run  # takes long
 def test_the_tolerances_hold(tolerance, gradient, share):
     x = torch.randn(20, 4, generator=seeded(), dtype=torch.float64)
     exact = layer_of(4, scale=0.6, **TIGHT).double()
@@ -226,6 +227,7 @@ def test_signs_are_a_function_of_the_example():
 # --- batches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.run  # takes long
 def test_batch_mates_change_nothing_beyond_rounding():
     """Differences are below 1e-5 bits/dim with the default tolerances, despite common steps."""
     layer = layer_of(64, 16, scale=0.5)
@@ -320,6 +322,7 @@ def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
     assert flow.bijection.layers[-1].evaluations > 15  # the equation is not trivial
 
 
+@pytest.mark.run  # takes long
 def test_scores_do_not_depend_on_the_batch_size():
     config = a_config({"name": "cnf", "width": 16, "hidden_layers": 1}, data={"name": "digits"})
     flow = perturb(build_flow(config, (1, 8, 8), 17), 0.1)

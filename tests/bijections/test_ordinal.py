@@ -203,6 +203,7 @@ def test_images_come_back(shape, levels, token, options):
     assert torch.equal(flow.decode(flow.encode(samples)), samples)
 
 
+@pytest.mark.run  # takes long
 def test_rounding_moves_no_level():
     """Latents at the edges of bins, where x + u rounds to the next level in float32."""
     flow = causal((1, 1, 1), 256)
@@ -218,6 +219,7 @@ def test_rounding_moves_no_level():
     assert torch.equal(flow.decode(z).flatten().long(), levels[0])
 
 
+@pytest.mark.run  # takes long
 def test_images_come_back_from_a_trained_model(trained):
     flow, x = trained
     shape = (20, 1, 8, 8)
@@ -226,6 +228,7 @@ def test_images_come_back_from_a_trained_model(trained):
         assert torch.equal(flow.decode(flow.encode(each)), each)
 
 
+@pytest.mark.run  # takes long
 def test_images_come_back_from_batches_of_another_size(trained):
     """Batches change the rounding of the networks, by far less than the range of any level."""
     flow, x = trained
@@ -237,6 +240,7 @@ def test_images_come_back_from_batches_of_another_size(trained):
         assert torch.equal(back, every)
 
 
+@pytest.mark.run  # takes long
 def test_encode_computes_what_decode_computes(trained, monkeypatch):
     """One pass of the networks rounds differently, so it has no part in it."""
     flow, x = trained
@@ -256,6 +260,7 @@ def test_encode_computes_what_decode_computes(trained, monkeypatch):
         )
 
 
+@pytest.mark.run  # takes long
 def test_samples_of_a_trained_model_look_like_its_images(trained):
     flow, x = trained
     drawn = flow.sample(200, generator=seeded())
@@ -265,6 +270,7 @@ def test_samples_of_a_trained_model_look_like_its_images(trained):
     assert flow.bits_per_dim(drawn, seeded()).mean() < 0.7 * uniform
 
 
+@pytest.mark.run  # takes long
 def test_latents_of_images_are_normal(trained):
     flow, x = trained
     with torch.no_grad():

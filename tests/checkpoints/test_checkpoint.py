@@ -202,6 +202,7 @@ def test_saved_names(model):
 # ---------------------------------------------------------------- damage
 
 
+@pytest.mark.run  # takes long
 def test_any_changed_byte_is_noticed(tmp_path, small):
     assert read(spoiled(tmp_path, small)).meta["step"] == 3
     for position in range(len(small)):
@@ -212,6 +213,7 @@ def test_any_changed_byte_is_noticed(tmp_path, small):
 
 
 @pytest.mark.parametrize("change", [0x20, 0xFF])
+@pytest.mark.run  # takes long
 def test_changed_bytes_of_the_header_are_noticed(tmp_path, small, change):
     # 0x20 turns a digit of the checksum into the same digit in capitals, and so on.
     end = 8 + int.from_bytes(small[:8], "little")

@@ -62,6 +62,7 @@ def test_a_card_says_what_the_file_is(name):
 
 
 @every_model
+@pytest.mark.run  # takes long
 def test_the_figure_of_a_card_is_that_of_the_weights(name):
     card, model = zoo.card_of(name), load_model(name, CPU)
     loss = mean_loss(model.flow, data_of(model).split("test"), seed=0, num_images=card.first)

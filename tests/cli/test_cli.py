@@ -494,7 +494,7 @@ def test_dry_run_of_a_budget(tmp_path):
 
 
 def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
-    done = flowtrain("evaluate", cwd=tmp_path).ok()
+    done = quick("evaluate", cwd=tmp_path).ok()
     written = json.loads((run / "evaluate-test.json").read_text())
     assert set(written) >= KEYS
     assert "runs/glow_digits/evaluate-test.json" in done.out
@@ -526,8 +526,8 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
 
 
 def test_info_says_what_a_run_is(run, tmp_path):
-    flowtrain("evaluate", cwd=tmp_path).ok()
-    out = " ".join(flowtrain("info", cwd=tmp_path).ok().out.split())
+    quick("evaluate", cwd=tmp_path).ok()
+    out = " ".join(quick("info", cwd=tmp_path).ok().out.split())
     values = summary(run)
     for words in (
         "digits: 1x8x8, 17 levels",
@@ -555,7 +555,7 @@ def test_list_names_what_comes_with_flowtrain(tmp_path):
 
 def test_json_on_standard_output_is_alone(run, tmp_path):
     before = tree(tmp_path)
-    done = flowtrain("evaluate", run, "--json", "-", cwd=tmp_path).ok()
+    done = flowtrain("evaluate", run, "--json", "-", cwd=tmp_path).ok()  # as a user does
     assert set(json.loads(done.out)) >= KEYS
     assert "evaluating" in done.err and "bits/dim" in done.err
     assert tree(tmp_path) == before
@@ -697,7 +697,7 @@ def drawn(*args, cwd):
 
 
 def test_sample_writes_a_grid(run, tmp_path):
-    done = flowtrain("sample", cwd=tmp_path).ok()
+    done = quick("sample", cwd=tmp_path).ok()
     assert "runs/glow_digits/sample.png" in done.out
     assert cells(Image.open(run / "sample.png"), 8, 8).shape == (8, 8, 8, 8)
 
@@ -786,7 +786,7 @@ def test_the_ends_are_test_images_exactly(name, tmp_path):
 
 
 def test_interpolate_by_default(run, tmp_path):
-    done = flowtrain("interpolate", cwd=tmp_path).ok()
+    done = quick("interpolate", cwd=tmp_path).ok()
     assert "runs/glow_digits/interpolate.png" in done.out
     assert cells(Image.open(run / "interpolate.png"), 4, 8).shape == (4, 8, 8, 8)
 
@@ -868,7 +868,7 @@ def test_mnist(tmp_path):
     """The official files, found through a link that is gone when the model is evaluated."""
     (tmp_path / "data").symlink_to(SHARED)
     options = [*SMALL, *sets(train__num_steps=3, data__root="data", data__validation=100)]
-    flowtrain(
+    quick(
         "train", "--config", "glow_mnist_small.yaml", *options, "--run-dir", "m", cwd=tmp_path
     ).ok()
     (tmp_path / "data").unlink()
@@ -889,7 +889,7 @@ def test_mnist(tmp_path):
 def test_cifar10(tmp_path):
     data = sets(data__name="npz", data__path=SHARED / "cifar10.npz", data__validation=100)
     options = [*SMALL, *data, *sets(train__num_steps=3)]
-    flowtrain(
+    quick(
         "train", "--config", "glow_cifar_small.yaml", *options, "--run-dir", "c", cwd=tmp_path
     ).ok()
     values = evaluated("c", "--num-images", 100, cwd=tmp_path)

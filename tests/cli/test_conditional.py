@@ -65,6 +65,16 @@ def test_samples_are_shown_beside_what_is_given(folder):
     assert arrays["images"].shape == (3, 8, 8, 3) and arrays["context"].shape == (3, 4, 4, 3)
 
 
+def test_samples_are_given_test_images_that_have_moved(folder, tmp_path):
+    """As for every command that reads data. Other test images give other contexts."""
+    npz(tmp_path / "moved.npz", train=80, test=9, shape=(8, 8, 3), seed=1)
+    words = ["--num-images", 1, *sets(data__path=tmp_path / "moved.npz"), "--out", "moved.npz"]
+    quick("sample", "run", *words, cwd=folder).ok()
+    quick("sample", "run", "--num-images", 1, "--out", "own.npz", cwd=folder).ok()
+    moved, own = (np.load(folder / name)["context"] for name in ("moved.npz", "own.npz"))
+    assert moved.shape == own.shape and not np.array_equal(moved, own)
+
+
 def test_other_commands_name_it(folder):
     assert f"glow, {GIVEN}" in quick("info", "run", cwd=folder).ok().out
     said = "run: its losses are of images given downsample by 2 (model.context)"

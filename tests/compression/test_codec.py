@@ -38,8 +38,10 @@ def coded(flow: Flow, x: torch.Tensor) -> float:
     return bits
 
 
-@pytest.mark.parametrize("levels", [256, 17, 4])
-@pytest.mark.parametrize("noise", ["uniform", "variational"])
+@pytest.mark.parametrize(
+    "levels, noise", [(256, "uniform"), (17, "uniform"), (4, "uniform"), (256, "variational")]
+)
+@pytest.mark.run  # takes long
 def test_a_closed_form_density_gives_the_closed_form_codelength(levels, noise):
     slope, shift = 3.0, 0.1
     flow = affine_flow(RGB, levels, slope, shift)

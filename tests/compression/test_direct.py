@@ -84,6 +84,7 @@ def test_one_image_takes_few_bytes_more_than_its_likelihood():
 
 
 @pytest.mark.parametrize("options", [{}, EVERY_BLOCK])
+@pytest.mark.run  # takes long
 def test_the_probe_sees_every_weight(options):
     flow = causal_flow(RGB, **options)
     known = probe(coder_of(flow))
@@ -119,6 +120,7 @@ def archive(model: LoadedModel, x: torch.Tensor) -> bytes:
     return compress.choose(compress.prepare(model, x), "test").data
 
 
+@pytest.mark.run  # takes long
 def test_threads_change_no_byte_of_an_archive(model, tmp_path):
     x, path = faint(150), tmp_path / "a"
     torch.set_num_threads(1)

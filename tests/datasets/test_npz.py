@@ -160,6 +160,7 @@ def test_npz_damage(tmp_path, kind, message):
 @pytest.mark.parametrize(
     "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
+@pytest.mark.run  # takes long
 def test_a_changed_byte_anywhere_is_one_error(tmp_path, method):
     """Whatever the codec raises."""
     path = tmp_path / "a.npz"

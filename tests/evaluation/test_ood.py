@@ -82,6 +82,7 @@ def test_auroc_is_that_of_scikit_learn(ties):
     assert error == pytest.approx(math.sqrt(expected))
 
 
+@pytest.mark.run  # takes long
 def test_the_error_of_auroc_is_its_spread():
     rng = np.random.default_rng(0)
     areas, errors = zip(
@@ -259,6 +260,7 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     assert described["stored_shape"] is None and out["split"] is None
 
 
+@pytest.mark.run  # takes long
 def test_rows_and_picture(tmp_path):
     model = a_model(tmp_path)
     comparison = compared(

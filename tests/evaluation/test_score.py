@@ -77,6 +77,7 @@ def test_the_single_draw_bound_is_the_closed_form(flow, split):
     )
 
 
+@pytest.mark.run  # takes long
 def test_the_importance_weighted_bound_lies_between_the_single_draws_and_the_truth(flow, split):
     seeds = range(20)
     means = {

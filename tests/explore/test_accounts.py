@@ -8,6 +8,7 @@ from helpers import a_config, images, perturb, seeded, tiny_flow
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.explore.accounts import account
+from flowtrain.explore.worker import Superseded
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 
@@ -101,3 +102,22 @@ def test_a_brighter_corner_changes_the_map_there():
     y[0, 0, 3, 3] ^= 255
     difference = (account(flow, x, noise).map - account(flow, y, noise).map).abs() > 1e-6
     assert difference.nonzero().tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_account_that_is_not_wanted_ends(last):
+    """Before each layer, in both of its passes."""
+    flow, x, noise = prepared("glow of colours")
+    calls = []
+    account(flow, x, noise, lambda: calls.append(1))
+    assert len(calls) > 20
+    left = [len(calls) if last else 1]
+
+    def check():
+        left[0] -= 1
+        if not left[0]:
+            raise Superseded("")
+
+    with pytest.raises(Superseded):
+        account(flow, x, noise, check)
+    assert left[0] == 0

@@ -9,6 +9,7 @@ from flowtrain.errors import UserError
 from flowtrain.explore import asked
 from flowtrain.explore.asked import Refused
 from flowtrain.explore.background import share_below
+from flowtrain.explore.session import KEPT
 from flowtrain.latents.files import read
 from flowtrain.latents.paths import slerp
 
@@ -49,6 +50,34 @@ def test_an_image_of_the_data_is_itself(session):
     assert torch.equal(x, session.data.test.take(slice(7, 8))) and z is None
     z = session.latent(asked.Place(source=IMAGE), check)
     assert torch.equal(session.decode(z, check), x)
+
+
+def test_an_image_is_computed_once(session, monkeypatch):
+    """Its facts and its neighbours follow it, and a sample of the grid is there already."""
+    calls = []
+    decode = session.flow.decode
+    monkeypatch.setattr(session.flow, "decode", lambda *args: calls.append(1) or decode(*args))
+    drawn = asked.Samples(tab=TAB, turn=0, seed=5, temperatures=[1.0, 0.5], start=2, count=3)
+    images = session.samples(drawn, check)["images"]
+    last = asked.Sample(kind="sample", seed=5, index=4, temperatures=[1.0, 0.5])
+    for place in (asked.Place(source=last), asked.Place(source=last, other=OTHER, way=0.3)):
+        shown = session.show(show(place), check)["image"]
+        session.facts(show(place), check)
+        for by in ("pixels", "latents"):
+            near = asked.Neighbours(tab=TAB, turn=0, place=place, by=by)
+            assert len(session.neighbours(near, check)["images"]) == 8
+        if place.other is None:
+            assert shown == images[2]
+    assert len(calls) == 2  # the three samples together, and the place on the path
+
+
+def test_images_that_are_kept_are_few(session):
+    for seed in range(3):
+        drawn = asked.Samples(tab=TAB, turn=0, seed=seed, temperatures=[1.0] * 2, start=0, count=40)
+        session.samples(drawn, check)
+    assert len(session._images) == KEPT
+    # Not views of all that were computed with them.
+    assert all(each.untyped_storage().nbytes() <= 64 for each in session._images.values())
 
 
 def test_a_path_has_both_ends(session):
@@ -213,5 +242,6 @@ def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
         raise FloatingPointError
 
     monkeypatch.setattr(session.flow, "decode", fails)
+    new = SAMPLE.model_copy(update={"seed": 1234})
     with pytest.raises(Refused, match="not finite"):
-        session.show(show(asked.Place(source=SAMPLE)), check)
+        session.show(show(asked.Place(source=new)), check)

@@ -189,6 +189,7 @@ def test_activations_can_be_computed_again(mode):
 
 @every_model
 @every_context
+@pytest.mark.run  # takes long
 def test_images_come_back_given_their_context(model, kind, factor):
     flow, x = conditional(model, kind, factor, scale=0.1), images(4, SHAPE)
     z = flow.encode(x)
@@ -197,6 +198,7 @@ def test_images_come_back_given_their_context(model, kind, factor):
 
 
 @every_model
+@pytest.mark.run  # takes long
 def test_samples_are_of_their_context(model):
     flow, context = conditional(model), images(2, (3, 4, 4))
     context[1] = context[0]

@@ -37,6 +37,7 @@ def test_levels_joined_again():
 
 
 @pytest.mark.parametrize("model", sorted(TINY))
+@pytest.mark.run  # takes long
 def test_every_image_comes_back(model):
     """Also noise, and images of extremes, whatever the number that is decoded together."""
     flow = tiny_flow(model, shape=(1, 4, 4), q=17, scale=0.1)

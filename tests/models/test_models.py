@@ -94,6 +94,7 @@ def test_glow_of_the_paper_has_44_million_parameters():
         assert 43.5e6 < count(glow.build((3, 32, 32), levels=3, steps=32, width=512)) < 44.5e6
 
 
+@pytest.mark.run  # takes long
 def test_the_defaults_are_the_papers():
     with torch.device("meta"):
         assert count(glow.build((3, 32, 32))) == count(

@@ -101,6 +101,7 @@ def gradient(flow, losses, batch):
 
 
 @pytest.mark.parametrize("model, mode, precision", [*combinations()])
+@pytest.mark.run  # takes long
 def test_a_step_is_one_graph(model, mode, precision):
     """Forward and backward pass are traced without a break, and give the same gradient."""
     flow, train, batch = made(model, mode, precision)
@@ -118,6 +119,7 @@ def test_a_step_is_one_graph(model, mode, precision):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.run  # takes long
 def test_every_model_is_traced_or_has_loops():
     traced = {section["name"] for section, *_ in MODELS.values()}
     for name in [*TINY, "sphere"]:

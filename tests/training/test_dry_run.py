@@ -139,6 +139,7 @@ def test_the_largest_batch():
     ]
 
 
+@pytest.mark.run  # takes long
 def test_what_a_copy_takes():
     """The weights, their average, and two averages of Adam."""
     config, flow = small("model.width=64", "train.optimizer=adam")

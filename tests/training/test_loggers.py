@@ -169,6 +169,7 @@ def test_the_configuration_is_logged(run):
     assert json.loads(text)["model"]["name"] == "glow"
 
 
+@pytest.mark.run  # takes long
 def test_weights_and_biases_takes_a_step_once(tmp_path, capfd):
     """Those that come again, because a run went back, are dropped without a word."""
     (logger,) = loggers.opened(["wandb"], tmp_path, a_config(), 0)

@@ -59,15 +59,11 @@ export function show(facts, about) {
   $("#bits .figure").textContent = facts.loss.toFixed(3);
   const bound = about.exact ? "The exact value." : `It is ${about.bound}, from one draw of the noise.`;
   const likelihood = facts.scores.find((score) => score.name === "likelihood");
-  const rank =
-    likelihood && likelihood.below != null
-      ? ` Of ${likelihood.of} test images, ${percent(likelihood.below)} have less.`
-      : "";
   const far = likelihood?.below > 0.99 ? " It is less likely than nearly all of them: here paths of flowtrain interpolate stop." : "";
-  $("#bits-note").textContent = bound + rank + far;
+  $("#bits-note").textContent = bound + far;
   const maps = [];
+  const several = facts.levels.length > 1;
   if (facts.map) {
-    const several = facts.levels.length > 1;
     maps.push(map(several ? "All levels" : "Each pixel", facts.map, about.unit));
     if (several) {
       for (const level of facts.levels) maps.push(map(level.name, level, about.unit));
@@ -82,12 +78,16 @@ export function show(facts, about) {
     rest.push(`class ${label} (${percent(probability)} likely) ${loss.toFixed(3)}`);
   }
   if (facts.map) {
-    const how = about.exact
-      ? "The mean of the map is the number above. A pixel has the bits that it takes, given all pixels before it."
-      : "The levels add up to the number above. A cell has the density of what leaves the flow there, and the volume that layers gain or lose there.";
-    const also = rest.length ? ` Beside the map: ${rest.join(", ")}.` : "";
-    maps.push(element("p", { class: "faint whole" }, how + also));
+    const part = several ? "The levels" : "The mean of the map";
+    const sum = rest.length
+      ? `${part} and what belongs to no place (${rest.join(", ")}) add up to the number above.`
+      : several ? `${part} add up to the number above.` : `${part} is the number above.`;
+    const cell = about.exact
+      ? "A pixel has the bits that it takes, given all pixels before it."
+      : "A cell has the density of what leaves the flow there, and the volume that layers gain or lose there.";
+    maps.push(element("p", { class: "faint whole" }, `${sum} ${cell}`));
   }
+  $("#maps").dataset.count = several ? facts.levels.length + 1 : 1;
   $("#maps").replaceChildren(...maps);
   $("#scores").replaceChildren(...facts.scores.map((each) => score(each)));
 }
@@ -100,7 +100,7 @@ function score({ name, value, below, of, entropy }) {
   const [title, words] = SCORES[name];
   const marker = element("i");
   const known = below != null;
-  if (known) marker.style.left = `${100 * below}%`;
+  if (known) marker.style.width = `${100 * below}%`;
   const bar = element("div", { class: "bar", "aria-hidden": "true" }, ...(known ? [marker] : []));
   const from = name === "typicality" && entropy != null ? ` (${entropy.toFixed(2)})` : "";
   const rank = known ? `; larger than that of ${percent(below)} of ${of} test images` : "";
@@ -129,11 +129,4 @@ export function showNearest({ images, distances, indices, compared }, by, pixela
     by === "pixels"
       ? `Of all ${compared} training images. Distances are of pixels between 0 and 1.`
       : `Of ${compared} training images that are encoded. Distances are root mean squares of entries.`;
-}
-
-export function clear() {
-  $("#bits .figure").textContent = "–";
-  $("#bits-note").textContent = "";
-  for (const id of ["#maps", "#scores", "#nearest"]) $(id).replaceChildren();
-  $("#nearest-note").textContent = "";
 }

@@ -2,7 +2,7 @@
 
 import { ask, file, Latest, model, Superseded, upload } from "./api.js";
 import * as facts from "./facts.js";
-import { $, $$, element, Grid, save, say, setShape, slider, tabs } from "./page.js";
+import { $, $$, command, element, Grid, save, say, setShape, slider, tabs } from "./page.js";
 
 const FIRST = 4; // samples of the first request, so that something is soon there
 const SETTLED = 250; // ms after the last move, when facts are asked for
@@ -63,8 +63,7 @@ const moves = new Latest(async (wanted, newest) => {
   shown.src = answer.image;
   shown.alt = described(wanted);
   shown.classList.remove("waiting");
-  $("#image-command").hidden = !answer.command;
-  $("#image-command code").textContent = answer.command ?? "";
+  command($("#image-command"), answer.command);
   document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
 });
@@ -108,7 +107,7 @@ async function askNearest(wanted) {
   $("#nearest").classList.remove("waiting");
 }
 
-function choose(source, url, text) {
+function choose(source, url, text, byHand = true) {
   place[target] = source;
   urls[target] = url;
   words[target] = text;
@@ -118,8 +117,10 @@ function choose(source, url, text) {
   }
   for (const grid of Object.values(grids)) grid.mark(place.source, place.other);
   if (target === "source") {
+    $("#shown").src = url; // at once: the server sends the same
+    $("#shown").alt = text;
     reset();
-    if (matchMedia("(max-width: 700px)").matches) $("#opened").scrollIntoView({ behavior: "smooth" });
+    if (byHand && matchMedia("(max-width: 700px)").matches) $("#opened").scrollIntoView({ behavior: "smooth" });
   } else {
     setTarget("source");
     say("");
@@ -175,26 +176,28 @@ let samples = 0; // how many the grid shall show
 const sampling = new Latest(async (wanted, newest) => {
   // A sequential flow takes as long for one as for all.
   let count = about.sequential ? wanted.count : Math.min(FIRST, wanted.count);
-  let command = null;
+  let same = null; // the command that draws them
   for (let start = 0; start < wanted.count && newest(); ) {
     const began = performance.now();
     const fields = { seed: wanted.seed, temperatures: wanted.temperatures, label: wanted.label };
-    const answer = await trying(() => ask("samples", { ...fields, start, count }), "Samples are drawn");
+    const until = Math.min(start + count, wanted.count);
+    const what = `Samples ${start + 1} to ${until} of ${wanted.count} are drawn`;
+    const answer = await trying(() => ask("samples", { ...fields, start, count }), what);
     if (!answer || !newest()) return;
     answer.images.forEach((url, i) => {
       const source = { kind: "sample", ...fields, index: start + i };
       grids.samples.put(start + i, url, source, `Sample ${start + i} of seed ${wanted.seed}`);
     });
     grids.samples.mark(place.source, place.other);
-    command = answer.command;
+    same = answer.command;
     start += count;
     const each = (performance.now() - began) / count;
     count = Math.max(1, Math.min(wanted.count - start, Math.round(CHUNK / each)));
   }
   grids.samples.shorten(wanted.count);
   document.body.dataset.samples = JSON.stringify(wanted); // for tests
-  $("#samples-command").hidden = !command;
-  $("#samples-command code").textContent = command ?? "";
+  command($("#samples-command"), same);
+  if (!place.source) grids.samples.open(0); // so that no panel is empty
 });
 
 function sample() {
@@ -250,7 +253,12 @@ tabs($("#opened [role=tablist]"));
 
 // --- controls --------------------------------------------------------------------------------------
 
-/** "8 x 8" and where it stands among the levels. */
+/** A reason as a sentence. */
+function sentence(words) {
+  return `${words[0].toUpperCase()}${words.slice(1)}.`;
+}
+
+/** The number of a level, and where it stands among the levels. */
 function nameOf(level) {
   const count = about.levels.length;
   if (count === 1) return "Temperature";
@@ -274,10 +282,7 @@ function buildTemperatures() {
 
 function buildMix() {
   const box = $("#mix-levels");
-  if (about.levels.length === 1) {
-    box.append(element("p", { class: "missing" }, "This model has one level: there is nothing to mix."));
-    return;
-  }
+  $("#tab-mix").hidden = about.levels.length === 1;
   about.levels.forEach((level, i) => {
     const choice = (value, text) =>
       element(
@@ -315,7 +320,9 @@ function buildAttributes() {
 function buildDirections() {
   const missing = $("#directions .missing");
   missing.hidden = !about.data && about.principal.length > 0;
-  missing.textContent = about.data ?? "Principal directions are computed …";
+  missing.textContent = about.data
+    ? sentence(about.data)
+    : `Principal directions are computed: ${Math.floor(100 * about.progress)}% …`;
   if (!about.principal.length || $("#principal").children.length) return;
   for (let level = about.principal.length - 1; level >= 0; level -= 1) {
     const box = element("div", { class: "sliders" });
@@ -437,15 +444,11 @@ async function refresh() {
   about = found;
   buildDirections();
   $("#tests .missing").hidden = !about.data;
-  $("#tests .missing").textContent = about.data ?? "";
+  $("#tests .missing").textContent = about.data ? sentence(about.data) : "";
   $("#more-tests").hidden = !about.test || grids.tests.items.length >= about.test;
   if (about.test && !grids.tests.items.length && !$("#tests").hidden) moreTests();
   const reading = about.data === "the data are being read";
   if (reading || about.progress < 1 - 1e-9) {
-    if (!about.data) {
-      const done = Math.floor(100 * about.progress);
-      $("#about").dataset.progress = done;
-    }
     if (reading || !about.data) setTimeout(refresh, 500);
   } else if (place.source) {
     askFacts(asked()); // with all test images
@@ -461,7 +464,7 @@ async function start() {
   document.title = `${about.model} · flowtrain explore`;
   const latents = about.levels.map((level) => level.words).join(", ");
   $("#about").textContent =
-    `${channels} x ${height} x ${width} with ${about.grey} levels, trained on ${about.dataset}, ` +
+    `Images of ${about.dataset}: ${channels} x ${height} x ${width}, values 0 to ${about.grey - 1}. ` +
     `${about.parameters.toLocaleString("en")} parameters. Latent: ${latents}.` +
     (about.sequential ? " It samples one entry after the other, so moves take long." : "");
   setShape(about.shape);

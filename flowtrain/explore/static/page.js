@@ -49,6 +49,13 @@ export function tabs(list, chosen = () => {}) {
   return (id) => choose($(`[aria-controls=${id}]`, list), false);
 }
 
+/** Shows a command, which breaks between its words, and hides where there is none. */
+export function command(box, text) {
+  box.hidden = !text;
+  const words = (text ?? "").split(" ").map((word) => element("span", {}, word));
+  $("code", box).replaceChildren(...words.flatMap((word, i) => (i ? [" ", word] : [word])));
+}
+
 let sliders = 0;
 
 /** A slider with its name and value. `moved` gets the value at each move. A double click resets. */
@@ -85,11 +92,6 @@ export class Grid {
     box.addEventListener("keydown", (event) => this.key(event));
   }
 
-  clear() {
-    this.items = [];
-    this.box.replaceChildren();
-  }
-
   /** Shows an image as item number `index`. `source` says what it is of, `words` in words. */
   put(index, url, source, words) {
     let item = this.items[index];
@@ -106,6 +108,12 @@ export class Grid {
     item.image.src = url;
     item.image.alt = words;
     item.image.classList.toggle("pixels", pixelated);
+  }
+
+  /** Opens item number `index`, without a click. */
+  open(index) {
+    const { source, image, words } = this.items[index];
+    this.chosen(source, image.src, words, false);
   }
 
   shorten(count) {
