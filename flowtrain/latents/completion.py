@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def bits_per_dim(model: LoadedModel, found: Posterior) -> list[float]:
 
 
 def write_folder(
-    out: Path, model: LoadedModel, given: Given, found: Posterior, about: dict[str, object]
+    out: Path, model: LoadedModel, given: Given, found: Posterior, about: Mapping[str, object]
 ) -> None:
     """Writes a PNG file for each sample, their mean, and a grid of what is given, the samples and
     the mean. `about` is a JSON file.
