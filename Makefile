@@ -22,6 +22,9 @@ MODELS ?=
 # the `--minutes` that are left.
 SESSION ?=
 
+# The tests start many processes. Without this, each compiles all of flowtrain again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 

@@ -12,6 +12,7 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
+from flowtrain.bijections.context import Guidance
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.base import data_of
 from flowtrain.pictures.sample import sample
@@ -54,9 +55,8 @@ def main() -> None:
             drawn = sample(
                 *(flow, options.num_images, [1.0], 0),
                 classes=range(flow.classes),
-                guidance=weight,
+                guidance=Guidance(weight, grows),
                 denoise=flow.dequantizer.sigma is not None,
-                guidance_grows=grows,
             )
             found.append((judge.score(pixels(drawn), asked), spread(drawn, asked)))
         rows = [f"{value:.3f}" for of_each in zip(*found, strict=True) for value in of_each]

@@ -45,11 +45,15 @@ def pytest_collection_modifyitems(items):
     known = {}  # function: whether it does
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(
-            reaches(function, runs, known)
-            for function in [item.function, *(definition.func for [*_, definition] in fixtures)]
-        ):
+        functions = [item.function, *(definition.func for [*_, definition] in fixtures)]
+        if solves(item) or any(reaches(function, runs, known) for function in functions):
             item.add_marker("run")
+
+
+def solves(item):
+    """Is it about the model that solves an equation, with ten times the work of any other?"""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else []
+    return any(isinstance(value, str) and value == "cnf" for value in values)
 
 
 @pytest.hookimpl(trylast=True)

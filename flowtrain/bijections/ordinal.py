@@ -214,22 +214,80 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self._entries(v, context)
         return z.flatten(1), (log_derivative + math.log(self.levels)).sum(dim=1)
 
+    def order(self) -> Tensor:
+        """The places of the entries in the order of `in_order`, int64 `(C, H, W)`."""
+        channels, height, width = self.shape
+        r = self.token
+        c, row, column = torch.meshgrid(*map(torch.arange, self.shape), indexing="ij")
+        token = (row // r) * -(-width // r) + column // r
+        return token * channels * r**2 + c * r**2 + (row % r) * r + column % r
+
+    def log_probs(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """The log-probability of each level given those before it, `(B, C, H, W)` in nats.
+
+        Levels are real numbers here, and the result is differentiable with respect to them. Its
+        derivative at whole numbers says in which direction images become more likely.
+        """
+        tokens = self._tokens(x)
+        distribution = self._distributions(tokens, x, context)
+        return self._image(self._log_probs_at(tokens, *distribution))
+
+    def log_probs_of_all(
+        self, x: Tensor, entries: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `log_probs` gives, and the log-probabilities of all levels at N `entries`, indices
+        `(N,)` in the image: `(B, N, Q)`.
+        """
+        tokens = self._tokens(x)
+        location, log_scale, parameters = self._distributions(tokens, x, context)
+        terms = self._image(self._log_probs_at(tokens, location, log_scale, parameters))
+        # The places of the entries among the tokens, (E, H', W').
+        (_, height, width), r = self.shape, self.token
+        c, row = entries // (height * width), entries // width % height
+        column = entries % width
+        e = c * r**2 + row % r * r + column % r
+        places = (e * tokens.shape[2] + row // r) * tokens.shape[3] + column // r
+        count = self.mixture.parameters_per_entry
+        of_entries = parameters.unflatten(1, (count, -1)).flatten(2)[:, :, places, None]
+        size = (len(x), len(entries), self.levels)
+        return terms, self._log_probs_at(
+            torch.arange(self.levels, device=x.device).to(x).expand(size),
+            location.flatten(1)[:, places, None],
+            log_scale.flatten()[e, None],
+            of_entries.expand(-1, -1, -1, self.levels).flatten(1, 2),
+        )
+
+    def _log_probs_at(
+        self, x: Tensor, location: Tensor, log_scale: Tensor, parameters: Tensor
+    ) -> Tensor:
+        u = torch.full_like(x, 0.5)
+        z, log_derivative = self.mixture.forward(x, u, location, log_scale, parameters)
+        return log_derivative - 0.5 * z.square() - math.log(ROOT_TAU)
+
     def _entries(self, v: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """Latents, and their log-derivatives with respect to x + u, both `(B, C, H, W)`."""
-        self.require_initialized()
         x, u = map(self._tokens, self._levels_of(v))
+        distribution = self._distributions(x, v, context)
+        z, log_derivative = self.mixture.forward(x, u, *distribution)
+        return self._image(z), self._image(log_derivative)
+
+    def _distributions(
+        self, x: Tensor, noise: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` of the
+        entries of tokens `x` `(B, E, H, W)`, as the mixture takes them: in levels. `noise` is that
+        of `TokenNet`.
+        """
+        self.require_initialized()
         value, log_scale = self._value(x), self.bounded_log_scale()
-        with full_precision(v):
+        with full_precision(x):
             predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
-        net = functools.partial(self.conditioner, noise=v)
+        net = functools.partial(self.conditioner, noise=noise)
         parameters = apply_conditioner(net, seen, at_tokens(context, seen))
         half = (self.levels - 1) / 2  # levels per unit of value
-        z, log_derivative = self.mixture.forward(
-            x, u, (predicted + 1) * half, log_scale + math.log(half), parameters
-        )
-        return self._image(z), self._image(log_derivative)
+        return (predicted + 1) * half, log_scale + math.log(half), parameters
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return [z.reshape(-1, *self.shape)]

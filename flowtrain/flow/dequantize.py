@@ -122,7 +122,7 @@ class Dequantizer(nn.Module):
         first to get the bound on log P(x). Neither argument is changed.
         """
         u, log_q = self.draw(x, noise, executor)
-        v, log_det = self._to_real((x.to(noise.dtype) + u) / self.levels)
+        v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.levels)
         return v, log_det - log_q
 
     def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +131,7 @@ class Dequantizer(nn.Module):
         """
         u, log_q = self.draw(x, noise)
         y = (x.to(noise.dtype) + u) / self.levels
-        v, _ = self._to_real(y)
+        v, _ = self.from_unit(y)
         derivative = torch.zeros_like(y)
         if self.transform == "logit":
             s = self.alpha + (1 - 2 * self.alpha) * y
@@ -155,7 +155,7 @@ class Dequantizer(nn.Module):
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The flow's input for `x` at the middle of each bin, without noise."""
-        return self._to_real((x.to(dtype) + 0.5) / self.levels)[0]
+        return self.from_unit((x.to(dtype) + 0.5) / self.levels)[0]
 
     def to_unit(self, v: Tensor) -> Tensor:
         """The flow's input back to `y`, which is nominally in [0, 1)."""
@@ -171,7 +171,8 @@ class Dequantizer(nn.Module):
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
 
-    def _to_real(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def from_unit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `to_unit`, and its log-determinant with `-D log Q`, `(B,)` in nats."""
         dims = y[0].numel()
         constant = -dims * math.log(self.levels)
         if self.transform == "center":

@@ -234,6 +234,28 @@ class Flow(nn.Module):
             bounds.append(parts.total)
         return self.kind.over_draws(torch.stack(bounds))
 
+    def log_density(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The log-density of dequantized images `y` in [0, 1), `(B, C, H, W)`, minus D log Q.
+
+        It is `(B,)` in nats, and differentiable with respect to `y`.
+
+        The probability of an image is the mean of the density, so scaled, over the cell of its
+        levels. It is that of the classes `labels` `(B,)`, or of all classes.
+
+        Raises `ValueError` for real-valued data, which are not dequantized.
+        """
+        if isinstance(self.dequantizer, RealValued):
+            raise ValueError("real-valued data are not dequantized: use log_prob")
+        v, log_det = self.dequantizer.from_unit(y)
+
+        def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
+            z, flow_log_det = self.bijection.through(
+                FUSED, "forward", v, self.seen(len(v), of_class)
+            )
+            return z, log_det + flow_log_det
+
+        return self._parts(to_latents, labels, len(y)).total
+
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
     ) -> Tensor:

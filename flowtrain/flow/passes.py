@@ -87,12 +87,24 @@ def denoising_batch_size(flow: Flow) -> int:
 
     The gradient needs all activations of a forward pass, of which decoding needs a few at a time.
     """
-    # Twice the same image, so that a continuous flow takes the same steps.
     v = flow.dequantizer.middle(torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device))
 
+    def denoise(images: Tensor) -> Tensor:
+        return flow.denoised(images, flow.classes_in_turn(len(images)))
+
+    return gradient_batch_size(flow, denoise, v.to(flow.dtype))
+
+
+def gradient_batch_size(flow: Flow, gradient: Callable[[Tensor], object], image: Tensor) -> int:
+    """At how many images `(B, C, H, W)` to compute a `gradient` at a time: a power of two.
+
+    `image` `(1, C, H, W)` is one for which the memory is measured.
+    """
+
     def of(count: int) -> int:
-        images = v.to(flow.dtype).repeat(count, 1, 1, 1)
-        return capacity.kept(lambda: flow.denoised(images, flow.classes_in_turn(count)))
+        # Copies of the same image, so that a continuous flow takes the same steps.
+        images = image.repeat(count, 1, 1, 1)
+        return capacity.kept(lambda: gradient(images))
 
     of_an_image = max(1, of(2) - of(1))
     return min(

@@ -19,6 +19,7 @@ class Stream(enum.IntEnum):
     EVALUATION = 5
     PAIRS = 6
     LABELS = 7
+    POSTERIOR = 8
 
 
 def generator(

@@ -21,7 +21,7 @@ from pathlib import Path
 import children
 import sound
 from children import MIB, Outcome
-from fuzz import LAST, LINES, parts_of, sealed
+from fuzz import LAST, LINES, members_of, parts_of, sealed
 from sound import Sound
 
 from flowtrain.compression import format as archive_format
@@ -49,6 +49,7 @@ def bombs(files: Sound) -> dict[str, Bomb]:
     packed = ["decompress", "a.fta", "--out", "out"]
     evaluate = ["evaluate", "colour", "--data", "x.npz", "--json", "-"]
     show = ["interpolate", "run", "--images", "x.png", "pictures/grey.png", "--out", "i.png"]
+    table_of = ["attributes", "colour", "--csv", "t.csv"]
     compare, sample = ["compare", "run", "run"], ["sample", LAST, "--num-images", "1"]
 
     def configured(section: str, **values: object) -> Bomb:
@@ -78,6 +79,17 @@ def bombs(files: Sound) -> dict[str, Bomb]:
         "npz: inflates to as much as the memory": Bomb(
             "x.npz", lambda: _deflated_npz(capacity.total() // MIB), evaluate
         ),
+        "latents: an array of names that claims 100 GB": Bomb(
+            "z.npz", lambda: _claimed_names(files), ["decode", "run", "z.npz", "--out", "out"]
+        ),
+        "CSV: 8 million lines": Bomb(
+            "t.csv", lambda: (b"file,x\n" + b"a,1\n" * 2**23)[: 2**25], table_of
+        ),
+        "CSV: 4 million columns": Bomb("t.csv", _columns, table_of),
+        "CSV: a value of 32 MB": Bomb(
+            "t.csv", lambda: b"file,x\na," + b"1" * (2**25 - 10), table_of
+        ),
+        "CSV: 64 MB": Bomb("t.csv", lambda: b"file,x\n" + b"a,1\n" * 2**24, table_of),
         "PNG: 2^31 x 2^31": Bomb("x.png", lambda: _png(2**31 - 1, 0), show),
         "PNG: 50,000 x 50,000": Bomb("x.png", lambda: _png(50_000, 50_000), show),
         "PNG: 13,000 x 13,000, less than Pillow's limit": Bomb(
@@ -202,6 +214,24 @@ def _npz(size: int, values: bytes = b"") -> bytes:
     with zipfile.ZipFile(made, "w") as archive:
         archive.writestr("x_train.npy", _header(size) + values)
     return made.getvalue()
+
+
+def _claimed_names(files: Sound) -> bytes:
+    """A file of latents with names of 100 GB, of which a few are there."""
+    members = members_of(files.bytes("z.npz"))
+    shape = {"descr": "<U25", "fortran_order": False, "shape": (10**9,)}
+    header = repr(shape).encode()
+    members["names.npy"] = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(99)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def _columns() -> bytes:
+    names = b"".join(b",%07d" % i for i in range(2**22 - 10))
+    return b"file" + names + b"\n"
 
 
 def _claiming(data: bytes, size: int, packed: int) -> bytes:

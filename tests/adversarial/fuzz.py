@@ -261,7 +261,7 @@ def npz(draw: random.Random, files: Sound, folder: Path) -> Case:
     return Case(words, fault=fault)
 
 
-def _members(data: bytes) -> dict[str, bytes]:
+def members_of(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as there:
         return {name: there.read(name) for name in there.namelist()}
 
@@ -270,7 +270,7 @@ def _crafted_npz(draw: random.Random, data: bytes) -> bytes:
     """Other members with right checksums, or other fields of the zip."""
     if draw.random() < 0.3:
         return _zip_field(draw, data)
-    members = _members(data)
+    members = members_of(data)
     name = draw.choice(list(members))
     kind = draw.random()
     if kind < 0.3:
@@ -407,7 +407,7 @@ def _damaged_arrays(
 
 def _edited_npz(draw: random.Random, data: bytes) -> bytes:
     """One array or more is another one, with a right checksum, or has another name."""
-    members = _members(data)
+    members = members_of(data)
     if draw.random() < 0.2:
         name, other = draw.choice(list(members)), draw.choice(list(members))
         members[name] = damage.of_bytes(draw, members[name], members[other])

@@ -1,5 +1,7 @@
 """Images with and without attributes, from folders, tables and classes."""
 
+import tracemalloc
+
 import pytest
 import torch
 from coding_helpers import picture
@@ -67,11 +69,21 @@ def test_tables(model, photos):
         ("file,x\na.png,yes\n", "line 2: x is 'yes', expected 0 or 1"),
         ("file,x\n\nnone.png,1\n", "line 3: there is no image file .*none.png"),
         ('file,x\n"a.png,1\n', "is not a CSV table in UTF-8"),
+        ("file" + "".join(f",{i}" for i in range(1001)), "it has 1,001 attributes, and at most"),
     ],
 )
 def test_tables_with_a_fault(model, photos, text, said):
     with pytest.raises(UserError, match=said):
         labels.from_table(table(photos, text), photos, model, 10)
+
+
+def test_lines_that_are_not_needed_are_not_read(model, photos):
+    text = "file,x\n\na.png,1\nb.png,0\n" + "x\n" * 200_000
+    tracemalloc.start()
+    found = labels.from_table(table(photos, text), photos, model, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.x) == 2 and peak < 5e6  # 36e6 as lists
 
 
 def test_a_table_that_is_no_text(model, photos):

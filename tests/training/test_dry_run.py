@@ -160,7 +160,7 @@ def test_what_does_not_fit(monkeypatch):
 
 def test_what_compiling_takes(tmp_path):
     """Said where something is compiled. The compiler here only traces."""
-    words = ["train", *SMALL, "--dry-run"]
+    words = ["train", *SMALL, *sets(model__levels=1), "--dry-run"]
     assert "compiling" not in quick(*words, cwd=tmp_path).ok().out
     first = "import functools, torch; torch.compile = functools.partial(torch.compile, "
     first += "backend='aot_eager')"

@@ -1,0 +1,139 @@
+"""What is known of an image, as coordinates in which nothing is known any more.
+
+A constraint maps real coordinates `s` `(B, C, H, W)` to dequantized images `y` in [0, 1) that agree
+with what is known, whatever `s` is. So a sampler moves freely, and never leaves the constraint.
+Without a model, all coordinates are independent standard normal numbers.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.monotone import solve_monotone
+from flowtrain.flow.dequantize import EDGE
+from flowtrain.flow.image_context import ImageContext
+
+FARTHEST = 12.0  # a normal quantile beyond those of float32
+
+
+class Constraint(Protocol):
+    """What is known of an image."""
+
+    def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Dequantized images `(B, C, H, W)` at coordinates `s` of that shape.
+
+        The second result `(B,)` is the log of the volume of images for a volume of coordinates,
+        minus the standard normal log-density of `s`, and up to a constant. So a density p of images
+        becomes `log p(y) + this - |s|^2 / 2` in coordinates. Both are differentiable.
+        """
+
+    def holds(self, x: Tensor) -> Tensor:
+        """Which of the images of integers `(B, C, H, W)` agree with what is known, bool `(B,)`."""
+
+    def moves(self) -> Tensor:
+        """Which coordinates matter at all, bool `(C, H, W)`."""
+
+
+class Pixels:
+    """Some entries of an image are known, and the others are not.
+
+    Each entry has a range: its cell [x / Q, (x + 1) / Q) if its level x is known, otherwise [0, 1).
+    A coordinate s is the place in it, `y = low + width Phi(s)`. So the noise within the cells of
+    known entries is sampled as well. This is what makes the result exact: the probability of an
+    image is that of its cells, not of points in them.
+
+    Args:
+        x: Integers `(C, H, W)`; those of unknown entries do not matter.
+        known: Which entries are known, bool `(C, H, W)`.
+        levels: Q.
+        within: Whether the density depends on the place within a cell. If not, known entries have
+            no coordinates.
+    """
+
+    def __init__(self, x: Tensor, known: Tensor, levels: int, within: bool = True):
+        self.x, self.known, self.within = x, known, within
+        # As in training, the noise stays so far from the edges that rounding does not move it over.
+        edge = EDGE if within else 0.5
+        self.low = torch.where(known, (x + edge) / levels, EDGE / levels)
+        self.width = torch.where(known, (1 - 2 * edge) / levels, 1 - 2 * EDGE / levels)
+
+    def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.low.to(s) + self.width.to(s) * torch.special.ndtr(s)
+        return y, s.new_zeros(len(s))
+
+    def coordinates(self, y: Tensor) -> Tensor:
+        """Coordinates of images `(B, C, H, W)`, of which `images` gives the entries that move."""
+        place = (y - self.low.to(y)) / self.width.to(y).clamp_min(torch.finfo(y.dtype).tiny)
+        tiny = torch.finfo(y.dtype).eps
+        return torch.special.ndtri(place.clamp(tiny, 1 - tiny))
+
+    def holds(self, x: Tensor) -> Tensor:
+        same = (x == self.x.to(x)) | ~self.known.to(x.device)
+        agrees: Tensor = same.flatten(1).all(dim=1)
+        return agrees
+
+    def moves(self) -> Tensor:
+        return torch.ones_like(self.known) if self.within else ~self.known
+
+
+class Averages:
+    """The rounded means of patches of factor x factor pixels are known: super-resolution.
+
+    The mean of the dequantized patch is held at the middle of the cell of its rounded mean c, at
+    (c + 1/2) / Q. Whatever the noise is, the mean of the integers then rounds to c: their sum is
+    between `f^2 (c - 1/2)` and `f^2 (c + 1/2)` for `f^2` pixels. So the result agrees exactly with
+    what is known. The mean before rounding is not sampled.
+
+    Within a patch, `y_i = Phi(r_i + a)`, where r are the coordinates minus their mean, and the
+    number a gives the mean. The volume of the images with this mean, for a volume of r, is
+    `prod phi(r_i + a) / mean phi(r_i + a)`: the Jacobian of (r, a) has the product, and along a the
+    mean changes by the denominator.
+
+    Args:
+        small: The rounded means, integers `(C, H', W')`.
+        context: How they follow from an image.
+    """
+
+    def __init__(self, small: Tensor, context: ImageContext):
+        self.small, self.context = small, context
+        self.mean = (small.float() + 0.5) / context.levels
+
+    def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.context.factor
+        patches = s.unflatten(3, (-1, f)).unflatten(2, (-1, f)).transpose(3, 4).flatten(4)
+        r = patches - patches.mean(dim=4, keepdim=True)  # (B, C, H', W', f^2)
+        mean = self.mean.to(s)[..., None].expand(*r.shape[:4], 1)
+
+        def mean_at(a: Tensor) -> tuple[Tensor, Tensor]:
+            q = r + a
+            return (
+                torch.special.ndtr(q).mean(dim=4, keepdim=True),
+                _density(q).mean(dim=4, keepdim=True),
+            )
+
+        # The mean lies between those of the smallest and of the largest r alone.
+        middle = torch.special.ndtri(mean)
+        a = solve_monotone(
+            mean_at, mean, middle - r.amax(4, keepdim=True), middle - r.amin(4, keepdim=True)
+        )
+        value, derivative = mean_at(a)
+        # One more step of Newton's method has the derivatives of the solution.
+        a = a - (value - mean) / derivative.detach().clamp_min(torch.finfo(s.dtype).tiny)
+        q = (r + a).clamp(-FARTHEST, FARTHEST)
+        volume = -0.5 * q.square().sum(4) - (-0.5 * q.square()).logsumexp(dim=4)
+        extra = (volume + 0.5 * r.square().sum(4)).flatten(1).sum(dim=1)
+        y = torch.special.ndtr(q).unflatten(4, (f, f)).transpose(3, 4).flatten(4).flatten(2, 3)
+        return y, extra
+
+    def holds(self, x: Tensor) -> Tensor:
+        return (self.context.of(x) == self.small.to(x)).flatten(1).all(dim=1)
+
+    def moves(self) -> Tensor:
+        return torch.ones(self.context.image, dtype=torch.bool)
+
+
+def _density(q: Tensor) -> Tensor:
+    """The standard normal density."""
+    return (-0.5 * q.square()).exp() / math.sqrt(2 * math.pi)

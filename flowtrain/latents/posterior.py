@@ -1,0 +1,364 @@
+"""Samples of images of which a part is known, from the exact posterior under a flow's density.
+
+Of an image the levels of some pixels are known (`Pixels`), or the means of patches (`Averages`).
+The others follow p(x | what is known), which is proportional to the model's P(x).
+
+**How.** Hamiltonian Monte Carlo moves all unknown entries of the dequantized image together. It
+works on the data's side of the flow. There the known pixels are known exactly, and the target is
+the density itself, at the cost of one pass and its gradient. In latent space the prior is simple,
+but known pixels are a curved surface of no volume: any step leaves it. A sampler there needs a
+tolerance, so it has another posterior.
+
+Chains begin with random images, and the density is raised slowly from the power 0 to 1
+(`annealing`), so that they find different images. Then the step is fixed, and they go on.
+
+**Models of levels** (`bijections/ordinal.py`) give the probability of each entry given those before
+it. Entries after the last known one are drawn from these directly, each sample anew. Those before
+it start there, as if nothing were known after them, and then move like all others. Their
+probability is a function of whole numbers. The force is its derivative with respect to the levels,
+at whole numbers. The Metropolis test takes the exact probabilities, so the result is exact too.
+Between the moves, single entries are drawn anew, each from its distribution given those before it,
+and accepted by what follows after it (`_Redraws`). This is how a black pixel becomes a white one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.discretized import Entry
+from flowtrain.bijections.ordinal import OrdinalAutoregressive
+from flowtrain.errors import UserError
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import gradient_batch_size
+from flowtrain.latents.constraints import Constraint, Pixels
+from flowtrain.latents.hamiltonian import Chains, effective_size
+from flowtrain.system import capacity
+from flowtrain.system.console import silent
+from flowtrain.system.random import Stream, generator
+
+LEAPFROG = 8  # mean number of gradients for a move
+ANNEALED = 0.5  # the share of the moves before the density has the power 1
+ADAPTED = 0.25  # the share of the moves at the power 1 during which the step is adapted
+RISE = 3.0  # the power rises like t^RISE, because what it multiplies are thousands of nats
+# A derivative by a level, in nats, says nothing of what is farther away than the next level. Beyond
+# this it would only make steps small. Those of natural images are near 0.1.
+STEEPEST = 2.0
+REDRAWS = 16  # times that entries are drawn anew after a move, which takes about as long
+MOST_REDRAWN = 64  # entries at a time
+REDRAWN = 0.5  # the rate of acceptance to which their number is adapted
+QUANTITIES = 100  # unknown entries by which the effective sample size is judged
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Samples and what is known about them.
+
+    x: Images, uint8 `(B K, C, H, W)` on the CPU: K states of each of B chains, chain by chain.
+    accepted: Mean probability with which a move was accepted, or None where there were no moves.
+    effective: How many independent samples the path of one chain is worth, after the warm-up. None
+        without moves: then all samples are independent.
+    moves: Moves of each chain after the warm-up.
+    """
+
+    x: Tensor
+    accepted: float | None
+    effective: float | None
+    moves: int
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for a posterior.
+
+    chains: Number of independent chains, B.
+    moves: Moves of each, with the warm-up.
+    kept: States of each chain that are kept, K, at equal distances in the second half of what
+        follows the warm-up. One alone is the last.
+    """
+
+    chains: int
+    moves: int
+    kept: int = 1
+
+
+def sample(
+    flow: Flow,
+    constraint: Constraint,
+    effort: Effort,
+    seed: int,
+    label: int | None = None,
+    progress: Callable[[float, float], None] = silent,
+) -> Posterior:
+    """Images that agree with a constraint. `label` is the class of a class-conditional model.
+
+    Raises `UserError` for a model that has no such posterior (`require_posterior`), for a label
+    that it does not have, or where there is no room.
+    """
+    require_posterior(flow, label)
+    count = effort.chains
+    capacity.require(
+        count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
+    )
+    labels = None if label is None else torch.full((count,), label, device=flow.device)
+    randomness = generator(seed, Stream.POSTERIOR)
+    layer = flow.bijection.by_level()
+    if layer is not None and isinstance(constraint, Pixels):
+        return _in_order_and_moved(flow, layer, constraint, effort, labels, randomness, progress)
+    s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
+    density = _density(flow, labels)
+    return _moved(flow, density, constraint, s, effort, randomness, progress)
+
+
+def require_posterior(flow: Flow, label: int | None = None) -> None:
+    """Raises `UserError` where no image can be completed by a flow, or not with this class."""
+    flow.kind.require_levels(
+        "inpaint: the model is of points, and a part of an image is asked for: give a model of "
+        "images"
+    )
+    if flow.kind.no_bits is not None:
+        raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
+    flow.require_no_context("inpaint")
+    if label is not None and not flow.classes:
+        raise UserError(f"--class {label}: the model is not class-conditional (model.classes is 0)")
+    if label is not None and not 0 <= label < flow.classes:
+        raise UserError(f"--class {label}: the model has the classes 0..{flow.classes - 1}")
+    if label is None and flow.classes and flow.bijection.by_level() is not None:
+        raise UserError(
+            f"inpaint: give the class of the image, --class 0 to {flow.classes - 1}: this model "
+            f"gives the probabilities of levels for one class at a time"
+        )
+
+
+# --- the density and its force --------------------------------------------------------------------
+
+# Dequantized images `(B, C, H, W)` to their log-density `(B,)`, and a scalar of which the force is
+# the gradient, and which depends on the images through autograd.
+Density = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def _density(flow: Flow, labels: Tensor | None, counted: Tensor | float = 1.0) -> Density:
+    """The density of dequantized images. `counted` `(C, H, W)` says which entries of a model of
+    levels have a part in it.
+    """
+    layer = flow.bijection.by_level()
+    if layer is None:
+
+        def of_reals(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            log_density = flow.log_density(y, None if labels is None else labels[rows])
+            return log_density.detach(), log_density.sum()
+
+        return of_reals
+
+    def of_levels(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        assert flow.levels is not None
+        scaled = y * flow.levels
+        whole = scaled.detach().floor().clamp(0, flow.levels - 1)
+        x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
+        if x.requires_grad:
+            x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
+        seen = flow.seen(len(x), None if labels is None else labels[rows])
+        terms = layer.log_probs(x, seen)
+        log_prob = (terms * counted).flatten(1).sum(dim=1)
+        return log_prob.detach(), log_prob.sum()
+
+    return of_levels
+
+
+def _moved(
+    flow: Flow,
+    density: Density,
+    constraint: Constraint,
+    s: Tensor,
+    effort: Effort,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+    redraws: "_Redraws | None" = None,
+) -> Posterior:
+    """What the moves make of coordinates `s` `(B, C, H, W)`. See `sample`.
+
+    They begin with annealing, or go on with `redraws` after each from where they are.
+    """
+    levels = flow.levels
+    assert levels is not None
+
+    def integers(y: Tensor) -> Tensor:
+        return (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
+
+    def gradient(part: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            part = part.detach().requires_grad_()
+            y, volume = constraint.images(part)
+            log_density, scalar = density(y, rows)
+            (force,) = torch.autograd.grad(scalar + volume.sum(), part)
+        return log_density + volume.detach(), force
+
+    def measured(part: Tensor) -> object:
+        with torch.enable_grad():
+            return density(constraint.images(part.detach().requires_grad_())[0], slice(len(part)))
+
+    at_a_time = gradient_batch_size(flow, measured, s[:1])
+
+    def target(s: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            gradient(s[i : i + at_a_time], slice(i, i + at_a_time))
+            for i in range(0, len(s), at_a_time)
+        ]
+        log_density, force = (torch.cat(each) for each in zip(*parts, strict=True))
+        return log_density, force
+
+    chains = Chains(target, s, constraint.moves(), LEAPFROG, randomness)
+    moves, kept = effort.moves, effort.kept
+    annealed = round(ANNEALED * moves) if redraws is None else 0
+    warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
+    followed = _some(constraint.moves())
+    probabilities, history, images = [], [], []
+    if moves < 4 * kept + 2:
+        raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
+    keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
+    for move in range(moves):
+        power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
+        probability = chains.move(power, adapting=move < warm_up)
+        if redraws is not None:
+            chains.put(redraws(chains.point.s, adapting=move < warm_up))
+        if move >= warm_up:
+            probabilities.append(probability.mean())
+            x = integers(constraint.images(chains.point.s)[0])
+            history.append(x.flatten(1)[:, followed].float().cpu())
+            if move in keep:
+                images.append(x.cpu())
+        progress(move + 1, moves)
+    return Posterior(
+        torch.stack(images, dim=1).flatten(0, 1),
+        float(torch.stack(probabilities).mean()),
+        effective_size(torch.stack(history)) / len(s),
+        moves - warm_up,
+    )
+
+
+def _some(moves: Tensor) -> Tensor:
+    """The indices of at most `QUANTITIES` of the entries that move, at equal distances."""
+    entries = moves.flatten().nonzero().flatten()
+    return entries[:: -(-len(entries) // QUANTITIES)]
+
+
+# --- models of levels -----------------------------------------------------------------------------
+
+
+def _in_order_and_moved(
+    flow: Flow,
+    layer: OrdinalAutoregressive,
+    constraint: Pixels,
+    effort: Effort,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+) -> Posterior:
+    """See `sample`: entries are drawn in order, and those before a known one move after that."""
+    assert flow.levels is not None
+    order, known = layer.order(), constraint.known
+    last = order[known].max()
+    early = ~known & (order < last)
+    # Where nothing moves, each sample is drawn anew.
+    times = 1 if early.any() else effort.kept
+    of_chain = None if labels is None else labels.repeat_interleave(times)
+    given = constraint.x.expand(effort.chains * times, -1, -1, -1)
+    x = in_order(flow, layer, given, known, of_chain, randomness)
+    if not early.any():
+        progress(1, 1)
+        return Posterior(x.to(torch.uint8).cpu(), None, None, 0)
+    moving = Pixels(constraint.x, ~early, flow.levels, within=False)
+    uniform = torch.rand(x.shape, generator=randomness).to(x.device)
+    s = moving.coordinates((x + uniform) / flow.levels)
+    density = _density(flow, labels, (order <= last).to(flow.device))
+    redraws = _Redraws(
+        layer, flow.seen(len(x), labels), moving, (order <= last).to(x.device), randomness
+    )
+    found = _moved(flow, density, moving, s, effort, randomness, progress, redraws)
+    if bool((known | early).all()):
+        return found
+    of_state = None if labels is None else labels.repeat_interleave(effort.kept)
+    x = in_order(flow, layer, found.x, known | early, of_state, randomness)
+    return dataclasses.replace(found, x=x.to(torch.uint8).cpu())
+
+
+class _Redraws:
+    """Draws entries of chains anew, from the model's own distributions, with a Metropolis test.
+
+    A few random entries S get levels drawn from P(x_d | x_<d), all at once and given the present
+    levels. The test takes the ratio of the images' probabilities, and that of the probabilities
+    with which the new image is drawn and the old one is drawn back, which has other levels before
+    the entries of S. How many entries S has is adapted in the warm-up.
+    """
+
+    def __init__(
+        self,
+        layer: OrdinalAutoregressive,
+        context: Context | None,
+        constraint: Pixels,
+        counted: Tensor,
+        randomness: torch.Generator,
+    ):
+        self.layer, self.context, self.constraint = layer, context, constraint
+        self.counted, self.randomness = counted, randomness
+        self.free = constraint.moves().flatten().nonzero().flatten()
+        self.count = 1.0  # entries at a time
+
+    @torch.no_grad()
+    def __call__(self, s: Tensor, adapting: bool) -> Tensor:
+        """Coordinates `(B, C, H, W)` after `REDRAWS` draws."""
+        levels = self.layer.levels
+        scaled = self.constraint.images(s)[0] * levels
+        x = scaled.floor().clamp(0, levels - 1)
+        within = scaled - x
+        for _ in range(REDRAWS):
+            x, rate = self._once(x)
+            if adapting:
+                most = min(len(self.free), MOST_REDRAWN)
+                self.count = min(max(self.count * (1 + 0.2 * (rate - REDRAWN)), 1.0), most)
+        moved = self.constraint.coordinates((x + within) / levels)
+        return torch.where(self.constraint.moves().to(s.device), moved, s)
+
+    def _once(self, x: Tensor) -> tuple[Tensor, float]:
+        order = torch.randperm(len(self.free), generator=self.randomness)
+        entries = self.free[order[: round(self.count)]].to(x.device)
+        log_prob, table = self._at(x, entries)
+        uniform = torch.rand(len(x), len(entries), 1, generator=self.randomness).to(x)
+        below = table.exp().cumsum(dim=2) < uniform
+        drawn = below.sum(dim=2).clamp_(max=self.layer.levels - 1)
+        other = x.flatten(1).index_copy(1, entries, drawn.to(x)).view_as(x)
+        its_log_prob, its_table = self._at(other, entries)
+        old = x.flatten(1)[:, entries].long()
+        there = table.gather(2, drawn[..., None]).sum(dim=(1, 2))
+        back = its_table.gather(2, old[..., None]).sum(dim=(1, 2))
+        ratio = (its_log_prob - log_prob + back - there).exp().clamp(max=1)
+        accepted = torch.rand(len(x), generator=self.randomness).to(x) < ratio
+        return torch.where(accepted[:, None, None, None], other, x), float(ratio.mean())
+
+    def _at(self, x: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+        terms, table = self.layer.log_probs_of_all(x, entries, self.context)
+        return (terms * self.counted).flatten(1).double().sum(dim=1), table.double()
+
+
+def in_order(
+    flow: Flow,
+    layer: OrdinalAutoregressive,
+    x: Tensor,
+    known: Tensor,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+) -> Tensor:
+    """Levels `(B, C, H, W)`, int64, of which those `known` `(C, H, W)` are those of `x`
+    `(B, C, H, W)`, and each other one is drawn given all before it.
+    """
+    given = x.flatten(1).T.long().to(flow.device).contiguous()
+    free = (~known).flatten().tolist()
+    uniform = torch.rand(given.shape, generator=randomness, dtype=torch.float64).to(flow.device)
+
+    def next_level(entry: Entry, index: int) -> Tensor:
+        return entry.find(uniform[index])[0] if free[index] else given[index]
+
+    return layer.in_order(next_level, len(x), flow.seen(len(x), labels))
