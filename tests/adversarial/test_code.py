@@ -68,7 +68,8 @@ def craft(folder, section, name):
 @pytest.mark.parametrize("name", ["intruder", "package.intruder"])
 def test_no_command_imports_what_a_checkpoint_names(section, name, tmp_path):
     craft(tmp_path, section, name)
-    for command in READING:
+    # Without a dot a name is refused where all commands read it, so a few commands show it.
+    for command in READING if "." in name else READING[::6]:
         done = quick(*command, cwd=tmp_path)
         unread = {"--init-from", "--dry-run", "compare"} & set(command)  # is the configuration
         if unread and command[0] != "push":
