@@ -101,35 +101,28 @@ def uninterrupted():
 # --- 10 + 10 = 20 ---------------------------------------------------------------------------------
 
 
+STREAMED = sets(data__max_in_memory=0, data__workers=1)
+
+
+# Each model, optimizer, precision and way to keep activations is in one of them.
 @pytest.mark.parametrize(
     "variant",
     [
-        sets(train__precision="fp32", train__optimizer="adam"),
-        sets(train__precision="bf16", train__optimizer="adamw"),
-        sets(train__optimizer="adamax", train__memory="checkpoint", train__ema=0),
-        sets(
-            train__optimizer="muon",
-            train__precision="bf16",
-            train__clip_norm=1,
-            model__conditioner="depthwise",
-        ),
-        sets(data__max_in_memory=0, data__workers=1),
-        [*WORDS["realnvp"], *sets(train__precision="bf16")],
-        WORDS["nice"],
-        [*CAUSAL, *sets(train__precision="bf16", model__classes=10, model__dropout=0.2)],
-        [*TARFLOW, *sets(train__memory="checkpoint", model__classes=10)],
+        sets(train__precision="fp32", train__optimizer="adam", model__conditioner="depthwise"),
+        [*WORDS["realnvp"], *sets(train__precision="bf16", train__optimizer="adamw")],
+        [*WORDS["nice"], *sets(train__optimizer="adamax", train__memory="checkpoint")]
+        + sets(train__ema=0),
+        [*CAUSAL, *sets(train__precision="bf16", train__optimizer="muon", train__clip_norm=1)]
+        + sets(model__classes=10, model__dropout=0.2),
+        [*TARFLOW, *STREAMED, *sets(train__memory="checkpoint", model__classes=10)],
         [*JET, *sets(train__memory="reversible", model__mixing="permutation")],
     ],
     ids=[
-        "fp32-adam",
-        "bf16-adamw",
-        "recomputed-adamax-no-ema",
-        "muon",
-        "streamed",
-        "realnvp",
-        "nice",
-        "causal-with-classes-and-dropout",
-        "tarflow-recomputed-with-classes",
+        "glow-fp32-adam-depthwise",
+        "realnvp-bf16-adamw",
+        "nice-recomputed-adamax-no-ema",
+        "causal-bf16-muon-with-classes-and-dropout",
+        "tarflow-streamed-recomputed-with-classes",
         "jet-reversible",
     ],
 )
