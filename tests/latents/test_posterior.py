@@ -244,5 +244,5 @@ def test_models_without_a_posterior():
     with pytest.raises(UserError, match="so known pixels have no probability"):
         sample(flow, constraint, Effort(2, 6), 0)
     flow.dequantizer = RealValued()
-    with pytest.raises(UserError, match="the model is of points"):
+    with pytest.raises(UserError, match="the model is of real-valued data"):
         sample(flow, constraint, Effort(2, 6), 0)
