@@ -335,7 +335,7 @@ def test_the_scale_of_an_entry_is_bounded(scale):
     assert flow.sample(3, generator=seeded()).shape == (3, 1, 4, 4)
 
 
-def test_images_that_never_vary(trained):
+def test_images_that_never_vary():
     config = a_config("causal")
     flow = build_flow(config, (1, 4, 4), 256)
     x = torch.full((30, 1, 4, 4), 128, dtype=torch.uint8)

@@ -377,6 +377,7 @@ def test_any_other_name_is_taken(tmp_path):
         assert opened(tmp_path / "a", stored(names=[name, "b.png"])).names == [name, "b.png"]
 
 
+@pytest.mark.run  # takes long
 def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
     bomb = zlib.compress(bytes(10**8), 9)
     tracemalloc.start()

@@ -66,6 +66,7 @@ def test_missing_entries_of_a_gaussian():
     assert_moments(y, expected, rest + cells)
 
 
+@pytest.mark.run  # takes long
 def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
     context = ImageContext("downsample", 2, (1, 2, 4), 256)
@@ -128,6 +129,7 @@ def distance(x, probability):
     [([1, 1, 0, 0], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
     ids=["before", "between", "after"],
 )
+@pytest.mark.run  # takes long
 def test_missing_entries_of_a_causal_model(mask, moves):
     """Where entries are known after missing ones, the moves make the difference."""
     flow, x = causal(), EVERYTHING[50]
