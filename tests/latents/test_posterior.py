@@ -154,6 +154,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", models())
+@pytest.mark.run  # takes long
 def test_every_model_of_images_has_a_posterior(name):
     options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
     flow = tiny_flow(name, (1, 4, 4), 17, **options).eval()
@@ -165,6 +166,7 @@ def test_every_model_of_images_has_a_posterior(name):
 
 
 @pytest.mark.parametrize("name", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_seed_decides(name):
     flow, x = tiny_flow(name, SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -172,6 +174,7 @@ def test_the_seed_decides(name):
     assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
 
 
+@pytest.mark.run  # takes long
 def test_several_states_of_each_chain():
     flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -221,6 +224,7 @@ def test_the_order_is_that_of_sampling():
 
 
 @pytest.mark.parametrize("model", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_class_of_the_image(model):
     config = a_config({"name": model, **TINY[model], "classes": 2})
     flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
