@@ -23,6 +23,7 @@ from flowtrain.cli import (
     evaluate,
     explore,
     info,
+    inpaint,
     interpolate,
     ood,
     push,
@@ -47,6 +48,7 @@ app.command(epilog=ood.EPILOG)(ood.ood)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=sample.EPILOG)(sample.sample)
 app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
+app.command(epilog=inpaint.EPILOG)(inpaint.inpaint)
 app.command(epilog=attributes.EPILOG)(attributes.attributes)
 app.command(epilog=encode.EPILOG)(encode.encode)
 app.command(epilog=decode.EPILOG)(decode.decode)

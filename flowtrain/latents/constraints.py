@@ -67,7 +67,8 @@ class Pixels:
         """Coordinates of images `(B, C, H, W)`, of which `images` gives the entries that move."""
         place = (y - self.low.to(y)) / self.width.to(y).clamp_min(torch.finfo(y.dtype).tiny)
         tiny = torch.finfo(y.dtype).eps
-        return torch.special.ndtri(place.clamp(tiny, 1 - tiny))
+        s: Tensor = torch.special.ndtri(place.clamp(tiny, 1 - tiny))
+        return s
 
     def holds(self, x: Tensor) -> Tensor:
         same = (x == self.x.to(x)) | ~self.known.to(x.device)

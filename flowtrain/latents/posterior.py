@@ -99,10 +99,8 @@ def sample(
     that it does not have, or where there is no room.
     """
     require_posterior(flow, label)
+    require_room(flow, effort)
     count = effort.chains
-    capacity.require(
-        count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
-    )
     labels = None if label is None else torch.full((count,), label, device=flow.device)
     randomness = generator(seed, Stream.POSTERIOR)
     layer = flow.bijection.by_level()
@@ -113,12 +111,17 @@ def sample(
     return _moved(flow, density, constraint, s, effort, randomness, progress)
 
 
+def require_room(flow: Flow, effort: Effort) -> None:
+    """Raises `UserError` where the chains do not fit into memory."""
+    count = effort.chains
+    capacity.require(
+        count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
+    )
+
+
 def require_posterior(flow: Flow, label: int | None = None) -> None:
     """Raises `UserError` where no image can be completed by a flow, or not with this class."""
-    flow.kind.require_levels(
-        "inpaint: the model is of points, and a part of an image is asked for: give a model of "
-        "images"
-    )
+    flow.kind.require_levels("inpaint: the model is of real-valued data, which have no pixels")
     if flow.kind.no_bits is not None:
         raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
     flow.require_no_context("inpaint")
@@ -216,7 +219,7 @@ def _moved(
     warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
     followed = _some(constraint.moves())
     probabilities, history, images = [], [], []
-    if moves < 4 * kept + 2:
+    if (moves - warm_up) // 2 < kept:
         raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
     keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
     for move in range(moves):

@@ -25,6 +25,7 @@ READING = [
     ["interpolate", "crafted"],
     ["encode", "crafted", "--split", "test", "--out", "z.npz"],
     ["decode", "crafted", "z.npz", "--out", "new"],
+    ["inpaint", "crafted", "--image", "a.png", "--mask", "b.png", "--out", "new"],
     ["attributes", "crafted", "--to-class", "1"],
     ["explore", "crafted", "--no-browser"],
     ["compress", "crafted", "--split", "test", "--out", "new.fta"],

@@ -151,6 +151,12 @@ def make_pictures(here: Path) -> None:
     picture(here / "sub" / "a.png")
     picture(here / f"{'n' * 250}.jpg")
     picture(here / "taken" / "a.png")
+    picture(here / "done" / "grid.png")
+    for name, value in (("black", 0), ("white", 255), ("grey", 127)):
+        Image.new("L", (8, 8), value).save(here / f"{name}.png")
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (2, 2, 6, 6))
+    mask.save(here / "mask.png")
 
 
 def make_latents(here: Path, run: Path) -> None:
@@ -303,6 +309,7 @@ TAKING_A_MODEL = {
     "encode": "encode {} --split test --out x.npz",
     "decode": "decode {} z.npz --out x",
     "explore": "explore {} --no-browser",
+    "inpaint": "inpaint {} --image good.png --mask mask.png --out x",
     "report": "report {}",
     "info": "info {}",
     "push": "push {} a/b --dry-run",
@@ -325,6 +332,7 @@ WRITING = [
     "interpolate run --out {}.gif",
     "encode run --split test --out {}.npz",
     "decode run z.npz --out {}.npz",
+    "inpaint run --image good.png --mask mask.png --out {}.npz",
     "report run --out {}.html",
     "compare run --out {}.png",
     "compare run --json {}.json",
@@ -671,6 +679,52 @@ TABLE = [
     ("attributes run --csv gone.csv", "gone.csv, line 2: there is no image file gone.png"),
     ("attributes run --csv gone.csv --images sub", "there is no image file sub/gone.png"),
     ("attributes run --csv gone.csv --name x", "--name x: the attributes of --csv"),
+    # --- inpaint
+    ("inpaint run", "Missing option '--image'"),
+    ("inpaint run --image good.png --mask mask.png", "Missing option '--out'"),
+    ("inpaint run --image good.png --out x", "give one of --mask FILE", "--factor F"),
+    ("inpaint run --image good.png --mask mask.png --factor 2 --out x", "give one of --mask FILE"),
+    ("inpaint run --image no.png --mask mask.png --out x", "--image no.png: there is no such"),
+    ("inpaint run --image good.png --mask no.png --out x", "--mask no.png: there is no such"),
+    ("inpaint run --image text.png --mask mask.png --out x", "--image text.png cannot be read as"),
+    ("inpaint run --image empty.png --mask mask.png --out x", "--image empty.png cannot be read"),
+    ("inpaint run --image good.png --mask empty.png --out x", "--mask empty.png cannot be read"),
+    ("inpaint run --image pipe.png --mask mask.png --out x", "pipe.png cannot be read", PIPE),
+    ("inpaint run --image good.png --mask pipe.png --out x", "pipe.png cannot be read", PIPE),
+    ("inpaint run --image good.png --mask sub --out x", "--mask sub cannot be read as an image"),
+    ("inpaint run --image wide.png --mask mask.png --out x", "--image wide.png: the image is 9x8"),
+    ("inpaint run --image good.png --mask wide.png --out x", "--mask wide.png: the image is 9x8"),
+    ("inpaint run --image good.png --mask black.png --out x", "all black, so no pixel is missing"),
+    ("inpaint run --image good.png --mask white.png --out x", "all white, so no pixel is known"),
+    ("inpaint run --image good.png --mask grey.png --out x", "64 pixels are neither black", "PNG"),
+    ("inpaint run --image good.png --factor 3 --out x", "--factor 3: expected a number from 2"),
+    ("inpaint run --image good.png --factor 0 --out x", "--factor 0: expected a number from 2"),
+    ("inpaint run --image good.png --factor 2 --out x", "good.png: the image is 8x8", "not 4x4"),
+    ("inpaint run --image good.png --mask mask.png --out done", "--out done: 'grid.png' is there"),
+    ("inpaint run --image good.png --mask mask.png --out text", NO_FOLDER),
+    ("inpaint run --image good.png --mask mask.png --out x --num-images 0", AT_LEAST_1),
+    ("inpaint run --image good.png --mask mask.png --out x --steps 2", "--steps", "8"),
+    (
+        "inpaint run --image good.png --mask mask.png --out x --num-images 999999999",
+        "--num-images 999999999: the chains need",
+    ),
+    (
+        "inpaint run --image good.png --mask mask.png --out x --class 1",
+        "--class 1: the model is not class-conditional",
+    ),
+    (
+        "inpaint classes --image good.png --mask mask.png --out x --class 10",
+        "--class 10: the model has the classes 0..9",
+    ),
+    (
+        "inpaint classes --image good.png --mask mask.png --out x --class -1",
+        "--class -1: the model has the classes 0..9",
+    ),
+    ("inpaint points --image good.png --mask mask.png --out x", "real-valued data"),
+    (
+        "inpaint given --image good.png --mask mask.png --out x",
+        "not possible for a model of images given",
+    ),
     # --- encode
     ("encode run --split test", "Missing option '--out'"),
     ("encode run --out x.npz", "give the images", "--images", "--split", "--data"),
