@@ -19,6 +19,9 @@ from flowtrain.latents.constraints import Averages, Pixels
 from flowtrain.latents.posterior import Effort, in_order, sample
 
 
+pytestmark = pytest.mark.run
+
+
 class Linear(Bijection):
     """`z = A (v - mean)`, so v is Gaussian with the precision `A^T A`."""
 
@@ -64,6 +67,14 @@ def test_missing_entries_of_a_gaussian():
     # The noise in the cells of known entries, and the rounding of the others.
     cells = (gain @ gain.T + torch.eye(3)) / 12 / 256**2
     assert_moments(y, expected, rest + cells)
+
+
+def test_the_effective_size_is_that_of_missing_entries():
+    flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
+    known = torch.ones(1, 12, 20, dtype=torch.bool)
+    known[0, 5, 7] = False  # one of so many that not all are followed
+    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), Effort(4, 16), seed=0)
+    assert found.effective > 1
 
 
 def test_an_image_of_a_gaussian_with_known_averages():
