@@ -51,9 +51,9 @@ def pytest_collection_modifyitems(items):
 
 
 def solves(item):
-    """Is it about the model that solves an equation, with ten times the work of any other?"""
+    """Is it about what solves an equation, with ten times the work of any other layer or model?"""
     values = item.callspec.params.values() if hasattr(item, "callspec") else []
-    return any(isinstance(value, str) and value == "cnf" for value in values)
+    return any(isinstance(value, str) and value in ("cnf", "continuous") for value in values)
 
 
 @pytest.hookimpl(trylast=True)

@@ -631,6 +631,26 @@ def picture(draw: random.Random, files: Sound, folder: Path) -> Case:
     return Case(words, fault=fault)
 
 
+def mask(draw: random.Random, files: Sound, folder: Path) -> Case:
+    """A mask of missing pixels, or the image that misses them."""
+    names = ["mask.png", "pictures/colour.png"]
+    damaged, other = draw.sample(names, 2)
+    data = files.bytes(damaged)
+    raw = draw.random() < 0.6
+    made = damage.of_bytes(draw, data, files.bytes(other)) if raw else _png_chunk(draw, data)
+    (folder / "pictures").mkdir()
+    for name in names:
+        (folder / name).write_bytes(made if name == damaged else files.bytes(name))
+    (folder / "colour").symlink_to(files.folder / "colour")
+    few = ["--num-images", "1", "--steps", "8", "--out", "x.npz"]
+
+    def fault(outcome: Outcome) -> str:
+        known = [_pixels(files.folder / name) for name in names]
+        return "wrong pixels" if raw and _pixels(folder / damaged) not in known else ""
+
+    return Case(["inpaint", "colour", "--image", names[1], "--mask", names[0], *few], fault=fault)
+
+
 def _png_chunk(draw: random.Random, data: bytes) -> bytes:
     """Another chunk, or other content, with a right checksum."""
     chunks, at = [], 8
@@ -677,6 +697,7 @@ FORMATS: dict[str, tuple[int, Callable[[random.Random, Sound, Path], Case]]] = {
     "attributes": (2, attributes),
     "points": (1, points),
     "table": (1, table),
+    "mask": (1, mask),
 }
 
 

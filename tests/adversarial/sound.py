@@ -50,7 +50,8 @@ class Sound:
         archives `embedded.fta` and `apart.fta`, each with the images in it in `NAME.images`. Of the
         model `run` there are two files of latents (`LATENTS`), with what they decode to in
         `NAME.images.npz`, and two of attributes (`ATTRIBUTES`), with the path along `one` in
-        `NAME.png`. `points.npz` and `points.npy` are for `moons`, `table.csv` is for `colour`.
+        `NAME.png`. `points.npz` and `points.npy` are for `moons`. `table.csv` is for `colour`, and
+        so is `mask.png`, for images of its size.
     levels: Q of the model.
     bits_per_dim: Of `colour` on each npz.
     """
@@ -137,6 +138,9 @@ def _latents(folder: Path, run: Callable[..., str]) -> None:
         np.save(folder / "points.npy", sampled["images"])
     rows = "".join(f"{name},{i % 2},{i % 3 % 2}\n" for i, name in enumerate(sorted(PICTURES)))
     (folder / "table.csv").write_text("file,even,third\n" + rows)
+    missing = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    missing[2:5, 3:] = 255
+    Image.fromarray(missing).save(folder / "mask.png")
 
 
 def _timeless(run: Path) -> None:

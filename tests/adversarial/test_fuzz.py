@@ -20,7 +20,7 @@ def table(formats):
 
 
 def test_some_damaged_files_do_no_harm():
-    result = report_of(HERE / "fuzz.py", "--cases", "29")
+    result = report_of(HERE / "fuzz.py", "--cases", "30")
     assert result["faults"] == {}, AGAIN
     assert all(each["tried"] for each in result["formats"].values())
     assert sum(each["refused"] for each in result["formats"].values()) > 5

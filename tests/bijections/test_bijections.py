@@ -736,6 +736,7 @@ def test_memory_against_depth(mode):
     assert growth < 1.05 if mode == "reversible" else growth > 2
 
 
+@pytest.mark.run  # takes long
 def test_iteration_is_another_way_to_the_inverse():
     tried = []
     for name in TABLE:

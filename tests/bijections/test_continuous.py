@@ -54,6 +54,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
+@pytest.mark.run  # takes long
 def test_a_linear_equation(solver):
     """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, and the log-determinant is tr A.
 
@@ -131,6 +132,7 @@ def test_concatsquash_by_hand():
     torch.testing.assert_close(along, (tangents @ layer.weight.T) * gate)
 
 
+@pytest.mark.run  # takes long
 def test_stages_are_on_the_way():
     layer = layer_of(3, **TIGHT).double()
     z = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)

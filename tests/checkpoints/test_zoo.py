@@ -51,6 +51,7 @@ def test_the_page_of_trained_models_is_up_to_date():
 
 
 @every_model
+@pytest.mark.run  # takes long
 def test_a_card_says_what_the_file_is(name):
     card, file = zoo.card_of(name), zoo.checkpoint_of(name)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == card.sha256

@@ -406,6 +406,7 @@ def test_an_array_of_objects_is_never_loaded(tmp_path, mapped):
 
 
 @shared
+@pytest.mark.run  # takes long
 def test_real_cifar10():
     images = npz.build(SHARED, "test", path=SHARED / "cifar10.npz")
     assert images.shape == (3, 32, 32)

@@ -143,6 +143,7 @@ def a_flow(model, seed=0, scale=0.2):
 # slow: in test_continuous.py
 @pytest.mark.parametrize("model", [name for name in OF_VECTORS if name != "cnf"])
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.run  # takes long
 def test_the_density_integrates_to_one(model, seed):
     flow = a_flow(model, seed).double()
     cells, area = draw.mesh(flow, (-15, 15, -15, 15), 500)

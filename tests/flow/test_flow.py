@@ -173,6 +173,7 @@ def test_decode_inverts_encode_for_every_transform(key, transform):
         {"conditioner": "depthwise"},
     ],
 )
+@pytest.mark.run  # takes long
 def test_decode_inverts_encode_for_every_split_and_conditioner(coupling, options):
     flow = tiny_flow("glow", (1, 8, 8), scale=0.1, coupling=coupling, **options)
     x = images(50, flow.shape, seed=9)

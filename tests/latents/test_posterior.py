@@ -19,9 +19,6 @@ from flowtrain.latents.constraints import Averages, Pixels
 from flowtrain.latents.posterior import Effort, in_order, sample
 
 
-pytestmark = pytest.mark.run
-
-
 class Linear(Bijection):
     """`z = A (v - mean)`, so v is Gaussian with the precision `A^T A`."""
 
@@ -77,6 +74,7 @@ def test_the_effective_size_is_that_of_missing_entries():
     assert found.effective > 1
 
 
+@pytest.mark.run  # takes long
 def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
     context = ImageContext("downsample", 2, (1, 2, 4), 256)
@@ -139,6 +137,7 @@ def distance(x, probability):
     [([1, 1, 0, 0], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
     ids=["before", "between", "after"],
 )
+@pytest.mark.run  # takes long
 def test_missing_entries_of_a_causal_model(mask, moves):
     """Where entries are known after missing ones, the moves make the difference."""
     flow, x = causal(), EVERYTHING[50]
@@ -163,6 +162,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", models())
+@pytest.mark.run  # takes long
 def test_every_model_of_images_has_a_posterior(name):
     options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
     flow = tiny_flow(name, (1, 4, 4), 17, **options).eval()
@@ -174,6 +174,7 @@ def test_every_model_of_images_has_a_posterior(name):
 
 
 @pytest.mark.parametrize("name", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_seed_decides(name):
     flow, x = tiny_flow(name, SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -181,6 +182,7 @@ def test_the_seed_decides(name):
     assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
 
 
+@pytest.mark.run  # takes long
 def test_several_states_of_each_chain():
     flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -230,6 +232,7 @@ def test_the_order_is_that_of_sampling():
 
 
 @pytest.mark.parametrize("model", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_class_of_the_image(model):
     config = a_config({"name": model, **TINY[model], "classes": 2})
     flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
