@@ -73,6 +73,14 @@ def test_missing_entries_of_a_gaussian(sd):
     assert_moments(y, expected, rest + cells)
 
 
+def test_the_effective_size_is_that_of_missing_entries():
+    flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
+    known = torch.ones(1, 12, 20, dtype=torch.bool)
+    known[0, 5, 7] = False  # one of so many that not all are followed
+    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), Effort(4, 16), seed=0)
+    assert found.effective > 1
+
+
 @pytest.mark.run  # takes long
 def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
