@@ -24,8 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import base
-from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import ByPlace
 from flowtrain.explore.edits import Stoppable
 from flowtrain.flow.flow import Flow
@@ -70,20 +68,6 @@ def _enlarged(values: Tensor, size: Size) -> Tensor:
     return values.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-class _Stoppable(ByPlace):
-    """Calls `check` before each layer."""
-
-    def __init__(self, check: Callable[[], None]):
-        super().__init__()
-        self.check = check
-
-    def layer(
-        self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor]:
-        self.check()
-        return super().layer(layer, direction, x, context)
-
-
 @torch.no_grad()
 def account(
     flow: Flow, x: Tensor, noise: Tensor, check: Callable[[], None] = lambda: None
@@ -101,14 +85,15 @@ def account(
         share = shares[labels].clamp_min(torch.finfo(shares.dtype).tiny)
         loss = -flow.loss(share.log() + math.log(flow.classes))
         of_class = OfClass(int(labels), share.item(), loss.item())
-    executor = _Stoppable(check)
-    entries, by_place, of_noise = flow.forward_by_place(x, noise, executor, labels)
+    sums = ByPlace()
+    stoppable = Stoppable(check, sums)
+    entries, by_place, of_noise = flow.forward_by_place(x, noise, stoppable, labels)
     levels = flow.split_latents(entries)
     flat = levels[0].ndim != 4
-    if flat or executor.without:
+    if flat or sums.without:
         return Accounts(total, {}, of_class=of_class)
     maps: dict[Size, Tensor] = {}
-    for part in [by_place, *executor.places.values(), *(level.sum(dim=1) for level in levels)]:
+    for part in [by_place, *sums.places.values(), *(level.sum(dim=1) for level in levels)]:
         size = (part.shape[1], part.shape[2])
         cells = size[0] * size[1]  # so that the mean of a map is its part of the total
         values = flow.loss(part[0].double()).cpu() * cells

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowtrain.bijections import base
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Noting
+from flowtrain.bijections.execution import Executor, Noting
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.latents.directions import Direction
@@ -98,18 +98,25 @@ def components(z: Tensor, count: int = COMPONENTS) -> Components:
     )
 
 
-class Stoppable(Noting):
-    """Calls `check` before each layer, and at each step of a layer that takes long.
+class Stoppable(Executor):
+    """Lets another executor compute, and calls `check` before each layer.
 
-    `check` raises an exception where the result is no longer wanted.
+    By default it is one that also calls `check` at each step of a layer that takes long. `check`
+    raises an exception where the result is no longer wanted.
     """
 
-    def __init__(self, check: Callable[[], None]):
-        super().__init__(lambda share: check())
+    def __init__(self, check: Callable[[], None], executor: Executor | None = None):
+        super().__init__()
         self.check = check
+        self.executor = executor or Noting(lambda share: check())
 
     def layer(
         self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         self.check()
-        return super().layer(layer, direction, x, context)
+        return self.executor.layer(layer, direction, x, context)
+
+    def prepared(
+        self, layers: Sequence[base.Bijection], direction: base.Direction
+    ) -> Sequence[base.Bijection]:
+        return self.executor.prepared(layers, direction)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.context import Context, Guidance, Guided
-from flowtrain.bijections.execution import FUSED, ByPlace, Executor, Initializing, Retracing
+from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -166,13 +166,13 @@ class Flow(nn.Module):
         return self.class_prior.parts(to_latents, labels, count)
 
     def forward_by_place(
-        self, x: Tensor, noise: Tensor, executor: ByPlace, labels: Tensor | None = None
+        self, x: Tensor, noise: Tensor, executor: Executor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The terms of the single-draw bound for integers `x` and uniform `noise`, in nats.
 
         They are: the log-density of each entry of the latent, with the `-log Q` that an entry of an
         image has, `(B, D)`; what the transform of the dequantization has at each place
-        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. `executor` has the terms of the layers.
+        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. A `ByPlace` executor has those of the layers.
 
         A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
         """

@@ -22,7 +22,7 @@ from flowtrain.pictures import grid
 from flowtrain.system.files import save
 
 GRID, MEAN, RESULT = "grid.png", "mean.png", "inpaint.json"  # beside the samples
-COLUMNS = 8  # of the grid
+COLUMNS = 10  # of the grid: eight samples by default, what is given, and the mean
 POLICY = ", or choose the resize policy crop or stretch"  # advice for images of a data set
 
 
