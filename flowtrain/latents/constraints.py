@@ -35,6 +35,9 @@ class Constraint(Protocol):
     def moves(self) -> Tensor:
         """Which coordinates matter at all, bool `(C, H, W)`."""
 
+    def unknown(self) -> Tensor:
+        """Which entries of the image are not known themselves, bool `(C, H, W)`."""
+
 
 class Pixels:
     """Some entries of an image are known, and the others are not.
@@ -76,7 +79,10 @@ class Pixels:
         return agrees
 
     def moves(self) -> Tensor:
-        return torch.ones_like(self.known) if self.within else ~self.known
+        return torch.ones_like(self.known) if self.within else self.unknown()
+
+    def unknown(self) -> Tensor:
+        return ~self.known
 
 
 class Averages:
@@ -132,6 +138,9 @@ class Averages:
         return (self.context.of(x) == self.small.to(x)).flatten(1).all(dim=1)
 
     def moves(self) -> Tensor:
+        return self.unknown()
+
+    def unknown(self) -> Tensor:
         return torch.ones(self.context.image, dtype=torch.bool)
 
 

@@ -217,7 +217,7 @@ def _moved(
     moves, kept = effort.moves, effort.kept
     annealed = round(ANNEALED * moves) if redraws is None else 0
     warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
-    followed = _some(constraint.moves())
+    followed = _some(constraint.unknown())
     probabilities, history, images = [], [], []
     if (moves - warm_up) // 2 < kept:
         raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
@@ -242,9 +242,9 @@ def _moved(
     )
 
 
-def _some(moves: Tensor) -> Tensor:
-    """The indices of at most `QUANTITIES` of the entries that move, at equal distances."""
-    entries = moves.flatten().nonzero().flatten()
+def _some(unknown: Tensor) -> Tensor:
+    """The indices of at most `QUANTITIES` of the unknown entries, at equal distances."""
+    entries = unknown.flatten().nonzero().flatten()
     return entries[:: -(-len(entries) // QUANTITIES)]
 
 

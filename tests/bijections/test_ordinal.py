@@ -153,6 +153,7 @@ def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, toke
 
 @geometry
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+@pytest.mark.run  # takes long
 def test_in_order_is_the_plain_way(shape, levels, token, options, dtype, tolerance):
     """With the levels given, each entry has the distribution that one pass of the networks gives.
 
@@ -181,6 +182,7 @@ def test_in_order_is_the_plain_way(shape, levels, token, options, dtype, toleran
 
 
 @pytest.mark.parametrize("shape, levels, token, options", [g for g in GEOMETRIES if g[1] < 20])
+@pytest.mark.run  # takes long
 def test_samples_are_those_of_the_plain_way(shape, levels, token, options):
     """The plain way tries every level of an entry with whole passes of the networks."""
     flow = causal(shape, levels, token, **options)
@@ -296,6 +298,7 @@ def test_one_entry_after_the_other_takes_one_thread():
 
 @pytest.mark.parametrize("scale", [-1e30, -30.0, 30.0, 1e30])
 @pytest.mark.parametrize("offset", [-1e20, -1e4, 0.0, 1e4, 1e20])
+@pytest.mark.run  # takes long
 def test_narrow_and_far_mixtures_are_finite(scale, offset):
     flow = causal((1, 4, 4), 256)
     _, offsets, scales = flow.bijection.conditioner.head.last.bias.data.chunk(3)

@@ -318,6 +318,7 @@ def test_mixture_is_the_formula(name, scale):
 @mixtures
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.3, 3, 30])
+@pytest.mark.run  # takes long
 def test_mixture_inverse_against_bisection(name, dtype, scale):
     transform, parameters = some(name, scale, dtype)
     z = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=dtype)

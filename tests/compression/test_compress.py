@@ -94,6 +94,7 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 10])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
+@pytest.mark.run  # takes long
 def test_a_small_archive_is_no_larger_than_png(count, shape):
     x = smooth(count, shape)
     parts = [bytes(4 * count), *strips.strips(x)]

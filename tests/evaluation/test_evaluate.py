@@ -134,6 +134,7 @@ class Spoiled(Bijection):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.run  # takes long
 def test_images_that_are_not_finite_are_counted(tmp_path, value, samples):
     flow = tiny_flow("glow")
     flow.bijection = Spoiled(flow.bijection, value)

@@ -130,6 +130,7 @@ def test_given_a_context_the_probabilities_of_all_images_sum_to_one(kind, shape,
 
 @every_model
 @every_context
+@pytest.mark.run  # takes long
 def test_an_image_is_scored_given_its_own_context(model, kind, factor):
     flow, x = conditional(model, kind, factor), images(4, SHAPE)
     context = flow.context_of(x)

@@ -66,6 +66,14 @@ def test_missing_entries_of_a_gaussian():
     assert_moments(y, expected, rest + cells)
 
 
+def test_the_effective_size_is_that_of_missing_entries():
+    flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
+    known = torch.ones(1, 12, 20, dtype=torch.bool)
+    known[0, 5, 7] = False  # one of so many that not all are followed
+    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), Effort(4, 16), seed=0)
+    assert found.effective > 1
+
+
 @pytest.mark.run  # takes long
 def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
@@ -154,6 +162,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", models())
+@pytest.mark.run  # takes long
 def test_every_model_of_images_has_a_posterior(name):
     options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
     flow = tiny_flow(name, (1, 4, 4), 17, **options).eval()
@@ -165,6 +174,7 @@ def test_every_model_of_images_has_a_posterior(name):
 
 
 @pytest.mark.parametrize("name", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_seed_decides(name):
     flow, x = tiny_flow(name, SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -172,6 +182,7 @@ def test_the_seed_decides(name):
     assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
 
 
+@pytest.mark.run  # takes long
 def test_several_states_of_each_chain():
     flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
@@ -221,6 +232,7 @@ def test_the_order_is_that_of_sampling():
 
 
 @pytest.mark.parametrize("model", ["nice", "causal"])
+@pytest.mark.run  # takes long
 def test_the_class_of_the_image(model):
     config = a_config({"name": model, **TINY[model], "classes": 2})
     flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]

@@ -144,6 +144,7 @@ def transformer(entries, outputs, tokens, width, layers):
         ((1, 28, 28), 4, 20, 3, 2, None),
     ],
 )
+@pytest.mark.run  # takes long
 def test_tarflow_of_the_paper(shape, patch, width, blocks, layers, expected):
     entries, tokens = shape[0] * patch**2, shape[1] * shape[2] // patch**2
     by_hand = blocks * transformer(entries, 2 * entries, tokens, width, layers)
@@ -163,6 +164,7 @@ def test_tarflow_of_the_paper(shape, patch, width, blocks, layers, expected):
         ((1, 8, 8), 6, 1, 12, None),
     ],
 )
+@pytest.mark.run  # takes long
 def test_jet_of_the_paper(shape, couplings, layers, width, expected):
     entries, tokens = shape[0] * 16, shape[1] * shape[2] // 16
     half = entries // 2
@@ -455,6 +457,7 @@ def test_tarflow_is_as_the_paper_says(options, before):
     "options, before",
     [({}, ["ActNorm", "Conv1x1LU"]), ({"mixing": "permutation", "bounded": False}, ["Permute"])],
 )
+@pytest.mark.run  # takes long
 def test_jet_is_as_the_paper_says(options, before):
     layers = jet.build((1, 4, 8), patch=2, width=4, couplings=35, layers=1, **options).layers
     cycle = [*before, "Coupling"] * 4 + ["HalvePixels", "Coupling", "Inverse"]

@@ -187,6 +187,7 @@ def test_weights_and_biases_takes_a_step_once(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("mode", ["disabled", "online"])
+@pytest.mark.run  # takes long
 def test_a_mode_that_the_user_has_chosen(mode, tmp_path, anew, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
     if mode == "online":  # without a key
@@ -199,6 +200,7 @@ def test_a_mode_that_the_user_has_chosen(mode, tmp_path, anew, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["logged-as"]
 
 
+@pytest.mark.run  # takes long
 def test_a_server_that_cannot_be_reached(tmp_path, anew, monkeypatch, capsys):
     """A user who is logged in, on a machine without a network: the run is logged offline."""
     monkeypatch.setattr(loggers, "PATIENCE", 0.5)
