@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -150,6 +151,28 @@ def test_the_first_sample_is_open_at_first(page):
     assert page.evaluate("scrollY") == 0  # nothing has moved under the reader
     assert float(page.locator("#bits .figure").text_content()) > 0
     playwright.expect(page.locator("#nearest img")).to_have_count(8)
+
+
+def test_facts_come_where_images_take_long(page, running, monkeypatch):
+    """A move that is overtaken is not the last that the page asks about."""
+    page.wait_for_selector("#principal input")
+    decode = running.session.decode
+
+    def slow(*args):
+        time.sleep(1)
+        return decode(*args)
+
+    monkeypatch.setattr(running.session, "decode", slow)
+    page.locator("#principal input").first.evaluate(
+        """input => {
+          for (const amount of [0.5, 1.5, 2.5]) {
+            input.value = amount;
+            input.dispatchEvent(new Event("input"));
+          }
+        }"""
+    )
+    page.wait_for_selector("body[data-facts*='2.5']")
+    playwright.expect(page.locator("#maps")).not_to_have_class("waiting")
 
 
 def test_by_keyboard(page):

@@ -54,8 +54,12 @@ async function trying(run, what) {
 
 // --- the image that is open ------------------------------------------------------------------------
 
+let settled;
+
+/** Shows an image. What the model says about it is asked for after it, since a newer image ends that. */
 const moves = new Latest(async (wanted, newest) => {
   const began = performance.now();
+  clearTimeout(settled);
   $("#shown").classList.add("waiting");
   const answer = await trying(() => ask("show", { place: wanted }), "The image is computed");
   if (!answer || !newest()) return;
@@ -66,6 +70,7 @@ const moves = new Latest(async (wanted, newest) => {
   command($("#image-command"), answer.command);
   document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
+  settled = setTimeout(() => askFacts(wanted), SETTLED);
 });
 
 /** The image at a place in words. */
@@ -78,15 +83,9 @@ function described(wanted) {
   return parts.join(", ");
 }
 
-let settled;
-
 /** Shows the image at the place, and a little later what the model says about it. */
 function move() {
-  if (!place.source) return;
-  const wanted = asked();
-  moves.push(wanted);
-  clearTimeout(settled);
-  settled = setTimeout(() => askFacts(wanted), SETTLED);
+  if (place.source) moves.push(asked());
 }
 
 async function askFacts(wanted) {
