@@ -76,7 +76,8 @@ def inpaint(
         typer.Option(
             "--steps",
             min=8,
-            help="Moves of each chain, of about 8 gradients. Half of them anneal the density.",
+            help="Moves of each chain, of about 8 gradients each. Half of them are for where it "
+            "begins.",
         ),
     ] = 200,
     label: Annotated[

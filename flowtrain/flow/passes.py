@@ -96,14 +96,14 @@ def denoising_batch_size(flow: Flow) -> int:
 
 
 def gradient_batch_size(flow: Flow, gradient: Callable[[Tensor], object], image: Tensor) -> int:
-    """At how many images `(B, C, H, W)` to compute a `gradient` at a time: a power of two.
+    """At how many images or latents `(B, ...)` to compute a `gradient` at a time: a power of two.
 
-    `image` `(1, C, H, W)` is one for which the memory is measured.
+    `image` `(1, ...)` is one for which the memory is measured.
     """
 
     def of(count: int) -> int:
         # Copies of the same image, so that a continuous flow takes the same steps.
-        images = image.repeat(count, 1, 1, 1)
+        images = image.expand(count, *image.shape[1:]).clone()
         return capacity.kept(lambda: gradient(images))
 
     of_an_image = max(1, of(2) - of(1))

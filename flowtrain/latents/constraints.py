@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from flowtrain.bijections.monotone import solve_monotone
 from flowtrain.flow.dequantize import EDGE
@@ -28,6 +29,15 @@ class Constraint(Protocol):
         minus the standard normal log-density of `s`, and up to a constant. So a density p of images
         becomes `log p(y) + this - |s|^2 / 2` in coordinates. Both are differentiable.
         """
+
+    def coordinates(self, y: Tensor) -> Tensor:
+        """Coordinates `(B, C, H, W)` of dequantized images that agree with what is known.
+
+        Of an image that does not agree, they are those of one nearby.
+        """
+
+    def miss(self, y: Tensor) -> Tensor:
+        """Half the squared distance `(B,)` of dequantized images from what is known."""
 
     def holds(self, x: Tensor) -> Tensor:
         """Which of the images of integers `(B, C, H, W)` agree with what is known, bool `(B,)`."""
@@ -67,11 +77,13 @@ class Pixels:
         return y, s.new_zeros(len(s))
 
     def coordinates(self, y: Tensor) -> Tensor:
-        """Coordinates of images `(B, C, H, W)`, of which `images` gives the entries that move."""
         place = (y - self.low.to(y)) / self.width.to(y).clamp_min(torch.finfo(y.dtype).tiny)
-        tiny = torch.finfo(y.dtype).eps
-        s: Tensor = torch.special.ndtri(place.clamp(tiny, 1 - tiny))
-        return s
+        elsewhere = self.known.to(y.device) & ((place <= 0) | (place >= 1))
+        return _quantile(torch.where(elsewhere, 0.5, place))
+
+    def miss(self, y: Tensor) -> Tensor:
+        middle = self.low.to(y) + self.width.to(y) / 2
+        return _half_square((y - middle) * self.known.to(y))
 
     def holds(self, x: Tensor) -> Tensor:
         same = (x == self.x.to(x)) | ~self.known.to(x.device)
@@ -134,6 +146,12 @@ class Averages:
         y = torch.special.ndtr(q).unflatten(4, (f, f)).transpose(3, 4).flatten(4).flatten(2, 3)
         return y, extra
 
+    def coordinates(self, y: Tensor) -> Tensor:
+        return _quantile(y)
+
+    def miss(self, y: Tensor) -> Tensor:
+        return _half_square(avg_pool2d(y, self.context.factor) - self.mean.to(y))
+
     def holds(self, x: Tensor) -> Tensor:
         return (self.context.of(x) == self.small.to(x)).flatten(1).all(dim=1)
 
@@ -142,6 +160,16 @@ class Averages:
 
     def unknown(self) -> Tensor:
         return torch.ones(self.context.image, dtype=torch.bool)
+
+
+def _quantile(place: Tensor) -> Tensor:
+    tiny = torch.finfo(place.dtype).eps
+    quantile: Tensor = torch.special.ndtri(place.clamp(tiny, 1 - tiny))
+    return quantile
+
+
+def _half_square(distances: Tensor) -> Tensor:
+    return 0.5 * distances.square().flatten(1).sum(dim=1)
 
 
 def _density(q: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ the density itself, at the cost of one pass and its gradient. In latent space th
 but known pixels are a curved surface of no volume: any step leaves it. A sampler there needs a
 tolerance, so it has another posterior.
 
-Chains begin with random images, and the density is raised slowly from the power 0 to 1
-(`annealing`), so that they find different images. Then the step is fixed, and they go on.
+**Where chains begin.** Random latents are changed as little as makes their images agree with what
+is known (`_from_latents`). In latent space large steps lead from one likely image to another. Where
+the inverse is sequential this would take too long. Chains then begin with random images, and the
+density is raised slowly from the power 0 to 1 (annealing). Afterwards the size of a step is set,
+then fixed, and they go on.
 
 **Models of levels** (`bijections/ordinal.py`) give the probability of each entry given those before
 it. Entries after the last known one are drawn from these directly, each sample anew. Those before
@@ -22,6 +25,7 @@ and accepted by what follows after it (`_Redraws`). This is how a black pixel be
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,13 +39,16 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import gradient_batch_size
 from flowtrain.latents.constraints import Constraint, Pixels
-from flowtrain.latents.hamiltonian import Chains, effective_size
+from flowtrain.latents.hamiltonian import Chains, Target, effective_size
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
 
+# The distance from what is known that latents may have, at first and at last: 0 is black, 1 white.
+FAR, NEAR = 0.5, 0.02
+RATE = 0.1  # of Adam, for latents whose size is about 1
 LEAPFROG = 8  # mean number of gradients for a move
-ANNEALED = 0.5  # the share of the moves before the density has the power 1
+BEGINNING = 0.5  # the share of the moves before the density has the power 1
 ADAPTED = 0.25  # the share of the moves at the power 1 during which the step is adapted
 RISE = 3.0  # the power rises like t^RISE, because what it multiplies are thousands of nats
 # A derivative by a level, in nats, says nothing of what is farther away than the next level. Beyond
@@ -106,9 +113,13 @@ def sample(
     layer = flow.bijection.by_level()
     if layer is not None and isinstance(constraint, Pixels):
         return _in_order_and_moved(flow, layer, constraint, effort, labels, randomness, progress)
-    s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
-    density = _density(flow, labels)
-    return _moved(flow, density, constraint, s, effort, randomness, progress)
+    density = _density(flow)
+    if flow.bijection.inverse_is_sequential:
+        s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
+        return _moved(flow, density, constraint, s, effort, labels, randomness, progress)
+    y = _from_latents(flow, constraint, effort, labels, randomness, progress)
+    s = constraint.coordinates(y)
+    return _moved(flow, density, constraint, s, effort, labels, randomness, progress, begun=True)
 
 
 def require_room(flow: Flow, effort: Effort) -> None:
@@ -138,37 +149,106 @@ def require_posterior(flow: Flow, label: int | None = None) -> None:
 
 # --- the density and its force --------------------------------------------------------------------
 
-# Dequantized images `(B, C, H, W)` to their log-density `(B,)`, and a scalar of which the force is
-# the gradient, and which depends on the images through autograd.
-Density = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, and a scalar of which the
+# force is the gradient, and which depends on the numbers through autograd.
+Density = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
-def _density(flow: Flow, labels: Tensor | None, counted: Tensor | float = 1.0) -> Density:
+def _in_parts(flow: Flow, density: Density, s: Tensor, labels: Tensor | None) -> Target:
+    """Computes a density and its force at as many `s` `(B, ...)` at a time as fit into memory."""
+
+    def measured(part: Tensor) -> object:
+        of_part = None if labels is None else labels[:1].expand(len(part))
+        with torch.enable_grad():
+            return density(part.detach().requires_grad_(), of_part)
+
+    at_a_time = gradient_batch_size(flow, measured, s[:1])
+
+    def gradient(part: Tensor, of_part: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            part = part.detach().requires_grad_()
+            log_density, scalar = density(part, of_part)
+            (force,) = torch.autograd.grad(scalar, part)
+        return log_density.detach(), force
+
+    def target(s: Tensor) -> tuple[Tensor, Tensor]:
+        of_parts = itertools.repeat(None) if labels is None else labels.split(at_a_time)
+        parts = [gradient(*each) for each in zip(s.split(at_a_time), of_parts, strict=False)]
+        log_density, force = (torch.cat(each) for each in zip(*parts, strict=True))
+        return log_density, force
+
+    return target
+
+
+def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
     """The density of dequantized images. `counted` `(C, H, W)` says which entries of a model of
     levels have a part in it.
     """
     layer = flow.bijection.by_level()
     if layer is None:
 
-        def of_reals(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            log_density = flow.log_density(y, None if labels is None else labels[rows])
-            return log_density.detach(), log_density.sum()
+        def of_reals(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            log_density = flow.log_density(y, labels)
+            return log_density, log_density.sum()
 
         return of_reals
 
-    def of_levels(y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def of_levels(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         assert flow.levels is not None
         scaled = y * flow.levels
         whole = scaled.detach().floor().clamp(0, flow.levels - 1)
         x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
         if x.requires_grad:
             x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
-        seen = flow.seen(len(x), None if labels is None else labels[rows])
-        terms = layer.log_probs(x, seen)
+        terms = layer.log_probs(x, flow.seen(len(x), labels))
         log_prob = (terms * counted).flatten(1).sum(dim=1)
-        return log_prob.detach(), log_prob.sum()
+        return log_prob, log_prob.sum()
 
     return of_levels
+
+
+def _from_latents(
+    flow: Flow,
+    constraint: Constraint,
+    effort: Effort,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+) -> Tensor:
+    """Dequantized images `(B, C, H, W)` that nearly agree with a constraint, one for each chain.
+
+    Their latents n are the smallest change of random ones: the minimum of `|n - random|^2 / 2 +
+    miss(n) / sigma^2`, where sigma falls. For a linear flow these are samples of the posterior
+    ("randomize, then optimize": Bardsley, Solonen, Haario & Laine 2014, SIAM J. Sci. Comput. 36).
+    """
+    count, steps = effort.chains, LEAPFROG * _beginning(effort)
+    labels = flow.classes_in_turn(count) if labels is None else labels
+    random = torch.randn(count, flow.latent_dims, generator=randomness).to(flow.device)
+    n = random.clone().requires_grad_()
+
+    def images(n: Tensor, labels: Tensor | None) -> Tensor:
+        v, _ = flow.bijection.inverse(flow.place(n, labels), flow.seen(len(n), labels))
+        return flow.dequantizer.to_unit(v)
+
+    def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        close = -constraint.miss(images(n, labels))
+        return close, close.sum()
+
+    target = _in_parts(flow, closeness, n, labels)
+    optimizer = torch.optim.Adam([n], lr=RATE)
+    for step in range(steps):
+        sigma = FAR * (NEAR / FAR) ** ((step + 1) / steps)
+        _, force = target(n)
+        n.grad = n.detach() - random - force / sigma**2
+        optimizer.step()
+        progress((step + 1) // LEAPFROG, effort.moves)
+    with torch.no_grad():
+        return images(n, labels)
+
+
+def _beginning(effort: Effort) -> int:
+    """The moves before the density has the power 1, or what takes as many gradients."""
+    return round(BEGINNING * effort.moves)
 
 
 def _moved(
@@ -177,13 +257,16 @@ def _moved(
     constraint: Constraint,
     s: Tensor,
     effort: Effort,
+    labels: Tensor | None,
     randomness: torch.Generator,
     progress: Callable[[float, float], None],
     redraws: "_Redraws | None" = None,
+    begun: bool = False,
 ) -> Posterior:
     """What the moves make of coordinates `s` `(B, C, H, W)`. See `sample`.
 
-    They begin with annealing, or go on with `redraws` after each from where they are.
+    They begin with annealing, unless they go on with `redraws` after each from where they are, or
+    have `begun` in latents.
     """
     levels = flow.levels
     assert levels is not None
@@ -191,38 +274,22 @@ def _moved(
     def integers(y: Tensor) -> Tensor:
         return (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
 
-    def gradient(part: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            part = part.detach().requires_grad_()
-            y, volume = constraint.images(part)
-            log_density, scalar = density(y, rows)
-            (force,) = torch.autograd.grad(scalar + volume.sum(), part)
-        return log_density + volume.detach(), force
+    def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, volume = constraint.images(s)
+        log_density, scalar = density(y, labels)
+        return log_density + volume, scalar + volume.sum()
 
-    def measured(part: Tensor) -> object:
-        with torch.enable_grad():
-            return density(constraint.images(part.detach().requires_grad_())[0], slice(len(part)))
-
-    at_a_time = gradient_batch_size(flow, measured, s[:1])
-
-    def target(s: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [
-            gradient(s[i : i + at_a_time], slice(i, i + at_a_time))
-            for i in range(0, len(s), at_a_time)
-        ]
-        log_density, force = (torch.cat(each) for each in zip(*parts, strict=True))
-        return log_density, force
-
+    target = _in_parts(flow, of_coordinates, s, labels)
     chains = Chains(target, s, constraint.moves(), LEAPFROG, randomness)
     moves, kept = effort.moves, effort.kept
-    annealed = round(ANNEALED * moves) if redraws is None else 0
+    annealed = _beginning(effort) if redraws is None else 0
     warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
     followed = _some(constraint.unknown())
     probabilities, history, images = [], [], []
     if (moves - warm_up) // 2 < kept:
         raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
     keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
-    for move in range(moves):
+    for move in range(annealed if begun else 0, moves):
         power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
         probability = chains.move(power, adapting=move < warm_up)
         if redraws is not None:
@@ -276,11 +343,11 @@ def _in_order_and_moved(
     moving = Pixels(constraint.x, ~early, flow.levels, within=False)
     uniform = torch.rand(x.shape, generator=randomness).to(x.device)
     s = moving.coordinates((x + uniform) / flow.levels)
-    density = _density(flow, labels, (order <= last).to(flow.device))
+    density = _density(flow, (order <= last).to(flow.device))
     redraws = _Redraws(
         layer, flow.seen(len(x), labels), moving, (order <= last).to(x.device), randomness
     )
-    found = _moved(flow, density, moving, s, effort, randomness, progress, redraws)
+    found = _moved(flow, density, moving, s, effort, labels, randomness, progress, redraws)
     if bool((known | early).all()):
         return found
     of_state = None if labels is None else labels.repeat_interleave(effort.kept)
