@@ -186,12 +186,11 @@ def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     pixels, and raises UserError if the size differs.
     """
     channels, height, width = shape
+    if policy == "exact" and sorted(image.size) != sorted((width, height)):
+        raise _other_size(image, width, height)  # before a large image is decoded
     image = _convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
     if policy == "exact" and image.size != (width, height):
-        raise UserError(
-            f"the image is {image.width}x{image.height} (width x height), not {width}x{height}: "
-            "resize it, or choose the resize policy crop or stretch"
-        )
+        raise _other_size(image, width, height)
     box = (0.0, 0.0, float(image.width), float(image.height))
     if policy == "crop":
         box = _centre(image.size, (width, height))
@@ -199,6 +198,13 @@ def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
+
+
+def _other_size(image: Image.Image, width: int, height: int) -> UserError:
+    return UserError(
+        f"the image is {image.width}x{image.height} (width x height), not {width}x{height}: "
+        "resize it, or choose the resize policy crop or stretch"
+    )
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -30,7 +30,7 @@ import numpy as np
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part
 from flowtrain.errors import RunError, UserError, is_disk_full, short
-from flowtrain.system.arrays import header_of
+from flowtrain.system.arrays import array_of, header_of
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -353,7 +353,7 @@ def _images(
     for path in files:
         with _reading(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
             with archive.open("labels.npy") as member:
-                values = np.lib.format.read_array(member, allow_pickle=False)
+                values = array_of(member)
             if values.dtype.kind not in "iu" or values.min() < 1 or values.max() > CLASSES:
                 raise ValueError(f"its labels are not the whole numbers 1..{CLASSES}")
             labels.append(values.reshape(-1).astype(np.int64) - 1)

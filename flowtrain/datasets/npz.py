@@ -37,7 +37,7 @@ from flowtrain.datasets.mapped import (
     piece,
 )
 from flowtrain.errors import RunError, UserError, cut, short
-from flowtrain.system.arrays import header_of
+from flowtrain.system.arrays import array_of, header_of
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
 
@@ -285,9 +285,9 @@ def _values(array: _Array) -> np.ndarray:
     """The values of an array, in memory."""
     with _opened(array.path) as file, _reading(array.where):
         if array.key is None:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            return array_of(file)
         with _zip(array.path, file) as archive, archive.open(f"{array.key}.npy") as member:
-            values = np.lib.format.read_array(member, allow_pickle=False)
+            values = array_of(member)
             member.read(1)  # at the end of the member, zipfile compares its checksum
             return values
 

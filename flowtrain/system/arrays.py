@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class ArrayFile:
         capacity.require(2 * size, f"{where} needs")
         with self._member(name) as (member, _):
             # With the last byte of a member, zipfile compares its checksum.
-            values = np.lib.format.read_array(member, allow_pickle=False)
+            values = array_of(member)
         if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
             # Python makes no text of such a number, and fails without saying why.
             raise UserError(f"{where} is damaged: it has a character that does not exist")
@@ -159,5 +160,21 @@ def header_of(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.gener
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }[np.lib.format.read_magic(file)]
-    shape, fortran, dtype = read(file)
+    with _from_any_python():
+        shape, fortran, dtype = read(file)
     return shape, fortran, dtype
+
+
+def array_of(file: IO[bytes]) -> np.ndarray:
+    """The array of a .npy file, without unpickling. Raises anything for a file that is none."""
+    with _from_any_python():
+        values: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return values
+
+
+@contextlib.contextmanager
+def _from_any_python() -> Iterator[None]:
+    """Hides a warning of numpy: that a header is not of Python 3, or damaged, takes longer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file required", UserWarning)
+        yield

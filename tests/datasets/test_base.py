@@ -220,3 +220,13 @@ def test_open_image_errors(tmp_path):
         base.open_image(tmp_path / "eps.png", (1, 8, 8), 256)  # Ghostscript was not asked
     with pytest.raises(UserError, match=r"whole.png: the image is 30x30"):
         base.open_image(tmp_path / "whole.png", (1, 8, 8), 256, "exact")
+
+
+def test_an_image_of_another_size_is_not_decoded():
+    made = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 16, 3), np.uint8)).save(
+        made, "JPEG"
+    )
+    cut_short = made.getvalue()[:-500]  # which decoding would notice
+    with pytest.raises(UserError, match="the image is 16x64"):
+        base.decode(cut_short, (3, 8, 8), "exact")

@@ -216,6 +216,24 @@ def test_the_force_of_levels_is_a_derivative():
     torch.testing.assert_close(force[0, 0, 0, 0], numeric, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.run  # takes long
+def test_known_averages_of_a_causal_model():
+    """The noise makes up for the difference of the integers' mean from the one that is held. So an
+    image counts by the density of the sum of four uniform numbers: 1/6 at 1 and 3, 4/6 at 2.
+    """
+    flow = tiny_flow("causal", SQUARE, LEVELS, scale=0.05, token=1).eval()
+    constraint = Averages(torch.tensor([[[1]]]), ImageContext("downsample", 2, SQUARE, LEVELS))
+    total = EVERYTHING.flatten(1).sum(1)
+    with torch.no_grad():
+        probability = flow.log_prob(EVERYTHING, seeded()).exp()
+    probability = probability * ((total == 4) * 4 + (total == 3) * 1 + (total == 5) * 1)
+    probability /= probability.sum()
+    found = sample(flow, constraint, Effort(400, 24), seed=0)
+    assert constraint.holds(found.x).all()
+    off, noise = distance(found.x, probability)
+    assert off < 1.6 * noise
+
+
 def test_the_probabilities_of_all_levels_at_some_entries():
     for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
         flow = tiny_flow("causal", shape, 5, token=token).eval()

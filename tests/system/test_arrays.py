@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 
 import numpy as np
@@ -85,6 +86,18 @@ def test_a_character_that_does_not_exist(tmp_path, order):
     assert file.read("good", "U", (2,)).tolist() == ["ab", "c"]
     with pytest.raises(UserError, match="bad is damaged: it has a character that does not exist"):
         file.read("bad", "U", (2,))
+
+
+def test_a_header_of_python_2_is_read_without_a_warning(tmp_path):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (2L,)}"
+    values = np.array([1.0, 2.0])
+    path = tmp_path / "x.npy"
+    path.write_bytes(
+        b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + values.tobytes()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(ArrayFile(path).read(ONLY, "f", (2,)), values)
 
 
 def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
