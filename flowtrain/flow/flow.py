@@ -172,7 +172,8 @@ class Flow(nn.Module):
 
         They are: the log-density of each entry of the latent, with the `-log Q` that an entry of an
         image has, `(B, D)`; what the transform of the dequantization has at each place
-        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. A `ByPlace` executor has those of the layers.
+        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. A `ByPlace` executor has those of the
+        layers.
 
         A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
         """
