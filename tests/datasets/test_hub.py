@@ -1,10 +1,10 @@
 """Data sets in the format of the package `datasets`, made on disk by that package."""
 
-import builtins
 import functools
 import io
 import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -175,17 +175,10 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch):
 
 
 def test_without_the_package(path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **options):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="needs the package datasets: .*pip install datasets"):
-        build("train", path=path).read()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(UserError, match="needs the package datasets: .*pip install datasets"):
+            build("train", path=path).read()
     with monkeypatch.context() as patch:  # a folder of this name is imported, too
         patch.delattr(datasets, "__version__")
         with pytest.raises(UserError, match="needs the package datasets: .*pip install datasets"):
