@@ -25,6 +25,9 @@ from flowtrain.training.run_directory import RunDirectory
 
 TRAIN = {"batch_size": 8, "log_every": 2, "validate_every": 4, "sample_every": 4}
 
+# `wandb.teardown` waits for its service, which now and then does not end.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def nobody(tmp_path_factory):
@@ -200,7 +203,7 @@ def test_a_mode_that_the_user_has_chosen(mode, tmp_path, anew, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["logged-as"]
 
 
-@pytest.mark.slow  # `wandb.teardown` waits for its service, which once in many runs does not end
+@pytest.mark.run  # takes long
 def test_a_server_that_cannot_be_reached(tmp_path, anew, monkeypatch, capsys):
     """A user who is logged in, on a machine without a network: the run is logged offline."""
     monkeypatch.setattr(loggers, "PATIENCE", 0.5)
