@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import shlex
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from torch import Tensor
 
 from flowtrain.config import Config
@@ -95,13 +97,13 @@ class WandB:
         try:
             self._run = start(mode=mode)
         except wandb.Error as error:
+            end_service(wandb)  # it takes an identity once, and would wait again at the exit
             if chosen:
                 raise UserError(
                     f"train.logger: wandb: {short(error)}; WANDB_MODE=offline needs no network"
                 ) from error
             console.print(f"wandb: {short(error)}")
             mode = "offline"
-            wandb.teardown()  # its service takes an identity once
             wandb.setup(quiet)
             self._run = start(mode=mode)
         self._image = wandb.Image
@@ -122,6 +124,18 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def end_service(wandb: Any) -> None:
+    """Ends the service process of Weights & Biases, by force if it still waits for its server."""
+    ending = threading.Thread(target=wandb.teardown, daemon=True)
+    ending.start()
+    ending.join(PATIENCE)
+    if ending.is_alive():
+        for child in psutil.Process().children():
+            if child.name() == "wandb-core":
+                child.kill()
+        ending.join(PATIENCE)
 
 
 class Trackio:

@@ -1,14 +1,17 @@
 """TensorBoard, Weights & Biases and trackio: what they get, offline, from the real packages."""
 
+import contextlib
 import io
 import json
 import os
 import sqlite3
 import struct
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from catalogue import TINY_RUN
@@ -24,9 +27,6 @@ from flowtrain.training.resume import EXTEND
 from flowtrain.training.run_directory import RunDirectory
 
 TRAIN = {"batch_size": 8, "log_every": 2, "validate_every": 4, "sample_every": 4}
-
-# `wandb.teardown` waits for its service, which now and then does not end.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,9 +50,9 @@ def anew():
     """Weights & Biases reads the environment once, before it is first used."""
     import wandb
 
-    wandb.teardown()
+    loggers.end_service(wandb)
     yield
-    wandb.teardown()
+    loggers.end_service(wandb)
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +204,34 @@ def test_a_mode_that_the_user_has_chosen(mode, tmp_path, anew, monkeypatch):
 
 
 @pytest.mark.run  # takes long
-def test_a_server_that_cannot_be_reached(tmp_path, anew, monkeypatch, capsys):
-    """A user who is logged in, on a machine without a network: the run is logged offline."""
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_a_server_that_cannot_be_reached(stands_still, tmp_path, anew, monkeypatch, capsys):
+    """A user who is logged in, on a machine without a network: the run is logged offline, even
+    where the service of Weights & Biases never ends.
+    """
+    import wandb
+
+    end, too_late = wandb.teardown, []
+
+    def teardown():
+        (child,) = (each for each in psutil.Process().children() if each.name() == "wandb-core")
+        child.suspend()
+        late = threading.Timer(20, lambda: (too_late.append(child), child.kill()))
+        late.start()
+        with contextlib.suppress(SystemExit):  # it ended by a signal
+            end()
+        late.cancel()
+
+    if stands_still:
+        monkeypatch.setattr(wandb, "teardown", teardown)
     monkeypatch.setattr(loggers, "PATIENCE", 0.5)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (logger,) = loggers.opened(["wandb"], tmp_path, a_config(), 0)
     logger.scalars({"a": 1.0}, 1)
     logger.close()
+    assert not too_late
+    monkeypatch.setattr(wandb, "teardown", end)
     assert wandb_points(tmp_path)[0] == {("a", 1): 1.0}
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("wandb: ") and second.startswith("wandb: offline; this sends it")
