@@ -15,6 +15,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.description import Progress
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
+from flowtrain.latents.constraints import Pixels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -54,6 +55,16 @@ def ready(module):
 
 def images(count, shape, levels=256, seed=0):
     return torch.randint(levels, (count, *shape), generator=seeded(seed), dtype=torch.uint8)
+
+
+def agrees(constraint, x):
+    """Which of the images of integers `(B, C, H, W)` agree with a constraint, bool `(B,)`."""
+    if isinstance(constraint, Pixels):
+        same = (x == constraint.x) | ~constraint.known
+    else:
+        context = constraint.context
+        same = (context.of(x).float() + 0.5) / context.levels == constraint.mean
+    return same.flatten(1).all(dim=1)
 
 
 # The simplest training, so that a test of one key is a test of nothing else.

@@ -203,7 +203,7 @@ def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
 def _other_size(image: Image.Image, width: int, height: int) -> UserError:
     return UserError(
         f"the image is {image.width}x{image.height} (width x height), not {width}x{height}: "
-        "resize it, or choose the resize policy crop or stretch"
+        "resize or crop it first"
     )
 
 

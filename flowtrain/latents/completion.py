@@ -23,7 +23,6 @@ from flowtrain.system.files import save
 
 GRID, MEAN, RESULT = "grid.png", "mean.png", "inpaint.json"  # beside the samples
 COLUMNS = 10  # of the grid: eight samples by default, what is given, and the mean
-POLICY = ", or choose the resize policy crop or stretch"  # advice for images of a data set
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _exactly(path: Path, shape: tuple[int, int, int], levels: int, option: str) 
     try:
         return torch.from_numpy(open_image(path, shape, levels, "exact"))
     except UserError as error:
-        raise UserError(f"{option} {str(error).removesuffix(POLICY)}") from None
+        raise UserError(f"{option} {error}") from None
 
 
 def sample_names(count: int) -> list[str]:

@@ -39,9 +39,6 @@ class Constraint(Protocol):
     def miss(self, y: Tensor) -> Tensor:
         """Half the squared distance `(B,)` of dequantized images from what is known."""
 
-    def holds(self, x: Tensor) -> Tensor:
-        """Which of the images of integers `(B, C, H, W)` agree with what is known, bool `(B,)`."""
-
     def moves(self) -> Tensor:
         """Which coordinates matter at all, bool `(C, H, W)`."""
 
@@ -85,11 +82,6 @@ class Pixels:
         middle = self.low.to(y) + self.width.to(y) / 2
         return _half_square((y - middle) * self.known.to(y))
 
-    def holds(self, x: Tensor) -> Tensor:
-        same = (x == self.x.to(x)) | ~self.known.to(x.device)
-        agrees: Tensor = same.flatten(1).all(dim=1)
-        return agrees
-
     def moves(self) -> Tensor:
         return torch.ones_like(self.known) if self.within else self.unknown()
 
@@ -116,7 +108,7 @@ class Averages:
     """
 
     def __init__(self, small: Tensor, context: ImageContext):
-        self.small, self.context = small, context
+        self.context = context
         self.mean = (small.float() + 0.5) / context.levels
 
     def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +143,6 @@ class Averages:
 
     def miss(self, y: Tensor) -> Tensor:
         return _half_square(avg_pool2d(y, self.context.factor) - self.mean.to(y))
-
-    def holds(self, x: Tensor) -> Tensor:
-        return (self.context.of(x) == self.small.to(x)).flatten(1).all(dim=1)
 
     def moves(self) -> Tensor:
         return self.unknown()

@@ -343,10 +343,9 @@ def _in_order_and_moved(
     moving = Pixels(constraint.x, ~early, flow.levels, within=False)
     uniform = torch.rand(x.shape, generator=randomness).to(x.device)
     s = moving.coordinates((x + uniform) / flow.levels)
-    density = _density(flow, (order <= last).to(flow.device))
-    redraws = _Redraws(
-        layer, flow.seen(len(x), labels), moving, (order <= last).to(x.device), randomness
-    )
+    counted = (order <= last).to(flow.device)  # the others have no part in what moves
+    density = _density(flow, counted)
+    redraws = _Redraws(layer, flow.seen(len(x), labels), moving, counted, randomness)
     found = _moved(flow, density, moving, s, effort, labels, randomness, progress, redraws)
     if bool((known | early).all()):
         return found

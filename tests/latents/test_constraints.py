@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import images, seeded
+from helpers import agrees, images, seeded
 
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.latents.constraints import Averages, Pixels
@@ -27,9 +27,21 @@ def test_every_image_agrees_with_what_is_known(name, levels, spread):
     constraint = constraint_of(name, levels)
     y, _ = constraint.images(spread * torch.randn(200, *SHAPE, generator=seeded(0)))
     x = (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
-    assert constraint.holds(x).all()
+    assert agrees(constraint, x).all()
     for others in (torch.zeros_like(x), torch.full_like(x, levels - 1)):
-        assert not constraint.holds(others).any()
+        assert not agrees(constraint, others).any()
+
+
+@pytest.mark.parametrize("name", ["pixels", "averages"])
+def test_how_far_an_image_is_from_what_is_known(name):
+    constraint = constraint_of(name, 17)
+    y, _ = constraint.images(
+        torch.zeros(2, *SHAPE)
+    )  # known pixels are at the middle of their cells
+    shift = torch.tensor([0.0, 0.25]).view(2, 1, 1, 1)
+    count = constraint.known.sum() if name == "pixels" else constraint.mean.numel()
+    expected = torch.tensor([0, 0.25**2 / 2]) * count
+    torch.testing.assert_close(constraint.miss(y + shift), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_coordinates_of_images_give_the_images():
