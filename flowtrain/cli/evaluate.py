@@ -142,13 +142,13 @@ def evaluate(
 
 def _print(result: "Evaluation", unit: str) -> None:
     """The loss in one line, and what it is made of in a table."""
-    from flowtrain.system.console import console, figure
+    from flowtrain.system.console import console, counted, figure
 
     of = "images" if result.levels is not None else "examples"
     of = of if result.split == "all" else f"{result.split} {of}"
     given = "" if result.given is None else f", given {result.given}"
     console.print(f"{figure(*result.loss)} {unit}{given} ({result.num_images:,} {of})")
-    draws = "1 draw of noise" if result.samples == 1 else f"{result.samples} draws of noise"
+    draws = f"{counted(result.samples, 'draw')} of noise"
     bounds = {
         "exact": "exact",
         "elbo": f"a bound, from {draws}",

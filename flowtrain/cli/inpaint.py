@@ -104,7 +104,7 @@ def inpaint(
     """
     from flowtrain.latents import completion
     from flowtrain.latents.posterior import Effort, require_posterior, require_room, sample
-    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console, counted
     from flowtrain.system.files import require_absent, save
 
     if (mask is None) == (factor is None):
@@ -142,7 +142,7 @@ def inpaint(
             "bits_per_dim": losses,
         }
         completion.write_folder(out, loaded, given, found, about)
-    console.print(f"wrote {out}: {num_images} samples of {loaded.checkpoint.path}")
+    console.print(f"wrote {out}: {counted(num_images, 'sample')} of {loaded.checkpoint.path}")
     console.print(f"bits/dim {min(losses):.3f} to {max(losses):.3f}, of the whole images")
     if found.effective is None:
         console.print("exact: each sample was drawn by itself, in the order of the pixels")

@@ -132,7 +132,7 @@ def sample(
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
-    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console, counted
     from flowtrain.system.files import save
 
     suffix = check_suffix(out, (".png", ".npz"))
@@ -181,7 +181,7 @@ def sample(
         if contexts is not None:
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
         grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
-    console.print(f"wrote {path}: {len(drawn)} samples of {loaded.checkpoint.path}")
+    console.print(f"wrote {path}: {counted(len(drawn), 'sample')} of {loaded.checkpoint.path}")
     for line in _about(flow.dequantizer.sigma, guidance, guidance_grows, denoise):
         console.print(line)
 

@@ -90,7 +90,8 @@ def components(z: Tensor, count: int = COMPONENTS) -> Components:
     from sklearn.decomposition import PCA
 
     count = min(count, len(z) - 1, z.shape[1])
-    found = PCA(count, svd_solver="full").fit(z.double().cpu().numpy())
+    with np.errstate(invalid="ignore"):  # equal latents: shares of no variance
+        found = PCA(count, svd_solver="full").fit(z.double().cpu().numpy())
     # The last of as many directions as there are images have no variance.
     deviations = np.sqrt(found.explained_variance_)
     return Components(

@@ -230,11 +230,11 @@ class Session:
                 assert x is not None
                 check()
                 z = self.flow.encode(x)
-            self.keep(self._latents, key, z)
+            self._keep(self._latents, key, z)
         self._latents.move_to_end(key)
         return self._latents[key]
 
-    def keep(self, kept: OrderedDict[str, Tensor], key: str, value: Tensor) -> None:
+    def _keep(self, kept: OrderedDict[str, Tensor], key: str, value: Tensor) -> None:
         kept[key] = value
         while len(kept) > min(KEPT, self.largest_count):
             kept.popitem(last=False)
@@ -323,7 +323,7 @@ class Session:
             return x, None
         z = self.latent(place, check)
         x = self.decode(z, check, self.label_of(place))
-        self.keep(self._images, key, x)
+        self._keep(self._images, key, x)
         return x, z
 
     def label_of(self, place: asked.Place) -> Tensor | None:
@@ -362,7 +362,7 @@ class Session:
                 label=request.label,
             )
             key = asked.Place(source=source).model_dump_json()
-            self.keep(self._images, key, image[None].clone())
+            self._keep(self._images, key, image[None].clone())
         return {
             "images": [self.url(each) for each in x],
             "command": self.sampling(request, request.start + request.count),

@@ -79,6 +79,11 @@ def figure(
     return f"{value:{form}}" + ("" if error is None else f" +- {error:{form}}")
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things whose plural ends in s: `1 sample`, `12 samples`."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def silent(done: float, total: float) -> None:
     """Progress that nobody sees."""
 

@@ -35,9 +35,7 @@ def test_every_image_agrees_with_what_is_known(name, levels, spread):
 @pytest.mark.parametrize("name", ["pixels", "averages"])
 def test_how_far_an_image_is_from_what_is_known(name):
     constraint = constraint_of(name, 17)
-    y, _ = constraint.images(
-        torch.zeros(2, *SHAPE)
-    )  # known pixels are at the middle of their cells
+    y, _ = constraint.images(torch.zeros(2, *SHAPE))  # what is known is in the middle of its cells
     shift = torch.tensor([0.0, 0.25]).view(2, 1, 1, 1)
     count = constraint.known.sum() if name == "pixels" else constraint.mean.numel()
     expected = torch.tensor([0, 0.25**2 / 2]) * count
