@@ -55,6 +55,10 @@ def test_principal_directions_are_those_of_the_covariance(count):
 
 def test_there_are_no_more_directions_than_the_images_have():
     assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_images_have_no_directions_and_warn_of_nothing():
     assert components(torch.ones(5, 4)).deviations.max() < 1e-6
 
 
