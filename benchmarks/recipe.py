@@ -30,7 +30,7 @@ class Recipe:
 
 DATASETS = {"cifar": "CIFAR-10", "mnist": "MNIST"}
 RECIPES = {
-    "cifar-baseline": Recipe("cifar", "the peers' recipe", "baseline_cifar.yaml"),
+    "cifar-baseline": Recipe("cifar", "the usual recipe", "baseline_cifar.yaml"),
     "cifar": Recipe("cifar", "ours", "glow_cifar_small.yaml"),
     "cifar-3min": Recipe(
         "cifar", "ours, a tenth of the time", "glow_cifar_small.yaml", ("train.budget=3min",)
@@ -46,13 +46,13 @@ RECIPES = {
         "cifar", "causal, 5 min", "causal_cifar_small.yaml", ("train.budget=5min",)
     ),
     "cifar-causal-15min": Recipe(
-        "cifar",
-        "causal, 15 min",
-        "causal_cifar_small.yaml",
-        ("train.budget=15min", "model.width=128"),
+        "cifar", "causal, 15 min", "causal_cifar_small.yaml", ("train.budget=15min",)
     ),
     "cifar-causal-90min": Recipe(
-        "cifar", "causal, 90 min", "causal_cifar_small.yaml", ("train.budget=90min",)
+        "cifar",
+        "causal, 90 min",
+        "causal_cifar_small.yaml",
+        ("train.budget=90min", "model.width=192", "model.units=48", "model.components=10"),
     ),
     "cifar-tarflow": Recipe("cifar", "TarFlow", "tarflow_cifar_small.yaml"),
     "cifar-jet": Recipe("cifar", "Jet", "jet_cifar_small.yaml"),
