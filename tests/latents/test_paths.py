@@ -95,8 +95,7 @@ def test_what_is_typical_is_what_all_but_one_in_a_hundred_have():
 @pytest.mark.run
 def test_a_path_from_one_class_ends_at_the_other():
     """Judged by a classifier of pixels. Of the 4s, 0.94 end as a 9, and of all these digits 0.93 at
-    the other class. Over all pairs it is 0.91, and with all that is beyond the mean 0.65
-    (benchmarks/class_paths.py).
+    the other class. Over all pairs it is 0.91, and with all that is beyond the mean 0.65.
     """
     model = load_model("glow_digits", torch.device("cpu"))
     flow, data = model.flow, DataSet(a_config("glow").data)
