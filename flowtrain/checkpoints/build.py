@@ -82,7 +82,7 @@ class _Counting(TorchFunctionMode):
 
 
 def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
-    module = configuration.component_module(Model, config.model.name)
+    build = configuration.component(Model, config.model.name).build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
         # What a model may want to know beside the shape. Most do not.
@@ -92,14 +92,14 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
             "classes": config.model.classes,
             "context": None if image_context is None else image_context.shape,
         }
-        wanted = about.keys() & inspect.signature(module.build).parameters.keys()
+        wanted = about.keys() & inspect.signature(build).parameters.keys()
         if image_context is not None and "context" not in wanted:
             raise UserError(
                 f"model.context: {config.model.context}, but no network of {config.model.name} "
                 f"sees a context: it is for {', '.join(_with_context())}"
             )
         arguments = {name: about[name] for name in wanted}
-        bijection: Bijection = module.build(shape, **arguments, **config.model.options())
+        bijection: Bijection = build(shape, **arguments, **config.model.options())
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
         if config.model.classes and "classes" in wanted:
@@ -139,10 +139,8 @@ def _image_context(model: Model, shape: Shape, levels: int | None) -> ImageConte
 def _with_context() -> list[str]:
     """The models whose networks see a context."""
     names = configuration.component_names(Model)
-    modules = {name: configuration.component_module(Model, name) for name in names}
-    return [
-        name for name in names if "context" in inspect.signature(modules[name].build).parameters
-    ]
+    builds = {name: configuration.component(Model, name).build for name in names}
+    return [name for name in names if "context" in inspect.signature(builds[name]).parameters]
 
 
 def _no_labels_to_drop(config: Config) -> str:
