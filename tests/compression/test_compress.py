@@ -118,7 +118,7 @@ def test_images_that_the_model_knows_nothing_about_are_stored(model, digits, tmp
 
 
 def test_what_is_stored_is_no_larger_than_any_tall_picture(model, digits, tmp_path):
-    """Archives with strips of 64 images, as of earlier versions, can be unpacked too."""
+    """Archives with short strips can be unpacked, too."""
     x = digits[:200]
     short = [strips.strip(part) for part in x.split(64)]
     tall = strips.strips(x)
