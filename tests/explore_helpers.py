@@ -30,17 +30,18 @@ def a_session(memory=MEMORY, name="glow_digits"):
     return Session(model, name, lambda: DataSet(model.config.data), memory)
 
 
-def class_session(folder):
+def class_session(folder, name="glow", options=()):
     """A tiny model with three classes and an attribute, whose data are not there."""
-    flow = tiny_flow("glow", (1, 4, 4), classes=3).eval().requires_grad_(False)
-    flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
-    config = a_config("glow", data={"name": "npz", "path": str(folder / "no.npz")})
+    flow = tiny_flow(name, (1, 4, 4), classes=3).eval().requires_grad_(False)
+    if name == "glow":
+        flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
+    config = a_config(name, data={"name": "npz", "path": str(folder / "no.npz")})
     meta = {"config": config.resolved(), "step": 0}
     model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
     vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
     thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
     directions.save(directions.file_of(model), [thick], model_hash(model))
-    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
+    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY, options)
 
 
 class Running:

@@ -73,10 +73,13 @@ class Bijection(nn.Module):
         """
         return []
 
-    def retrace(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(
+        self, x: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
         """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
 
-        A layer overrides it if its inverse makes steps, so that a rounding error can be one.
+        A layer overrides it if its inverse makes steps, so that a rounding error can be one. It
+        calls `note` as `inverse_noting` does.
         """
         return self(x, context)
 

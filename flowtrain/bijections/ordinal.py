@@ -379,7 +379,9 @@ class OrdinalAutoregressive(SetFromData):
         v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
         return v, -self._log_det(z, high - low)
 
-    def retrace(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(
+        self, v: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
         The two paths of the networks round differently, and the range of an improbable level is as
@@ -388,14 +390,16 @@ class OrdinalAutoregressive(SetFromData):
         `inverse` differ by up to 1.4% of it.
         """
         if not has_float64(v):
-            return self._on_the_cpu("retrace", v, context)
+            return self._on_the_cpu("retrace", v, context, note)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()
+        done = itertools.count(1)
         low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
         high = torch.empty_like(low)
 
         def next_level(entry: Entry, index: int) -> Tensor:
             low[index], high[index] = entry.range(levels[index])
+            note(next(done) / len(levels))
             return levels[index]
 
         with full_precision(v):

@@ -76,7 +76,9 @@ def explore(
     loaded = load(model, device, weights, trust_code)
     word = str(model or loaded.checkpoint.path)
     memory = capacity.total() // 4 if max_memory is None else max_memory * 2**20
-    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory)
+    options = [] if weights is None else ["--weights", weights]
+    options += ["--trust-code"] if trust_code else []
+    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory, options)
     if overrides:  # without data there is a page, too, but these were asked for
         data_of(loaded, overrides).require(
             loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path
