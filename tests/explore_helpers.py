@@ -21,6 +21,7 @@ from flowtrain.latents import directions
 from flowtrain.latents.directions import Direction
 
 TAB = "abcdefgh12"
+TOKEN = "a-secret"
 MEMORY = 2**25
 
 
@@ -47,13 +48,12 @@ def class_session(folder, name="glow", options=()):
 class Running:
     """A server in a thread, on a free port of this machine."""
 
-    def __init__(self, session, token=None, hosts="own"):
+    def __init__(self, session):
         self.session = session
         self.worker = Worker(session.idle)
         at = server.listening("127.0.0.1", 0)
         self.port = at.getsockname()[1]
-        names = guard.names_of("127.0.0.1", self.port) if hosts == "own" else hosts
-        application = server.app(session, self.worker, names, token)
+        application = server.app(session, self.worker, TOKEN)
         self.server = uvicorn.Server(server.settings(application))
         self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
         self.thread.start()
@@ -65,7 +65,11 @@ class Running:
 
     @property
     def url(self):
-        return f"http://{self.host}/"
+        return f"http://{self.host}/?token={TOKEN}"
+
+    @property
+    def cookie(self):
+        return f"{guard.cookie_of(self.host)}={TOKEN}"
 
     def end(self):
         self.server.should_exit = True
@@ -77,7 +81,8 @@ class Running:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True)
-            sent = {"Host": self.host, "Origin": f"http://{self.host}", **(headers or {})}
+            own = {"Host": self.host, "Origin": f"http://{self.host}", "Cookie": self.cookie}
+            sent = {**own, **(headers or {})}
             if body is not None and "Content-Length" not in sent:
                 sent["Content-Length"] = str(len(body))
             for name, value in sent.items():
