@@ -45,6 +45,12 @@ class Bijection(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def forward_in_training(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, with what only a training step does, such as dropout."""
+        return self(x, context)
+
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

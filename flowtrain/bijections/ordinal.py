@@ -79,8 +79,8 @@ class TokenNet(nn.Module):
     The parameters of an entry depend on its prediction, and on the other inputs of entries before
     it: all of earlier tokens, in raster order, and the first ones of its own token.
 
-    It is called as `net(x, context, noise)`. `noise` `(B, ...)` are numbers of each example that
-    change with the step, for what a network does at random in training.
+    It is called as `net(x, context, noise)`. A training step passes the `noise`, `(B, ...)`:
+    numbers of each example that change with the step, for what a network does at random there.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
@@ -203,10 +203,17 @@ class OrdinalAutoregressive(SetFromData):
             self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
             self.initialized.fill_(True)
 
-    def forward(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        z, log_derivative = self._entries(v, context)
+    def forward(
+        self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self._entries(v, context, noise)
         constant = math.prod(self.shape) * math.log(self.levels)
         return z.flatten(1), sum_per_example(log_derivative) + constant
+
+    def forward_in_training(
+        self, v: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(v, context, noise=v)
 
     def forward_by_place(
         self, v: Tensor, context: Context | None = None
@@ -229,7 +236,7 @@ class OrdinalAutoregressive(SetFromData):
         derivative at whole numbers says in which direction images become more likely.
         """
         tokens = self._tokens(x)
-        distribution = self._distributions(tokens, x, context)
+        distribution = self._distributions(tokens, context)
         return self._image(self._log_probs_at(tokens, *distribution))
 
     def log_probs_of_all(
@@ -239,7 +246,7 @@ class OrdinalAutoregressive(SetFromData):
         `(N,)` in the image: `(B, N, Q)`.
         """
         tokens = self._tokens(x)
-        location, log_scale, parameters = self._distributions(tokens, x, context)
+        location, log_scale, parameters = self._distributions(tokens, context)
         terms = self._image(self._log_probs_at(tokens, location, log_scale, parameters))
         # The places of the entries among the tokens, (E, H', W').
         (_, height, width), r = self.shape, self.token
@@ -264,15 +271,17 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self.mixture.forward(x, u, location, log_scale, parameters)
         return log_derivative - 0.5 * z.square() - math.log(ROOT_TAU)
 
-    def _entries(self, v: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    def _entries(
+        self, v: Tensor, context: Context | None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latents, and their log-derivatives with respect to x + u, both `(B, C, H, W)`."""
         x, u = map(self._tokens, self._levels_of(v))
-        distribution = self._distributions(x, v, context)
+        distribution = self._distributions(x, context, noise)
         z, log_derivative = self.mixture.forward(x, u, *distribution)
         return self._image(z), self._image(log_derivative)
 
     def _distributions(
-        self, x: Tensor, noise: Tensor, context: Context | None
+        self, x: Tensor, context: Context | None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` of the
         entries of tokens `x` `(B, E, H, W)`, as the mixture takes them: in levels. `noise` is that

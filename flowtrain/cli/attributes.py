@@ -132,8 +132,8 @@ def attributes(
         bool,
         typer.Option(
             "--orthogonal",
-            help="Make each direction orthogonal to the others, so that moving along it changes "
-            "none of these.",
+            help="Make each direction orthogonal to the others as they were found, so that moving "
+            "along it keeps the projections on these.",
         ),
     ] = False,
     num_images: Annotated[

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,8 @@ class Direction:
     error: its standard error.
     held_out: how many images that were.
     orthogonal: whether it was made orthogonal to other directions.
+    others: if so, the vectors of all others in its file. Together with `vector` they span the
+        others as they were found, whose projections are kept where a latent moves along it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Direction:
     error: float
     held_out: int
     orthogonal: bool = False
+    others: Sequence[Tensor] = ()
 
     def target(self, strength: float) -> float:
         """The projection `z @ vector` at a strength: -1 is the mean of images without the
@@ -260,7 +263,12 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
             orthogonal=orthogonal[i],
             **values,
         )
-    return found
+    return {
+        name: replace(each, others=[found[other].vector for other in found if other != name])
+        if each.orthogonal
+        else each
+        for name, each in found.items()
+    }
 
 
 def existing(model: LoadedModel) -> dict[str, Direction]:

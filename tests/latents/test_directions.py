@@ -12,6 +12,7 @@ from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.errors import UserError
 from flowtrain.latents import directions
 from flowtrain.latents.directions import measured, of_attributes, orthogonal_to
+from flowtrain.latents.paths import along
 
 D = 12
 
@@ -95,6 +96,20 @@ def test_orthogonal_directions_leave_the_others_alone(method):
     # One of its own name is replaced, not avoided.
     (same,) = of_attributes(z, {"b": b}, method, [known], orthogonal=True)
     torch.testing.assert_close(same.vector, known.vector)
+
+
+def test_moving_along_an_orthogonal_direction_keeps_the_others(model, tmp_path):
+    z = torch.randn(400, 64, generator=seeded(0))
+    labels = {"a": z[:, 0] > 0, "b": z[:, 0] + z[:, 1] > 0, "c": z[:, 1] + z[:, 2] > 0}
+    plain = of_attributes(z, labels, "difference")
+    path = tmp_path / "attributes.npz"
+    found = of_attributes(z, labels, "difference", orthogonal=True)
+    directions.save(path, found, model_hash(model))
+    end = along(z, directions.load(path, model)["a"], 3.0, 2)[:, -1]
+    others = torch.stack([each.vector for each in plain[1:]], dim=1)
+    # Norms are about 8, and rounding errors about 1e-6.
+    torch.testing.assert_close(end @ others, z @ others, rtol=0, atol=1e-4)
+    torch.testing.assert_close(end.norm(dim=1), z.norm(dim=1))
 
 
 def test_orthogonal_to_many():

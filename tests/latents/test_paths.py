@@ -26,16 +26,17 @@ def a_direction(low=-1.0, high=2.0):
 
 
 def test_a_latent_turns_until_its_projection_is_the_target():
-    z, vector = torch.randn(6, D, generator=seeded(0)), a_direction().vector
+    z, direction = torch.randn(6, D, generator=seeded(0)), a_direction()
+    vector = direction.vector
     target = torch.linspace(-2, 2, 6)
-    found = paths.moved(z, vector, target)
+    found = paths.moved(z, direction, target)
     torch.testing.assert_close(found @ vector, target)
     torch.testing.assert_close(found.norm(dim=1), z.norm(dim=1))  # which stays typical
     # What is beside the direction only shrinks or grows.
     rest, old = (x - (x @ vector)[:, None] * vector for x in (found, z))
     cosines = torch.cosine_similarity(rest, old)
     torch.testing.assert_close(cosines, torch.ones(6))
-    far = paths.moved(z, vector, torch.full((6,), 50.0))
+    far = paths.moved(z, direction, torch.full((6,), 50.0))
     torch.testing.assert_close(far, 50 * vector.expand(6, D))
 
 
