@@ -430,15 +430,13 @@ def test_a_checkpoint_from_before_there_were_classes(tmp_path):
 
 
 def test_two_processes_train_and_evaluate_with_labels(run, tmp_path):
-    short = sets(train__num_steps=10, train__log_every=1)
-    quick("train", *RUN, *short, "--run-dir", "1", cwd=tmp_path).ok()
-    halves = sets(train__batch_size=32)
-    results = [
-        p.result() for p in begin(2, "train", *RUN, *short, *halves, "--run-dir", "2", cwd=tmp_path)
-    ]
-    assert all(each.ok() for each in results)
+    words = ["train", *RUN, *sets(train__num_steps=10, train__log_every=1)]
+    double = {"cwd": tmp_path, "first": "import torch; torch.set_default_dtype(torch.float64)"}
+    quick(*words, "--run-dir", "1", **double).ok()
+    begun = begin(2, *words, *sets(train__batch_size=32), "--run-dir", "2", **double)
+    assert all(each.result().ok() for each in begun)
     one, two = ([row["bits_per_dim"] for row in metrics(tmp_path / name)] for name in "12")
-    assert one == pytest.approx(two, abs=2e-4)
+    assert one == pytest.approx(two, abs=1e-9)
     alone = json.loads(quick("evaluate", run, "--json", "-", cwd=tmp_path).ok().out)
     together = [p.result() for p in begin(2, "evaluate", run, "--json", "-", cwd=tmp_path)]
     found = json.loads(together[0].ok().out)
