@@ -149,6 +149,15 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
                 os.close(handle)
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits for others that are in this context for the same file, which has to exist."""
+    with open_regular(path) as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 # Errors that mean that the path is wrong. Any other error of writing is the disk's.
 _BAD_PATH = {
     errno.EACCES,
