@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.errors import UserError, cut, did_you_mean
 from flowtrain.latents.files import require_format
 from flowtrain.system.arrays import ArrayFile
+from flowtrain.system.files import one_at_a_time
 from flowtrain.system.files import save as save_file
 from flowtrain.system.random import Stream, generator
 
@@ -275,6 +276,16 @@ def existing(model: LoadedModel) -> dict[str, Direction]:
     """The attributes that are kept for a model, by name; none where there is no file."""
     path = file_of(model)
     return load(path, model) if path.exists() else {}
+
+
+def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
+    """Adds directions to those that are kept for a model, and returns all by name. Commands that do
+    so at the same time wait for each other.
+    """
+    with one_at_a_time(model.checkpoint.path):
+        after = existing(model) | {each.name: each for each in found}
+        save(file_of(model), list(after.values()), model_hash(model))
+    return after
 
 
 def named(model: LoadedModel, name: str) -> Direction:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -191,7 +193,16 @@ def test_an_attribute_that_is_not_there(model, tmp_path, monkeypatch):
     assert directions.existing(model) == {}
     with pytest.raises(UserError, match="smile: no such attribute.*there are: none"):
         directions.named(model, "smile")
-    directions.save(directions.file_of(model), some(model), model_hash(model))
+    existing = directions.existing
+
+    def slow(model):
+        known = existing(model)
+        time.sleep(0.1)  # the other thread could read, too
+        return known
+
+    monkeypatch.setattr(directions, "existing", slow)
+    with ThreadPoolExecutor() as threads:  # each keeps those of the others
+        list(threads.map(lambda each: directions.add(model, [each]), some(model)))
     assert str(directions.file_of(model)) == "runs/zoo/glow_digits/attributes.npz"
     assert directions.named(model, "a").name == "a"
     with pytest.raises(UserError, match=r"4-to-8: .*\(there are: 4-to-9, a\); did you mean 4-to-9"):
