@@ -33,7 +33,6 @@ class Bijection(nn.Module):
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
     has_network: bool = False  # whether networks take most of its time
-    guided_by_token: bool = False  # whether guidance may grow along its tokens (`Guided`)
     solves_batches: bool = False  # whether examples of a batch share the steps of a solver
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
-from flowtrain.bijections.context import Context, Guided, at_tokens
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
@@ -92,21 +92,19 @@ class TokenNet(nn.Module):
 
 
 class _GuidedByToken:
-    """The parameters of a batch in a guided context, for `size` tokens. See `NetByToken`."""
+    """The parameters of a batch in a guided context. See `NetByToken`."""
 
-    def __init__(self, net: TokenNet, seen: Tensor, context: Guided, size: tuple[int, int]):
-        self.context, self.size = context, size
+    def __init__(self, net: TokenNet, seen: Tensor, context: Guided):
+        self.context = context
         self.given = net.by_token(seen, context.given)
         self.without = net.by_token(seen, context.without)
 
     def start(self, i: int, j: int) -> None:
-        height, width = self.size
-        self.here = self.context.at_token(i * width + j, height * width)
         self.given.start(i, j)
         self.without.start(i, j)
 
     def parameters(self, d: int) -> Tensor:
-        return self.here.extrapolated(self.given.parameters(d), self.without.parameters(d))
+        return self.context.extrapolated(self.given.parameters(d), self.without.parameters(d))
 
     def end(self, i: int, j: int) -> None:
         self.given.end(i, j)
@@ -146,7 +144,6 @@ class OrdinalAutoregressive(SetFromData):
 
     inverse_is_sequential = True
     has_network = True
-    guided_by_token = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 
@@ -294,7 +291,7 @@ class OrdinalAutoregressive(SetFromData):
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
         net = functools.partial(self.conditioner, noise=noise)
-        parameters = apply_conditioner(net, seen, at_tokens(context, seen))
+        parameters = apply_conditioner(net, seen, context)
         half = (self.levels - 1) / 2  # levels per unit of value
         return (predicted + 1) * half, log_scale + math.log(half), parameters
 
@@ -333,7 +330,7 @@ class OrdinalAutoregressive(SetFromData):
         prediction = self.prediction.by_token(values)
         size = (-(-height // r), -(-width // r))
         net: NetByToken = (
-            _GuidedByToken(self.conditioner, seen, context, size)
+            _GuidedByToken(self.conditioner, seen, context)
             if isinstance(context, Guided)
             else self.conditioner.by_token(seen, context)
         )

@@ -150,18 +150,13 @@ def test_guidance_0_is_the_model_given_the_class(noisy, tmp_path):
     run, images = noisy[1], {}
     # The classes are hardly learned: only a large weight moves most pixels by a level or more.
     given = {"no": [], "0": ["--guidance", 0], "1000": ["--guidance", 1000]}
-    given["grown"] = [*given["1000"], "--guidance-grows"]
     for name, options in given.items():
         options = [*options, "--classes", "3,7", "--num-images", 4, "--out", f"{name}.npz"]
         said = quick("sample", run, *options, cwd=tmp_path).ok().out
         guided = "guidance 1000: what the networks predict for a class, plus 1000" in said
-        assert guided == (name in ("1000", "grown"))
-        grown = "the weight grows with the tokens of each layer, from 0 to 1000" in said
-        assert grown == (name == "grown")
+        assert guided == (name == "1000")
         images[name] = np.load(tmp_path / f"{name}.npz")
     assert images["1000"]["guidance"] == 1000 and "guidance" not in images["no"]
     assert np.array_equal(images["no"]["images"], images["0"]["images"])
     assert not np.array_equal(images["no"]["images"], images["1000"]["images"])
-    assert images["grown"]["guidance_grows"] and "guidance_grows" not in images["1000"]
-    assert not np.array_equal(images["grown"]["images"], images["1000"]["images"])
     assert images["1000"]["classes"].tolist() == [3] * 4 + [7] * 4
