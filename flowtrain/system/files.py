@@ -258,6 +258,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 LONGEST_NAME = 255  # bytes, of a file or folder
+DEEPEST = 100  # folders in each other
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -277,6 +278,8 @@ def check_names(names: Iterable[str]) -> None:
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{shown(name)} is not a plain relative path")
+        if len(parts) > DEEPEST:
+            raise ValueError(f"{shown(name)} is in more than {DEEPEST - 1} folders")
         if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
             raise ValueError(f"{shown(name)} has a character that no file name can have")
         if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
