@@ -32,7 +32,8 @@ def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
         validation=options.pop("validation", 4),
     )
     config = a_config("glow", data=section)
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
+    meta = {"config": config.resolved(), "step": 12}
+    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", meta, {}))
     return evaluate(model, DataSet(config.data), options.pop("split", "test"), **options)
 
 
@@ -83,7 +84,8 @@ def test_equal_images_are_counted(tmp_path, flow):
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))
     config = a_config("glow", data={"name": "npz", "path": str(tmp_path / "a.npz")})
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
+    meta = {"config": config.resolved(), "step": 12}
+    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", meta, {}))
     data = DataSet(config.data)
     trained = data.split("train").indices.tolist()
 
