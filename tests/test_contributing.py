@@ -1,6 +1,4 @@
-"""CONTRIBUTING.md and docs/reliability.md name files and tests that exist, and pages have the
-figures of the files that they come from.
-"""
+"""CONTRIBUTING.md and docs/reliability.md name files and tests that exist."""
 
 import re
 import tomllib
