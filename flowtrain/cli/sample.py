@@ -175,12 +175,13 @@ def sample(
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"guidance_grows": True} if guidance_grows else {}
         also |= {"denoised": True} if denoise else {}
-        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
+        content = sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also)
     else:
         shown = drawn
         if contexts is not None:
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
-        grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
+        content = grid.png(drawing.samples(shown, columns, seed, temperatures))
+    save(path, content, named=out is not None)
     console.print(f"wrote {path}: {counted(len(drawn), 'sample')} of {loaded.checkpoint.path}")
     for line in _about(flow.dequantizer.sigma, guidance, guidance_grows, denoise):
         console.print(line)
