@@ -320,7 +320,7 @@ def write_json(result: Mapping[str, object], given: str | None, default: Path) -
         print(text)
         return
     file = default if given is None else Path(given)
-    save(file, text.encode() + b"\n")
+    save(file, text.encode() + b"\n", named=given is not None)
     console.print(f"wrote {file}")
 
 

@@ -169,16 +169,17 @@ _BAD_PATH = {
 }
 
 
-def save(path: Path, data: bytes) -> None:
+def save(path: Path, data: bytes, *, named: bool = True) -> None:
     """Writes a file that the user asked for, and makes its parent folder if it is missing.
 
-    A link stays, and the file that it names is written.
+    A link stays, and the file that it names is written, if the user has `named` the path. Otherwise
+    it may be in a stranger's folder and lead to any file of the user, and is replaced.
 
     Raises:
         UserError: if the path cannot be written. A pipe or a device is not replaced by a file.
         RunError: if the disk fails, for example because it is full.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = path.resolve() if named and path.is_symlink() else path
     if is_special(target):
         raise UserError(f"{path}: cannot be written: not a regular file")
     try:
