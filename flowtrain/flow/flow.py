@@ -171,10 +171,9 @@ class Flow(nn.Module):
         pass for each class, if there are no labels.
         """
         if labels is None and isinstance(self.class_prior, ClassContext):
-            every = (torch.full((len(v),), label) for label in range(self.classes))
-            return over_classes(
-                [self._log_prob_of(v, log_det, k, context, executor) for k in every]
-            )
+            classes = (torch.full((len(v),), label) for label in range(self.classes))
+            each = (self._log_prob_of(v, log_det, k, context, executor) for k in classes)
+            return over_classes(list(each))
         seen = self.seen(len(v), labels, context)
         z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
         log_det = log_det + flow_log_det
