@@ -311,10 +311,10 @@ OPENING = {
     "system/console.py": {"open"},  # the null device
     "system/distributed.py": {"load"},  # bytes
     "checkpoints/format.py": {"load"},  # bytes
-    "checkpoints/zoo.py": {"read_text"},  # the package's
+    "checkpoints/zoo.py": {"read_bytes"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
-    "config.py": {"load"},  # text
+    "config/files.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/imagenet.py": {"open"},  # members of archives, and new files
@@ -323,7 +323,7 @@ OPENING = {
     "pictures/lossless.py": {"open"},  # bytes
     "runs/about.py": {"read_text"},  # the package's
     "runs/report.py": {"read_text"},  # the package's
-    "system/nvidia.py": {"open", "read_text"},  # the system's
+    "system/nvidia.py": {"open"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
 }
 
