@@ -1,5 +1,7 @@
 """`flowtrain evaluate`."""
 
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,7 +128,7 @@ def evaluate(
     name = f"evaluate-{split_name}.json"
     if dataset is not None:
         result = result.model_copy(update={"dataset": dataset})
-        name = f"evaluate-{Path(dataset).resolve().stem}-{split_name}.json"
+        name = f"evaluate-{_file_name(dataset, data.config.name)}-{split_name}.json"
     _print(result, loaded.flow.kind.unit)
     write_json(result.content(), json_out, run_of(loaded.checkpoint.path) / name)
     if scores_out is not None:
@@ -138,6 +140,14 @@ def evaluate(
             f"{len(bad)} of {result.num_images} images have a likelihood that is not finite: "
             f"those at {which}"
         )
+
+
+def _file_name(dataset: str, kind: str) -> str:
+    """The name of a data set, or that of a path with eight digits for the folder it is in."""
+    if dataset == kind:
+        return dataset
+    path = Path(dataset).resolve()
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def _print(result: "Evaluation", unit: str) -> None:

@@ -182,6 +182,20 @@ class DataSet:
             "content": self.train_images.key or part.content,
         } | also
 
+    def matches(self, known: dict[str, Any]) -> bool:
+        """Whether a fingerprint in a checkpoint is that of these images and, with classes, of these
+        labels.
+        """
+        here = self.fingerprint
+        if "labels" in known:
+            labels = self.split("train").labels
+            here = here | ({} if labels is None else {"labels": fingerprint_of(labels)})
+        return known.items() <= here.items()
+
+
+def fingerprint_of(labels: Tensor) -> str:
+    return hashlib.sha256(labels.numpy().data).hexdigest()
+
 
 @dataclass(frozen=True)
 class _Part:
