@@ -36,7 +36,10 @@ def main() -> None:
     accuracy = judge.score(pixels(test.take(slice(None))), test.labels.numpy())
     print(f"the classifier is right about {accuracy:.3f} of the test images")
     z = {
-        part: [encode(flow, paths.of_class(split, label, 1, 10**6, "")) for label in range(10)]
+        part: [
+            encode(flow, paths.of_class(split, label, 1, "").take(slice(None)))
+            for label in range(10)
+        ]
         for part, split in (("train", train), ("test", test))
     }
 

@@ -142,7 +142,7 @@ def attributes(
             "--num-images",
             min=1,
             metavar="N",
-            help="At most N images with the attribute, and N without; the first N of --csv.",
+            help="At most N images with the attribute and N without, or N of --csv: a sample.",
         ),
     ] = 2000,
     seed: SeedOption = 0,
@@ -168,9 +168,9 @@ def attributes(
     loaded = load(model, device, weights, trust_code)
     if positive and negative:
         shown = name or positive[0].resolve().stem
-        labelled = labels.from_folders(positive, negative, shown, loaded, num_images)
+        labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
     elif table is not None:
-        labelled = labels.from_table(table, images or table.parent, loaded, num_images)
+        labelled = labels.from_table(table, images or table.parent, loaded, num_images, seed)
     else:
         assert to_class is not None
         shown = name or (str(to_class) if from_class is None else f"{from_class}-to-{to_class}")
@@ -178,7 +178,7 @@ def attributes(
         if data.undivided:
             raise UserError(f"--data {dataset}: it has no classes")
         labelled = labels.from_classes(
-            loaded, data, split_name, from_class, to_class, shown, num_images
+            loaded, data, split_name, from_class, to_class, shown, num_images, seed
         )
     before = directions.existing(loaded)
     with ProgressBar("encoding") as bar:

@@ -59,7 +59,7 @@ def ood(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images", min=1, metavar="N", help="The first N images of each data set."
+            "--num-images", min=1, metavar="N", help="A sample of N images of each data set."
         ),
     ] = 1000,
     seed: SeedOption = 0,
