@@ -4,11 +4,8 @@ BIN := .venv/bin
 DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
-NOT_BENCH := $(addprefix benchmarks/,attributes_mnist.py busy.py class_paths.py common.py \
-	conditional.py equal_time.py gpu_session.py guidance.py inpaint.py jacobi.py large_data.py \
-	logit_space.py newcomer.py recipe.py zoo.py)
-BENCHMARKS ?= $(filter-out $(NOT_BENCH),$(wildcard benchmarks/*.py)) \
-	"benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
+BENCHMARKS ?= $(addprefix benchmarks/,compress.py memory.py products.py sampling.py startup.py \
+	step.py) "benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 
 # What `make recipe` adds: where the data lie (`--cifar data.name=npz --cifar data.path=FILE`), or

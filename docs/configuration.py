@@ -2,16 +2,15 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from flowtrain.config import (
     Component,
     Config,
     Section,
-    component_module,
+    component,
     component_names,
     component_schema,
 )
@@ -56,25 +55,25 @@ def page() -> str:
     }
     parts = [table("", Config, Config.model_fields.keys() - sections.keys())]
     for section, kind in sections.items():
-        parts += [f"## {section}\n", paragraph(kind), table(f"{section}.", kind, kind.model_fields)]
+        about = filled(inspect.getdoc(kind) or "")
+        parts += [f"## {section}\n", about, table(f"{section}.", kind, kind.model_fields)]
         if issubclass(kind, Component):
             for name in component_names(kind):
-                parts += component(kind, name)
+                parts += section_of(kind, name)
     return PAGE.format(keys="\n".join(parts))
 
 
-def component(base: type[Component], name: str) -> list[str]:
-    """The part about one model or data set."""
-    module, kind = component_module(base, name), component_schema(base, name)
-    parts = [f"### {base.section}.name: {name}\n", paragraph(module), paragraph(module.build)]
+def section_of(base: type[Component], name: str) -> list[str]:
+    """The section about one model or data set."""
+    named, kind = component(base, name), component_schema(base, name)
+    parts = [f"### {base.section}.name: {name}\n", filled(named.about), filled(named.details)]
     if kind.option_names:
         parts.append(table(f"{base.section}.", kind, kind.option_names))
     return parts
 
 
-def paragraph(documented: ModuleType | type[Section] | Callable[..., object]) -> str:
-    """The first paragraph of a docstring."""
-    text = (inspect.getdoc(documented) or "").partition("\n\n")[0]
+def filled(text: str) -> str:
+    """A paragraph in lines of at most 100 characters."""
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
 

@@ -1,8 +1,8 @@
 """The configuration: its schema, YAML files, `--set` overrides, and the JSON schema (`python -m
 flowtrain.config`).
 
-`model.name` and `data.name` each name a module. The section then takes the keys declared here and
-the keyword arguments of the module's `build`, its options. A dotted name is a module of the user.
+`model.name` and `data.name` each name a function that builds the model or the data set. The section
+then takes the keys declared here and the function's keyword arguments, its options.
 """
 
 import functools
@@ -16,8 +16,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -374,20 +373,46 @@ class Config(Section):
         return yaml.safe_dump(self.resolved(), sort_keys=False)
 
 
-def component_names(base: type[Component]) -> list[str]:
-    """The modules of the package of `base` (`Data` or `Model`) that have a function `build`."""
+class Named(NamedTuple):
+    """A data set or a model that a name stands for."""
+
+    build: Callable[..., Any]
+    about: str  # paragraphs of documentation: first the name, then shape and files
+    details: str
+
+
+def _named(documented: object, build: Callable[..., Any]) -> Named:
+    paragraphs = [inspect.getdoc(documented) or "", inspect.getdoc(build) or ""]
+    if documented is build:
+        paragraphs[1] = paragraphs[0].partition("\n\n")[2]
+    about, details = (" ".join(text.partition("\n\n")[0].split()) for text in paragraphs)
+    return Named(build, about, details)
+
+
+@functools.cache
+def _shipped(base: type[Component]) -> dict[str, Named]:
+    """The data sets or models of flowtrain: modules with a function `build`, and the functions in
+    tables `BUILDS` of modules that hold several.
+    """
     spec = importlib.util.find_spec(f"flowtrain.{base.package}")
     assert spec is not None
-    names = sorted(info.name for info in pkgutil.iter_modules(spec.submodule_search_locations))
-    return [name for name in names if hasattr(_shipped(base, name), "build")]
+    found = {}
+    for info in pkgutil.iter_modules(spec.submodule_search_locations):
+        module = importlib.import_module(f"flowtrain.{base.package}.{info.name}")
+        if hasattr(module, "build"):
+            found[info.name] = _named(module, module.build)
+        for name, build in getattr(module, "BUILDS", {}).items():
+            found[name] = _named(build, build)
+    return dict(sorted(found.items()))
 
 
-def _shipped(base: type[Component], name: str) -> ModuleType:
-    return importlib.import_module(f"flowtrain.{base.package}.{name}")
+def component_names(base: type[Component]) -> list[str]:
+    """The names of the data sets (`Data`) or models (`Model`) of flowtrain."""
+    return list(_shipped(base))
 
 
-def component_module(base: type[Component], name: str) -> ModuleType:
-    """The module of a name. A dotted name is imported as it is.
+def component(base: type[Component], name: str) -> Named:
+    """The data set or model of a name. A dotted name is a module of the user.
 
     Raises:
         UserError: if there is no such module, or it has no `build`.
@@ -403,7 +428,7 @@ def component_module(base: type[Component], name: str) -> ModuleType:
             raise UserError(f"{key}: cannot import {shown(name)}: {short(error)}") from error
         if not hasattr(module, "build"):
             raise UserError(f"{key}: module {shown(name)} has no function `build`")
-        return module
+        return _named(module, module.build)
     names = component_names(base)
     if name not in names:
         own = "; a folder of images is data.name=folder data.path=DIR data.size=SIDE"
@@ -411,7 +436,7 @@ def component_module(base: type[Component], name: str) -> ModuleType:
             f"{key}: unknown name {shown(name)}{did_you_mean(name, names)}; there are "
             f"{', '.join(names)}{own if base is Data else ''}"
         )
-    return _shipped(base, name)
+    return _shipped(base)[name]
 
 
 def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
@@ -424,7 +449,7 @@ def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
 @functools.cache
 def component_schema(base: type[Component], name: str) -> type[Component]:
     """The keys of `base` and the options of the named module's `build` as one pydantic model."""
-    build = component_module(base, name).build
+    build = component(base, name).build
     described = _described_arguments(build)
     hints = typing.get_type_hints(build, include_extras=True)
     fields: dict[str, Any] = {}

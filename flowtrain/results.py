@@ -122,6 +122,9 @@ class Evaluation(File):
     non_finite_indices: list[int] = []
     max_reconstruction_error: float | None = None
     checkpoint: str | None = None
+    model: str | None = (
+        None  # its hash (`checkpoints.load.model_hash`); an earlier version has none
+    )
 
     @property
     def loss(self) -> tuple[float | None, float | None]:

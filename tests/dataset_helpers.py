@@ -1,12 +1,12 @@
 """What the tests of data sets share."""
 
-import importlib
-
 import numpy as np
 
+from flowtrain.config import Data, component
 
-def module(name):
-    return importlib.import_module(f"flowtrain.datasets.{name}")
+
+def build(name, *arguments, **options):
+    return component(Data, name).build(*arguments, **options)
 
 
 def check(images, count=None):

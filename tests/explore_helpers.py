@@ -21,6 +21,7 @@ from flowtrain.latents import directions
 from flowtrain.latents.directions import Direction
 
 TAB = "abcdefgh12"
+TOKEN = "a-secret"
 MEMORY = 2**25
 
 
@@ -30,29 +31,29 @@ def a_session(memory=MEMORY, name="glow_digits"):
     return Session(model, name, lambda: DataSet(model.config.data), memory)
 
 
-def class_session(folder):
+def class_session(folder, name="glow", options=()):
     """A tiny model with three classes and an attribute, whose data are not there."""
-    flow = tiny_flow("glow", (1, 4, 4), classes=3).eval().requires_grad_(False)
-    flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
-    config = a_config("glow", data={"name": "npz", "path": str(folder / "no.npz")})
+    flow = tiny_flow(name, (1, 4, 4), classes=3).eval().requires_grad_(False)
+    if name == "glow":
+        flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
+    config = a_config(name, data={"name": "npz", "path": str(folder / "no.npz")})
     meta = {"config": config.resolved(), "step": 0}
     model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
     vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
     thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
     directions.save(directions.file_of(model), [thick], model_hash(model))
-    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
+    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY, options)
 
 
 class Running:
     """A server in a thread, on a free port of this machine."""
 
-    def __init__(self, session, token=None, hosts="own"):
+    def __init__(self, session):
         self.session = session
         self.worker = Worker(session.idle)
         at = server.listening("127.0.0.1", 0)
         self.port = at.getsockname()[1]
-        names = guard.names_of("127.0.0.1", self.port) if hosts == "own" else hosts
-        application = server.app(session, self.worker, names, token)
+        application = server.app(session, self.worker, TOKEN)
         self.server = uvicorn.Server(server.settings(application))
         self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
         self.thread.start()
@@ -64,7 +65,11 @@ class Running:
 
     @property
     def url(self):
-        return f"http://{self.host}/"
+        return f"http://{self.host}/?token={TOKEN}"
+
+    @property
+    def cookie(self):
+        return f"{guard.cookie_of(self.host)}={TOKEN}"
 
     def end(self):
         self.server.should_exit = True
@@ -76,7 +81,8 @@ class Running:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True)
-            sent = {"Host": self.host, "Origin": f"http://{self.host}", **(headers or {})}
+            own = {"Host": self.host, "Origin": f"http://{self.host}", "Cookie": self.cookie}
+            sent = {**own, **(headers or {})}
             if body is not None and "Content-Length" not in sent:
                 sent["Content-Length"] = str(len(body))
             for name, value in sent.items():

@@ -15,6 +15,7 @@ NATS = ["nats_per_image", "nats_per_image_stderr"]
 DESCRIPTION = ["num_images", "duplicates", "duplicates_of_training", "dims", "levels"]
 DESCRIPTION += ["sampling", "split", "dataset", "weights", "step", "seed"]
 DESCRIPTION += ["non_finite_images", "non_finite_indices", "max_reconstruction_error", "checkpoint"]
+DESCRIPTION += ["model"]
 OF_CLASSES = ["bits_per_dim_given_class", "classes", "accuracy", "accuracy_stderr"]
 OF_IMAGES = [
     *("bound", "samples", BITS, STDERR, f"{STDERR}_draws"),

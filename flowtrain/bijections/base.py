@@ -33,7 +33,6 @@ class Bijection(nn.Module):
     reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
     has_network: bool = False  # whether networks take most of its time
-    guided_by_token: bool = False  # whether guidance may grow along its tokens (`Guided`)
     solves_batches: bool = False  # whether examples of a batch share the steps of a solver
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64
@@ -44,6 +43,12 @@ class Bijection(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def forward_in_training(
+        self, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, with what only a training step does, such as dropout."""
+        return self(x, context)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -73,10 +78,13 @@ class Bijection(nn.Module):
         """
         return []
 
-    def retrace(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(
+        self, x: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
         """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
 
-        A layer overrides it if its inverse makes steps, so that a rounding error can be one.
+        A layer overrides it if its inverse makes steps, so that a rounding error can be one. It
+        calls `note` as `inverse_noting` does.
         """
         return self(x, context)
 

@@ -124,7 +124,7 @@ class Conv1x1LU(LinearChannels):
         self.lower = nn.Parameter(torch.zeros(channels, channels))
         self.upper = nn.Parameter(torch.zeros(channels, channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("permutation", torch.eye(channels))
+        self.register_buffer("permutation", torch.zeros(channels, channels))
         self.register_buffer("sign", torch.ones(channels))
         self.set_weight(random_rotation(channels))
 

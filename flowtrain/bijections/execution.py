@@ -63,13 +63,20 @@ FUSED = Executor()
 
 
 class Retracing(Executor):
-    """Computes latents from which `inverse` gives exactly the data back (`Bijection.retrace`)."""
+    """Computes latents from which `inverse` gives exactly the data back (`Bijection.retrace`).
+
+    A layer that takes long calls `note` with the share that is done of it.
+    """
+
+    def __init__(self, note: Callable[[float], None] = lambda share: None):
+        super().__init__()
+        self.note = note
 
     def layer(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
-            return layer.retrace(x, context)
+            return layer.retrace(x, context, self.note)
         return layer.inverse(x, context)
 
 

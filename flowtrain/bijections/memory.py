@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import Call, Executor, call
+from flowtrain.bijections.execution import Call, Executor
 from flowtrain.bijections.fused import fuse
 
 Mode = Literal["store", "checkpoint", "reversible"]
@@ -29,6 +29,15 @@ def directions_of(mode: Mode) -> list[Direction]:
 
 def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
+
+
+def call(
+    layer: Bijection, direction: Direction, x: Tensor, context: Context | None = None
+) -> tuple[Tensor, Tensor]:
+    """The layer's `forward_in_training` or `inverse`."""
+    if direction == "forward":
+        return layer.forward_in_training(x, context)
+    return layer.inverse(x, context)
 
 
 def executor_of(
@@ -146,7 +155,7 @@ def gradient_of_layer(
             x, *results = layer.reconstruct(leaf, context)
             inputs = [x, leaf]
         else:
-            x, results = leaf, list(layer(leaf, context))
+            x, results = leaf, list(layer.forward_in_training(leaf, context))
             inputs = [leaf]
         # A constant log-determinant has no graph.
         pairs = [

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
-from flowtrain.bijections.context import Context, Guided, at_tokens
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
 from flowtrain.system.threads import one_thread
@@ -79,8 +79,8 @@ class TokenNet(nn.Module):
     The parameters of an entry depend on its prediction, and on the other inputs of entries before
     it: all of earlier tokens, in raster order, and the first ones of its own token.
 
-    It is called as `net(x, context, noise)`. `noise` `(B, ...)` are numbers of each example that
-    change with the step, for what a network does at random in training.
+    It is called as `net(x, context, noise)`. A training step passes the `noise`, `(B, ...)`:
+    numbers of each example that change with the step, for what a network does at random there.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
@@ -92,21 +92,19 @@ class TokenNet(nn.Module):
 
 
 class _GuidedByToken:
-    """The parameters of a batch in a guided context, for `size` tokens. See `NetByToken`."""
+    """The parameters of a batch in a guided context. See `NetByToken`."""
 
-    def __init__(self, net: TokenNet, seen: Tensor, context: Guided, size: tuple[int, int]):
-        self.context, self.size = context, size
+    def __init__(self, net: TokenNet, seen: Tensor, context: Guided):
+        self.context = context
         self.given = net.by_token(seen, context.given)
         self.without = net.by_token(seen, context.without)
 
     def start(self, i: int, j: int) -> None:
-        height, width = self.size
-        self.here = self.context.at_token(i * width + j, height * width)
         self.given.start(i, j)
         self.without.start(i, j)
 
     def parameters(self, d: int) -> Tensor:
-        return self.here.extrapolated(self.given.parameters(d), self.without.parameters(d))
+        return self.context.extrapolated(self.given.parameters(d), self.without.parameters(d))
 
     def end(self, i: int, j: int) -> None:
         self.given.end(i, j)
@@ -146,7 +144,6 @@ class OrdinalAutoregressive(SetFromData):
 
     inverse_is_sequential = True
     has_network = True
-    guided_by_token = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 
@@ -203,10 +200,17 @@ class OrdinalAutoregressive(SetFromData):
             self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
             self.initialized.fill_(True)
 
-    def forward(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        z, log_derivative = self._entries(v, context)
+    def forward(
+        self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, log_derivative = self._entries(v, context, noise)
         constant = math.prod(self.shape) * math.log(self.levels)
         return z.flatten(1), sum_per_example(log_derivative) + constant
+
+    def forward_in_training(
+        self, v: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(v, context, noise=v)
 
     def forward_by_place(
         self, v: Tensor, context: Context | None = None
@@ -229,7 +233,7 @@ class OrdinalAutoregressive(SetFromData):
         derivative at whole numbers says in which direction images become more likely.
         """
         tokens = self._tokens(x)
-        distribution = self._distributions(tokens, x, context)
+        distribution = self._distributions(tokens, context)
         return self._image(self._log_probs_at(tokens, *distribution))
 
     def log_probs_of_all(
@@ -239,7 +243,7 @@ class OrdinalAutoregressive(SetFromData):
         `(N,)` in the image: `(B, N, Q)`.
         """
         tokens = self._tokens(x)
-        location, log_scale, parameters = self._distributions(tokens, x, context)
+        location, log_scale, parameters = self._distributions(tokens, context)
         terms = self._image(self._log_probs_at(tokens, location, log_scale, parameters))
         # The places of the entries among the tokens, (E, H', W').
         (_, height, width), r = self.shape, self.token
@@ -264,15 +268,17 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self.mixture.forward(x, u, location, log_scale, parameters)
         return log_derivative - 0.5 * z.square() - math.log(ROOT_TAU)
 
-    def _entries(self, v: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    def _entries(
+        self, v: Tensor, context: Context | None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latents, and their log-derivatives with respect to x + u, both `(B, C, H, W)`."""
         x, u = map(self._tokens, self._levels_of(v))
-        distribution = self._distributions(x, v, context)
+        distribution = self._distributions(x, context, noise)
         z, log_derivative = self.mixture.forward(x, u, *distribution)
         return self._image(z), self._image(log_derivative)
 
     def _distributions(
-        self, x: Tensor, noise: Tensor, context: Context | None
+        self, x: Tensor, context: Context | None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` of the
         entries of tokens `x` `(B, E, H, W)`, as the mixture takes them: in levels. `noise` is that
@@ -285,7 +291,7 @@ class OrdinalAutoregressive(SetFromData):
         residual = (value - predicted) * (-log_scale).exp()
         seen = torch.cat([value, residual, predicted], dim=1)
         net = functools.partial(self.conditioner, noise=noise)
-        parameters = apply_conditioner(net, seen, at_tokens(context, seen))
+        parameters = apply_conditioner(net, seen, context)
         half = (self.levels - 1) / 2  # levels per unit of value
         return (predicted + 1) * half, log_scale + math.log(half), parameters
 
@@ -324,7 +330,7 @@ class OrdinalAutoregressive(SetFromData):
         prediction = self.prediction.by_token(values)
         size = (-(-height // r), -(-width // r))
         net: NetByToken = (
-            _GuidedByToken(self.conditioner, seen, context, size)
+            _GuidedByToken(self.conditioner, seen, context)
             if isinstance(context, Guided)
             else self.conditioner.by_token(seen, context)
         )
@@ -379,7 +385,9 @@ class OrdinalAutoregressive(SetFromData):
         v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
         return v, -self._log_det(z, high - low)
 
-    def retrace(self, v: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+    def retrace(
+        self, v: Tensor, context: Context | None, note: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor]:
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
         The two paths of the networks round differently, and the range of an improbable level is as
@@ -388,14 +396,16 @@ class OrdinalAutoregressive(SetFromData):
         `inverse` differ by up to 1.4% of it.
         """
         if not has_float64(v):
-            return self._on_the_cpu("retrace", v, context)
+            return self._on_the_cpu("retrace", v, context, note)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()
+        done = itertools.count(1)
         low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
         high = torch.empty_like(low)
 
         def next_level(entry: Entry, index: int) -> Tensor:
             low[index], high[index] = entry.range(levels[index])
+            note(next(done) / len(levels))
             return levels[index]
 
         with full_precision(v):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Transform, sum_per_example
-from flowtrain.bijections.context import Context, Guided, at_tokens
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.precision import full_precision
 
 # The parameters `(B, P E)` of the next token, given the token before it, `(B, E)`. The first token
@@ -39,7 +39,6 @@ class TokenAutoregressive(Autoregressive):
     The layer takes the tokens in raster order. A `Reverse` before the layer gives the other order.
     """
 
-    guided_by_token = True
     conditioner: TokenConditioner
 
     def __init__(self, conditioner: TokenConditioner, transform: Transform):
@@ -47,9 +46,6 @@ class TokenAutoregressive(Autoregressive):
 
     def count(self, x: Tensor) -> int:
         return x[0, 0].numel()
-
-    def parameters_of(self, x: Tensor, context: Context | None) -> Tensor:
-        return super().parameters_of(x, at_tokens(context, x))
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.inverse_noting(z, context, lambda share: None)
@@ -76,6 +72,4 @@ class TokenAutoregressive(Autoregressive):
             return self.conditioner.by_token(len(z), context)
         given = self.conditioner.by_token(len(z), context.given)
         without = self.conditioner.by_token(len(z), context.without)
-        tokens = self.count(z)
-        guided = (context.at_token(token, tokens) for token in range(tokens))
-        return lambda before: next(guided).extrapolated(given(before), without(before))
+        return lambda before: context.extrapolated(given(before), without(before))

@@ -2,10 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flowtrain import config as configuration
@@ -28,6 +30,9 @@ from flowtrain.types import Shape
 
 # Far more than any model needs. It takes seconds.
 LONGEST_BUILD = 100_000  # operations on tensors
+# Numbers of a build that needs no check before it. The check is arithmetic on the meta device, for
+# which torch imports its compiler. That takes a second.
+SMALL = 2**26
 
 
 def build_flow(
@@ -39,35 +44,50 @@ def build_flow(
 ) -> Flow:
     """A new flow for images of `shape` with values 0..levels-1, or for real values (None).
 
-    Its weights are a function of the configuration's seed. Before they get any memory, `check` is
-    called with a flow of the same sizes on the meta device, unless the model is a module of the
-    user, which may not build there.
+    Its weights are a function of the configuration's seed. `check` is called with the flow. If that
+    is not small, it is called before the weights get any memory, with a flow of the same sizes on
+    the meta device. A module of the user is not checked, as it may not build there.
 
     Raises `UserError` where the options do not fit the shape, do not fit data without levels, or
     where there is no memory for so many `copies` of the weights.
     """
-    if "." not in config.model.name:
+    if "." in config.model.name:
+        return _build(config, shape, levels)
+    try:
+        with _Counting(SMALL):
+            sizes = _build(config, shape, levels)
+    except _NotSmall:
         with torch.device("meta"), _Counting():
             sizes = _build(config, shape, levels)
-        weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
-        free = available(torch.device("cpu"))
-        if copies * weights > free:
-            raise UserError(
-                f"model: its weights take {weights / 2**30:,.1f} GiB, {_of_copies(copies)}"
-                f"{free / 2**30:,.1f} GiB are available: make it smaller"
-            )
-        check(sizes)
-    return _build(config, shape, levels)
+    weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
+    free = available(torch.device("cpu"))
+    if copies * weights > free:
+        raise UserError(
+            f"model: its weights take {weights / 2**30:,.1f} GiB, {_of_copies(copies)}"
+            f"{free / 2**30:,.1f} GiB are available: make it smaller"
+        )
+    check(sizes)
+    return _build(config, shape, levels) if sizes.device.type == "meta" else sizes
 
 
 def _of_copies(copies: int) -> str:
     return f"and training needs {copies} times that; " if copies > 1 else ""
 
 
-class _Counting(TorchFunctionMode):
-    """Ends a build that has too many operations."""
+class _NotSmall(Exception):
+    """A build makes more numbers than a small one."""
 
-    operations = 0
+
+class _Counting(TorchFunctionMode):
+    """Ends a build that has too many operations, or more numbers than `most`.
+
+    Numbers that follow from other tensors count by themselves, because a build keeps few of them.
+    """
+
+    def __init__(self, most: float = math.inf):
+        super().__init__()
+        self.operations = 0
+        self.left = most
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -78,11 +98,25 @@ class _Counting(TorchFunctionMode):
                 f"model: it has too many layers: building it takes more than {LONGEST_BUILD:,} "
                 f"operations"
             )
+        made = 0 if func is torch.tensor else _numbers(args)  # that takes values, not sizes
+        if made > self.left:
+            raise _NotSmall
+        if not any(isinstance(each, Tensor) for each in args):
+            self.left -= made
         return func(*args, **(kwargs or {}))
 
 
+def _numbers(args: Sequence[Any]) -> int:
+    """How many numbers a call makes from its tensors, broadcast, or from its sizes."""
+    shapes = [reversed(each.shape) for each in args if isinstance(each, Tensor)]
+    if shapes:
+        return math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
+    sizes = args[0] if args and isinstance(args[0], Sequence) else args
+    return math.prod(size for size in sizes if isinstance(size, int))
+
+
 def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
-    module = configuration.component_module(Model, config.model.name)
+    build = configuration.component(Model, config.model.name).build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
         # What a model may want to know beside the shape. Most do not.
@@ -92,14 +126,14 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
             "classes": config.model.classes,
             "context": None if image_context is None else image_context.shape,
         }
-        wanted = about.keys() & inspect.signature(module.build).parameters.keys()
+        wanted = about.keys() & inspect.signature(build).parameters.keys()
         if image_context is not None and "context" not in wanted:
             raise UserError(
                 f"model.context: {config.model.context}, but no network of {config.model.name} "
                 f"sees a context: it is for {', '.join(_with_context())}"
             )
         arguments = {name: about[name] for name in wanted}
-        bijection: Bijection = module.build(shape, **arguments, **config.model.options())
+        bijection: Bijection = build(shape, **arguments, **config.model.options())
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
         if config.model.classes and "classes" in wanted:
@@ -139,10 +173,8 @@ def _image_context(model: Model, shape: Shape, levels: int | None) -> ImageConte
 def _with_context() -> list[str]:
     """The models whose networks see a context."""
     names = configuration.component_names(Model)
-    modules = {name: configuration.component_module(Model, name) for name in names}
-    return [
-        name for name in names if "context" in inspect.signature(modules[name].build).parameters
-    ]
+    builds = {name: configuration.component(Model, name).build for name in names}
+    return [name for name in names if "context" in inspect.signature(builds[name]).parameters]
 
 
 def _no_labels_to_drop(config: Config) -> str:

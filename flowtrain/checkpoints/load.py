@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     path = _newest(runs) if model is None else Path(model)
     if not os.path.lexists(path):  # False also for a name that is too long
         if model in (trained := zoo.names()):
-            return zoo.checkpoint_of(model)
+            return zoo.verified(model)
         raise UserError(
             f"{path}: no such checkpoint or run directory{did_you_mean(str(path), trained)}"
         )
@@ -93,11 +93,23 @@ class LoadedModel:
 
     def alone(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The description and the tensors of a checkpoint that holds the weights that are used, as
-        they are stored, and nothing else of a run.
+        they are stored, and nothing else of a run or of the folders of this machine.
         """
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
+        data = {**_named(meta["config"]["data"]), "root": "data"}
+        meta["config"] = {**meta["config"], "data": data}
         stored = self.checkpoint.part("ema" if self.weights == "ema" else "model")
         return meta, {f"model.{name}": tensor for name, tensor in stored.items()}
+
+
+def _named(value: Any) -> Any:
+    """The options of a data set, with the last name in place of each absolute path."""
+    if isinstance(value, dict):
+        return {key: _named(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_named(each) for each in value]
+    is_path = isinstance(value, str) and PurePath(value).is_absolute()
+    return PurePath(value).name if is_path else value
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:

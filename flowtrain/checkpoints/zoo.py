@@ -3,10 +3,13 @@
 `make models` trains them again (`benchmarks/zoo.py`).
 """
 
+import hashlib
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flowtrain.config import load_yaml
+from flowtrain.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "zoo"
 
@@ -49,5 +52,21 @@ def argument(checkpoint: Path) -> str:
 
 
 def card_of(name: str) -> Card:
-    """The card of a trained model."""
-    return Card.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))
+    """The card of a trained model. Raises `UserError` if it is damaged."""
+    path = FOLDER / f"{name}.yaml"
+    try:
+        return Card.model_validate(load_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}; install flowtrain again") from error
+
+
+def verified(name: str) -> Path:
+    """The file of a trained model. Raises `UserError` if it is not the one of its card."""
+    path = checkpoint_of(name)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != card_of(name).sha256:
+        raise UserError(
+            f"{path}: its SHA-256 is not that of its card, {name}.yaml; install flowtrain again"
+        )
+    return path

@@ -132,8 +132,8 @@ def attributes(
         bool,
         typer.Option(
             "--orthogonal",
-            help="Make each direction orthogonal to the others, so that moving along it changes "
-            "none of these.",
+            help="Make each direction orthogonal to the others as they were found, so that moving "
+            "along it keeps the projections on these.",
         ),
     ] = False,
     num_images: Annotated[
@@ -157,7 +157,6 @@ def attributes(
     attribute and those without it, so a guess has 0.5. The directions are kept beside the model,
     in attributes.npz, for `flowtrain interpolate --along NAME`.
     """
-    from flowtrain.checkpoints.load import model_hash
     from flowtrain.latents import directions, labels
     from flowtrain.latents.encoding import encode
     from flowtrain.system.console import ProgressBar, console
@@ -190,10 +189,8 @@ def attributes(
         for way in directions.METHODS
     }
     _print(found, kept)
-    path = directions.file_of(loaded)
-    after = {**before, **{each.name: each for each in found[kept]}}
-    directions.save(path, list(after.values()), model_hash(loaded))
-    console.print(f"wrote {path}: {', '.join(after)}")
+    after = directions.add(loaded, found[kept])
+    console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
     console.print(f"flowtrain interpolate {model or ''} --along '{found[kept][0].name}'")
 
 

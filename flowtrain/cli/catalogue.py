@@ -18,25 +18,20 @@ EPILOG = "Example: [cyan]flowtrain list[/cyan]"
 def catalogue() -> None:
     """List what comes with flowtrain: trained models, configurations, data sets and models."""
     from flowtrain.checkpoints import zoo
-    from flowtrain.config import Data, Model, component_module, component_names
+    from flowtrain.config import Data, Model, component, component_names
 
     _print("trained models (MODEL)", {name: _of_card(zoo.card_of(name)) for name in zoo.names()})
     configs = configfiles.shipped_configs().items()
     _print("configurations (--config)", {n: configfiles.headline(p) for n, p in configs})
     for title, base in (("data sets (data.name)", Data), ("models (model.name)", Model)):
-        documented = {name: component_module(base, name).__doc__ for name in component_names(base)}
-        _print(title, {name: _first_sentence(text or "") for name, text in documented.items()})
+        about = {name: component(base, name).about for name in component_names(base)}
+        _print(title, {name: text.removesuffix(".") for name, text in about.items()})
 
 
 def _of_card(card: "Card") -> str:
     from flowtrain.system.console import figure
 
     return f"{card.title}: {figure(card.loss, card.error)} {card.unit}, {card.time}"
-
-
-def _first_sentence(docstring: str) -> str:
-    """The first paragraph of a docstring in one line, without its full stop."""
-    return " ".join(docstring.partition("\n\n")[0].split()).removesuffix(".")
 
 
 def _print(title: str, rows: dict[str, str]) -> None:

@@ -53,8 +53,9 @@ def decode(
     """
     from flowtrain.latents import encoding, files
     from flowtrain.pictures import sample
+    from flowtrain.pictures.lossless import png_files
     from flowtrain.system.console import ProgressBar, console
-    from flowtrain.system.files import require_absent, save
+    from flowtrain.system.files import require_absent, save, write_folder
 
     one_file = out.suffix.lower() == ".npz"
     if one_file:
@@ -62,18 +63,19 @@ def decode(
     else:
         require_folder(out, out)
     loaded = load(model, device, weights, trust_code)
+    levels = None
     if not one_file:
-        loaded.flow.kind.require_levels(
+        levels = loaded.flow.kind.require_levels(
             f"--out {out}: the model is of real-valued data, so give the name of an .npz file"
         )
     latents = files.read(file, loaded)
     names = encoding.picture_names(latents.names)
-    if not one_file:
+    if levels is not None:
         require_absent(names, out)
     with ProgressBar("decoding") as bar:
         x = sample.decode(loaded.flow, latents.z, lambda done: bar(done, len(latents.z)))
-    if one_file:
+    if levels is None:
         save(out, files.images_npz(loaded.flow, x, latents.names))
     else:
-        encoding.write_pictures(out, names, x, loaded.flow)
+        write_folder(out, png_files(names, x, levels))
     console.print(f"wrote {out}: {len(x)} images")

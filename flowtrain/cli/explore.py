@@ -31,8 +31,7 @@ def explore(
         str,
         typer.Option(
             "--host",
-            help="Address to listen at. Others than this machine's own need the token that is "
-            "printed.",
+            help="Address to listen at. Requests need the printed token, and are plain HTTP.",
         ),
     ] = "127.0.0.1",
     browser: Annotated[
@@ -67,7 +66,7 @@ def explore(
     from flowtrain.system.console import console
 
     try:
-        from flowtrain.explore import guard, server
+        from flowtrain.explore import server
     except ImportError:
         raise packages.missing("explore", "starlette", "uvicorn") from None
     from flowtrain.explore.session import Session
@@ -76,17 +75,18 @@ def explore(
     loaded = load(model, device, weights, trust_code)
     word = str(model or loaded.checkpoint.path)
     memory = capacity.total() // 4 if max_memory is None else max_memory * 2**20
-    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory)
+    options = [] if weights is None else ["--weights", weights]
+    options += ["--trust-code"] if trust_code else []
+    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory, options)
     if overrides:  # without data there is a page, too, but these were asked for
         data_of(loaded, overrides).require(
             loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path
         )
     at = server.listening(host, port)
-    token = None if guard.is_loopback(host) else secrets.token_urlsafe(24)
-    port = at.getsockname()[1]
+    token = secrets.token_urlsafe(24)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
     shown = f"[{shown}]" if ":" in shown else shown
-    url = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
+    url = f"http://{shown}:{at.getsockname()[1]}/?token={token}"
     worker = Worker(session.idle)
 
     def read() -> None:
@@ -100,7 +100,7 @@ def explore(
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     try:
-        server.serve(server.app(session, worker, guard.names_of(host, port), token), at, ready)
+        server.serve(server.app(session, worker, token), at, ready)
     finally:
         worker.end()
 

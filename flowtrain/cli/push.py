@@ -90,6 +90,13 @@ def push(
         hub.require_login(repository)
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
+    folder = out or run_of(loaded.checkpoint.path) / "push"
+    there = sorted(path.name for path in folder.glob("[!.]*"))
+    for name in there:
+        if name not in about.FILES or hub.FILE not in there:
+            raise UserError(
+                f"{folder}: holds {name}, which push has not written; choose another folder (--out)"
+            )
 
     def samples() -> bytes:
         picture = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
@@ -97,7 +104,6 @@ def push(
             drawn = sampling.sample(flow, flow.kind.picture_count, [1.0], 0, bar)
         return grid.png(picture.samples(drawn, 8, 0))
 
-    folder = out or run_of(loaded.checkpoint.path) / "push"
     files = dict(about.files(loaded, wanted.repository, licence, samples))
     console.print(f"files of {hub.PREFIX}{wanted.repository}, in {folder}:")
     for name, content in files.items():

@@ -93,14 +93,6 @@ def sample(
             show_default="none",
         ),
     ] = None,
-    guidance_grows: Annotated[
-        bool,
-        typer.Option(
-            "--guidance-grows",
-            help="Let the weight grow with the tokens of each layer, from 0 at the first to W at "
-            "the last. For TarFlow and causal flows.",
-        ),
-    ] = False,
     denoise: Annotated[
         bool,
         typer.Option(
@@ -128,7 +120,6 @@ def sample(
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer.
     """
-    from flowtrain.bijections.context import Guidance
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
@@ -143,8 +134,6 @@ def sample(
         raise UserError(f"--method {method}: expected sequential or jacobi")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
-    if guidance_grows and guidance is None:
-        raise UserError("--guidance-grows: of which weight? Give --guidance W too")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code, conditional=True)
     flow = loaded.flow
@@ -167,13 +156,12 @@ def sample(
             *(flow, num, temperatures, seed, bar, labels),
             contexts=contexts,
             iterate=method == "jacobi",
-            guidance=None if guidance is None else Guidance(guidance, guidance_grows),
+            guidance=guidance,
             denoise=denoise,
         )
     path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
-        also |= {"guidance_grows": True} if guidance_grows else {}
         also |= {"denoised": True} if denoise else {}
         save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
     else:
@@ -182,13 +170,11 @@ def sample(
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
         grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
     console.print(f"wrote {path}: {counted(len(drawn), 'sample')} of {loaded.checkpoint.path}")
-    for line in _about(flow.dequantizer.sigma, guidance, guidance_grows, denoise):
+    for line in _about(flow.dequantizer.sigma, guidance, denoise):
         console.print(line)
 
 
-def _about(
-    sigma: float | None, guidance: float | None, guidance_grows: bool, denoise: bool
-) -> list[str]:
+def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[str]:
     """What was done to the samples, a line each."""
     lines = []
     if guidance is not None:
@@ -196,8 +182,6 @@ def _about(
             f"guidance {guidance:g}: what the networks predict for a class, plus {guidance:g} "
             f"times its difference from what they predict without one"
         )
-    if guidance_grows:
-        lines.append(f"the weight grows with the tokens of each layer, from 0 to {guidance:g}")
     if sigma is not None and denoise:
         lines.append(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
     elif sigma is not None:

@@ -20,11 +20,10 @@ from flowtrain.compression.streams import decode_stream
 from flowtrain.compression.strips import unstrip
 from flowtrain.compression.threads import Progress, Tick, in_threads
 from flowtrain.errors import UserError, cut, short
-from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import encoded
+from flowtrain.pictures.lossless import png_files
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
-from flowtrain.system.files import read_regular, write_new
+from flowtrain.system.files import read_regular, write_folder
 from flowtrain.system.threads import one_thread
 
 
@@ -179,11 +178,8 @@ class Opened:
         )
 
     def write(self, images: Tensor, out: Path) -> None:
-        """Writes all images as PNG files into a folder. Raises `RunError` naming the first that
-        fails.
-        """
-        for name, image in zip(self.names, images, strict=True):
-            write_new(out / name, encoded(to_8bit(image, self.levels), "PNG"))
+        """Writes all images as PNG files into a folder. See `write_folder`."""
+        write_folder(out, png_files(self.names, images, self.levels))
 
 
 def _is_there(model: str) -> bool:

@@ -1,8 +1,6 @@
 """The file of a compressed set of images: its bytes and its checks.
 
-    "FTa3"  length of the description  description  parts, one after the other  checksum of all that
-
-"FTa4" takes the place of "FTa3" where a flow has coded each level directly (`direct.py`).
+    "FTa1"  length of the description  description  parts, one after the other  checksum of all that
 
 The description is JSON, deflated with a dictionary of the words that it always has, so that an
 archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, how
@@ -184,25 +182,19 @@ def checksum(image: Tensor) -> int:
     return zlib.crc32(image.contiguous().numpy().data)
 
 
-MAGIC = b"FTa3"  # the digit is the version of the format and of the arithmetic
+MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
 DIGEST = 8  # bytes
 # No few bytes are inflated to more than this: bytes of JSON, for some 500,000 names.
 LONGEST_DESCRIPTION = 2**26
 BYTES_PER_CHARACTER = 32  # of that JSON, in memory: the shortest names and numbers take most
-# Never to be changed within a version.
+# Never to be changed within a version. Small archives need the last words most: those of flows that
+# code each level directly (`direct.py`), in the order of the description.
 DICTIONARY = (
     b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],'
     b'"model":{"path":"runs//checkpoints/best.safetensors","weights":"ema",'
     b'"embedded":false},"versions":{"flowtrain":"0.1.0","torch":"2.","python":"3."},'
     b'{"shape":[1,28,28],"shape":[3,32,32],"levels":256,"names":"test","names":["0.png"],'
     b'"lengths":[4,'
-)
-
-
-# Archives of flows that code each level directly. There are small ones, so the words are in the
-# order in which they come, with what is often there.
-DIRECT_MAGIC = b"FTa4"
-DIRECT_DICTIONARY = (
     b'{"shape":[1,28,28],"levels":256,"names":"test","count":10000,"checked":128,"stored":[],'
     b'"streams":[{"images":128,"chunks":[128]},{"images":127,"chunks":[127]}],"model":{"path":"'
     b'causal_cifar_smallruns/causal/checkpoints/best.safetensors","weights":"ema","embedded":false}'
@@ -211,7 +203,6 @@ DIRECT_DICTIONARY = (
     b'{"shape":[3,32,32],"levels":256,"names":["0.png"],"checked":128,"stored":[],'
     b'"streams":[{"images":1,"chunks":[1]}],"model":{"path":"'
 )
-DICTIONARIES = {MAGIC: DICTIONARY, DIRECT_MAGIC: DIRECT_DICTIONARY}
 
 
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
@@ -223,10 +214,9 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
         raise UserError(
             f"the names take {len(text)} bytes, more than the {LONGEST_DESCRIPTION} of one archive"
         )
-    magic = DIRECT_MAGIC if "checked" in description else MAGIC
-    deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARIES[magic])
+    deflate = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
     described = deflate.compress(text) + deflate.flush()
-    data = b"".join([magic, len(described).to_bytes(4, "little"), described, *parts])
+    data = b"".join([MAGIC, len(described).to_bytes(4, "little"), described, *parts])
     return data + digest(data)
 
 
@@ -236,8 +226,7 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
     Raises `UserError` naming the file where it is damaged or not an archive, or where unpacking
     takes more than `memory` bytes.
     """
-    dictionary = DICTIONARIES.get(data[: len(MAGIC)])
-    if dictionary is None:
+    if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
             raise UserError(f"{path}: damaged, or an archive of another version of flowtrain")
         raise UserError(f"{path}: not an archive of flowtrain compress")
@@ -249,7 +238,7 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
     end = start + int.from_bytes(data[len(MAGIC) : start], "little")
     # The file is now as somebody wrote it, but perhaps not with `pack`.
     try:
-        inflate = zlib.decompressobj(wbits=-15, zdict=dictionary)
+        inflate = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
         longest = min(LONGEST_DESCRIPTION, memory // BYTES_PER_CHARACTER)
         text = inflate.decompress(data[start:end], longest)
         if not inflate.eof:

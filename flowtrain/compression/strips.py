@@ -29,8 +29,7 @@ def strip_length(height: int) -> int:
 def tall_length(height: int) -> int:
     """How many images of this height are in a tall strip, at most.
 
-    A tall strip is at least twice as long as another one, or there are none. So the number of
-    strips says which they are.
+    A tall strip is at least twice as long as another one, or there are none.
     """
     length = LONGEST // height
     return length if length >= 2 * STRIP else strip_length(height)

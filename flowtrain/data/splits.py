@@ -98,14 +98,10 @@ class DataSet:
         if undivided is not None:
             self.train_images = self.test_images = undivided
         else:
-            module = configuration.component_module(DataConfig, config.name)
-            options = config.options()
-            self.train_images = module.build(
-                Path(config.root), "train", seed=config.split_seed, **options
-            )
-            self.test_images = module.build(
-                Path(config.root), "test", seed=config.split_seed, **options
-            )
+            build = configuration.component(DataConfig, config.name).build
+            options = {"seed": config.split_seed, **config.options()}
+            self.train_images = build(Path(config.root), "train", **options)
+            self.test_images = build(Path(config.root), "test", **options)
         self.shape = self.train_images.shape
         if self.test_images.shape != self.shape:
             raise UserError(

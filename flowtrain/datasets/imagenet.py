@@ -121,6 +121,27 @@ EDITIONS: dict[tuple[int, Version], Edition] = {
 }
 
 
+def _build(side: int) -> Callable[..., Images]:
+    def build(root: Path, split: Part, *, seed: int = 0, version: Version) -> Images:
+        return images(root, split, side, version)
+
+    build.__doc__ = f"""ImageNet in {side}x{side} pixels, in one of the two versions that circulate.
+
+    3x{side}x{side} images: 1.28 million for training, 50,000 for test; `root/imagenet{side}`.
+
+    Args:
+        version: Which of two data sets this is. Their bits/dim do not compare. `oord2016` is that
+            of van den Oord et al. (PixelRNN, Glow), with 49,999 test images. `chrabaszcz2017` is
+            that of Chrabaszcz et al., with classes and 50,000 test images.
+
+    The official validation images are the test split.
+    """
+    return build
+
+
+BUILDS = {"imagenet32": _build(32), "imagenet64": _build(64)}
+
+
 def images(root: Path, split: Part, side: int, version: Version) -> Images:
     """A part of a version of ImageNet. Its official validation images are the part "test".
 

@@ -31,6 +31,7 @@ IDX_SIZES = {
 }
 IDX_COUNTS = {"train": 60000, "test": 10000}
 CIFAR_COUNTS = {"train": 50000, "test": 10000}
+SVHN_COUNTS = {"train": 73257, "test": 26032}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,62 @@ class Files:
     downloaded: Sequence[str]
     unpacked: Mapping[str, int | None]
     folder: str = ""
+
+
+def mnist(root: Path, split: Part, *, seed: int = 0) -> Images:
+    """MNIST handwritten digits: LeCun, Bottou, Bengio & Haffner, 1998.
+
+    1x28x28 images: 60,000 for training, 10,000 for test, under `root/MNIST/raw`.
+    """
+    return idx("MNIST", root, split)
+
+
+def fashion_mnist(root: Path, split: Part, *, seed: int = 0) -> Images:
+    """Fashion-MNIST, clothes in the format of MNIST: Xiao, Rasul & Vollgraf, arXiv:1708.07747.
+
+    1x28x28 images: 60,000 for training, 10,000 for test, under `root/FashionMNIST/raw`.
+    """
+    return idx("FashionMNIST", root, split)
+
+
+def cifar10(root: Path, split: Part, *, seed: int = 0) -> Images:
+    """CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+
+    3x32x32 images: 50,000 for training, 10,000 for test; `root/cifar-10-batches-py`.
+    """
+    return cifar("CIFAR10", root, split, "cifar-10-python.tar.gz", "cifar-10-batches-py")
+
+
+def cifar100(root: Path, split: Part, *, seed: int = 0) -> Images:
+    """CIFAR-100: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+
+    3x32x32 images: 50,000 for training, 10,000 for test; `root/cifar-100-python`.
+    """
+    return cifar("CIFAR100", root, split, "cifar-100-python.tar.gz", "cifar-100-python")
+
+
+def svhn(root: Path, split: Part, *, seed: int = 0) -> Images:
+    """Street View House Numbers, cropped digits: Netzer et al., 2011 (without `extra` images).
+
+    3x32x32 images: 73,257 for training, 26,032 for test; `root/<split>_32x32.mat`.
+    """
+
+    def read(source: Any, home: str) -> tuple[Any, Any]:
+        data = source(home, split=split, download=True)
+        return data.data, data.labels
+
+    file = f"{split}_32x32.mat"
+    files, shape, count = Files([file], {file: None}), (3, 32, 32), SVHN_COUNTS[split]
+    return images("SVHN", root, files, shape, count, read, lambda s: [s.split_list[split][0]])
+
+
+BUILDS = {
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "svhn": svhn,
+}
 
 
 def idx(name: str, root: Path, part: Part) -> Images:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.config import Data as DataConfig
 from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
 from flowtrain.datasets.base import digests, duplicates, first_equal
@@ -111,6 +111,7 @@ def evaluate(
         if flow.bijection.inverse_is_sequential
         else _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
         checkpoint=str(model.checkpoint.path),
+        model=model_hash(model),
     )
     return result, scores
 

@@ -41,7 +41,7 @@ class Background:
         latents: Their latents, `(N, D)`, on the CPU.
         components: The principal directions of each level, once all are encoded.
         scores: The scores of the test images so far.
-        reference: The loss of images that are neither for training nor for testing, so far.
+        reference: The loss of validation images so far, or of training images where there are none.
     """
 
     def __init__(self, flow: Flow, levels: list[Level], data: DataSet, memory: int, at_a_time: int):
@@ -49,7 +49,6 @@ class Background:
         self.flow, self.levels = flow, levels
         train = data.split("train")
         validation = data.split("validation")
-        # where nothing was held out, training images beyond those encoded
         self._validation = validation if len(validation) else train
         self.test = data.split("test")
         self.train = train

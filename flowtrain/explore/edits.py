@@ -68,7 +68,7 @@ def along_attribute(z: Tensor, direction: Direction, amount: float) -> Tensor:
     way from images without the attribute to images with it.
     """
     target = direction.target(float(direction.strength(z)) + amount)
-    return moved(z, direction.vector, torch.tensor([target]))
+    return moved(z, direction, torch.tensor([target]))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
-"""Who may ask: only the page itself, opened on this machine or with the token of the command.
+"""Who may ask: only the page itself, opened with the token of the command.
 
-A browser lets any page of the web send requests to this machine. So a request has to name this
-server as its host, which a page of another name cannot (DNS rebinding), and one that changes or
-computes anything has to come from a page of this server. No header allows other origins to read.
+Other users of this machine reach the server, too, and a browser lets any page of the web send
+requests to it. So a request has to show the token, of which a page of another name has no cookie,
+whatever machine its name means (DNS rebinding). One that changes or computes anything has to come
+from a page of this server. No header allows other origins to read.
 """
 
 import hmac
-import ipaddress
-import socket
-from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "flowtrain"
+ADMITTED = "flowtrain"  # the key of a request's scope that says that it has shown the token
 # The page and its parts come from this server alone, and no other page may frame it.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -30,37 +29,24 @@ HEADERS = {
 }
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def cookie_of(host: str) -> str:
+    """The name of the cookie for a value of `Host`.
 
-
-def names_of(host: str, port: int) -> set[str] | None:
-    """The values of `Host` that mean this server. None where it listens on all addresses.
-
-    Then it has a token, which no page of another name has.
+    Cookies of all ports of a host are one jar, so the name has the port that the browser uses. That
+    of a tunnel need not be the server's.
     """
-    if host in ("0.0.0.0", "::"):
-        return None
-    names = {host, "localhost", "127.0.0.1", "::1"} if is_loopback(host) else {host}
-    names |= set() if is_loopback(host) else {socket.gethostname(), socket.getfqdn()}
-    written = {f"[{name}]" if ":" in name else name for name in names}
-    return {f"{name}:{port}".lower() for name in written} | (written if port == 80 else set())
+    port = host.rpartition(":")[2]
+    return f"flowtrain-{port if port.isdecimal() else 80}"
 
 
 class Guard:
-    """Passes a request on to `app` if it may ask, and adds the headers of every answer.
+    """Passes a request on to `app` if it has shown the token, and adds the headers of every answer.
 
-    Args:
-        hosts: The values of `Host` that mean this server, or None for all.
-        token: What a page has to show where others can reach the server.
+    It adds `ADMITTED` to the scope of a request with the token.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None, token: str | None):
-        self.app, self.hosts, self.token = app, hosts, token
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,10 +65,9 @@ class Guard:
         """What is answered in place of the app, or None."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        if len(headers.getlist("host")) != 1 or (self.hosts is not None and host not in self.hosts):
-            return refusal(421, "this server has another name")
-        if (answer := self._answer_without_token(scope, headers)) is not None:
+        if (answer := self._answer_without_token(scope, cookie_of(host))) is not None:
             return answer
+        scope[ADMITTED] = True
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin not in (
             f"http://{host}",
@@ -94,24 +79,17 @@ class Guard:
             return refusal(403, "requests come from the page alone")
         return None
 
-    def _answer_without_token(self, scope: Scope, headers: Headers) -> Response | None:
-        if self.token is None:
-            return None
+    def _answer_without_token(self, scope: Scope, cookie: str) -> Response | None:
         given = scope["query_string"].decode("latin-1").removeprefix("token=")
         if scope["path"] == "/" and self._is_token(given):
             page = RedirectResponse("/", 303)  # so that the token leaves the address bar
-            page.set_cookie(COOKIE, given, httponly=True, samesite="lax")
+            page.set_cookie(cookie, given, httponly=True, samesite="lax")
             return page
-        try:
-            cookies = SimpleCookie(headers.get("cookie", ""))
-        except CookieError:
-            cookies = SimpleCookie()
-        if COOKIE in cookies and self._is_token(cookies[COOKIE].value):
+        if self._is_token(HTTPConnection(scope).cookies.get(cookie, "")):
             return None
         return refusal(401, "open the address that flowtrain explore has printed: it has a token")
 
     def _is_token(self, given: str) -> bool:
-        assert self.token is not None
         return hmac.compare_digest(given.encode(), self.token.encode())
 
 

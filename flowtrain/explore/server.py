@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,17 +19,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.explore import asked
 from flowtrain.explore.asked import Refused
-from flowtrain.explore.guard import Guard, refusal
+from flowtrain.explore.guard import ADMITTED, Guard, refusal
 from flowtrain.explore.session import Session
 from flowtrain.explore.worker import Check, Worker
 
 Kind = TypeVar("Kind", bound=asked.Request)
 
 LARGEST_JSON = 2**16  # bytes of a request
+SMALL_FILE = 2**20  # bytes of a file that arrives beside others
 BODY_SECONDS = 30.0  # for a body to arrive
 CONNECTIONS = 64
 
@@ -47,8 +50,17 @@ class TooLarge(Refused):
     status = 413
 
 
-async def body_of(request: Request, limit: int) -> bytes:
-    """The body of a request. Raises `TooLarge` before more than `limit` bytes are read."""
+async def nothing() -> None:
+    pass
+
+
+async def body_of(
+    request: Request, limit: int, turn: Callable[[], Awaitable[None]] = nothing
+) -> bytes:
+    """The body of a request, which awaits its `turn` where it is larger than `SMALL_FILE`.
+
+    Raises `TooLarge` before more than `limit` bytes are read, and `TimeoutError`.
+    """
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said[:20]) > limit:
         raise TooLarge(f"more than {limit:,} bytes are not read")
@@ -58,8 +70,31 @@ async def body_of(request: Request, limit: int) -> bytes:
             size += len(part)
             if size > limit:
                 raise TooLarge(f"more than {limit:,} bytes are not read")
+            if size > SMALL_FILE >= size - len(part):
+                await turn()
             parts.append(part)
     return b"".join(parts)
+
+
+async def while_there(request: Request, future: asyncio.Future[Any]) -> Any:
+    """The result of a future, which is cancelled where the page has gone. The body was read.
+
+    Raises `ClientDisconnect` then.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch: asyncio.Future[Any] = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([future, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise ClientDisconnect
+        return future.result()
+    finally:
+        watch.cancel()
+        future.cancel()
 
 
 class _Topic(NamedTuple):
@@ -72,7 +107,7 @@ class _Topic(NamedTuple):
     outdates: tuple[str, ...] = ()
 
 
-def app(session: Session, worker: Worker, hosts: set[str] | None, token: str | None) -> ASGIApp:
+def app(session: Session, worker: Worker, token: str) -> ASGIApp:
     """The application, which answers only what `Guard` lets through."""
     topics = {
         "show": _Topic(asked.Show, session.show, outdates=("facts", "neighbours")),
@@ -84,14 +119,17 @@ def app(session: Session, worker: Worker, hosts: set[str] | None, token: str | N
         "latent": _Topic(asked.Show, session.latent_file, 1, "application/octet-stream"),
         "gif": _Topic(asked.Animation, session.gif, 1, "image/gif"),
     }
-    one_upload = asyncio.Semaphore(1)  # so that files in memory are bounded
+    # So that files in memory are bounded. One that arrives slowly holds up no other.
+    one_large, one_decoded = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
     async def model(request: Request) -> Response:
         return JSONResponse(session.describe())
 
     async def upload(request: Request) -> Response:
-        async with one_upload:
-            data = await body_of(request, session.largest_file)
+        async with AsyncExitStack() as held:
+            turn = functools.partial(held.enter_async_context, one_large)
+            data = await body_of(request, session.largest_file, turn)
+            await held.enter_async_context(one_decoded)
             return JSONResponse(await run_in_threadpool(session.upload, data))
 
     async def compute(request: Request, name: str) -> Response:
@@ -105,7 +143,7 @@ def app(session: Session, worker: Worker, hosts: set[str] | None, token: str | N
             topic.urgency,
             topic.outdates,
         )
-        answer = await asyncio.wrap_future(future)
+        answer = await while_there(request, asyncio.wrap_future(future))
         if topic.media is None:
             return JSONResponse(answer)
         return Response(answer, media_type=topic.media)
@@ -128,7 +166,7 @@ def app(session: Session, worker: Worker, hosts: set[str] | None, token: str | N
     }
     inner = Starlette(routes=routes, exception_handlers=errors)
     inner.router.redirect_slashes = False  # an address is right or wrong
-    return Guard(inner, hosts, token)
+    return Guard(inner, token)
 
 
 def _file(content: bytes, media: str) -> Callable[[Request], Awaitable[Response]]:
@@ -180,11 +218,27 @@ def listening(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class Connection(H11Protocol):
+    """A connection, which makes room for a newer one until it has shown the token.
+
+    So nobody without it keeps others out, whatever is sent, or not read, or nothing at all.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.began = self.loop.time()
+        those: Any = self.connections
+        there = [each for each in those if not each.transport.is_closing()]
+        strangers = [each for each in there if ADMITTED not in (each.scope or {})]
+        if len(there) >= CONNECTIONS:
+            min(strangers, key=lambda each: each.began).transport.abort()
+
+
 def settings(application: ASGIApp) -> uvicorn.Config:
     """How uvicorn answers: by HTTP/1.1 alone, for few connections, without a word of its own."""
     return uvicorn.Config(
         application,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="critical",

@@ -3,11 +3,12 @@
 import base64
 import hashlib
 import io
+import logging
 import math
 import shlex
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowtrain.bijections.execution import Retracing
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import decoded, picture
@@ -41,6 +43,7 @@ from flowtrain.latents.files import Latents, npz
 from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
 from flowtrain.pictures.lossless import picture_of
+from flowtrain.system.console import console
 from flowtrain.system.random import Stream, generator, uniform
 
 Check = Callable[[], None]
@@ -65,13 +68,21 @@ class Session:
         word: The word of a command line that means the model.
         data: Gives the model's data, and may raise `UserError` or `RunError`.
         memory: Bytes that a request may allocate.
+        options: What a command line needs beside `word` to mean these weights.
 
     Raises:
         UserError: for a model of real values, or where an image does not fit into `memory`.
     """
 
-    def __init__(self, model: LoadedModel, word: str, data: Callable[[], DataSet], memory: int):
-        self.flow, self.word, self.memory = model.flow, word, memory
+    def __init__(
+        self,
+        model: LoadedModel,
+        word: str,
+        data: Callable[[], DataSet],
+        memory: int,
+        options: Sequence[str] = (),
+    ):
+        self.flow, self.word, self.memory, self.options = model.flow, word, memory, options
         self.model = model
         flow = self.flow
         self.levels = levels_of(flow)
@@ -88,7 +99,11 @@ class Session:
             )
         self.at_a_time = min(fitting_batch_size(flow), memory // self.bytes_of_image)
         self.largest_count = min(1024, memory // (4 * self.bytes_of_kept))
-        self.attributes = directions.existing(model)
+        try:
+            self.attributes = directions.existing(model)
+        except UserError as error:
+            self.attributes = {}
+            console.print(f"{error}; the page is without them")
         self._read_data = data
         self.data: Background | str = "the data are being read"
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
@@ -109,12 +124,25 @@ class Session:
             data = self._read_data()
             data.require(self.flow.shape, self.flow.levels, self.model.checkpoint.path)
             self.data = Background(self.flow, self.levels, data, self.memory // 8, self.at_a_time)
-        except (UserError, RunError, OSError) as error:
-            self.data = f"there are no test or training images: {short(error)}"
+        except Exception as error:
+            self._without_data(error)
+
+    def _without_data(self, error: Exception) -> None:
+        why = short(error)
+        if not isinstance(error, UserError | RunError | OSError):
+            logging.getLogger("flowtrain").error("explore: %s", error, exc_info=error)
+            why = f"flowtrain failed ({type(error).__name__})"
+        self.data = f"there are no test or training images: {why}"
 
     def idle(self, check: Check) -> bool:
         """Does a part of what is computed while no request waits. Returns whether there is more."""
-        return isinstance(self.data, Background) and self.data.step(check)
+        try:
+            return isinstance(self.data, Background) and self.data.step(check)
+        except Refused:
+            raise
+        except Exception as error:
+            self._without_data(error)
+            return False
 
     def known(self) -> Background:
         """What is known of the data. Raises `Refused` where there are none."""
@@ -205,31 +233,31 @@ class Session:
 
     # --- latents ----------------------------------------------------------------------------------
 
-    def source(self, source: asked.Source) -> Tensor | None:
-        """The image `(1, C, H, W)` of a source that is an image, or None for a sample."""
+    def given(self, source: asked.Test | asked.Upload) -> Tensor:
+        """The image `(1, C, H, W)` of a source that is an image."""
         if isinstance(source, asked.Test):
             test = self.known().test
             if source.index >= len(test):
                 raise Refused(f"there are {len(test)} test images, none with index {source.index}")
             return test.take(slice(source.index, source.index + 1))
-        if isinstance(source, asked.Upload):
-            with self._lock:
-                if source.id not in self._uploads:
-                    raise Refused("this image is no longer there: drop it in again")
-                return self._uploads[source.id][None]
-        return None
+        with self._lock:
+            if source.id not in self._uploads:
+                raise Refused("this image is no longer there: drop it in again")
+            return self._uploads[source.id][None]
 
     def latent_of(self, source: asked.Source, check: Check) -> Tensor:
-        """The latent `(1, D)` of a source."""
+        """The latent `(1, D)` of a source, from which `decode` without a label gives its image.
+
+        Where networks see the class, a sample was drawn with it, so its latent is that of an image.
+        """
         key = source.model_dump_json()
         if key not in self._latents:
-            x = self.source(source)
-            if isinstance(source, asked.Sample):
+            seen = isinstance(self.flow.class_prior, ClassContext)
+            if isinstance(source, asked.Sample) and not seen:
                 z = self.drawn(source, source.index, 1)[0]
             else:
-                assert x is not None
-                check()
-                z = self.flow.encode(x)
+                x = self.image(asked.Place(source=source), check)
+                z = self.flow.encode(x, Stoppable(check, Retracing(lambda share: check())))
             self._keep(self._latents, key, z)
         self._latents.move_to_end(key)
         return self._latents[key]
@@ -303,8 +331,8 @@ class Session:
             z = along_attribute(z, self.attributes[attribute.name], attribute.amount)
         return z
 
-    def image(self, place: asked.Place, check: Check) -> tuple[Tensor, Tensor | None]:
-        """The image `(1, C, H, W)` at a place, and its latent where that had to be computed.
+    def image(self, place: asked.Place, check: Check) -> Tensor:
+        """The image `(1, C, H, W)` at a place.
 
         An image of the data that nothing was done to is itself. Facts and neighbours follow an
         image that was shown, so it is kept.
@@ -312,27 +340,17 @@ class Session:
         key = place.model_dump_json()
         if key in self._images:
             self._images.move_to_end(key)
-            return self._images[key], None
-        untouched = asked.Place(source=place.source)
-        x = (
-            self.source(place.source)
-            if place.model_copy(update={"other": None}) == untouched
-            else None
-        )
-        if x is not None and place.other is None:
-            return x, None
-        z = self.latent(place, check)
-        x = self.decode(z, check, self.label_of(place))
-        self._keep(self._images, key, x)
-        return x, z
-
-    def label_of(self, place: asked.Place) -> Tensor | None:
-        """The label of a sample, which networks that see the class have to know."""
+            return self._images[key]
         source = place.source
-        if not isinstance(source, asked.Sample) or not self.flow.classes:
-            return None
-        label = source.index % self.flow.classes if source.label is None else source.label
-        return torch.tensor([label])
+        if place != asked.Place(source=source):
+            x = self.decode(self.latent(place, check), check)
+        elif isinstance(source, asked.Sample):
+            z, labels = self.drawn(source, source.index, 1)
+            x = self.decode(z, check, labels)
+        else:
+            return self.given(source)
+        self._keep(self._images, key, x)
+        return x
 
     def decode(self, z: Tensor, check: Check, labels: Tensor | None = None) -> Tensor:
         """Latents `(B, D)` as images on the CPU, as many at a time as fit into the memory."""
@@ -375,12 +393,14 @@ class Session:
         return {"images": [self.url(each) for each in x]}
 
     def show(self, request: asked.Show, check: Check) -> Answer:
-        x, _ = self.image(request.place, check)
-        return {"image": self.url(x[0]), "command": self.decoding(request.place)}
+        return {
+            "image": self.url(self.image(request.place, check)[0]),
+            "command": self.command("decode", "latent.npz", "--out", "images"),
+        }
 
     def facts(self, request: asked.Show, check: Check) -> Answer:
         """What the model says about an image."""
-        x, _ = self.image(request.place, check)
+        x = self.image(request.place, check)
         source = request.place.source
         first = source.index if isinstance(source, asked.Test) else 0
         x = x.to(self.flow.device)
@@ -450,7 +470,7 @@ class Session:
     def neighbours(self, request: asked.Neighbours, check: Check) -> Answer:
         """The nearest training images, of all by their pixels, or of those encoded by latents."""
         known = self.known()
-        x, z = self.image(request.place, check)
+        x = self.image(request.place, check)
         if request.by == "pixels":
             distances, where = nearest_images(
                 x, known.train, self.q, NEAREST, check, min(CHUNK, self.memory // BYTES_OF_COMPARED)
@@ -461,7 +481,7 @@ class Session:
             compared = len(known.latents)
             if not compared:
                 raise Refused("no training image is encoded yet")
-            z = self.latent(request.place, check) if z is None else z
+            z = self.latent(request.place, check)
             every = (known.latents - z.cpu()).square().mean(dim=1).sqrt()
             distances, where = (
                 each[None] for each in every.topk(min(NEAREST, compared), largest=False)
@@ -477,14 +497,13 @@ class Session:
     # --- files ------------------------------------------------------------------------------------
 
     def png(self, request: asked.Show, check: Check) -> bytes:
-        x, _ = self.image(request.place, check)
+        x = self.image(request.place, check)
         return grid.png(grid.grid(x, self.q, 1))
 
     def latent_file(self, request: asked.Show, check: Check) -> bytes:
         """The latent of a place, as `flowtrain decode` reads it."""
         z = self.latent(request.place, check)
-        label = self.label_of(request.place)
-        return npz(Latents(z.cpu().float(), ["image"], label), self.model)
+        return npz(Latents(z.cpu().float(), ["image"]), self.model)
 
     def gif(self, request: asked.Animation, check: Check) -> bytes:
         """The path from a source to another, there and back."""
@@ -493,9 +512,7 @@ class Session:
             raise Refused("a path needs a second image")
         self.require_count(8 * steps)  # frames are enlarged
         a, b = (self.latent_of(each, check)[0] for each in (place.source, place.other))
-        z = slerp(a, b, torch.linspace(0, 1, steps).to(a))
-        labels = self.label_of(place)
-        x = self.decode(z, check, None if labels is None else labels.expand(steps))
+        x = self.decode(slerp(a, b, torch.linspace(0, 1, steps).to(a)), check)
         frames = [
             Image.fromarray(grid.grid(each[None], self.q, 1).movedim(0, -1).contiguous().numpy())
             for each in x
@@ -508,20 +525,15 @@ class Session:
         """The command that draws the same samples. There is none for several temperatures."""
         if len(set(request.temperatures)) > 1:
             return None
-        words = ["flowtrain", "sample", self.word, "--num-images", str(count)]
+        words = ["--num-images", str(count)]
         words += ["--temperature", f"{request.temperatures[0]:g}", "--seed", str(request.seed)]
         if request.label is not None:
             words += ["--classes", str(request.label)]
-        return shlex.join(words)
+        return self.command("sample", *words)
 
-    def decoding(self, place: asked.Place) -> str | None:
-        """The command that makes the image of a latent that was saved.
-
-        It does not tell the class to networks that see it, so there is none where they do.
-        """
-        if isinstance(self.flow.class_prior, ClassContext) and self.label_of(place) is not None:
-            return None
-        return shlex.join(["flowtrain", "decode", self.word, "latent.npz", "--out", "images"])
+    def command(self, name: str, *words: str) -> str:
+        """A command on the model. `decode` makes the image of a latent that was saved."""
+        return shlex.join(["flowtrain", name, self.word, *words, *self.options])
 
     # --- pictures ---------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """One thread that computes what pages ask for, the newest request of a tab first.
 
-A request supersedes an earlier one of the same tab and topic. One that waits is dropped, and one
-that is computed ends at its next layer. In idle times the thread computes what needs no request.
+A request supersedes an earlier one of the same tab and topic, and a page that is gone cancels its
+own. One that waits is dropped, and one that is computed ends at its next layer. In idle times the
+thread computes what needs no request.
 """
 
 import heapq
@@ -9,7 +10,8 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,27 +40,27 @@ class Busy(Refused):
 class _Job:
     urgency: int  # the lower, the sooner
     number: int
+    key: tuple[str, str] = field(compare=False)  # tab and topic
     call: Callable[[Check], Any] = field(compare=False)
+    # It is done as soon as the result is not wanted, and never running, so that it can be cancelled
     future: "Future[Any]" = field(compare=False)
-    stale: bool = field(compare=False, default=False)
 
     def check(self) -> None:
-        if self.stale:
-            raise Superseded("there is a newer request")
+        if self.future.done():
+            raise Superseded("the result is no longer wanted")
 
     def compute(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
         try:
             self.check()
             result = self.call(self.check)
         except BaseException as error:  # the thread that waits raises it
-            self.future.set_exception(error)
+            self.fail(error)
         else:
-            self.future.set_result(result)
+            with suppress(InvalidStateError):
+                self.future.set_result(result)
 
-    def fail(self, error: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
 
 
@@ -74,7 +76,8 @@ class Worker:
         self._idle = idle
         self._more = True  # idle work
         self._jobs: list[_Job] = []
-        self._newest: OrderedDict[tuple[str, str], tuple[int, _Job]] = OrderedDict()
+        self._computed: _Job | None = None  # at this moment
+        self._newest: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._count = 0
         self._changed = threading.Condition()
         self._ended = False
@@ -93,7 +96,7 @@ class Worker:
         """The future result of `call(check)`.
 
         It supersedes earlier requests of this tab and topic, and of the topics that it `outdates`.
-        The lower its `urgency`, the sooner it is computed.
+        The lower its `urgency`, the sooner it is computed. To cancel the future gives it up.
 
         Raises `Superseded` where a newer request of this tab and topic came first, and `Busy` where
         too many wait.
@@ -101,30 +104,27 @@ class Worker:
         future: Future[T] = Future()
         with self._changed:
             key = (tab, topic)
-            if key in self._newest and turn < self._newest[key][0]:
+            if turn < self._newest.get(key, turn):
                 raise Superseded("there is a newer request")
-            for each in (topic, *outdates):
-                self._drop((tab, each))
+            outdated = {(tab, each) for each in (topic, *outdates)}
+            self._fail(lambda job: job.key in outdated, "there is a newer request")
             if len(self._jobs) >= WAITING:
                 raise Busy("too many requests wait: try again in a moment")
             self._count += 1
-            job = _Job(urgency, self._count, call, future)
-            self._newest[key] = (turn, job)
+            self._newest[key] = turn
             self._newest.move_to_end(key)
             while len(self._newest) > TABS:
                 self._newest.popitem(last=False)
-            heapq.heappush(self._jobs, job)
+            heapq.heappush(self._jobs, _Job(urgency, self._count, key, call, future))
             self._changed.notify()
         return future
 
-    def _drop(self, key: tuple[str, str]) -> None:
-        if key in self._newest:
-            _, job = self._newest[key]
-            job.stale = True
-            if job in self._jobs:
-                self._jobs.remove(job)
-                heapq.heapify(self._jobs)
-                job.fail(Superseded("there is a newer request"))
+    def _fail(self, which: Callable[[_Job], bool], why: str) -> None:
+        for job in [*self._jobs, self._computed]:
+            if job and which(job):
+                job.fail(Superseded(why))
+        self._jobs = [job for job in self._jobs if not job.future.done()]
+        heapq.heapify(self._jobs)
 
     def wake(self) -> None:
         """There is new idle work."""
@@ -136,11 +136,7 @@ class Worker:
         """Ends the thread after what it computes now. What waits is dropped."""
         with self._changed:
             self._ended = True
-            for job in self._jobs:
-                job.fail(Superseded("the server ends"))
-            self._jobs.clear()
-            for _, job in self._newest.values():
-                job.stale = True
+            self._fail(lambda job: True, "the server ends")
             self._changed.notify()
         self._thread.join()
 
@@ -151,15 +147,17 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._computed = None  # nothing here keeps its result
                 while not (self._jobs or self._more or self._ended):
                     self._changed.wait()
                 if self._ended:
                     return
-                job = heapq.heappop(self._jobs) if self._jobs else None
-                if job is None:
+                if self._jobs:
+                    self._computed = heapq.heappop(self._jobs)
+                else:
                     self._more = False  # until `idle` says otherwise, or `wake` is called
-            if job is not None:
-                job.compute()
+            if self._computed:
+                self._computed.compute()
                 continue
             try:
                 more = self._idle(self._check_idle)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.context import Context, Guidance, Guided
+from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
@@ -289,7 +289,7 @@ class Flow(nn.Module):
         z: Tensor | np.ndarray,
         labels: Tensor | None = None,
         executor: Executor = FUSED,
-        guidance: Guidance | float | None = None,
+        guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
     ) -> Tensor:
@@ -302,15 +302,14 @@ class Flow(nn.Module):
             z: The latents.
             labels: Classes.
             executor: Calls the layers.
-            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing. A
-                `Guidance` also says whether the weight grows along the tokens.
+            guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
             denoise: Whether to take one step of `denoised` after it.
             context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
 
         Raises:
             FloatingPointError: The result is not finite.
-            ValueError: The model has no guidance, none that grows, or no noise to take away; see
-                `unguided`, `unordered` and `denoised`. Or it needs another context.
+            ValueError: The model has no guidance, or no noise to take away; see `unguided` and
+                `denoised`. Or it needs another context.
         """
         if isinstance(z, np.ndarray):
             z = torch.as_tensor(z, dtype=self.dtype)
@@ -358,21 +357,13 @@ class Flow(nn.Module):
             return "the model is not class-conditional (model.classes is 0)"
         return self.class_prior.unguided
 
-    @property
-    def unordered(self) -> str | None:
-        """Why guidance cannot grow along an image, in words, or None."""
-        layers = [layer for layer in self.bijection.modules() if isinstance(layer, Bijection)]
-        if all(layer.guided_by_token for layer in layers if layer.has_network):
-            return None
-        return "the model has layers that see the tokens of an image all at once, in no order"
-
     def sample(
         self,
         n: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         labels: Labels | None = None,
-        guidance: Guidance | float | None = None,
+        guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
     ) -> Tensor:
@@ -435,18 +426,15 @@ class Flow(nn.Module):
         count: int,
         labels: Tensor | None = None,
         context: Tensor | None = None,
-        guidance: Guidance | float | None = None,
+        guidance: float | None = None,
     ) -> Context | None:
         """What the networks of the bijection see for B = `count` examples, of their classes
         `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
 
-        Raises `ValueError` for a weight of `guidance` where there is none, or none that grows.
+        Raises `ValueError` for a weight of `guidance` where there is none.
         """
-        weight, grows = guidance if isinstance(guidance, Guidance) else (guidance, False)
-        if weight is not None and self.unguided:
+        if guidance is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
-        if grows and self.unordered:
-            raise ValueError(f"guidance that grows: {self.unordered}")
         if self.image_context is not None and context is not None:
             return self.image_context.scaled(context.to(self.device), self.dtype)
         if self.class_prior is None:
@@ -455,9 +443,9 @@ class Flow(nn.Module):
         if of_class is None:
             return None
         of_class = of_class.to(self.device, self.dtype)
-        if not weight:
+        if not guidance:
             return of_class
-        return Guided(of_class, torch.zeros_like(of_class), weight, grows)
+        return Guided(of_class, torch.zeros_like(of_class), guidance)
 
     def require_no_context(self, what: str) -> None:
         """Raises `UserError` that begins with `what` for a model with an `image_context`."""

@@ -15,11 +15,11 @@ from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.latents.constraints import Averages, Constraint, Pixels
-from flowtrain.latents.encoding import write_pictures
 from flowtrain.latents.paths import log_probs
 from flowtrain.latents.posterior import Posterior
 from flowtrain.pictures import grid
-from flowtrain.system.files import save
+from flowtrain.pictures.lossless import png_files
+from flowtrain.system import files
 
 GRID, MEAN, RESULT = "grid.png", "mean.png", "inpaint.json"  # beside the samples
 COLUMNS = 10  # of the grid: eight samples by default, what is given, and the mean
@@ -110,16 +110,16 @@ def write_folder(
     out: Path, model: LoadedModel, given: Given, found: Posterior, about: Mapping[str, object]
 ) -> None:
     """Writes a PNG file for each sample, their mean, and a grid of what is given, the samples and
-    the mean. `about` is a JSON file.
+    the mean. `about` is a JSON file. See `files.write_folder`.
     """
     levels = model.flow.levels
     assert levels is not None
-    write_pictures(out, sample_names(len(found.x)), found.x, model.flow)
     mean = _mean(found.x).round().to(torch.uint8)
     shown = torch.cat([given.shown[None].to(torch.uint8), found.x, mean[None]])
-    grid.save_png(out / GRID, grid.grid(shown, levels, min(COLUMNS, len(shown))))
-    write_pictures(out, [MEAN], mean[None], model.flow)
-    save(out / RESULT, json.dumps(about, indent=2, allow_nan=False).encode() + b"\n")
+    pictures = png_files([*sample_names(len(found.x)), MEAN], shown[1:], levels)
+    of_all = grid.png(grid.grid(shown, levels, min(COLUMNS, len(shown))))
+    result = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
+    files.write_folder(out, [*pictures, (GRID, of_all), (RESULT, result)])
 
 
 def npz(

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.errors import UserError, cut, did_you_mean
 from flowtrain.latents.files import require_format
 from flowtrain.system.arrays import ArrayFile
+from flowtrain.system.files import one_at_a_time
 from flowtrain.system.files import save as save_file
 from flowtrain.system.random import Stream, generator
 
@@ -40,6 +41,8 @@ class Direction:
     error: its standard error.
     held_out: how many images that were.
     orthogonal: whether it was made orthogonal to other directions.
+    others: if so, the vectors of all others in its file. Together with `vector` they span the
+        others as they were found, whose projections are kept where a latent moves along it.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Direction:
     error: float
     held_out: int
     orthogonal: bool = False
+    others: Sequence[Tensor] = ()
 
     def target(self, strength: float) -> float:
         """The projection `z @ vector` at a strength: -1 is the mean of images without the
@@ -260,13 +264,28 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
             orthogonal=orthogonal[i],
             **values,
         )
-    return found
+    return {
+        name: replace(each, others=[found[other].vector for other in found if other != name])
+        if each.orthogonal
+        else each
+        for name, each in found.items()
+    }
 
 
 def existing(model: LoadedModel) -> dict[str, Direction]:
     """The attributes that are kept for a model, by name; none where there is no file."""
     path = file_of(model)
     return load(path, model) if path.exists() else {}
+
+
+def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
+    """Adds directions to those that are kept for a model, and returns all by name. Commands that do
+    so at the same time wait for each other.
+    """
+    with one_at_a_time(model.checkpoint.path):
+        after = existing(model) | {each.name: each for each in found}
+        save(file_of(model), list(after.values()), model_hash(model))
+    return after
 
 
 def named(model: LoadedModel, name: str) -> Direction:

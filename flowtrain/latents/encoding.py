@@ -15,12 +15,10 @@ from flowtrain.datasets.folder import files_of
 from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import sampling_batch_size
-from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import encoded
 from flowtrain.system import capacity
 from flowtrain.system.arrays import ONLY, ArrayFile
 from flowtrain.system.console import silent
-from flowtrain.system.files import check_names, write_new
+from flowtrain.system.files import check_names
 
 
 def encode(
@@ -121,13 +119,6 @@ def picture_names(names: Sequence[str]) -> list[str]:
     except ValueError as error:
         raise UserError(f"names: {error}") from None
     return found
-
-
-def write_pictures(out: Path, names: Sequence[str], x: Tensor, flow: Flow) -> None:
-    """Writes images `(N, C, H, W)` into a folder. Raises `RunError` naming the first that fails."""
-    assert flow.levels is not None
-    for name, image in zip(names, x, strict=True):
-        write_new(out / name, encoded(to_8bit(image, flow.levels), "PNG"))
 
 
 def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:

@@ -24,7 +24,7 @@ CLASS_IMAGES = 500  # training images of a class over which the mean latent is t
 TYPICAL_IMAGES = 500  # test images whose likelihoods say what is typical, at most
 LOWEST = 0.01  # the share of them that is less likely than where a path stops
 # What an image has beyond the mean of its class shrinks to this share on the way to another class.
-# Whole, it makes ends that are of no class (benchmarks/class_paths.py).
+# Whole, it makes ends that are of no class (docs/howto/latents.md).
 KEPT = 0.5
 
 
@@ -78,17 +78,23 @@ def require_room(flow: Flow, pairs: int, steps: int) -> None:
 # --- along attributes -----------------------------------------------------------------------------
 
 
-def moved(z: Tensor, vector: Tensor, target: Tensor) -> Tensor:
-    """Latents `(N, D)` turned towards the unit vector `(D,)`, until their projections on it are
-    `target` `(N,)`: on the great circle through both, so that the norm stays typical.
+def moved(z: Tensor, direction: Direction, target: Tensor) -> Tensor:
+    """Latents `(N, D)` turned towards a direction, until their projections on it are `target`
+    `(N,)`: on a great circle, so that the norm stays typical.
 
-    Where a target is larger than the norm, it takes the place of the norm.
+    An orthogonal direction keeps the projections on the others: what is beside all of them shrinks
+    or grows. Where the target is too large for the norm, nothing of it is left.
     """
-    vector, target = vector.to(z), target.to(z)
-    rest = z - (z @ vector)[:, None] * vector
-    length = (z.square().sum(dim=1) - target.square()).clamp_min(0).sqrt()
-    share = length / rest.norm(dim=1).clamp_min(1e-12)
-    turned: Tensor = target[:, None] * vector + share[:, None] * rest
+    columns = torch.stack([direction.vector, *direction.others], dim=1)
+    vector, target = direction.vector.to(z), target.to(z)
+    beside = torch.linalg.qr(columns)[0][:, 1:].to(z)
+    kept = z @ beside @ beside.T
+    rest = z - (z @ vector)[:, None] * vector - kept
+    squares = z.square().sum(dim=1) - kept.square().sum(dim=1) - target.square()
+    length = squares.clamp_min(0).sqrt()
+    # Less than that is rounding: the directions span all.
+    share = length / rest.norm(dim=1).maximum(1e-4 * z.norm(dim=1)).clamp_min(1e-12)
+    turned: Tensor = target[:, None] * vector + kept + share[:, None] * rest
     return turned
 
 
@@ -99,7 +105,7 @@ def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tenso
     vector = direction.vector.to(z)
     begin, end = z @ vector, direction.target(strength)
     t = torch.linspace(0, 1, steps).to(z)
-    rows = [moved(z, vector, begin + s * (end - begin)) for s in t[1:]]
+    rows = [moved(z, direction, begin + s * (end - begin)) for s in t[1:]]
     return torch.stack([z, *rows], dim=1)
 
 

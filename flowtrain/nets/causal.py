@@ -38,8 +38,8 @@ class CausalNet(TokenNet):
     The blocks are convolutions, and between them at equal distances `attention` blocks of
     attention. A coarse stream of `downsample` blocks is in the middle.
 
-    Wherever gradients are recorded in training, each block drops entries with the probability
-    `dropout`, by the bits of each example of `noise`.
+    With `noise`, as in a training step, each block drops entries with the probability `dropout`, by
+    the bits of each example of it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CausalNet(TokenNet):
         h = self.first(rows[..., : 2 * self.entries])
         h = h + self.added(context).to(h.dtype)
         drop: Drop = keep_all
-        if self.dropout and noise is not None and self.training and torch.is_grad_enabled():
+        if self.dropout and noise is not None:
             drop = Dropout(self.dropout, noise)
         for block in self.blocks:
             h = block(h, drop)

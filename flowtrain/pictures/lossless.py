@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -79,6 +80,14 @@ def picture_of(image: np.ndarray) -> Image.Image:
     return Image.fromarray(
         image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     )
+
+
+def png_files(
+    names: Iterable[str], images: Iterable[Tensor], levels: int
+) -> Iterator[tuple[str, bytes]]:
+    """Images `(C, H, W)` as PNG files, with their names."""
+    for name, image in zip(names, images, strict=True):
+        yield name, encoded(to_8bit(image, levels), "PNG")
 
 
 def encoded(image: Tensor, name: str, slow: bool = False) -> bytes:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.context import Guidance
 from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
@@ -26,7 +25,7 @@ def sample(
     progress: Callable[[float, int], None] = silent,
     classes: Sequence[int] = (),
     iterate: bool = False,
-    guidance: Guidance | None = None,
+    guidance: float | None = None,
     denoise: bool = False,
     contexts: Tensor | None = None,
 ) -> Tensor:
@@ -52,9 +51,7 @@ def sample(
             )
         )
     if guidance is not None and (reason := flow.unguided):
-        raise UserError(f"--guidance {guidance.weight:g}: {reason}")
-    if guidance is not None and guidance.grows and (reason := flow.unordered):
-        raise UserError(f"--guidance-grows: {reason}")
+        raise UserError(f"--guidance {guidance:g}: {reason}")
     if denoise and flow.dequantizer.sigma is None:
         raise UserError(f"--denoise: {NO_SIGMA}")
     groups = max(1, len(classes)) if contexts is None else len(contexts)
@@ -92,7 +89,7 @@ def decode(
     progress: Callable[[float], None] = lambda done: None,
     labels: Tensor | None = None,
     iterate: bool = False,
-    guidance: Guidance | None = None,
+    guidance: float | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
 ) -> Tensor:

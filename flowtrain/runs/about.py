@@ -11,7 +11,7 @@ import yaml
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints import hub, zoo
-from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Kind
 from flowtrain.results import Evaluation
@@ -25,6 +25,7 @@ LIKELIHOODS = {
     "iwbo": "an importance-weighted bound",
     "density": "a density of noisy images",
 }
+FILES = {hub.FILE, "config.yaml", "samples.png", "curves.png", "README.md"}  # of `files`
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def figures(model: LoadedModel) -> list[Figure]:
     """What was measured of these weights: by `flowtrain evaluate` in the run, and on the card of a
     trained model.
     """
-    unit, meta = unit_of(model.flow), model.checkpoint.meta
-    found = {}
-    for file in sorted(run_of(model.checkpoint.path).glob("evaluate-*.json")):
+    unit, found = unit_of(model.flow), {}
+    files = sorted(run_of(model.checkpoint.path).glob("evaluate-*.json"))
+    own = model_hash(model) if files else None
+    for file in files:
         result = record.read_evaluation(file)
         loss, error = result.loss
-        if loss is not None and (result.step, result.weights) == (meta["step"], model.weights):
+        if loss is not None and result.model == own:
             name = PurePath(result.dataset).name  # it may be a folder of this machine
             likelihood = _likelihood(result)
             found[name, result.split] = Figure(
@@ -129,13 +131,11 @@ def files(
     """The files of a repository `user/name`, each with its name: the weights that are used, their
     configuration, pictures, and last the page about them, README.md.
 
-    `licence` is that of the weights, and `samples` draws a PNG. Folders of this machine are left
-    out of the configuration.
+    `licence` is that of the weights, and `samples` draws a PNG.
     """
     meta, tensors = model.alone()
-    config = without_folders(meta["config"])
-    yield hub.FILE, checkpoint_format.encoded({**meta, "config": config}, tensors)
-    yield "config.yaml", yaml.safe_dump(config, sort_keys=False).encode()
+    yield hub.FILE, checkpoint_format.encoded(meta, tensors)
+    yield "config.yaml", yaml.safe_dump(meta["config"], sort_keys=False).encode()
     yield "samples.png", samples()
     metrics = run_of(model.checkpoint.path) / "metrics.jsonl"
     rows = record.read_rows(metrics) if metrics.exists() else []
@@ -143,16 +143,6 @@ def files(
         name = repository.rpartition("/")[2]
         yield "curves.png", charts.losses_png({name: rows}, model.flow.kind.unit)
     yield "README.md", page(model, repository, licence, curves=bool(rows)).encode()
-
-
-def without_folders(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the folders in which the data lie on this machine."""
-    data = dict(config["data"])
-    if "root" in data:
-        data["root"] = "data"
-    if isinstance(data.get("path"), str):
-        data["path"] = PurePath(data["path"]).name
-    return {**config, "data": data}
 
 
 def page(model: LoadedModel, repository: str, licence: str, curves: bool) -> str:

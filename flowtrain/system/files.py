@@ -5,11 +5,12 @@ are regular files. `tests/system/test_files.py` checks that no other module open
 import contextlib
 import errno
 import fcntl
+import glob
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,33 +24,60 @@ def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[P
     flushes the folder.
 
     The folder must exist. `also` are further names in that folder for the same bytes. They are
-    there before `path` is, so whoever finds `path` finds all.
+    there before `path` is, so whoever finds `path` finds all. A file that is replaced keeps its
+    permissions. A new one gets those of the umask.
 
     Raises:
         RunError: if that fails. A file of that name is then as before.
     """
-    temporary = None
-    try:
-        with _naming(path):
-            handle, temporary = tempfile.mkstemp(
-                dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
-            )
-            with os.fdopen(handle, "wb") as file:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.lockf(file, fcntl.LOCK_EX)  # for `remove_left_overs`
-                os.fchmod(file.fileno(), 0o644)
-                for piece in [data] if isinstance(data, bytes) else data:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-                for name in also:
-                    _link(Path(temporary), name)
-                Path(temporary).replace(path)
-                temporary = None
-            _flush(path.parent)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    replaced = None if path.is_symlink() or not path.is_file() else path.stat().st_mode & 0o777
+
+    def new(temporary: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        return os.open(temporary, flags, 0o666 if replaced is None else replaced)
+
+    with _naming(path), _temporary(path, new) as (temporary, handle):
+        if replaced is not None:
+            os.fchmod(handle, replaced)  # the umask may have taken some
+        with os.fdopen(handle, "wb", closefd=False) as file:
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
+            file.flush()
+            os.fsync(handle)
+        for name in also:
+            _link(temporary, name)
+        temporary.replace(path)
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A hidden name beside `path`, and what `new` makes and opens there. It is removed at the end
+    if it still has that name.
+
+    Those of earlier processes that died are removed first. A lock keeps others from doing so here.
+    """
+    remove_left_overs(path.parent, path.name[:40])
+    while True:
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+        handle = new(temporary)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not temporary.exists():  # removed by another process, before the lock
+                continue
+            yield temporary, handle
+            return
+        finally:
+            _remove(temporary)
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _link(source: Path, name: Path) -> None:
@@ -68,7 +96,7 @@ def _link(source: Path, name: Path) -> None:
 
 
 def _copy(source: Path, name: Path) -> None:
-    shutil.copyfile(source, name)
+    shutil.copy(source, name)
     handle = os.open(name, os.O_RDWR)
     try:
         os.fsync(handle)
@@ -104,15 +132,30 @@ def make_folder_of(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def remove_left_overs(folder: Path) -> None:
-    """Removes the temporary files of processes that died while they wrote.
+def remove_left_overs(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that died while they wrote have left: temporary files and folders, all
+    of them or those for the file of a `name`.
 
-    A living process holds a lock on the temporary file that it writes.
+    A living process holds a lock on what it writes.
     """
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError), path.open("rb+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    pattern = ".*.tmp" if name is None else f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            handle = _regular(os.fspath(path), os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits for others that are in this context for the same file, which has to exist."""
+    with open_regular(path) as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # Errors that mean that the path is wrong. Any other error of writing is the disk's.
@@ -269,17 +312,33 @@ def require_absent(names: Iterable[str], out: Path) -> None:
             )
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Makes one of many new files. It is not flushed to the disk by itself, since what a crash
-    leaves of thousands is of no use.
+def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Makes new files in a folder, which may exist, by their names: all of them or none.
 
-    Raises `RunError` where that fails, also where there is such a file.
+    They are written into a temporary folder, which is renamed, or from which they are moved into a
+    folder that exists. They are not flushed to the disk.
+
+    Raises `RunError` where that fails, and `UserError` as `require_absent` does.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written, the files before it were: {error.strerror or error}"
-        ) from error
+    there, names = out.is_dir(), []
+    with _naming(out):
+        home = out if there else out.parent
+        home.mkdir(parents=True, exist_ok=True)
+        with _temporary(home / out.name, _new_folder) as (temporary, _):
+            for name, data in files:
+                names.append(name)
+                with _naming(out / name):
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).write_bytes(data)
+            require_absent(names, out)
+            if not there:
+                temporary.rename(out)
+                return
+            for name in names:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).rename(out / name)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)

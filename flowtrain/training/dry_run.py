@@ -37,7 +37,7 @@ from flowtrain.training.step import (
 )
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # the memory of any batch size follows from two sizes, where possible these
+MEASURED_IMAGES = 8  # the memory of any batch size follows from a few, half of this or larger
 DOUBLED = 1.9  # memory that grows by this factor for twice the images has grown in proportion
 
 
@@ -83,10 +83,17 @@ class Growth:
     per_image: Tensor
 
     @classmethod
-    def between(cls, few: Sequence[int], many: Sequence[int], images: int) -> "Growth":
-        """From the moments with `images` images, and with twice as many."""
-        first, second = (torch.tensor(each, dtype=torch.float64) for each in (few, many))
-        return cls(2 * first - second, (second - first) / images)
+    def between(cls, sizes: Sequence[Sequence[int]], images: int) -> "Growth":
+        """From the moments with `images` images, with twice as many, and so on.
+
+        What is taken or given back at a moment grows as between those sizes where it grew least:
+        in proportion to the images, unless it is scratch memory, which kernels take in blocks.
+        """
+        moments = torch.tensor(sizes, dtype=torch.float64)
+        growth = moments.diff(dim=1, prepend=torch.zeros(len(moments), 1)).diff(dim=0)
+        growth /= images * 2 ** torch.arange(len(growth))[:, None]
+        per_image = growth.gather(0, growth.abs().argmin(0, keepdim=True))[0].cumsum(0)
+        return cls(moments[-1] - images * 2 ** len(growth) * per_image, per_image)
 
     def of(self, images: int) -> float:
         return float((self.constant + self.per_image * images).max())
@@ -217,26 +224,30 @@ def _changed(
 
 
 def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, free: int) -> Growth:
-    """What a step takes in this mode, from two batch sizes.
+    """What a step takes in this mode, from a few batch sizes.
 
-    Where each step has the same moments, any two sizes tell. Otherwise only the peaks are compared,
-    and the size doubles until the images outweigh the rest, such as copies of weights, in both, or
-    until no more fit.
+    Where each step has the same moments, any three sizes tell. Otherwise only the peaks are
+    compared, and the size doubles until the images outweigh the rest, such as copies of weights, in
+    two of them, or until no more fit.
     """
     size = math.ceil(min(MEASURED_IMAGES, batch_size) / 2)
-    few = _moments_of_a_step(state, mode, size, device)
-    if any(distributed.exchange(2 * max(few) > free)):  # twice as many might not fit
-        return Growth(torch.zeros(1), torch.tensor([max(few) / size]))
+    found = [_moments_of_a_step(state, mode, size, device)]
+    if any(distributed.exchange(2 * max(found[0]) > free)):  # twice as many might not fit
+        return Growth(torch.zeros(1), torch.tensor([max(found[0]) / size]))
     outweighed = False
     while True:
-        many = _moments_of_a_step(state, mode, 2 * size, device)
-        aligned = len(few) == len(many) > 1
-        known = aligned or outweighed or 2 * max(many) > free
-        if all(distributed.exchange(known)):  # all of them measure the same sizes
+        found = [*found[-2:], _moments_of_a_step(state, mode, 2 * size, device)]
+        few, many = (max(each) for each in found[-2:])
+        aligned = len({len(each) for each in found}) == 1 < len(found[0])
+        known = aligned and len(found) == 3 or outweighed
+        # all of them measure the same sizes
+        if any(distributed.exchange(2 * many > free)) or all(distributed.exchange(known)):
             break
-        outweighed = max(many) > DOUBLED * max(few)
-        size, few = 2 * size, many
-    return Growth.between(*((few, many) if aligned else ([max(few)], [max(many)])), size)
+        outweighed = many > DOUBLED * few
+        size *= 2
+    if aligned:
+        return Growth.between(found, 2 * size // 2 ** (len(found) - 1))
+    return Growth.between([[few], [many]], size)
 
 
 def _moments_of_a_step(state: State, mode: Mode, count: int, device: torch.device) -> list[int]:

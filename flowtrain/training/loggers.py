@@ -6,6 +6,7 @@ Each class imports its package when it is used, so that only what `train.logger`
 
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import re
@@ -79,7 +80,13 @@ class WandB:
 
     def __init__(self, folder: Path, config: Config, step: int):
         wandb = imported("wandb")
-        quiet = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE)
+        quiet = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=PATIENCE,
+            finish_timeout=PATIENCE,
+            finish_timeout_raises=True,  # else nothing tells that data are missing
+        )
         mode: str = wandb.setup(quiet).settings.mode
         chosen = "WANDB_MODE" in os.environ or mode != "online"
         if not chosen and not wandb.login(prompt=False, verify=False):
@@ -97,7 +104,7 @@ class WandB:
         try:
             self._run = start(mode=mode)
         except wandb.Error as error:
-            end_service(wandb)  # it takes an identity once, and would wait again at the exit
+            ended(wandb.teardown)  # it takes an identity once, and would wait again at the exit
             if chosen:
                 raise UserError(
                     f"train.logger: wandb: {short(error)}; WANDB_MODE=offline needs no network"
@@ -106,7 +113,7 @@ class WandB:
             mode = "offline"
             wandb.setup(quiet)
             self._run = start(mode=mode)
-        self._image = wandb.Image
+        self._image, self._teardown = wandb.Image, wandb.teardown
         if mode == "online":
             console.print(f"wandb: {self._run.url}")
         elif mode == "offline":
@@ -123,19 +130,33 @@ class WandB:
         pass  # a process of its own writes, which lives on
 
     def close(self) -> None:
-        self._run.finish()
+        """Leaves to the user what the server does not take in time. All of it is in files."""
+        if not ended(self._run.finish):
+            ended(self._teardown)
+            place = shlex.quote(self._run.settings.sync_dir)
+            console.print(f"wandb: not all was sent; this sends it: wandb sync {place}")
 
 
-def end_service(wandb: Any) -> None:
-    """Ends the service process of Weights & Biases, by force if it still waits for its server."""
-    ending = threading.Thread(target=wandb.teardown, daemon=True)
+def ended(end: Callable[[], object]) -> bool:
+    """Whether a call that ends a run or the service of Weights & Biases worked in time. A service
+    that never ends is killed.
+    """
+    worked = []
+
+    def call() -> None:
+        with contextlib.suppress(Exception, SystemExit):  # of a service that is gone
+            end()
+            worked.append(True)
+
+    ending = threading.Thread(target=call, daemon=True)
     ending.start()
-    ending.join(PATIENCE)
+    ending.join(1.5 * PATIENCE)  # a service that works gives up after `PATIENCE`, and saves all
     if ending.is_alive():
         for child in psutil.Process().children():
             if child.name() == "wandb-core":
                 child.kill()
         ending.join(PATIENCE)
+    return bool(worked)
 
 
 class Trackio:
@@ -203,15 +224,22 @@ def imported(name: str, folder: Path | None = None) -> Any:
 
 
 def identity(folder: Path) -> str:
-    """What tells this run from all others of its name: eight digits, kept in the run directory."""
+    """What tells this run from all others of its name: eight digits, kept in the run directory.
+
+    Beside them are the directory's inode and a hash of its path. A copy has neither, and gets
+    digits of its own.
+    """
     path = folder / "logged-as"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        known = read_regular(path, 100).decode()
-        if re.fullmatch("[0-9a-f]{8}", known):
-            return known
-    new = secrets.token_hex(4)
-    write_atomically(path, new.encode())
-    return new
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    here = [str(folder.stat().st_ino), place]
+    known, there = "", []
+    with contextlib.suppress(OSError, ValueError):
+        known, *there = read_regular(path, 100).decode().split()
+    is_copy = there and set(there).isdisjoint(here)  # an earlier version wrote the digits alone
+    if is_copy or not re.fullmatch("[0-9a-f]{8}", known):
+        known = secrets.token_hex(4)
+    write_atomically(path, " ".join([known, *here]).encode())
+    return known
 
 
 def _channels_last(picture: Tensor) -> Any:

@@ -14,7 +14,7 @@ from flowtrain.data.splits import DataSet, Split, fingerprint_of
 from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
-from flowtrain.system.console import ProgressBar, console
+from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
 from flowtrain.training import loggers
 from flowtrain.training.facts import Facts, Known
 from flowtrain.training.optim import copies_of_weights, learning_rate
@@ -49,7 +49,8 @@ def fit(
     resume: str = "auto",
     init_from: str | None = None,
 ) -> None:
-    """Trains to the end, or until a signal. Either way everything is saved in `run`.
+    """Trains to the end, or until a signal. Either way everything is saved in `run`, also where
+    nobody reads the output any more.
 
     Raises:
         Interrupted: after a signal.
@@ -57,6 +58,7 @@ def fit(
         RunError: after too many steps that were not finite, after a last validation that was not
             finite, or if the run directory cannot be written.
     """
+    outlive_the_terminal()
     loggers.require(config.train.logger, run.path)
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))

@@ -115,6 +115,13 @@ class RunDirectory:
             raise kind(
                 f"--run-dir {self.path}: cannot be used: {error.strerror or error}"
             ) from error
+        for folder in (self.checkpoints, self.samples):
+            if folder.is_symlink():
+                # In a stranger's run it may lead to any folder of the user.
+                raise UserError(
+                    f"--run-dir {self.path}: {folder} is a link, and files are replaced and "
+                    f"removed there; let the run directory itself be the link"
+                )
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

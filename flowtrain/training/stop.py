@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from types import FrameType
 
 from flowtrain.system import distributed
-from flowtrain.system.console import outlive_the_terminal
 from flowtrain.training.state import State
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,8 +26,6 @@ class Stop:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         first = not self.asked
         self.asked = signum
-        if signum == signal.SIGHUP:
-            outlive_the_terminal()
         if distributed.world() == 1:  # there is nobody to agree with
             self.signum = signum
         # torchrun forwards its signals to every process, and Ctrl-C reaches them anyway. So only

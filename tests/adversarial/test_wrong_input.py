@@ -596,8 +596,6 @@ TABLE = [
     ("sample run --guidance 1", "--guidance 1: the model is not class-conditional"),
     ("sample classes --guidance 0", "--guidance 0: each class has its own prior", "do not see"),
     ("sample points --guidance 1", "--guidance 1: the model is not class-conditional"),
-    ("sample run --guidance-grows", "--guidance-grows", "Give --guidance W too"),
-    ("sample run --guidance 1 --guidance-grows", "--guidance 1: the model is not class-cond"),
     ("sample run --denoise", "--denoise: the model was not trained with Gaussian noise"),
     ("sample points --denoise", "--denoise: the model was not trained", "dequantization.name"),
     # --- explore

@@ -32,9 +32,9 @@ class OfVectors(nn.Module):
         return self.last(torch.tanh(self.first(x) + self.outside(context)))
 
 
-def contexts(count, weight, *shape, grows=False):
+def contexts(count, weight, *shape):
     given, without = torch.randn(2, count, *(shape or (3,)), generator=seeded(7)).double()
-    return Guided(given, without, weight, grows)
+    return Guided(given, without, weight)
 
 
 LAYERS = {
@@ -119,33 +119,6 @@ def test_an_example_is_guided_by_its_own_contexts(layer):
     guided = contexts(6, 2.0, *of_context)
     alone = Guided(guided.given[2:3], guided.without[2:3], 2.0)
     torch.testing.assert_close(made.inverse(x[2:3], alone)[0], made.inverse(x, guided)[0][2:3])
-
-
-def test_a_growing_weight_is_that_of_each_token_in_order():
-    made = perturb(LAYERS["tokens"][0](), 0.4).double()
-    z = torch.randn(6, 2, 2, 3, generator=seeded()).double()
-    x, log_det = made.inverse(z, contexts(6, 2.0, grows=True))
-    # Token t depends on its own weight alone, once the tokens before it are what they are.
-    for token in range(6):
-        of_token = contexts(6, 2.0 * token / 5)
-        expected = made(x, of_token)[0].flatten(2)[:, :, token]
-        torch.testing.assert_close(z.flatten(2)[:, :, token], expected)
-    guided = contexts(6, 2.0, grows=True)
-    torch.testing.assert_close(made(x, guided), (z, -log_det))
-    by_iteration = made.inverse_by_iteration(z, guided, lambda share: None)
-    torch.testing.assert_close(by_iteration, (x, log_det))
-    assert (x - made.inverse(z, contexts(6, 2.0))[0]).abs().max() > 0.01
-
-
-def test_a_weight_that_grows_needs_an_order_of_tokens(layer):
-    made, x, of_context = layer
-    guided = contexts(6, 2.0, *of_context, grows=True)
-    for call in (made, made.inverse, lambda *args: made.inverse_by_iteration(*args, print)):
-        if made.guided_by_token:
-            call(x, guided)
-        else:
-            with pytest.raises(TypeError, match="the layer has none in an order"):
-                call(x, guided)
 
 
 def test_guidance_has_no_part_in_training():

@@ -27,9 +27,11 @@ IMAGES += [{"name": "glow", "permutation": "shuffle", "split": "mixed", "couplin
         (SPHERE, (3, 1, 1), None, {}),
     ],
 )
-def test_the_sizes_are_those_of_the_flow(model, shape, levels, noise):
+def test_the_sizes_are_those_of_the_flow(model, shape, levels, noise, monkeypatch):
     config = a_config({**model, "classes": 3}, dequantization=noise)
     found = []
+    assert build_flow(config, shape, levels, check=found.append) is found.pop()
+    monkeypatch.setattr(build, "SMALL", 0)
     flow = build_flow(config, shape, levels, check=found.append)
     assert {tensor.device.type for tensor in found[0].state_dict().values()} == {"meta"}
     here, there = (
@@ -75,6 +77,7 @@ def test_a_model_that_its_file_does_not_hold_gets_no_memory(tmp_path, monkeypatc
     tensors = {f"model.{name}": tensor for name, tensor in flow.state_dict().items()}
     checkpoint_format.write(tmp_path / "a.safetensors", meta, tensors)
     built = []
+    monkeypatch.setattr(build, "SMALL", 0)
     real = build._build
     monkeypatch.setattr(build, "_build", lambda *args: built.append(flow := real(*args)) or flow)
     with pytest.raises(UserError, match="does not fit this model: .* there and .* here"):

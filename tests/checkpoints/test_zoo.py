@@ -3,6 +3,7 @@
 import hashlib
 import json
 import runpy
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,25 @@ def test_a_file_of_the_same_name_goes_first(tmp_path, monkeypatch):
         find("glow_digits")
     with pytest.raises(UserError, match="no such checkpoint.*did you mean glow_digits"):
         find("glow_digit")
+
+
+def test_a_damaged_file_and_a_damaged_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo").mkdir()
+    for source in (zoo.checkpoint_of("two_moons"), zoo.FOLDER / "two_moons.yaml"):
+        shutil.copy(source, tmp_path / "zoo" / source.name)
+    monkeypatch.setattr(zoo, "FOLDER", tmp_path / "zoo")
+    file, card = zoo.checkpoint_of("two_moons"), tmp_path / "zoo" / "two_moons.yaml"
+    assert find("two_moons") == file
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(
+        UserError, match="two_moons.safetensors: its SHA-256 is not that of its card"
+    ):
+        find("two_moons")
+    for text, said in (("title: a", "command: Field required"), ("a: [", "cannot be read as YAML")):
+        card.write_text(text)
+        with pytest.raises(UserError, match=f"two_moons.yaml: {said}"):
+            zoo.card_of("two_moons")
 
 
 def test_half_precision_is_for_models_alone(tmp_path):

@@ -137,30 +137,26 @@ def assert_same_weights(one, other):
 
 
 def test_two_processes_see_the_same_noise_and_drop_the_same_labels(tmp_path):
-    short = sets(train__num_steps=4, train__log_every=1, train__sample_every=99)
-    quick("train", *NOISY, *short, "--run-dir", "1", cwd=tmp_path).ok()
-    halves = sets(train__batch_size=16)
-    begun = begin(2, "train", *NOISY, *short, *halves, "--run-dir", "2", cwd=tmp_path)
+    words = ["train", *NOISY, *sets(train__num_steps=4, train__log_every=1, train__sample_every=99)]
+    double = {"cwd": tmp_path, "first": "import torch; torch.set_default_dtype(torch.float64)"}
+    quick(*words, "--run-dir", "1", **double).ok()
+    begun = begin(2, *words, *sets(train__batch_size=16), "--run-dir", "2", **double)
     assert all(each.result().ok() for each in begun)
     one, two = ([row["nats_per_dim"] for row in metrics(tmp_path / name)] for name in "12")
-    assert one == pytest.approx(two, abs=2e-4)
+    assert one == pytest.approx(two, abs=1e-9)
 
 
 def test_guidance_0_is_the_model_given_the_class(noisy, tmp_path):
     run, images = noisy[1], {}
-    given = {"no": [], "0": ["--guidance", 0], "2": ["--guidance", 2]}
-    given["grown"] = [*given["2"], "--guidance-grows"]
+    # The classes are hardly learned: only a large weight moves most pixels by a level or more.
+    given = {"no": [], "0": ["--guidance", 0], "1000": ["--guidance", 1000]}
     for name, options in given.items():
         options = [*options, "--classes", "3,7", "--num-images", 4, "--out", f"{name}.npz"]
         said = quick("sample", run, *options, cwd=tmp_path).ok().out
-        guided = "guidance 2: what the networks predict for a class, plus 2" in said
-        assert guided == (name in ("2", "grown"))
-        grown = "the weight grows with the tokens of each layer, from 0 to 2" in said
-        assert grown == (name == "grown")
+        guided = "guidance 1000: what the networks predict for a class, plus 1000" in said
+        assert guided == (name == "1000")
         images[name] = np.load(tmp_path / f"{name}.npz")
-    assert images["2"]["guidance"] == 2 and "guidance" not in images["no"]
+    assert images["1000"]["guidance"] == 1000 and "guidance" not in images["no"]
     assert np.array_equal(images["no"]["images"], images["0"]["images"])
-    assert not np.array_equal(images["no"]["images"], images["2"]["images"])
-    assert images["grown"]["guidance_grows"] and "guidance_grows" not in images["2"]
-    assert not np.array_equal(images["grown"]["images"], images["2"]["images"])
-    assert images["2"]["classes"].tolist() == [3] * 4 + [7] * 4
+    assert not np.array_equal(images["no"]["images"], images["1000"]["images"])
+    assert images["1000"]["classes"].tolist() == [3] * 4 + [7] * 4

@@ -2,16 +2,14 @@
 
 import dataclasses
 import inspect
-import pkgutil
 import subprocess
 import sys
 
 import pytest
 from catalogue import POINTS
-from dataset_helpers import module
 from helpers import REPOSITORY
 
-import flowtrain.datasets
+from flowtrain.config import Data, component, component_names
 
 DOWNLOADED = {  # name: shape, flip
     "mnist": ((1, 28, 28), False),
@@ -20,18 +18,16 @@ DOWNLOADED = {  # name: shape, flip
     "cifar100": ((3, 32, 32), True),
     "svhn": ((3, 32, 32), False),
 }
-HELPERS = {"base", "cache", "imagenet", "mapped", "torchvision_source", "points"}
 OTHERS = {"digits", "folder", "hub", "imagenet32", "imagenet64", "npz", "sphere"}
 
 
 def test_every_data_set_is_tested():
-    found = {info.name for info in pkgutil.iter_modules(flowtrain.datasets.__path__)}
-    assert found == set(DOWNLOADED) | {*OTHERS, *POINTS, *HELPERS}
+    assert set(component_names(Data)) == {*DOWNLOADED, *OTHERS, *POINTS}
 
 
 @pytest.mark.parametrize("name", [*DOWNLOADED, *sorted(OTHERS)])
 def test_signature_is_a_schema(name):
-    parameters = inspect.signature(module(name).build).parameters
+    parameters = inspect.signature(component(Data, name).build).parameters
     assert list(parameters)[:3] == ["root", "split", "seed"]
     options = list(parameters.values())[3:]
     assert all(o.kind == o.KEYWORD_ONLY and o.annotation is not o.empty for o in options)
@@ -40,7 +36,7 @@ def test_signature_is_a_schema(name):
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_described_before_anything_is_read(name, tmp_path):
     for split in ("train", "test"):
-        images = module(name).build(tmp_path / "none", split)
+        images = component(Data, name).build(tmp_path / "none", split)
         assert (images.shape, images.flip) == DOWNLOADED[name]
         assert images.levels == 256 and images.key is None
     assert not (tmp_path / "none").exists()

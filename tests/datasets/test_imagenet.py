@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import check, corrupt, cut, module, noise
+from dataset_helpers import build, check, corrupt, cut, noise
 from helpers import a_config
 from PIL import Image
 from typer.testing import CliRunner
@@ -98,8 +98,8 @@ def facts(path):
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def build(home, split, version):
-    return module("imagenet32").build(home.parent, split, version=version)
+def in_32(home, split, version):
+    return build("imagenet32", home.parent, split, version=version)
 
 
 def unpack(home):
@@ -119,7 +119,7 @@ def test_both_versions_in_both_forms(home, monkeypatch, version, form):
         for path in home.glob("*/*.npz"):
             path.rename(home / path.name)
     for split, count in COUNTS.items():
-        images = build(home, split, version)
+        images = in_32(home, split, version)
         assert not images.at_hand()
         pixels = check(images, count)
         assert np.array_equal(pixels, WANTED[split]) and isinstance(pixels, np.memmap)
@@ -133,51 +133,51 @@ def test_both_versions_in_both_forms(home, monkeypatch, version, form):
 
 @pytest.mark.parametrize("version", ["oord2016", "chrabaszcz2017"])
 def test_it_is_decoded_once(home, monkeypatch, version):
-    first = build(home, "train", version).read()
+    first = in_32(home, "train", version).read()
     monkeypatch.setattr(cache, "filled", lambda *args: pytest.fail("decoded again"))
-    images = build(home, "train", version)
+    images = in_32(home, "train", version)
     assert np.array_equal(images.read(), first)
 
 
 @pytest.mark.parametrize("damage", [corrupt, cut, Path.unlink])
 def test_damaged_labels_in_the_cache(home, damage):
-    build(home, "train", "chrabaszcz2017").read()
+    in_32(home, "train", "chrabaszcz2017").read()
     [labels] = cache.place().rglob("labels")
     damage(labels)
-    assert np.array_equal(build(home, "train", "chrabaszcz2017").labels(), LABELS["train"] - 1)
+    assert np.array_equal(in_32(home, "train", "chrabaszcz2017").labels(), LABELS["train"] - 1)
 
 
 def test_an_archive_that_is_not_the_official_one(home):
     path = home / "train_32x32.tar"
     corrupt(path)
     with pytest.raises(UserError, match="train_32x32.tar is not the official file .*SHA-256"):
-        build(home, "train", "oord2016").read()
+        in_32(home, "train", "oord2016").read()
     cut(path)
     with pytest.raises(UserError, match=r"train_32x32.tar has \d+ bytes, not \d+: download"):
-        build(home, "train", "oord2016").read()
+        in_32(home, "train", "oord2016").read()
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match=r"train_32x32.tar cannot be read \(.*not a regular file"):
-        build(home, "train", "oord2016").read()
+        in_32(home, "train", "oord2016").read()
 
 
 def test_missing_files_are_named(home):
     for path in home.iterdir():
         path.unlink()
     with pytest.raises(UserError) as raised:
-        build(home, "train", "oord2016").read()
+        in_32(home, "train", "oord2016").read()
     said = str(raised.value)
     assert "\n" not in said and said.startswith("data.root: imagenet32 of data.version oord2016")
     assert f"is not in {home}: put train_32x32.tar there" in said and "image-net.org" in said
     with pytest.raises(UserError, match=r"Imagenet32_val_npz.zip .*, or val_data.npz \(unpacked\)"):
-        build(home, "test", "chrabaszcz2017").read()
+        in_32(home, "test", "chrabaszcz2017").read()
 
 
 def test_the_files_of_the_other_version_are_pointed_out(home):
     for path in home.glob("*.tar"):
         path.unlink()
     with pytest.raises(UserError, match="The files of data.version chrabaszcz2017 are there"):
-        build(home, "train", "oord2016").read()
+        in_32(home, "train", "oord2016").read()
 
 
 class Evil:
@@ -192,10 +192,10 @@ def test_a_pickle_is_never_loaded(home, monkeypatch):
     (home / "Imagenet32_train").mkdir()
     (home / "Imagenet32_train" / "train_data_batch_1").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match="pickles there are never loaded.*: take npz files"):
-        build(home, "train", "chrabaszcz2017").read()
+        in_32(home, "train", "chrabaszcz2017").read()
     np.savez(home / "train_data_batch_1.npz", data=np.array([Evil()]), labels=np.array([Evil()]))
     with pytest.raises(UserError, match="train_data_batch_1.npz cannot be read .*Object arrays"):
-        build(home, "train", "chrabaszcz2017").read()
+        in_32(home, "train", "chrabaszcz2017").read()
     assert not (home / "executed").exists()
 
 
@@ -216,7 +216,7 @@ def test_unpacked_arrays_that_are_not_right(home, change, message):
     unpack(home)
     change(home / "Imagenet32_val_npz" / "val_data.npz")
     with pytest.raises(UserError, match=message) as raised:
-        build(home, "test", "chrabaszcz2017").read()
+        in_32(home, "test", "chrabaszcz2017").read()
     assert str(raised.value).startswith("data.root: ")
     assert not list(cache.place().rglob("index.json"))
 
@@ -233,7 +233,7 @@ def test_unpacked_pictures_that_are_not_right(home, change, message):
     unpack(home)
     change(home / "valid_32x32" / "00003.png")
     with pytest.raises(UserError, match=message):
-        build(home, "test", "oord2016").read()
+        in_32(home, "test", "oord2016").read()
     assert not list(cache.place().rglob("index.json"))
 
 
@@ -244,7 +244,7 @@ def test_what_is_known_before_anything_is_read(tmp_path):
             "oord2016": (1_281_149, 49_999),
             "chrabaszcz2017": (1_281_167, 50_000),
         }.items():
-            images = module(f"imagenet{side}").build(tmp_path / "none", "test", version=version)
+            images = build(f"imagenet{side}", tmp_path / "none", "test", version=version)
             assert images.shape == (3, side, side) and images.levels == 256
             assert not images.at_hand() and f"{side}x{side}" in images.edition
             edition = imagenet.EDITIONS[side, version]

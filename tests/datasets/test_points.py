@@ -1,6 +1,5 @@
 """Points: data sets, the likelihood in nats, densities that integrate to 1, commands."""
 
-import importlib
 import inspect
 import json
 import math
@@ -15,6 +14,7 @@ from PIL import Image
 
 from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import Data, component
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import summarize
@@ -27,7 +27,7 @@ OF_VECTORS = {name: options for name, options in TINY.items() if name not in OF_
 
 
 def build(name, split="train", **options):
-    return importlib.import_module(f"flowtrain.datasets.{name}").build("", split, **options)
+    return component(Data, name).build("", split, **options)
 
 
 def points(name, split="train", **options):
@@ -58,14 +58,7 @@ def test_any_number_of_points_by_seed(name):
     test = build(name, "test", count=300, test_count=200).read()
     assert len(test) == 200 and not np.isin(test, pixels).any()
     assert not np.isin(build(name, seed=1, count=300).read(), pixels).any()
-    assert (
-        list(
-            inspect.signature(
-                importlib.import_module(f"flowtrain.datasets.{name}").build
-            ).parameters
-        )[2]
-        == "seed"
-    )
+    assert list(inspect.signature(component(Data, name).build).parameters)[2] == "seed"
 
 
 def test_two_moons():

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_helpers import check, corrupt, cut, module, noise
+from dataset_helpers import build, check, corrupt, cut, noise
 from helpers import SHARED, shared
 
-from flowtrain.datasets import mnist, torchvision_source
+from flowtrain.datasets import torchvision_source
+from flowtrain.datasets.torchvision_source import mnist
 from flowtrain.errors import RunError, UserError
 
 
@@ -94,11 +95,11 @@ def test_mnist_is_downloaded_once(tiny_mnist, tmp_path, closed, caplog, capsys):
     caplog.set_level(logging.INFO, "flowtrain")
     with served(site) as (address, asked):
         set_mirrors([closed, address])  # the first mirror is down
-        assert np.array_equal(check(mnist.build(root, "train"), 6), wanted["train"])
+        assert np.array_equal(check(mnist(root, "train"), 6), wanted["train"])
         assert asked
         assert str(root) in caplog.text and address in caplog.text
         asked.clear()
-        assert np.array_equal(check(mnist.build(root, "test"), 4), wanted["test"])
+        assert np.array_equal(check(mnist(root, "test"), 4), wanted["test"])
         assert not asked, "the files were there"
     assert socket.getdefaulttimeout() is None
     assert "%" not in capsys.readouterr().err  # no progress bar in a log
@@ -114,7 +115,7 @@ def test_progress_bar_on_a_terminal(tiny_mnist, tmp_path, monkeypatch):
     site, _, set_mirrors = tiny_mnist
     with served(site) as (address, _):
         set_mirrors([address])
-        mnist.build(tmp_path / "data", "train").read()
+        mnist(tmp_path / "data", "train").read()
     assert "100" in screen.getvalue()
 
 
@@ -122,7 +123,7 @@ def test_files_placed_by_hand_are_enough(tiny_mnist, tmp_path, closed):
     site, wanted, set_mirrors = tiny_mnist
     set_mirrors([closed])
     with pytest.raises(UserError) as raised:
-        mnist.build(tmp_path / "data", "train").read()
+        mnist(tmp_path / "data", "train").read()
     message = str(raised.value)
     place = tmp_path / "data" / "MNIST" / "raw"
     assert str(place) in message and closed in message and "data.root" in message
@@ -131,7 +132,7 @@ def test_files_placed_by_hand_are_enough(tiny_mnist, tmp_path, closed):
     assert "Connection refused" in message and "\n" not in message
     for name in names:  # do as the message says
         shutil.copy(site / name, place)
-    assert np.array_equal(check(mnist.build(tmp_path / "data", "train"), 6), wanted["train"])
+    assert np.array_equal(check(mnist(tmp_path / "data", "train"), 6), wanted["train"])
 
 
 @pytest.mark.parametrize("damage", [corrupt, cut])
@@ -141,7 +142,7 @@ def test_damaged_download(tiny_mnist, tmp_path, damage):
     with served(site) as (address, _):
         set_mirrors([address])
         with pytest.raises(UserError, match=r"could not be downloaded .*corrupted.*by hand"):
-            mnist.build(tmp_path / "data", "train").read()
+            mnist(tmp_path / "data", "train").read()
 
 
 def test_download_that_is_no_gzip(tiny_mnist, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_download_that_is_no_gzip(tiny_mnist, tmp_path, monkeypatch):
     with served(site) as (address, _):
         set_mirrors([address])
         with pytest.raises(UserError, match=r"could not be downloaded \(Not a gzipped file"):
-            mnist.build(tmp_path / "data", "train").read()
+            mnist(tmp_path / "data", "train").read()
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
@@ -166,11 +167,11 @@ def test_damaged_raw_file(tiny_mnist, tmp_path, closed, damage, name):
     site, wanted, set_mirrors = tiny_mnist
     with served(site) as (address, _):
         set_mirrors([address])
-        mnist.build(tmp_path, "train").read()
+        mnist(tmp_path, "train").read()
     set_mirrors([closed])
     damage(tmp_path / "MNIST" / "raw" / name)
     with pytest.raises(UserError, match=rf"damaged \({name} has \d+ bytes, not \d+\)") as raised:
-        mnist.build(tmp_path, "train").read()
+        mnist(tmp_path, "train").read()
     assert str(tmp_path / "MNIST" / "raw") in str(raised.value)
 
 
@@ -178,11 +179,11 @@ def test_damaged_raw_header(tiny_mnist, tmp_path, closed):
     site, _, set_mirrors = tiny_mnist
     with served(site) as (address, _):
         set_mirrors([address])
-        mnist.build(tmp_path, "train").read()
+        mnist(tmp_path, "train").read()
     raw = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     raw.write_bytes(b"\xff" * 16 + raw.read_bytes()[16:])
     with pytest.raises(UserError, match="damaged"):
-        mnist.build(tmp_path, "train").read()
+        mnist(tmp_path, "train").read()
 
 
 def test_wrong_number_of_images(tiny_mnist, tmp_path, monkeypatch):
@@ -191,7 +192,7 @@ def test_wrong_number_of_images(tiny_mnist, tmp_path, monkeypatch):
     with served(site) as (address, _):
         set_mirrors([address])
         with pytest.raises(UserError, match=r"\(6, 1, 28, 28\), not \(60000, 1, 28, 28\)"):
-            mnist.build(tmp_path, "train").read()
+            mnist(tmp_path, "train").read()
 
 
 def test_full_disk_is_not_the_users_mistake(tmp_path):
@@ -212,7 +213,7 @@ def test_a_stalled_server_is_given_up(tiny_mnist, tmp_path, monkeypatch):
         silent.listen()
         set_mirrors([f"http://127.0.0.1:{silent.getsockname()[1]}/"])
         with pytest.raises(UserError, match=r"could not be downloaded .*timed out"):
-            mnist.build(tmp_path, "train").read()
+            mnist(tmp_path, "train").read()
 
 
 def closed_urls(monkeypatch, closed):
@@ -241,7 +242,7 @@ def test_offline(name, place, file, tmp_path, monkeypatch, closed):
     closed_urls(monkeypatch, closed)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
-        module(name).build(Path("data"), "test").read()
+        build(name, Path("data"), "test").read()
     message = str(raised.value)
     assert f"put {file}" in message or f" {file}" in message
     assert f"into {tmp_path / 'data' / place} " in message and f"Tried {closed}" in message
@@ -276,19 +277,19 @@ def test_cifar10_from_its_archive(tmp_path, monkeypatch):
     root = tmp_path / "root"
     with served(site) as (address, _):
         monkeypatch.setattr(datasets.CIFAR10, "url", address + "cifar-10-python.tar.gz")
-        pixels = check(module("cifar10").build(root, "train"), 3)
+        pixels = check(build("cifar10", root, "train"), 3)
     assert np.array_equal(pixels, wanted[:3])
-    assert np.array_equal(check(module("cifar10").build(root, "test"), 2), wanted[3:])
+    assert np.array_equal(check(build("cifar10", root, "test"), 2), wanted[3:])
     for name in ("cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"):
         (root / name).rename(root / "aside")
         os.mkfifo(root / name)
         with pytest.raises(UserError, match="not a regular file"):
-            module("cifar10").build(root, "train").read()
+            build("cifar10", root, "train").read()
         (root / "aside").rename(root / name)
     corrupt(root / "cifar-10-batches-py" / "data_batch_1")
     (root / "cifar-10-python.tar.gz").unlink()
     with pytest.raises(UserError, match=r"are damaged .*Delete cifar-10-batches-py there"):
-        module("cifar10").build(root, "train").read()
+        build("cifar10", root, "train").read()
 
 
 def test_svhn_from_its_file(tmp_path, monkeypatch):
@@ -300,13 +301,13 @@ def test_svhn_from_its_file(tmp_path, monkeypatch):
     savemat(tmp_path / "test_32x32.mat", {"X": wanted.transpose(2, 3, 1, 0), "y": labels})
     entry = ["http://127.0.0.1:1/", "test_32x32.mat", md5(tmp_path / "test_32x32.mat")]
     monkeypatch.setattr(datasets.SVHN, "split_list", {"test": entry})
-    monkeypatch.setattr(module("svhn"), "COUNTS", {"test": 3})
-    assert np.array_equal(check(module("svhn").build(tmp_path, "test"), 3), wanted)
+    monkeypatch.setattr(torchvision_source, "SVHN_COUNTS", {"test": 3})
+    assert np.array_equal(check(build("svhn", tmp_path, "test"), 3), wanted)
 
 
 @shared
 def test_real_mnist_is_read_where_it_cannot_be_written():
-    pixels = check(mnist.build(SHARED, "test"), 10000)
+    pixels = check(mnist(SHARED, "test"), 10000)
     assert 32 < pixels.mean() < 35
     from torchvision.datasets import MNIST
 
@@ -322,4 +323,4 @@ def test_truncated_real_mnist(tmp_path):
     (raw / "t10k-images-idx3-ubyte").unlink()
     (raw / "t10k-images-idx3-ubyte").write_bytes(bytes(1000))
     with pytest.raises(UserError, match="1000 bytes, not 7840016"):
-        mnist.build(tmp_path, "test").read()
+        mnist(tmp_path, "test").read()

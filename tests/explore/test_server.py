@@ -1,21 +1,29 @@
 """The server of the explorer: what the page asks for, and hostile requests over a real socket."""
 
+import asyncio
+import contextlib
 import io
 import json
+import socket
 import struct
+import threading
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from explore_helpers import MEMORY, Running, a_session
+from explore_helpers import MEMORY, TOKEN, Running, a_session, until
 from PIL import Image
+from starlette.requests import Request
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.load import load_model
+from flowtrain.cli.explore import explore
 from flowtrain.data.splits import DataSet
+from flowtrain.explore import guard
 from flowtrain.explore import server as serving
 from flowtrain.explore.session import Session
+from flowtrain.explore.worker import Superseded
 
 pytestmark = pytest.mark.run
 
@@ -41,6 +49,14 @@ def bomb(width, height):
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     )
+
+
+def head(running, topic, size):
+    """The head of a request as the page sends it."""
+    return (
+        f"POST /api/{topic} HTTP/1.1\r\nHost: {running.host}\r\nOrigin: http://{running.host}\r\n"
+        f"Cookie: {running.cookie}\r\nContent-Length: {size}\r\n\r\n"
+    ).encode()
 
 
 # --- what the page asks for -----------------------------------------------------------------------
@@ -113,24 +129,19 @@ def test_an_image_that_is_dropped_in(running):
 # --- who may ask ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", None, "{host}@x"],
-)
-def test_another_host_is_refused(host, running):
-    """So a page whose name was made to mean this machine cannot ask (DNS rebinding)."""
-    host = host and host.format(port=running.port, host=running.host)
-    headers = {"Host": host, "Origin": None if host is None else f"http://{host}"}
-    for method, path, body in (("GET", "/", None), ("POST", "/api/show", b"{}")):
-        status, _, answer = running.request(method, path, body, headers)
-        assert status in (400, 421) and b"title" not in answer
-
-
-def test_localhost_is_this_host(running):
-    name = f"localhost:{running.port}"
-    assert running.get("/", {"Host": name})[0] == 200
-    headers = {"Host": name, "Origin": f"http://{name}"}
-    assert running.post("show", {"place": PLACE}, headers)[0] == 200
+def test_another_name_needs_the_token_of_its_own(running):
+    """A page whose name was made to mean this machine has no cookie (DNS rebinding). A tunnel has
+    another port, and its cookie is set by the address with the token.
+    """
+    for name in ("evil.example", f"localhost:{running.port}", "localhost:1"):
+        own = {"Host": name, "Origin": f"http://{name}", "Cookie": None}
+        assert running.get("/", own)[0] == running.post("show", {}, own)[0] == 401
+        _, answer, _ = running.get(f"/?token={TOKEN}", own)
+        own["Cookie"] = answer["set-cookie"].split(";")[0]
+        assert running.get("/", own)[0] == 200
+        assert running.post("show", {"place": PLACE}, own)[0] == 200
+    for host in (None, f"{running.host}@x"):
+        assert running.get("/", {"Host": host})[0] in (400, 401)
 
 
 @pytest.mark.parametrize(
@@ -162,33 +173,53 @@ def test_other_pages_may_not_load_parts(running):
     assert status == 403 and "access-control-allow-origin" not in headers
 
 
-def test_others_need_the_token():
-    """Where the server listens for other machines."""
-    running = Running(a_session(), token="a-secret", hosts=None)
-    try:
-        for path in (
-            "/",
-            "/api/model",
-            "/main.js",
-            "/?token=",
-            "/?token=wrong",
-            "/?token=A-secret",
-        ):
-            status, headers, body = running.get(path)
-            assert status == 401 and b"token" in body and "set-cookie" not in headers
-        for cookie in ("flowtrain=wrong", "flowtrain", "=;=", 'flowtrain="', "\xff=\xff"):
-            assert running.get("/", {"Cookie": cookie})[0] == 401
-        assert running.post("show", {"place": PLACE})[0] == 401
-        status, headers, _ = running.get("/?token=a-secret")
-        assert (status, headers["location"]) == (303, "/")
-        assert "HttpOnly" in headers["set-cookie"] and "SameSite=lax" in headers["set-cookie"]
-        cookie = {"Cookie": headers["set-cookie"].split(";")[0]}
-        assert running.get("/", cookie)[0] == 200
-        assert running.post("show", {"place": PLACE}, cookie)[0] == 200
-        evil = {**cookie, "Origin": "http://evil.example"}
-        assert running.post("show", {"place": PLACE}, evil)[0] == 403
-    finally:
-        running.end()
+def test_nobody_may_ask_without_the_token(running):
+    without = {"Cookie": None}
+    for path in ("/", "/api/model", "/main.js", "/?token=", "/?token=wrong", "/?token=A-secret"):
+        status, headers, body = running.get(path, without)
+        assert status == 401 and b"token" in body and "set-cookie" not in headers
+    name = guard.cookie_of(running.host)
+    for cookie in (f"{name}=wrong", name, "=;=", f'{name}="', "\xff=\xff"):
+        assert running.get("/", {"Cookie": cookie})[0] == 401
+    assert running.post("show", {"place": PLACE}, without)[0] == 401
+    status, headers, _ = running.get(f"/?token={TOKEN}", without)
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"] and "SameSite=lax" in headers["set-cookie"]
+
+
+def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, capsys):
+    sessions, tokens = [], []
+
+    def session(*args):
+        sessions.append(Session(*args))
+        return sessions[0]
+
+    def serve(application, at, ready):
+        tokens.append(application.token)
+        at.close()
+        ready()
+
+    monkeypatch.setattr("flowtrain.explore.session.Session", session)
+    monkeypatch.setattr(serving, "serve", serve)
+    explore("glow_digits", browser=False, weights="raw", trust_code=True)
+    assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
+    expected = "flowtrain sample glow_digits --weights raw --trust-code"
+    assert sessions[0].command("sample") == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        'theme={"a": 1, "b": [2]}',
+        "a:b=1",
+        "\xe9=\xff",
+        f"flowtrain={TOKEN}1",
+        f"{guard.cookie_of('127.0.0.1:1')}=of another explorer",
+    ],
+)
+def test_cookies_of_others_are_not_in_the_way(other, running):
+    for cookie in (f"{other}; {running.cookie}", f"{running.cookie}; {other}"):
+        assert running.get("/", {"Cookie": cookie})[0] == 200
 
 
 # --- hostile requests -----------------------------------------------------------------------------
@@ -327,7 +358,7 @@ def test_large_bodies_are_not_read(running):
     chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
     chunked = (
         f"POST /api/show HTTP/1.1\r\nHost: {running.host}\r\nOrigin: http://{running.host}\r\n"
-        f"Transfer-Encoding: chunked\r\n\r\n"
+        f"Cookie: {running.cookie}\r\nTransfer-Encoding: chunked\r\n\r\n"
     ).encode()
     assert running.raw(chunked + 3 * chunk).startswith(b"HTTP/1.1 413")
 
@@ -399,6 +430,59 @@ def test_a_body_that_does_not_come(running, monkeypatch):
     monkeypatch.setattr(serving, "BODY_SECONDS", 0.05)
     status, _, body = running.request("POST", "/api/show", None, {"Content-Length": "5"})
     assert status == 408 and b"in time" in body
+
+
+@pytest.mark.parametrize("size", [100, serving.SMALL_FILE // 2])
+def test_files_that_arrive_slowly_hold_up_no_other(size, running):
+    with contextlib.ExitStack() as slow:
+        for _ in range(5):
+            each = slow.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            each.sendall(head(running, "upload", size + 1) + b" " * size)
+        assert running.post("upload", {}, raw=png())[0] == 200
+
+
+@pytest.mark.parametrize("parts, turns", [([serving.SMALL_FILE], 0), ([2**19] * 5, 1)])
+def test_large_files_arrive_in_turn(parts, turns):
+    sent = [{"type": "http.request", "body": bytes(part), "more_body": True} for part in parts]
+    sent[-1]["more_body"] = False
+    awaited = []
+
+    async def receive():
+        return sent.pop(0)
+
+    async def turn():
+        awaited.append(1)
+
+    request = Request({"type": "http", "headers": []}, receive)
+    body = asyncio.run(serving.body_of(request, sum(parts), turn))
+    assert (len(body), len(awaited)) == (sum(parts), turns)
+
+
+def test_what_is_computed_for_a_page_that_is_gone_is_given_up(running, monkeypatch):
+    begun, stopped = threading.Event(), threading.Event()
+
+    def image(place, check):
+        begun.set()
+        try:
+            until(check)
+        except Superseded:
+            stopped.set()
+            raise
+
+    monkeypatch.setattr(running.session, "image", image)
+    with socket.create_connection(("127.0.0.1", running.port)) as page:
+        body = json.dumps({"tab": "pagegone", "turn": 0, "place": PLACE}).encode()
+        page.sendall(head(running, "show", len(body)) + body)
+        assert begun.wait(20)
+    assert stopped.wait(20)
+
+
+def test_connections_without_the_token_make_room(running):
+    with contextlib.ExitStack() as idle:
+        for i in range(serving.CONNECTIONS + 5):
+            each = idle.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            each.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" if i % 2 else b"GET")
+        assert running.get("/")[0] == 200
 
 
 def test_with_more_memory_there_are_more_images():

@@ -1,17 +1,21 @@
 """What the page shows, as numbers: places, ranks, neighbours, and what memory allows."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from explore_helpers import TAB, a_session, class_session
+from explore_helpers import MEMORY, TAB, a_session, class_session
+from PIL import Image
 
 from flowtrain.errors import UserError
 from flowtrain.explore import asked
 from flowtrain.explore.asked import Refused
 from flowtrain.explore.background import share_below
-from flowtrain.explore.session import KEPT
+from flowtrain.explore.session import KEPT, Session
 from flowtrain.latents.files import read
 from flowtrain.latents.paths import slerp
+from flowtrain.pictures import grid
 
 pytestmark = pytest.mark.run
 
@@ -46,8 +50,8 @@ def of_classes(tmp_path_factory):
 
 
 def test_an_image_of_the_data_is_itself(session):
-    x, z = session.image(asked.Place(source=IMAGE), check)
-    assert torch.equal(x, session.data.test.take(slice(7, 8))) and z is None
+    x = session.image(asked.Place(source=IMAGE), check)
+    assert torch.equal(x, session.data.test.take(slice(7, 8)))
     z = session.latent(asked.Place(source=IMAGE), check)
     assert torch.equal(session.decode(z, check), x)
 
@@ -85,6 +89,43 @@ def test_a_path_has_both_ends(session):
     for way in (0.0, 0.3, 1.0):
         place = asked.Place(source=IMAGE, other=OTHER, way=way)
         assert torch.equal(session.latent(place, check), slerp(a[0], b[0], torch.tensor([way])))
+
+
+@pytest.mark.parametrize("name", ["glow", "causal"])  # each class has a prior; networks see it
+def test_what_is_made_of_two_classes_has_the_images_of_both(name, tmp_path):
+    session = class_session(tmp_path, name)
+    hot = [1.0] * len(session.levels)
+    drawn = asked.Samples(tab=TAB, turn=0, seed=0, temperatures=hot, start=0, count=3)
+    a, b = (
+        asked.Sample(kind="sample", seed=0, index=index, temperatures=hot) for index in range(2)
+    )
+    start, end, _ = session.samples(drawn, check)["images"]
+
+    def image(**fields):
+        return session.show(show(asked.Place(source=a, other=b, **fields)), check)["image"]
+
+    assert (image(), image(way=1.0)) == (start, end)
+    assert image(from_other=[True] * len(hot)) == end
+    path = asked.Animation(tab=TAB, turn=0, place=asked.Place(source=a, other=b), steps=3)
+    frames = Image.open(io.BytesIO(session.gif(path, check)))
+    for number, each in ((0, a), (2, b)):
+        frames.seek(number)
+        x = session.image(asked.Place(source=each), check)
+        expected = grid.grid(x, session.q, 1).movedim(0, -1).numpy()
+        assert np.array_equal(np.asarray(frames.convert("RGB")), expected)
+    # `flowtrain decode` is told no class.
+    (tmp_path / "z.npz").write_bytes(session.latent_file(show(asked.Place(source=b)), check))
+    z = read(tmp_path / "z.npz", session.model).z
+    assert session.url(session.flow.decode(z)[0]) == end
+
+
+def test_encoding_asks_often_whether_it_is_wanted(tmp_path):
+    session = class_session(tmp_path, "causal")
+    source = asked.Sample(kind="sample", seed=0, index=0, temperatures=[1.0])
+    session.image(asked.Place(source=source), check)  # is kept
+    calls = []
+    session.latent_of(source, lambda: calls.append(1))
+    assert len(calls) >= 16  # entries
 
 
 def test_levels_come_from_one_or_the_other(session):
@@ -130,6 +171,16 @@ def test_samples_of_a_class_are_those_of_the_command(of_classes):
     assert answer["command"].endswith("--num-images 3 --temperature 0.8 --seed 2 --classes 1")
     with pytest.raises(Refused, match="3 classes"):
         of_classes.samples(request.model_copy(update={"label": 3}), check)
+
+
+def test_commands_mean_the_same_weights(tmp_path):
+    session = class_session(tmp_path, options=["--weights", "raw", "--trust-code"])
+    assert session.sampling(SAMPLE, 4) == (
+        "flowtrain sample tiny --num-images 4 --temperature 1 --seed 0 --weights raw --trust-code"
+    )
+    assert session.show(show(asked.Place(source=SAMPLE)), check)["command"] == (
+        "flowtrain decode tiny latent.npz --out images --weights raw --trust-code"
+    )
 
 
 def test_several_temperatures_have_no_command(session):
@@ -198,8 +249,6 @@ def test_neighbours_of_a_training_image_begin_with_it(session):
 
 
 def png_of(x):
-    from flowtrain.pictures import grid
-
     return grid.png(grid.to_8bit(x, 17)[0].expand(3, -1, -1))
 
 
@@ -210,6 +259,30 @@ def test_without_data_there_are_no_directions(of_classes):
     move = asked.Principal(level=0, component=0, amount=1.0)
     with pytest.raises(Refused, match="no test or training images"):
         of_classes.latent(asked.Place(source=OTHER, principal=[move]), check)
+
+
+def test_stale_attributes_are_named_and_left_out(tmp_path, capsys):
+    model = class_session(tmp_path).model
+    next(model.flow.parameters()).add_(1)
+    assert Session(model, "tiny", lambda: None, MEMORY).describe()["attributes"] == []
+    assert "attributes.npz" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_data_that_fail_unexpectedly_are_not_waited_for(later, monkeypatch, caplog):
+    def fails(*args):
+        raise ZeroDivisionError("secret")
+
+    session = a_session()
+    if later:
+        session.read_data()
+        monkeypatch.setattr(session.data, "step", fails)
+    else:
+        monkeypatch.setattr(session, "_read_data", fails)
+        session.read_data()
+    assert not session.idle(check)
+    assert "flowtrain failed (ZeroDivisionError)" in session.describe()["data"]
+    assert "secret" in caplog.text
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The thread of the explorer: the newest request of a tab counts, idle work makes way."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -115,9 +117,41 @@ def test_errors_reach_who_asked_and_the_thread_goes_on(worker):
 
     with pytest.raises(ZeroDivisionError):
         worker.submit(fails, "tab", "show", 0).result(SECONDS)
-    cancelled = worker.submit(lambda check: 1, "tab", "facts", 0)
-    cancelled.cancel()  # as the web server does for who has gone away
     assert worker.submit(lambda check: 2, "tab", "show", 1).result(SECONDS) == 2
+
+
+def test_a_request_that_is_cancelled_is_given_up(worker):
+    """As the web server does for a page that is gone."""
+    begun, go, stopped = threading.Event(), threading.Event(), []
+
+    def call(check):
+        begun.set()
+        assert go.wait(SECONDS)
+        with pytest.raises(Superseded):
+            check()
+        stopped.append(True)
+
+    futures = [worker.submit(call, "tab", "show", 0)]
+    assert begun.wait(SECONDS)
+    futures += [worker.submit(lambda check: 1, f"tab{i}", "show", 0) for i in range(WAITING)]
+    assert all(future.cancel() for future in futures)
+    last = worker.submit(lambda check: 2, "tab", "facts", 0)  # those that are gone take no place
+    go.set()
+    assert last.result(SECONDS) == 2 and stopped
+
+
+def test_answers_are_not_kept(worker):
+    class Answer:
+        pass
+
+    answers = []
+    for turn in range(3):
+        answer = worker.submit(lambda check: Answer(), "tab", "show", turn).result(SECONDS)
+        answers.append(weakref.ref(answer))
+    del answer
+    worker.submit(lambda check: None, "other", "show", 0).result(SECONDS)
+    gc.collect()
+    assert [each() for each in answers] == [None] * 3
 
 
 def test_idle_work_makes_way_and_goes_on():

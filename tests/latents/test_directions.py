@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.errors import UserError
 from flowtrain.latents import directions
 from flowtrain.latents.directions import measured, of_attributes, orthogonal_to
+from flowtrain.latents.paths import along
 
 D = 12
 
@@ -97,6 +100,20 @@ def test_orthogonal_directions_leave_the_others_alone(method):
     torch.testing.assert_close(same.vector, known.vector)
 
 
+def test_moving_along_an_orthogonal_direction_keeps_the_others(model, tmp_path):
+    z = torch.randn(400, 64, generator=seeded(0))
+    labels = {"a": z[:, 0] > 0, "b": z[:, 0] + z[:, 1] > 0, "c": z[:, 1] + z[:, 2] > 0}
+    plain = of_attributes(z, labels, "difference")
+    path = tmp_path / "attributes.npz"
+    found = of_attributes(z, labels, "difference", orthogonal=True)
+    directions.save(path, found, model_hash(model))
+    end = along(z, directions.load(path, model)["a"], 3.0, 2)[:, -1]
+    others = torch.stack([each.vector for each in plain[1:]], dim=1)
+    # Norms are about 8, and rounding errors about 1e-6.
+    torch.testing.assert_close(end @ others, z @ others, rtol=0, atol=1e-4)
+    torch.testing.assert_close(end.norm(dim=1), z.norm(dim=1))
+
+
 def test_orthogonal_to_many():
     others = list(torch.randn(5, D, generator=seeded(0)))
     rest = orthogonal_to(torch.randn(D, generator=seeded(1)), others)
@@ -176,7 +193,16 @@ def test_an_attribute_that_is_not_there(model, tmp_path, monkeypatch):
     assert directions.existing(model) == {}
     with pytest.raises(UserError, match="smile: no such attribute.*there are: none"):
         directions.named(model, "smile")
-    directions.save(directions.file_of(model), some(model), model_hash(model))
+    existing = directions.existing
+
+    def slow(model):
+        known = existing(model)
+        time.sleep(0.1)  # the other thread could read, too
+        return known
+
+    monkeypatch.setattr(directions, "existing", slow)
+    with ThreadPoolExecutor() as threads:  # each keeps those of the others
+        list(threads.map(lambda each: directions.add(model, [each]), some(model)))
     assert str(directions.file_of(model)) == "runs/zoo/glow_digits/attributes.npz"
     assert directions.named(model, "a").name == "a"
     with pytest.raises(UserError, match=r"4-to-8: .*\(there are: 4-to-9, a\); did you mean 4-to-9"):

@@ -26,16 +26,17 @@ def a_direction(low=-1.0, high=2.0):
 
 
 def test_a_latent_turns_until_its_projection_is_the_target():
-    z, vector = torch.randn(6, D, generator=seeded(0)), a_direction().vector
+    z, direction = torch.randn(6, D, generator=seeded(0)), a_direction()
+    vector = direction.vector
     target = torch.linspace(-2, 2, 6)
-    found = paths.moved(z, vector, target)
+    found = paths.moved(z, direction, target)
     torch.testing.assert_close(found @ vector, target)
     torch.testing.assert_close(found.norm(dim=1), z.norm(dim=1))  # which stays typical
     # What is beside the direction only shrinks or grows.
     rest, old = (x - (x @ vector)[:, None] * vector for x in (found, z))
     cosines = torch.cosine_similarity(rest, old)
     torch.testing.assert_close(cosines, torch.ones(6))
-    far = paths.moved(z, vector, torch.full((6,), 50.0))
+    far = paths.moved(z, direction, torch.full((6,), 50.0))
     torch.testing.assert_close(far, 50 * vector.expand(6, D))
 
 
@@ -95,8 +96,7 @@ def test_what_is_typical_is_what_all_but_one_in_a_hundred_have():
 @pytest.mark.run
 def test_a_path_from_one_class_ends_at_the_other():
     """Judged by a classifier of pixels. Of the 4s, 0.94 end as a 9, and of all these digits 0.93 at
-    the other class. Over all pairs it is 0.91, and with all that is beyond the mean 0.65
-    (benchmarks/class_paths.py).
+    the other class. Over all pairs it is 0.91, and with all that is beyond the mean 0.65.
     """
     model = load_model("glow_digits", torch.device("cpu"))
     flow, data = model.flow, DataSet(a_config("glow").data)

@@ -3,6 +3,7 @@
 `PYTHONPATH=tests python tests/models/test_models.py` prints the golden losses anew.
 """
 
+import inspect
 import json
 import math
 from typing import get_args, get_type_hints
@@ -80,7 +81,7 @@ def test_every_elementwise_transform_can_be_chosen():
 
 @pytest.mark.parametrize("name", configuration.component_names(configuration.Model))
 def test_a_model_names_its_paper_and_the_differences(name):
-    text = configuration.component_module(configuration.Model, name).__doc__
+    text = inspect.getmodule(configuration.component(configuration.Model, name).build).__doc__
     assert "arXiv" in text and "differences" in text
 
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 import yaml
 from cli_helpers import copy_of, quick, trained
-from helpers import a_config
 from PIL import Image
 from run_files import TEST
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints import zoo
-from flowtrain.checkpoints.load import load_model
+from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.runs import about
 
 CPU = torch.device("cpu")
@@ -24,8 +23,7 @@ def run(tmp_path):
 
 
 def evaluated(run, **changes):
-    step = load_model(str(run), CPU).checkpoint.meta["step"]
-    text = json.dumps({**TEST, "step": step, **changes})
+    text = json.dumps({**TEST, "model": model_hash(load_model(str(run), CPU)), **changes})
     (run / "evaluate-test.json").write_text(text)
 
 
@@ -38,7 +36,7 @@ def test_figures_are_those_of_the_weights(run):
     evaluated(run, samples=16, bound="iwbo")
     (figure,) = about.figures(load_model(str(run), CPU))
     assert figure.likelihood == "an importance-weighted bound of 16 draws"
-    for other in ({"step": 1}, {"weights": "raw"}, {"bits_per_dim": None}):
+    for other in ({"model": "0" * 64}, {"model": None}, {"bits_per_dim": None}):
         evaluated(run, **other)
         assert about.figures(load_model(str(run), CPU)) == []
 
@@ -101,7 +99,34 @@ def test_half_precision_stays():
 
 
 def test_no_folder_of_this_machine_is_told():
-    config = a_config(data={"name": "npz", "path": "/home/me/x.npz", "root": "/data"}).resolved()
-    found = about.without_folders(config)["data"]
-    assert (found["root"], found["path"]) == ("data", "x.npz")
-    assert config["data"]["path"] == "/home/me/x.npz"
+    """Also of the options of a user's own data set."""
+    model = load_model("glow_digits", CPU)
+    given = {
+        "root": "/data",
+        "labels": ["/home/me/a.csv", 3],
+        "at": {"x": "/home/me/b"},
+        "of": "a/b",
+    }
+    model.checkpoint.meta["config"]["data"] |= given
+    found = model.alone()[0]["config"]["data"]
+    told = {"root": "data", "labels": ["a.csv", 3], "at": {"x": "b"}, "of": "a/b"}
+    assert {key: found[key] for key in given} == told
+
+
+@pytest.mark.run
+def test_nothing_of_others_is_overwritten(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    push = ["push", "two_moons", "me/moons", "--dry-run", "--out", "mine"]
+    for name in ("README.md", "config.yaml"):
+        (folder / name).write_text("mine")
+        done = quick(*push, cwd=tmp_path)
+        done.failed(2, f"mine: holds {name}, which push has not written")
+        assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
+        (folder / name).unlink()
+    (folder / ".git").mkdir()
+    for _ in range(2):
+        quick(*push, cwd=tmp_path).ok()
+    assert {path.name for path in folder.iterdir()} - {".git"} <= about.FILES
+    (folder / "notes").touch()
+    quick(*push, cwd=tmp_path).failed(2, "mine: holds notes")

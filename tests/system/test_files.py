@@ -19,6 +19,7 @@ from flowtrain.system.files import (
     require_regular,
     save,
     write_atomically,
+    write_folder,
 )
 
 
@@ -83,12 +84,13 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
 def test_only_files_of_dead_processes_are_removed(tmp_path):
     for name in (".dead.x.tmp", ".alive.x.tmp", "tmp", ".x", "x.tmp"):
         (tmp_path / name).write_text("")
+    (tmp_path / ".folder.x.tmp" / "inner").mkdir(parents=True)
     os.mkfifo(tmp_path / ".fifo.tmp")
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         file = (tmp_path / ".alive.x.tmp").open("w")
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         os.write(write, b"locked")
         os.read(os.pipe()[0], 1)  # until it is killed
     os.read(read, 6)
@@ -102,6 +104,78 @@ def test_only_files_of_dead_processes_are_removed(tmp_path):
         os.waitpid(child, 0)
     remove_left_overs(tmp_path)
     assert not (tmp_path / ".alive.x.tmp").exists()
+
+
+def test_what_a_kill_left_goes_with_the_next_file_of_that_name(tmp_path):
+    for name in (".a[1].png.0123abcd.tmp", ".b.png.0123abcd.tmp", ".a[1].png.backup.tmp"):
+        (tmp_path / name).write_text("half")
+    save(tmp_path / "a[1].png", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *[".a[1].png.backup.tmp", ".b.png.0123abcd.tmp", "a[1].png"]
+    ]
+
+
+def test_a_file_that_another_process_took_for_left_is_made_again(tmp_path, monkeypatch):
+    """Between its making and its lock."""
+    flock, removed = fcntl.flock, []
+
+    def late(handle, how):
+        if not removed:
+            removed.extend(tmp_path.glob(".*.tmp"))
+            removed[0].unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_atomically(tmp_path / "a", b"abc")
+    assert removed and (tmp_path / "a").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+@pytest.mark.parametrize("before", [None, 0o600, 0o664])
+def test_permissions_are_those_of_the_umask_or_of_the_file_before(before, mask, tmp_path):
+    path = tmp_path / "a"
+    if before is not None:
+        path.write_bytes(b"before")
+        path.chmod(before)
+    kept = os.umask(mask)
+    try:
+        write_atomically(path, b"after")
+        write_folder(tmp_path / "new", [("a", b"")])
+    finally:
+        os.umask(kept)
+    assert path.stat().st_mode & 0o777 == (0o666 & ~mask if before is None else before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+        (out / "other").write_text("")
+    home = out if there else tmp_path
+    (home / ".out.0123abcd.tmp").mkdir()  # a kill left it
+    (home / ".out.0123abcd.tmp" / "half").write_text("")
+    before = set(tmp_path.rglob("*")) - {*home.glob(".out.*"), *home.glob(".out.*/*")}
+
+    def files(error=None):
+        yield "a.png", b"1"
+        yield "inner/b.png", b"2"
+        if error is not None:
+            raise error
+        assert not (out / "a.png").exists()
+
+    with pytest.raises(SystemExit):
+        write_folder(out, files(SystemExit(143)))
+    with pytest.raises(RunError, match="out/a.png/c: cannot be written: File exists"):
+        write_folder(out, [("a.png", b""), ("a.png/c", b"")])
+    assert set(tmp_path.rglob("*")) == before
+    write_folder(out, files())
+    assert set(tmp_path.rglob("*")) - before - {out} == {
+        *[out / "a.png", out / "inner", out / "inner" / "b.png"]
+    }
+    with pytest.raises(UserError, match="'a.png' is there already"):
+        write_folder(out, [("a.png", b"")])
 
 
 # --- reading --------------------------------------------------------------------------------------

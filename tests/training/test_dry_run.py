@@ -127,7 +127,7 @@ def test_where_only_peaks_are_known(monkeypatch):
 
 
 def test_the_largest_batch():
-    growth = module.Growth.between([0, 110, 20], [0, 120, 40], 10)
+    growth = module.Growth.between([[0, 110, 20], [0, 120, 40]], 10)
     assert [growth.of(images) for images in (0, 10, 100, 200)] == [100, 110, 200, 400]
     assert [growth.largest(free) for free in (99, 100, 120, 200, 201, 400)] == [
         0,
@@ -137,6 +137,9 @@ def test_the_largest_batch():
         100,
         200,
     ]
+    # A kernel's scratch memory, 100 bytes and then 300, beside 10 for each image.
+    scratch = [[0, 10 * n, 10 * n + more] for n, more in ((10, 100), (20, 300), (40, 300))]
+    assert module.Growth.between(scratch, 10).of(400) == 4300
 
 
 @pytest.mark.run  # takes long

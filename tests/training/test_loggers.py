@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 from catalogue import TINY_RUN
-from cli_helpers import events, metrics, quick
+from cli_helpers import copy_of, events, metrics, quick
 from helpers import a_config
 from PIL import Image
 
@@ -50,9 +51,9 @@ def anew():
     """Weights & Biases reads the environment once, before it is first used."""
     import wandb
 
-    loggers.end_service(wandb)
+    loggers.ended(wandb.teardown)
     yield
-    loggers.end_service(wandb)
+    loggers.ended(wandb.teardown)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_a_run_that_goes_on_is_the_same_run(logger, run):
     assert list(chart_of(points, "train/bits_per_dim")) == [2, 4, 6, 8]
     assert list(chart_of(points, "samples")) == [4, 8]
     (name,) = names
-    assert name.endswith((run / "logged-as").read_text())
+    assert name.endswith((run / "logged-as").read_text().split()[0])
     assert [point.step for point in events(run).Scalars("train/bits_per_dim")] == [2, 4]
 
 
@@ -245,6 +246,30 @@ def test_only_the_main_process_logs(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.run  # takes long
+def test_a_service_that_never_finishes_is_left(tmp_path, anew, monkeypatch, capsys):
+    """Going back then opens the loggers again."""
+    run, config = RunDirectory(tmp_path), a_config(train={"logger": ["wandb"]})
+    with run.locked():
+        run.cut_back(0, config)
+        run.chart({"a": 1.0}, 1)
+        (service,) = (each for each in psutil.Process().children() if each.name() == "wandb-core")
+        service.suspend()
+        too_late = threading.Timer(20, service.kill)
+        too_late.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(loggers, "PATIENCE", 0.5)
+            run.close()
+        assert too_late.is_alive()
+        too_late.cancel()
+        run.cut_back(1, config)
+        run.chart({"a": 2.0}, 2)
+    first, left, second = capsys.readouterr().out.splitlines()
+    assert left.startswith("wandb: not all was sent; this sends it: wandb sync ")
+    assert Path(left.split()[-1]).parent == tmp_path / "wandb"
+    assert first == second and wandb_points(tmp_path)[0]["a", 2] == 2.0
+
+
 def test_the_identity_of_a_run(tmp_path):
     for damaged in (b"", b"../up", b"\xff" * 8, b"a" * 200):
         (tmp_path / "logged-as").write_bytes(damaged)
@@ -252,6 +277,21 @@ def test_the_identity_of_a_run(tmp_path):
         assert loggers.opened(config.train.logger, tmp_path, config, 0) == []
         new = loggers.identity(tmp_path)
         assert len(new) == 8 and new == loggers.identity(tmp_path)
+
+
+def test_a_copied_run_is_another_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "logged-as").write_text("0123abcd")  # by an earlier version
+    assert loggers.identity(run) == "0123abcd"
+    copied = copy_of(run, tmp_path / "copy")
+    own = loggers.identity(copied)
+    assert own != "0123abcd" and loggers.identity(copied) == own
+    moved = run.rename(tmp_path / "moved")
+    assert loggers.identity(moved) == "0123abcd"
+    elsewhere = copy_of(moved, tmp_path / "of another machine")
+    moved.rename(tmp_path / "old")
+    assert loggers.identity(elsewhere.rename(moved)) == "0123abcd"
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -254,6 +254,19 @@ def test_a_run_directory_leads_nowhere_else(kind, name, tmp_path):
     assert (tmp_path / "private").read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "samples"])
+def test_a_folder_of_a_run_is_no_link(name, tmp_path):
+    """In it files are replaced and removed."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / ".x.tmp").write_text("")
+    ELSEWHERE["link"](tmp_path / "r" / name)
+    run = RunDirectory(tmp_path / "r")
+    with pytest.raises(UserError, match=f"r/{name} is a link"), run.locked():
+        pass
+    assert tree(tmp_path / "private") == [".x.tmp"]
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_a_summary_that_is_no_file_is_written_anew(kind, tmp_path):
     run = RunDirectory(tmp_path)

@@ -13,10 +13,15 @@ import termios
 from types import SimpleNamespace
 
 import pytest
+import torch
 from catalogue import SMALL, sets
 from cli_helpers import environment, summary, within
+from helpers import a_config
 
 from flowtrain.checkpoints.description import Progress
+from flowtrain.system.console import console
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.stop import Clock, signals
 
 ENDLESS = ["train", *SMALL, *sets(train__num_steps=100_000, train__log_every=1), "--run-dir", "r"]
@@ -53,6 +58,17 @@ def test_a_closed_terminal_saves_and_ends(tmp_path):
     finally:
         process.kill()
     assert summary(tmp_path / "r")["step"] >= 3
+
+
+def test_a_run_goes_on_if_the_reader_of_its_output_leaves(tmp_path, monkeypatch):
+    """As in `train ... | head -8`."""
+    monkeypatch.setattr(console, "outlives_terminal", False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(console, "_file", output)
+        fit(a_config("nice"), RunDirectory(tmp_path / "r"), torch.device("cpu"))
+    assert summary(tmp_path / "r")["finished"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
