@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,12 @@ def flow():
     return tiny_flow("glow").eval().requires_grad_(False)
 
 
+def loaded(flow, config, **meta):
+    """As of step 12."""
+    meta |= {"step": 12, "config": config.resolved()}
+    return LoadedModel(flow, config, "raw", Checkpoint(Path("model"), meta, {}))
+
+
 def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
     section = npz(
         tmp_path / "a.npz",
@@ -34,7 +41,7 @@ def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
         validation=options.pop("validation", 4),
     )
     config = a_config("glow", data=section)
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
+    model = loaded(flow, config)
     return evaluate(model, DataSet(config.data), options.pop("split", "test"), **options)
 
 
@@ -85,7 +92,7 @@ def test_equal_images_are_counted(tmp_path, flow):
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))
     config = a_config("glow", data={"name": "npz", "path": str(tmp_path / "a.npz")})
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", {"step": 12}, {}))
+    model = loaded(flow, config)
     data = DataSet(config.data)
     trained = data.split("train").indices.tolist()
 
@@ -112,8 +119,7 @@ def test_other_data_are_told_by_their_content(tmp_path, case):
     data = DataSet(config.data)
     train = data.split("train")
     known = data.fingerprint | {"labels": fingerprint_of(train.labels)}
-    checkpoint = Checkpoint(tmp_path / "model", {"step": 12, "data": known}, {})
-    model = LoadedModel(tiny_flow("glow", classes=3).eval(), config, "raw", checkpoint)
+    model = loaded(tiny_flow("glow", classes=3).eval(), config, data=known)
     trained = own["x_train"][train.indices]
     other = {
         "a copy": own,
