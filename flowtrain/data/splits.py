@@ -251,12 +251,11 @@ def _read(images: Images, what: str) -> _Part:
     return _Part(images, pixels, rows)
 
 
-def labels_of(split: Split, classes: int, name: str) -> Tensor:
-    """The labels of a split for a model with so many classes, int64 `(N,)`.
+def labels_for(classes: int, labels: Tensor | None, name: str) -> Tensor:
+    """The labels of images for a model with so many classes, int64 `(N,)`.
 
     Raises `UserError` if there are none, or if one is outside 0..classes-1.
     """
-    labels = split.labels
     if labels is None:
         raise UserError(f"model.classes: {classes}, but {name} has no labels")
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):

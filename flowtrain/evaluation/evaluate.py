@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.config import Data as DataConfig
-from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
+from flowtrain.data.splits import DataSet, Split, SplitName, labels_for
 from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import Scores, require_memory, score
@@ -232,7 +232,7 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
     if not model.flow.classes or data.undivided:
         return None
     try:
-        return labels_of(split, model.flow.classes, data.config.name)
+        return labels_for(model.flow.classes, split.labels, data.config.name)
     except UserError as error:
         log.warning("no accuracy: %s", error)
         return None

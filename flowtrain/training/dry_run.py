@@ -20,7 +20,7 @@ from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.background import memory_of_copy
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data.splits import DataSet
+from flowtrain.data.splits import DataSet, labels_for
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
@@ -126,6 +126,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
         device
     )
     require_trainable(flow, config, device)
+    _require_labels(data, config.model.classes)
     train = config.train
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
@@ -143,6 +144,17 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     images = batch * distributed.world()
     compiling = state.computation.seconds
     return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
+
+
+def _require_labels(data: DataSet, classes: int) -> None:
+    """Raises `UserError` for labels that training refuses. They are not read where the images would
+    first have to be downloaded or decoded.
+    """
+    images = data.train_images
+    if classes and images.labels is None:
+        labels_for(classes, None, data.config.name)
+    elif classes and images.labels is not None and images.at_hand():
+        labels_for(classes, torch.from_numpy(images.labels()), data.config.name)
 
 
 def _batch(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:
