@@ -5,7 +5,7 @@
 #   docker run --rm --gpus all -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" \
 #       flowtrain train --config glow_cifar.yaml
 #
-# docker/check.sh builds this file and tries the image without a Docker engine.
+# `make docker-check` builds this file, and runs the demo in the image.
 
 # Any image with Python >= 3.11, its headers and venv module, apt-get and `useradd`.
 ARG BASE_IMAGE=python:3.12-slim

@@ -19,6 +19,10 @@ MODELS ?=
 # the `--minutes` that are left.
 SESSION ?=
 
+# What `make docker-check` adds: the torch of the image, such as `--build-arg CUDA=0 --build-arg
+# TORCH_INDEX=URL`.
+DOCKER ?=
+
 # The tests start many processes. Without this, each compiles all of flowtrain again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -87,8 +91,10 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docker-check:  ## build the container image without a Docker engine and run the demo in it (as root)
-	bash docker/check.sh
+docker-check:  ## build the container image, and run the demo in it
+	docker build -t flowtrain-check $(DOCKER) .
+	docker run --rm --entrypoint sh flowtrain-check -ec \
+		'flowtrain train train.num_steps=60; flowtrain evaluate; flowtrain sample --num-images 16'
 
 clean:
 	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache dist

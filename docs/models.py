@@ -10,7 +10,7 @@ PAGE = """\
 <!-- Written by `make docs` from the cards in flowtrain/zoo; change docs/models.py or the cards. -->
 # Trained models
 
-They come with flowtrain, {size:.1f} MB in all, and every command takes their names:
+They come with flowtrain, {size:.1f} MB in all, and stand wherever a command takes a MODEL:
 
     flowtrain sample {first}
 

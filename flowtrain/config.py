@@ -231,7 +231,7 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
-LoggerName = Literal["tensorboard", "wandb", "trackio"]
+LoggerName = Literal["tensorboard", "wandb"]
 
 
 def _listed(value: object) -> object:
@@ -336,7 +336,7 @@ class Train(Section):
     logger: Loggers = Field(
         ["tensorboard"],
         description="Where the charts and pictures go besides `metrics.jsonl`: `tensorboard`, "
-        "`wandb` and `trackio`, several of them, or none (`[]`). A run that goes on may change it.",
+        "`wandb`, both, or none (`[]`). A run that goes on may change it.",
     )
 
     @model_validator(mode="before")

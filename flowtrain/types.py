@@ -10,6 +10,6 @@ NonNegative = Annotated[int, Field(ge=0, le=2**20)]  # the same for what may be 
 Count = Annotated[int, Field(ge=1, le=10**7)]  # a number of examples
 Side = Annotated[int, Field(ge=1, le=2**16)]  # of an image
 Period = Annotated[int, Field(ge=1, le=10**12)]  # a number of steps
-Steps = Annotated[int, Field(ge=0, le=10**12)]
+Steps = Annotated[int, Field(ge=0, le=10**12)]  # also the images that they use
 Shape = tuple[int, int, int]  # (C, H, W)
 Policy = Literal["crop", "stretch", "exact"]  # how images are brought to a shape

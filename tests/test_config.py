@@ -31,7 +31,7 @@ from flowtrain.config import (
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 STEPS = {"train": {"num_steps": 10}}
 PAPER_SIZED = {
     "jet_cifar",
@@ -54,7 +54,7 @@ SMALL = {
     "realnvp_digits",
     "nice_digits",
 }
-SMALL |= {"glow_cifar_conditional", "glow_mnist_conditional"}
+SMALL |= {"glow_mnist_conditional"}
 SMALL |= {
     "realnvp_two_moons",
     "planar_eight_gaussians",
@@ -571,6 +571,8 @@ def test_the_page_of_keys_is_up_to_date():
 def test_the_shipped_configurations():
     assert {path.stem for path in CONFIGS} >= PAPER_SIZED | SMALL
     assert set(shipped_configs()) >= {path.stem for path in CONFIGS}
+    unmeasured = {path.stem for path in CONFIGS if "not yet measured" in headline(path)}
+    assert unmeasured == {path.stem for path in CONFIGS if path.parent.name == "gpu"}
     assert len(headline(REPOSITORY / "configs" / "glow_digits.yaml")) > 20
 
 

@@ -1,6 +1,7 @@
 """CONTRIBUTING.md and docs/reliability.md name files and tests that exist."""
 
 import re
+import tomllib
 
 from helpers import REPOSITORY
 
@@ -30,3 +31,9 @@ def test_the_tests_of_reliability_exist():
         [],
         ["adversarial/test_fuzz.py"],
     )
+
+
+def test_the_source_distribution_leaves_nothing_out():
+    """hatchling takes all that git does not ignore, unless a list says otherwise."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["hatch"]["build"]["targets"].keys() == {"wheel"}

@@ -79,7 +79,7 @@ class OneEntry:
     """
 
     def __init__(self, levels: int, components: int, device: torch.device):
-        self.components = components
+        self.levels, self.components = levels, components
         self.group = math.ceil(math.sqrt(levels))  # levels in a group; the last may have fewer
         groups = math.ceil(levels / self.group)
         x = torch.arange(groups * self.group + 1, device=device).clamp_(max=levels)
@@ -129,7 +129,9 @@ class Entry:
 
     def join(self, group: Tensor, inner: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return torch.add(inner, group, alpha=self.tables.group)
+        level = torch.add(inner, group, alpha=self.tables.group)
+        # The last group may have too many levels. F is 1 there, but for parameters near infinity.
+        return level.clamp_(max=self.tables.levels - 1)
 
     def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The levels `(B,)` in whose ranges `[F(x), F(x + 1))` the numbers in [0, 1] are.

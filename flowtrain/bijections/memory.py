@@ -18,6 +18,7 @@ from flowtrain.bijections.base import Bijection, Direction
 from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.execution import Call, Executor
 from flowtrain.bijections.fused import fuse
+from flowtrain.bijections.precision import full_precision
 
 Mode = Literal["store", "checkpoint", "reversible"]
 
@@ -168,7 +169,8 @@ def gradient_of_layer(
             inputs.append(context)
         ys, grad_ys = zip(*pairs, strict=True)
         wanted = [*inputs, *layer.tensors()]
-        grad_x, *others = torch.autograd.grad(ys, wanted, grad_ys, allow_unused=True)
+        with full_precision(given):  # for the products of the data path, as in `store`
+            grad_x, *others = torch.autograd.grad(ys, wanted, grad_ys, allow_unused=True)
     grads: list[Tensor | None] = list(others)
     if reversible and (of_leaf := grads.pop(0)) is not None:
         grad_x = grad_x + of_leaf

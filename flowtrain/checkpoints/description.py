@@ -8,7 +8,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
@@ -21,16 +20,16 @@ class Progress:
     """How far a run is, in plain numbers. They are stored in the checkpoint."""
 
     step: Steps = 0
-    images: NonNegativeInt = 0
+    images: Steps = 0
     seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     best: FiniteFloat | None = None  # validation loss, in the unit of the kind of data
     best_step: Steps | None = None
     lr_scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    non_finite: NonNegativeInt = 0
+    non_finite: Steps = 0
     averaged: Steps = 0  # updates of the average of the weights
     finished: bool = False  # including the last validation and the last samples
     window_loss: FiniteFloat = 0.0  # sum of the training loss since the last row of metrics
-    window_steps: NonNegativeInt = 0  # steps in that sum
+    window_steps: Steps = 0  # steps in that sum
 
 
 class Origin(BaseModel):

@@ -51,7 +51,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except RuntimeError as error:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
-            fail(f"out of memory; lower the batch size: {error}", RunError.exit_code)
+            fail(f"out of memory; use a smaller batch or model: {error}", RunError.exit_code)
 
     return wrapped
 
@@ -320,7 +320,7 @@ def write_json(result: Mapping[str, object], given: str | None, default: Path) -
         print(text)
         return
     file = default if given is None else Path(given)
-    save(file, text.encode() + b"\n")
+    save(file, text.encode() + b"\n", named=given is not None)
     console.print(f"wrote {file}")
 
 

@@ -22,7 +22,9 @@ def catalogue() -> None:
 
     _print("trained models (MODEL)", {name: _of_card(zoo.card_of(name)) for name in zoo.names()})
     configs = configfiles.shipped_configs().items()
-    _print("configurations (--config)", {n: configfiles.headline(p) for n, p in configs})
+    for title, gpu in (("configurations (--config)", False), ("for GPUs, not yet measured", True)):
+        found = {n: configfiles.headline(p) for n, p in configs if (p.parent.name == "gpu") == gpu}
+        _print(title, found)
     for title, base in (("data sets (data.name)", Data), ("models (model.name)", Model)):
         about = {name: component(base, name).about for name in component_names(base)}
         _print(title, {name: text.removesuffix(".") for name, text in about.items()})

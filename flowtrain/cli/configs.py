@@ -13,16 +13,17 @@ DEMO = "glow_digits"
 
 def config_folders() -> list[Path]:
     """Where a bare name is looked up: in `configs/` here, in the installed package, and beside the
-    package in a checkout.
+    package in a checkout. Each has a folder `gpu` for configurations that were not measured.
     """
     package = Path(__file__).resolve().parents[1]
-    return [Path("configs"), package / "configs", package.parent / "configs"]
+    folders = (Path("configs"), package / "configs", package.parent / "configs")
+    return [each for folder in folders for each in (folder, folder / "gpu")]
 
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with flowtrain, by file name without `.yaml`."""
     return {
-        path.stem: path for folder in config_folders()[1:] for path in sorted(folder.glob("*.yaml"))
+        path.stem: path for folder in config_folders()[2:] for path in sorted(folder.glob("*.yaml"))
     }
 
 

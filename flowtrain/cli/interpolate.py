@@ -134,6 +134,7 @@ def interpolate(
     from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
     from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
 
     suffix = check_suffix(out, (".png", ".gif"))
     _check(files, from_class, to_class, along, strength, image)
@@ -177,9 +178,10 @@ def interpolate(
     path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
-        grid.save_gif(path, frames + frames[-2:0:-1])  # there and back
+        content = grid.animation(frames + frames[-2:0:-1])  # there and back
     else:
-        grid.save_png(path, drawing.paths(rows))
+        content = grid.png(drawing.paths(rows))
+    save(path, content, named=out is not None)
     console.print(
         f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
     )

@@ -132,7 +132,7 @@ def ood(
         save(scores_out, scoring.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
     picture = picture_out or run / "ood.png"
-    save(picture, scoring.draw(comparison))
+    save(picture, scoring.draw(comparison), named=picture_out is not None)
     console.print(f"wrote {picture}")
     comparison.check_finite()
 

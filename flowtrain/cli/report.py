@@ -76,5 +76,5 @@ def report(
     path = out or run_of(loaded.checkpoint.path) / "report.html"
     for line in missing:
         console.print(f"not in it: {line}")
-    save(path, html.encode())
+    save(path, html.encode(), named=out is not None)
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")

@@ -163,12 +163,13 @@ def sample(
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"denoised": True} if denoise else {}
-        save(path, sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also))
+        content = sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also)
     else:
         shown = drawn
         if contexts is not None:
             shown = conditional.rows(flow, contexts, drawn, len(temperatures))
-        grid.save_png(path, drawing.samples(shown, columns, seed, temperatures))
+        content = grid.png(drawing.samples(shown, columns, seed, temperatures))
+    save(path, content, named=out is not None)
     console.print(f"wrote {path}: {counted(len(drawn), 'sample')} of {loaded.checkpoint.path}")
     for line in _about(flow.dequantizer.sigma, guidance, denoise):
         console.print(line)

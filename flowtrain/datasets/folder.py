@@ -173,7 +173,10 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
 
     known = cache.place() / "lists" / cache.key_of(["1", os.fspath(folder), part, skip])
     with distributed.one_first():
-        files = _remembered(known, folder) or _listed(known, folder, part, skip)
+        try:
+            files = _remembered(known, folder) or _listed(known, folder, part, skip)
+        except RecursionError:  # of `os.walk` before Python 3.12
+            raise UserError(f"data.path: {folder / part} has folders too deep to list") from None
     if not files:
         raise UserError(
             f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, "

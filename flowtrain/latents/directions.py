@@ -225,7 +225,7 @@ def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> Non
         vector=torch.stack([each.vector for each in directions]).numpy(),
         **columns,
     )
-    save_file(path, buffer.getvalue())
+    save_file(path, buffer.getvalue(), named=False)
 
 
 def load(path: Path, model: LoadedModel) -> dict[str, Direction]:

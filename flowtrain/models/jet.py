@@ -12,7 +12,10 @@ Deliberate differences from the paper and its code:
   a random permutation (`mixing: permutation`). PCA of the first batch sets the convolution.
 - A pixel's halves are other tokens than in the code, in a coupling of patches. The transformer is
   the same.
-- The linear layers start as PyTorch starts them, not uniformly by Glorot & Bengio.
+- Images are centred in [-1/2, 1/2], where the code has [-1, 1].
+- The transformer has PyTorch's GELU and an epsilon of 1e-5 in its layer norms, where the code has
+  GELU by tanh and 1e-6. Its linear layers start as PyTorch starts them, not uniformly by Glorot &
+  Bengio.
 - The class adds to the features of the tokens. The code has attention to it.
 """
 
@@ -61,8 +64,8 @@ def build(
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides, and
             the number of patches must be even.
-        width: Number of channels in the transformers. A head of attention has 64 of them, or all
-            if there are fewer.
+        width: Number of channels in the transformers. A head of attention has 64 of them, or
+            more where 64 does not divide their number, or all if there are fewer.
         couplings: Number of couplings. Every fifth one keeps half of the patches, and the others
             keep half of the entries of each patch.
         layers: Number of layers in the transformer of each coupling.

@@ -9,6 +9,9 @@ Deliberate differences from the paper and its code:
   `bounded: false` and `mixing: none` the layers are the paper's.
 - Images are centred in [-1/2, 1/2], where the paper has [-1, 1].
 - The mean and the log-scale have the opposite sign, and their biases start at zero.
+- Where training drops labels, networks see zeros in place of a class, and the mean of the classes'
+  embeddings in the code. Samples without a class are denoised by the density of all classes, a
+  mixture. The code takes one pass with the mean embedding.
 """
 
 import math
@@ -46,8 +49,8 @@ def build(
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides.
-        width: Number of channels in the transformers. A head of attention has 64 of them, or all
-            if there are fewer.
+        width: Number of channels in the transformers. A head of attention has 64 of them, or
+            more where 64 does not divide their number, or all if there are fewer.
         blocks: Number of autoregressive blocks. They take the patches in raster order and in
             reversed order in turn.
         layers: Number of layers in the transformer of each block.

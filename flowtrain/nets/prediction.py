@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from flowtrain.bijections.ordinal import Prediction
 from flowtrain.nets.window import Window, WindowByToken
+from flowtrain.system import capacity
 
 
 class LinearPrediction(Prediction):
@@ -41,10 +42,15 @@ class LinearPrediction(Prediction):
         """See `Prediction`.
 
         The Cholesky factor of the covariance of window and token has the predictions of all
-        entries: its inverse turns the entries into residuals of variance 1.
+        entries: its inverse turns the entries into residuals of variance 1. Raises `UserError`
+        where there is no memory for it.
         """
         entries, count = x.shape[1], x[:, 0].numel()
         size = (self.window.taps + 1) * entries
+        # The covariance, its factor, the inverse, and what it is solved from.
+        capacity.require(
+            4 * 8 * size**2, f"model.window: a linear prediction from {size:,} values needs"
+        )
         mean = torch.zeros(size, dtype=torch.float64)
         covariance = torch.zeros(size, size, dtype=torch.float64)
         # One image at a time, because the windows of all would not fit into memory.

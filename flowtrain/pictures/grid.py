@@ -2,14 +2,12 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from flowtrain.system import capacity
-from flowtrain.system.files import save
 from flowtrain.types import Shape
 
 # Smaller images are enlarged in pictures, to whole multiples of their size.
@@ -78,11 +76,6 @@ def png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: Path, pixels: Tensor) -> None:
-    """Writes a `(3, H, W)` uint8 picture."""
-    save(path, png(pixels))
-
-
 def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     """Pictures of one size as an endless animation."""
     buffer = io.BytesIO()
@@ -91,6 +84,6 @@ def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     return buffer.getvalue()
 
 
-def save_gif(path: Path, frames: list[Tensor]) -> None:
-    """Writes `(3, H, W)` uint8 pictures as an animation."""
-    save(path, gif([_picture(frame) for frame in frames]))
+def animation(frames: Sequence[Tensor]) -> bytes:
+    """`(3, H, W)` uint8 pictures as a GIF file."""
+    return gif([_picture(frame) for frame in frames])

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowtrain
-from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
@@ -176,6 +176,7 @@ def page(
     html = template.render(
         parts=parts,
         model=model,
+        hash=model_hash(model),
         run=run,
         name=run.resolve().name,
         version=flowtrain.__version__,

@@ -27,6 +27,7 @@ KINDS = {
     "U": "texts",
     "b": "yes or no",
 }  # of numpy's types
+TEXT = 100  # bytes that a text takes in a list of Python, beside its characters
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ArrayFile:
 
         header = self.header(name)
         where = self._where(name)
-        if header.dtype.kind not in kinds:
+        # Texts without room for a character take no bytes, however many there are.
+        if header.dtype.kind not in kinds or not header.dtype.itemsize:
             raise UserError(
                 f"{where} has the type {cut(str(header.dtype))}, expected {KINDS[kinds]}"
             )
@@ -85,7 +87,8 @@ class ArrayFile:
         size = math.prod(header.shape) * header.dtype.itemsize
         if size != header.bytes:
             raise UserError(f"{where} is damaged: it has {header.bytes} bytes, not {size}")
-        capacity.require(2 * size, f"{where} needs")
+        texts = TEXT * math.prod(header.shape) if header.dtype.kind == "U" else 0
+        capacity.require(2 * size + texts, f"{where} needs")
         with self._member(name) as (member, _):
             # With the last byte of a member, zipfile compares its checksum.
             values = array_of(member)

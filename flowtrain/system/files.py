@@ -169,16 +169,17 @@ _BAD_PATH = {
 }
 
 
-def save(path: Path, data: bytes) -> None:
+def save(path: Path, data: bytes, *, named: bool = True) -> None:
     """Writes a file that the user asked for, and makes its parent folder if it is missing.
 
-    A link stays, and the file that it names is written.
+    A link stays, and the file that it names is written, if the user has `named` the path. Otherwise
+    it may be in a stranger's folder and lead to any file of the user, and is replaced.
 
     Raises:
         UserError: if the path cannot be written. A pipe or a device is not replaced by a file.
         RunError: if the disk fails, for example because it is full.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = path.resolve() if named and path.is_symlink() else path
     if is_special(target):
         raise UserError(f"{path}: cannot be written: not a regular file")
     try:
@@ -258,6 +259,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 LONGEST_NAME = 255  # bytes, of a file or folder
+DEEPEST = 100  # folders in each other
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -277,6 +279,8 @@ def check_names(names: Iterable[str]) -> None:
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{shown(name)} is not a plain relative path")
+        if len(parts) > DEEPEST:
+            raise ValueError(f"{shown(name)} is in more than {DEEPEST - 1} folders")
         if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
             raise ValueError(f"{shown(name)} has a character that no file name can have")
         if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):

@@ -1,4 +1,4 @@
-"""Where the charts and pictures of a run go: TensorBoard, Weights & Biases, and trackio.
+"""Where the charts and pictures of a run go: TensorBoard and Weights & Biases.
 
 Each class imports its package when it is used, so that only what `train.logger` names is needed.
 `metrics.jsonl` is written in any case (`run_directory.py`).
@@ -7,7 +7,6 @@ Each class imports its package when it is used, so that only what `train.logger`
 import contextlib
 import functools
 import hashlib
-import io
 import os
 import re
 import secrets
@@ -26,9 +25,9 @@ from flowtrain.system import distributed, packages
 from flowtrain.system.console import console
 from flowtrain.system.files import read_regular, write_atomically
 
-PROJECT = "flowtrain"  # what groups the runs in Weights & Biases and in trackio
+PROJECT = "flowtrain"  # what groups the runs in Weights & Biases
 PATIENCE = 30.0  # seconds in which Weights & Biases has to answer
-OLDEST = {"wandb": (0, 31), "trackio": (0, 43)}  # versions that the tests have been run with
+OLDEST_WANDB = (0, 31)  # the version of the tests
 
 
 class Logger(Protocol):
@@ -79,7 +78,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path, config: Config, step: int):
-        wandb = imported("wandb")
+        wandb = imported_wandb()
         quiet = wandb.Settings(
             silent=True,
             console="off",
@@ -159,53 +158,17 @@ def ended(end: Callable[[], object]) -> bool:
     return bool(worked)
 
 
-class Trackio:
-    """trackio (Hugging Face), in the folder `trackio` of the run directory, or in `TRACKIO_DIR`.
-
-    It writes twice a second. Steps that are trained again appear twice.
-    """
-
-    def __init__(self, folder: Path, config: Config, step: int):
-        trackio = imported("trackio", folder)
-        with _silent():
-            self._run = trackio.init(
-                project=PROJECT,
-                name=f"{folder.name}-{identity(folder)}",
-                config=config.resolved(),
-                resume="allow",
-                embed=False,
-            )
-        self._finish, self._image = trackio.finish, trackio.Image
-        place = shlex.quote(os.environ["TRACKIO_DIR"])
-        console.print(f"trackio: TRACKIO_DIR={place} trackio show --project {PROJECT}")
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def picture(self, name: str, picture: Tensor, step: int) -> None:
-        self._run.log({name: self._image(_channels_last(picture))}, step=step)
-
-    def flush(self) -> None:
-        pass  # a thread of its own writes
-
-    def close(self) -> None:
-        with _silent():
-            self._finish()
-
-
 LOGGERS: dict[str, Callable[[Path, Config, int], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
-    "trackio": Trackio,
 }
 
 
 @distributed.main_only
-def require(names: Iterable[str], folder: Path) -> None:
-    """Raises `UserError` if the package of a logger is not installed. `folder` is the run's."""
-    for name in names:
-        if name != "tensorboard":  # which flowtrain depends on
-            imported(name, folder)
+def require(names: Iterable[str]) -> None:
+    """Raises `UserError` if the package of a logger is not installed, or too old."""
+    if "wandb" in names:
+        imported_wandb()
 
 
 def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> list[Logger]:
@@ -213,14 +176,8 @@ def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> lis
     return [LOGGERS[name](folder, config, step) for name in names]
 
 
-def imported(name: str, folder: Path | None = None) -> Any:
-    """The package of a logger. trackio reads where to write when it is imported.
-
-    Raises `UserError` if it is not installed, or too old.
-    """
-    if folder is not None:
-        os.environ.setdefault("TRACKIO_DIR", str(folder.absolute() / "trackio"))
-    return packages.required(f"train.logger: {name}", name, OLDEST[name])
+def imported_wandb() -> Any:
+    return packages.required("train.logger: wandb", "wandb", OLDEST_WANDB)
 
 
 def identity(folder: Path) -> str:
@@ -245,8 +202,3 @@ def identity(folder: Path) -> str:
 def _channels_last(picture: Tensor) -> Any:
     """A picture `(3, H, W)` as a NumPy array `(H, W, 3)`."""
     return picture.permute(1, 2, 0).cpu().numpy()
-
-
-def _silent() -> contextlib.AbstractContextManager[object]:
-    """trackio prints six lines, which do not know `TRACKIO_DIR`."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -59,7 +59,7 @@ def fit(
             finite, or if the run directory cannot be written.
     """
     outlive_the_terminal()
-    loggers.require(config.train.logger, run.path)
+    loggers.require(config.train.logger)
     data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
     require_trainable(flow, config, device)

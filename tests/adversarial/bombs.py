@@ -82,6 +82,11 @@ def bombs(files: Sound) -> dict[str, Bomb]:
         "latents: an array of names that claims 100 GB": Bomb(
             "z.npz", lambda: _claimed_names(files), ["decode", "run", "z.npz", "--out", "out"]
         ),
+        "latents: 10^9 names of no bytes": Bomb(
+            "z.npz",
+            lambda: _claimed_names(files, "<U0", b""),
+            ["decode", "run", "z.npz", "--out", "out"],
+        ),
         "CSV: 8 million lines": Bomb(
             "t.csv", lambda: (b"file,x\n" + b"a,1\n" * 2**23)[: 2**25], table_of
         ),
@@ -216,12 +221,12 @@ def _npz(size: int, values: bytes = b"") -> bytes:
     return made.getvalue()
 
 
-def _claimed_names(files: Sound) -> bytes:
-    """A file of latents with names of 100 GB, of which a few are there."""
+def _claimed_names(files: Sound, kind: str = "<U25", there: bytes = bytes(99)) -> bytes:
+    """A file of latents with 10^9 names, of which a few are there."""
     members = members_of(files.bytes("z.npz"))
-    shape = {"descr": "<U25", "fortran_order": False, "shape": (10**9,)}
+    shape = {"descr": kind, "fortran_order": False, "shape": (10**9,)}
     header = repr(shape).encode()
-    members["names.npy"] = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(99)
+    members["names.npy"] = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + there
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         for name, content in members.items():

@@ -434,6 +434,7 @@ def _edited_npy(draw: random.Random, data: bytes) -> bytes:
         array = array.copy()
         at = ... if draw.random() < 0.3 else draw.randrange(array.size)
         texts = ["", ".", "..", "/", "../x", "a/b", "x" * 300, "x" * 10_000, "\ud800", "a\0b", "-x"]
+        texts += ["a/" * 2000 + "a"]
         if array.dtype.kind == "U":
             array = array.astype("U10000") if draw.random() < 0.2 else array.astype("U80")
             value = draw.choice([*texts, *array.flat])

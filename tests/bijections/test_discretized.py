@@ -49,6 +49,15 @@ def test_the_ends_of_the_latents_are_the_first_and_the_last_level():
         assert (found.find(torch.full((BATCH,), target).double())[0] == level).all()
 
 
+@pytest.mark.parametrize("shift, level", [(-1e38, 0), (1e38, 16)])
+def test_offsets_near_infinity_give_a_level(shift, level):
+    """As with `sample --guidance 1e38`. The last of the groups of 17 levels has too many."""
+    tables = DiscretizedMixture(17, 1).one_entry(torch.device("cpu"))
+    parameters = torch.tensor([[0.0], [shift], [0.0]])
+    found = tables(torch.zeros(1), 0.0, parameters).find(torch.full((1,), 0.5).double())
+    assert found[0].tolist() == [level]
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_no_scale_is_too_small_or_too_large(scale):
     found, _ = entry(256, scale)

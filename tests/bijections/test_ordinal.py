@@ -16,6 +16,7 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.window import Window
+from flowtrain.system import capacity
 
 # Shape, levels, token: divided by the token or not, one channel or several, down to one pixel.
 # The last ones have blocks of every kind.
@@ -369,6 +370,13 @@ def test_the_linear_prediction_is_that_of_least_squares():
         solved = torch.linalg.lstsq(seen, wanted).solution
         torch.testing.assert_close(residual[:, entry].flatten(), wanted - seen @ solved)
     torch.testing.assert_close(residual.std(dim=(0, 2, 3), correction=0), deviation)
+
+
+def test_a_window_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setattr(capacity, "available", lambda device: 10_000)
+    prediction = LinearPrediction(4, (3, 3), Window(3, 3, ahead=0))
+    with pytest.raises(UserError, match="model.window: a linear prediction from 100 values needs"):
+        prediction.fit(torch.zeros(2, 4, 3, 3))
 
 
 def test_it_is_initialized_from_200_images():

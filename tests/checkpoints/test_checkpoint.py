@@ -326,6 +326,7 @@ WRONG_PROGRESS = {
     "window_loss": [],
     "window_steps": True,
 }
+ENDLESS = dict.fromkeys(("images", "non_finite", "window_steps"), 10**19)
 WRONG_DESCRIPTIONS = {
     "config": [None, [], "glow", 1],
     "shape": [None, [], [1, 4], [1, 4, 0], [1, 4, 4, 4], [1, 4, 10**9], [1, 4, "4"], 4],
@@ -333,7 +334,10 @@ WRONG_DESCRIPTIONS = {
     "step": [None, -1, 0.5, "0", True, 10**30, 3],
     "data": [None, [], "digits"],
     "processes": [0, -1, None, 1.5],
-    "progress": [[], 3, *({key: value} for key, value in WRONG_PROGRESS.items())],
+    "progress": [
+        *[[], 3],
+        *({key: value} for wrong in (WRONG_PROGRESS, ENDLESS) for key, value in wrong.items()),
+    ],
     "versions": [None, [], {"flowtrain": 1}],
 }
 

@@ -150,9 +150,9 @@ def test_help_of_a_command(command, options, tmp_path):
 
 def test_train_help_lists_the_configurations_with_a_line_each(tmp_path):
     out = " ".join(quick("train", "--help", cwd=tmp_path).ok().out.split())
-    shipped = sorted((Path(package.__file__).parents[1] / "configs").glob("*.yaml")) or pytest.skip(
-        "not a checkout"
-    )
+    shipped = sorted(
+        (Path(package.__file__).parents[1] / "configs").rglob("*.yaml")
+    ) or pytest.skip("not a checkout")
     for path in shipped:
         headline = path.read_text().splitlines()[0].lstrip("# ")
         assert path.stem in out and headline.split("[")[0] in out, path

@@ -534,6 +534,15 @@ def test_folder_refuses(tmp_path, make, size, message):
         folder.build(tmp_path, "train", path=tmp_path / "tree", size=size)
 
 
+def test_a_tree_too_deep_for_this_python(tmp_path, monkeypatch):
+    def walk(*args, **kwargs):
+        raise RecursionError
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(UserError, match="data.path: .* has folders too deep to list"):
+        folder.build(tmp_path, "train", path=tmp_path, size=4)
+
+
 @pytest.mark.parametrize("policy", ["crop", "exact"])
 def test_only_regular_files_are_read(tmp_path, caplog, policy):
     """A pipe or a device in the folder is left out, and not waited for."""

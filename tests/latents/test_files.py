@@ -72,6 +72,10 @@ def test_a_file_of_latents(model, tmp_path):
         ),
         ({"names": np.array(["../a", "b"])}, "names: '../a' is not a plain relative path"),
         ({"names": np.array(["/a", "b"])}, "names: '/a' is not a plain relative path"),
+        (
+            {"names": np.array(["a/" * 2000 + "a", "b"])},
+            "names: .* is in more than 99 folders",
+        ),
         ({"names": np.array(["a", "a"])}, "names: two files have the same name"),
         ({"names": np.array([1, 2])}, "names has the type int64, expected texts"),
         ({"names": np.array([b"a", b"b"])}, r"names has the type \|S1, expected texts"),

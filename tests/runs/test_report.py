@@ -313,7 +313,7 @@ def test_a_broken_file_of_the_run_is_said(moved, tmp_path):
 def test_a_figure_of_another_model_is_said(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
     page, _ = page_of("run", "--weights", "raw", "--num-images", 1, cwd=tmp_path)
-    assert "evaluate-test.json is of another model than this report" in page.text
+    assert "evaluate-test.json was not measured on the weights of this report" in page.text
     assert (
         "flowtrain evaluate run/checkpoints/best.safetensors --split test --weights raw"
         in page.text
@@ -323,7 +323,7 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
     (run / "evaluate-test.json").write_text(json.dumps(unknown))
     page, _ = page_of("run", "--num-images", 1, cwd=tmp_path)
     assert page.tables[0][1][2:4] == ["not finite", "not finite"]
-    assert "another model than this report" not in page.text
+    assert "was not measured on" not in page.text
 
 
 def test_paths_and_samples_over_the_training_are_shown(digits, tmp_path):

@@ -63,13 +63,17 @@ def test_arrays_are_read_as_they_were_saved(tmp_path):
         ("a", "f", (), "expected one value"),
         ("n", "U", (), "n has the type int64, expected texts"),
         ("o", "U", (1,), "o has the type object, expected texts"),
+        ("u", "U", (None,), "u has the type <U0, expected texts"),
     ],
 )
 def test_other_arrays_are_refused(tmp_path, monkeypatch, name, kinds, shape, said):
     monkeypatch.chdir(tmp_path)
     evil = npy(np.array([Evil()], object), allow_pickle=True)
     a = npy(np.zeros((2, 3), np.float32))
-    file = a_file(tmp_path / "a.npz", [("a.npy", a), ("n.npy", npy(np.array(3))), ("o.npy", evil)])
+    n, u = npy(np.array(3)), npy(np.array([], "U1")).replace(b"<U1", b"<U0")
+    u = u.replace(b"(0,)", b"(9,)")  # of no bytes, as many as it says
+    members = [("a.npy", a), ("n.npy", n), ("o.npy", evil), ("u.npy", u)]
+    file = a_file(tmp_path / "a.npz", members)
     with pytest.raises(UserError, match=f"a.npz: .*{said}"):
         file.read(name, kinds, shape)
     assert not (tmp_path / "executed").exists()
@@ -112,6 +116,10 @@ def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
     file = a_file(tmp_path / "b.npz", [("a.npy", npy(np.zeros((20, 3), np.float32)))])
     with pytest.raises(UserError, match="b.npz: a needs at least"):
         file.read("a", "f", (20, 3))
+    monkeypatch.setattr(capacity, "available", lambda device: 500)
+    file = a_file(tmp_path / "c.npz", [("a.npy", npy(np.array(list("abcde"))))])
+    with pytest.raises(UserError, match="c.npz: a needs at least"):  # as a list of Python
+        file.read("a", "U", (5,))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

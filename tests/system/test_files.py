@@ -273,6 +273,8 @@ def test_a_link_stays(there, tmp_path):
     link.symlink_to(file)
     save(link, b"after")
     assert link.is_symlink() and file.read_bytes() == b"after"
+    save(link, b"anew", named=False)  # a stranger may have made it
+    assert not link.is_symlink() and (link.read_bytes(), file.read_bytes()) == (b"anew", b"after")
 
 
 def test_lines_are_appended_but_not_through_a_link(tmp_path):

@@ -1,10 +1,9 @@
-"""TensorBoard, Weights & Biases and trackio: what they get, offline, from the real packages."""
+"""TensorBoard and Weights & Biases: what they get, offline, from the real packages."""
 
 import contextlib
 import io
 import json
 import os
-import sqlite3
 import struct
 import sys
 import threading
@@ -35,14 +34,11 @@ def nobody(tmp_path_factory):
     """A user who is not logged in, and who has chosen nothing."""
     home = str(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("WANDB", "TRACKIO"))]:
+        for name in [name for name in os.environ if name.startswith("WANDB")]:
             patch.delenv(name)
-        for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "HF_HOME"):
+        for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
             patch.setenv(name, home)
         patch.setenv("NETRC", os.devnull)
-        # trackio sets it for its process. Here there are other tests.
-        patch.setenv("TRACKIO_DIR", "")
-        patch.delenv("TRACKIO_DIR")
         yield
 
 
@@ -60,7 +56,7 @@ def anew():
 def run(tmp_path_factory):
     """A run of 4 steps with all loggers, which then goes on to 8 steps without TensorBoard."""
     folder = tmp_path_factory.mktemp("loggers") / "run"
-    for names, steps in ((["tensorboard", "wandb", "trackio"], 4), (["wandb", "trackio"], 8)):
+    for names, steps in ((["tensorboard", "wandb"], 4), (["wandb"], 8)):
         train = {**TRAIN, "logger": names, "num_steps": steps}
         resume = "auto" if steps == 4 else EXTEND
         fit(a_config(train=train), RunDirectory(folder), torch.device("cpu"), resume)
@@ -111,32 +107,13 @@ def wandb_points(folder):
     return points, names
 
 
-def trackio_points(folder):
-    """The same of trackio."""
-    with sqlite3.connect(folder / "trackio" / "flowtrain.db") as base:
-        rows = base.execute("select run_name, run_id, step, metrics from metrics").fetchall()
-    points = {
-        (name, step): value for *_, step, row in rows for name, value in json.loads(row).items()
-    }
-    assert len({identity for _, identity, *_ in rows}) == 1
-    return points, {name for name, *_ in rows}
-
-
-POINTS = {"wandb": wandb_points, "trackio": trackio_points}
-FILES = {
-    "wandb": lambda run, value: next(run.glob(f"wandb/*/files/{value}")),
-    "trackio": lambda run, value: run / "trackio" / "media" / value["file_path"],
-}
-
-
 def chart_of(points, name):
     return {step: value for (chart, step), value in points.items() if chart == name}
 
 
-@pytest.mark.parametrize("logger", ["wandb", "trackio"])
-def test_every_logger_gets_what_tensorboard_gets(logger, run):
+def test_wandb_gets_what_tensorboard_gets(run):
     seen = events(run)
-    points, _ = POINTS[logger](run)
+    points, _ = wandb_points(run)
     tags = seen.Tags()["scalars"]
     assert {chart for chart, _ in points} == {*tags, "samples"}
     assert "train/clip_norm" not in tags  # a constant is no chart
@@ -148,14 +125,13 @@ def test_every_logger_gets_what_tensorboard_gets(logger, run):
         assert points[f"{row['split']}/bits_per_dim", row["step"]] == row["bits_per_dim"]
     (picture,) = seen.Images("samples")
     drawn = Image.open(io.BytesIO(picture.encoded_image_string))
-    stored = Image.open(FILES[logger](run, points["samples", 4])).convert("RGB")
+    stored = Image.open(next(run.glob(f"wandb/*/files/{points['samples', 4]}"))).convert("RGB")
     assert np.array_equal(np.asarray(stored), np.asarray(drawn))
 
 
-@pytest.mark.parametrize("logger", ["wandb", "trackio"])
-def test_a_run_that_goes_on_is_the_same_run(logger, run):
+def test_a_run_that_goes_on_is_the_same_run(run):
     """The second part of the run has changed its loggers."""
-    points, names = POINTS[logger](run)
+    points, names = wandb_points(run)
     assert list(chart_of(points, "train/bits_per_dim")) == [2, 4, 6, 8]
     assert list(chart_of(points, "samples")) == [4, 8]
     (name,) = names
@@ -168,9 +144,6 @@ def test_the_configuration_is_logged(run):
     *_, (_, record) = wandb_records(run, "run")
     values = {update.key: json.loads(update.value_json) for update in record.config.update}
     assert values["train"]["num_steps"] == 8
-    with sqlite3.connect(run / "trackio" / "flowtrain.db") as base:
-        ((text,),) = base.execute("select config from configs").fetchall()
-    assert json.loads(text)["model"]["name"] == "glow"
 
 
 @pytest.mark.run  # takes long
@@ -241,7 +214,7 @@ def test_a_server_that_cannot_be_reached(stands_still, tmp_path, anew, monkeypat
 def test_only_the_main_process_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     run = RunDirectory(tmp_path)
-    run.cut_back(0, a_config(train={"logger": ["tensorboard", "wandb", "trackio"]}))
+    run.cut_back(0, a_config(train={"logger": ["tensorboard", "wandb"]}))
     run.chart({"a": 1.0}, 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -294,21 +267,20 @@ def test_a_copied_run_is_another_run(tmp_path):
     assert loggers.identity(elsewhere.rename(moved)) == "0123abcd"
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_logger_that_is_not_installed(name, tmp_path):
-    """It is said before the data are read, and nothing is written."""
-    hidden = f"import sys; sys.modules['{name}'] = None"
-    command = ["train", *TINY_RUN, f"train.logger=[tensorboard,{name}]"]
+def test_a_logger_that_is_not_installed(tmp_path):
+    """The error comes before the data are read, and nothing is written."""
+    hidden = "import sys; sys.modules['wandb'] = None"
+    command = ["train", *TINY_RUN, "train.logger=[tensorboard,wandb]"]
     done = quick(*command, cwd=tmp_path, first=hidden)
-    done.failed(2, f"train.logger: {name} needs the package {name}:", f"pip install {name}")
+    done.failed(2, "train.logger: wandb needs the package wandb:", "pip install wandb")
     assert "reading" not in done.out and list(tmp_path.iterdir()) == []
 
 
-def test_an_old_version_and_a_folder_of_the_name(tmp_path, monkeypatch):
+def test_an_old_version_and_a_folder_of_the_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__version__="0.9.12"))
     with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .* --upgrade wandb"):
-        loggers.require(["wandb"], tmp_path)
+        loggers.require(["wandb"])
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
     with pytest.raises(UserError, match="needs the package wandb"):
-        loggers.require(["tensorboard", "wandb"], tmp_path)
-    loggers.require(["tensorboard"], tmp_path)
+        loggers.require(["tensorboard", "wandb"])
+    loggers.require(["tensorboard"])

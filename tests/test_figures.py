@@ -1,0 +1,81 @@
+"""Figures in pages are those of the files that they come from."""
+
+import re
+
+import pytest
+import torch
+from helpers import REPOSITORY
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config, headline
+from flowtrain.config import load_config
+
+
+def page(name):
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+README, RESULTS = page("README.md"), page("docs/results.md")
+MEASURED = RESULTS[RESULTS.index("## Configurations") : RESULTS.index("not been measured yet")]
+NUMBER = r"-?\d+\.\d+"
+SHAPES = {"digits": ((1, 8, 8), 17), "mnist": ((1, 28, 28), 256), "cifar10": ((3, 32, 32), 256)}
+SHAPES |= {"sphere": ((3, 1, 1), None)}  # all others in the table are points of the plane
+
+
+def is_rounded(value, text):
+    """Whether a figure is a value in as many digits as are written."""
+    half = 0.5 * 10 ** -len(text.partition(".")[2])
+    return abs(value - float(text)) <= half * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "path, pattern, unit",
+    [
+        ("docs/howto/explore.md", r"^\| `(\w+)` \(([\d.]+) M\)", 1e6),
+        ("docs/results.md", r"`(\w+)\.yaml` has ([\d.]+) M parameters", 1e6),
+        ("docs/gallery.md", r"^\| `(\w+)\.yaml` \|[^|]*\|[^|]*\| ([\d,]+) \|", 1),
+    ],
+)
+@pytest.mark.run  # takes long
+def test_parameters(path, pattern, unit):
+    rows = re.findall(pattern, page(path), re.MULTILINE)
+    assert rows
+    for name, text in rows:
+        config = load_config(find_config(name))
+        shape, levels = SHAPES.get(config.data.name, ((2, 1, 1), None))
+        with torch.device("meta"):
+            flow = build_flow(config, shape, levels)
+        count = sum(p.numel() for p in flow.parameters())
+        assert is_rounded(count / unit, text.replace(",", "")), (name, count, text)
+
+
+def test_figures_of_the_readme():
+    assert set(re.findall(rf"\b{NUMBER}\d\d\b", README)) <= set(re.findall(NUMBER, RESULTS))
+    rows = re.findall(rf"^\| `(\w+)` \|.*\| ({NUMBER})", README, re.MULTILINE)
+    assert len(rows) > 5
+    for name, figure in rows:
+        assert re.search(rf"^\| `{name}\.yaml` \|.*\| {figure}\b", MEASURED, re.MULTILINE), name
+
+
+def test_figures_of_configurations():
+    rows = re.findall(rf"^\| `(\w+)\.yaml` \|.*?\| (?:none: )?({NUMBER}) ", MEASURED, re.MULTILINE)
+    assert len(rows) > 15
+    for name, figure in rows:
+        text = re.search(rf"({NUMBER})(?: to {NUMBER})? (?:bits|nats)", headline(find_config(name)))
+        assert text is not None and is_rounded(float(figure), text[1]), name
+
+
+def test_kills():
+    """Those since the newest change of what writes."""
+    rows = re.findall(
+        r"^\| (.*\bkills?\b.*) \| (\d+) \| (\d+) \|$", page("docs/reliability.md"), re.M
+    )
+    now = [(int(kills), int(kept)) for what, kills, kept in rows if "before" not in what]
+    assert all(kills == kept for kills, kept in now)
+    assert f"| {sum(kills for kills, _ in now)} kills, none lost |" in README
+
+
+def test_archives():
+    pattern = rf"^\| CIFAR-10, all 10,000 \|.*\| ({NUMBER}) \| ({NUMBER}) \(effort 7\)"
+    ((archive, best),) = re.findall(pattern, page("docs/compress.md"), re.MULTILINE)
+    assert f"| {float(archive) / float(best):.0%} of JPEG XL on CIFAR-10 (3) |" in README
