@@ -17,6 +17,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    require_file,
     split_of,
 )
 from flowtrain.errors import UserError
@@ -165,6 +166,7 @@ def attributes(
     split_name = split_of(split) or "train"
     _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
     loaded = load(model, device, weights, trust_code)
+    require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
         shown = name or positive[0].resolve().stem
         labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
@@ -179,7 +181,7 @@ def attributes(
         labelled = labels.from_classes(
             loaded, data, split_name, from_class, to_class, shown, num_images, seed
         )
-    before = directions.existing(loaded)
+    before = directions.of_these_weights(loaded)
     with ProgressBar("encoding") as bar:
         z = encode(loaded.flow, labelled.x, bar)
     found = {
@@ -188,8 +190,8 @@ def attributes(
         )
         for way in directions.METHODS
     }
-    _print(found, kept)
     after = directions.add(loaded, found[kept])
+    _print(found, kept)
     console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
     console.print(f"flowtrain interpolate {model or ''} --along '{found[kept][0].name}'")
 
