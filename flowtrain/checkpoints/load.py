@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -32,7 +31,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     if model is not None and model.startswith(hub.PREFIX):
         return hub.download(model)
     path = _newest(runs) if model is None else Path(model)
-    if not os.path.lexists(path):  # False also for a name that is too long
+    if not _is_there(path):
         if model in (trained := zoo.names()):
             return zoo.verified(model)
         raise UserError(
@@ -67,7 +66,18 @@ def _newest(runs: Path) -> Path:
 def _checkpoints_of(run: Path) -> list[Path]:
     """The best and the last checkpoint of a run directory, where they exist."""
     files = [run / "checkpoints" / f"{name}{SUFFIX}" for name in ("best", "last")]
-    return [file for file in files if file.is_file()]
+    return [file for file in files if _is_there(file) and file.is_file()]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file, a folder or a link. Raises `PermissionError` where none may look."""
+    try:
+        path.lstat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # also for a name that is too long
+        return False
+    return True
 
 
 def run_of(path: Path) -> Path:

@@ -17,6 +17,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    require_file,
     split_of,
 )
 from flowtrain.errors import UserError
@@ -142,7 +143,7 @@ def attributes(
             "--num-images",
             min=1,
             metavar="N",
-            help="At most N images with the attribute, and N without; the first N of --csv.",
+            help="At most N images with the attribute and N without, or N of --csv: a sample.",
         ),
     ] = 2000,
     seed: SeedOption = 0,
@@ -165,11 +166,12 @@ def attributes(
     split_name = split_of(split) or "train"
     _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
     loaded = load(model, device, weights, trust_code)
+    require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
         shown = name or positive[0].resolve().stem
-        labelled = labels.from_folders(positive, negative, shown, loaded, num_images)
+        labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
     elif table is not None:
-        labelled = labels.from_table(table, images or table.parent, loaded, num_images)
+        labelled = labels.from_table(table, images or table.parent, loaded, num_images, seed)
     else:
         assert to_class is not None
         shown = name or (str(to_class) if from_class is None else f"{from_class}-to-{to_class}")
@@ -177,9 +179,9 @@ def attributes(
         if data.undivided:
             raise UserError(f"--data {dataset}: it has no classes")
         labelled = labels.from_classes(
-            loaded, data, split_name, from_class, to_class, shown, num_images
+            loaded, data, split_name, from_class, to_class, shown, num_images, seed
         )
-    before = directions.existing(loaded)
+    before = directions.of_these_weights(loaded)
     with ProgressBar("encoding") as bar:
         z = encode(loaded.flow, labelled.x, bar)
     found = {
@@ -188,8 +190,8 @@ def attributes(
         )
         for way in directions.METHODS
     }
-    _print(found, kept)
     after = directions.add(loaded, found[kept])
+    _print(found, kept)
     console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
     console.print(f"flowtrain interpolate {model or ''} --along '{found[kept][0].name}'")
 

@@ -33,6 +33,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         _log_warnings()
         try:
+            Path.cwd()  # libraries crash without one
+        except OSError as error:
+            fail(f"the working directory: {error.strerror}; go to another", exit_code(error))
+        try:
             function(*args, **kwargs)
         except (Interrupted, EndedElsewhere) as ended:  # the reason was printed before
             raise typer.Exit(ended.exit_code) from None
@@ -40,8 +44,6 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), error.exit_code)
         except FloatingPointError as error:
             fail(f"{error}: the model is damaged or diverged", RunError.exit_code)
-        except BrokenPipeError:
-            raise  # for the command line library, which ends quietly
         except OSError as error:
             fail(f"{error.filename or 'a file'}: {error.strerror or error}", exit_code(error))
         except KeyboardInterrupt:
@@ -211,6 +213,20 @@ def require_file(path: Path | str | None, option: str = "--out") -> None:
     if is_special(path):
         raise UserError(f"{option} {path}: is not a regular file")
     require_folder(path.parent, path, option)
+
+
+def output(given: Path | str | None, loaded: "LoadedModel", name: str, option: str) -> Path:
+    """Where an output goes: the value of `option`, which was checked, or else `name` in the run.
+
+    Raises `UserError` as `require_file` does, before any work is done.
+    """
+    from flowtrain.checkpoints.load import run_of
+
+    if given is not None:
+        return Path(given)
+    path = run_of(loaded.checkpoint.path) / name
+    require_file(path, option)
+    return path
 
 
 SPLITS: "tuple[SplitName, ...]" = ("test", "validation", "train")

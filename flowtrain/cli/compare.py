@@ -49,13 +49,13 @@ def compare(
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
     found = comparison.compare(runs)
-    _print_table(found.results)
-    for note in found.notes:
-        console.print(f"- {note}")
     save(out, found.picture)
     console.print(f"wrote {out}")
     if json_out is not None:
         write_json(found.content(), json_out, Path(json_out))
+    _print_table(found.results)
+    for note in found.notes:
+        console.print(f"- {note}")
 
 
 # The columns that are left out first where the table is too wide.

@@ -15,6 +15,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    output,
     require_file,
     write_json,
 )
@@ -59,23 +60,22 @@ def doctor(
 
     Every number has a verdict: ok, watch or bad. The exit code is 1 if anything is bad.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import doctor as diagnosis
     from flowtrain.system.console import ProgressBar, console
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code, conditional=True)
+    path = output(json_out, loaded, "doctor.json", "--json")
     console.print(f"examining {loaded.checkpoint.path}")
     if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
         console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
     data = data_of(loaded, overrides)
     with ProgressBar("examining") as bar:
         findings = diagnosis.examine(loaded, data, num_images=num_images, seed=seed, progress=bar)
+    write_json(diagnosis.as_json(findings, loaded, data, num_images, seed), json_out, path)
     for check in diagnosis.BOUNDS:
         _print(check, [finding for finding in findings if finding.check == check])
-    result = diagnosis.as_json(findings, loaded, data, num_images, seed)
-    write_json(result, json_out, run_of(loaded.checkpoint.path) / "doctor.json")
     console.print(f"verdict: {diagnosis.overall(findings)} ({_counts(findings)})")
     diagnosis.require_none_bad(findings)
 

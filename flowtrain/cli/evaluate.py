@@ -1,5 +1,7 @@
 """`flowtrain evaluate`."""
 
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,7 @@ from flowtrain.cli.base import (
     load,
     mention_unused,
     on_all_processes,
+    output,
     print_table,
     require_file,
     split_of,
@@ -87,7 +90,6 @@ def evaluate(
     By default it is the test split of the data that the model was trained on. A model trained with
     Gaussian noise has no bits/dim: its mean log-density of noisy images is in nats/dim.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
     from flowtrain.system.console import ProgressBar, console
@@ -106,6 +108,8 @@ def evaluate(
             f"evaluated"
         )
     split_name = split_name or ("all" if data.undivided else "test")
+    of = "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
+    path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(
         f"evaluating {loaded.checkpoint.path} on {split_name}"
         + (f" of {dataset}" if dataset else "")
@@ -123,21 +127,27 @@ def evaluate(
         )
     if not distributed.is_main():
         return  # the rest is writing
-    name = f"evaluate-{split_name}.json"
     if dataset is not None:
         result = result.model_copy(update={"dataset": dataset})
-        name = f"evaluate-{Path(dataset).resolve().stem}-{split_name}.json"
-    _print(result, loaded.flow.kind.unit)
-    write_json(result.content(), json_out, run_of(loaded.checkpoint.path) / name)
+    write_json(result.content(), json_out, path)
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
+    _print(result, loaded.flow.kind.unit)
     if bad := result.non_finite_indices:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
             f"{len(bad)} of {result.num_images} images have a likelihood that is not finite: "
             f"those at {which}"
         )
+
+
+def _file_name(dataset: str, kind: str) -> str:
+    """The name of a data set, or that of a path with eight digits for the folder it is in."""
+    if dataset == kind:
+        return dataset
+    path = Path(dataset).resolve()
+    return f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def _print(result: "Evaluation", unit: str) -> None:

@@ -18,6 +18,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    output,
 )
 from flowtrain.errors import UserError
 
@@ -129,7 +130,6 @@ def interpolate(
     A path along an attribute stops before an image that is less likely than 99% of the test images,
     and for a path to a class it is said how many pass such images.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.latents import directions, paths
     from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
@@ -139,6 +139,7 @@ def interpolate(
     suffix = check_suffix(out, (".png", ".gif"))
     _check(files, from_class, to_class, along, strength, image)
     loaded = load(model, device, weights, trust_code)
+    path = output(out, loaded, "interpolate.png", "--out")
     flow = loaded.flow
     data = data_of(loaded, overrides)
     drawing = draw.drawing(flow, lambda: data.split("test"))
@@ -175,7 +176,6 @@ def interpolate(
         if stays:
             rows = paths.stay(rows, counts)
         _say_what_is_typical(counts, steps, stays, lowest, flow)
-    path = out or run_of(loaded.checkpoint.path) / "interpolate.png"
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
         content = grid.animation(frames + frames[-2:0:-1])  # there and back

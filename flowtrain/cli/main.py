@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 
@@ -32,6 +32,7 @@ from flowtrain.cli import (
     train,
 )
 from flowtrain.errors import UserError
+from flowtrain.system.console import PerhapsUnread
 
 GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 
@@ -107,6 +108,10 @@ def main() -> None:
     # File names may be no text at all. They are printed with escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    # The files of a command are written, even if `head` has read enough of what it prints.
+    sys.stdout, sys.stderr = (
+        cast(TextIO, PerhapsUnread(stream, BrokenPipeError)) for stream in (sys.stdout, sys.stderr)
+    )
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--[\w-]+=", word):
             _refuse_empty(word)

@@ -21,6 +21,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    output,
     require_file,
     write_json,
 )
@@ -59,7 +60,7 @@ def ood(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images", min=1, metavar="N", help="The first N images of each data set."
+            "--num-images", min=1, metavar="N", help="A sample of N images of each data set."
         ),
     ] = 1000,
     seed: SeedOption = 0,
@@ -101,7 +102,6 @@ def ood(
 
     Images of another size, or with other channels or levels, are converted to the model's.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.evaluation import ood as scoring
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
@@ -111,7 +111,8 @@ def ood(
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
     loaded = load(model, device, weights, trust_code, conditional=True)
-    run = run_of(loaded.checkpoint.path)
+    path = output(json_out, loaded, "ood.json", "--json")
+    picture = output(picture_out, loaded, "ood.png", "--out")
     collections = scoring.collect(
         loaded, data_of(loaded, overrides), inside, outside, num_images=num_images, seed=seed
     )
@@ -126,14 +127,13 @@ def ood(
         comparison = scoring.score_all(
             loaded, collections, seed=seed, batch_size=batch_size, progress=bar
         )
-    _print(comparison)
-    write_json(scoring.as_json(comparison), json_out, run / "ood.json")
+    write_json(scoring.as_json(comparison), json_out, path)
     if scores_out is not None:
         save(scores_out, scoring.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
-    picture = picture_out or run / "ood.png"
     save(picture, scoring.draw(comparison), named=picture_out is not None)
     console.print(f"wrote {picture}")
+    _print(comparison)
     comparison.check_finite()
 
 

@@ -91,6 +91,7 @@ def push(
     loaded = load(model, device, weights, trust_code)
     flow = loaded.flow
     folder = out or run_of(loaded.checkpoint.path) / "push"
+    require_folder(folder, folder)
     there = sorted(path.name for path in folder.glob("[!.]*"))
     for name in there:
         if name not in about.FILES or hub.FILE not in there:

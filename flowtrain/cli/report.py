@@ -17,6 +17,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    output,
 )
 from flowtrain.errors import RunError, UserError
 
@@ -54,13 +55,13 @@ def report(
     If something is missing, such as the data set or an evaluation of the test split, the report
     says so and has the rest.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.runs import report as reporting
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
     check_suffix(out, (".html",))
     loaded = load(model, device, weights, trust_code, conditional=True)
+    path = output(out, loaded, "report.html", "--out")
     data: DataSet | str
     try:
         data = data_of(loaded, overrides)
@@ -73,8 +74,7 @@ def report(
         data = f"{error}; --set data.KEY=VALUE says where the data are"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
-    path = out or run_of(loaded.checkpoint.path) / "report.html"
+    save(path, html.encode(), named=out is not None)
     for line in missing:
         console.print(f"not in it: {line}")
-    save(path, html.encode(), named=out is not None)
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")

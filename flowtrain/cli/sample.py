@@ -18,6 +18,7 @@ from flowtrain.cli.base import (
     data_of,
     load,
     on_one_process,
+    output,
 )
 from flowtrain.errors import UserError
 
@@ -120,7 +121,6 @@ def sample(
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer.
     """
-    from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
     from flowtrain.system.console import ProgressBar, console, counted
@@ -136,6 +136,7 @@ def sample(
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
     loaded = load(model, device, weights, trust_code, conditional=True)
+    path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
     needs_data = flow.levels is None or (flow.image_context is not None and image is None)
     if overrides and not needs_data:
@@ -159,7 +160,6 @@ def sample(
             guidance=guidance,
             denoise=denoise,
         )
-    path = out or run_of(loaded.checkpoint.path) / "sample.png"
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"denoised": True} if denoise else {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.config import Config
-from flowtrain.data.splits import DataSet, labels_of
+from flowtrain.data.splits import DataSet, labels_for
 from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator, uniform
@@ -54,7 +54,7 @@ class Batches:
             )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         self.labels = (
-            labels_of(self.source, config.model.classes, data.config.name)
+            labels_for(config.model.classes, self.source.labels, data.config.name)
             if config.model.classes
             else None
         )

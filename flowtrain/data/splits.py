@@ -1,5 +1,6 @@
 """The splits of a data set, its labels, and the fingerprint of its content."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +22,21 @@ from flowtrain.datasets.base import (
     digests,
     duplicates,
     first_equal,
+    frozen_random,
     hold_out,
 )
 from flowtrain.errors import UserError
 from flowtrain.flow.kinds import kind_of
 
 SplitName = Literal["train", "validation", "test", "all"]
+
+
+def sampled(count: int, most: int, seed: int = 0) -> np.ndarray:
+    """At most `most` of the positions 0..count-1, sorted: a sample without replacement.
+
+    A statistic needs it, because data are often sorted by class. A larger sample has the smaller.
+    """
+    return np.sort(frozen_random(seed, count).permutation(count)[:most])
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,14 @@ class Split:
         """
         pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
         return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
+
+    def at(self, positions: np.ndarray) -> "Split":
+        """The images at some positions, as a split."""
+        return dataclasses.replace(self, indices=self.indices[positions])
+
+    def sample(self, most: int, seed: int = 0) -> "Split":
+        """At most `most` of the images: those at the positions of `sampled`."""
+        return self.at(sampled(len(self), most, seed))
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -178,6 +196,20 @@ class DataSet:
             "content": self.train_images.key or part.content,
         } | also
 
+    def matches(self, known: dict[str, Any]) -> bool:
+        """Whether a fingerprint in a checkpoint is that of these images and, with classes, of these
+        labels.
+        """
+        here = self.fingerprint
+        if "labels" in known:
+            labels = self.split("train").labels
+            here = here | ({} if labels is None else {"labels": fingerprint_of(labels)})
+        return known.items() <= here.items()
+
+
+def fingerprint_of(labels: Tensor) -> str:
+    return hashlib.sha256(labels.numpy().data).hexdigest()
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -219,12 +251,11 @@ def _read(images: Images, what: str) -> _Part:
     return _Part(images, pixels, rows)
 
 
-def labels_of(split: Split, classes: int, name: str) -> Tensor:
-    """The labels of a split for a model with so many classes, int64 `(N,)`.
+def labels_for(classes: int, labels: Tensor | None, name: str) -> Tensor:
+    """The labels of images for a model with so many classes, int64 `(N,)`.
 
     Raises `UserError` if there are none, or if one is outside 0..classes-1.
     """
-    labels = split.labels
     if labels is None:
         raise UserError(f"model.classes: {classes}, but {name} has no labels")
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):

@@ -84,7 +84,9 @@ def build(
     def target() -> Path:
         files = [Path(each["filename"]) for each in loaded().cache_files]
         facts = [(os.fspath(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        options = json.dumps([1, image, len(loaded()), channels, size, resize, facts])
+        # Several splits may be parts of the same files.
+        rows = [repository, subset, revision, wanted, len(loaded())]
+        options = json.dumps([2, rows, image, channels, size, resize, facts])
         return cache.place() / "hub" / cache.key_of([options])
 
     decode = functools.partial(_decode, shape=shape, policy=resize)

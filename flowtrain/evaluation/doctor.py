@@ -230,8 +230,8 @@ def examine(
 ) -> list[Finding]:
     """All findings about a model, on test images, uniform noise and samples.
 
-    It takes the first `num_images` test images, and as many of the other two. A model that raises,
-    or whose values are not finite, has findings like any other.
+    It takes a sample of `num_images` test images, and as many of the other two. A model that
+    raises, or whose values are not finite, has findings like any other.
 
     Raises:
         UserError: if the data do not have the model's shape and levels, or have no test image. Also
@@ -247,7 +247,7 @@ def examine(
     split = data.split("test")
     if len(split) == 0:
         raise UserError("data: the test split is empty")
-    x = split.take(slice(0, num_images))
+    x = split.sample(num_images, seed).take(slice(None))
     randomness = generator(seed, Stream.EVALUATION)
     noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
     random_images = flow.kind.uniform_like(x, randomness)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
-from flowtrain.data.splits import DataSet, Split, SplitName, labels_of
+from flowtrain.config import Data as DataConfig
+from flowtrain.data.splits import DataSet, Split, SplitName, labels_for
 from flowtrain.datasets.base import digests, duplicates, first_equal
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import Scores, require_memory, score
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import NoisyImages, bits_per_dim
@@ -73,7 +74,8 @@ def evaluate(
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
         )
-    labels = _labels(model, data, split)
+    here = _trained_on(model, data.config, data)
+    labels = None if here is None else _labels(model, data, split)
     own = len(distributed.share(min(num_images or len(split), len(split))))
     require_memory(flow, own, batch_size, samples)
     scores = score(
@@ -92,7 +94,7 @@ def evaluate(
         **_classification(scores, flow, labels),
         num_images=count,
         duplicates=duplicates(first_equal(digests(split.pixels, split.indices[:count]))),
-        **_shared(model, data, split_name, split, count),
+        **_shared(model, data, split_name, here, split, count),
         **_edition(data),
         **_given(flow),
         dims=flow.dims,
@@ -114,13 +116,42 @@ def evaluate(
     return result, scores
 
 
+def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
+    """The model's own data, divided as for its training, if they are what `place` names.
+
+    A name alone tells nothing: files of any content are `npz`. So they are compared with the
+    fingerprint in the checkpoint, where there is one and nothing has to be downloaded or decoded
+    for it. `data` are taken if they are the same, since they are read already.
+    """
+    own, known = model.config.data, model.checkpoint.meta.get("data")
+    if place.name != own.name:
+        return None
+    divided = {"validation": own.validation, "split_seed": own.split_seed}
+    config = place.model_copy(update=divided)
+    try:
+        found = data if (config, data.undivided) == (data.config, False) else DataSet(config)
+        if known and found.train_images.at_hand():
+            return found if found.matches(known) else None
+    except (UserError, RunError, OSError):
+        return None
+    return found if place.options() == own.options() else None
+
+
 def _shared(
-    model: LoadedModel, data: DataSet, name: SplitName, split: Split, count: int
+    model: LoadedModel,
+    data: DataSet,
+    name: SplitName,
+    here: DataSet | None,
+    split: Split,
+    count: int,
 ) -> dict[str, Any]:
-    """How many of the images the model was trained on, for another split of its own data."""
-    if name in ("train", "all") or data.config.name != model.config.data.name:
+    """How many of the images the model was trained on, for another split than its training split.
+    None if its own data, which `data` are where there is `here`, are not at hand.
+    """
+    if name == "train" and here:
         return {}
-    return {"duplicates_of_training": data.equal_to_training(split, count)}
+    own = here or _trained_on(model, model.config.data, data)
+    return {"duplicates_of_training": own.equal_to_training(split, count) if own else None}
 
 
 def _edition(data: DataSet) -> dict[str, Any]:
@@ -194,14 +225,14 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
-    """The classes of a split for a class-conditional model.
+    """The classes of a split of the model's own data, for a class-conditional model.
 
-    None if they cannot be the model's classes; for the model's own data a warning says why.
+    None if they cannot be the model's classes; a warning says why.
     """
-    if not model.flow.classes or data.undivided or data.config.name != model.config.data.name:
-        return None  # other data have other classes, or other numbers for them
+    if not model.flow.classes or data.undivided:
+        return None
     try:
-        return labels_of(split, model.flow.classes, data.config.name)
+        return labels_for(model.flow.classes, split.labels, data.config.name)
     except UserError as error:
         log.warning("no accuracy: %s", error)
         return None

@@ -10,7 +10,7 @@ images in nats per dimension, where the complexity is in nats too.
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import torch
 from flowtrain import config as configuration
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import section_named, undivided
-from flowtrain.data.splits import DataSet, Split, SplitName
+from flowtrain.data.splits import DataSet, Split, SplitName, sampled
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import require_memory, score
@@ -40,6 +40,7 @@ class Collection:
 
     name: str
     images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1
+    positions: np.ndarray  # of the images in the split, or 0..N-1
     split: str | None = None  # None for made images
     # Shape and levels as stored, where those are not the model's.
     stored: tuple[Shape, int] | None = None
@@ -69,7 +70,7 @@ def collect(
     num_images: int,
     seed: int = 0,
 ) -> Collections:
-    """The first `num_images` images of each data set that a command line names.
+    """A sample of `num_images` images of each data set that a command line names.
 
     Args:
         data: the model's own data. The reference is its validation split, or its training split
@@ -77,7 +78,7 @@ def collect(
         inside: `--in`: images of the kind that the model was trained on. By default, the test split
             of its own data.
         outside: `--data`: other images, or names in `MADE`.
-        seed: of images that are made.
+        seed: of the samples, and of images that are made.
 
     Raises `UserError` naming the option, for a model of real values, and where a name is given
     twice.
@@ -85,18 +86,18 @@ def collect(
     own = data.config.name
     _check_names(inside or own, outside)
     within = (
-        named(inside, "--in", model, data, num_images)
+        named(inside, "--in", model, data, num_images, seed)
         if inside
-        else own_split("test", model, data, num_images)
+        else own_split("test", model, data, num_images, seed)
     )
     others = [
         made(name, within, levels_of(model), seed)
         if name in MADE
-        else named(name, "--data", model, data, num_images)
+        else named(name, "--data", model, data, num_images, seed)
         for name in outside
     ]
     reference: SplitName = "validation" if len(data.split("validation")) else "train"
-    return Collections(own_split(reference, model, data, num_images), within, others)
+    return Collections(own_split(reference, model, data, num_images, seed), within, others)
 
 
 def _check_names(inside: str, outside: list[str]) -> None:
@@ -106,8 +107,10 @@ def _check_names(inside: str, outside: list[str]) -> None:
             raise UserError(f"--data {name}: it is named twice")
 
 
-def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) -> Collection:
-    """The first `count` images of a data set, folder or file that a command line names, as the
+def named(
+    name: str, option: str, model: LoadedModel, own: DataSet, count: int, seed: int = 0
+) -> Collection:
+    """A sample of `count` images of a data set, folder or file that a command line names, as the
     model's.
 
     They are those of its test split, or all, for a folder or file that has no test split. `own` are
@@ -124,24 +127,35 @@ def named(name: str, option: str, model: LoadedModel, own: DataSet, count: int) 
     ).data
     data = DataSet(config, undivided(config, own.config))
     levels = data.kind.require_levels(f"{option} {name}: real values, not images")
-    return _first(name, "all" if data.undivided else "test", data, levels, model, count)
+    return _sample(name, "all" if data.undivided else "test", data, levels, model, count, seed)
 
 
-def own_split(split: SplitName, model: LoadedModel, data: DataSet, count: int) -> Collection:
-    """The first `count` images of a split of the model's own data."""
+def own_split(
+    split: SplitName, model: LoadedModel, data: DataSet, count: int, seed: int = 0
+) -> Collection:
+    """A sample of `count` images of a split of the model's own data."""
     levels = levels_of(model)
     data.require(model.flow.shape, levels, model.checkpoint.path)
-    return _first(data.config.name, split, data, levels, model, count)
+    return _sample(data.config.name, split, data, levels, model, count, seed)
 
 
-def _first(
-    name: str, split: SplitName, data: DataSet, data_levels: int, model: LoadedModel, count: int
+def _sample(
+    name: str,
+    split: SplitName,
+    data: DataSet,
+    data_levels: int,
+    model: LoadedModel,
+    count: int,
+    seed: int,
 ) -> Collection:
-    images = data.split(split).take(slice(0, count)).numpy()
+    every = data.split(split)
+    positions = sampled(len(every), count, seed)
+    images = every.take(positions).numpy()
     shape, levels = model.flow.shape, levels_of(model)
     policy = data.config.resize_policy
     stored = None if (data.shape, data_levels) == (shape, levels) else (data.shape, data_levels)
-    return Collection(name, convert(images, data_levels, shape, levels, policy), split, stored)
+    converted = convert(images, data_levels, shape, levels, policy)
+    return Collection(name, converted, positions, split, stored)
 
 
 def levels_of(model: LoadedModel) -> int:
@@ -177,11 +191,13 @@ def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
     """The images that a name in `MADE` stands for: as many as those of `like`, and of their
     shape.
     """
+    count, channels, height, width = like.images.shape
     if name == "shuffled":
-        return Collection(name, shuffled(like.images, seed))
-    make = {"noise": noise, "constant": constant}[name]
-    _, channels, height, width = like.images.shape
-    return Collection(name, make(len(like.images), (channels, height, width), levels, seed))
+        images = shuffled(like.images, seed)
+    else:
+        make = {"noise": noise, "constant": constant}[name]
+        images = make(count, (channels, height, width), levels, seed)
+    return Collection(name, images, np.arange(count))
 
 
 def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
@@ -292,7 +308,7 @@ class Scored:
     @property
     def non_finite(self) -> list[int]:
         """The images whose likelihood is not finite."""
-        return [int(index) for index in np.flatnonzero(~np.isfinite(self.log_prob))]
+        return [int(index) for index in self.collection.positions[~np.isfinite(self.log_prob)]]
 
 
 def _mean(values: np.ndarray) -> Mean:
@@ -484,11 +500,9 @@ def scores_csv(comparison: Comparison) -> bytes:
     )
     for scored in comparison.compared:
         columns = (scored.likelihood, scored.log_prob, scored.typicality, scored.complexity)
-        rows: Iterable[tuple[float, ...]] = zip(
-            *(column.tolist() for column in (*columns, scored.complexity_corrected)), strict=True
-        )
-        for index, row in enumerate(rows):
-            writer.writerow([scored.collection.name, index, *map(repr, row)])
+        values = (column.tolist() for column in (*columns, scored.complexity_corrected))
+        for row in zip(scored.collection.positions.tolist(), *values, strict=True):
+            writer.writerow([scored.collection.name, *map(repr, row)])
     return text.getvalue().encode()
 
 

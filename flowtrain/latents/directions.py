@@ -1,6 +1,7 @@
 """Directions of attributes in latent space: what separates images that have one from the others."""
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.errors import UserError, cut, did_you_mean
-from flowtrain.latents.files import require_format
+from flowtrain.latents.files import OtherModel, require_format
 from flowtrain.system.arrays import ArrayFile
 from flowtrain.system.files import one_at_a_time
 from flowtrain.system.files import save as save_file
 from flowtrain.system.random import Stream, generator
+
+log = logging.getLogger("flowtrain")
 
 Method = Literal["difference", "logistic"]
 METHODS: tuple[Method, ...] = ("difference", "logistic")
@@ -278,13 +281,29 @@ def existing(model: LoadedModel) -> dict[str, Direction]:
     return load(path, model) if path.exists() else {}
 
 
-def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
-    """Adds directions to those that are kept for a model, and returns all by name. Commands that do
-    so at the same time wait for each other.
+def of_these_weights(model: LoadedModel) -> dict[str, Direction]:
+    """The same, but none where the file is of other weights: those of `--weights`, or from before
+    more training.
     """
+    try:
+        return existing(model)
+    except OtherModel:
+        return {}
+
+
+def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
+    """Adds directions to those that are kept for a model, and returns all by name. Those of other
+    weights are kept under another name. Commands that do so at the same time wait for each other.
+    """
+    path = file_of(model)
     with one_at_a_time(model.checkpoint.path):
-        after = existing(model) | {each.name: each for each in found}
-        save(file_of(model), list(after.values()), model_hash(model))
+        before = of_these_weights(model)
+        if path.exists() and not before:
+            its = "".join(filter(str.isalnum, str(ArrayFile(path).read("model", "U", ()))))
+            path.rename(aside := path.with_stem(f"{path.stem}-{its[:8]}"))
+            log.warning("%s was of other weights, and is now %s", path, aside)
+        after = before | {each.name: each for each in found}
+        save(path, list(after.values()), model_hash(model))
     return after
 
 

@@ -94,9 +94,13 @@ def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
     return buffer.getvalue()
 
 
+class OtherModel(UserError):
+    """A file is of another model, or of other weights."""
+
+
 def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel) -> None:
-    """Raises `UserError` unless a file has the version `known` of its format, and belongs to the
-    model.
+    """Raises `UserError` unless a file has the version `known` of its format, and `OtherModel`
+    unless it belongs to the model.
     """
     found = int(file.read("format", "iu", ()))
     if found != known:
@@ -105,7 +109,7 @@ def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel
         )
     its, own = str(file.read("model", "U", ())), model_hash(model)
     if its != own:
-        raise UserError(
+        raise OtherModel(
             f"{file.path}: {of_what} of the model {cut(its, 16)}; {model.checkpoint.path} "
             f"({model.weights} weights) is another one, {own[:16]}"
         )

@@ -4,9 +4,8 @@ set.
 
 import csv
 import io
-import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.data.splits import DataSet, SplitName
+from flowtrain.data.splits import DataSet, SplitName, sampled
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.latents.directions import check_name
 from flowtrain.latents.encoding import files_at, read_images
@@ -33,14 +32,22 @@ class Labelled:
 
 
 def from_folders(
-    positive: Sequence[Path], negative: Sequence[Path], name: str, model: LoadedModel, most: int
+    positive: Sequence[Path],
+    negative: Sequence[Path],
+    name: str,
+    model: LoadedModel,
+    most: int,
+    seed: int = 0,
 ) -> Labelled:
-    """At most `most` images of each kind. Raises `UserError` as `files_at` and `read_images` do."""
+    """A sample of at most `most` images of each kind. Raises `UserError` as `files_at` and
+    `read_images` do.
+    """
     check_name(name)
     groups = []
     for option, paths in (("--positive", positive), ("--negative", negative)):
-        files = list(files_at(paths, option).values())[:most]
-        groups.append(read_images(files, model, option))
+        files = list(files_at(paths, option).values())
+        chosen = [files[i] for i in sampled(len(files), most, seed)]
+        groups.append(read_images(chosen, model, option))
     return Labelled(torch.cat(groups), {name: _first(len(groups[0]), len(groups[1]))})
 
 
@@ -56,8 +63,10 @@ def from_classes(
     second: int,
     name: str,
     most: int,
+    seed: int = 0,
 ) -> Labelled:
-    """At most `most` images of class `second`, and as many of class `first`, or of all others.
+    """A sample of at most `most` images of class `second`, and as many of class `first`, or of all
+    others.
 
     Raises `UserError` where there are no labels, or no such images.
     """
@@ -73,20 +82,20 @@ def from_classes(
         (f"--to-class {second}", labels == second),
         ("other classes" if first is None else f"--from-class {first}", of_first),
     ):
-        rows = where.nonzero()[0][:most]
-        if not len(rows):
+        of_kind = split.at(where.nonzero()[0])
+        if not len(of_kind):
             raise UserError(f"{what}: the {split_name} split has no images of it")
-        chosen.append(split.take(rows))
+        chosen.append(of_kind.sample(most, seed).take(slice(None)))
     return Labelled(torch.cat(chosen), {name: _first(len(chosen[0]), len(chosen[1]))})
 
 
-def from_table(path: Path, folder: Path, model: LoadedModel, most: int) -> Labelled:
-    """The first `most` images of a CSV table: a column of file names below `folder`, and a column
-    of 0 and 1 for each attribute. The first line has the names of the columns.
+def from_table(path: Path, folder: Path, model: LoadedModel, most: int, seed: int = 0) -> Labelled:
+    """A sample of at most `most` images of a CSV table: a column of file names below `folder`, and
+    a column of 0 and 1 for each attribute. The first line has the names of the columns.
 
     Raises `UserError` that names the table, and the line, where it is not such a table.
     """
-    names, rows = _table(path, most)
+    names, rows = _table(path, most, seed)
     files = [folder / file for _, file, _ in rows]
     for (number, _, _), file in zip(rows, files, strict=True):
         if not file.is_file():
@@ -98,18 +107,24 @@ def from_table(path: Path, folder: Path, model: LoadedModel, most: int) -> Label
     )
 
 
-def _table(path: Path, most: int) -> tuple[list[str], list[tuple[int, str, list[bool]]]]:
-    """The attributes of a table; for each of the first `most` images the line, the file, and which
-    of them it has.
+def _lines(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a table that are not empty, with their numbers."""
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    return (each for each in enumerate(csv.reader(text, strict=True), start=1) if each[1])
 
-    Lines after these are not read: as lists, short lines take a hundred times their bytes.
+
+def _table(path: Path, most: int, seed: int) -> tuple[list[str], list[tuple[int, str, list[bool]]]]:
+    """The attributes of a table; for each image of the sample the line, the file, and which of them
+    it has.
+
+    Other lines are not kept: as lists, short lines take a hundred times their bytes.
     """
     try:
-        data = io.BytesIO(read_regular(path, LARGEST_TABLE))
-        reader = csv.reader(io.TextIOWrapper(data, "utf-8-sig", newline=""), strict=True)
-        header = next(reader, [])
-        numbered = ((number, line) for number, line in enumerate(reader, start=2) if line)
-        lines = list(itertools.islice(numbered, most))
+        data = read_regular(path, LARGEST_TABLE)
+        _, header = next(_lines(data), (1, []))
+        count = sum(1 for _ in _lines(data)) - 1
+        chosen = {1 + i for i in sampled(max(0, count), most, seed).tolist()}
+        lines = [line for i, line in enumerate(_lines(data)) if i in chosen]
     except OSError as error:
         raise UserError(f"--csv {path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:

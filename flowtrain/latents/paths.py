@@ -136,8 +136,8 @@ def between_classes(
     return z[:, None] + t[:, None] * (end - z)[:, None]
 
 
-def of_class(split: Split, label: int, needed: int, most: int, option: str) -> Tensor:
-    """The first images of a class, at most `most`, `(N, C, H, W)`.
+def of_class(split: Split, label: int, needed: int, option: str) -> Split:
+    """The images of a class.
 
     Raises `UserError` that names `option` where there are no labels, or fewer than `needed` images.
     """
@@ -149,7 +149,7 @@ def of_class(split: Split, label: int, needed: int, most: int, option: str) -> T
         raise UserError(
             f"{option} {label}: the split has {len(where)} images of it, {needed} are needed"
         )
-    return split.take(where[: max(most, needed)])
+    return split.at(where)
 
 
 def of_classes(
@@ -163,16 +163,16 @@ def of_classes(
     """
     require_room(flow, pairs, steps)
     test = data.split("test")
-    x = of_class(test, first, pairs, pairs, "--from-class")
-    of_class(test, second, 1, 1, "--to-class")
+    x = of_class(test, first, pairs, "--from-class").take(slice(0, pairs))
+    of_class(test, second, 1, "--to-class")
     for option, label in (("--from-class", first), ("--to-class", second)):
         if flow.classes and label >= flow.classes:
             raise UserError(f"{option} {label}: the model has the classes 0..{flow.classes - 1}")
 
     def mean(label: int) -> Tensor:
         option = "--from-class" if label == first else "--to-class"
-        images = of_class(data.split("train"), label, 1, CLASS_IMAGES, option)
-        return encode(flow, images).mean(dim=0)
+        images = of_class(data.split("train"), label, 1, option).sample(CLASS_IMAGES)
+        return encode(flow, images.take(slice(None))).mean(dim=0)
 
     return between_classes(flow, encode(flow, x), first, second, mean, steps)
 
@@ -192,9 +192,9 @@ def lowest_typical(
 ) -> float:
     """The log-likelihood in nats that all but the lowest `LOWEST` of the images of a split have.
 
-    Of a large split, the first `TYPICAL_IMAGES` are taken.
+    Of a large split, a sample of `TYPICAL_IMAGES` is taken.
     """
-    found = score(flow, split, num_images=TYPICAL_IMAGES, progress=progress).log_prob
+    found = score(flow, split.sample(TYPICAL_IMAGES), progress=progress).log_prob
     return float(found.quantile(LOWEST))
 
 

@@ -148,7 +148,7 @@ def page(
         "evaluations": lambda: _evaluations(run),
         **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
         "reconstructions": lambda: reconstruct(
-            flow, there().split("test").take(slice(0, num_images))
+            flow, there().split("test").sample(num_images, seed).take(slice(None))
         ),
         "paths": lambda: _paths(flow, there()),
         "samples over training": lambda: _over_training(run),
@@ -227,7 +227,8 @@ class Neighbours(NamedTuple):
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
     levels, train = _levels(flow), data.split("train")
     test = data.split("test")
-    contexts, compared = conditional.of_split(flow, test, SHOWN), test.take(slice(0, COMPARED))
+    contexts = conditional.of_split(flow, test, SHOWN)
+    compared = test.sample(COMPARED, seed).take(slice(None))
     drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
     distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
     samples = []

@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 
-class _PerhapsUnread:
-    """A stream that falls silent where nobody can read it, instead of raising an error."""
+class PerhapsUnread:
+    """A stream that falls silent where nobody can read it, instead of raising an error: if the
+    reader of a pipe has gone, or on any error of writing.
+    """
 
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
+    def __init__(self, stream: IO[str], error: type[OSError] = OSError):
+        self._stream, self._error = stream, error
 
     @contextlib.contextmanager
     def _silent(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
+        except self._error:
             # Python flushes the stream again at its end, which must not fail either.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -46,7 +48,7 @@ class _Output(Console):
     @property
     def file(self) -> IO[str]:
         stream = super().file
-        return cast(IO[str], _PerhapsUnread(stream)) if self.outlives_terminal else stream
+        return cast(IO[str], PerhapsUnread(stream)) if self.outlives_terminal else stream
 
     @file.setter
     def file(self, stream: IO[str]) -> None:

@@ -20,7 +20,7 @@ from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.background import memory_of_copy
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
-from flowtrain.data.splits import DataSet
+from flowtrain.data.splits import DataSet, labels_for
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
@@ -47,7 +47,7 @@ class Compute:
     addition are two. What `train.memory` computes again is not counted.
     """
 
-    image: float  # the likelihood of one image
+    image: float  # the likelihood of one image, given its class if the model has classes
     conditioners: float  # the share of conditioners in that, 0 to 1
     step: float  # a training step
 
@@ -126,10 +126,11 @@ def dry_run(config: Config, device: torch.device) -> Cost:
         device
     )
     require_trainable(flow, config, device)
+    _require_labels(data, config.model.classes)
     train = config.train
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
-    some = _images(flow, min(batch, flow.initialization_images))
+    some, _ = _batch(flow, min(batch, flow.initialization_images))
     initialize(flow, some, noise_of(config, 0, some))
     average = Average(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), average, {})
@@ -145,9 +146,24 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
 
 
-def _images(flow: Flow, count: int) -> Tensor:
-    """Random images that stand for the data, `(count, C, H, W)`."""
-    return flow.kind.random((count, *flow.shape), torch.Generator().manual_seed(0)).to(flow.device)
+def _require_labels(data: DataSet, classes: int) -> None:
+    """Raises `UserError` for labels that training refuses. They are not read where the images would
+    first have to be downloaded or decoded.
+    """
+    images = data.train_images
+    if classes and images.labels is None:
+        labels_for(classes, None, data.config.name)
+    elif classes and images.labels is not None and images.at_hand():
+        labels_for(classes, torch.from_numpy(images.labels()), data.config.name)
+
+
+def _batch(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:
+    """Random images that stand for the data, `(count, C, H, W)`, and their classes, as in training:
+    without them, a network that sees the class computes every class.
+    """
+    x = flow.kind.random((count, *flow.shape), torch.Generator().manual_seed(0))
+    labels = flow.classes_in_turn(count)
+    return x.to(flow.device), None if labels is None else labels.to(flow.device)
 
 
 def _parameters(flow: Flow) -> dict[str, int]:
@@ -160,16 +176,16 @@ def _parameters(flow: Flow) -> dict[str, int]:
 
 
 def _compute(state: State, batch: int) -> Compute:
-    few = _images(state.flow, min(batch, MEASURED_IMAGES))
+    few, labels = _batch(state.flow, min(batch, MEASURED_IMAGES))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        state.flow(few, torch.full(few.shape, 0.5, device=few.device))
+        state.flow(few, torch.full(few.shape, 0.5, device=few.device), labels)
     counts = {
         name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
     }
     conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
     own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
-        train_step(_changed(state, memory="store", optimizers=[]), few)
+        train_step(_changed(state, memory="store", optimizers=[]), few, labels)
     state.zero_grad()
     total = max(1, forward.get_total_flops())
     of_a_step = step.get_total_flops() / len(few) * batch
@@ -187,7 +203,7 @@ def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shap
 
 def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     """Measured with a few images, so that the answer is known for a batch that would not fit."""
-    _, grad_norm = train_step(state, _images(state.flow, min(batch_size, MEASURED_IMAGES)))
+    _, grad_norm = train_step(state, *_batch(state.flow, min(batch_size, MEASURED_IMAGES)))
     optimizer_step(state, grad_norm)  # makes the optimizers' state
     gradients = sum(p.nbytes for p in state.flow.parameters())
     kept = [
@@ -252,16 +268,14 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
 
 def _moments_of_a_step(state: State, mode: Mode, count: int, device: torch.device) -> list[int]:
     changed = _changed(state, memory=mode, batch_size=count, optimizers=[])
-    step = functools.partial(train_step, changed, _images(state.flow, count))
+    step = functools.partial(train_step, changed, *_batch(state.flow, count))
     step()  # makes what is made once
     return moments(step, device)
 
 
 def _seconds_of_a_step(state: State, batch: int) -> float:
     """The median of `TIMED_STEPS` steps."""
-    x = _images(state.flow, batch)
-    classes = state.flow.classes
-    labels = torch.arange(batch, device=x.device) % classes if classes else None
+    x, labels = _batch(state.flow, batch)
     seconds = []
     for step in range(TIMED_STEPS + 1):
         started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 
 import torch
@@ -11,7 +10,7 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config
 from flowtrain.data.batches import Batches
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet, Split, fingerprint_of
 from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
@@ -81,7 +80,7 @@ def fit(
             validation = data.split("validation")
         fingerprint = data.fingerprint
         if batches.labels is not None:
-            fingerprint["labels"] = hashlib.sha256(batches.labels.numpy().data).hexdigest()
+            fingerprint["labels"] = fingerprint_of(batches.labels)
         require_same_everywhere(config, fingerprint)
         state = start(config, flow, fingerprint, saved, init_from, batches)
         # Until here a signal ends the process at once, because there is nothing to save.

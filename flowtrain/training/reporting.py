@@ -58,7 +58,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 
 @distributed.main_only
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
-    x = validation.take(slice(0, RANGES_BATCH)).to(state.flow.device)
+    x = validation.sample(RANGES_BATCH).take(slice(None)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
     ranges = log_scale_ranges(state.evaluated, x, noise)
     charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}

@@ -98,7 +98,7 @@ class RunDirectory:
         """Locks the directory itself, because a name in it may be deleted. `.lock` tells others the
         process, and is locked too for file systems that lock no directories, such as NFS.
         """
-        name = self.path / ".lock"
+        name, new = self.path / ".lock", not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -126,9 +126,19 @@ class RunDirectory:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise self._in_use(name) from error
+        if new:
+            held.callback(self._remove_if_unused)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         file.flush()
+
+    def _remove_if_unused(self) -> None:
+        """Removes the directory of a run that ends before it wrote anything."""
+        with contextlib.suppress(OSError, RunError):
+            self._require_there()
+            if [*self.path.iterdir()] == [self.path / ".lock"]:
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
 
     def _in_use(self, name: Path) -> UserError:
         owner = "unknown"

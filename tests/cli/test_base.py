@@ -1,8 +1,17 @@
 """What the commands share."""
 
+import errno
+import importlib
+import os
 import warnings
+from pathlib import Path
 
+import pytest
+import typer
+
+from flowtrain.checkpoints.load import find
 from flowtrain.cli.base import command
+from flowtrain.flow.flow import Flow
 
 
 def test_warnings_of_pillow_are_no_messages():
@@ -17,3 +26,53 @@ def test_warnings_of_pillow_are_no_messages():
         warnings.simplefilter("always")
         reads_a_picture()
     assert len(shown) == 1
+
+
+def test_a_working_directory_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(typer.Exit) as ended:
+        command(lambda: pytest.fail("it began"))()
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err.startswith("flowtrain: the working directory: No such file")
+
+
+def test_a_folder_that_cannot_be_searched(monkeypatch, capsys):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "lstat", denied)
+    with pytest.raises(typer.Exit) as ended:
+        command(find)("locked/run")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == "flowtrain: locked/run: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("sample", {}),
+        ("interpolate", {}),
+        ("evaluate", {}),
+        ("ood", {"outside": ["noise"]}),
+        ("doctor", {}),
+        ("report", {}),
+        ("attributes", {"to_class": 4}),
+        ("push", {"repository": "me/it", "dry_run": True}),
+    ],
+)
+def test_a_run_where_nothing_can_be_written_is_refused_first(
+    name, options, tmp_path, monkeypatch, capsys
+):
+    """By the commands that write into the run if they are not told where."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Flow, "draw_latents", lambda *_: pytest.fail("it samples"))
+    monkeypatch.setattr(Flow, "forward", lambda *_: pytest.fail("it computes"))
+    with pytest.raises(typer.Exit) as ended:
+        getattr(importlib.import_module(f"flowtrain.cli.{name}"), name)(
+            model="glow_digits", **options
+        )
+    assert ended.value.exit_code == 2
+    assert "there is no permission to write into" in capsys.readouterr().err

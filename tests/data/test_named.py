@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -151,10 +152,14 @@ def test_evaluate_on_other_data(tmp_path):
 
 
 def test_the_result_on_other_data_does_not_replace_that_on_the_models_own(tmp_path):
-    section = npz(tmp_path / "b.npz", shape=(8, 8, 3), test=5)
+    """Nor that on others of the same name."""
     before = tree(a_run())
-    evaluate(tmp_path, "--data", section["path"]).ok()
-    assert set(tree(a_run())) - set(before) == {"evaluate-b-test.json"}
+    for path in ("b.npz", "c/b.npz"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        npz(tmp_path / path, shape=(8, 8, 3), test=5)
+        evaluate(tmp_path, "--data", path).ok()
+    new = sorted(set(tree(a_run())) - set(before))
+    assert len(new) == 2 and all(re.fullmatch(r"evaluate-b-[0-9a-f]{8}-test.json", n) for n in new)
     split = evaluate(tmp_path, "--data", "b.npz", "--split", "validation", "--json", "-").ok()
     assert (
         json.loads(split.out)["num_images"] == 2 and json.loads(split.out)["split"] == "validation"

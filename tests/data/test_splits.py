@@ -37,6 +37,16 @@ def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
         assert np.array_equal(splits["train"].take(slice(None)), expected)
 
 
+def test_a_sample_of_sorted_images_has_all_classes():
+    pixels = np.repeat(np.arange(10, dtype="u1"), 30).reshape(-1, 1, 1, 1)
+    split = Split(pixels, np.arange(300), 0, lambda: pixels[:, 0, 0, 0].astype(int))
+    found = split.sample(100, seed=1)
+    assert len(set(found.labels.tolist())) == 10 and np.all(np.diff(found.indices) > 0)
+    assert set(split.sample(20, seed=1).indices) < set(found.indices)
+    assert not np.array_equal(split.sample(100).indices, found.indices)
+    assert np.array_equal(split.sample(1000).indices, split.indices)
+
+
 @pytest.mark.parametrize("validation, held", [(0, 0), (5, 5), (0.5, 20), (0.01, 1), (39, 39)])
 def test_validation_is_a_count_or_a_fraction(tmp_path, validation, held):
     data = data_set(npz(tmp_path / "a.npz", train=40, validation=validation))

@@ -148,6 +148,19 @@ def test_a_repository_is_loaded_without_its_code(monkeypatch, tmp_path):
     assert calls == [(("somebody/images", "small"), options)]
 
 
+def test_parts_of_the_same_files_are_cached_apart(monkeypatch, path):
+    monkeypatch.chdir(path)
+    rows = datasets.load_from_disk(path)["train"].select(range(22))
+    parts = {"train[:50%]": range(11), "train[50%:]": range(11, 22)}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, split, **options: rows.select(parts[split])
+    )
+    splits = dict(zip(("train_split", "test_split"), parts, strict=True))
+    for part, chosen in zip(("train", "test"), parts.values(), strict=True):
+        images = build(part, repository="somebody/images", **splits)
+        assert np.array_equal(images.read(), PIXELS["train"][list(chosen)].transpose(0, 3, 1, 2))
+
+
 def test_images_that_are_files_of_their_own(monkeypatch, tmp_path):
     """As the package has them for a repository of image files."""
     monkeypatch.chdir(tmp_path)

@@ -3,16 +3,19 @@
 import csv
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from catalogue import TINY
 from helpers import a_config, images, npz, tiny_flow
 
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.named import undivided
+from flowtrain.data.splits import DataSet, Split, fingerprint_of
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import evaluate, reconstruction_error, scores_csv
 from flowtrain.evaluation.score import mean_loss
@@ -21,6 +24,12 @@ from flowtrain.evaluation.score import mean_loss
 @pytest.fixture(scope="module")
 def flow():
     return tiny_flow("glow").eval().requires_grad_(False)
+
+
+def loaded(flow, config, **meta):
+    """As of step 12."""
+    meta |= {"step": 12, "config": config.resolved()}
+    return LoadedModel(flow, config, "raw", Checkpoint(Path("model"), meta, {}))
 
 
 def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
@@ -32,8 +41,7 @@ def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
         validation=options.pop("validation", 4),
     )
     config = a_config("glow", data=section)
-    meta = {"config": config.resolved(), "step": 12}
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", meta, {}))
+    model = loaded(flow, config)
     return evaluate(model, DataSet(config.data), options.pop("split", "test"), **options)
 
 
@@ -84,8 +92,7 @@ def test_equal_images_are_counted(tmp_path, flow):
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))
     config = a_config("glow", data={"name": "npz", "path": str(tmp_path / "a.npz")})
-    meta = {"config": config.resolved(), "step": 12}
-    model = LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", meta, {}))
+    model = loaded(flow, config)
     data = DataSet(config.data)
     trained = data.split("train").indices.tolist()
 
@@ -98,6 +105,35 @@ def test_equal_images_are_counted(tmp_path, flow):
     assert counts("test", num_images=8) == (0, sum(i in trained for i in range(8)))
     assert counts("validation") == (0, 0)
     assert counts("train") == (0, "nothing")
+
+
+@pytest.mark.parametrize("case", ["a copy", "other labels", "other images", "no test split"])
+def test_other_data_are_told_by_their_content(tmp_path, case):
+    """All of these are `npz`."""
+    rng = np.random.default_rng(0)
+    own = {f"x_{part}": rng.integers(0, 256, (20, 4, 4, 1), "u1") for part in ("train", "test")}
+    own |= {f"y_{part}": np.arange(20) % 3 for part in ("train", "test")}
+    np.savez(tmp_path / "own.npz", **own)
+    section = {"name": "npz", "path": str(tmp_path / "own.npz"), "validation": 5}
+    config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data=section)
+    data = DataSet(config.data)
+    train = data.split("train")
+    known = data.fingerprint | {"labels": fingerprint_of(train.labels)}
+    model = loaded(tiny_flow("glow", classes=3).eval(), config, data=known)
+    trained = own["x_train"][train.indices]
+    other = {
+        "a copy": own,
+        "other labels": {**own, "y_train": (own["y_train"] + 1) % 3},
+        "other images": {**own, "x_train": own["x_test"], "x_test": trained},
+        "no test split": {"x_train": trained, "y_train": np.zeros(15, int)},
+    }[case]
+    np.savez(tmp_path / "other.npz", **other)
+    of_other = config.data.model_copy(update={"path": tmp_path / "other.npz"})
+    data = DataSet(of_other, undivided(of_other, config.data))
+    content = evaluate(model, data, "all" if data.undivided else "test")[0].content()
+    shared = 15 if case in ("other images", "no test split") else 0
+    assert content["duplicates_of_training"] == shared
+    assert ("accuracy" in content) == (case == "a copy")
 
 
 @pytest.mark.parametrize("split, count", [("train", 16), ("validation", 4), ("test", 30)])

@@ -5,6 +5,7 @@ commands.
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.system import distributed
+from flowtrain.training.dry_run import dry_run
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 
 SHAPE = (1, 4, 4)
 
@@ -232,9 +236,16 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
 
 
 def test_labels_that_do_not_fit(tmp_path):
-    def batches(section, classes=2):
-        config = a_config({"name": "glow", "classes": classes, **TINY["glow"]}, data=section)
-        return Batches(DataSet(config.data), config, 7, torch.device("cpu"))
+    def batches(section):
+        """All that refuses labels does it with the same words."""
+        config = a_config({"name": "glow", "classes": 2, **TINY["glow"]}, data=section)
+        with pytest.raises(UserError) as refused:
+            Batches(DataSet(config.data), config, 7, torch.device("cpu"))
+        for start in (dry_run, lambda *of: fit(of[0], RunDirectory(tmp_path / "run"), of[1])):
+            with pytest.raises(UserError, match=re.escape(str(refused.value))):
+                start(config, torch.device("cpu"))
+        assert not (tmp_path / "run").exists()
+        raise refused.value
 
     with pytest.raises(UserError, match="model.classes: 2, but npz has the labels 0..2"):
         batches(labelled(tmp_path / "a.npz"))

@@ -188,6 +188,16 @@ def test_files_from_strangers_are_read_with_care(model, tmp_path, change, said):
         directions.load(path, model)
 
 
+def test_attributes_of_other_weights_are_kept_under_another_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, (one, other) = directions.file_of(model), some(model)
+    directions.save(path, [one], "0123456789")
+    with pytest.raises(UserError, match="attributes of the model 0123456789"):
+        directions.named(model, "a")
+    assert list(directions.add(model, [other])) == list(directions.existing(model)) == ["4-to-9"]
+    assert {each.name for each in path.parent.iterdir()} == {path.name, "attributes-01234567.npz"}
+
+
 def test_an_attribute_that_is_not_there(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert directions.existing(model) == {}

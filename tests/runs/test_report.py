@@ -200,7 +200,8 @@ def test_reconstructions_are_counted_and_shown(digits):
     x = (
         DataSet(load_model(str(run), torch.device("cpu")).config.data)
         .split("test")
-        .take(slice(0, 10))
+        .sample(10, 3)
+        .take(slice(None))
     )
     assert torch.equal(flow.decode(flow.encode(x)), x)
     assert "10 of 10 test images come back exactly" in page.text
@@ -231,7 +232,7 @@ def test_the_nearest_training_images_are_nearest(digits):
         f"sample {distance[best[0]]:.2f} {distance[best[1]]:.2f} {distance[best[2]]:.2f}"
         in page.text
     )
-    test = data.split("test").take(slice(0, 16))
+    test = data.split("test").sample(16, 3).take(slice(None))
     own = [(one / 16 - train / 16).flatten(1).norm(dim=1).min().item() for one in test]
     assert f"are at {sorted(own)[7]:.2f} from their nearest training image" in page.text
 

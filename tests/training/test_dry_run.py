@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from catalogue import SMALL, sets
+from catalogue import SMALL, TINY, sets
 from cli_helpers import quick
 from helpers import a_config, images, ready
 
@@ -57,6 +57,19 @@ def test_operations(conditioner):
     assert found.image == pytest.approx(total, rel=0.02)
     assert found.conditioners == pytest.approx(operations[True] / total, abs=0.02)
     assert found.step == pytest.approx(3 * found.image * config.train.batch_size, rel=0.15)
+
+
+def test_a_step_computes_the_class_of_each_image_alone():
+    """Where networks see the class, evaluation takes a pass for each of them."""
+
+    def cost(classes):
+        model = {"name": "causal", **TINY["causal"], "classes": classes}
+        return dry_run(a_config(model), CPU)
+
+    some, none = cost(10), cost(0)
+    assert some.compute.image < 1.1 * none.compute.image  # beside the first layer nothing is added
+    assert some.compute.step < 1.1 * none.compute.step
+    assert some.memory.modes[0].needed < 2 * none.memory.modes[0].needed
 
 
 @pytest.mark.run  # takes long
