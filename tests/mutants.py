@@ -26,11 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".txt")
 COPIED = ("flowtrain", "tests", "configs", "docs", "benchmarks", "docker", "notebooks")
 MEMORY = 8 * 2**30  # bytes that the tests of one mutant may take
-IMPORTED = ("torch", "torchvision", "sklearn.datasets", "matplotlib.figure", "safetensors.torch")
+IMPORTED = (
+    *("torch", "torchvision", "torch.utils.tensorboard", "safetensors.torch", "sklearn.datasets"),
+    *("matplotlib.figure", "pydantic", "typer", "rich", "yaml"),
+)
 
 # Further folders and files of tests, by a folder of the package.
 NEIGHBOURS = {
@@ -98,7 +103,9 @@ def tests_of(file: Path, wide: bool = False) -> list[Path]:
     folder = nearest.parent
     while not folder.is_dir():
         folder = folder.parent
-    places = [nearest] if folder == tests else [nearest, folder]
+    places = [nearest]
+    if folder != tests:
+        places += [folder / f"test_{folder.name}.py", folder]
     for name in reversed(file.parent.parts[1:] or file.parent.parts):
         places += [tests / place for place in NEIGHBOURS.get(name, [])]
     places += [tests / place for place in WIDE if wide]
@@ -117,13 +124,13 @@ class Run:
     copy: Path
     wide: bool
 
-    def start(self) -> None:
+    def start(self, first: set[object]) -> None:
         original = (ROOT / self.file).read_text(encoding="utf-8")
         changed = original.replace(self.mutant.snippet, self.mutant.replacement)
         (self.copy / self.file).write_text(changed, encoding="utf-8")
         self.begun = self.alive = time.monotonic()
         self.length = 0
-        self.pid = start_tests(self.copy, list(map(str, tests_of(self.file, self.wide))))
+        self.pid = start_tests(self.copy, tests_of(self.file, self.wide), first)
 
     def result(self, seconds: float) -> dict[str, object] | None:
         """What has come of it, if it is over: after so many seconds without output, it is."""
@@ -141,7 +148,7 @@ class Run:
         shutil.copy2(ROOT / self.file, self.copy / self.file)
         output = log.read_text(encoding="utf-8", errors="replace")
         outcome = "time-out" if hangs else outcome_of(os.waitstatus_to_exitcode(status), output)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         last = re.findall(r"^tests/\S+", output, re.MULTILINE)[-1:] if hangs else []
         test = failed[1] if failed else last[0] if last else None
         took = round(now - self.begun, 1)
@@ -160,7 +167,20 @@ def outcome_of(code: int, output: str) -> str:
     raise SystemExit(f"pytest ended with exit code {code}:\n{output[-3000:]}")
 
 
-def start_tests(copy: Path, tests: list[str]) -> int:
+class Ordered:
+    """Tests that have caught another mutant come first, and those that run a command last."""
+
+    def __init__(self, first: set[object]):
+        self.first = first
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(
+            key=lambda item: (item.nodeid not in self.first, bool(item.get_closest_marker("run")))
+        )
+
+
+def start_tests(copy: Path, tests: list[Path], first: set[object]) -> int:
     """Runs them up to the first failure, in a fork, which need not import torch again."""
     if pid := os.fork():
         return pid
@@ -175,11 +195,8 @@ def start_tests(copy: Path, tests: list[str]) -> int:
         os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         sys.path.insert(0, str(copy))
         sys.argv[1:] = []
-        import pytest
-
-        code = int(
-            pytest.main(["-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests])
-        )
+        options = ["-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        code = int(pytest.main([*options, *map(str, tests)], [Ordered(first)]))
         sys.stdout.flush()
     finally:
         os._exit(code)
@@ -209,7 +226,7 @@ def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float, wide: b
             while runs and free:
                 running.append(runs.pop(0))
                 running[-1].copy = free.pop()
-                running[-1].start()
+                running[-1].start({result["test"] for result in read(results).values()})
             time.sleep(0.1)
             for each in list(running):
                 if (result := each.result(seconds)) is not None:
