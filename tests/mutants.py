@@ -3,7 +3,7 @@
 `mutants.txt` has the slips, each as two lines like those of a diff. The first is a snippet that
 occurs once in the package, so a file that moves keeps its mutants. The tests of the mutated file
 are found by its path: `flowtrain/a/b.py` has those in `tests/a/test_b.py`, then the others in
-`tests/a`, then those in `NEIGHBOURS`. A test without output for `--seconds` counts as a failure.
+`tests/a`, then those in `NEIGHBOURS`; `--wide` repeats survivors with more. A test without output for `--seconds` counts as a failure.
 
     python tests/mutants.py --results before.jsonl
     python tests/mutants.py --results after.jsonl --compare before.jsonl
@@ -37,23 +37,25 @@ IMPORTED = (
     *("matplotlib.figure", "pydantic", "typer", "rich", "yaml"),
 )
 
-# Further folders and files of tests, by a folder of the package.
+# Further folders and files of tests, by a folder of the package: always, and with `--wide`.
 NEIGHBOURS = {
-    "nets": ["bijections", "models"],
-    "bijections": ["models", "compression"],
-    "models": ["bijections"],
-    "flow": ["models", "evaluation"],
-    "data": ["training"],
-    "datasets": ["data"],
-    "checkpoints": ["training/test_resume.py", "training/test_run_directory.py"],
-    "training": ["checkpoints"],
-    "system": ["training", "checkpoints"],
-    "cli": ["adversarial/test_wrong_input.py"],
-    "latents": ["cli"],
-    "pictures": ["runs", "evaluation"],
-    "flowtrain": ["cli/test_base.py", "runs", "evaluation/test_evaluate.py"],
+    "nets": ["bijections/test_bijections.py", "models/test_models.py"],
+    "models": ["bijections/test_bijections.py"],
+    "data": ["datasets"],
+    "flowtrain": ["runs", "evaluation/test_evaluate.py"],
 }
-WIDE = ["cli", "training", "test_keys.py", "adversarial/test_wrong_input.py"]
+WIDE = {
+    "bijections": ["models", "compression", "flow"],
+    "nets": ["bijections", "models", "flow"],
+    "models": ["bijections", "flow", "compression"],
+    "flow": ["models", "evaluation", "training/test_step.py"],
+    "datasets": ["data"],
+    "checkpoints": ["training"],
+    "training": ["checkpoints"],
+    "system": ["checkpoints", "datasets"],
+    "pictures": ["runs", "evaluation"],
+}
+INTEGRATION = ["cli", "training", "test_keys.py", "adversarial/test_wrong_input.py"]
 
 
 class Mutant(NamedTuple):
@@ -107,8 +109,9 @@ def tests_of(file: Path, wide: bool = False) -> list[Path]:
     if folder != tests:
         places += [folder / f"test_{folder.name}.py", folder]
     for name in reversed(file.parent.parts[1:] or file.parent.parts):
-        places += [tests / place for place in NEIGHBOURS.get(name, [])]
-    places += [tests / place for place in WIDE if wide]
+        further = NEIGHBOURS.get(name, []) + (WIDE.get(name, []) if wide else [])
+        places += [tests / place for place in further]
+    places += [tests / place for place in INTEGRATION if wide]
     files: list[Path] = []
     for place in places:
         files += sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
