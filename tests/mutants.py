@@ -3,7 +3,8 @@
 `mutants.txt` has the slips, each as two lines like those of a diff. The first is a snippet that
 occurs once in the package, so a file that moves keeps its mutants. The tests of the mutated file
 are found by its path: `flowtrain/a/b.py` has those in `tests/a/test_b.py`, then the others in
-`tests/a`, then those in `NEIGHBOURS`; `--wide` repeats survivors with more. A test without output for `--seconds` counts as a failure.
+`tests/a`, then those in `NEIGHBOURS`. `--wide` runs survivors again, with the tests of other
+folders. A test without output for `--seconds` counts as a failure.
 
     python tests/mutants.py --results before.jsonl
     python tests/mutants.py --results after.jsonl --compare before.jsonl
