@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +185,7 @@ class Ordered:
         )
 
 
-def start_tests(copy: Path, tests: list[Path], first: set[object]) -> int:
+def start_tests(copy: Path, tests: Iterable[object], first: set[object]) -> int:
     """Runs them up to the first failure, in a fork, which need not import torch again."""
     if pid := os.fork():
         return pid
@@ -241,6 +242,17 @@ def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float, wide: b
                     free.append(each.copy)
 
 
+def require_passing(tests: set[str]) -> None:
+    """Runs the tests that caught mutants without one: a test that fails then proves nothing."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder, "0")
+        copy_repository(copy)
+        pid = start_tests(copy, sorted(tests), set())
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code != 0:
+            raise SystemExit(f"fails without a mutant:\n{(copy / 'log').read_text()[-3000:]}")
+
+
 def line_of(result: dict[str, object]) -> str:
     by = result["test"] or result["snippet"]
     return f"{result['number']:>4} {result['outcome']:8} {result['seconds']:6} s  {by}"
@@ -251,7 +263,7 @@ def key_of(result: dict[str, object]) -> tuple[object, object]:
 
 
 def read(path: Path) -> dict[tuple[object, object], dict[str, object]]:
-    """The newest result of each mutant; one that was caught once stays so."""
+    """The newest result of each mutant."""
     found: dict[tuple[object, object], dict[str, object]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         result = json.loads(line)
@@ -293,6 +305,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180, help="limit of one test")
     parser.add_argument("--again", action="store_true", help="also mutants with a result")
     parser.add_argument("--wide", action="store_true", help="survivors, with more tests")
+    parser.add_argument("--verify", action="store_true", help="run what caught them without one")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutants.jsonl")
     parser.add_argument("--compare", type=Path, help="earlier results; fails if one is lost")
     options = parser.parse_args()
@@ -312,6 +325,8 @@ def main() -> None:
     known = read(options.results)
     now = [known[key] for mutant in mutants if (key := tuple(mutant[2:])) in known]
     summarize(now)
+    if options.verify:
+        require_passing({str(result["test"]) for result in now if result["test"]})
     if options.compare and (gone := lost(list(read(options.compare).values()), now)):
         raise SystemExit("no longer caught:\n" + "\n".join(gone))
 
