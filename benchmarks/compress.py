@@ -9,18 +9,13 @@ from common import SHAPE, arguments, begin, images, in_turns, table
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
-from flowtrain.compression.coder import coder_of
-from flowtrain.compression.streams import (
-    EncodedStream,
-    decode_stream,
-    encode_stream,
-    estimate,
-)
-from flowtrain.compression.threads import in_threads
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.system.console import silent
 from flowtrain.system.threads import one_thread
+from flowtrain.tools.archive.coder import coder_of
+from flowtrain.tools.archive.streams import EncodedStream, decode_stream, encode_stream, estimate
+from flowtrain.tools.archive.threads import in_threads
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ LIBRARIES = [
     *["torchvision.utils", "torchvision.datasets", "sklearn.datasets", "safetensors.torch"],
     *["pydantic", "pytest", "rich.progress", "rich.table", "rich._emoji_codes", "jinja2"],
 ]
-OPTIONAL = "flowtrain.explore"  # a package without which flowtrain works, and a test hides
+OPTIONAL = "flowtrain.tools.explore"  # a package without which flowtrain works, and a test hides
 
 for name in LIBRARIES:
     importlib.import_module(name)

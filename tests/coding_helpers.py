@@ -10,11 +10,11 @@ from torch import nn
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.compression import format as archive
-from flowtrain.compression import strips
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
+from flowtrain.tools.archive import format as archive
+from flowtrain.tools.archive import strips
 
 GREY, RGB = (1, 4, 4), (3, 4, 4)
 

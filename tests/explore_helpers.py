@@ -14,11 +14,11 @@ from helpers import a_config, seeded, tiny_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.data.splits import DataSet
-from flowtrain.explore import guard, server
-from flowtrain.explore.session import Session
-from flowtrain.explore.worker import Worker
 from flowtrain.latents import directions
 from flowtrain.latents.directions import Direction
+from flowtrain.tools.explore import guard, server
+from flowtrain.tools.explore.session import Session
+from flowtrain.tools.explore.worker import Worker
 
 TAB = "abcdefgh12"
 TOKEN = "a-secret"

@@ -15,7 +15,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.description import Progress
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.latents.constraints import Pixels
+from flowtrain.tools.inpaint.constraints import Pixels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"

@@ -51,10 +51,10 @@ def info(
 
 
 def _of_config(path: Path) -> dict[str, object]:
+    from flowtrain.checkpoints import about
     from flowtrain.checkpoints.build import build_flow
     from flowtrain.config import load_config
     from flowtrain.data.splits import DataSet
-    from flowtrain.runs import about
     from flowtrain.system.console import duration
 
     config = load_config(path)
@@ -73,8 +73,8 @@ def _of_config(path: Path) -> dict[str, object]:
 def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
     import torch
 
+    from flowtrain.checkpoints import about
     from flowtrain.checkpoints.load import load_model
-    from flowtrain.runs import about
 
     loaded = load_model(model, torch.device("cpu"), None, trust_code)
     path = loaded.checkpoint.path

@@ -11,28 +11,19 @@ from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 
-from flowtrain.cli import (
-    attributes,
-    catalogue,
-    compare,
-    compress,
-    decode,
-    decompress,
-    doctor,
-    encode,
-    evaluate,
-    explore,
-    info,
-    inpaint,
-    interpolate,
-    ood,
-    push,
-    report,
-    sample,
-    train,
-)
+from flowtrain.cli import catalogue, decode, encode, evaluate, info, interpolate, sample, train
 from flowtrain.errors import UserError
 from flowtrain.system.console import PerhapsUnread
+from flowtrain.tools.archive import command as compress
+from flowtrain.tools.archive import decompress_command as decompress
+from flowtrain.tools.doctor import command as doctor
+from flowtrain.tools.edit import command as attributes
+from flowtrain.tools.explore import command as explore
+from flowtrain.tools.hub import command as push
+from flowtrain.tools.inpaint import command as inpaint
+from flowtrain.tools.ood import command as ood
+from flowtrain.tools.report import command as report
+from flowtrain.tools.report import compare_command as compare
 
 GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 

@@ -24,9 +24,9 @@ from children import MIB, Outcome
 from fuzz import LAST, LINES, members_of, parts_of, sealed
 from sound import Sound
 
-from flowtrain.compression import format as archive_format
-from flowtrain.compression.strips import strip_length
 from flowtrain.system import capacity
+from flowtrain.tools.archive import format as archive_format
+from flowtrain.tools.archive.strips import strip_length
 
 SECONDS, MEMORY = 60, 8 * 1024  # of a command, which is ended then
 LARGEST = 1024  # MiB at the peak

@@ -42,8 +42,8 @@ from children import Outcome
 from PIL import Image
 from sound import TRAIN, Sound
 
-from flowtrain.compression import format as archive_format
 from flowtrain.pictures.grid import to_8bit
+from flowtrain.tools.archive import format as archive_format
 
 SECONDS = 20  # per case
 MEMORY = 1024  # MiB per case, besides what python with torch and flowtrain takes

@@ -12,7 +12,7 @@ from catalogue import WORDS, sets
 from PIL import Image
 
 from flowtrain.checkpoints import format as checkpoint_format
-from flowtrain.compression import format as archive_format
+from flowtrain.tools.archive import format as archive_format
 
 TRAIN = [
     *["train", *WORDS["glow"]],

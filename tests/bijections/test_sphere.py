@@ -26,11 +26,11 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets import sphere as data_set
 from flowtrain.errors import UserError
-from flowtrain.evaluation.doctor import examine
 from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.pictures import draw
+from flowtrain.tools.doctor.doctor import examine
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step

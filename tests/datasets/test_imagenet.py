@@ -24,8 +24,8 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.main import app
 from flowtrain.datasets import base, cache, imagenet
 from flowtrain.errors import UserError
-from flowtrain.runs import report
-from flowtrain.runs.compare import compare
+from flowtrain.tools.report import report
+from flowtrain.tools.report.compare import compare
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 

@@ -313,16 +313,16 @@ OPENING = {
     "checkpoints/format.py": {"load"},  # bytes
     "checkpoints/zoo.py": {"read_bytes"},  # the package's
     "cli/configs.py": {"open"},  # the package's
-    "cli/decompress.py": {"load"},  # an archive that was read
+    "tools/archive/decompress_command.py": {"load"},  # an archive that was read
     "config/files.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/imagenet.py": {"open"},  # members of archives, and new files
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
-    "explore/server.py": {"read_bytes"},  # the package's
+    "tools/explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
-    "runs/about.py": {"read_text"},  # the package's
-    "runs/report.py": {"read_text"},  # the package's
+    "checkpoints/about.py": {"read_text"},  # the package's
+    "tools/report/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
 }

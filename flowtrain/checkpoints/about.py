@@ -1,0 +1,197 @@
+"""What is known of a model: as a table for `flowtrain info`, and as files for the hub."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import jinja2
+import yaml
+
+import flowtrain
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints import hub, record, zoo
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import Kind
+from flowtrain.results import Evaluation
+from flowtrain.system.console import duration, figure
+from flowtrain.tools.report import charts
+from flowtrain.types import Shape
+
+LIKELIHOODS = {
+    "exact": "exact",
+    "elbo": "a bound from one draw of noise",
+    "iwbo": "an importance-weighted bound",
+    "density": "a density of noisy images",
+}
+FILES = {hub.FILE, "config.yaml", "samples.png", "curves.png", "README.md"}  # of `files`
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured loss of a data set's split."""
+
+    dataset: str
+    split: str
+    loss: float
+    error: float | None  # standard error over images
+    unit: str
+    images: int
+    likelihood: str  # exact, or which bound
+
+    def __str__(self) -> str:
+        value = figure(self.loss, self.error)
+        return f"{value} {self.unit} ({self.images:,} images, {self.likelihood})"
+
+
+def shape_of(shape: Shape, kind: Kind) -> str:
+    return f"{'x'.join(map(str, shape))}, {kind.words}"
+
+
+def size_of(flow: Flow) -> str:
+    given = "" if flow.image_context is None else f"given {flow.image_context.words}, "
+    size = sum(p.numel() for p in flow.parameters())
+    return f"{given}{size:,} parameters, sampling: {flow.sampling}"
+
+
+def unit_of(flow: Flow) -> str:
+    """The unit of the losses, with what images are given."""
+    given = "" if flow.image_context is None else f" given {flow.image_context.words}"
+    return f"{flow.kind.unit}{given}"
+
+
+def card_of(model: LoadedModel) -> zoo.Card | None:
+    """The card of a trained model that comes with flowtrain."""
+    path = model.checkpoint.path
+    return zoo.card_of(path.stem) if path.parent == zoo.FOLDER else None
+
+
+def figures(model: LoadedModel) -> list[Figure]:
+    """What was measured of these weights: by `flowtrain evaluate` in the run, and on the card of a
+    trained model.
+    """
+    unit, found = unit_of(model.flow), {}
+    files = sorted(run_of(model.checkpoint.path).glob("evaluate-*.json"))
+    own = model_hash(model) if files else None
+    for file in files:
+        result = record.read_evaluation(file)
+        loss, error = result.loss
+        if loss is not None and result.model == own:
+            name = PurePath(result.dataset).name  # it may be a folder of this machine
+            likelihood = _likelihood(result)
+            found[name, result.split] = Figure(
+                name, result.split, loss, error, unit, result.num_images, likelihood
+            )
+    if card := card_of(model):
+        name = model.config.data.name
+        found[name, "test"] = Figure(
+            name, "test", card.loss, card.error, unit, card.images, card.likelihood
+        )
+    return list(found.values())
+
+
+def _likelihood(result: Evaluation) -> str:
+    said = LIKELIHOODS.get(result.bound, result.bound)
+    return said if result.samples == 1 else f"{said} of {result.samples} draws"
+
+
+def table(model: LoadedModel) -> dict[str, str]:
+    """What a model is: data, shape, size, training, figures, versions."""
+    flow, meta = model.flow, model.checkpoint.meta
+    rows = {
+        "data": f"{model.config.data.name}: {shape_of(flow.shape, flow.kind)}",
+        "model": f"{model.config.model.name}, {size_of(flow)}",
+    }
+    if flow.kind.no_bits and flow.levels is not None:
+        rows["likelihood"] = f"none: {flow.kind.no_bits} (sigma {flow.dequantizer.sigma})"
+    if progress := meta.get("progress"):
+        state = "finished" if progress["finished"] else "not finished"
+        rows["training"] = (
+            f"step {meta['step']:,}, {progress['images']:,} images, "
+            f"{duration(progress['seconds'])}, {state}"
+        )
+        if progress["best"] is not None:
+            best = f"{progress['best']:.3f} {unit_of(flow)}"
+            rows["validation"] = f"{best} at step {progress['best_step']:,}"
+    if card := card_of(model):
+        rows["trained"] = f"{card.command}, {card.time} on {card.machine}"
+        rows["data from"] = f"{card.data} ({card.licence})"
+    rows |= {f"{each.dataset}, {each.split}": str(each) for each in figures(model)}
+    rows["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
+    return rows
+
+
+# --- files for the hub ----------------------------------------------------------------------------
+
+
+def files(
+    model: LoadedModel, repository: str, licence: str, samples: Callable[[], bytes]
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a repository `user/name`, each with its name: the weights that are used, their
+    configuration, pictures, and last the page about them, README.md.
+
+    `licence` is that of the weights, and `samples` draws a PNG.
+    """
+    meta, tensors = model.alone()
+    yield hub.FILE, checkpoint_format.encoded(meta, tensors)
+    yield "config.yaml", yaml.safe_dump(meta["config"], sort_keys=False).encode()
+    yield "samples.png", samples()
+    metrics = run_of(model.checkpoint.path) / "metrics.jsonl"
+    rows = record.read_rows(metrics) if metrics.exists() else []
+    if rows:
+        name = repository.rpartition("/")[2]
+        yield "curves.png", charts.losses_png({name: rows}, model.flow.kind.unit)
+    yield "README.md", page(model, repository, licence, curves=bool(rows)).encode()
+
+
+def page(model: LoadedModel, repository: str, licence: str, curves: bool) -> str:
+    """The page of a repository: metadata of the hub in YAML, and Markdown."""
+    card = card_of(model)
+    rows = table(model)
+    rows.setdefault("trained", "flowtrain train --config config.yaml")
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", r"\|")
+    template = environment.from_string(
+        Path(__file__).with_name("page.md.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        metadata=yaml.safe_dump(_metadata(model, repository, licence), sort_keys=False),
+        title=repository.rpartition("/")[2] if card is None else card.title,
+        model=model,
+        repository=repository,
+        rows=rows,
+        curves=curves,
+        version=flowtrain.__version__,
+        trust="." in model.config.model.name or "." in model.config.data.name,
+    )
+
+
+def _metadata(model: LoadedModel, repository: str, licence: str) -> dict[str, Any]:
+    """As in https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
+    is_images = model.flow.levels is not None
+    task = "unconditional-image-generation" if is_images else "other"
+    measured = [
+        {
+            "task": {"type": task},
+            "dataset": {"type": each.dataset, "name": each.dataset, "split": each.split},
+            "metrics": [
+                {
+                    "type": each.unit.replace("/", "-per-"),
+                    "name": f"{each.unit}, {each.likelihood}",
+                    "value": round(each.loss, 4),
+                }
+            ],
+        }
+        for each in figures(model)
+    ]
+    name = repository.rpartition("/")[2]
+    return {
+        "license": licence,
+        "library_name": "flowtrain",
+        "tags": ["normalizing-flow", "density-estimation", model.config.model.name],
+        **({"pipeline_tag": task} if is_images else {}),
+        **({"model-index": [{"name": name, "results": measured}]} if measured else {}),
+    }

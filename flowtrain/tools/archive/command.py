@@ -1,0 +1,184 @@
+"""`flowtrain compress`."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DataSetOption,
+    FirstImagesOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_one_process,
+    print_table,
+    require_file,
+    split_of,
+)
+from flowtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from flowtrain.tools.archive.compress import Compressed, Forecast
+    from flowtrain.tools.archive.inputs import Selection
+
+EPILOG = (
+    "Examples: [cyan]flowtrain compress runs/glow_digits --split test --out digits.fta[/cyan], "
+    "[cyan]flowtrain compress runs/my_model photos/ cat.png --out photos.fta --embed[/cyan]"
+)
+
+
+@command
+@on_one_process
+def compress(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The archive.", show_default=False)
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] INPUT...",
+            show_default=False,
+            help="First a model, by default the newest run in runs/. Then "
+            "image files, and folders of them. They must have the model's shape, and are not "
+            "resized. With --split, there is no INPUT.",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="test|validation|train",
+            help="Compress a split of the model's data set.",
+            show_default=False,
+        ),
+    ] = None,
+    num_images: FirstImagesOption = None,
+    embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Compress images without loss, to about as many bits as the flow's likelihood says.
+
+    It runs on the CPU. OMP_NUM_THREADS sets how many streams are coded at a time, and does not
+    change the archive.
+    """
+    from flowtrain.checkpoints.load import model_hash
+    from flowtrain.system.console import ProgressBar, console, duration
+    from flowtrain.system.files import save
+    from flowtrain.tools.archive import inputs as images
+    from flowtrain.tools.archive.coder import coder_of
+    from flowtrain.tools.archive.compress import compress as make
+    from flowtrain.tools.archive.stack import constriction
+
+    constriction()
+    model, files = _model_and_files(inputs or [])
+    split_name = split_of(split)
+    if (split is None) == (not files):
+        raise UserError(
+            "INPUT: give image files or folders, or --split test" + (", not both" if files else "")
+        )
+    if overrides and split is None:
+        raise UserError("--set: only with --split, where it says where the data are")
+    require_file(out)
+    loaded = load(model, "cpu", weights, trust_code, conditional=True)
+    coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
+    if split_name is None:
+        selection = images.from_files(files, loaded, out, num_images)
+    else:
+        selection = images.from_split(data_of(loaded, overrides), split_name, loaded, num_images)
+    path = loaded.checkpoint.path
+    console.print(
+        f"compressing {len(selection.images)} images with {path} ({loaded.weights} weights)"
+    )
+
+    def announce(forecast: "Forecast") -> None:
+        console.print(
+            f"about {duration(forecast.encode_seconds)} on {forecast.threads} thread(s), and "
+            f"{duration(forecast.decode_seconds)} to decompress"
+        )
+
+    result = make(loaded, selection, embed=embed, stage=ProgressBar, announce=announce)
+    save(out, result.data)
+    with ProgressBar("comparing") as bar:
+        sizes = images.ordinary_sizes(selection.images, selection.levels, bar)
+    _print(result, selection, sizes, embed)
+    console.print(
+        f"wrote {out}: {len(selection.images)} images"
+        + (", with the model" if embed and result.coded else "")
+    )
+    if not result.coded:
+        console.print("it can be unpacked without a model")
+    elif not embed:
+        console.print(
+            f"flowtrain decompress needs the model {model_hash(loaded)[:16]}, {loaded.weights} "
+            f"weights: keep a copy of {path}, which more training replaces, or use --embed"
+        )
+
+
+def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
+    """Divides the arguments: the first is a model, if it is a checkpoint, a run directory, or the
+    name of a trained model that no file or folder has, or one on the hub.
+    """
+    from flowtrain.checkpoints import hub, zoo
+
+    first = inputs[0] if inputs else ""
+    trained = first in zoo.names() and not os.path.lexists(first)
+    is_run = os.path.isdir(os.path.join(first, "checkpoints"))  # noqa: PTH112, PTH118 (never raises)
+    is_model = is_run or trained or first.startswith(hub.PREFIX) or first.endswith(".safetensors")
+    files = [Path(name) for name in inputs]
+    return (first, files[1:]) if is_model else (None, files)
+
+
+def _print(
+    result: "Compressed", selection: "Selection", sizes: dict[str, int], embed: bool
+) -> None:
+    """A table of what the archive takes, beside ordinary formats."""
+    from flowtrain.pictures.lossless import FORMATS
+    from flowtrain.system.console import console
+    from flowtrain.system.packages import install_command
+
+    table: dict[str, object] = {"images": len(selection.images)}
+    if result.coded:
+        values = selection.images[0].numel() * result.coded
+        table["bits/dim, net"] = f"{result.net_bits / values:.4f} of {result.coded} images"
+        table["bits/dim, the bound"] = f"{result.bound_bits / values:.4f} of the same images"
+        if result.initial_bits:
+            table["initial bits"] = (
+                f"{result.initial_bits} ({result.carriers} images in an ordinary format)"
+            )
+        table["images/s"] = f"{result.coded / result.seconds:.1f}"
+        if result.stored:
+            table["stored without the flow"] = (
+                f"{result.stored} images, which it cannot code or makes larger"
+            )
+    else:
+        table["bits/dim, the bound"] = f"{result.bound_bits / selection.images.numel():.4f}"
+        why = "with the flow they take more"
+        if embed:
+            why = "with the model in it, the archive would be larger"
+        if not result.codable:
+            why = "it cannot code them"
+        table["stored without the flow"] = f"all: {why}"
+    all_sizes = {"of the archive": len(result.data)}
+    all_sizes |= {f"as {name}": size for name, size in sizes.items()}
+    for name, size in all_sizes.items():
+        table[f"bytes {name}"] = f"{size}, {8 * size / selection.images.numel():.4f} bits/dim"
+    best = min(sizes, key=lambda name: sizes[name])
+    table["of the best of these"] = f"{100 * len(result.data) / sizes[best]:.1f}% ({best})"
+    print_table(table)
+    slow = [f"{name} {each.slow}" for name, each in FORMATS.items() if name in sizes and each.slow]
+    untried = [name for name in slow if name not in sizes]
+    if untried:
+        console.print(f"not tried, as it takes long for so many images: {', '.join(untried)}")
+    missing = [name for name in FORMATS if name not in sizes]
+    if missing:
+        jxl = install_command("pillow-jxl-plugin")
+        console.print(
+            f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
+            + (f"; {jxl} adds JPEG XL" if "JXL" in missing else "")
+        )

@@ -1,0 +1,197 @@
+"""An archive that is opened, verified and unpacked."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints import zoo
+from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
+from flowtrain.errors import UserError, cut, short
+from flowtrain.pictures.lossless import png_files
+from flowtrain.system import capacity
+from flowtrain.system.console import silent
+from flowtrain.system.files import read_regular, write_folder
+from flowtrain.system.threads import one_thread
+from flowtrain.tools.archive import format as archive
+from flowtrain.tools.archive.coder import Coder, coder_of, probe
+from flowtrain.tools.archive.format import StreamDescription
+from flowtrain.tools.archive.model import versions
+from flowtrain.tools.archive.stack import words_of
+from flowtrain.tools.archive.streams import decode_stream
+from flowtrain.tools.archive.strips import unstrip
+from flowtrain.tools.archive.threads import Progress, Tick, in_threads
+
+
+class Opened:
+    """An archive that has been read and verified.
+
+    Raises `UserError` where it is damaged or not an archive, and where unpacking it takes more than
+    `memory` bytes, a quarter of the machine's memory by default.
+    """
+
+    def __init__(self, path: Path, memory: int | None = None):
+        self.path = path
+        memory = capacity.total() // 4 if memory is None else memory
+        try:
+            data = read_regular(path, memory)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        self.description, self.parts = archive.unpack(path, data, memory)
+        self.names = self.description.files
+        self.levels = self.description.levels
+        self.streams = self.description.streams
+
+    def load(self, given: str | None, trust_code: bool) -> LoadedModel | None:
+        """The model: the given one, else the embedded one, else the one at the path where it was.
+
+        None where no image needs it. Raises `UserError` where it is not there, or is not the one
+        that the images were coded with.
+        """
+        wanted = self.description.model
+        if wanted is None:
+            return None
+        if given is None and wanted.embedded:
+            model = self._embedded_model(trust_code)
+        else:
+            if given is None and not _is_there(wanted.path):
+                raise UserError(
+                    f"{self.path}: it needs the model {self.identity.hash}, which was "
+                    f"{cut(wanted.path)}: say where it is with --model"
+                )
+            model = load_model(
+                given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
+            )
+        found = model_hash(model)[: archive.HASH_DIGITS]
+        if found != self.identity.hash:
+            raise UserError(
+                f"{self.path}: it was coded with the model {self.identity.hash}, "
+                f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
+                f"{found}: say where it is with --model"
+            )
+        if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
+            raise UserError(
+                f"{self.path}: not a valid archive: its images are not of its model's shape and "
+                f"levels"
+            )
+        return model
+
+    def _embedded_model(self, trust_code: bool) -> LoadedModel:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "embedded.safetensors"
+            path.write_bytes(self.parts[-1])
+            try:
+                return load_model(str(path), torch.device("cpu"), "raw", trust_code)
+            except (MemoryError, OSError):
+                raise
+            except Exception as error:  # its checksum may be right, and its content anything
+                raise UserError(
+                    f"{self.path}: the model in it cannot be loaded ({short(error)})"
+                ) from None
+
+    def images(self, model: LoadedModel | None, progress: Progress = silent) -> Tensor:
+        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is that of `load`.
+
+        Raises `UserError` where this machine computes other numbers than the one that wrote the
+        archive.
+        """
+        described = self.description
+        number = -(-described.images // described.checked)
+        checksums = np.frombuffer(self.parts[0], "<u4", count=number).tolist()
+        found = torch.empty(described.images, *described.shape, dtype=torch.uint8)
+        self._read_stored(found)
+        if self.streams:
+            assert model is not None
+            self._decode(found, model, progress)
+        pairs = zip(found.split(described.checked), checksums, strict=True)
+        wrong = sum(len(part) for part, known in pairs if archive.checksum(part) != known)
+        if wrong:
+            raise self._irreproducible(
+                f"{wrong} of {len(found)} images do not match their checksums"
+            )
+        if self.levels < 256 and any((image >= self.levels).any() for image in found):
+            raise UserError(
+                f"{self.path}: not a valid archive: it has values that are not in "
+                f"0..{self.levels - 1}"
+            )
+        return found
+
+    def _read_stored(self, found: Tensor) -> None:
+        """Writes the images that are stored in strips to their places in `found`, strip by
+        strip.
+        """
+        stored, first = self.description.stored, 0
+        try:
+            for data, count in zip(self.parts[1:], self.description.strips, strict=False):
+                images = torch.empty(count, *self.description.shape, dtype=torch.uint8)
+                unstrip(data, images)
+                found[stored[first : first + count]] = images
+                first += count
+        except MemoryError:
+            raise
+        except Exception as error:  # bytes that are no picture make Pillow raise almost anything
+            raise UserError(
+                f"{self.path}: an image that is stored in it cannot be read ({short(error)})"
+            ) from None
+
+    def _decode(self, found: Tensor, model: LoadedModel, progress: Progress) -> None:
+        """Writes the images of the streams to their places in `found`."""
+        first = 1 + len(self.description.strips)
+        stored = set(self.description.stored)
+        others = [i for i in range(len(found)) if i not in stored]
+        try:
+            with one_thread():
+                coder = coder_of(model.flow)
+                if probe(coder) != self.identity.probe:
+                    raise self._irreproducible("the model computes other numbers here")
+            tasks = []
+            for data, described in zip(self.parts[first:], self.streams, strict=False):
+                places, others = others[: described.images], others[described.images :]
+                tasks.append(functools.partial(_decode_to, found, places, coder, data, described))
+            in_threads(tasks, sum(stream.images for stream in self.streams), progress)
+        except (MemoryError, UserError):
+            raise
+        # The coder and Pillow raise almost anything for bits that mean nothing.
+        except Exception as error:
+            raise self._irreproducible(short(error)) from error
+
+    @property
+    def identity(self) -> archive.Identity:
+        """Of the model that the streams were coded with. Only for an archive with streams."""
+        return archive.Identity.read(self.parts[0][-archive.IDENTITY.size :])
+
+    def _irreproducible(self, why: str) -> UserError:
+        here = versions()
+        differing = [
+            f"; written with {cut(name, 20)} {cut(version, 20)}, here {here.get(name)}"
+            for name, version in self.description.versions.items()
+            if version != here.get(name)
+        ]
+        return UserError(
+            f"{self.path}: this machine does not reproduce the numbers of the one that wrote it "
+            f"({why}{''.join(differing)}): nothing is written; use the versions and the kind of "
+            f"machine that wrote it"
+        )
+
+    def write(self, images: Tensor, out: Path) -> None:
+        """Writes all images as PNG files into a folder. See `write_folder`."""
+        write_folder(out, png_files(self.names, images, self.levels))
+
+
+def _is_there(model: str) -> bool:
+    return os.path.isfile(model) or model in zoo.names()  # noqa: PTH113 (never raises)
+
+
+def _decode_to(
+    found: Tensor,
+    places: list[int],
+    coder: Coder,
+    data: bytes,
+    described: StreamDescription,
+    tick: Tick,
+) -> None:
+    found[places] = decode_stream(coder, words_of(data), described, tick)

@@ -1,0 +1,121 @@
+"""`flowtrain doctor`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    SeedOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_one_process,
+    output,
+    require_file,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from flowtrain.tools.doctor.doctor import Finding
+
+EPILOG = "Example: [cyan]flowtrain doctor runs/glow_digits --json doctor.json[/cyan]"
+
+SHOWN = 3  # layers that are to be watched or bad, per check and kind of input
+
+
+@command
+@on_one_process
+def doctor(
+    model: ModelArgument = None,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            "--num-images",
+            min=1,
+            metavar="N",
+            help="Number of test images, of noise images, and of samples.",
+        ),
+    ] = 64,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    json_out: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE|-",
+            help="Where all findings go; - is standard output.",
+            show_default="doctor.json in the run",
+        ),
+    ] = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Check that each layer, and the whole flow, is invertible and reports its log-determinant.
+
+    Every number has a verdict: ok, watch or bad. The exit code is 1 if anything is bad.
+    """
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.tools.doctor import doctor as diagnosis
+
+    require_file(json_out, "--json")
+    console.stderr = json_out == "-"
+    loaded = load(model, device, weights, trust_code, conditional=True)
+    path = output(json_out, loaded, "doctor.json", "--json")
+    console.print(f"examining {loaded.checkpoint.path}")
+    if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
+        console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
+    data = data_of(loaded, overrides)
+    with ProgressBar("examining") as bar:
+        findings = diagnosis.examine(loaded, data, num_images=num_images, seed=seed, progress=bar)
+    write_json(diagnosis.as_json(findings, loaded, data, num_images, seed), json_out, path)
+    for check in diagnosis.BOUNDS:
+        _print(check, [finding for finding in findings if finding.check == check])
+    console.print(f"verdict: {diagnosis.overall(findings)} ({_counts(findings)})")
+    diagnosis.require_none_bad(findings)
+
+
+def _print(check: str, findings: "list[Finding]") -> None:
+    """A table of one check, eighty columns wide.
+
+    It has one row per kind of input, for the worst layer, and more rows for layers that are to be
+    watched or bad.
+    """
+    from rich.table import Table
+
+    from flowtrain.system.console import console
+    from flowtrain.tools.doctor.doctor import BOUNDS
+
+    watch, bad = BOUNDS[check]
+    beyond = "below" if bad < watch else "above"
+    table = Table(box=None, show_header=False, title_justify="left", padding=(0, 1))
+    table.title = f"{check} (watch {beyond} {watch:.3g}, bad {beyond} {bad:.3g})"
+    for width in (5, 13, 10, None):
+        table.add_column(
+            min_width=width, justify="right" if width == 10 else "left", overflow="fold"
+        )
+    groups: dict[tuple[bool, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.layer == "", finding.inputs), []).append(finding)
+    for (whole, inputs), group in groups.items():
+        group.sort(key=lambda finding: -finding.severity)
+        shown = max(1, sum(finding.verdict != "ok" for finding in group[:SHOWN]))
+        for i, finding in enumerate(group[:shown]):
+            value = "not finite" if finding.value is None else f"{finding.value:.3g}"
+            layer = "the whole model" if whole else finding.layer
+            if i == 0 and len(group) > 1:
+                layer += f" (of {_counts(group)})"
+            table.add_row(finding.verdict, inputs, value, layer)
+    if groups:
+        console.print(table)
+
+
+def _counts(findings: "list[Finding]") -> str:
+    from flowtrain.tools.doctor.doctor import count
+
+    return ", ".join(f"{number} {kind}" for kind, number in count(findings).items() if number)

@@ -1,0 +1,243 @@
+"""`flowtrain attributes`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DATA_NAMES,
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    SeedOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_one_process,
+    require_file,
+    split_of,
+)
+from flowtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flowtrain.latents.directions import Direction, Method
+
+EPILOG = (
+    "Examples: [cyan]flowtrain attributes runs/faces --positive smiling --negative serious --name "
+    "smile[/cyan], [cyan]flowtrain attributes glow_digits --to-class 9 --from-class 4[/cyan]"
+)
+
+
+@command
+@on_one_process
+def attributes(
+    model: ModelArgument = None,
+    positive: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--positive",
+            metavar="FOLDER|FILE",
+            help="Images that have the attribute; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    negative: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--negative",
+            metavar="FOLDER|FILE",
+            help="Images that do not have it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE.csv",
+            help="A table of a file name and a 0 or 1 for each attribute. Its first line has the "
+            "names of the columns.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="FOLDER",
+            help="The folder of the files in --csv.",
+            show_default="that of the table",
+        ),
+    ] = None,
+    to_class: Annotated[
+        int | None,
+        typer.Option(
+            "--to-class",
+            min=0,
+            metavar="B",
+            help="The attribute is to be of this class of a data set.",
+            show_default=False,
+        ),
+    ] = None,
+    from_class: Annotated[
+        int | None,
+        typer.Option(
+            "--from-class",
+            min=0,
+            metavar="A",
+            help="Images without the attribute are those of this class.",
+            show_default="all others",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="NAME|PATH",
+            help="The data set of the classes. " + DATA_NAMES,
+            show_default="the model's own",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="test|validation|train",
+            help="Which of its images.",
+            show_default="train",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="The name of the attribute.",
+            show_default="the folder of --positive, or A-to-B",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="difference|logistic",
+            help="What is kept: the difference of the means, or a logistic regression.",
+        ),
+    ] = "difference",
+    orthogonal: Annotated[
+        bool,
+        typer.Option(
+            "--orthogonal",
+            help="Make each direction orthogonal to the others as they were found, so that moving "
+            "along it keeps the projections on these.",
+        ),
+    ] = False,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            "--num-images",
+            min=1,
+            metavar="N",
+            help="At most N images with the attribute and N without, or N of --csv: a sample.",
+        ),
+    ] = 2000,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find the directions of attributes in latent space, and how well they separate images.
+
+    The accuracy is that of images that were held out, a seeded quarter: the mean of those with the
+    attribute and those without it, so a guess has 0.5. The directions are kept beside the model,
+    in attributes.npz, for `flowtrain interpolate --along NAME`.
+    """
+    from flowtrain.latents import directions
+    from flowtrain.latents.encoding import encode
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.tools.edit import labels
+
+    kept = directions.method_of(method)
+    split_name = split_of(split) or "train"
+    _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
+    loaded = load(model, device, weights, trust_code)
+    require_file(directions.file_of(loaded), "attributes")
+    if positive and negative:
+        shown = name or positive[0].resolve().stem
+        labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
+    elif table is not None:
+        labelled = labels.from_table(table, images or table.parent, loaded, num_images, seed)
+    else:
+        assert to_class is not None
+        shown = name or (str(to_class) if from_class is None else f"{from_class}-to-{to_class}")
+        data = data_of(loaded, overrides, dataset)
+        if data.undivided:
+            raise UserError(f"--data {dataset}: it has no classes")
+        labelled = labels.from_classes(
+            loaded, data, split_name, from_class, to_class, shown, num_images, seed
+        )
+    before = directions.of_these_weights(loaded)
+    with ProgressBar("encoding") as bar:
+        z = encode(loaded.flow, labelled.x, bar)
+    found = {
+        way: directions.of_attributes(
+            z, labelled.attributes, way, list(before.values()), orthogonal, seed
+        )
+        for way in directions.METHODS
+    }
+    after = directions.add(loaded, found[kept])
+    _print(found, kept)
+    console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
+    console.print(f"flowtrain interpolate {model or ''} --along '{found[kept][0].name}'")
+
+
+def _check(
+    positive: list[Path] | None,
+    negative: list[Path] | None,
+    table: Path | None,
+    images: Path | None,
+    to_class: int | None,
+    from_class: int | None,
+    dataset: str | None,
+    split: str | None,
+    name: str | None,
+) -> None:
+    """Raises `UserError` for options that do not go together."""
+    if bool(positive) != bool(negative):
+        raise UserError("--positive and --negative: one is of no use without the other")
+    if bool(positive) + (table is not None) + (to_class is not None) != 1:
+        raise UserError(
+            "give the images in one of three ways: --positive and --negative, --csv, or --to-class"
+        )
+    if images is not None and table is None:
+        raise UserError("--images: it is the folder of --csv, which is not given")
+    if to_class is None and not (from_class is None and dataset is None and split is None):
+        raise UserError("--from-class, --data and --split: they need --to-class")
+    if to_class is not None and to_class == from_class:
+        raise UserError(f"--to-class {to_class}: it is the same class as --from-class")
+    if table is not None and name is not None:
+        raise UserError(f"--name {name}: the attributes of --csv have the names of its columns")
+
+
+def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:
+    """A table of the accuracies, by both methods."""
+    from rich import box
+    from rich.table import Table
+
+    from flowtrain.latents.directions import CHANCE
+    from flowtrain.system.console import console, figure
+
+    table = Table(box=box.SIMPLE)
+    for column in ("attribute", *found, "held-out images"):
+        table.add_column(column + (", kept" if column == kept else ""), overflow="fold")
+    for each in zip(*found.values(), strict=True):
+        accuracies = (figure(way.accuracy, way.error) for way in each)
+        table.add_row(each[0].name, *accuracies, str(each[0].held_out))
+    console.print(table)
+    console.print(f"accuracy on held-out images; {CHANCE:g} is chance")

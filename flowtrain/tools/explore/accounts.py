@@ -1,0 +1,103 @@
+"""Where the bits of an image are: exact accounts by place and level.
+
+A flow's log-likelihood is the base density plus log-determinants. Each of these is a sum, and many
+of its terms belong to a place of the image:
+
+- The base density is a sum over the entries of the latent, and each level is an image.
+- A coupling, an ActNorm or a 1x1 convolution has one term for each of its places, because it
+  changes places apart from each other once its networks have spoken.
+- The dequantization has one term for each entry of the image.
+
+So the maps add up to the bits of the image, exactly. In a causal flow the terms of a pixel are
+`-log P(pixel | all pixels before it)`. In other flows a cell of a level has the density of what
+leaves there, with the volume that the layers have gained or lost there. That is where the flow
+accounts for bits, and not the probability of the cell.
+
+What belongs to no place has a number of its own: learned noise, and the choice among the classes.
+A model with layers that mix all places, such as an autoregressive flow of vectors, has no map.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.execution import ByPlace
+from flowtrain.flow.flow import Flow
+from flowtrain.tools.explore.edits import Stoppable
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """The part of the choice among the classes: `log K + log P(k|x)`, where k is the likeliest."""
+
+    label: int
+    probability: float  # P(k|x)
+    loss: float
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The loss of an image in the unit of the model's kind, bits/dim, and what it consists of.
+
+    total: as `flowtrain evaluate` computes it, with the noise that was given.
+    places: for each size `(H, W)`, the largest first, a map whose mean is that size's part of the
+        total. Empty where there is no map.
+    noise: the part of learned noise.
+    of_class: the part of the classes, in a class-conditional model.
+    """
+
+    total: float
+    places: dict[Size, Tensor]
+    noise: float = 0.0
+    of_class: OfClass | None = None
+
+    @property
+    def map(self) -> Tensor:
+        """All maps in one, `(H, W)`. The bits of a cell are those of each of its pixels."""
+        finest = next(iter(self.places))
+        return sum((_enlarged(each, finest) for each in self.places.values()), torch.zeros(finest))
+
+
+def _enlarged(values: Tensor, size: Size) -> Tensor:
+    rows, columns = size[0] // values.shape[0], size[1] // values.shape[1]
+    return values.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+@torch.no_grad()
+def account(
+    flow: Flow, x: Tensor, noise: Tensor, check: Callable[[], None] = lambda: None
+) -> Accounts:
+    """The accounts of one image `(1, C, H, W)` with uniform noise of that shape.
+
+    `check` is called before each layer, and may raise an exception that ends this.
+    """
+    parts = flow(x, noise, executor=Stoppable(check))
+    total = flow.loss(parts.total).item()
+    of_class, labels = None, None
+    if parts.by_class is not None:
+        shares = parts.by_class.softmax(dim=1)[0]
+        labels = shares.argmax(keepdim=True)
+        share = shares[labels].clamp_min(torch.finfo(shares.dtype).tiny)
+        loss = -flow.loss(share.log() + math.log(flow.classes))
+        of_class = OfClass(int(labels), share.item(), loss.item())
+    sums = ByPlace()
+    stoppable = Stoppable(check, sums)
+    entries, by_place, of_noise = flow.forward_by_place(x, noise, stoppable, labels)
+    levels = flow.split_latents(entries)
+    flat = levels[0].ndim != 4
+    if flat or sums.without:
+        return Accounts(total, {}, of_class=of_class)
+    maps: dict[Size, Tensor] = {}
+    for part in [by_place, *sums.places.values(), *(level.sum(dim=1) for level in levels)]:
+        size = (part.shape[1], part.shape[2])
+        cells = size[0] * size[1]  # so that the mean of a map is its part of the total
+        values = flow.loss(part[0].double()).cpu() * cells
+        maps[size] = maps[size] + values if size in maps else values
+    maps = {size: each for size, each in maps.items() if each.any()}  # a squeeze has only zeros
+    ordered = dict(sorted(maps.items(), reverse=True))
+    return Accounts(total, ordered, flow.loss(of_noise).item(), of_class)

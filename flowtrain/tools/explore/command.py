@@ -1,0 +1,115 @@
+"""`flowtrain explore`."""
+
+from typing import Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DataSetOption,
+    DeviceOption,
+    ModelArgument,
+    TrustOption,
+    WeightsOption,
+    command,
+    data_of,
+    load,
+    on_one_process,
+)
+
+EPILOG = "Example: [cyan]flowtrain explore glow_digits[/cyan]"
+
+
+@command
+@on_one_process
+def explore(
+    model: ModelArgument = None,
+    port: Annotated[
+        int,
+        typer.Option("--port", min=0, max=65535, show_default="a free one", help="Port."),
+    ] = 0,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            help="Address to listen at. Requests need the printed token, and are plain HTTP.",
+        ),
+    ] = "127.0.0.1",
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
+    ] = True,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--max-memory",
+            metavar="MIB",
+            min=1,
+            help="MiB that a request may allocate.",
+            show_default="a quarter of the machine's memory",
+        ),
+    ] = None,
+    weights: WeightsOption = None,
+    overrides: DataSetOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Explore a trained model of images in the browser: samples, latents, paths, likelihoods.
+
+    The page comes from this machine and needs no network. Images that are dropped into it stay
+    here. Ctrl-C ends it.
+    """
+    import secrets
+    import socket
+    import threading
+    import webbrowser
+
+    from flowtrain.system import capacity, packages
+    from flowtrain.system.console import console
+
+    try:
+        from flowtrain.tools.explore import server
+    except ImportError:
+        raise packages.missing("explore", "starlette", "uvicorn") from None
+    from flowtrain.tools.explore.session import Session
+    from flowtrain.tools.explore.worker import Worker
+
+    loaded = load(model, device, weights, trust_code)
+    word = str(model or loaded.checkpoint.path)
+    memory = capacity.total() // 4 if max_memory is None else max_memory * 2**20
+    options = [] if weights is None else ["--weights", weights]
+    options += ["--trust-code"] if trust_code else []
+    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory, options)
+    if overrides:  # without data there is a page, too, but these were asked for
+        data_of(loaded, overrides).require(
+            loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path
+        )
+    at = server.listening(host, port)
+    token = secrets.token_urlsafe(24)
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    shown = f"[{shown}]" if ":" in shown else shown
+    url = f"http://{shown}:{at.getsockname()[1]}/?token={token}"
+    worker = Worker(session.idle)
+
+    def read() -> None:
+        session.read_data()
+        worker.wake()
+
+    def ready() -> None:
+        console.print(f"{word} is at {url}\nCtrl-C ends it")
+        threading.Thread(target=read, daemon=True).start()
+        if browser and _has_a_screen():
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+    try:
+        server.serve(server.app(session, worker, token), at, ready)
+    finally:
+        worker.end()
+
+
+def _has_a_screen() -> bool:
+    """Whether a browser opens a window. A browser of text would take the terminal."""
+    import os
+    import sys
+
+    return sys.platform != "linux" or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )

@@ -1,0 +1,170 @@
+"""One thread that computes what pages ask for, the newest request of a tab first.
+
+A request supersedes an earlier one of the same tab and topic, and a page that is gone cancels its
+own. One that waits is dropped, and one that is computed ends at its next layer. In idle times the
+thread computes what needs no request.
+"""
+
+import heapq
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flowtrain.tools.explore.asked import Refused
+
+T = TypeVar("T")
+Check = Callable[[], None]  # raises `Superseded` where a result is no longer wanted
+
+WAITING = 64  # requests, of all tabs
+TABS = 256  # pairs of tab and topic of which the newest turn is remembered
+
+
+class Superseded(Refused):
+    """There is a newer request of the same tab and topic."""
+
+    status = 409
+
+
+class Busy(Refused):
+    """Too many requests wait."""
+
+    status = 503
+
+
+@dataclass(order=True)
+class _Job:
+    urgency: int  # the lower, the sooner
+    number: int
+    key: tuple[str, str] = field(compare=False)  # tab and topic
+    call: Callable[[Check], Any] = field(compare=False)
+    # It is done as soon as the result is not wanted, and never running, so that it can be cancelled
+    future: "Future[Any]" = field(compare=False)
+
+    def check(self) -> None:
+        if self.future.done():
+            raise Superseded("the result is no longer wanted")
+
+    def compute(self) -> None:
+        try:
+            self.check()
+            result = self.call(self.check)
+        except BaseException as error:  # the thread that waits raises it
+            self.fail(error)
+        else:
+            with suppress(InvalidStateError):
+                self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+class Worker:
+    """Computes one thing at a time. `submit` may be called from any thread.
+
+    Args:
+        idle: Does a small part of what is not asked for, and says whether there is more. Its
+            argument raises `Superseded` once a request waits; the part is then begun again later.
+    """
+
+    def __init__(self, idle: Callable[[Check], bool] = lambda check: False):
+        self._idle = idle
+        self._more = True  # idle work
+        self._jobs: list[_Job] = []
+        self._computed: _Job | None = None  # at this moment
+        self._newest: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._count = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="explore", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        call: Callable[[Check], T],
+        tab: str,
+        topic: str,
+        turn: int,
+        urgency: int = 0,
+        outdates: Sequence[str] = (),
+    ) -> "Future[T]":
+        """The future result of `call(check)`.
+
+        It supersedes earlier requests of this tab and topic, and of the topics that it `outdates`.
+        The lower its `urgency`, the sooner it is computed. To cancel the future gives it up.
+
+        Raises `Superseded` where a newer request of this tab and topic came first, and `Busy` where
+        too many wait.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            key = (tab, topic)
+            if turn < self._newest.get(key, turn):
+                raise Superseded("there is a newer request")
+            outdated = {(tab, each) for each in (topic, *outdates)}
+            self._fail(lambda job: job.key in outdated, "there is a newer request")
+            if len(self._jobs) >= WAITING:
+                raise Busy("too many requests wait: try again in a moment")
+            self._count += 1
+            self._newest[key] = turn
+            self._newest.move_to_end(key)
+            while len(self._newest) > TABS:
+                self._newest.popitem(last=False)
+            heapq.heappush(self._jobs, _Job(urgency, self._count, key, call, future))
+            self._changed.notify()
+        return future
+
+    def _fail(self, which: Callable[[_Job], bool], why: str) -> None:
+        for job in [*self._jobs, self._computed]:
+            if job and which(job):
+                job.fail(Superseded(why))
+        self._jobs = [job for job in self._jobs if not job.future.done()]
+        heapq.heapify(self._jobs)
+
+    def wake(self) -> None:
+        """There is new idle work."""
+        with self._changed:
+            self._more = True
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Ends the thread after what it computes now. What waits is dropped."""
+        with self._changed:
+            self._ended = True
+            self._fail(lambda job: True, "the server ends")
+            self._changed.notify()
+        self._thread.join()
+
+    def _check_idle(self) -> None:
+        if self._jobs or self._ended:
+            raise Superseded("a request waits")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._computed = None  # nothing here keeps its result
+                while not (self._jobs or self._more or self._ended):
+                    self._changed.wait()
+                if self._ended:
+                    return
+                if self._jobs:
+                    self._computed = heapq.heappop(self._jobs)
+                else:
+                    self._more = False  # until `idle` says otherwise, or `wake` is called
+            if self._computed:
+                self._computed.compute()
+                continue
+            try:
+                more = self._idle(self._check_idle)
+            except Superseded:
+                more = True
+            except Exception as error:  # requests are answered all the same
+                logging.getLogger("flowtrain").error("explore: %s", error, exc_info=error)
+                more = False
+            if more:
+                self._more = True

@@ -1,0 +1,118 @@
+"""`flowtrain push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DeviceOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    complete_model,
+    data_of,
+    load,
+    on_one_process,
+    require_folder,
+)
+from flowtrain.errors import UserError
+
+EPILOG = (
+    "Examples: [cyan]flowtrain push runs/glow_digits user/name --dry-run[/cyan], [cyan]flowtrain "
+    "sample hf://user/name[/cyan]"
+)
+KIB = 2**10
+
+
+@command
+@on_one_process
+def push(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=complete_model,
+            show_default=False,
+            help="A run directory, a checkpoint, or a trained model of `flowtrain list`.",
+        ),
+    ],
+    repository: Annotated[
+        str,
+        typer.Argument(
+            metavar="USER/NAME",
+            show_default=False,
+            help="The repository on the hub. It is made if it is not there.",
+        ),
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a repository that only you can see.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the files, and upload nothing.")
+    ] = False,
+    licence: Annotated[
+        str,
+        typer.Option(
+            "--licence", metavar="NAME", help="The licence of the weights, as the hub names it."
+        ),
+    ] = "unknown",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the files lie.", show_default="push in the run"
+        ),
+    ] = None,
+    weights: WeightsOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Upload a model to the Hugging Face Hub: weights, configuration, pictures, and a page about
+    it.
+
+    Everybody can then use it as the MODEL hf://USER/NAME. The files are written to a folder first.
+    Uploading needs the package huggingface_hub and an account (`hf auth login`).
+    """
+    from flowtrain.checkpoints import about, hub
+    from flowtrain.checkpoints.load import run_of
+    from flowtrain.pictures import draw, grid
+    from flowtrain.pictures import sample as sampling
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import save
+
+    wanted = hub.address(repository)
+    if wanted.revision is not None:
+        raise UserError(f"{repository}: a revision cannot be uploaded to; leave out the @")
+    if out is not None:
+        require_folder(out, out)
+    if not dry_run:
+        hub.require_login(repository)
+    loaded = load(model, device, weights, trust_code)
+    flow = loaded.flow
+    folder = out or run_of(loaded.checkpoint.path) / "push"
+    require_folder(folder, folder)
+    there = sorted(path.name for path in folder.glob("[!.]*"))
+    for name in there:
+        if name not in about.FILES or hub.FILE not in there:
+            raise UserError(
+                f"{folder}: holds {name}, which push has not written; choose another folder (--out)"
+            )
+
+    def samples() -> bytes:
+        picture = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))
+        with ProgressBar("sampling") as bar:
+            drawn = sampling.sample(flow, flow.kind.picture_count, [1.0], 0, bar)
+        return grid.png(picture.samples(drawn, 8, 0))
+
+    files = dict(about.files(loaded, wanted.repository, licence, samples))
+    console.print(f"files of {hub.PREFIX}{wanted.repository}, in {folder}:")
+    for name, content in files.items():
+        save(folder / name, content)
+        console.print(f"  {name:17}  {len(content) / KIB:10,.1f} KiB")
+    if not any(each.split == "test" for each in about.figures(loaded)):
+        console.print(f"the page has no figure of the test split: flowtrain evaluate {model}")
+    if dry_run:
+        return
+    console.print("uploading them, " + ("for you alone" if private else "for everybody to see"))
+    url = hub.upload(wanted.repository, files, private)
+    console.print(f"uploaded to {url}: flowtrain sample {hub.PREFIX}{wanted.repository}")

@@ -1,0 +1,155 @@
+"""`flowtrain inpaint`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowtrain.cli.base import (
+    DeviceOption,
+    ModelArgument,
+    SeedOption,
+    TrustOption,
+    WeightsOption,
+    command,
+    load,
+    on_one_process,
+    require_file,
+    require_folder,
+)
+from flowtrain.errors import UserError
+
+EPILOG = (
+    "Examples: [cyan]flowtrain inpaint runs/photos --image torn.png --mask holes.png --out "
+    "whole[/cyan], [cyan]flowtrain inpaint glow_cifar_small --image 16x16.png --factor 2 --out "
+    "large[/cyan]"
+)
+FEW = 3.0  # effective samples of a chain below which its end may depend on its beginning
+
+
+@command
+@on_one_process
+def inpaint(
+    image: Annotated[
+        Path,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="The image, of the size of the model's images; or with --factor a small one.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FOLDER|FILE.npz",
+            help="Where the samples go: PNG files with a grid, the mean and inpaint.json, or one "
+            "file of arrays.",
+            show_default=False,
+        ),
+    ],
+    model: ModelArgument = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask",
+            metavar="FILE",
+            help="An image of the same size: white where pixels are missing, else black.",
+            show_default=False,
+        ),
+    ] = None,
+    factor: Annotated[
+        int | None,
+        typer.Option(
+            "--factor",
+            metavar="F",
+            help="Enlarge the image F times: its pixels are means of FxF pixels.",
+            show_default=False,
+        ),
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num-images", min=1, metavar="N", help="Samples, each from a chain.")
+    ] = 8,
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps",
+            min=8,
+            help="Moves of each chain, of about 8 gradients each. Half of them are for where it "
+            "begins.",
+        ),
+    ] = 200,
+    label: Annotated[
+        int | None,
+        typer.Option(
+            "--class",
+            metavar="K",
+            help="The class of the image, for a class-conditional model. A causal one needs it.",
+            show_default="unknown",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    trust_code: TrustOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Complete an image, or enlarge one, by samples from the posterior of a flow.
+
+    The known pixels stay as they are. The missing ones are samples of p(missing | known) under the
+    exact density of the model, by Hamiltonian Monte Carlo with a Metropolis test, so they converge
+    to it with more steps. A causal model draws pixels after the last known one in order, each
+    sample anew, without steps. Those before a known one move as in other models, and are also drawn
+    anew one by one.
+    """
+    from flowtrain.system.console import ProgressBar, console, counted
+    from flowtrain.system.files import require_absent, save
+    from flowtrain.tools.inpaint import completion
+    from flowtrain.tools.inpaint.posterior import Effort, require_posterior, require_room, sample
+
+    if (mask is None) == (factor is None):
+        raise UserError("give one of --mask FILE, for missing pixels, and --factor F, to enlarge")
+    one_file = out.suffix.lower() == ".npz"
+    require_file(out) if one_file else require_folder(out, out)
+    loaded = load(model, device, weights, trust_code)
+    require_posterior(loaded.flow, label)
+    effort = Effort(num_images, steps)
+    require_room(loaded.flow, effort)
+    if mask is not None:
+        given = completion.of_mask(image, mask, loaded)
+    else:
+        assert factor is not None
+        given = completion.of_averages(image, factor, loaded)
+    if not one_file:
+        require_absent(completion.names(num_images), out)
+    console.print(f"{image}: {given.words}")
+    with ProgressBar("sampling") as bar:
+        found = sample(loaded.flow, given.constraint, effort, seed, label, bar)
+    losses = completion.bits_per_dim(loaded, found)
+    if one_file:
+        save(out, completion.npz(loaded, given, found, losses, seed))
+    else:
+        about = {
+            "model": str(loaded.checkpoint.path),
+            "image": str(image),
+            "mask": None if mask is None else str(mask),
+            "factor": factor,
+            "class": label,
+            "seed": seed,
+            "steps": steps,
+            "accepted": found.accepted,
+            "effective_samples_of_a_chain": found.effective,
+            "bits_per_dim": losses,
+        }
+        completion.write_folder(out, loaded, given, found, about)
+    console.print(f"wrote {out}: {counted(num_images, 'sample')} of {loaded.checkpoint.path}")
+    console.print(f"bits/dim {min(losses):.3f} to {max(losses):.3f}, of the whole images")
+    if found.effective is None:
+        console.print("exact: each sample was drawn by itself, in the order of the pixels")
+        return
+    console.print(
+        f"moves: {found.accepted:.0%} accepted; the {found.moves} moves of a chain after the "
+        f"warm-up are worth {found.effective:.1f} independent samples"
+    )
+    if found.effective < FEW:
+        console.print("that is few: the samples may not have converged, give more --steps")

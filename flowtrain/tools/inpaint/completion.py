@@ -1,0 +1,143 @@
+"""Images of which files say a part, and files with the images that complete them."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.datasets.base import open_image
+from flowtrain.errors import UserError
+from flowtrain.flow.image_context import ImageContext
+from flowtrain.latents.paths import log_probs
+from flowtrain.pictures import grid
+from flowtrain.pictures.lossless import png_files
+from flowtrain.system import files
+from flowtrain.tools.inpaint.constraints import Averages, Constraint, Pixels
+from flowtrain.tools.inpaint.posterior import Posterior
+
+GRID, MEAN, RESULT = "grid.png", "mean.png", "inpaint.json"  # beside the samples
+COLUMNS = 10  # of the grid: eight samples by default, what is given, and the mean
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of an image, and how it is shown: integers `(C, H, W)`."""
+
+    constraint: Constraint
+    shown: Tensor
+    words: str
+
+
+def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
+    """An image file whose pixels are known where a mask file is black.
+
+    Both have the size of the model's images. Raises `UserError` that names the file where one
+    cannot be read or has another size, or where the mask is not black and white, or hides nothing
+    or everything.
+    """
+    flow = model.flow
+    assert flow.levels is not None
+    x = _exactly(image, flow.shape, flow.levels, "--image")
+    white = _exactly(mask, (1, *flow.shape[1:]), 256, "--mask")
+    other = (white != 0) & (white != 255)
+    if other.any():
+        raise UserError(
+            f"--mask {mask}: {int(other.sum())} pixels are neither black (known) nor white "
+            f"(missing): save it without smoothing, as PNG"
+        )
+    known = (white == 0).expand(flow.shape)
+    if known.all():
+        raise UserError(f"--mask {mask}: it is all black, so no pixel is missing: paint some white")
+    if not known.any():
+        raise UserError(
+            f"--mask {mask}: it is all white, so no pixel is known: `flowtrain sample` draws such "
+            f"images"
+        )
+    constraint = Pixels(x, known, flow.levels, within=flow.bijection.by_level() is None)
+    missing = int((white == 255).sum())
+    shown = torch.where(known, x, flow.levels // 2)
+    return Given(constraint, shown, f"{missing} of {white.numel()} pixels are missing")
+
+
+def of_averages(image: Path, factor: int, model: LoadedModel) -> Given:
+    """An image file of the small size that `factor` makes of the model's, whose pixels are the
+    means of patches. Raises `UserError` as `of_mask` does, and where the factor divides not both
+    sides.
+    """
+    flow = model.flow
+    assert flow.levels is not None
+    _, height, width = flow.shape
+    if factor < 2 or height % factor or width % factor:
+        raise UserError(
+            f"--factor {factor}: expected a number from 2 that divides both sides of images of "
+            f"{height}x{width} pixels"
+        )
+    context = ImageContext("downsample", factor, flow.shape, flow.levels)
+    small = _exactly(image, context.shape, flow.levels, "--image")
+    words = f"the means of patches of {factor}x{factor} pixels are known"
+    return Given(Averages(small, context), context.shown(small[None])[0], words)
+
+
+def _exactly(path: Path, shape: tuple[int, int, int], levels: int, option: str) -> Tensor:
+    try:
+        return torch.from_numpy(open_image(path, shape, levels, "exact"))
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
+
+
+def sample_names(count: int) -> list[str]:
+    return [f"sample-{number:02}.png" for number in range(count)]
+
+
+def names(count: int) -> list[str]:
+    """The files of `count` samples in a folder."""
+    return [*sample_names(count), GRID, MEAN, RESULT]
+
+
+def bits_per_dim(model: LoadedModel, found: Posterior) -> list[float]:
+    """Those of each whole image, by the noise of `flowtrain evaluate`."""
+    losses: list[float] = model.flow.loss(log_probs(model.flow, found.x)).tolist()
+    return losses
+
+
+def write_folder(
+    out: Path, model: LoadedModel, given: Given, found: Posterior, about: Mapping[str, object]
+) -> None:
+    """Writes a PNG file for each sample, their mean, and a grid of what is given, the samples and
+    the mean. `about` is a JSON file. See `files.write_folder`.
+    """
+    levels = model.flow.levels
+    assert levels is not None
+    mean = _mean(found.x).round().to(torch.uint8)
+    shown = torch.cat([given.shown[None].to(torch.uint8), found.x, mean[None]])
+    pictures = png_files([*sample_names(len(found.x)), MEAN], shown[1:], levels)
+    of_all = grid.png(grid.grid(shown, levels, min(COLUMNS, len(shown))))
+    result = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
+    files.write_folder(out, [*pictures, (GRID, of_all), (RESULT, result)])
+
+
+def npz(
+    model: LoadedModel, given: Given, found: Posterior, losses: Sequence[float], seed: int
+) -> bytes:
+    """The images as an .npz file, channels last, with their mean and what is given."""
+    buffer = io.BytesIO()
+    arrays = {
+        "images": found.x.movedim(1, -1).numpy(),
+        "mean": _mean(found.x).movedim(0, -1).numpy(),
+        "given": given.shown.to(torch.uint8).movedim(0, -1).numpy(),
+        "bits_per_dim": np.array(losses),
+    }
+    if isinstance(given.constraint, Pixels):
+        arrays["known"] = given.constraint.known[0].numpy()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays, seed=seed, **model.flow.kind.npz())
+    return buffer.getvalue()
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.float().mean(dim=0)

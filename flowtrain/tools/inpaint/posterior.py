@@ -1,0 +1,433 @@
+"""Samples of images of which a part is known, from the exact posterior under a flow's density.
+
+Of an image the levels of some pixels are known (`Pixels`), or the means of patches (`Averages`).
+The others follow p(x | what is known), which is proportional to the model's P(x).
+
+**How.** Hamiltonian Monte Carlo moves all unknown entries of the dequantized image together. It
+works on the data's side of the flow. There the known pixels are known exactly, and the target is
+the density itself, at the cost of one pass and its gradient. In latent space the prior is simple,
+but known pixels are a curved surface of no volume: any step leaves it. A sampler there needs a
+tolerance, so it has another posterior.
+
+**Where chains begin.** Random latents are changed as little as makes their images agree with what
+is known (`_from_latents`). In latent space large steps lead from one likely image to another. Where
+the inverse is sequential this would take too long. Chains then begin with random images, and the
+density is raised slowly from the power 0 to 1 (annealing). Afterwards the size of a step is set,
+then fixed, and they go on.
+
+**Models of levels** (`bijections/ordinal.py`) give the probability of each entry given those before
+it. Entries after the last known one are drawn from these directly, each sample anew. Those before
+it start there, as if nothing were known after them, and then move like all others. Their
+probability is a function of whole numbers. The force is its derivative with respect to the levels,
+at whole numbers. The Metropolis test takes the exact probabilities, so the result is exact too.
+Between the moves, single entries are drawn anew, each from its distribution given those before it,
+and accepted by what follows after it (`_Redraws`). This is how a black pixel becomes a white one.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.discretized import Entry
+from flowtrain.bijections.ordinal import OrdinalAutoregressive
+from flowtrain.errors import UserError
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import gradient_batch_size
+from flowtrain.system import capacity
+from flowtrain.system.console import silent
+from flowtrain.system.random import Stream, generator
+from flowtrain.tools.inpaint.constraints import Constraint, Pixels
+from flowtrain.tools.inpaint.hamiltonian import Chains, Target, effective_size
+
+# The distance from what is known that latents may have, at first and at last: 0 is black, 1 white.
+FAR, NEAR = 0.5, 0.02
+RATE = 0.1  # of Adam, for latents whose size is about 1
+LEAPFROG = 8  # mean number of gradients for a move
+BEGINNING = 0.5  # the share of the moves before the density has the power 1
+ADAPTED = 0.25  # the share of the moves at the power 1 during which the step is adapted
+RISE = 3.0  # the power rises like t^RISE, because what it multiplies are thousands of nats
+# A derivative by a level, in nats, says nothing of what is farther away than the next level. Beyond
+# this it would only make steps small. Those of natural images are near 0.1.
+STEEPEST = 2.0
+REDRAWS = 16  # times that entries are drawn anew after a move, which takes about as long
+MOST_REDRAWN = 64  # entries at a time
+REDRAWN = 0.5  # the rate of acceptance to which their number is adapted
+QUANTITIES = 100  # unknown entries by which the effective sample size is judged
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Samples and what is known about them.
+
+    x: Images, uint8 `(B K, C, H, W)` on the CPU: K states of each of B chains, chain by chain.
+    accepted: Mean probability with which a move was accepted, or None where there were no moves.
+    effective: How many independent samples the path of one chain is worth, after the warm-up. None
+        without moves: then all samples are independent.
+    moves: Moves of each chain after the warm-up.
+    """
+
+    x: Tensor
+    accepted: float | None
+    effective: float | None
+    moves: int
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done for a posterior.
+
+    chains: Number of independent chains, B.
+    moves: Moves of each, with the warm-up.
+    kept: States of each chain that are kept, K, at equal distances in the second half of what
+        follows the warm-up. One alone is the last.
+    """
+
+    chains: int
+    moves: int
+    kept: int = 1
+
+
+def sample(
+    flow: Flow,
+    constraint: Constraint,
+    effort: Effort,
+    seed: int,
+    label: int | None = None,
+    progress: Callable[[float, float], None] = silent,
+) -> Posterior:
+    """Images that agree with a constraint. `label` is the class of a class-conditional model.
+
+    Raises `UserError` for a model that has no such posterior (`require_posterior`), for a label
+    that it does not have, or where there is no room.
+    """
+    require_posterior(flow, label)
+    require_room(flow, effort)
+    count = effort.chains
+    labels = None if label is None else torch.full((count,), label, device=flow.device)
+    randomness = generator(seed, Stream.POSTERIOR)
+    layer = flow.bijection.by_level()
+    if layer is not None and isinstance(constraint, Pixels):
+        return _in_order_and_moved(flow, layer, constraint, effort, labels, randomness, progress)
+    density = _density(flow)
+    if flow.bijection.inverse_is_sequential:
+        s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
+        return _moved(flow, density, constraint, s, effort, labels, randomness, progress)
+    y = _from_latents(flow, constraint, effort, labels, randomness, progress)
+    s = constraint.coordinates(y)
+    return _moved(flow, density, constraint, s, effort, labels, randomness, progress, begun=True)
+
+
+def require_room(flow: Flow, effort: Effort) -> None:
+    """Raises `UserError` where the chains do not fit into memory."""
+    count = effort.chains
+    capacity.require(
+        count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
+    )
+
+
+def require_posterior(flow: Flow, label: int | None = None) -> None:
+    """Raises `UserError` where no image can be completed by a flow, or not with this class."""
+    flow.kind.require_levels("inpaint: the model is of real-valued data, which have no pixels")
+    if flow.kind.no_bits is not None:
+        raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
+    flow.require_no_context("inpaint")
+    if label is not None and not flow.classes:
+        raise UserError(f"--class {label}: the model is not class-conditional (model.classes is 0)")
+    if label is not None and not 0 <= label < flow.classes:
+        raise UserError(f"--class {label}: the model has the classes 0..{flow.classes - 1}")
+    if label is None and flow.classes and flow.bijection.by_level() is not None:
+        raise UserError(
+            f"inpaint: give the class of the image, --class 0 to {flow.classes - 1}: this model "
+            f"gives the probabilities of levels for one class at a time"
+        )
+
+
+# --- the density and its force --------------------------------------------------------------------
+
+# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, and a scalar of which the
+# force is the gradient, and which depends on the numbers through autograd.
+Density = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _in_parts(flow: Flow, density: Density, s: Tensor, labels: Tensor | None) -> Target:
+    """Computes a density and its force at as many `s` `(B, ...)` at a time as fit into memory."""
+
+    def measured(part: Tensor) -> object:
+        of_part = None if labels is None else labels[:1].expand(len(part))
+        with torch.enable_grad():
+            return density(part.detach().requires_grad_(), of_part)
+
+    at_a_time = gradient_batch_size(flow, measured, s[:1])
+
+    def gradient(part: Tensor, of_part: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            part = part.detach().requires_grad_()
+            log_density, scalar = density(part, of_part)
+            (force,) = torch.autograd.grad(scalar, part)
+        return log_density.detach(), force
+
+    def target(s: Tensor) -> tuple[Tensor, Tensor]:
+        of_parts = itertools.repeat(None) if labels is None else labels.split(at_a_time)
+        parts = [gradient(*each) for each in zip(s.split(at_a_time), of_parts, strict=False)]
+        log_density, force = (torch.cat(each) for each in zip(*parts, strict=True))
+        return log_density, force
+
+    return target
+
+
+def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
+    """The density of dequantized images. `counted` `(C, H, W)` says which entries of a model of
+    levels have a part in it.
+    """
+    layer = flow.bijection.by_level()
+    if layer is None:
+
+        def of_reals(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            log_density = flow.log_density(y, labels)
+            return log_density, log_density.sum()
+
+        return of_reals
+
+    def of_levels(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert flow.levels is not None
+        scaled = y * flow.levels
+        whole = scaled.detach().floor().clamp(0, flow.levels - 1)
+        x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
+        if x.requires_grad:
+            x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
+        terms = layer.log_probs(x, flow.seen(len(x), labels))
+        log_prob = (terms * counted).flatten(1).sum(dim=1)
+        return log_prob, log_prob.sum()
+
+    return of_levels
+
+
+def _from_latents(
+    flow: Flow,
+    constraint: Constraint,
+    effort: Effort,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+) -> Tensor:
+    """Dequantized images `(B, C, H, W)` that nearly agree with a constraint, one for each chain.
+
+    Their latents n are the smallest change of random ones: the minimum of `|n - random|^2 / 2 +
+    miss(n) / sigma^2`, where sigma falls. For a linear flow these are samples of the posterior
+    ("randomize, then optimize": Bardsley, Solonen, Haario & Laine 2014, SIAM J. Sci. Comput. 36).
+    """
+    count, steps = effort.chains, LEAPFROG * _beginning(effort)
+    labels = flow.classes_in_turn(count) if labels is None else labels
+    random = torch.randn(count, flow.latent_dims, generator=randomness).to(flow.device)
+    n = random.clone().requires_grad_()
+
+    def images(n: Tensor, labels: Tensor | None) -> Tensor:
+        v, _ = flow.bijection.inverse(flow.place(n, labels), flow.seen(len(n), labels))
+        return flow.dequantizer.to_unit(v)
+
+    def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        close = -constraint.miss(images(n, labels))
+        return close, close.sum()
+
+    target = _in_parts(flow, closeness, n, labels)
+    optimizer = torch.optim.Adam([n], lr=RATE)
+    for step in range(steps):
+        sigma = FAR * (NEAR / FAR) ** ((step + 1) / steps)
+        _, force = target(n)
+        n.grad = n.detach() - random - force / sigma**2
+        optimizer.step()
+        progress((step + 1) // LEAPFROG, effort.moves)
+    with torch.no_grad():
+        return images(n, labels)
+
+
+def _beginning(effort: Effort) -> int:
+    """The moves before the density has the power 1, or what takes as many gradients."""
+    return round(BEGINNING * effort.moves)
+
+
+def _moved(
+    flow: Flow,
+    density: Density,
+    constraint: Constraint,
+    s: Tensor,
+    effort: Effort,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+    redraws: "_Redraws | None" = None,
+    begun: bool = False,
+) -> Posterior:
+    """What the moves make of coordinates `s` `(B, C, H, W)`. See `sample`.
+
+    They begin with annealing, unless they go on with `redraws` after each from where they are, or
+    have `begun` in latents.
+    """
+    levels = flow.levels
+    assert levels is not None
+
+    def integers(y: Tensor) -> Tensor:
+        return (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
+
+    def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, volume = constraint.images(s)
+        log_density, scalar = density(y, labels)
+        return log_density + volume, scalar + volume.sum()
+
+    target = _in_parts(flow, of_coordinates, s, labels)
+    chains = Chains(target, s, constraint.moves(), LEAPFROG, randomness)
+    moves, kept = effort.moves, effort.kept
+    annealed = _beginning(effort) if redraws is None else 0
+    warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
+    followed = _some(constraint.unknown())
+    probabilities, history, images = [], [], []
+    if (moves - warm_up) // 2 < kept:
+        raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
+    keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
+    for move in range(annealed if begun else 0, moves):
+        power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
+        probability = chains.move(power, adapting=move < warm_up)
+        if redraws is not None:
+            chains.put(redraws(chains.point.s, adapting=move < warm_up))
+        if move >= warm_up:
+            probabilities.append(probability.mean())
+            x = integers(constraint.images(chains.point.s)[0])
+            history.append(x.flatten(1)[:, followed].float().cpu())
+            if move in keep:
+                images.append(x.cpu())
+        progress(move + 1, moves)
+    return Posterior(
+        torch.stack(images, dim=1).flatten(0, 1),
+        float(torch.stack(probabilities).mean()),
+        effective_size(torch.stack(history)) / len(s),
+        moves - warm_up,
+    )
+
+
+def _some(unknown: Tensor) -> Tensor:
+    """The indices of at most `QUANTITIES` of the unknown entries, at equal distances."""
+    entries = unknown.flatten().nonzero().flatten()
+    return entries[:: -(-len(entries) // QUANTITIES)]
+
+
+# --- models of levels -----------------------------------------------------------------------------
+
+
+def _in_order_and_moved(
+    flow: Flow,
+    layer: OrdinalAutoregressive,
+    constraint: Pixels,
+    effort: Effort,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+    progress: Callable[[float, float], None],
+) -> Posterior:
+    """See `sample`: entries are drawn in order, and those before a known one move after that."""
+    assert flow.levels is not None
+    order, known = layer.order(), constraint.known
+    last = order[known].max()
+    early = ~known & (order < last)
+    # Where nothing moves, each sample is drawn anew.
+    times = 1 if early.any() else effort.kept
+    of_chain = None if labels is None else labels.repeat_interleave(times)
+    given = constraint.x.expand(effort.chains * times, -1, -1, -1)
+    x = in_order(flow, layer, given, known, of_chain, randomness)
+    if not early.any():
+        progress(1, 1)
+        return Posterior(x.to(torch.uint8).cpu(), None, None, 0)
+    moving = Pixels(constraint.x, ~early, flow.levels, within=False)
+    uniform = torch.rand(x.shape, generator=randomness).to(x.device)
+    s = moving.coordinates((x + uniform) / flow.levels)
+    counted = (order <= last).to(flow.device)  # the others have no part in what moves
+    density = _density(flow, counted)
+    redraws = _Redraws(layer, flow.seen(len(x), labels), moving, counted, randomness)
+    found = _moved(flow, density, moving, s, effort, labels, randomness, progress, redraws)
+    if bool((known | early).all()):
+        return found
+    of_state = None if labels is None else labels.repeat_interleave(effort.kept)
+    x = in_order(flow, layer, found.x, known | early, of_state, randomness)
+    return dataclasses.replace(found, x=x.to(torch.uint8).cpu())
+
+
+class _Redraws:
+    """Draws entries of chains anew, from the model's own distributions, with a Metropolis test.
+
+    A few random entries S get levels drawn from P(x_d | x_<d), all at once and given the present
+    levels. The test takes the ratio of the images' probabilities, and that of the probabilities
+    with which the new image is drawn and the old one is drawn back, which has other levels before
+    the entries of S. How many entries S has is adapted in the warm-up.
+    """
+
+    def __init__(
+        self,
+        layer: OrdinalAutoregressive,
+        context: Context | None,
+        constraint: Pixels,
+        counted: Tensor,
+        randomness: torch.Generator,
+    ):
+        self.layer, self.context, self.constraint = layer, context, constraint
+        self.counted, self.randomness = counted, randomness
+        self.free = constraint.moves().flatten().nonzero().flatten()
+        self.count = 1.0  # entries at a time
+
+    @torch.no_grad()
+    def __call__(self, s: Tensor, adapting: bool) -> Tensor:
+        """Coordinates `(B, C, H, W)` after `REDRAWS` draws."""
+        levels = self.layer.levels
+        scaled = self.constraint.images(s)[0] * levels
+        x = scaled.floor().clamp(0, levels - 1)
+        within = scaled - x
+        for _ in range(REDRAWS):
+            x, rate = self._once(x)
+            if adapting:
+                most = min(len(self.free), MOST_REDRAWN)
+                self.count = min(max(self.count * (1 + 0.2 * (rate - REDRAWN)), 1.0), most)
+        moved = self.constraint.coordinates((x + within) / levels)
+        return torch.where(self.constraint.moves().to(s.device), moved, s)
+
+    def _once(self, x: Tensor) -> tuple[Tensor, float]:
+        order = torch.randperm(len(self.free), generator=self.randomness)
+        entries = self.free[order[: round(self.count)]].to(x.device)
+        log_prob, table = self._at(x, entries)
+        uniform = torch.rand(len(x), len(entries), 1, generator=self.randomness).to(x)
+        below = table.exp().cumsum(dim=2) < uniform
+        drawn = below.sum(dim=2).clamp_(max=self.layer.levels - 1)
+        other = x.flatten(1).index_copy(1, entries, drawn.to(x)).view_as(x)
+        its_log_prob, its_table = self._at(other, entries)
+        old = x.flatten(1)[:, entries].long()
+        there = table.gather(2, drawn[..., None]).sum(dim=(1, 2))
+        back = its_table.gather(2, old[..., None]).sum(dim=(1, 2))
+        ratio = (its_log_prob - log_prob + back - there).exp().clamp(max=1)
+        accepted = torch.rand(len(x), generator=self.randomness).to(x) < ratio
+        return torch.where(accepted[:, None, None, None], other, x), float(ratio.mean())
+
+    def _at(self, x: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+        terms, table = self.layer.log_probs_of_all(x, entries, self.context)
+        return (terms * self.counted).flatten(1).double().sum(dim=1), table.double()
+
+
+def in_order(
+    flow: Flow,
+    layer: OrdinalAutoregressive,
+    x: Tensor,
+    known: Tensor,
+    labels: Tensor | None,
+    randomness: torch.Generator,
+) -> Tensor:
+    """Levels `(B, C, H, W)`, int64, of which those `known` `(C, H, W)` are those of `x`
+    `(B, C, H, W)`, and each other one is drawn given all before it.
+    """
+    given = x.flatten(1).T.long().to(flow.device).contiguous()
+    free = (~known).flatten().tolist()
+    uniform = torch.rand(given.shape, generator=randomness, dtype=torch.float64).to(flow.device)
+
+    def next_level(entry: Entry, index: int) -> Tensor:
+        return entry.find(uniform[index])[0] if free[index] else given[index]
+
+    return layer.in_order(next_level, len(x), flow.seen(len(x), labels))

@@ -1,0 +1,217 @@
+"""Several runs side by side: their losses, time and data, and why losses may not compare."""
+
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowtrain.checkpoints import record
+from flowtrain.checkpoints.record import Record
+from flowtrain.config import differences
+from flowtrain.errors import cut
+from flowtrain.results import Evaluation, Row, Summary
+from flowtrain.tools.report import charts
+
+# Settings that do not change what is learned: where images are, how they are read, and what is
+# written when.
+NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
+NO_SETTINGS |= {
+    f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+}
+HELD_OUT = {"data.validation", "data.split_seed"}
+# The test images do not depend on these keys.
+NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
+
+# The keys of an evaluation in the JSON of a comparison.
+TEST_FIGURES = (
+    *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
+    *("nats_per_dim", "nats_per_dim_stderr", "sigma"),
+    *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
+    *("weights", "step", "given"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table. Figures that the run does not have are None."""
+
+    run: str
+    model: str
+    data: str
+    finished: bool
+    parameters: int
+    step: int
+    images: int  # seen in training, as of the newest row or summary
+    seconds: float  # wall-clock, with validation and samples
+    unit: str  # of the losses: bits/dim, nats for real-valued data, nats/dim for noisy images
+    images_per_second: float | None  # of training alone: the median of the rows
+    validation: float | None  # the best
+    validation_step: int | None
+    test: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row per run, notes for the reader of the table, and the curves as a PNG."""
+
+    results: list[Result]
+    notes: list[str]
+    picture: bytes
+
+    def content(self) -> dict[str, Any]:
+        """What is written as JSON."""
+        rows = [vars(each) | {"test": _test_figures(each.test)} for each in self.results]
+        return {"runs": rows, "notes": self.notes}
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Compares run directories, each of them once. Evaluates nothing.
+
+    Raises `UserError` where one is missing or broken.
+    """
+    kept: dict[Path, Path] = {}
+    for path in paths:
+        kept.setdefault(path.resolve(), path)
+    records = [record.read(path) for path in kept.values()]
+    called = names(list(kept.values()))
+    results = [result(*pair) for pair in zip(called, records, strict=True)]
+    rows = {name: each.rows for name, each in zip(called, records, strict=True)}
+    units = " or ".join(sorted({each.unit for each in results}))
+    return Comparison(results, notes(results, records), charts.losses_png(rows, units))
+
+
+def _test_figures(test: Evaluation | None) -> dict[str, Any] | None:
+    return None if test is None else {key: getattr(test, key) for key in TEST_FIGURES}
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's name, or its path if two folders have the same name."""
+    short = [path.resolve().name for path in paths]
+    return [
+        name if short.count(name) == 1 else str(path)
+        for name, path in zip(short, paths, strict=True)
+    ]
+
+
+def result(name: str, run: Record) -> Result:
+    """The row of a run."""
+    summary = run.summary
+    states: list[Summary | Row] = [summary, *run.rows]
+    # The summary is as old as the last checkpoint.
+    newest = max(states, key=lambda state: state.seconds)
+    speeds = [row.images_per_second for row in run.rows if row.images_per_second is not None]
+    validations = [
+        (loss, row.step)
+        for row in run.rows
+        if row.split == "validation" and (loss := row.loss) is not None
+    ]
+    best = min(validations, default=(summary.best, summary.best_step))
+    return Result(
+        run=name,
+        model=" ".join(filter(None, [run.config["model"]["name"], given(run.config)])),
+        data=run.config["data"]["name"],
+        finished=summary.finished,
+        parameters=summary.parameters,
+        step=newest.step,
+        images=newest.images,
+        seconds=newest.seconds,
+        unit=summary.unit,
+        images_per_second=statistics.median(speeds) if speeds else None,
+        validation=best[0],
+        validation_step=best[1],
+        test=run.test,
+    )
+
+
+def given(config: dict[str, Any]) -> str:
+    """What part of images a model is given, in words, or nothing for a model of whole images."""
+    model = config["model"]  # that of an earlier version has no such key
+    kind = model.get("context", "none")
+    factor = f" by {model.get('context_factor')}" if kind == "downsample" else ""
+    return "" if kind == "none" else f"given {kind}{factor}"
+
+
+def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
+    """What a reader of the table has to know, one sentence per note."""
+    found = []
+    for own, run in zip(results, records, strict=True):
+        if run.summary.edition:
+            found.append(f"{own.run}: its data are {cut(run.summary.edition, 200)}")
+        if part := given(run.config):
+            found.append(
+                f"{own.run}: its losses are of images {part} (model.context), and compare only "
+                f"with such"
+            )
+        evaluated = run.summary.best_step or run.summary.step  # the step that `evaluate RUN` takes
+        if not own.finished:
+            found.append(f"{own.run} is not finished: it is at step {own.step}")
+        if own.validation is None:
+            found.append(f"{own.run} has no validation figure")
+        if own.test is None:
+            found.append(f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in")
+        elif own.test.dataset != own.data:
+            found.append(
+                f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
+            )
+        elif own.test.step != evaluated:
+            found.append(
+                f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
+                f"step {evaluated}: flowtrain evaluate {run.path} brings it up to date"
+            )
+        if not run.rows:
+            found.append(f"{own.run} has no metrics, so no curve")
+        if own.unit == "nats/dim":
+            found.append(
+                f"{own.run} has no bits/dim: its losses are densities of noisy images, and compare "
+                f"only with those of the same dequantization.sigma"
+            )
+    first, first_name = records[0].config, results[0].run
+    for own, run in zip(results[1:], records[1:], strict=True):
+        changed = _changes(first, run.config)
+        of_data = {key for key in changed if key.startswith("data.")}
+        if images := of_data - NOT_THE_TEST_IMAGES:
+            found.append(
+                f"{own.run} and {first_name} have different data ({_listed(changed, images)}): "
+                "their losses do not compare"
+            )
+        elif of_data & HELD_OUT:
+            found.append(
+                f"{own.run} and {first_name} hold out different images: their validation does not "
+                f"compare"
+            )
+        if settings := changed.keys() - NO_SETTINGS:
+            found.append(f"{own.run} differs from {first_name} in {_listed(changed, settings)}")
+    tests = [own.test for own in results if own.test is not None]
+    measured = sorted({(test.dataset, test.bound, test.samples, test.num_images) for test in tests})
+    if len(measured) > len({test.dataset for test in tests}):
+        ways = ", ".join(
+            f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured
+        )
+        found.append(f"the test figures were not measured alike ({ways})")
+    ways_of_sampling = {test.sampling for test in tests}
+    for own in results:
+        if own.test and own.test.sampling == "sequential" and len(ways_of_sampling) > 1:
+            found.append(f"{own.run} samples one entry after the other")
+    return found
+
+
+def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations differ, with both values.
+
+    If the model or the data set differs, only its name is listed, without its options.
+    """
+    changed = {key: (old, new) for key, old, new in differences(first, other)}
+    for section in ("data", "model"):
+        if (name := f"{section}.name") in changed:
+            changed = {
+                key: pair
+                for key, pair in changed.items()
+                if key == name or not key.startswith(f"{section}.")
+            }
+    return changed
+
+
+def _listed(changed: dict[str, tuple[Any, Any]], keys: Collection[str]) -> str:
+    """`train.lr: 0.01 (0.001)`: the run's own value, then that of the first run."""
+    return ", ".join(f"{key}: {new} ({old})" for key, (old, new) in changed.items() if key in keys)

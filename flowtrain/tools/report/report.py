@@ -1,0 +1,301 @@
+"""One HTML file about a model: configuration, curves, evaluation, samples, paths, reconstructions,
+nearest training images and health.
+"""
+
+import base64
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import flowtrain
+from flowtrain.checkpoints import record
+from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
+from flowtrain.data.splits import DataSet
+from flowtrain.datasets.base import picture
+from flowtrain.errors import RunError, UserError, short
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.passes import fitting_batch_size
+from flowtrain.latents.nearest import nearest_images
+from flowtrain.latents.paths import interpolate
+from flowtrain.pictures import conditional, draw, grid
+from flowtrain.pictures.sample import sample
+from flowtrain.results import Evaluation
+from flowtrain.system.console import duration
+from flowtrain.tools.doctor.doctor import Finding, examine
+from flowtrain.tools.report import charts
+
+SHOWN = 8  # reconstructions, and samples with their nearest training images
+NEAREST = 3
+COMPARED = 16  # test images whose distance to the training images a sample's is compared with
+ROWS = 4  # and columns of a picture of samples
+PATHS, STEPS = 4, 8  # paths between test images, and the images of each
+FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
+HEALTH = 16  # the health table takes about as long as this many other parts
+SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: its content, or the reason why there is none."""
+
+    content: Any = None
+    problem: str = ""
+
+    @staticmethod
+    def of(make: Callable[[], Any]) -> "Part":
+        """The result of `make`. Missing data or a model that fails do not affect other parts."""
+        try:
+            return Part(make())
+        except (UserError, RunError, FloatingPointError) as error:
+            return Part(problem=str(error))
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images `(N, C, H, W)` that were encoded and decoded, the worst first."""
+
+    x: Tensor
+    back: Tensor
+    exact: int  # number of images that came back unchanged
+    largest: int  # the largest difference of a pixel, in levels
+    difference: Tensor  # amplified, so that it can be seen
+    amplification: int
+
+
+def _levels(flow: Flow) -> int:
+    return flow.kind.require_levels(
+        "real-valued data are no images; their round trip is in the health table"
+    )
+
+
+def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
+    """Encodes and decodes integers `x` `(N, C, H, W)`.
+
+    Raises `FloatingPointError` if a result is not finite.
+    """
+    levels = _levels(flow)
+    back = torch.cat(
+        [
+            flow.decode(flow.encode(part), context=flow.context_of(part)).cpu()
+            for part in x.split(fitting_batch_size(flow))
+        ]
+    )
+    difference = (back.int() - x.int()).abs()
+    by_image = difference.flatten(1).amax(dim=1)  # (N,)
+    worst = by_image.argsort(descending=True, stable=True)
+    amplification = max(1, levels // 4)  # so that one level can be seen
+    seen = (amplification * difference).clamp(max=levels - 1).to(torch.uint8)
+    exact = int((by_image == 0).sum())
+    return Reconstructions(
+        x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification
+    )
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def page(
+    model: LoadedModel,
+    data: DataSet | str,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    progress: Callable[[float, float, str], None] = lambda done, total, text: None,
+) -> tuple[str, list[str]]:
+    """The report of a model as HTML that needs no other file, and one line per missing part.
+
+    `data` is a data set of the model's shape, or the reason why there is none. `metrics.jsonl` and
+    the evaluations are read from the run. `num_images` test images are reconstructed, and used for
+    the health table.
+    """
+    flow, run = model.flow, run_of(model.checkpoint.path)
+    temperatures = flow.kind.report_temperatures
+
+    def there() -> DataSet:
+        if isinstance(data, str):
+            raise UserError(data)
+        return data
+
+    def samples(temperature: float) -> Tensor:
+        if flow.image_context is None:
+            x = sample(flow, flow.kind.report_count, [temperature], seed)
+        else:
+            contexts = conditional.of_split(flow, there().split("test"), ROWS)
+            assert contexts is not None
+            drawn = sample(flow, ROWS - 1, [temperature], seed, contexts=contexts)
+            x = conditional.rows(flow, contexts, drawn, 1)
+        return draw.drawing(flow, lambda: there().split("test")).samples(x, ROWS, seed)
+
+    def health() -> list[tuple[Finding, list[Finding]]]:
+        def note(done: int, total: int) -> None:
+            progress(len(makers) + HEALTH * done // total, len(makers) + HEALTH, "health")
+
+        return by_check(examine(model, there(), num_images=num_images, seed=seed, progress=note))
+
+    makers: dict[str, Callable[[], Any]] = {
+        "curves": lambda: _curves(run, flow.kind.unit),
+        "evaluations": lambda: _evaluations(run),
+        **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
+        "reconstructions": lambda: reconstruct(
+            flow, there().split("test").sample(num_images, seed).take(slice(None))
+        ),
+        "paths": lambda: _paths(flow, there()),
+        "samples over training": lambda: _over_training(run),
+        "nearest training images": lambda: _neighbours(flow, there(), seed),
+        "health": health,
+    }
+    parts = {}
+    for done, (name, make) in enumerate(makers.items()):
+        progress(done, len(makers) + HEALTH, name)
+        parts[name] = Part.of(make)
+    progress(1, 1, "")
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "duration": duration,
+        "grid": lambda x, columns=1: grid.grid(x, _levels(flow), columns),
+        "png": _png,
+        "gif": lambda data: _url("gif", data),
+    }
+    template = environment.from_string(
+        Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    )
+    html = template.render(
+        parts=parts,
+        model=model,
+        hash=model_hash(model),
+        run=run,
+        name=run.resolve().name,
+        version=flowtrain.__version__,
+        parameters=sum(p.numel() for p in flow.parameters()),
+        seed=seed,
+        temperatures=temperatures,
+        levels=flow.kind.words,
+        never=sys.float_info.max,  # the bound of a check that is never bad
+        shown=SHOWN,
+    )
+    return html, [f"{name}: {part.problem}" for name, part in parts.items() if part.problem]
+
+
+def _curves(run: Path, unit: str) -> dict[str, str]:
+    rows = record.read_rows(run / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{run / 'metrics.jsonl'}: it has no line yet")
+    return charts.curves_svg(rows, unit)
+
+
+def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
+    files = sorted(run.glob("evaluate-*.json"))
+    if not files:
+        raise UserError(f"the model has not been evaluated; flowtrain evaluate {run} does it")
+    return [(file, record.read_evaluation(file)) for file in files]
+
+
+class Neighbour(NamedTuple):
+    """A training image `(1, C, H, W)`, its position in the training split, and its distance to a
+    sample.
+    """
+
+    image: Tensor
+    position: int
+    distance: float
+
+
+class Neighbours(NamedTuple):
+    """Samples `(1, C, H, W)` with their nearest training images, and the same distance for test
+    images.
+    """
+
+    samples: list[tuple[Tensor, list[Neighbour]]]
+    typical: float  # median distance of test images to their nearest training image
+    compared: int  # number of these test images
+
+
+def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
+    levels, train = _levels(flow), data.split("train")
+    test = data.split("test")
+    contexts = conditional.of_split(flow, test, SHOWN)
+    compared = test.sample(COMPARED, seed).take(slice(None))
+    drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
+    distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
+    samples = []
+    for one, near, found in zip(
+        drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True
+    ):
+        alike = train.take(found).split(1)
+        samples.append(
+            (
+                one,
+                [
+                    Neighbour(*each)
+                    for each in zip(alike, found.tolist(), near.tolist(), strict=True)
+                ],
+            )
+        )
+    return Neighbours(samples, distances[SHOWN:, 0].median().item(), len(compared))
+
+
+def by_check(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:
+    """The worst finding of each check with all its findings. Both are sorted, the worst first."""
+    checks: dict[str, list[Finding]] = {}
+    for finding in findings:
+        checks.setdefault(finding.check, []).append(finding)
+    ordered = [sorted(found, key=_rank) for found in checks.values()]
+    return sorted(
+        ((found[0], found) for found in ordered), key=lambda pair: SEVERITY[pair[0].verdict]
+    )
+
+
+def _rank(finding: Finding) -> tuple[int, float]:
+    return SEVERITY[finding.verdict], -finding.severity
+
+
+def _paths(flow: Flow, data: DataSet) -> Tensor:
+    """Paths between the first test images through the latent space, as a picture."""
+    split = data.split("test")
+    count = min(PATHS, len(split) // 2)
+    if count == 0:
+        raise UserError("a path needs two test images")
+    x = split.take(slice(0, 2 * count))
+    rows = interpolate(flow, x[:count], x[count:], STEPS)
+    return draw.drawing(flow, lambda: split).paths(rows)
+
+
+def _over_training(run: Path) -> bytes:
+    """The run's pictures of samples as an animated GIF, with its last picture shown longest."""
+    files = sorted((run / "samples").glob("*.png"))
+    if len(files) < 2:
+        raise UserError(f"{run / 'samples'} has fewer than two pictures")
+    chosen = np.linspace(0, len(files) - 1, min(FRAMES, len(files))).round().astype(int)
+    frames: list[Image.Image] = []
+    for file in (files[i] for i in chosen):
+        try:
+            with picture(file) as image:
+                size = (WIDTH, max(1, image.height * WIDTH // image.width))
+                frames.append(image.convert("RGB").resize(frames[0].size if frames else size))
+        except Exception as error:  # a damaged file makes Pillow raise almost anything
+            raise UserError(f"{file} cannot be read as an image ({short(error)})") from error
+    return grid.gif([*frames, *frames[-1:] * 4], 300)
+
+
+def _png(pixels: Tensor) -> str:
+    """A `(3, H, W)` uint8 picture as a data URL."""
+    return _url("png", grid.png(pixels))
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,111 @@
+"""Images with and without attributes, from folders, tables and classes."""
+
+import tracemalloc
+
+import pytest
+import torch
+from coding_helpers import picture
+from helpers import a_config
+
+from flowtrain.checkpoints.load import load_model
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError
+from flowtrain.tools.edit import labels
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("glow_digits", torch.device("cpu"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name, value in (("a.png", 0), ("b.png", 120), ("sub/c.png", 255)):
+        picture(tmp_path / "photos" / name, value=value)
+    return tmp_path / "photos"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+
+
+def test_folders(model, photos):
+    found = labels.from_folders([photos], [photos / "sub"], "x", model, 3)
+    assert found.attributes["x"].tolist() == [True, True, True, False]
+    assert found.x[:, 0, 0, 0].tolist() == [0, 8, 16, 16]
+    assert len(labels.from_folders([photos], [photos / "sub"], "x", model, 2).x) == 3
+
+
+def table(photos, text) -> str:
+    path = photos.parent / "t.csv"
+    path.write_text(text)
+    return path
+
+
+def test_tables(model, photos):
+    """As spreadsheets write them: with a mark of the encoding, spaces, quotes and empty lines."""
+    text = '\ufefffile,dark,round\na.png,1,0\n\n"sub/c.png", 0 ,1\nb.png,1,1\n'
+    found = labels.from_table(table(photos, text), photos, model, 10)
+    assert {k: v.tolist() for k, v in found.attributes.items()} == {
+        "dark": [True, False, True],
+        "round": [False, True, True],
+    }
+    assert found.x[:, 0, 0, 0].tolist() == [0, 16, 8]
+    assert len(labels.from_table(table(photos, text), photos, model, 2).x) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "its first line has to name the columns"),
+        ("file\na.png\n", "its first line has to name the columns"),
+        ("file,x\n", "it has no images"),
+        ("file,x,x\na.png,0,1\n", "two columns are named x"),
+        ("file,\na.png,0\n", "cannot be the name of an attribute"),
+        ("file,x\na.png\n", "line 2: expected 2 values.*got 1"),
+        ("file,x\na.png,0,1\n", "line 2: expected 2 values.*got 3"),
+        ("file,x\n,1\n", "line 2: expected 2 values"),
+        ("file,x\na.png,1\nb.png,2\n", "line 3: x is '2', expected 0 or 1"),
+        ("file,x\na.png,yes\n", "line 2: x is 'yes', expected 0 or 1"),
+        ("file,x\n\nnone.png,1\n", "line 3: there is no image file .*none.png"),
+        ('file,x\n"a.png,1\n', "is not a CSV table in UTF-8"),
+        ("file" + "".join(f",{i}" for i in range(1001)), "it has 1,001 attributes, and at most"),
+    ],
+)
+def test_tables_with_a_fault(model, photos, text, said):
+    with pytest.raises(UserError, match=said):
+        labels.from_table(table(photos, text), photos, model, 10)
+
+
+def test_a_sorted_table_is_sampled_and_not_kept(model, photos):
+    text = "file,x\n\n" + "a.png,1\n" * 20_000 + "b.png,0\n" * 20_000
+    tracemalloc.start()
+    found = labels.from_table(table(photos, text), photos, model, 12)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < int(found.attributes["x"].sum()) < 12 and len(found.x) == 12
+    assert peak < 5e6  # 9e6 as lists
+
+
+def test_a_table_that_is_no_text(model, photos):
+    path = table(photos, "")
+    path.write_bytes(b"\xff\xfefile")
+    with pytest.raises(UserError, match="is not a CSV table in UTF-8"):
+        labels.from_table(path, photos, model, 10)
+
+
+def test_classes(model):
+    data = DataSet(a_config("glow").data)
+    split = data.split("test")
+    found = labels.from_classes(model, data, "test", 4, 9, "x", 5)
+    assert found.attributes["x"].tolist() == [True] * 5 + [False] * 5
+    nines = split.at((split.labels == 9).nonzero().flatten().numpy())
+    assert torch.equal(found.x[:5], nines.sample(5).take(slice(None)))
+    others = labels.from_classes(model, data, "test", None, 9, "x", 1000)
+    assert int(others.attributes["x"].sum()) == int((split.labels == 9).sum())
+    assert len(others.x) == len(split)
+    with pytest.raises(UserError, match="--from-class 10: the test split has no images of it"):
+        labels.from_classes(model, data, "test", 10, 9, "x", 5)
+    with pytest.raises(UserError, match="--to-class 1000.*: the test split has no images"):
+        labels.from_classes(model, data, "test", None, 10**30, "x", 5)

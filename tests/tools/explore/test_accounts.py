@@ -1,0 +1,123 @@
+"""The accounts of an image add up to its bits/dim, for each kind of model."""
+
+import math
+
+import pytest
+import torch
+from helpers import a_config, images, perturb, seeded, tiny_flow
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.flow.dequantize import draw_noise
+from flowtrain.flow.flow import initialize
+from flowtrain.tools.explore.accounts import account
+from flowtrain.tools.explore.worker import Superseded
+
+MODELS = {
+    "glow": ("glow", (1, 4, 4), {}),
+    "glow of colours": ("glow", (3, 8, 8), {}),
+    "glow by a logit": ("glow", (1, 4, 4), {"transform": "logit"}),
+    "glow with mixtures": ("glow", (1, 4, 4), {"coupling": "mixture", "split": "mixed"}),
+    "glow with classes": ("glow", (1, 4, 4), {"classes": 3}),
+    "realnvp": ("realnvp", (3, 8, 8), {}),
+    "causal": ("causal", (3, 5, 6), {}),
+    "causal with classes": ("causal", (3, 5, 6), {"classes": 3}),
+}
+VECTORS = ["nice", "maf", "iaf", "planar"]
+
+
+def prepared(name):
+    model, shape, options = MODELS[name]
+    flow = tiny_flow(model, shape, **options)
+    x = images(1, shape)
+    return flow, x, draw_noise(x.shape, seeded(3), x.device)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_add_up(name):
+    flow, x, noise = prepared(name)
+    found = account(flow, x, noise)
+    expected = -flow(x, noise).total.item() / (flow.dims * math.log(2))
+    assert found.total == pytest.approx(expected, rel=1e-5)
+    parts = [each.mean().item() for each in found.places.values()]
+    parts += [found.noise, found.of_class.loss if found.of_class else 0]
+    assert sum(parts) == pytest.approx(expected, rel=1e-5)
+    assert found.map.mean().item() == pytest.approx(sum(parts[: len(found.places)]), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_have_no_places(name):
+    flow = tiny_flow(name, (1, 4, 4))
+    x = images(1, (1, 4, 4))
+    found = account(flow, x, draw_noise(x.shape, seeded(), x.device))
+    assert found.places == {} and math.isfinite(found.total)
+
+
+@pytest.mark.parametrize(
+    "named", [{"name": "variational", "steps": 2, "width": 4}, {"name": "gaussian", "sigma": 0.1}]
+)
+def test_other_noise(named):
+    flow = perturb(build_flow(a_config("glow", dequantization=named), (1, 4, 4), 256))
+    x = images(64, (1, 4, 4))
+    noise = draw_noise(x.shape, seeded(), x.device)
+    initialize(flow, x, noise)
+    found = account(flow, x[:1], noise[:1])
+    assert (found.noise != 0) == (named["name"] == "variational")
+    whole = sum(each.mean().item() for each in found.places.values()) + found.noise
+    assert whole == pytest.approx(found.total, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "causal with classes"])
+def test_a_pixel_of_a_causal_flow_has_its_conditional_probability(name):
+    """What a later pixel is does not change the bits of one before it."""
+    flow, x, noise = prepared(name)
+    before = account(flow, x, noise)
+    y = x.clone()
+    y[0, :, 4, 5] = 255 - y[0, :, 4, 5]
+    after = account(flow, y, noise)
+    if before.of_class:
+        assert before.of_class.label == after.of_class.label
+    changed = (before.map - after.map).abs() > 1e-6
+    assert changed[4, 5] and not changed[:4].any()
+
+
+def test_the_map_of_a_causal_flow_does_not_depend_on_the_noise():
+    flow, x, noise = prepared("causal")
+    one, other = (account(flow, x, each).map for each in (noise, 1 - noise))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_levels_have_the_size_of_their_latents():
+    flow, x, noise = prepared("glow of colours")
+    assert list(account(flow, x, noise).places) == [(4, 4), (2, 2)]
+    flow, x, noise = prepared("glow by a logit")
+    assert list(account(flow, x, noise).places) == [(4, 4), (2, 2), (1, 1)]
+
+
+def test_a_brighter_corner_changes_the_map_there():
+    """The map of a Glow without networks is that of its places alone."""
+    flow = tiny_flow("glow", (1, 4, 4), levels=1, scale=0.0)
+    x = images(1, (1, 4, 4))
+    noise = draw_noise(x.shape, seeded(), x.device)
+    y = x.clone()
+    y[0, 0, 3, 3] ^= 255
+    difference = (account(flow, x, noise).map - account(flow, y, noise).map).abs() > 1e-6
+    assert difference.nonzero().tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_account_that_is_not_wanted_ends(last):
+    """Before each layer, in both of its passes."""
+    flow, x, noise = prepared("glow of colours")
+    calls = []
+    account(flow, x, noise, lambda: calls.append(1))
+    assert len(calls) > 20
+    left = [len(calls) if last else 1]
+
+    def check():
+        left[0] -= 1
+        if not left[0]:
+            raise Superseded("")
+
+    with pytest.raises(Superseded):
+        account(flow, x, noise, check)
+    assert left[0] == 0

@@ -1,0 +1,509 @@
+"""The server of the explorer: what the page asks for, and hostile requests over a real socket."""
+
+import asyncio
+import contextlib
+import io
+import json
+import socket
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from explore_helpers import MEMORY, TOKEN, Running, a_session, until
+from PIL import Image
+from starlette.requests import Request
+
+from flowtrain import config as configuration
+from flowtrain.checkpoints.load import load_model
+from flowtrain.data.splits import DataSet
+from flowtrain.tools.explore import guard
+from flowtrain.tools.explore import server as serving
+from flowtrain.tools.explore.command import explore
+from flowtrain.tools.explore.session import Session
+from flowtrain.tools.explore.worker import Superseded
+
+pytestmark = pytest.mark.run
+
+SAMPLE = {"kind": "sample", "seed": 0, "index": 3, "temperatures": [1.0, 1.0], "label": None}
+PLACE = {"source": SAMPLE}
+
+
+def png(size=(8, 8), mode="L", value=9):
+    buffer = io.BytesIO()
+    Image.new(mode, size, value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def head(running, topic, size):
+    """The head of a request as the page sends it."""
+    return (
+        f"POST /api/{topic} HTTP/1.1\r\nHost: {running.host}\r\nOrigin: http://{running.host}\r\n"
+        f"Cookie: {running.cookie}\r\nContent-Length: {size}\r\n\r\n"
+    ).encode()
+
+
+# --- what the page asks for -----------------------------------------------------------------------
+
+
+def test_the_page_and_its_parts(running):
+    status, headers, body = running.get("/")
+    assert status == 200 and b"<title>flowtrain explore</title>" in body
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in headers
+    for file in serving.STATIC.iterdir():
+        status, headers, body = running.get("/" if file.name == "index.html" else f"/{file.name}")
+        assert (status, body) == (200, file.read_bytes())
+        assert headers["content-type"] == serving.TYPES[file.suffix]
+
+
+def test_no_part_of_the_page_comes_from_elsewhere():
+    for file in serving.STATIC.iterdir():
+        text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in text and "https:" not in text and "//cdn" not in text, file
+
+
+def test_the_model_is_described(running):
+    status, _, body = running.get("/api/model")
+    described = json.loads(body)
+    assert status == 200
+    assert described["shape"] == [1, 8, 8] and described["grey"] == 17
+    assert [level["entries"] for level in described["levels"]] == [32, 32]
+    assert described["test"] == 180 and described["principal"] == [8, 8]
+
+
+def test_samples_are_those_of_the_command(running):
+    answer = running.ask("samples", seed=5, temperatures=[0.7, 0.7], label=None, start=2, count=3)
+    assert answer["command"] == (
+        "flowtrain sample glow_digits --num-images 5 --temperature 0.7 --seed 5"
+    )
+    from flowtrain.pictures.sample import sample
+
+    expected = sample(running.session.flow, 5, [0.7], 5)[2:]
+    assert answer["images"] == [running.session.url(x) for x in expected]
+    one = {**SAMPLE, "seed": 5, "index": 3, "temperatures": [0.7, 0.7]}
+    assert running.ask("show", place={"source": one})["image"] == answer["images"][1]
+
+
+def test_files_are_made(running):
+    body = json.dumps({"tab": "ofdownloads", "turn": 0, "place": PLACE}).encode()
+    status, headers, data = running.request("POST", "/api/png", body)
+    assert (status, headers["content-type"]) == (200, "image/png")
+    assert Image.open(io.BytesIO(data)).size == (32, 32)
+    place = {**PLACE, "other": {"kind": "test", "index": 1}}
+    body = json.dumps({"tab": "ofdownloads", "turn": 0, "place": place, "steps": 4}).encode()
+    status, headers, data = running.request("POST", "/api/gif", body)
+    assert (status, headers["content-type"]) == (200, "image/gif")
+    assert Image.open(io.BytesIO(data)).n_frames == 6
+
+
+def test_an_image_that_is_dropped_in(running):
+    status, answer = running.post("upload", {}, raw=png((20, 10), "RGB", (255, 255, 255)))
+    assert status == 200
+    assert answer["said"] == (
+        "20 x 10 pixels, cut to the largest centred part, resized to 8 x 8, turned grey, reduced "
+        "to 17 levels"
+    )
+    source = {"kind": "upload", "id": answer["id"]}
+    assert running.ask("show", place={"source": source})["image"] == answer["image"]
+
+
+# --- who may ask ----------------------------------------------------------------------------------
+
+
+def test_another_name_needs_the_token_of_its_own(running):
+    """A page whose name was made to mean this machine has no cookie (DNS rebinding). A tunnel has
+    another port, and its cookie is set by the address with the token.
+    """
+    for name in ("evil.example", f"localhost:{running.port}", "localhost:1"):
+        own = {"Host": name, "Origin": f"http://{name}", "Cookie": None}
+        assert running.get("/", own)[0] == running.post("show", {}, own)[0] == 401
+        _, answer, _ = running.get(f"/?token={TOKEN}", own)
+        own["Cookie"] = answer["set-cookie"].split(";")[0]
+        assert running.get("/", own)[0] == 200
+        assert running.post("show", {"place": PLACE}, own)[0] == 200
+    for host in (None, f"{running.host}@x"):
+        assert running.get("/", {"Host": host})[0] in (400, 401)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        None,
+        "",
+        "http://127.0.0.1",
+        "http://127.0.0.1:1",
+        "file://",
+        "http://{host}.evil.example",
+        "http://{host}/",
+    ],
+)
+def test_another_origin_may_not_ask(origin, running):
+    origin = origin and origin.format(host=running.host)
+    for topic in ("show", "upload"):
+        status, answer = running.post(topic, {"place": PLACE}, {"Origin": origin})
+        assert status == 403 and "page" in answer["error"]
+
+
+def test_other_pages_may_not_load_parts(running):
+    for site in ("cross-site", "same-site"):
+        assert running.get("/api/model", {"Sec-Fetch-Site": site})[0] == 403
+        assert running.get("/", {"Sec-Fetch-Site": site})[0] == 200  # a link may lead here
+    status, headers, _ = running.request("OPTIONS", "/api/show", headers={"Origin": "http://evil"})
+    assert status == 403 and "access-control-allow-origin" not in headers
+
+
+def test_nobody_may_ask_without_the_token(running):
+    without = {"Cookie": None}
+    for path in ("/", "/api/model", "/main.js", "/?token=", "/?token=wrong", "/?token=A-secret"):
+        status, headers, body = running.get(path, without)
+        assert status == 401 and b"token" in body and "set-cookie" not in headers
+    name = guard.cookie_of(running.host)
+    for cookie in (f"{name}=wrong", name, "=;=", f'{name}="', "\xff=\xff"):
+        assert running.get("/", {"Cookie": cookie})[0] == 401
+    assert running.post("show", {"place": PLACE}, without)[0] == 401
+    status, headers, _ = running.get(f"/?token={TOKEN}", without)
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"] and "SameSite=lax" in headers["set-cookie"]
+
+
+def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, capsys):
+    sessions, tokens = [], []
+
+    def session(*args):
+        sessions.append(Session(*args))
+        return sessions[0]
+
+    def serve(application, at, ready):
+        tokens.append(application.token)
+        at.close()
+        ready()
+
+    monkeypatch.setattr("flowtrain.tools.explore.session.Session", session)
+    monkeypatch.setattr(serving, "serve", serve)
+    explore("glow_digits", browser=False, weights="raw", trust_code=True)
+    assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
+    expected = "flowtrain sample glow_digits --weights raw --trust-code"
+    assert sessions[0].command("sample") == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        'theme={"a": 1, "b": [2]}',
+        "a:b=1",
+        "\xe9=\xff",
+        f"flowtrain={TOKEN}1",
+        f"{guard.cookie_of('127.0.0.1:1')}=of another explorer",
+    ],
+)
+def test_cookies_of_others_are_not_in_the_way(other, running):
+    for cookie in (f"{other}; {running.cookie}", f"{running.cookie}; {other}"):
+        assert running.get("/", {"Cookie": cookie})[0] == 200
+
+
+# --- hostile requests -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../session.py",
+        "/../../pyproject.toml",
+        "/%2e%2e/session.py",
+        "/..%2fsession.py",
+        "/static/index.html",
+        "//etc/passwd",
+        "/etc/passwd",
+        "/index.html",
+        "/main.js/",
+        "/main.js%00",
+        "/main.js/../server.py",
+        "/api",
+        "/api/",
+        "/api/../main.js",
+        "/api/show/../../etc/passwd",
+        "http://127.0.0.1/etc/passwd",
+        "/" + "a" * 10000,
+    ],
+)
+def test_no_path_leads_to_a_file(path, running):
+    status, _, body = running.get(path)
+    assert status in (400, 404, 405), path
+    assert b"root:" not in body and b"import" not in body
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "FOO"])
+def test_other_methods_are_refused(method, running):
+    for path in ("/", "/api/show", "/api/model"):
+        assert running.request(method, path)[0] in (400, 404, 405)
+
+
+def place(**fields):
+    return {"place": {**PLACE, **fields}}
+
+
+def source(**fields):
+    return {"place": {"source": {**SAMPLE, **fields}}}
+
+
+HOSTILE = {
+    "nan": ("show", place(way=float("nan"))),
+    "infinite": ("show", place(way=float("inf"))),
+    "negative": ("show", source(index=-1)),
+    "beyond 1": ("show", place(way=1.5, other=SAMPLE)),
+    "a large seed": ("show", source(seed=2**53)),
+    "a huge number": ("show", source(seed=10**4000)),
+    "a fraction": ("show", source(seed=0.5)),
+    "a text": ("show", source(seed="0")),
+    "a truth value": ("show", source(index=True)),
+    "a hot temperature": ("show", source(temperatures=[1e9, 1.0])),
+    "a cold temperature": ("show", source(temperatures=[-1.0, 1.0])),
+    "no temperature": ("show", source(temperatures=[])),
+    "other levels": ("show", source(temperatures=[1.0, 1.0, 1.0])),
+    "many temperatures": ("show", source(temperatures=[1.0] * 10**4)),
+    "a class": ("show", source(label=0)),
+    "another kind": ("show", {"place": {"source": {"kind": "file", "path": "/etc/passwd"}}}),
+    "a path": ("show", {"place": {"source": {"kind": "upload", "id": "../../../etc/passwd"}}}),
+    "no such upload": ("show", {"place": {"source": {"kind": "upload", "id": "0" * 32}}}),
+    "no such test image": ("show", {"place": {"source": {"kind": "test", "index": 180}}}),
+    "far": ("show", place(principal=[{"level": 0, "component": 0, "amount": 1e6}])),
+    "a nan amount": (
+        "show",
+        place(principal=[{"level": 0, "component": 0, "amount": float("nan")}]),
+    ),
+    "no such level": ("show", place(principal=[{"level": 2, "component": 0, "amount": 1.0}])),
+    "no such direction": ("show", place(principal=[{"level": 0, "component": 8, "amount": 1.0}])),
+    "many moves": ("show", place(principal=[{"level": 0, "component": 0, "amount": 1.0}] * 65)),
+    "no such attribute": ("show", place(attributes=[{"name": "../x", "amount": 1.0}])),
+    "no class prior": ("show", place(to_class={"label": 0, "amount": 1.0})),
+    "more": ("show", place(path="/etc/passwd")),
+    "mixing other levels": ("show", place(other=SAMPLE, from_other=[True])),
+    "nothing": ("show", {}),
+    "many samples": (
+        "samples",
+        {"seed": 0, "temperatures": [1.0, 1.0], "start": 0, "count": 10**6},
+    ),
+    "samples far behind": (
+        "samples",
+        {"seed": 0, "temperatures": [1.0, 1.0], "start": 10**6, "count": 1},
+    ),
+    "no samples": ("samples", {"seed": 0, "temperatures": [1.0, 1.0], "start": 0, "count": 0}),
+    "many test images": ("tests", {"start": 0, "count": 10**6}),
+    "a long path": ("gif", {"place": {**PLACE, "other": SAMPLE}, "steps": 1000}),
+    "a longer path": ("gif", {"place": {**PLACE, "other": SAMPLE}, "steps": 10**9}),
+    "a path to nowhere": ("gif", {"place": PLACE, "steps": 4}),
+    "another distance": ("neighbours", {"place": PLACE, "by": "__import__"}),
+    "another tab": ("show", {"place": PLACE, "tab": "../../etc"}),
+    "a turn back": ("show", {"place": PLACE, "turn": -1}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_refused_in_a_sentence(name, running):
+    topic, fields = HOSTILE[name]
+    status, answer = running.post(topic, fields)
+    assert status == 400 and set(answer) == {"error"}, answer
+    assert 0 < len(answer["error"]) < 400 and "Traceback" not in answer["error"]
+    assert running.ask("show", place=PLACE)["image"]  # and it goes on
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'"' + b"a" * 60000,
+        b"[" * 60000,
+        b'{"tab":' * 8000,
+        b'{"tab": "abcdefgh", "turn": ' + b"9" * 60000 + b"}",
+        b'{"tab": "abcdefgh", "turn": 1e999, "place": {}}',
+    ],
+)
+def test_what_is_no_request_is_refused(body, running):
+    status, answer = running.post("show", {}, raw=body)
+    assert status == 400 and len(answer["error"]) < 400
+
+
+def test_large_bodies_are_not_read(running):
+    for topic, limit in (("show", serving.LARGEST_JSON), ("upload", running.session.largest_file)):
+        said = {"Content-Length": str(limit + 1)}  # and nothing comes
+        status, _, body = running.request("POST", f"/api/{topic}", None, said)
+        assert status == 413 and b"bytes" in body
+        said = {"Content-Length": "9" * 19}
+        assert running.request("POST", f"/api/{topic}", None, said)[0] in (400, 413)
+    chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
+    chunked = (
+        f"POST /api/show HTTP/1.1\r\nHost: {running.host}\r\nOrigin: http://{running.host}\r\n"
+        f"Cookie: {running.cookie}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ).encode()
+    assert running.raw(chunked + 3 * chunk).startswith(b"HTTP/1.1 413")
+
+
+def test_what_is_no_http_is_refused(running):
+    for data in (b"\0" * 100, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02", b"A" * 10**5):
+        assert b"200" not in running.raw(data)[:20]
+    twice = f"GET / HTTP/1.1\r\nHost: {running.host}\r\nHost: evil\r\n\r\n".encode()
+    assert b"200" not in running.raw(twice)[:20]
+    assert running.get("/")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "cannot identify"),
+        (b"GIF89a", "cannot be read as an image"),
+        (png()[:60], "cannot be read as an image"),
+        (png()[:-20] + b"\0" * 8, "cannot be read as an image"),
+        (b"%!PS-Adobe\n", "cannot identify"),  # Pillow would start Ghostscript
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
+        (bomb(2000, 2000), "too many for --max-memory"),
+        (bomb(2**31 - 1, 2**31 - 1), "cannot be read as an image"),
+        (bomb(20000, 20000), "cannot be read as an image"),
+        (bomb(1000, 1000), "cannot be read as an image"),
+        (png((0x7FFF, 65)), "too many for --max-memory"),
+    ],
+)
+def test_bad_images_are_refused(data, said, running):
+    status, answer = running.post("upload", {}, raw=data)
+    assert status == 400 and said in answer["error"], answer
+
+
+def test_uploads_are_bounded(running):
+    from flowtrain.tools.explore.session import UPLOADS
+
+    names = []
+    for value in range(UPLOADS + 2):
+        x = np.zeros((8, 8), np.uint8)
+        x[value // 8 % 8, value % 8], x[0, 0] = 255, value // 64 * 128
+        buffer = io.BytesIO()
+        Image.fromarray(x).save(buffer, "PNG")
+        names.append(running.post("upload", {}, raw=buffer.getvalue())[1]["id"])
+    first, last = ({"source": {"kind": "upload", "id": name}} for name in (names[0], names[-1]))
+    assert running.ask("show", place=last)
+    status, answer = running.post("show", {"place": first})
+    assert status == 400 and "drop it in again" in answer["error"]
+
+
+def test_a_failure_shows_no_traceback(running, monkeypatch, caplog):
+    def fails(x):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(running.session, "url", fails)
+    status, answer = running.post("show", {"place": PLACE})
+    assert status == 500 and answer == {"error": "flowtrain failed (ZeroDivisionError)"}
+    assert "secret" in caplog.text  # the console has it
+
+
+def test_memory_is_named_where_it_is_short(running, monkeypatch):
+    def fails(x):
+        raise MemoryError
+
+    monkeypatch.setattr(running.session, "url", fails)
+    assert running.post("show", {"place": PLACE})[0] == 507
+
+
+def test_a_body_that_does_not_come(running, monkeypatch):
+    monkeypatch.setattr(serving, "BODY_SECONDS", 0.05)
+    status, _, body = running.request("POST", "/api/show", None, {"Content-Length": "5"})
+    assert status == 408 and b"in time" in body
+
+
+@pytest.mark.parametrize("size", [100, serving.SMALL_FILE // 2])
+def test_files_that_arrive_slowly_hold_up_no_other(size, running):
+    with contextlib.ExitStack() as slow:
+        for _ in range(5):
+            each = slow.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            each.sendall(head(running, "upload", size + 1) + b" " * size)
+        assert running.post("upload", {}, raw=png())[0] == 200
+
+
+@pytest.mark.parametrize("parts, turns", [([serving.SMALL_FILE], 0), ([2**19] * 5, 1)])
+def test_large_files_arrive_in_turn(parts, turns):
+    sent = [{"type": "http.request", "body": bytes(part), "more_body": True} for part in parts]
+    sent[-1]["more_body"] = False
+    awaited = []
+
+    async def receive():
+        return sent.pop(0)
+
+    async def turn():
+        awaited.append(1)
+
+    request = Request({"type": "http", "headers": []}, receive)
+    body = asyncio.run(serving.body_of(request, sum(parts), turn))
+    assert (len(body), len(awaited)) == (sum(parts), turns)
+
+
+def test_what_is_computed_for_a_page_that_is_gone_is_given_up(running, monkeypatch):
+    begun, stopped = threading.Event(), threading.Event()
+
+    def image(place, check):
+        begun.set()
+        try:
+            until(check)
+        except Superseded:
+            stopped.set()
+            raise
+
+    monkeypatch.setattr(running.session, "image", image)
+    with socket.create_connection(("127.0.0.1", running.port)) as page:
+        body = json.dumps({"tab": "pagegone", "turn": 0, "place": PLACE}).encode()
+        page.sendall(head(running, "show", len(body)) + body)
+        assert begun.wait(20)
+    assert stopped.wait(20)
+
+
+def test_connections_without_the_token_make_room(running):
+    with contextlib.ExitStack() as idle:
+        for i in range(serving.CONNECTIONS + 5):
+            each = idle.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            each.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" if i % 2 else b"GET")
+        assert running.get("/")[0] == 200
+
+
+def test_with_more_memory_there_are_more_images():
+    few, many = a_session(2**20), a_session(2**22)
+    assert 1 <= few.largest_count < many.largest_count
+    assert few.at_a_time < many.at_a_time
+    assert few.largest_file == 2**18
+
+
+def test_a_configuration_without_its_data_says_so():
+    model = load_model("glow_digits", torch.device("cpu"))
+    data = {"name": "npz", "path": "no.npz"}
+    other = configuration.parse({"data": data, "train": {"num_steps": 1}}, "x").data
+    session = Session(model, "glow_digits", lambda: DataSet(other), MEMORY)
+    running = Running(session)
+    try:
+        session.read_data()
+        described = json.loads(running.get("/api/model")[2])
+        assert "no.npz" in described["data"] and described["test"] == 0
+        status, answer = running.post("tests", {"start": 0, "count": 1})
+        assert status == 400 and "no.npz" in answer["error"]
+        assert running.ask("facts", place=PLACE)["scores"] == []
+    finally:
+        running.end()

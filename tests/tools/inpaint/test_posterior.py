@@ -1,0 +1,287 @@
+"""Samples of missing pixels against posteriors that are known in closed form."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from catalogue import TINY
+from helpers import a_config, agrees, images, perturb, seeded, tiny_flow
+from torch import nn
+
+from flowtrain.bijections.base import Bijection
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.errors import UserError
+from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued
+from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.image_context import ImageContext
+from flowtrain.tools.inpaint.constraints import Averages, Pixels
+from flowtrain.tools.inpaint.posterior import Effort, in_order, sample
+
+
+class Linear(Bijection):
+    """`z = A (v - mean)`, so v is Gaussian with the precision `A^T A`."""
+
+    def __init__(self, matrix, mean, shape):
+        super().__init__()
+        self.shape = shape
+        self.matrix, self.mean = nn.Parameter(matrix), nn.Parameter(mean)
+
+    def forward(self, x, context=None):
+        z = (x.flatten(1) - self.mean) @ self.matrix.T
+        return z, torch.linalg.slogdet(self.matrix)[1].expand(len(x))
+
+    def inverse(self, z, context=None):
+        x = torch.linalg.solve(self.matrix, z.T).T + self.mean
+        return x.unflatten(1, self.shape), -torch.linalg.slogdet(self.matrix)[1].expand(len(z))
+
+
+def gaussian(shape, levels, sd, seed=0):
+    """A flow that is Gaussian, with its mean and covariance of dequantized images in [0, 1]."""
+    dims = math.prod(shape)
+    matrix = torch.eye(dims) + 0.4 * torch.randn(dims, dims, generator=seeded(seed))
+    mean = 0.1 * torch.rand(dims, generator=seeded(seed + 1)) - 0.05
+    flow = Flow(Linear(matrix / sd, mean, shape), Dequantizer(levels), shape)
+    return flow, mean + 0.5, torch.linalg.inv(matrix.T @ matrix / sd**2)
+
+
+def assert_moments(found, mean, covariance):
+    """Samples `(N, D)` of a Gaussian, within errors."""
+    error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
+    assert error.abs().max() < 4
+    scale = covariance.diagonal().sqrt()
+    difference = (found.T.cov() - covariance) / (scale[:, None] * scale)
+    assert difference.abs().max() < 5 / len(found) ** 0.5
+
+
+# From random images, so narrow a density would not be found in so few moves.
+@pytest.mark.parametrize("sd", [0.06, 0.006])
+def test_missing_entries_of_a_gaussian(sd):
+    flow, mean, covariance = gaussian((1, 2, 3), 256, sd)
+    x = (256 * (mean + sd * torch.tensor([-1, 0.5, 0, 1, -1, 0])).view(1, 2, 3)).byte()
+    known = torch.tensor([[[1, 0, 1], [0, 1, 0]]], dtype=torch.bool)
+    found = sample(flow, Pixels(x, known, 256), Effort(600, 24), seed=0)
+    assert agrees(Pixels(x, known, 256), found.x).all()
+    assert 0.5 < found.accepted < 0.99 and found.effective > 2
+    a, b = known.flatten(), ~known.flatten()
+    gain = covariance[b][:, a] @ torch.linalg.inv(covariance[a][:, a])
+    expected = mean[b] + gain @ ((x.flatten()[a] + 0.5) / 256 - mean[a])
+    rest = covariance[b][:, b] - gain @ covariance[a][:, b]
+    y = (found.x.flatten(1)[:, b] + 0.5) / 256
+    # The noise in the cells of known entries, and the rounding of the others.
+    cells = (gain @ gain.T + torch.eye(3)) / 12 / 256**2
+    assert_moments(y, expected, rest + cells)
+
+
+def test_the_effective_size_is_that_of_missing_entries():
+    flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
+    known = torch.ones(1, 12, 20, dtype=torch.bool)
+    known[0, 5, 7] = False  # one of so many that not all are followed
+    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), Effort(4, 16), seed=0)
+    assert found.effective > 1
+
+
+@pytest.mark.run  # takes long
+def test_an_image_of_a_gaussian_with_known_averages():
+    flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
+    context = ImageContext("downsample", 2, (1, 2, 4), 256)
+    small = torch.tensor([[[120, 135]]])
+    constraint = Averages(small, context)
+    found = sample(flow, constraint, Effort(600, 24), seed=0)
+    assert agrees(constraint, found.x).all()
+    average = torch.tensor([[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]) / 4.0
+    gain = covariance @ average.T @ torch.linalg.inv(average @ covariance @ average.T)
+    expected = mean + gain @ ((small.flatten() + 0.5) / 256 - average @ mean)
+    rest = covariance - gain @ average @ covariance
+    y = (found.x.flatten(1) + 0.5) / 256
+    assert_moments(y, expected, rest + torch.eye(8) / 12 / 256**2)
+
+
+def test_the_posterior_is_that_of_cells_not_of_their_middles():
+    """Three levels are so coarse that the place in the cell of the known entry matters: it is
+    rather at the lower end, near which the other entry is.
+    """
+    matrix = torch.tensor([[4.0, 0.0], [-12.0, 12.0]])
+    flow = Flow(Linear(matrix, torch.tensor([-0.3, -0.3]), (1, 1, 2)), Dequantizer(3), (1, 1, 2))
+    # The probabilities of all images, by the density on a mesh.
+    y = (torch.arange(300) + 0.5) / 300
+    mesh = torch.cartesian_prod(y, y).reshape(-1, 1, 1, 2)
+    density = flow.log_density(mesh).detach().exp().view(3, 100, 3, 100).mean((1, 3))
+    x, known = torch.tensor([[[2, 0]]]), torch.tensor([[[True, False]]])
+    expected = density[2] / density[2].sum()
+    at_middle = flow.log_density(torch.stack([torch.full((300,), 2.5 / 3), y], 1).view(-1, 1, 1, 2))
+    middles = at_middle.detach().exp().view(3, 100).mean(1)
+    found = sample(flow, Pixels(x, known, 3), Effort(1500, 20), seed=0)
+    share = torch.bincount(found.x[:, 0, 0, 1], minlength=3) / 1500
+    error = (share - expected) / (expected * (1 - expected) / 1500).sqrt()
+    assert error.abs().max() < 4
+    off = (share - middles / middles.sum()) / (expected / 1500).sqrt()
+    assert off.abs().max() > 8  # this test can tell them apart
+
+
+LEVELS = 3
+SQUARE = (1, 2, 2)
+EVERYTHING = torch.tensor(list(itertools.product(range(LEVELS), repeat=4)), dtype=torch.uint8)
+EVERYTHING = EVERYTHING.view(-1, *SQUARE)
+
+
+def causal():
+    return tiny_flow("causal", SQUARE, LEVELS, scale=0.3, token=1).eval()
+
+
+def distance(x, probability):
+    """Total variation between samples `(N, 1, 2, 2)` and the probabilities of `EVERYTHING`, and
+    what it is on average for as many independent samples.
+    """
+    places = LEVELS ** torch.arange(3, -1, -1)
+    found = torch.bincount((x.flatten(1) * places).sum(1), minlength=LEVELS**4) / len(x)
+    noise = (probability * (1 - probability) / len(x)).sqrt().sum() / (2 * math.pi) ** 0.5
+    return float((found - probability).abs().sum() / 2), float(noise)
+
+
+@pytest.mark.parametrize(
+    "mask, moves",
+    [([1, 1, 0, 0], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
+    ids=["before", "between", "after"],
+)
+@pytest.mark.run  # takes long
+def test_missing_entries_of_a_causal_model(mask, moves):
+    """Where entries are known after missing ones, the moves make the difference."""
+    flow, x = causal(), EVERYTHING[50]
+    known = torch.tensor(mask, dtype=torch.bool).view(SQUARE)
+    constraint = Pixels(x, known, LEVELS)
+    with torch.no_grad():
+        probability = flow.log_prob(EVERYTHING, seeded()).exp() * agrees(constraint, EVERYTHING)
+    probability /= probability.sum()
+    found = sample(flow, constraint, Effort(800, 6), seed=0)
+    assert agrees(constraint, found.x).all()
+    assert (found.accepted is not None) == moves
+    off, noise = distance(found.x, probability)
+    assert off < 1.6 * noise
+    if moves:
+        layer, given = flow.bijection.by_level(), x.expand(800, -1, -1, -1)
+        start = in_order(flow, layer, given, known, None, seeded())
+        assert distance(start, probability)[0] > 2 * noise
+
+
+def models():
+    return [name for name in TINY if name != "planar"]
+
+
+@pytest.mark.parametrize("name", models())
+@pytest.mark.run  # takes long
+def test_every_model_of_images_has_a_posterior(name):
+    options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
+    flow = tiny_flow(name, (1, 4, 4), 17, **options).eval()
+    x, known = images(1, (1, 4, 4), 17)[0], torch.rand(1, 4, 4, generator=seeded(0)) < 0.5
+    constraint = Pixels(x, known, 17)
+    found = sample(flow, constraint, Effort(2, 6), seed=1)
+    assert found.x.shape == (2, 1, 4, 4) and agrees(constraint, found.x).all()
+    assert all(parameter.grad is None for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize("name", ["nice", "causal"])
+@pytest.mark.run  # takes long
+def test_the_seed_decides(name):
+    flow, x = tiny_flow(name, SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
+    constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
+    first, again, other = (sample(flow, constraint, Effort(3, 6), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
+
+
+@pytest.mark.run  # takes long
+def test_several_states_of_each_chain():
+    flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
+    constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
+    found = sample(flow, constraint, Effort(3, 20, kept=2), seed=1)
+    assert found.x.shape == (6, *SQUARE)
+    assert torch.equal(found.x[1::2], sample(flow, constraint, Effort(3, 20), seed=1).x)
+    with pytest.raises(ValueError, match="6 moves are too few for 2 states"):
+        sample(flow, constraint, Effort(3, 6, kept=2), seed=1)
+
+
+def test_the_force_of_levels_is_a_derivative():
+    flow = causal()
+    x = torch.tensor([[[[1.0, 2.0], [1.0, 2.0]]]], requires_grad=True)
+    layer = flow.bijection.by_level()
+    terms = layer.log_probs(x)
+    with torch.no_grad():
+        exact = flow.log_prob(x.detach().to(torch.uint8), seeded())
+    torch.testing.assert_close(terms.sum(), exact[0])
+    (force,) = torch.autograd.grad(terms.sum(), x)
+    step = torch.zeros_like(x)
+    step[0, 0, 0, 0] = 1e-2
+    with torch.no_grad():
+        numeric = (layer.log_probs(x + step).sum() - layer.log_probs(x - step).sum()) / 2e-2
+    torch.testing.assert_close(force[0, 0, 0, 0], numeric, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.run  # takes long
+def test_known_averages_of_a_causal_model():
+    """The noise makes up for the difference of the integers' mean from the one that is held. So an
+    image counts by the density of the sum of four uniform numbers: 1/6 at 1 and 3, 4/6 at 2.
+    """
+    flow = tiny_flow("causal", SQUARE, LEVELS, scale=0.05, token=1).eval()
+    constraint = Averages(torch.tensor([[[1]]]), ImageContext("downsample", 2, SQUARE, LEVELS))
+    total = EVERYTHING.flatten(1).sum(1)
+    with torch.no_grad():
+        probability = flow.log_prob(EVERYTHING, seeded()).exp()
+    probability = probability * ((total == 4) * 4 + (total == 3) * 1 + (total == 5) * 1)
+    probability /= probability.sum()
+    found = sample(flow, constraint, Effort(400, 24), seed=0)
+    assert agrees(constraint, found.x).all()
+    off, noise = distance(found.x, probability)
+    assert off < 1.6 * noise
+
+
+def test_the_probabilities_of_all_levels_at_some_entries():
+    for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
+        flow = tiny_flow("causal", shape, 5, token=token).eval()
+        layer, x = flow.bijection.by_level(), images(3, shape, 5).float()
+        entries = torch.tensor([0, 7, 29, 23][: 3 if token == 1 else 4]) % math.prod(shape)
+        terms, table = layer.log_probs_of_all(x, entries)
+        assert table.shape == (3, len(entries), 5)
+        torch.testing.assert_close(table.exp().sum(2), torch.ones(3, len(entries)))
+        levels = x.flatten(1)[:, entries].long()
+        torch.testing.assert_close(
+            table.gather(2, levels[..., None])[..., 0], terms.flatten(1)[:, entries]
+        )
+
+
+def test_the_order_is_that_of_sampling():
+    for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
+        layer = tiny_flow("causal", shape, 5, token=token).bijection.by_level()
+        seen = []
+        layer.in_order(lambda entry, i, seen=seen: seen.append(i) or torch.tensor([0]), 1)
+        assert layer.order().flatten().argsort().tolist() == seen
+
+
+@pytest.mark.parametrize("model", ["nice", "causal"])
+@pytest.mark.run  # takes long
+def test_the_class_of_the_image(model):
+    config = a_config({"name": model, **TINY[model], "classes": 2})
+    flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
+    initialize(flow, images(64, SQUARE, 3), torch.rand(64, *SQUARE, generator=seeded()))
+    constraint = Pixels(x, torch.tensor([[[True, False], [True, False]]]), 3)
+    a, b = (sample(flow.eval(), constraint, Effort(20, 6), 0, label) for label in (0, 1))
+    assert not torch.equal(a.x, b.x)
+    if model == "nice":  # without a class it is the mean of the classes
+        assert agrees(constraint, sample(flow, constraint, Effort(2, 6), 0).x).all()
+    else:
+        with pytest.raises(UserError, match="give the class of the image, --class 0 to 1"):
+            sample(flow, constraint, Effort(2, 6), 0)
+    with pytest.raises(UserError, match=r"--class 2: the model has the classes 0\.\.1"):
+        sample(flow, constraint, Effort(2, 6), 0, label=2)
+
+
+def test_models_without_a_posterior():
+    flow, x = tiny_flow("causal", (1, 2, 2), 3), images(1, (1, 2, 2), 3)[0]
+    constraint = Pixels(x, x > 0, 3)
+    with pytest.raises(UserError, match="--class 3: the model is not class-conditional"):
+        sample(flow, constraint, Effort(2, 6), 0, label=3)
+    flow.dequantizer = GaussianDequantizer(3, 0.1)
+    with pytest.raises(UserError, match="so known pixels have no probability"):
+        sample(flow, constraint, Effort(2, 6), 0)
+    flow.dequantizer = RealValued()
+    with pytest.raises(UserError, match="the model is of real-valued data"):
+        sample(flow, constraint, Effort(2, 6), 0)
