@@ -1,11 +1,13 @@
-"""The command line: all commands, in the order of `--help`."""
+"""The command line: the commands of the core, and those of the tools that are there."""
 
+import importlib
 import io
 import os
 import re
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn, TextIO, cast
 
@@ -14,16 +16,6 @@ import typer
 from flowtrain.cli import catalogue, decode, encode, evaluate, info, interpolate, sample, train
 from flowtrain.errors import UserError
 from flowtrain.system.console import PerhapsUnread
-from flowtrain.tools.archive import command as compress
-from flowtrain.tools.archive import decompress_command as decompress
-from flowtrain.tools.doctor import command as doctor
-from flowtrain.tools.edit import command as attributes
-from flowtrain.tools.explore import command as explore
-from flowtrain.tools.hub import command as push
-from flowtrain.tools.inpaint import command as inpaint
-from flowtrain.tools.ood import command as ood
-from flowtrain.tools.report import command as report
-from flowtrain.tools.report import compare_command as compare
 
 GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 
@@ -34,24 +26,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=train.Settings, epilog=train.EPILOG)(train.train)
-app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
-app.command(epilog=ood.EPILOG)(ood.ood)
-app.command(epilog=doctor.EPILOG)(doctor.doctor)
-app.command(epilog=sample.EPILOG)(sample.sample)
-app.command(epilog=interpolate.EPILOG)(interpolate.interpolate)
-app.command(epilog=inpaint.EPILOG)(inpaint.inpaint)
-app.command(epilog=attributes.EPILOG)(attributes.attributes)
-app.command(epilog=encode.EPILOG)(encode.encode)
-app.command(epilog=decode.EPILOG)(decode.decode)
-app.command(epilog=explore.EPILOG)(explore.explore)
-app.command(epilog=compress.EPILOG)(compress.compress)
-app.command(epilog=decompress.EPILOG)(decompress.decompress)
-app.command(epilog=compare.EPILOG)(compare.compare)
-app.command(epilog=report.EPILOG)(report.report)
-app.command(epilog=push.EPILOG)(push.push)
-app.command("list", epilog=catalogue.EPILOG)(catalogue.catalogue)
-app.command(epilog=info.EPILOG)(info.info)
+MEASURE, DRAW, FILES = "Train and measure", "Draw and edit", "Files"
+app.command(cls=train.Settings, epilog=train.EPILOG, rich_help_panel=MEASURE)(train.train)
+app.command(epilog=evaluate.EPILOG, rich_help_panel=MEASURE)(evaluate.evaluate)
+app.command("list", epilog=catalogue.EPILOG, rich_help_panel=MEASURE)(catalogue.catalogue)
+app.command(epilog=info.EPILOG, rich_help_panel=MEASURE)(info.info)
+app.command(epilog=sample.EPILOG, rich_help_panel=DRAW)(sample.sample)
+app.command(epilog=interpolate.EPILOG, rich_help_panel=DRAW)(interpolate.interpolate)
+app.command(epilog=encode.EPILOG, rich_help_panel=FILES)(encode.encode)
+app.command(epilog=decode.EPILOG, rich_help_panel=FILES)(decode.decode)
+# Each tool is a folder with a module `command`, and may be absent.
+for path in sorted((Path(__file__).parents[1] / "tools").glob("*/command.py")):
+    importlib.import_module(f"flowtrain.tools.{path.parent.name}.command").add_to(app)
 
 
 def _print_version(value: bool) -> None:

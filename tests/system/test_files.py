@@ -313,7 +313,7 @@ OPENING = {
     "checkpoints/format.py": {"load"},  # bytes
     "checkpoints/zoo.py": {"read_bytes"},  # the package's
     "cli/configs.py": {"open"},  # the package's
-    "tools/archive/decompress_command.py": {"load"},  # an archive that was read
+    "tools/archive/command.py": {"load"},  # an archive that was read
     "config/files.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened

@@ -1,4 +1,4 @@
-"""`flowtrain compress`."""
+"""`flowtrain compress` and `flowtrain decompress`."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,12 @@ from flowtrain.cli.base import (
     WeightsOption,
     command,
     data_of,
+    device_of,
     load,
     on_one_process,
     print_table,
     require_file,
+    require_folder,
     split_of,
 )
 from flowtrain.errors import UserError
@@ -25,10 +27,16 @@ if TYPE_CHECKING:
     from flowtrain.tools.archive.compress import Compressed, Forecast
     from flowtrain.tools.archive.inputs import Selection
 
-EPILOG = (
+COMPRESS_EXAMPLES = (
     "Examples: [cyan]flowtrain compress runs/glow_digits --split test --out digits.fta[/cyan], "
     "[cyan]flowtrain compress runs/my_model photos/ cat.png --out photos.fta --embed[/cyan]"
 )
+DECOMPRESS_EXAMPLES = "Example: [cyan]flowtrain decompress digits.fta --out digits[/cyan]"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=COMPRESS_EXAMPLES, rich_help_panel="Files")(compress)
+    app.command(epilog=DECOMPRESS_EXAMPLES, rich_help_panel="Files")(decompress)
 
 
 @command
@@ -182,3 +190,53 @@ def _print(
             f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
             + (f"; {jxl} adds JPEG XL" if "JXL" in missing else "")
         )
+
+
+@command
+@on_one_process
+def decompress(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", show_default=False, help="An archive of flowtrain compress."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.", show_default=False),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="The checkpoint or run directory that the archive was made with.",
+            show_default="the embedded one, else where it was",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--max-memory",
+            metavar="MIB",
+            min=1,
+            help="Refuse an archive that takes more MiB of memory to unpack.",
+            show_default="a quarter of the machine's memory",
+        ),
+    ] = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Unpack an archive. Every image comes back bit for bit, or nothing is written."""
+    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.files import require_absent
+    from flowtrain.tools.archive.decompress import Opened
+
+    opened = Opened(file, None if max_memory is None else max_memory * 2**20)
+    require_folder(out, out)
+    require_absent(opened.names, out)
+    device_of("cpu")
+    loaded = opened.load(model, trust_code)
+    with ProgressBar("decompressing") as bar:
+        images = opened.images(loaded, bar)
+    opened.write(images, out)
+    console.print(f"wrote {out}: {len(images)} images, each of which matches its checksum")

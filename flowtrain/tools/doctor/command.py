@@ -28,6 +28,10 @@ EPILOG = "Example: [cyan]flowtrain doctor runs/glow_digits --json doctor.json[/c
 SHOWN = 3  # layers that are to be watched or bad, per check and kind of input
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Check")(doctor)
+
+
 @command
 @on_one_process
 def doctor(

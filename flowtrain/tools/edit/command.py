@@ -33,6 +33,10 @@ EPILOG = (
 )
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Draw and edit")(attributes)
+
+
 @command
 @on_one_process
 def attributes(

@@ -19,6 +19,10 @@ from flowtrain.cli.base import (
 EPILOG = "Example: [cyan]flowtrain explore glow_digits[/cyan]"
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Draw and edit")(explore)
+
+
 @command
 @on_one_process
 def explore(

@@ -25,6 +25,10 @@ EPILOG = (
 KIB = 2**10
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Share")(push)
+
+
 @command
 @on_one_process
 def push(
@@ -79,6 +83,7 @@ def push(
     from flowtrain.pictures import sample as sampling
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
+    from flowtrain.tools.hub import page
 
     wanted = hub.address(repository)
     if wanted.revision is not None:
@@ -93,7 +98,7 @@ def push(
     require_folder(folder, folder)
     there = sorted(path.name for path in folder.glob("[!.]*"))
     for name in there:
-        if name not in about.FILES or hub.FILE not in there:
+        if name not in page.FILES or hub.FILE not in there:
             raise UserError(
                 f"{folder}: holds {name}, which push has not written; choose another folder (--out)"
             )
@@ -104,7 +109,7 @@ def push(
             drawn = sampling.sample(flow, flow.kind.picture_count, [1.0], 0, bar)
         return grid.png(picture.samples(drawn, 8, 0))
 
-    files = dict(about.files(loaded, wanted.repository, licence, samples))
+    files = dict(page.files(loaded, wanted.repository, licence, samples))
     console.print(f"files of {hub.PREFIX}{wanted.repository}, in {folder}:")
     for name, content in files.items():
         save(folder / name, content)

@@ -27,6 +27,10 @@ EPILOG = (
 FEW = 3.0  # effective samples of a chain below which its end may depend on its beginning
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Draw and edit")(inpaint)
+
+
 @command
 @on_one_process
 def inpaint(

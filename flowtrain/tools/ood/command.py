@@ -35,6 +35,10 @@ EPILOG = (
 )
 
 
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG, rich_help_panel="Check")(ood)
+
+
 @command
 @on_one_process
 def ood(

@@ -1,4 +1,4 @@
-"""`flowtrain report`."""
+"""`flowtrain report` and `flowtrain compare`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,13 +18,27 @@ from flowtrain.cli.base import (
     load,
     on_one_process,
     output,
+    require_file,
+    write_json,
 )
 from flowtrain.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from flowtrain.data.splits import DataSet
+    from rich.table import Table
 
-EPILOG = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cyan]"
+    from flowtrain.data.splits import DataSet
+    from flowtrain.results import Evaluation
+    from flowtrain.tools.report.compare import Result
+
+REPORT_EXAMPLES = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cyan]"
+COMPARE_EXAMPLES = (
+    "Example: [cyan]flowtrain compare runs/glow_digits runs/realnvp_digits --out digits.png[/cyan]"
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=REPORT_EXAMPLES, rich_help_panel="Share")(report)
+    app.command(epilog=COMPARE_EXAMPLES, rich_help_panel="Share")(compare)
 
 
 @command
@@ -78,3 +92,102 @@ def report(
     for line in missing:
         console.print(f"not in it: {line}")
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")
+
+
+@command
+@on_one_process
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE.png", help="Bits/dim against time and against images seen."
+        ),
+    ] = Path("compare.png"),
+    json_out: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE|-", help="Also write the table as JSON.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Compare runs in one table and one plot. They may still be training.
+
+    It evaluates nothing itself.
+    """
+    from flowtrain.system.console import console
+    from flowtrain.system.files import save
+    from flowtrain.tools.report import compare as comparison
+
+    check_suffix(out, (".png",))
+    require_file(json_out, "--json")
+    console.stderr = json_out == "-"
+    found = comparison.compare(runs)
+    save(out, found.picture)
+    console.print(f"wrote {out}")
+    if json_out is not None:
+        write_json(found.content(), json_out, Path(json_out))
+    _print_table(found.results)
+    for note in found.notes:
+        console.print(f"- {note}")
+
+
+# The columns that are left out first where the table is too wide.
+LEAST_IMPORTANT = ("unit", "images/s", "parameters", "data", "model", "images seen")
+
+
+def _print_table(results: "list[Result]") -> None:
+    from rich.console import Console
+
+    from flowtrain.system.console import console
+
+    columns = _columns(results)
+    if len({row.unit for row in results}) == 1:
+        values = columns.pop("unit")
+        columns = {
+            f"{title}, {values[0]}" if title == "validation" else title: column
+            for title, column in columns.items()
+        }
+    unlimited = Console(width=10**6)
+    for title in LEAST_IMPORTANT:
+        if unlimited.measure(_table(columns)).maximum <= console.width:
+            break
+        columns.pop(title, None)
+    console.print(_table(columns))
+
+
+def _columns(results: "list[Result]") -> dict[str, list[str]]:
+    from flowtrain.system.console import duration, figure
+
+    return {
+        "run": [row.run for row in results],
+        "model": [row.model for row in results],
+        "data": [row.data for row in results],
+        "parameters": [f"{row.parameters:,}" for row in results],
+        "images seen": [f"{row.images:,}" for row in results],
+        "time": [duration(row.seconds) for row in results],
+        "validation": [figure(row.validation, None, ".4f", "-") for row in results],
+        "test": [_test(row.test) for row in results],
+        "unit": [row.unit for row in results],
+        "images/s": [figure(row.images_per_second, None, ".0f", "-") for row in results],
+    }
+
+
+def _table(columns: dict[str, list[str]]) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    for title in columns:
+        words = title in ("run", "model", "data")
+        table.add_column(title, justify="left" if words else "right", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _test(test: "Evaluation | None") -> str:
+    from flowtrain.system.console import figure
+
+    return "-" if test is None else figure(*test.loss, ".4f")

@@ -1,0 +1,1 @@
+"""Attributes as directions in latent space."""

@@ -1,0 +1,1 @@
+"""Missing pixels, sampled from their posterior."""

@@ -1,0 +1,91 @@
+"""The files of a repository on the hub, and its page."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from cli_helpers import copy_of, quick, trained
+from PIL import Image
+from run_files import TEST
+
+from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.load import load_model, model_hash
+from flowtrain.tools.hub import page
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return copy_of(trained()["glow"], tmp_path / "run")
+
+
+def evaluated(run, **changes):
+    text = json.dumps({**TEST, "model": model_hash(load_model(str(run), CPU)), **changes})
+    (run / "evaluate-test.json").write_text(text)
+
+
+@pytest.mark.run
+def test_the_page_as_the_hub_reads_it(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    push = ["push", "run", "me/digits", "--dry-run", "--out", "folder"]
+    done = quick(*push, cwd=tmp_path).ok()
+    assert "no figure of the test split: flowtrain evaluate run" in done.out
+    readme = tmp_path / "folder" / "README.md"
+    assert hub.ModelCard.load(readme).data.eval_results is None
+    evaluated(run)
+    assert "no figure" not in quick(*push, "--licence", "cc0-1.0", cwd=tmp_path).ok().out
+    card = hub.ModelCard.load(readme)
+    (measured,) = card.data.eval_results
+    assert (measured.metric_value, measured.dataset_name) == (3.25, "digits")
+    assert measured.dataset_split == "test" and card.data.license == "cc0-1.0"
+    assert "glow" in card.data.tags and "3.250 +- 0.013 bits/dim" in card.text
+    assert "flowtrain sample hf://me/digits" in card.text and str(tmp_path) not in card.content
+    for name in ("samples.png", "curves.png"):
+        assert f"({name})" in card.text
+        with Image.open(tmp_path / "folder" / name) as picture:
+            assert picture.width >= 800
+    assert "Points" not in card.text and "own module" not in card.text
+
+
+def test_only_the_model_is_uploaded(run):
+    model = load_model(str(run), CPU)
+    files = dict(page.files(model, "me/digits", "mit", lambda: b"a picture"))
+    assert files["samples.png"] == b"a picture"
+    path = run / "alone.safetensors"
+    path.write_bytes(files["model.safetensors"])
+    alone = load_model(str(path), CPU)
+    assert {name.partition(".")[0] for name in alone.checkpoint.tensors} == {"model"}
+    meta = alone.checkpoint.meta
+    assert meta.keys() == {"format", "versions", "config", "shape", "levels", "step"}
+    assert yaml.safe_load(files["config.yaml"]) == meta["config"]
+    for name, value in model.flow.state_dict().items():
+        assert torch.equal(alone.flow.state_dict()[name], value)
+
+
+def test_half_precision_stays():
+    model = load_model("glow_digits", CPU)
+    files = dict(page.files(model, "me/digits", "mit", bytes))
+    assert len(files["model.safetensors"]) < 1.01 * len(
+        checkpoint_format.read_regular(model.checkpoint.path, 10**9)
+    )
+
+
+@pytest.mark.run
+def test_nothing_of_others_is_overwritten(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    push = ["push", "two_moons", "me/moons", "--dry-run", "--out", "mine"]
+    for name in ("README.md", "config.yaml"):
+        (folder / name).write_text("mine")
+        done = quick(*push, cwd=tmp_path)
+        done.failed(2, f"mine: holds {name}, which push has not written")
+        assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
+        (folder / name).unlink()
+    (folder / ".git").mkdir()
+    for _ in range(2):
+        quick(*push, cwd=tmp_path).ok()
+    assert {path.name for path in folder.iterdir()} - {".git"} <= page.FILES
+    (folder / "notes").touch()
+    quick(*push, cwd=tmp_path).failed(2, "mine: holds notes")
