@@ -18,7 +18,7 @@ def test_every_command_is_listed_and_documented():
     names = {info.name for info in pkgutil.iter_modules(flowtrain.cli.__path__)} - {"main"}
     modules = {name: importlib.import_module(f"flowtrain.cli.{name}") for name in names}
     commands = {name for name, module in modules.items() if hasattr(module, name)}
-    assert commands == {command.callback.__name__ for command in app.registered_commands}
+    assert commands <= {command.callback.__name__ for command in app.registered_commands}
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     named = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {name for name in named if f"flowtrain {name} " not in readme} == set()
