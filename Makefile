@@ -28,8 +28,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz bench recipe models check \
-	format docker-check clean
+# What `make test-everywhere` adds: `--only NAME`, and arguments of pytest.
+EVERYWHERE ?=
+
+.PHONY: demo docs site quick test test-everywhere test-slow test-gpu gpu-session fuzz bench recipe \
+	models check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -55,6 +58,9 @@ quick: .venv/installed-dev  ## the tests that run no command and train no model,
 
 test: .venv/installed-dev  ## the fast tests, in five minutes
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+test-everywhere: .venv/installed-dev  ## the fast tests as on other processors; more than an hour
+	$(BIN)/python tests/everywhere.py $(WORKERS) $(EVERYWHERE)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow
@@ -94,7 +100,7 @@ docker-check:  ## build the container image without a Docker engine and run the 
 	bash docker/check.sh
 
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache dist
 
 # What a user waits for is shown; what the tests add to it is only announced.
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --editable
