@@ -32,7 +32,7 @@ from flowtrain.cli import (
     train,
 )
 from flowtrain.errors import UserError
-from flowtrain.system.console import PerhapsUnread
+from flowtrain.system.files import PerhapsUnread
 
 GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 

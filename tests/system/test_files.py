@@ -308,10 +308,9 @@ OPENING = {
     "system/files.py": {"open", "fdopen"},
     "system/arrays.py": {"open"},  # a member of what `open_regular` has opened
     "system/capacity.py": {"read_text"},  # the system's
-    "system/console.py": {"open"},  # the null device
     "system/distributed.py": {"load"},  # bytes
     "checkpoints/format.py": {"load"},  # bytes
-    "checkpoints/zoo.py": {"read_text"},  # the package's
+    "checkpoints/zoo.py": {"read_bytes"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
     "config.py": {"load"},  # text
@@ -323,7 +322,7 @@ OPENING = {
     "pictures/lossless.py": {"open"},  # bytes
     "runs/about.py": {"read_text"},  # the package's
     "runs/report.py": {"read_text"},  # the package's
-    "system/nvidia.py": {"open", "read_text"},  # the system's
+    "system/nvidia.py": {"open"},  # the system's
     "training/run_directory.py": {"open"},  # a folder
 }
 
