@@ -23,13 +23,16 @@ SESSION ?=
 # TORCH_INDEX=URL`.
 DOCKER ?=
 
+# What `make mutants` adds: `--only resuming`, `--results FILE`, `--compare FILE`.
+MUTANTS ?=
+
 # The tests start many processes. Without this, each compiles all of flowtrain again.
 unexport PYTHONDONTWRITEBYTECODE
 
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz bench recipe models check \
+.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz mutants bench recipe models check \
 	format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
@@ -62,6 +65,9 @@ test-slow: .venv/installed-dev  ## tests that train to a threshold
 
 fuzz: .venv/installed-dev  ## damaged files, bombs, kills at every file operation; an hour
 	$(BIN)/python -m pytest -q -s -m fuzz tests/adversarial
+
+mutants: .venv/installed-dev  ## four hundred slips in the package, each caught by a test; hours
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
 
 test-gpu: .venv/installed-dev  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

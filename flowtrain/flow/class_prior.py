@@ -1,12 +1,11 @@
 """What depends on the class in a class-conditional model: the prior of the coarsest latent
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
-`Flow` asks both the same: `parts` for the likelihood, `place` and `context` for samples, and
-`unguided` whether samples can be guided.
+Both have `place` and `context` for samples. `unguided` is the reason why samples have no guidance.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,14 +42,22 @@ class LogProb(NamedTuple):
         return self.base + self.log_det
 
 
-# Maps labels `(B,)` or None to latents `(B, D)` and all terms of the bound but the base, `(B,)`.
-ToLatents = Callable[[Tensor | None], tuple[Tensor, Tensor]]
-
-
 def _of_all_classes(by_class: Tensor, log_det: Tensor) -> LogProb:
     """log P(x) from that of each class, `(B, K)`, where all classes are equally likely."""
     mean = by_class.logsumexp(dim=1) - math.log(by_class.shape[1])
     return LogProb(mean, log_det, by_class)
+
+
+def over_classes(each: Sequence[LogProb]) -> LogProb:
+    """log P(x) from log P(x | class) of every class, where all classes are equally likely.
+
+    It is that of a model of images and classes, also after training with `label_dropout`. The
+    log-determinants are the mean over the classes, and the rest of each is in `by_class`.
+    """
+    log_dets = torch.stack([parts.log_det for parts in each], dim=1)
+    mean = log_dets.mean(dim=1)
+    bases = torch.stack([parts.base for parts in each], dim=1)
+    return _of_all_classes(bases + log_dets - mean[:, None], mean)
 
 
 class ClassPrior(nn.Module):
@@ -92,9 +99,8 @@ class ClassPrior(nn.Module):
         """Why samples cannot be guided, in words, or None."""
         return "each class has its own prior, and the networks of this model do not see the class"
 
-    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
-        """The parts of the bound for `count` examples. See `Flow.forward`."""
-        z, log_det = to_latents(None)
+    def with_base(self, z: Tensor, log_det: Tensor, labels: Tensor | None) -> LogProb:
+        """The parts of the bound for latents `(B, D)`. See `Flow.forward`."""
         if labels is None:
             return _of_all_classes(self.by_class(z), log_det)
         return LogProb(self.log_prob(z, labels), log_det)
@@ -179,26 +185,6 @@ class ClassContext(nn.Module):
             "it was trained with all labels, and does not know images without a class: train it "
             "with model.label_dropout, for example 0.1"
         )
-
-    def parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
-        """The parts of the bound for `count` examples. See `Flow.forward`.
-
-        Without labels it takes one pass for each class, also after training with `label_dropout`:
-        the likelihood is then that of a model of the image and its class together. The
-        log-determinants are the mean over the classes, and what a class has beyond that is part of
-        its log-density.
-        """
-        if labels is not None:
-            z, log_det = to_latents(labels)
-            return LogProb(normal_log_prob(z), log_det)
-        bases, log_dets = [], []
-        for label in range(self.classes):
-            z, log_det = to_latents(torch.full((count,), label))
-            bases.append(normal_log_prob(z))
-            log_dets.append(log_det)
-        by_class = torch.stack(log_dets, dim=1)
-        mean = by_class.mean(dim=1)
-        return _of_all_classes(torch.stack(bases, dim=1) + by_class - mean[:, None], mean)
 
     def log_prob_by_entry(self, z: Tensor, labels: Tensor) -> Tensor:
         """`log N(z; 0, I)` of each entry: latents and result are `(B, D)`."""

@@ -17,9 +17,9 @@ from flowtrain.flow.class_prior import (
     ClassContext,
     ClassPrior,
     LogProb,
-    ToLatents,
     normal_log_density,
     normal_log_prob,
+    over_classes,
 )
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
@@ -153,17 +153,33 @@ class Flow(nn.Module):
         log P(x), where all classes are equally likely. A model with an `image_context` gives
         log P(x | context), by default for the context of each image.
         """
-        return self._parts(
-            lambda of_class: self.to_latents(x, noise, executor, of_class, context),
-            labels,
-            len(x),
-        )
+        v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
+        context = self.context_of(x) if context is None else context
+        return self._log_prob_of(v, log_det, labels, context, executor)
 
-    def _parts(self, to_latents: ToLatents, labels: Tensor | None, count: int) -> LogProb:
-        if self.class_prior is None:
-            z, log_det = to_latents(None)
-            return LogProb(normal_log_prob(z), log_det)
-        return self.class_prior.parts(to_latents, labels, count)
+    def _log_prob_of(
+        self,
+        v: Tensor,
+        log_det: Tensor,
+        labels: Tensor | None,
+        context: Tensor | None = None,
+        executor: Executor = FUSED,
+    ) -> LogProb:
+        """The parts of the bound for inputs `v` of the bijection, `(B, C, H, W)`.
+
+        `log_det` `(B,)` has the terms of the dequantization. Networks that see the class take one
+        pass for each class, if there are no labels.
+        """
+        if labels is None and isinstance(self.class_prior, ClassContext):
+            classes = (torch.full((len(v),), label) for label in range(self.classes))
+            each = (self._log_prob_of(v, log_det, k, context, executor) for k in classes)
+            return over_classes(list(each))
+        seen = self.seen(len(v), labels, context)
+        z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
+        log_det = log_det + flow_log_det
+        if isinstance(self.class_prior, ClassPrior):
+            return self.class_prior.with_base(z, log_det, labels)
+        return LogProb(normal_log_prob(z), log_det)
 
     def forward_by_place(
         self, x: Tensor, noise: Tensor, executor: Executor, labels: Tensor | None = None
@@ -247,15 +263,7 @@ class Flow(nn.Module):
         """
         if isinstance(self.dequantizer, RealValued):
             raise ValueError("real-valued data are not dequantized: use log_prob")
-        v, log_det = self.dequantizer.from_unit(y)
-
-        def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
-            z, flow_log_det = self.bijection.through(
-                FUSED, "forward", v, self.seen(len(v), of_class)
-            )
-            return z, log_det + flow_log_det
-
-        return self._parts(to_latents, labels, len(y)).total
+        return self._log_prob_of(*self.dequantizer.from_unit(y), labels).total
 
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
@@ -335,12 +343,7 @@ class Flow(nn.Module):
         sigma = self._sigma()
         with torch.enable_grad():
             v = v.detach().requires_grad_()
-
-            def to_latents(of_class: Tensor | None) -> tuple[Tensor, Tensor]:
-                seen = self.seen(len(v), of_class, context)
-                return self.bijection.through(FUSED, "forward", v, seen)
-
-            log_prob = self._parts(to_latents, labels, len(v)).total
+            log_prob = self._log_prob_of(v, v.new_zeros(len(v)), labels, context).total
             (score,) = torch.autograd.grad(log_prob.sum(), v)
         return v.detach() + sigma**2 * score
 

@@ -313,7 +313,7 @@ OPENING = {
     "checkpoints/zoo.py": {"read_bytes"},  # the package's
     "cli/configs.py": {"open"},  # the package's
     "cli/decompress.py": {"load"},  # an archive that was read
-    "config.py": {"load"},  # text
+    "config/files.py": {"load"},  # text
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/imagenet.py": {"open"},  # members of archives, and new files

@@ -1,0 +1,43 @@
+"""The configuration: its schema, options of data sets and models, YAML files, `KEY=VALUE`."""
+
+from flowtrain.config.components import (
+    all_keys,
+    component,
+    component_name,
+    component_names,
+    component_schema,
+    json_schema,
+    keys_like,
+)
+from flowtrain.config.files import differences, load_config, load_yaml, override, parse
+from flowtrain.config.schema import (
+    Component,
+    Config,
+    Data,
+    Dequantization,
+    Model,
+    Section,
+    Train,
+)
+
+__all__ = [
+    "Component",
+    "Config",
+    "Data",
+    "Dequantization",
+    "Model",
+    "Section",
+    "Train",
+    "all_keys",
+    "component",
+    "component_name",
+    "component_names",
+    "component_schema",
+    "differences",
+    "json_schema",
+    "keys_like",
+    "load_config",
+    "load_yaml",
+    "override",
+    "parse",
+]
