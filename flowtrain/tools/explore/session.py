@@ -487,6 +487,7 @@ class Session:
                 each[None] for each in every.topk(min(NEAREST, compared), largest=False)
             )
             found = known.images[where[0]]
+            where = torch.from_numpy(known.positions)[where]
         return {
             "images": [self.url(each) for each in found],
             "distances": distances[0].tolist(),
