@@ -32,8 +32,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # The workers of `make quick` and `make test`.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: demo docs site quick test test-slow test-gpu gpu-session fuzz mutants bench recipe models check \
-	format docker-check clean
+# What `make test-everywhere` adds: `--only NAME`, and arguments of pytest.
+EVERYWHERE ?=
+
+.PHONY: demo docs site quick test test-everywhere test-slow test-gpu gpu-session fuzz mutants bench \
+	recipe models check format docker-check clean
 
 demo: .venv/installed  ## train the bundled demo, evaluate it, draw samples and an interpolation
 	$(BIN)/flowtrain train
@@ -59,6 +62,9 @@ quick: .venv/installed-dev  ## the tests that run no command and train no model,
 
 test: .venv/installed-dev  ## the fast tests, in five minutes
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+test-everywhere: .venv/installed-dev  ## the fast tests as on other processors; more than an hour
+	$(BIN)/python tests/everywhere.py $(WORKERS) $(EVERYWHERE)
 
 test-slow: .venv/installed-dev  ## tests that train to a threshold
 	$(BIN)/python -m pytest -q -m slow
@@ -103,7 +109,7 @@ docker-check:  ## build the container image, and run the demo in it
 		'flowtrain train train.num_steps=60; flowtrain evaluate; flowtrain sample --num-images 16'
 
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf .venv .venv-* site .pytest_cache .mypy_cache .ruff_cache dist
 
 # What a user waits for is shown; what the tests add to it is only announced.
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --editable

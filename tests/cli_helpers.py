@@ -58,7 +58,7 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Plain output, one thread (the tests share two cores), no network."""
+    """Plain output, no network."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -67,7 +67,7 @@ def environment(**extra: str) -> dict[str, str]:
     nowhere = dict.fromkeys(
         ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
     )
-    plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
+    plain = {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
     return {**kept, **plain, **nowhere, "FLOWTRAIN_CACHE": str(FOLDER / "cache"), **extra}
 
 

@@ -15,13 +15,15 @@ import torch
 
 HERE = str(Path(__file__).parent)
 
+# On tensors as small as the tests', more threads are ten times slower. Commands inherit it.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors as small as the tests', more threads are ten times slower."""
-    torch.set_num_threads(1)
+def threads():
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 # Commands inherit it ignored where nohup has started the tests, and would then not stop at it.

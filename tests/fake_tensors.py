@@ -59,6 +59,7 @@ def fake_tensors(monkeypatch):
     _make_cuda_known()
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # old ones ask a driver for a GPU
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # fake ones cannot
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
     with FakeTensorMode(), Waiting():
@@ -66,13 +67,14 @@ def fake_tensors(monkeypatch):
 
 
 def _make_cuda_known():
-    """autograd asks for the guard of a tensor's device. A torch for the CPU has none for CUDA, so
-    that of the meta device takes its place. It does nothing.
+    """autograd asks for the guard of a tensor's device. A torch for the CPU has none for CUDA, and
+    without a GPU the guard fails. That of the meta device takes its place. It does nothing.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, meta = 1, 14  # c10::DeviceType
-    guards[cuda] = guards[cuda] or guards[meta]
+    if not torch.cuda.is_available():
+        guards[cuda] = guards[meta]
 
 
 def moved(module, device):

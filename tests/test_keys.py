@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from helpers import PLAIN, batch_of
+from helpers import PLAIN, batch_of, compiles
 from PIL import Image
 
 from flowtrain import config as configuration
@@ -477,6 +477,7 @@ def test_train_memory():
     torch.testing.assert_close(gradients["store"], gradients["reversible"], rtol=1e-3, atol=1e-5)
 
 
+@compiles
 @pytest.mark.parametrize("value, graphs", [("off", 0), ("layers", 1), ("step", 1)])
 def test_train_compile(value, graphs, monkeypatch):
     """Something is compiled, into few graphs, and the gradients are the same."""

@@ -3,11 +3,13 @@
 import ast
 import functools
 import graphlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from catalogue import TINY_RUN
 
 PACKAGE = Path(__file__).resolve().parents[1] / "flowtrain"
 
@@ -136,3 +138,15 @@ for name in {modules}:
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert len(modules) > 15 and done.returncode == 0
+
+
+def test_the_core_works_without_the_tools(tmp_path):
+    """It starts, trains, evaluates and samples with `tools/` deleted."""
+    shutil.copytree(PACKAGE, tmp_path / "flowtrain", ignore=shutil.ignore_patterns("tools", "zoo"))
+    shutil.copytree(PACKAGE.parent / "configs", tmp_path / "configs")
+    for words in (["train", *TINY_RUN, "--run-dir", "run"], ["evaluate", "run"], ["sample", "run"]):
+        command = [sys.executable, "-m", "flowtrain", *words]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "run" / "sample.png").exists()
+    help_of_all = subprocess.run([*command[:3], "--help"], cwd=tmp_path, capture_output=True)
+    assert b"interpolate" in help_of_all.stdout and b"doctor" not in help_of_all.stdout

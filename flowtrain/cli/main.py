@@ -15,7 +15,7 @@ import typer
 
 from flowtrain.cli import catalogue, decode, encode, evaluate, info, interpolate, sample, train
 from flowtrain.errors import UserError
-from flowtrain.system.console import PerhapsUnread
+from flowtrain.system.files import PerhapsUnread
 
 GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
 

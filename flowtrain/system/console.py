@@ -1,45 +1,13 @@
 """What commands print: live bars on a terminal, plain lines elsewhere."""
 
-import contextlib
-import os
 import time
-from collections.abc import Iterator
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-
-class PerhapsUnread:
-    """A stream that falls silent where nobody can read it, instead of raising an error: if the
-    reader of a pipe has gone, or on any error of writing.
-    """
-
-    def __init__(self, stream: IO[str], error: type[OSError] = OSError):
-        self._stream, self._error = stream, error
-
-    @contextlib.contextmanager
-    def _silent(self) -> Iterator[None]:
-        try:
-            yield
-        except self._error:
-            # Python flushes the stream again at its end, which must not fail either.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-    def write(self, text: str) -> int:
-        with self._silent():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._silent():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+from flowtrain.system.files import PerhapsUnread
 
 
 class _Output(Console):

@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from flowtrain.errors import RunError, UserError, shown
 
@@ -346,3 +346,34 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
 def _new_folder(path: Path) -> int:
     path.mkdir()
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+class PerhapsUnread:
+    """A stream that falls silent where nobody can read it, instead of raising an error: if the
+    reader of a pipe has gone, or on any error of writing.
+    """
+
+    def __init__(self, stream: IO[str], error: type[OSError] = OSError):
+        self._stream, self._error = stream, error
+
+    @contextlib.contextmanager
+    def _silent(self) -> Iterator[None]:
+        try:
+            yield
+        except self._error:
+            # Python flushes the stream again at its end, which must not fail either.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def write(self, text: str) -> int:
+        with self._silent():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silent():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -200,7 +200,8 @@ def configure_compiler() -> None:
 
     settings = torch._dynamo.config
     if not hasattr(settings, "trace_autograd_ops"):
-        raise UserError(f"train.compile: torch {torch.__version__} is too old; install a newer one")
+        version = torch.__version__
+        raise UserError(f"train.compile: torch {version} is too old; install 2.11 or newer")
     settings.trace_autograd_ops = True  # `gradient_of_layer` asks autograd for gradients
     settings.recompile_limit = max(settings.recompile_limit, KINDS)
     # It would cut the graph where gradients are exchanged, and cannot cut our autograd functions.

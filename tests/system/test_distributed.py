@@ -33,7 +33,7 @@ from cli_helpers import (
     trained,
     wait_for_step,
 )
-from helpers import a_config, batch_of, images, npz, tiny_flow
+from helpers import a_config, batch_of, compiles, images, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
@@ -146,6 +146,7 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
     assert checkpoint_format.read(last(tmp_path / "r")).meta["processes"] == count
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("compile", ["layers", "step"])

@@ -308,7 +308,6 @@ OPENING = {
     "system/files.py": {"open", "fdopen"},
     "system/arrays.py": {"open"},  # a member of what `open_regular` has opened
     "system/capacity.py": {"read_text"},  # the system's
-    "system/console.py": {"open"},  # the null device
     "system/distributed.py": {"load"},  # bytes
     "checkpoints/format.py": {"load"},  # bytes
     "checkpoints/zoo.py": {"read_bytes"},  # the package's

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from catalogue import SPHERE, TINY
-from helpers import a_config, images, perturb, seeded
+from helpers import a_config, compiles, images, perturb, seeded
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
@@ -98,6 +98,7 @@ def gradient(flow, losses, batch):
     return loss.detach(), [zero if p.grad is None else p.grad for p in flow.parameters()]
 
 
+@compiles
 @pytest.mark.parametrize("model, mode, precision", [*combinations()])
 def test_a_step_is_one_graph(model, mode, precision):
     """Forward and backward pass are traced without a break, and give the same gradient."""
@@ -137,6 +138,7 @@ def traced_only(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
+@compiles
 @pytest.mark.run
 @pytest.mark.parametrize("memory", ["store", "reversible"])
 def test_layers_of_one_shape_share_a_graph(memory, traced_only):
@@ -160,6 +162,7 @@ def test_layers_of_one_shape_share_a_graph(memory, traced_only):
 # --- errors instead of wrong runs -----------------------------------------------------------------
 
 
+@compiles
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_gradient_is_an_error(precision, monkeypatch):
     def wrong(self, batch, images, more):
@@ -177,6 +180,7 @@ def test_another_gradient_is_an_error(precision, monkeypatch):
         Computation(flow, train)(*batch, 4, more=False)
 
 
+@compiles
 def test_the_first_batch_is_checked_once(monkeypatch):
     flow, train, batch = made("nice", compile="layers")
     monkeypatch.setattr(computation, "compiler", lambda train: lambda function: function)
@@ -191,6 +195,7 @@ def test_the_first_batch_is_checked_once(monkeypatch):
     assert losses[0] == losses[1] and steps.seconds is not None
 
 
+@compiles
 def test_a_batch_that_is_not_finite_shows_nothing(monkeypatch):
     flow, train, batch = made("sphere", compile="layers")
     monkeypatch.setattr(computation, "compiler", lambda train: lambda function: function)
@@ -202,6 +207,7 @@ def test_a_batch_that_is_not_finite_shows_nothing(monkeypatch):
     assert steps.seconds is not None
 
 
+@compiles
 def test_a_compiler_that_fails_is_named(monkeypatch):
     def broken(function):
         def run(layer, *arguments):

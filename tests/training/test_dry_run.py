@@ -7,7 +7,7 @@ import pytest
 import torch
 from catalogue import SMALL, TINY, sets
 from cli_helpers import quick
-from helpers import a_config, images, ready
+from helpers import a_config, compiles, images, ready
 
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.memory import Mode
@@ -174,6 +174,7 @@ def test_what_does_not_fit(monkeypatch):
     assert dry_run(small(f"train.batch_size={few}")[0], CPU).seconds > 0
 
 
+@compiles
 def test_what_compiling_takes(tmp_path):
     """Said where something is compiled. The compiler here only traces."""
     words = ["train", *SMALL, *sets(model__levels=1), "--dry-run"]

@@ -93,12 +93,12 @@ def test_one_weight_that_is_not_finite_is_noticed():
 
 
 def test_all_weights_are_looked_at_together():
-    """Few operators, and one read, whatever the number of parameters."""
+    """Few operators, and one read, whatever the number of parameters. Each is detached."""
     state, _ = trained_state("adam")
     with Counting() as counting:
         state.weights_are_finite()
     assert counting.calls[torch.ops.aten._local_scalar_dense.default] == 1
-    assert counting.calls.total() < 20 + len(list(state.flow.parameters()))  # each is detached
+    assert counting.calls.total() - counting.calls[torch.ops.aten.detach.default] < 20
     assert counting.calls[torch.ops.aten.linalg_vector_norm.default] == 1
 
 
