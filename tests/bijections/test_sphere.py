@@ -30,7 +30,7 @@ from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.pictures import draw
-from flowtrain.tools.doctor.doctor import examine
+from flowtrain.tools.doctor.examine import examine
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step

@@ -21,7 +21,7 @@ from flowtrain.cli.base import (
 )
 
 if TYPE_CHECKING:
-    from flowtrain.tools.doctor.doctor import Finding
+    from flowtrain.tools.doctor.findings import Finding
 
 EPILOG = "Example: [cyan]flowtrain doctor runs/glow_digits --json doctor.json[/cyan]"
 
@@ -65,7 +65,8 @@ def doctor(
     Every number has a verdict: ok, watch or bad. The exit code is 1 if anything is bad.
     """
     from flowtrain.system.console import ProgressBar, console
-    from flowtrain.tools.doctor import doctor as diagnosis
+    from flowtrain.tools.doctor import findings as diagnosis
+    from flowtrain.tools.doctor.examine import examine
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
@@ -76,7 +77,7 @@ def doctor(
         console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
     data = data_of(loaded, overrides)
     with ProgressBar("examining") as bar:
-        findings = diagnosis.examine(loaded, data, num_images=num_images, seed=seed, progress=bar)
+        findings = examine(loaded, data, num_images=num_images, seed=seed, progress=bar)
     write_json(diagnosis.as_json(findings, loaded, data, num_images, seed), json_out, path)
     for check in diagnosis.BOUNDS:
         _print(check, [finding for finding in findings if finding.check == check])
@@ -93,7 +94,7 @@ def _print(check: str, findings: "list[Finding]") -> None:
     from rich.table import Table
 
     from flowtrain.system.console import console
-    from flowtrain.tools.doctor.doctor import BOUNDS
+    from flowtrain.tools.doctor.findings import BOUNDS
 
     watch, bad = BOUNDS[check]
     beyond = "below" if bad < watch else "above"
@@ -120,6 +121,6 @@ def _print(check: str, findings: "list[Finding]") -> None:
 
 
 def _counts(findings: "list[Finding]") -> str:
-    from flowtrain.tools.doctor.doctor import count
+    from flowtrain.tools.doctor.findings import count
 
     return ", ".join(f"{number} {kind}" for kind, number in count(findings).items() if number)

@@ -3,7 +3,6 @@
 It is computed a few images at a time, while no request waits, and grows until all is known.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,13 +152,6 @@ def losses(flow: Flow, x: Tensor, first: int, check: Callable[[], None]) -> Tens
     noise = uniform(x.shape, 0, Stream.EVALUATION, first, 0, x.device)
     parts = flow(x, noise, executor=Stoppable(check))
     return flow.loss(parts.total.double()).cpu()
-
-
-def share_below(values: np.ndarray, value: float) -> float | None:
-    """The share of values that are smaller, where ties count half. None where there are none."""
-    if not len(values) or not math.isfinite(value):
-        return None
-    return float(((values < value).sum() + (values <= value).sum()) / (2 * len(values)))
 
 
 def coded(flow: Flow, x: np.ndarray) -> np.ndarray:

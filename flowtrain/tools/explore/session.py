@@ -35,7 +35,7 @@ from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.tools.explore import asked
 from flowtrain.tools.explore.accounts import account
 from flowtrain.tools.explore.asked import Refused
-from flowtrain.tools.explore.background import Background, coded, share_below
+from flowtrain.tools.explore.background import Background, coded
 from flowtrain.tools.explore.edits import (
     Stoppable,
     along_attribute,
@@ -44,7 +44,8 @@ from flowtrain.tools.explore.edits import (
     mixed,
     towards_class,
 )
-from flowtrain.tools.ood.ood import complexity_corrected, typicality
+from flowtrain.tools.ood.auroc import share_below
+from flowtrain.tools.ood.scores import complexity_corrected, typicality
 
 Check = Callable[[], None]
 Answer = dict[str, Any]  # what becomes JSON
@@ -460,7 +461,7 @@ class Session:
             {
                 "name": name,
                 "value": float(own[0]),
-                "below": share_below(others, float(own[0])),
+                "below": float(share_below(others, own)[0]) if len(others) else None,
                 "of": len(others),
                 "entropy": entropy,
             }

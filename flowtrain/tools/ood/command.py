@@ -27,7 +27,7 @@ from flowtrain.cli.base import (
 )
 
 if TYPE_CHECKING:
-    from flowtrain.tools.ood.ood import Comparison, Scored
+    from flowtrain.tools.ood.scores import Comparison, Scored
 
 EPILOG = (
     "Example: [cyan]flowtrain ood runs/glow_cifar_small --data mnist --data noise --data "
@@ -108,7 +108,10 @@ def ood(
     """
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
-    from flowtrain.tools.ood import ood as scoring
+    from flowtrain.tools.ood import results
+    from flowtrain.tools.ood.histograms import draw
+    from flowtrain.tools.ood.images import collect
+    from flowtrain.tools.ood.scores import score_all
 
     check_suffix(picture_out, (".png",), "--out")
     require_file(json_out, "--json")
@@ -117,7 +120,7 @@ def ood(
     loaded = load(model, device, weights, trust_code, conditional=True)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
-    collections = scoring.collect(
+    collections = collect(
         loaded, data_of(loaded, overrides), inside, outside, num_images=num_images, seed=seed
     )
     for collection in collections.all:
@@ -128,14 +131,12 @@ def ood(
                 f"the model's"
             )
     with ProgressBar("scoring") as bar:
-        comparison = scoring.score_all(
-            loaded, collections, seed=seed, batch_size=batch_size, progress=bar
-        )
-    write_json(scoring.as_json(comparison), json_out, path)
+        comparison = score_all(loaded, collections, seed=seed, batch_size=batch_size, progress=bar)
+    write_json(results.as_json(comparison), json_out, path)
     if scores_out is not None:
-        save(scores_out, scoring.scores_csv(comparison))
+        save(scores_out, results.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
-    save(picture, scoring.draw(comparison), named=picture_out is not None)
+    save(picture, draw(comparison), named=picture_out is not None)
     console.print(f"wrote {picture}")
     _print(comparison)
     comparison.check_finite()
@@ -148,12 +149,14 @@ def _print(comparison: "Comparison") -> None:
 
     from flowtrain.pictures.lossless import coders
     from flowtrain.system.console import console
+    from flowtrain.tools.ood.results import mean_of
 
     def name(scored: "Scored") -> str:
         return scored.collection.name
 
     def loss(scored: "Scored") -> str:
-        return _figure(scored.mean_loss.mean, scored.mean_loss.stderr)
+        mean, stderr, _ = mean_of(scored.likelihood)
+        return _figure(mean, stderr)
 
     kind = comparison.kind
     unit = kind.unit

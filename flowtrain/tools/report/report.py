@@ -30,7 +30,8 @@ from flowtrain.pictures import conditional, draw, grid
 from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation
 from flowtrain.system.console import duration
-from flowtrain.tools.doctor.doctor import Finding, examine
+from flowtrain.tools.doctor.examine import examine
+from flowtrain.tools.doctor.findings import Finding
 from flowtrain.tools.report import charts
 
 SHOWN = 8  # reconstructions, and samples with their nearest training images

@@ -34,20 +34,11 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.random import Stream, uniform
-from flowtrain.tools.doctor import doctor
-from flowtrain.tools.doctor.doctor import (
-    BOUNDS,
-    IMAGES,
-    NOISE,
-    SAMPLES,
-    diagonal_log_det,
-    examine,
-    jacobian_log_det,
-    judge,
-    overall,
-    reduced,
-    worst,
-)
+from flowtrain.tools.doctor import examine as examining
+from flowtrain.tools.doctor import log_dets
+from flowtrain.tools.doctor.examine import examine
+from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, NOISE, SAMPLES, judge, overall, worst
+from flowtrain.tools.doctor.log_dets import diagonal_log_det, jacobian_log_det, reduced
 
 pytestmark = pytest.mark.run  # many seconds in all
 
@@ -320,7 +311,7 @@ def test_a_reduced_copy_has_the_weights(tmp_path):
 def test_what_is_not_convolutional_is_not_reduced(tmp_path, monkeypatch):
     model, data = a_model(tmp_path, "nice")
     assert reduced(model).shape == (1, 8, 8)
-    monkeypatch.setattr(doctor, "LARGEST_JACOBIAN", 63)
+    monkeypatch.setattr(log_dets, "LARGEST_JACOBIAN", 63)
     assert reduced(model) is None
     assert not any(check == "log-det" for check, _, _ in examined(model, data, num_images=1))
 
@@ -357,7 +348,7 @@ def test_the_worst_come_first():
 
 
 def test_the_worst_of_several_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "BATCH_SIZE", 2)
+    monkeypatch.setattr(examining, "BATCH_SIZE", 2)
     model, data = a_model(tmp_path, data=npz(tmp_path / "b.npz", test=5), levels=1, steps=1)
     key = ("highest log-scale", "levels.0.layers.3", IMAGES)
     one, two, whole = (examined(model, data, num_images=n) for n in (2, 4, 5))

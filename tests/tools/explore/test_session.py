@@ -14,7 +14,6 @@ from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
 from flowtrain.tools.explore import asked
 from flowtrain.tools.explore.asked import Refused
-from flowtrain.tools.explore.background import share_below
 from flowtrain.tools.explore.session import KEPT, Session
 
 pytestmark = pytest.mark.run
@@ -227,12 +226,6 @@ def test_ranks_are_those_of_an_evaluation(session):
     entropy = session.data.reference.mean()
     assert typicality["value"] == pytest.approx(abs(losses[7] - entropy), abs=1e-3)
     assert corrected["value"] < likelihood["value"]
-
-
-def test_shares_count_ties_half():
-    assert share_below(np.array([1.0, 2.0, 2.0, 3.0]), 2.0) == 0.5
-    assert share_below(np.array([]), 2.0) is None
-    assert share_below(np.array([1.0]), float("nan")) is None
 
 
 def test_neighbours_of_a_training_image_begin_with_it(session):

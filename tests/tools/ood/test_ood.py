@@ -25,7 +25,11 @@ from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import score
 from flowtrain.pictures.lossless import complexity
-from flowtrain.tools.ood import ood
+from flowtrain.tools.ood import images as sets_of_images
+from flowtrain.tools.ood import results
+from flowtrain.tools.ood import scores as scoring
+from flowtrain.tools.ood.auroc import auroc
+from flowtrain.tools.ood.histograms import draw
 
 
 def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
@@ -45,20 +49,22 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
 
 def compared(model, outside, count=30, **options):
     data = DataSet(model.config.data)
-    inside = ood.own_split("test", model, data, count)
-    reference = ood.own_split("validation", model, data, count)
-    return ood.score_all(model, ood.Collections(reference, inside, outside(inside)), **options)
+    inside = sets_of_images.own_split("test", model, data, count)
+    reference = sets_of_images.own_split("validation", model, data, count)
+    return scoring.score_all(
+        model, sets_of_images.Collections(reference, inside, outside(inside)), **options
+    )
 
 
 # ---------------------------------------------------------------- the scores
 
 
 def test_typicality():
-    assert ood.typicality(np.array([1.0, 3.0, 3.5]), 3.0).tolist() == [2.0, 0.0, 0.5]
+    assert scoring.typicality(np.array([1.0, 3.0, 3.5]), 3.0).tolist() == [2.0, 0.0, 0.5]
 
 
 def test_complexity_corrected():
-    assert ood.complexity_corrected(np.array([4.0, 1.0]), np.array([3.5, 1.5])).tolist() == [
+    assert scoring.complexity_corrected(np.array([4.0, 1.0]), np.array([3.5, 1.5])).tolist() == [
         0.5,
         -0.5,
     ]
@@ -73,7 +79,7 @@ def test_auroc_is_that_of_scikit_learn(ties):
     inside, outside = rng.normal(0, 1, 40), rng.normal(0.7, 2, 25)
     if ties:
         inside, outside = inside.round(), outside.round()
-    area, error = ood.auroc(inside, outside)
+    area, error = auroc(inside, outside)
     assert area == pytest.approx(roc_auc_score([0] * 40 + [1] * 25, [*inside, *outside]))
     # DeLong et al. 1988, equations 3 to 5, as they stand.
     wins = (outside[:, None] > inside) + 0.5 * (outside[:, None] == inside)
@@ -86,21 +92,21 @@ def test_auroc_is_that_of_scikit_learn(ties):
 def test_the_error_of_auroc_is_its_spread():
     rng = np.random.default_rng(0)
     areas, errors = zip(
-        *(ood.auroc(rng.normal(0, 1, 60), rng.normal(0.8, 1, 40)) for _ in range(300)), strict=True
+        *(auroc(rng.normal(0, 1, 60), rng.normal(0.8, 1, 40)) for _ in range(300)), strict=True
     )
     assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
 
 
 def test_the_larger_score_is_further_out():
-    assert ood.auroc(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == (1.0, 0.0)
-    assert ood.auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == (0.0, 0.0)
-    assert ood.auroc(np.array([1.0, 2.0]), np.array([1.5])) == (0.5, None)
+    assert auroc(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == (1.0, 0.0)
+    assert auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == (0.0, 0.0)
+    assert auroc(np.array([1.0, 2.0]), np.array([1.5])) == (0.5, None)
 
 
 # ---------------------------------------------------------------- images that are made
 
 
-@pytest.mark.parametrize("make", [ood.noise, ood.constant])
+@pytest.mark.parametrize("make", [sets_of_images.noise, sets_of_images.constant])
 @pytest.mark.parametrize("levels", [256, 17, 2])
 def test_made_images_are_a_function_of_the_seed(make, levels):
     x = make(20, (3, 6, 5), levels, 0)
@@ -112,14 +118,14 @@ def test_made_images_are_a_function_of_the_seed(make, levels):
 
 
 def test_noise_takes_all_levels_equally_often():
-    counts = np.bincount(ood.noise(200, (3, 8, 8), 17, 0).ravel(), minlength=17)
+    counts = np.bincount(sets_of_images.noise(200, (3, 8, 8), 17, 0).ravel(), minlength=17)
     assert counts.shape == (17,) and abs(counts / counts.mean() - 1).max() < 0.1
-    x = ood.noise(500, (1, 2, 2), 256, 0).reshape(500, 4).astype(float)
+    x = sets_of_images.noise(500, (1, 2, 2), 256, 0).reshape(500, 4).astype(float)
     assert abs(np.corrcoef(x.T) - np.eye(4)).max() < 0.15
 
 
 def test_constant_images_have_one_colour_each():
-    x = ood.constant(300, (3, 4, 5), 256, 0)
+    x = sets_of_images.constant(300, (3, 4, 5), 256, 0)
     assert (x == x[:, :, :1, :1]).all()
     assert len({tuple(colour) for colour in x[:, :, 0, 0]}) > 290
     assert abs(x.mean() - 127.5) < 10
@@ -127,15 +133,15 @@ def test_constant_images_have_one_colour_each():
 
 def test_shuffled_images_have_the_same_pixels():
     x = images(4, (3, 6, 5)).numpy()
-    mixed = ood.shuffled(x, 0)
-    assert np.array_equal(mixed, ood.shuffled(x, 0)) and not np.array_equal(
-        mixed, ood.shuffled(x, 1)
+    mixed = sets_of_images.shuffled(x, 0)
+    assert np.array_equal(mixed, sets_of_images.shuffled(x, 0)) and not np.array_equal(
+        mixed, sets_of_images.shuffled(x, 1)
     )
     for a, b in zip(x, mixed, strict=True):
         colours = [sorted(map(tuple, y.reshape(3, -1).T.tolist())) for y in (a, b)]
         assert colours[0] == colours[1] and not np.array_equal(a, b)
     same = np.stack([x[0], x[0]])
-    first, second = ood.shuffled(same, 0)
+    first, second = sets_of_images.shuffled(same, 0)
     assert not np.array_equal(first, second)
 
 
@@ -144,18 +150,18 @@ def test_shuffled_images_have_the_same_pixels():
 
 def test_what_is_the_models_stays_as_it_is():
     x = images(3, (1, 8, 8), 17).numpy()
-    assert ood.convert(x, 17, (1, 8, 8), 17) is x
+    assert sets_of_images.convert(x, 17, (1, 8, 8), 17) is x
 
 
 def test_grey_digits_for_a_colour_model_and_back():
     grey = images(3, (1, 28, 28)).numpy()
-    colour = ood.convert(grey, 256, (3, 32, 32), 256)
+    colour = sets_of_images.convert(grey, 256, (3, 32, 32), 256)
     assert colour.shape == (3, 3, 32, 32) and colour.dtype == np.uint8
     assert (colour == colour[:, :1]).all()
     for x, y in zip(grey, colour, strict=True):
         assert np.array_equal(y, resize(Image.fromarray(x[0]), (3, 32, 32), "crop"))
     x = images(3, (3, 32, 32)).numpy()
-    back = ood.convert(x, 256, (1, 28, 28), 256)
+    back = sets_of_images.convert(x, 256, (1, 28, 28), 256)
     assert np.array_equal(
         back[0], resize(Image.fromarray(x[0].transpose(1, 2, 0)), (1, 28, 28), "crop")
     )
@@ -164,8 +170,8 @@ def test_grey_digits_for_a_colour_model_and_back():
 def test_the_resize_policy():
     x = np.zeros((1, 1, 8, 16), "u1")
     x[..., :4] = x[..., 12:] = 255  # only in what `crop` cuts off
-    assert ood.convert(x, 256, (1, 8, 8), 256, "crop").max() == 0
-    assert ood.convert(x, 256, (1, 8, 8), 256, "stretch").max() == 255
+    assert sets_of_images.convert(x, 256, (1, 8, 8), 256, "crop").max() == 0
+    assert sets_of_images.convert(x, 256, (1, 8, 8), 256, "stretch").max() == 255
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_the_resize_policy():
 )
 def test_levels(levels, to_levels, expected):
     x = np.array(list(expected), "u1").reshape(1, 1, 1, -1)
-    assert ood.convert(x, levels, x.shape[1:], to_levels).ravel().tolist() == list(
+    assert sets_of_images.convert(x, levels, x.shape[1:], to_levels).ravel().tolist() == list(
         expected.values()
     )
 
@@ -190,7 +196,10 @@ def test_levels(levels, to_levels, expected):
 def test_levels_there_and_back(levels):
     x = np.arange(levels, dtype="u1").reshape(1, 1, 1, -1)
     assert np.array_equal(
-        ood.convert(ood.convert(x, levels, x.shape[1:], 256), 256, x.shape[1:], levels), x
+        sets_of_images.convert(
+            sets_of_images.convert(x, levels, x.shape[1:], 256), 256, x.shape[1:], levels
+        ),
+        x,
     )
 
 
@@ -202,7 +211,7 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     seen = []
     comparison = compared(
         model,
-        lambda inside: [ood.made("noise", inside, 256, seed=2)],
+        lambda inside: [sets_of_images.made("noise", inside, 256, seed=2)],
         seed=5,
         batch_size=7,
         progress=lambda done, total: seen.append((done, total)),
@@ -222,12 +231,12 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     length = complexity(data.split("test").take(slice(None)).numpy())
     assert inside.complexity_corrected == pytest.approx(bits["test"] - length, abs=1e-4)
     (made,) = comparison.outside
-    assert np.array_equal(made.collection.images, ood.noise(30, (1, 4, 4), 256, 2))
+    assert np.array_equal(made.collection.images, sets_of_images.noise(30, (1, 4, 4), 256, 2))
     assert seen[-1] == (70, 70) and seen == sorted(seen) and seen[0] == (7, 70)
-    outcome = ood.as_json(comparison)
+    outcome = results.as_json(comparison)
     (out,) = outcome["out"]
-    for name in ood.SCORES:
-        expected = ood.auroc(getattr(inside, name), getattr(made, name))
+    for name in scoring.SCORES:
+        expected = auroc(getattr(inside, name), getattr(made, name))
         assert (out["auroc"][name], out["auroc_stderr"][name]) == expected
     expected = {
         **{
@@ -264,9 +273,13 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
 def test_rows_and_picture(tmp_path):
     model = a_model(tmp_path)
     comparison = compared(
-        model, lambda i: [ood.made("constant", i, 256, 0), ood.made("shuffled", i, 256, 0)]
+        model,
+        lambda i: [
+            sets_of_images.made("constant", i, 256, 0),
+            sets_of_images.made("shuffled", i, 256, 0),
+        ],
     )
-    rows = list(csv.DictReader(io.StringIO(ood.scores_csv(comparison).decode())))
+    rows = list(csv.DictReader(io.StringIO(results.scores_csv(comparison).decode())))
     assert ",".join(rows[0]) == (
         "dataset,index,bits_per_dim,log_prob,typicality,complexity_bits_per_dim,complexity_corrected"
     )
@@ -281,7 +294,7 @@ def test_rows_and_picture(tmp_path):
             bits - float(row["complexity_bits_per_dim"])
         )
     assert float(rows[0]["log_prob"]) == comparison.inside.log_prob[0]
-    with Image.open(io.BytesIO(ood.draw(comparison))) as picture:
+    with Image.open(io.BytesIO(draw(comparison))) as picture:
         assert picture.format == "PNG" and picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
 
@@ -289,7 +302,7 @@ def test_rows_and_picture(tmp_path):
 def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
     model = a_model(tmp_path, shape=(3, 8, 8), levels=32, n_bits=5, shift=5, flip=True)
     own = model.config.data
-    digits = ood.named("digits", "--data", model, DataSet(own), 20)
+    digits = sets_of_images.named("digits", "--data", model, DataSet(own), 20)
     assert digits.images.shape == (20, 3, 8, 8) and digits.images.max() == 31
     assert digits.stored == ((1, 8, 8), 17) and digits.split == "test"
     stored = (
@@ -298,16 +311,16 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
         .take(digits.positions)
         .numpy()
     )
-    assert np.array_equal(digits.images, ood.convert(stored, 17, (3, 8, 8), 32))
+    assert np.array_equal(digits.images, sets_of_images.convert(stored, 17, (3, 8, 8), 32))
     assert digits.positions.max() > 100  # 20 images of all, which may be sorted by class
-    inside = ood.own_split("test", model, DataSet(own), 100)
+    inside = sets_of_images.own_split("test", model, DataSet(own), 100)
     assert (
         inside.stored is None and inside.images.shape == (30, 3, 8, 8) and inside.images.max() < 32
     )
-    named = ood.named("npz", "--in", model, DataSet(own), 100)
+    named = sets_of_images.named("npz", "--in", model, DataSet(own), 100)
     assert np.array_equal(named.images, inside.images) and named.stored is None
     Image.fromarray(np.full((20, 10), 255, "u1")).save(tmp_path / "one.png")
-    one = ood.named(str(tmp_path / "one.png"), "--data", model, DataSet(own), 20)
+    one = sets_of_images.named(str(tmp_path / "one.png"), "--data", model, DataSet(own), 20)
     assert one.images.shape == (1, 3, 8, 8) and one.images.min() == 31 and one.split == "all"
 
 
@@ -321,7 +334,7 @@ def test_other_data_are_brought_to_the_models_shape_and_levels(tmp_path):
 def test_names_that_are_no_images(tmp_path, name, fragment):
     model = a_model(tmp_path)
     with pytest.raises(UserError, match=fragment):
-        ood.named(name, "--data", model, DataSet(model.config.data), 5)
+        sets_of_images.named(name, "--data", model, DataSet(model.config.data), 5)
 
 
 class Spoiled(Bijection):
@@ -342,14 +355,18 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     model = a_model(tmp_path)
     model.flow.bijection = Spoiled(model.flow.bijection)
     collections = {
-        name: ood.Collection(name, images(6, (1, 4, 4)).numpy() // 2 + 1, 5 + np.arange(6), split)
+        name: sets_of_images.Collection(
+            name, images(6, (1, 4, 4)).numpy() // 2 + 1, 5 + np.arange(6), split
+        )
         for name, split in (("reference", "validation"), ("inside", "test"), ("outside", None))
     }
     for index in (2, 4):
         collections[black].images[index, 0, 0, 0] = 0
     outside = [collections.pop("outside")]
-    comparison = ood.score_all(model, ood.Collections(**collections, outside=outside))
-    outcome = ood.as_json(comparison)
+    comparison = scoring.score_all(
+        model, sets_of_images.Collections(**collections, outside=outside)
+    )
+    outcome = results.as_json(comparison)
     text = json.dumps(outcome, allow_nan=False)  # fails where there is one
     (out,) = outcome["out"]
     assert out["auroc"]["typicality"] is None and out["auroc_stderr"]["typicality"] is None
@@ -357,8 +374,8 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     assert (outcome["entropy_bits_per_dim"] is None) == (black == "reference")
     assert outcome["in"]["non_finite_images"] == (2 if black == "inside" else 0)
     assert (outcome["in"]["bits_per_dim"] is None) == (black == "inside")
-    rows = ood.scores_csv(comparison).decode().splitlines()[1:]
-    assert [int(row.split(",")[1]) for row in rows] == 2 * [*range(5, 11)] and ood.draw(comparison)
+    rows = results.scores_csv(comparison).decode().splitlines()[1:]
+    assert [int(row.split(",")[1]) for row in rows] == 2 * [*range(5, 11)] and draw(comparison)
     split = {"outside": "made", "inside": "test", "reference": "validation"}[black]
     with pytest.raises(
         RunError, match=rf"2 of 6 images of {black} \({split}\) have .* not finite: those at 7, 9$"
@@ -452,7 +469,7 @@ def test_outputs_lie_in_the_run_by_default(tmp_path):
 
 def test_a_damaged_model_ends_with_exit_code_1_and_says_where(tmp_path):
     first = (
-        "import torch, flowtrain.tools.ood.ood as e; score = e.score\n"
+        "import torch, flowtrain.tools.ood.scores as e; score = e.score\n"
         "def bad(*a, **k):\n"
         "    scores = score(*a, **k); scores.log_prob[1] = torch.nan; return scores\n"
         "e.score = bad"

@@ -23,8 +23,8 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.pictures import grid as pictures
 from flowtrain.pictures.sample import sample
-from flowtrain.tools.doctor import doctor
-from flowtrain.tools.doctor.doctor import Finding
+from flowtrain.tools.doctor.examine import examine
+from flowtrain.tools.doctor.findings import Finding
 from flowtrain.tools.report import report
 
 SECTIONS = [
@@ -240,7 +240,7 @@ def test_the_nearest_training_images_are_nearest(digits):
 def test_the_health_table_is_the_doctors(digits):
     run, _, page = digits
     model = load_model(str(run), torch.device("cpu"))
-    findings = doctor.examine(model, DataSet(model.config.data), num_images=10, seed=3)
+    findings = examine(model, DataSet(model.config.data), num_images=10, seed=3)
     worst, *checks = page.tables[1:]
     rows = [row for table in checks for row in table[1:]]
     assert sorted((row[1], row[5]) for row in rows) == sorted(

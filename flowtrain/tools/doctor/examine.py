@@ -1,0 +1,112 @@
+"""Diagnosis of a trained flow: are its layers invertible in floating point, and log-dets right?"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.execution import Executor
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError
+from flowtrain.system.console import silent
+from flowtrain.system.random import Stream, generator, uniform
+from flowtrain.tools.doctor.findings import IMAGES, NOISE, SAMPLES, Finding, Notes
+from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights, learns_noise
+from flowtrain.tools.doctor.log_dets import check_log_dets
+from flowtrain.tools.doctor.round_trips import check_likelihood, data_round_trip, latent_round_trip
+
+BATCH_SIZE = 64
+
+
+@torch.no_grad()
+def examine(
+    model: LoadedModel,
+    data: DataSet,
+    *,
+    num_images: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = silent,
+) -> list[Finding]:
+    """All findings about a model, on test images, uniform noise and samples.
+
+    It takes a sample of `num_images` test images, and as many of the other two. A model that
+    raises, or whose values are not finite, has findings like any other.
+
+    Raises:
+        UserError: if the data do not have the model's shape and levels, or have no test image. Also
+            for points of a surface: noise is off it, and Jacobians are not square.
+    """
+    flow = model.flow
+    if flow.kind.on_surface:
+        raise UserError(
+            f"{model.checkpoint.path}: the data are points of a surface, for which there are no "
+            f"checks"
+        )
+    data.require(flow.shape, flow.levels, model.checkpoint.path)
+    split = data.split("test")
+    if len(split) == 0:
+        raise UserError("data: the test split is empty")
+    x = split.sample(num_images, seed).take(slice(None))
+    randomness = generator(seed, Stream.EVALUATION)
+    noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
+    random_images = flow.kind.uniform_like(x, randomness)
+    levels = flow.kind.levels_per_unit(x)
+    z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
+
+    precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
+    notes = Notes()
+    batches = -(-len(x) // BATCH_SIZE)
+    done, total = 0, (10 if learns_noise(flow) else 7) * batches + 1
+
+    def counted(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        nonlocal done
+        for part in parts:
+            yield part
+            done += 1
+            progress(done, total)
+
+    def in_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return counted(zip(*(tensor.split(BATCH_SIZE) for tensor in tensors), strict=True))
+
+    check_weights(flow, notes)
+    for kind, images in ((IMAGES, x), (NOISE, random_images)):
+        for part, u in in_batches(images, noise):
+            data_and_noise = part.to(flow.device), u.to(flow.device)
+            check_layers(
+                flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes
+            )
+    for part, images in in_batches(z, x):
+        latents = part.to(flow.device)
+        seen = flow.seen(len(latents), context=flow.context_of(images))
+
+        def decode(
+            executor: Executor, latents: Tensor = latents, seen: Context | None = seen
+        ) -> tuple[Tensor, Tensor]:
+            return flow.bijection.through(executor, "inverse", latents, seen)
+
+        check_layers(flow, decode, "inverse pass", SAMPLES, notes)
+    if learns_noise(flow):
+        for kind, images in ((IMAGES, x), (NOISE, random_images), (SAMPLES, x)):
+            for part, u in in_batches(images, noise):
+                check_noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)
+    for kind, images in ((IMAGES, x), (NOISE, random_images)):
+        exact = sum(
+            data_round_trip(flow, precise, part, levels, kind, notes)
+            for (part,) in in_batches(images)
+        )
+        if not flow.kind.exact:
+            notes.add("images that come back exactly", exact / len(x), inputs=kind)
+    for part, images in in_batches(z, x):
+        latent_round_trip(flow, precise, part, images, levels, notes)
+    reported = [check_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
+    if flow.levels is not None and not flow.kind.no_bits:
+        bits = flow.loss(torch.cat(reported)).mean()
+        notes.add("likelihood", bits / math.log2(flow.levels), inputs=IMAGES)
+    check_log_dets(model, x[:1], noise[:1], notes)
+    progress(total, total)
+    return list(notes.findings.values())

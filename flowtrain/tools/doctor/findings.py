@@ -1,0 +1,196 @@
+"""What `doctor` finds: numbers with their bounds and verdicts, and the content of `doctor.json`.
+
+`docs/doctor.md` says for each bound what crossing it would do to a pixel or to a bit.
+"""
+
+import logging
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import RunError
+
+Verdict = Literal["ok", "watch", "bad"]
+
+logger = logging.getLogger(__name__)
+
+# The error that one layer may make, in the unit interval. An error of half a level loses a pixel of
+# 8 bits. The rounding errors of 300 layers (no model here has more) add up to sqrt(300) times that
+# of one layer.
+SHARE = 0.5 / 256 / math.sqrt(300)
+ROUNDING = 2.0**-24  # of float32, relative
+
+# For uniform noise only a value that is not finite is bad. Any flow that fits images well stretches
+# noise so far that it does not come back (Behrmann et al. 2021, "Understanding and Mitigating
+# Exploding Inverses"). This harms neither images nor samples.
+IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
+
+# The bounds (watch, bad) of each check. A value beyond one gets that verdict. Where the second
+# bound is the smaller one, smaller values are worse.
+BOUNDS = {
+    # How many entries of parameters and buffers, or how many images, are not finite.
+    "parameters": (0, 0),
+    "forward pass": (0, 0),
+    "inverse pass": (0, 0),
+    # How much a layer enlarges a rounding error, on the way to a pixel or to a likelihood.
+    "lowest log-scale": (math.log(4 * ROUNDING / SHARE), math.log(ROUNDING / SHARE)),
+    "highest log-scale": (
+        math.log(1e-4 * math.log(2) / ROUNDING),
+        math.log(1e-3 * math.log(2) / ROUNDING),
+    ),
+    "condition number": (SHARE / ROUNDING / 4, SHARE / ROUNDING),
+    # Errors of one layer, relative to the entry or to the root mean square, whichever is larger.
+    "inverse of forward": (SHARE / 4, SHARE),
+    "forward of inverse": (SHARE / 4, SHARE),
+    # Errors in bits per dimension of the whole image.
+    "log-det": (1e-4, 1e-3),
+    "float32 likelihood": (1e-4, 1e-3),
+    # Errors of the whole model, in levels (data) and in bits per dimension (latents).
+    "data round trip, float32": (0.05, 0.5),
+    "data round trip, float64": (0.005, 0.05),
+    "latent round trip, float32": (1e-4, 1e-3),
+    "latent round trip, float64": (1e-5, 1e-4),
+    # Bits of the test images, relative to those of a uniform coder, log2(Q) for each entry.
+    "likelihood": (1, 1),
+    # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, and
+    # the inverse is not wrong.
+    "images that come back exactly": (1, 0.999),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number with its bounds.
+
+    check: what was measured, a key of `BOUNDS`.
+    layer: its name, or "" for the whole model.
+    inputs: "test images", "uniform noise", "prior samples", or "" where the number belongs to the
+        weights.
+    value: the worst over all inputs; None if it is not finite or could not be computed.
+    watch, bad: the bounds. The verdict is ok up to `watch` (inclusive), and bad beyond `bad`. If
+        `bad` is below `watch`, smaller values are worse. If `bad` is the largest float, or minus
+        it, only a value that is not finite is bad.
+    """
+
+    check: str
+    layer: str
+    inputs: str
+    value: float | None
+    watch: float
+    bad: float
+    verdict: Verdict
+
+    @property
+    def severity(self) -> float:
+        """Orders the findings of one check: larger is worse. It is inf if there is no value."""
+        if self.value is None:
+            return math.inf
+        return -self.value if self.bad < self.watch else self.value
+
+
+@dataclass
+class Notes:
+    """The worst finding per check, layer and kind of input, in the order of their first values."""
+
+    findings: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
+    reasons: set[str] = field(default_factory=set)
+
+    def add(
+        self,
+        check: str,
+        value: float | Tensor,
+        layer: str = "",
+        inputs: str = "",
+        harmless: bool = False,
+    ) -> None:
+        new = judge(check, float(value), layer, inputs, harmless)
+        old = self.findings.setdefault((check, layer, inputs), new)
+        if new.severity > old.severity:
+            self.findings[check, layer, inputs] = new
+
+    def failed(
+        self, checks: tuple[str, ...], error: Exception, layer: str = "", inputs: str = ""
+    ) -> None:
+        """Notes checks that have no value because `error` was raised. Logs each reason once."""
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            logger.warning(f"{layer or 'the model'}: {checks[0]}: {reason}")
+        for check in checks:
+            self.add(check, math.nan, layer, inputs)
+
+
+def judge(
+    check: str, value: float, layer: str = "", inputs: str = "", harmless: bool = False
+) -> Finding:
+    """The finding for a value: its bounds and its verdict.
+
+    Of what is `harmless`, and for uniform noise, only a value that is not finite is bad.
+    """
+    watch, bad = BOUNDS[check]
+    if (harmless or inputs == NOISE) and watch != bad:
+        bad = math.copysign(sys.float_info.max, bad - watch)
+    sign = -1 if bad < watch else 1
+    verdict: Verdict = (
+        "ok" if sign * value <= sign * watch else "watch" if sign * value <= sign * bad else "bad"
+    )
+    return Finding(
+        check, layer, inputs, value if math.isfinite(value) else None, watch, bad, verdict
+    )
+
+
+def overall(findings: list[Finding]) -> Verdict:
+    """The worst verdict of all."""
+    found = {finding.verdict for finding in findings}
+    return "bad" if "bad" in found else "watch" if "watch" in found else "ok"
+
+
+def worst(findings: list[Finding]) -> list[Finding]:
+    """The bad findings, causes before effects: in the order of `BOUNDS`, then by severity."""
+    checks = list(BOUNDS)
+    bad = [finding for finding in findings if finding.verdict == "bad"]
+    return sorted(bad, key=lambda finding: (checks.index(finding.check), -finding.severity))
+
+
+def count(findings: list[Finding]) -> dict[Verdict, int]:
+    """How many findings have each verdict."""
+    verdicts: tuple[Verdict, ...] = ("ok", "watch", "bad")
+    return {kind: sum(finding.verdict == kind for finding in findings) for kind in verdicts}
+
+
+def require_none_bad(findings: list[Finding]) -> None:
+    """Raises `RunError` naming the layers of the bad findings, the worst first."""
+    bad = worst(findings)
+    if not bad:
+        return
+    names = list(dict.fromkeys(finding.layer or "the whole model" for finding in bad))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise RunError(
+        f"{len(bad)} of {len(findings)} findings are bad, the worst first: "
+        f"{', '.join(names[:5])}{more}"
+    )
+
+
+def as_json(
+    findings: list[Finding], model: LoadedModel, data: DataSet, num_images: int, seed: int
+) -> dict[str, Any]:
+    """The content of `doctor.json`: the findings, and what `examine` was called with."""
+    return {
+        "verdict": overall(findings),
+        "counts": count(findings),
+        "checkpoint": str(model.checkpoint.path),
+        "weights": model.weights,
+        "step": model.checkpoint.meta["step"],
+        "dataset": data.config.name,
+        "num_images": min(num_images, len(data.split("test"))),
+        "seed": seed,
+        "findings": [asdict(finding) for finding in findings],
+    }

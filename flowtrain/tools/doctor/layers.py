@@ -1,0 +1,179 @@
+"""Checks of each layer: its weights, both round trips, and the learned noise as one more layer."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context, unguided
+from flowtrain.bijections.execution import Executor, call, opposite
+from flowtrain.evaluation.layers import Watching, layers_of, short_name
+from flowtrain.flow.dequantize import EDGE, Dequantizer
+from flowtrain.flow.flow import Flow
+from flowtrain.tools.doctor.findings import SAMPLES, Notes
+
+Pass = Callable[[Executor], tuple[Tensor, Tensor]]
+
+NOISE_MODEL = "dequantizer.noise_model"  # the name of the learned noise as one layer
+
+
+def check_weights(flow: Flow, notes: Notes) -> None:
+    if flow.class_prior is not None:
+        _log_scale(flow.class_prior.log_scales(), "class_prior", "", notes)
+    layers = layers_of(flow)
+    owners = {module: name for name, layer in layers.items() for module in layer.modules()}
+    for name, module in flow.named_modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if tensors:
+            wrong = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+            notes.add("parameters", wrong, owners.get(module, short_name(name)))
+    for name, layer in layers.items():
+        _log_scale(layer.log_scales(), name, "", notes)
+        if (matrix := layer.mixing_matrix()) is not None:
+            matrix = matrix.double().cpu()
+            finite = bool(torch.isfinite(matrix).all())
+            notes.add("condition number", torch.linalg.cond(matrix) if finite else math.nan, name)
+
+
+def _log_scale(log_scale: Tensor | None, layer: str, inputs: str, notes: Notes) -> None:
+    # A checkerboard may keep all of an image of one pixel.
+    if log_scale is not None and log_scale.numel():
+        notes.add("lowest log-scale", log_scale.min(), layer, inputs)
+        notes.add("highest log-scale", log_scale.max(), layer, inputs)
+
+
+def are_finite(*tensors: Tensor) -> Tensor:
+    """Which examples are finite in all of the tensors, `(B,)`."""
+    return torch.stack(
+        [torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) for tensor in tensors]
+    ).all(dim=0)
+
+
+def check_layers(flow: Flow, run: Pass, check: str, inputs: str, notes: Notes) -> None:
+    """Checks each layer on the inputs that it gets in a pass through the flow, or through its
+    learned noise.
+
+    `run` is this pass, and `check` names the finding about its result. A layer is judged on the
+    examples that reach it finite. So only the first damaged layer is named, not all those after it.
+    """
+    where = first = ""
+
+    def around(
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        nonlocal where, first
+        where = name
+        result, log_det = call(layer, direction, given, context)
+        arrived = are_finite(given)
+        if not first and not are_finite(result, log_det)[arrived].all():
+            first = name
+        if arrived.any():
+            seen = unguided(context)
+            part = None if seen is None else seen[arrived]
+            _layer(name, layer, direction, given[arrived], result[arrived], part, inputs, notes)
+        return result, log_det
+
+    try:
+        ends = run(Watching(flow, around))
+    except Exception as error:  # a model of the user's own may raise anything
+        notes.failed((check,), error, where, inputs)
+    else:
+        notes.add(check, (~are_finite(*ends)).sum(), first, inputs)
+
+
+def _layer(
+    name: str,
+    layer: Bijection,
+    direction: Direction,
+    given: Tensor,
+    result: Tensor,
+    context: Context | None,
+    inputs: str,
+    notes: Notes,
+) -> None:
+    other = opposite(direction)
+    checks = (f"{other} of {direction}", f"{direction} of {other}")
+    try:
+        back = call(layer, other, result, context)[0]
+        again = call(layer, direction, back, context)[0]
+        log_scales = layer.predicted_log_scales(back if direction == "forward" else result, context)
+    except Exception as error:
+        notes.failed(checks, error, name, inputs)
+        return
+    # At the edge of a bin, rounding moves a level of a sequential inverse, and all that follow.
+    # Whether images come back is measured at the middle of the bins.
+    harmless = layer.of_levels
+    notes.add(checks[0], _relative_error(back, given), name, inputs, harmless)
+    notes.add(checks[1], _relative_error(again, result), name, inputs, harmless)
+    _log_scale(log_scales, name, inputs, notes)
+
+
+class LearnedNoise(Bijection):
+    """The learned noise of a model as one layer, from uniform noise to u. The context is the image.
+
+    Most of it are layers of its own. But the normal distribution function at its end can saturate,
+    which no layer before it shows.
+    """
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        assert isinstance(flow.dequantizer, Dequantizer)
+        self.dequantizer = flow.dequantizer
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        u, log_q = self.dequantizer.draw(image, x)
+        return u, -log_q
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        image = unguided(context)
+        assert image is not None
+        return self.dequantizer.noise_of(image, z)
+
+
+def learns_noise(flow: Flow) -> bool:
+    """Whether the noise of a model is learned."""
+    return isinstance(flow.dequantizer, Dequantizer) and flow.dequantizer.learns_noise
+
+
+def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: Notes) -> None:
+    """Checks the learned noise as one layer.
+
+    For samples, it also checks each of its layers on the way from a uniform u back to the noise.
+    The passes through the flow have no such direction.
+    """
+    layer = LearnedNoise(flow)
+    direction: Direction = "forward"
+    if inputs == SAMPLES:
+        direction = "inverse"
+        noise = EDGE + (1 - 2 * EDGE) * noise  # as u, which `draw` keeps off the edges of a bin
+        invert = partial(layer.dequantizer.noise_of, images, noise)
+        check_layers(flow, invert, "inverse pass", inputs, notes)
+    try:
+        result, log_det = call(layer, direction, noise, images)
+    except Exception:  # the passes have noted it
+        return
+    arrived = are_finite(result, log_det)
+    if arrived.any():
+        _layer(
+            NOISE_MODEL,
+            layer,
+            direction,
+            noise[arrived],
+            result[arrived],
+            images[arrived],
+            inputs,
+            notes,
+        )
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+    """The largest error, relative to its entry or to the root mean square, whichever is larger."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    size = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((found - expected).abs() / torch.maximum(expected.abs(), size)).max()

@@ -1,0 +1,41 @@
+"""AUROC with its standard error."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Area(NamedTuple):
+    """An AUROC with its standard error. None stands for what cannot be computed."""
+
+    auroc: float | None
+    stderr: float | None
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> Area:
+    """The chance that an image from outside has the larger score, where ties count half.
+
+    The standard error is that of DeLong et al. 1988 for two independent samples, `(N,)` and `(M,)`.
+    It is None where one sample is a single image, and 0 where the scores do not overlap, which only
+    says that there were too few images to see them overlap.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    n, m = len(inside), len(outside)
+    area = float(roc_auc_score(np.repeat([0, 1], [n, m]), np.concatenate([inside, outside])))
+    if min(n, m) < 2:
+        return Area(area, None)
+    variances = (
+        share_below(outside, inside).var(ddof=1) / n,
+        share_below(inside, outside).var(ddof=1) / m,
+    )
+    return Area(area, math.sqrt(sum(variances)))
+
+
+def share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each value, the share of the sample that is smaller, where ties count half."""
+    ordered = np.sort(sample)
+    below = np.searchsorted(ordered, values, "left")
+    not_above = np.searchsorted(ordered, values, "right")
+    return (below + not_above) / (2 * len(sample))
