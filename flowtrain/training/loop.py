@@ -16,7 +16,7 @@ from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
 from flowtrain.training import loggers
-from flowtrain.training.facts import Facts, Known
+from flowtrain.training.delayed_metrics import DelayedMetrics, StepMetrics
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
     announce_end,
@@ -125,22 +125,22 @@ def _loop(
 ) -> None:
     config = state.config.train
     clock = Clock(state)
-    facts = Facts(state, clock, stop)
+    metrics = DelayedMetrics(state, clock, stop)
     stopped = bool(stop.signum)
     while not (state.progress.finished or stopped):
         run.raise_error_of_saving()
         progress = state.progress  # another one after going back
         x, labels = batches.at(progress)
         loss, gradient = train_step(state, x, labels)
-        rate = learning_rate(config, progress.step, facts.seconds) * progress.lr_scale
+        rate = learning_rate(config, progress.step, metrics.seconds) * progress.lr_scale
         state.set_learning_rate(rate)
         optimizer_step(state, gradient)
-        facts.send(loss, gradient, rate)
+        metrics.send(loss, gradient, rate)
         progress.step += 1
         progress.images += batches.all_processes
-        facts.receive(leaving=1)  # while the device works on this step
+        metrics.receive(leaving=1)  # while the device works on this step
 
-        ends = state.reached_end(facts.seconds)  # by the time that all processes have agreed on
+        ends = state.reached_end(metrics.seconds)  # by the time that all processes have agreed on
         logs, validates, samples, periodic = (
             ends or progress.step % every == 0
             for every in (
@@ -150,23 +150,23 @@ def _loop(
                 config.checkpoint_every,
             )
         )
-        due = logs or validates or samples or periodic or stop.signum or facts.failed
+        due = logs or validates or samples or periodic or stop.signum or metrics.failed
         if due:
-            facts.receive(leaving=0)
+            metrics.receive(leaving=0)
         clock.tick(batches.all_processes)
-        if facts.last is not None and facts.failed is None:
-            show(state, facts.last.loss, clock, bar)
+        if metrics.last is not None and metrics.failed is None:
+            show(state, metrics.last.loss, clock, bar)
         if not due:
             continue
-        assert facts.last is not None
+        assert metrics.last is not None
         # A finite gradient may still take a weight to infinity. Such a state is never saved.
-        if facts.failed is None and not state.weights_are_finite():
-            facts.failed = dataclasses.replace(
-                facts.last, step=progress.step, images=progress.images
+        if metrics.failed is None and not state.weights_are_finite():
+            metrics.failed = dataclasses.replace(
+                metrics.last, step=progress.step, images=progress.images
             )
-        if facts.failed is not None:
-            _go_back(state, run, batches, facts.failed)
-            facts.failed = None
+        if metrics.failed is not None:
+            _go_back(state, run, batches, metrics.failed)
+            metrics.failed = None
             stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not ends:
@@ -175,7 +175,7 @@ def _loop(
 
         progress.finished = ends
         if logs:
-            log(state, run, facts.last.grad_norm, facts.last.rate, clock, bar)
+            log(state, run, metrics.last.grad_norm, metrics.last.rate, clock, bar)
         best = validates and validate(state, run, validation)
         if samples:
             sample(state, run, validation if len(validation) else batches.source)
@@ -192,7 +192,7 @@ def _loop(
             clock.skip()
 
 
-def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -> None:
+def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:
     """After a loss, gradient or weight that is not finite: writes evidence, restores the last
     checkpoint, and halves the learning rate.
 

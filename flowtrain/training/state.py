@@ -31,16 +31,16 @@ class State:
     computation: Computation = field(init=False)  # of the gradient
     # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
     # steps change nothing.
-    stuck: Tensor = field(init=False)
+    found_inf: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if self.flow.device.type == "cuda":
             # cuDNN tries its algorithms for each shape of a convolution, which training repeats.
             torch.backends.cudnn.benchmark = True
         self.computation = Computation(self.flow, self.config.train)
-        self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
-            optimizer.found_inf = self.stuck  # type: ignore[attr-defined]
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
 
     @property
     def evaluated(self) -> Flow:
@@ -119,7 +119,7 @@ class State:
         if self.average is not None:
             load_weights(self.evaluated, saved, "ema")
         self.progress = progress
-        self.stuck.zero_()
+        self.found_inf.zero_()
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")

@@ -49,7 +49,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     A norm that is not finite leaves all of them as they are, and so do the steps after it until
     the state is restored. The host does not wait to know which.
     """
-    state.stuck.logical_or_(~torch.isfinite(grad_norm))
+    state.found_inf.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -57,7 +57,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
     if state.average is not None:
-        state.average.update(state.progress.averaged, state.stuck)
+        state.average.update(state.progress.averaged, state.found_inf)
         state.progress.averaged += 1
 
 

@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it(optimiz
     _, norm = train_step(state, x)
     optimizer_step(state, norm)
     assert changed(state, before) == set() and torch.isfinite(norm)
-    state.stuck.zero_()
+    state.found_inf.zero_()
     optimizer_step(state, norm)
     assert changed(state, before) == {"model", "ema", "optimizer"}
 
