@@ -25,7 +25,7 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
 from flowtrain.system.device import synchronize
-from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
+from flowtrain.training.optim import EMA, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
     noise_of,
@@ -132,8 +132,8 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     batch = train.batch_size * train.accumulate
     some, _ = _batch(flow, min(batch, flow.initialization_images))
     initialize(flow, some, noise_of(config, 0, some))
-    average = Average(flow, train.ema) if train.ema else None
-    state = State(config, flow, build_optimizers(flow, train), average, {})
+    ema = EMA(flow, train.ema) if train.ema else None
+    state = State(config, flow, build_optimizers(flow, train), ema, {})
 
     plain = _changed(state, compile="off", cuda_graph=False)
     compute = _compute(plain, batch)
@@ -212,7 +212,7 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
         for values in optimizer.state.values()
         for t in values.values()
     ]
-    kept += [] if state.average is None else state.average.flow.parameters()
+    kept += [] if state.ema is None else state.ema.flow.parameters()
     free = left(device)  # all but the activations is there already, and the copy
     copy = memory_of_copy(state.tensors(), left(torch.device("cpu")))
     of_copy = copy if device.type == "cpu" else 0

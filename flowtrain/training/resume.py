@@ -18,7 +18,7 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.console import console, duration
 from flowtrain.system.threads import as_before
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import noise_of
@@ -181,8 +181,8 @@ def start(
     if saved is None:
         _initialize(config, flow, init_from, batches)
         distributed.copy_from_main(flow)
-    averaged = Average(flow, config.train.ema) if config.train.ema else None
-    state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
+    ema = EMA(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizers(flow, config.train), ema, fingerprint)
     if saved is not None:
         changed = differences(saved.meta.get("data", {}), fingerprint)
         if changed:

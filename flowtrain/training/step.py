@@ -56,8 +56,8 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
         )
     for optimizer in state.optimizers:
         optimizer.step()
-    if state.average is not None:
-        state.average.update(state.progress.averaged, state.found_inf)
+    if state.ema is not None:
+        state.ema.update(state.progress.averaged, state.found_inf)
         state.progress.averaged += 1
 
 

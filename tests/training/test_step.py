@@ -20,7 +20,7 @@ from flowtrain.data.batches import augment
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import (
     activations_of_an_image,
@@ -39,8 +39,8 @@ def trained_state(optimizer):
     """A state after one step, with its images."""
     config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": 1.0})
     flow = tiny_flow(seed=1)
-    average = Average(flow, 0.5)
-    state = State(config, flow, build_optimizers(flow, config.train), average, {})
+    ema = EMA(flow, 0.5)
+    state = State(config, flow, build_optimizers(flow, config.train), ema, {})
     x = images(4, flow.shape)
     optimizer_step(state, train_step(state, x)[1])
     return state, x
@@ -141,7 +141,7 @@ def fake_step(monkeypatch, device, model, train, **sections):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with fake_tensors(monkeypatch):
         moved(flow, device)
-        state = State(config, flow, build_optimizers(flow, config.train), Average(flow, 0.5), {})
+        state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.5), {})
         assert torch.backends.cudnn.benchmark == (device == CUDA)
         if device == CUDA:
 
