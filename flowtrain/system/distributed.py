@@ -61,7 +61,7 @@ class _Group:
     rank: int
     world: int
     heart: pulse.Pulse | None = None  # None only in tests
-    exchanges: int = 0  # so far; the same number on every process
+    gathered: int = 0  # so far; the same number on every process
     advice: str = ""  # for the message about a lost process
     lost: str = ""  # that message, once there is one
 
@@ -381,7 +381,7 @@ def _hang_up(error: BaseException) -> None:
 # --- small facts, through the store ---------------------------------------------------------------
 
 
-def exchange(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The values of all processes (plain data, sent as JSON), by rank. Waits for all.
 
     Raises:
@@ -389,26 +389,26 @@ def exchange(value: T) -> list[T]:
     """
     if _group is None:
         return [value]
-    _group.exchanges += 1
-    name = str(_group.exchanges)
+    _group.gathered += 1
+    name = str(_group.gathered)
     _say(name, value)
     _wait(_keys(name))
     return [json.loads(_group.store.get(key)) for key in _keys(name)]
 
 
-def ready() -> None:
+def barrier() -> None:
     """Waits until all processes are here. Raises `EndedElsewhere` if one has failed."""
-    exchange(None)
+    all_gather_object(None)
 
 
 def from_main(function: Callable[[], T]) -> T:
     """The result (plain data) of `function`, which only process 0 calls. An error ends all."""
-    value = exchange(function() if is_main() else None)[0]
+    value = all_gather_object(function() if is_main() else None)[0]
     return cast(T, value)
 
 
 @contextlib.contextmanager
-def one_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Lets process 0 go first, then the first process of every other machine, then all others.
 
     So a download, or filling a cache, is done once per disk, whether the machines share disks or
@@ -416,10 +416,10 @@ def one_first() -> Iterator[None]:
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
     for _ in range(turn):
-        ready()
+        barrier()
     yield
     for _ in range(turn, 2):
-        ready()
+        barrier()
 
 
 def _say(name: str, value: object = None) -> None:
@@ -500,7 +500,7 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def share(count: int) -> range:
+def shard(count: int) -> range:
     """Which of `count` things belong to this process. The parts are contiguous and as equal as
     possible, and may be empty.
     """
@@ -508,7 +508,7 @@ def share(count: int) -> range:
 
 
 def gather(part: Tensor, count: int) -> Tensor:
-    """Joins the parts of all processes, `(K, len(share(count)))` on the CPU, to `(K, count)`."""
+    """Joins the parts of all processes, `(K, len(shard(count)))` on the CPU, to `(K, count)`."""
     if _group is None:
         return part
     longest = math.ceil(count / world())
@@ -527,7 +527,7 @@ def bytes_from_main(function: Callable[[], bytes]) -> bytes:
     data = function() if is_main() else b""
     if _group is None:
         return data
-    size = exchange(len(data))[0]
+    size = all_gather_object(len(data))[0]
     buffer = torch.empty(size, dtype=torch.uint8)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -553,7 +553,7 @@ def parallel(flow: nn.Module) -> nn.Module:
     """
     if _group is None:
         return flow
-    ready()
+    barrier()
     # torch has a new name for broadcast_buffers and warns about the old one.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -139,7 +139,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     compute = _compute(plain, batch)
     memory = _memory(plain, train.batch_size, device)
     chosen = next(each for each in memory.modes if each.mode == train.memory)
-    fits = all(distributed.exchange(chosen.largest_batch >= train.batch_size))
+    fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
     seconds = _seconds_of_a_step(state, batch) if fits else None
     images = batch * distributed.world()
     compiling = state.computation.seconds
@@ -220,8 +220,8 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     for mode in get_args(Mode):
         if reason_against(state.flow, mode, state.config.train.precision) is None:
             growth = _growth(state, mode, batch_size, device, free)
-            needed = max(distributed.exchange(growth.of(batch_size)))
-            largest = min(distributed.exchange(growth.largest(free - of_copy)))
+            needed = max(distributed.all_gather_object(growth.of(batch_size)))
+            largest = min(distributed.all_gather_object(growth.largest(free - of_copy)))
             modes.append(Activations(mode, needed, largest))
     state.zero_grad()
     return Memory(2 * gradients + sum(t.nbytes for t in kept), free, copy, modes)
@@ -248,7 +248,7 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
     """
     size = math.ceil(min(MEASURED_IMAGES, batch_size) / 2)
     found = [_moments_of_a_step(state, mode, size, device)]
-    if any(distributed.exchange(2 * max(found[0]) > free)):  # twice as many might not fit
+    if any(distributed.all_gather_object(2 * max(found[0]) > free)):  # twice as many might not fit
         return Growth(torch.zeros(1), torch.tensor([max(found[0]) / size]))
     outweighed = False
     while True:
@@ -257,7 +257,9 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
         aligned = len({len(each) for each in found}) == 1 < len(found[0])
         known = aligned and len(found) == 3 or outweighed
         # all of them measure the same sizes
-        if any(distributed.exchange(2 * many > free)) or all(distributed.exchange(known)):
+        if any(distributed.all_gather_object(2 * many > free)) or all(
+            distributed.all_gather_object(known)
+        ):
             break
         outweighed = many > DOUBLED * few
         size *= 2

@@ -73,7 +73,7 @@ def fit(
         flow = flow.to(device)
         require_memory(flow, config, device)
         console.print(f"reading {config.data.name}")
-        with distributed.one_first():  # it may download
+        with distributed.main_process_first():  # it may download
             batches = Batches(
                 data, config, config.train.batch_size * config.train.accumulate, device
             )
@@ -96,7 +96,7 @@ def fit(
                 save(state, run, numbered=False, wait=True)
             else:
                 bring_up_to_date(run, saved, config, state.flow, str(device))
-            distributed.ready()  # an error in writing has been raised by now
+            distributed.barrier()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
             )
@@ -188,7 +188,7 @@ def _loop(
             save_best(state, run)
             clock.skip()
         if validates or samples or periodic:
-            distributed.ready()  # an exchange of tensors waits for process 0 only so long
+            distributed.barrier()  # an exchange of tensors waits for process 0 only so long
             clock.skip()
 
 
@@ -205,9 +205,8 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetr
     if not failed.finite:
         train_step(state, x, labels)  # the device may have the gradient of the step after it
     noise = noise_of(state.config, failed.images + distributed.rank() * len(x), x)
-    layers = [
-        layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
-    ]
+    found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
+    layers = [layer for layer in found if layer]
     # All processes have the same gradient. An output that is not finite is found only by the
     # process that has the image, so it is more precise.
     layer = next(
@@ -242,7 +241,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetr
     )
     run.cut_back(state.progress.step, state.config)
     save(state, run, numbered=False, wait=True)
-    distributed.ready()  # the checkpoint is written
+    distributed.barrier()  # the checkpoint is written
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(

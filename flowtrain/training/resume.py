@@ -42,7 +42,7 @@ def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None
     """Raises `UserError` if the processes have different configurations or images, as several
     machines may.
     """
-    described = distributed.exchange({**config.resolved(), "images": fingerprint})
+    described = distributed.all_gather_object({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
         for key, here, there in differences(described[0], other):
             if key not in FREE_KEYS:
@@ -82,7 +82,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         if resume not in ("auto", EXTEND):
             raise
         if not distributed.is_main():
-            distributed.ready()  # process 0, which has the files, ends all with its message
+            distributed.barrier()  # process 0, which has the files, ends all with its message
         raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None

@@ -741,7 +741,7 @@ def test_a_dry_run_of_two(tmp_path):
 def test_alone_nothing_is_shared():
     assert (distributed.world(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     assert distributed.total_later(torch.tensor([0.5, 2.0]), [0.1])() == [0.5, 2.0, 0.1]
-    assert list(distributed.share(7)) == list(range(7))
+    assert list(distributed.shard(7)) == list(range(7))
     flow = tiny_flow()
     assert distributed.parallel(flow) is flow
     with distributed.setup():
