@@ -28,7 +28,7 @@ from flowtrain.system.device import synchronize
 from flowtrain.training.optim import EMA, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    noise_of,
+    dequantization_noise,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -131,7 +131,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
     some, _ = _batch(flow, min(batch, flow.initialization_images))
-    initialize(flow, some, noise_of(config, 0, some))
+    initialize(flow, some, dequantization_noise(config, 0, some))
     ema = EMA(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), ema, {})
 

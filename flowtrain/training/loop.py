@@ -33,7 +33,7 @@ from flowtrain.training.resume import announce, checkpoint_to_resume, require_sa
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    noise_of,
+    dequantization_noise,
     optimizer_step,
     require_memory,
     require_trainable,
@@ -204,7 +204,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetr
     x, labels = batches.at(state.progress)
     if not failed.finite:
         train_step(state, x, labels)  # the device may have the gradient of the step after it
-    noise = noise_of(state.config, failed.images + distributed.rank() * len(x), x)
+    noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)
     found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
     layers = [layer for layer in found if layer]
     # All processes have the same gradient. An output that is not finite is found only by the

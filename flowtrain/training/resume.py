@@ -21,7 +21,7 @@ from flowtrain.system.threads import as_before
 from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.step import noise_of
+from flowtrain.training.step import dequantization_noise
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
@@ -206,7 +206,7 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all(flow.initialization_images)
-    initialize(flow, x, noise_of(config, 0, x))
+    initialize(flow, x, dequantization_noise(config, 0, x))
 
 
 def announce(

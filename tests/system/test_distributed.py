@@ -40,7 +40,7 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import noise_of
+from flowtrain.training.step import dequantization_noise
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
@@ -302,10 +302,12 @@ def test_augmentation_of_a_part(tmp_path):
 def test_noise_of_a_part():
     config = a_config()
     x = torch.zeros(40, 1, 2, 2)
-    whole = noise_of(config, 70, x)
+    whole = dequantization_noise(config, 70, x)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
     for begins, ends in [(0, 5), (19, 21), (7, 40)]:
-        assert torch.equal(noise_of(config, 70 + begins, x[begins:ends]), whole[begins:ends])
+        assert torch.equal(
+            dequantization_noise(config, 70 + begins, x[begins:ends]), whole[begins:ends]
+        )
 
 
 # --- resuming -------------------------------------------------------------------------------------
