@@ -579,7 +579,7 @@ def sample(state, *others):
     if distributed.is_main() and state.progress.step == 1:
         time.sleep(4)
 
-loop.sample, distributed.COLLECTIVE_TIMEOUT = sample, 3
+loop.sample, distributed.COLLECTIVE_SECONDS = sample, 3
 """
 
 
@@ -591,8 +591,8 @@ def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
 
 
 SOON = """
-from flowtrain.system import distributed, pulse
-pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+from flowtrain.system import distributed, heartbeat
+heartbeat.INTERVAL_SECONDS, heartbeat.TIMEOUT_SECONDS, distributed.GRACE_SECONDS = 0.1, 3, 1
 """
 
 
