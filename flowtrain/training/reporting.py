@@ -33,7 +33,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
     if len(validation) == 0:
         return False
     progress = state.progress
-    flow = state.evaluated
+    flow = state.ema_flow
     loss = mean_loss(flow, validation, seed=state.config.seed)
     finite = math.isfinite(loss)
     losses = {"bits_per_dim": None, flow.kind.metric: loss if finite else None}
@@ -60,7 +60,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.sample(RANGES_BATCH).take(slice(None)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
-    ranges = log_scale_ranges(state.evaluated, x, noise)
+    ranges = log_scale_ranges(state.ema_flow, x, noise)
     charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
     charts |= {f"validation_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
     run.chart(charts, state.progress.step)
@@ -74,7 +74,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     z = state.flow.draw_latents(
         state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
     )
-    flow, seed = state.evaluated, state.config.seed
+    flow, seed = state.ema_flow, state.config.seed
     try:
         labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
         samples = decode(flow, flow.place(z), labels=labels, context=contexts)

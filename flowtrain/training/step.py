@@ -24,13 +24,13 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
     the whole batch of all processes. The noise of an image depends on the seed and on how many
     images the run has used before it. With `labels` `(B,)` the loss is that of the
-    class-conditional likelihood, and some labels may be `dropped`.
+    class-conditional likelihood, and some labels may be dropped.
     """
     config = state.config.train
     position = state.progress.images + distributed.rank() * len(x)
-    noise = noise_of(state.config, position, x)
+    noise = dequantization_noise(state.config, position, x)
     if labels is not None:
-        labels = dropped(state.config, position, labels)
+        labels = drop_labels(state.config, position, labels)
     state.zero_grad()
     loss = torch.zeros((), device=x.device)
     left = len(x)
@@ -49,19 +49,19 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     A norm that is not finite leaves all of them as they are, and so do the steps after it until
     the state is restored. The host does not wait to know which.
     """
-    state.stuck.logical_or_(~torch.isfinite(grad_norm))
+    state.found_inf.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
         )
     for optimizer in state.optimizers:
         optimizer.step()
-    if state.average is not None:
-        state.average.update(state.progress.averaged, state.stuck)
+    if state.ema is not None:
+        state.ema.update(state.progress.averaged, state.found_inf)
         state.progress.averaged += 1
 
 
-def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
+def dequantization_noise(config: Config, position: int, x: Tensor) -> Tensor:
     """The noise for `x`, a part of a run's whole sequence of images, from its `position` on.
 
     It does not depend on how the sequence is divided into steps, processes and parts.
@@ -69,7 +69,7 @@ def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
     return uniform(x.shape, config.seed, Stream.DEQUANTIZATION, position, device=x.device)
 
 
-def dropped(config: Config, position: int, labels: Tensor) -> Tensor:
+def drop_labels(config: Config, position: int, labels: Tensor) -> Tensor:
     """The labels `(B,)` with some of them K, which stands for no class (`ClassContext`).
 
     Each is dropped with the probability `model.label_dropout`. Like the noise, this depends on the
@@ -115,7 +115,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
     """
     random = generator(config.seed, Stream.ORDER)
     x = flow.kind.random((2, *flow.shape), random)
-    noise = noise_of(config, 0, x)
+    noise = dequantization_noise(config, 0, x)
     flow = copy.deepcopy(flow)
     initialize(flow, x.to(flow.device), noise.to(flow.device))
     executor = executor_of(config.train.memory)
