@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flowtrain.errors import RunError, UserError, cut, short
-from flowtrain.tools.explore import asked
+from flowtrain.tools.explore import answers, asked
 from flowtrain.tools.explore.asked import Refused
 from flowtrain.tools.explore.guard import ADMITTED, Guard, refusal
 from flowtrain.tools.explore.session import Session
@@ -101,42 +101,44 @@ class _Topic(NamedTuple):
     """What a path of the API answers: from which requests, by what, and how soon."""
 
     kind: type[asked.Request]
-    answer: Callable[[Any, Check], Any]
+    answer: Callable[[Session, Any, Check], Any]
     urgency: int = 0
     media: str | None = None  # None: JSON
     outdates: tuple[str, ...] = ()
 
 
+TOPICS = {
+    "show": _Topic(asked.Show, answers.show, outdates=("facts", "neighbours")),
+    "samples": _Topic(asked.Samples, answers.samples, 1),
+    "tests": _Topic(asked.Tests, answers.tests, 1),
+    "facts": _Topic(asked.Show, answers.facts, 2),
+    "neighbours": _Topic(asked.Neighbours, answers.neighbours, 3),
+    "png": _Topic(asked.Show, answers.png, 1, "image/png"),
+    "latent": _Topic(asked.Show, answers.latent_file, 1, "application/octet-stream"),
+    "gif": _Topic(asked.Animation, answers.gif, 1, "image/gif"),
+}
+
+
 def app(session: Session, worker: Worker, token: str) -> ASGIApp:
     """The application, which answers only what `Guard` lets through."""
-    topics = {
-        "show": _Topic(asked.Show, session.show, outdates=("facts", "neighbours")),
-        "samples": _Topic(asked.Samples, session.samples, 1),
-        "tests": _Topic(asked.Tests, session.tests, 1),
-        "facts": _Topic(asked.Show, session.facts, 2),
-        "neighbours": _Topic(asked.Neighbours, session.neighbours, 3),
-        "png": _Topic(asked.Show, session.png, 1, "image/png"),
-        "latent": _Topic(asked.Show, session.latent_file, 1, "application/octet-stream"),
-        "gif": _Topic(asked.Animation, session.gif, 1, "image/gif"),
-    }
     # So that files in memory are bounded. One that arrives slowly holds up no other.
     one_large, one_decoded = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
     async def model(request: Request) -> Response:
-        return JSONResponse(session.describe())
+        return JSONResponse(answers.describe(session))
 
     async def upload(request: Request) -> Response:
         async with AsyncExitStack() as held:
             turn = functools.partial(held.enter_async_context, one_large)
             data = await body_of(request, session.largest_file, turn)
             await held.enter_async_context(one_decoded)
-            return JSONResponse(await run_in_threadpool(session.upload, data))
+            return JSONResponse(await run_in_threadpool(answers.upload, session, data))
 
     async def compute(request: Request, name: str) -> Response:
-        topic = topics[name]
+        topic = TOPICS[name]
         asked_for = asked.parsed(topic.kind, await body_of(request, LARGEST_JSON))
         future = worker.submit(
-            functools.partial(topic.answer, asked_for),
+            functools.partial(topic.answer, session, asked_for),
             asked_for.tab,
             name,
             asked_for.turn,
@@ -149,7 +151,7 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
         return Response(answer, media_type=topic.media)
 
     routes = [Route("/api/model", model), Route("/api/upload", upload, methods=["POST"])]
-    for name in topics:
+    for name in TOPICS:
         handler = functools.partial(compute, name=name)
         routes.append(Route(f"/api/{name}", handler, methods=["POST"]))
     # Read now, so that no request opens a file.

@@ -1,19 +1,12 @@
-"""What the page on a model shows, computed from what it asks for. No web, no state of a tab."""
+"""A model, its data, and the latents and images that are asked for. No web, no state of a tab."""
 
-import base64
 import hashlib
-import io
 import logging
-import math
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowtrain.bijections.execution import Retracing
@@ -25,17 +18,12 @@ from flowtrain.flow.class_prior import ClassContext, ClassPrior
 from flowtrain.flow.inputs import quantize
 from flowtrain.flow.passes import ALIVE, fitting_batch_size, largest_activation
 from flowtrain.latents import directions
-from flowtrain.latents.files import Latents, npz
-from flowtrain.latents.nearest import CHUNK, nearest_images
 from flowtrain.latents.paths import slerp
-from flowtrain.pictures import grid
-from flowtrain.pictures.lossless import picture_of
 from flowtrain.system.console import console
-from flowtrain.system.random import Stream, generator, uniform
+from flowtrain.system.random import Stream, generator
 from flowtrain.tools.explore import asked
-from flowtrain.tools.explore.accounts import account
 from flowtrain.tools.explore.asked import Refused
-from flowtrain.tools.explore.background import Background, coded
+from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.edits import (
     Stoppable,
     along_attribute,
@@ -44,17 +32,12 @@ from flowtrain.tools.explore.edits import (
     mixed,
     towards_class,
 )
-from flowtrain.tools.ood.auroc import share_below
-from flowtrain.tools.ood.scores import complexity_corrected, typicality
 
 Check = Callable[[], None]
-Answer = dict[str, Any]  # what becomes JSON
 
-NEAREST = 8  # training images
 KEPT = 64  # latents of sources, and images at places, that are kept
 UPLOADS = 64  # images of the user that are kept
 LARGEST_FILE = 32 * 2**20  # bytes of an image file
-BYTES_OF_COMPARED = 32  # of a pixel of a training image, in float64 and twice in between
 BYTES_OF_PIXEL = 16  # of an image file, while it is decoded, converted and resized
 
 
@@ -151,42 +134,6 @@ class Session:
             raise Refused(self.data)
         return self.data
 
-    # --- the model --------------------------------------------------------------------------------
-
-    def describe(self) -> Answer:
-        """What the page has to know of the model."""
-        flow, data = self.flow, self.data
-        known = data if isinstance(data, Background) else None
-        return {
-            "model": self.word,
-            "shape": list(flow.shape),
-            "levels": [
-                {"words": level.words, "entries": level.where.stop - level.where.start}
-                for level in self.levels
-            ],
-            "grey": self.q,
-            "classes": flow.classes,
-            "moves_classes": isinstance(flow.class_prior, ClassPrior),
-            "sequential": flow.bijection.inverse_is_sequential,
-            "exact": flow.exact,
-            "bound": flow.kind.bound,
-            "unit": flow.kind.unit,
-            "parameters": sum(p.numel() for p in flow.parameters()),
-            "dataset": self.model.config.data.name,
-            "largest_count": self.largest_count,
-            "largest_file": self.largest_file,
-            "data": data if isinstance(data, str) else None,
-            "test": 0 if known is None else len(known.test),
-            "train": 0 if known is None else len(known.train),
-            "progress": 0.0 if known is None else known.progress,
-            "principal": []
-            if known is None
-            else [len(each.deviations) for each in known.components],
-            "attributes": [
-                {"name": each.name, "accuracy": each.accuracy} for each in self.attributes.values()
-            ],
-        }
-
     # --- images of the user -----------------------------------------------------------------------
 
     @property
@@ -194,8 +141,9 @@ class Session:
         """Bytes of a file that may be dropped in."""
         return min(LARGEST_FILE, self.memory // 4)
 
-    def upload(self, data: bytes) -> Answer:
-        """Takes an image file, brings it to the model's shape and levels, and says how.
+    def upload(self, data: bytes) -> tuple[str, Tensor, str]:
+        """Takes an image file, and brings it to the model's shape and levels: its id, the image
+        `(C, H, W)`, and what was done to it. Any thread may call it.
 
         Its size is compared with the memory before a pixel is decoded. Raises `Refused` where it
         is too large, or no image.
@@ -230,7 +178,7 @@ class Session:
             said.append("turned grey")
         if self.q != 256:
             said.append(f"reduced to {self.q} levels")
-        return {"id": name, "image": self.url(x), "said": ", ".join(said)}
+        return name, x, ", ".join(said)
 
     # --- latents ----------------------------------------------------------------------------------
 
@@ -262,6 +210,10 @@ class Session:
             self._keep(self._latents, key, z)
         self._latents.move_to_end(key)
         return self._latents[key]
+
+    def keep_image(self, place: asked.Place, x: Tensor) -> None:
+        """Keeps the image `(1, C, H, W)` at a place, which will be asked for again."""
+        self._keep(self._images, place.model_dump_json(), x)
 
     def _keep(self, kept: OrderedDict[str, Tensor], key: str, value: Tensor) -> None:
         kept[key] = value
@@ -366,186 +318,3 @@ class Session:
         except FloatingPointError:
             raise Refused("the image is not finite: this place is too far out") from None
         return torch.cat(images)
-
-    # --- answers ----------------------------------------------------------------------------------
-
-    def samples(self, request: asked.Samples, check: Check) -> Answer:
-        z, labels = self.drawn(request, request.start, request.count)
-        x = self.decode(z, check, labels)
-        for index, image in enumerate(x, request.start):
-            source = asked.Sample(
-                kind="sample",
-                seed=request.seed,
-                index=index,
-                temperatures=request.temperatures,
-                label=request.label,
-            )
-            key = asked.Place(source=source).model_dump_json()
-            self._keep(self._images, key, image[None].clone())
-        return {
-            "images": [self.url(each) for each in x],
-            "command": self.sampling(request, request.start + request.count),
-        }
-
-    def tests(self, request: asked.Tests, check: Check) -> Answer:
-        self.require_count(request.count)
-        test = self.known().test
-        x = test.take(slice(request.start, request.start + request.count))
-        return {"images": [self.url(each) for each in x]}
-
-    def show(self, request: asked.Show, check: Check) -> Answer:
-        return {
-            "image": self.url(self.image(request.place, check)[0]),
-            "command": self.command("decode", "latent.npz", "--out", "images"),
-        }
-
-    def facts(self, request: asked.Show, check: Check) -> Answer:
-        """What the model says about an image."""
-        x = self.image(request.place, check)
-        source = request.place.source
-        first = source.index if isinstance(source, asked.Test) else 0
-        x = x.to(self.flow.device)
-        noise = uniform(x.shape, 0, Stream.EVALUATION, first, 0, x.device)
-        found = account(self.flow, x, noise, check)
-        if not math.isfinite(found.total):
-            raise Refused("the likelihood of this image is not finite")
-        parts = [
-            {
-                "name": f"{size[0]} x {size[1]}",
-                "loss": each.mean().item(),
-                "size": list(size),
-                "values": packed(each),
-            }
-            for size, each in found.places.items()
-        ]
-        whole = found.map if found.places else None
-        of_class = found.of_class
-        return {
-            "loss": found.total,
-            "map": None
-            if whole is None
-            else {"size": list(whole.shape), "values": packed(whole), "loss": whole.mean().item()},
-            "levels": parts,
-            "noise": found.noise,
-            "class": None
-            if of_class is None
-            else {
-                "label": of_class.label,
-                "probability": of_class.probability,
-                "loss": of_class.loss,
-            },
-            "scores": self.scores(found.total, x.cpu()),
-        }
-
-    def scores(self, loss: float, x: Tensor) -> list[Answer]:
-        """The scores of an image, and the share of test images that have smaller ones."""
-        if isinstance(self.data, str):
-            return []
-        known, entropy = self.data, self.data.entropy
-        of_test = known.scores
-        code = coded(self.flow, x.numpy())
-        value, all_of_test = np.array([loss]), of_test.loss
-        rows = [("likelihood", value, all_of_test)]
-        if entropy is not None:
-            rows.append(
-                ("typicality", typicality(value, entropy), typicality(all_of_test, entropy))
-            )
-        rows.append(
-            (
-                "complexity_corrected",
-                complexity_corrected(value, code),
-                complexity_corrected(all_of_test, of_test.complexity),
-            )
-        )
-        return [
-            {
-                "name": name,
-                "value": float(own[0]),
-                "below": float(share_below(others, own)[0]) if len(others) else None,
-                "of": len(others),
-                "entropy": entropy,
-            }
-            for name, own, others in rows
-        ]
-
-    def neighbours(self, request: asked.Neighbours, check: Check) -> Answer:
-        """The nearest training images, of all by their pixels, or of those encoded by latents."""
-        known = self.known()
-        x = self.image(request.place, check)
-        if request.by == "pixels":
-            distances, where = nearest_images(
-                x, known.train, self.q, NEAREST, check, min(CHUNK, self.memory // BYTES_OF_COMPARED)
-            )
-            found = known.train.take(where[0].numpy())
-            compared = len(known.train)
-        else:
-            compared = len(known.latents)
-            if not compared:
-                raise Refused("no training image is encoded yet")
-            z = self.latent(request.place, check)
-            every = (known.latents - z.cpu()).square().mean(dim=1).sqrt()
-            distances, where = (
-                each[None] for each in every.topk(min(NEAREST, compared), largest=False)
-            )
-            found = known.images[where[0]]
-            where = torch.from_numpy(known.positions)[where]
-        return {
-            "images": [self.url(each) for each in found],
-            "distances": distances[0].tolist(),
-            "indices": where[0].tolist(),
-            "compared": compared,
-        }
-
-    # --- files ------------------------------------------------------------------------------------
-
-    def png(self, request: asked.Show, check: Check) -> bytes:
-        x = self.image(request.place, check)
-        return grid.png(grid.grid(x, self.q, 1))
-
-    def latent_file(self, request: asked.Show, check: Check) -> bytes:
-        """The latent of a place, as `flowtrain decode` reads it."""
-        z = self.latent(request.place, check)
-        return npz(Latents(z.cpu().float(), ["image"]), self.model)
-
-    def gif(self, request: asked.Animation, check: Check) -> bytes:
-        """The path from a source to another, there and back."""
-        place, steps = request.place, request.steps
-        if place.other is None:
-            raise Refused("a path needs a second image")
-        self.require_count(8 * steps)  # frames are enlarged
-        a, b = (self.latent_of(each, check)[0] for each in (place.source, place.other))
-        x = self.decode(slerp(a, b, torch.linspace(0, 1, steps).to(a)), check)
-        frames = [
-            Image.fromarray(grid.grid(each[None], self.q, 1).movedim(0, -1).contiguous().numpy())
-            for each in x
-        ]
-        return grid.gif(frames + frames[-2:0:-1])
-
-    # --- commands ---------------------------------------------------------------------------------
-
-    def sampling(self, request: asked.Samples | asked.Sample, count: int) -> str | None:
-        """The command that draws the same samples. There is none for several temperatures."""
-        if len(set(request.temperatures)) > 1:
-            return None
-        words = ["--num-images", str(count)]
-        words += ["--temperature", f"{request.temperatures[0]:g}", "--seed", str(request.seed)]
-        if request.label is not None:
-            words += ["--classes", str(request.label)]
-        return self.command("sample", *words)
-
-    def command(self, name: str, *words: str) -> str:
-        """A command on the model. `decode` makes the image of a latent that was saved."""
-        return shlex.join(["flowtrain", name, self.word, *words, *self.options])
-
-    # --- pictures ---------------------------------------------------------------------------------
-
-    def url(self, x: Tensor) -> str:
-        """An image `(C, H, W)` as a PNG in a data URL."""
-        buffer = io.BytesIO()
-        picture_of(grid.to_8bit(x, self.q).numpy()).save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def packed(values: Tensor) -> str:
-    """Numbers as little-endian float32 in base64, row by row."""
-    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from flowtrain import config as configuration
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.tools.explore import guard
+from flowtrain.tools.explore import answers, guard
 from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.command import explore
 from flowtrain.tools.explore.session import Session
@@ -98,7 +98,7 @@ def test_samples_are_those_of_the_command(running):
     from flowtrain.pictures.sample import sample
 
     expected = sample(running.session.flow, 5, [0.7], 5)[2:]
-    assert answer["images"] == [running.session.url(x) for x in expected]
+    assert answer["images"] == [answers.url(running.session, x) for x in expected]
     one = {**SAMPLE, "seed": 5, "index": 3, "temperatures": [0.7, 0.7]}
     assert running.ask("show", place={"source": one})["image"] == answer["images"][1]
 
@@ -204,7 +204,7 @@ def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, caps
     explore("glow_digits", browser=False, weights="raw", trust_code=True)
     assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
     expected = "flowtrain sample glow_digits --weights raw --trust-code"
-    assert sessions[0].command("sample") == expected
+    assert answers.command(sessions[0], "sample") == expected
 
 
 @pytest.mark.parametrize(
@@ -409,20 +409,20 @@ def test_uploads_are_bounded(running):
 
 
 def test_a_failure_shows_no_traceback(running, monkeypatch, caplog):
-    def fails(x):
+    def fails(session, x):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(running.session, "url", fails)
+    monkeypatch.setattr(answers, "url", fails)
     status, answer = running.post("show", {"place": PLACE})
     assert status == 500 and answer == {"error": "flowtrain failed (ZeroDivisionError)"}
     assert "secret" in caplog.text  # the console has it
 
 
 def test_memory_is_named_where_it_is_short(running, monkeypatch):
-    def fails(x):
+    def fails(session, x):
         raise MemoryError
 
-    monkeypatch.setattr(running.session, "url", fails)
+    monkeypatch.setattr(answers, "url", fails)
     assert running.post("show", {"place": PLACE})[0] == 507
 
 

@@ -12,7 +12,7 @@ from flowtrain.errors import UserError
 from flowtrain.latents.files import read
 from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
-from flowtrain.tools.explore import asked
+from flowtrain.tools.explore import answers, asked
 from flowtrain.tools.explore.asked import Refused
 from flowtrain.tools.explore.session import KEPT, Session
 
@@ -61,14 +61,14 @@ def test_an_image_is_computed_once(session, monkeypatch):
     decode = session.flow.decode
     monkeypatch.setattr(session.flow, "decode", lambda *args: calls.append(1) or decode(*args))
     drawn = asked.Samples(tab=TAB, turn=0, seed=5, temperatures=[1.0, 0.5], start=2, count=3)
-    images = session.samples(drawn, check)["images"]
+    images = answers.samples(session, drawn, check)["images"]
     last = asked.Sample(kind="sample", seed=5, index=4, temperatures=[1.0, 0.5])
     for place in (asked.Place(source=last), asked.Place(source=last, other=OTHER, way=0.3)):
-        shown = session.show(show(place), check)["image"]
-        session.facts(show(place), check)
+        shown = answers.show(session, show(place), check)["image"]
+        answers.facts(session, show(place), check)
         for by in ("pixels", "latents"):
             near = asked.Neighbours(tab=TAB, turn=0, place=place, by=by)
-            assert len(session.neighbours(near, check)["images"]) == 8
+            assert len(answers.neighbours(session, near, check)["images"]) == 8
         if place.other is None:
             assert shown == images[2]
     assert len(calls) == 2  # the three samples together, and the place on the path
@@ -77,7 +77,7 @@ def test_an_image_is_computed_once(session, monkeypatch):
 def test_images_that_are_kept_are_few(session):
     for seed in range(3):
         drawn = asked.Samples(tab=TAB, turn=0, seed=seed, temperatures=[1.0] * 2, start=0, count=40)
-        session.samples(drawn, check)
+        answers.samples(session, drawn, check)
     assert len(session._images) == KEPT
     # Not views of all that were computed with them.
     assert all(each.untyped_storage().nbytes() <= 64 for each in session._images.values())
@@ -98,24 +98,26 @@ def test_what_is_made_of_two_classes_has_the_images_of_both(name, tmp_path):
     a, b = (
         asked.Sample(kind="sample", seed=0, index=index, temperatures=hot) for index in range(2)
     )
-    start, end, _ = session.samples(drawn, check)["images"]
+    start, end, _ = answers.samples(session, drawn, check)["images"]
 
     def image(**fields):
-        return session.show(show(asked.Place(source=a, other=b, **fields)), check)["image"]
+        return answers.show(session, show(asked.Place(source=a, other=b, **fields)), check)["image"]
 
     assert (image(), image(way=1.0)) == (start, end)
     assert image(from_other=[True] * len(hot)) == end
     path = asked.Animation(tab=TAB, turn=0, place=asked.Place(source=a, other=b), steps=3)
-    frames = Image.open(io.BytesIO(session.gif(path, check)))
+    frames = Image.open(io.BytesIO(answers.gif(session, path, check)))
     for number, each in ((0, a), (2, b)):
         frames.seek(number)
         x = session.image(asked.Place(source=each), check)
         expected = grid.grid(x, session.q, 1).movedim(0, -1).numpy()
         assert np.array_equal(np.asarray(frames.convert("RGB")), expected)
     # `flowtrain decode` is told no class.
-    (tmp_path / "z.npz").write_bytes(session.latent_file(show(asked.Place(source=b)), check))
+    (tmp_path / "z.npz").write_bytes(
+        answers.latent_file(session, show(asked.Place(source=b)), check)
+    )
     z = read(tmp_path / "z.npz", session.model).z
-    assert session.url(session.flow.decode(z)[0]) == end
+    assert answers.url(session, session.flow.decode(z)[0]) == end
 
 
 def test_encoding_asks_often_whether_it_is_wanted(tmp_path):
@@ -164,20 +166,20 @@ def test_samples_of_a_class_are_those_of_the_command(of_classes):
     )
     from flowtrain.pictures.sample import sample
 
-    answer = of_classes.samples(request, check)
+    answer = answers.samples(of_classes, request, check)
     expected = sample(of_classes.flow, 3, [0.8], 2, classes=[1])[1:]
-    assert answer["images"] == [of_classes.url(x) for x in expected]
+    assert answer["images"] == [answers.url(of_classes, x) for x in expected]
     assert answer["command"].endswith("--num-images 3 --temperature 0.8 --seed 2 --classes 1")
     with pytest.raises(Refused, match="3 classes"):
-        of_classes.samples(request.model_copy(update={"label": 3}), check)
+        answers.samples(of_classes, request.model_copy(update={"label": 3}), check)
 
 
 def test_commands_mean_the_same_weights(tmp_path):
     session = class_session(tmp_path, options=["--weights", "raw", "--trust-code"])
-    assert session.sampling(SAMPLE, 4) == (
+    assert answers.sampling(session, SAMPLE, 4) == (
         "flowtrain sample tiny --num-images 4 --temperature 1 --seed 0 --weights raw --trust-code"
     )
-    assert session.show(show(asked.Place(source=SAMPLE)), check)["command"] == (
+    assert answers.show(session, show(asked.Place(source=SAMPLE)), check)["command"] == (
         "flowtrain decode tiny latent.npz --out images --weights raw --trust-code"
     )
 
@@ -186,14 +188,14 @@ def test_several_temperatures_have_no_command(session):
     request = asked.Samples(
         tab=TAB, turn=0, seed=0, temperatures=[0.0, 1.0], label=None, start=0, count=4
     )
-    assert session.samples(request, check)["command"] is None
+    assert answers.samples(session, request, check)["command"] is None
     z, _ = session.drawn(request, 0, 4)
     assert not z[:, :32].any() and z[:, 32:].all()
 
 
 def test_a_latent_is_saved_as_it_is_read(session, tmp_path):
     place = asked.Place(source=IMAGE, other=OTHER, way=0.5)
-    (tmp_path / "latent.npz").write_bytes(session.latent_file(show(place), check))
+    (tmp_path / "latent.npz").write_bytes(answers.latent_file(session, show(place), check))
     found = read(tmp_path / "latent.npz", session.model)
     assert torch.equal(found.z, session.latent(place, check)) and len(found.names) == 1
 
@@ -218,7 +220,7 @@ def test_ranks_are_those_of_an_evaluation(session):
     scores = score(session.flow, Split(test.take(slice(None)).numpy(), np.arange(len(test)), 0))
     losses = session.flow.loss(scores.log_prob).numpy()
     np.testing.assert_allclose(session.data.scores.loss, losses, rtol=1e-4)
-    facts = session.facts(show(asked.Place(source=IMAGE)), check)
+    facts = answers.facts(session, show(asked.Place(source=IMAGE)), check)
     assert facts["loss"] == pytest.approx(losses[7], rel=1e-4)
     likelihood, typicality, corrected = facts["scores"]
     expected = (np.sum(losses < losses[7]) + 0.5) / len(losses)
@@ -232,11 +234,11 @@ def test_neighbours_of_a_training_image_begin_with_it(session):
     position = int(session.data.positions[11])  # of a sample, not of the first images
     assert session.data.positions[-1] > len(session.data.latents) > 11
     x = session.data.train.take(slice(position, position + 1))
-    uploaded = session.upload(png_of(x))
+    uploaded = answers.upload(session, png_of(x))
     source = asked.Upload(kind="upload", id=uploaded["id"])
     for by in ("pixels", "latents"):
         request = asked.Neighbours(tab=TAB, turn=0, place=asked.Place(source=source), by=by)
-        answer = session.neighbours(request, check)
+        answer = answers.neighbours(session, request, check)
         assert answer["indices"][0] == position and len(answer["images"]) == 8
         # Latents at hand were computed without the steps of the inverse.
         assert answer["distances"][0] == pytest.approx(0, abs=1e-3 if by == "latents" else 0)
@@ -249,7 +251,12 @@ def png_of(x):
 
 def test_without_data_there_are_no_directions(of_classes):
     of_classes.read_data()
-    assert "no.npz" in of_classes.describe()["data"]
+    assert (
+        "no.npz"
+        in answers.describe(
+            of_classes,
+        )["data"]
+    )
     assert of_classes.idle(check) is False
     move = asked.Principal(level=0, component=0, amount=1.0)
     with pytest.raises(Refused, match="no test or training images"):
@@ -259,7 +266,7 @@ def test_without_data_there_are_no_directions(of_classes):
 def test_stale_attributes_are_named_and_left_out(tmp_path, capsys):
     model = class_session(tmp_path).model
     next(model.flow.parameters()).add_(1)
-    assert Session(model, "tiny", lambda: None, MEMORY).describe()["attributes"] == []
+    assert answers.describe(Session(model, "tiny", lambda: None, MEMORY))["attributes"] == []
     assert "attributes.npz" in capsys.readouterr().out.replace("\n", "")
 
 
@@ -276,7 +283,7 @@ def test_data_that_fail_unexpectedly_are_not_waited_for(later, monkeypatch, capl
         monkeypatch.setattr(session, "_read_data", fails)
         session.read_data()
     assert not session.idle(check)
-    assert "flowtrain failed (ZeroDivisionError)" in session.describe()["data"]
+    assert "flowtrain failed (ZeroDivisionError)" in answers.describe(session)["data"]
     assert "secret" in caplog.text
 
 
@@ -301,7 +308,7 @@ def test_images_are_decoded_as_many_at_a_time_as_fit(session, monkeypatch):
     request = asked.Samples(
         tab=TAB, turn=0, seed=0, temperatures=[1.0, 1.0], label=None, start=0, count=8
     )
-    assert len(session.samples(request, check)["images"]) == 8
+    assert len(answers.samples(session, request, check)["images"]) == 8
     assert sizes == [3, 3, 2]
 
 
@@ -312,4 +319,4 @@ def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
     monkeypatch.setattr(session.flow, "decode", fails)
     new = SAMPLE.model_copy(update={"seed": 1234})
     with pytest.raises(Refused, match="not finite"):
-        session.show(show(asked.Place(source=new)), check)
+        answers.show(session, show(asked.Place(source=new)), check)
