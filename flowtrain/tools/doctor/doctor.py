@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.base import Direction
+from flowtrain.bijections.base import Direction, Executor
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import FUSED, Executor, call, opposite
+from flowtrain.bijections.execution import FUSED, call, opposite
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
@@ -281,7 +281,7 @@ def examine(
         def decode(
             executor: Executor, latents: Tensor = latents, seen: Context | None = seen
         ) -> tuple[Tensor, Tensor]:
-            return flow.bijection.through(executor, "inverse", latents, seen)
+            return flow.bijection.run(executor, "inverse", latents, seen)
 
         _layers(flow, decode, "inverse pass", SAMPLES, notes)
     if learns_noise(flow):
@@ -397,7 +397,7 @@ def _layer(
         return
     # At the edge of a bin, rounding moves a level of a sequential inverse, and all that follow.
     # Whether images come back is measured at the middle of the bins.
-    harmless = layer.of_levels
+    harmless = layer.is_discrete
     notes.add(checks[0], _relative_error(back, given), name, inputs, harmless)
     notes.add(checks[1], _relative_error(again, result), name, inputs, harmless)
     _log_scale(log_scales, name, inputs, notes)
@@ -533,7 +533,7 @@ def _latent_round_trip(
         except Exception as error:
             notes.failed(checks, error, inputs=SAMPLES)
             continue
-        harmless = one is flow and flow.bijection.of_levels  # as for a layer
+        harmless = one is flow and flow.bijection.is_discrete  # as for a layer
         notes.add(checks[0], _distance(one, again, v) * levels, inputs=SAMPLES, harmless=harmless)
         notes.add(checks[1], _bits(back, start), inputs=SAMPLES, harmless=harmless)
 
@@ -593,7 +593,7 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
 
             low = None if seen is None else seen.float()
             reported = call(reporting[name], direction, given.float(), low)[1]
-            exact = diagonal_log_det if layer.of_levels else jacobian_log_det
+            exact = diagonal_log_det if layer.is_discrete else jacobian_log_det
             error = abs(reported.double() - exact(with_copies, given)).max() * bits
             notes.add("log-det", error, name, IMAGES)
         return result
@@ -602,7 +602,7 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
         images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
             seen = one.seen(len(copies), context=one.context_of(images))
-            return one.bijection.through(executor, "forward", copies, seen)
+            return one.bijection.run(executor, "forward", copies, seen)
         return one.to_latents(images, copies, executor)
 
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
@@ -617,7 +617,7 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
             reported = LearnedNoise(flow)(start, x)[1].double()
             notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
-        log_det = diagonal_log_det if flow.bijection.of_levels else jacobian_log_det
+        log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
         exact = log_det(lambda copies: whole(precise, copies), start.double())
         notes.add(
             "log-det", abs(whole(flow, start)[1].double() - exact).max() * bits, inputs=IMAGES
@@ -667,7 +667,7 @@ def reduced(model: LoadedModel) -> Flow | None:
     A model that is not convolutional fits only its own size. The result is None if that has more
     than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.
     """
-    if model.flow.bijection.of_levels:
+    if model.flow.bijection.is_discrete:
         return copy.deepcopy(model.flow).cpu()
     channels, height, width = model.flow.shape
     for side in SIDES:
