@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.base import Bijection, Direction, Executor, Transform, sum_per_example
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.execution import Container, Executor, opposite
+from flowtrain.bijections.execution import Container, opposite
 from flowtrain.bijections.iteration import fixed_point
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
@@ -135,7 +135,7 @@ class Inverse(Container):
     def loops(self) -> list[Direction]:
         return [opposite(direction) for direction in self.bijection.loops()]
 
-    def through(
+    def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.bijection.through(executor, opposite(direction), x, context)
+        return self.bijection.run(executor, opposite(direction), x, context)

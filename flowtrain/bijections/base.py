@@ -1,18 +1,34 @@
 """The contract of an invertible layer, and functions that many layers need."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.context import Context
 
-if TYPE_CHECKING:
-    from flowtrain.bijections.execution import Executor
-    from flowtrain.bijections.ordinal import OrdinalAutoregressive
-
 Direction = Literal["forward", "inverse"]
+
+
+class Executor(Protocol):
+    """Calls the layers of a flow. The ways to do so are in `execution.py`, and for training in
+    `memory.py`.
+    """
+
+    def call(
+        self, layer: "Bijection", direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        """Calls one layer that is not made of others."""
+
+    def chain(
+        self,
+        layers: Sequence["Bijection"],
+        direction: Direction,
+        x: Tensor,
+        context: Context | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Calls layers, listed from data to latents, and adds up their log-determinants."""
 
 
 class Bijection(nn.Module):
@@ -34,6 +50,9 @@ class Bijection(nn.Module):
     reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
     has_network: bool = False  # whether networks take most of its time
     solves_batches: bool = False  # whether examples of a batch share the steps of a solver
+    # Whether it maps centred images x + u with levels x by the distributions of the levels. The
+    # likelihood is then the same for all u.
+    is_discrete: bool = False
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64
 
@@ -43,12 +62,6 @@ class Bijection(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
-
-    def forward_in_training(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, with what only a training step does, such as dropout."""
-        return self(x, context)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -65,11 +78,11 @@ class Bijection(nn.Module):
         """`inverse`, within rounding, by fixed-point iteration. See `iterates`."""
         return self.inverse_noting(z, context, note)
 
-    def through(
-        self, executor: "Executor", direction: Direction, x: Tensor, context: Context | None = None
+    def run(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
-        return executor.layer(self, direction, x, context)
+        return executor.call(self, direction, x, context)
 
     def loops(self) -> list[Direction]:
         """The directions that take a step for each entry, or as many as the values require.
@@ -139,18 +152,6 @@ class Bijection(nn.Module):
         """`z`, then the result of each layer on the way to `inverse(z)`, without gradients."""
         with torch.no_grad():
             return [z, self.inverse(z)[0]]
-
-    def by_level(self) -> "OrdinalAutoregressive | None":
-        """The distributions of the levels, one after the other, if that is what the layer has."""
-        return None
-
-    @property
-    def of_levels(self) -> bool:
-        """Whether it maps centred images x + u with levels x by the distributions of the levels.
-
-        The likelihood is then the same for all u.
-        """
-        return self.by_level() is not None
 
     def latent_dims(self, dims: int) -> int:
         """The number of latent entries of an example with `dims` entries.

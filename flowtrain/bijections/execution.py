@@ -2,14 +2,14 @@
 
 A bijection that is made of others (`Container`) calls none of them itself. It hands them to an
 executor. Code that watches, initializes or recomputes layers passes another executor to
-`Flow.forward` or to `Bijection.through`.
+`Flow.forward` or to `Bijection.run`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.fused import fuse
 
@@ -28,24 +28,16 @@ def opposite(direction: Direction) -> Direction:
     return "inverse" if direction == "forward" else "forward"
 
 
-class Executor:
-    """Calls layers one after the other, with neighbours fused where that is faster (`fuse`).
-
-    `call` calls a single layer: the function of that name, or the same one compiled.
+class LayerByLayer:
+    """Calls layers one after the other, each by itself. Subclasses that watch layers override
+    `call`.
     """
 
-    def __init__(self, call: Call = call):
-        self.call = call
-
-    def layer(
-        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor]:
-        """Calls one layer that is not made of others."""
-        return self.call(layer, direction, x, context)
+    call: Call = staticmethod(call)  # for a single layer
 
     def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
         """The layers that a chain calls in place of `layers`."""
-        return fuse(layers, direction)
+        return layers
 
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Context | None
@@ -54,15 +46,25 @@ class Executor:
         called = self.prepared(layers, direction)
         total = x.new_zeros(x.shape[0])
         for layer in called if direction == "forward" else reversed(called):
-            x, log_det = layer.through(self, direction, x, context)
+            if isinstance(layer, Container):
+                x, log_det = layer.run(self, direction, x, context)
+            else:
+                x, log_det = self.call(layer, direction, x, context)
             total = total + log_det
         return x, total
 
 
-FUSED = Executor()
+class Fused(LayerByLayer):
+    """Calls layers with neighbours fused where that is faster (`fuse`)."""
+
+    def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
+        return fuse(layers, direction)
 
 
-class Retracing(Executor):
+FUSED = Fused()
+
+
+class Retracing(Fused):
     """Computes latents from which `inverse` gives exactly the data back (`Bijection.retrace`).
 
     A layer that takes long calls `note` with the share that is done of it.
@@ -72,19 +74,12 @@ class Retracing(Executor):
         super().__init__()
         self.note = note
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             return layer.retrace(x, context, self.note)
         return layer.inverse(x, context)
-
-
-class LayerByLayer(Executor):
-    """Calls every layer by itself. Subclasses that watch layers override `layer`."""
-
-    def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
-        return layers
 
 
 class ByPlace(LayerByLayer):
@@ -101,7 +96,7 @@ class ByPlace(LayerByLayer):
         self.places: dict[tuple[int, int], Tensor] = {}
         self.without: set[str] = set()
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         result = layer.forward_by_place(x, context) if direction == "forward" else None
@@ -117,7 +112,7 @@ class ByPlace(LayerByLayer):
 class Initializing(LayerByLayer):
     """Lets each layer set itself from its actual input just before it is called."""
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
@@ -125,7 +120,7 @@ class Initializing(LayerByLayer):
         return call(layer, direction, x, context)
 
 
-class Noting(Executor):
+class Noting(Fused):
     """Calls `note` with the share of a pass of inverses that is done.
 
     Layers whose inverse is sequential take most of the time, so only they count. There are `layers`
@@ -137,7 +132,7 @@ class Noting(Executor):
         self.note, self.layers = note, layers
         self.done = 0  # layers
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
@@ -164,22 +159,22 @@ class Iterating(Noting):
 
 
 class Container(Bijection):
-    """A bijection made of others. A subclass defines `parts` and `through`, in both directions."""
+    """A bijection made of others. A subclass defines `parts` and `run`, in both directions."""
 
     def parts(self) -> Iterable[Bijection]:
         """The bijections that this one is made of."""
         raise NotImplementedError
 
-    def through(
+    def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self.through(FUSED, "forward", x, context)
+        return self.run(FUSED, "forward", x, context)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self.through(FUSED, "inverse", z, context)
+        return self.run(FUSED, "inverse", z, context)
 
     def loops(self) -> list[Direction]:
         return sorted({direction for part in self.parts() for direction in part.loops()})

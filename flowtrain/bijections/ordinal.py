@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import (
+    Bijection,
+    Direction,
+    SetFromData,
+    bounded,
+    sum_per_example,
+    unbounded,
+)
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
@@ -143,6 +150,7 @@ class OrdinalAutoregressive(SetFromData):
     """
 
     inverse_is_sequential = True
+    is_discrete = True
     has_network = True
     reversible = False  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
@@ -206,11 +214,6 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self._entries(v, context, noise)
         constant = math.prod(self.shape) * math.log(self.levels)
         return z.flatten(1), sum_per_example(log_derivative) + constant
-
-    def forward_in_training(
-        self, v: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.forward(v, context, noise=v)
 
     def forward_by_place(
         self, v: Tensor, context: Context | None = None
@@ -300,9 +303,6 @@ class OrdinalAutoregressive(SetFromData):
 
     def loops(self) -> list[Direction]:
         return ["inverse"]
-
-    def by_level(self) -> "OrdinalAutoregressive":
-        return self
 
     @one_thread()
     @torch.no_grad()
@@ -429,3 +429,8 @@ class OrdinalAutoregressive(SetFromData):
         log_density = -0.5 * z.square() - math.log(ROOT_TAU)
         log_derivative = probability.log().T.to(z) - log_density
         return sum_per_example(log_derivative) + z.shape[1] * math.log(self.levels)
+
+
+def discrete_model(bijection: Bijection) -> OrdinalAutoregressive | None:
+    """The model of levels that a bijection is, with a distribution for each entry, or None."""
+    return bijection if isinstance(bijection, OrdinalAutoregressive) else None

@@ -48,7 +48,7 @@ class Watching(LayerByLayer):
         self.names = {layer: name for name, layer in layers_of(flow).items()}
         self.around = around
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         return self.around(self.names[layer], layer, direction, x, context)

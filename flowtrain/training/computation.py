@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
-from flowtrain.bijections.execution import Executor
+from flowtrain.bijections.base import Bijection, Executor
 from flowtrain.bijections.memory import directions_of, executor_of
 from flowtrain.config import Train
 from flowtrain.errors import RunError, UserError, cut

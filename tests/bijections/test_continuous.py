@@ -204,7 +204,7 @@ def test_computing_again_uses_the_same_signs(mode):
     log_dets = []
     for current in ("store", mode):
         chain.zero_grad()
-        log_det = chain.through(executor_of(current), "forward", x)[1]
+        log_det = chain.run(executor_of(current), "forward", x)[1]
         log_det.sum().backward()
         log_dets.append(
             (log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.base import Direction
+from flowtrain.bijections.base import Direction, Executor
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import Executor, call, opposite
+from flowtrain.bijections.execution import call, opposite
 from flowtrain.evaluation.layers import Watching, layers_of, short_name
 from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.flow import Flow
@@ -106,7 +106,7 @@ def _layer(
         return
     # At the edge of a bin, rounding moves a level of a sequential inverse, and all that follow.
     # Whether images come back is measured at the middle of the bins.
-    harmless = layer.of_levels
+    harmless = layer.is_discrete
     notes.add(checks[0], _relative_error(back, given), name, inputs, harmless)
     notes.add(checks[1], _relative_error(again, result), name, inputs, harmless)
     _log_scale(log_scales, name, inputs, notes)
