@@ -142,7 +142,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
     seconds = _seconds_of_a_step(state, batch) if fits else None
     images = batch * distributed.world()
-    compiling = state.computation.seconds
+    compiling = state.compile_seconds or None
     return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
 
 

@@ -131,11 +131,11 @@ def _loop(
         run.raise_error_of_saving()
         progress = state.progress  # another one after going back
         x, labels = batches.at(progress)
-        loss, gradient = train_step(state, x, labels)
+        loss, grad_norm = train_step(state, x, labels)
         rate = learning_rate(config, progress.step, metrics.seconds) * progress.lr_scale
         state.set_learning_rate(rate)
-        optimizer_step(state, gradient)
-        metrics.send(loss, gradient, rate)
+        optimizer_step(state, grad_norm)
+        metrics.send(loss, grad_norm, rate)
         progress.step += 1
         progress.images += batches.all_processes
         metrics.receive(leaving=1)  # while the device works on this step

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -14,7 +14,7 @@ from flowtrain.checkpoints.load import load_weights, require_tensors
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
-from flowtrain.training.computation import Computation
+from flowtrain.training.loss import CudaGraphStep, chosen_loss
 from flowtrain.training.optim import EMA, first_state, parameters_of
 
 
@@ -28,7 +28,11 @@ class State:
     ema: EMA | None
     data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
-    computation: Computation = field(init=False)  # of the gradient
+    loss: nn.Module = field(init=False)  # `Loss`, or DistributedDataParallel around it
+    cuda_graph: CudaGraphStep | None = field(init=False)  # replaces calls of `loss`
+    # For compiling, capturing, and the comparison with the plain loss. None before that, 0 if there
+    # is nothing to compare.
+    compile_seconds: float | None = field(init=False)
     # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
     # steps change nothing.
     found_inf: Tensor = field(init=False)
@@ -37,7 +41,11 @@ class State:
         if self.flow.device.type == "cuda":
             # cuDNN tries its algorithms for each shape of a convolution, which training repeats.
             torch.backends.cudnn.benchmark = True
-        self.computation = Computation(self.flow, self.config.train)
+        train = self.config.train
+        loss = chosen_loss(self.flow, train)
+        self.loss = loss if train.cuda_graph else distributed.parallel(loss)
+        self.cuda_graph = CudaGraphStep(loss) if train.cuda_graph else None
+        self.compile_seconds = None if train.cuda_graph or train.compile != "off" else 0.0
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
