@@ -240,7 +240,7 @@ def _closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
 
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    return Diagonal(layer.log_scales().exp(), layer.shift, bits)
+    return Diagonal(layer.bounded_log_scale().exp(), layer.shift, bits)
 
 
 class Linear:
