@@ -31,12 +31,6 @@ class Sequential(Container):
     ) -> tuple[Tensor, Tensor]:
         return executor.chain(self.opened(), direction, x, context)
 
-    def stages(self, z: Tensor) -> list[Tensor]:
-        stages = [z]
-        for layer in reversed(self.opened()):
-            stages += layer.stages(stages[-1])[1:]
-        return stages
-
     def latent_dims(self, dims: int) -> int:
         for layer in self.opened():
             dims = layer.latent_dims(dims)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Executor
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.execution import FUSED, Initializing, Retracing
+from flowtrain.bijections.execution import FUSED, Initializing
+from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -289,7 +290,7 @@ class Flow(nn.Module):
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
         seen = self.seen(len(x), context=self.context_of(x))
-        return self.bijection.run(executor or Retracing(), "forward", v, seen)[0]
+        return self.bijection.run(executor or MatchingInverse(), "forward", v, seen)[0]
 
     @torch.no_grad()
     def decode(

@@ -2,9 +2,12 @@
 
 import math
 import shlex
+from functools import singledispatch
 from typing import Any
 
-from flowtrain.bijections import Bijection
+from torch import nn
+
+from flowtrain.bijections import Continuous
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -141,13 +144,27 @@ def _move(bar: ProgressBar, state: State, loss: float, speed: float, clock: Cloc
         bar(min(progress.seconds, train.budget), train.budget, text)
 
 
+@singledispatch
+def metrics(layer: nn.Module) -> dict[str, float]:
+    """Numbers about the last forward pass of a layer, for the training rows of `metrics.jsonl`."""
+    return {}
+
+
+@metrics.register
+def _(layer: Continuous) -> dict[str, float]:
+    return {
+        "function_evaluations": float(layer.evaluations),
+        "rtol": layer.rtol,
+        "atol": layer.atol,
+    }
+
+
 def _of_layers(flow: Flow) -> dict[str, float]:
     """The metrics of the layers for the last step. Where several have one, it is their mean."""
     values: dict[str, list[float]] = {}
     for layer in flow.modules():
-        if isinstance(layer, Bijection):
-            for name, value in layer.metrics().items():
-                values.setdefault(name, []).append(value)
+        for name, value in metrics(layer).items():
+            values.setdefault(name, []).append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 

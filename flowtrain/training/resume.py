@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain import config as configuration
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Continuous
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
@@ -266,8 +266,8 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     )
     if there == here:
         seconds = "; train.budget counts seconds, so the number of steps may change"
-        layers = (layer for layer in state.flow.modules() if isinstance(layer, Bijection))
-        solver = any(layer.solves_batches for layer in layers)
+        # The examples of a batch share the steps of the solver.
+        solver = any(isinstance(layer, Continuous) for layer in state.flow.modules())
         changes = "results within the tolerances of the solver" if solver else "rounding only"
         return [
             f"{division}a step takes {here:,} images as before, the same ones in the same order, "

@@ -169,12 +169,12 @@ def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
     layers = [module for module in flow.modules() if isinstance(module, Bijection)]
     if memory != "reversible":
         return None
-    if not all(layer.reversible for layer in layers):
+    if not all(layer.reversible_in for layer in layers):
         return (
             "reversible saves nothing here: all activations are inside of one layer, whose inverse "
             "computes one entry after the other; use store or checkpoint"
         )
-    if precision == "bf16" and not all(layer.reversible_in_bf16 for layer in layers):
+    if not all(precision in layer.reversible_in for layer in layers):
         return (
             "reversible computes the input of an autoregressive layer again in float32, but its "
             "output was computed in bf16: set train.precision=fp32, or another train.memory"

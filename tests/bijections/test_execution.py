@@ -16,7 +16,8 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
 )
-from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, Noting, call
+from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
+from flowtrain.bijections.inverses import WithProgress
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import ResidualNet
 
@@ -81,7 +82,7 @@ def test_a_sequential_inverse_notes_how_far_it_is():
     for name in ("causal", "glow"):
         flow = tiny_flow(name)
         z = flow.draw_latents(3, seeded())
-        noted = flow.decode(z, executor=Noting(shares.append))
+        noted = flow.decode(z, executor=WithProgress(shares.append))
         assert torch.equal(noted, flow.decode(z))
     assert shares == [done / 16 for done in range(1, 17)]  # Glow takes one pass
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flowtrain.bijections import base
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import LayerByLayer, Noting
+from flowtrain.bijections.execution import LayerByLayer
+from flowtrain.bijections.inverses import WithProgress
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.latents.directions import Direction
@@ -109,7 +110,7 @@ class Stoppable(LayerByLayer):
     def __init__(self, check: Callable[[], None], executor: LayerByLayer | None = None):
         super().__init__()
         self.check = check
-        self.executor = executor or Noting(lambda share: check())
+        self.executor = executor or WithProgress(lambda share: check())
 
     def call(
         self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
