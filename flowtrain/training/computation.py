@@ -57,7 +57,7 @@ def require_possible(flow: Flow, train: Train, device: torch.device) -> None:
     if train.cuda_graph and device.type != "cuda":
         raise UserError(f"train.cuda_graph: needs a CUDA device, and this run is on {device.type}")
     directions = directions_of(train.memory)
-    loops = [name for name in directions if name in flow.bijection.loops()]
+    loops = [name for name in directions if name in flow.bijection.untraceable_directions()]
     if loops and (train.compile == "step" or train.cuda_graph):
         key = "train.compile: step" if train.compile == "step" else "train.cuda_graph: true"
         advice = "" if "forward" in loops else ", or another train.memory"
@@ -217,7 +217,7 @@ def compiler(train: Train) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         fast = torch.compile(function, fullgraph=True, dynamic=False)
 
         def run(layer: Bijection, *arguments: Any) -> Any:
-            suits = layer.has_network and not set(directions) & set(layer.loops())
+            suits = layer.has_network and not set(directions) & set(layer.untraceable_directions())
             return (fast if suits else function)(layer, *arguments)
 
         return run

@@ -259,7 +259,7 @@ def examine(
     noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
     random_images = flow.kind.uniform_like(x, randomness)
     levels = flow.kind.levels_per_unit(x)
-    z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
+    z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
     notes = _Notes()
@@ -283,7 +283,7 @@ def examine(
             _layers(flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes)
     for part, images in in_batches(z, x):
         latents = part.to(flow.device)
-        seen = flow.seen(len(latents), context=flow.context_of(images))
+        seen = flow.conditioning(len(latents), context=flow.context_of(images))
 
         def decode(
             executor: Executor, latents: Tensor = latents, seen: Context | None = seen
@@ -510,7 +510,7 @@ def _data_round_trip(
         try:
             images = x.to(one.device)
             v = one.dequantizer.middle(images, one.dtype)
-            seen = one.seen(len(v), context=one.context_of(images))
+            seen = one.conditioning(len(v), context=one.context_of(images))
             z = one.bijection(v, seen)[0]
             back = one.bijection.inverse(z, seen)[0]
             again = one.bijection(back, seen)[0]
@@ -534,7 +534,7 @@ def _latent_round_trip(
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
             start = z.to(one.device, one.dtype)
-            seen = one.seen(len(z), context=one.context_of(images))
+            seen = one.conditioning(len(z), context=one.context_of(images))
             v = one.bijection.inverse(start, seen)[0]
             back = one.bijection(v, seen)[0]
             again = one.bijection.inverse(back, seen)[0]
@@ -609,7 +609,7 @@ def _jacobians(model: LoadedModel, x: Tensor, noise: Tensor, notes: _Notes) -> N
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
-            seen = one.seen(len(copies), context=one.context_of(images))
+            seen = one.conditioning(len(copies), context=one.context_of(images))
             return one.bijection.run(executor, "forward", copies, seen)
         return one.to_latents(images, copies, executor)
 
