@@ -34,7 +34,7 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     """
     x = x.to(flow.device)
     v = flow.dequantizer.middle(x, flow.dtype)
-    seen = flow.seen(len(x), context=flow.context_of(x))
+    seen = flow.conditioning(len(x), context=flow.context_of(x))
     back = flow.bijection.inverse(flow.bijection(v, seen)[0], seen)[0]
     error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
     return error.max().item()
