@@ -220,7 +220,7 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
     data = DataSet(config.data)
     for rank, world in [(0, 1), (1, 2)]:
         monkeypatch.setattr(
-            distributed, "_group", distributed._Group(None, rank, world) if world > 1 else None
+            distributed, "group", distributed.Group(None, rank, world) if world > 1 else None
         )
         batches = Batches(data, config, 7, torch.device("cpu"))
         for step in range(4, 16):  # over the end of the data
