@@ -81,7 +81,7 @@ test-gpu: .venv/installed-dev  ## tests that need a CUDA device
 gpu-session: .venv/installed-dev  ## all measurements on a GPU, in 45 minutes
 	$(BIN)/python benchmarks/gpu_session.py $(SESSION)
 
-bench: .venv/installed-bench  ## what docs/performance.md reports, as Markdown tables; more than an hour
+bench: .venv/installed-bench  ## what docs/lab/performance.md reports, as Markdown tables; more than an hour
 	@for threads in $(THREADS); do for words in $(BENCHMARKS); do \
 		echo "<!-- OMP_NUM_THREADS=$$threads python $$words --threads $$threads -->"; \
 		OMP_NUM_THREADS=$$threads $(BIN)/python $$words --threads $$threads || exit 1; \

@@ -26,7 +26,7 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.system.allocator import keep_freed_memory
 from flowtrain.system.packages import install_command
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import optimizer_step, train_step
 
@@ -200,8 +200,8 @@ def flowtrain_state(work: Work, device: str = "cpu", **train: object) -> State:
     flow = build_flow(config, SHAPE, 256).to(device)
     x = images(64).to(device)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
-    averaged = Average(flow, config.train.ema) if config.train.ema else None
-    return State(config, flow, build_optimizers(flow, config.train), averaged, {})
+    ema = EMA(flow, config.train.ema) if config.train.ema else None
+    return State(config, flow, build_optimizers(flow, config.train), ema, {})
 
 
 def flowtrain_step(state: State, x: Tensor) -> None:

@@ -66,7 +66,7 @@ def trained(config: Config, data: DataSet) -> tuple[State, list[float]]:
 def row(settings: Sequence[str], config: Config) -> str:
     data = DataSet(config.data)
     state, seconds = trained(config, data)
-    loss = mean_loss(state.evaluated, data.split("validation"), seed=config.seed)
+    loss = mean_loss(state.ema_flow, data.split("validation"), seed=config.seed)
     weights = sum(parameter.numel() for parameter in state.flow.parameters())
     progress = state.progress
     shown = ", ".join(f"`{setting}`" for setting in settings)

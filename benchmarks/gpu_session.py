@@ -232,7 +232,7 @@ def measure_step(session: Session, model: str, **train: object) -> Result:
         "images_per_second": batch / seconds,
         "peak": peak,
         "first_step": watch.first,
-        "compiling": watch.state.computation.seconds,
+        "compiling": watch.state.compile_seconds or None,
     }
 
 

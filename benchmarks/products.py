@@ -19,7 +19,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import load_config
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
@@ -63,8 +63,8 @@ def main() -> None:
     flow = build_flow(config, (3, 32, 32), 256)
     x = images(256)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
-    average = Average(flow, config.train.ema) if config.train.ema else None
-    state = State(config, flow, build_optimizers(flow, config.train), average, {})
+    ema = EMA(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizers(flow, config.train), ema, {})
     x = images(config.train.batch_size * config.train.accumulate)
     with Recorder() as passes:
         train_step(state, x)

@@ -12,7 +12,7 @@ import torch
 from common import WORK, arguments, begin, flowtrain_state, images, in_turns, peers, table
 
 import flowtrain
-from flowtrain.bijections.execution import Iterating
+from flowtrain.bijections.inverses import Iterating, iterates
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
@@ -50,7 +50,7 @@ def ways(name: str, flow: Flow, count: int) -> dict[str, Callable[[], object]]:
     """The ways in which a trained flow samples."""
     z = flow.draw_latents(count, torch.Generator().manual_seed(0))
     found: dict[str, Callable[[], object]] = {f"`{name}`, {flow.sampling}": lambda: flow.decode(z)}
-    if flow.bijection.iterates:
+    if iterates(flow.bijection):
         executor = Iterating(lambda share: None)
         found[f"`{name}`, Jacobi"] = lambda: flow.decode(z, executor=executor)
     return found

@@ -46,18 +46,13 @@ NEIGHBOURS = {
     "data": ["datasets"],
     "flowtrain": ["runs", "evaluation/test_evaluate.py"],
 }
+LIKELIHOODS = ["bijections", "models", "flow", "latents", "evaluation"]
 WIDE = {
-    "bijections": ["models", "compression", "flow"],
-    "nets": ["bijections", "models", "flow"],
-    "models": ["bijections", "flow", "compression"],
-    "flow": ["models", "evaluation", "training/test_step.py"],
-    "datasets": ["data"],
-    "checkpoints": ["training"],
-    "training": ["checkpoints"],
-    "system": ["checkpoints", "datasets"],
-    "pictures": ["runs", "evaluation"],
+    **dict.fromkeys(("bijections", "nets", "models", "flow", "latents"), LIKELIHOODS),
+    **dict.fromkeys(("checkpoints", "data", "datasets", "system"), ["checkpoints", "data"]),
+    "pictures": ["evaluation", "latents"],
 }
-INTEGRATION = ["cli", "training", "test_keys.py", "adversarial/test_wrong_input.py"]
+INTEGRATION = ["training", "cli", "tools", "test_keys.py", "adversarial/test_wrong_input.py"]
 
 
 class Mutant(NamedTuple):
@@ -133,7 +128,7 @@ class Run:
         original = (ROOT / self.file).read_text(encoding="utf-8")
         changed = original.replace(self.mutant.snippet, self.mutant.replacement)
         (self.copy / self.file).write_text(changed, encoding="utf-8")
-        self.begun = self.alive = time.monotonic()
+        self.begun = self.alive = self.looked = time.monotonic()
         self.length = 0
         self.pid = start_tests(self.copy, tests_of(self.file, self.wide), first)
 
@@ -141,7 +136,8 @@ class Run:
         """What has come of it, if it is over: after so many seconds without output, it is."""
         now, log = time.monotonic(), self.copy / "log"
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if log.stat().st_size > self.length:
+        paused, self.looked = now - self.looked > 10, now  # this process itself, or the machine
+        if paused or log.stat().st_size > self.length:
             self.length, self.alive = log.stat().st_size, now
         hangs = pid == 0 and now - self.alive > seconds
         if pid == 0 and not hangs:

@@ -33,6 +33,13 @@ def test_the_tests_of_reliability_exist():
     )
 
 
+def test_every_tool_has_a_page_and_tests():
+    for command in (REPOSITORY / "flowtrain" / "tools").glob("*/command.py"):
+        tool = command.parent.name
+        assert (REPOSITORY / "docs" / f"{tool}.md").exists(), f"docs/{tool}.md is missing"
+        assert (REPOSITORY / "tests" / "tools" / tool).is_dir(), f"tests/tools/{tool}/ is missing"
+
+
 def test_the_source_distribution_leaves_nothing_out():
     """hatchling takes all that git does not ignore, unless a list says otherwise."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))

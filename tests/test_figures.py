@@ -31,7 +31,7 @@ def is_rounded(value, text):
 @pytest.mark.parametrize(
     "path, pattern, unit",
     [
-        ("docs/howto/explore.md", r"^\| `(\w+)` \(([\d.]+) M\)", 1e6),
+        ("docs/explore.md", r"^\| `(\w+)` \(([\d.]+) M\)", 1e6),
         ("docs/results.md", r"`(\w+)\.yaml` has ([\d.]+) M parameters", 1e6),
         ("docs/gallery.md", r"^\| `(\w+)\.yaml` \|[^|]*\|[^|]*\| ([\d,]+) \|", 1),
     ],
@@ -77,5 +77,5 @@ def test_kills():
 
 def test_archives():
     pattern = rf"^\| CIFAR-10, all 10,000 \|.*\| ({NUMBER}) \| ({NUMBER}) \(effort 7\)"
-    ((archive, best),) = re.findall(pattern, page("docs/compress.md"), re.MULTILINE)
+    ((archive, best),) = re.findall(pattern, page("docs/archive.md"), re.MULTILINE)
     assert f"| {float(archive) / float(best):.0%} of JPEG XL on CIFAR-10 (3) |" in README

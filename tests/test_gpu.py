@@ -22,7 +22,7 @@ from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
 from flowtrain.system import nvidia
 from flowtrain.system.random import Stream, uniform
-from flowtrain.training.facts import Facts
+from flowtrain.training.delayed_metrics import DelayedMetrics
 from flowtrain.training.loop import fit
 from flowtrain.training.resume import start
 from flowtrain.training.run_directory import RunDirectory
@@ -131,20 +131,20 @@ def test_a_step_waits_for_nothing(memory: str, optimizer: str) -> None:
     flow = build_flow(config, data.shape, data.levels).to(device)
     batches = Batches(data, config, 16, device)
     state = start(config, flow, data.fingerprint, None, None, batches)
-    facts = Facts(state, Clock(state), Stop())
+    metrics = DelayedMetrics(state, Clock(state), Stop())
     try:
         for step in range(4):
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             loss, grad_norm = train_step(state, *batches.at(state.progress))
             optimizer_step(state, grad_norm)
-            facts.send(loss, grad_norm, 1e-3)
+            metrics.send(loss, grad_norm, 1e-3)
             state.progress.step += 1
-            facts.receive(leaving=1)
+            metrics.receive(leaving=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         batches.close()
-    facts.receive(leaving=0)
-    assert facts.failed is None and state.progress.window_steps == 4
+    metrics.receive(leaving=0)
+    assert metrics.failed is None and state.progress.window_steps == 4
 
 
 def test_a_step_that_is_not_finite_is_skipped_there(tmp_path: Path) -> None:

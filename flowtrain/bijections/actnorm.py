@@ -27,25 +27,18 @@ class DiagonalAffine(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.shift = nn.Parameter(torch.zeros(shape))
 
-    def log_scales(self) -> Tensor:
+    def bounded_log_scale(self) -> Tensor:
         return bounded(self.log_scale, LOG_SCALE_LIMIT)
 
     def _log_det(self, log_scale: Tensor, like: Tensor) -> Tensor:
         return sum_per_example(log_scale.expand_as(like[:1])).expand(like.shape[0])
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        log_scale = self.log_scales()
+        log_scale = self.bounded_log_scale()
         return x * log_scale.exp() + self.shift, self._log_det(log_scale, x)
 
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        if x.ndim != 4:
-            return None
-        return self(x, context)[0], self.log_scales().expand_as(x).sum(dim=1)
-
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        log_scale = self.log_scales()
+        log_scale = self.bounded_log_scale()
         return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)
 
 
@@ -70,7 +63,7 @@ class ActNorm(SetFromData, DiagonalAffine):
             std = torch.ones_like(std)  # a single value says nothing about the variance
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
-        self.shift.copy_(-mean[0] * self.log_scales().exp())
+        self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
         self.initialized.fill_(True)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

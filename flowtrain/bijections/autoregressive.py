@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
+from flowtrain.bijections.base import Bijection, Direction, Executor, Transform, sum_per_example
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.execution import Container, Executor, opposite
-from flowtrain.bijections.iteration import fixed_point
+from flowtrain.bijections.execution import Container, opposite
 from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
@@ -34,13 +33,13 @@ class Autoregressive(Bijection):
     T is any elementwise transform. The Jacobian is block triangular with diagonal blocks, so its
     log-determinant is the sum of T's log-derivatives. `forward` is one pass of the conditioner.
     `inverse`, which subclasses define, computes one part after the other. `inverse_by_iteration`
-    computes all parts at once, again and again. Both run in full precision and are differentiable.
+    (`inverses.py`) computes all parts at once, again and again. Both run in full precision and are
+    differentiable.
     """
 
     inverse_is_sequential = True
-    iterates = True
     has_network = True
-    reversible_in_bf16 = False  # the inverse runs in float32, `forward` in bf16
+    reversible_in = ("fp32",)  # the inverse runs in float32, `forward` in bf16
 
     def __init__(self, conditioner: nn.Module, transform: Transform):
         super().__init__()
@@ -55,29 +54,16 @@ class Autoregressive(Bijection):
         """The parameters of all parts of `x`."""
         return apply_conditioner(self.conditioner, x, context)
 
-    def _transformed(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    def by_entry(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
         """`z` and the log-derivatives, both of the shape of `x`."""
         return self.transform(x, self.parameters_of(x, context))
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        z, log_derivative = self._transformed(x, context)
+        z, log_derivative = self.by_entry(x, context)
         return z, sum_per_example(log_derivative)
-
-    def inverse_by_iteration(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        def step(x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.transform.inverse(z, self.parameters_of(x, context))
-
-        with full_precision(z):
-            x, log_derivative = fixed_point(step, z, self.count(z), note)
-        return x, sum_per_example(log_derivative)
 
     def loops(self) -> list[Direction]:
         return ["inverse"]
-
-    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
-        return self._transformed(x, context)[1]
 
 
 class MaskedAutoregressive(Autoregressive):
@@ -135,7 +121,7 @@ class Inverse(Container):
     def loops(self) -> list[Direction]:
         return [opposite(direction) for direction in self.bijection.loops()]
 
-    def through(
+    def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.bijection.through(executor, opposite(direction), x, context)
+        return self.bijection.run(executor, opposite(direction), x, context)

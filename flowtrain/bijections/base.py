@@ -1,18 +1,34 @@
 """The contract of an invertible layer, and functions that many layers need."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.context import Context
 
-if TYPE_CHECKING:
-    from flowtrain.bijections.execution import Executor
-    from flowtrain.bijections.ordinal import OrdinalAutoregressive
-
 Direction = Literal["forward", "inverse"]
+
+
+class Executor(Protocol):
+    """Calls the layers of a flow. The ways to do so are in `execution.py`, and for training in
+    `memory.py`.
+    """
+
+    def call(
+        self, layer: "Bijection", direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        """Calls one layer that is not made of others."""
+
+    def chain(
+        self,
+        layers: Sequence["Bijection"],
+        direction: Direction,
+        x: Tensor,
+        context: Context | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Calls layers, listed from data to latents, and adds up their log-determinants."""
 
 
 class Bijection(nn.Module):
@@ -24,16 +40,17 @@ class Bijection(nn.Module):
     `context` is extra input that a conditional layer may read, shape `(B, C', H, W)` or `(B, E)`,
     or two of them for guidance (`context.py`). A layer hands it to `apply_conditioner`.
 
-    The other methods are questions that a layer answers about itself. The defaults suit a layer
-    that computes both directions from its parameters alone.
+    The defaults of all else suit a layer that computes both directions from its parameters alone.
+    What a single consumer needs of a layer is a `functools.singledispatch` function there.
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
-    iterates: bool = False  # whether `inverse_by_iteration` is another way to the inverse
-    reversible: bool = True  # whether keeping only outputs, and `reconstruct`, saves memory
-    reversible_in_bf16: bool = True  # whether `reconstruct` gives the right gradient in bf16
+    # The values of `train.precision` for which `reconstruct` saves memory and is right.
+    reversible_in: Sequence[str] = ("fp32", "bf16")
     has_network: bool = False  # whether networks take most of its time
-    solves_batches: bool = False  # whether examples of a batch share the steps of a solver
+    # Whether it maps centred images x + u with levels x by the distributions of the levels. The
+    # likelihood is then the same for all u.
+    is_discrete: bool = False
     # How many images `initialize` should see. Fewer say little about the coarsest level.
     initialization_images: int = 64
 
@@ -44,32 +61,14 @@ class Bijection(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def forward_in_training(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, with what only a training step does, such as dropout."""
-        return self(x, context)
-
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def inverse_noting(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        """`inverse`. A layer that takes long calls `note` with the share that is done."""
-        return self.inverse(z, context)
-
-    def inverse_by_iteration(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        """`inverse`, within rounding, by fixed-point iteration. See `iterates`."""
-        return self.inverse_noting(z, context, note)
-
-    def through(
-        self, executor: "Executor", direction: Direction, x: Tensor, context: Context | None = None
+    def run(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
-        return executor.layer(self, direction, x, context)
+        return executor.call(self, direction, x, context)
 
     def loops(self) -> list[Direction]:
         """The directions that take a step for each entry, or as many as the values require.
@@ -78,28 +77,8 @@ class Bijection(nn.Module):
         """
         return []
 
-    def retrace(
-        self, x: Tensor, context: Context | None, note: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, by the very arithmetic of `inverse` where that one rounds differently.
-
-        A layer overrides it if its inverse makes steps, so that a rounding error can be one. It
-        calls `note` as `inverse_noting` does.
-        """
-        return self(x, context)
-
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
         """Sets the layer from its input on the first batch. Most layers have nothing to set."""
-
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """`forward`, with the part of `log_det` that belongs to each place of an image.
-
-        For `x` `(B, C, H, W)` the second result is `(B, H', W')`, and sums to `log_det`. None where
-        the log-determinant is no sum over places, or where `x` is a vector.
-        """
-        return None
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the computation that need a gradient: by default the parameters."""
@@ -118,39 +97,6 @@ class Bijection(nn.Module):
             # Detached, because the compiler would take a view of z for a part of its graph.
             x = self.inverse(z.detach(), context)[0]
         return x.requires_grad_(), *self(x, context)
-
-    def log_scales(self) -> Tensor | None:
-        """The log-scales among the parameters, of any shape, or None."""
-        return None
-
-    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor | None:
-        """The log-scales that a network predicts for the input `x`, of any shape, or None."""
-        return None
-
-    def mixing_matrix(self) -> Tensor | None:
-        """The matrix `(C, C)` of a linear layer, or None."""
-        return None
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers about the last forward pass, for the training rows of `metrics.jsonl`."""
-        return {}
-
-    def stages(self, z: Tensor) -> list[Tensor]:
-        """`z`, then the result of each layer on the way to `inverse(z)`, without gradients."""
-        with torch.no_grad():
-            return [z, self.inverse(z)[0]]
-
-    def by_level(self) -> "OrdinalAutoregressive | None":
-        """The distributions of the levels, one after the other, if that is what the layer has."""
-        return None
-
-    @property
-    def of_levels(self) -> bool:
-        """Whether it maps centred images x + u with levels x by the distributions of the levels.
-
-        The likelihood is then the same for all u.
-        """
-        return self.by_level() is not None
 
     def latent_dims(self, dims: int) -> int:
         """The number of latent entries of an example with `dims` entries.

@@ -133,8 +133,6 @@ class Continuous(Bijection):
         adjoint: whether gradients come from the adjoint equation.
     """
 
-    solves_batches = True
-
     def __init__(
         self,
         conditioner: nn.Module,
@@ -156,14 +154,6 @@ class Continuous(Bijection):
     def loops(self) -> list[Direction]:
         return ["forward", "inverse"]
 
-    def metrics(self) -> dict[str, float]:
-        """The tolerances, and the evaluations of f in the last solution and its adjoint."""
-        return {
-            "function_evaluations": float(self.evaluations),
-            "rtol": self.rtol,
-            "atol": self.atol,
-        }
-
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         end = self._solve(x, forwards=True)[-1]
         return end[:, :-1], end[:, -1]
@@ -180,6 +170,7 @@ class Continuous(Bijection):
         return x.requires_grad_(), *self(x, context)
 
     def stages(self, z: Tensor) -> list[Tensor]:
+        """`z`, and its way to `inverse(z)` at equal intervals of time, without gradients."""
         with torch.no_grad():
             return list(self._solve(z, forwards=False, intervals=STAGES)[:, :, :-1])
 

@@ -98,11 +98,6 @@ class LinearChannels(SetFromData):
         with full_precision(x):
             return mix_channels(x, self.mixing_matrix()), self._log_det(x)
 
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        return self(x)[0], self.log_abs_dets([self]).expand_as(x[:, 0])
-
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
         with full_precision(z):

@@ -118,10 +118,6 @@ class _ConditionedTransform(Bijection):
         """
         raise NotImplementedError
 
-    def _of_changed(self, values: Tensor) -> Tensor:
-        """Those log-derivatives from `_transformed` whose entries the layer changes."""
-        return values
-
     def predict(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The parameters of the transform, predicted from the layer's input or its output."""
         return apply_conditioner(self.conditioner, self._kept(x), context)
@@ -138,14 +134,6 @@ class _ConditionedTransform(Bijection):
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self._with(z, self.predict(z, context), self.transform.inverse)
 
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        if x.ndim != 4:
-            return None
-        z, log_derivative = self._transformed(x, self.predict(x, context), self.transform)
-        return z, log_derivative.sum(dim=1)
-
     def _with(self, x: Tensor, parameters: Tensor, transform: Elementwise) -> tuple[Tensor, Tensor]:
         z, log_derivative = self._transformed(x, parameters, transform)
         return z, sum_per_example(log_derivative)
@@ -159,9 +147,9 @@ class _ConditionedTransform(Bijection):
         x.requires_grad_()
         return x, *self._with(x, parameters, self.transform)
 
-    def predicted_log_scales(self, x: Tensor, context: Context | None = None) -> Tensor:
-        log_derivative = self._transformed(x, self.predict(x, context), self.transform)[1]
-        return self._of_changed(log_derivative)
+    def by_entry(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        """`z`, and the log-derivatives of its entries."""
+        return self._transformed(x, self.predict(x, context), self.transform)
 
 
 class Coupling(_ConditionedTransform):
@@ -208,9 +196,6 @@ class CheckerboardCoupling(_ConditionedTransform):
         super().__init__(conditioner, transform)
         rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])[None, :]
         self.register_buffer("keep", (rows + columns) % 2 == parity)  # (H, W)
-
-    def _of_changed(self, values: Tensor) -> Tensor:
-        return values[..., ~self.keep]
 
     def _kept(self, x: Tensor) -> Tensor:
         return x * self.keep

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import Call, Executor
+from flowtrain.bijections.execution import Call, Fused
 from flowtrain.bijections.fused import fuse
+from flowtrain.bijections.ordinal import OrdinalAutoregressive
 from flowtrain.bijections.precision import full_precision
 
 Mode = Literal["store", "checkpoint", "reversible"]
@@ -35,10 +36,12 @@ def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 def call(
     layer: Bijection, direction: Direction, x: Tensor, context: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `forward_in_training` or `inverse`."""
-    if direction == "forward":
-        return layer.forward_in_training(x, context)
-    return layer.inverse(x, context)
+    """The layer's `forward`, with what only a training step does, or its `inverse`."""
+    if direction == "inverse":
+        return layer.inverse(x, context)
+    if isinstance(layer, OrdinalAutoregressive):  # dropout
+        return layer.forward(x, context, noise=x)
+    return layer(x, context)
 
 
 def executor_of(
@@ -49,11 +52,13 @@ def executor_of(
     `compiler` compiles the functions that compute a single layer. The layer is the first argument.
     """
     if mode == "store":
-        return Executor(compiler(call))
+        executor = Fused()
+        executor.call = compiler(call)
+        return executor
     return Recomputing(mode, compiler(call), compiler(gradient_of_layer))
 
 
-class Recomputing(Executor):
+class Recomputing(Fused):
     """Computes the activations of each chain again in the backward pass.
 
     `gradient` computes the gradient of a single layer: the function `gradient_of_layer`, or the
@@ -61,9 +66,7 @@ class Recomputing(Executor):
     """
 
     def __init__(self, mode: Mode, call: Call, gradient: Callable[..., Any]):
-        super().__init__(call)
-        self.mode = mode
-        self.gradient = gradient
+        self.mode, self.call, self.gradient = mode, call, gradient
 
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Context | None
@@ -156,7 +159,7 @@ def gradient_of_layer(
             x, *results = layer.reconstruct(leaf, context)
             inputs = [x, leaf]
         else:
-            x, results = leaf, list(layer.forward_in_training(leaf, context))
+            x, results = leaf, list(call(layer, "forward", leaf, context))
             inputs = [leaf]
         # A constant log-determinant has no graph.
         pairs = [

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Container, Executor
+from flowtrain.bijections.execution import Container
 
 
 class Multiscale(Container):
@@ -40,27 +40,23 @@ class Multiscale(Container):
     def parts(self) -> Iterable[Bijection]:
         return itertools.chain(self.levels, self.priors)  # type: ignore[arg-type]
 
-    def through(
+    def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        way = self._to_latents if direction == "forward" else self._to_data
-        return way(executor, x, context)
-
-    def _steps(self) -> list[tuple[Bijection, Bijection]]:
-        return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
-
-    def _to_latents(
-        self, executor: Executor, x: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor]:
+        if direction == "inverse":
+            return self._to_data(executor, x, context)
         total = x.new_zeros(x.shape[0])
         latents = []
         for (level, prior), (channels, _, _) in zip(self._steps(), self.latent_shapes, strict=True):
-            x, log_det = level.through(executor, "forward", x, context)
-            x, prior_log_det = prior.through(executor, "forward", x, context)
+            x, log_det = level.run(executor, "forward", x, context)
+            x, prior_log_det = prior.run(executor, "forward", x, context)
             total = total + log_det + prior_log_det
             x, latent = x.split([x.shape[1] - channels, channels], dim=1)
             latents.append(latent.flatten(1))
         return torch.cat(latents, dim=1), total
+
+    def _steps(self) -> list[tuple[Bijection, Bijection]]:
+        return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
 
     def _to_data(
         self, executor: Executor, z: Tensor, context: Context | None
@@ -70,8 +66,8 @@ class Multiscale(Container):
         x = latents[-1][:, :0]
         for (level, prior), latent in zip(reversed(self._steps()), reversed(latents), strict=True):
             x = torch.cat([x, latent], dim=1)
-            x, prior_log_det = prior.through(executor, "inverse", x, context)
-            x, log_det = level.through(executor, "inverse", x, context)
+            x, prior_log_det = prior.run(executor, "inverse", x, context)
+            x, log_det = level.run(executor, "inverse", x, context)
             total = total + log_det + prior_log_det
         return x, total
 

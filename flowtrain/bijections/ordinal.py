@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import Direction, SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import (
+    Bijection,
+    Direction,
+    SetFromData,
+    bounded,
+    sum_per_example,
+    unbounded,
+)
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
@@ -143,8 +150,9 @@ class OrdinalAutoregressive(SetFromData):
     """
 
     inverse_is_sequential = True
+    is_discrete = True
     has_network = True
-    reversible = False  # all activations are inside of this one layer
+    reversible_in = ()  # all activations are inside of this one layer
     initialization_images = 200  # so few determine the linear prediction well enough
 
     def __init__(
@@ -203,20 +211,9 @@ class OrdinalAutoregressive(SetFromData):
     def forward(
         self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        z, log_derivative = self._entries(v, context, noise)
+        z, log_derivative = self.by_entry(v, context, noise)
         constant = math.prod(self.shape) * math.log(self.levels)
         return z.flatten(1), sum_per_example(log_derivative) + constant
-
-    def forward_in_training(
-        self, v: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.forward(v, context, noise=v)
-
-    def forward_by_place(
-        self, v: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        z, log_derivative = self._entries(v, context)
-        return z.flatten(1), (log_derivative + math.log(self.levels)).sum(dim=1)
 
     def order(self) -> Tensor:
         """The places of the entries in the order of `in_order`, int64 `(C, H, W)`."""
@@ -268,8 +265,8 @@ class OrdinalAutoregressive(SetFromData):
         z, log_derivative = self.mixture.forward(x, u, location, log_scale, parameters)
         return log_derivative - 0.5 * z.square() - math.log(ROOT_TAU)
 
-    def _entries(
-        self, v: Tensor, context: Context | None, noise: Tensor | None = None
+    def by_entry(
+        self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Latents, and their log-derivatives with respect to x + u, both `(B, C, H, W)`."""
         x, u = map(self._tokens, self._levels_of(v))
@@ -300,9 +297,6 @@ class OrdinalAutoregressive(SetFromData):
 
     def loops(self) -> list[Direction]:
         return ["inverse"]
-
-    def by_level(self) -> "OrdinalAutoregressive":
-        return self
 
     @one_thread()
     @torch.no_grad()
@@ -360,21 +354,21 @@ class OrdinalAutoregressive(SetFromData):
             net.end(i, j)
         return levels.T.reshape(batch, *self.shape)
 
-    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self.inverse_noting(z, context, lambda share: None)
-
-    def inverse_noting(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    def inverse(
+        self,
+        z: Tensor,
+        context: Context | None = None,
+        progress: Callable[[float], None] = lambda share: None,
     ) -> tuple[Tensor, Tensor]:
         if not has_float64(z):
-            return self._on_the_cpu("inverse_noting", z, context, note)
+            return self._on_the_cpu("inverse", z, context, progress)
         done = itertools.count(1)
         target = torch.special.ndtr(z.T.double())
         low, high = torch.empty_like(target), torch.empty_like(target)
 
         def next_level(entry: Entry, index: int) -> Tensor:
             level, low[index], high[index] = entry.find(target[index])
-            note(next(done) / len(target))
+            progress(next(done) / len(target))
             return level
 
         with full_precision(z):
@@ -385,18 +379,18 @@ class OrdinalAutoregressive(SetFromData):
         v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
         return v, -self._log_det(z, high - low)
 
-    def retrace(
-        self, v: Tensor, context: Context | None, note: Callable[[float], None]
+    def forward_matching_inverse(
+        self, v: Tensor, context: Context | None, progress: Callable[[float], None]
     ) -> tuple[Tensor, Tensor]:
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
         The two paths of the networks round differently, and the range of an improbable level is as
         small as 2**-18. In float32, middles by `forward` were off by up to 6% of half of their
-        range, on noise under a trained model. Between batches of different sizes, `retrace` and
+        range, on noise under a trained model. Between batches of different sizes, this and
         `inverse` differ by up to 1.4% of it.
         """
         if not has_float64(v):
-            return self._on_the_cpu("retrace", v, context, note)
+            return self._on_the_cpu("forward_matching_inverse", v, context, progress)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
         levels = x.long().contiguous()
         done = itertools.count(1)
@@ -405,7 +399,7 @@ class OrdinalAutoregressive(SetFromData):
 
         def next_level(entry: Entry, index: int) -> Tensor:
             low[index], high[index] = entry.range(levels[index])
-            note(next(done) / len(levels))
+            progress(next(done) / len(levels))
             return levels[index]
 
         with full_precision(v):
@@ -429,3 +423,8 @@ class OrdinalAutoregressive(SetFromData):
         log_density = -0.5 * z.square() - math.log(ROOT_TAU)
         log_derivative = probability.log().T.to(z) - log_density
         return sum_per_example(log_derivative) + z.shape[1] * math.log(self.levels)
+
+
+def discrete_model(bijection: Bijection) -> OrdinalAutoregressive | None:
+    """The model of levels that a bijection is, with a distribution for each entry, or None."""
+    return bijection if isinstance(bijection, OrdinalAutoregressive) else None

@@ -20,12 +20,6 @@ class Squeeze(Bijection):
         patches = [x[:, :, i::2, j::2] for i, j in self.OFFSETS]
         return torch.cat(patches, dim=1), x.new_zeros(x.shape[0])
 
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        z, _ = self(x)
-        return z, torch.zeros_like(z[:, 0])
-
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = z.shape
         x = z.new_empty(batch, channels // 4, 2 * height, 2 * width)
@@ -61,11 +55,6 @@ class Permute(Bijection):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], x.new_zeros(x.shape[0])
-
-    def forward_by_place(
-        self, x: Tensor, context: Context | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        return (self(x)[0], torch.zeros_like(x[:, 0])) if x.ndim == 4 else None
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return z[:, self.inverse_order], z.new_zeros(z.shape[0])

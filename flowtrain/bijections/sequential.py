@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, Direction
+from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Container, Executor
+from flowtrain.bijections.execution import Container
 
 
 class Sequential(Container):
@@ -26,16 +26,10 @@ class Sequential(Container):
             layers += layer.opened() if isinstance(layer, Sequential) else [layer]
         return layers
 
-    def through(
+    def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         return executor.chain(self.opened(), direction, x, context)
-
-    def stages(self, z: Tensor) -> list[Tensor]:
-        stages = [z]
-        for layer in reversed(self.opened()):
-            stages += layer.stages(stages[-1])[1:]
-        return stages
 
     def latent_dims(self, dims: int) -> int:
         for layer in self.opened():

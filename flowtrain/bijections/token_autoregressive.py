@@ -47,11 +47,11 @@ class TokenAutoregressive(Autoregressive):
     def count(self, x: Tensor) -> int:
         return x[0, 0].numel()
 
-    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self.inverse_noting(z, context, lambda share: None)
-
-    def inverse_noting(
-        self, z: Tensor, context: Context | None, note: Callable[[float], None]
+    def inverse(
+        self,
+        z: Tensor,
+        context: Context | None = None,
+        progress: Callable[[float], None] = lambda share: None,
     ) -> tuple[Tensor, Tensor]:
         tokens: list[Tensor] = []
         log_derivatives: list[Tensor] = []
@@ -63,7 +63,7 @@ class TokenAutoregressive(Autoregressive):
                 token, log_derivative = self.transform.inverse(target, parameters)
                 tokens.append(token)
                 log_derivatives.append(log_derivative)
-                note(len(tokens) / len(targets))
+                progress(len(tokens) / len(targets))
         x = torch.stack(tokens, dim=2).view(z.shape)
         return x, sum_per_example(torch.stack(log_derivatives, dim=2))
 

@@ -143,7 +143,7 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
         elif config.model.classes:
             coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
-        if bijection.of_levels:
+        if bijection.is_discrete:
             _require_centred(config)
         if levels is not None and latent_dims != math.prod(shape):
             raise UserError(

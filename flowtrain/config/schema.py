@@ -234,7 +234,8 @@ Loggers = Annotated[
 
 class Train(Section):
     """Optimization, and how often things happen. Periods are in steps; a period longer than the run
-    is legal. The defaults are those that did best for most models of images (docs/experiments.md).
+    is legal. The defaults are those that did best for most models of images
+    (docs/lab/experiments.md).
     """
 
     num_steps: Period | None = Field(

@@ -172,7 +172,7 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
     from flowtrain.system import distributed  # imports torch
 
     known = cache.place() / "lists" / cache.key_of(["1", os.fspath(folder), part, skip])
-    with distributed.one_first():
+    with distributed.main_process_first():
         try:
             files = _remembered(known, folder) or _listed(known, folder, part, skip)
         except RecursionError:  # of `os.walk` before Python 3.12

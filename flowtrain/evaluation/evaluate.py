@@ -62,9 +62,9 @@ def evaluate(
             f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
         )
     data.require(flow.shape, flow.levels, model.checkpoint.path)
-    with distributed.one_first():
+    with distributed.main_process_first():
         split = data.split(split_name)
-    counts = distributed.exchange(len(split))
+    counts = distributed.all_gather_object(len(split))
     if len(set(counts)) > 1:
         raise UserError(
             f"--split {split_name}: the processes have other data, {', '.join(map(str, counts))} "
@@ -76,7 +76,7 @@ def evaluate(
         )
     here = _trained_on(model, data.config, data)
     labels = None if here is None else _labels(model, data, split)
-    own = len(distributed.share(min(num_images or len(split), len(split))))
+    own = len(distributed.shard(min(num_images or len(split), len(split))))
     require_memory(flow, own, batch_size, samples)
     scores = score(
         flow,

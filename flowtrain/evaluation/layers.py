@@ -1,16 +1,20 @@
 """Looking inside a flow: its layers by name, their inputs and outputs, and those of modules."""
 
 from collections.abc import Callable
+from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, CheckerboardCoupling, Coupling, DiagonalAffine
+from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import Direction
 from flowtrain.bijections.context import Context
+from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.execution import Container, LayerByLayer, call
+from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import watch_modules
 
@@ -48,10 +52,46 @@ class Watching(LayerByLayer):
         self.names = {layer: name for name, layer in layers_of(flow).items()}
         self.around = around
 
-    def layer(
+    def call(
         self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         return self.around(self.names[layer], layer, direction, x, context)
+
+
+@singledispatch
+def log_scales(module: nn.Module) -> Tensor | None:
+    """The log-scales among the parameters of a layer or of a class prior, of any shape, or None."""
+    return None
+
+
+@log_scales.register
+def _(module: DiagonalAffine | ClassPrior) -> Tensor:
+    return module.bounded_log_scale()
+
+
+@singledispatch
+def predicted_log_scales(layer: Bijection, x: Tensor, context: Context | None) -> Tensor | None:
+    """The log-scales that a network predicts for the input `x`, of any shape, or None."""
+    return None
+
+
+@predicted_log_scales.register
+def _(layer: Autoregressive | Coupling, x: Tensor, context: Context | None) -> Tensor:
+    return layer.by_entry(x, context)[1]
+
+
+@predicted_log_scales.register
+def _(layer: CheckerboardCoupling, x: Tensor, context: Context | None) -> Tensor:
+    return layer.by_entry(x, context)[1][..., ~layer.keep]
+
+
+@singledispatch
+def mixing_matrix(layer: Bijection) -> Tensor | None:
+    """The matrix `(C, C)` of a linear layer, or None."""
+    return None
+
+
+mixing_matrix.register(LinearChannels, LinearChannels.mixing_matrix)
 
 
 @torch.no_grad()
@@ -62,7 +102,7 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
     has those that the layer's network predicts on the batch `x`.
     """
     found = {
-        short_name(name): module.log_scales()
+        short_name(name): log_scales(module)
         for name, module in flow.named_modules()
         if isinstance(module, Bijection)
     }
@@ -71,15 +111,15 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
         name: str, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
-            found[f"{name}.transform"] = layer.predicted_log_scales(x, context)
+            found[f"{name}.transform"] = predicted_log_scales(layer, x, context)
         return call(layer, direction, x, context)
 
     flow.to_latents(x, noise, Watching(flow, around))
     return {
-        name: (log_scales.min().item(), log_scales.max().item())
-        for name, log_scales in found.items()
+        name: (values.min().item(), values.max().item())
+        for name, values in found.items()
         # A checkerboard may keep all of an image of one pixel.
-        if log_scales is not None and log_scales.numel()
+        if values is not None and values.numel()
     }
 
 

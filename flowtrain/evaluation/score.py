@@ -95,7 +95,7 @@ def score(
     If there are several processes, each scores a part of the images, and all get all scores.
     """
     count = len(split) if num_images is None else min(num_images, len(split))
-    own = distributed.share(count)
+    own = distributed.shard(count)
     batch_size = batch_size or fitting_batch_size(flow)
     # A process may have no image.
     rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]

@@ -86,10 +86,6 @@ class ClassPrior(nn.Module):
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z.tensor_split([z.shape[1] - self.size], dim=1)  # type: ignore[return-value]
 
-    def log_scales(self) -> Tensor | None:
-        """The log-scales among the parameters, of any shape, or None."""
-        return self.bounded_log_scale()
-
     def context(self, labels: Tensor | None, count: int) -> Tensor | None:
         """The context of the bijection for `count` examples with labels `(B,)`, if any: none."""
         return None
@@ -163,9 +159,6 @@ class ClassContext(nn.Module):
         super().__init__()
         self.classes = classes
         self.label_dropout = label_dropout
-
-    def log_scales(self) -> Tensor | None:
-        return None
 
     def context(self, labels: Tensor | None, count: int) -> Tensor | None:
         """The context of the bijection for `count` examples with labels `(B,)`.

@@ -10,16 +10,13 @@ log-determinants.
 """
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import sum_per_example
-from flowtrain.bijections.execution import FUSED, Executor
-
-if TYPE_CHECKING:
-    from flowtrain.flow.variational import VariationalNoise
+from flowtrain.bijections.base import Executor, sum_per_example
+from flowtrain.bijections.execution import FUSED
 
 # u is kept this far from the edges of its bin. In float32, 255 + (1 - 2**-24) is 256, and x / 17 *
 # 17 can fall below x. For Q up to 256, 2**-14 is more than twice the largest rounding error of
@@ -73,8 +70,8 @@ class Dequantizer(nn.Module):
         transform: `center` is `y - 1/2`. `logit` is `logit(alpha + (1 - 2 alpha) y)`, as in
             RealNVP, section 4.1, but with both ends kept away from infinity.
         alpha: Parameter of `logit`.
-        noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`. The default is
-            `UniformNoise`.
+        noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`, and back, like the
+            default, `UniformNoise`.
     """
 
     sigma: float | None = None  # standard deviation of Gaussian noise, if that is the noise
@@ -84,7 +81,7 @@ class Dequantizer(nn.Module):
         levels: int,
         transform: Literal["center", "logit"] = "center",
         alpha: float = 0.05,
-        noise_model: "UniformNoise | VariationalNoise | None" = None,
+        noise_model: nn.Module | None = None,
     ):
         super().__init__()
         self.levels = levels
@@ -148,7 +145,9 @@ class Dequantizer(nn.Module):
 
         Only `flowtrain doctor` needs this direction: it checks the layers of a learned noise by it.
         """
-        return self.noise_model.inverse(u, self._scaled(x, u), executor)
+        noise: tuple[Tensor, Tensor]
+        noise = self.noise_model.inverse(u, self._scaled(x, u), executor)  # type: ignore[operator]
+        return noise
 
     def _scaled(self, x: Tensor, like: Tensor) -> Tensor:
         return x.to(like.dtype) / self.levels - 0.5

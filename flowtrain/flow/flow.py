@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, Executor
 from flowtrain.bijections.context import Context, Guided
-from flowtrain.bijections.execution import FUSED, Executor, Initializing, Retracing
+from flowtrain.bijections.execution import FUSED, Initializing
+from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -39,8 +40,8 @@ class Flow(nn.Module):
         log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
 
     Real-valued data have a density, which is computed exactly:
-    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection `of_levels`. With
-    Gaussian noise, the same is the density of a noisy image.
+    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection
+    with `is_discrete`. With Gaussian noise, the same is the density of a noisy image.
 
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
@@ -79,7 +80,7 @@ class Flow(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether the likelihood is exact: there is no noise, or it does not depend on it."""
-        return self.kind.exact or self.bijection.of_levels
+        return self.kind.exact or self.bijection.is_discrete
 
     @property
     def sampling(self) -> str:
@@ -136,7 +137,7 @@ class Flow(nn.Module):
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
         seen = self.seen(len(x), labels, context)
-        z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
+        z, flow_log_det = self.bijection.run(executor, "forward", v, seen)
         return z, log_det + flow_log_det
 
     def forward(
@@ -175,7 +176,7 @@ class Flow(nn.Module):
             each = (self._log_prob_of(v, log_det, k, context, executor) for k in classes)
             return over_classes(list(each))
         seen = self.seen(len(v), labels, context)
-        z, flow_log_det = self.bijection.through(executor, "forward", v, seen)
+        z, flow_log_det = self.bijection.run(executor, "forward", v, seen)
         log_det = log_det + flow_log_det
         if isinstance(self.class_prior, ClassPrior):
             return self.class_prior.with_base(z, log_det, labels)
@@ -195,7 +196,7 @@ class Flow(nn.Module):
         """
         v, by_place, of_noise = self.dequantizer.forward_by_place(x, noise.to(self.dtype))
         seen = self.seen(len(x), labels, self.context_of(x))
-        z, _ = self.bijection.through(executor, "forward", v, seen)
+        z, _ = self.bijection.run(executor, "forward", v, seen)
         if self.class_prior is None:
             density = normal_log_density(z)
         else:
@@ -289,7 +290,7 @@ class Flow(nn.Module):
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
         seen = self.seen(len(x), context=self.context_of(x))
-        return self.bijection.through(executor or Retracing(), "forward", v, seen)[0]
+        return self.bijection.run(executor or MatchingInverse(), "forward", v, seen)[0]
 
     @torch.no_grad()
     def decode(
@@ -325,7 +326,7 @@ class Flow(nn.Module):
             self._sigma()
         context = self._checked_context(context, len(z))
         seen = self.seen(len(z), labels, context, guidance)
-        v, _ = self.bijection.through(executor, "inverse", z.to(self.device), seen)
+        v, _ = self.bijection.run(executor, "inverse", z.to(self.device), seen)
         if denoise:
             v = self.denoised(v, labels, context)
         return self.dequantizer.to_data(v).contiguous()

@@ -12,7 +12,7 @@ from flowtrain.bijections.execution import LayerByLayer
 from flowtrain.flow.flow import Flow
 from flowtrain.system import capacity
 
-# Bytes of activations. A larger batch is no faster on a CPU (docs/performance.md).
+# Bytes of activations. A larger batch is no faster on a CPU (docs/lab/performance.md).
 ENOUGH_FOR_A_CPU = 256 * 2**20
 LARGEST_BATCH = 2048  # so that progress can be seen
 # Activations in memory at a time, as a multiple of the largest one: the input and output of a

@@ -14,8 +14,8 @@ from flowtrain.bijections import (
     Sequential,
     Squeeze,
 )
-from flowtrain.bijections.base import sum_per_example
-from flowtrain.bijections.execution import FUSED, Executor
+from flowtrain.bijections.base import Executor, sum_per_example
+from flowtrain.bijections.execution import FUSED
 from flowtrain.bijections.precision import into_conditioner
 from flowtrain.flow.dequantize import EDGE, LARGEST, SMALLEST
 from flowtrain.nets.convolution import Conv2d, GlowNet, ReLU
@@ -76,11 +76,11 @@ class VariationalNoise(nn.Module):
         """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and
         `log q(u|x)`, `(B,)` in nats.
         """
-        squeezed, image = (self.squeeze.through(executor, "forward", t)[0] for t in (noise, x))
+        squeezed, image = (self.squeeze.run(executor, "forward", t)[0] for t in (noise, x))
         eps = torch.special.ndtri(squeezed.clamp(SMALLEST, LARGEST))
         # The context is for conditioners alone, and stays on their side of the border.
         context = self.context(into_conditioner(image))
-        w, log_det = self.flow.through(executor, "forward", eps, context)
+        w, log_det = self.flow.run(executor, "forward", eps, context)
         # log N(eps) - log N(w), where the constants cancel: apart from the affine map, du/dw is the
         # standard normal density.
         log_q = (
@@ -89,21 +89,21 @@ class VariationalNoise(nn.Module):
             - w[0].numel() * math.log1p(-2 * EDGE)
         )
         u = EDGE + (1 - 2 * EDGE) * torch.special.ndtr(w)
-        return self.squeeze.through(executor, "inverse", u)[0], log_q
+        return self.squeeze.run(executor, "inverse", u)[0], log_q
 
     def inverse(self, u: Tensor, x: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         """The noise that `forward` maps to `u`, with the same `log q(u|x)`.
 
         Values of `u` at the edges of `[EDGE, 1 - EDGE]` or beyond have no exact inverse.
         """
-        squeezed, image = (self.squeeze.through(executor, "forward", t)[0] for t in (u, x))
+        squeezed, image = (self.squeeze.run(executor, "forward", t)[0] for t in (u, x))
         inside = ((squeezed - EDGE) / (1 - 2 * EDGE)).clamp(SMALLEST, LARGEST)
         w = torch.special.ndtri(inside)
         context = self.context(into_conditioner(image))
-        eps, log_det = self.flow.through(executor, "inverse", w, context)
+        eps, log_det = self.flow.run(executor, "inverse", w, context)
         log_q = (
             0.5 * sum_per_example(w.square() - eps.square())
             + log_det
             - w[0].numel() * math.log1p(-2 * EDGE)
         )
-        return self.squeeze.through(executor, "inverse", torch.special.ndtr(eps))[0], log_q
+        return self.squeeze.run(executor, "inverse", torch.special.ndtr(eps))[0], log_q

@@ -24,7 +24,7 @@ CLASS_IMAGES = 500  # training images of a class over which the mean latent is t
 TYPICAL_IMAGES = 500  # test images whose likelihoods say what is typical, at most
 LOWEST = 0.01  # the share of them that is less likely than where a path stops
 # What an image has beyond the mean of its class shrinks to this share on the way to another class.
-# Whole, it makes ends that are of no class (docs/howto/latents.md).
+# Whole, it makes ends that are of no class (docs/edit.md).
 KEPT = 0.5
 
 

@@ -7,12 +7,14 @@ are drawn by longitude and height. This is Lambert's cylindrical projection, whi
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections import Bijection, Continuous, Sequential
 from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
@@ -87,7 +89,7 @@ class PointPlots:
         bounds = _bounds(beside)
         z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
         columns = 2 + len(temperatures)
-        stages = _full_rows(flow.bijection.stages(flow.place(z)), columns)
+        stages = _full_rows(stages_of(flow.bijection, flow.place(z)), columns)
         figure, (upper, *lower) = _figure(1 + -(-len(stages) // columns), columns)
         first, *middle = upper
         _scatter(first, f"data ({len(beside):,})", beside, bounds)
@@ -183,6 +185,24 @@ def _bounds(x: Tensor) -> Bounds:
     low, high = places.quantile(0.002, dim=0), places.quantile(0.998, dim=0)
     middle, half = (low + high) / 2, 0.65 * float((high - low).max())
     return tuple((middle[:, None] + torch.tensor([-half, half])).flatten().tolist())
+
+
+@singledispatch
+def stages_of(layer: Bijection, z: Tensor) -> list[Tensor]:
+    """`z`, then the result of each layer on the way to `layer.inverse(z)`, without gradients."""
+    with torch.no_grad():
+        return [z, layer.inverse(z)[0]]
+
+
+stages_of.register(Continuous, Continuous.stages)
+
+
+@stages_of.register
+def _(layer: Sequential, z: Tensor) -> list[Tensor]:
+    stages = [z]
+    for each in reversed(layer.opened()):
+        stages += stages_of(each, stages[-1])[1:]
+    return stages
 
 
 def _full_rows(stages: Sequence[Tensor], columns: int) -> list[Tensor]:

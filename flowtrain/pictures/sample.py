@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.execution import Iterating, Noting, sequential_layers
+from flowtrain.bijections.inverses import Iterating, WithProgress, iterates, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
@@ -41,7 +41,7 @@ def sample(
     Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
     `iterate` that it does not have, or for samples without room.
     """
-    if iterate and not flow.bijection.iterates:
+    if iterate and not iterates(flow.bijection):
         raise UserError(
             "--method jacobi: no layer of the model has this way"
             + (
@@ -103,7 +103,7 @@ def decode(
     images = []
     at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
     layers = sequential_layers(flow.bijection)
-    executor = Iterating if iterate else Noting
+    executor = Iterating if iterate else WithProgress
     for start in range(0, len(z), at_a_time):
         stop = min(start + at_a_time, len(z))
 

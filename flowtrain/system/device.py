@@ -103,7 +103,7 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
         # Some launchers show each process its own device alone, as Slurm does for --gpus-per-task.
         number = local_rank if local_rank < count else 0
     own = [kind, _identity(kind, number)]
-    before = distributed.exchange(own)[: distributed.rank()]
+    before = distributed.all_gather_object(own)[: distributed.rank()]
     for rank, other in enumerate(before):
         if other[0] != kind:
             raise UserError(

@@ -5,8 +5,8 @@ torchrun says in the environment how many processes there are and which one this
 two ways. Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Small
 facts, and the news of a failure, go through the store by which the processes found each other. So
 a failure is heard even if the others wait for something else. All then end with the exit code of
-the process that failed, and only that process prints its message. A process that can no longer say
-that it has failed falls silent, which the others notice (`pulse.py`).
+the process that failed, and only that process prints its message. A killed process stops sending
+heartbeats; the others detect it (`heartbeat.py`).
 """
 
 import contextlib
@@ -37,19 +37,19 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
-from flowtrain.system import pulse
+from flowtrain.system import heartbeat
 from flowtrain.system.console import console
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 FAILED = "failed"  # the store's key for the exit code of the first process to fail
-MEETING_TIMEOUT = 600.0  # seconds
-COLLECTIVE_TIMEOUT = 600.0  # seconds; more than one machine compiles longer than another
-LINGER = 1.0  # seconds; torchrun sends SIGTERM to all others once one has ended with an error
-GRACE = 5.0  # seconds in which a process that has lost another can end by itself
-ENDING = 20.0  # seconds in which a process that has failed can; torchrun kills it after 30
-CHUNK = 2**28  # bytes sent at a time
+MEETING_SECONDS = 600.0
+COLLECTIVE_SECONDS = 600.0  # more than one machine compiles longer than another
+LINGER_SECONDS = 1.0  # torchrun sends SIGTERM to all others once one has ended with an error
+GRACE_SECONDS = 5.0  # a process that has lost another can end by itself meanwhile
+ENDING_SECONDS = 20.0  # a process that has failed can end meanwhile; torchrun kills it after 30
+CHUNK_BYTES = 2**28  # sent at a time
 
 # Parts of torch's messages when the other end of a connection is gone.
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
@@ -60,8 +60,8 @@ class _Group:
     store: dist.Store
     rank: int
     world: int
-    heart: pulse.Pulse | None = None  # None only in tests
-    exchanges: int = 0  # so far; the same number on every process
+    heart: heartbeat.Heartbeat | None = None  # None only in tests
+    gathered: int = 0  # so far; the same number on every process
     advice: str = ""  # for the message about a lost process
     lost: str = ""  # that message, once there is one
 
@@ -178,7 +178,7 @@ def _join() -> _Group:
         own = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
-        heart = pulse.Pulse(dist.PrefixStore(meeting, own), rank, world, _end_without)
+        heart = heartbeat.Heartbeat(dist.PrefixStore(meeting, own), rank, world, _end_without)
         return _Group(dist.PrefixStore(meeting, store), rank, world, heart)
 
 
@@ -198,7 +198,7 @@ def _reaching_the_others() -> Iterator[None]:
 def connect(device: torch.device) -> None:
     """Joins the processes for tensors on the CPU and on this device, which has been set.
 
-    A process that takes longer than `COLLECTIVE_TIMEOUT` for its part of an exchange is lost.
+    A process that takes longer than `COLLECTIVE_SECONDS` for its part of an exchange is lost.
     """
     if _group is None or dist.is_initialized():
         return
@@ -210,7 +210,7 @@ def connect(device: torch.device) -> None:
             store=dist.PrefixStore("group", _group.store),
             rank=_group.rank,
             world_size=_group.world,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
             device_id=None if between_gpus is None else device,
         )
 
@@ -227,7 +227,7 @@ def _meeting(store: dist.Store, rank: int, world: int) -> str:
     """
     own = uuid.uuid4().hex
     store.set(f"word/{rank}", own)
-    give_up = time.monotonic() + MEETING_TIMEOUT
+    give_up = time.monotonic() + MEETING_SECONDS
     while time.monotonic() < give_up:
         if rank == 0 and store.check([f"word/{other}" for other in range(world)]):
             store.set(
@@ -242,7 +242,7 @@ def _meeting(store: dist.Store, rank: int, world: int) -> str:
             if store.check([f"{name}/all"]):
                 return name
         time.sleep(0.01)
-    minutes = MEETING_TIMEOUT / 60
+    minutes = MEETING_SECONDS / 60
     raise RunError(
         f"process {rank} of {world} has waited {minutes:g} minutes for the others to start"
     )
@@ -277,10 +277,11 @@ def _end_without(silent: list[int]) -> None:
     assert _group is not None
     others = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))}"
     _group.lost = (
-        f"process {rank()} of {world()} has heard nothing of {others} for {pulse.SILENCE:g} s: "
-        f"killed or stopped, or on a machine that cannot be reached{_group.advice}"
+        f"process {rank()} of {world()} has heard nothing of {others} for "
+        f"{heartbeat.TIMEOUT_SECONDS:g} s: killed or stopped, or on a machine that cannot be "
+        f"reached{_group.advice}"
     )
-    _end_soon(_group.lost, RunError.exit_code, GRACE)
+    _end_soon(_group.lost, RunError.exit_code, GRACE_SECONDS)
 
 
 def _end_soon(message: str, code: int, grace: float) -> None:
@@ -296,11 +297,11 @@ def _end_soon(message: str, code: int, grace: float) -> None:
 
     thread = threading.Thread(target=claim, daemon=True)  # the store may not answer
     thread.start()
-    thread.join(pulse.ANSWER)
+    thread.join(heartbeat.STORE_SECONDS)
     if first != [False]:  # otherwise another process has said what the matter is
         os.write(2, f"flowtrain: {message}\n".encode())
     if group.rank == 0:
-        time.sleep(pulse.ANSWER)  # it may hold the store, which the others ask who has said it
+        time.sleep(heartbeat.STORE_SECONDS)  # it may hold the store, which the others still read
     os._exit(code)
 
 
@@ -334,7 +335,7 @@ def _failed(error: BaseException) -> BaseException:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
     # The end of what runs on a GPU may be waited for in vain.
     threading.Thread(
-        target=_end_soon, args=(str(error), exit_code(error), ENDING), daemon=True
+        target=_end_soon, args=(str(error), exit_code(error), ENDING_SECONDS), daemon=True
     ).start()
     with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
         own = json.dumps([rank(), exit_code(error)])
@@ -357,7 +358,7 @@ def _failed(error: BaseException) -> BaseException:
 def _linger(keys: list[str]) -> None:
     """Waits for these keys, but not for long, because the process that sets them may be lost."""
     assert _group is not None
-    give_up = time.monotonic() + (LINGER if is_main() else 2 * LINGER)
+    give_up = time.monotonic() + (LINGER_SECONDS if is_main() else 2 * LINGER_SECONDS)
     while not _group.store.check(keys) and time.monotonic() < give_up:
         time.sleep(0.01)
 
@@ -381,7 +382,7 @@ def _hang_up(error: BaseException) -> None:
 # --- small facts, through the store ---------------------------------------------------------------
 
 
-def exchange(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The values of all processes (plain data, sent as JSON), by rank. Waits for all.
 
     Raises:
@@ -389,26 +390,26 @@ def exchange(value: T) -> list[T]:
     """
     if _group is None:
         return [value]
-    _group.exchanges += 1
-    name = str(_group.exchanges)
+    _group.gathered += 1
+    name = str(_group.gathered)
     _say(name, value)
     _wait(_keys(name))
     return [json.loads(_group.store.get(key)) for key in _keys(name)]
 
 
-def ready() -> None:
+def barrier() -> None:
     """Waits until all processes are here. Raises `EndedElsewhere` if one has failed."""
-    exchange(None)
+    all_gather_object(None)
 
 
 def from_main(function: Callable[[], T]) -> T:
     """The result (plain data) of `function`, which only process 0 calls. An error ends all."""
-    value = exchange(function() if is_main() else None)[0]
+    value = all_gather_object(function() if is_main() else None)[0]
     return cast(T, value)
 
 
 @contextlib.contextmanager
-def one_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Lets process 0 go first, then the first process of every other machine, then all others.
 
     So a download, or filling a cache, is done once per disk, whether the machines share disks or
@@ -416,10 +417,10 @@ def one_first() -> Iterator[None]:
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
     for _ in range(turn):
-        ready()
+        barrier()
     yield
     for _ in range(turn, 2):
-        ready()
+        barrier()
 
 
 def _say(name: str, value: object = None) -> None:
@@ -500,7 +501,7 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def share(count: int) -> range:
+def shard(count: int) -> range:
     """Which of `count` things belong to this process. The parts are contiguous and as equal as
     possible, and may be empty.
     """
@@ -508,7 +509,7 @@ def share(count: int) -> range:
 
 
 def gather(part: Tensor, count: int) -> Tensor:
-    """Joins the parts of all processes, `(K, len(share(count)))` on the CPU, to `(K, count)`."""
+    """Joins the parts of all processes, `(K, len(shard(count)))` on the CPU, to `(K, count)`."""
     if _group is None:
         return part
     longest = math.ceil(count / world())
@@ -527,11 +528,11 @@ def bytes_from_main(function: Callable[[], bytes]) -> bytes:
     data = function() if is_main() else b""
     if _group is None:
         return data
-    size = exchange(len(data))[0]
+    size = all_gather_object(len(data))[0]
     buffer = torch.empty(size, dtype=torch.uint8)
     if is_main():
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    for chunk in torch.split(buffer, CHUNK):
+    for chunk in torch.split(buffer, CHUNK_BYTES):
         dist.broadcast(chunk, 0)
     return buffer.numpy().tobytes()
 
@@ -553,7 +554,7 @@ def parallel(flow: nn.Module) -> nn.Module:
     """
     if _group is None:
         return flow
-    ready()
+    barrier()
     # torch has a new name for broadcast_buffers and warns about the old one.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)

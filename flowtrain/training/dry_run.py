@@ -25,10 +25,10 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import left, moments
 from flowtrain.system.device import synchronize
-from flowtrain.training.optim import Average, build_optimizers, copies_of_weights
+from flowtrain.training.optim import EMA, build_optimizers, copies_of_weights
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    noise_of,
+    dequantization_noise,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -131,18 +131,18 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
     some, _ = _batch(flow, min(batch, flow.initialization_images))
-    initialize(flow, some, noise_of(config, 0, some))
-    average = Average(flow, train.ema) if train.ema else None
-    state = State(config, flow, build_optimizers(flow, train), average, {})
+    initialize(flow, some, dequantization_noise(config, 0, some))
+    ema = EMA(flow, train.ema) if train.ema else None
+    state = State(config, flow, build_optimizers(flow, train), ema, {})
 
     plain = _changed(state, compile="off", cuda_graph=False)
     compute = _compute(plain, batch)
     memory = _memory(plain, train.batch_size, device)
     chosen = next(each for each in memory.modes if each.mode == train.memory)
-    fits = all(distributed.exchange(chosen.largest_batch >= train.batch_size))
+    fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
     seconds = _seconds_of_a_step(state, batch) if fits else None
     images = batch * distributed.world()
-    compiling = state.computation.seconds
+    compiling = state.compile_seconds or None
     return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
 
 
@@ -212,7 +212,7 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
         for values in optimizer.state.values()
         for t in values.values()
     ]
-    kept += [] if state.average is None else state.average.flow.parameters()
+    kept += [] if state.ema is None else state.ema.flow.parameters()
     free = left(device)  # all but the activations is there already, and the copy
     copy = memory_of_copy(state.tensors(), left(torch.device("cpu")))
     of_copy = copy if device.type == "cpu" else 0
@@ -220,8 +220,8 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
     for mode in get_args(Mode):
         if reason_against(state.flow, mode, state.config.train.precision) is None:
             growth = _growth(state, mode, batch_size, device, free)
-            needed = max(distributed.exchange(growth.of(batch_size)))
-            largest = min(distributed.exchange(growth.largest(free - of_copy)))
+            needed = max(distributed.all_gather_object(growth.of(batch_size)))
+            largest = min(distributed.all_gather_object(growth.largest(free - of_copy)))
             modes.append(Activations(mode, needed, largest))
     state.zero_grad()
     return Memory(2 * gradients + sum(t.nbytes for t in kept), free, copy, modes)
@@ -248,7 +248,7 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
     """
     size = math.ceil(min(MEASURED_IMAGES, batch_size) / 2)
     found = [_moments_of_a_step(state, mode, size, device)]
-    if any(distributed.exchange(2 * max(found[0]) > free)):  # twice as many might not fit
+    if any(distributed.all_gather_object(2 * max(found[0]) > free)):  # twice as many might not fit
         return Growth(torch.zeros(1), torch.tensor([max(found[0]) / size]))
     outweighed = False
     while True:
@@ -257,7 +257,9 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
         aligned = len({len(each) for each in found}) == 1 < len(found[0])
         known = aligned and len(found) == 3 or outweighed
         # all of them measure the same sizes
-        if any(distributed.exchange(2 * many > free)) or all(distributed.exchange(known)):
+        if any(distributed.all_gather_object(2 * many > free)) or all(
+            distributed.all_gather_object(known)
+        ):
             break
         outweighed = many > DOUBLED * few
         size *= 2

@@ -16,7 +16,7 @@ from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
 from flowtrain.training import loggers
-from flowtrain.training.facts import Facts, Known
+from flowtrain.training.delayed_metrics import DelayedMetrics, StepMetrics
 from flowtrain.training.optim import copies_of_weights, learning_rate
 from flowtrain.training.reporting import (
     announce_end,
@@ -33,7 +33,7 @@ from flowtrain.training.resume import announce, checkpoint_to_resume, require_sa
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 from flowtrain.training.step import (
-    noise_of,
+    dequantization_noise,
     optimizer_step,
     require_memory,
     require_trainable,
@@ -73,7 +73,7 @@ def fit(
         flow = flow.to(device)
         require_memory(flow, config, device)
         console.print(f"reading {config.data.name}")
-        with distributed.one_first():  # it may download
+        with distributed.main_process_first():  # it may download
             batches = Batches(
                 data, config, config.train.batch_size * config.train.accumulate, device
             )
@@ -96,7 +96,7 @@ def fit(
                 save(state, run, numbered=False, wait=True)
             else:
                 bring_up_to_date(run, saved, config, state.flow, str(device))
-            distributed.ready()  # an error in writing has been raised by now
+            distributed.barrier()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
             )
@@ -125,22 +125,22 @@ def _loop(
 ) -> None:
     config = state.config.train
     clock = Clock(state)
-    facts = Facts(state, clock, stop)
+    metrics = DelayedMetrics(state, clock, stop)
     stopped = bool(stop.signum)
     while not (state.progress.finished or stopped):
         run.raise_error_of_saving()
         progress = state.progress  # another one after going back
         x, labels = batches.at(progress)
-        loss, gradient = train_step(state, x, labels)
-        rate = learning_rate(config, progress.step, facts.seconds) * progress.lr_scale
+        loss, grad_norm = train_step(state, x, labels)
+        rate = learning_rate(config, progress.step, metrics.seconds) * progress.lr_scale
         state.set_learning_rate(rate)
-        optimizer_step(state, gradient)
-        facts.send(loss, gradient, rate)
+        optimizer_step(state, grad_norm)
+        metrics.send(loss, grad_norm, rate)
         progress.step += 1
         progress.images += batches.all_processes
-        facts.receive(leaving=1)  # while the device works on this step
+        metrics.receive(leaving=1)  # while the device works on this step
 
-        ends = state.reached_end(facts.seconds)  # by the time that all processes have agreed on
+        ends = state.reached_end(metrics.seconds)  # by the time that all processes have agreed on
         logs, validates, samples, periodic = (
             ends or progress.step % every == 0
             for every in (
@@ -150,23 +150,23 @@ def _loop(
                 config.checkpoint_every,
             )
         )
-        due = logs or validates or samples or periodic or stop.signum or facts.failed
+        due = logs or validates or samples or periodic or stop.signum or metrics.failed
         if due:
-            facts.receive(leaving=0)
+            metrics.receive(leaving=0)
         clock.tick(batches.all_processes)
-        if facts.last is not None and facts.failed is None:
-            show(state, facts.last.loss, clock, bar)
+        if metrics.last is not None and metrics.failed is None:
+            show(state, metrics.last.loss, clock, bar)
         if not due:
             continue
-        assert facts.last is not None
+        assert metrics.last is not None
         # A finite gradient may still take a weight to infinity. Such a state is never saved.
-        if facts.failed is None and not state.weights_are_finite():
-            facts.failed = dataclasses.replace(
-                facts.last, step=progress.step, images=progress.images
+        if metrics.failed is None and not state.weights_are_finite():
+            metrics.failed = dataclasses.replace(
+                metrics.last, step=progress.step, images=progress.images
             )
-        if facts.failed is not None:
-            _go_back(state, run, batches, facts.failed)
-            facts.failed = None
+        if metrics.failed is not None:
+            _go_back(state, run, batches, metrics.failed)
+            metrics.failed = None
             stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not ends:
@@ -175,7 +175,7 @@ def _loop(
 
         progress.finished = ends
         if logs:
-            log(state, run, facts.last.grad_norm, facts.last.rate, clock, bar)
+            log(state, run, metrics.last.grad_norm, metrics.last.rate, clock, bar)
         best = validates and validate(state, run, validation)
         if samples:
             sample(state, run, validation if len(validation) else batches.source)
@@ -188,11 +188,11 @@ def _loop(
             save_best(state, run)
             clock.skip()
         if validates or samples or periodic:
-            distributed.ready()  # an exchange of tensors waits for process 0 only so long
+            distributed.barrier()  # an exchange of tensors waits for process 0 only so long
             clock.skip()
 
 
-def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -> None:
+def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:
     """After a loss, gradient or weight that is not finite: writes evidence, restores the last
     checkpoint, and halves the learning rate.
 
@@ -204,10 +204,9 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -
     x, labels = batches.at(state.progress)
     if not failed.finite:
         train_step(state, x, labels)  # the device may have the gradient of the step after it
-    noise = noise_of(state.config, failed.images + distributed.rank() * len(x), x)
-    layers = [
-        layer for layer in distributed.exchange(first_non_finite(state.flow, x, noise)) if layer
-    ]
+    noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)
+    found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
+    layers = [layer for layer in found if layer]
     # All processes have the same gradient. An output that is not finite is found only by the
     # process that has the image, so it is more precise.
     layer = next(
@@ -242,7 +241,7 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: Known) -
     )
     run.cut_back(state.progress.step, state.config)
     save(state, run, numbered=False, wait=True)
-    distributed.ready()  # the checkpoint is written
+    distributed.barrier()  # the checkpoint is written
     limit = state.config.train.max_non_finite
     if events > limit:
         raise RunError(

@@ -244,7 +244,7 @@ def learning_rate(config: Train, step: int, seconds: float) -> float:
     return config.lr * warmup * decay
 
 
-class Average:
+class EMA:
     """An exponential moving average of the weights: a copy of the flow, moved by `update`.
 
     The decay is at most `(1 + n) / (10 + n)` after n steps, so the initial weights are soon

@@ -2,9 +2,12 @@
 
 import math
 import shlex
+from functools import singledispatch
 from typing import Any
 
-from flowtrain.bijections import Bijection
+from torch import nn
+
+from flowtrain.bijections import Continuous
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -33,7 +36,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
     if len(validation) == 0:
         return False
     progress = state.progress
-    flow = state.evaluated
+    flow = state.ema_flow
     loss = mean_loss(flow, validation, seed=state.config.seed)
     finite = math.isfinite(loss)
     losses = {"bits_per_dim": None, flow.kind.metric: loss if finite else None}
@@ -60,7 +63,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.sample(RANGES_BATCH).take(slice(None)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
-    ranges = log_scale_ranges(state.evaluated, x, noise)
+    ranges = log_scale_ranges(state.ema_flow, x, noise)
     charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
     charts |= {f"validation_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
     run.chart(charts, state.progress.step)
@@ -74,7 +77,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     z = state.flow.draw_latents(
         state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
     )
-    flow, seed = state.evaluated, state.config.seed
+    flow, seed = state.ema_flow, state.config.seed
     try:
         labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
         samples = decode(flow, flow.place(z), labels=labels, context=contexts)
@@ -141,13 +144,27 @@ def _move(bar: ProgressBar, state: State, loss: float, speed: float, clock: Cloc
         bar(min(progress.seconds, train.budget), train.budget, text)
 
 
+@singledispatch
+def metrics(layer: nn.Module) -> dict[str, float]:
+    """Numbers about the last forward pass of a layer, for the training rows of `metrics.jsonl`."""
+    return {}
+
+
+@metrics.register
+def _(layer: Continuous) -> dict[str, float]:
+    return {
+        "function_evaluations": float(layer.evaluations),
+        "rtol": layer.rtol,
+        "atol": layer.atol,
+    }
+
+
 def _of_layers(flow: Flow) -> dict[str, float]:
     """The metrics of the layers for the last step. Where several have one, it is their mean."""
     values: dict[str, list[float]] = {}
     for layer in flow.modules():
-        if isinstance(layer, Bijection):
-            for name, value in layer.metrics().items():
-                values.setdefault(name, []).append(value)
+        for name, value in metrics(layer).items():
+            values.setdefault(name, []).append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 

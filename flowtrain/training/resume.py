@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain import config as configuration
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Continuous
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import find, load_weights
@@ -18,10 +18,10 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.console import console, duration
 from flowtrain.system.threads import as_before
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
-from flowtrain.training.step import noise_of
+from flowtrain.training.step import dequantization_noise
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
@@ -42,7 +42,7 @@ def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None
     """Raises `UserError` if the processes have different configurations or images, as several
     machines may.
     """
-    described = distributed.exchange({**config.resolved(), "images": fingerprint})
+    described = distributed.all_gather_object({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
         for key, here, there in differences(described[0], other):
             if key not in FREE_KEYS:
@@ -82,7 +82,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         if resume not in ("auto", EXTEND):
             raise
         if not distributed.is_main():
-            distributed.ready()  # process 0, which has the files, ends all with its message
+            distributed.barrier()  # process 0, which has the files, ends all with its message
         raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None
@@ -181,8 +181,8 @@ def start(
     if saved is None:
         _initialize(config, flow, init_from, batches)
         distributed.copy_from_main(flow)
-    averaged = Average(flow, config.train.ema) if config.train.ema else None
-    state = State(config, flow, build_optimizers(flow, config.train), averaged, fingerprint)
+    ema = EMA(flow, config.train.ema) if config.train.ema else None
+    state = State(config, flow, build_optimizers(flow, config.train), ema, fingerprint)
     if saved is not None:
         changed = differences(saved.meta.get("data", {}), fingerprint)
         if changed:
@@ -206,7 +206,7 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
     if init_from is not None:
         load_weights(flow, checkpoint_format.read(find(init_from)))
     x = batches.first_of_all(flow.initialization_images)
-    initialize(flow, x, noise_of(config, 0, x))
+    initialize(flow, x, dequantization_noise(config, 0, x))
 
 
 def announce(
@@ -266,8 +266,8 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     )
     if there == here:
         seconds = "; train.budget counts seconds, so the number of steps may change"
-        layers = (layer for layer in state.flow.modules() if isinstance(layer, Bijection))
-        solver = any(layer.solves_batches for layer in layers)
+        # The examples of a batch share the steps of the solver.
+        solver = any(isinstance(layer, Continuous) for layer in state.flow.modules())
         changes = "results within the tolerances of the solver" if solver else "rounding only"
         return [
             f"{division}a step takes {here:,} images as before, the same ones in the same order, "

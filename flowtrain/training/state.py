@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import Checkpoint
@@ -14,8 +14,8 @@ from flowtrain.checkpoints.load import load_weights, require_tensors
 from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
-from flowtrain.training.computation import Computation
-from flowtrain.training.optim import Average, first_state, parameters_of
+from flowtrain.training.loss import CudaGraphStep, chosen_loss
+from flowtrain.training.optim import EMA, first_state, parameters_of
 
 
 @dataclass
@@ -25,27 +25,35 @@ class State:
     config: Config
     flow: Flow
     optimizers: list[torch.optim.Optimizer]
-    average: Average | None
+    ema: EMA | None
     data: dict[str, Any]  # the fingerprint of the data set
     progress: Progress = field(default_factory=Progress)
-    computation: Computation = field(init=False)  # of the gradient
+    loss: nn.Module = field(init=False)  # `Loss`, or DistributedDataParallel around it
+    cuda_graph: CudaGraphStep | None = field(init=False)  # replaces calls of `loss`
+    # For compiling, capturing, and the comparison with the plain loss. None before that, 0 if there
+    # is nothing to compare.
+    compile_seconds: float | None = field(init=False)
     # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
     # steps change nothing.
-    stuck: Tensor = field(init=False)
+    found_inf: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if self.flow.device.type == "cuda":
             # cuDNN tries its algorithms for each shape of a convolution, which training repeats.
             torch.backends.cudnn.benchmark = True
-        self.computation = Computation(self.flow, self.config.train)
-        self.stuck = torch.zeros((), dtype=torch.float32, device=self.flow.device)
+        train = self.config.train
+        loss = chosen_loss(self.flow, train)
+        self.loss = loss if train.cuda_graph else distributed.parallel(loss)
+        self.cuda_graph = CudaGraphStep(loss) if train.cuda_graph else None
+        self.compile_seconds = None if train.cuda_graph or train.compile != "off" else 0.0
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.flow.device)
         for optimizer in self.optimizers:
-            optimizer.found_inf = self.stuck  # type: ignore[attr-defined]
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
 
     @property
-    def evaluated(self) -> Flow:
+    def ema_flow(self) -> Flow:
         """The flow that is validated and sampled: with averaged weights if they are kept."""
-        return self.flow if self.average is None else self.average.flow
+        return self.flow if self.ema is None else self.ema.flow
 
     def reached_end(self, seconds: float) -> bool:
         """Whether the steps are done, or `seconds` use up the time budget.
@@ -93,8 +101,8 @@ class State:
 
     def _weights(self) -> dict[str, Tensor]:
         parts = {"model": self.flow.state_dict()}
-        if self.average is not None:
-            parts["ema"] = self.average.flow.state_dict()
+        if self.ema is not None:
+            parts["ema"] = self.ema.flow.state_dict()
         return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
 
     def _optimizer_state(self) -> dict[str, Tensor]:
@@ -116,10 +124,10 @@ class State:
         own = self._weights() | (self._optimizer_state() if progress.step else {})
         require_tensors(saved.path, saved.tensors, own)
         load_weights(self.flow, saved, "raw")
-        if self.average is not None:
-            load_weights(self.evaluated, saved, "ema")
+        if self.ema is not None:
+            load_weights(self.ema_flow, saved, "ema")
         self.progress = progress
-        self.stuck.zero_()
+        self.found_inf.zero_()
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")

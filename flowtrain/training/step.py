@@ -1,6 +1,8 @@
-"""One training step: the noise, the gradient, and the update of the weights."""
+"""One training step: the noise, the loss, its gradient, and the update of the weights."""
 
 import copy
+import math
+import time
 
 import torch
 from torch import Tensor
@@ -8,13 +10,18 @@ from torch import Tensor
 from flowtrain.bijections import Bijection
 from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.config import Config
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
 from flowtrain.system.capacity import kept, left
+from flowtrain.system.console import console, duration
 from flowtrain.system.random import Stream, generator, uniform
-from flowtrain.training.computation import autocast, require_possible
+from flowtrain.training.loss import Batch, Loss, autocast, one_unless_bad, require_possible
 from flowtrain.training.state import State
+
+# How far the gradient on the first batch may be from the plain one, relative to its norm. Another
+# order of rounding changes it by far less, and an error in one layer by more.
+TOLERANCE = {"fp32": 1e-2, "bf16": 0.1}
 
 
 def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,23 +31,97 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
     loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
     the whole batch of all processes. The noise of an image depends on the seed and on how many
     images the run has used before it. With `labels` `(B,)` the loss is that of the
-    class-conditional likelihood, and some labels may be `dropped`.
+    class-conditional likelihood, and some labels may be dropped.
     """
     config = state.config.train
     position = state.progress.images + distributed.rank() * len(x)
-    noise = noise_of(state.config, position, x)
+    noise = dequantization_noise(state.config, position, x)
     if labels is not None:
-        labels = dropped(state.config, position, labels)
+        labels = drop_labels(state.config, position, labels)
+    tensors = [x.split(config.batch_size), noise.split(config.batch_size)]
+    tensors.append([None] * len(tensors[0]) if labels is None else labels.split(config.batch_size))
+    parts: list[Batch] = list(zip(*tensors, strict=True))
     state.zero_grad()
-    loss = torch.zeros((), device=x.device)
-    left = len(x)
-    parts = [x.split(config.batch_size), noise.split(config.batch_size)]
-    parts.append([None] * len(parts[0]) if labels is None else labels.split(config.batch_size))
-    for part, part_noise, part_labels in zip(*parts, strict=True):
-        left -= len(part)
-        loss = loss + state.computation(part, part_noise, part_labels, len(x), more=left > 0)
+    if state.compile_seconds is None:
+        state.compile_seconds = _check(state, parts[0])
+    if state.cuda_graph is not None:
+        total = state.cuda_graph(parts, len(x))
+        distributed.average(state.cuda_graph.gradients)
+    else:
+        total = torch.zeros((), device=x.device)
+        for count, part in enumerate(parts, start=1):
+            with distributed.accumulating(state.loss, more=count < len(parts)):
+                loss = state.loss(*part) / len(x)
+                loss.backward(one_unless_bad(loss))
+            total = total + loss.detach()
+            del loss  # its graph, before the next one is there
     gradients = [p.grad for p in state.flow.parameters() if p.grad is not None]
-    return loss, torch.nn.utils.get_total_norm(gradients)
+    return total, torch.nn.utils.get_total_norm(gradients)
+
+
+def _check(state: State, batch: Batch) -> float | None:
+    """Compares the compiled or replayed loss and its gradient with the plain ones on a batch.
+
+    Returns how many seconds that took, compiling and capturing included. It returns None if the
+    plain loss is not finite, which shows nothing.
+
+    Raises:
+        UserError: if compiling or capturing fails.
+        RunError: if the result is another one.
+    """
+    started = time.perf_counter()
+    train, images = state.config.train, len(batch[0])
+    parameters = [p for p in state.flow.parameters() if p.requires_grad]
+    loss = Loss(state.flow, train)(*batch) / images
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    settings, remedy = f"train.compile={train.compile}", "set train.compile=off"
+    if train.cuda_graph:
+        settings += ", train.cuda_graph=true"
+        remedy += " and train.cuda_graph=false"
+    try:
+        if state.cuda_graph is not None:
+            found_loss = state.cuda_graph([batch], images)
+        else:
+            with distributed.accumulating(state.loss, more=True):
+                found_loss = state.loss(*batch) / images
+                found_loss.backward(one_unless_bad(found_loss))
+    except Exception as error:  # the same computation has just run without compiling
+        reason = str(error).partition("\nSet TORCH")[0]  # advice for torch's developers
+        raise UserError(
+            f"{settings}: failed: {cut(reason, 300) or type(error).__name__}\n{remedy}; "
+            f"compiling needs a C++ compiler such as g++ on a CPU, and a C compiler on a GPU"
+        ) from error
+    found = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    if not math.isfinite(loss.item()):
+        return None
+    error_of_gradient = _distance(found, expected)
+    error_of_loss = abs((found_loss - loss).item()) / max(1.0, abs(loss.item()))
+    if not max(error_of_gradient, error_of_loss) <= TOLERANCE[train.precision]:
+        raise RunError(
+            f"{settings}: the first batch has another gradient than without (by "
+            f"{error_of_gradient:.2g} of its norm, the loss by {error_of_loss:.2g}): {remedy}"
+        )
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{settings}: ready after {duration(seconds)}; on the first batch the gradient "
+        f"is the same within {error_of_gradient:.0e}"
+    )
+    return seconds
+
+
+def _distance(found: list[Tensor | None], expected: tuple[Tensor | None, ...]) -> float:
+    """The norm of the difference, relative to that of `expected`. None stands for zeros."""
+    differences, sizes = [], []
+    for one, other in zip(found, expected, strict=True):
+        if one is not None and other is not None:
+            differences.append(one - other)
+            sizes.append(other)
+        else:
+            differences += [tensor for tensor in (one, other) if tensor is not None]
+    size = float(torch.nn.utils.get_total_norm(sizes)) if sizes else 0.0
+    return float(torch.nn.utils.get_total_norm(differences)) / (size or 1.0)
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
@@ -49,19 +130,19 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     A norm that is not finite leaves all of them as they are, and so do the steps after it until
     the state is restored. The host does not wait to know which.
     """
-    state.stuck.logical_or_(~torch.isfinite(grad_norm))
+    state.found_inf.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
         )
     for optimizer in state.optimizers:
         optimizer.step()
-    if state.average is not None:
-        state.average.update(state.progress.averaged, state.stuck)
+    if state.ema is not None:
+        state.ema.update(state.progress.averaged, state.found_inf)
         state.progress.averaged += 1
 
 
-def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
+def dequantization_noise(config: Config, position: int, x: Tensor) -> Tensor:
     """The noise for `x`, a part of a run's whole sequence of images, from its `position` on.
 
     It does not depend on how the sequence is divided into steps, processes and parts.
@@ -69,7 +150,7 @@ def noise_of(config: Config, position: int, x: Tensor) -> Tensor:
     return uniform(x.shape, config.seed, Stream.DEQUANTIZATION, position, device=x.device)
 
 
-def dropped(config: Config, position: int, labels: Tensor) -> Tensor:
+def drop_labels(config: Config, position: int, labels: Tensor) -> Tensor:
     """The labels `(B,)` with some of them K, which stands for no class (`ClassContext`).
 
     Each is dropped with the probability `model.label_dropout`. Like the noise, this depends on the
@@ -88,12 +169,12 @@ def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
     layers = [module for module in flow.modules() if isinstance(module, Bijection)]
     if memory != "reversible":
         return None
-    if not all(layer.reversible for layer in layers):
+    if not all(layer.reversible_in for layer in layers):
         return (
             "reversible saves nothing here: all activations are inside of one layer, whose inverse "
             "computes one entry after the other; use store or checkpoint"
         )
-    if precision == "bf16" and not all(layer.reversible_in_bf16 for layer in layers):
+    if not all(precision in layer.reversible_in for layer in layers):
         return (
             "reversible computes the input of an autoregressive layer again in float32, but its "
             "output was computed in bf16: set train.precision=fp32, or another train.memory"
@@ -115,7 +196,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
     """
     random = generator(config.seed, Stream.ORDER)
     x = flow.kind.random((2, *flow.shape), random)
-    noise = noise_of(config, 0, x)
+    noise = dequantization_noise(config, 0, x)
     flow = copy.deepcopy(flow)
     initialize(flow, x.to(flow.device), noise.to(flow.device))
     executor = executor_of(config.train.memory)

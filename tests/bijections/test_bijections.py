@@ -47,8 +47,9 @@ from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import SetFromData
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.execution import FUSED, ByPlace, Container, LayerByLayer
+from flowtrain.bijections.execution import FUSED, Container, LayerByLayer
 from flowtrain.bijections.fused import FusedLinear, fuse
+from flowtrain.bijections.inverses import inverse_by_iteration
 from flowtrain.bijections.memory import Mode, executor_of
 from flowtrain.nets.convolution import GlowNet, ZeroNet, relu_
 from flowtrain.nets.dense import DenseNet
@@ -56,6 +57,7 @@ from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import DepthwiseNet, GatedNet, ResidualNet
 from flowtrain.nets.transformer import CausalTransformer, VisionTransformer
 from flowtrain.system.capacity import peak
+from flowtrain.tools.explore.accounts import ByPlace
 
 MODES = get_args(Mode)
 
@@ -442,7 +444,7 @@ def a_row(name, dtype=torch.float32, batch=B, seed=0):
     torch.manual_seed(seed)
     bijection = ready(perturb(build(), seed=seed)).to(dtype)
     x = torch.randn((batch, *shape), generator=seeded(1), dtype=dtype)
-    if bijection.of_levels:  # the middle halves of the bins of random levels
+    if bijection.is_discrete:  # the middle halves of the bins of random levels
         levels = images(batch, shape, bijection.levels)
         x = (levels + 0.25 + 0.5 * torch.rand(x.shape, generator=seeded(1))).to(dtype)
         x = x / bijection.levels - 0.5
@@ -519,7 +521,7 @@ def test_log_det_is_that_of_the_jacobian(name):
         jacobian = torch.autograd.functional.jacobian(
             lambda v, f=function: f(v, context)[0],
             point,
-            vectorize=not bijection.of_levels,  # its gradient is computed in place
+            vectorize=not bijection.is_discrete,  # its gradient is computed in place
         )
         jacobian = jacobian.reshape(2, dims, 2, dims)
         # No example depends on another.
@@ -626,7 +628,7 @@ def gradients(bijection, x, context, executor):
     """Gradients of the parameters, the input and the context by one executor, and the result."""
     bijection.zero_grad()
     inputs = [t.clone().requires_grad_() for t in (x, context) if t is not None]
-    z, log_det = bijection.through(executor, "forward", *inputs)
+    z, log_det = bijection.run(executor, "forward", *inputs)
     (z.square().sum() + (log_det * torch.arange(1, len(x) + 1)).sum()).backward()
     grads = [p.grad for p in bijection.parameters()] + [t.grad for t in inputs]
     return grads, (z.detach(), log_det.detach())
@@ -685,7 +687,7 @@ def test_recomputing_keeps_gradients_of_the_data_path_in_full_precision():
     for mode in ("store", "checkpoint"):
         bijection.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            z, log_det = bijection.through(executor_of(mode), "forward", x)
+            z, log_det = bijection.run(executor_of(mode), "forward", x)
         (z.square().sum() - log_det.sum()).backward()
         found.append(torch.cat([p.grad.flatten() for p in bijection.parameters()]))
     assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
@@ -723,11 +725,11 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
     bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(
         lambda *args: calls.append(mode)
     )
-    z, log_det = bijection.through(executor_of(mode), "forward", x.requires_grad_())
+    z, log_det = bijection.run(executor_of(mode), "forward", x.requires_grad_())
     log_det.sum().backward(retain_graph=True)
     assert len(calls) == times
     with torch.no_grad():
-        bijection.through(executor_of(mode), "forward", x)
+        bijection.run(executor_of(mode), "forward", x)
     assert len(calls) == times + 1
     z.sum().backward()  # of the graph that was retained
     assert len(calls) == 2 * times
@@ -755,11 +757,11 @@ def test_iteration_is_another_way_to_the_inverse():
     tried = []
     for name in TABLE:
         bijection, x, context = a_row(name, torch.float64)
-        if bijection.iterates and not isinstance(bijection, Container):
+        if isinstance(bijection, Autoregressive):
             with torch.no_grad():
                 z = bijection(x, context)[0]
                 expected = bijection.inverse(z, context)
-                found = bijection.inverse_by_iteration(z, context, lambda share: None)
+                found = inverse_by_iteration(bijection, z, context, lambda share: None)
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
             tried.append(name)
     assert len(tried) > 8 and {name.partition("-")[0] for name in tried} == {
@@ -786,7 +788,7 @@ def test_fused_layers_are_the_layers_one_after_the_other(layer):
     assert sum(isinstance(part, FusedLinear) for part in fuse(chain.opened(), "forward")) == 3
     fused, (z, log_det) = gradients(chain, x, None, FUSED)
     apart, results = gradients(chain, x, None, LayerByLayer())
-    back, _ = chain.through(LayerByLayer(), "inverse", z)
+    back, _ = chain.run(LayerByLayer(), "inverse", z)
     torch.testing.assert_close((z, log_det), results, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused, apart, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(chain.inverse(z)[0], back, rtol=1e-12, atol=1e-12)
@@ -1105,7 +1107,7 @@ def test_coupling_keeps_one_part(swap):
 def test_the_terms_of_places_sum_to_the_log_determinant(name):
     bijection, x, context = a_row(name)
     executor = ByPlace()
-    z, log_det = bijection.through(executor, "forward", x, context)
+    z, log_det = bijection.run(executor, "forward", x, context)
     expected, expected_log_det = bijection(x, context)
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(log_det, expected_log_det)
@@ -1114,17 +1116,6 @@ def test_the_terms_of_places_sum_to_the_log_determinant(name):
         assert not executor.without
     if not executor.without:
         torch.testing.assert_close(of_places + torch.zeros(B), expected_log_det)
-
-
-def test_a_term_stays_at_its_place():
-    """A coupling and what comes after a squeeze, by the Jacobian of each place."""
-    layer = perturb(Coupling(1, GlowNet(1, 4, 4), AffineTransform()))
-    x = torch.randn(1, 3, 2, 3)
-    _, places = layer.forward_by_place(x)
-    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)[0, :, :, :, 0]
-    for i, j in ((0, 0), (1, 2)):
-        own = jacobian[:, i, j, :, i, j]
-        torch.testing.assert_close(places[0, i, j], torch.linalg.slogdet(own).logabsdet)
 
 
 def test_split_latents_are_the_levels():

@@ -16,7 +16,8 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
 )
-from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, Noting, call
+from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
+from flowtrain.bijections.inverses import WithProgress
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import ResidualNet
 
@@ -31,7 +32,7 @@ class Recording(LayerByLayer):
     def __init__(self):
         self.calls = []
 
-    def layer(self, layer, direction, x, context):
+    def call(self, layer, direction, x, context):
         self.calls.append((type(layer).__name__, direction))
         return call(layer, direction, x, context)
 
@@ -39,11 +40,11 @@ class Recording(LayerByLayer):
 def test_layers_are_called_in_the_order_of_the_direction():
     chain = ready(Sequential(Flatten((4,)), Sequential(ActNorm((4,)), Inverse(autoregressive()))))
     recording = Recording()
-    z, _ = chain.through(recording, "forward", torch.randn(2, 4, generator=seeded()))
+    z, _ = chain.run(recording, "forward", torch.randn(2, 4, generator=seeded()))
     forward = [("Flatten", "forward"), ("ActNorm", "forward"), ("MaskedAutoregressive", "inverse")]
     assert recording.calls == forward
     recording.calls.clear()
-    chain.through(recording, "inverse", z)
+    chain.run(recording, "inverse", z)
     swap = {"forward": "inverse", "inverse": "forward"}
     assert recording.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
 
@@ -55,7 +56,7 @@ def test_the_layers_and_priors_of_levels_are_called():
         [(2, 2, 2), (2, 2, 2)],
     )
     recording = Recording()
-    model.through(recording, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
+    model.run(recording, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
     names = ["DiagonalAffine", "DiagonalAffine", "Conv1x1", "DiagonalAffine"]
     assert recording.calls == [(name, "forward") for name in names]
 
@@ -65,8 +66,8 @@ def test_executors_agree_with_the_two_directions(executor):
     chain = ready(perturb(Sequential(ActNorm((4, 1, 1)), Conv1x1(4))))
     x = torch.randn(2, 4, 3, 3, generator=seeded())
     z, log_det = chain(x)
-    torch.testing.assert_close(chain.through(executor, "forward", x), (z, log_det))
-    torch.testing.assert_close(chain.through(executor, "inverse", z), chain.inverse(z))
+    torch.testing.assert_close(chain.run(executor, "forward", x), (z, log_det))
+    torch.testing.assert_close(chain.run(executor, "inverse", z), chain.inverse(z))
 
 
 def test_a_container_is_as_sequential_as_its_parts():
@@ -81,7 +82,7 @@ def test_a_sequential_inverse_notes_how_far_it_is():
     for name in ("causal", "glow"):
         flow = tiny_flow(name)
         z = flow.draw_latents(3, seeded())
-        noted = flow.decode(z, executor=Noting(shares.append))
+        noted = flow.decode(z, executor=WithProgress(shares.append))
         assert torch.equal(noted, flow.decode(z))
     assert shares == [done / 16 for done in range(1, 17)]  # Glow takes one pass
 
@@ -91,7 +92,7 @@ def test_layers_inside_a_conditioner_are_initialized_from_their_inputs():
     x = 5 + 3 * torch.randn(64, 4, 4, 4, generator=seeded())
     chain = Sequential(ActNorm((4, 1, 1)), coupling)
     with torch.no_grad():
-        chain.through(Initializing(), "forward", x)
+        chain.run(Initializing(), "forward", x)
     inside = [module for module in coupling.modules() if isinstance(module, ActNorm)]
     assert len(inside) == 5
     seen = []

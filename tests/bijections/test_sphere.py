@@ -30,6 +30,7 @@ from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.flow.flow import Flow
 from flowtrain.models import sphere
 from flowtrain.pictures import draw
+from flowtrain.pictures.draw import stages_of
 from flowtrain.tools.doctor.examine import examine
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
@@ -334,7 +335,7 @@ def test_latents_have_two_dimensions():
     flow = a_flow()
     assert (flow.dims, flow.latent_dims) == (3, 2)
     assert flow.draw_latents(5).shape == (5, 2)
-    stages = flow.bijection.stages(flow.draw_latents(5, seeded()))
+    stages = stages_of(flow.bijection, flow.draw_latents(5, seeded()))
     assert [tuple(stage.shape) for stage in stages] == [(5, 2)] * 6 + [(5, 3, 1, 1)]
     torch.testing.assert_close(stages[-1], flow.sample(5, generator=seeded()))
     with_classes = build_flow(a_config({**SPHERE, "classes": 3}), (3, 1, 1), None)

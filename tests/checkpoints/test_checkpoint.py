@@ -25,7 +25,7 @@ from flowtrain.checkpoints.format import read, write
 from flowtrain.checkpoints.load import find, load_model, load_weights
 from flowtrain.errors import RunError, UserError
 from flowtrain.system.files import write_atomically
-from flowtrain.training.optim import Average, build_optimizers, first_state
+from flowtrain.training.optim import EMA, build_optimizers, first_state
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
@@ -37,7 +37,7 @@ def a_state(model="glow", ema=0.9, optimizer="adam", steps=2, **options):
     """The state of a run after a few steps."""
     config = a_config(model, train={"ema": ema, "optimizer": optimizer, "batch_size": 8}, **options)
     flow = tiny_flow(model if isinstance(model, str) else "glow")
-    averaged = Average(flow, ema) if ema else None
+    averaged = EMA(flow, ema) if ema else None
     state = State(
         config,
         flow,
@@ -178,8 +178,8 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, model, ema, opt
         for step in (5, 6):
             train_step(one, images(8, SHAPE, seed=step))
             [optimizer.step() for optimizer in one.optimizers]
-            if one.average is not None:
-                one.average.update(one.progress.averaged)
+            if one.ema is not None:
+                one.ema.update(one.progress.averaged)
                 one.progress.averaged += 1
             one.progress.step += 1
     tensors = other.tensors()
@@ -597,7 +597,7 @@ def test_load(tmp_path):
     for model in (tmp_path, tmp_path / "checkpoints" / "best.safetensors"):
         flow = flowtrain.load(str(model))
         assert torch.equal(
-            flow.log_prob(x, seeded()), state.evaluated.log_prob(x, seeded()).detach()
+            flow.log_prob(x, seeded()), state.ema_flow.log_prob(x, seeded()).detach()
         )
         assert not flow.training and not any(p.requires_grad for p in flow.parameters())
 
@@ -605,11 +605,11 @@ def test_load(tmp_path):
 def test_weights(tmp_path):
     state = saved(tmp_path / "a.safetensors")
     assert not torch.equal(
-        state.flow.encode(images(3, SHAPE)), state.evaluated.encode(images(3, SHAPE))
+        state.flow.encode(images(3, SHAPE)), state.ema_flow.encode(images(3, SHAPE))
     )
     for asked, chosen, expected in (
-        (None, "ema", state.evaluated),
-        ("ema", "ema", state.evaluated),
+        (None, "ema", state.ema_flow),
+        ("ema", "ema", state.ema_flow),
         ("raw", "raw", state.flow),
     ):
         loaded = load_model(str(tmp_path / "a.safetensors"), CPU, asked)
@@ -683,4 +683,4 @@ def test_a_dotted_name_needs_trust(tmp_path, monkeypatch, section):
     assert not (tmp_path / "it ran").exists() and f"users_package.{section}" not in sys.modules
     flow = flowtrain.load(str(tmp_path / "a.safetensors"), trust_code=True)
     assert (tmp_path / "it ran").exists()
-    assert torch.equal(flow.encode(images(3, SHAPE)), state.evaluated.encode(images(3, SHAPE)))
+    assert torch.equal(flow.encode(images(3, SHAPE)), state.ema_flow.encode(images(3, SHAPE)))

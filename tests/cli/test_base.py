@@ -1,7 +1,6 @@
 """What the commands share."""
 
 import errno
-import importlib
 import os
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from flowtrain.checkpoints.load import find
 from flowtrain.cli.base import command
+from flowtrain.cli.main import app
 from flowtrain.flow.flow import Flow
 
 
@@ -70,9 +70,8 @@ def test_a_run_where_nothing_can_be_written_is_refused_first(
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(Flow, "draw_latents", lambda *_: pytest.fail("it samples"))
     monkeypatch.setattr(Flow, "forward", lambda *_: pytest.fail("it computes"))
+    commands = {each.callback.__name__: each.callback for each in app.registered_commands}
     with pytest.raises(typer.Exit) as ended:
-        getattr(importlib.import_module(f"flowtrain.cli.{name}"), name)(
-            model="glow_digits", **options
-        )
+        commands[name](model="glow_digits", **options)
     assert ended.value.exit_code == 2
     assert "there is no permission to write into" in capsys.readouterr().err

@@ -504,13 +504,13 @@ def test_one_of_several_processes_lists_first(tmp_path, walks, monkeypatch):
     inside, stat = [], folder._file
 
     @contextlib.contextmanager
-    def one_first():
+    def main_process_first():
         inside.append(True)
         yield
         assert lists(), "the others find the list"
         inside.pop()
 
-    monkeypatch.setattr(distributed, "one_first", one_first)
+    monkeypatch.setattr(distributed, "main_process_first", main_process_first)
     monkeypatch.setattr(folder, "_file", lambda *args: inside[0] and stat(*args))
     tree, names = tree_of_two(tmp_path)
     settle(tree)

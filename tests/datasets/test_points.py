@@ -21,6 +21,7 @@ from flowtrain.evaluation.evaluate import summarize
 from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
+from flowtrain.pictures.draw import stages_of
 
 OF_IMAGES = {"glow", "causal", "tarflow", "jet"}
 OF_VECTORS = {name: options for name, options in TINY.items() if name not in OF_IMAGES}
@@ -180,7 +181,7 @@ def test_the_result_is_in_nats():
 def test_layer_by_layer_from_the_base_to_the_data():
     flow = a_flow("realnvp")
     z = flow.draw_latents(10, seeded())
-    stages = flow.bijection.stages(z)
+    stages = stages_of(flow.bijection, z)
     # eight couplings with an ActNorm each, and Flatten
     assert torch.equal(stages[0], z) and len(stages) == 1 + 17
     torch.testing.assert_close(stages[-1], flow.decode(z))

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
-from flowtrain.bijections.execution import Iterating
+from flowtrain.bijections.inverses import Iterating
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.batches import Batches

@@ -155,14 +155,14 @@ def test_every_network_sees_the_context(conditioner, kind, factor):
     changed = []
 
     class Asking(LayerByLayer):
-        def layer(self, layer, direction, x, context):
+        def call(self, layer, direction, x, context):
             if layer.has_network:
                 parameters = layer.predict(x.detach(), context)  # layers before it see it, too
                 (gradient,) = torch.autograd.grad(parameters.sum(), context, retain_graph=True)
                 changed.append(bool(gradient.any()))
             return call(layer, direction, x, context)
 
-    flow.bijection.through(Asking(), "forward", flow.dequantizer.middle(x), seen)
+    flow.bijection.run(Asking(), "forward", flow.dequantizer.middle(x), seen)
     assert changed == [True] * 5  # two steps in each of two levels, and the prior between them
 
 

@@ -199,7 +199,9 @@ def process(monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setattr(
-            distributed, "exchange", lambda own: [*others, own, *[["?", "?"]] * (world - rank - 1)]
+            distributed,
+            "all_gather_object",
+            lambda own: [*others, own, *[["?", "?"]] * (world - rank - 1)],
         )
         return joined
 

@@ -40,7 +40,7 @@ from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
 from flowtrain.system import distributed
-from flowtrain.training.step import noise_of
+from flowtrain.training.step import dequantization_noise
 from flowtrain.training.stop import Stop
 
 FLOAT64 = "import torch; torch.set_default_dtype(torch.float64)"
@@ -303,10 +303,12 @@ def test_augmentation_of_a_part(tmp_path):
 def test_noise_of_a_part():
     config = a_config()
     x = torch.zeros(40, 1, 2, 2)
-    whole = noise_of(config, 70, x)
+    whole = dequantization_noise(config, 70, x)
     assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
     for begins, ends in [(0, 5), (19, 21), (7, 40)]:
-        assert torch.equal(noise_of(config, 70 + begins, x[begins:ends]), whole[begins:ends])
+        assert torch.equal(
+            dequantization_noise(config, 70 + begins, x[begins:ends]), whole[begins:ends]
+        )
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -578,7 +580,7 @@ def sample(state, *others):
     if distributed.is_main() and state.progress.step == 1:
         time.sleep(4)
 
-loop.sample, distributed.COLLECTIVE_TIMEOUT = sample, 3
+loop.sample, distributed.COLLECTIVE_SECONDS = sample, 3
 """
 
 
@@ -590,8 +592,8 @@ def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
 
 
 SOON = """
-from flowtrain.system import distributed, pulse
-pulse.BEAT, pulse.SILENCE, distributed.GRACE = 0.1, 3, 1
+from flowtrain.system import distributed, heartbeat
+heartbeat.INTERVAL_SECONDS, heartbeat.TIMEOUT_SECONDS, distributed.GRACE_SECONDS = 0.1, 3, 1
 """
 
 
@@ -742,7 +744,7 @@ def test_a_dry_run_of_two(tmp_path):
 def test_alone_nothing_is_shared():
     assert (distributed.world(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     assert distributed.total_later(torch.tensor([0.5, 2.0]), [0.1])() == [0.5, 2.0, 0.1]
-    assert list(distributed.share(7)) == list(range(7))
+    assert list(distributed.shard(7)) == list(range(7))
     flow = tiny_flow()
     assert distributed.parallel(flow) is flow
     with distributed.setup():

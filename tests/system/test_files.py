@@ -320,7 +320,7 @@ OPENING = {
     "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "tools/explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
-    "checkpoints/about.py": {"read_text"},  # the package's
+    "tools/hub/page.py": {"read_text"},  # the package's
     "tools/report/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open"},  # the system's
     "training/run_directory.py": {"open"},  # a folder

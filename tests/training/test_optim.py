@@ -15,7 +15,7 @@ from flowtrain.config import Train
 from flowtrain.system.capacity import peak
 from flowtrain.training.optim import (
     ADAM_AND_KIN,
-    Average,
+    EMA,
     Muon,
     build_optimizers,
     learning_rate,
@@ -225,7 +225,7 @@ def test_muon_for_models_without_matrices_or_with_nothing_else():
 @pytest.mark.parametrize("decay", [0.999, 0.5, 0.2])
 def test_average_by_hand(decay):
     layer = nn.Linear(1, 1, bias=False)
-    averaged = Average(layer, decay)
+    averaged = EMA(layer, decay)
     expected = None
     for n in range(30):
         value = math.sin(n)
@@ -241,7 +241,7 @@ def test_average_by_hand(decay):
 def test_average_is_a_flow_of_its_own(model):
     flow = tiny_flow(model)
     start = {key: value.clone() for key, value in flow.state_dict().items()}
-    averaged = Average(flow, 0.9)
+    averaged = EMA(flow, 0.9)
     averaged.update(0)
     perturb(flow, seed=5)
     averaged.update(1)
@@ -258,5 +258,5 @@ def test_average_is_a_flow_of_its_own(model):
 
 def test_average_takes_the_flags_along():
     layer = ActNorm((2, 1, 1))
-    averaged = Average(ready(layer), 0.9)
+    averaged = EMA(ready(layer), 0.9)
     averaged.flow(torch.zeros(1, 2, 1, 1))

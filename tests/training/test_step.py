@@ -20,12 +20,12 @@ from flowtrain.data.batches import augment
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
-from flowtrain.training.optim import Average, build_optimizers
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import (
     activations_of_an_image,
-    dropped,
-    noise_of,
+    dequantization_noise,
+    drop_labels,
     optimizer_step,
     reason_against,
     require_images_to_fit,
@@ -39,8 +39,8 @@ def trained_state(optimizer):
     """A state after one step, with its images."""
     config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": 1.0})
     flow = tiny_flow(seed=1)
-    average = Average(flow, 0.5)
-    state = State(config, flow, build_optimizers(flow, config.train), average, {})
+    ema = EMA(flow, 0.5)
+    state = State(config, flow, build_optimizers(flow, config.train), ema, {})
     x = images(4, flow.shape)
     optimizer_step(state, train_step(state, x)[1])
     return state, x
@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it(optimiz
     _, norm = train_step(state, x)
     optimizer_step(state, norm)
     assert changed(state, before) == set() and torch.isfinite(norm)
-    state.stuck.zero_()
+    state.found_inf.zero_()
     optimizer_step(state, norm)
     assert changed(state, before) == {"model", "ema", "optimizer"}
 
@@ -141,7 +141,7 @@ def fake_step(monkeypatch, device, model, train, **sections):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with fake_tensors(monkeypatch):
         moved(flow, device)
-        state = State(config, flow, build_optimizers(flow, config.train), Average(flow, 0.5), {})
+        state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.5), {})
         assert torch.backends.cudnn.benchmark == (device == CUDA)
         if device == CUDA:
 
@@ -301,15 +301,15 @@ def test_which_labels_are_dropped_depends_on_seed_and_place_alone():
     model = {"name": "causal", **TINY["causal"], "classes": 10, "label_dropout": 0.3}
     config = a_config(model)
     labels = torch.arange(2000) % 10
-    found = dropped(config, 500, labels)
+    found = drop_labels(config, 500, labels)
     lost = found == 10
     assert torch.equal(found[~lost], labels[~lost]) and abs(lost.float().mean() - 0.3) < 0.04
-    parts = [dropped(config, 500 + at, labels[at : at + 7]) for at in range(0, 2000, 7)]
+    parts = [drop_labels(config, 500 + at, labels[at : at + 7]) for at in range(0, 2000, 7)]
     assert torch.equal(torch.cat(parts), found)
-    assert not torch.equal(dropped(config, 501, labels) == 10, lost)
+    assert not torch.equal(drop_labels(config, 501, labels) == 10, lost)
     other = config.model_copy(update={"seed": 1})
-    assert not torch.equal(dropped(other, 500, labels) == 10, lost)
-    assert dropped(a_config({**model, "label_dropout": 0.0}), 500, labels) is labels
+    assert not torch.equal(drop_labels(other, 500, labels) == 10, lost)
+    assert drop_labels(a_config({**model, "label_dropout": 0.0}), 500, labels) is labels
 
 
 def test_a_process_drops_the_labels_of_its_own_images(monkeypatch):
@@ -318,13 +318,11 @@ def test_a_process_drops_the_labels_of_its_own_images(monkeypatch):
     state = State(config, build_flow(config, (1, 4, 4), 256), [], None, {})
     state.progress.images = 500
     x, labels, seen = images(16, (1, 4, 4)), torch.arange(16) % 10, []
-    state.computation = lambda x, noise, labels, *others, **options: (
-        seen.append(labels) or torch.zeros(())
-    )
+    state.loss = lambda x, noise, labels: seen.append(labels) or torch.zeros((), requires_grad=True)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         train_step(state, x[8 * rank :][:8], labels[8 * rank :][:8])
-    assert torch.equal(torch.cat(seen), dropped(config, 500, labels))
+    assert torch.equal(torch.cat(seen), drop_labels(config, 500, labels))
     assert 0 < (torch.cat(seen) == 10).sum() < 16
 
 
@@ -337,7 +335,7 @@ def test_a_dropped_label_trains_the_model_without_a_class():
     state = State(config, flow, [], None, {})
     loss, _ = train_step(state, x, labels)
     with torch.no_grad():
-        noise = noise_of(config, 0, x)
+        noise = dequantization_noise(config, 0, x)
         without = flow.loss(flow(x, noise, torch.full((8,), 3)).total).mean()
     torch.testing.assert_close(loss, without)
     assert not flow.bijection.conditioner.context.weight.grad.any()  # no class was seen

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.archive.codec import Codec
 from flowtrain.tools.archive.direct import DirectCodec
@@ -50,7 +51,7 @@ def coder_of(flow: Flow) -> Coder:
     Raises `UserError` where there is none: for a layer without a rule, for a model of real-valued
     data, and for one with classes.
     """
-    return Codec(flow) if flow.bijection.by_level() is None else DirectCodec(flow)
+    return Codec(flow) if discrete_model(flow.bijection) is None else DirectCodec(flow)
 
 
 def probe(coder: Coder) -> int:

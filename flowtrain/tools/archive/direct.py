@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.discretized import Entry
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.archive.codec import levels_of
 from flowtrain.tools.archive.format import checksum
@@ -32,7 +33,7 @@ class DirectCodec:
     def __init__(self, flow: Flow):
         self.levels = levels_of(flow)
         self.shape, self.dims = flow.shape, flow.dims
-        model = copy.deepcopy(flow.bijection).cpu().eval().requires_grad_(False).by_level()
+        model = discrete_model(copy.deepcopy(flow.bijection).cpu().eval().requires_grad_(False))
         assert model is not None
         self.model = model
 

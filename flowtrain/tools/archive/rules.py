@@ -142,7 +142,7 @@ def _(layer: LogisticToNormal, bits: int) -> Rule:
 
 @rule.register
 def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
-    return Diagonal(layer.log_scales().exp(), layer.shift, bits)
+    return Diagonal(layer.bounded_log_scale().exp(), layer.shift, bits)
 
 
 class Linear:

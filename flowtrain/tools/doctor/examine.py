@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.base import Executor
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Executor
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
@@ -87,7 +87,7 @@ def examine(
         def decode(
             executor: Executor, latents: Tensor = latents, seen: Context | None = seen
         ) -> tuple[Tensor, Tensor]:
-            return flow.bijection.through(executor, "inverse", latents, seen)
+            return flow.bijection.run(executor, "inverse", latents, seen)
 
         check_layers(flow, decode, "inverse pass", SAMPLES, notes)
     if learns_noise(flow):

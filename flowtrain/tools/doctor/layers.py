@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.base import Direction
+from flowtrain.bijections.base import Direction, Executor
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import Executor, call, opposite
-from flowtrain.evaluation.layers import Watching, layers_of, short_name
+from flowtrain.bijections.execution import call, opposite
+from flowtrain.evaluation.layers import (
+    Watching,
+    layers_of,
+    log_scales,
+    mixing_matrix,
+    predicted_log_scales,
+    short_name,
+)
 from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.doctor.findings import SAMPLES, Notes
@@ -23,7 +30,7 @@ NOISE_MODEL = "dequantizer.noise_model"  # the name of the learned noise as one 
 
 def check_weights(flow: Flow, notes: Notes) -> None:
     if flow.class_prior is not None:
-        _log_scale(flow.class_prior.log_scales(), "class_prior", "", notes)
+        _log_scale(log_scales(flow.class_prior), "class_prior", "", notes)
     layers = layers_of(flow)
     owners = {module: name for name, layer in layers.items() for module in layer.modules()}
     for name, module in flow.named_modules():
@@ -32,8 +39,8 @@ def check_weights(flow: Flow, notes: Notes) -> None:
             wrong = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
             notes.add("parameters", wrong, owners.get(module, short_name(name)))
     for name, layer in layers.items():
-        _log_scale(layer.log_scales(), name, "", notes)
-        if (matrix := layer.mixing_matrix()) is not None:
+        _log_scale(log_scales(layer), name, "", notes)
+        if (matrix := mixing_matrix(layer)) is not None:
             matrix = matrix.double().cpu()
             finite = bool(torch.isfinite(matrix).all())
             notes.add("condition number", torch.linalg.cond(matrix) if finite else math.nan, name)
@@ -100,16 +107,17 @@ def _layer(
     try:
         back = call(layer, other, result, context)[0]
         again = call(layer, direction, back, context)[0]
-        log_scales = layer.predicted_log_scales(back if direction == "forward" else result, context)
+        x = back if direction == "forward" else result
+        predicted = predicted_log_scales(layer, x, context)
     except Exception as error:
         notes.failed(checks, error, name, inputs)
         return
     # At the edge of a bin, rounding moves a level of a sequential inverse, and all that follow.
     # Whether images come back is measured at the middle of the bins.
-    harmless = layer.of_levels
+    harmless = layer.is_discrete
     notes.add(checks[0], _relative_error(back, given), name, inputs, harmless)
     notes.add(checks[1], _relative_error(again, result), name, inputs, harmless)
-    _log_scale(log_scales, name, inputs, notes)
+    _log_scale(predicted, name, inputs, notes)
 
 
 class LearnedNoise(Bijection):

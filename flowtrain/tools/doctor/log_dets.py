@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.base import Direction
+from flowtrain.bijections.base import Direction, Executor
 from flowtrain.bijections.context import Context, unguided
-from flowtrain.bijections.execution import FUSED, Executor, call
+from flowtrain.bijections.execution import FUSED, call
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.evaluation.layers import Watching, layers_of
@@ -62,7 +62,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
 
             low = None if seen is None else seen.float()
             reported = call(reporting[name], direction, given.float(), low)[1]
-            exact = diagonal_log_det if layer.of_levels else jacobian_log_det
+            exact = diagonal_log_det if layer.is_discrete else jacobian_log_det
             error = abs(reported.double() - exact(with_copies, given)).max() * bits
             notes.add("log-det", error, name, IMAGES)
         return result
@@ -71,7 +71,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
         images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
             seen = one.seen(len(copies), context=one.context_of(images))
-            return one.bijection.through(executor, "forward", copies, seen)
+            return one.bijection.run(executor, "forward", copies, seen)
         return one.to_latents(images, copies, executor)
 
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
@@ -86,7 +86,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
             reported = LearnedNoise(flow)(start, x)[1].double()
             notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
-        log_det = diagonal_log_det if flow.bijection.of_levels else jacobian_log_det
+        log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
         exact = log_det(lambda copies: whole(precise, copies), start.double())
         notes.add(
             "log-det", abs(whole(flow, start)[1].double() - exact).max() * bits, inputs=IMAGES
@@ -136,7 +136,7 @@ def reduced(model: LoadedModel) -> Flow | None:
     A model that is not convolutional fits only its own size. The result is None if that has more
     than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.
     """
-    if model.flow.bijection.of_levels:
+    if model.flow.bijection.is_discrete:
         return copy.deepcopy(model.flow).cpu()
     channels, height, width = model.flow.shape
     for side in SIDES:

@@ -70,7 +70,7 @@ def latent_round_trip(
         except Exception as error:
             notes.failed(checks, error, inputs=SAMPLES)
             continue
-        harmless = one is flow and flow.bijection.of_levels  # as for a layer
+        harmless = one is flow and flow.bijection.is_discrete  # as for a layer
         notes.add(checks[0], _distance(one, again, v) * levels, inputs=SAMPLES, harmless=harmless)
         notes.add(checks[1], _bits(back, start), inputs=SAMPLES, harmless=harmless)
 

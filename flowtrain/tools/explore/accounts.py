@@ -20,11 +20,24 @@ A model with layers that mix all places, such as an autoregressive flow of vecto
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.execution import ByPlace
+from flowtrain.bijections import (
+    Bijection,
+    CheckerboardCoupling,
+    Coupling,
+    DiagonalAffine,
+    OrdinalAutoregressive,
+    Permute,
+    Squeeze,
+)
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.conv1x1 import LinearChannels
+from flowtrain.bijections.execution import LayerByLayer, call
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.explore.edits import Stoppable
 
@@ -66,6 +79,75 @@ class Accounts:
 def _enlarged(values: Tensor, size: Size) -> Tensor:
     rows, columns = size[0] // values.shape[0], size[1] // values.shape[1]
     return values.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+@singledispatch
+def forward_by_place(
+    layer: Bijection, x: Tensor, context: Context | None
+) -> tuple[Tensor, Tensor] | None:
+    """`layer.forward`, with the part of `log_det` that belongs to each place of an image.
+
+    For `x` `(B, C, H, W)` the second result is `(B, H', W')`, and sums to `log_det`. None if
+    the log-determinant is no sum over places, or for a kind of layer that is not registered.
+    """
+    return None
+
+
+@forward_by_place.register
+def _(
+    layer: Coupling | CheckerboardCoupling, x: Tensor, context: Context | None
+) -> tuple[Tensor, Tensor]:
+    z, log_derivative = layer.by_entry(x, context)
+    return z, log_derivative.sum(dim=1)
+
+
+@forward_by_place.register
+def _(layer: DiagonalAffine, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    return layer(x)[0], layer.bounded_log_scale().expand_as(x).sum(dim=1)
+
+
+@forward_by_place.register
+def _(layer: LinearChannels, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    return layer(x)[0], layer.log_abs_dets([layer]).expand_as(x[:, 0])
+
+
+@forward_by_place.register
+def _(layer: Squeeze | Permute, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    z = layer(x)[0]
+    return z, torch.zeros_like(z[:, 0])
+
+
+@forward_by_place.register
+def _(layer: OrdinalAutoregressive, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    z, log_derivative = layer.by_entry(x, context)
+    return z.flatten(1), (log_derivative + math.log(layer.levels)).sum(dim=1)
+
+
+class ByPlace(LayerByLayer):
+    """Adds up the log-determinants of each place.
+
+    Attributes:
+        places: Sums over the layers at each size `(H, W)`, `(B, H, W)` in nats.
+        without: The names of layers whose log-determinant has no places. If there are any, `places`
+            do not have everything.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[Size, Tensor] = {}
+        self.without: set[str] = set()
+
+    def call(
+        self, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        of_images = direction == "forward" and x.ndim == 4
+        result = forward_by_place(layer, x, context) if of_images else None
+        if result is None:
+            self.without.add(type(layer).__name__)
+            return call(layer, direction, x, context)
+        z, by_place = result
+        size = (by_place.shape[1], by_place.shape[2])
+        self.places[size] = self.places[size] + by_place if size in self.places else by_place
+        return z, by_place.sum(dim=(1, 2))
 
 
 @torch.no_grad()

@@ -196,6 +196,7 @@ def neighbours(session: Session, request: asked.Neighbours, check: Check) -> Ans
             each[None] for each in every.topk(min(NEAREST, compared), largest=False)
         )
         found = known.images[where[0]]
+        where = torch.from_numpy(known.positions)[where]
     return {
         "images": [url(session, each) for each in found],
         "distances": distances[0].tolist(),

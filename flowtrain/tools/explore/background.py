@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet, Split, sampled
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.lossless import complexity
@@ -36,6 +36,7 @@ class Background:
     """Grows while `step` is called.
 
     Attributes:
+        positions: Those of the training images that are encoded, in their split.
         images: The training images that were encoded, `(N, C, H, W)`.
         latents: Their latents, `(N, D)`, on the CPU.
         components: The principal directions of each level, once all are encoded.
@@ -48,11 +49,14 @@ class Background:
         self.flow, self.levels = flow, levels
         train = data.split("train")
         validation = data.split("validation")
-        self._validation = validation if len(validation) else train
+        # Samples, because the images may be sorted by class.
+        self._validation = (validation if len(validation) else train).sample(REFERENCE)
         self.test = data.split("test")
+        self._scored = self.test.sample(SCORED)
         self.train = train
         each = 2 * 4 * flow.latent_dims + flow.dims
         self.encoded = max(0, min(ENCODED, len(train), memory // each))
+        self.positions = sampled(len(train), self.encoded)
         self.images = torch.empty(0, *flow.shape, dtype=torch.uint8)
         self.latents = torch.empty(0, flow.latent_dims)
         self.components: list[Components] = []
@@ -82,11 +86,11 @@ class Background:
     @property
     def scored(self) -> int:
         """How many test images will be scored."""
-        return min(SCORED, len(self.test))
+        return len(self._scored)
 
     @property
     def referred(self) -> int:
-        return min(REFERENCE, len(self._validation))
+        return len(self._validation)
 
     @property
     def progress_of_encoding(self) -> float:
@@ -112,7 +116,7 @@ class Background:
     def _encode(self, check: Callable[[], None]) -> None:
         start = len(self.latents)
         if start < self.encoded:
-            x = self.train.take(slice(start, min(start + self._at_a_time, self.encoded)))
+            x = self.train.take(self.positions[start : start + self._at_a_time])
             # The default executor is exact to the last bit, and slow in a causal flow.
             z = self.flow.encode(x, Stoppable(check))
             self.latents = torch.cat([self.latents, z.cpu()])
@@ -131,8 +135,8 @@ class Background:
 
     def _score(self, check: Callable[[], None]) -> None:
         start = len(self.scores.loss)
-        found = self._losses(self.test, start, self.scored, check).numpy()
-        x = self.test.take(slice(start, start + len(found))).numpy()
+        found = self._losses(self._scored, start, self.scored, check).numpy()
+        x = self._scored.take(slice(start, start + len(found))).numpy()
         self.scores = Scores(
             np.concatenate([self.scores.loss, found]),
             np.concatenate([self.scores.complexity, coded(self.flow, x)]),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flowtrain.bijections import base
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Executor, Noting
+from flowtrain.bijections.execution import LayerByLayer
+from flowtrain.bijections.inverses import WithProgress
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.latents.directions import Direction
@@ -99,23 +100,23 @@ def components(z: Tensor, count: int = COMPONENTS) -> Components:
     )
 
 
-class Stoppable(Executor):
+class Stoppable(LayerByLayer):
     """Lets another executor compute, and calls `check` before each layer.
 
     By default it is one that also calls `check` at each step of a layer that takes long. `check`
     raises an exception where the result is no longer wanted.
     """
 
-    def __init__(self, check: Callable[[], None], executor: Executor | None = None):
+    def __init__(self, check: Callable[[], None], executor: LayerByLayer | None = None):
         super().__init__()
         self.check = check
-        self.executor = executor or Noting(lambda share: check())
+        self.executor = executor or WithProgress(lambda share: check())
 
-    def layer(
+    def call(
         self, layer: base.Bijection, direction: base.Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         self.check()
-        return self.executor.layer(layer, direction, x, context)
+        return self.executor.call(layer, direction, x, context)
 
     def prepared(
         self, layers: Sequence[base.Bijection], direction: base.Direction

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.execution import Retracing
+from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import decoded, picture
@@ -206,7 +206,7 @@ class Session:
                 z = self.drawn(source, source.index, 1)[0]
             else:
                 x = self.image(asked.Place(source=source), check)
-                z = self.flow.encode(x, Stoppable(check, Retracing(lambda share: check())))
+                z = self.flow.encode(x, Stoppable(check, MatchingInverse(lambda share: check())))
             self._keep(self._latents, key, z)
         self._latents.move_to_end(key)
         return self._latents[key]

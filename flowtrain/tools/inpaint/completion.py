@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
@@ -59,7 +60,7 @@ def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
             f"--mask {mask}: it is all white, so no pixel is known: `flowtrain sample` draws such "
             f"images"
         )
-    constraint = Pixels(x, known, flow.levels, within=flow.bijection.by_level() is None)
+    constraint = Pixels(x, known, flow.levels, within=discrete_model(flow.bijection) is None)
     missing = int((white == 255).sum())
     shown = torch.where(known, x, flow.levels // 2)
     return Given(constraint, shown, f"{missing} of {white.numel()} pixels are missing")

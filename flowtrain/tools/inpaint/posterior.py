@@ -34,7 +34,7 @@ from torch import Tensor
 
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.discretized import Entry
-from flowtrain.bijections.ordinal import OrdinalAutoregressive
+from flowtrain.bijections.ordinal import OrdinalAutoregressive, discrete_model
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import gradient_batch_size
@@ -110,7 +110,7 @@ def sample(
     count = effort.chains
     labels = None if label is None else torch.full((count,), label, device=flow.device)
     randomness = generator(seed, Stream.POSTERIOR)
-    layer = flow.bijection.by_level()
+    layer = discrete_model(flow.bijection)
     if layer is not None and isinstance(constraint, Pixels):
         return _in_order_and_moved(flow, layer, constraint, effort, labels, randomness, progress)
     density = _density(flow)
@@ -140,7 +140,7 @@ def require_posterior(flow: Flow, label: int | None = None) -> None:
         raise UserError(f"--class {label}: the model is not class-conditional (model.classes is 0)")
     if label is not None and not 0 <= label < flow.classes:
         raise UserError(f"--class {label}: the model has the classes 0..{flow.classes - 1}")
-    if label is None and flow.classes and flow.bijection.by_level() is not None:
+    if label is None and flow.classes and discrete_model(flow.bijection) is not None:
         raise UserError(
             f"inpaint: give the class of the image, --class 0 to {flow.classes - 1}: this model "
             f"gives the probabilities of levels for one class at a time"
@@ -184,7 +184,7 @@ def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
     """The density of dequantized images. `counted` `(C, H, W)` says which entries of a model of
     levels have a part in it.
     """
-    layer = flow.bijection.by_level()
+    layer = discrete_model(flow.bijection)
     if layer is None:
 
         def of_reals(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -197,7 +197,7 @@ def test_each_call_of_a_layer_goes_through(tmp_path):
     watching = Watching(model.flow, around)
     model.flow.to_latents(x, torch.full(x.shape, 0.5), watching)
     half = len(seen)
-    model.flow.bijection.through(watching, "inverse", plain)
+    model.flow.bijection.run(watching, "inverse", plain)
     names = list(layers_of(model.flow))
     noise = sum(name.startswith("dequantizer.") for name in names)
     assert [

@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers import a_config, images, perturb, seeded, tiny_flow
 
+from flowtrain.bijections import AffineTransform, Coupling
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
-from flowtrain.tools.explore.accounts import account
+from flowtrain.nets.convolution import GlowNet
+from flowtrain.tools.explore.accounts import account, forward_by_place
 from flowtrain.tools.explore.worker import Superseded
 
 MODELS = {
@@ -121,3 +123,14 @@ def test_an_account_that_is_not_wanted_ends(last):
     with pytest.raises(Superseded):
         account(flow, x, noise, check)
     assert left[0] == 0
+
+
+def test_a_term_stays_at_its_place():
+    """A coupling and what comes after a squeeze, by the Jacobian of each place."""
+    layer = perturb(Coupling(1, GlowNet(1, 4, 4), AffineTransform()))
+    x = torch.randn(1, 3, 2, 3)
+    _, places = forward_by_place(layer, x, None)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)[0, :, :, :, 0]
+    for i, j in ((0, 0), (1, 2)):
+        own = jacobian[:, i, j, :, i, j]
+        torch.testing.assert_close(places[0, i, j], torch.linalg.slogdet(own).logabsdet)

@@ -231,13 +231,15 @@ def test_ranks_are_those_of_an_evaluation(session):
 
 
 def test_neighbours_of_a_training_image_begin_with_it(session):
-    x = session.data.train.take(slice(11, 12))
+    position = int(session.data.positions[11])  # of a sample, not of the first images
+    assert session.data.positions[-1] > len(session.data.latents) > 11
+    x = session.data.train.take(slice(position, position + 1))
     uploaded = answers.upload(session, png_of(x))
     source = asked.Upload(kind="upload", id=uploaded["id"])
     for by in ("pixels", "latents"):
         request = asked.Neighbours(tab=TAB, turn=0, place=asked.Place(source=source), by=by)
         answer = answers.neighbours(session, request, check)
-        assert answer["indices"][0] == 11 and len(answer["images"]) == 8
+        assert answer["indices"][0] == position and len(answer["images"]) == 8
         # Latents at hand were computed without the steps of the inverse.
         assert answer["distances"][0] == pytest.approx(0, abs=1e-3 if by == "latents" else 0)
         assert answer["distances"] == sorted(answer["distances"])

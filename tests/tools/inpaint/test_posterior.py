@@ -10,6 +10,7 @@ from helpers import a_config, agrees, images, perturb, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued
@@ -159,7 +160,7 @@ def test_missing_entries_of_a_causal_model(mask, moves):
     off, noise = distance(found.x, probability)
     assert off < 1.6 * noise
     if moves:
-        layer, given = flow.bijection.by_level(), x.expand(800, -1, -1, -1)
+        layer, given = discrete_model(flow.bijection), x.expand(800, -1, -1, -1)
         start = in_order(flow, layer, given, known, None, seeded())
         assert distance(start, probability)[0] > 2 * noise
 
@@ -203,7 +204,7 @@ def test_several_states_of_each_chain():
 def test_the_force_of_levels_is_a_derivative():
     flow = causal()
     x = torch.tensor([[[[1.0, 2.0], [1.0, 2.0]]]], requires_grad=True)
-    layer = flow.bijection.by_level()
+    layer = discrete_model(flow.bijection)
     terms = layer.log_probs(x)
     with torch.no_grad():
         exact = flow.log_prob(x.detach().to(torch.uint8), seeded())
@@ -237,7 +238,7 @@ def test_known_averages_of_a_causal_model():
 def test_the_probabilities_of_all_levels_at_some_entries():
     for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
         flow = tiny_flow("causal", shape, 5, token=token).eval()
-        layer, x = flow.bijection.by_level(), images(3, shape, 5).float()
+        layer, x = discrete_model(flow.bijection), images(3, shape, 5).float()
         entries = torch.tensor([0, 7, 29, 23][: 3 if token == 1 else 4]) % math.prod(shape)
         terms, table = layer.log_probs_of_all(x, entries)
         assert table.shape == (3, len(entries), 5)
@@ -250,7 +251,7 @@ def test_the_probabilities_of_all_levels_at_some_entries():
 
 def test_the_order_is_that_of_sampling():
     for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
-        layer = tiny_flow("causal", shape, 5, token=token).bijection.by_level()
+        layer = discrete_model(tiny_flow("causal", shape, 5, token=token).bijection)
         seen = []
         layer.in_order(lambda entry, i, seen=seen: seen.append(i) or torch.tensor([0]), 1)
         assert layer.order().flatten().argsort().tolist() == seen

@@ -1,4 +1,4 @@
-"""What is known of the steps: loss, norm of the gradient, clock and signals, one step late."""
+"""Loss, gradient norm, clock and signals of the steps, read one step late."""
 
 import math
 from collections import deque
@@ -14,8 +14,8 @@ from flowtrain.training.stop import STOPPING, Clock, Stop
 
 
 @dataclass(frozen=True)
-class Known:
-    """A step whose numbers have arrived. They are those of the whole batch, on every process."""
+class StepMetrics:
+    """The numbers of a step, of the whole batch and the same on every process."""
 
     step: int  # before it
     images: int  # used before it
@@ -39,11 +39,11 @@ class _Sent:
     sums: Callable[[], list[float]]  # waits for them
 
 
-class Facts:
-    """Sends the numbers of each step on their way when the step is given to the device, and
-    receives them later. So the device has its next step before the host waits for this one.
+class DelayedMetrics:
+    """Starts to copy (and to sum over processes) the numbers of each step, and reads them later. So
+    the device has its next step before the host waits for this one.
 
-    All processes receive the same loss, norm, clock and signal. The clock is that of process 0.
+    All processes receive the same loss, norm, signal, and clock, which is process 0's.
     """
 
     def __init__(self, state: State, clock: Clock, stop: Stop):
@@ -51,8 +51,8 @@ class Facts:
         self.clock = clock
         self.stop = stop
         self.seconds = state.progress.seconds  # on every process the same: of a checkpoint
-        self.last: Known | None = None
-        self.failed: Known | None = None  # a step that was not finite: the state is stuck there
+        self.last: StepMetrics | None = None
+        self.failed: StepMetrics | None = None  # not finite: nothing has changed since
         self._sent: deque[_Sent] = deque()
 
     def send(self, loss: Tensor, grad_norm: Tensor, rate: float) -> None:
@@ -74,7 +74,7 @@ class Facts:
             sent = self._sent.popleft()
             loss, grad_norm, seconds, *asked = sent.sums()
             loss, grad_norm = loss / distributed.world(), grad_norm / distributed.world()
-            self.last = Known(sent.step, sent.images, sent.rate, loss, grad_norm)
+            self.last = StepMetrics(sent.step, sent.images, sent.rate, loss, grad_norm)
             self.seconds = seconds
             progress = self.state.progress
             progress.seconds += seconds - sent.seconds  # the same clock on every process

@@ -1,4 +1,4 @@
-"""The computation of a step: one graph for every model, and the same gradient however called."""
+"""The loss of a step: one graph for every model, and the same gradient however computed."""
 
 import functools
 
@@ -11,8 +11,12 @@ from helpers import a_config, compiles, images, perturb, seeded
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
-from flowtrain.training import computation
-from flowtrain.training.computation import Called, Computation, Losses, Replayed, require_possible
+from flowtrain.system import distributed
+from flowtrain.training import loss as losses
+from flowtrain.training.loss import CudaGraphStep, Loss, require_possible
+from flowtrain.training.optim import build_optimizers
+from flowtrain.training.state import State
+from flowtrain.training.step import train_step
 
 CPU = torch.device("cpu")
 GLOW = {"name": "glow", "levels": 2, "steps": 1, "width": 4}
@@ -87,12 +91,12 @@ def made(model, mode="store", precision="fp32", **train):
     if precision == "fp32":
         flow = flow.double()
     labels = torch.arange(4) % 3 if flow.classes else None
-    return flow, config.train, (x[:4], torch.rand((4, *shape), generator=seeded(2)), labels)
+    return flow, config, (x[:4], torch.rand((4, *shape), generator=seeded(2)), labels)
 
 
-def gradient(flow, losses, batch):
+def gradient(flow, loss, batch):
     flow.zero_grad()
-    loss = losses(*batch)
+    loss = loss(*batch)
     loss.backward()
     zero = torch.zeros(())
     return loss.detach(), [zero if p.grad is None else p.grad for p in flow.parameters()]
@@ -102,14 +106,14 @@ def gradient(flow, losses, batch):
 @pytest.mark.parametrize("model, mode, precision", [*combinations()])
 def test_a_step_is_one_graph(model, mode, precision):
     """Forward and backward pass are traced without a break, and give the same gradient."""
-    flow, train, batch = made(model, mode, precision)
-    expected = gradient(flow, Losses(flow, train, computation.executor_of(mode)), batch)
-    computation.configure_compiler()
+    flow, config, batch = made(model, mode, precision)
+    expected = gradient(flow, Loss(flow, config.train), batch)
+    losses.configure_compiler()
     torch._dynamo.reset()
-    losses = Losses(flow, train, computation.executor_of(mode))
-    losses.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    loss = Loss(flow, config.train)
+    loss.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
-    found = gradient(flow, losses, batch)
+    found = gradient(flow, loss, batch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     if precision == "bf16":
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
@@ -147,13 +151,13 @@ def test_layers_of_one_shape_share_a_graph(memory, traced_only):
     flow = perturb(build_flow(config, (1, 8, 8), 256))
     x = images(8, (1, 8, 8))
     initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
-    batch = x, torch.rand(x.shape, generator=seeded(2)), None
-    plain = Computation(flow, config.train.model_copy(update={"compile": "off"}))
-    expected = plain(*batch, 8, more=False), [p.grad for p in flow.parameters()]
-    flow.zero_grad()
-    torch._dynamo.utils.counters.clear()
-    found = Computation(flow, config.train)(*batch, 8, more=False)
-    torch.testing.assert_close((found, [p.grad for p in flow.parameters()]), expected)
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": "off"})})
+    found = []
+    for each in (plain, config):
+        state = State(each, flow, build_optimizers(flow, each.train), None, {})
+        torch._dynamo.utils.counters.clear()
+        found.append((train_step(state, x), [p.grad for p in flow.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     # The gradient of a layer is another graph. The prior is in no chain, so its input is kept.
     assert graphs == (3 if memory == "store" else 5)
@@ -162,49 +166,58 @@ def test_layers_of_one_shape_share_a_graph(memory, traced_only):
 # --- errors instead of wrong runs -----------------------------------------------------------------
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`train.compile: layers` compiles nothing."""
+    monkeypatch.setattr(losses, "layer_compiler", lambda train: lambda function: function)
+
+
+def a_state(model, **train):
+    """A state, and the images and labels of a batch."""
+    flow, config, (x, _, labels) = made(model, **train)
+    return State(config, flow, build_optimizers(flow, config.train), None, {}), x, labels
+
+
 @compiles
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_gradient_is_an_error(precision, monkeypatch):
-    def wrong(self, batch, images, more):
-        loss = self.parallel(*batch) / images
-        (1.2 * loss).backward()
-        return loss.detach()
+def test_another_gradient_is_an_error(precision, uncompiled):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
 
-    flow, train, batch = made("nice", precision=precision)
-    train = train.model_copy(update={"compile": "layers"})
-    monkeypatch.setattr(computation, "compiler", lambda train: lambda function: function)
-    Computation(flow, train)(*batch, 4, more=False)
-    flow.zero_grad()
-    monkeypatch.setattr(Called, "__call__", wrong)
+        @staticmethod
+        def backward(ctx, gradient):
+            return 1.2 * gradient
+
+    state, *batch = a_state("nice", precision=precision, compile="layers")
+    loss = state.loss
+    state.loss = lambda *part: Wrong.apply(loss(*part))
     with pytest.raises(RunError, match="gradient.*by 0.2 of its norm.*set train.compile=off"):
-        Computation(flow, train)(*batch, 4, more=False)
+        train_step(state, *batch)
+    state.loss = loss
+    train_step(state, *batch)
 
 
 @compiles
-def test_the_first_batch_is_checked_once(monkeypatch):
-    flow, train, batch = made("nice", compile="layers")
-    monkeypatch.setattr(computation, "compiler", lambda train: lambda function: function)
-    steps = Computation(flow, train)
+def test_the_first_batch_is_checked_once(uncompiled):
+    state, *batch = a_state("nice", compile="layers")
     calls = []
-    flow.register_forward_pre_hook(lambda *arguments: calls.append(1))
-    losses = []
+    state.flow.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    found = []
     for expected in (3, 4):
-        flow.zero_grad()
-        losses.append(steps(*batch, 4, more=False))
+        found.append(train_step(state, *batch))
         assert len(calls) == expected
-    assert losses[0] == losses[1] and steps.seconds is not None
+    assert found[0] == found[1] and state.compile_seconds > 0
 
 
 @compiles
-def test_a_batch_that_is_not_finite_shows_nothing(monkeypatch):
-    flow, train, batch = made("sphere", compile="layers")
-    monkeypatch.setattr(computation, "compiler", lambda train: lambda function: function)
-    steps = Computation(flow, train)
-    steps(batch[0] * torch.inf, *batch[1:], 4, more=False)
-    assert steps.seconds is None
-    flow.zero_grad()
-    steps(*batch, 4, more=False)
-    assert steps.seconds is not None
+def test_a_batch_that_is_not_finite_shows_nothing(uncompiled):
+    state, x, labels = a_state("sphere", compile="layers")
+    train_step(state, x * torch.inf, labels)
+    assert state.compile_seconds is None
+    train_step(state, x, labels)
+    assert state.compile_seconds is not None
 
 
 @compiles
@@ -215,10 +228,10 @@ def test_a_compiler_that_fails_is_named(monkeypatch):
 
         return run
 
-    flow, train, batch = made("nice", compile="layers")
-    monkeypatch.setattr(computation, "compiler", lambda train: broken)
+    monkeypatch.setattr(losses, "layer_compiler", lambda train: broken)
+    state, *batch = a_state("nice", compile="layers")
     with pytest.raises(UserError) as raised:
-        Computation(flow, train)(*batch, 4, more=False)
+        train_step(state, *batch)
     message = str(raised.value)
     assert "no working C++ compiler" in message and "set train.compile=off" in message
     assert len(message.splitlines()) == 2 and "TORCHDYNAMO" not in message
@@ -238,9 +251,9 @@ def test_loops_are_refused(key):
 
 
 def test_a_cuda_graph_needs_a_cuda_device():
-    flow, train, _ = made("nice", cuda_graph=True)
+    flow, config, _ = made("nice", cuda_graph=True)
     with pytest.raises(UserError, match="^train.cuda_graph: needs a CUDA device.*on cpu$"):
-        require_possible(flow, train, CPU)
+        require_possible(flow, config.train, CPU)
 
 
 # --- CUDA graphs, without CUDA --------------------------------------------------------------------
@@ -253,33 +266,28 @@ def run_again(run):
 
 
 @pytest.mark.parametrize("model", ["nice", "classes"])
-def test_a_replayed_computation_is_the_computation(model):
+def test_a_replayed_loss_is_the_loss(model):
     """Over several parts of a batch, several steps, and parts of several sizes."""
-    flow, train, (x, noise, labels) = made(model)
-    losses = Losses(flow, train, computation.executor_of("store"))
-    replayed = Replayed(losses, run_again)
+    flow, config, batch = made(model)
+    loss = Loss(flow, config.train)
+    replayed = CudaGraphStep(loss, run_again)
     for sizes in ([2, 2], [2, 2], [4], [3, 1]):
-        found = []
-        for add in (Called(losses), replayed):
-            flow.zero_grad(set_to_none=True)
-            parts = [
-                [None] * len(sizes) if t is None else t.split(sizes) for t in (x, noise, labels)
-            ]
-            total = sum(
-                add(part, len(x), more=i + 1 < len(sizes))
-                for i, part in enumerate(zip(*parts, strict=True))
-            )
-            found.append([total, *(p.grad.clone() for p in flow.parameters())])
-        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
-    assert all(p.grad.data_ptr() % 16 == 0 for p in flow.parameters())
+        parts = [[None] * len(sizes) if t is None else t.split(sizes) for t in batch]
+        found = [replayed([*zip(*parts, strict=True)], 4), *(p.grad for p in flow.parameters())]
+        assert all(p.grad.data_ptr() % 16 == 0 for p in flow.parameters())
+        _, gradients = expected = gradient(flow, lambda *batch: loss(*batch) / 4, batch)
+        torch.testing.assert_close(found, [expected[0], *gradients], rtol=1e-12, atol=1e-12)
 
 
 def test_a_replayed_gradient_is_averaged_once_a_step(monkeypatch):
     averaged = []
-    monkeypatch.setattr(computation.distributed, "average", averaged.append)
-    flow, train, batch = made("nice")
-    replayed = Replayed(Losses(flow, train, computation.executor_of("store")), run_again)
-    for more in (True, True, False):
-        replayed(batch, 12, more)
+    monkeypatch.setattr(distributed, "average", averaged.append)
+    state, *batch = a_state("nice", batch_size=2, accumulate=2)
+    expected = train_step(state, *batch), [p.grad for p in state.flow.parameters()]
+    assert averaged == []
+    state.cuda_graph = CudaGraphStep(state.loss, run_again)
+    state.compile_seconds = None
+    found = train_step(state, *batch), [p.grad for p in state.flow.parameters()]
     (piece,) = averaged
-    assert sum(p.numel() for p in flow.parameters()) <= piece.numel()
+    assert sum(p.numel() for p in state.flow.parameters()) <= piece.numel()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

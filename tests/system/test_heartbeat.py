@@ -1,16 +1,16 @@
-"""Signs of life."""
+"""Heartbeats."""
 
 import threading
 
 import pytest
 import torch.distributed as dist
 
-from flowtrain.system import pulse
-from flowtrain.system.pulse import BEAT, SILENCE, Pulse
+from flowtrain.system import heartbeat
+from flowtrain.system.heartbeat import INTERVAL_SECONDS, TIMEOUT_SECONDS, Heartbeat
 
 
 class Clock:
-    """Stands still until a test moves it. The threads of a pulse do nothing meanwhile."""
+    """Stands still until a test moves it. The threads of a heartbeat do nothing meanwhile."""
 
     def __init__(self):
         self.now = 1000.0
@@ -22,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(pulse.time, "monotonic", clock)
+    monkeypatch.setattr(heartbeat.time, "monotonic", clock)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds: None)
     return clock
@@ -30,8 +30,8 @@ def clock(monkeypatch):
 
 def pass_time(clock, seconds, speaking, watching):
     """What `watching` misses after so many seconds in which only some processes speak."""
-    for _ in range(round(seconds / BEAT)):
-        clock.now += BEAT
+    for _ in range(round(seconds / INTERVAL_SECONDS)):
+        clock.now += INTERVAL_SECONDS
         for each in speaking:
             each.beat()
         silent = watching.silent()
@@ -40,26 +40,26 @@ def pass_time(clock, seconds, speaking, watching):
 
 def three(store=None):
     store = store or dist.HashStore()
-    return [Pulse(store, rank, 3, lambda lost: None) for rank in range(3)]
+    return [Heartbeat(store, rank, 3, lambda lost: None) for rank in range(3)]
 
 
 def test_who_falls_silent_is_lost(clock):
     a, b, c = three()
-    assert pass_time(clock, 5 * SILENCE, [a, b, c], a) == []
-    assert pass_time(clock, SILENCE - BEAT, [a, c], a) == []
-    assert pass_time(clock, 3 * BEAT, [a, c], a) == [1]
+    assert pass_time(clock, 5 * TIMEOUT_SECONDS, [a, b, c], a) == []
+    assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [a, c], a) == []
+    assert pass_time(clock, 3 * INTERVAL_SECONDS, [a, c], a) == [1]
 
 
 def test_who_never_speaks_is_lost(clock):
-    a = Pulse(dist.HashStore(), 0, 3, lambda lost: None)
-    assert pass_time(clock, SILENCE - BEAT, [a], a) == []
-    assert pass_time(clock, 2 * BEAT, [a], a) == [1, 2]
+    a = Heartbeat(dist.HashStore(), 0, 3, lambda lost: None)
+    assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [a], a) == []
+    assert pass_time(clock, 2 * INTERVAL_SECONDS, [a], a) == [1, 2]
 
 
 def test_who_is_done_is_not_lost(clock):
     a, b, c = three()
     b.stop()
-    assert pass_time(clock, 3 * SILENCE, [a, c], a) == []
+    assert pass_time(clock, 3 * TIMEOUT_SECONDS, [a, c], a) == []
 
 
 class Broken:
@@ -79,33 +79,35 @@ def test_without_the_store_all_others_are_lost(clock):
     store = Broken()
     a, *_ = three(store)
     store.gone = True
-    assert pass_time(clock, SILENCE + BEAT, [a], a) == [1, 2]
+    assert pass_time(clock, TIMEOUT_SECONDS + INTERVAL_SECONDS, [a], a) == [1, 2]
     a.stop()  # no error
 
 
 def test_a_job_that_was_suspended_goes_on(clock):
     """All processes stood still for longer than the limit, and none is lost."""
     processes = a, b, _ = three()
-    clock.now += 10 * SILENCE
+    clock.now += 10 * TIMEOUT_SECONDS
     assert a.silent() == []
-    assert pass_time(clock, SILENCE - BEAT, [a], a) == []
-    assert pass_time(clock, 2 * SILENCE, processes, b) == []
+    assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [a], a) == []
+    assert pass_time(clock, 2 * TIMEOUT_SECONDS, processes, b) == []
 
 
 def test_the_threads_speak_listen_and_watch(monkeypatch):
-    monkeypatch.setattr(pulse, "BEAT", 0.01)
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.01)
     store, lost, heard = dist.HashStore(), [], threading.Event()
 
     def found(silent):
         lost.extend(silent)
         heard.set()
 
-    monkeypatch.setattr(pulse.Pulse, "silent", lambda self: [other for other in (1,) if known()])
+    monkeypatch.setattr(
+        heartbeat.Heartbeat, "silent", lambda self: [other for other in (1,) if known()]
+    )
 
     def known():
-        return store.check(["pulse/0"]) and int(store.get("pulse/0")) >= 3
+        return store.check(["heartbeat/0"]) and int(store.get("heartbeat/0")) >= 3
 
-    a = Pulse(store, 0, 2, found)
+    a = Heartbeat(store, 0, 2, found)
     assert heard.wait(20) and lost == [1]
     a.stop()
-    assert store.get("pulse/0") == b"gone" and not any(t.is_alive() for t in a.threads)
+    assert store.get("heartbeat/0") == b"gone" and not any(t.is_alive() for t in a.threads)
