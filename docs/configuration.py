@@ -20,7 +20,8 @@ PAGE = """\
 # Configuration keys
 
 A configuration is a YAML file with the sections below. A key that is left out has its default.
-`--set section.key=value` overrides one key. `flowtrain train --dry-run` checks a configuration
+On a command line, `section.key=value` overrides one key; `--set section.key=value` is the same.
+Commands on a trained model take keys of `data`. `flowtrain train --dry-run` checks a configuration
 without writing anything. `RUN/config.yaml` is the configuration of a run with every key.
 
 Each data set and each model has keys of its own, its options, which are listed under its name.

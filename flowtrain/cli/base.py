@@ -1,14 +1,17 @@
 """What the commands share: their options, the exit codes of errors, loading and writing."""
 
 import functools
+import inspect
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec
 
 import typer
 
@@ -21,16 +24,26 @@ if TYPE_CHECKING:
     import torch
 
     from flowtrain.checkpoints.load import LoadedModel
-    from flowtrain.data.splits import DataSet, SplitName
+    from flowtrain.data.splits import DataSet
 
 P = ParamSpec("P")
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turns an error into one message, without a traceback, and its exit code."""
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns an error into one message, without a traceback, and its exit code.
+
+    A parameter whose type is a dataclass is a group of options: its fields are the parameters.
+    """
+    parameters = inspect.signature(function).parameters
+    groups = {name: each.annotation for name, each in parameters.items()}
+    groups = {name: group for name, group in groups.items() if is_dataclass(group)}
+    fields = {name: inspect.signature(group).parameters for name, group in groups.items()}
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        for name, group in groups.items():
+            own = {each: kwargs.pop(each) for each in fields[name] if each in kwargs}
+            kwargs[name] = group(**own)
         _log_warnings()
         try:
             Path.cwd()  # libraries crash without one
@@ -55,6 +68,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 raise
             fail(f"out of memory; use a smaller batch or model: {error}", RunError.exit_code)
 
+    flat = [p for name in parameters for p in fields.get(name, {name: parameters[name]}).values()]
+    wrapped.__annotations__ = {each.name: each.annotation for each in flat}
+    flat = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in flat]
+    wrapped.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -160,10 +177,9 @@ ScoresOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[
-    str | None,
+    Literal["ema", "raw"] | None,
     typer.Option(
         "--weights",
-        metavar="ema|raw",
         help="Use the averaged or the raw weights.",
         show_default="ema where the checkpoint has them",
     ),
@@ -174,19 +190,102 @@ TrustOption = Annotated[
         "--trust-code", help="Allow the checkpoint to import and run a module of your own."
     ),
 ]
-DataSetOption = Annotated[
-    list[str] | None,
+Split = Literal["test", "validation", "train"]
+SplitOption = Annotated[
+    Split | None,
+    typer.Option("--split", help="Which images of the data set.", show_default="test"),
+]
+JsonOption = Annotated[
+    str | None,
     typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a data key, for example data.root=DIR if the data have moved.",
-        show_default=False,
+        "--json",
+        metavar="FILE|-",
+        help="Where the result goes; - is standard output.",
+        show_default="a file in the run",
     ),
 ]
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
     "image files, an image file, or an .npz or .npy file. "
 )
+DatasetOption = Annotated[
+    str | None,
+    typer.Option("--data", metavar="NAME|PATH", help=DATA_NAMES, show_default="the model's own"),
+]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from flowtrain.config import all_keys
+
+    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="The same as KEY=VALUE; repeatable.",
+        show_default=False,
+        autocompletion=_complete_key,
+    ),
+]
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word is `SECTION.KEY=VALUE`, and no file."""
+    return re.match(r"\w+(\.\w+)+=", word) is not None and not os.path.lexists(word)
+
+
+@dataclass
+class SettingOptions:
+    """Settings of a command line: `KEY=VALUE`, or `--set KEY=VALUE`."""
+
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Override keys of the configuration: train.lr=5e-4, or data.root=DIR where the "
+            "data of a trained model have moved.",
+            show_default=False,
+            autocompletion=_complete_key,
+        ),
+    ] = None
+    overrides: SetOption = None
+
+    def words(self, hint: str = "") -> list[str]:
+        """All settings. Raises `UserError`, which ends with the hint, for a word that is none."""
+        for word in self.settings or []:
+            if "=" not in word:
+                raise UserError(f"{cut(word)}: expected KEY=VALUE, such as data.root=DIR{hint}")
+        return [*(self.overrides or []), *(self.settings or [])]
+
+
+@dataclass
+class ModelOptions:
+    """The model of a command line."""
+
+    model: ModelArgument = None
+    weights: WeightsOption = None
+    trust_code: TrustOption = False
+    device: DeviceOption = "auto"
+
+    def load(self, conditional: bool = False) -> "LoadedModel":
+        """Loads it, as `load` does."""
+        return load(self.model, self.device, self.weights, self.trust_code, conditional)
+
+
+@dataclass
+class DataOptions(SettingOptions, ModelOptions):
+    """The model of a command line, and settings of its data."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and is_setting(self.model):
+            self.settings, self.model = [self.model, *(self.settings or [])], None
+
+    def data(self, loaded: "LoadedModel", dataset: str | None = None) -> "DataSet":
+        """The data of the model or of `dataset`, as `data_of` finds them."""
+        return data_of(loaded, self.words(), dataset)
 
 
 def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--out") -> str:
@@ -227,19 +326,6 @@ def output(given: Path | str | None, loaded: "LoadedModel", name: str, option: s
     path = run_of(loaded.checkpoint.path) / name
     require_file(path, option)
     return path
-
-
-SPLITS: "tuple[SplitName, ...]" = ("test", "validation", "train")
-
-
-def split_of(text: str | None) -> "SplitName | None":
-    """The split of `--split`. Raises `UserError` for another word."""
-    for name in SPLITS:
-        if text == name:
-            return name
-    if text is not None:
-        raise UserError(f"--split {text}: expected test, validation or train")
-    return None
 
 
 def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
@@ -298,7 +384,7 @@ def mention_unused(name: str, device: "torch.device") -> None:
 
 
 def data_of(
-    loaded: "LoadedModel", overrides: list[str] | None, dataset: str | None = None
+    loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
 ) -> "DataSet":
     """The data set that the model was trained on, perhaps from another place, or the one that
     `--data` names.
@@ -307,7 +393,7 @@ def data_of(
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
 
-    for text in overrides or []:
+    for text in settings or []:
         if not text.startswith("data."):
             raise UserError(
                 f"--set {cut(text)}: only keys of data can be set here; the model is as it was "
@@ -316,7 +402,7 @@ def data_of(
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
-    values = configuration.override(values, overrides or [])
+    values = configuration.override(values, settings or [])
     where = f"--data {dataset}" if dataset else "--set"
     # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
     config = configuration.parse(values, where, trust_code=True).data

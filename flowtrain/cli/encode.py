@@ -1,29 +1,20 @@
 """`flowtrain encode`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flowtrain.cli.base import (
-    DATA_NAMES,
-    DataSetOption,
-    DeviceOption,
+    DataOptions,
+    DatasetOption,
     FirstImagesOption,
-    ModelArgument,
-    TrustOption,
-    WeightsOption,
+    SplitOption,
     check_suffix,
     command,
-    data_of,
-    load,
     on_one_process,
-    split_of,
 )
 from flowtrain.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 EPILOG = (
     "Examples: [cyan]flowtrain encode runs/glow_digits --images photos --images cat.png --out "
@@ -37,7 +28,6 @@ def encode(
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE.npz", help="The latents.", show_default=False)
     ],
-    model: ModelArgument = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(
@@ -48,26 +38,11 @@ def encode(
             show_default=False,
         ),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--data", metavar="NAME|PATH", help=DATA_NAMES, show_default="the model's own"
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            "--split",
-            metavar="test|validation|train",
-            help="Which images of the data set.",
-            show_default="test",
-        ),
-    ] = None,
+    dataset: DatasetOption = None,
+    split: SplitOption = None,
     num_images: FirstImagesOption = None,
-    weights: WeightsOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Turn images into latents: one array for each level, from which decode gives them back.
 
@@ -79,20 +54,19 @@ def encode(
     from flowtrain.system.files import save
 
     check_suffix(out, (".npz",))
-    split_name = split_of(split)
     if images and (dataset is not None or split is not None):
         raise UserError("--images: give either these, or --data and --split")
     if not images and dataset is None and split is None:
         raise UserError("give the images: --images FILE|FOLDER, --split test, or --data NAME")
-    loaded = load(model, device, weights, trust_code)
+    loaded = options.load()
     classes = None
     if images:
         names, x = encoding.named_images(images, loaded, num_images)
     else:
-        data = data_of(loaded, overrides, dataset)
-        if data.undivided and split_name is not None:
+        data = options.data(loaded, dataset)
+        if data.undivided and split is not None:
             raise UserError(f"--split {split}: {dataset} has no splits; leave it out")
-        chosen = split_name or ("all" if data.undivided else "test")
+        chosen = split or ("all" if data.undivided else "test")
         names, x, classes = encoding.of_split(loaded, data, chosen, num_images)
     with ProgressBar("encoding") as bar:
         z = encoding.encode(loaded.flow, x, bar)

@@ -8,25 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DATA_NAMES,
     BatchSizeOption,
-    DataSetOption,
-    DeviceOption,
+    DataOptions,
+    DatasetOption,
     FirstImagesOption,
-    ModelArgument,
+    JsonOption,
     ScoresOption,
     SeedOption,
-    TrustOption,
-    WeightsOption,
+    SplitOption,
     command,
-    data_of,
-    load,
     mention_unused,
     on_all_processes,
     output,
     print_table,
     require_file,
-    split_of,
     write_json,
 )
 from flowtrain.errors import RunError, UserError
@@ -40,23 +35,8 @@ EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --draws 16 --scores
 @command
 @on_all_processes
 def evaluate(
-    model: ModelArgument = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            "--split", metavar="test|validation|train", help="Which images.", show_default="test"
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="NAME|PATH",
-            help=DATA_NAMES
-            + "All images of a folder without test/ or of a file without x_test are evaluated.",
-            show_default="the model's own",
-        ),
-    ] = None,
+    split: SplitOption = None,
+    dataset: DatasetOption = None,
     num_images: FirstImagesOption = None,
     samples: Annotated[
         int,
@@ -70,24 +50,15 @@ def evaluate(
     ] = 1,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
-    weights: WeightsOption = None,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Where to write the result.",
-            show_default="evaluate-<split>.json or evaluate-<dataset>-<split>.json in the run",
-        ),
-    ] = None,
+    json_out: JsonOption = None,
     scores_out: ScoresOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Measure bits per dimension of a data set's split in float32, with the standard error.
 
-    By default it is the test split of the data that the model was trained on. A model trained with
+    By default it is the test split of the data that the model was trained on; of a folder without
+    test/ or a file without x_test, it is all images. A model trained with
     Gaussian noise has no bits/dim: its mean log-density of noisy images is in nats/dim.
     """
     from flowtrain.evaluation import evaluate as evaluation
@@ -95,19 +66,18 @@ def evaluate(
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
 
-    split_name = split_of(split)
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code, conditional=True)
-    mention_unused(device, loaded.flow.device)
-    data = data_of(loaded, overrides, dataset)
+    loaded = options.load(conditional=True)
+    mention_unused(options.device, loaded.flow.device)
+    data = options.data(loaded, dataset)
     if data.undivided and split is not None:
         raise UserError(
             f"--split {split}: {dataset} has no splits; without --split, all of its images are "
             f"evaluated"
         )
-    split_name = split_name or ("all" if data.undivided else "test")
+    split_name = split or ("all" if data.undivided else "test")
     of = "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(

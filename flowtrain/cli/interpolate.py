@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     check_suffix,
     command,
-    data_of,
-    load,
     on_one_process,
     output,
 )
@@ -35,7 +29,6 @@ EPILOG = (
 @command
 @on_one_process
 def interpolate(
-    model: ModelArgument = None,
     pairs: Annotated[
         int, typer.Option("--pairs", min=1, help="Number of pairs of test images, one row each.")
     ] = 4,
@@ -116,10 +109,8 @@ def interpolate(
             show_default="interpolate.png in the run",
         ),
     ] = None,
-    weights: WeightsOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Walk between images through the latent space. Images of the data come back exactly.
 
@@ -138,10 +129,10 @@ def interpolate(
 
     suffix = check_suffix(out, (".png", ".gif"))
     _check(files, from_class, to_class, along, strength, image)
-    loaded = load(model, device, weights, trust_code)
+    loaded = options.load()
     path = output(out, loaded, "interpolate.png", "--out")
     flow = loaded.flow
-    data = data_of(loaded, overrides)
+    data = options.data(loaded)
     drawing = draw.drawing(flow, lambda: data.split("test"))
     count = len(image) if image else 1 if files else pairs
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"

@@ -2,21 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     check_suffix,
     command,
-    data_of,
-    load,
     on_one_process,
     output,
 )
@@ -36,7 +30,6 @@ EPILOG = (
 @command
 @on_one_process
 def sample(
-    model: ModelArgument = None,
     num: Annotated[
         int | None,
         typer.Option(
@@ -76,10 +69,9 @@ def sample(
         ),
     ] = None,
     method: Annotated[
-        str,
+        Literal["sequential", "jacobi"],
         typer.Option(
             "--method",
-            metavar="sequential|jacobi",
             help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
         ),
     ] = "sequential",
@@ -102,7 +94,6 @@ def sample(
         ),
     ] = False,
     seed: SeedOption = 0,
-    weights: WeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -112,9 +103,8 @@ def sample(
             show_default="sample.png in the run",
         ),
     ] = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Draw images from a trained flow. The same seed gives the same images, however many there are.
 
@@ -130,20 +120,18 @@ def sample(
     temperatures = temperature or [1.0]
     if not all(map(math.isfinite, temperatures)):
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
-    if method not in ("sequential", "jacobi"):
-        raise UserError(f"--method {method}: expected sequential or jacobi")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
-    loaded = load(model, device, weights, trust_code, conditional=True)
+    loaded = options.load(conditional=True)
     path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
     needs_data = flow.levels is None or (flow.image_context is not None and image is None)
-    if overrides and not needs_data:
+    if options.words() and not needs_data:
         raise UserError("--set: these samples need no data, so leave it out")
-    contexts = _contexts(loaded, image, overrides)
+    contexts = _contexts(options, loaded, image)
     num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
-    drawing = draw.drawing(flow, lambda: data_of(loaded, overrides).split("test"))
+    drawing = draw.drawing(flow, lambda: options.data(loaded).split("test"))
     columns = num if len(temperatures) > 1 or labels else _root(num)
     groups = max(1, len(labels))
     if contexts is not None:
@@ -190,9 +178,7 @@ def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[s
     return lines
 
 
-def _contexts(
-    loaded: "LoadedModel", image: Path | None, overrides: list[str] | None
-) -> "Tensor | None":
+def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
     """What the samples are given: a part of the image in a file, or of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
@@ -203,7 +189,7 @@ def _contexts(
         return context
     if loaded.flow.image_context is None:
         return None
-    data = data_of(loaded, overrides)
+    data = options.data(loaded)
     data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
     return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 

@@ -9,13 +9,14 @@ from typer.core import TyperCommand
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import (
     DeviceOption,
+    SettingOptions,
     command,
     device_of,
     fail,
     mention_unused,
     on_all_processes,
 )
-from flowtrain.errors import UserError, cut
+from flowtrain.errors import UserError
 
 if TYPE_CHECKING:
     from flowtrain.config import Train
@@ -29,12 +30,6 @@ def _complete_config(incomplete: str) -> list[tuple[str, str]]:
     return [
         (name, configfiles.headline(path)) for name, path in configs if name.startswith(incomplete)
     ]
-
-
-def _complete_key(incomplete: str) -> list[str]:
-    from flowtrain.config import all_keys
-
-    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
 
 
 def _config_list() -> str:
@@ -76,15 +71,6 @@ class Settings(TyperCommand):
 @command
 @on_all_processes
 def train(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Override keys of the configuration, such as train.lr=5e-4.",
-            show_default=False,
-            autocompletion=_complete_key,
-        ),
-    ] = None,
     config: Annotated[
         str,
         typer.Option(
@@ -94,16 +80,6 @@ def train(
             help="A YAML file: as given, in configs/, or one that comes with flowtrain (below).",
         ),
     ] = configfiles.DEMO,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="The same as KEY=VALUE; repeatable.",
-            show_default=False,
-            autocompletion=_complete_key,
-        ),
-    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -146,22 +122,19 @@ def train(
         ),
     ] = False,
     device: DeviceOption = "auto",
+    *,
+    settings: SettingOptions,
 ) -> None:
     """Train a flow. If the run was stopped, the same command goes on from there."""
     from flowtrain import config as configuration
 
     path = configfiles.find_config(config)
-    for word in settings or []:
-        if "=" not in word:
-            raise UserError(
-                f"{cut(word)}: expected KEY=VALUE, such as train.lr=5e-4; a configuration is named "
-                f"by --config"
-            )
+    words = settings.words("; a configuration is named by --config")
     if extend and resume != "auto":
         raise UserError(
             f"--extend: goes on from the last checkpoint, so not with --resume {resume}"
         )
-    loaded = configuration.load_config(path, [*(overrides or []), *(settings or [])])
+    loaded = configuration.load_config(path, words)
     target = device_of(device)
     mention_unused(device, target)
     if dry_run:

@@ -188,14 +188,6 @@ def of_attributes(
     ]
 
 
-def method_of(text: str) -> Method:
-    """The method of `--method`. Raises `UserError` for another word."""
-    for method in METHODS:
-        if text == method:
-            return method
-    raise UserError(f"--method {cut(text)}: expected {' or '.join(METHODS)}")
-
-
 def check_name(name: str) -> None:
     """Raises `UserError` for a name that cannot be that of an attribute."""
     if not name or name != cut(name, LONGEST_NAME) or name[0] == "-":

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
     FirstImagesOption,
+    SetOption,
+    Split,
     TrustOption,
     WeightsOption,
     command,
     data_of,
     device_of,
+    is_setting,
     load,
     on_one_process,
     print_table,
     require_file,
     require_folder,
-    split_of,
 )
 from flowtrain.errors import UserError
 
@@ -52,22 +53,19 @@ def compress(
             show_default=False,
             help="First a model, by default the newest run in runs/. Then "
             "image files, and folders of them. They must have the model's shape, and are not "
-            "resized. With --split, there is no INPUT.",
+            "resized. With --split, there is no INPUT, and KEY=VALUE overrides keys of the data.",
         ),
     ] = None,
     split: Annotated[
-        str | None,
+        Split | None,
         typer.Option(
-            "--split",
-            metavar="test|validation|train",
-            help="Compress a split of the model's data set.",
-            show_default=False,
+            "--split", help="Compress a split of the model's data set.", show_default=False
         ),
     ] = None,
     num_images: FirstImagesOption = None,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
     weights: WeightsOption = None,
-    overrides: DataSetOption = None,
+    overrides: SetOption = None,
     trust_code: TrustOption = False,
 ) -> None:
     """Compress images without loss, to about as many bits as the flow's likelihood says.
@@ -84,21 +82,21 @@ def compress(
     from flowtrain.tools.archive.stack import constriction
 
     constriction()
-    model, files = _model_and_files(inputs or [])
-    split_name = split_of(split)
+    settings = [*(overrides or []), *filter(is_setting, inputs or [])]
+    model, files = _model_and_files([word for word in inputs or [] if not is_setting(word)])
     if (split is None) == (not files):
         raise UserError(
             "INPUT: give image files or folders, or --split test" + (", not both" if files else "")
         )
-    if overrides and split is None:
+    if settings and split is None:
         raise UserError("--set: only with --split, where it says where the data are")
     require_file(out)
     loaded = load(model, "cpu", weights, trust_code, conditional=True)
     coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
-    if split_name is None:
+    if split is None:
         selection = images.from_files(files, loaded, out, num_images)
     else:
-        selection = images.from_split(data_of(loaded, overrides), split_name, loaded, num_images)
+        selection = images.from_split(data_of(loaded, settings), split, loaded, num_images)
     path = loaded.checkpoint.path
     console.print(
         f"compressing {len(selection.images)} images with {path} ({loaded.weights} weights)"

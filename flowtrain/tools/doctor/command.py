@@ -5,15 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
+    JsonOption,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     command,
-    data_of,
-    load,
     on_one_process,
     output,
     require_file,
@@ -35,7 +30,6 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def doctor(
-    model: ModelArgument = None,
     num_images: Annotated[
         int,
         typer.Option(
@@ -46,19 +40,9 @@ def doctor(
         ),
     ] = 64,
     seed: SeedOption = 0,
-    weights: WeightsOption = None,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Where all findings go; - is standard output.",
-            show_default="doctor.json in the run",
-        ),
-    ] = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    json_out: JsonOption = None,
+    *,
+    options: DataOptions,
 ) -> None:
     """Check that each layer, and the whole flow, is invertible and reports its log-determinant.
 
@@ -70,12 +54,12 @@ def doctor(
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code, conditional=True)
+    loaded = options.load(conditional=True)
     path = output(json_out, loaded, "doctor.json", "--json")
     console.print(f"examining {loaded.checkpoint.path}")
     if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
         console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
-    data = data_of(loaded, overrides)
+    data = options.data(loaded)
     with ProgressBar("examining") as bar:
         findings = examine(loaded, data, num_images=num_images, seed=seed, progress=bar)
     write_json(diagnosis.as_json(findings, loaded, data, num_images, seed), json_out, path)

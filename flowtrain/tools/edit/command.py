@@ -1,24 +1,18 @@
 """`flowtrain attributes`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flowtrain.cli.base import (
-    DATA_NAMES,
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
+    DatasetOption,
     SeedOption,
-    TrustOption,
-    WeightsOption,
+    Split,
     command,
-    data_of,
-    load,
     on_one_process,
     require_file,
-    split_of,
 )
 from flowtrain.errors import UserError
 
@@ -40,7 +34,6 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def attributes(
-    model: ModelArgument = None,
     positive: Annotated[
         list[Path] | None,
         typer.Option(
@@ -98,23 +91,10 @@ def attributes(
             show_default="all others",
         ),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="NAME|PATH",
-            help="The data set of the classes. " + DATA_NAMES,
-            show_default="the model's own",
-        ),
-    ] = None,
+    dataset: DatasetOption = None,
     split: Annotated[
-        str | None,
-        typer.Option(
-            "--split",
-            metavar="test|validation|train",
-            help="Which of its images.",
-            show_default="train",
-        ),
+        Split | None,
+        typer.Option("--split", help="Which images of the data set.", show_default="train"),
     ] = None,
     name: Annotated[
         str | None,
@@ -126,11 +106,9 @@ def attributes(
         ),
     ] = None,
     method: Annotated[
-        str,
+        Literal["difference", "logistic"],
         typer.Option(
-            "--method",
-            metavar="difference|logistic",
-            help="What is kept: the difference of the means, or a logistic regression.",
+            "--method", help="What is kept: the difference of the means, or a logistic regression."
         ),
     ] = "difference",
     orthogonal: Annotated[
@@ -151,10 +129,8 @@ def attributes(
         ),
     ] = 2000,
     seed: SeedOption = 0,
-    weights: WeightsOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Find the directions of attributes in latent space, and how well they separate images.
 
@@ -167,10 +143,8 @@ def attributes(
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.tools.edit import labels
 
-    kept = directions.method_of(method)
-    split_name = split_of(split) or "train"
     _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
-    loaded = load(model, device, weights, trust_code)
+    loaded = options.load()
     require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
         shown = name or positive[0].resolve().stem
@@ -180,11 +154,11 @@ def attributes(
     else:
         assert to_class is not None
         shown = name or (str(to_class) if from_class is None else f"{from_class}-to-{to_class}")
-        data = data_of(loaded, overrides, dataset)
+        data = options.data(loaded, dataset)
         if data.undivided:
             raise UserError(f"--data {dataset}: it has no classes")
         labelled = labels.from_classes(
-            loaded, data, split_name, from_class, to_class, shown, num_images, seed
+            loaded, data, split or "train", from_class, to_class, shown, num_images, seed
         )
     before = directions.of_these_weights(loaded)
     with ProgressBar("encoding") as bar:
@@ -195,10 +169,10 @@ def attributes(
         )
         for way in directions.METHODS
     }
-    after = directions.add(loaded, found[kept])
-    _print(found, kept)
+    after = directions.add(loaded, found[method])
+    _print(found, method)
     console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
-    console.print(f"flowtrain interpolate {model or ''} --along '{found[kept][0].name}'")
+    console.print(f"flowtrain interpolate {options.model or ''} --along '{found[method][0].name}'")
 
 
 def _check(

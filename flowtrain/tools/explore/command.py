@@ -5,14 +5,8 @@ from typing import Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
-    TrustOption,
-    WeightsOption,
+    DataOptions,
     command,
-    data_of,
-    load,
     on_one_process,
 )
 
@@ -26,7 +20,6 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def explore(
-    model: ModelArgument = None,
     port: Annotated[
         int,
         typer.Option("--port", min=0, max=65535, show_default="a free one", help="Port."),
@@ -51,10 +44,8 @@ def explore(
             show_default="a quarter of the machine's memory",
         ),
     ] = None,
-    weights: WeightsOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Explore a trained model of images in the browser: samples, latents, paths, likelihoods.
 
@@ -76,16 +67,14 @@ def explore(
     from flowtrain.tools.explore.session import Session
     from flowtrain.tools.explore.worker import Worker
 
-    loaded = load(model, device, weights, trust_code)
-    word = str(model or loaded.checkpoint.path)
+    loaded = options.load()
+    word = str(options.model or loaded.checkpoint.path)
     memory = capacity.total() // 4 if max_memory is None else max_memory * 2**20
-    options = [] if weights is None else ["--weights", weights]
-    options += ["--trust-code"] if trust_code else []
-    session = Session(loaded, word, lambda: data_of(loaded, overrides), memory, options)
-    if overrides:  # without data there is a page, too, but these were asked for
-        data_of(loaded, overrides).require(
-            loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path
-        )
+    words = [] if options.weights is None else ["--weights", options.weights]
+    words += ["--trust-code"] if options.trust_code else []
+    session = Session(loaded, word, lambda: options.data(loaded), memory, words)
+    if options.words():  # without data there is a page, too, but these were asked for
+        options.data(loaded).require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
     at = server.listening(host, port)
     token = secrets.token_urlsafe(24)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host

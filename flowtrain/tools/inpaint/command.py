@@ -6,13 +6,9 @@ from typing import Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DeviceOption,
-    ModelArgument,
+    ModelOptions,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     command,
-    load,
     on_one_process,
     require_file,
     require_folder,
@@ -53,7 +49,6 @@ def inpaint(
             show_default=False,
         ),
     ],
-    model: ModelArgument = None,
     mask: Annotated[
         Path | None,
         typer.Option(
@@ -94,9 +89,8 @@ def inpaint(
         ),
     ] = None,
     seed: SeedOption = 0,
-    weights: WeightsOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: ModelOptions,
 ) -> None:
     """Complete an image, or enlarge one, by samples from the posterior of a flow.
 
@@ -115,7 +109,7 @@ def inpaint(
         raise UserError("give one of --mask FILE, for missing pixels, and --factor F, to enlarge")
     one_file = out.suffix.lower() == ".npz"
     require_file(out) if one_file else require_folder(out, out)
-    loaded = load(model, device, weights, trust_code)
+    loaded = options.load()
     require_posterior(loaded.flow, label)
     effort = Effort(num_images, steps)
     require_room(loaded.flow, effort)

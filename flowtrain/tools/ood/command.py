@@ -9,17 +9,12 @@ import typer
 from flowtrain.cli.base import (
     DATA_NAMES,
     BatchSizeOption,
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
+    JsonOption,
     ScoresOption,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     check_suffix,
     command,
-    data_of,
-    load,
     on_one_process,
     output,
     require_file,
@@ -51,7 +46,6 @@ def ood(
             "constant (one colour per image) or shuffled (the --in images, pixels reordered).",
         ),
     ],
-    model: ModelArgument = None,
     inside: Annotated[
         str | None,
         typer.Option(
@@ -69,16 +63,7 @@ def ood(
     ] = 1000,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
-    weights: WeightsOption = None,
-    json_out: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Where the result goes; - is standard output.",
-            show_default="ood.json in the run",
-        ),
-    ] = None,
+    json_out: JsonOption = None,
     scores_out: ScoresOption = None,
     picture_out: Annotated[
         Path | None,
@@ -89,9 +74,8 @@ def ood(
             show_default="ood.png in the run",
         ),
     ] = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Can the model detect out-of-distribution images? AUROC and histograms of three scores.
 
@@ -117,11 +101,11 @@ def ood(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = load(model, device, weights, trust_code, conditional=True)
+    loaded = options.load(conditional=True)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
     collections = collect(
-        loaded, data_of(loaded, overrides), inside, outside, num_images=num_images, seed=seed
+        loaded, options.data(loaded), inside, outside, num_images=num_images, seed=seed
     )
     for collection in collections.all:
         if collection.stored:

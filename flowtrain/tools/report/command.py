@@ -6,16 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowtrain.cli.base import (
-    DataSetOption,
-    DeviceOption,
-    ModelArgument,
+    DataOptions,
     SeedOption,
-    TrustOption,
-    WeightsOption,
     check_suffix,
     command,
-    data_of,
-    load,
     on_one_process,
     output,
     require_file,
@@ -44,7 +38,6 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def report(
-    model: ModelArgument = None,
     num_images: Annotated[
         int,
         typer.Option(
@@ -58,10 +51,8 @@ def report(
             "--out", metavar="FILE.html", help="The report.", show_default="report.html in the run"
         ),
     ] = None,
-    weights: WeightsOption = None,
-    overrides: DataSetOption = None,
-    trust_code: TrustOption = False,
-    device: DeviceOption = "auto",
+    *,
+    options: DataOptions,
 ) -> None:
     """Write one HTML file about a run: curves, samples, reconstructions, nearest training images,
     evaluation, health.
@@ -74,16 +65,16 @@ def report(
     from flowtrain.tools.report import report as reporting
 
     check_suffix(out, (".html",))
-    loaded = load(model, device, weights, trust_code, conditional=True)
+    loaded = options.load(conditional=True)
     path = output(out, loaded, "report.html", "--out")
     data: DataSet | str
     try:
-        data = data_of(loaded, overrides)
+        data = options.data(loaded)
         data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
         for split in ("train", "test"):
             data.split(split)
     except (UserError, RunError) as error:
-        if overrides:
+        if options.words():
             raise
         data = f"{error}; --set data.KEY=VALUE says where the data are"
     with ProgressBar("report") as bar:
