@@ -592,7 +592,7 @@ def report(session: Session) -> str:
         for mode, each in result["modes"].items():
             name = f"step-{about['model']}-{mode}-{about['batch']}"
             measured = good.get(name, {}).get("result", {}).get("peak")
-            said = result["fixed"] + each["needed"]
+            said = result["fixed"] + each["needed_bytes"]
             yield {
                 **about,
                 "memory": mode,

@@ -69,10 +69,10 @@ def test_a_step_computes_the_class_of_each_image_alone():
         return dry_run(a_config(model), CPU)
 
     some, none = cost(10), cost(0)
+    assert some.memory.modes[0].needed_bytes < 2 * none.memory.modes[0].needed_bytes
     some, none = some.compute, none.compute
     assert some.image_flops < 1.1 * none.image_flops  # beside the first layer nothing is added
     assert some.step_flops < 1.1 * none.step_flops
-    assert some.memory.modes[0].needed < 2 * none.memory.modes[0].needed
 
 
 @pytest.mark.run  # takes long
@@ -174,7 +174,7 @@ def test_what_does_not_fit(monkeypatch):
     assert cost.memory.available_bytes == 3 * 2**20 and cost.step_seconds is None
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
     assert 1 <= few < 4096
-    assert dry_run(small(f"train.batch_size={few}")[0], CPU).seconds > 0
+    assert dry_run(small(f"train.batch_size={few}")[0], CPU).step_seconds > 0
 
 
 @compiles
