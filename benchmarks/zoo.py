@@ -145,7 +145,7 @@ def packed(name: str, run: Path) -> str:
     before, after = (
         evaluate(each, data, "test")[0] for each in (loaded, load_model(str(file), CPU))
     )
-    (whole, _), (loss, error) = before.loss, after.loss
+    whole, loss, error = before.loss, after.loss, after.loss_stderr
     assert whole is not None and loss is not None and error is not None
     if loss - whole > WORSE:
         raise SystemExit(f"{name}: {loss} in half precision, {whole} before")

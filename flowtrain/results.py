@@ -5,7 +5,14 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+UNKNOWN = "?"  # unit in the files of an earlier version
+
+
+def earlier(*names: str) -> Any:
+    """A field with the names that it had in files of earlier versions, its own first."""
+    return Field(validation_alias=AliasChoices(*names))
 
 
 class File(BaseModel):
@@ -25,9 +32,11 @@ class Summary(File):
     images: int  # seen in training
     seconds: float  # wall-clock, with validation and samples
     finished: bool
-    best_validation_bits_per_dim: float | None
-    best_validation_nats: float | None = None  # given for real-valued data only
-    best_validation_nats_per_dim: float | None = None  # given for densities of noisy images only
+    unit: str = UNKNOWN  # of the losses: bits/dim, nats for real values, nats/dim for noisy images
+    best_validation_loss: float | None = earlier(
+        *(f"best_validation_{name}" for name in ("loss", "nats_per_dim", "nats", "bits_per_dim"))
+    )
+    best_validation_bits_per_dim: float | None  # the same, None where there are no bits
     best_step: int | None
     parameters: int
     non_finite_steps: int
@@ -36,22 +45,6 @@ class Summary(File):
     edition: str | None = None  # which of several data sets of one name this is
     versions: dict[str, str]
     device: str
-
-    @property
-    def unit(self) -> str:
-        """The unit of the run's losses."""
-        if "best_validation_nats_per_dim" in self.model_fields_set:
-            return "nats/dim"
-        return "nats" if "best_validation_nats" in self.model_fields_set else "bits/dim"
-
-    @property
-    def best(self) -> float | None:
-        """The best validation loss, in `unit`."""
-        return {
-            "nats/dim": self.best_validation_nats_per_dim,
-            "nats": self.best_validation_nats,
-            "bits/dim": self.best_validation_bits_per_dim,
-        }[self.unit]
 
 
 class Row(File):
@@ -63,18 +56,12 @@ class Row(File):
     images: int
     seconds: float
     split: Literal["train", "validation"]
-    bits_per_dim: float | None  # None where it was not finite, and where a density has no bits
-    nats: float | None = None  # given for real-valued data only
-    nats_per_dim: float | None = None  # given for densities of noisy images only
+    # In the unit of the summary. None where it was not finite.
+    loss: float | None = earlier("loss", "nats_per_dim", "nats", "bits_per_dim")
+    bits_per_dim: float | None  # the same, None where there are no bits
     grad_norm: float | None = None  # before clipping; this and the rest are given in training only
     lr: float | None = None
     images_per_second: float | None = None  # of training alone
-
-    @property
-    def loss(self) -> float | None:
-        """In bits/dim, nats or nats/dim; None where it was not finite."""
-        found = (self.bits_per_dim, self.nats, self.nats_per_dim)
-        return next((loss for loss in found if loss is not None), None)
 
 
 class Evaluation(File):
@@ -83,23 +70,23 @@ class Evaluation(File):
     The keys without a default are in the files of all versions.
     """
 
-    bits_per_dim: float | None  # of `bound`; with the standard error over images
-    bits_per_dim_stderr: float | None
     bound: str  # elbo, iwbo, exact, or density: that of noisy images, which has no bits
     samples: int
-    sigma: float | None = None  # of the noise of noisy images; this and the next three only there
-    nats_per_dim: float | None = None  # minus the mean log-density, also over draws of the noise
-    nats_per_dim_stderr: float | None = None
-    nats_per_dim_stderr_draws: float | None = None
-    bits_per_dim_stderr_draws: float | None = None  # standard error over draws of the noise
+    sigma: float | None = None  # of the noise of noisy images; given only there
+    unit: str = UNKNOWN  # of the losses: bits/dim, nats for real values, nats/dim for noisy images
+    # Of `bound`, or minus the mean log-density. With standard errors over images, and over draws of
+    # the noise.
+    loss: float | None = earlier("loss", "nats_per_dim", "bits_per_dim")
+    loss_stderr: float | None = earlier("loss_stderr", "nats_per_dim_stderr", "bits_per_dim_stderr")
+    loss_stderr_draws: float | None = None
+    bits_per_dim: float | None  # the loss, None where there are no bits
+    bits_per_dim_stderr: float | None
     elbo_bits_per_dim: float | None = None
     elbo_bits_per_dim_stderr: float | None = None
     elbo_bits_per_dim_stderr_draws: float | None = None
     nats_per_image: float | None
     nats_per_image_stderr: float | None = None
-    bits_per_dim_given_class: float | None = None  # class-conditional models, on labelled data
-    nats_given_class: float | None = None
-    nats_per_dim_given_class: float | None = None
+    loss_given_class: float | None = None  # class-conditional models, on labelled data
     classes: int | None = None  # of a class-conditional model: the loss is of the mean over them
     accuracy: float | None = None
     accuracy_stderr: float | None = None
@@ -125,25 +112,3 @@ class Evaluation(File):
     model: str | None = (
         None  # its hash (`checkpoints.load.model_hash`); an earlier version has none
     )
-
-    @property
-    def loss(self) -> tuple[float | None, float | None]:
-        """The loss with its standard error: nats for real-valued data, nats/dim for noisy images,
-        otherwise bits/dim.
-        """
-        if self.bound == "density":
-            return self.nats_per_dim, self.nats_per_dim_stderr
-        if self._is_density:
-            return self.nats_per_image, self.nats_per_image_stderr
-        return self.bits_per_dim, self.bits_per_dim_stderr
-
-    @property
-    def _is_density(self) -> bool:
-        """Whether the data are real-valued: they have no levels and no bits."""
-        return self.bound == "exact" and self.levels is None
-
-    def content(self) -> dict[str, Any]:
-        values = super().content()
-        if self._is_density or self.bound == "density":
-            return values
-        return {"bound": self.bound, "samples": self.samples} | values  # these two first

@@ -11,6 +11,7 @@ def train_row(step, bits, **changes):
         "images": 10 * step,
         "seconds": 2.0 * step,
         "split": "train",
+        "loss": bits,
         "bits_per_dim": bits,
     }
     return {**row, "grad_norm": 1.0, "lr": 0.1, "images_per_second": 5.0 + step, **changes}
@@ -18,7 +19,7 @@ def train_row(step, bits, **changes):
 
 def validation_row(step, bits, **changes):
     row = {"step": step, "images": 10 * step, "seconds": 2.0 * step + 1, "split": "validation"}
-    return {**row, "bits_per_dim": bits, **changes}
+    return {**row, "loss": bits, "bits_per_dim": bits, **changes}
 
 
 ROWS = [
@@ -33,6 +34,8 @@ SUMMARY = {
     "images": 40,
     "seconds": 9.5,
     "finished": True,
+    "unit": "bits/dim",
+    "best_validation_loss": 3.125,
     "best_validation_bits_per_dim": 3.125,
 }
 SUMMARY |= {
@@ -43,6 +46,9 @@ SUMMARY |= {
     "device": "cpu",
 }
 TEST = {
+    "unit": "bits/dim",
+    "loss": 3.25,
+    "loss_stderr": 0.0125,
     "bits_per_dim": 3.25,
     "bits_per_dim_stderr": 0.0125,
     "nats_per_image": 100.0,

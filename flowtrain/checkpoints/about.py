@@ -67,7 +67,7 @@ def figures(model: LoadedModel) -> list[Figure]:
     own = model_hash(model) if files else None
     for file in files:
         result = record.read_evaluation(file)
-        loss, error = result.loss
+        loss, error = result.loss, result.loss_stderr
         if loss is not None and result.model == own:
             name = PurePath(result.dataset).name  # it may be a folder of this machine
             likelihood = _likelihood(result)

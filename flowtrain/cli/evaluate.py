@@ -103,7 +103,7 @@ def evaluate(
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))
         console.print(f"wrote {scores_out}")
-    _print(result, loaded.flow.kind.unit)
+    _print(result)
     if bad := result.non_finite_indices:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
@@ -120,14 +120,15 @@ def _file_name(dataset: str, kind: str) -> str:
     return f"{path.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
-def _print(result: "Evaluation", unit: str) -> None:
+def _print(result: "Evaluation") -> None:
     """The loss in one line, and what it is made of in a table."""
     from flowtrain.system.console import console, counted, figure
 
     of = "images" if result.levels is not None else "examples"
     of = of if result.split == "all" else f"{result.split} {of}"
     given = "" if result.given is None else f", given {result.given}"
-    console.print(f"{figure(*result.loss)} {unit}{given} ({result.num_images:,} {of})")
+    loss = figure(result.loss, result.loss_stderr)
+    console.print(f"{loss} {result.unit}{given} ({result.num_images:,} {of})")
     draws = f"{counted(result.samples, 'draw')} of noise"
     bounds = {
         "exact": "exact",
@@ -139,25 +140,19 @@ def _print(result: "Evaluation", unit: str) -> None:
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
     if result.given is not None:
         table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
-    over_draws = result.bits_per_dim_stderr_draws or result.nats_per_dim_stderr_draws
-    if over_draws is not None:
-        table["error over draws"] = f"{over_draws:.2g}"
+    if result.loss_stderr_draws is not None:
+        table["error over draws"] = f"{result.loss_stderr_draws:.2g}"
     if result.bound == "iwbo":
         table["bound of a single draw"] = (
-            figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + f" {unit}"
+            figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + " bits/dim"
         )
     if result.levels is not None:
         nats = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
         table["nats per image"] = nats
     if result.classes is not None:
         table["of which class"] = f"any: the mean over {result.classes} equally likely classes"
-    given_class = (
-        result.bits_per_dim_given_class
-        or result.nats_given_class
-        or result.nats_per_dim_given_class
-    )
-    if given_class is not None:
-        table["given the class"] = f"{given_class:.3f} {unit}"
+    if result.loss_given_class is not None:
+        table["given the class"] = f"{result.loss_given_class:.3f} {result.unit}"
     if result.accuracy is not None:
         table["accuracy"] = figure(result.accuracy, result.accuracy_stderr)
     for name, count in (

@@ -166,62 +166,46 @@ def _given(flow: Flow) -> dict[str, Any]:
 
 
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
-    """Mean bits/dim of both bounds, each with two standard errors: over images, and over draws.
+    """The mean loss, with two standard errors: over images, and over draws.
 
-    `bits_per_dim` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. An exact
-    likelihood has neither a second bound nor an error over draws. That of real-valued data is in
-    nats, so there are no bits. A density of noisy images has none either, but `nats_per_dim`.
+    `loss` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. An exact likelihood
+    has neither a second bound nor an error over draws. Densities of real values and of noisy images
+    have no bits.
 
     The standard error over draws is what another seed would change. It comes from the variance of
     each image's draws, and for the importance-weighted bound from the jackknife (Efron 1982, eq.
     3.5). It is None for one draw, and if an image is not finite.
     """
     k, n = scores.draws.shape
-    nats = -scores.log_prob
-    in_nats = {
+    kind, nats = flow.kind, -scores.log_prob
+    noisy = isinstance(kind, NoisyImages)
+    bound = "exact" if flow.exact else "density" if noisy else "elbo" if k == 1 else "iwbo"
+    result: dict[str, Any] = {"bound": bound, "samples": k, "unit": kind.unit}
+    if isinstance(kind, NoisyImages):
+        result["sigma"] = kind.sigma
+    losses = {"loss": scores.log_prob}
+    variances = {}  # per image, over draws
+    if not flow.exact:
+        spread = flow.loss(scores.draws).var(dim=0) / k if k > 1 else torch.tensor(math.nan)
+        variances = {"loss": spread}
+        if not noisy:
+            losses["elbo_bits_per_dim"] = scores.elbo
+            variances["elbo_bits_per_dim"] = spread
+            if k > 1:
+                leaving_out = flow.loss(scores.log_prob_leaving_one_out())
+                variances["loss"] = (k - 1) * leaving_out.var(dim=0, correction=0)
+    for name, log_prob in losses.items():
+        loss = flow.loss(log_prob)
+        result |= {name: _finite(loss.mean().item()), f"{name}_stderr": _stderr(loss)}
+        if name in variances:
+            over_draws = variances[name].sum().sqrt().item() / n
+            result[f"{name}_stderr_draws"] = _finite(over_draws)
+    for suffix in ("", "_stderr"):
+        result[f"bits_per_dim{suffix}"] = None if kind.no_bits else result[f"loss{suffix}"]
+    return result | {
         "nats_per_image": _finite(nats.mean().item()),
         "nats_per_image_stderr": _stderr(nats),
     }
-    dims = flow.dims
-    if flow.exact:
-        bits = None if flow.kind.no_bits else bits_per_dim(scores.log_prob, dims)
-        return {
-            "bits_per_dim": None if bits is None else _finite(bits.mean().item()),
-            "bits_per_dim_stderr": None if bits is None else _stderr(bits),
-            "bound": "exact",
-            "samples": k,
-            **in_nats,
-        }
-    result: dict[str, Any]
-    if isinstance(flow.kind, NoisyImages):
-        losses = flow.loss(scores.draws)  # (K, N)
-        result = {
-            "bits_per_dim": None,
-            "bits_per_dim_stderr": None,
-            "bound": "density",
-            "samples": k,
-            "sigma": flow.kind.sigma,
-            "nats_per_dim": _finite(losses.mean().item()),
-            "nats_per_dim_stderr": _stderr(losses.mean(dim=0)),
-        }
-        if k > 1:
-            of_draws = losses.var(dim=0).sum().div(k).sqrt().item() / n
-            result["nats_per_dim_stderr_draws"] = _finite(of_draws)
-        return result | in_nats
-    result = {"bound": "elbo" if k == 1 else "iwbo", "samples": k}
-    variances = [torch.tensor(math.nan)] * 2  # per image, over draws
-    if k > 1:
-        leaving_out = bits_per_dim(scores.log_prob_leaving_one_out(), dims)
-        spread = bits_per_dim(scores.draws, dims).var(dim=0)
-        variances = [(k - 1) * leaving_out.var(dim=0, correction=0), spread / k]
-    for prefix, bound, variance in zip(
-        ("", "elbo_"), (scores.log_prob, scores.elbo), variances, strict=True
-    ):
-        bits = bits_per_dim(bound, dims)
-        result[f"{prefix}bits_per_dim"] = _finite(bits.mean().item())
-        result[f"{prefix}bits_per_dim_stderr"] = _stderr(bits)
-        result[f"{prefix}bits_per_dim_stderr_draws"] = _finite(variance.sum().sqrt().item() / n)
-    return result | in_nats
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
@@ -257,7 +241,7 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
     accuracy = correct.mean()
     return {
         **classes,
-        f"{flow.kind.metric}_given_class": _finite(given.mean().item()),
+        "loss_given_class": _finite(given.mean().item()),
         "accuracy": _finite(accuracy.item()),
         "accuracy_stderr": _finite((accuracy * (1 - accuracy) / len(correct)).sqrt().item()),
     }

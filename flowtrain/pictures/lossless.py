@@ -34,8 +34,8 @@ class Format(NamedTuple):
     """How Pillow writes a lossless format.
 
     options: what makes the file small.
-    container: bytes of the file that every image has. None for formats that `complexity`
-        does not use.
+    container: bytes of the file that every image has. None for formats that archives do not hold,
+        and `complexity` does not use.
     """
 
     options: dict[str, Any]
@@ -71,7 +71,7 @@ def formats() -> list[str]:
 
 
 def coders() -> list[str]:
-    """The formats that `complexity` uses: PNG, and WebP unless Pillow was built without it."""
+    """The formats in archives and of `complexity`: PNG, and WebP if this Pillow has it."""
     return [name for name in formats() if FORMATS[name].container is not None]
 
 

@@ -39,14 +39,13 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
     flow = state.ema_flow
     loss = mean_loss(flow, validation, seed=state.config.seed)
     finite = math.isfinite(loss)
-    losses = {"bits_per_dim": None, flow.kind.metric: loss if finite else None}
     run.log(
         Row(
             step=progress.step,
             images=progress.images,
             seconds=progress.seconds,
             split="validation",
-            **losses,
+            **_losses(flow, loss if finite else None),
         )
     )
     _log_ranges(state, run, validation)
@@ -57,6 +56,11 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
     if best:
         progress.best, progress.best_step = loss, progress.step
     return best
+
+
+def _losses(flow: Flow, loss: float | None) -> dict[str, float | None]:
+    """A loss by its names in files: in the unit of the kind, and in bits/dim where there are."""
+    return {"loss": loss, "bits_per_dim": None if flow.kind.no_bits else loss}
 
 
 @distributed.main_only
@@ -96,7 +100,6 @@ def log(
     loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second(begin_anew=True)
-    losses = {"bits_per_dim": None, state.flow.kind.metric: loss}
     run.log(
         Row(
             step=progress.step,
@@ -106,7 +109,7 @@ def log(
             grad_norm=grad_norm,
             lr=rate,
             images_per_second=speed,
-            **losses,
+            **_losses(state.flow, loss),
             **_of_layers(state.flow),
         )
     )
@@ -219,8 +222,7 @@ def _summary(
 ) -> dict[str, Any]:
     equal, edition = data.get("duplicates", 0), data.get("edition")
     others: dict[str, Any] = {
-        "best_validation_bits_per_dim": None,
-        f"best_validation_{flow.kind.metric}": progress.best,
+        f"best_validation_{name}": value for name, value in _losses(flow, progress.best).items()
     }
     if isinstance(edition, str):
         others["edition"] = edition
@@ -229,6 +231,7 @@ def _summary(
         images=progress.images,
         seconds=progress.seconds,
         finished=progress.finished,
+        unit=flow.kind.unit,
         best_step=progress.best_step,
         parameters=sum(p.numel() for p in flow.parameters()),
         non_finite_steps=progress.non_finite,

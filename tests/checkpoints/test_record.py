@@ -87,7 +87,7 @@ BROKEN = {
     "bytes": (damage("metrics.jsonl", b"\xff\xfe\n"), "a/metrics.jsonl: cannot be read"),
     "a broken evaluation": (
         damage("evaluate-test.json", "{}"),
-        "a/evaluate-test.json: bits_per_dim: Field required",
+        "a/evaluate-test.json: bound: Field required",
     ),
     **{
         f"{problem.__name__}: {name}": (problem(name), f"a/{name}: cannot be read")

@@ -37,15 +37,15 @@ def test_training_reports_densities(noisy):
     assert SAID in has_no_bits(out) and "losses are in nats/dim" in out
     assert re.search(r"validation -?\d+\.\d+ nats/dim", out)
     rows = metrics(run)
-    assert all(row["bits_per_dim"] is None and row["nats_per_dim"] is not None for row in rows)
-    losses = [row["nats_per_dim"] for row in rows if row["split"] == "train"]
+    assert all(row["bits_per_dim"] is None and row["loss"] is not None for row in rows)
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert losses[-1] < losses[0]
     content = summary(run)
-    best = min(row["nats_per_dim"] for row in rows if row["split"] == "validation")
-    assert content["best_validation_nats_per_dim"] == best
+    best = min(row["loss"] for row in rows if row["split"] == "validation")
+    assert content["best_validation_loss"] == best
     assert content["best_validation_bits_per_dim"] is None
     scalars = events(run).Tags()["scalars"]
-    assert {"train/nats_per_dim", "validation/nats_per_dim"} <= set(scalars)
+    assert {"train/loss", "validation/loss"} <= set(scalars)
     assert not [tag for tag in scalars if "bits" in tag]
 
 
@@ -58,9 +58,9 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     one = json.loads((tmp_path / "one.json").read_text())
     assert (one["bound"], one["samples"], one["sigma"]) == ("density", 1, 0.1)
     assert "any: the mean over 10 equally likely classes" in said and one["classes"] == 10
-    assert one["nats_per_dim_given_class"] < one["nats_per_dim"] + np.log(10) / 64
+    assert one["loss_given_class"] < one["loss"] + np.log(10) / 64
     assert one["bits_per_dim"] is None and one["bits_per_dim_stderr"] is None
-    assert one["nats_per_dim"] == pytest.approx(one["nats_per_image"] / 64)
+    assert one["loss"] == pytest.approx(one["nats_per_image"] / 64)
     lines = (tmp_path / "s.csv").read_text().splitlines()
     assert lines[0].startswith("index,bits_per_dim,log_prob") and lines[1].startswith("0,,")
     log_probs = [float(line.split(",")[2]) for line in lines[1:]]
@@ -69,8 +69,8 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     several = json.loads((tmp_path / "k.json").read_text())
     assert (several["bound"], several["samples"]) == ("density", 3)
     # Their mean: an importance-weighted bound of this broad noise would be far away.
-    assert abs(several["nats_per_dim"] - one["nats_per_dim"]) < 0.05
-    assert several["nats_per_dim_stderr_draws"] > 0
+    assert abs(several["loss"] - one["loss"]) < 0.05
+    assert several["loss_stderr_draws"] > 0
 
 
 def test_what_is_said_about_the_run(noisy, tmp_path):
@@ -142,7 +142,7 @@ def test_two_processes_see_the_same_noise_and_drop_the_same_labels(tmp_path):
     quick(*words, "--run-dir", "1", **double).ok()
     begun = begin(2, *words, *sets(train__batch_size=16), "--run-dir", "2", **double)
     assert all(each.result().ok() for each in begun)
-    one, two = ([row["nats_per_dim"] for row in metrics(tmp_path / name)] for name in "12")
+    one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in "12")
     assert one == pytest.approx(two, abs=1e-9)
 
 

@@ -226,11 +226,11 @@ def test_training(run):
     rows = metrics(run)
     train = [row for row in rows if row["split"] == "train"]
     assert all(row["bits_per_dim"] is None for row in rows)
-    assert train[0]["nats"] - train[-1]["nats"] > 0.3
+    assert train[0]["loss"] - train[-1]["loss"] > 0.3
     written = summary(run)
     assert written["best_validation_bits_per_dim"] is None
-    assert written["best_validation_nats"] == min(
-        row["nats"] for row in rows if row["split"] == "validation"
+    assert written["best_validation_loss"] == min(
+        row["loss"] for row in rows if row["split"] == "validation"
     )
     (picture,) = (run / "samples").iterdir()
     assert Image.open(picture).size[0] > 600

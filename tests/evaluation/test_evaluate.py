@@ -80,7 +80,7 @@ def test_an_exact_likelihood_has_one_draw_and_no_error_over_draws(tmp_path):
     bits = -scores.log_prob / (16 * math.log(2))
     assert content["bits_per_dim"] == pytest.approx(bits.mean().item())
     assert content["bits_per_dim_stderr"] == pytest.approx(bits.std().item() / math.sqrt(30))
-    assert result.loss == (content["bits_per_dim"], content["bits_per_dim_stderr"])
+    assert (result.loss, result.loss_stderr) == (result.bits_per_dim, result.bits_per_dim_stderr)
     assert content["max_reconstruction_error"] is None and content["sampling"] == "sequential"
     other = evaluated(tmp_path, flow, seed=1)[1]
     torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)

@@ -330,7 +330,7 @@ def test_evaluation_adds_the_accuracy(run, tmp_path):
     )
     # log P(x) is at least log P(x | class) - log 10, and for most images less than log P(x |
     # class).
-    assert result["bits_per_dim"] - math.log2(10) / 64 < result["bits_per_dim_given_class"]
+    assert result["bits_per_dim"] - math.log2(10) / 64 < result["loss_given_class"]
     with (tmp_path / "s.csv").open() as file:
         rows = list(csv.DictReader(file))
     labels = DataSet(a_config().data).split("test").labels.tolist()
@@ -428,9 +428,7 @@ def test_two_processes_train_and_evaluate_with_labels(run, tmp_path):
     together = [p.result() for p in begin(2, "evaluate", run, "--json", "-", cwd=tmp_path)]
     found = json.loads(together[0].ok().out)
     assert found["accuracy"] == alone["accuracy"]
-    assert found["bits_per_dim_given_class"] == pytest.approx(
-        alone["bits_per_dim_given_class"], abs=1e-6
-    )
+    assert found["loss_given_class"] == pytest.approx(alone["loss_given_class"], abs=1e-6)
 
 
 def test_other_data_have_other_classes(run, tmp_path):
@@ -466,7 +464,7 @@ def test_no_accuracy_of_numbers_that_are_not_finite(run, tmp_path):
     options = ["--json", "r.json", "--scores", "s.csv"]
     quick("evaluate", "bad.safetensors", *options, cwd=tmp_path).failed(1, "180 of 180 images")
     result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["accuracy"], result["accuracy_stderr"], result["bits_per_dim_given_class"]) == (
+    assert (result["accuracy"], result["accuracy_stderr"], result["loss_given_class"]) == (
         None,
         None,
         None,

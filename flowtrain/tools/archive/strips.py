@@ -10,14 +10,12 @@ import zlib
 import torch
 from torch import Tensor
 
-from flowtrain.pictures.lossless import affordable, decoded, encoded, formats
+from flowtrain.pictures.lossless import affordable, coders, decoded, encoded
 from flowtrain.system.console import silent
 from flowtrain.tools.archive.threads import Progress, Tick, in_threads
 
 STRIP = 64  # images per strip, at most
 LONGEST = 16383  # pixels, of a WebP's side
-# Nothing else is read from an archive, whatever this Pillow can read.
-PICTURES = ["PNG", "WEBP"]
 PIECE = 2**20  # bytes that are inflated at a time
 
 
@@ -65,7 +63,7 @@ def strip(images: Tensor, best: bool = False) -> bytes:
     """
     tall = images.movedim(1, 0).flatten(1, 2)
     candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
-    if "WEBP" in formats() and max(tall.shape) <= LONGEST:
+    if "WEBP" in coders() and max(tall.shape) <= LONGEST:
         efforts = (False, True) if best else (False,)
         candidates += [encoded(tall, "WEBP", slow) for slow in efforts]
     return min(candidates, key=len)
@@ -80,7 +78,7 @@ def unstrip(data: bytes, images: Tensor) -> None:
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so
         _inflate(data, images.numpy().data.cast("B"))
     else:
-        tall = decoded(data, (channels, count * height, width), PICTURES)
+        tall = decoded(data, (channels, count * height, width), coders())
         images[:] = tall.view(channels, count, height, width).movedim(1, 0)
 
 

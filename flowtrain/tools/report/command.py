@@ -181,4 +181,4 @@ def _table(columns: dict[str, list[str]]) -> "Table":
 def _test(test: "Evaluation | None") -> str:
     from flowtrain.system.console import figure
 
-    return "-" if test is None else figure(*test.loss, ".4f")
+    return "-" if test is None else figure(test.loss, test.loss_stderr, ".4f")

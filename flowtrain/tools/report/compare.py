@@ -25,8 +25,8 @@ NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 
 # The keys of an evaluation in the JSON of a comparison.
 TEST_FIGURES = (
-    *("bits_per_dim", "bits_per_dim_stderr", "nats_per_image", "nats_per_image_stderr"),
-    *("nats_per_dim", "nats_per_dim_stderr", "sigma"),
+    *("unit", "loss", "loss_stderr", "bits_per_dim", "bits_per_dim_stderr"),
+    *("nats_per_image", "nats_per_image_stderr", "sigma"),
     *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
     *("weights", "step", "given"),
 )
@@ -106,7 +106,7 @@ def result(name: str, run: Record) -> Result:
         for row in run.rows
         if row.split == "validation" and (loss := row.loss) is not None
     ]
-    best = min(validations, default=(summary.best, summary.best_step))
+    best = min(validations, default=(summary.best_validation_loss, summary.best_step))
     return Result(
         run=name,
         model=" ".join(filter(None, [run.config["model"]["name"], given(run.config)])),

@@ -26,7 +26,7 @@ def test_the_table_has_what_the_files_say(tmp_path):
         "step": 0,
         "images": 0,
         "seconds": 0.0,
-        "best_validation_bits_per_dim": None,
+        "best_validation_loss": None,
         "best_step": None,
     }
     a_run(tmp_path / "b", [ROWS[0]], None, **nothing)
@@ -70,7 +70,6 @@ def test_the_table_has_what_the_files_say(tmp_path):
     expected |= {"validation": 3.125, "validation_step": 4}
     assert {key: value for key, value in a.items() if key != "test"} == expected
     absent = ["nats_per_image_stderr", "sampling", "edition", "sigma", "given"]
-    absent += ["nats_per_dim", "nats_per_dim_stderr"]
     assert a["test"].items() <= {**TEST, **dict.fromkeys(absent)}.items()
     assert a["test"]["bits_per_dim"] == 3.25
     assert b["test"] is None and b["validation"] is None
@@ -127,7 +126,7 @@ def test_losses_that_were_not_finite_are_left_out(tmp_path):
     a_run(
         tmp_path / "a",
         [*ROWS, validation_row(5, None)],
-        {**TEST, "bits_per_dim": None, "bits_per_dim_stderr": None},
+        {**TEST, "loss": None, "loss_stderr": None},
     )
     done = quick("compare", "a", cwd=tmp_path).ok()
     assert "3.1250" in done.out and "not finite" in done.out
@@ -193,17 +192,10 @@ def test_where_data_lie_and_when_things_are_written_are_no_differences(tmp_path)
 
 
 def test_real_valued_runs_are_in_nats(tmp_path):
-    rows = [{**row, "nats": row["bits_per_dim"] / 2, "bits_per_dim": None} for row in ROWS]
-    test = {
-        **TEST,
-        "bits_per_dim": None,
-        "bits_per_dim_stderr": None,
-        "bound": "exact",
-        "dataset": "two_moons",
-    }
-    test |= {"nats_per_image": 1.75, "nats_per_image_stderr": 0.5}
-    nothing = {"best_validation_bits_per_dim": None, "best_validation_nats": 1.5625}
-    a_run(tmp_path / "a", rows, test, {"name": "two_moons"}, **nothing)
+    rows = [{**row, "loss": row["loss"] / 2, "bits_per_dim": None} for row in ROWS]
+    test = {**TEST, "unit": "nats", "loss": 1.75, "loss_stderr": 0.5, "dataset": "two_moons"}
+    summary = {"unit": "nats", "best_validation_loss": 1.5625}
+    a_run(tmp_path / "a", rows, test, {"name": "two_moons"}, **summary)
     a_run(tmp_path / "b")
     done = quick("compare", "a", "b", cwd=tmp_path).ok()
     line = next(line for line in done.out.splitlines() if "two_moons" in line)

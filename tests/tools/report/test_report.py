@@ -319,7 +319,7 @@ def test_a_figure_of_another_model_is_said(digits, tmp_path):
         in page.text
     )
     values = json.loads((run / "evaluate-test.json").read_text())
-    unknown = {**values, "bits_per_dim": None, "bits_per_dim_stderr": None, "nats_per_image": None}
+    unknown = {**values, "loss": None, "loss_stderr": None, "nats_per_image": None}
     (run / "evaluate-test.json").write_text(json.dumps(unknown))
     page, _ = page_of("run", "--num-images", 1, cwd=tmp_path)
     assert page.tables[0][1][2:4] == ["not finite", "not finite"]
