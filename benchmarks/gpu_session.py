@@ -391,11 +391,11 @@ def measure_dry_run(session: Session, model: str, batch: int) -> Result:
     """What `--dry-run` says of memory and time, to be compared with the steps."""
     cost = dry_run(session.config(model, batch_size=batch), session.device)
     return {
-        "flops": cost.compute.step / batch,  # for one image
-        "fixed": cost.memory.fixed,
-        "available": cost.memory.available,
+        "flops": cost.compute.step_flops / batch,  # for one image
+        "fixed": cost.memory.fixed_bytes,
+        "available": cost.memory.available_bytes,
         "modes": {each.mode: dataclasses.asdict(each) for each in cost.memory.modes},
-        "seconds": cost.seconds,
+        "seconds": cost.step_seconds,
     }
 
 
@@ -592,7 +592,7 @@ def report(session: Session) -> str:
         for mode, each in result["modes"].items():
             name = f"step-{about['model']}-{mode}-{about['batch']}"
             measured = good.get(name, {}).get("result", {}).get("peak")
-            said = result["fixed"] + each["needed"]
+            said = result["fixed"] + each["needed_bytes"]
             yield {
                 **about,
                 "memory": mode,

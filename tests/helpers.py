@@ -10,7 +10,7 @@ import torch
 from catalogue import TINY
 
 from flowtrain import config as configuration
-from flowtrain.bijections.base import SetFromData
+from flowtrain.bijections.base import DataDependentInit
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.description import Progress
 from flowtrain.flow.dequantize import draw_noise
@@ -49,7 +49,7 @@ def perturb(module, scale=0.2, seed=0):
 def ready(module):
     """Calls every layer initialized as it stands, where no data are at hand to do it."""
     for layer in module.modules():
-        if isinstance(layer, SetFromData):
+        if isinstance(layer, DataDependentInit):
             layer.initialized.fill_(True)
     return module
 

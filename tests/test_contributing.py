@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and docs/reliability.md name files and tests that exist."""
+"""CONTRIBUTING.md and docs/reliability.md name files and tests that exist; each tool has a page."""
 
 import re
 import tomllib

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from flowtrain.bijections.base import Bijection, SetFromData, bounded, sum_per_example, unbounded
+from flowtrain.bijections.base import (
+    Bijection,
+    DataDependentInit,
+    bounded,
+    sum_per_example,
+    unbounded,
+)
 from flowtrain.bijections.context import Context
 
 # exp(8) is about 3,000. Dequantization noise alone has a standard deviation of 1/887 in y, so even
@@ -42,7 +48,7 @@ class DiagonalAffine(Bijection):
         return (z - self.shift) * (-log_scale).exp(), self._log_det(-log_scale, z)
 
 
-class ActNorm(SetFromData, DiagonalAffine):
+class ActNorm(DataDependentInit, DiagonalAffine):
     """Activation normalization (Glow, section 3.1): a scale and a shift per channel.
 
     The first batch sets them so that its channels have zero mean and unit variance. After that

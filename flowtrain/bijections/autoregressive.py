@@ -62,7 +62,7 @@ class Autoregressive(Bijection):
         z, log_derivative = self.by_entry(x, context)
         return z, sum_per_example(log_derivative)
 
-    def loops(self) -> list[Direction]:
+    def untraceable_directions(self) -> list[Direction]:
         return ["inverse"]
 
 
@@ -115,11 +115,11 @@ class Inverse(Container):
         super().__init__()
         self.bijection = bijection
 
-    def parts(self) -> Iterable[Bijection]:
+    def inner_layers(self) -> Iterable[Bijection]:
         return [self.bijection]
 
-    def loops(self) -> list[Direction]:
-        return [opposite(direction) for direction in self.bijection.loops()]
+    def untraceable_directions(self) -> list[Direction]:
+        return [opposite(direction) for direction in self.bijection.untraceable_directions()]
 
     def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None

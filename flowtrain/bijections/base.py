@@ -70,8 +70,8 @@ class Bijection(nn.Module):
         """Runs this layer, or the layers that it is made of, in a direction by `executor`."""
         return executor.call(self, direction, x, context)
 
-    def loops(self) -> list[Direction]:
-        """The directions that take a step for each entry, or as many as the values require.
+    def untraceable_directions(self) -> list[Direction]:
+        """The directions with a loop over entries, or with data-dependent loops.
 
         A compiler cannot trace them, or would write out every step.
         """
@@ -110,7 +110,7 @@ class Bijection(nn.Module):
         return [z]
 
 
-class SetFromData(Bijection):
+class DataDependentInit(Bijection):
     """A layer whose `initialize` sets it from the first batch.
 
     The buffer `initialized` says whether that is done, so it is saved with the weights. Until
@@ -148,7 +148,7 @@ class Transform(nn.Module):
     """
 
     parameters_per_entry: int  # P
-    inverse_is_loop: bool = False  # as `Bijection.loops` means it
+    inverse_is_untraceable: bool = False  # see `untraceable_directions`
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 

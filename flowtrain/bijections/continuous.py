@@ -151,7 +151,7 @@ class Continuous(Bijection):
         self.adjoint = adjoint
         self.evaluations = 0  # of f, in the last solution and its adjoint
 
-    def loops(self) -> list[Direction]:
+    def untraceable_directions(self) -> list[Direction]:
         return ["forward", "inverse"]
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
-from flowtrain.bijections.base import SetFromData, bounded, stacked, unbounded
+from flowtrain.bijections.base import DataDependentInit, bounded, stacked, unbounded
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.precision import full_precision
 
@@ -49,7 +49,7 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return z.view_as(x)
 
 
-class LinearChannels(SetFromData):
+class LinearChannels(DataDependentInit):
     """The part that both parametrizations share: `z = W x` at every pixel.
 
     `initialization` is `rotation` (as in the paper) or `whitening`. Whitening sets W from the first

@@ -102,8 +102,8 @@ class _ConditionedTransform(Bijection):
         self.conditioner = conditioner
         self.transform = transform
 
-    def loops(self) -> list[Direction]:
-        return ["inverse"] if self.transform.inverse_is_loop else []
+    def untraceable_directions(self) -> list[Direction]:
+        return ["inverse"] if self.transform.inverse_is_untraceable else []
 
     def _kept(self, x: Tensor) -> Tensor:
         """The part of `x` that the conditioner sees. The output has the same one."""

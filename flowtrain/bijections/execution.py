@@ -76,9 +76,9 @@ class Initializing(LayerByLayer):
 
 
 class Container(Bijection):
-    """A bijection made of others. A subclass defines `parts` and `run`, in both directions."""
+    """A bijection made of others. A subclass defines `inner_layers`, and `run` both ways."""
 
-    def parts(self) -> Iterable[Bijection]:
+    def inner_layers(self) -> Iterable[Bijection]:
         """The bijections that this one is made of."""
         raise NotImplementedError
 
@@ -93,9 +93,10 @@ class Container(Bijection):
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self.run(FUSED, "inverse", z, context)
 
-    def loops(self) -> list[Direction]:
-        return sorted({direction for part in self.parts() for direction in part.loops()})
+    def untraceable_directions(self) -> list[Direction]:
+        found = [layer.untraceable_directions() for layer in self.inner_layers()]
+        return sorted({direction for directions in found for direction in directions})
 
     @property
     def inverse_is_sequential(self) -> bool:  # type: ignore[override]
-        return any(part.inverse_is_sequential for part in self.parts())
+        return any(layer.inverse_is_sequential for layer in self.inner_layers())

@@ -27,14 +27,8 @@ def inverse_with_progress(
     return layer.inverse(z, context)
 
 
-@inverse_with_progress.register
-def _(
-    layer: OrdinalAutoregressive | TokenAutoregressive,
-    z: Tensor,
-    context: Context | None,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    return layer.inverse(z, context, progress)
+inverse_with_progress.register(OrdinalAutoregressive, OrdinalAutoregressive.inverse)
+inverse_with_progress.register(TokenAutoregressive, TokenAutoregressive.inverse)
 
 
 @singledispatch

@@ -29,7 +29,7 @@ class MixtureTransform(Transform):
     results are finite however far out `x` and the means are.
     """
 
-    inverse_is_loop = True
+    inverse_is_untraceable = True
     offsets: Tensor
 
     def __init__(self, components: int = 4, limit: float = 2.0):

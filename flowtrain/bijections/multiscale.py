@@ -37,7 +37,7 @@ class Multiscale(Container):
         self.latent_shapes = [tuple(shape) for shape in latent_shapes]
         self.sizes = [c * h * w for c, h, w in self.latent_shapes]
 
-    def parts(self) -> Iterable[Bijection]:
+    def inner_layers(self) -> Iterable[Bijection]:
         return itertools.chain(self.levels, self.priors)  # type: ignore[arg-type]
 
     def run(

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import (
     Bijection,
+    DataDependentInit,
     Direction,
-    SetFromData,
     bounded,
     sum_per_example,
     unbounded,
@@ -118,7 +118,7 @@ class _GuidedByToken:
         self.without.end(i, j)
 
 
-class OrdinalAutoregressive(SetFromData):
+class OrdinalAutoregressive(DataDependentInit):
     """`z_d = Phi^-1(F(x_d | x_<d) + u_d P(x_d | x_<d))` of dequantized images (eq. 6).
 
     An image with Q levels is `v = (x + u) / Q - 1/2`, where x are the levels and u is noise in
@@ -295,7 +295,7 @@ class OrdinalAutoregressive(SetFromData):
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return [z.reshape(-1, *self.shape)]
 
-    def loops(self) -> list[Direction]:
+    def untraceable_directions(self) -> list[Direction]:
         return ["inverse"]
 
     @one_thread()

@@ -35,7 +35,7 @@ class Planar(Bijection):
         self.u = nn.Parameter(torch.zeros(dims))
         self.b = nn.Parameter(torch.randn(()))
 
-    def loops(self) -> list[Direction]:
+    def untraceable_directions(self) -> list[Direction]:
         return ["inverse"]
 
     def constrained(self) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ class Sequential(Container):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def parts(self) -> Iterable[Bijection]:
+    def inner_layers(self) -> Iterable[Bijection]:
         return self.layers  # type: ignore[return-value]
 
     def opened(self) -> list[Bijection]:
         """The layers, those of nested sequences in their place."""
         layers: list[Bijection] = []
-        for layer in self.parts():
+        for layer in self.inner_layers():
             layers += layer.opened() if isinstance(layer, Sequential) else [layer]
         return layers
 
@@ -37,4 +37,4 @@ class Sequential(Container):
         return dims
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        return list(self.parts())[-1].split_latents(z)
+        return list(self.inner_layers())[-1].split_latents(z)

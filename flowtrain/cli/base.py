@@ -80,9 +80,9 @@ def on_all_processes(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        from flowtrain.system import distributed
+        from flowtrain.system import torchrun
 
-        with distributed.setup():
+        with torchrun.setup():
             function(*args, **kwargs)
 
     return wrapped
@@ -94,9 +94,9 @@ def on_one_process(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         if os.environ.get("RANK", "0") != "0":
-            from flowtrain.system import distributed
+            from flowtrain.system import torchrun
 
-            if distributed.launched():
+            if torchrun.launched():
                 return
         function(*args, **kwargs)
 

@@ -11,7 +11,6 @@ from flowtrain.cli.base import (
     BatchSizeOption,
     DataOptions,
     DatasetOption,
-    FirstImagesOption,
     JsonOption,
     ScoresOption,
     SeedOption,
@@ -37,7 +36,16 @@ EPILOG = "Example: [cyan]flowtrain evaluate runs/glow_digits --draws 16 --scores
 def evaluate(
     split: SplitOption = None,
     dataset: DatasetOption = None,
-    num_images: FirstImagesOption = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "--num-images",
+            min=1,
+            metavar="N",
+            help="Only N of the images, a sample by the seed.",
+            show_default="all",
+        ),
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(

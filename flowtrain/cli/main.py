@@ -17,7 +17,7 @@ from flowtrain.cli import catalogue, decode, encode, evaluate, info, interpolate
 from flowtrain.errors import UserError
 from flowtrain.system.files import PerhapsUnread
 
-GRACE = 10.0  # seconds between a signal and the end of a process that goes on in spite of it
+GRACE_SECONDS = 10.0  # between a signal and the end of a process that goes on in spite of it
 
 app = typer.Typer(
     help="Train normalizing flows on images, and get likelihoods that can be trusted.",
@@ -62,7 +62,7 @@ def _options(
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     # A library may catch everything that is raised in it.
-    end = threading.Timer(GRACE, os._exit, [128 + signum])
+    end = threading.Timer(GRACE_SECONDS, os._exit, [128 + signum])
     end.daemon = True
     end.start()
     raise SystemExit(128 + signum)

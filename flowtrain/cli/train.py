@@ -160,45 +160,46 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
         console.print(f"  {name}: {count:,} ({100 * count / total:.1f}%)")
     compute, memory = cost.compute, cost.memory
     console.print(
-        f"compute: {compute.image / 1e9:.4g} GFLOP of products and convolutions for the likelihood "
-        f"of an image, {100 * compute.conditioners:.1f}% of it in conditioners; "
-        f"{compute.step / 1e9:.4g} GFLOP per training step"
+        f"compute: {compute.image_flops / 1e9:.4g} GFLOP of products and convolutions for the "
+        f"likelihood of an image, {100 * compute.conditioners:.1f}% of it in conditioners; "
+        f"{compute.step_flops / 1e9:.4g} GFLOP per training step"
     )
     console.print(
-        f"memory: {memory.fixed / MIB:,.0f} MiB for weights, gradients and optimizer, and for "
-        f"activations, with {memory.available / MIB:,.0f} MiB available:"
+        f"memory: {memory.fixed_bytes / MIB:,.0f} MiB for weights, gradients and optimizer, and "
+        f"for activations, with {memory.available_bytes / MIB:,.0f} MiB available:"
     )
     for each in memory.modes:
         console.print(
-            f"  {each.mode}: {each.needed / MIB:,.0f} MiB for {train.batch_size} images, up to "
-            f"{each.largest_batch:,} images would fit"
+            f"  {each.mode}: {each.needed_bytes / MIB:,.0f} MiB for {train.batch_size} images, up "
+            f"to {each.largest_batch:,} images would fit"
             f"{' (chosen)' if each.mode == train.memory else ''}"
         )
     console.print(
-        f"checkpoints: {memory.copy / MIB:,.0f} MiB of the host's memory for a copy, which is "
-        f"written while training goes on"
-        if memory.copy
+        f"checkpoints: {memory.copy_bytes / MIB:,.0f} MiB of the host's memory for a copy, which "
+        f"is written while training goes on"
+        if memory.copy_bytes
         else "checkpoints: no memory for a copy, so training waits while one is written"
     )
-    if cost.seconds is None:
+    seconds = cost.step_seconds
+    if seconds is None:
         console.print("speed: not measured, because that would not fit")
         return
-    if cost.compiling is not None:
+    if cost.compile_seconds is not None:
         console.print(
-            f"before the first step: {duration(cost.compiling)} for compiling, capturing and "
+            f"before the first step: {duration(cost.compile_seconds)} for compiling, capturing and "
             f"checking (train.compile={train.compile}); less the next time"
         )
     console.print(
-        f"speed: {cost.seconds:.3f} s per step, {cost.images / cost.seconds:,.0f} images/s "
+        f"speed: {seconds:.3f} s per step, {cost.images / seconds:,.0f} images/s "
         f"(median of {TIMED_STEPS} steps)"
     )
     if train.num_steps is not None:
         console.print(
-            f"estimated time: {duration(cost.seconds * train.num_steps)} for {train.num_steps:,} "
+            f"estimated time: {duration(seconds * train.num_steps)} for {train.num_steps:,} "
             "steps, without validation"
         )
     elif train.budget is not None:
         console.print(
-            f"estimated steps: {train.budget / cost.seconds:,.0f} in {duration(train.budget)}, "
+            f"estimated steps: {train.budget / seconds:,.0f} in {duration(train.budget)}, "
             "without validation"
         )

@@ -165,9 +165,8 @@ class DataSet:
         indices = part.rows[kept if name == "train" else held]
         return Split(part.pixels, indices, self.drop_bits, self.train_images.labels)
 
-    def equal_to_training(self, split: Split, count: int) -> int | None:
-        """How many of the first `count` images of a split are equal to an image of the training
-        split.
+    def equal_to_training(self, split: Split) -> int | None:
+        """How many images of a split are equal to an image of the training split.
 
         Images are compared as stored, with all bits. None if the training images would first have
         to be downloaded or decoded.
@@ -176,7 +175,7 @@ class DataSet:
             return None
         part = self._training
         known = {digest.tobytes() for digest in part.digests[self._held_out[0]]}
-        found = digests(split.pixels, split.indices[:count])
+        found = digests(split.pixels, split.indices)
         return sum(digest.tobytes() in known for digest in found)
 
     @cached_property

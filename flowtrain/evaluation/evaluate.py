@@ -1,6 +1,7 @@
 """`flowtrain evaluate`: the likelihood of a split in float32, and what exactly was measured."""
 
 import csv
+import dataclasses
 import io
 import logging
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.config import Data as DataConfig
-from flowtrain.data.splits import DataSet, Split, SplitName, labels_for
+from flowtrain.data.splits import DataSet, Split, SplitName, labels_for, sampled
 from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.score import Scores, require_memory, score
@@ -34,7 +35,7 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     """
     x = x.to(flow.device)
     v = flow.dequantizer.middle(x, flow.dtype)
-    seen = flow.seen(len(x), context=flow.context_of(x))
+    seen = flow.conditioning(len(x), context=flow.context_of(x))
     back = flow.bijection.inverse(flow.bijection(v, seen)[0], seen)[0]
     error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
     return error.max().item()
@@ -52,6 +53,8 @@ def evaluate(
     progress: Callable[[int, int], None] = silent,
 ) -> tuple[Evaluation, Scores]:
     """The result of `flowtrain evaluate`, and the scores of the images.
+
+    With `num_images`, they are those of a sample by the seed (`sampled`).
 
     Raises `UserError` if the data do not have the model's shape and levels, or the split is empty.
     """
@@ -74,27 +77,26 @@ def evaluate(
         raise UserError(
             f"--split {split_name}: it is empty (data.validation is {data.config.validation:g})"
         )
+    positions = sampled(len(split), num_images or len(split), seed)
+    split = split.at(positions)
     here = _trained_on(model, data.config, data)
     labels = None if here is None else _labels(model, data, split)
-    own = len(distributed.shard(min(num_images or len(split), len(split))))
-    require_memory(flow, own, batch_size, samples)
+    require_memory(flow, len(distributed.shard(len(split))), batch_size, samples)
     scores = score(
         flow,
         split,
-        num_images=num_images,
         samples=samples,
         seed=seed,
         batch_size=batch_size,
         progress=progress,
     )
-    count = len(scores.log_prob)
-    bad = torch.isfinite(scores.draws).all(dim=0).logical_not().nonzero().flatten().tolist()
+    bad = torch.isfinite(scores.draws).all(dim=0).logical_not().numpy()
     result = Evaluation(
         **summarize(scores, flow),
         **_classification(scores, flow, labels),
-        num_images=count,
-        duplicates=duplicates(first_equal(digests(split.pixels, split.indices[:count]))),
-        **_shared(model, data, split_name, here, split, count),
+        num_images=len(split),
+        duplicates=duplicates(first_equal(digests(split.pixels, split.indices))),
+        **_shared(model, data, split_name, here, split),
         **_edition(data),
         **_given(flow),
         dims=flow.dims,
@@ -105,15 +107,15 @@ def evaluate(
         weights=model.weights,
         step=model.checkpoint.meta["step"],
         seed=seed,
-        non_finite_images=len(bad),
-        non_finite_indices=bad,
+        non_finite_images=int(bad.sum()),
+        non_finite_indices=positions[bad].tolist(),
         max_reconstruction_error=None
         if flow.bijection.inverse_is_sequential
-        else _finite(reconstruction_error(flow, split.take(slice(0, min(64, count))))),
+        else _finite(reconstruction_error(flow, split.take(slice(0, min(64, len(split)))))),
         checkpoint=str(model.checkpoint.path),
         model=model_hash(model),
     )
-    return result, scores
+    return result, dataclasses.replace(scores, positions=positions)
 
 
 def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
@@ -143,7 +145,6 @@ def _shared(
     name: SplitName,
     here: DataSet | None,
     split: Split,
-    count: int,
 ) -> dict[str, Any]:
     """How many of the images the model was trained on, for another split than its training split.
     None if its own data, which `data` are where there is `here`, are not at hand.
@@ -151,7 +152,7 @@ def _shared(
     if name == "train" and here:
         return {}
     own = here or _trained_on(model, model.config.data, data)
-    return {"duplicates_of_training": own.equal_to_training(split, count) if own else None}
+    return {"duplicates_of_training": own.equal_to_training(split) if own else None}
 
 
 def _edition(data: DataSet) -> dict[str, Any]:
@@ -257,9 +258,10 @@ def _finite(value: float) -> float | None:
 
 
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
-    """One row per image. `log_prob` is the bound, `log_prob_base + log_det` that of the first draw.
+    """One row per image, whose `index` is its place in the split.
 
-    All are in nats. Class-conditional models add the predicted class. A density has no bits.
+    `log_prob` is the bound, `log_prob_base + log_det` that of the first draw, in nats.
+    Class-conditional models add the predicted class. A density has no bits.
     """
     log_prob = scores.log_prob.tolist()
     bits = (
@@ -279,5 +281,5 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])
-    writer.writerows([index, *row] for index, row in enumerate(zip(*columns.values(), strict=True)))
+    writer.writerows(zip(scores.positions.tolist(), *columns.values(), strict=True))
     return text.getvalue().encode()

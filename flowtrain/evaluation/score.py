@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class Scores:
     draws_by_class: Tensor | None = None
     # What draws say together, (K, ...) to (...): `over_draws` of the kind of data.
     over_draws: Callable[[Tensor], Tensor] = log_mean_exp
+    # Where the images are in the split, (N,), if they are a sample of it.
+    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @cached_property
     def log_prob(self) -> Tensor:
@@ -79,22 +82,21 @@ def score(
     flow: Flow,
     split: Split,
     *,
-    num_images: int | None = None,
     samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Scores:
-    """The bounds on log P(x) for the first `num_images` images of a split, in nats.
+    """The bounds on log P(x) for the images of a split, in nats.
 
     They come from K = `samples` draws of the noise. For K > 1 the bound is importance-weighted:
     `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et al. 2019, section 3.1). With
     Gaussian noise they are the mean log-densities of K noisy images. An image's noise depends only
-    on the seed, its index and the draw.
+    on the seed, its place in the split and the draw.
 
     If there are several processes, each scores a part of the images, and all get all scores.
     """
-    count = len(split) if num_images is None else min(num_images, len(split))
+    count = len(split)
     own = distributed.shard(count)
     batch_size = batch_size or fitting_batch_size(flow)
     # A process may have no image.

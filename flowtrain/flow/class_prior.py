@@ -1,7 +1,8 @@
 """What depends on the class in a class-conditional model: the prior of the coarsest latent
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
-Both have `place` and `context` for samples. `unguided` is the reason why samples have no guidance.
+Both have `latents_of_classes` and `context` for samples. `unguided` is the reason why samples have
+no guidance.
 """
 
 import math
@@ -135,7 +136,7 @@ class ClassPrior(nn.Module):
         beyond = (coarse - mean[first]) * (scale[second] - scale[first]).exp()
         return torch.cat([fine, mean[second] + kept * beyond], dim=1)
 
-    def place(self, noise: Tensor, labels: Tensor) -> Tensor:
+    def latents_of_classes(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Standard normal draws `(B, D)` as draws given the classes `labels` `(B,)`."""
         fine, coarse = self._split(noise)
         return torch.cat(
@@ -183,5 +184,5 @@ class ClassContext(nn.Module):
         """`log N(z; 0, I)` of each entry: latents and result are `(B, D)`."""
         return normal_log_density(z)
 
-    def place(self, noise: Tensor, labels: Tensor) -> Tensor:
+    def latents_of_classes(self, noise: Tensor, labels: Tensor) -> Tensor:
         return noise

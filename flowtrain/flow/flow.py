@@ -136,8 +136,8 @@ class Flow(nn.Module):
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
-        seen = self.seen(len(x), labels, context)
-        z, flow_log_det = self.bijection.run(executor, "forward", v, seen)
+        conditioning = self.conditioning(len(x), labels, context)
+        z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
         return z, log_det + flow_log_det
 
     def forward(
@@ -175,8 +175,8 @@ class Flow(nn.Module):
             classes = (torch.full((len(v),), label) for label in range(self.classes))
             each = (self._log_prob_of(v, log_det, k, context, executor) for k in classes)
             return over_classes(list(each))
-        seen = self.seen(len(v), labels, context)
-        z, flow_log_det = self.bijection.run(executor, "forward", v, seen)
+        conditioning = self.conditioning(len(v), labels, context)
+        z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
         log_det = log_det + flow_log_det
         if isinstance(self.class_prior, ClassPrior):
             return self.class_prior.with_base(z, log_det, labels)
@@ -195,8 +195,8 @@ class Flow(nn.Module):
         A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
         """
         v, by_place, of_noise = self.dequantizer.forward_by_place(x, noise.to(self.dtype))
-        seen = self.seen(len(x), labels, self.context_of(x))
-        z, _ = self.bijection.run(executor, "forward", v, seen)
+        conditioning = self.conditioning(len(x), labels, self.context_of(x))
+        z, _ = self.bijection.run(executor, "forward", v, conditioning)
         if self.class_prior is None:
             density = normal_log_density(z)
         else:
@@ -289,8 +289,8 @@ class Flow(nn.Module):
         """
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
-        seen = self.seen(len(x), context=self.context_of(x))
-        return self.bijection.run(executor or MatchingInverse(), "forward", v, seen)[0]
+        conditioning = self.conditioning(len(x), context=self.context_of(x))
+        return self.bijection.run(executor or MatchingInverse(), "forward", v, conditioning)[0]
 
     @torch.no_grad()
     def decode(
@@ -325,8 +325,8 @@ class Flow(nn.Module):
         if denoise:
             self._sigma()
         context = self._checked_context(context, len(z))
-        seen = self.seen(len(z), labels, context, guidance)
-        v, _ = self.bijection.run(executor, "inverse", z.to(self.device), seen)
+        conditioning = self.conditioning(len(z), labels, context, guidance)
+        v, _ = self.bijection.run(executor, "inverse", z.to(self.device), conditioning)
         if denoise:
             v = self.denoised(v, labels, context)
         return self.dequantizer.to_data(v).contiguous()
@@ -378,7 +378,7 @@ class Flow(nn.Module):
         `denoise` and `context` are those of `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
-        latents = self.place(temperature * self.draw_latents(n, generator), labels)
+        latents = self.latents_of_classes(temperature * self.draw_latents(n, generator), labels)
         return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
 
     @torch.no_grad()
@@ -425,7 +425,7 @@ class Flow(nn.Module):
         """
         return None if self.image_context is None else self.image_context.of(x)
 
-    def seen(
+    def conditioning(
         self,
         count: int,
         labels: Tensor | None = None,
@@ -459,7 +459,7 @@ class Flow(nn.Module):
                 f"(model.context)"
             )
 
-    def place(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def latents_of_classes(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Standard normal draws `(B, D)` as latents of the base density.
 
         In a class-conditional model they become latents of the classes `labels`, or by default of
@@ -471,7 +471,7 @@ class Flow(nn.Module):
             return noise
         labels = self._checked_labels(labels, len(noise))
         assert self.class_prior is not None
-        return self.class_prior.place(noise.to(self.device), labels)
+        return self.class_prior.latents_of_classes(noise.to(self.device), labels)
 
     def _checked_labels(self, labels: Labels, count: int) -> Tensor:
         labels = torch.as_tensor(labels)

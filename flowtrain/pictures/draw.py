@@ -89,7 +89,7 @@ class PointPlots:
         bounds = _bounds(beside)
         z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
         columns = 2 + len(temperatures)
-        stages = _full_rows(stages_of(flow.bijection, flow.place(z)), columns)
+        stages = _full_rows(stages_of(flow.bijection, flow.latents_of_classes(z)), columns)
         figure, (upper, *lower) = _figure(1 + -(-len(stages) // columns), columns)
         first, *middle = upper
         _scatter(first, f"data ({len(beside):,})", beside, bounds)

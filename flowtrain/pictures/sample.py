@@ -74,7 +74,7 @@ def sample(
     given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
     images = []
     for i, temperature in enumerate(temperatures):
-        latents = flow.place(temperature * z.repeat(groups, 1), labels)
+        latents = flow.latents_of_classes(temperature * z.repeat(groups, 1), labels)
 
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)

@@ -28,7 +28,7 @@ KINDS = {
     "U": "texts",
     "b": "yes or no",
 }  # of numpy's types
-TEXT = 100  # bytes that a text takes in a list of Python, beside its characters
+TEXT_BYTES = 100  # that a text takes in a list of Python, beside its characters
 
 
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip: its signature, lengths of name and of extras
@@ -124,7 +124,7 @@ class ArrayFile:
         size = math.prod(header.shape) * header.dtype.itemsize
         if size != header.bytes:
             raise UserError(f"{where} is damaged: it has {header.bytes} bytes, not {size}")
-        texts = TEXT * math.prod(header.shape) if header.dtype.kind == "U" else 0
+        texts = TEXT_BYTES * math.prod(header.shape) if header.dtype.kind == "U" else 0
         capacity.require(2 * size + texts, f"{where} needs")
         values = self.values(name)
         if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:

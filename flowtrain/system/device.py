@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.errors import UserError
-from flowtrain.system import distributed, nvidia
+from flowtrain.system import distributed, nvidia, torchrun
 from flowtrain.system.console import console
 
 NAMES = "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
@@ -48,7 +48,7 @@ def resolve(name: str) -> torch.device:
         _require_kernels(asked, device)
         # float32 means float32: cuDNN's default rounds the inputs of convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
-    distributed.connect(device)
+    torchrun.connect(device)
     return device
 
 
@@ -156,8 +156,8 @@ def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> Non
     if count > 1:
         # Beside an interpreter that is not on the PATH, torchrun is not either.
         known = shutil.which("torchrun") is not None
-        torchrun = ["torchrun"] if known else [sys.executable, "-m", "torch.distributed.run"]
-        line = [*torchrun, "--standalone", "--nproc-per-node", str(count), "-m", "flowtrain"]
+        launcher = ["torchrun"] if known else [sys.executable, "-m", "torch.distributed.run"]
+        line = [*launcher, "--standalone", "--nproc-per-node", str(count), "-m", "flowtrain"]
         console.print(f"1 of {count} GPUs is used; to use all: {shlex.join([*line, *words])}")
 
 

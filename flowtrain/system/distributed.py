@@ -1,90 +1,88 @@
-"""Several processes that train or evaluate one model. With one process, every function here returns
-what it is given, or does nothing.
+"""The functions of several processes that train or evaluate one model. With one process, every
+function here returns what it is given, or does nothing.
 
-torchrun says in the environment how many processes there are and which one this is. They talk in
-two ways. Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Small
-facts, and the news of a failure, go through the store by which the processes found each other. So
-a failure is heard even if the others wait for something else. All then end with the exit code of
-the process that failed, and only that process prints its message. A killed process stops sending
-heartbeats; the others detect it (`heartbeat.py`).
+Processes talk in two ways. Tensors go through torch's process group (gloo on the CPU, nccl between
+GPUs). Plain data, and the news of a failure, go through the store by which the processes found each
+other (`torchrun.py`). So a failure is heard even if the others wait for something else, and nobody
+has to be fast: torch's own `all_gather_object` and `barrier` end by a time limit.
 """
 
 import contextlib
 import functools
-import gc
-import hashlib
 import json
-import logging
 import math
 import os
-import re
-import signal
-import threading
 import time
-import traceback
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import ParamSpec, TypeVar, cast
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, exit_code
-from flowtrain.system import heartbeat
-from flowtrain.system.console import console
+from flowtrain.errors import EndedElsewhere, RunError, UserError
+from flowtrain.system.heartbeat import Heartbeat
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 FAILED = "failed"  # the store's key for the exit code of the first process to fail
-MEETING_SECONDS = 600.0
-COLLECTIVE_SECONDS = 600.0  # more than one machine compiles longer than another
-LINGER_SECONDS = 1.0  # torchrun sends SIGTERM to all others once one has ended with an error
-GRACE_SECONDS = 5.0  # a process that has lost another can end by itself meanwhile
-ENDING_SECONDS = 20.0  # a process that has failed can end meanwhile; torchrun kills it after 30
 CHUNK_BYTES = 2**28  # sent at a time
-
-# Parts of torch's messages when the other end of a connection is gone.
-_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 @dataclass
-class _Group:
+class Group:
+    """The processes of a command, and the store of torchrun through which they found each other."""
+
     store: dist.Store
     rank: int
     world: int
-    heart: heartbeat.Heartbeat | None = None  # None only in tests
-    gathered: int = 0  # so far; the same number on every process
+    heartbeat: Heartbeat | None = None  # None only in tests
+    gathered: int = 0  # objects so far; the same number on every process
     advice: str = ""  # for the message about a lost process
     lost: str = ""  # that message, once there is one
 
+    def put(self, name: str, value: object = None) -> None:
+        """Stores plain data under this name and the number of this process."""
+        self.store.set(f"{name}/{self.rank}", json.dumps(value))
 
-_group: _Group | None = None  # None if there is one process
+    def keys(self, name: str) -> list[str]:
+        """The keys of all processes under this name."""
+        return [f"{name}/{other}" for other in range(self.world)]
+
+    def wait(self, keys: list[str]) -> None:
+        """Waits for these keys. It polls instead of letting the store wait, so that signals and the
+        failure of another process are noticed.
+
+        Raises:
+            EndedElsewhere: if another process has failed.
+            RunError: if another process is lost.
+        """
+        pause = 0.001
+        while not self.store.check(keys):
+            if self.store.check([FAILED]):
+                raise EndedElsewhere(json.loads(self.store.get(FAILED))[1])
+            if self.lost:
+                raise RunError(self.lost)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
 
-def launched() -> bool:
-    """Whether torchrun, or a launcher like it, has started this process as one of several."""
-    try:
-        return int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", -1)) >= 0
-    except ValueError:
-        return False
+group: Group | None = None  # None if there is one process; `torchrun.setup` sets it
 
 
 def world() -> int:
     """How many processes work together."""
-    return _group.world if _group else 1
+    return group.world if group else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return _group.rank if _group else 0
+    return group.rank if group else 0
 
 
 def is_main() -> bool:
@@ -109,16 +107,17 @@ def local_rank() -> int:
     Raises:
         UserError: if the environment does not say it.
     """
-    return int(_variable("LOCAL_RANK")) if _group else 0
+    return int(environment("LOCAL_RANK")) if group else 0
 
 
 def local_world() -> int:
     """How many of the processes are on this machine, or 1 if the launcher does not say it."""
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(value) if _group and value.isdigit() else 1
+    return int(value) if group and value.isdigit() else 1
 
 
-def _variable(name: str) -> str:
+def environment(name: str) -> str:
+    """A variable that torchrun sets. Raises `UserError` if it is missing or no number."""
     value = os.environ.get(name, "")
     if not value or (name != "MASTER_ADDR" and not value.isdigit()):
         raise UserError(
@@ -128,258 +127,7 @@ def _variable(name: str) -> str:
     return value
 
 
-# --- from the start to the end --------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def setup() -> Iterator[None]:
-    """Joins the processes of torchrun for one command. With one process it does nothing.
-
-    The processes leave together, process 0 last. If one fails, all end with its exit code. The
-    failed one raises its own error and the others raise `EndedElsewhere`, so that the message is
-    printed once.
-
-    Raises:
-        UserError: if the environment is incomplete.
-        RunError: if the others cannot be reached, or one is lost on the way.
-    """
-    global _group
-    if not launched():
-        yield
-        return
-    _group = _join()
-    if not is_main():
-        console.quiet = True
-        logging.getLogger("flowtrain").setLevel(logging.ERROR)
-    try:
-        with losing_a_process():
-            try:
-                yield
-            except Interrupted:  # All processes were.
-                _leave()
-                raise
-            _leave()
-    except Interrupted:
-        raise
-    except BaseException as error:
-        raise _failed(error) from error
-    finally:
-        _fall_silent()
-        _group = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _join() -> _Group:
-    with _reaching_the_others():
-        store, rank, world = next(rendezvous("env://"))
-        meeting = _meeting(store, rank, world)
-        # A connection of its own, because the processes wait for each other with the first one.
-        own = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
-        heart = heartbeat.Heartbeat(dist.PrefixStore(meeting, own), rank, world, _end_without)
-        return _Group(dist.PrefixStore(meeting, store), rank, world, heart)
-
-
-@contextlib.contextmanager
-def _reaching_the_others() -> Iterator[None]:
-    """Says which address was tried, where a `RunError` ends this process."""
-    address = f"{_variable('MASTER_ADDR')}:{_variable('MASTER_PORT')}"
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise RunError(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others "
-            f"through MASTER_ADDR:MASTER_PORT {address}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def connect(device: torch.device) -> None:
-    """Joins the processes for tensors on the CPU and on this device, which has been set.
-
-    A process that takes longer than `COLLECTIVE_SECONDS` for its part of an exchange is lost.
-    """
-    if _group is None or dist.is_initialized():
-        return
-    between_gpus = {"cuda": "nccl", "xpu": "xccl"}.get(device.type)
-    backend = "gloo" if between_gpus is None else f"cpu:gloo,{device.type}:{between_gpus}"
-    with _reaching_the_others():
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("group", _group.store),
-            rank=_group.rank,
-            world_size=_group.world,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-            device_id=None if between_gpus is None else device,
-        )
-
-
-def _meeting(store: dist.Store, rank: int, world: int) -> str:
-    """A name for these processes together, which no earlier ones had.
-
-    torchrun's store outlives a restart of the processes, and so does what the last ones wrote, such
-    as their addresses. So each process brings a new word, and process 0 collects the words until
-    all have agreed to the same list.
-
-    Raises:
-        RunError: if some processes do not come.
-    """
-    own = uuid.uuid4().hex
-    store.set(f"word/{rank}", own)
-    give_up = time.monotonic() + MEETING_SECONDS
-    while time.monotonic() < give_up:
-        if rank == 0 and store.check([f"word/{other}" for other in range(world)]):
-            store.set(
-                "words", " ".join(store.get(f"word/{other}").decode() for other in range(world))
-            )
-        words = store.get("words") if store.check(["words"]) else b""
-        if own.encode() in words.split():
-            name = hashlib.sha256(words).hexdigest()
-            store.set(f"{name}/yes/{rank}", "")
-            if rank == 0 and store.check([f"{name}/yes/{other}" for other in range(world)]):
-                store.set(f"{name}/all", "")
-            if store.check([f"{name}/all"]):
-                return name
-        time.sleep(0.01)
-    minutes = MEETING_SECONDS / 60
-    raise RunError(
-        f"process {rank} of {world} has waited {minutes:g} minutes for the others to start"
-    )
-
-
-@contextlib.contextmanager
-def losing_a_process(advice: str = "") -> Iterator[None]:
-    """Turns the error of a connection whose other end is gone into a `RunError` that says so, with
-    advice.
-    """
-    if _group is not None and advice:
-        _group.advice = f"; {advice}"
-    try:
-        yield
-    except (RuntimeError, ConnectionError) as error:
-        if _group is None or not (
-            isinstance(error, dist.DistError | ConnectionError) or _LOST.search(str(error))
-        ):
-            raise
-        raise RunError(
-            f"process {rank()} of {world()} has lost another process of this run: it was killed, "
-            f"or its machine cannot be reached{_group.advice}"
-        ) from error
-
-
-def _end_without(silent: list[int]) -> None:
-    """Ends this process, because others are silent. It is called in a thread.
-
-    The main thread raises the error if it waits for the store. It cannot if it waits in torch for a
-    tensor of a lost process, or if the store is lost.
-    """
-    assert _group is not None
-    others = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))}"
-    _group.lost = (
-        f"process {rank()} of {world()} has heard nothing of {others} for "
-        f"{heartbeat.TIMEOUT_SECONDS:g} s: killed or stopped, or on a machine that cannot be "
-        f"reached{_group.advice}"
-    )
-    _end_soon(_group.lost, RunError.exit_code, GRACE_SECONDS)
-
-
-def _end_soon(message: str, code: int, grace: float) -> None:
-    """Ends this process with a message if it has not ended by itself after `grace` seconds."""
-    group = _group
-    if group is None or group.heart is None or group.heart.over.wait(grace):
-        return
-    first: list[bool] = []
-
-    def claim() -> None:
-        own = json.dumps([group.rank, code])
-        first.append(group.store.compare_set(FAILED, "", own).decode() == own)
-
-    thread = threading.Thread(target=claim, daemon=True)  # the store may not answer
-    thread.start()
-    thread.join(heartbeat.STORE_SECONDS)
-    if first != [False]:  # otherwise another process has said what the matter is
-        os.write(2, f"flowtrain: {message}\n".encode())
-    if group.rank == 0:
-        time.sleep(heartbeat.STORE_SECONDS)  # it may hold the store, which the others still read
-    os._exit(code)
-
-
-def _fall_silent() -> None:
-    if _group is not None and _group.heart is not None:
-        _group.heart.stop()
-
-
-def _leave() -> None:
-    """Returns when process 0 is done. On process 0, which may hold the store, it returns when all
-    know that.
-    """
-    assert _group is not None
-    if is_main():
-        _say("left")
-        _wait(_keys("left"))
-    else:
-        _wait(["left/0"])
-        _fall_silent()  # before process 0, which may hold the store, is gone
-        _say("left")
-
-
-def _failed(error: BaseException) -> BaseException:
-    """The error to raise when `error` ends this process: the same, or `EndedElsewhere` if another
-    process failed first.
-
-    It returns when all have failed, or after a moment.
-    """
-    assert _group is not None
-    failure = error
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
-    # The end of what runs on a GPU may be waited for in vain.
-    threading.Thread(
-        target=_end_soon, args=(str(error), exit_code(error), ENDING_SECONDS), daemon=True
-    ).start()
-    with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
-        own = json.dumps([rank(), exit_code(error)])
-        first, code = json.loads(_group.store.compare_set(FAILED, "", own))
-        if first != rank():
-            failure = EndedElsewhere(code)
-        _hang_up(error)
-        _say("failed")
-        if is_main():  # It leaves last, because it may hold the store.
-            _linger(_keys("failed"))
-            here = [other for other in range(1, world()) if _group.store.check([f"failed/{other}"])]
-            _say("over")
-            _linger([f"gone/{other}" for other in here])
-        else:
-            _linger(["over/0"])
-            _say("gone")
-    return failure
-
-
-def _linger(keys: list[str]) -> None:
-    """Waits for these keys, but not for long, because the process that sets them may be lost."""
-    assert _group is not None
-    give_up = time.monotonic() + (LINGER_SECONDS if is_main() else 2 * LINGER_SECONDS)
-    while not _group.store.check(keys) and time.monotonic() < give_up:
-        time.sleep(0.01)
-
-
-def _hang_up(error: BaseException) -> None:
-    """Closes the connections of the process group, so that the processes that wait for a tensor of
-    this one notice its end.
-
-    The connections close when nothing refers to the group any more. DistributedDataParallel, in the
-    frames of the error, would.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__cause__ or cause.__context__
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    gc.collect()
-
-
-# --- small facts, through the store ---------------------------------------------------------------
+# --- plain data, through the store ----------------------------------------------------------------
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -388,13 +136,13 @@ def all_gather_object(value: T) -> list[T]:
     Raises:
         EndedElsewhere: if one has failed.
     """
-    if _group is None:
+    if group is None:
         return [value]
-    _group.gathered += 1
-    name = str(_group.gathered)
-    _say(name, value)
-    _wait(_keys(name))
-    return [json.loads(_group.store.get(key)) for key in _keys(name)]
+    group.gathered += 1
+    name = str(group.gathered)
+    group.put(name, value)
+    group.wait(group.keys(name))
+    return [json.loads(group.store.get(key)) for key in group.keys(name)]
 
 
 def barrier() -> None:
@@ -423,30 +171,6 @@ def main_process_first() -> Iterator[None]:
         barrier()
 
 
-def _say(name: str, value: object = None) -> None:
-    assert _group is not None
-    _group.store.set(f"{name}/{_group.rank}", json.dumps(value))
-
-
-def _keys(name: str) -> list[str]:
-    return [f"{name}/{other}" for other in range(world())]
-
-
-def _wait(keys: list[str]) -> None:
-    """Waits for these keys. It polls instead of letting the store wait, so that signals and the
-    failure of another process are noticed.
-    """
-    assert _group is not None
-    pause = 0.001
-    while not _group.store.check(keys):
-        if _group.store.check([FAILED]):
-            raise EndedElsewhere(json.loads(_group.store.get(FAILED))[1])
-        if _group.lost:
-            raise RunError(_group.lost)
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-
-
 # --- tensors, through the process group -----------------------------------------------------------
 
 
@@ -457,7 +181,7 @@ def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[fl
     Neither the host nor the steps on the device wait for it. The function that is returned waits,
     and gives the sums in this order, in float64, the same numbers everywhere.
     """
-    if _group is None:
+    if group is None:
         read = _read_later(on_device, None)
         return lambda: [*read(), *on_host]
     pinned = on_device.device.type == "cuda"
@@ -510,7 +234,7 @@ def shard(count: int) -> range:
 
 def gather(part: Tensor, count: int) -> Tensor:
     """Joins the parts of all processes, `(K, len(shard(count)))` on the CPU, to `(K, count)`."""
-    if _group is None:
+    if group is None:
         return part
     longest = math.ceil(count / world())
     padded = part.new_zeros(part.shape[0], longest)
@@ -526,7 +250,7 @@ def gather(part: Tensor, count: int) -> Tensor:
 def bytes_from_main(function: Callable[[], bytes]) -> bytes:
     """The bytes that `function` returns, which only process 0 calls. An error ends all."""
     data = function() if is_main() else b""
-    if _group is None:
+    if group is None:
         return data
     size = all_gather_object(len(data))[0]
     buffer = torch.empty(size, dtype=torch.uint8)
@@ -541,7 +265,7 @@ def copy_from_main(module: nn.Module) -> None:
     """Gives all processes the weights and buffers of process 0, whatever the differences between
     machines.
     """
-    if _group is not None:
+    if group is not None:
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
         data = bytes_from_main(lambda: safetensors.torch.save(tensors))
         module.load_state_dict(safetensors.torch.load(data))
@@ -552,7 +276,7 @@ def parallel(flow: nn.Module) -> nn.Module:
 
     All processes call this with the same weights.
     """
-    if _group is None:
+    if group is None:
         return flow
     barrier()
     # torch has a new name for broadcast_buffers and warns about the old one.
@@ -562,7 +286,7 @@ def parallel(flow: nn.Module) -> nn.Module:
 
 def average(tensor: Tensor) -> None:
     """Replaces a tensor, on any device, by its mean over all processes."""
-    if _group is not None:
+    if group is not None:
         dist.all_reduce(tensor)
         tensor /= world()
 

@@ -258,7 +258,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(size)
 
 
-LONGEST_NAME = 255  # bytes, of a file or folder
+MAX_NAME_BYTES = 255  # of a file or folder
 DEEPEST = 100  # folders in each other
 
 
@@ -283,9 +283,9 @@ def check_names(names: Iterable[str]) -> None:
             raise ValueError(f"{shown(name)} is in more than {DEEPEST - 1} folders")
         if "\0" in name or os.name == "nt" and any(c in name for c in '\\:*?"<>|'):
             raise ValueError(f"{shown(name)} has a character that no file name can have")
-        if any(len(_file_system_bytes(part)) > LONGEST_NAME for part in parts):
+        if any(len(_file_system_bytes(part)) > MAX_NAME_BYTES for part in parts):
             raise ValueError(
-                f"{shown(name)} is longer than the {LONGEST_NAME} bytes that a file name can have"
+                f"{shown(name)} is longer than the {MAX_NAME_BYTES} bytes that a file name can have"
             )
         for i in range(1, len(parts)):
             folder = "/".join(parts[:i])

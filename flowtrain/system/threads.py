@@ -8,7 +8,7 @@ import joblib
 import psutil
 import torch
 
-LOOK = 0.1  # seconds for which the cores are watched
+LOOK_SECONDS = 0.1  # for which the cores are watched
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def free_cores() -> float:
 
     The limits are those of the process (affinity) and of its container (cgroup quota).
     """
-    busy: list[float] = psutil.cpu_percent(LOOK, percpu=True)
+    busy: list[float] = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
     if hasattr(os, "sched_getaffinity"):
         mine = os.sched_getaffinity(0)
         busy = [percent for core, percent in enumerate(busy) if core in mine] or busy

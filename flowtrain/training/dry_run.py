@@ -47,9 +47,9 @@ class Compute:
     addition are two. What `train.memory` computes again is not counted.
     """
 
-    image: float  # the likelihood of one image, given its class if the model has classes
+    image_flops: float  # the likelihood of one image, given its class if the model has classes
     conditioners: float  # the share of conditioners in that, 0 to 1
-    step: float  # a training step
+    step_flops: float  # a training step
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ class Activations:
     """What a mode of `train.memory` needs, beside what a run needs in any mode."""
 
     mode: Mode
-    needed: float  # bytes at the configured batch size
+    needed_bytes: float  # at the configured batch size
     largest_batch: int  # that would fit
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """What a run needs beside activations, and them in each mode."""
 
-    fixed: int  # weights, gradients, the average of the weights and the optimizer's state
-    available: int  # to this process
-    copy: int  # the copy of a checkpoint that is written while training goes on, on the host
+    fixed_bytes: int  # weights, gradients, the average of the weights and the optimizer's state
+    available_bytes: int  # to this process
+    copy_bytes: int  # the copy of a checkpoint that is written while training goes on, on the host
     modes: list[Activations]
 
 
@@ -114,9 +114,9 @@ class Cost:
     parameters: dict[str, int]  # by class of module, the largest number first
     compute: Compute
     memory: Memory
-    seconds: float | None  # per step; None where a batch would not fit into memory
+    step_seconds: float | None  # None where a batch would not fit into memory
     images: int  # per step, of all processes
-    compiling: float | None = None  # seconds before the first step; None where nothing is compiled
+    compile_seconds: float | None = None  # before the first step; None where nothing is compiled
 
 
 def dry_run(config: Config, device: torch.device) -> Cost:

@@ -13,7 +13,7 @@ from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet, Split, fingerprint_of
 from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
-from flowtrain.system import distributed
+from flowtrain.system import distributed, torchrun
 from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
 from flowtrain.training import loggers
 from flowtrain.training.delayed_metrics import DelayedMetrics, StepMetrics
@@ -101,7 +101,7 @@ def fit(
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
             )
             with (
-                distributed.losing_a_process(advice),
+                torchrun.losing_a_process(advice),
                 contextlib.closing(batches),
                 ProgressBar("training", seconds_between_lines=math.inf) as bar,
             ):

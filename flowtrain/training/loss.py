@@ -44,7 +44,7 @@ def require_possible(flow: Flow, train: Train, device: torch.device) -> None:
     if train.cuda_graph and device.type != "cuda":
         raise UserError(f"train.cuda_graph: needs a CUDA device, and this run is on {device.type}")
     directions = directions_of(train.memory)
-    loops = [name for name in directions if name in flow.bijection.loops()]
+    loops = [name for name in directions if name in flow.bijection.untraceable_directions()]
     if loops and (train.compile == "step" or train.cuda_graph):
         key = "train.compile: step" if train.compile == "step" else "train.cuda_graph: true"
         advice = "" if "forward" in loops else ", or another train.memory"
@@ -119,7 +119,7 @@ def layer_compiler(train: Train) -> Compiler:
         fast = torch.compile(function, fullgraph=True, dynamic=False)
 
         def run(layer: Bijection, *arguments: Any) -> Any:
-            suits = layer.has_network and not set(directions) & set(layer.loops())
+            suits = layer.has_network and not set(directions) & set(layer.untraceable_directions())
             return (fast if suits else function)(layer, *arguments)
 
         return run

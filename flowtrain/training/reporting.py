@@ -84,7 +84,7 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     flow, seed = state.ema_flow, state.config.seed
     try:
         labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
-        samples = decode(flow, flow.place(z), labels=labels, context=contexts)
+        samples = decode(flow, flow.latents_of_classes(z), labels=labels, context=contexts)
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")

@@ -30,8 +30,8 @@ from flowtrain.system.files import (
 from flowtrain.training import loggers
 from flowtrain.training.loggers import Logger
 
-LONGEST_SUMMARY = 2**20  # bytes
-LONGEST_OWNER = 100  # bytes of `.lock`
+MAX_SUMMARY_BYTES = 2**20
+MAX_OWNER_BYTES = 100  # of `.lock`
 
 
 class RunDirectory:
@@ -143,7 +143,7 @@ class RunDirectory:
     def _in_use(self, name: Path) -> UserError:
         owner = "unknown"
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            owner = cut(read_regular(name, LONGEST_OWNER).decode()) or owner
+            owner = cut(read_regular(name, MAX_OWNER_BYTES).decode()) or owner
         return UserError(
             f"--run-dir {self.path}: in use by another process (pid {owner}); "
             "wait for it, stop it, or choose another directory"
@@ -327,7 +327,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty if it is missing or damaged."""
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads(read_regular(self.path / "summary.json", LONGEST_SUMMARY))
+            content = json.loads(read_regular(self.path / "summary.json", MAX_SUMMARY_BYTES))
             if isinstance(content, dict):
                 return content
         return {}

@@ -68,6 +68,7 @@ LAYERS = {
 @pytest.fixture(params=LAYERS)
 def layer(request):
     make, shape, of_context = LAYERS[request.param]
+    torch.manual_seed(0)
     made = perturb(make(), 0.4).double()
     return made, torch.randn(6, *shape, generator=seeded()).double(), of_context
 

@@ -596,7 +596,8 @@ def test_scores(run, tmp_path):
     )
     rows = list(csv.DictReader((tmp_path / "new" / "folder" / "scores.csv").open()))
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
-    assert [int(r["index"]) for r in rows] == list(range(9))
+    places = [int(r["index"]) for r in rows]  # a sample, as data may be sorted by class
+    assert len(places) == 9 and places == sorted(set(places)) != list(range(9))
     assert np.mean([float(r["bits_per_dim"]) for r in rows]) == pytest.approx(
         values["bits_per_dim"], abs=1e-12
     )

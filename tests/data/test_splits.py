@@ -77,7 +77,7 @@ def test_equal_images_are_in_one_split(tmp_path):
     }  # fmt: skip
     assert len(set().union(*found.values())) == sum(len(set(images)) for images in found.values())
     assert data.fingerprint["duplicates"] == 90
-    assert data.equal_to_training(data.split("test"), 20) == 0
+    assert data.equal_to_training(data.split("test")) == 0
 
 
 def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp_path):
@@ -88,8 +88,8 @@ def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp
     assert len(test) == 40  # none is moved
     trained = set(data.split("train").indices.tolist())
     for count in (40, 15):
-        assert data.equal_to_training(test, count) == len(trained & set(range(count)))
-    assert data.equal_to_training(data.split("validation"), 50) == 0
+        assert data.equal_to_training(test.at(slice(count))) == len(trained & set(range(count)))
+    assert data.equal_to_training(data.split("validation")) == 0
     assert "duplicates" not in data.fingerprint
 
 
@@ -106,14 +106,14 @@ def test_the_splits_of_real_data_are_as_ever(name):
     validation = data.config.validation
     assert np.array_equal(split.indices, hold_out(count, validation, data.config.split_seed)[1])
     assert "duplicates" not in data.fingerprint
-    assert data.equal_to_training(data.split("test"), 10000) == 0
+    assert data.equal_to_training(data.split("test")) == 0
 
 
 def test_training_images_that_are_not_at_hand_are_not_read(tmp_path):
     section = npz(tmp_path / "a.npz", train=40)
     data = data_set(section)
     data.train_images = dataclasses.replace(data.train_images, at_hand=lambda: False)
-    assert data.equal_to_training(data.split("test"), 4) is None
+    assert data.equal_to_training(data.split("test")) is None
 
 
 def test_nothing_is_read_before_a_split_is_asked_for(tmp_path):
@@ -163,7 +163,7 @@ def test_mapped_images_are_split_like_those_in_memory(tmp_path, monkeypatch, own
         both = [data.split(name).take(slice(None)) for data in (mapped, read)]
         assert torch.equal(*both) and isinstance(mapped.split(name).pixels, Mapped)
     test = mapped.split("test")
-    assert mapped.equal_to_training(test, 9) == read.equal_to_training(read.split("test"), 9)
+    assert mapped.equal_to_training(test) == read.equal_to_training(read.split("test"))
     assert mapped.fingerprint.keys() == read.fingerprint.keys()
     monkeypatch.setattr(Mapped, "__getitem__", lambda *args: pytest.fail("read again"))
     assert data_set(section).fingerprint == mapped.fingerprint

@@ -159,10 +159,8 @@ def test_batch_size_does_not_matter(glow, batch_size, samples):
 
 def test_the_number_of_images_and_the_split_do_not_change_an_images_score(glow):
     every = score(glow, a_split()).log_prob
-    torch.testing.assert_close(
-        score(glow, a_split(), num_images=10).log_prob, every[:10], rtol=1e-6, atol=0
-    )
-    assert len(score(glow, a_split(), num_images=1000).log_prob) == 100
+    ten = score(glow, a_split().at(np.arange(10))).log_prob
+    torch.testing.assert_close(ten, every[:10], rtol=1e-6, atol=0)
 
 
 def test_one_seed_gives_one_figure(glow):

@@ -55,7 +55,7 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level(prior):
 
 
 def test_draws_of_a_class(prior):
-    draws = prior.place(
+    draws = prior.latents_of_classes(
         torch.randn(20_000, 10, generator=seeded()), torch.full((20_000,), 1)
     ).detach()
     mean, scale = draws[:, 6:].mean(0), draws[:, 6:].std(0)
@@ -108,7 +108,9 @@ def test_images_come_back_and_samples_have_a_class(model):
     with pytest.raises(ValueError, match="classes in 0..2, got .3."):
         flow.sample(1, labels=torch.tensor([3]))
     with pytest.raises(ValueError, match="not class-conditional"):
-        build_flow(a_config("nice"), SHAPE, 256).place(torch.zeros(1, 16), torch.tensor([0]))
+        build_flow(a_config("nice"), SHAPE, 256).latents_of_classes(
+            torch.zeros(1, 16), torch.tensor([0])
+        )
 
 
 def test_networks_that_see_the_class_give_a_distribution_for_each():
@@ -218,7 +220,7 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
     data = DataSet(config.data)
     for rank, world in [(0, 1), (1, 2)]:
         monkeypatch.setattr(
-            distributed, "_group", distributed._Group(None, rank, world) if world > 1 else None
+            distributed, "group", distributed.Group(None, rank, world) if world > 1 else None
         )
         batches = Batches(data, config, 7, torch.device("cpu"))
         for step in range(4, 16):  # over the end of the data

@@ -19,7 +19,7 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
 )
-from flowtrain.bijections.base import SetFromData
+from flowtrain.bijections.base import DataDependentInit
 from flowtrain.bijections.execution import LayerByLayer
 from flowtrain.flow.dequantize import Dequantizer, draw_noise
 from flowtrain.flow.flow import Flow, initialize
@@ -305,7 +305,7 @@ def test_an_uninitialized_model_raises(model):
     x = images(3, flow.shape)
     z = flow.encode(x)
     for layer in flow.modules():
-        if isinstance(layer, SetFromData):
+        if isinstance(layer, DataDependentInit):
             layer.initialized.fill_(False)
     flow.load_state_dict(flow.state_dict())
     for use in (

@@ -151,7 +151,7 @@ def test_every_network_sees_the_context(conditioner, kind, factor):
     """The split priors, too."""
     flow = conditional("glow", kind, factor, conditioner=conditioner)
     x = images(2, SHAPE)
-    seen = flow.seen(2, context=flow.context_of(x)).requires_grad_()
+    seen = flow.conditioning(2, context=flow.context_of(x)).requires_grad_()
     changed = []
 
     class Asking(LayerByLayer):

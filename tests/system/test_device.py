@@ -11,7 +11,7 @@ import torch.distributed as dist
 from flowtrain.cli import base
 from flowtrain.errors import UserError
 from flowtrain.system import device as devices
-from flowtrain.system import distributed, nvidia
+from flowtrain.system import distributed, nvidia, torchrun
 
 H100 = types.SimpleNamespace
 BUILT = ["sm_80", "sm_90"]
@@ -177,7 +177,7 @@ def test_nothing_is_said_where_nothing_is_unused(machine, said, monkeypatch):
     devices.mention_unused("cuda:3", torch.device("cuda:3"), [])  # chosen
     devices.mention_unused("cpu", torch.device("cpu"), [])
     devices.mention_unused("mps", torch.device("mps"), [])
-    monkeypatch.setattr(distributed, "_group", distributed._Group(dist.HashStore(), 0, 8))
+    monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 0, 8))
     devices.mention_unused("auto", torch.device("cuda:0"), [])
     assert said == []
 
@@ -189,12 +189,10 @@ def test_nothing_is_said_where_nothing_is_unused(machine, said, monkeypatch):
 def process(monkeypatch):
     """Makes this process one of several, which have answered as `others` before it."""
     joined = []
-    monkeypatch.setattr(distributed, "connect", joined.append)
+    monkeypatch.setattr(torchrun, "connect", joined.append)
 
     def become(rank, world, local_rank=None, others=()):
-        monkeypatch.setattr(
-            distributed, "_group", distributed._Group(dist.HashStore(), rank, world)
-        )
+        monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), rank, world))
         monkeypatch.setenv("LOCAL_RANK", str(rank if local_rank is None else local_rank))
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -284,14 +282,14 @@ def test_the_processes_are_joined_for_their_devices(device, backend, bound, monk
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
-    distributed.connect(torch.device(device))  # one process: nothing to join
+    torchrun.connect(torch.device(device))  # one process: nothing to join
     assert joined == []
-    monkeypatch.setattr(distributed, "_group", distributed._Group(dist.HashStore(), 2, 4))
-    distributed.connect(torch.device(device))
+    monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 2, 4))
+    torchrun.connect(torch.device(device))
     (((given,), options),) = joined
     assert given == backend and options["device_id"] == bound
     assert (options["rank"], options["world_size"]) == (2, 4)
     assert 60 <= options["timeout"].total_seconds() <= 1800
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    distributed.connect(torch.device(device))
+    torchrun.connect(torch.device(device))
     assert len(joined) == 1

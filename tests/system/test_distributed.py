@@ -39,7 +39,7 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.data.batches import Batches, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import EndedElsewhere, RunError, UserError, exit_code
-from flowtrain.system import distributed
+from flowtrain.system import distributed, torchrun
 from flowtrain.training.step import dequantization_noise
 from flowtrain.training.stop import Stop
 
@@ -257,7 +257,7 @@ def as_process(monkeypatch):
     """Makes this process one of several, as far as its share is concerned."""
 
     def become(rank, world):
-        monkeypatch.setattr(distributed, "_group", distributed._Group(None, rank, world))
+        monkeypatch.setattr(distributed, "group", distributed.Group(None, rank, world))
 
     yield become
 
@@ -573,14 +573,14 @@ def test_the_death_of_one_ends_the_others(tmp_path):
 
 SLOW_SAMPLES = """
 import time
-from flowtrain.system import distributed
+from flowtrain.system import distributed, torchrun
 from flowtrain.training import loop
 
 def sample(state, *others):
     if distributed.is_main() and state.progress.step == 1:
         time.sleep(4)
 
-loop.sample, distributed.COLLECTIVE_SECONDS = sample, 3
+loop.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
 """
 
 
@@ -592,8 +592,8 @@ def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
 
 
 SOON = """
-from flowtrain.system import distributed, heartbeat
-heartbeat.INTERVAL_SECONDS, heartbeat.TIMEOUT_SECONDS, distributed.GRACE_SECONDS = 0.1, 3, 1
+from flowtrain.system import heartbeat, torchrun
+heartbeat.INTERVAL_SECONDS, heartbeat.TIMEOUT_SECONDS, torchrun.GRACE_SECONDS = 0.1, 3, 1
 """
 
 
@@ -747,5 +747,5 @@ def test_alone_nothing_is_shared():
     assert list(distributed.shard(7)) == list(range(7))
     flow = tiny_flow()
     assert distributed.parallel(flow) is flow
-    with distributed.setup():
-        assert distributed._group is None
+    with torchrun.setup():
+        assert distributed.group is None

@@ -54,9 +54,11 @@ def test_operations(conditioner):
     watch_modules(flow, pixel, torch.rand(1, 1, 8, 8), count)
     total = sum(operations.values())
     found = dry_run(config, CPU).compute
-    assert found.image == pytest.approx(total, rel=0.02)
+    assert found.image_flops == pytest.approx(total, rel=0.02)
     assert found.conditioners == pytest.approx(operations[True] / total, abs=0.02)
-    assert found.step == pytest.approx(3 * found.image * config.train.batch_size, rel=0.15)
+    assert found.step_flops == pytest.approx(
+        3 * found.image_flops * config.train.batch_size, rel=0.15
+    )
 
 
 def test_a_step_computes_the_class_of_each_image_alone():
@@ -67,9 +69,10 @@ def test_a_step_computes_the_class_of_each_image_alone():
         return dry_run(a_config(model), CPU)
 
     some, none = cost(10), cost(0)
-    assert some.compute.image < 1.1 * none.compute.image  # beside the first layer nothing is added
-    assert some.compute.step < 1.1 * none.compute.step
-    assert some.memory.modes[0].needed < 2 * none.memory.modes[0].needed
+    assert some.memory.modes[0].needed_bytes < 2 * none.memory.modes[0].needed_bytes
+    some, none = some.compute, none.compute
+    assert some.image_flops < 1.1 * none.image_flops  # beside the first layer nothing is added
+    assert some.step_flops < 1.1 * none.step_flops
 
 
 @pytest.mark.run  # takes long
@@ -79,7 +82,7 @@ def test_what_the_optimizer_keeps(optimizer):
     count = sum(p.numel() for p in flow.parameters())
     # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
     numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
-    assert dry_run(config, CPU).memory.fixed == pytest.approx(4 * numbers, rel=1e-3)
+    assert dry_run(config, CPU).memory.fixed_bytes == pytest.approx(4 * numbers, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
@@ -88,7 +91,7 @@ def test_what_a_step_takes(mode):
     config, flow = small(
         "model.steps=4", "model.width=128", "train.batch_size=512", f"train.memory={mode}"
     )
-    said = {each.mode: each.needed for each in dry_run(config, CPU).memory.modes}[mode]
+    said = {each.mode: each.needed_bytes for each in dry_run(config, CPU).memory.modes}[mode]
     state = State(config, ready(flow), build_optimizers(flow, config.train), None, {})
     x = images(512, (1, 8, 8), 17)
     train_step(state, x)  # makes what is made once
@@ -160,7 +163,7 @@ def test_what_a_copy_takes():
     """The weights, their average, and two averages of Adam."""
     config, flow = small("model.width=64", "train.optimizer=adam")
     count = sum(p.numel() for p in flow.parameters())
-    assert dry_run(config, CPU).memory.copy == pytest.approx(4 * 4 * count, rel=0.05)
+    assert dry_run(config, CPU).memory.copy_bytes == pytest.approx(4 * 4 * count, rel=0.05)
 
 
 @pytest.mark.run  # takes long
@@ -168,10 +171,10 @@ def test_what_does_not_fit(monkeypatch):
     """No step of the whole batch is tried."""
     monkeypatch.setattr(module, "left", lambda device: 3 * 2**20)
     cost = dry_run(small("train.batch_size=4096")[0], CPU)
-    assert cost.memory.available == 3 * 2**20 and cost.seconds is None
+    assert cost.memory.available_bytes == 3 * 2**20 and cost.step_seconds is None
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
     assert 1 <= few < 4096
-    assert dry_run(small(f"train.batch_size={few}")[0], CPU).seconds > 0
+    assert dry_run(small(f"train.batch_size={few}")[0], CPU).step_seconds > 0
 
 
 @compiles

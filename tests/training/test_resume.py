@@ -237,7 +237,7 @@ def signalled_in_a_library(*args):
         signalled(*args)
     except BaseException:
         time.sleep(60)
-loop.start, main.GRACE = {start}, 0.1
+loop.start, main.GRACE_SECONDS = {start}, 0.1
 """
 
 

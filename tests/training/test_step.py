@@ -12,7 +12,7 @@ from catalogue import SPHERE, TINY
 from fake_tensors import CPU, CUDA, Counting, fake_tensors, moved
 from helpers import a_config, images, perturb, ready, tiny_flow
 
-from flowtrain.bijections.base import SetFromData
+from flowtrain.bijections.base import DataDependentInit
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
@@ -136,7 +136,7 @@ def fake_step(monkeypatch, device, model, train, **sections):
     config = a_config(model, train={"batch_size": 4, **train}, **sections)
     flow = ready(build_flow(config, (1, 4, 4), 256))
     for layer in flow.modules():
-        if isinstance(layer, SetFromData):
+        if isinstance(layer, DataDependentInit):
             layer.require_initialized()  # waits, once
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with fake_tensors(monkeypatch):

@@ -56,7 +56,7 @@ def examine(
     noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
     random_images = flow.kind.uniform_like(x, randomness)
     levels = flow.kind.levels_per_unit(x)
-    z = flow.place(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
+    z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
     notes = Notes()
@@ -82,7 +82,7 @@ def examine(
             )
     for part, images in in_batches(z, x):
         latents = part.to(flow.device)
-        seen = flow.seen(len(latents), context=flow.context_of(images))
+        seen = flow.conditioning(len(latents), context=flow.context_of(images))
 
         def decode(
             executor: Executor, latents: Tensor = latents, seen: Context | None = seen

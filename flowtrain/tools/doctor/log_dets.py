@@ -70,7 +70,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
-            seen = one.seen(len(copies), context=one.context_of(images))
+            seen = one.conditioning(len(copies), context=one.context_of(images))
             return one.bijection.run(executor, "forward", copies, seen)
         return one.to_latents(images, copies, executor)
 

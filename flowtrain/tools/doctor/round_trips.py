@@ -39,7 +39,7 @@ def data_round_trip(
         try:
             images = x.to(one.device)
             v = one.dequantizer.middle(images, one.dtype)
-            seen = one.seen(len(v), context=one.context_of(images))
+            seen = one.conditioning(len(v), context=one.context_of(images))
             z = one.bijection(v, seen)[0]
             back = one.bijection.inverse(z, seen)[0]
             again = one.bijection(back, seen)[0]
@@ -63,7 +63,7 @@ def latent_round_trip(
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
             start = z.to(one.device, one.dtype)
-            seen = one.seen(len(z), context=one.context_of(images))
+            seen = one.conditioning(len(z), context=one.context_of(images))
             v = one.bijection.inverse(start, seen)[0]
             back = one.bijection(v, seen)[0]
             again = one.bijection.inverse(back, seen)[0]

@@ -241,7 +241,7 @@ class Session:
             if label is None
             else torch.full((count,), label)
         )
-        return flow.place(noise, labels), labels
+        return flow.latents_of_classes(noise, labels), labels
 
     def require_count(self, count: int) -> None:
         if count > self.largest_count:

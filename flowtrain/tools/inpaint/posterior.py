@@ -200,7 +200,7 @@ def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
         x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
         if x.requires_grad:
             x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
-        terms = layer.log_probs(x, flow.seen(len(x), labels))
+        terms = layer.log_probs(x, flow.conditioning(len(x), labels))
         log_prob = (terms * counted).flatten(1).sum(dim=1)
         return log_prob, log_prob.sum()
 
@@ -227,7 +227,9 @@ def _from_latents(
     n = random.clone().requires_grad_()
 
     def images(n: Tensor, labels: Tensor | None) -> Tensor:
-        v, _ = flow.bijection.inverse(flow.place(n, labels), flow.seen(len(n), labels))
+        v, _ = flow.bijection.inverse(
+            flow.latents_of_classes(n, labels), flow.conditioning(len(n), labels)
+        )
         return flow.dequantizer.to_unit(v)
 
     def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -345,7 +347,7 @@ def _in_order_and_moved(
     s = moving.coordinates((x + uniform) / flow.levels)
     counted = (order <= last).to(flow.device)  # the others have no part in what moves
     density = _density(flow, counted)
-    redraws = _Redraws(layer, flow.seen(len(x), labels), moving, counted, randomness)
+    redraws = _Redraws(layer, flow.conditioning(len(x), labels), moving, counted, randomness)
     found = _moved(flow, density, moving, s, effort, labels, randomness, progress, redraws)
     if bool((known | early).all()):
         return found
@@ -430,4 +432,4 @@ def in_order(
     def next_level(entry: Entry, index: int) -> Tensor:
         return entry.find(uniform[index])[0] if free[index] else given[index]
 
-    return layer.in_order(next_level, len(x), flow.seen(len(x), labels))
+    return layer.in_order(next_level, len(x), flow.conditioning(len(x), labels))

@@ -66,7 +66,7 @@ def test_towards_a_class():
     flow = tiny_flow("glow", (1, 4, 4), classes=3)
     prior = flow.class_prior.requires_grad_(False)
     prior.mean += 4 * torch.randn(prior.mean.shape, generator=seeded(1))
-    z = prior.place(0.1 * torch.randn(1, 16, generator=seeded()), torch.tensor([2]))
+    z = prior.latents_of_classes(0.1 * torch.randn(1, 16, generator=seeded()), torch.tensor([2]))
     assert prior.by_class(z).argmax() == 2
     assert torch.equal(towards_class(prior, z, 1, 0.0), z)
     end = towards_class(prior, z, 1, 1.0)
