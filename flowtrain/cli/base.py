@@ -270,7 +270,7 @@ class ModelOptions:
     trust_code: TrustOption = False
     device: DeviceOption = "auto"
 
-    def load(self, conditional: bool = False) -> "LoadedModel":
+    def load_model(self, conditional: bool = False) -> "LoadedModel":
         """Loads it, as `load` does."""
         return load(self.model, self.device, self.weights, self.trust_code, conditional)
 

@@ -58,7 +58,7 @@ def encode(
         raise UserError("--images: give either these, or --data and --split")
     if not images and dataset is None and split is None:
         raise UserError("give the images: --images FILE|FOLDER, --split test, or --data NAME")
-    loaded = options.load()
+    loaded = options.load_model()
     classes = None
     if images:
         names, x = encoding.named_images(images, loaded, num_images)

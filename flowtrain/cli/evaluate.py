@@ -77,7 +77,7 @@ def evaluate(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = options.load(conditional=True)
+    loaded = options.load_model(conditional=True)
     mention_unused(options.device, loaded.flow.device)
     data = options.data(loaded, dataset)
     if data.undivided and split is not None:

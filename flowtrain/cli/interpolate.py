@@ -129,7 +129,7 @@ def interpolate(
 
     suffix = check_suffix(out, (".png", ".gif"))
     _check(files, from_class, to_class, along, strength, image)
-    loaded = options.load()
+    loaded = options.load_model()
     path = output(out, loaded, "interpolate.png", "--out")
     flow = loaded.flow
     data = options.data(loaded)

@@ -123,7 +123,7 @@ def sample(
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = _whole_numbers("--classes", classes) if classes is not None else []
-    loaded = options.load(conditional=True)
+    loaded = options.load_model(conditional=True)
     path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
     needs_data = flow.levels is None or (flow.image_context is not None and image is None)

@@ -2,19 +2,12 @@
 .npz file, or in a folder of .npy files. All but x_train are optional.
 """
 
-import contextlib
 import functools
 import logging
 import math
-import os
 import re
-import struct
-import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -36,41 +29,15 @@ from flowtrain.datasets.mapped import (
     channels_first,
     piece,
 )
-from flowtrain.errors import RunError, UserError, cut, short
-from flowtrain.system.arrays import array_of, header_of
-from flowtrain.system.files import open_regular
+from flowtrain.errors import UserError, cut, short
+from flowtrain.system.arrays import ONLY, ArrayFile, Stored
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
 
 KEYS = ("x_train", "x_test", "y_train", "y_test")
 MAPPED = 2**26  # bytes; arrays that are at least as large are mapped
-LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip: its signature, lengths of name and of extras
-
-
-@dataclass(frozen=True)
-class _Array:
-    """An array in a file, described by its header.
-
-    key: Its name in an .npz file. None for an .npy file.
-    bytes: That are there for the values.
-    offset: Where the values begin in the file. None if they are compressed.
-    crc: The checksum of the header and the values, in a zip.
-    """
-
-    path: Path
-    key: str | None
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[np.generic]
-    bytes: int
-    offset: int | None
-    header: int  # bytes of the header before the values
-    crc: int | None = None
-
-    @property
-    def where(self) -> str:
-        return f"data.path: {f'{self.key} in ' if self.key else ''}{self.path}"
+KEY = "data.path: "  # before messages
 
 
 def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout = "nhwc") -> Images:
@@ -125,7 +92,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
         if mapped:
             remembered()  # it notices damage
             return Mapped([_piece(each, layout) for each in x])
-        each = [channels_first(_values(array), layout) for array in x]
+        each = [channels_first(array.file.values(array.name), layout) for array in x]
         return contiguous(np.concatenate(each) if len(each) > 1 else each[0])
 
     def rows() -> np.ndarray:
@@ -134,7 +101,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 
     def labels() -> np.ndarray:
         assert y is not None
-        parts = [_values(each) for each in y]
+        parts = [each.file.values(each.name) for each in y]
         count = counts[f"x_{part}"]
         if any(v.dtype.kind not in "iu" for v in parts) or sum(v.size for v in parts) != count:
             shown = ", ".join(f"{v.dtype} of shape {v.shape}" for v in parts)
@@ -157,35 +124,29 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 # --- what a path has ------------------------------------------------------------------------------
 
 
-def _arrays(path: Path) -> dict[str, list[_Array]]:
+def _arrays(path: Path) -> dict[str, list[Stored]]:
     """The arrays at a path, by name. The parts of an array in a folder are in order."""
     if path.is_dir():
         return _arrays_of_folder(path)
-    if path.suffix.lower() == ".npy":
-        return {"x_train": [_of_npy(path)]}
-    with _opened(path) as file, _zip(path, file) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        for key in KEYS:
-            if names.count(key) > 1:
-                raise UserError(
-                    f"data.path: {path} has {names.count(key)} arrays {key}: save it again with one"
-                )
-        known = {key: [_of_member(path, file, archive, key)] for key in KEYS if key in names}
-        return known or {name: [] for name in names}
+    file = ArrayFile(path, KEY)
+    if file.names == [ONLY]:
+        return {"x_train": [file.header(ONLY)]}
+    known = {key: [file.header(key)] for key in KEYS if key in file.names}
+    return known or {name: [] for name in file.names}
 
 
-def _arrays_of_folder(folder: Path) -> dict[str, list[_Array]]:
+def _arrays_of_folder(folder: Path) -> dict[str, list[Stored]]:
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise UserError(f"data.path: {folder} cannot be listed ({short(error)})") from None
-    found: dict[str, list[_Array]] = {}
+    found: dict[str, list[Stored]] = {}
     for name in sorted((n for n in names if n[0] != "." and n.endswith(".npy")), key=_natural):
         key = next((key for key in KEYS if name.startswith(key)), None)
         if key is None:
             found.setdefault(name, [])
         else:
-            found.setdefault(key, []).append(_of_npy(folder / name))
+            found.setdefault(key, []).append(ArrayFile(folder / name, KEY).header(ONLY))
     return found
 
 
@@ -194,42 +155,19 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(w), w) if w.isdigit() else (-1, w) for w in re.split(r"([0-9]+)", name)]
 
 
-def _of_npy(path: Path) -> _Array:
-    with _opened(path) as file, _reading(f"data.path: {path}"):
-        shape, fortran, dtype = header_of(file)
-        offset = file.tell()
-        there = os.fstat(file.fileno()).st_size - offset
-        return _Array(path, None, shape, fortran, dtype, there, offset, offset)
-
-
-def _of_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, key: str) -> _Array:
-    with _reading(f"data.path: {key} in {path}"):
-        info = archive.getinfo(f"{key}.npy")
-        with archive.open(info) as member:
-            shape, fortran, dtype = header_of(member)
-            header = member.tell()
-        offset = None
-        if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
-            file.seek(info.header_offset)
-            _, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-            offset = info.header_offset + LOCAL_HEADER.size + name + extra + header
-        there = info.file_size - header
-        return _Array(path, key, shape, fortran, dtype, there, offset, header, info.CRC)
-
-
-def _counted(parts: list[_Array], layout: Layout) -> tuple[int, Shape]:
+def _counted(parts: list[Stored], layout: Layout) -> tuple[int, Shape]:
     """N and (C, H, W) of the images in the parts of an array."""
     counted = [_shape(each, layout) for each in parts]
     for each, (_, shape) in zip(parts, counted, strict=True):
         if shape != counted[0][1]:
             raise UserError(
-                f"{each.where} has images of {_by(shape)}, and {parts[0].path.name} of "
+                f"{each.where} has images of {_by(shape)}, and {parts[0].file.path.name} of "
                 f"{_by(counted[0][1])}: they have to be of one size"
             )
     return sum(count for count, _ in counted), counted[0][1]
 
 
-def _shape(array: _Array, layout: Layout) -> tuple[int, Shape]:
+def _shape(array: Stored, layout: Layout) -> tuple[int, Shape]:
     """N and (C, H, W) of an array, from its header alone."""
     where, shape = array.where, array.shape
     if array.dtype != np.uint8:
@@ -264,7 +202,7 @@ def _shape(array: _Array, layout: Layout) -> tuple[int, Shape]:
     return n, (image[0], image[1], image[2])
 
 
-def _require_memory(parts: list[_Array], layout: Layout) -> None:
+def _require_memory(parts: list[Stored], layout: Layout) -> None:
     """Raises `UserError` for an array that takes more than half of the memory."""
     from flowtrain.system import capacity  # imports torch
 
@@ -281,48 +219,37 @@ def _require_memory(parts: list[_Array], layout: Layout) -> None:
 # --- the values -----------------------------------------------------------------------------------
 
 
-def _values(array: _Array) -> np.ndarray:
-    """The values of an array, in memory."""
-    with _opened(array.path) as file, _reading(array.where):
-        if array.key is None:
-            return array_of(file)
-        with _zip(array.path, file) as archive, archive.open(f"{array.key}.npy") as member:
-            values = array_of(member)
-            member.read(1)  # at the end of the member, zipfile compares its checksum
-            return values
-
-
-def _piece(array: _Array, layout: Layout) -> Piece:
+def _piece(array: Stored, layout: Layout) -> Piece:
     """The images of an array, mapped."""
     assert array.offset is not None
-    with _opened(array.path) as file, _reading(array.where):
-        return piece(array.path, file, array.offset, array.shape, array.fortran, layout)
+    with array.file.opened(array.name) as file:
+        return piece(array.file.path, file, array.offset, array.shape, array.fortran, layout)
 
 
-def _digests(parts: list[_Array], layout: Layout) -> np.ndarray:
+def _digests(parts: list[Stored], layout: Layout) -> np.ndarray:
     """What `base.digests` gives for the images of mapped arrays. It is remembered by path, size and
     time of the files. Raises `UserError` if the checksum of a zip is wrong.
     """
     names: list[str] = [layout]
     for each in parts:
-        status = each.path.stat()
-        names += map(str, (each.path.resolve(), status.st_size, status.st_mtime_ns, each.offset))
+        path, status = each.file.path.resolve(), each.file.path.stat()
+        names += map(str, (path, status.st_size, status.st_mtime_ns, each.offset))
     known = cache.place() / "digests" / cache.key_of(["1", *names])
 
     def verify() -> None:
-        log.info("reading all images of %s, once, to find equal ones", parts[0].path)
+        log.info("reading all images of %s, once, to find equal ones", parts[0].file.path)
         for each in parts:
             if each.crc is not None:
                 _verify(each)
 
     images = Mapped([_piece(each, layout) for each in parts])
-    return cache.digests(known, images, str(parts[0].path), verify)
+    return cache.digests(known, images, str(parts[0].file.path), verify)
 
 
-def _verify(array: _Array) -> None:
+def _verify(array: Stored) -> None:
     assert array.offset is not None
     left, crc = array.header + array.bytes, 0
-    with _opened(array.path) as file, _reading(array.where):
+    with array.file.opened(array.name) as file:
         file.seek(array.offset - array.header)
         while left:
             read = file.read(min(left, HASHED))
@@ -331,50 +258,6 @@ def _verify(array: _Array) -> None:
             crc, left = zlib.crc32(read, crc), left - len(read)
         if crc != array.crc:
             raise ValueError(f"bad CRC-32 {crc:08x}")
-
-
-# --- files from outside ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        file = open_regular(path)
-    except FileNotFoundError:
-        raise UserError(f"data.path: there is no file {path}") from None
-    except OSError as error:
-        raise UserError(f"data.path: {path} cannot be opened ({short(error)})") from None
-    with file:
-        yield file
-
-
-@contextlib.contextmanager
-def _zip(path: Path, file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(file)
-    except MemoryError:
-        raise
-    except Exception:  # a damaged directory of the archive makes zipfile raise almost anything
-        raise UserError(
-            f"data.path: {path} is not an .npz file, or is cut short: save it again with np.savez"
-        ) from None
-    with archive:
-        yield archive
-
-
-@contextlib.contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Whatever goes wrong with the content of a file becomes one message."""
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except MemoryError:
-        raise UserError(f"{where} does not fit into memory") from None
-    except Exception as error:  # damaged bytes make zipfile, numpy and the codecs raise anything
-        raise UserError(
-            f"{where} is damaged or not a plain array ({short(error)}): copy or save the file again"
-        ) from None
 
 
 def _by(shape: Shape) -> str:

@@ -7,6 +7,7 @@ caller expects, and its size with the memory.
 import contextlib
 import math
 import os
+import struct
 import sys
 import warnings
 import zipfile
@@ -30,36 +31,72 @@ KINDS = {
 TEXT_BYTES = 100  # that a text takes in a list of Python, beside its characters
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of an array: its shape, its type, and how many bytes are there for it."""
+LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip: its signature, lengths of name and of extras
 
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file, described by its header.
+
+    where: File and name, for messages.
+    fortran: Whether the first axis varies fastest.
+    bytes: That are there for the values.
+    header: Bytes of the header before the values.
+    offset: Where the values begin in the file. None if they are compressed.
+    crc: The checksum of the header and the values, in a zip.
+    """
+
+    file: "ArrayFile"
+    name: str
+    where: str
     shape: tuple[int, ...]
+    fortran: bool
     dtype: np.dtype[np.generic]
     bytes: int
+    header: int
+    offset: int | None
+    crc: int | None
 
 
 class ArrayFile:
     """The arrays of an .npz file by name, or the one of an .npy file, named `ONLY`.
 
-    Raises `UserError` that names the file where it cannot be read as one of the two.
+    Raises `UserError` that names the file, after `key`, where it cannot be read as one of the two.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, key: str = ""):
+        self.path, self.key = path, key
         self.names = [ONLY]
         with self._opened() as file:
             if not _is_npy(file):
                 with self._zip(file) as archive:
                     self.names = [name.removesuffix(".npy") for name in archive.namelist()]
         if len(set(self.names)) < len(self.names):
-            raise UserError(f"{path}: two of its arrays have one name")
+            raise UserError(f"{key}{path}: two of its arrays have one name")
 
-    def header(self, name: str) -> Header:
+    def header(self, name: str) -> Stored:
         """What the file says of an array. Raises `UserError` where there is none, or is damaged."""
-        with self._member(name) as (member, size):
-            shape, _, dtype = header_of(member)
-            return Header(shape, dtype, size - member.tell())
+        with self._member(name) as (file, member, info):
+            shape, fortran, dtype = header_of(member)
+            header, offset, crc = member.tell(), None, None
+            if info is None:
+                size, offset = os.fstat(file.fileno()).st_size, header
+            else:
+                size, crc = info.file_size, info.CRC
+                if info.compress_type == zipfile.ZIP_STORED and info.compress_size == size:
+                    file.seek(info.header_offset)
+                    _, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+                    offset = info.header_offset + LOCAL_HEADER.size + sum(lengths) + header
+        where = self._where(name)
+        values = size - header
+        return Stored(self, name, where, shape, fortran, dtype, values, header, offset, crc)
+
+    def values(self, name: str) -> np.ndarray:
+        """An array of any shape and type. Raises `UserError` where it is missing or damaged."""
+        with self._member(name) as (_, member, _info):
+            values = array_of(member)
+            member.read(1)  # at the end of a member, zipfile compares its checksum
+            return values
 
     def read(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """An array whose type is of one of the `kinds` of numpy: "f", "iu" or "U".
@@ -89,47 +126,53 @@ class ArrayFile:
             raise UserError(f"{where} is damaged: it has {header.bytes} bytes, not {size}")
         texts = TEXT_BYTES * math.prod(header.shape) if header.dtype.kind == "U" else 0
         capacity.require(2 * size + texts, f"{where} needs")
-        with self._member(name) as (member, _):
-            # With the last byte of a member, zipfile compares its checksum.
-            values = array_of(member)
+        values = self.values(name)
         if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
             # Python makes no text of such a number, and fails without saying why.
             raise UserError(f"{where} is damaged: it has a character that does not exist")
         return values
 
     def _where(self, name: str) -> str:
-        return f"{self.path}: {cut(name)}"
+        return f"{self.key}{self.path}" + ("" if name == ONLY else f": {cut(name)}")
 
     @contextlib.contextmanager
-    def _member(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
-        """An array as an .npy file, and the bytes of that file."""
-        if name not in self.names:
-            there = ", ".join(sorted(self.names)) or "nothing"
-            raise UserError(f"{self.path}: it has no array {name} (it has {cut(there)})")
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file. Whatever goes wrong with its content is told as a fault of this array."""
         with self._opened() as file:
             try:
-                if name == ONLY:
-                    yield file, os.fstat(file.fileno()).st_size
-                    return
-                with self._zip(file) as archive:
-                    info = archive.getinfo(f"{name}.npy")
-                    with archive.open(info) as member:
-                        yield member, info.file_size
-            except (UserError, RunError, MemoryError):
+                yield file
+            except (UserError, RunError):
                 raise
+            except MemoryError:
+                raise UserError(f"{self._where(name)} does not fit into memory") from None
             except Exception as error:  # damaged bytes make zipfile and numpy raise anything
                 raise UserError(
                     f"{self._where(name)} is damaged or not a plain array ({short(error)})"
                 ) from None
 
     @contextlib.contextmanager
+    def _member(self, name: str) -> Iterator[tuple[BinaryIO, IO[bytes], zipfile.ZipInfo | None]]:
+        """The file, an array in it as an .npy file, and what a zip says of that."""
+        if name not in self.names:
+            there = ", ".join(sorted(self.names)) or "nothing"
+            raise UserError(f"{self.key}{self.path}: it has no array {name} (it has {cut(there)})")
+        with self.opened(name) as file:
+            if name == ONLY:
+                yield file, file, None
+                return
+            with self._zip(file) as archive:
+                info = archive.getinfo(f"{name}.npy")
+                with archive.open(info) as member:
+                    yield file, member, info
+
+    @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         try:
             file = open_regular(self.path)
         except FileNotFoundError:
-            raise UserError(f"{self.path}: there is no such file") from None
+            raise UserError(f"{self.key}{self.path}: there is no such file") from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be opened ({short(error)})") from None
+            raise UserError(f"{self.key}{self.path}: cannot be opened ({short(error)})") from None
         with file:
             yield file
 
@@ -140,7 +183,9 @@ class ArrayFile:
         except MemoryError:
             raise
         except Exception:  # a damaged directory of the archive makes zipfile raise almost anything
-            raise UserError(f"{self.path}: is not an .npz or .npy file, or is cut short") from None
+            raise UserError(
+                f"{self.key}{self.path}: is not an .npz or .npy file, or is cut short"
+            ) from None
         with archive:
             yield archive
 

@@ -85,9 +85,9 @@ GOOD = noise(9, 8, 8, 3)
     [
         ({"x": GOOD, "y": GOOD}, {}, r"no array x_train \(it has x, y\).*np.savez"),
         ({"x_test": GOOD}, {}, r"no array x_train \(it has x_test\)"),
-        ({"x_train": GOOD / 255}, {}, r"x_train in .*a.npz has the type float64, not uint8"),
-        ({"x_train": GOOD.astype(object)}, {}, r"x_train in .* has the type object"),
-        ({"x_train": GOOD, "x_test": GOOD / 255}, {}, r"x_test in .*float64"),
+        ({"x_train": GOOD / 255}, {}, r"a.npz: x_train has the type float64, not uint8"),
+        ({"x_train": GOOD.astype(object)}, {}, r"x_train has the type object"),
+        ({"x_train": GOOD, "x_test": GOOD / 255}, {}, r"x_test has the type float64"),
         ({"x_train": GOOD.reshape(9, -1)}, {}, r"x_train .*shape \(9, 192\): images are"),
         ({"x_train": GOOD[None]}, {}, r"x_train .*shape \(1, 9, 8, 8, 3\): images are"),
         ({"x_train": np.uint8(3)}, {}, r"x_train .*shape \(\): images are"),
@@ -118,9 +118,6 @@ def broken(kind, path):
         path.write_text("hello")
     elif kind == "empty":
         path.write_bytes(b"")
-    elif kind == "npy":
-        with path.open("wb") as file:
-            np.save(file, GOOD)
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:-500])
     elif kind in ("bytes", "deflate"):
@@ -136,16 +133,15 @@ def broken(kind, path):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("missing", r"there is no file"),
+        ("missing", r"there is no such file"),
         ("folder", r"has no array x_train \(it has nothing\).*x_train.npy"),
-        ("text", r"not an .npz file, or is cut short"),
-        ("empty", r"not an .npz file, or is cut short"),
-        ("npy", r"not an .npz file"),
-        ("cut", r"not an .npz file, or is cut short"),
-        ("bytes", r"x_train in .* damaged .*CRC"),
-        ("deflate", r"x_train in .* damaged"),
-        ("short", r"x_train in .* is damaged"),
-        ("header", r"x_train in .* is damaged or not a plain array"),
+        ("text", r"not an .npz or .npy file, or is cut short"),
+        ("empty", r"not an .npz or .npy file, or is cut short"),
+        ("cut", r"not an .npz or .npy file, or is cut short"),
+        ("bytes", r"x_train is damaged .*CRC"),
+        ("deflate", r"x_train is damaged"),
+        ("short", r"x_train is damaged"),
+        ("header", r"x_train is damaged or not a plain array"),
     ],
 )
 def test_npz_damage(tmp_path, kind, message):
@@ -191,7 +187,7 @@ def test_npz_with_two_arrays_of_a_name(tmp_path):
             np.save(buffer, noise(9, 4, 4))
             with pytest.warns(UserWarning, match="Duplicate") if seed else contextlib.nullcontext():
                 archive.writestr("x_train.npy", buffer.getvalue())
-    with pytest.raises(UserError, match=r"a.npz has 2 arrays x_train"):
+    with pytest.raises(UserError, match=r"a.npz: two of its arrays have one name"):
         npz.build(tmp_path, "train", path=path)
 
 
@@ -212,12 +208,12 @@ def claiming(path: Path, size: int) -> Path:
 @pytest.mark.parametrize("size", [10**11, 10**14])
 def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
     path = claiming(tmp_path / "a.npz", size)
-    wanted = rf"x_train in .*a.npz takes {size / 2**30:.1f} GiB, more than half of the memory"
+    wanted = rf"a.npz: x_train takes {size / 2**30:.1f} GiB, more than half of the memory"
     with pytest.raises(UserError, match=wanted):
         npz.build(tmp_path, "train", path=path)
     # On a machine that has so much, the array is not allocated, or the missing bytes are noticed.
     monkeypatch.setattr(capacity, "total", lambda: 2**60)
-    with pytest.raises(UserError, match="x_train in .* (does not fit into memory|is damaged)"):
+    with pytest.raises(UserError, match="x_train (does not fit into memory|is damaged)"):
         npz.build(tmp_path, "train", path=path).read()
 
 
@@ -344,7 +340,7 @@ def test_a_mapped_array_that_is_damaged(tmp_path, mapped, form):
     file = path / "x_train-11.npy" if form == "shards" else path
     if form == "npz":
         corrupt(file)
-        with pytest.raises(UserError, match=r"x_train in .*a.npz is damaged .*bad CRC-32"):
+        with pytest.raises(UserError, match=r"a.npz: x_train is damaged .*bad CRC-32"):
             npz.build(tmp_path, "train", path=path).read()
         return
     corrupt(file)

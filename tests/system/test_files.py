@@ -317,7 +317,6 @@ OPENING = {
     "datasets/base.py": {"open"},  # what `open_regular` has opened
     "datasets/cache.py": {"open", "memmap"},  # a new file, and what `open_regular` has opened
     "datasets/imagenet.py": {"open"},  # members of archives, and new files
-    "datasets/npz.py": {"open"},  # a member of what `open_regular` has opened
     "tools/explore/server.py": {"read_bytes"},  # the package's
     "pictures/lossless.py": {"open"},  # bytes
     "tools/hub/page.py": {"read_text"},  # the package's

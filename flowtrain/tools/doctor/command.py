@@ -54,7 +54,7 @@ def doctor(
 
     require_file(json_out, "--json")
     console.stderr = json_out == "-"
-    loaded = options.load(conditional=True)
+    loaded = options.load_model(conditional=True)
     path = output(json_out, loaded, "doctor.json", "--json")
     console.print(f"examining {loaded.checkpoint.path}")
     if loaded.flow.kind.no_bits and loaded.flow.levels is not None:

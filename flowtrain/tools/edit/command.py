@@ -144,7 +144,7 @@ def attributes(
     from flowtrain.tools.edit import labels
 
     _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
-    loaded = options.load()
+    loaded = options.load_model()
     require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
         shown = name or positive[0].resolve().stem

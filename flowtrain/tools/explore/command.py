@@ -67,7 +67,7 @@ def explore(
     from flowtrain.tools.explore.session import Session
     from flowtrain.tools.explore.worker import Worker
 
-    loaded = options.load()
+    loaded = options.load_model()
     word = str(options.model or loaded.checkpoint.path)
     memory = capacity.total() // 4 if max_memory is None else max_memory * 2**20
     words = [] if options.weights is None else ["--weights", options.weights]

@@ -109,7 +109,7 @@ def inpaint(
         raise UserError("give one of --mask FILE, for missing pixels, and --factor F, to enlarge")
     one_file = out.suffix.lower() == ".npz"
     require_file(out) if one_file else require_folder(out, out)
-    loaded = options.load()
+    loaded = options.load_model()
     require_posterior(loaded.flow, label)
     effort = Effort(num_images, steps)
     require_room(loaded.flow, effort)

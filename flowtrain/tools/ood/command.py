@@ -101,7 +101,7 @@ def ood(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = options.load(conditional=True)
+    loaded = options.load_model(conditional=True)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
     collections = collect(

@@ -65,7 +65,7 @@ def report(
     from flowtrain.tools.report import report as reporting
 
     check_suffix(out, (".html",))
-    loaded = options.load(conditional=True)
+    loaded = options.load_model(conditional=True)
     path = output(out, loaded, "report.html", "--out")
     data: DataSet | str
     try:
