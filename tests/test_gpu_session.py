@@ -5,7 +5,6 @@ import json
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from helpers import REPOSITORY
 from torch.autograd import DeviceType
 
+from flowtrain.cli.configs import find_config
 from flowtrain.config import Train
 from flowtrain.training import loop
 
@@ -146,7 +146,7 @@ def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
         assert config.train.optimizer == "muon"
     names = [part.name for part in session_module.parts_of(full.plan)]
     assert len(set(names)) == len(names)
-    assert Path(REPOSITORY / "configs" / full.plan.training).exists()
+    assert find_config(full.plan.training).parent.name == "gpu"
 
 
 def test_where_the_host_waits(monkeypatch):
