@@ -15,11 +15,18 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).parents[1]
 
+
+def kernels(torch: str, one_dnn: str, mkl: str) -> dict[str, str]:
+    """What keeps torch and the libraries that it calls from newer instructions."""
+    variables = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"
+    return dict(zip(variables, (torch, one_dnn, mkl), strict=True))
+
+
 # What each adds to the best kernels of this machine, one thread, and .venv.
 ENVIRONMENTS = {
     "here": {},
-    "sse": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "sse": kernels("default", "SSE41", "SSE4_2"),
+    "avx2": kernels("avx2", "AVX2", "AVX2"),
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "threads": {"OMP_NUM_THREADS": "2"},
     "order": {"PYTEST_ADDOPTS": f"--random-order-seed={random.randrange(1000)}"},
@@ -59,7 +66,8 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         try:
-            words = [python_of(name), "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+            words = ["-m", "pytest", "-q", f"--basetemp={folder}/tests", f"--junitxml={report}"]
+            words = [python_of(name), *words, *arguments]
             code = subprocess.call(words, cwd=REPOSITORY, env=environment)
             (suite,) = ElementTree.parse(report).getroot()
         except (OSError, subprocess.CalledProcessError) as error:

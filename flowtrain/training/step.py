@@ -73,7 +73,7 @@ def _check(state: State, batch: Batch) -> float | None:
     train, images = state.config.train, len(batch[0])
     parameters = [p for p in state.flow.parameters() if p.requires_grad]
     loss = Loss(state.flow, train)(*batch) / images
-    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    expected = torch.autograd.grad(loss, parameters, materialize_grads=True)
     settings, remedy = f"train.compile={train.compile}", "set train.compile=off"
     if train.cuda_graph:
         settings += ", train.cuda_graph=true"
@@ -91,12 +91,14 @@ def _check(state: State, batch: Batch) -> float | None:
             f"{settings}: failed: {cut(reason, 300) or type(error).__name__}\n{remedy}; "
             f"compiling needs a C++ compiler such as g++ on a CPU, and a C compiler on a GPU"
         ) from error
-    found = [p.grad for p in parameters]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
     if not math.isfinite(loss.item()):
         return None
-    error_of_gradient = _distance(found, expected)
+    norm = torch.nn.utils.get_total_norm
+    difference = norm([one - other for one, other in zip(found, expected, strict=True)])
+    error_of_gradient = difference.item() / (norm(expected).item() or 1.0)
     error_of_loss = abs((found_loss - loss).item()) / max(1.0, abs(loss.item()))
     if not max(error_of_gradient, error_of_loss) <= TOLERANCE[train.precision]:
         raise RunError(
@@ -109,19 +111,6 @@ def _check(state: State, batch: Batch) -> float | None:
         f"is the same within {error_of_gradient:.0e}"
     )
     return seconds
-
-
-def _distance(found: list[Tensor | None], expected: tuple[Tensor | None, ...]) -> float:
-    """The norm of the difference, relative to that of `expected`. None stands for zeros."""
-    differences, sizes = [], []
-    for one, other in zip(found, expected, strict=True):
-        if one is not None and other is not None:
-            differences.append(one - other)
-            sizes.append(other)
-        else:
-            differences += [tensor for tensor in (one, other) if tensor is not None]
-    size = float(torch.nn.utils.get_total_norm(sizes)) if sizes else 0.0
-    return float(torch.nn.utils.get_total_norm(differences)) / (size or 1.0)
 
 
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
