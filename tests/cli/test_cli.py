@@ -239,7 +239,7 @@ def test_files_of_a_run(name):
 @pytest.mark.parametrize("name", WORDS)
 def test_metrics(name):
     rows = metrics(trained()[name])
-    common = ["step", "images", "seconds", "split", "bits_per_dim"]
+    common = ["step", "images", "seconds", "split", "loss", "bits_per_dim"]
     keys = {
         "train": [*common, "grad_norm", "lr", "images_per_second"],
         "validation": common,
