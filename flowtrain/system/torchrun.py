@@ -113,6 +113,19 @@ def _reaching_the_others() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Nothing reaches standard output. Gloo writes there in some versions of torch, such as 2.9."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def connect(device: torch.device) -> None:
     """Joins the processes for tensors on the CPU and on this device, which has been set.
 
@@ -123,7 +136,7 @@ def connect(device: torch.device) -> None:
         return
     between_gpus = {"cuda": "nccl", "xpu": "xccl"}.get(device.type)
     backend = "gloo" if between_gpus is None else f"cpu:gloo,{device.type}:{between_gpus}"
-    with _reaching_the_others():
+    with _reaching_the_others(), _no_output():
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", group.store),

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import compiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowtrain.system import random
@@ -167,6 +168,7 @@ def test_no_value_is_read_from_the_device():
     assert noise.device.type == "cuda" and noise.shape == (3, 3, 5, 5)
 
 
+@compiles
 @pytest.mark.run  # takes seconds
 def test_it_traces_in_one_graph():
     key = np.array(KEYS[2], np.uint64)
