@@ -28,7 +28,7 @@ ENVIRONMENTS = {
     "sse": kernels("default", "SSE41", "SSE4_2"),
     "avx2": kernels("avx2", "AVX2", "AVX2"),
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "threads": {"OMP_NUM_THREADS": "2"},
+    "threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
     "order": {"PYTEST_ADDOPTS": f"--random-order-seed={random.randrange(1000)}"},
     "lowest": {},  # in .venv-lowest, the lowest torch allowed
     "newest": {},  # in .venv-newest, the newest torch on the newest Python here
