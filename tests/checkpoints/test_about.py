@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_weights(run):
     evaluated(run, samples=16, bound="iwbo")
     (figure,) = about.figures(load_model(str(run), CPU))
     assert figure.likelihood == "an importance-weighted bound of 16 draws"
-    for other in ({"model": "0" * 64}, {"model": None}, {"bits_per_dim": None}):
+    for other in ({"model": "0" * 64}, {"model": None}, {"loss": None}):
         evaluated(run, **other)
         assert about.figures(load_model(str(run), CPU)) == []
 

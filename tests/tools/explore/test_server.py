@@ -201,7 +201,7 @@ def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, caps
 
     monkeypatch.setattr("flowtrain.tools.explore.session.Session", session)
     monkeypatch.setattr(serving, "serve", serve)
-    explore("glow_digits", browser=False, weights="raw", trust_code=True)
+    explore(model="glow_digits", browser=False, weights="raw", trust_code=True)
     assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
     expected = "flowtrain sample glow_digits --weights raw --trust-code"
     assert answers.command(sessions[0], "sample") == expected
