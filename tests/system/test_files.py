@@ -322,6 +322,7 @@ OPENING = {
     "tools/hub/page.py": {"read_text"},  # the package's
     "tools/report/report.py": {"read_text"},  # the package's
     "system/nvidia.py": {"open"},  # the system's
+    "system/torchrun.py": {"open"},  # the null device
     "training/run_directory.py": {"open"},  # a folder
 }
 
