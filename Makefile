@@ -57,10 +57,10 @@ docs: .venv/installed  ## write docs/configuration.md from the schema, docs/mode
 site: .venv/installed-site  ## the documentation as a site in site/html; dead links are errors
 	$(BIN)/python docs/site.py
 
-quick: .venv/installed-dev  ## the tests that run no command and train no model, in less than a minute
+quick: .venv/installed-dev  ## the tests that run no command and train no model: 100 s of processor time
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not fuzz and not run"
 
-test: .venv/installed-dev  ## the fast tests, in five minutes
+test: .venv/installed-dev  ## the fast tests: ten minutes of processor time
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-everywhere: .venv/installed-dev  ## the fast tests as on other processors; more than an hour
