@@ -32,7 +32,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".txt")
-COPIED = ("flowtrain", "tests", "configs", "docs", "benchmarks", "docker", "notebooks")
+COPIED = ("flowtrain", "tests", "configs", "docs", "benchmarks", "notebooks")
 MEMORY = 8 * 2**30  # bytes that the tests of one mutant may take
 IMPORTED = (
     *("torch", "torchvision", "torch.utils.tensorboard", "safetensors.torch", "sklearn.datasets"),
