@@ -13,25 +13,17 @@ from flowtrain.types import Shape
 class Conv2d(nn.Linear):
     """A convolution of odd kernel size `k`, `(B, C, H, W)` to `(B, C', H, W)`.
 
-    Its weight is a matrix, `(C', k * k * C / groups)`, because Muon takes matrices. Seen as
+    Its weight is a matrix, `(C', k * k * C)`, because Muon takes matrices. Seen as
     filters, it has the channels last in memory, like the activations of conditioners.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        bias: bool = True,
-        groups: int = 1,
-    ):
-        super().__init__(kernel_size**2 * in_channels // groups, out_channels, bias)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True):
+        super().__init__(kernel_size**2 * in_channels, out_channels, bias)
         self.kernel_size = kernel_size
-        self.groups = groups
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         filters = weight.unflatten(1, (self.kernel_size, self.kernel_size, -1)).movedim(-1, 1)
-        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2, groups=self.groups)
+        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, self.bias)
