@@ -7,10 +7,7 @@ from flowtrain.nets.convolution import ChannelNorm, Conv2d, ReLU, ZeroConv2d, re
 
 
 class _ResidualBlock(nn.Module):
-    """Adds two 3x3 convolutions, each after normalization and ReLU.
-
-    See He et al. 2016, "Identity Mappings".
-    """
+    """Adds two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, ResNet v2)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -19,7 +16,6 @@ class _ResidualBlock(nn.Module):
         self.conv2 = Conv2d(width, width, 3)
 
     def initialize(self, x: Tensor) -> None:
-        """Sets the normalizations from the block's input on the first batch."""
         self.norm1.initialize(x)
         self.norm2.initialize(self.conv1(relu_(self.norm1(x)[0])))
 
@@ -51,7 +47,7 @@ class ResidualNet(nn.Module):
         self.last = ZeroConv2d(width, out_channels, 1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Sets the normalizations from the network's input on the first batch."""
+        """Sets the normalizations from the input on the first batch."""
         h = self.first(with_context(x, context))
         for block in self.blocks:
             block.initialize(h)  # type: ignore[operator]
