@@ -1,11 +1,9 @@
 """Continuous flows: known solutions, the trace and its estimate, batches, gradients, commands."""
 
-import json
 import math
 
 import pytest
 import torch
-import yaml
 from catalogue import sets
 from cli_helpers import metrics, quick
 from helpers import a_config, perturb, seeded
@@ -22,11 +20,8 @@ from flowtrain.bijections.continuous import (
     random_signs,
 )
 from flowtrain.bijections.memory import executor_of
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import initialize
 from flowtrain.models import cnf
-from flowtrain.pictures import draw
 from flowtrain.training import reporting
 
 TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
@@ -64,9 +59,8 @@ def test_a_linear_equation(solver):
     x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
     # (x, t b, b)' = M (x, t b, b)
     one, zero = torch.eye(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    matrix = torch.cat(
-        [torch.cat(row, dim=1) for row in ([a, one, zero], [zero, zero, one], [zero, zero, zero])]
-    )
+    rows = [a, one, zero], [zero, zero, one], [zero, zero, zero]
+    matrix = torch.cat([torch.cat(row, dim=1) for row in rows])
     start = torch.cat([x, torch.zeros_like(x), b.expand(5, 3)], dim=1)
     expected = (start @ torch.linalg.matrix_exp(matrix).T)[:, :3]
     layer = Continuous(Linear(a, b), solver, 1e-10, 1e-10)
@@ -137,10 +131,8 @@ def test_stages_are_on_the_way():
     with torch.no_grad():
         torch.testing.assert_close(stages[-1], layer.inverse(z)[0], rtol=0, atol=1e-10)
         # The velocity at one time, from the stages before and after it.
-        middle = STAGES // 2
-        velocity, _ = layer.conditioner(
-            torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64)
-        )
+        middle, probes = STAGES // 2, torch.zeros(1, 1, 3, dtype=torch.float64)
+        velocity, _ = layer.conditioner(torch.tensor(0.5), stages[middle], probes)
         change = (stages[middle - 1] - stages[middle + 1]) * STAGES / 2
     torch.testing.assert_close(change, velocity, rtol=0.05, atol=0.02)
 
@@ -235,16 +227,14 @@ def test_batch_mates_change_nothing_beyond_rounding():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_example_that_is_not_finite_is_alone(bad):
-    layer, x = layer_of(3), torch.randn(4, 3, generator=seeded())
+    layer, x, others = layer_of(3), torch.randn(4, 3, generator=seeded()), [0, 2, 3]
     broken = x.clone()
     broken[1, 2] = bad
     for function in (layer.forward, layer.inverse):
         z, log_det = function(broken)
         assert z[1].isnan().all() and log_det[1].isnan()
-        others = [0, 2, 3]
-        expected, expected_log_det = function(x[others])
-        torch.testing.assert_close(z[others], expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(log_det[others], expected_log_det, rtol=0, atol=1e-4)
+        found = z[others], log_det[others]
+        torch.testing.assert_close(found, function(x[others]), rtol=0, atol=1e-4)
 
 
 def test_too_many_steps_are_not_a_number(monkeypatch):
@@ -264,8 +254,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
 
 
 @pytest.mark.run  # takes long
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("direction, trace", [("forward", "exact"), ("inverse", "hutchinson")])
 def test_the_adjoint_has_the_same_gradients(direction, trace):
     gradients, evaluations = [], []
     for adjoint in (False, True):
@@ -289,20 +278,6 @@ def test_size_by_hand():
     model = cnf.build((3, 2, 2), blocks=2, width=7, hidden_layers=2)
     assert sum(p.numel() for p in model.parameters()) == 2 * block
     assert [type(m).__name__ for m in model.layers] == ["Flatten", *["ActNorm", "Continuous"] * 2]
-
-
-@pytest.mark.run
-def test_the_density_integrates_to_one_at_the_default_tolerances():
-    """Checked in float32, with weights that bend the plane."""
-    config = a_config({"name": "cnf", "width": 16, "hidden_layers": 2})
-    flow = perturb(build_flow(config, (2, 1, 1), None), 0.7)
-    x = torch.randn(300, 2, 1, 1, generator=seeded())
-    initialize(flow, x, torch.zeros_like(x))
-    cells, area = draw.mesh(flow, (-10, 10, -10, 10), 200)
-    with torch.no_grad():
-        density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
-    assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)
-    assert flow.bijection.layers[-1].evaluations > 15  # the equation is not trivial
 
 
 @pytest.mark.parametrize(
@@ -329,10 +304,6 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
     assert [row["function_evaluations"] > 5 for row in train] == [True] * 6
     assert {(row["rtol"], row["atol"]) for row in train} == {(1e-4, 1e-4)}
     assert not any("function_evaluations" in row for row in rows if row["split"] == "validation")
-    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]
-    assert {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5", "trace": "auto"}.items() <= (
-        written.items()
-    )
     quick("train", *RUN, "--run-dir", "b", *sets(train__num_steps=3), cwd=tmp_path).ok()
     more = ["--resume", "b/checkpoints/last.safetensors", "--run-dir", "b"]
     quick("train", *RUN, *more, cwd=tmp_path).ok()
@@ -341,11 +312,6 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
         for name in "ab"
     )
     assert again == losses
-    evaluate = quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok()
-    result = json.loads(evaluate.out)
-    assert result["max_reconstruction_error"] < 0.01 and 3 < result["bits_per_dim"] < 7
-    quick("sample", "a", "--num-images", 4, "--out", "s.png", cwd=tmp_path).ok()
-    assert (tmp_path / "s.png").exists()
 
 
 @pytest.mark.run

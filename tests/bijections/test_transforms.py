@@ -51,7 +51,7 @@ def extreme(name, dtype, shape=(64, 3, 40)):
     sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
     return (
         transform,
-        50 * parameters.sign(),
+        1e30 * parameters.sign() if name == "affine" else 50 * parameters.sign(),
         sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign(),
     )
 
@@ -134,17 +134,6 @@ def test_nan_stays_nan(name):
             assert z[0, 0, 0].isnan() and z[1, 0, 0].isnan()
             assert torch.isfinite(z[2:]).all() and torch.isfinite(log_derivative[2:]).all()
     assert name == "additive" or "affine" in name or log_derivative[0, 0, 0].isnan()
-
-
-@pytest.mark.parametrize("raw", [-1e30, -50.0, 50.0, 1e30])
-def test_affine_transform_is_bounded_both_ways(raw):
-    transform = AffineTransform()
-    x = torch.randn(2, 3, 2, 2)
-    parameters = torch.cat([torch.randn(2, 3, 2, 2), torch.full((2, 3, 2, 2), raw)], dim=1)
-    z, log_scale = transform(x, parameters)
-    back, inverse_log_scale = transform.inverse(z, parameters)
-    assert log_scale.abs().max() <= transform.limit and torch.equal(inverse_log_scale, -log_scale)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
 
 
 def test_the_scales_of_the_papers():
