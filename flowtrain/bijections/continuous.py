@@ -45,7 +45,7 @@ class ConcatSquash(nn.Linear):
     def forward(  # type: ignore[override]
         self, t: Tensor, x: Tensor, tangents: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Maps `x` `(B, C)` and tangents at `x`, `(B or 1, K, C)`, to those of the output."""
+        """Maps `x` `(B, C)` and tangents `(B or 1, K, C)` at `x` to the output and its tangents."""
         slope, offset = self.gate
         gate = torch.sigmoid(t * slope + offset)
         weight = self.weight * gate[:, None]
@@ -98,10 +98,10 @@ class Continuous(Bijection):
     tighter, 1e-6 with the defaults. The differences are then a few 1e-6 bits/dim, about float32
     rounding. No tolerance is below 16 times the precision of the numbers.
 
-    **Gradients** are those of the solver's steps, with the step sizes held fixed. With `adjoint`
-    they come from a second equation, solved backwards (Chen et al. 2018, arXiv:1806.07366, with
-    the seminorm of Kidger et al. 2021, arXiv:2009.09457). They are then correct to within the
-    tolerances, and the memory does not grow with the number of steps.
+    **Gradients** differentiate the solver's steps, with fixed step sizes. With `adjoint` they come
+    from a second equation, solved backwards (Chen et al. 2018, arXiv:1806.07366, with the seminorm
+    of Kidger et al. 2021, arXiv:2009.09457). They are then correct to within the tolerances, and
+    the memory does not grow with the number of steps.
 
     The layer runs in full precision. An example that is not finite comes out as NaN and affects no
     other. If the solver gives up, for instance after 1000 steps, all examples come out as NaN.

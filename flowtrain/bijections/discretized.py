@@ -29,7 +29,7 @@ class DiscretizedMixture:
     level belongs to these. A small uniform part is added.
 
     Everything is relative to a location and a scale of each entry, both in levels: an entry has
-    K logits, K offsets in units of the scale, and K log-scales added to that of the entry. The
+    K logits, K offsets in units of the scale, and K log-scales added to the entry's. The
     parameters have shape `(B, 3 K E, ...)` for entries `(B, E, ...)`.
     """
 

@@ -140,7 +140,7 @@ def fixed_point(
     """
     x = start
     for done in range(1, at_most + 1):
-        # A guess may overflow, and attention would spread what is not a number to all tokens.
+        # A guess may overflow, and attention would spread NaN to all tokens.
         before = torch.nan_to_num(x, 0.0, 0.0, 0.0)
         x, result = step(before)
         progress(done / at_most)

@@ -22,10 +22,10 @@ class MixtureTransform(Transform):
     With parameters of zero the components have a scale of 1 and stand 2 / K apart around zero,
     because equal ones would never differ. For K = 4 the slope is then 0.93 at zero and 1 far out.
 
-    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z is at most
-    `exp(2 limit)`. Between components far apart it may be as small as the density there, but not
-    below `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)`. Everything is computed in logs, so the
-    results are finite however far out `x` and the means are.
+    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so dz/dx is at most `exp(2 limit)`.
+    Between components far apart it may be small, but not below
+    `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)`. Everything is computed in logs, so the results
+    are finite however far out `x` and the means are.
     """
 
     inverse_is_untraceable = True
@@ -47,7 +47,7 @@ class MixtureTransform(Transform):
         return results
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Solved by Newton's method. First derivatives are those of the inverse function."""
+        """Solved by Newton's method. It has the first derivatives of the inverse function."""
         with torch.no_grad():
             shift, logits, means, gate = _split(
                 self._by_entry(parameters), self.offsets, self.limit

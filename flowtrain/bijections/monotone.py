@@ -27,7 +27,7 @@ def solve_monotone(
     the middle of the bracket, which every value of `f` narrows. The next `x` is the bracket's
     middle if a step would leave the bracket, or if after k steps it is wider than
     `2^(-(k - FREE_STEPS) / 2)` of the first one. So no `f`, however flat or steep, takes more than
-    `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, about twice those of bisection.
+    `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, about twice as many as bisection.
 
     Bisection ends at two roundings of `max(1, |x|)`. A Newton step is the last if it is shorter
     than a quarter of the square root of one such rounding. The error that it leaves is its square

@@ -52,7 +52,7 @@ class Planar(Bijection):
         return x + h[:, None] * u, torch.log1p(product * (1 - h.square()))
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Solved to float precision. First derivatives are those of the inverse function."""
+        """Solved to float precision. It has the first derivatives of the inverse function."""
         u, product = self.constrained()
         target = (z * self.w).sum(dim=1) + self.b
 

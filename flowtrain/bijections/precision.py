@@ -1,7 +1,7 @@
 """The border between the data path and the conditioners: precision and order in memory.
 
 The data path is float32 (or float64), with the channels of an image apart (NCHW), so that the
-halves of a coupling are contiguous. Conditioners run in bf16 under autocast, and those of images
+halves of a coupling are contiguous. Conditioners run in bf16 under autocast, and convolutions
 are fastest with the channels last in memory.
 """
 

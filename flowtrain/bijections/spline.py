@@ -190,7 +190,7 @@ class _Lookup(torch.autograd.Function):
         shares, index = ctx.saved_tensors
         bins = shares.shape[2]
         # A knot is the sum of the sizes of the bins before it: 1 for these, 0 for the others. The
-        # last knot is the sum of all sizes, which is constant; the softmax's gradient knows that.
+        # last knot is the sum of all sizes, which the softmax keeps constant.
         number = torch.arange(bins, dtype=shares.dtype, device=shares.device).view(
             -1, *[1] * (index.ndim - 2)
         )

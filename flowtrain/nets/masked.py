@@ -84,7 +84,7 @@ class MaskedDenseNet(AutoregressiveNet):
     ) -> Tensor:
         """See `AutoregressiveNet`. Units and entries are rows: the known ones are contiguous."""
         layers: list[MaskedLinear] = list(self.hidden)  # type: ignore[arg-type]
-        # The rows of each layer, divided by degree, and those of the last layer by entry.
+        # The rows of each layer, divided by degree, and rows of the last layer by entry.
         weights = [layer.weight.split(self.units) for layer in layers]
         biases = [layer.bias[:, None].split(self.units) for layer in layers]
         biases[0] = (layers[0].bias[:, None] + self._outside(context).T).split(self.units)

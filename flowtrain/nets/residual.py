@@ -73,7 +73,7 @@ class _GatedBlock(nn.Sequential):
 
 
 class GatedNet(nn.Module):
-    """Residual blocks `a * sigmoid(b)`, similar to those of Flow++ (section 3.3).
+    """Residual blocks `a * sigmoid(b)`, similar to Flow++ (section 3.3).
 
     It maps `(B, C, H, W)` to `(B, C', H, W)`. Normalization, 3x3, ReLU and 1x1 give `a` and `b`.
     Flow++ has a concatenated ELU instead of ReLU, normalization elsewhere than at the entrance of a

@@ -113,7 +113,7 @@ def test_masked_weights_start_by_what_they_see():
 
 
 def test_inverse_computes_each_unit_once(monkeypatch):
-    """The multiplications are those of one pass without the masked weights, about half."""
+    """It multiplies as often as one pass without the masked weights, about half."""
     dims, width = 64, 96
     layer = MaskedAutoregressive(net_of(dims, width, 2, 0), AffineTransform())
     products = []

@@ -79,7 +79,7 @@ def multiscale():
     )
 
 
-# How to build a layer, the shape of an example, and that of its context.
+# How to build a layer, the shape of an example, and of its context.
 LAYERS = {
     "actnorm": (lambda: b.ActNorm((3, 1, 1)), (3, 2, 4)),
     "actnorm-vector": (lambda: b.ActNorm((5,)), (5,)),
@@ -237,7 +237,7 @@ def assert_round_trips(bijection, x, context, tolerance):
 
 
 def assert_log_det(function, point, context, vectorize):
-    """It is that of the Jacobian by autograd, and no example depends on another."""
+    """It belongs to the Jacobian by autograd, and no example depends on another."""
     batch, dims = len(point), point[0].numel()
     jacobian = torch.autograd.functional.jacobian(
         lambda v: function(v, context)[0], point, vectorize=vectorize
@@ -366,7 +366,7 @@ def test_contract(name):
 
 
 def test_every_bijection_is_in_the_table():
-    """But those of surfaces, whose Jacobians are not square: test_sphere.py has them."""
+    """Except on surfaces, whose Jacobians are not square: test_sphere.py has them."""
     for info in pkgutil.iter_modules(b.__path__):
         importlib.import_module(f"flowtrain.bijections.{info.name}")
 
@@ -388,7 +388,7 @@ def test_every_bijection_is_in_the_table():
 
 
 def test_recomputing_keeps_gradients_of_the_data_path_in_full_precision():
-    """Gradients differ by rounding of float32 sums, not by that of products in bf16, 4e-3."""
+    """Gradients differ by rounding of float32 sums, not of products in bf16, 4e-3."""
     bijection = ready(perturb(model("glow", (3, 8, 8), levels=1, steps=2, width=8), 0.1))
     x = torch.rand(2, 3, 8, 8, generator=seeded()) - 0.5
     found = []

@@ -40,7 +40,7 @@ def causal(shape, levels, token=2, **options):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model that knows the digits well enough to have narrow mixtures."""
+    """A model trained on digits until its mixtures are narrow."""
     x = torch.from_numpy(digits.build("data", "train").read()[:512])
     config = a_config({"name": "causal", **TINY["causal"], "width": 16})
     flow = build_flow(config, (1, 8, 8), 17)
@@ -79,7 +79,7 @@ def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token, opt
 
 @pytest.mark.parametrize("shape, levels, token, options", GEOMETRIES)
 def test_a_geometry(shape, levels, token, options):
-    """The likelihood is that of the integers alone, images come back, and entries are causal."""
+    """The likelihood depends on the integers alone, images come back, and entries are causal."""
     flow = causal(shape, levels, token, **options, window=2)
     x = images(9, shape, levels)
     draws = [torch.rand(x.shape, generator=seeded()), torch.zeros(x.shape)]

@@ -32,6 +32,13 @@ def test_a_token_of_z_depends_on_tokens_up_to_itself():
         assert torch.equal(seen[n, n], torch.eye(2).bool())
 
 
+def test_two_heads_are_kept_too():
+    torch.manual_seed(0)
+    tokens = TokenAutoregressive(CausalTransformer(2, 2, 9, 128, 2), AffineTransform())
+    tokens, x = perturb(tokens, 0.02).double(), latents()
+    torch.testing.assert_close(tokens.inverse(tokens(x)[0])[0], x, rtol=1e-9, atol=1e-9)
+
+
 def test_both_ways_note_how_far_they_are():
     for way in (inverse_with_progress, inverse_by_iteration):
         shares = []

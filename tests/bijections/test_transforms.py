@@ -199,7 +199,7 @@ def test_components_of_a_mixture_part():
 def knots(transform, parameters):
     """x, z and derivative at the knots by the formulas, `(B, K + 1)` each.
 
-    `parameters` are those of one entry, `(B, P, ...)`.
+    `parameters` of one entry have shape `(B, P, ...)`.
     """
     k, bound = transform.bins, transform.tail_bound
     places = []

@@ -39,7 +39,7 @@ def test_masks_are_a_function_of_the_example_and_of_the_call():
     assert torch.equal(kept(0.5, example[7:9]), mask[7:9])  # not of its batch mates
     assert not torch.equal(kept(0.5, example, calls=2), mask)
     other = example.clone()
-    other[:, 3] += 2**-16  # any entry, by no more than what is left of the noise at 256 levels
+    other[:, 3] += 2**-16  # any entry, by as little as the noise at 256 levels
     changed = (kept(0.5, other) != mask).flatten(1).float().mean(dim=1)
     assert (changed - 0.5).abs().max() < 0.1
     same = (mask[1:] == mask[:1]).flatten(1).float().mean(dim=1)
