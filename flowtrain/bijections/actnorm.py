@@ -20,12 +20,9 @@ LOG_SCALE_LIMIT = 8.0
 class DiagonalAffine(Bijection):
     """`z = x * exp(s) + shift` with one shift and one `s` (bounded by tanh to +-8) per entry.
 
-    This is NICE's diagonal scaling (Dinh et al. 2015, eq. 11). It is also the learned top prior of
-    Glow (Kingma & Dhariwal 2018; `learn_top` in the release): scaling the latent is the same as
-    learning its mean and variance.
-
-    `shape` is that of the parameters, which are broadcast against one example: for instance
-    `(D,)` or `(C, 1, 1)`.
+    This is NICE's diagonal scaling (Dinh et al. 2015, eq. 11), and Glow's learned top prior
+    (Kingma & Dhariwal 2018; `learn_top` in the release). `shape` is the shape of the parameters,
+    which are broadcast against one example: for instance `(D,)` or `(C, 1, 1)`.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -51,12 +48,8 @@ class DiagonalAffine(Bijection):
 class ActNorm(DataDependentInit, DiagonalAffine):
     """Activation normalization (Glow, section 3.1): a scale and a shift per channel.
 
-    The first batch sets them so that its channels have zero mean and unit variance. After that
-    they are trained like any other parameters.
+    The first batch sets them so that its channels have zero mean and unit variance.
     """
-
-    def __init__(self, shape: tuple[int, ...]):
-        super().__init__(shape)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
@@ -66,7 +59,7 @@ class ActNorm(DataDependentInit, DiagonalAffine):
         dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
         if std.numel() == x.numel():
-            std = torch.ones_like(std)  # a single value says nothing about the variance
+            std = torch.ones_like(std)  # a single value has no variance
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
         self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())

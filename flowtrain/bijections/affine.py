@@ -28,17 +28,14 @@ class UnboundedAffine(Transform):
 
 
 class ExponentialTransform(UnboundedAffine):
-    """A scale of `exp(raw)`, which nothing bounds (TarFlow, eq. 4, where the signs are opposite).
-
-    A network's output far from zero overflows in one of the directions.
-    """
+    """A scale of `exp(raw)`, which may overflow (TarFlow, eq. 4, where the signs are opposite)."""
 
     def log_scale(self, raw: Tensor) -> Tensor:
         return raw
 
 
 class SigmoidTransform(UnboundedAffine):
-    """A scale of `2 sigmoid(raw)`, at most 2 and as near to zero as it likes (Jet, section 3)."""
+    """A scale of `2 sigmoid(raw)`, at most 2, without a lower bound (Jet, section 3)."""
 
     def log_scale(self, raw: Tensor) -> Tensor:
         return F.logsigmoid(raw) + math.log(2)

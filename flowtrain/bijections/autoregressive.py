@@ -12,18 +12,12 @@ from flowtrain.bijections.precision import apply_conditioner, full_precision
 
 
 class AutoregressiveNet(nn.Module):
-    """Maps `(B, D)` to `(B, P D)`: P parameters per entry, which depend only on entries before it.
-
-    It is called as `net(x, context)`, like any conditioner.
-    """
+    """Maps `(B, D)` to `(B, P D)`: P parameters per entry, which depend on earlier entries only."""
 
     def entry_by_entry(
         self, next_entry: Callable[[Tensor], Tensor], batch: int, context: Tensor | None = None
     ) -> Tensor:
-        """Builds `x` `(B, D)` in order: `next_entry` turns an entry's parameters into the entry.
-
-        `next_entry` maps `(B, P)` to `(B, 1)`.
-        """
+        """`x` `(B, D)`, built in order; `next_entry` maps parameters `(B, P)` to `(B, 1)`."""
         raise NotImplementedError
 
 
@@ -32,9 +26,7 @@ class Autoregressive(Bijection):
 
     T is any elementwise transform. The Jacobian is block triangular with diagonal blocks, so its
     log-determinant is the sum of T's log-derivatives. `forward` is one pass of the conditioner.
-    `inverse`, which subclasses define, computes one part after the other. `inverse_by_iteration`
-    (`inverses.py`) computes all parts at once, again and again. Both run in full precision and are
-    differentiable.
+    `inverse`, which subclasses define, computes one part after the other, in full precision.
     """
 
     inverse_is_sequential = True
@@ -51,7 +43,6 @@ class Autoregressive(Bijection):
         raise NotImplementedError
 
     def parameters_of(self, x: Tensor, context: Context | None) -> Tensor:
-        """The parameters of all parts of `x`."""
         return apply_conditioner(self.conditioner, x, context)
 
     def by_entry(self, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
@@ -69,16 +60,11 @@ class Autoregressive(Bijection):
 class MaskedAutoregressive(Autoregressive):
     """An autoregressive layer on the entries of vectors `(B, D)` (MAF, eq. 3-5).
 
-    `inverse` computes each hidden unit once, as soon as the last entry that the unit sees is known.
-    So it needs about the arithmetic of one pass, in D small steps.
-
-    The layer takes the entries in their order. A `Permute` before the layer gives other orders.
+    `inverse` computes each hidden unit once, so it needs the arithmetic of about one pass, in D
+    small steps. A `Permute` before the layer gives other orders of the entries.
     """
 
     conditioner: AutoregressiveNet
-
-    def __init__(self, conditioner: AutoregressiveNet, transform: Transform):
-        super().__init__(conditioner, transform)
 
     def count(self, x: Tensor) -> int:
         return x.shape[1]
@@ -105,8 +91,7 @@ class Inverse(Container):
     """A bijection with its two directions exchanged.
 
     The inverse of a masked autoregressive layer is an inverse autoregressive one (IAF, Kingma et
-    al. 2016, eq. 9-10). It takes one pass from latent to data, and D steps for the density of given
-    data. Layers that are set from the first batch do not work inside: `forward` never sets them.
+    al. 2016, eq. 9-10). Layers that are set from the first batch do not work inside.
     """
 
     inverse_is_sequential = False  # its `forward` is, if the inverse of `bijection` is

@@ -12,9 +12,7 @@ Direction = Literal["forward", "inverse"]
 
 
 class Executor(Protocol):
-    """Calls the layers of a flow. The ways to do so are in `execution.py`, and for training in
-    `memory.py`.
-    """
+    """Calls the layers of a flow. See `execution.py`, and for training `memory.py`."""
 
     def call(
         self, layer: "Bijection", direction: Direction, x: Tensor, context: Context | None
@@ -32,16 +30,15 @@ class Executor(Protocol):
 
 
 class Bijection(nn.Module):
-    """An invertible map of one example's tensor.
+    """An invertible map of one example's tensor: `forward` from data to latents, and `inverse`.
 
-    `forward` maps data to latents, `inverse` maps latents to data. Both return the result and
-    `log_det`, the log of the absolute Jacobian determinant **of the direction just computed**, in
-    nats, per example, shape `(B,)`. An example's result may not depend on the rest of its batch.
-    `context` is extra input that a conditional layer may read, shape `(B, C', H, W)` or `(B, E)`,
-    or two of them for guidance (`context.py`). A layer hands it to `apply_conditioner`.
+    Both return the result and `log_det`, the log of the absolute Jacobian determinant **of the
+    direction just computed**, in nats, per example, shape `(B,)`. An example's result may not
+    depend on the rest of its batch. A conditional layer hands its `context`, `(B, C', H, W)` or
+    `(B, E)` or two of them (`context.py`), to `apply_conditioner`.
 
-    The defaults of all else suit a layer that computes both directions from its parameters alone.
-    What a single consumer needs of a layer is a `functools.singledispatch` function there.
+    All other defaults suit a layer that computes both directions from its parameters alone. A
+    function for a single consumer is a `functools.singledispatch` function there.
     """
 
     inverse_is_sequential: bool = False  # whether the inverse computes one entry after the other
@@ -51,8 +48,7 @@ class Bijection(nn.Module):
     # Whether it maps centred images x + u with levels x by the distributions of the levels. The
     # likelihood is then the same for all u.
     is_discrete: bool = False
-    # How many images `initialize` should see. Fewer say little about the coarsest level.
-    initialization_images: int = 64
+    initialization_images: int = 64  # for `initialize`; fewer determine the coarsest level badly
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 
@@ -71,10 +67,7 @@ class Bijection(nn.Module):
         return executor.call(self, direction, x, context)
 
     def untraceable_directions(self) -> list[Direction]:
-        """The directions with a loop over entries, or with data-dependent loops.
-
-        A compiler cannot trace them, or would write out every step.
-        """
+        """The directions with data-dependent loops, or loops over entries, for a compiler."""
         return []
 
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
@@ -89,9 +82,8 @@ class Bijection(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The input `x` of an output `z`, as a leaf of autograd, and `forward(x)` with its graph.
 
-        This serves backward passes that have kept outputs only. `z` is another leaf: what is the
-        same in `z` and `x` may be computed from `z`, and its gradient then counts as one of `x`. A
-        layer whose two directions share work overrides it.
+        This serves backward passes that have kept outputs only. `z` is another leaf: parts that `z`
+        and `x` share may be computed from `z`, whose gradient then counts as one of `x`.
         """
         with torch.no_grad():
             # Detached, because the compiler would take a view of z for a part of its graph.
@@ -99,10 +91,7 @@ class Bijection(nn.Module):
         return x.requires_grad_(), *self(x, context)
 
     def latent_dims(self, dims: int) -> int:
-        """The number of latent entries of an example with `dims` entries.
-
-        The two are equal, except for data on a surface (`sphere.py`).
-        """
+        """The number of latent entries for `dims` entries: fewer for data on a surface."""
         return dims
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
@@ -111,10 +100,9 @@ class Bijection(nn.Module):
 
 
 class DataDependentInit(Bijection):
-    """A layer whose `initialize` sets it from the first batch.
+    """A layer whose `initialize` sets it from the first batch, and then the buffer `initialized`.
 
-    The buffer `initialized` says whether that is done, so it is saved with the weights. Until
-    then both directions raise `RuntimeError`.
+    Until then both directions raise `RuntimeError`.
     """
 
     initialized: Tensor
@@ -125,7 +113,6 @@ class DataDependentInit(Bijection):
         self._known_initialized = False  # spares a device synchronization per call
 
     def require_initialized(self) -> None:
-        """Raises `RuntimeError` unless the layer has been initialized, here or before loading."""
         if not self._known_initialized:
             if not self.initialized:
                 raise RuntimeError(
@@ -142,9 +129,9 @@ class DataDependentInit(Bijection):
 class Transform(nn.Module):
     """An increasing map of single entries, whose parameters a conditioner predicts.
 
-    Both directions return the transformed entries and the log-derivatives **of the direction just
-    computed**. Entries and log-derivatives have shape `(B, C, ...)`. The parameters have shape
-    `(B, P C, ...)`: the first parameter of all C entries, then the second, and so on.
+    Both directions return the entries, `(B, C, ...)`, and the log-derivatives **of the direction
+    just computed**, of the same shape. The parameters have shape `(B, P C, ...)`: the first
+    parameter of all C entries, then the second, and so on.
     """
 
     parameters_per_entry: int  # P

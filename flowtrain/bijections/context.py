@@ -11,16 +11,12 @@ class Guided(NamedTuple):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), as TarFlow uses it (Zhai et
     al. 2024, arXiv:2412.06329, section 3.4).
 
-    What a network predicts is moved away from what it predicts without the class:
+    The prediction p of a network is moved away from the prediction without the class:
 
         p = p_without + (1 + weight) (p_given - p_without)
 
-    Weight 0 is the model given the class. A layer passes this on to `apply_conditioner` like any
-    context, and need not know of it. Its two directions stay inverse to each other.
-
-    given, without: What networks see of the class, and what they see where there is none. Both have
-        the shape of a context, for the same examples.
-    weight: That of all parameters.
+    Weight 0 is the model given the class. The directions of a layer stay inverse to each other.
+    `given` and `without` are contexts of the same examples.
     """
 
     given: Tensor
@@ -28,22 +24,17 @@ class Guided(NamedTuple):
     weight: float
 
     def extrapolated(self, given: Tensor, without: Tensor) -> Tensor:
-        """p, from what a network predicts in the two contexts."""
+        """p, from the predictions in the two contexts."""
         return given + self.weight * (given - without)
-
-    def of(self, predict: Callable[[Tensor], Tensor]) -> Tensor:
-        """p, from a function that predicts it in a context."""
-        return self.extrapolated(predict(self.given), predict(self.without))
 
     def in_order(
         self,
         build: Callable[[Callable[[Tensor], Tensor], int, Tensor], Tensor],
         next_entry: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """What an autoregressive network builds, entry by entry, with p in place of its parameters.
+        """The result `(B, ...)` of `build(next_entry, batch, context)` with p as the parameters.
 
-        `build(next_entry, batch, context)` builds `(B, ...)`, where `next_entry` turns parameters
-        `(B, ...)` into entries. Both contexts are one batch, in which the entries are there twice.
+        `next_entry` turns parameters `(B, ...)` into entries. Both contexts are one batch of 2 B.
         """
         count = len(self.given)
 
@@ -57,7 +48,7 @@ class Guided(NamedTuple):
         return self._replace(given=self.given.to(device), without=self.without.to(device))
 
 
-# What a conditional layer may read beside its input: shape `(B, C', H, W)` or `(B, E)`.
+# Further input of conditional layers: shape `(B, C', H, W)` or `(B, E)`.
 Context = Tensor | Guided
 
 

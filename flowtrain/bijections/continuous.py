@@ -35,10 +35,7 @@ def torchdiffeq() -> Any:
 
 
 class ConcatSquash(nn.Linear):
-    """`(W x + b) * sigmoid(t a + c) + t d`: a linear layer that depends on the time t.
-
-    FFJORD's release calls it "concatsquash".
-    """
+    """`(W x + b) * sigmoid(t a + c) + t d`, "concatsquash" in FFJORD's release; t is the time."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -48,7 +45,7 @@ class ConcatSquash(nn.Linear):
     def forward(  # type: ignore[override]
         self, t: Tensor, x: Tensor, tangents: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Maps `x` `(B, C)` and tangents at `x`, `(B or 1, K, C)`, to those of the output."""
+        """Maps `x` `(B, C)` and tangents `(B or 1, K, C)` at `x` to the output and its tangents."""
         slope, offset = self.gate
         gate = torch.sigmoid(t * slope + offset)
         weight = self.weight * gate[:, None]
@@ -56,15 +53,7 @@ class ConcatSquash(nn.Linear):
 
 
 class Dynamics(nn.Module):
-    """The velocity f(x, t) of vectors: a tanh network of `ConcatSquash` layers.
-
-    The last layer starts at zero.
-
-    Args:
-        dims: D, the entries of a vector.
-        width: units per hidden layer.
-        hidden_layers: number of hidden layers.
-    """
+    """The velocity f(x, t) of vectors: a tanh network of `ConcatSquash` layers that starts at 0."""
 
     def __init__(self, dims: int, width: int, hidden_layers: int):
         super().__init__()
@@ -79,9 +68,8 @@ class Dynamics(nn.Module):
     def forward(self, t: Tensor, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity `(B, D)` and the sum over K probes e of `e^T (df/dx) e`, `(B,)`.
 
-        The `probes` have shape `(B or 1, K, D)`. The derivatives along them are computed beside
-        the value (forward mode). With the D unit vectors the sum is the trace. With one vector of
-        random signs it is an unbiased estimate of the trace.
+        The `probes` have shape `(B or 1, K, D)`. The derivatives along them are computed in forward
+        mode. The D unit vectors give the trace, and a vector of random signs an unbiased estimate.
         """
         velocity, tangents = self.layers[0](t, x, probes)
         for layer in self.layers[1:]:
@@ -94,43 +82,33 @@ class Continuous(Bijection):
     """A neural ODE on vectors `(B, D)`, from the data at t = 0 to z at t = 1 (FFJORD, eq. 2-4).
 
     It solves `dx/dt = f(x, t)`, and `log|det| = int_0^1 tr(df/dx) dt`. The inverse solves both
-    from t = 1 to t = 0. `solver` approximates them to within the tolerances.
+    from t = 1 to t = 0.
 
-    **The trace** is exact whenever no gradient is recorded, so every reported likelihood uses the
-    exact trace. With gradients, `exact` is exact too, and `hutchinson` is Hutchinson's estimate
-    from one probe of random signs per example (eq. 7-8). `auto` is exact up to D = 16, and the
-    estimate above.
+    **The trace** is exact if no gradient is recorded, so every reported likelihood uses the exact
+    trace. With gradients, `exact` is exact too, and `hutchinson` is Hutchinson's estimate from one
+    probe of random signs per example (eq. 7-8). `auto` is exact up to D = 16, and the estimate
+    above. The signs are a function of the bits of the example: they change with the dequantization
+    noise, and stay the same when a step is computed again, after resuming, or in another batch.
+    With `train.memory: reversible` the backward pass has the example only up to rounding, so its
+    gradient is as good, but comes from another estimate.
 
-    The random signs are a function of the bits of the example itself. So they change with the
-    dequantization noise and with the ActNorm in front. They stay the same when a step is computed
-    again, after resuming, or with other examples in the batch. No random state has to be saved.
-    With `train.memory: reversible` the backward pass has the example only up to rounding, and so
-    uses other signs. Its gradient is as good, but comes from another estimate.
+    **Tolerances and the batch**: the error of each entry and log-determinant stays within `atol +
+    rtol * |change so far|` per step. All examples of a batch share the step sizes, so results in
+    two batches differ within the tolerances. Without gradients, the tolerances are 100 times
+    tighter, 1e-6 with the defaults. The differences are then a few 1e-6 bits/dim, about float32
+    rounding. No tolerance is below 16 times the precision of the numbers.
 
-    **Tolerances and the batch**: the solver chooses its steps such that the error of each entry of
-    x, and of each log-determinant, stays within `atol + rtol * |change so far|`. All examples of a
-    batch share the step sizes, so an example's result depends slightly on its neighbours. Its
-    results in two batches differ by what the tolerances allow. Outside training the tolerances are
-    100 times tighter, 1e-6 with the defaults. The differences are then a few 1e-6 bits/dim, about
-    float32 rounding. No tolerance is below 16 times the precision of the numbers.
+    **Gradients** differentiate the solver's steps, with fixed step sizes. With `adjoint` they come
+    from a second equation, solved backwards (Chen et al. 2018, arXiv:1806.07366, with the seminorm
+    of Kidger et al. 2021, arXiv:2009.09457). They are then correct to within the tolerances, and
+    the memory does not grow with the number of steps.
 
-    **Gradients** are those of the solver's steps, with the step sizes held fixed. With `adjoint`
-    they come from a second equation, solved backwards (Chen et al. 2018, arXiv:1806.07366, with
-    the seminorm of Kidger et al. 2021, arXiv:2009.09457). They are then correct to within the
-    tolerances, and the memory does not grow with the number of steps.
-
-    The layer always runs in full precision, because rounding to bf16 would be the very error that
-    the solver tries to reduce. An example that is not finite comes out as NaN and affects no
+    The layer runs in full precision. An example that is not finite comes out as NaN and affects no
     other. If the solver gives up, for instance after 1000 steps, all examples come out as NaN.
 
     Args:
-        conditioner: gives velocity and trace: `(t, x, probes)` to `(B, D)` and `(B,)`, see
-            `Dynamics`.
+        conditioner: velocity and trace, `(t, x, probes)` to `(B, D)` and `(B,)`; see `Dynamics`.
         solver: Runge-Kutta of order 5, or of order 8 for tolerances close to rounding.
-        rtol: relative tolerance per step with gradients; without them a hundredth of it.
-        atol: absolute tolerance per step, likewise.
-        trace: how to compute the trace when gradients are recorded.
-        adjoint: whether gradients come from the adjoint equation.
     """
 
     def __init__(
@@ -179,8 +157,7 @@ class Continuous(Bijection):
     ) -> Tensor:
         """The solution at the ends of `intervals` equal intervals: `(intervals + 1, B, D + 1)`.
 
-        The last of the D + 1 columns is log_det. `for_gradient` sets the tolerances and the trace
-        of training, as does recording a gradient.
+        The last of the D + 1 columns is log_det. `for_gradient` has the settings of training.
         """
         finite = x.isfinite().all(dim=1, keepdim=True)
         # The solver's state is the change from x, which rounds more finely than x plus the change.

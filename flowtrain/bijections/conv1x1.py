@@ -22,11 +22,10 @@ def random_rotation(channels: int) -> Tensor:
 def whitening_matrix(x: Tensor) -> Tensor:
     """The matrix `(C, C)` of PCA whitening for the channels of `x` `(B, C, H, W)`.
 
-    It decorrelates the channels and scales them to unit variance. It is computed in float64 on
-    the CPU, because Apple's GPUs have no float64. The smallest eigenvalues are floored, so a
-    constant or a duplicated channel gives a large scale instead of an infinite one. The same holds
-    for a direction in which a few pixels happen not to vary. With n pixels of white noise the
-    smallest eigenvalue is `(1 - sqrt(C / n))^2` (Marchenko & Pastur 1967), or 0 if n <= C.
+    It is computed in float64 on the CPU, because Apple's GPUs have no float64. The smallest
+    eigenvalues are floored, so a constant or duplicated channel gives a finite scale, and so does a
+    direction in which a few pixels happen not to vary. With n pixels of white noise the smallest
+    eigenvalue is `(1 - sqrt(C / n))^2` (Marchenko & Pastur 1967), or 0 if n <= C.
     """
     pixels = x.movedim(1, -1).flatten(0, -2).cpu().double()
     covariance = torch.cov(pixels.T, correction=0).reshape(x.shape[1], x.shape[1])
@@ -42,8 +41,7 @@ def whitening_matrix(x: Tensor) -> Tensor:
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`W x + b` at every pixel: `(B, C, H, W)`, `(C, C)`, `(C,)` to `(B, C, H, W)`."""
     # One product per image. `conv2d` is slower at any width. One product over all pixels would need
-    # the channels last in memory. There the halves of a coupling are strided, and everything else
-    # is up to ten times slower.
+    # the channels last in memory, so that everything else is up to ten times slower.
     pixels, weights = x.flatten(2), weight.expand(x.shape[0], *weight.shape)
     z = weights @ pixels if bias is None else torch.baddbmm(bias[:, None], weights, pixels)
     return z.view_as(x)
@@ -52,8 +50,8 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 class LinearChannels(DataDependentInit):
     """The part that both parametrizations share: `z = W x` at every pixel.
 
-    `initialization` is `rotation` (as in the paper) or `whitening`. Whitening sets W from the first
-    batch if it has more than two pixels per channel. Otherwise W stays a random rotation.
+    W is a random rotation, as in the paper. With `initialization` `whitening`, the first batch sets
+    it if it has more than two pixels per channel.
     """
 
     def __init__(self, initialization: str):

@@ -18,8 +18,8 @@ Elementwise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class AffineTransform(Transform):
     """`z = (x + shift) * exp(log_scale)` (RealNVP, eq. 4, shifted first).
 
-    `log_scale = limit * tanh(h / limit)`. The transform takes `2 C` parameters for C entries: the
-    shifts, then the h. One layer scales by at most `exp(limit)`, so neither direction can overflow.
+    `log_scale = limit * tanh(h / limit)`, so neither direction can overflow. The parameters are the
+    shifts, then the h.
     """
 
     parameters_per_entry = 2
@@ -89,11 +89,7 @@ class AdditiveTransform(Transform):
 
 
 class _ConditionedTransform(Bijection):
-    """The part that couplings share.
-
-    Both directions have the same split and conditioner. Only the direction of the transform
-    differs.
-    """
+    """The part that couplings share: both directions have the same split and conditioner."""
 
     has_network = True
 
@@ -106,16 +102,13 @@ class _ConditionedTransform(Bijection):
         return ["inverse"] if self.transform.inverse_is_untraceable else []
 
     def _kept(self, x: Tensor) -> Tensor:
-        """The part of `x` that the conditioner sees. The output has the same one."""
+        """The part of `x`, and of the output, that the conditioner sees."""
         raise NotImplementedError
 
     def _transformed(
         self, x: Tensor, parameters: Tensor, transform: Elementwise
     ) -> tuple[Tensor, Tensor]:
-        """`x` with all but the kept part transformed, and the log-derivatives.
-
-        The log-derivatives of kept entries are 0 or left out.
-        """
+        """`x` with all but the kept part transformed, and log-derivatives without the kept part."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -155,9 +148,8 @@ class _ConditionedTransform(Bijection):
 class Coupling(_ConditionedTransform):
     """Keeps the first `kept` entries of dimension 1, and transforms the rest given them.
 
-    With `swap` it keeps the last `kept` entries. The log-determinant is the sum of the transform's
-    log-derivatives (RealNVP, eq. 6). The learned prior of a factored-out half is this same layer:
-    it keeps the half that goes on (see `Multiscale`).
+    With `swap` it keeps the last `kept` entries. See RealNVP, eq. 6. The learned prior of a
+    factored-out half is this same layer: it keeps the half that goes on (see `Multiscale`).
     """
 
     def __init__(self, kept: int, conditioner: nn.Module, transform: Transform, swap: bool = False):
@@ -184,8 +176,7 @@ class CheckerboardCoupling(_ConditionedTransform):
     """Keeps the pixels of one colour of a checkerboard, and transforms the others given them.
 
     See RealNVP, section 3.4, eq. 9. `parity` 0 keeps the pixels whose row and column add up to an
-    even number. The conditioner sees the image with the other pixels at zero. The transform is
-    computed for all pixels.
+    even number. The conditioner sees the image with the other pixels at zero.
     """
 
     keep: Tensor

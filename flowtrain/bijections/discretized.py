@@ -29,17 +29,12 @@ class DiscretizedMixture:
     level belongs to these. A small uniform part is added.
 
     Everything is relative to a location and a scale of each entry, both in levels: an entry has
-    K logits, K offsets in units of the scale, and K log-scales added to that of the entry. The
+    K logits, K offsets in units of the scale, and K log-scales added to the entry's. The
     parameters have shape `(B, 3 K E, ...)` for entries `(B, E, ...)`.
-
-    Args:
-        levels: Q.
-        components: K.
     """
 
     def __init__(self, levels: int, components: int):
-        self.levels = levels
-        self.components = components
+        self.levels, self.components = levels, components  # Q, K
         self.parameters_per_entry = 3 * components
 
     def start(self) -> Tensor:
@@ -66,16 +61,14 @@ class DiscretizedMixture:
         return results
 
     def one_entry(self, device: torch.device) -> "OneEntry":
-        """The distributions of single entries, whose tables are on a device."""
         return OneEntry(self.levels, self.components, device)
 
 
 class OneEntry:
     """Makes the distribution of one entry at a time, for a batch of images.
 
-    A table has the position of the lower edge of each level, and one has its uniform part of F.
-    The levels come in groups, about as many as there are levels in each. So a level is found from
-    few values of F: those of the groups, and those of one group.
+    Tables have each level's lower edge, and its uniform part of F. The levels come in about sqrt(Q)
+    groups. So a level is found from few values of F: of the groups, then of one group.
     """
 
     def __init__(self, levels: int, components: int, device: torch.device):
@@ -95,10 +88,9 @@ class OneEntry:
 
 
 class Entry:
-    """The distribution of one entry in B images, in double precision.
+    """The distribution of one entry in B images, the batch last.
 
-    Double precision tells neighbours apart also where F is close to 1. The batch comes last, so all
-    that is computed for a level lies in rows.
+    Double precision tells neighbours apart also where F is close to 1.
     """
 
     def __init__(self, tables: OneEntry, location: Tensor, log_scale: float, parameters: Tensor):
@@ -123,7 +115,7 @@ class Entry:
         return self.cumulative(torch.add(self.tables.within, group, alpha=self.tables.group))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The groups of levels `(B,)`, and where the levels are within them."""
+        """The groups of levels `(B,)`, and their places within these."""
         group = x.div(self.tables.group, rounding_mode="floor")
         return group, x - group * self.tables.group
 
@@ -134,10 +126,7 @@ class Entry:
         return level.clamp_(max=self.tables.levels - 1)
 
     def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels `(B,)` in whose ranges `[F(x), F(x + 1))` the numbers in [0, 1] are.
-
-        The lower and the upper ends of the ranges follow.
-        """
+        """The levels `(B,)` whose ranges `[F(x), F(x + 1))` have the numbers, and the ranges."""
         target = target.clamp(max=1 - 2**-40)  # F(Q) is 1 with a rounding error
         group = (self.groups()[1:-1] <= target).sum(dim=0)
         edges = self.within(group)

@@ -1,8 +1,7 @@
 """How the layers of a flow are called: fused, one by one, watched or recomputed.
 
-A bijection that is made of others (`Container`) calls none of them itself. It hands them to an
-executor. Code that watches, initializes or recomputes layers passes another executor to
-`Flow.forward` or to `Bijection.run`.
+A bijection made of others (`Container`) hands them to an executor. Code that watches, initializes
+or recomputes layers passes another one to `Flow.forward` or `Bijection.run`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,11 +28,9 @@ def opposite(direction: Direction) -> Direction:
 
 
 class LayerByLayer:
-    """Calls layers one after the other, each by itself. Subclasses that watch layers override
-    `call`.
-    """
+    """Calls layers one after the other. Subclasses that watch layers override `call`."""
 
-    call: Call = staticmethod(call)  # for a single layer
+    call: Call = staticmethod(call)
 
     def prepared(self, layers: Sequence[Bijection], direction: Direction) -> Sequence[Bijection]:
         """The layers that a chain calls in place of `layers`."""
@@ -42,7 +39,6 @@ class LayerByLayer:
     def chain(
         self, layers: Sequence[Bijection], direction: Direction, x: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
-        """Calls layers, listed from data to latents, and adds up their log-determinants."""
         called = self.prepared(layers, direction)
         total = x.new_zeros(x.shape[0])
         for layer in called if direction == "forward" else reversed(called):
@@ -79,7 +75,6 @@ class Container(Bijection):
     """A bijection made of others. A subclass defines `inner_layers`, and `run` both ways."""
 
     def inner_layers(self) -> Iterable[Bijection]:
-        """The bijections that this one is made of."""
         raise NotImplementedError
 
     def run(

@@ -1,8 +1,7 @@
 """ActNorm and the 1x1 convolution after it, computed as one product.
 
-The result is that of the two layers one after the other, in a fifth of the operations. On the data
-path between couplings, most of an operation's time is its fixed cost. The matrices of all pairs of
-one size are built together.
+This takes a fifth of the operations of the two layers. On the data path between couplings, most of
+an operation's time is its fixed cost. The matrices of all pairs of one size are built together.
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,7 @@ Affine = tuple[Tensor, Tensor, Tensor]
 def fuse(layers: Sequence[Bijection], *directions: Direction) -> list[Bijection]:
     """`layers`, with each ActNorm and the 1x1 convolution after it replaced by their product.
 
-    The result serves one call only, because it holds matrices instead of parameters. It may be
-    called in `directions`.
+    The result serves one call in `directions`: it holds matrices instead of parameters.
     """
     result: list[Bijection] = []
     # For each kind and number of channels: the places of the pairs in the result, and the pairs.
@@ -78,10 +76,7 @@ def _products(
 
 
 class FusedLinear(Bijection):
-    """`z = W (x * s + b)` at every pixel; see `fuse`. It has the maps of the directions asked for.
-
-    `to_latents` maps x to z, and `to_data` maps z to x.
-    """
+    """`z = W (x * s + b)` at every pixel; see `fuse`. It has maps of the given directions only."""
 
     to_latents: Affine
     to_data: Affine

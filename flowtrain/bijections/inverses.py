@@ -35,7 +35,7 @@ inverse_with_progress.register(TokenAutoregressive, TokenAutoregressive.inverse)
 def inverse_by_iteration(
     layer: Bijection, z: Tensor, context: Context | None, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """`layer.inverse`, within rounding, by fixed-point iteration where the layer has that way."""
+    """`layer.inverse` within rounding, by fixed-point iteration if the layer is autoregressive."""
     return inverse_with_progress(layer, z, context, progress)
 
 
@@ -55,10 +55,7 @@ def _(
 def forward_matching_inverse(
     layer: Bijection, x: Tensor, context: Context | None, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """`layer.forward`, by the very arithmetic of `inverse` where that one rounds differently.
-
-    A layer needs it if its inverse makes steps, so that a rounding error can be one.
-    """
+    """`layer.forward`, by the arithmetic of `inverse` if this is a step function of its input."""
     return layer(x, context)
 
 
@@ -81,9 +78,7 @@ def sequential_layers(bijection: Bijection) -> int:
 
 
 class MatchingInverse(Fused):
-    """Computes latents from which `inverse` gives exactly the data back
-    (`forward_matching_inverse`).
-    """
+    """Computes latents from which `inverse` gives back exactly the data."""
 
     def __init__(self, progress: Progress = lambda share: None):
         self.progress = progress
@@ -99,8 +94,7 @@ class MatchingInverse(Fused):
 class WithProgress(Fused):
     """Calls `progress` with the share of a pass of inverses that is done.
 
-    Layers whose inverse is sequential take most of the time, so only they count. There are `layers`
-    of them, as `sequential_layers` finds.
+    Only the `layers` whose inverse is sequential count (`sequential_layers`).
     """
 
     inverse = staticmethod(inverse_with_progress)
@@ -122,7 +116,7 @@ class WithProgress(Fused):
 
 
 class Iterating(WithProgress):
-    """Computes the inverse of a layer by fixed-point iteration where the layer has that way."""
+    """Computes inverses by fixed-point iteration (`inverse_by_iteration`)."""
 
     inverse = staticmethod(inverse_by_iteration)
 
@@ -142,12 +136,11 @@ def fixed_point(
 
     `step` computes each part of an example from the parts before it (Song et al. 2021,
     arXiv:2002.03629; for TarFlow: Liu & Qin 2025, arXiv:2505.12849). So after k steps the first k
-    parts are right, and `at_most` parts need no more steps than that. It ends sooner once no entry
-    of any example moves by more than `tolerance`. `progress` gets the share of the steps.
+    of `at_most` parts are right. It ends sooner once no entry moves by more than `tolerance`.
     """
     x = start
     for done in range(1, at_most + 1):
-        # A guess may overflow, and attention would spread what is not a number to all tokens.
+        # A guess may overflow, and attention would spread NaN to all tokens.
         before = torch.nan_to_num(x, 0.0, 0.0, 0.0)
         x, result = step(before)
         progress(done / at_most)

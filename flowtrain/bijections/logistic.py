@@ -16,8 +16,7 @@ LARGEST = 80.0
 class LogisticToNormal(Bijection):
     """`z = Phi^-1(sigmoid(x))`, standard normal if `x` is standard logistic.
 
-    See NICE, section 3.4, eq. 14. Both directions are computed on the negative half-axis, where
-    nothing cancels, and mirrored.
+    See NICE, eq. 14. Both directions are computed on the negative half-axis, where nothing cancels.
     """
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,10 @@ def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 def call(
     layer: Bijection, direction: Direction, x: Tensor, context: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `forward`, with what only a training step does, or its `inverse`."""
+    """The layer's `forward`, with dropout, or its `inverse`."""
     if direction == "inverse":
         return layer.inverse(x, context)
-    if isinstance(layer, OrdinalAutoregressive):  # dropout
+    if isinstance(layer, OrdinalAutoregressive):
         return layer.forward(x, context, noise=x)
     return layer(x, context)
 
@@ -49,7 +49,7 @@ def executor_of(
 ) -> Executor:
     """The executor of a memory mode, for `Flow.forward` in training.
 
-    `compiler` compiles the functions that compute a single layer. The layer is the first argument.
+    `compiler` compiles the functions that compute a single layer, their first argument.
     """
     if mode == "store":
         executor = Fused()
@@ -61,8 +61,7 @@ def executor_of(
 class Recomputing(Fused):
     """Computes the activations of each chain again in the backward pass.
 
-    `gradient` computes the gradient of a single layer: the function `gradient_of_layer`, or the
-    same one compiled.
+    `gradient` is `gradient_of_layer`, or the same function compiled.
     """
 
     def __init__(self, mode: Mode, call: Call, gradient: Callable[..., Any]):
@@ -81,10 +80,7 @@ class Recomputing(Fused):
 
 
 class _Recomputed(torch.autograd.Function):
-    """A chain whose activations are computed again, layer by layer, in the backward pass.
-
-    Every tensor that needs a gradient is an argument, so autograd sees the chain as one operation.
-    """
+    """A chain as one operation of autograd: tensors that need a gradient are its arguments."""
 
     @staticmethod
     def forward(
@@ -93,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
         layers: Sequence[Bijection],
         x: Tensor,
         context: Tensor | None,
-        *_tensors: Tensor,  # those of the layers that need a gradient, for autograd to see
+        *_tensors: Tensor,  # of the layers
     ) -> tuple[Tensor, Tensor]:
         ctx.executor, ctx.layers = executor, layers
         kind = x.device.type
@@ -145,10 +141,9 @@ def gradient_of_layer(
     grad_log_det: Tensor,
     wants_context: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
-    """The gradient of one layer, from its input, or from its output where it is `reversible`.
+    """The gradient of one layer, from its input, or from its output if it is `reversible`.
 
-    `grad_z` and `grad_log_det` are gradients with respect to its results. Returns its input, and
-    the gradients with respect to the input, the context if wanted, and `layer.tensors()`.
+    Returns its input, and the gradients of the input, the context if wanted, and its `tensors()`.
     """
     with torch.enable_grad():
         leaf = given.detach().requires_grad_()

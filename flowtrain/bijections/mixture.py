@@ -19,14 +19,13 @@ class MixtureTransform(Transform):
     `(2 + 3 K) C` parameters for C entries: the shift, K logits of pi, K means, and the log-scales
     `a, s_1, ..., s_K` before their bound `limit * tanh(h / limit)`.
 
-    With parameters of zero the components have a scale of 1 and stand 2 / K apart around zero. If
-    they were equal at the start, no two of them would ever differ. For K = 4 the slope is then
-    0.93 at zero and 1 in the tails.
+    With parameters of zero the components have a scale of 1 and stand 2 / K apart around zero,
+    because equal ones would never differ. For K = 4 the slope is then 0.93 at zero and 1 far out.
 
-    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so that of z is at most
-    `exp(2 limit)`. Between components far apart it may be as small as the density there, but not
-    below `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)`. Everything is computed in logs, so the
-    results are finite however far out `x` and the means are.
+    The derivative of `logit(F)` is at most `max_i exp(-s_i)`, so dz/dx is at most `exp(2 limit)`.
+    Between components far apart it may be small, but not below
+    `min_i exp(-s_i) / cosh(max_ij |u_i - u_j| / 2)`. Everything is computed in logs, so the results
+    are finite however far out `x` and the means are.
     """
 
     inverse_is_untraceable = True
@@ -48,7 +47,7 @@ class MixtureTransform(Transform):
         return results
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Solved by Newton's method. First derivatives are those of the inverse function."""
+        """Solved by Newton's method. It has the first derivatives of the inverse function."""
         with torch.no_grad():
             shift, logits, means, gate = _split(
                 self._by_entry(parameters), self.offsets, self.limit
@@ -74,7 +73,6 @@ class MixtureTransform(Transform):
         return x, -self(x, parameters)[1]
 
     def _by_entry(self, parameters: Tensor) -> Tensor:
-        """`(B, (2 + 3 K) C, ...)` to `(B, 2 + 3 K, C, ...)`."""
         by_entry: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
         return by_entry
 
@@ -82,10 +80,7 @@ class MixtureTransform(Transform):
 def _split(
     parameters: Tensor, offsets: Tensor, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The shift, the logits, the means, and the gates of `a` and of the `s_i`.
-
-    The shift is `(B, C, ...)`, logits and means are `(B, K, C, ...)`, gates `(B, 1 + K, C, ...)`.
-    """
+    """The shift `(B, C, ...)`, logits and means `(B, K, C, ...)`, gates `(B, 1 + K, C, ...)`."""
     k = len(offsets)
     shift, logits, means, raw = parameters.split([1, k, k, 1 + k], dim=1)
     return (
@@ -99,8 +94,7 @@ def _split(
 def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """`log(sum_i factor_i exp(exponent_i))` over dimension 1, and each summand's share of the sum.
 
-    Both come from one softmax. Its largest value is the inverse of the sum that logsumexp would
-    compute again.
+    Both come from one softmax, whose largest value is the inverse of logsumexp's sum.
     """
     share = exponent.softmax(dim=1)
     largest = share.amax(dim=1)
@@ -112,13 +106,11 @@ def _log_sum(exponent: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def _logit_of_mixture(
     x: Tensor, logits: Tensor, means: Tensor, inverse_scales: Tensor, total: Tensor
 ) -> tuple[Tensor, ...]:
-    """`logit(F(x))`, the log of its derivative, and what their gradients need.
+    """`logit(F(x))` and its log-derivative, `(B, C, ...)`; then, `(B, K, C, ...)`, the `u_i`, and
+    the shares of the components in F, in 1 - F and in the density.
 
-    The first two are `(B, C, ...)`. The others are `(B, K, C, ...)`: the `u_i`, and the shares of
-    the components in F, in 1 - F and in the density. `total` is the logsumexp of the logits.
-
-    No logarithm of a component is needed, because `sigmoid(u) = v exp(min(u, 0))` with
-    `v = sigmoid(|u|)` in [1/2, 1].
+    `total` is the logsumexp of the logits. No logarithm of a component is needed, because
+    `sigmoid(u) = v exp(min(u, 0))` with `v = sigmoid(|u|)` in [1/2, 1].
     """
     u = (x[:, None] - means).mul_(inverse_scales)
     v = u.abs().sigmoid_()

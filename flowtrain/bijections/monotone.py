@@ -8,8 +8,8 @@ from torch import Tensor
 
 FREE_STEPS = 6  # before the width of the brackets matters; smooth equations need two to six
 
-# Steps from one look at whether all equations are solved to the next. A look waits for the device,
-# which costs nothing on a CPU alone. A solved equation stays, so further steps change no result.
+# Steps between two looks at whether all equations are solved. A look waits for the device, which
+# costs nothing on a CPU alone. Further steps change no solved equation.
 STEPS_OF_A_LOOK = {"cpu": 1}
 STEPS_OF_A_LOOK_ELSEWHERE = 4
 
@@ -24,17 +24,15 @@ def solve_monotone(
     """`x` with `f(x) = target`, elementwise, for increasing `f` and a solution in `[lower, upper]`.
 
     `function(x)` gives `f(x)` and `f'(x)`. All tensors have one shape. Newton's method starts at
-    the middle of the bracket, and every value of `f` narrows the bracket. If a step would leave the
-    bracket, the next `x` is the bracket's middle instead. The same happens if after k steps the
-    bracket is wider than `2^(-(k - FREE_STEPS) / 2)` of the first one. So no `f`, however flat or
-    steep, takes more than `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, about twice
-    those of bisection.
+    the middle of the bracket, which every value of `f` narrows. The next `x` is the bracket's
+    middle if a step would leave the bracket, or if after k steps it is wider than
+    `2^(-(k - FREE_STEPS) / 2)` of the first one. So no `f`, however flat or steep, takes more than
+    `FREE_STEPS + 2 log2((upper - lower) / precision)` steps, about twice as many as bisection.
 
     Bisection ends at two roundings of `max(1, |x|)`. A Newton step is the last if it is shorter
     than a quarter of the square root of one such rounding. The error that it leaves is its square
-    times `|f'' / 2 f'|`, a factor that should not be far above 10. So the search also ends for an
-    `f` whose own rounding keeps `x` from coming nearer. If target, bracket or `f` is NaN, so is
-    `x`. Every fourth step waits for a GPU, not each. Not differentiable.
+    times `|f'' / 2 f'|`, a factor that should not be far above 10. If target, bracket or `f` is
+    NaN, so is `x`. Not differentiable.
     """
     info = torch.finfo(target.dtype)
     eps, tiny = info.eps, info.tiny

@@ -1,9 +1,9 @@
 """Autoregressive models of the levels of an image, as flows (Nielsen & Winther 2020,
 arXiv:2002.02547, "Closing the Dequantization Gap: PixelCNN as a Single-Layer Flow").
 
-The layer is here, and so is what it asks of its networks, which are in `nets/causal.py`. They work
-on tokens: square patches of an image, in raster order. A token of r x r pixels has E = C r^2
-entries, ordered by channel, row and column.
+The layer is here, with the interface of its networks, which are in `nets/causal.py`. They work on
+tokens: square patches of an image, in raster order. A token of r x r pixels has E = C r^2 entries,
+ordered by channel, row and column.
 """
 
 import copy
@@ -32,17 +32,24 @@ from flowtrain.bijections.precision import apply_conditioner, full_precision, ha
 from flowtrain.system.threads import one_thread
 
 
-class PredictionByToken(Protocol):
-    """The linear predictions of a batch, a token at a time in raster order."""
+class ByToken(Protocol):
+    """A network of a batch that computes token after token, in raster order."""
 
     def start(self, i: int, j: int) -> None:
         """Begins with token `(i, j)`."""
 
+    def end(self, i: int, j: int) -> None:
+        """Ends token `(i, j)`, of which everything is known."""
+
+
+class PredictionByToken(ByToken, Protocol):
     def mean(self, d: int) -> Tensor:
         """The prediction `(B,)` of entry d. The values of the entries before it are known."""
 
-    def end(self, i: int, j: int) -> None:
-        """Ends token `(i, j)`, of which all values are known."""
+
+class NetByToken(ByToken, Protocol):
+    def parameters(self, d: int) -> Tensor:
+        """The parameters `(P, B)` of entry d. The inputs that they depend on are known."""
 
 
 class Prediction(nn.Module):
@@ -53,31 +60,12 @@ class Prediction(nn.Module):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def fit(self, x: Tensor) -> Tensor:
-        """Sets the weights from tokens `(B, E, H, W)`.
-
-        Returns the standard deviations of the residuals `(E,)`.
-        """
+        """Sets the weights from tokens `(B, E, H, W)`. Returns the residuals' deviations `(E,)`."""
         raise NotImplementedError
 
     def by_token(self, values: Tensor) -> PredictionByToken:
-        """The same predictions for the inverse, which knows only the tokens before one.
-
-        `values` are those of the token at hand, `(E, B)`: the caller writes them there.
-        """
+        """The same, token by token. The caller writes a token's values into `values` `(E, B)`."""
         raise NotImplementedError
-
-
-class NetByToken(Protocol):
-    """The parameters of a batch, a token at a time in raster order."""
-
-    def start(self, i: int, j: int) -> None:
-        """Begins with token `(i, j)`."""
-
-    def parameters(self, d: int) -> Tensor:
-        """The parameters `(P, B)` of entry d. What they depend on is known."""
-
-    def end(self, i: int, j: int) -> None:
-        """Ends token `(i, j)`, of which everything is known."""
 
 
 class TokenNet(nn.Module):
@@ -87,14 +75,11 @@ class TokenNet(nn.Module):
     it: all of earlier tokens, in raster order, and the first ones of its own token.
 
     It is called as `net(x, context, noise)`. A training step passes the `noise`, `(B, ...)`:
-    numbers of each example that change with the step, for what a network does at random there.
+    numbers of each example that change with the step, for dropout.
     """
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
-        """The same parameters for the inverse, which knows only the tokens before one.
-
-        `seen` `(3E, B)` are the inputs of the token at hand: the caller writes them there.
-        """
+        """The same, token by token. The caller writes a token's inputs into `seen` `(3E, B)`."""
         raise NotImplementedError
 
 
@@ -121,7 +106,7 @@ class _GuidedByToken:
 class OrdinalAutoregressive(DataDependentInit):
     """`z_d = Phi^-1(F(x_d | x_<d) + u_d P(x_d | x_<d))` of dequantized images (eq. 6).
 
-    An image with Q levels is `v = (x + u) / Q - 1/2`, where x are the levels and u is noise in
+    An image with Q >= 2 levels is `v = (x + u) / Q - 1/2`, where x are the levels and u is noise in
     [0, 1). F and P are the distribution function and the probabilities of an entry's level. The
     networks that predict them read x alone, so the Jacobian is diagonal almost everywhere, and
 
@@ -129,31 +114,21 @@ class OrdinalAutoregressive(DataDependentInit):
 
     for any noise: the likelihood of the image is exact.
 
-    The distribution is a mixture relative to a linear prediction from entries before this one, in
-    units of the standard deviation of its residual. `initialize` sets both by least squares. The
-    networks see the levels, scaled to [-1, 1], the residuals, and the predictions.
+    The distribution is a mixture relative to a linear prediction from earlier entries, in units of
+    the standard deviation of its residual. `initialize` sets both by least squares. The networks
+    see the levels, scaled to [-1, 1], the residuals, and the predictions.
 
-    `forward` is one pass of the networks. `inverse` computes one entry after the other, and each
-    column of features once. It runs in full precision. It is differentiable with respect to z, but
-    not to the parameters.
-
-    Where the sides are no multiples of the token's, the last row and column are repeated. These
-    entries have no part in the likelihood, and sampling copies them.
-
-    Args:
-        shape: `(C, H, W)` of an image.
-        levels: Q, at least 2.
-        token: The side r of a token in pixels.
-        prediction: Linear predictions of tokens.
-        conditioner: Predicts the parameters of the mixtures.
-        mixture: The distribution of an entry, as a map to normal numbers.
+    `forward` is one pass of the networks. `inverse` computes one entry after the other in full
+    precision, differentiable with respect to z, but not to the parameters. If the sides are no
+    multiples of the token's r, the last row and column are repeated. These entries have no part in
+    the likelihood, and sampling copies them.
     """
 
     inverse_is_sequential = True
     is_discrete = True
     has_network = True
     reversible_in = ()  # all activations are inside of this one layer
-    initialization_images = 200  # so few determine the linear prediction well enough
+    initialization_images = 200  # enough for the linear prediction
 
     def __init__(
         self,
@@ -226,8 +201,7 @@ class OrdinalAutoregressive(DataDependentInit):
     def log_probs(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The log-probability of each level given those before it, `(B, C, H, W)` in nats.
 
-        Levels are real numbers here, and the result is differentiable with respect to them. Its
-        derivative at whole numbers says in which direction images become more likely.
+        It is differentiable with respect to the levels, which are real numbers here.
         """
         tokens = self._tokens(x)
         distribution = self._distributions(tokens, context)
@@ -236,8 +210,8 @@ class OrdinalAutoregressive(DataDependentInit):
     def log_probs_of_all(
         self, x: Tensor, entries: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What `log_probs` gives, and the log-probabilities of all levels at N `entries`, indices
-        `(N,)` in the image: `(B, N, Q)`.
+        """`log_probs`, and the log-probabilities `(B, N, Q)` of all levels at `entries`, indices
+        `(N,)` in the image.
         """
         tokens = self._tokens(x)
         location, log_scale, parameters = self._distributions(tokens, context)
@@ -277,9 +251,8 @@ class OrdinalAutoregressive(DataDependentInit):
     def _distributions(
         self, x: Tensor, context: Context | None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` of the
-        entries of tokens `x` `(B, E, H, W)`, as the mixture takes them: in levels. `noise` is that
-        of `TokenNet`.
+        """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` for
+        tokens `x` `(B, E, H, W)`, in levels. `noise` goes to the `TokenNet`.
         """
         self.require_initialized()
         value, log_scale = self._value(x), self.bounded_log_scale()
@@ -308,11 +281,8 @@ class OrdinalAutoregressive(DataDependentInit):
     ) -> Tensor:
         """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
 
-        `next_level` gets the distribution of an entry and the entry's index in the image. It
-        returns the entry's levels `(B,)`, int64.
-
-        There are thousands of operations on small tensors, and a second thread of torch takes more
-        time for each than it saves, far more on a busy machine.
+        `next_level` maps the distribution of an entry, and its index in the image, to its levels
+        `(B,)`, int64. A second thread of torch costs time: there are thousands of small operations.
         """
         self.require_initialized()
         channels, height, width = self.shape
@@ -385,9 +355,8 @@ class OrdinalAutoregressive(DataDependentInit):
         """`forward` by the arithmetic of `inverse`, which takes as long as `inverse`.
 
         The two paths of the networks round differently, and the range of an improbable level is as
-        small as 2**-18. In float32, middles by `forward` were off by up to 6% of half of their
-        range, on noise under a trained model. Between batches of different sizes, this and
-        `inverse` differ by up to 1.4% of it.
+        small as 2**-18. In float32, latents by `forward` were off by up to 6% of half of their
+        range, on noise under a trained model; by this, up to 1.4% in batches of another size.
         """
         if not has_float64(v):
             return self._on_the_cpu("forward_matching_inverse", v, context, progress)
@@ -410,21 +379,19 @@ class OrdinalAutoregressive(DataDependentInit):
     def _on_the_cpu(
         self, method: str, x: Tensor, context: Context | None, *others: Any
     ) -> tuple[Tensor, Tensor]:
-        """What a method of this layer gives on the CPU: its entries need double precision, and one
-        after the other they gain little from a GPU.
-        """
+        """Calls a method of this layer on the CPU, because entries need double precision."""
         there = copy.deepcopy(self).cpu()
         context = None if context is None else context.to("cpu")
         result, log_det = getattr(there, method)(x.cpu(), context, *others)
         return result.to(x.device), log_det.to(x.device)
 
     def _log_det(self, z: Tensor, probability: Tensor) -> Tensor:
-        """That of `forward`, from latents `(B, D)` and the levels' probabilities `(D, B)`."""
+        """log_det of `forward`, from latents `(B, D)` and the levels' probabilities `(D, B)`."""
         log_density = -0.5 * z.square() - math.log(ROOT_TAU)
         log_derivative = probability.log().T.to(z) - log_density
         return sum_per_example(log_derivative) + z.shape[1] * math.log(self.levels)
 
 
 def discrete_model(bijection: Bijection) -> OrdinalAutoregressive | None:
-    """The model of levels that a bijection is, with a distribution for each entry, or None."""
+    """The bijection if it is a model of levels, with a distribution for each entry, or None."""
     return bijection if isinstance(bijection, OrdinalAutoregressive) else None

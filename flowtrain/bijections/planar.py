@@ -17,16 +17,14 @@ MIN_DERIVATIVE = 1e-3  # of the map along w; so the inverse stretches by at most
 class Planar(Bijection):
     """`z = x + u tanh(w^T x + b)` on vectors `(B, D)` (eq. 10-12).
 
-    `log|det| = log(1 + w^T u sech^2(w^T x + b))`. The closed form maps data to latents, the
-    direction that maximum likelihood needs. In the paper it goes the other way, from samples of a
-    base to those of a posterior. The inverse solves `c + w^T u tanh(c) = w^T z + b` for
-    `c = w^T x + b`, one monotone equation per example. Then `x = z - u tanh(c)`.
+    `log|det| = log(1 + w^T u sech^2(w^T x + b))`. The closed form maps data to latents, unlike in
+    the paper, because maximum likelihood needs it. The inverse solves `c + w^T u tanh(c) = w^T z +
+    b` for `c = w^T x + b`, one monotone equation per example. Then `x = z - u tanh(c)`.
 
     The constraint `w^T u > -1` (appendix A.1) is kept by moving u along w to where `w^T u` is
     `m(w^T u)`. The paper's m is `m(t) = -1 + log(1 + exp(t))`. Here m is an exponential linear
-    unit: t for t >= 0, and above `-1 + MIN_DERIVATIVE` for t < 0. So u stays as it is if
-    `w^T u >= 0`. The layer with u = 0, at the start, is the identity. Nothing is divided by zero as
-    w goes to 0.
+    unit: t for t >= 0, and above `-1 + MIN_DERIVATIVE` for t < 0. So u = 0, at the start, is the
+    identity, and nothing is divided by zero as w goes to 0.
     """
 
     def __init__(self, dims: int):
@@ -44,8 +42,7 @@ class Planar(Bijection):
         most = 1 - MIN_DERIVATIVE
         allowed = most * F.elu(product / most)
         # `allowed - product` is at most of the order of |w|^2 |u|^2. It is divided by |w| twice,
-        # since the square of |w| underflows. So the change of u vanishes with w, and its gradient
-        # is finite.
+        # because the square of |w| underflows. So the change of u vanishes with w.
         length = torch.linalg.vector_norm(self.w).clamp(min=torch.finfo(self.w.dtype).tiny ** 0.5)
         return self.u + (allowed - product) / length * (self.w / length), allowed
 
@@ -55,7 +52,7 @@ class Planar(Bijection):
         return x + h[:, None] * u, torch.log1p(product * (1 - h.square()))
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Solved to float precision. First derivatives are those of the inverse function."""
+        """Solved to float precision. It has the first derivatives of the inverse function."""
         u, product = self.constrained()
         target = (z * self.w).sum(dim=1) + self.b
 

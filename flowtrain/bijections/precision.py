@@ -1,8 +1,8 @@
 """The border between the data path and the conditioners: precision and order in memory.
 
 The data path is float32 (or float64), with the channels of an image apart (NCHW), so that the
-halves of a coupling are contiguous. Conditioners of images are convolutions. They run in bf16 under
-autocast, and are fastest with the channels last in memory.
+halves of a coupling are contiguous. Conditioners run in bf16 under autocast, and convolutions
+are fastest with the channels last in memory.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ def apply_conditioner(
     A guided context gives the parameters of its two contexts, extrapolated.
     """
     if isinstance(context, Guided):
-        return context.of(lambda each: apply_conditioner(net, x, each))
+        given = apply_conditioner(net, x, context.given)
+        return context.extrapolated(given, apply_conditioner(net, x, context.without))
     inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
     parameters: Tensor = _Cast.apply(inside, x.dtype, False)
     return parameters
 
 
 def into_conditioner(x: Tensor) -> Tensor:
-    """An image in the precision of autocast, if that is on, and with the channels last.
-
-    Vectors stay as they are, because autocast casts them where a linear layer multiplies.
+    """An image in the precision of autocast, with the channels last. Vectors stay as they are,
+    because autocast casts them where a linear layer multiplies.
     """
     if x.ndim != 4:
         return x
@@ -65,10 +65,7 @@ def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Turns autocast off, since products of the data path in low precision would cost likelihood.
-
-    `x` is any tensor on the device.
-    """
+    """Turns autocast off on the device of `x`: low precision would cost likelihood."""
     return torch.autocast(x.device.type, enabled=False)
 
 

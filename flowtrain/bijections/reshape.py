@@ -10,8 +10,7 @@ from flowtrain.bijections.context import Context
 class Squeeze(Bijection):
     """Turns each 2x2 patch into channels: `(B, C, H, W)` to `(B, 4C, H/2, W/2)`.
 
-    See RealNVP, section 3.6. The order is top-left, bottom-right, top-right, bottom-left, so that
-    the two halves of the channels are the two colours of a checkerboard (RealNVP, figure 3).
+    The halves of the channels are the colours of a checkerboard (RealNVP, section 3.6, figure 3).
     """
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -73,12 +72,9 @@ class Reverse(Bijection):
 class HalvePixels(Bijection):
     """Puts half of the pixels into the first half of the channels, and the rest into the second.
 
-    It maps `(B, C, H, W)` to `(B, C, 2, H W / 2)`, with C and H W even. The channels of a pixel are
-    cut in two, so that there are as many places as before. A coupling of the channels then has
-    pixels that it keeps, and pixels that it changes (Jet, section 3).
-
-    Args:
-        first: Whether a pixel is in the first half, `(H, W)`; true for half of them.
+    It maps `(B, C, H, W)` to `(B, C, 2, H W / 2)`, with C and H W even; `first` `(H, W)` is true
+    for half of the pixels. The channels of a pixel are cut in two, so that there are as many places
+    as before. A coupling then keeps some pixels and changes others (Jet, section 3).
     """
 
     order: Tensor

@@ -20,7 +20,7 @@ class Sequential(Container):
         return self.layers  # type: ignore[return-value]
 
     def opened(self) -> list[Bijection]:
-        """The layers, those of nested sequences in their place."""
+        """The layers, nested sequences opened in their place."""
         layers: list[Bijection] = []
         for layer in self.inner_layers():
             layers += layer.opened() if isinstance(layer, Sequential) else [layer]

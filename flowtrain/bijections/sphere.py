@@ -14,32 +14,28 @@ from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.spline import whole_turns
 
-# At the poles a longitude means nothing, and the area of a cell of longitude and latitude vanishes.
-# A data point that is nearer to a pole than this, in radians, is moved to this distance. Float32
-# has a spacing of 1.2e-7 there, so the density is known to some percent. Nobody would see the move.
+# At the poles the area of a cell of longitude and latitude vanishes. A data point that is nearer to
+# a pole than this, in radians, is moved to this distance. Float32 has a spacing of 1.2e-7 there, so
+# the density is known to some percent.
 POLE = 8e-6
-# Layers may bring a point nearer to a pole, but not nearer than the spacing of float32. This keeps
-# the cosine of its latitude above zero.
+# Layers may bring a point nearer to a pole, but no nearer than the spacing of float32, so that the
+# cosine of its latitude stays above zero.
 NEAREST = 2.0**-23
-# How far from the unit sphere a point may be. Float32 rounds by about a thousandth of that.
-TOLERANCE = 1e-4
-# Shares of the circle are kept this far, float32's rounding, from 0 and 1, where the normal
-# quantile is infinite.
+TOLERANCE = 1e-4  # distance of a point from the unit sphere; float32 rounds by a thousandth of it
+# Shares of the circle are kept this far from 0 and 1, where the normal quantile is infinite.
 EDGE = 2.0**-24
 
 
 class SphereToAngles(Bijection):
     """Points of the unit sphere `(B, 3, 1, 1)` to longitude and latitude `(B, 2)`.
 
-    The map goes from a surface in 3 dimensions to 2 dimensions. Densities are with respect to the
-    area on the sphere. The area of a cell is `cos(latitude)` times its extent in the two angles, so
-    `log|det| = -log cos(latitude)`. (This is `-1/2 log det(J^T J)`, with J the 3 by 2 Jacobian of
-    the inverse.) Off the sphere there is no density: there `log|det|` is minus infinity.
+    Densities are with respect to the area on the sphere, so `log|det| = -log cos(latitude)`. (This
+    is `-1/2 log det(J^T J)`, with J the 3 by 2 Jacobian of the inverse.) Off the sphere there is no
+    density: there `log|det|` is minus infinity.
 
     This is the first step of a recursive flow (Rezende et al. 2020, arXiv:2002.02428). The paper's
-    cylinder has the height, the sine of the latitude, as its coordinate, which preserves area
-    (Archimedes). But float32 cannot tell heights near the poles apart: points up to about 2e-4 from
-    a pole have the height of the pole. So the coordinate here is the latitude, an arc length.
+    coordinate is the height, the sine of the latitude. In float32, points up to about 2e-4 from a
+    pole have the height of the pole, so the coordinate here is the latitude.
     """
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
@@ -63,13 +59,10 @@ class SphereToAngles(Bijection):
 class AnglesToNormal(Bijection):
     """Longitude and latitude `(B, 2)` to two numbers, standard normal for uniform points.
 
-    They are the normal quantiles of two shares: the share of the circle that is west of the point,
-    and the share of the sphere's area that is south of it. For uniform points of the sphere they
-    are independent.
-
-    The share of the area is `(1 + sin(latitude)) / 2`. The smaller of it and its complement is
-    computed, `sin((pi/2 - |latitude|) / 2)^2`, which is exact to float precision at both poles. At
-    the ends of the circle, precision is limited by the rounding of the longitude.
+    They are the normal quantiles of two independent shares: the share of the circle that is west
+    of the point, and the share of the sphere's area that is south of it, `(1 + sin(latitude)) / 2`.
+    The smaller of it and its complement is computed, `sin((pi/2 - |latitude|) / 2)^2`, which is
+    exact to float precision at both poles.
     """
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

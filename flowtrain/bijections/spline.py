@@ -25,14 +25,12 @@ class SplineTransform(Transform):
     The transform takes `(3 bins - 1) C` parameters for C entries: `bins` widths and `bins` heights
     before their softmax, and an `h` for the derivative at each inner knot. The log-derivative there
     is `limit * tanh(h / limit)` with `limit = log 1000`, where the paper has a softplus. So
-    parameters of zero are the identity, and all derivatives at knots lie between 1/1000 and 1000.
-    No log-derivative is outside [-23, 8.3]. In both directions the map is twice differentiable
-    inside a bin, and once at a knot. Raises `ValueError` unless `1 <= bins <= MAX_BINS`.
+    parameters of zero are the identity. No log-derivative is outside [-23, 8.3]. Raises
+    `ValueError` unless `1 <= bins <= MAX_BINS`.
 
-    Outside the interval it is the identity. The default interval suits data of unit variance: of a
-    normal distribution, a share of 6e-5 lies outside. `free_ends` is for entries that never leave
-    the interval. It makes the derivatives at the two ends parameters too, `3 bins + 1` in all.
-    Otherwise they are 1, which fixes the density there.
+    Outside the interval it is the identity. A share of 6e-5 of a normal distribution is outside of
+    the default one. `free_ends`, for entries that never leave the interval, makes the derivatives
+    at the two ends parameters too, `3 bins + 1` in all. Otherwise they are 1.
     """
 
     def __init__(self, bins: int = 8, tail_bound: float = 4.0, free_ends: bool = False):
@@ -46,7 +44,7 @@ class SplineTransform(Transform):
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         left, width, bottom, height, start, end = self._bin(x, parameters, 0)
         xi = (x.clamp(-self.tail_bound, self.tail_bound) - left) / width
-        z = bottom + height * _numerator(xi, start) / _denominator(xi, start, end)
+        z = bottom + height * (xi * (xi + start * (1 - xi))) / _denominator(xi, start, end)
         return self._inside(x, z, _log_derivative(xi, height / width, start, end))
 
     def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,10 +62,8 @@ class SplineTransform(Transform):
         return self._inside(z, x, -_log_derivative(xi, height / width, start, end))
 
     def _bin(self, values: Tensor, parameters: Tensor, axis: int) -> tuple[Tensor, ...]:
-        """Finds the bin of each value, given by its x (axis 0) or its z (axis 1).
-
-        Returns the bin's left, width, bottom and height, and the derivatives at its two ends as
-        multiples of the slope `height / width`. Each has the shape of `values`.
+        """The bin of each value, an x (axis 0) or a z (axis 1): its left, width, bottom and height,
+        and the derivatives at its two ends as multiples of the slope `height / width`.
         """
         raw = self._unflatten(parameters)
         knots, derivatives = _Lookup.apply(values, raw, self.bins, self.tail_bound, axis)
@@ -96,10 +92,9 @@ class CircularSplineTransform(SplineTransform):
     """A turn, then a spline of the circle: `z = S(x + turn)`.
 
     See the "circular splines" of Rezende et al. 2020, arXiv:2002.02428. Entries are angles in
-    radians. The map is defined on the whole line, with `z(x + 2 pi) = z(x) + 2 pi`. So an angle may
-    include any number of whole turns, and keeps them. S is a rational-quadratic spline of
-    `[-pi, pi]` onto itself, with one derivative for both ends, so z is as smooth there as at any
-    knot. By its turn, each layer has its ends at another angle, so no angle is special.
+    radians, and keep any number of whole turns: `z(x + 2 pi) = z(x) + 2 pi`. S is a
+    rational-quadratic spline of `[-pi, pi]` onto itself, with one derivative for both ends. By its
+    turn, each layer has its ends at another angle.
 
     The transform takes `(3 bins + 1) C` parameters for C entries: the turn `pi * tanh(h / pi)`, at
     most half a turn either way, then `bins` widths, heights and derivatives. Parameters of zero
@@ -144,10 +139,6 @@ def whole_turns(angle: Tensor) -> Tensor:
 # Eq. 4 and 5, with everything divided by the slope.
 
 
-def _numerator(xi: Tensor, start: Tensor) -> Tensor:
-    return xi * (xi + start * (1 - xi))
-
-
 def _denominator(xi: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return 1 + (start + end - 2) * (xi * (1 - xi))
 
@@ -164,10 +155,8 @@ class _Lookup(torch.autograd.Function):
     The values have shape `(B, C, ...)`, and the raw parameters `(B, P, C, ...)`. The knots have
     shape `(B, 2, 2, C, ...)`: x and z, each of the lower and the upper knot. The parameters of the
     derivatives have shape `(B, 2, C, ...)`. P is `3 K + 1` or `3 K - 1` for K bins. With the latter
-    the derivatives at the ends of the spline are those of a parameter of zero.
-
-    The gradient is written by hand, because autograd takes about twice as long for the cumulative
-    sums.
+    the parameters at the ends of the spline are zero. Autograd takes about twice as long for the
+    cumulative sums.
     """
 
     @staticmethod
@@ -201,7 +190,7 @@ class _Lookup(torch.autograd.Function):
         shares, index = ctx.saved_tensors
         bins = shares.shape[2]
         # A knot is the sum of the sizes of the bins before it: 1 for these, 0 for the others. The
-        # last knot is the sum of all sizes, which is constant; the softmax's gradient knows that.
+        # last knot is the sum of all sizes, which the softmax keeps constant.
         number = torch.arange(bins, dtype=shares.dtype, device=shares.device).view(
             -1, *[1] * (index.ndim - 2)
         )

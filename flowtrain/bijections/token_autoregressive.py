@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtrain.bijections.autoregressive import Autoregressive
-from flowtrain.bijections.base import Transform, sum_per_example
+from flowtrain.bijections.base import sum_per_example
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.precision import full_precision
 
@@ -19,7 +19,7 @@ NextParameters = Callable[[Tensor | None], Tensor]
 class TokenConditioner(nn.Module):
     """Maps tokens `(B, E, H, W)` to `(B, P E, H, W)`: P parameters for each of their E entries.
 
-    Those of a token depend only on the tokens before it in raster order, and on the context.
+    The parameters of a token depend on earlier tokens in raster order, and on the context.
     """
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
@@ -27,22 +27,17 @@ class TokenConditioner(nn.Module):
         def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor: ...
 
     def by_token(self, batch: int, context: Tensor | None = None) -> NextParameters:
-        """The same parameters, one token after the other. What is known of a token is kept."""
+        """The same parameters, one token after the other."""
         raise NotImplementedError
 
 
 class TokenAutoregressive(Autoregressive):
     """An autoregressive layer on tokens n of `(B, E, H, W)` (TarFlow, eq. 4-6, with an affine T).
 
-    `inverse` keeps what the conditioner knows of each token.
-
-    The layer takes the tokens in raster order. A `Reverse` before the layer gives the other order.
+    It takes the tokens in raster order. A `Reverse` before the layer gives the other order.
     """
 
     conditioner: TokenConditioner
-
-    def __init__(self, conditioner: TokenConditioner, transform: Transform):
-        super().__init__(conditioner, transform)
 
     def count(self, x: Tensor) -> int:
         return x[0, 0].numel()

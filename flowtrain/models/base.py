@@ -5,24 +5,20 @@ sizes allow, and patches.
 from collections.abc import Callable
 from typing import Literal
 
-from flowtrain.bijections import (
-    AdditiveTransform,
-    AffineTransform,
-    Bijection,
-    Coupling,
-    MixtureTransform,
-    SplineTransform,
-    Squeeze,
-    Transform,
-)
+from flowtrain.bijections import Bijection, Coupling, Squeeze, Transform
+from flowtrain.bijections.coupling import AdditiveTransform, AffineTransform
+from flowtrain.bijections.mixture import MixtureTransform
+from flowtrain.bijections.spline import SplineTransform
 from flowtrain.errors import UserError
 from flowtrain.nets.dense import DenseNet
 from flowtrain.types import Shape
 
+# The names of the elementwise transforms, for options: of all, and of those that change the volume.
+AnyTransform = Literal["affine", "additive", "spline", "mixture"]
 Elementwise = Literal["affine", "spline", "mixture"]
 
-# The elementwise transforms that options choose by name: affine, volume preserving,
-# rational-quadratic spline (Durkan et al. 2019), mixture of logistics (Ho et al. 2019).
+# Affine, volume preserving, rational-quadratic spline (Durkan et al. 2019), mixture of logistics
+# (Ho et al. 2019).
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": AffineTransform,
     "additive": AdditiveTransform,

@@ -11,12 +11,10 @@ Deliberate differences from the paper and its release:
 - The learned priors scale the latents instead of the base density. The likelihood is the same.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from flowtrain.bijections import (
     ActNorm,
@@ -33,9 +31,9 @@ from flowtrain.bijections import (
 )
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
-from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes
+from flowtrain.models.base import TRANSFORMS, AnyTransform, Elementwise, check_squeezes
 from flowtrain.nets.convolution import GlowNet, ZeroNet, channels_of
-from flowtrain.nets.residual import DepthwiseNet, GatedNet
+from flowtrain.nets.residual import GatedNet
 from flowtrain.types import Positive, Shape
 
 PerLevel = Positive | list[Positive]
@@ -48,11 +46,11 @@ def build(
     levels: Positive = 3,
     steps: PerLevel = 32,
     width: PerLevel = 512,
-    coupling: Literal["affine", "additive", "spline", "mixture"] = "affine",
+    coupling: AnyTransform = "affine",
     bins: Annotated[int, Field(ge=2, le=MAX_BINS)] = 8,
     components: Positive = 4,
     split: Literal["channel", "checkerboard", "mixed"] = "channel",
-    conditioner: Literal["glow", "gated", "depthwise"] = "glow",
+    conditioner: Literal["glow", "gated"] = "glow",
     blocks: Positive = 1,
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
@@ -76,9 +74,9 @@ def build(
         split: How a coupling splits its input: by channel, by a checkerboard whose colours
             alternate, or mixed, which takes turns. A single pixel has no second colour, so it is
             split by channel.
-        conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), gated (residual
-            blocks with gates), or depthwise (separable residual blocks).
-        blocks: Number of residual blocks in a gated or depthwise conditioner.
+        conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), or gated (residual
+            blocks with gates).
+        blocks: Number of residual blocks in a gated conditioner.
         permutation: What mixes the channels before each coupling: a 1x1 convolution (conv1x1_lu by
             its LU factors, or conv1x1), a random shuffle, or a reversal.
         initialization: How the 1x1 convolutions start: as random rotations, or as the PCA whitening
@@ -93,15 +91,6 @@ def build(
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     options = {"spline": (bins,), "mixture": (components,)}
-    nets: dict[str, Callable[[int, int, int, int], nn.Module]] = {
-        "glow": GlowNet,
-        "gated": lambda inputs, outputs, width, seen: GatedNet(
-            inputs, outputs, width, blocks, seen
-        ),
-        "depthwise": lambda inputs, outputs, width, seen: DepthwiseNet(
-            inputs, outputs, width, blocks, seen
-        ),
-    }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
         transform = TRANSFORMS[coupling](*options.get(coupling, ()))
@@ -109,7 +98,10 @@ def build(
         kept = channels // 2 if by_channel else channels
         changed = channels - kept if by_channel else channels
         parameters = transform.parameters_per_entry * changed
-        net = nets[conditioner](kept, parameters, width_of[level], channels_of(context, size))
+        sizes = kept, parameters, width_of[level]
+        seen = channels_of(context, size)
+        gated = conditioner == "gated"
+        net = GatedNet(*sizes, blocks, seen) if gated else GlowNet(*sizes, seen)
         if by_channel:
             return Coupling(kept, net, transform)
         parity = (step // 2 if split == "mixed" else step) % 2

@@ -1,4 +1,4 @@
-"""What networks with attention share: the number of heads, and keys and values that are kept."""
+"""Number of attention heads, and a cache of keys and values."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,14 @@ from torch.nn import functional as F
 
 
 def heads_of(width: int, channels: int) -> int:
-    """How many heads of about so many channels divide the width evenly, at least one."""
+    """The number of heads, of about `channels` each, that divides the width evenly."""
     return next(n for n in range(max(1, width // channels), 0, -1) if width % n == 0)
 
 
 class KeysAndValues:
     """Keys and values of the tokens so far, for attention of one token after the other.
 
-    Args:
-        tokens: How many tokens there will be.
-        shape: Numbers of examples, of heads and of their channels, `(B, heads, C)`.
-        like: A tensor of the same type, on the same device.
+    There will be `tokens` of `shape` `(B, heads, C)`, of the type and on the device of `like`.
     """
 
     def __init__(self, tokens: int, shape: tuple[int, int, int], like: Tensor):
@@ -26,8 +23,8 @@ class KeysAndValues:
         self.known = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What the next token gathers, given its query, key and value, all `(B, heads, 1, C)`."""
-        if torch.is_grad_enabled():  # what autograd keeps may not be overwritten
+        """The attention of the next token by its query, key and value, all `(B, heads, 1, C)`."""
+        if torch.is_grad_enabled():  # autograd's tensors may not be overwritten
             self.keys, self.values = self.keys.clone(), self.values.clone()
         self.keys[:, :, self.known] = key[:, :, 0]
         self.values[:, :, self.known] = value[:, :, 0]

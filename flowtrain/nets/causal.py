@@ -1,9 +1,8 @@
 """Causal networks over tokens: patches of an image, in raster order.
 
-A token has E entries. What the networks say of a token depends only on the tokens before it, and
-on the entries of the token itself that come before. Inside a network an image lies as rows of
-tokens, `(B, H, W, C)`. Each network has two paths to the same numbers: all tokens at once, and
-token by token, which computes each column of features once.
+A token has E entries. The parameters of an entry depend only on earlier tokens, and on earlier
+entries of its own token. Inside a network an image lies as rows of tokens, `(B, H, W, C)`. Each
+network has two paths to the same numbers: all tokens at once, and token by token.
 """
 
 from collections.abc import Iterator
@@ -30,16 +29,13 @@ from flowtrain.types import Shape
 class CausalNet(TokenNet):
     """Residual blocks over tokens, then a masked network within the token.
 
-    It maps the values, the residuals and the linear predictions of the entries, `(B, 3E, H, W)`, to
-    `(B, P E, H, W)`. A context adds to the features. It is a class `(B, C')`, without which it is
-    the mean of the unit vectors, for an unknown class. Or it is an image `(B, C', H', W')` of shape
-    `image`, of which two convolutions see what is around a token, to all sides.
+    A context adds to the features. It is a class `(B, C')`; the mean of the unit vectors stands for
+    an unknown class. Or it is an image `(B, C', H', W')` of shape `image`, of which two
+    convolutions see the surroundings of a token, to all sides.
 
     The blocks are convolutions, and between them at equal distances `attention` blocks of
-    attention. A coarse stream of `downsample` blocks is in the middle.
-
-    With `noise`, as in a training step, each block drops entries with the probability `dropout`, by
-    the bits of each example of it.
+    attention. A coarse stream of `downsample` blocks is in the middle. With `noise`, as in a
+    training step, each block drops entries with the probability `dropout`, by the bits of `noise`.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class CausalNet(TokenNet):
             self.around = nn.Sequential(first, ReLU(), Conv2d(width, width, 3))
 
     def added(self, context: Tensor | None) -> Tensor:
-        """What position and context add to the features of the tokens, `(B or 1, H, W, C)`."""
+        """Position and context, `(B or 1, H, W, C)`, which are added to the features."""
         of_context: Tensor | float = 0.0
         if self.around is not None:
             assert context is not None

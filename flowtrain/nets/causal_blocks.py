@@ -1,7 +1,6 @@
 """Residual blocks of causal networks: convolutions and attention over tokens in raster order.
 
-Each computes all tokens at once, or one after the other with the same result. What has been
-computed for earlier tokens is kept.
+Each computes all tokens at once, or one after the other with the same result.
 """
 
 import math
@@ -28,10 +27,9 @@ class BlockByToken(Protocol):
 
 
 class Block(nn.Module):
-    """A residual block of rows of tokens, `(B, H, W, C)`.
+    """A residual block of rows of tokens, `(B, H, W, C)`, each of which sees tokens up to itself.
 
-    The result for a token depends on the tokens up to itself. `drop` drops some of what the block
-    is about to add.
+    `drop` drops some entries before they are added.
     """
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
@@ -42,7 +40,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def by_token(self, batch: int, size: tuple[int, int]) -> BlockByToken:
-        """The same for tokens that come one after the other, H times W in all."""
+        """The same for one token after the other."""
         raise NotImplementedError
 
 
@@ -63,21 +61,18 @@ class ConvolutionBlock(Block):
 
 
 class ConvolutionByToken:
-    """See `BlockByToken`. Where the window sees tokens to the right, `write` comes before `read`
-    for a whole row.
-    """
+    """See `BlockByToken`. If the window reaches to the right, a row is written before `read`."""
 
     def __init__(self, block: ConvolutionBlock, batch: int, width: int):
         self.conv = block.conv.by_token(batch, width)
         self.weight, self.bias = block.last.weight, block.last.bias[:, None]
 
     def write(self, x: Tensor, j: int) -> None:
-        """Takes the input `(C, B)` in column j."""
         self.conv.start(j)
         self.conv.write(j, norm_of_columns(x))
 
     def read(self, x: Tensor, j: int) -> Tensor:
-        """The result in column j, where the input is `x`."""
+        """The result in column j for the input `x`."""
         return torch.addmm(x, self.weight, self.conv.column(j).relu_()).add_(self.bias)
 
     def column(self, x: Tensor, i: int, j: int) -> Tensor:
@@ -86,10 +81,8 @@ class ConvolutionByToken:
 
 
 class AttentionBlock(Block):
-    """Normalization, causal self-attention over all tokens (Vaswani et al. 2017), and a projection
-    that starts at zero.
-
-    Queries and keys are normalized, too (Henry et al. 2020), so that no product grows large.
+    """Normalization, causal self-attention over all tokens (Vaswani et al. 2017) with normalized
+    queries and keys (Henry et al. 2020), and a projection that starts at zero.
     """
 
     def __init__(self, width: int):
@@ -99,7 +92,7 @@ class AttentionBlock(Block):
         self.last = zero_linear(width, width)
 
     def queries_keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of N normalized tokens `(B, N, C)`, `(B, heads, N, C / heads)` each."""
+        """Of N normalized tokens `(B, N, C)`, `(B, heads, N, C / heads)` each."""
         parts = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = parts.permute(2, 0, 3, 1, 4)
         return norm(queries), norm(keys), values
@@ -115,8 +108,6 @@ class AttentionBlock(Block):
 
 
 class _AttentionByToken:
-    """See `BlockByToken`. It keeps keys and values."""
-
     def __init__(self, block: AttentionBlock, batch: int, tokens: int):
         self.block = block
         self.weight, self.bias = block.last.weight, block.last.bias[:, None]
@@ -131,7 +122,7 @@ class _AttentionByToken:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer norm over the channels of `(..., C)`, without weights, since a linear map follows."""
+    """Layer norm over the channels of `(..., C)`, without weights, because a linear map follows."""
     return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
 
 
@@ -142,7 +133,6 @@ def norm_of_columns(x: Tensor) -> Tensor:
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that starts at zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""A coarse stream of features beside those of tokens, for what is far away."""
+"""A coarse stream of features beside the tokens, for distant dependencies."""
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,9 @@ from flowtrain.nets.window import Window
 class CoarseStream(Block):
     """Residual blocks over cells of 2x2 tokens, at a quarter of the cost of blocks over tokens.
 
-    A row of cells is two rows of tokens. It is used for the next two rows of tokens and never for
-    its own, so all tokens of a cell come before those that it serves. The same holds for every
-    cell of its row. So the convolutions see cells to both sides, which those over tokens may not.
-
-    Cells begin with a linear map of the normalized features of their tokens. What they add to the
-    four tokens two rows below starts at zero.
-
-    Raises:
-        ValueError: for fewer than three rows of tokens, which no row of cells serves.
+    A row of cells is two rows of tokens, and is added to the next two rows of tokens. So all its
+    tokens come before these, and the convolutions may see cells to both sides. Raises `ValueError`
+    for fewer than three rows of tokens, to which no row of cells is added.
     """
 
     def __init__(self, width: int, blocks: int, size: tuple[int, int]):
@@ -40,7 +34,7 @@ class CoarseStream(Block):
 
     def forward(self, x: Tensor, drop: Drop) -> Tensor:
         height, width = x.shape[1:3]
-        rows = (height - 1) // 2  # of cells that serve any token
+        rows = (height - 1) // 2  # of cells that are added to any token
         seen = F.pad(norm(x[:, : 2 * rows]), (0, 0, 0, width % 2))
         cells = seen.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
         h = self.first(cells.transpose(2, 3).flatten(3))
@@ -55,9 +49,7 @@ class CoarseStream(Block):
 
 
 class _CoarseByToken:
-    """See `BlockByToken`. Before the first of two rows of tokens it computes the row of cells that
-    serves them.
-    """
+    """See `BlockByToken`. A row of cells is computed before the first token that it is added to."""
 
     def __init__(self, stream: CoarseStream, batch: int, size: tuple[int, int]):
         self.stream = stream

@@ -13,35 +13,26 @@ from flowtrain.types import Shape
 class Conv2d(nn.Linear):
     """A convolution of odd kernel size `k`, `(B, C, H, W)` to `(B, C', H, W)`.
 
-    Its weight is a matrix, `(C', k * k * C / groups)`, because Muon takes matrices. Seen as
-    filters, it has the channels last in memory, like the activations of conditioners.
+    Its weight is a matrix, `(C', k * k * C)`, because Muon takes matrices. As filters, it has the
+    channels last in memory, like the activations of conditioners.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        bias: bool = True,
-        groups: int = 1,
-    ):
-        super().__init__(kernel_size**2 * in_channels // groups, out_channels, bias)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True):
+        super().__init__(kernel_size**2 * in_channels, out_channels, bias)
         self.kernel_size = kernel_size
-        self.groups = groups
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         filters = weight.unflatten(1, (self.kernel_size, self.kernel_size, -1)).movedim(-1, 1)
-        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2, groups=self.groups)
+        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, self.bias)
 
 
 class ZeroConv2d(Conv2d):
-    """A convolution that starts at zero, with a learned gain per output channel.
+    """A convolution that starts at zero, with a learned gain `exp(3 * log_gain)` per channel.
 
-    The gain is `exp(3 * log_gain)`. As in the Glow release, it lets the outputs grow faster than
-    Adam's steps would.
+    As in the Glow release, it lets the outputs grow faster than Adam's steps would.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -64,10 +55,9 @@ def with_context(x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def resized(context: Tensor, size: tuple[int, int]) -> Tensor:
-    """A context `(B, C, H, W)` at another resolution, with all of its entries.
+    """A context `(B, C, H, W)` at another resolution, with `channels_of` channels.
 
-    Patches of a larger one become channels, and a smaller one is repeated. One of its sizes is a
-    multiple of the other. `channels_of` says how many channels come out.
+    Patches of a larger one become channels, and a smaller one is repeated.
     """
     height = context.shape[-2]
     if height < size[0]:
@@ -86,10 +76,9 @@ def channels_of(context: Shape | None, size: tuple[int, int]) -> int:
 class _IntegerReLU(torch.autograd.Function):
     """ReLU of bfloat16, in place, on its bits as 16-bit integers.
 
-    On a CPU this is three times as fast, forward and backward. Read as integers, numbers >= 0 stay
-    >= 0, minus infinity is -128, and all other negative numbers are below -128. The integers from
-    -127 to -1 are NaN with a sign. They stay NaN, as they must (a ReLU fused into oneDNN's
-    convolution would hide them).
+    On a CPU this is three times as fast, forward and backward. As integers, numbers >= 0 stay >= 0,
+    minus infinity is -128, and all other negative numbers are below -128. The integers from -127 to
+    -1 are NaN with a sign, and stay NaN (a ReLU fused into oneDNN's convolution would hide them).
     """
 
     @staticmethod
@@ -112,8 +101,8 @@ class _IntegerReLU(torch.autograd.Function):
 def relu_(x: Tensor) -> Tensor:
     """ReLU in place."""
     on_integers = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    # torch's compiler has vector instructions for ReLU and none for 16-bit integers, with which a
-    # compiled step takes 1.5 times as long. The numbers are the same.
+    # torch's compiler has no vector instructions for 16-bit integers, so a step takes 1.5 times as
+    # long.
     on_integers = on_integers and not torch.compiler.is_compiling()
     y: Tensor = _IntegerReLU.apply(x) if on_integers else F.relu_(x)
     return y
@@ -127,10 +116,7 @@ class ReLU(nn.Module):
 
 
 class GlowNet(nn.Module):
-    """Glow's conditioner, `(B, C, H, W)` to `(B, C', H, W)`: 3x3 - ReLU - 1x1 - ReLU - zero 3x3.
-
-    See Glow, section 3.3 and appendix B.
-    """
+    """Glow's conditioner (section 3.3, appendix B): 3x3 - ReLU - 1x1 - ReLU - zero 3x3."""
 
     def __init__(self, in_channels: int, out_channels: int, width: int, context_channels: int = 0):
         super().__init__()
@@ -148,10 +134,7 @@ class GlowNet(nn.Module):
 
 
 class ZeroNet(nn.Module):
-    """One zero convolution: Glow's learned prior of a factored-out half.
-
-    The release calls it `split2d_prior`.
-    """
+    """One zero convolution: Glow's learned prior of a half, `split2d_prior` in the release."""
 
     def __init__(self, in_channels: int, out_channels: int, context_channels: int = 0):
         super().__init__()
@@ -163,10 +146,7 @@ class ZeroNet(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalization over the channels of each pixel of `(B, C, H, W)`.
-
-    As in Flow++ (Ho et al. 2019).
-    """
+    """Layer normalization over the channels of each pixel, as in Flow++ (Ho et al. 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)

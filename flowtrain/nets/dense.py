@@ -6,7 +6,7 @@ from flowtrain.nets.convolution import ReLU
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer that starts at zero, and draws no random numbers."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -14,10 +14,7 @@ class ZeroLinear(nn.Linear):
 
 
 class DenseNet(nn.Module):
-    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1).
-
-    It maps `(B, D)` to `(B, D')`. Without hidden layers it is linear.
-    """
+    """ReLU layers of one width, then a zero linear layer (NICE, section 5.1)."""
 
     def __init__(self, in_features: int, out_features: int, width: int, hidden_layers: int):
         super().__init__()

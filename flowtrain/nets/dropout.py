@@ -12,17 +12,15 @@ RESOLUTION = 2**16  # a probability is rounded to a multiple of 1 / RESOLUTION
 
 
 def keep_all(x: Tensor) -> Tensor:
-    """Drops nothing."""
     return x
 
 
 class Dropout:
     """Sets entries of `(B, ...)` to zero with a probability, and scales the others up.
 
-    What it drops is a function of `example` `(B, ...)`, real numbers, and of the number of calls
-    before. The numbers contain dequantization noise, so masks change with the step. They stay the
-    same when a step is computed again, after resuming, in another process, or with other examples
-    in the batch.
+    The masks are a function of `example` `(B, ...)`, real numbers with dequantization noise, and of
+    the number of earlier calls. So they change with the step, and stay the same when it is computed
+    again, after resuming, in another process or batch.
     """
 
     def __init__(self, probability: float, example: Tensor):

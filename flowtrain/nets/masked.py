@@ -13,7 +13,7 @@ from flowtrain.nets.convolution import relu_
 class MaskedLinear(nn.Linear):
     """A linear layer, `(B, D)` to `(B, D')`, without the weights where `mask` `(D', D)` is False.
 
-    It is initialized like torch's, except that each row is scaled for the inputs that it sees.
+    It starts like torch's, with each row scaled for the inputs that it sees.
     """
 
     mask: Tensor
@@ -33,20 +33,12 @@ class MaskedLinear(nn.Linear):
 class MaskedDenseNet(AutoregressiveNet):
     """MADE (Germain et al. 2015, section 3): `(B, D)` to `(B, P D)`, P parameters per entry.
 
-    ReLU layers of one width, then a masked layer that starts at zero. The degree of a hidden unit
-    is the number of entries that it sees, always the first ones. Degrees go evenly from 1 to D - 1.
-    Units are sorted by degree, so everything that an entry depends on is at the beginning of a
-    layer.
+    One or more ReLU layers of one width, then a masked layer that starts at zero. The degree of a
+    hidden unit is the number of entries that it sees, always the first ones. Degrees go evenly from
+    1 to D - 1. Units are sorted by degree, so an entry depends on the beginning of each layer.
 
     The first layer sees all `context_features` entries of a context, `(B, C', H, W)` or `(B, E)`.
     With a context, degrees start at 0. Raises `ValueError` if the context is missing.
-
-    Args:
-        dims: D.
-        parameters_per_entry: P. The outputs have the order in which `Transform` takes them.
-        width: units per hidden layer.
-        hidden_layers: number of hidden layers, at least 1.
-        context_features: entries of a context, 0 for none.
     """
 
     def __init__(
@@ -90,12 +82,9 @@ class MaskedDenseNet(AutoregressiveNet):
     def entry_by_entry(
         self, next_entry: Callable[[Tensor], Tensor], batch: int, context: Tensor | None = None
     ) -> Tensor:
-        """See `AutoregressiveNet`. Each hidden unit is computed once.
-
-        Units and entries are rows here, so that the known ones are contiguous.
-        """
+        """See `AutoregressiveNet`. Units and entries are rows: the known ones are contiguous."""
         layers: list[MaskedLinear] = list(self.hidden)  # type: ignore[arg-type]
-        # The rows of each layer, divided by degree, and those of the last layer by entry.
+        # The rows of each layer, divided by degree, and rows of the last layer by entry.
         weights = [layer.weight.split(self.units) for layer in layers]
         biases = [layer.bias[:, None].split(self.units) for layer in layers]
         biases[0] = (layers[0].bias[:, None] + self._outside(context).T).split(self.units)

@@ -12,9 +12,8 @@ from flowtrain.system import capacity
 class LinearPrediction(Prediction):
     """The best linear prediction of an entry from a causal window and from its token's entries.
 
-    `fit` solves it by least squares. Its weights are parameters of the data path: they are computed
-    in full precision, and trained. They are stored in units of `UNIT`, so that the steps of Adam
-    are so much smaller: steps that suit a network would spoil the solution.
+    `fit` solves it by least squares, in full precision. Its weights are trained. They are stored in
+    units of `UNIT`, because steps of Adam that suit a network would spoil the solution.
     """
 
     UNIT = 0.01
@@ -39,11 +38,10 @@ class LinearPrediction(Prediction):
 
     @torch.no_grad()
     def fit(self, x: Tensor, ridge: float = 1e-4) -> Tensor:
-        """See `Prediction`.
+        """See `Prediction`. Raises `UserError` if memory is short.
 
-        The Cholesky factor of the covariance of window and token has the predictions of all
-        entries: its inverse turns the entries into residuals of variance 1. Raises `UserError`
-        where there is no memory for it.
+        The inverse of the Cholesky factor of the covariance of window and token turns the entries
+        into residuals of variance 1.
         """
         entries, count = x.shape[1], x[:, 0].numel()
         size = (self.window.taps + 1) * entries
@@ -76,8 +74,6 @@ class LinearPrediction(Prediction):
 
 
 class _PredictionByToken:
-    """See `PredictionByToken`."""
-
     def __init__(self, prediction: LinearPrediction, values: Tensor):
         self.values = values
         weight, within, bias = prediction.weights()

@@ -1,4 +1,4 @@
-"""Residual conditioners of images: RealNVP's, gated ones and depthwise-separable ones."""
+"""Residual conditioners of images: RealNVP's, and gated ones."""
 
 from torch import Tensor, nn
 
@@ -7,10 +7,7 @@ from flowtrain.nets.convolution import ChannelNorm, Conv2d, ReLU, ZeroConv2d, re
 
 
 class _ResidualBlock(nn.Module):
-    """Adds two 3x3 convolutions, each after normalization and ReLU.
-
-    See He et al. 2016, "Identity Mappings".
-    """
+    """Adds two 3x3 convolutions, each after normalization and ReLU (He et al. 2016, ResNet v2)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -19,7 +16,6 @@ class _ResidualBlock(nn.Module):
         self.conv2 = Conv2d(width, width, 3)
 
     def initialize(self, x: Tensor) -> None:
-        """Sets the normalizations from the block's input on the first batch."""
         self.norm1.initialize(x)
         self.norm2.initialize(self.conv1(relu_(self.norm1(x)[0])))
 
@@ -51,7 +47,7 @@ class ResidualNet(nn.Module):
         self.last = ZeroConv2d(width, out_channels, 1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Sets the normalizations from the network's input on the first batch."""
+        """Sets the normalizations from the input on the first batch."""
         h = self.first(with_context(x, context))
         for block in self.blocks:
             block.initialize(h)  # type: ignore[operator]
@@ -64,23 +60,25 @@ class ResidualNet(nn.Module):
         return parameters
 
 
-class _Residual(nn.Sequential):
+class _GatedBlock(nn.Sequential):
     """Adds the result of its layers to `x`."""
 
+    def __init__(self, width: int):
+        convolutions = Conv2d(width, width, 3), ReLU(), Conv2d(width, 2 * width, 1)
+        super().__init__(ChannelNorm(width), *convolutions, nn.GLU(dim=1))
+
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for layer in self:
-            h = layer(h)
+        h: Tensor = super().forward(x)
         return x + h
 
 
-class _BlockNet(nn.Module):
-    """A convolution, residual blocks, ReLU, and a convolution that starts at zero.
+class GatedNet(nn.Module):
+    """Residual blocks `a * sigmoid(b)`, similar to Flow++ (section 3.3).
 
-    It maps `(B, C, H, W)` to `(B, C', H, W)`.
+    It maps `(B, C, H, W)` to `(B, C', H, W)`. Normalization, 3x3, ReLU and 1x1 give `a` and `b`.
+    Flow++ has a concatenated ELU instead of ReLU, normalization elsewhere than at the entrance of a
+    block, and attention.
     """
-
-    kernel_size: int  # of the first convolution and the last
 
     def __init__(
         self,
@@ -92,51 +90,12 @@ class _BlockNet(nn.Module):
     ):
         super().__init__()
         self.layers = nn.Sequential(
-            Conv2d(in_channels + context_channels, width, self.kernel_size),
-            *(_Residual(*self._block(width)) for _ in range(blocks)),
+            Conv2d(in_channels + context_channels, width, 3),
+            *(_GatedBlock(width) for _ in range(blocks)),
             ReLU(),
-            ZeroConv2d(width, out_channels, self.kernel_size),
+            ZeroConv2d(width, out_channels, 3),
         )
-
-    def _block(self, width: int) -> list[nn.Module]:
-        raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters: Tensor = self.layers(with_context(x, context))
         return parameters
-
-
-class GatedNet(_BlockNet):
-    """Residual blocks `a * sigmoid(b)`, similar to those of Flow++ (section 3.3).
-
-    Normalization, 3x3, ReLU and 1x1 give `a` and `b`. Flow++ has a concatenated ELU instead of
-    ReLU, normalization elsewhere than at the entrance of a block, and attention.
-    """
-
-    kernel_size = 3
-
-    def _block(self, width: int) -> list[nn.Module]:
-        return [
-            ChannelNorm(width),
-            Conv2d(width, width, 3),
-            ReLU(),
-            Conv2d(width, 2 * width, 1),
-            nn.GLU(dim=1),
-        ]
-
-
-class DepthwiseNet(_BlockNet):
-    """Residual blocks of a depthwise-separable convolution (Chollet 2017).
-
-    A block is a depthwise 3x3 convolution, normalization, ReLU and 1x1.
-    """
-
-    kernel_size = 1
-
-    def _block(self, width: int) -> list[nn.Module]:
-        return [
-            Conv2d(width, width, 3, groups=width),
-            ChannelNorm(width),
-            ReLU(),
-            Conv2d(width, width, 1),
-        ]

@@ -11,9 +11,9 @@ class TokenHead(nn.Module):
     """A masked network within a token (MADE, Germain et al. 2015), given features of its past.
 
     It maps three inputs of each entry (value, residual, linear prediction), `(..., 3E)`, and
-    features `(..., C)` to `(..., P E)`. The parameters of an entry depend on its prediction, and on
-    all inputs of the entries before it. Each entry has `units` hidden units in each of two layers.
-    The features enter all three layers. At first the parameters of every entry are `start`, `(P,)`.
+    features `(..., C)`, which enter all three layers, to `(..., P E)`. The parameters of an entry
+    depend on its prediction, and on all inputs of earlier entries. Each entry has `units` hidden
+    units in each of two layers. The parameters of every entry start as `start`, `(P,)`.
     """
 
     def __init__(self, entries: int, features: int, units: int, start: Tensor):
@@ -54,7 +54,7 @@ class HeadByEntry:
         self.of_features = seen.new_empty(len(self.bias), seen.shape[1])
         of_layers = self.of_features.split([len(weight) for weight in weights])
         self.first, self.second = (torch.empty_like(of) for of in of_layers[:2])
-        # Rows of weights, of what the features add, and of outputs, for each entry.
+        # For each entry, rows of weights, and of the features' part of the outputs, by layer.
         self.rows = [
             [
                 (weight[:, :n].chunk(entries)[d], of.chunk(entries)[d])
@@ -65,7 +65,7 @@ class HeadByEntry:
         self.units = units
 
     def begin(self, features: Tensor) -> None:
-        """Begins with a token that has these features, `(C, B)`."""
+        """Begins with a token of features `(C, B)`."""
         torch.addmm(self.bias, self.outside, features, out=self.of_features)
 
     def parameters(self, d: int) -> Tensor:

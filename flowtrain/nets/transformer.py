@@ -34,7 +34,7 @@ class TransformerLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, kept: KeysAndValues | None = None) -> Tensor:
-        """`x` are all tokens, or one token after those whose keys and values are `kept`."""
+        """`x` are all tokens, or the next one, for which keys and values are `kept`."""
         parts = self.queries_keys_values(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = parts.permute(2, 0, 3, 1, 4)
         if kept is None:
@@ -49,8 +49,7 @@ class TransformerLayer(nn.Module):
 class _Transformer(nn.Module):
     """A linear map into the network, learned positions, and layers.
 
-    A context `(B, K)` adds to the features. Without one it is the mean of the unit vectors, which
-    stands for an unknown class.
+    A context `(B, K)` adds to the features; the mean of the unit vectors stands for an unknown one.
     """
 
     def __init__(
@@ -95,10 +94,9 @@ class _Transformer(nn.Module):
 
 
 class CausalTransformer(_Transformer, TokenConditioner):
-    """The conditioner of TarFlow (section 2.3): a causal transformer, and a linear map that starts
-    at zero.
+    """The conditioner of TarFlow (section 2.3): a causal transformer, and a zero linear map.
 
-    What it computes at a token is for the next one. So the first token's parameters are zero.
+    The output at a token is for the next one. So the first token's parameters are zero.
     """
 
     def __init__(
@@ -146,7 +144,7 @@ class _ByToken:
 
 class VisionTransformer(_Transformer):
     """The conditioner of Jet (section 3): a transformer whose tokens see each other, layer norm,
-    and a linear map that starts at zero. It maps `(B, E, H, W)` to `(B, E', H, W)`.
+    and a zero linear map, from `(B, E, H, W)` to `(B, E', H, W)`.
     """
 
     def __init__(

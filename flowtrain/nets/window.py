@@ -13,8 +13,8 @@ class Window:
     """The tokens that a causal convolution sees at a token.
 
     These are the tokens of the `above` rows above it, up to `beside` columns to each side, and the
-    `beside` tokens to the left. With `ahead` = 1 it sees also the token itself, and with more also
-    tokens to the right, up to `beside`. In raster order they are the first `taps` of a rectangle.
+    `beside` tokens to the left. `ahead` = 1 adds the token itself, and more adds up to `beside`
+    tokens to the right. In raster order they are the first `taps` of a rectangle.
     """
 
     def __init__(self, above: int, beside: int, ahead: int):
@@ -32,7 +32,7 @@ class Window:
         return y.movedim(1, -1)
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the convolution sees at each token, `(B, H, W, taps * C)`."""
+        """The input of the convolution at each token, `(B, H, W, taps * C)`."""
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, self.beside, self.beside, self.above, 0))
         taps = itertools.islice(itertools.product(*map(range, self.rectangle)), self.taps)
@@ -42,8 +42,7 @@ class Window:
 class WindowByToken:
     """A convolution of a `Window` that computes one column `(C', B)` after the other.
 
-    It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each. Of its
-    own row it reads no more than the window sees.
+    It keeps the rows of tokens that the window reaches, `(beside + W + beside, C, B)` each.
     """
 
     def __init__(self, window: Window, weight: Tensor, bias: Tensor, batch: int, width: int):
@@ -58,7 +57,7 @@ class WindowByToken:
         self.rows = deque(row.clone() for _ in taps)
 
     def start(self, j: int) -> None:
-        """Begins with a token in column j. In the first column a row begins."""
+        """Begins with a token in column j."""
         if j == 0:
             self.rows.rotate(-1)
 

@@ -268,8 +268,5 @@ class EMA:
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """The weights of all conditioners that are matrices. Depthwise filters are not: they are
-    vectors side by side.
-    """
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
+    """The weights of all conditioners."""
+    return [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]

@@ -1,5 +1,7 @@
 """Guidance: parameters in two contexts, extrapolated, for every layer with a conditioner."""
 
+import functools
+
 import pytest
 import torch
 from helpers import perturb, seeded
@@ -33,13 +35,13 @@ class OfVectors(nn.Module):
         return self.last(torch.tanh(self.first(x) + self.outside(context)))
 
 
-def contexts(count, weight, *shape):
-    given, without = torch.randn(2, count, *(shape or (3,)), generator=seeded(7)).double()
+def contexts(count, weight, shape=(3,)):
+    given, without = torch.randn(2, count, *shape, generator=seeded(7)).double()
     return Guided(given, without, weight)
 
 
 LAYERS = {
-    "coupling": (lambda: Coupling(2, OfVectors(), AffineTransform()), (5,), ()),
+    "coupling": (lambda: Coupling(2, OfVectors(), AffineTransform()), (5,), (3,)),
     "checkerboard": (
         lambda: CheckerboardCoupling(
             (4, 4), GlowNet(2, 4, 6, context_channels=3), AffineTransform()
@@ -48,19 +50,14 @@ LAYERS = {
         (3, 4, 4),
     ),
     "autoregressive": (
-        lambda: MaskedAutoregressive(MaskedDenseNet(5, 2, 8, 2, 3), AffineTransform()),
+        lambda: MaskedAutoregressive(MaskedDenseNet(5, 8, 8, 2, 3), SplineTransform(3)),
         (5,),
-        (),
+        (3,),
     ),
     "tokens": (
         lambda: TokenAutoregressive(CausalTransformer(2, 2, 6, 8, 1, 3), AffineTransform()),
         (2, 2, 3),
-        (),
-    ),
-    "autoregressive spline": (
-        lambda: MaskedAutoregressive(MaskedDenseNet(5, 8, 8, 1, 3), SplineTransform(3)),
-        (5,),
-        (),
+        (3,),
     ),
 }
 
@@ -75,52 +72,32 @@ def layer(request):
 
 def test_what_a_network_predicts_is_extrapolated():
     net = perturb(OfVectors())
-    x, guided = torch.randn(4, 2, generator=seeded()), contexts(4, 1.5)
-    guided = Guided(guided.given.float(), guided.without.float(), 1.5)
+    x, (given, without, _) = torch.randn(4, 2, generator=seeded()), contexts(4, 1.5)
+    guided = Guided(given.float(), without.float(), 1.5)
     given, without = net(x, guided.given), net(x, guided.without)
     found = apply_conditioner(net, x, guided)
     torch.testing.assert_close(found, without + 2.5 * (given - without))
     assert (found - given).abs().max() > 0.01
 
 
-def test_weight_0_is_the_model_given_the_class(layer):
+def test_guidance_of_a_layer(layer):
     made, x, of_context = layer
-    guided = contexts(6, 0.0, *of_context)
-    for found, expected in zip(made(x, guided), made(x, guided.given), strict=True):
-        assert torch.equal(found, expected)
+    contexts_of = functools.partial(contexts, 6, shape=of_context)
+    guided = contexts_of(0.0)  # the model given the class
+    assert all(map(torch.equal, made(x, guided), made(x, guided.given)))
     # An autoregressive layer computes both contexts as one batch, which rounds otherwise.
     torch.testing.assert_close(made.inverse(x, guided), made.inverse(x, guided.given))
-
-
-def test_weight_minus_1_is_the_model_without_a_class(layer):
-    made, x, of_context = layer
-    guided = contexts(6, -1.0, *of_context)
+    guided = contexts_of(-1.0)  # the model without a class
     for direction in (made, made.inverse):
         torch.testing.assert_close(direction(x, guided), direction(x, guided.without))
-
-
-def test_both_directions_are_inverse_to_each_other(layer):
-    made, x, of_context = layer
-    guided = contexts(6, 2.0, *of_context)
+    guided = contexts_of(2.0)
     z, log_det = made(x, guided)
     assert (z - made(x, guided.given)[0]).abs().max() > 0.01
-    back, log_det_back = made.inverse(z, guided)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(log_det_back, -log_det)
-
-
-def test_an_inverse_by_iteration_is_guided_too(layer):
-    made, x, of_context = layer
-    guided = contexts(6, 1.0, *of_context)
-    found = inverse_by_iteration(made, x, guided, lambda share: None)
-    torch.testing.assert_close(found, made.inverse(x, guided))
-
-
-def test_an_example_is_guided_by_its_own_contexts(layer):
-    made, x, of_context = layer
-    guided = contexts(6, 2.0, *of_context)
-    alone = Guided(guided.given[2:3], guided.without[2:3], 2.0)
-    torch.testing.assert_close(made.inverse(x[2:3], alone)[0], made.inverse(x, guided)[0][2:3])
+    back = made.inverse(z, guided)
+    torch.testing.assert_close(back, (x, -log_det))
+    torch.testing.assert_close(inverse_by_iteration(made, z, guided, lambda share: None), back)
+    alone = Guided(guided.given[2:3], guided.without[2:3], 2.0)  # an example has its own contexts
+    torch.testing.assert_close(made.inverse(z[2:3], alone)[0], x[2:3])
 
 
 def test_guidance_has_no_part_in_training():

@@ -1,18 +1,15 @@
 """Continuous flows: known solutions, the trace and its estimate, batches, gradients, commands."""
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from catalogue import TINY, sets
+from catalogue import sets
 from cli_helpers import metrics, quick
-from helpers import a_config, perturb, ready, seeded
+from helpers import a_config, perturb, seeded
 from torch import nn
 
-from flowtrain.bijections import ActNorm, Continuous, Sequential
+from flowtrain.bijections import Continuous, Sequential
 from flowtrain.bijections import continuous as module
 from flowtrain.bijections.continuous import (
     EVALUATION,
@@ -23,12 +20,8 @@ from flowtrain.bijections.continuous import (
     random_signs,
 )
 from flowtrain.bijections.memory import executor_of
-from flowtrain.checkpoints.build import build_flow
-from flowtrain.data.splits import DataSet
-from flowtrain.evaluation.score import score
-from flowtrain.flow.flow import initialize
+from flowtrain.errors import UserError
 from flowtrain.models import cnf
-from flowtrain.pictures import draw
 from flowtrain.training import reporting
 
 TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
@@ -47,9 +40,8 @@ class Linear(nn.Module):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, t, x, probes):
-        return x @ self.a.T + t * self.b, (probes @ self.a.T * probes).sum(dim=(1, 2)).expand(
-            len(x)
-        )
+        trace = (probes @ self.a.T * probes).sum(dim=(1, 2))
+        return x @ self.a.T + t * self.b, trace.expand(len(x))
 
 
 # --- the solution ---------------------------------------------------------------------------------
@@ -67,9 +59,8 @@ def test_a_linear_equation(solver):
     x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
     # (x, t b, b)' = M (x, t b, b)
     one, zero = torch.eye(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    matrix = torch.cat(
-        [torch.cat(row, dim=1) for row in ([a, one, zero], [zero, zero, one], [zero, zero, zero])]
-    )
+    rows = [a, one, zero], [zero, zero, one], [zero, zero, zero]
+    matrix = torch.cat([torch.cat(row, dim=1) for row in rows])
     start = torch.cat([x, torch.zeros_like(x), b.expand(5, 3)], dim=1)
     expected = (start @ torch.linalg.matrix_exp(matrix).T)[:, :3]
     layer = Continuous(Linear(a, b), solver, 1e-10, 1e-10)
@@ -82,9 +73,9 @@ def test_a_linear_equation(solver):
         torch.testing.assert_close(found, sign * a.trace().expand(5), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
-@pytest.mark.parametrize("gradient, share", [(True, 1.0), (False, EVALUATION)])
 @pytest.mark.run  # takes long
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
+@pytest.mark.parametrize("gradient, share", [(True, 1.0), (False, EVALUATION)])
 def test_the_tolerances_hold(tolerance, gradient, share):
     x = torch.randn(20, 4, generator=seeded(), dtype=torch.float64)
     exact = layer_of(4, scale=0.6, **TIGHT).double()
@@ -116,11 +107,8 @@ def test_more_evaluations_for_less_error():
             layer(x)
             assert layer.evaluations == len(calls)
         counts.append(layer.evaluations)
-        assert reporting.metrics(layer) == {
-            "function_evaluations": len(calls),
-            "rtol": tolerance,
-            "atol": tolerance,
-        }
+        expected = {"function_evaluations": len(calls), "rtol": tolerance, "atol": tolerance}
+        assert reporting.metrics(layer) == expected
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
 
 
@@ -143,10 +131,8 @@ def test_stages_are_on_the_way():
     with torch.no_grad():
         torch.testing.assert_close(stages[-1], layer.inverse(z)[0], rtol=0, atol=1e-10)
         # The velocity at one time, from the stages before and after it.
-        middle = STAGES // 2
-        velocity, _ = layer.conditioner(
-            torch.tensor(0.5), stages[middle], torch.zeros(1, 1, 3, dtype=torch.float64)
-        )
+        middle, probes = STAGES // 2, torch.zeros(1, 1, 3, dtype=torch.float64)
+        velocity, _ = layer.conditioner(torch.tensor(0.5), stages[middle], probes)
         change = (stages[middle - 1] - stages[middle + 1]) * STAGES / 2
     torch.testing.assert_close(change, velocity, rtol=0.05, atol=0.02)
 
@@ -156,17 +142,10 @@ def test_stages_are_on_the_way():
 
 def test_the_trace_is_that_of_the_jacobian():
     dynamics = perturb(Dynamics(5, 7, 2)).double()
-    t, x = (
-        torch.tensor(0.4, dtype=torch.float64),
-        torch.randn(3, 5, generator=seeded(), dtype=torch.float64),
-    )
-    probes = torch.eye(5, dtype=torch.float64)[None]
-    jacobians = torch.stack(
-        [
-            torch.autograd.functional.jacobian(lambda v: dynamics(t, v[None], probes)[0][0], row)
-            for row in x
-        ]
-    )
+    t, probes = torch.tensor(0.4, dtype=torch.float64), torch.eye(5, dtype=torch.float64)[None]
+    x = torch.randn(3, 5, generator=seeded(), dtype=torch.float64)
+    jacobians = torch.autograd.functional.jacobian(lambda v: dynamics(t, v, probes)[0].sum(0), x)
+    jacobians = jacobians.transpose(0, 1)  # (B, D, D)
     torch.testing.assert_close(dynamics(t, x, probes)[1], jacobians.diagonal(dim1=1, dim2=2).sum(1))
     signs = random_signs(x)
     expected = torch.einsum("bi,bij,bj->b", signs, jacobians, signs)
@@ -199,19 +178,15 @@ def test_when_the_trace_is_exact(trace, dims):
     assert torch.allclose(recorded, exact, rtol=0, atol=1e-5) != estimates
 
 
-@pytest.mark.parametrize("mode", ["store", "checkpoint"])
-def test_computing_again_uses_the_same_signs(mode):
+def test_computing_again_uses_the_same_signs():
     """`checkpoint` records no graph in its forward pass, but needs the signs of the backward."""
     chain, x = Sequential(layer_of(20, trace="hutchinson")), torch.randn(4, 20, generator=seeded())
-    log_dets = []
-    for current in ("store", mode):
-        chain.zero_grad()
-        log_det = chain.run(executor_of(current), "forward", x)[1]
-        log_det.sum().backward()
-        log_dets.append(
-            (log_det.detach(), [p.grad.clone() for p in chain.parameters() if p.grad is not None])
-        )
-    torch.testing.assert_close(log_dets[0], log_dets[1], rtol=1e-6, atol=1e-6)
+    found = []
+    for mode in ("store", "checkpoint"):
+        log_det = chain.run(executor_of(mode), "forward", x)[1]
+        gradients = torch.autograd.grad(log_det.sum(), list(chain.parameters()), allow_unused=True)
+        found.append([log_det.detach(), *(g for g in gradients if g is not None)])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 def test_signs_are_a_function_of_the_example():
@@ -252,16 +227,14 @@ def test_batch_mates_change_nothing_beyond_rounding():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_example_that_is_not_finite_is_alone(bad):
-    layer, x = layer_of(3), torch.randn(4, 3, generator=seeded())
+    layer, x, others = layer_of(3), torch.randn(4, 3, generator=seeded()), [0, 2, 3]
     broken = x.clone()
     broken[1, 2] = bad
     for function in (layer.forward, layer.inverse):
         z, log_det = function(broken)
         assert z[1].isnan().all() and log_det[1].isnan()
-        others = [0, 2, 3]
-        expected, expected_log_det = function(x[others])
-        torch.testing.assert_close(z[others], expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(log_det[others], expected_log_det, rtol=0, atol=1e-4)
+        found = z[others], log_det[others]
+        torch.testing.assert_close(found, function(x[others]), rtol=0, atol=1e-4)
 
 
 def test_too_many_steps_are_not_a_number(monkeypatch):
@@ -281,8 +254,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
 
 
 @pytest.mark.run  # takes long
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("direction, trace", [("forward", "exact"), ("inverse", "hutchinson")])
 def test_the_adjoint_has_the_same_gradients(direction, trace):
     gradients, evaluations = [], []
     for adjoint in (False, True):
@@ -308,56 +280,23 @@ def test_size_by_hand():
     assert [type(m).__name__ for m in model.layers] == ["Flatten", *["ActNorm", "Continuous"] * 2]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.run
-def test_the_density_integrates_to_one_at_the_default_tolerances(seed):
-    """Checked in float32, with weights that bend the plane."""
-    torch.manual_seed(seed)
-    config = a_config(
-        {"name": "cnf", "width": 16, "hidden_layers": 2}, data={"name": "pinwheel", "count": 300}
-    )
-    flow = perturb(build_flow(config, (2, 1, 1), None), 0.7, seed)
-    x = DataSet(config.data).split("train").take(slice(None))
-    initialize(flow, x, torch.zeros_like(x))
-    cells, area = draw.mesh(flow, (-10, 10, -10, 10), 200)
-    with torch.no_grad():
-        density = torch.cat([flow.log_prob(part) for part in cells.split(20_000)]).double().exp()
-    assert (density.sum() * area).item() == pytest.approx(1, abs=0.01)
-    assert flow.bijection.layers[-1].evaluations > 15  # the equation is not trivial
-
-
-@pytest.mark.run  # takes long
-def test_scores_do_not_depend_on_the_batch_size():
-    config = a_config({"name": "cnf", "width": 16, "hidden_layers": 1}, data={"name": "digits"})
-    flow = perturb(build_flow(config, (1, 8, 8), 17), 0.1)
-    split = DataSet(config.data).split("test")
-    x = split.take(slice(0, 60))
-    initialize(flow, x, torch.rand(x.shape, generator=seeded()))
-    bits = [
-        flow.loss(score(flow, split.at(np.arange(60)), batch_size=size).log_prob)
-        for size in (60, 7, 1)
-    ]
-    torch.testing.assert_close(bits[1], bits[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(bits[2], bits[0], rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    "option, value",
+    [("rtol", 0), ("atol", 1), ("solver", "euler"), ("trace", "none"), ("hidden_layers", 0)],
+)
+def test_wrong_options(option, value):
+    with pytest.raises(UserError, match=rf"model.{option}\b.*{value}"):
+        a_config({"name": "cnf", option: value})
 
 
 # --- the commands ---------------------------------------------------------------------------------
 
-RUN = [
-    *sets(
-        data__name="digits",
-        model__name="cnf",
-        model__width=8,
-        model__hidden_layers=1,
-        train__num_steps=6,
-    )
-]
-RUN += sets(
-    train__log_every=1, train__validate_every=3, train__checkpoint_every=3, train__sample_every=6
-)
-RUN += sets(train__batch_size=32, train__lr=1e-2)
+RUN = sets(data__name="digits", model__name="cnf", model__width=8, model__hidden_layers=1)
+RUN += sets(train__num_steps=6, train__log_every=1, train__validate_every=3, train__lr=1e-2)
+RUN += sets(train__checkpoint_every=3, train__sample_every=6, train__batch_size=32)
 
 
+@pytest.mark.run
 def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
     quick("train", *RUN, "--run-dir", "a", cwd=tmp_path).ok()
     rows = metrics(tmp_path / "a")
@@ -365,9 +304,6 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
     assert [row["function_evaluations"] > 5 for row in train] == [True] * 6
     assert {(row["rtol"], row["atol"]) for row in train} == {(1e-4, 1e-4)}
     assert not any("function_evaluations" in row for row in rows if row["split"] == "validation")
-    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]
-    expected = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5", "trace": "auto"}
-    assert {key: written[key] for key in expected} == expected
     quick("train", *RUN, "--run-dir", "b", *sets(train__num_steps=3), cwd=tmp_path).ok()
     more = ["--resume", "b/checkpoints/last.safetensors", "--run-dir", "b"]
     quick("train", *RUN, *more, cwd=tmp_path).ok()
@@ -376,38 +312,11 @@ def test_a_run_reports_the_solver_and_resumes_bit_by_bit(tmp_path):
         for name in "ab"
     )
     assert again == losses
-    result = json.loads(
-        quick("evaluate", "a", "--num-images", 20, "--json", "-", cwd=tmp_path).ok().out
-    )
-    assert result["max_reconstruction_error"] < 0.01 and 3 < result["bits_per_dim"] < 7
-    quick("sample", "a", "--num-images", 4, "--out", "s.png", cwd=tmp_path).ok()
-    assert (tmp_path / "s.png").exists()
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("rtol", 0),
-        ("atol", 1),
-        ("solver", "euler"),
-        ("trace", "none"),
-        ("blocks", 0),
-        ("hidden_layers", 0),
-    ],
-)
-def test_wrong_options(option, value, tmp_path):
-    quick("train", *RUN, *sets(**{f"model__{option}": value}), cwd=tmp_path).failed(
-        2, f"model.{option}", str(value)
-    )
-
-
+@pytest.mark.run
 def test_without_the_extra(tmp_path):
     # In a process without torchdiffeq.
     done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")
     done.failed(2, "model.name: cnf needs the package torchdiffeq:", "pip install torchdiffeq")
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_tiny_model_is_ready():
-    flow = ready(cnf.build((1, 2, 2), **TINY["cnf"]))
-    assert sum(isinstance(m, ActNorm) for m in flow.layers) == 2

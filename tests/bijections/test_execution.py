@@ -1,4 +1,4 @@
-"""How the layers of containers are called."""
+"""How the layers of containers are called: in order, fused, with progress."""
 
 import pytest
 import torch
@@ -8,16 +8,19 @@ from flowtrain.bijections import (
     ActNorm,
     AffineTransform,
     Conv1x1,
+    Conv1x1LU,
     Coupling,
-    DiagonalAffine,
     Flatten,
     Inverse,
     MaskedAutoregressive,
     Multiscale,
     Sequential,
+    Squeeze,
 )
 from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
+from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.inverses import WithProgress
+from flowtrain.nets.convolution import GlowNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import ResidualNet
 
@@ -49,32 +52,53 @@ def test_layers_are_called_in_the_order_of_the_direction():
     assert recording.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
 
 
-def test_the_layers_and_priors_of_levels_are_called():
-    model = Multiscale(
-        [Sequential(DiagonalAffine((4, 1, 1))), Sequential(Conv1x1(2))],
-        [DiagonalAffine((4, 1, 1)), DiagonalAffine((2, 1, 1))],
-        [(2, 2, 2), (2, 2, 2)],
-    )
-    recording = Recording()
-    model.run(recording, "forward", torch.randn(3, 4, 2, 2, generator=seeded()))
-    names = ["DiagonalAffine", "DiagonalAffine", "Conv1x1", "DiagonalAffine"]
-    assert recording.calls == [(name, "forward") for name in names]
+def chain_of(layer):
+    torch.manual_seed(0)
+    layers = [Squeeze()]
+    for _ in range(3):
+        layers += [ActNorm((4, 1, 1)), layer(4), Coupling(2, GlowNet(2, 4, 5), AffineTransform())]
+    return ready(perturb(Sequential(*layers))).double()
 
 
-@pytest.mark.parametrize("executor", [FUSED, LayerByLayer()])
-def test_executors_agree_with_the_two_directions(executor):
-    chain = ready(perturb(Sequential(ActNorm((4, 1, 1)), Conv1x1(4))))
-    x = torch.randn(2, 4, 3, 3, generator=seeded())
-    z, log_det = chain(x)
-    torch.testing.assert_close(chain.run(executor, "forward", x), (z, log_det))
-    torch.testing.assert_close(chain.run(executor, "inverse", z), chain.inverse(z))
+@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+def test_fused_layers_are_the_layers_one_after_the_other(layer, monkeypatch):
+    chain, found = chain_of(layer), []
+    x = torch.randn(3, 1, 4, 6, generator=seeded(), dtype=torch.float64)
+    assert sum(isinstance(part, FusedLinear) for part in fuse(chain.opened(), "forward")) == 3
+    for executor in (FUSED, LayerByLayer()):
+        z, log_det = chain.run(executor, "forward", x)
+        back, inverse_log_det = chain.run(executor, "inverse", z)
+        loss = z.square().sum() + back.sin().sum() + log_det.sum() + 2 * inverse_log_det.sum()
+        results = z, log_det, back, inverse_log_det
+        found.append([*results, *torch.autograd.grad(loss, list(chain.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+    # The inverses of a chain are computed once per call.
+    before, calls = layer.inverse_weights.__func__, []
+    counted = classmethod(lambda cls, layers: calls.append(len(layers)) or before(cls, layers))
+    monkeypatch.setattr(layer, "inverse_weights", counted)
+    chain.inverse(z)
+    assert calls == [3]
+
+
+def test_other_neighbours_are_not_fused():
+    vector = Sequential(ActNorm((4,)), Flatten((4,)))
+    apart = Sequential(ActNorm((4, 1, 1)), Squeeze(), Conv1x1(16), ActNorm((16, 1, 1)))
+    for chain in (vector, apart):
+        assert fuse(ready(chain).opened(), "forward") == list(chain.layers)
 
 
 def test_a_container_is_as_sequential_as_its_parts():
-    assert Sequential(Flatten((4,)), autoregressive()).inverse_is_sequential
-    assert not Sequential(Inverse(autoregressive())).inverse_is_sequential
-    levels = [Sequential(Flatten((4,)), autoregressive())]
-    assert Multiscale(levels, [Sequential()], [(4, 1, 1)]).inverse_is_sequential
+    layer = autoregressive()
+    for chain, sequential, untraceable in (
+        (Sequential(Flatten((4,)), layer), True, ["inverse"]),
+        (Sequential(Inverse(layer)), False, ["forward"]),
+        (Sequential(layer, Inverse(layer)), True, ["forward", "inverse"]),
+        (Multiscale([Sequential(layer)], [Sequential()], [(4, 1, 1)]), True, ["inverse"]),
+        (Sequential(Flatten((4,))), False, []),
+    ):
+        assert chain.inverse_is_sequential == sequential
+        assert chain.untraceable_directions() == untraceable
 
 
 def test_a_sequential_inverse_notes_how_far_it_is():

@@ -21,10 +21,8 @@ from flowtrain.system import capacity
 # Shape, levels, token: divided by the token or not, one channel or several, down to one pixel.
 # The last ones have blocks of every kind.
 GEOMETRIES = [
-    ((1, 4, 4), 17, 2, {}),
     ((3, 2, 4), 256, 2, {}),
     ((2, 3, 5), 8, 2, {}),
-    ((1, 3, 3), 2, 1, {}),
     ((1, 5, 6), 17, 4, {}),
     ((1, 1, 1), 256, 2, {}),
     ((3, 1, 1), 4, 4, {}),
@@ -32,7 +30,6 @@ GEOMETRIES = [
     ((1, 6, 3), 17, 1, {"attention": 1, "downsample": 1, "dropout": 0.5}),
     ((2, 5, 3), 4, 1, {"attention": 2, "downsample": 2, "blocks": 2}),
 ]
-geometry = pytest.mark.parametrize("shape, levels, token, options", GEOMETRIES)
 
 
 def causal(shape, levels, token=2, **options):
@@ -41,16 +38,9 @@ def causal(shape, levels, token=2, **options):
     return flow.eval()
 
 
-def order_of(flow):
-    """The indices of an image's entries in the order in which they are sampled."""
-    seen = []
-    flow.bijection.in_order(lambda entry, i: seen.append(i) or torch.tensor([0]), 1)
-    return seen
-
-
 @pytest.fixture(scope="module")
 def trained():
-    """A model that knows the digits well enough to have narrow mixtures."""
+    """A model trained on digits until its mixtures are narrow."""
     x = torch.from_numpy(digits.build("data", "train").read()[:512])
     config = a_config({"name": "causal", **TINY["causal"], "width": 16})
     flow = build_flow(config, (1, 8, 8), 17)
@@ -73,8 +63,6 @@ def trained():
     [
         ((1, 2, 3), 3, 2, {}),
         ((2, 2, 1), 4, 2, {}),
-        ((1, 3, 1), 7, 2, {}),
-        ((1, 3, 2), 3, 1, {}),
         ((2, 1, 2), 4, 4, {}),
         ((1, 3, 2), 3, 1, {"attention": 1, "downsample": 1}),
     ],
@@ -89,121 +77,34 @@ def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token, opt
     assert log_prob.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@geometry
-def test_the_likelihood_does_not_depend_on_the_noise(shape, levels, token, options):
-    flow = causal(shape, levels, token, **options)
+@pytest.mark.parametrize("shape, levels, token, options", GEOMETRIES)
+def test_a_geometry(shape, levels, token, options):
+    """The likelihood depends on the integers alone, images come back, and entries are causal."""
+    flow = causal(shape, levels, token, **options, window=2)
     x = images(9, shape, levels)
-    draws = [torch.rand(x.shape, generator=seeded(seed)) for seed in range(3)]
-    draws += [torch.zeros(x.shape), torch.full(x.shape, 1 - 2.0**-24)]
+    draws = [torch.rand(x.shape, generator=seeded()), torch.zeros(x.shape)]
+    draws.append(torch.full(x.shape, 1 - 2.0**-24))
     with torch.no_grad():
-        parts = [flow(x, noise) for noise in draws]
-    for other in parts[1:]:
-        assert (other.base != parts[0].base).all()  # the latents do depend on it
-        torch.testing.assert_close(other.total, parts[0].total, rtol=1e-5, atol=1e-4)
+        first, *others = [flow(x, noise) for noise in draws]
+    for other in others:
+        assert (other.base != first.base).all()  # the latents do depend on it
+        torch.testing.assert_close(other.total, first.total, rtol=1e-5, atol=1e-4)
     assert flow.exact
+    for each in (x, flow.sample(20, generator=seeded())):
+        assert each.shape[1:] == shape and int(each.max()) < levels
+        assert torch.equal(flow.decode(flow.encode(each)), each)
 
-
-# ---------------------------------------------------------------- causality
-
-
-@geometry
-def test_an_entry_depends_on_earlier_entries_only(shape, levels, token, options):
-    flow = causal(shape, levels, token, **options, window=2).double()
-    order = order_of(flow)
-    dims = math.prod(shape)
-    assert sorted(order) == list(range(dims))
-    x, noise = images(3, shape, levels), torch.full((3, *shape), 0.3)
-    z = flow.to_latents(x, noise)[0]
-    seen = torch.zeros(dims, dims, dtype=torch.bool)
+    order = []  # the indices of entries, as they are sampled
+    flow.bijection.in_order(lambda entry, i: order.append(i) or torch.tensor([0]), 1)
+    assert sorted(order) == list(range(x[0].numel()))
+    noise = torch.full(x.shape, 0.3)
+    z = flow.double().to_latents(x, noise)[0]
     for place, index in enumerate(order):
         other = x.clone()
         other.flatten(1)[:, index] = (x.flatten(1)[:, index].int() + levels // 2) % levels
         changed = (flow.to_latents(other, noise)[0] != z).any(dim=0)[order]
         assert not changed[:place].any() and changed[place]
-        seen[:, place] = changed
-    neighbours = seen.diagonal(-1)
-    assert neighbours.all()  # of one row of an image, or of a token
-
-
-@geometry
-def test_parameters_have_gradients_from_earlier_entries_only(shape, levels, token, options):
-    flow = causal(shape, levels, token, **options).double()
-    layer = flow.bijection
-    entries = shape[0] * token**2
-    size = [-(-side // token) for side in shape[1:]]
-    value = torch.rand(1, entries, *size, generator=seeded(), dtype=torch.float64)
-
-    def in_order(tensor):  # (1, P E, H, W) to (H W E, P)
-        return tensor.unflatten(1, (-1, entries))[0].permute(2, 3, 1, 0).flatten(0, 2)
-
-    def parameters(value):
-        predicted = layer.prediction(value)
-        seen = torch.cat([value, (value - predicted) / layer.bounded_log_scale().exp()], dim=1)
-        net = layer.conditioner(torch.cat([seen, predicted], dim=1))
-        return torch.cat([in_order(predicted), in_order(net)], dim=1)
-
-    jacobian = torch.autograd.functional.jacobian(parameters, value, vectorize=True)
-    # (places, P, 1, E, H, W)
-    jacobian = jacobian[:, :, 0].permute(0, 3, 4, 2, 1).flatten(1, 3).abs().amax(dim=-1)
-    assert jacobian.triu().count_nonzero() == 0
-    assert (jacobian[1:].amax(dim=1) > 0).all()
-
-
-# ---------------------------------------------------------------- both directions
-
-
-@geometry
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-@pytest.mark.run  # takes long
-def test_in_order_is_the_plain_way(shape, levels, token, options, dtype, tolerance):
-    """With the levels given, each entry has the distribution that one pass of the networks gives.
-
-    The plain way has F and P only at the image's own levels, as z and its derivative.
-    """
-    flow = causal(shape, levels, token, **options).to(dtype)
-    x, u = images(4, shape, levels), 0.3
-    with torch.no_grad():
-        v = flow.dequantizer(x, torch.full(x.shape, u, dtype=dtype))[0]
-        z, log_det = flow.bijection(v)
-    found, log_derivatives = torch.empty_like(z), torch.empty_like(z)
-
-    def next_level(entry, index):
-        level = x.flatten(1)[:, index].long()
-        low, high = entry.range(level)
-        found[:, index] = torch.special.ndtri(low + u * (high - low))
-        log_derivatives[:, index] = (high - low).log()
-        return level
-
-    assert torch.equal(flow.bijection.in_order(next_level, 4), x.long())
-    torch.testing.assert_close(found, z, rtol=0, atol=tolerance)
-    total = (log_derivatives + 0.5 * z.square()).sum(dim=1) + z.shape[1] * math.log(
-        levels * math.sqrt(2 * math.pi)
-    )
-    torch.testing.assert_close(total, log_det, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("shape, levels, token, options", [g for g in GEOMETRIES if g[1] < 20])
-@pytest.mark.run  # takes long
-def test_samples_are_those_of_the_plain_way(shape, levels, token, options):
-    """The plain way tries every level of an entry with whole passes of the networks."""
-    flow = causal(shape, levels, token, **options)
-    z = torch.randn(1, math.prod(shape), generator=seeded(5))
-    x = torch.zeros(levels, math.prod(shape), dtype=torch.uint8)
-    for index in order_of(flow):
-        x[:, index] = torch.arange(levels)
-        lowest = flow.to_latents(x.view(levels, *shape), torch.zeros(levels, *shape))[0]
-        x[:, index] = (lowest[1:, index] <= z[0, index]).sum()
-    assert torch.equal(flow.decode(z), x[:1].view(1, *shape))
-
-
-@geometry
-def test_images_come_back(shape, levels, token, options):
-    flow = causal(shape, levels, token, **options)
-    x = images(50, shape, levels)
-    assert torch.equal(flow.decode(flow.encode(x)), x)
-    samples = flow.sample(20, generator=seeded())
-    assert samples.shape == (20, *shape) and int(samples.max()) < levels
-    assert torch.equal(flow.decode(flow.encode(samples)), samples)
+        assert changed[place : place + 2].all()  # its neighbour in a row of an image, or a token
 
 
 @pytest.mark.run  # takes long
@@ -223,21 +124,12 @@ def test_rounding_moves_no_level():
 
 
 @pytest.mark.run  # takes long
-def test_images_come_back_from_a_trained_model(trained):
-    flow, x = trained
-    shape = (20, 1, 8, 8)
-    constant = [torch.full(shape, level, dtype=torch.uint8) for level in (0, 7, 16)]
-    for each in (x[:100], images(100, (1, 8, 8), 17), *constant):
-        assert torch.equal(flow.decode(flow.encode(each)), each)
-
-
-@pytest.mark.run  # takes long
 def test_images_come_back_from_batches_of_another_size(trained):
     """Batches change the rounding of the networks, by far less than the range of any level."""
     flow, x = trained
-    every = torch.cat([x[:30], images(30, (1, 8, 8), 17), torch.full((4, 1, 8, 8), 16)])
-    every = every.to(torch.uint8)
-    for encoded, decoded in [(64, 1), (7, 64), (33, 20)]:
+    constant = [torch.full((4, 1, 8, 8), level, dtype=torch.uint8) for level in (0, 7, 16)]
+    every = torch.cat([x[:50], images(50, (1, 8, 8), 17), *constant])
+    for encoded, decoded in [(112, 112), (64, 1), (33, 20)]:
         z = torch.cat([flow.encode(part) for part in every.split(encoded)])
         back = torch.cat([flow.decode(part) for part in z.split(decoded)])
         assert torch.equal(back, every)
@@ -249,33 +141,23 @@ def test_encode_computes_what_decode_computes(trained, monkeypatch):
     flow, x = trained
     monkeypatch.setattr(type(flow.bijection.conditioner), "forward", None)
     z = flow.encode(x[:5])
-    targets: list[torch.Tensor] = []
+    middles = torch.empty(z.shape, dtype=torch.float64)
 
     def next_level(entry, index):
-        low, high = entry.range(x[:5].flatten(1)[:, index].long())
-        targets.append((index, (low + high) / 2))
-        return x[:5].flatten(1)[:, index].long()
+        level = x[:5].flatten(1)[:, index].long()
+        middles[:, index] = torch.stack(entry.range(level)).mean(dim=0)
+        return level
 
     flow.bijection.in_order(next_level, 5)
-    for index, middle in targets:
-        torch.testing.assert_close(
-            torch.special.ndtr(z[:, index].double()), middle, rtol=0, atol=1e-7
-        )
+    torch.testing.assert_close(torch.special.ndtr(z.double()), middles, rtol=0, atol=1e-7)
 
 
 @pytest.mark.run  # takes long
-def test_samples_of_a_trained_model_look_like_its_images(trained):
+def test_a_trained_model_has_samples_like_its_images_and_normal_latents(trained):
     flow, x = trained
     drawn = flow.sample(200, generator=seeded())
-    mean = x.float().mean(dim=(0, 1))
-    assert (drawn.float().mean(dim=(0, 1)) - mean).abs().mean() < 1.5
-    uniform = math.log2(17)
-    assert flow.bits_per_dim(drawn, seeded()).mean() < 0.7 * uniform
-
-
-@pytest.mark.run  # takes long
-def test_latents_of_images_are_normal(trained):
-    flow, x = trained
+    assert (drawn.float().mean(dim=(0, 1)) - x.float().mean(dim=(0, 1))).abs().mean() < 1.5
+    assert flow.bits_per_dim(drawn, seeded()).mean() < 0.7 * math.log2(17)
     with torch.no_grad():
         z = flow.to_latents(x, torch.rand(x.shape, generator=seeded()))[0]
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.1
@@ -297,8 +179,8 @@ def test_one_entry_after_the_other_takes_one_thread():
 # ---------------------------------------------------------------- extremes
 
 
-@pytest.mark.parametrize("scale", [-1e30, -30.0, 30.0, 1e30])
-@pytest.mark.parametrize("offset", [-1e20, -1e4, 0.0, 1e4, 1e20])
+@pytest.mark.parametrize("scale", [-1e30, -30.0, 1e30])
+@pytest.mark.parametrize("offset", [-1e20, 0.0, 1e4])
 @pytest.mark.run  # takes long
 def test_narrow_and_far_mixtures_are_finite(scale, offset):
     flow = causal((1, 4, 4), 256)
@@ -317,7 +199,7 @@ def test_narrow_and_far_mixtures_are_finite(scale, offset):
         assert result.isfinite().all()
 
 
-@pytest.mark.parametrize("offset", [-1e20, -1e7, 1e7, 1e20])
+@pytest.mark.parametrize("offset", [-1e20, 1e7])
 def test_no_probability_is_lost_far_away(offset):
     flow = causal((1, 1, 1), 256)
     flow.bijection.conditioner.head.last.bias.data.chunk(3)[1].fill_(offset)

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import perturb, ready, seeded, tiny_flow
+from helpers import seeded
 
-from flowtrain.bijections import Planar
+from flowtrain.bijections import Inverse, Planar
 from flowtrain.bijections.planar import MIN_DERIVATIVE
-from flowtrain.models import planar
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -34,9 +33,8 @@ def test_the_formula():
     u_hat = u + (0.999 * math.expm1(-0.25 / 0.999) + 0.25) * w / 1.25  # w^T u = -0.25
     z, log_det = layer_of(w, u, b, torch.float32)(x)
     torch.testing.assert_close(z, x + torch.tanh(a)[:, None] * u_hat, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        log_det, (1 + (1 - torch.tanh(a) ** 2) * (u_hat @ w)).log(), rtol=0, atol=1e-6
-    )
+    expected = (1 + (1 - torch.tanh(a) ** 2) * (u_hat @ w)).log()
+    torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("product", [0.0, 0.3, 40.0])
@@ -47,7 +45,7 @@ def test_u_stays_where_the_constraint_holds(product):
     assert found.item() == pytest.approx(product, abs=1e-12)
 
 
-@pytest.mark.parametrize("product", [-0.01, -0.9, -1.0, -3.0, -100.0, -1e4])
+@pytest.mark.parametrize("product", [-0.01, -0.9, -3.0, -1e4])
 @DTYPES
 def test_the_constraint(product, dtype):
     """`w^T u` is above -1, and u moves only along w."""
@@ -58,20 +56,17 @@ def test_the_constraint(product, dtype):
     assert -1 + MIN_DERIVATIVE - 1e-6 <= found.item() < 0
     if product > -5:
         assert found.item() > product
-    precision = 40 * torch.finfo(dtype).eps
-    assert (w @ u).item() == pytest.approx(found.item(), abs=precision * max(1, abs(product)))
-    torch.testing.assert_close(
-        u - found * w / 6, aside, rtol=0, atol=precision * max(1, abs(product))
-    )
+    precision = 40 * torch.finfo(dtype).eps * max(1, abs(product))
+    assert (w @ u).item() == pytest.approx(found.item(), abs=precision)
+    torch.testing.assert_close(u - found * w / 6, aside, rtol=0, atol=precision)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-8, 1e-3])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_vanishing_w(scale, sign):
     """Nothing is divided by |w|, nor by its square, which underflows first."""
-    layer = layer_of(
-        scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2]), 0.5, torch.float32
-    )
+    w, u = scale * torch.tensor([3.0, -4.0]), sign * torch.tensor([0.6, -0.2])
+    layer = layer_of(w, u, 0.5, torch.float32)
     x = torch.randn(6, 2, generator=seeded())
     z, log_det = layer(x)
     expected = x + math.tanh(0.5) * layer.u
@@ -121,33 +116,20 @@ def test_the_equation_is_solved_to_float_precision(dtype):
     with torch.no_grad():
         x = layer.inverse(z[:, None])[0][:, 0]
     slope = 1 + product.double() * (1 - exact.tanh() ** 2)
-    allowed = (
-        torch.finfo(dtype).eps * (exact.abs() + z.abs()) / slope + 1e-3 * torch.finfo(dtype).eps
-    )
+    allowed = torch.finfo(dtype).eps * ((exact.abs() + z.abs()) / slope + 1e-3)
     assert ((x.double() - exact).abs() <= 4 * allowed).all()
 
 
 def test_gradients_at_the_edge():
-    layer = at_the_edge(3)
+    layer = Inverse(at_the_edge(3))
     z = torch.randn(4, 3, generator=seeded(3), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z, w, u, b: functional(layer, z, w, u, b), (z, *layer.parameters())
-    )
+    names = [name for name, _ in layer.named_parameters()]
 
+    def inverse(z, *parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, named, (z,))
 
-def functional(layer, z, w, u, b):
-    return torch.func.functional_call(
-        Inverse(layer), {"layer.w": w, "layer.u": u, "layer.b": b}, (z,)
-    )
-
-
-class Inverse(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, z):
-        return self.layer.inverse(z)
+    assert torch.autograd.gradcheck(inverse, (z, *layer.parameters()))
 
 
 def test_far_out_and_not_a_number():
@@ -157,39 +139,3 @@ def test_far_out_and_not_a_number():
         x, log_det = layer.inverse(z)
         torch.testing.assert_close(layer(x[[0, 1, 3]])[0], z[[0, 1, 3]], rtol=1e-6, atol=1e-5)
     assert x[2, 0].isnan() and log_det[2].isnan() and log_det[[0, 1, 3]].isfinite().all()
-
-
-# ---------------------------------------------------------------- the model
-
-
-@pytest.mark.parametrize("shape, layers", [((2, 1, 1), 32), ((1, 8, 8), 16), ((1, 28, 28), 8)])
-def test_round_trip(shape, layers):
-    torch.manual_seed(0)
-    flow = ready(perturb(planar.build(shape, layers=layers), 0.3))
-    z = torch.randn(50, math.prod(shape), generator=seeded())
-    with torch.no_grad():
-        x, inverse_log_det = flow.inverse(z)
-        again, log_det = flow(x)
-    assert x.shape == (50, *shape)
-    torch.testing.assert_close(again, z, rtol=0, atol=1e-3)
-    torch.testing.assert_close(log_det, -inverse_log_det, rtol=0, atol=1e-2)
-
-
-def test_a_plane_has_a_density_of_one():
-    torch.manual_seed(0)
-    flow = ready(perturb(planar.build((2, 1, 1), layers=8), 1.0)).double()
-    points = torch.linspace(-12, 12, 500, dtype=torch.float64)
-    grid = torch.cartesian_prod(points, points).reshape(-1, 2, 1, 1)
-    with torch.no_grad():
-        x, _ = flow.inverse(torch.randn(500, 2, generator=seeded(), dtype=torch.float64))
-        scale, middle = x.std(0), x.mean(0)
-        z, log_det = flow(grid * scale + middle)
-    log_density = log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + scale.log().sum()
-    area = (points[1] - points[0]) ** 2
-    assert (log_density.exp().sum() * area).item() == pytest.approx(1, abs=0.01)
-
-
-def test_samples_are_decoded_to_what_was_encoded():
-    flow = tiny_flow("planar", (1, 3, 3))
-    x = flow.sample(16, generator=seeded())
-    assert torch.equal(flow.decode(flow.encode(x)), x)

@@ -1,6 +1,5 @@
 """Flows on the sphere: data, circular splines, volumes on the surface, the density, commands."""
 
-import inspect
 import json
 import math
 from pathlib import Path
@@ -14,12 +13,7 @@ from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
 
-from flowtrain.bijections import (
-    AnglesToNormal,
-    CircularSplineTransform,
-    SphereToAngles,
-    SplineTransform,
-)
+from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
@@ -27,8 +21,6 @@ from flowtrain.data.splits import DataSet
 from flowtrain.datasets import sphere as data_set
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import reconstruction_error
-from flowtrain.flow.flow import Flow
-from flowtrain.models import sphere
 from flowtrain.pictures import draw
 from flowtrain.pictures.draw import stages_of
 from flowtrain.tools.doctor.examine import examine
@@ -59,15 +51,6 @@ def at(longitude, latitude):
     return points(torch.stack(parts, dim=-1))
 
 
-def log_density(x, means, concentration):
-    """The log-density of an equal mixture of von Mises-Fisher distributions, `(N,)`, in nats."""
-    k = concentration
-    # The log of k / (4 pi sinh k).
-    log_constant = math.log(k / (2 * math.pi)) - k - math.log1p(-math.exp(-2 * k))
-    cosines = np.asarray(x, np.float64).reshape(-1, 3) @ means.T
-    return np.logaddexp.reduce(log_constant + k * cosines, axis=1) - math.log(len(means))
-
-
 # --- the data -------------------------------------------------------------------------------------
 
 
@@ -77,8 +60,8 @@ def build(split="train", **options):
 
 def test_any_number_of_unit_vectors_by_seed():
     images = build(count=300, test_count=200)
-    assert images.shape == (3, 1, 1) and images.levels is None
-    assert images.flip is False and images.labels is None
+    assert images.shape == (3, 1, 1) and images.levels is images.labels is None
+    assert images.flip is False
     x = images.read()
     assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous
     assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
@@ -88,31 +71,25 @@ def test_any_number_of_unit_vectors_by_seed():
     assert not np.isin(build(seed=1, count=300).read(), x).any()
 
 
-@pytest.mark.parametrize("concentration", [1e-6, 0.5, 20, 1e4])
+@pytest.mark.parametrize("concentration", [1e-6, 0.5, 1e4])
 def test_von_mises_fisher(concentration):
-    """The mean of the points has the right direction, and the length coth k - 1/k.
-
-    The distribution is the same in all directions around it.
+    """The mean has the right direction, and the length coth k - 1/k. All directions around it are
+    alike.
     """
     n = 20_000
     x = build(count=n, components=1, concentration=concentration).read()
     x = x.reshape(-1, 3).astype(np.float64)
     (mean,) = data_set.means(0, 1)
-    expected = (
-        1 / math.tanh(concentration) - 1 / concentration
-        if concentration > 1e-3
-        else concentration / 3
-    )
+    k = concentration
+    expected = 1 / math.tanh(k) - 1 / k if k > 1e-3 else k / 3
     along = x @ mean
     assert along.mean() == pytest.approx(expected, abs=4 * along.std() / math.sqrt(n) + 1e-7)
     across = x - along[:, None] * mean
     spread = across.std()
     assert np.abs(across.mean(axis=0)).max() < 4 * spread * math.sqrt(3 / n)
     covariance = across.T @ across / n
-    trace = np.trace(covariance)
-    np.testing.assert_allclose(
-        covariance / trace, (np.eye(3) - np.outer(mean, mean)) / 2, atol=0.03
-    )
+    isotropic = (np.eye(3) - np.outer(mean, mean)) / 2
+    np.testing.assert_allclose(covariance / np.trace(covariance), isotropic, atol=0.03)
 
 
 def test_components_have_equal_parts():
@@ -121,34 +98,22 @@ def test_components_have_equal_parts():
     np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1)
     counts = np.bincount((x @ means.T).argmax(axis=1), minlength=4)
     assert counts == pytest.approx(2500, abs=200)
-    assert (
-        np.array_equal(means, data_set.means(3, 5)[:4])
-        and not np.isclose(means, data_set.means(4, 4)).any()
-    )
+    assert np.array_equal(means, data_set.means(3, 5)[:4])
+    assert not np.isclose(means, data_set.means(4, 4)).any()
 
 
 # --- splines --------------------------------------------------------------------------------------
 
 
-def test_zero_parameters_are_the_identity():
-    x = torch.linspace(-9, 9, 100)[:, None]
-    for transform in (CircularSplineTransform(3), SplineTransform(3, 1.0, free_ends=True)):
-        parameters = torch.zeros(100, transform.parameters_per_entry)
-        for values in (*transform(x, parameters), *transform.inverse(x, parameters)):
-            expected = x if values.abs().max() > 1 else 0 * x
-            torch.testing.assert_close(values, expected, rtol=0, atol=2e-6)
-
-
 def circular(count, seed=0, scale=1.5):
     """A circular spline with one set of random parameters, repeated for `count` values."""
     transform = CircularSplineTransform(5)
-    one = scale * torch.randn(
-        1, transform.parameters_per_entry, generator=seeded(seed), dtype=torch.float64
-    )
+    shape = 1, transform.parameters_per_entry
+    one = scale * torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
     return transform, one.expand(count, -1)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
     x = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)[:, None]
     transform, parameters = circular(len(x), seed)
@@ -174,18 +139,6 @@ def test_a_circular_spline_keeps_whole_turns():
         torch.testing.assert_close(again, (z + turns * 2 * math.pi, log_derivative))
         back = transform.inverse(z + turns * 2 * math.pi, parameters)
         torch.testing.assert_close(back, (x + turns * 2 * math.pi, -log_derivative))
-
-
-def test_free_ends_have_a_derivative_of_their_own():
-    transform = SplineTransform(3, 2.0, free_ends=True)
-    parameters = torch.randn(1, transform.parameters_per_entry, generator=seeded()).double()
-    ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
-    z, log_derivative = transform(ends, parameters.expand(2, -1))
-    torch.testing.assert_close(z, ends, rtol=0, atol=1e-6)
-    for i, k in ((0, 6), (1, 9)):  # widths, heights, then one derivative per knot
-        limit = math.log(1000)
-        expected = limit * math.tanh(parameters[0, k].item() / limit)
-        assert log_derivative[i].item() == pytest.approx(expected, abs=1e-5)
 
 
 # --- the two ends ---------------------------------------------------------------------------------
@@ -225,29 +178,7 @@ def test_the_other_end_against_autograd():
     torch.testing.assert_close(end(turned), (z, log_det))
 
 
-def test_normal_numbers_are_uniform_points():
-    x = Flow.decode(a_flow(scale=0), torch.randn(50_000, 2, generator=seeded())).flatten(1)
-    torch.testing.assert_close(x.norm(dim=1), torch.ones(50_000))
-    assert x.mean(dim=0).abs().max() < 0.01
-    torch.testing.assert_close(x.T @ x / 50_000, torch.eye(3) / 3, rtol=0, atol=0.01)
-
-
 # --- the model ------------------------------------------------------------------------------------
-
-
-def test_the_module_documents_itself():
-    assert "arXiv" in sphere.__doc__ and "differences" in sphere.__doc__
-    for option in list(inspect.signature(sphere.build).parameters)[1:]:
-        assert f"{option}:" in sphere.build.__doc__, option
-
-
-def test_size_by_hand():
-    # Each layer has two couplings, from cosine and sine to 3 * 4 + 1 parameters.
-    coupling = (2 * 8 + 8) + (8 * 13 + 13)
-    assert sum(
-        p.numel()
-        for p in sphere.build((3, 1, 1), layers=2, width=8, hidden_layers=1, bins=4).parameters()
-    ) == (4 * coupling)
 
 
 def test_the_start_is_the_uniform_density():
@@ -256,24 +187,19 @@ def test_the_start_is_the_uniform_density():
     torch.testing.assert_close(flow.log_prob(x), torch.full((104,), UNIFORM), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_density_integrates_to_one(seed):
-    flow = a_flow(0.2, seed).double()
-    cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
-    with torch.no_grad():
-        density = flow.log_prob(cells).exp()
-    assert density.sum().item() * area == pytest.approx(1, abs=0.01)
-    assert density.max() > 3 * density.min()
-
-
-def test_samples_are_from_the_density():
-    """The samples' mean of 1 / density is the sphere's area; that of x agrees with quadrature."""
+def test_samples_are_from_a_density():
+    """It integrates to one. The samples' mean of 1 / density is the sphere's area, and the mean of
+    x agrees with quadrature.
+    """
     flow = a_flow(0.2).requires_grad_(False)
     x = flow.sample(40_000, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
     assert (-flow.log_prob(x)).exp().mean().item() == pytest.approx(4 * math.pi, rel=0.03)
     cells, area = draw.mesh(flow, (-math.pi, math.pi, -1, 1), 150)
-    mean = (cells.flatten(1) * flow.log_prob(cells).exp()[:, None]).sum(dim=0) * area
+    density = flow.double().log_prob(cells.double()).exp()
+    assert density.sum().item() * area == pytest.approx(1, abs=0.01)
+    assert density.max() > 3 * density.min()
+    mean = (cells.flatten(1) * density[:, None]).sum(dim=0) * area
     torch.testing.assert_close(x.flatten(1).mean(dim=0), mean.float(), rtol=0, atol=0.02)
 
 
@@ -299,12 +225,11 @@ def test_round_trips():
 def test_the_density_has_no_jump_at_the_cut():
     flow = a_flow(0.2).double()
     latitude = torch.linspace(-1.5, 1.5, 50)
-    sides = [
-        flow.log_prob(at(angle, latitude)) for angle in (math.pi - 1e-6, -math.pi, 1e-6 - math.pi)
-    ]
-    torch.testing.assert_close(sides[0], sides[1], rtol=0, atol=1e-3)
-    torch.testing.assert_close(sides[2], sides[1], rtol=0, atol=1e-3)
-    assert sides[0].std() > 0.1
+    angles = math.pi - 1e-6, -math.pi, 1e-6 - math.pi
+    east, cut, west = (flow.log_prob(at(angle, latitude)) for angle in angles)
+    for side in (east, west):
+        torch.testing.assert_close(side, cut, rtol=0, atol=1e-3)
+    assert cut.std() > 0.1
 
 
 def test_the_density_at_the_poles_is_its_limit():
@@ -342,25 +267,22 @@ def test_latents_have_two_dimensions():
     assert with_classes.sample(6).shape == (6, 3, 1, 1)
 
 
-def test_other_data():
-    with pytest.raises(
-        UserError, match="model.name: sphere is for points of the unit sphere, 3x1x1; got 2x1x1"
-    ):
-        build_flow(a_config(SPHERE), (2, 1, 1), None)
-    with pytest.raises(
-        UserError, match="model.name: sphere is for real-valued data, these have 256 levels"
-    ):
-        build_flow(a_config(SPHERE), (3, 1, 1), 256)
+@pytest.mark.parametrize(
+    "shape, levels, message",
+    [
+        ((2, 1, 1), None, "is for points of the unit sphere, 3x1x1; got 2x1x1"),
+        ((3, 1, 1), 256, "is for real-valued data, these have 256 levels"),
+    ],
+)
+def test_other_data(shape, levels, message):
+    with pytest.raises(UserError, match=f"model.name: sphere {message}"):
+        build_flow(a_config(SPHERE), shape, levels)
 
 
 def test_no_diagnosis():
     config = a_config(SPHERE, data={"name": "sphere"})
-    model = LoadedModel(
-        build_flow(config, (3, 1, 1), None),
-        config,
-        "raw",
-        Checkpoint(Path("m.safetensors"), {}, {}),
-    )
+    checkpoint = Checkpoint(Path("m.safetensors"), {}, {})
+    model = LoadedModel(build_flow(config, (3, 1, 1), None), config, "raw", checkpoint)
     with pytest.raises(UserError, match="m.safetensors: the data are points of a surface"):
         examine(model, DataSet(config.data))
 
@@ -374,9 +296,8 @@ def five_steps():
     flow = build_flow(config, (3, 1, 1), None)
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
-            parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).reshape(
-                parameter.shape
-            )
+            sines = torch.sin(torch.arange(parameter.numel()) + i)
+            parameter += 0.1 * sines.reshape(parameter.shape)
     x = at(torch.linspace(-3, 3, 8), torch.linspace(0.2, 1.2, 8))
     state = State(config, flow, build_optimizers(flow, config.train), None, {})
     losses = []
@@ -387,55 +308,22 @@ def five_steps():
     return losses
 
 
+@pytest.mark.run
 def test_golden_losses():
     assert five_steps() == pytest.approx(GOLDEN, abs=1e-4)
 
 
-@pytest.mark.slow
-def test_a_mixture_is_learned():
-    """The likelihood of test points is within 0.05 nats of the true one, the density is like it."""
-    config = a_config(
-        {"name": "sphere", "layers": 2, "width": 32},
-        data={"name": "sphere", "components": 2, "concentration": 10},
-        train={"lr": 5e-3, "num_steps": 400, "batch_size": 256},
-    )
-    flow = build_flow(config, (3, 1, 1), None)
-    state = State(config, flow, build_optimizers(flow, config.train), None, {})
-    data = DataSet(config.data)
-    train, test = data.split("train"), data.split("test").take(slice(None))
-    for step in range(400):
-        train_step(state, train.take(np.arange(256 * step, 256 * (step + 1)) % len(train)))
-        for optimizer in state.optimizers:
-            optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 400)
-            optimizer.step()
-            optimizer.zero_grad()
-    means = data_set.means(config.data.split_seed, 2)
-    found = flow.log_prob(test).detach().double().numpy()
-    expected = log_density(test, means, 10)
-    assert abs(found.mean() - expected.mean()) < 0.05
-    assert np.abs(found - expected).mean() < 0.15
-
-
 # --- the commands ---------------------------------------------------------------------------------
 
-RUN = [
-    *sets(
-        data__name="sphere",
-        data__count=600,
-        data__test_count=300,
-        model__name="sphere",
-        model__layers=1,
-    )
-]
-RUN += sets(
-    model__width=16, train__num_steps=60, train__batch_size=128, train__lr=5e-3, train__log_every=20
-)
-RUN += sets(train__validate_every=60, train__checkpoint_every=60, train__sample_every=60)
 
-
+@pytest.mark.run
 def test_commands(tmp_path):
-    assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out
-    done = quick("train", *RUN, "--run-dir", "r", cwd=tmp_path).ok()
+    run = sets(data__name="sphere", data__count=600, data__test_count=300, model__name="sphere")
+    run += sets(model__layers=1, model__width=16, train__num_steps=60, train__batch_size=128)
+    run += sets(train__lr=5e-3, train__log_every=20, train__validate_every=60)
+    run += sets(train__checkpoint_every=60, train__sample_every=60)
+    assert "parameters: " in quick("train", *run, "--dry-run", cwd=tmp_path).ok().out
+    done = quick("train", *run, "--run-dir", "r", cwd=tmp_path).ok()
     assert "540 images to train on, 60 to validate, 3x1x1, real values" in done.out
     (picture,) = (tmp_path / "r" / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
@@ -447,9 +335,6 @@ def test_commands(tmp_path):
     assert drawn.shape == (50, 1, 1, 3) and np.abs(np.linalg.norm(drawn, axis=-1) - 1).max() < 1e-5
     quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()
     assert min(Image.open(tmp_path / "i.png").size) > 500
-    quick("train", *RUN, *sets(data__concentration=0), cwd=tmp_path).failed(
-        2, "data.concentration", "0"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from flowtrain.bijections import (
     AdditiveTransform,
     AffineTransform,
+    CircularSplineTransform,
+    ExponentialTransform,
     MixtureTransform,
+    SigmoidTransform,
     SplineTransform,
     monotone,
 )
@@ -21,7 +24,6 @@ TRANSFORMS = {
     "additive": AdditiveTransform,
     "affine": AffineTransform,
     "spline": SplineTransform,
-    "spline-two-bins": lambda: SplineTransform(2),
     "spline-narrow": lambda: SplineTransform(3, 0.5),
     "mixture": MixtureTransform,
     "mixture-one-component": lambda: MixtureTransform(1),
@@ -49,53 +51,22 @@ def extreme(name, dtype, shape=(64, 3, 40)):
     sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
     return (
         transform,
-        50 * parameters.sign(),
+        1e30 * parameters.sign() if name == "affine" else 50 * parameters.sign(),
         sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign(),
     )
 
 
-def grid(function, parameters, points, parameters_per_entry):
-    """z and log-derivatives at all `points` `(N,)` with the parameters of each first entry.
-
-    Both are `(B, 1, N)`.
-    """
-    entries = parameters.unflatten(1, (parameters_per_entry, -1)).flatten(2)[:, :, :1]
-    return function(points.expand(len(entries), 1, -1), entries.repeat_interleave(len(points), 2))
-
-
-@pytest.mark.run  # takes long
 @every
-@pytest.mark.parametrize("scale", [0.3, 3])
-def test_density_integrates_to_one(name, scale):
-    transform, parameters = some(name, scale, shape=(2, 1))
-    # Bins are as narrow as a thousandth, and scales as wide as exp(4).
-    parts = [(-400, -6, 40_000), (-6, 6, 200_000), (6, 400, 40_000)]
-    points = torch.cat([torch.linspace(*part, dtype=torch.float64) for part in parts])
-    points = points.unique()
-    z, log_derivative = grid(transform, parameters, points, transform.parameters_per_entry)
-    assert (z.diff() > 0).all()
-    density = (log_derivative - 0.5 * z.square() - 0.5 * math.log(2 * math.pi)).exp()
-    torch.testing.assert_close(
-        torch.trapezoid(density, points), torch.ones(2, 1, dtype=torch.float64), rtol=0, atol=1e-4
-    )
-
-
-@every
-@pytest.mark.parametrize("scale", [0, 0.5, 3])
+@pytest.mark.parametrize("scale", [0.5, 3])
 def test_log_derivative_is_that_of_autograd(name, scale):
     transform, parameters = some(name, scale)
-    x = (2 * torch.randn(8, 3, 40, generator=seeded(3), dtype=torch.float64)).requires_grad_()
-    z, log_derivative = transform(x, parameters)
-    if name != "additive":
-        torch.testing.assert_close(
-            torch.autograd.grad(z.sum(), x)[0].log(), log_derivative, rtol=1e-7, atol=1e-7
-        )
-    z = z.detach().requires_grad_()
-    x, log_derivative = transform.inverse(z, parameters)
-    if name != "additive":
-        torch.testing.assert_close(
-            torch.autograd.grad(x.sum(), z)[0].log(), log_derivative, rtol=1e-7, atol=1e-7
-        )
+    x = 2 * torch.randn(8, 3, 40, generator=seeded(3), dtype=torch.float64)
+    for function in (transform.forward, transform.inverse):
+        x = x.detach().requires_grad_()
+        z, log_derivative = function(x, parameters)
+        slope = torch.autograd.grad(z.sum(), x)[0]
+        torch.testing.assert_close(slope.log(), log_derivative, rtol=1e-7, atol=1e-7)
+        x = z
 
 
 @pytest.mark.run  # takes long
@@ -165,31 +136,41 @@ def test_nan_stays_nan(name):
     assert name == "additive" or "affine" in name or log_derivative[0, 0, 0].isnan()
 
 
-@every
-def test_parameters_of_an_entry_are_its_own(name):
-    transform, parameters = some(name, 1, shape=(2, 3, 4))
-    x = torch.full((2, 3, 4), 0.1, dtype=torch.float64)
-    z = transform(x, parameters)[0]
-    changed = parameters.clone().unflatten(1, (-1, 3))
-    changed[0, :, 1, 2] += 0.5
-    changed = transform(x, changed.flatten(1, 2))[0]
-    assert (changed != z).nonzero().tolist() == [[0, 1, 2]]
+def test_the_scales_of_the_papers():
+    x, shift = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    for raw in (-3.0, 0.0, 2.0):
+        parameters = torch.cat([shift, torch.full((1, 2), raw)], dim=1)
+        for transform, scale in (
+            (ExponentialTransform(), math.exp(raw)),
+            (SigmoidTransform(), 2 / (1 + math.exp(-raw))),
+            (AffineTransform(), math.exp(2 * math.tanh(raw / 2))),
+        ):
+            z, log_scale = transform(x, parameters)
+            torch.testing.assert_close(z, (x + shift) * scale)
+            torch.testing.assert_close(log_scale, torch.full((1, 2), math.log(scale)))
 
 
 # ---------------------------------------------------------------- the start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name.startswith("spline")])
-def test_spline_starts_as_the_identity(name, dtype):
-    transform, parameters = some(name, 0, dtype)
-    x = torch.linspace(-6, 6, 960, dtype=dtype).view(8, 3, 40)
+@pytest.mark.parametrize(
+    "build",
+    [
+        SplineTransform,
+        CircularSplineTransform,
+        lambda: SplineTransform(3, 0.5),
+        lambda: SplineTransform(3, 1.0, free_ends=True),
+    ],
+)
+def test_spline_starts_as_the_identity(build, dtype):
+    transform, x = build(), torch.linspace(-9, 9, 960, dtype=dtype).view(8, 3, 40)
+    parameters = torch.zeros(8, 3 * transform.parameters_per_entry, 40, dtype=dtype)
     for function in (transform, transform.inverse):
         z, log_derivative = function(x, parameters)
-        torch.testing.assert_close(z, x, rtol=0, atol=8 * torch.finfo(dtype).eps)
-        torch.testing.assert_close(
-            log_derivative, torch.zeros_like(x), rtol=0, atol=2e-4 if dtype.itemsize == 4 else 1e-12
-        )
+        torch.testing.assert_close(z, x, rtol=0, atol=16 * torch.finfo(dtype).eps)
+        atol = 2e-4 if dtype.itemsize == 4 else 1e-12
+        torch.testing.assert_close(log_derivative, torch.zeros_like(x), rtol=0, atol=atol)
 
 
 @mixtures
@@ -197,24 +178,19 @@ def test_mixture_starts_near_the_identity(name):
     transform, parameters = some(name, 0)
     x = torch.linspace(-30, 30, 960, dtype=torch.float64).view(8, 3, 40)
     z, log_derivative = transform(x, parameters)
-    assert (
-        (z - x).abs().max() < 0.2
-        and log_derivative.min() > math.log(0.9)
-        and log_derivative.max() < 1e-9
-    )
+    assert (z - x).abs().max() < 0.2
+    assert log_derivative.min() > math.log(0.9) and log_derivative.max() < 1e-9
 
 
 def test_components_of_a_mixture_part():
     """If components were equal at the start, their gradients would be equal forever."""
     transform, parameters = some("mixture", 0, shape=(1, 1, 50))
-    z, log_derivative = transform(
-        torch.randn(1, 1, 50, generator=seeded(), dtype=torch.float64), parameters.requires_grad_()
-    )
+    x = torch.randn(1, 1, 50, generator=seeded(), dtype=torch.float64)
+    z, log_derivative = transform(x, parameters.requires_grad_())
     (0.5 * z.square() - log_derivative).sum().backward()
     for group in parameters.grad.sum(2)[0].split([1, 4, 4, 1, 4])[1:3]:
-        assert all(
-            (a - b).abs() > 1e-3 * group.abs().max() for a, b in itertools.combinations(group, 2)
-        )
+        least = 1e-3 * group.abs().max()
+        assert all((a - b).abs() > least for a, b in itertools.combinations(group, 2))
 
 
 # ---------------------------------------------------------------- splines
@@ -223,7 +199,7 @@ def test_components_of_a_mixture_part():
 def knots(transform, parameters):
     """x, z and derivative at the knots by the formulas, `(B, K + 1)` each.
 
-    `parameters` are those of one entry, `(B, P, ...)`.
+    `parameters` of one entry have shape `(B, P, ...)`.
     """
     k, bound = transform.bins, transform.tail_bound
     places = []
@@ -235,43 +211,43 @@ def knots(transform, parameters):
 
 
 @pytest.mark.parametrize("scale", [0.5, 2])
-def test_spline_at_its_knots(scale):
+def test_spline_is_the_formula(scale):
+    """At its knots, where the map and its derivative are continuous, and between them (eq. 4)."""
     transform, parameters = some("spline", scale, shape=(30, 1))
     x, z, derivative = knots(transform, parameters)
     points = parameters[..., None].expand(-1, -1, 9)
-    for aside in (-1e-12, 0, 1e-12):  # the map and its derivative are continuous there
+    for aside in (-1e-12, 0, 1e-12):
         result, log_derivative = transform(x[:, None] + aside, points)
         torch.testing.assert_close(result[:, 0], z, rtol=0, atol=1e-8)
         torch.testing.assert_close(log_derivative[:, 0].exp(), derivative, rtol=1e-3, atol=1e-6)
         result, log_derivative = transform.inverse(z[:, None] + aside, points)
         torch.testing.assert_close(result[:, 0], x, rtol=0, atol=1e-8)
         torch.testing.assert_close(log_derivative[:, 0].exp(), 1 / derivative, rtol=1e-3, atol=1e-6)
+    xi, start, end, height = 0.3, derivative[:, :-1], derivative[:, 1:], z.diff()
+    slope = height / x.diff()
+    numerator = height * (slope * xi**2 + start * xi * (1 - xi))
+    expected = z[:, :-1] + numerator / (slope + (start + end - 2 * slope) * xi * (1 - xi))
+    found = transform((x[:, :-1] + xi * x.diff())[:, None], points[..., 1:])[0]
+    torch.testing.assert_close(found[:, 0], expected, rtol=0, atol=1e-10)
+
+
+def test_free_ends_have_a_derivative_of_their_own():
+    transform = SplineTransform(3, 2.0, free_ends=True)
+    parameters = torch.randn(1, transform.parameters_per_entry, generator=seeded()).double()
+    ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
+    z, log_derivative = transform(ends, parameters.expand(2, -1))
+    torch.testing.assert_close(z, ends, rtol=0, atol=1e-6)
+    # Widths, heights, then one derivative per knot.
+    expected = math.log(1000) * torch.tanh(parameters[0, [6, 9]] / math.log(1000))
+    torch.testing.assert_close(log_derivative[:, 0], expected, rtol=0, atol=1e-5)
 
 
 def test_spline_is_the_identity_outside():
-    transform, parameters = some("spline", 5)
+    transform, parameters = some("spline", 5, shape=(8, 1, 6))
     x = torch.tensor([-1e4, -4.0 - 1e-9, -4.0, 4.0, 4.0 + 1e-9, 1e4], dtype=torch.float64)
     for function in (transform, transform.inverse):
-        result, log_derivative = grid(function, parameters, x, transform.parameters_per_entry)
+        result, log_derivative = function(x.expand(8, 1, 6), parameters)
         assert torch.equal(result, x.expand(8, 1, 6)) and not log_derivative.any()
-
-
-@pytest.mark.parametrize("scale", [0, 1, 2])  # with 4, the result of nflows has NaN
-def test_spline_against_nflows(scale):
-    theirs = pytest.importorskip(
-        "nflows.transforms.splines.rational_quadratic"
-    ).rational_quadratic_spline
-    transform, parameters = some("spline", scale)
-    x = torch.empty(8, 3, 40, dtype=torch.float64).uniform_(-4, 4, generator=seeded(1))
-    raw = parameters.unflatten(1, (23, 3)).movedim(1, -1)
-    derivatives = F.pad(math.log(1000) * torch.tanh(raw[..., 16:] / math.log(1000)), (1, 1)).exp()
-    # Derivatives of nflows are 0.001 + softplus(parameter).
-    options = {"left": -4.0, "right": 4.0, "bottom": -4.0, "top": 4.0}
-    arguments = raw[..., :8], raw[..., 8:16], (derivatives - 1e-3).expm1().log()
-    for inverse, ours in ((False, transform), (True, transform.inverse)):
-        expected = theirs(x, *arguments, inverse=inverse, **options)
-        for result, value in zip(ours(x, parameters), expected, strict=True):
-            torch.testing.assert_close(result, value, rtol=1e-8, atol=1e-8)
 
 
 # ---------------------------------------------------------------- mixtures
@@ -290,14 +266,8 @@ def formula(transform, x, parameters):
     below = (weights * torch.sigmoid(u)).sum(1)
     above = (weights * torch.sigmoid(-u)).sum(1)
     density = (weights * torch.sigmoid(u) * torch.sigmoid(-u) / scales[:, 1:].exp()).sum(1)
-    return (
-        (below / above).log(),
-        (density / below / above).log(),
-        scales[:, 0],
-        shift[:, 0],
-        u,
-        scales[:, 1:],
-    )
+    w, log_derivative = (below / above).log(), (density / below / above).log()
+    return w, log_derivative, scales[:, 0], shift[:, 0], u, scales[:, 1:]
 
 
 @mixtures
@@ -306,34 +276,11 @@ def test_mixture_is_the_formula(name, scale):
     transform, parameters = some(name, scale)
     x = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=torch.float64)
     w, log_derivative, a, shift, u, s = formula(transform, x, parameters)
-    for result, expected in zip(
-        transform(x, parameters), (w * a.exp() + shift, log_derivative + a), strict=True
-    ):
-        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+    expected = w * a.exp() + shift, log_derivative + a
+    torch.testing.assert_close(transform(x, parameters), expected, rtol=1e-11, atol=1e-11)
     widest = (u.amax(1) - u.amin(1)).abs()
     assert (log_derivative <= (-s).amax(1) + 1e-9).all()
     assert (log_derivative >= (-s).amin(1) - (widest / 2).cosh().log() - 1e-9).all()
-
-
-@mixtures
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [0.3, 3, 30])
-@pytest.mark.run  # takes long
-def test_mixture_inverse_against_bisection(name, dtype, scale):
-    transform, parameters = some(name, scale, dtype)
-    z = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=dtype)
-    x = transform.inverse(z, parameters)[0]
-    precise, inputs = TRANSFORMS[name]().double(), parameters.double()
-    lower, upper = torch.full_like(z.double(), -1e5), torch.full_like(z.double(), 1e5)
-    for _ in range(90):
-        middle = (lower + upper) / 2
-        small = precise(middle, inputs)[0] < z
-        lower, upper = torch.where(small, middle, lower), torch.where(small, upper, middle)
-    reached, log_derivative = precise(x.double(), inputs)
-    error = torch.minimum(
-        (x - upper).abs() / x.abs().clamp(min=1), (reached - z).abs() / z.abs().clamp(min=1)
-    )
-    assert error.max() < 300 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 6), (torch.float64, 8)])
@@ -382,16 +329,13 @@ def test_solver_on_hard_functions(name, dtype):
     assert x[-1].isnan() and x[:-1].isnan().all() == (name == "not a number")
     precision = 10 * torch.finfo(dtype).eps
     values, targets = function(x)[0][:-1], target[:-1]
-    if name in ("steep", "arctangent", "wrong derivative"):
+    if name in ("steep", "arctangent", "wrong derivative", "cubic"):
         torch.testing.assert_close(values, targets, rtol=0, atol=precision)
-    if name == "cubic":
-        assert (values - targets).abs().max() < precision
     if name == "flat":
         torch.testing.assert_close(values, targets, rtol=0, atol=2 * precision)
     if name == "step":
-        torch.testing.assert_close(
-            x[:-1], torch.full_like(targets, 0.3), rtol=0, atol=2 * precision
-        )
+        at_the_step = torch.full_like(targets, 0.3)
+        torch.testing.assert_close(x[:-1], at_the_step, rtol=0, atol=2 * precision)
 
 
 @pytest.mark.parametrize("name", [*HARD, "mixture"])
@@ -413,9 +357,8 @@ def test_looking_less_often_changes_nothing(name, monkeypatch):
             calls.append(1)
             return HARD[name](x)
 
-        return solve_monotone(
-            function, target, torch.full_like(target, -50), torch.full_like(target, 70)
-        )
+        lower, upper = torch.full_like(target, -50), torch.full_like(target, 70)
+        return solve_monotone(function, target, lower, upper)
 
     each_step = solved()
     least = len(calls)
@@ -427,6 +370,5 @@ def test_looking_less_often_changes_nothing(name, monkeypatch):
 
 def test_solver_with_a_bracket_of_no_width():
     point = torch.tensor([-3.0, 0.0, 1e4])
-    assert torch.equal(
-        solve_monotone(lambda x: (x, torch.ones_like(x)), point, point, point), point
-    )
+    found = solve_monotone(lambda x: (x, torch.ones_like(x)), point, point, point)
+    assert torch.equal(found, point)

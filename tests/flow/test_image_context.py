@@ -145,7 +145,7 @@ def test_an_image_scores_alone(model):
     assert_an_image_scores_alone(conditional(model))
 
 
-@pytest.mark.parametrize("conditioner", ["glow", "gated", "depthwise"])
+@pytest.mark.parametrize("conditioner", ["glow", "gated"])
 @pytest.mark.parametrize("kind, factor", [("downsample", 2), ("grey", 2)])
 def test_every_network_sees_the_context(conditioner, kind, factor):
     """The split priors, too."""

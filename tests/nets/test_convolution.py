@@ -1,21 +1,22 @@
-"""Convolutions whose weights are matrices."""
+"""Convolutions whose weights are matrices, and ReLU of bfloat16 by integers."""
 
 import pytest
 import torch
+from helpers import seeded
 
-from flowtrain.nets.convolution import Conv2d, ZeroConv2d
+from flowtrain.nets.convolution import Conv2d, ZeroConv2d, relu_
 
 
-@pytest.mark.parametrize("size, groups", [(1, 1), (3, 1), (3, 4), (5, 2)])
-def test_convolution_by_a_matrix(size, groups):
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolution_by_a_matrix(size):
     """A row of the weight is a filter, its channels last."""
-    layer = Conv2d(4, 8, size, groups=groups)
+    layer = Conv2d(4, 8, size)
     x = torch.randn(2, 4, 5, 6)
-    filters = layer.weight.detach().reshape(8, size, size, 4 // groups).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.conv2d(x, filters, layer.bias, padding=size // 2, groups=groups)
+    filters = layer.weight.detach().reshape(8, size, size, 4).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.conv2d(x, filters, layer.bias, padding=size // 2)
     torch.testing.assert_close(layer(x), expected)
     # As torch initializes a convolution: uniform, variance 1 / (3 fan-in).
-    wide = Conv2d(64, 64, size, groups=groups).weight.detach()
+    wide = Conv2d(64, 64, size).weight.detach()
     assert wide.std().item() == pytest.approx((3 * wide.shape[1]) ** -0.5, rel=0.1)
 
 
@@ -29,3 +30,12 @@ def test_zero_convolution_has_a_gain():
         before = layer(x)
         layer.log_gain.fill_(0.1)
     torch.testing.assert_close(layer(x), before * torch.tensor(0.3).exp())
+
+
+def test_integer_relu_is_relu():
+    """For every bfloat16: also infinities, both zeros, NaN of either sign, and denormals."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    torch.testing.assert_close(relu_(x.clone()), torch.relu(x), rtol=0, atol=0, equal_nan=True)
+    leaf = torch.randn(50, generator=seeded()).bfloat16().requires_grad_()
+    (relu_(leaf * 1) * 3).sum().backward()
+    assert torch.equal(leaf.grad, 3.0 * (leaf > 0).bfloat16())

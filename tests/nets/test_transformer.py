@@ -1,4 +1,4 @@
-"""Transformers over tokens: what each token sees, and the two ways of the causal one."""
+"""Transformers over tokens: who sees whom, classes, heads and positions."""
 
 import itertools
 
@@ -13,9 +13,9 @@ SIZE = (3, 2)
 TOKENS = 6
 
 
-def causal(width=8, layers=2, context=0):
+def causal(context=0):
     torch.manual_seed(0)
-    return perturb(CausalTransformer(3, 2, TOKENS, width, layers, context)).double()
+    return perturb(CausalTransformer(3, 2, TOKENS, 8, 2, context)).double()
 
 
 def tokens(batch=2):
@@ -29,35 +29,10 @@ def who_sees_whom(net):
     return (jacobian.abs().amax(dim=(0, 3, 4)) > 0).flatten(2).flatten(0, 1)
 
 
-def test_a_token_sees_those_before_it_and_no_others():
+def test_a_token_sees_those_before_it_or_all():
     seen = who_sees_whom(causal())
     assert torch.equal(seen, torch.ones(TOKENS, TOKENS).tril(-1).bool())
-
-
-def test_without_a_mask_all_tokens_see_each_other():
-    net = perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()
-    assert who_sees_whom(net).all()
-
-
-@pytest.mark.parametrize("width, layers, context", [(8, 1, 0), (8, 3, 4), (128, 2, 4)])
-@pytest.mark.parametrize("given", [False, True])
-def test_one_token_after_the_other_gives_the_same(width, layers, context, given):
-    net, x = causal(width, layers, context), tokens()
-    if width > 64:  # two heads; large weights would amplify rounding
-        torch.manual_seed(0)
-        net = perturb(CausalTransformer(3, 2, TOKENS, width, layers, context), 0.02).double()
-    labels = torch.eye(context)[:2].double() if given and context else None
-    with torch.no_grad():
-        plain = net(x, labels).flatten(2).unbind(dim=2)
-        following = net.by_token(2, labels)
-        found = [following(None), *map(following, x.flatten(2).unbind(dim=2)[:-1])]
-    torch.testing.assert_close(found, list(plain), rtol=1e-10, atol=1e-10)
-
-
-def test_the_first_token_has_nothing_before_it():
-    net = causal()
-    assert not net(tokens())[:, :, 0, 0].any() and not net.by_token(2)(None).any()
-    assert net(tokens())[:, :, 0, 1].all()
+    assert who_sees_whom(perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()).all()
 
 
 @pytest.mark.parametrize("build", [CausalTransformer, VisionTransformer])
@@ -71,13 +46,10 @@ def test_without_a_class_it_sees_the_mean_of_all():
     assert not torch.allclose(net(x), net(x, torch.eye(4)[:2].double()))
 
 
-@pytest.mark.parametrize(
-    "width, heads", [(8, 1), (64, 1), (96, 1), (128, 2), (130, 2), (200, 2), (768, 12), (131, 1)]
-)
+@pytest.mark.parametrize("width, heads", [(8, 1), (96, 1), (128, 2), (130, 2), (768, 12), (131, 1)])
 def test_heads_have_about_64_channels(width, heads):
     assert heads_of(width, 64) == heads
     assert {layer.heads for layer in CausalTransformer(1, 2, 2, width, 2).layers} == {heads}
-    assert width % heads == 0
 
 
 def test_positions_tell_tokens_apart():

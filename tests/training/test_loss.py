@@ -27,7 +27,7 @@ BOTH, NO_INVERSE = ["store", "checkpoint", "reversible"], ["store", "checkpoint"
 MODELS = {
     "glow": (GLOW, (1, 8, 8), 256, {}, BOTH),
     "spline": (
-        {**GLOW, "coupling": "spline", "conditioner": "depthwise", "permutation": "conv1x1"},
+        {**GLOW, "coupling": "spline", "conditioner": "gated", "permutation": "conv1x1"},
         *((1, 8, 8), 256, {}, BOTH),
     ),
     "mixture": (

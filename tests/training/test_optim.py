@@ -153,8 +153,7 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     )
     assert type(muon) is Muon and type(adam) is torch.optim.AdamW
     matrices = {p for group in muon.param_groups for p in group["params"]}
-    # All weights count, also those that start at zero. Depthwise filters are vectors. Biases and
-    # gains have other names.
+    # All weights count, also those that start at zero. Biases and gains have other names.
     assert matrices == {
         p
         for n, p in flow.named_parameters()

@@ -108,7 +108,7 @@ STREAMED = sets(data__max_in_memory=0, data__workers=1)
 @pytest.mark.parametrize(
     "variant",
     [
-        sets(train__precision="fp32", train__optimizer="adam", model__conditioner="depthwise"),
+        sets(train__precision="fp32", train__optimizer="adam", model__conditioner="gated"),
         [*WORDS["realnvp"], *sets(train__precision="bf16", train__optimizer="adamw")],
         [*WORDS["nice"], *sets(train__optimizer="adamax", train__memory="checkpoint")]
         + sets(train__ema=0),
@@ -118,7 +118,7 @@ STREAMED = sets(data__max_in_memory=0, data__workers=1)
         [*JET, *sets(train__memory="reversible", model__mixing="permutation")],
     ],
     ids=[
-        "glow-fp32-adam-depthwise",
+        "glow-fp32-adam-gated",
         "realnvp-bf16-adamw",
         "nice-recomputed-adamax-no-ema",
         "causal-bf16-muon-with-classes-and-dropout",

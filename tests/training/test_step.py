@@ -109,7 +109,7 @@ SEARCHING = {"cnf": get_args(Mode), "planar": ["reversible"], "mixture": ["rever
 CASES = [
     *((name, name, {}) for name in TINY),
     *((name, "glow", {"coupling": name}) for name in ("additive", "spline", "mixture")),
-    ("conditional", "glow", {"classes": 3, "split": "mixed", "conditioner": "depthwise"}),
+    ("conditional", "glow", {"classes": 3, "split": "mixed", "conditioner": "gated"}),
 ]
 
 DAILY = {"realnvp", "maf", "causal", "tarflow", "jet", "conditional"}  # every kind of network

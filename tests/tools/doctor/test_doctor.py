@@ -93,7 +93,7 @@ SOUND = [
             "coupling": "mixture",
             "prior": "mixture",
             "split": "checkerboard",
-            "conditioner": "depthwise",
+            "conditioner": "gated",
         },
     ),
     (
