@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,20 +54,14 @@ def tree(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The paths decoded."""
-    paths = []
-    decode = base.decode
-
-    def counted(path, *args):
-        paths.append(path)
-        return decode(path, *args)
-
-    monkeypatch.setattr(base, "decode", counted)
-    return paths
+    """Counts the decoded images."""
+    monkeypatch.setattr(base, "decode", mock.Mock(wraps=base.decode))
+    return base.decode
 
 
 def test_mixed_images_in_any_tree(tmp_path):
     draw(tmp_path / "b" / "deep" / "one.PNG", (20, 30), "L", 10)
+    (tmp_path / "b" / "round").symlink_to(tmp_path / "b")  # followed once
     draw(tmp_path / "a.JPeG", (64, 20), "RGB", 20, quality=100)
     draw(tmp_path / "c.bmp", (8, 8), "RGB", 30)
     draw(tmp_path / "d.webp", (9, 8), "RGB", 40, lossless=True)
@@ -108,12 +103,13 @@ def test_a_stable_tenth_is_held_out(tmp_path):
     assert len(test) == 3 and sorted(test + train) == list(range(30))
     assert train == sorted(train) and test == sorted(test)
     assert values(images_of(tree, "test", seed=1)) != test
-    copy = tmp_path / "copy"  # another machine: other times, another place
-    shutil.copytree(tree, copy, copy_function=shutil.copy)
-    assert values(images_of(copy, "test")) == test
-    keys = [images_of(*each).key for each in ((tree, "test"), (tree,), (tree, "test", 5))]
-    keys.append(images_of(tree, "test", seed=1).key)
-    assert len(set(keys)) == 4 and images_of(copy, "test").key == keys[0]
+    copy = tmp_path / "copy"  # another machine: another place and, in the end, other times
+    shutil.copytree(tree, copy)
+    assert values(images_of(copy, "test")) == test and len(caches()) == 2
+    settle(copy)
+    others = {"part": "train"}, {"size": 5}, {"seed": 1}
+    keys = {images_of(tree, **{"part": "test", **other}).key for other in ({}, *others)}
+    assert len(keys) == 4 and images_of(copy, "test").key == images_of(tree, "test").key
     (tree / "000.png").write_bytes(b"")  # an unreadable file keeps its place in the split
     (tree / f"{test[0]:03}.png").write_bytes(b"")
     assert values(images_of(tree, "test")) == test[1:]
@@ -179,11 +175,9 @@ def test_images_that_are_enlarged_are_counted(resize, tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         images_of(tmp_path, size=8, resize=resize).read()
+        message = f"data.size: 2 of 3 images in {tmp_path} have a side of less than 8 pixels and"
         warnings = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
-        assert warnings == [
-            f"data.size: 2 of 3 images in {tmp_path} have a side of less than 8 pixels and are "
-            "enlarged"
-        ] * (resize != "exact")
+        assert warnings == [f"{message} are enlarged"] * (resize != "exact")
 
 
 @pytest.mark.parametrize("resize", ["crop", "exact"])
@@ -205,7 +199,7 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch, caplog, 
         for name in ("003.png", "005.png", "007.jpg", "gone.png", "pipe.png", "zero.png"):
             assert f"train/{name}: " in caplog.text
         assert caplog.text.count("not a regular file") == 2 and "t.png" not in caplog.text
-    assert len(decoded) == 24  # the second start remembered them
+    assert decoded.call_count == 24  # the second start remembered them
     monkeypatch.setattr(cache, "LISTED", 4)
     caplog.clear()
     images.read()
@@ -224,10 +218,10 @@ def test_images_are_decoded_once(tree, decoded):
     before = sorted(tree.rglob("*"))
 
     def start(**options):
-        decoded.clear()
+        decoded.reset_mock()
         images = images_of(tree, **options)
-        assert not decoded, "build decodes nothing"
-        return values(images), len(decoded)
+        assert not decoded.called, "build decodes nothing"
+        return values(images), decoded.call_count
 
     first, count = start()
     assert (len(first), count) == (18, 20) and start() == (first, 0)
@@ -246,13 +240,6 @@ def test_images_are_decoded_once(tree, decoded):
     assert start()[1] == 21, "a new file counts"
 
 
-def test_caches_of_two_folders_are_apart(tmp_path):
-    for name, seed in (("a", 10), ("b", 20)):  # as from an archive that sets every time to 0
-        draw(tmp_path / name / "test" / "0.bmp", seed=seed)
-        os.utime(tmp_path / name / "test" / "0.bmp", (0, 0))
-        assert values(images_of(tmp_path / name, "test")) == [seed]
-
-
 @pytest.mark.parametrize(
     "function, error, expected",
     [
@@ -266,12 +253,8 @@ def test_an_interruption_or_a_failing_disk_leaves_nothing(
 ):
     monkeypatch.setattr(cache, "CHUNK", 4)
     images = images_of(tree)
-
-    def failing(*args):
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(*function, failing)
+        patch.setattr(*function, mock.Mock(side_effect=error))
         with pytest.raises(expected, match=getattr(error, "strerror", None)):
             images.read()
     assert not caches()
@@ -318,7 +301,7 @@ def test_killed_midway_and_built_twice_at_once(tmp_path, decoded):
     for i in range(2):
         assert (tmp_path / f"{i}.started").exists(), "both found no cache"
         assert np.array_equal(np.load(tmp_path / f"{i}.npy"), pixels)
-    assert not decoded and len(caches()) == 1
+    assert not decoded.called and len(caches()) == 1
 
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
@@ -339,38 +322,24 @@ def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
 
 
 def test_progress(tree, monkeypatch, caplog, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    images = images_of(tree)
     caplog.set_level(logging.INFO, "flowtrain")
-    screen = Terminal()
+    screen = io.StringIO()
+    screen.isatty = lambda: True
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", screen)
-        images.read()
+        images_of(tree).read()
     assert "decoding" in screen.getvalue()
-    shutil.rmtree(caches()[0])
-    images.read()
-    assert "decoding 20 images" in caplog.text
-    assert capsys.readouterr() == ("", "")
-
-
-def test_links_are_followed_once(tmp_path):
-    grow(tmp_path / "real" / "train", 3)
-    draw(tmp_path / "tree" / "test" / "t.png")
-    (tmp_path / "tree" / "train").symlink_to(tmp_path / "real" / "train")
-    (tmp_path / "real" / "train" / "round").symlink_to(tmp_path / "real" / "train")
-    assert values(images_of(tmp_path / "tree")) == [0, 1, 2]
+    images_of(tree, size=5).read()
+    assert "decoding 20 images" in caplog.text and capsys.readouterr() == ("", "")
 
 
 # --- the list of a large tree ---------------------------------------------------------------------
 
 
 def settle(tree):
-    """Makes the last change of every folder one of long ago."""
-    for here, _, _ in os.walk(tree):
-        os.utime(here, (10**9, 10**9))
+    """Makes the last change of every folder and file one of long ago."""
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (10**9, 10**9))
 
 
 def lists():
@@ -390,27 +359,20 @@ def large(tmp_path):
 
 @pytest.fixture
 def walks(monkeypatch):
-    """Each listing of a tree. Trees of any size count as large."""
+    """Counts the listings of a tree. Trees of any size count as large."""
     monkeypatch.setattr(folder, "LARGE", 0)
-    calls = []
-    walk = os.walk
-
-    def counted(*args, **options):
-        calls.append(args)
-        return walk(*args, **options)
-
-    monkeypatch.setattr(folder.os, "walk", counted)
-    return calls
+    monkeypatch.setattr(folder, "_listed", mock.Mock(wraps=folder._listed))
+    return folder._listed
 
 
 def test_a_large_tree_is_listed_once(large, walks, monkeypatch):
     """But not one that has just changed, as it could change again without another time."""
-    assert listed(large) == listed(large) and len(walks) == 2 and not lists()
+    assert listed(large) == listed(large) and walks.call_count == 2 and not lists()
     settle(large)
-    walks.clear()
+    walks.reset_mock()
     first = listed(large)
-    assert len(first) == 10 and first == listed(large) and len(walks) == 1
-    assert len(values(images_of(large))) == 8 and len(walks) == 1  # equal images are held out
+    assert len(first) == 10 and first == listed(large) and walks.call_count == 1
+    assert len(values(images_of(large))) == 8 and walks.call_count == 1  # equal images are held out
     lists()[0].unlink()
     monkeypatch.setattr(folder, "LARGE", 11)
     assert listed(large) == first and not lists()
@@ -434,9 +396,9 @@ def test_a_changed_tree_is_listed_again(large, walks, change):
     listed(large)
     [remembered] = lists()
     change(large)
-    walks.clear()
+    walks.reset_mock()
     found = folder.files_of(large, "")
-    assert len(walks) == 1
+    assert walks.call_count == 1
     remembered.unlink(missing_ok=True)
     assert found == folder.files_of(large, "")
 
@@ -458,9 +420,6 @@ def test_one_of_several_processes_lists_first(large, walks, monkeypatch):
 
 
 def test_a_tree_too_deep_for_this_python(tmp_path, monkeypatch):
-    def walk(*args, **kwargs):
-        raise RecursionError
-
-    monkeypatch.setattr(os, "walk", walk)
+    monkeypatch.setattr(os, "walk", mock.Mock(side_effect=RecursionError))
     with pytest.raises(UserError, match="data.path: .* has folders too deep to list"):
         images_of(tmp_path)

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import dataset_helpers
 import numpy as np
@@ -155,12 +156,10 @@ def test_damaged_raw_files(site, tmp_path, monkeypatch, closed, name):
     set_source("mnist", monkeypatch, closed)
     raw = tmp_path / "MNIST" / "raw" / name
     whole = raw.read_bytes()
-    for damage in (cut, dataset_helpers.empty, lambda path: path.write_bytes(whole + b"x")):
-        damage(raw)
-        with pytest.raises(UserError, match=rf"damaged \({name} has \d+ bytes, not \d+\)") as error:
+    for content in (whole[:-1], b"", whole + b"x"):
+        raw.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{raw.parent} .* \({name} has \d+ bytes, not \d+\)"):
             mnist(tmp_path).read()
-        assert str(raw.parent) in str(error.value)
-        raw.write_bytes(whole)
     raw.write_bytes(b"\xff" * 8 + whole[8:])  # its header
     with pytest.raises(UserError, match="damaged"):
         mnist(tmp_path).read()
@@ -191,10 +190,8 @@ def test_damaged_and_special_files_of_cifar10(tmp_path, monkeypatch):
 def test_a_full_disk_is_not_the_users_mistake(site, tmp_path, monkeypatch):
     import torchvision.datasets
 
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torchvision.datasets.MNIST, "__init__", full)
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torchvision.datasets, "MNIST", mock.Mock(side_effect=error, mirrors=[]))
     with pytest.raises(RunError, match=rf"{tmp_path}.*No space left"):
         mnist(tmp_path).read()
 

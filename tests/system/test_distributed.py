@@ -264,6 +264,7 @@ def test_resumed_by_two_processes_and_by_one_again(alone, tmp_path):
     out = resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
     assert f"saved by 2 processes of 4 x 4 images ({PARTS}), now 1 of 32 x 1: {same}" in out
     assert_close_runs(alone, run, 1e-9)
+    put_back(run)
     assert "saved by" not in resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
     # A checkpoint without the number of processes: there was one.
     saved = checkpoint_format.read(last(put_back(run)))
