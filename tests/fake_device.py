@@ -22,13 +22,9 @@ class _There(torch.Tensor):
     def __new__(cls, inner: torch.Tensor):
         if inner.dtype == torch.float64:
             raise TypeError("the device has no float64")
+        strides, offset = inner.stride(), inner.storage_offset()
         self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=NAME,
+            cls, inner.shape, strides, offset, dtype=inner.dtype, device=NAME
         )
         self.inner = inner
         return self

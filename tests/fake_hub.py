@@ -85,17 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.broken:
             return self.answer(500, {"error": "out of order"})
         if "Authorization" in self.headers and self.user is None:
-            return self.answer(
-                401,
-                {"error": "Invalid credentials"},
-                X_Error_Message="Invalid credentials in Authorization header",
-            )
+            error = "Invalid credentials in Authorization header"
+            return self.answer(401, {"error": error}, X_Error_Message=error)
         if path == "/api/repos/create":
             return self.create(json.loads(data))
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
-        if found := re.fullmatch(r"/large/(\w+)", path):
-            self.hub.large[found[1]] = data
+        if path.startswith("/large/"):
+            self.hub.large[path.removeprefix("/large/")] = data
             return self.answer(200, {})
         known = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
         repository = self.hub.repositories.get(known[1]) if known else None
@@ -122,13 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
                 about = {"id": name, "private": repository.private, "siblings": [], "tags": []}
                 self.answer(200, about)
             case ["preupload", _]:
+                paths = [file["path"] for file in json.loads(data)["files"]]
+                modes = ["lfs" if path.endswith("tensors") else "regular" for path in paths]
                 files = [
-                    {
-                        "path": file["path"],
-                        "uploadMode": "lfs" if file["path"].endswith("tensors") else "regular",
-                        "shouldIgnore": False,
-                    }
-                    for file in json.loads(data)["files"]
+                    {"path": path, "uploadMode": mode, "shouldIgnore": False}
+                    for path, mode in zip(paths, modes, strict=True)
                 ]
                 self.answer(200, {"files": files})
             case ["info", "lfs", "objects", "batch"]:

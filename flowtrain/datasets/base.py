@@ -40,7 +40,7 @@ class Pixels(Protocol):
 
 
 def bytes_of_image(pixels: Pixels) -> int:
-    """How many bytes one example takes, at least 1."""
+    """Bytes of one example, at least 1."""
     return max(1, math.prod(pixels.shape[1:]) * pixels.dtype.itemsize)
 
 
@@ -50,16 +50,16 @@ class Images:
 
     shape: (C, H, W) of one image as stored.
     levels: Q, for values 0..Q-1. None for real-valued data.
-    read: Returns the pixels, uint8 (N, C, H, W), or float32 for real-valued data. They are a
-        C-contiguous array, or are mapped read-only from files if they may not fit in memory.
-        Downloads on first use. Raises UserError or RunError.
+    read: Downloads on first use, and returns the pixels: uint8 (N, C, H, W), or float32 for
+        real-valued data. They are a C-contiguous array, or mapped read-only from files that may not
+        fit into memory. Raises UserError or RunError.
     flip: Whether a mirrored image belongs to the same distribution. The default of `data.flip`.
     labels: Returns the classes of the same images, int64 (N,), from 0. None if there are none.
     key: Identifies the content if hashing the pixels would be slow. None: the pixels are hashed.
-    rows: Returns the indices of those of the N images that belong to this part. None: all do.
-    digests: Returns what `digests` gives for the pixels, if reading them all would be slow.
+    rows: Returns the indices of the images of this part among the N. None: all of them.
+    digests: Returns the result of `digests` for the pixels, if reading them all would be slow.
     at_hand: Whether `read` neither downloads nor decodes anything first.
-    edition: Which of several data sets of one name this is. It is said beside every figure.
+    edition: One of several data sets of this name, printed beside every figure.
     """
 
     shape: Shape
@@ -75,11 +75,7 @@ class Images:
 
 
 def frozen_random(*key: int) -> np.random.RandomState:
-    """A generator that depends on the key alone.
-
-    numpy never changes the numbers of a RandomState. So a newer numpy neither moves images between
-    splits nor makes other points.
-    """
+    """A generator that depends on the key alone, in any version of numpy."""
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 
@@ -88,8 +84,7 @@ HASHED = 2**24  # bytes of pixels that are hashed at a time
 
 def digests(pixels: Pixels, rows: np.ndarray | None = None) -> np.ndarray:
     """128 bits of BLAKE2 for each example of `(N, ...)`, or for those at `rows`: uint8 `(N, 16)`.
-
-    Examples are equal if these are. `pixels` may be larger than the memory.
+    `pixels` may be larger than the memory.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     found = np.empty((len(rows), 16), np.uint8)
@@ -113,9 +108,9 @@ def content(pixels: Pixels, rows: np.ndarray | None = None) -> str:
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
-    """For each of N examples the index of the first that is equal to it, `(N,)`."""
+    """For each of N examples the index of the first equal one, `(N,)`."""
     found = np.arange(len(digests))
-    # Those whose first eight bytes nobody else has are equal to none. They are nearly all.
+    # Examples whose first eight bytes are unique, nearly all, are equal to no other.
     beginnings = np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
     _, which, counts = np.unique(beginnings, return_inverse=True, return_counts=True)
     first: dict[bytes, int] = {}
@@ -125,7 +120,7 @@ def first_equal(digests: np.ndarray) -> np.ndarray:
 
 
 def duplicates(first: np.ndarray) -> int:
-    """How many of the examples are equal to an earlier one, from `first_equal`."""
+    """Number of examples that are equal to an earlier one, from `first_equal`."""
     return int((first != np.arange(len(first))).sum())
 
 
@@ -134,11 +129,10 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits range(n) into two sorted index arrays (kept, held), a function of the seed.
 
-    `held` is a count, or a fraction below 1, which is rounded to at least one image. 0 holds out
-    nothing. `first` is the result of `first_equal`: equal images go to the same side. They are held
-    out together if the count has room for all of them, and otherwise kept. If there is room for
-    none, the fewest equal images are held out. If all images are equal, nothing can keep them
-    together, and they are split like others.
+    `held` is a count, or a fraction below 1, which is rounded to at least one image. `first` is the
+    result of `first_equal`: equal images go to the same side. They are held out if the count has
+    room for all of them, and otherwise kept. If there is room for none, the smallest group of equal
+    images is held out. If all images are equal, they are split like others.
 
     Raises UserError if `held` is neither, or if nothing would be kept.
     """
@@ -169,8 +163,8 @@ def hold_out(
 
 
 def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
-    """The indices of a part of examples without a test split of their own: a seeded tenth is the
-    test split. `first` is the result of `first_equal` for the examples.
+    """The indices of a part of examples whose test split is a seeded tenth. `first` is from
+    `first_equal`.
     """
     kept, held = hold_out(len(first), 0.1, seed, first)
     return kept if part == "train" else held
@@ -179,10 +173,9 @@ def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     """An image as uint8 of `shape` (C, H, W), 0..255, where C is 1 (luma) or 3 (RGB).
 
-    First the image is turned upright by its EXIF orientation. Transparency is composited on white,
-    as image viewers show it. 16-bit grey keeps its upper 8 bits, and a palette or CMYK becomes RGB.
-    Then the policy decides. `crop` takes the largest centred part with the right aspect ratio, and
-    resamples it (Lanczos, antialiased). `stretch` resamples the whole image. `exact` keeps the
+    The EXIF orientation is applied, and transparency composited on white. 16-bit grey keeps its
+    upper 8 bits, and a palette or CMYK becomes RGB. `crop` resamples the largest centred part with
+    the right aspect ratio (Lanczos, antialiased), `stretch` the whole image. `exact` keeps the
     pixels, and raises UserError if the size differs.
     """
     channels, height, width = shape
@@ -231,10 +224,10 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
 
 @contextlib.contextmanager
 def picture(source: Path | bytes) -> Iterator[Image.Image]:
-    """An image file of one of the formats `READABLE`, or the bytes of one. Raises what
-    `open_regular` and Pillow raise.
+    """Opens an image file in one of the formats `READABLE`, or its bytes. Raises the errors of
+    `open_regular` and of Pillow.
 
-    The checksums of a PNG are compared. Decoding alone takes some damaged files for other pixels.
+    The checksums of a PNG are compared, because Pillow decodes some damaged files to other pixels.
     """
     name = f" '{source}'" if isinstance(source, Path) else ""
     with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:
@@ -251,14 +244,14 @@ def picture(source: Path | bytes) -> Iterator[Image.Image]:
 
 
 def shorter_side(path: Path) -> int:
-    """Of an image file that can be decoded, in pixels, from its header."""
+    """The shorter side of an image file that can be decoded, in pixels, from its header."""
     with open_regular(path) as file, Image.open(file, formats=READABLE) as image:
         return min(image.size)
 
 
 def decode(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray:
-    """Reads an image file, or the bytes of one, as uint8 (C, H, W), 0..255. Raises what `picture`
-    and `resize` raise.
+    """Reads an image file, or its bytes, as uint8 (C, H, W), 0..255. Raises the errors of `picture`
+    and `resize`.
     """
     with picture(source) as image:
         if policy != "exact":  # a JPEG decodes much faster at a half, quarter or eighth of its size
@@ -267,9 +260,8 @@ def decode(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray:
 
 
 def decoded(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray | str:
-    """What `decode` gives, or why the image cannot be read.
-
-    Raises `RunError` if the cause is the machine, not the image.
+    """The result of `decode`, or the reason why the image cannot be read. Raises `RunError` if the
+    cause is the machine.
     """
     name = source if isinstance(source, Path) else "an image"
     try:
@@ -302,8 +294,3 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path} cannot be read as an image ({short(error)})") from None
     return quantize(pixels, levels)
-
-
-def contiguous(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W) in C order. It is copied only if necessary."""
-    return np.ascontiguousarray(pixels, dtype=np.uint8)

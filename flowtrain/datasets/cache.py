@@ -1,13 +1,11 @@
-"""What is computed once from data and remembered in the cache folder: decoded images, and a digest
-of each image.
+"""The cache folder: decoded images, and a digest of each image.
 
-A cache is complete or absent, and a damaged one is made again. It is `$FLOWTRAIN_CACHE`, or else
-`$XDG_CACHE_HOME/flowtrain`, or else `~/.cache/flowtrain`.
+A cache is complete or absent, and a damaged one is made again. The folder is `$FLOWTRAIN_CACHE`, or
+else `$XDG_CACHE_HOME/flowtrain`, or else `~/.cache/flowtrain`.
 """
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -20,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any
 
 import numpy as np
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Pixels
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
-from flowtrain.system.files import open_regular, read_regular, write_atomically
+from flowtrain.system.files import read_regular, require_regular, write_atomically
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -67,7 +65,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def remember(path: Path, data: bytes) -> None:
-    """Writes bytes, sealed. If the cache cannot be written, nothing is remembered."""
+    """Writes bytes, sealed, if the cache can be written."""
     with contextlib.suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, sealed(data))
@@ -90,10 +88,9 @@ def remembered(path: Path, longest: int) -> bytes | None:
 def digests(
     path: Path, pixels: Pixels, what: str, verify: Callable[[], None] = lambda: None
 ) -> np.ndarray:
-    """What `base.digests` gives for all of `pixels`, which may be larger than the memory.
+    """The result of `base.digests` for all of `pixels`, which may be larger than the memory.
 
-    They are hashed by several threads, once, and remembered at `path`. Before that, `verify` is
-    called, which may raise. `what` names the images.
+    Several threads hash them, once, after a call of `verify`. The cache at `path` keeps the result.
     """
     known = remembered(path, DIGEST * len(pixels))
     if known is not None and len(known) == DIGEST * len(pixels):
@@ -107,7 +104,7 @@ def digests(
 
     parts: list[np.ndarray] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in progress(range(0, len(pixels), few), len(pixels), few, f"hashing {what}"):
+        for start in progress(len(pixels), few, f"hashing {what}"):
             parts += pool.map(hashed, range(start, min(start + few, len(pixels)), each))
     found = np.concatenate(parts)
     remember(path, found.tobytes())
@@ -117,49 +114,29 @@ def digests(
 # --- decoded images -------------------------------------------------------------------------------
 
 
-class Numbered(Sequence[str]):
-    """The names of images that have none: "0", "1" and so on."""
-
-    def __init__(self, count: int):
-        self._numbers = range(count)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        found = self._numbers[index]
-        return str(found) if isinstance(found, int) else list(map(str, found))
-
-
 @dataclass(frozen=True)
 class Source:
     """Images that are decoded once.
 
     where: The place of the originals, for messages.
     option: The key of the configuration that names it.
-    names: A name for each image, in order.
-    encoded: Gives what `decode` takes for each image, in the same order.
+    names: The name of each image, in order, or its number.
+    encoded: Gives the argument of `decode` for each image, in the same order.
     decode: Returns the image, uint8 (C, H, W), or why it cannot be read. Threads call it.
-    also: Gives further files of the cache, as name and bytes to be sealed, once all images are
-        decoded. It gets the numbers of the images that could be read, in order.
+    also: Maps the indices of the readable images to further files of the cache: name and bytes to
+        be sealed. It is called after the decoding.
     """
 
     where: str
     option: str
-    names: Sequence[str]
+    names: Sequence[str | int]
     encoded: Callable[[], Iterable[Any]]
     decode: Callable[[Any], np.ndarray | str]
     also: Callable[[np.ndarray], dict[str, bytes]] = lambda readable: {}
 
 
 def opened(
-    target: Path, names: Sequence[str], shape: Shape
+    target: Path, names: Sequence[str | int], shape: Shape
 ) -> tuple[np.ndarray, dict[str, str]] | None:
     """A finished cache of the images of these names, mapped read-only, with the unreadable ones.
 
@@ -170,7 +147,7 @@ def opened(
         unreadable: dict[str, str] = dict(index["unreadable"])
         texts = all(isinstance(why, str) for why in unreadable.values())
         count = len(names) - len(unreadable)
-        known = not unreadable or unreadable.keys() <= set(names)
+        known = not unreadable or unreadable.keys() <= set(map(str, names))
         if index["count"] != count or not texts or not known:
             raise ValueError("index.json is not of these images")
         images = _mapped(target / "images.npy", (count, *shape))
@@ -199,11 +176,11 @@ def warn_of_unreadable(
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy file of uint8 in this shape. Raises `OSError`, and `ValueError` for any other file."""
-    header = _header(shape)
-    with open_regular(path) as file:
-        if file.read(len(header)) != header:
-            raise ValueError(f"{path.name} is not an array of shape {shape}")
-        return np.memmap(file, np.uint8, "r", len(header), shape)
+    require_regular(path)
+    images = np.lib.format.open_memmap(path, mode="r")
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise ValueError(f"{path.name} is not an array of shape {shape}")
+    return images
 
 
 def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict[str, str]]:
@@ -224,7 +201,7 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
             raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
         readable = np.arange(len(source.names))
         if unreadable:
-            readable = np.flatnonzero([name not in unreadable for name in source.names])
+            readable = np.flatnonzero([str(name) not in unreadable for name in source.names])
         for name, data in source.also(readable).items():
             (temporary / name).write_bytes(sealed(data))
         index = {"source": source.where, "count": count, "unreadable": unreadable}
@@ -265,49 +242,43 @@ def _write(path: Path, source: Source, shape: Shape) -> dict[str, str]:
     count = len(source.names)
     with ThreadPoolExecutor(THREADS) as pool, path.open("wb") as out:
         # Written in sequence, not through a map, where a full disk would be a SIGBUS.
-        out.write(_header((count, *shape)))
+        _write_header(out, (count, *shape))
         encoded = iter(source.encoded())
-        for start in progress(range(0, count, CHUNK), count, CHUNK, "decoding images"):
+        for start in progress(count, CHUNK, "decoding images"):
             names = source.names[start : start + CHUNK]
             decoded = pool.map(source.decode, itertools.islice(encoded, CHUNK))
             for name, image in zip(names, decoded, strict=True):
                 if isinstance(image, str):
-                    unreadable[name] = image
+                    unreadable[str(name)] = image
                 else:
                     out.write(image.tobytes())
         out.seek(0)  # numpy pads the header, so a smaller count fits into the same space
-        out.write(_header((count - len(unreadable), *shape)))
+        _write_header(out, (count - len(unreadable), *shape))
         out.flush()
         os.fsync(out.fileno())
     return unreadable
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    """That of a .npy file of uint8."""
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """Writes the header of a .npy file of uint8."""
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
+    np.lib.format.write_array_header_1_0(file, header)
 
 
-def progress(starts: Iterable[int], total: int, each: int, what: str) -> Iterator[int]:
-    """Some numbers of images, with a progress bar on a terminal, or else a line now and then.
-
-    After each number, `each` more of the `total` images are done. `what` says what is done.
+def progress(total: int, each: int, what: str) -> Iterator[int]:
+    """0, `each`, 2 `each` and so on below `total`, with a progress bar on a terminal, and elsewhere
+    a line every ten seconds.
     """
+    starts = range(0, total, each)
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import track
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            for start in starts:
-                yield start
-                bar.update(task, completed=min(start + each, total))
+        yield from track(starts, what, console=Console(stderr=True), transient=True)
         return
-    said = time.monotonic()
+    printed = time.monotonic()
     for start in starts:
         yield start
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
+        if time.monotonic() - printed > 10:
+            printed = time.monotonic()
             log.info("%s: %d of %d", what, min(start + each, total), total)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous, digests, first_equal, part_of
+from flowtrain.datasets.base import Images, Part, digests, first_equal, part_of
 
 
 def build(root: Path, split: Part, *, seed: int = 0) -> Images:
@@ -20,7 +20,7 @@ def build(root: Path, split: Part, *, seed: int = 0) -> Images:
         return values
 
     def read() -> np.ndarray:
-        return contiguous(all_of("images")[:, None])  # (N, 1, 8, 8), floats 0..16
+        return all_of("images")[:, None].astype(np.uint8)  # (N, 1, 8, 8), floats 0..16
 
     def labels() -> np.ndarray:
         return all_of("target").astype(np.int64)

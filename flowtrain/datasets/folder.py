@@ -56,11 +56,10 @@ def build(
         resize: How an image is brought to that size: `crop` takes the largest centred square,
             `stretch` the whole image, and `exact` refuses images of another size.
 
-    The tree is listed here, by one of several processes (`files_of`). The first `read` decodes the
-    files of the split, or all files if there is no `test/`, into the cache. The key of this cache
-    is made of the paths, sizes and times of the files, and of the options. Files that cannot be
-    decoded are left out. The logger `flowtrain` lists them as a warning each time, and counts the
-    images that are smaller than `size`.
+    The tree is listed here (`files_of`). The first `read` decodes the files of the split, or all
+    files if there is no `test/`, into the cache, whose key is made of the paths, sizes and times of
+    the files, and of the options. A warning each time lists the files that cannot be decoded, which
+    are left out, and counts the images that are smaller than `size`.
 
     Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
     cache cannot be written.
@@ -75,7 +74,7 @@ def build(
     # another machine.
     cached = cache.key_of([os.fspath(folder), options, *(repr(tuple(file)) for file in files)])
     named = files
-    if divided:  # as if no images were equal, because none has been read
+    if divided:  # as if no images were equal, because none have been read
         named = [files[i] for i in part_of(np.arange(len(files)), split, seed)]
     content = cache.key_of([options, *(repr((file.name, file.size)) for file in named)])
 
@@ -107,7 +106,7 @@ def build(
         return cache.digests(target() / "digests", decoded()[0], f"images of {folder}")
 
     def part(unreadable: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the files of this part, and of all files that are images of the cache."""
+        """Indices of the files of this part, and of all readable files."""
         readable = np.flatnonzero([file.name not in unreadable for file in files])
         first = np.arange(len(files))
         first[readable] = readable[first_equal(digests())]
@@ -119,13 +118,12 @@ def build(
 
     def read() -> np.ndarray:
         images, unreadable = decoded()
+        own = set(names)
         if unreadable and divided:
             own = {files[i].name for i in part(unreadable)[0]}
-            count, unreadable = len(own), {n: why for n, why in unreadable.items() if n in own}
-        else:
-            count = len(files)
+            unreadable = {name: why for name, why in unreadable.items() if name in own}
         what = f"{split} images in {folder}"
-        cache.warn_of_unreadable(target(), unreadable, count, "data.path", what)
+        cache.warn_of_unreadable(target(), unreadable, len(own), "data.path", what)
         few, of_all = json.loads(cache.remembered(target() / "enlarged.json", 100) or b"[0, 0]")
         if few:
             log.warning(
@@ -147,7 +145,7 @@ def build(
 
 
 def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
-    """The files of a part, and False. If there is no `test/`: all files to be divided, and True."""
+    """The files of a part, and False. Without `test/`: all files to be divided, and True."""
     if not folder.is_dir():
         raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
@@ -166,8 +164,8 @@ def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
     """The image files under folder/part, sorted by name in the same way on every machine.
 
-    Of several processes one lists the tree. The list of a large tree is remembered, and the others
-    read it, as later starts do. All processes have to call this.
+    One of several processes lists the tree. The cache keeps the list of a large tree for the others
+    and for later starts. All processes have to call this.
     """
     from flowtrain.system import distributed  # imports torch
 
@@ -186,10 +184,10 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
 
 
 def _remembered(known: Path, folder: Path) -> list[File] | None:
-    """A list that was written to `known`, unless the tree has changed.
+    """The list in the cache at `known`, unless the tree has changed.
 
-    A new, renamed or removed file changes the time of its folder. A file that is overwritten does
-    not, so a thousand files are compared as well.
+    A new, renamed or removed file changes the time of its folder. An overwritten one does not, so a
+    thousand files are compared as well.
     """
     data = cache.remembered(known, LONGEST_LIST)
     if data is None:
@@ -206,7 +204,7 @@ def _remembered(known: Path, folder: Path) -> list[File] | None:
 
 
 def _listed(known: Path, folder: Path, part: str, skip: str) -> list[File]:
-    """Lists a tree. A large one is remembered at `known`."""
+    """Lists a tree. The cache at `known` keeps the list of a large one."""
     started = time.time()
 
     def fail(error: OSError) -> None:

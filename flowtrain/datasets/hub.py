@@ -59,9 +59,8 @@ def build(
         resize: How an image is brought to that size: `crop` takes the largest centred square,
             `stretch` the whole image, and `exact` refuses other images.
 
-    Nothing is loaded here. The first `read` downloads, and decodes the images into the cache.
-    Images that cannot be decoded are left out, with a warning. Raises `UserError` if the data
-    cannot be loaded.
+    The first `read` downloads, and decodes the images into the cache. Images that cannot be decoded
+    are left out, with a warning. Raises `UserError` if the data cannot be loaded.
     """
     if (repository is None) == (path is None):
         given = "neither is given" if path is None else "both are given"
@@ -89,19 +88,18 @@ def build(
         options = json.dumps([2, rows, image, channels, size, resize, facts])
         return cache.place() / "hub" / cache.key_of([options])
 
+    where = f"{place} ({wanted})"
     decode = functools.partial(_decode, shape=shape, policy=resize)
 
     @functools.cache
     def decoded() -> tuple[np.ndarray, dict[str, str]]:
-        names = cache.Numbered(len(loaded()))
-        source = cache.Source(
-            f"{place} ({wanted})", option, names, lambda: _encoded(loaded(), image), decode
-        )
+        names = range(len(loaded()))
+        source = cache.Source(where, option, names, lambda: _encoded(loaded(), image), decode)
         return cache.opened(target(), names, shape) or cache.filled(target(), source, shape)
 
     def read() -> np.ndarray:
         images, unreadable = decoded()
-        what = f"images of {place} ({wanted})"
+        what = f"images of {where}"
         cache.warn_of_unreadable(target(), unreadable, len(loaded()), option, what)
         return images
 

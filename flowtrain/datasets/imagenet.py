@@ -47,12 +47,11 @@ READ = 2**24  # bytes of an archive that are read at a time
 class Edition:
     """One version in one size.
 
-    words: What it is, for messages.
-    counts: How many images each part has.
+    words: Its name, for messages.
+    counts: Number of images of each part.
     archives: The files of each part, with their bytes and SHA-256.
-    unpacked: What there is of each part once they are unpacked: a folder of PNG files, or a pattern
-        for the names of files of arrays.
-    source: Where the archives are to be had.
+    unpacked: The folder of PNG files of each part, or the pattern of its files of arrays.
+    source: Where to get the archives.
     """
 
     words: str
@@ -143,11 +142,10 @@ BUILDS = {"imagenet32": _build(32), "imagenet64": _build(64)}
 
 
 def images(root: Path, split: Part, side: int, version: Version) -> Images:
-    """A part of a version of ImageNet. Its official validation images are the part "test".
+    """A part of a version of ImageNet, from the archives or their content in `root/imagenet<side>`.
 
-    The archives, or what is in them, are in `root/imagenet<side>`. The first `read` compares
-    archives with their SHA-256, and decodes them into the cache. Raises `UserError` if files are
-    missing, or are not the official ones.
+    The first `read` compares archives with their SHA-256, and decodes them into the cache. Raises
+    `UserError` if files are missing, or are not the official ones.
     """
     edition = EDITIONS[side, version]
     home = Path(root).expanduser().resolve() / f"imagenet{side}"
@@ -160,7 +158,7 @@ def images(root: Path, split: Part, side: int, version: Version) -> Images:
     @functools.cache
     def decoded() -> np.ndarray:
         folder = target()
-        found = cache.opened(folder, cache.Numbered(count), shape)
+        found = cache.opened(folder, range(count), shape)
         if found is not None:
             if version == "oord2016" or _labels(folder, count) is not None:
                 return found[0]
@@ -197,7 +195,7 @@ def _labels(folder: Path, count: int) -> np.ndarray | None:
 
 
 def _stamp(home: Path, edition: Edition, split: Part) -> str:
-    """A name for the files that are there, which another file of another time would change."""
+    """A name for the files that are there, with their sizes and times."""
     parts = [os.fspath(home)]
     for path in (*_archives(home, edition, split), *_unpacked(home, edition, split)):
         with contextlib.suppress(OSError):
@@ -225,7 +223,7 @@ def _number(name: str) -> int:
 
 
 def _missing(home: Path, side: int, version: Version, split: Part) -> str:
-    """What to do where neither the archives nor what is in them is there, in one message."""
+    """The message if neither the archives nor their content is there."""
     edition = EDITIONS[side, version]
     wanted = " and ".join(edition.archives[split])
     unpacked = edition.unpacked[split]
@@ -249,7 +247,7 @@ def _verify(path: Path, size: int, sha256: str) -> None:
         if found != size:
             raise UserError(f"data.root: {path} has {found} bytes, not {size}: download it again")
         digest = hashlib.sha256()
-        for _ in cache.progress(range(0, size, READ), size, READ, f"comparing {path.name}"):
+        for _ in cache.progress(size, READ, f"comparing {path.name}"):
             digest.update(file.read(READ))
     if digest.hexdigest() != sha256:
         raise UserError(
@@ -260,7 +258,7 @@ def _verify(path: Path, size: int, sha256: str) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
-    """Whatever goes wrong with the content of a file becomes one message."""
+    """Turns any error from the content of a file into one message."""
     try:
         yield
     except (UserError, RunError, MemoryError):
@@ -275,7 +273,7 @@ def _reading(path: Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _source(home: Path, side: int, version: Version, split: Part) -> Iterator[cache.Source]:
-    """The images of a part, from the archives or else from what was in them."""
+    """The images of a part, from the archives or else from their content."""
     edition = EDITIONS[side, version]
     archives, unpacked = _archives(home, edition, split), _unpacked(home, edition, split)
     if not archives and not unpacked:
@@ -283,7 +281,7 @@ def _source(home: Path, side: int, version: Version, split: Part) -> Iterator[ca
     for path in archives:
         _verify(path, *edition.archives[split][path.name])
     shape, count = (3, side, side), edition.counts[split]
-    names = cache.Numbered(count)
+    names = range(count)
     if version == "oord2016":
         pictures = _in_tar(archives[0]) if archives else _in_folder(unpacked[0])
         with pictures as (members, encoded):
@@ -345,15 +343,14 @@ def _decode(encoded: Encoded, shape: Shape, member: Member) -> np.ndarray:
 
 
 def _in_zips(archives: Sequence[Path]) -> Iterator[Path]:
-    """The .npz files in .zip archives that were verified, in order. Each is there while it is used.
-
-    An .npz file cannot be read in a .zip archive without going back and forth.
+    """The .npz files in verified .zip archives, in order, each unpacked while it is used, because
+    reading one goes back and forth.
     """
     for path in archives:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             found = [name for name in archive.namelist() if name.endswith(".npz")]
             for name in sorted(found, key=_number):
-                # Of a name that `cache.filled` removes after a kill.
+                # `cache.filled` removes folders of this suffix after a kill.
                 there = cache.place() / "imagenet"
                 with tempfile.TemporaryDirectory(dir=there, suffix=".tmp") as folder:
                     unpacked = Path(folder, Path(name).name)

@@ -48,8 +48,8 @@ def piece(
 ) -> Piece:
     """Maps the uint8 array of `shape` that begins `offset` bytes into an open file.
 
-    `shape` is (N, H, W), or four axes in the order of `layout`. `fortran` says that the first axis
-    is the one that varies fastest. Raises `ValueError` if the file is too short.
+    `shape` is (N, H, W), or four axes in the order of `layout`. With `fortran`, the first axis
+    varies fastest. Raises `ValueError` if the file is too short.
     """
     end = offset + math.prod(shape)
     if os.fstat(file.fileno()).st_size < end:

@@ -12,23 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from flowtrain.datasets import cache
-from flowtrain.datasets.base import (
-    HASHED,
-    Images,
-    Part,
-    Pixels,
-    contiguous,
-    digests,
-    first_equal,
-    part_of,
-)
-from flowtrain.datasets.mapped import (
-    Layout,
-    Mapped,
-    Piece,
-    channels_first,
-    piece,
-)
+from flowtrain.datasets.base import HASHED, Images, Part, Pixels, digests, first_equal, part_of
+from flowtrain.datasets.mapped import Layout, Mapped, Piece, channels_first, piece
 from flowtrain.errors import UserError, cut, short
 from flowtrain.system.arrays import ONLY, ArrayFile, Stored
 from flowtrain.types import Shape
@@ -49,10 +34,9 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
             Without x_test, a seeded tenth of x_train is the test split.
         layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
-    Only the headers inside the files are read here. Arrays of `MAPPED` bytes or more that are not
-    compressed are mapped into memory. Before they are used for the first time, all of their bytes
-    are read once, compared with the checksum of the .npz file, and hashed. `read` takes any other
-    array into memory. Raises `UserError` that names the file and the key. `root` is not used.
+    Only headers are read here. Uncompressed arrays of `MAPPED` bytes or more are memory-mapped.
+    Before their first use, all bytes are read, compared with the checksum of the .npz file, and
+    hashed. `read` takes any other array into memory. Raises `UserError`. `root` is not used.
     """
     path = Path(path).expanduser()
     arrays = _arrays(path)
@@ -93,7 +77,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
             remembered()  # it notices damage
             return Mapped([_piece(each, layout) for each in x])
         each = [channels_first(array.file.values(array.name), layout) for array in x]
-        return contiguous(np.concatenate(each) if len(each) > 1 else each[0])
+        return np.ascontiguousarray(np.concatenate(each) if len(each) > 1 else each[0])
 
     def rows() -> np.ndarray:
         found = remembered() if mapped else digests(read())
@@ -121,7 +105,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     )
 
 
-# --- what a path has ------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 
 
 def _arrays(path: Path) -> dict[str, list[Stored]]:
@@ -180,8 +164,7 @@ def _shape(array: Stored, layout: Layout) -> tuple[int, Shape]:
             f"{where} is damaged: it has {array.bytes} bytes for an array {cut(str(shape))}"
         )
     if len(shape) == 3:
-        shape = (shape[0], 1, *shape[1:])
-        n, *image = shape
+        n, *image = shape = (shape[0], 1, *shape[1:])
     elif len(shape) == 4:
         n, *image = shape if layout == "nchw" else (shape[0], shape[3], shape[1], shape[2])
     else:
@@ -227,8 +210,8 @@ def _piece(array: Stored, layout: Layout) -> Piece:
 
 
 def _digests(parts: list[Stored], layout: Layout) -> np.ndarray:
-    """What `base.digests` gives for the images of mapped arrays. It is remembered by path, size and
-    time of the files. Raises `UserError` if the checksum of a zip is wrong.
+    """The result of `base.digests` for mapped arrays, cached by path, size and time of the files.
+    Raises `UserError` if the checksum of a zip is wrong.
     """
     names: list[str] = [layout]
     for each in parts:

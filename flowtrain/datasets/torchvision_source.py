@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flowtrain.datasets.base import Images, Part, contiguous
+from flowtrain.datasets.base import Images, Part
 from flowtrain.errors import UserError, disk_full, is_disk_full, short
 from flowtrain.system.files import require_regular
 from flowtrain.types import Shape
@@ -38,10 +38,9 @@ SVHN_COUNTS = {"train": 73257, "test": 26032}
 class Files:
     """The files of a data set under `data.root`.
 
-    downloaded: names of the files as downloaded, which a user may put there by hand.
-    unpacked: names of what is there once these are unpacked, with their sizes in bytes. None where
-        torchvision verifies the content itself.
-    folder: where they are under `data.root`.
+    downloaded: Names of the files as downloaded, which a user may put there by hand.
+    unpacked: Names and bytes of the unpacked files. None if torchvision verifies the content.
+    folder: Their place under `data.root`.
     """
 
     downloaded: Sequence[str]
@@ -139,26 +138,23 @@ def images(
     urls: Callable[[Any], Iterable[str]],
     flip: bool = False,
 ) -> Images:
-    """A split that `torchvision.datasets.<name>` reads, and downloads if it is not under `root`.
+    """A split of `count` images (C, H, W) that `torchvision.datasets.<name>` reads or downloads.
 
-    Args:
-        files: The files that torchvision looks for.
-        shape: (C, H, W).
-        count: Number of images in the split.
-        read: Maps the class and `root` to the images, uint8 (N, C, H, W), and to their classes,
-            whole numbers from 0.
-        urls: Maps the class to the addresses from which it downloads, for messages.
-        flip: Whether a mirrored image belongs to the same distribution.
+    `read` maps the class and `root` to the images, uint8 (N, C, H, W), and to their classes from 0.
+    `urls` maps the class to the addresses from which it downloads, for messages.
     """
     home = Path(root).expanduser().resolve()
     place = home / files.folder
+
+    def at_hand() -> bool:
+        return all((place / file).exists() for file in files.unpacked)
 
     def guarded(which: int, expected: tuple[int, ...]) -> np.ndarray:
         import torchvision.datasets
 
         source = getattr(torchvision.datasets, name)
         tried = " and ".join(urls(source))
-        present = all((place / file).exists() for file in files.unpacked)
+        present = at_hand()
         if not present:
             log.info("%s is not in %s: downloading it from %s", name, place, tried)
         try:
@@ -196,10 +192,10 @@ def images(
     return Images(
         shape=shape,
         levels=256,
-        read=lambda: contiguous(guarded(0, (count, *shape))),
+        read=lambda: np.ascontiguousarray(guarded(0, (count, *shape))),
         flip=flip,
         labels=lambda: guarded(1, (count,)).astype(np.int64),
-        at_hand=lambda: all((place / file).exists() for file in files.unpacked),
+        at_hand=at_hand,
     )
 
 

@@ -12,13 +12,11 @@ _MIB = 2**20
 def keep_freed_memory() -> bool:
     """Makes glibc keep the memory of freed tensors for the next ones. Returns whether it agreed.
 
-    By default glibc returns freed blocks above a threshold, which it raises to at most 32 MiB, and
-    the free end of its heap to the system. The next step, or batch of samples, faults the same
-    pages in again, which takes a quarter of the time of sampling. The peak of the memory is the
-    same, but the process stays at it.
+    By default glibc returns freed blocks above a threshold of at most 32 MiB, and the free end of
+    its heap, to the system. The next step faults the same pages in again, which takes a quarter of
+    the time of sampling. The peak of the memory stays the same.
 
-    Call this before any tensor is made. It does nothing where the C library is not glibc (musl,
-    macOS, Windows).
+    To be called before any tensor is made. Other C libraries (musl, macOS, Windows) are left alone.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -37,9 +37,9 @@ def left(device: torch.device) -> int:
 
 
 def require(needed: int, what: str, device: torch.device | None = None) -> None:
-    """Raises `UserError` where so many bytes are not left. By default they are the host's.
+    """Raises `UserError` if so many bytes are not left, by default of the host.
 
-    `what` begins the message. It names the option, its value, and what needs the memory.
+    `what` begins the message: the option, its value, and the use of the memory.
     """
     free = left(device or torch.device("cpu"))
     if needed > free:
@@ -75,7 +75,7 @@ def _of_the_machine() -> int:
 
 def _control_groups(mount: Path, own: Path) -> list[Path]:
     """The folders of this process's control group (version 2) and of the groups above it. In a
-    container that is just `mount`.
+    container, it is just `mount`.
     """
     try:
         lines = own.read_text().splitlines()
@@ -87,8 +87,8 @@ def _control_groups(mount: Path, own: Path) -> list[Path]:
 
 
 def _of_the_group(cgroup: Path) -> int:
+    limit = _limit(cgroup)
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
         # Pages of files count as used, but the system drops them when memory is needed.
         statistics = dict(
@@ -96,9 +96,9 @@ def _of_the_group(cgroup: Path) -> int:
         )
     except (OSError, ValueError):
         return _UNLIMITED
-    if limit == "max":
+    if limit is None:
         return _UNLIMITED
-    return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))
+    return max(0, limit - used + int(statistics.get("inactive_file", 0)))
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
@@ -107,8 +107,8 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def moments(run: Callable[[], object], device: torch.device) -> list[int]:
-    """Bytes of tensors beyond those that exist before `run`, at its start and after each time that
-    it takes memory or gives some back. On a GPU only the largest of these numbers is known.
+    """Bytes of tensors beyond those that exist before `run`, at its start and after each allocation
+    and release. On a GPU, only the largest of these numbers.
     """
     if device.type in NUMBERED:
         module = torch.get_device_module(device)
@@ -127,8 +127,8 @@ def moments(run: Callable[[], object], device: torch.device) -> list[int]:
 
 
 def kept(run: Callable[[], object]) -> int:
-    """Bytes of tensors that autograd keeps for a backward pass at the peak of `run`, which may be a
-    forward pass. It is a part of `peak`, known in the time of that pass.
+    """Bytes of tensors that autograd keeps for a backward pass at the peak of `run`, such as a
+    forward pass.
     """
     holders: dict[int, int] = {}  # how many parts of the graph keep each piece of memory
     now = largest = 0

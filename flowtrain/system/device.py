@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +19,13 @@ NUMBERED = ("cuda", "xpu")  # a machine may have several of these
 
 
 def resolve(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps` names.
+    """The device that one of `NAMES` stands for.
 
     Several processes on a machine have one GPU each: the only one that the process sees, or the one
     of its local rank. The processes are then joined for tensors on their devices.
 
-    Raises:
-        UserError: if the name is another one, the machine has no such device, or `auto` would leave
-            a GPU unused because torch cannot use it.
+    Raises `UserError` for any other name, if the machine has no such device, or if `auto` would
+    leave a GPU unused because torch cannot use it.
     """
     asked = f"--device {name}"
     kind, colon, index = name.partition(":")
@@ -53,13 +52,11 @@ def resolve(name: str) -> torch.device:
 
 
 def _available(kind: str) -> bool:
-    ask: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "xpu": torch.xpu.is_available,
-        "mps": torch.backends.mps.is_available,
-    }
-    with warnings.catch_warnings(action="ignore"):  # `_why_not` says the same, and what to do
-        return ask[kind]()
+    module = torch.backends.mps if kind == "mps" else getattr(torch, kind)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # the message of `_why_not` has the same, and more
+        return bool(module.is_available())
 
 
 def _count(kind: str) -> int:
@@ -91,7 +88,7 @@ def _why_not(kind: str) -> str:
 def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
     """The device of one of several processes.
 
-    Raises `UserError` where two of them would share a GPU, or have devices of different kinds.
+    Raises `UserError` if two of them would share a GPU, or have devices of different kinds.
     """
     if index or kind == "mps":
         raise UserError(
@@ -124,7 +121,7 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
 
 
 def _identity(kind: str, number: int) -> str:
-    """What tells a device from all others, however a process numbers them."""
+    """Identifies a device, however a process numbers them."""
     if kind not in NUMBERED:
         return ""
     properties = getattr(torch, kind).get_device_properties(number)
@@ -145,10 +142,10 @@ def _require_kernels(asked: str, device: torch.device) -> None:
 
 
 def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
-    """Says on one line where other GPUs stay unused, with the command that uses all of them.
+    """Prints a line if other GPUs stay unused, with the command that uses all of them.
 
-    `name` is what `--device` named: one that was named by its number was chosen. `words` are the
-    arguments of this command.
+    `name` is the value of `--device`: a device with a number was chosen. `words` are the arguments
+    of this command.
     """
     if distributed.world() > 1 or device.type not in NUMBERED or ":" in name:
         return

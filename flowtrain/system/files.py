@@ -20,15 +20,12 @@ Piece = bytes | bytearray | memoryview
 
 
 def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[Path] = ()) -> None:
-    """Writes `data`, or all its pieces, to a temporary name, flushes to the disk, renames, and
-    flushes the folder.
+    """Writes `data`, or all its pieces, to a temporary name in the same folder, flushes it to the
+    disk, renames it, and flushes the folder.
 
-    The folder must exist. `also` are further names in that folder for the same bytes. They are
-    there before `path` is, so whoever finds `path` finds all. A file that is replaced keeps its
-    permissions. A new one gets those of the umask.
-
-    Raises:
-        RunError: if that fails. A file of that name is then as before.
+    `also` are further names in that folder for the same bytes, made before `path`. A replaced file
+    keeps its permissions. A new one gets those of the umask. Raises `RunError` if it fails. A file
+    at `path` is then as before.
     """
     replaced = None if path.is_symlink() or not path.is_file() else path.stat().st_mode & 0o777
 
@@ -47,15 +44,18 @@ def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[P
         for name in also:
             _link(temporary, name)
         temporary.replace(path)
-        _flush(path.parent)
+        # A new name survives a power cut. The file is whole by now, so a folder that cannot be
+        # read, or a file system that flushes no folders, is no error.
+        with contextlib.suppress(OSError):
+            _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A hidden name beside `path`, and what `new` makes and opens there. It is removed at the end
-    if it still has that name.
+    """A hidden name beside `path`, and the file or folder that `new` makes and opens there. It is
+    removed at the end if it still has that name.
 
-    Those of earlier processes that died are removed first. A lock keeps others from doing so here.
+    Those of earlier processes that died are removed first. A lock protects this one.
     """
     remove_left_overs(path.parent, path.name[:40])
     while True:
@@ -89,31 +89,19 @@ def _link(source: Path, name: Path) -> None:
             try:
                 os.link(source, temporary)
             except OSError:
-                _copy(source, temporary)
+                shutil.copy(source, temporary)
+                _flush(temporary, os.O_RDWR)
             temporary.replace(name)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _copy(source: Path, name: Path) -> None:
-    shutil.copy(source, name)
-    handle = os.open(name, os.O_RDWR)
+def _flush(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _flush(folder: Path) -> None:
-    """Makes a new name survive a power cut. The file is whole by now, so a folder that cannot be
-    read, or a file system that flushes no folders, is no error.
-    """
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -133,10 +121,8 @@ def make_folder_of(path: Path) -> None:
 
 
 def remove_left_overs(folder: Path, name: str | None = None) -> None:
-    """Removes what processes that died while they wrote have left: temporary files and folders, all
-    of them or those for the file of a `name`.
-
-    A living process holds a lock on what it writes.
+    """Removes temporary files and folders of dead processes: all, or those for a file of `name`.
+    A living process holds a lock on its own.
     """
     pattern = ".*.tmp" if name is None else f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"
     for path in folder.glob(pattern):
@@ -170,13 +156,13 @@ _BAD_PATH = {
 
 
 def save(path: Path, data: bytes, *, named: bool = True) -> None:
-    """Writes a file that the user asked for, and makes its parent folder if it is missing.
+    """Writes a file of the user, and makes its parent folder if it is missing.
 
-    A link stays, and the file that it names is written, if the user has `named` the path. Otherwise
-    it may be in a stranger's folder and lead to any file of the user, and is replaced.
+    If the user has `named` the path, a link stays, and its target is written. Otherwise a link may
+    be a stranger's and lead to any file of the user, so it is replaced.
 
     Raises:
-        UserError: if the path cannot be written. A pipe or a device is not replaced by a file.
+        UserError: if the path cannot be written. A pipe or a device is not replaced.
         RunError: if the disk fails, for example because it is full.
     """
     target = path.resolve() if named and path.is_symlink() else path
@@ -199,9 +185,7 @@ def is_special(path: Path) -> bool:
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file for reading. Every file that may come from a stranger is opened here.
 
-    Raises:
-        OSError: as `open` does, and at once if it is not a regular file. Reading a pipe waits for
-            a writer, and a device may never end.
+    Raises `OSError` as `open` does, and for a pipe or a device, which could be read forever.
     """
     return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
 
@@ -209,9 +193,7 @@ def open_regular(path: Path) -> BinaryIO:
 def append_regular(path: Path) -> BinaryIO:
     """Opens a file for appending, and makes it if it is missing.
 
-    Raises:
-        OSError: as `open_regular` does, and if it is a link. In a stranger's folder, a link may
-            lead to any file of the user.
+    Raises `OSError` as `open_regular` does, and for a link, which may lead to any file of the user.
     """
     if path.is_symlink():
         raise _not_regular(path)
@@ -233,10 +215,8 @@ def _not_regular(path: Path | str) -> OSError:
 
 
 def require_regular(path: Path) -> None:
-    """For files that another library opens: what exists at `path`, and all in it if it is a folder.
-
-    Raises:
-        OSError: where something is neither a regular file nor a folder.
+    """For files that another library opens. Raises `OSError` if `path`, or anything in that folder,
+    is neither a regular file nor a folder.
     """
     for here, _, names in os.walk(path, followlinks=False):
         for name in names:
@@ -246,10 +226,8 @@ def require_regular(path: Path) -> None:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a file, as `open_regular` opens it.
-
-    Raises:
-        OSError: as `open_regular`, and before anything is read if it has more than `limit` bytes.
+    """The content of a file. Raises `OSError` as `open_regular` does, and if it has more than
+    `limit` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -263,11 +241,8 @@ DEEPEST = 100  # folders in each other
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises `ValueError` unless files of these names can be written into one folder, and nowhere
-    else.
-
-    Names are relative paths with "/". Whatever else is legal in a file name is accepted, so that
-    what can be packed can be unpacked.
+    """Raises `ValueError` unless files of these names, relative paths with "/", can be written into
+    one folder, and nowhere else.
     """
     names = list(names)
     seen = set(names)
@@ -301,9 +276,7 @@ def _file_system_bytes(name: str) -> bytes:
 
 
 def require_absent(names: Iterable[str], out: Path) -> None:
-    """Raises `UserError`, naming --out, where a file or folder in `out` is in the way of files with
-    these names.
-    """
+    """Raises `UserError` if a file or folder in `out` is in the way of files with these names."""
     names = list(names)
     present = next((name for name in names if os.path.lexists(out / name)), None)
     if present is not None:
@@ -319,10 +292,9 @@ def require_absent(names: Iterable[str], out: Path) -> None:
 def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Makes new files in a folder, which may exist, by their names: all of them or none.
 
-    They are written into a temporary folder, which is renamed, or from which they are moved into a
-    folder that exists. They are not flushed to the disk.
-
-    Raises `RunError` where that fails, and `UserError` as `require_absent` does.
+    They are written into a temporary folder, which is renamed, or else moved into the existing
+    folder. They are not flushed to the disk. Raises `RunError` if that fails, and `UserError` as
+    `require_absent` does.
     """
     there, names = out.is_dir(), []
     with _naming(out):
@@ -349,9 +321,7 @@ def _new_folder(path: Path) -> int:
 
 
 class PerhapsUnread:
-    """A stream that falls silent where nobody can read it, instead of raising an error: if the
-    reader of a pipe has gone, or on any error of writing.
-    """
+    """A stream that discards all output after an `error`, such as a closed pipe."""
 
     def __init__(self, stream: IO[str], error: type[OSError] = OSError):
         self._stream, self._error = stream, error

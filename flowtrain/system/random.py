@@ -26,20 +26,18 @@ def generator(
     seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """A generator that depends on its arguments alone. `key` is for example the step, or an image's
-    index.
-
-    So a checkpoint needs no generator state, and neither batch size nor device changes the draws.
+    index. So a checkpoint needs no generator state.
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
 
 
 CPU = torch.device("cpu")
-# Kinds of devices whose numbers numpy draws on the host. Its generator is compiled, and 20 times as
-# fast on a CPU as torch's operations. On MPS and XPU the operations of `philox` were never tried.
+# Devices for which numpy draws on the host: on a CPU it is 20 times as fast as torch's operations.
+# On MPS and XPU the operations of `philox` were never tried.
 HOST_DRAWS = ("cpu", "mps", "xpu")
-# Numbers that are computed at a time. Words for the host stay in its cache. A number takes about 70
-# bytes of a GPU until it is done.
+# Numbers computed at a time: they stay in the cache of the host, or take about 70 bytes each of a
+# GPU.
 AT_A_TIME_ON_HOST, AT_A_TIME = 2**17, 2**22
 
 
@@ -54,14 +52,13 @@ def uniform(
     """Uniform numbers in [0, 1) for the images `first`, `first + 1`, ... of a sequence: float32
     `(B, ...)`, multiples of 2**-24.
 
-    An image's numbers depend on the seed, the stream, the draw, its place in the sequence and its
-    shape. So they are the same, bit for bit, on every device and in every batch.
+    An image's numbers depend on the seed, the stream, the draw, its position and its shape. So they
+    are the same, bit for bit, on every device and in every batch.
 
     They come from Philox4x64-10, a counter-based generator (Salmon et al. 2011, "Parallel Random
-    Numbers: As Easy as 1, 2, 3", section 3.3). A block of its output is eight words of 32 bits,
-    whose upper 24 bits are the numbers. The counter is the number of the block, and the draw. A
-    CUDA device computes `philox`, and nothing waits for it. For `HOST_DRAWS`, numpy's generator
-    gives the same words.
+    Numbers: As Easy as 1, 2, 3", section 3.3). A block is eight words of 32 bits, whose upper 24
+    bits are the numbers. The counter is the number of the block, and the draw. A CUDA device
+    computes `philox`. For `HOST_DRAWS`, numpy's generator gives the same words.
     """
     entries = math.prod(shape[1:])
     blocks = math.ceil(entries / 8)  # of an image
@@ -127,8 +124,8 @@ def philox(index: Tensor, draw: int, key: np.ndarray) -> Tensor:
 def _constants(key: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """The keys of the rounds, `(ROUNDS, 2, 2, 1)`, and the multipliers, `(2, 2, 1)`, in halves.
 
-    A multiplier M is given as `M - 2**64`, in two halves between -2**31 and 0. `philox` adds the
-    missing `2**64` times the word.
+    A multiplier M is `M - 2**64`, in two halves between -2**31 and 0. `philox` adds the missing
+    `2**64` times the word.
     """
     words = [
         [(int(word) + i * weyl) % 2**64 for word, weyl in zip(key, WEYL, strict=True)]

@@ -23,10 +23,10 @@ def one_thread() -> Iterator[int]:
 
 
 def use_free_cores() -> str | None:
-    """Lets torch use as many threads as cores are free, and at least one.
+    """Lets torch use as many threads as cores are free, and at least one: with more threads, each
+    operation waits for a core, which is many times slower.
 
-    A thread more than that makes each operation wait for a core, which is many times slower. Where
-    OMP_NUM_THREADS is set, as torchrun does, nothing changes. Returns a line for the user where
+    If OMP_NUM_THREADS is set, as torchrun does, nothing changes. Returns a line for the user if
     fewer threads are used than there are cores.
     """
     if "OMP_NUM_THREADS" in os.environ:

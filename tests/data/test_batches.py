@@ -15,7 +15,8 @@ from flowtrain.data.batches import Batches, ReadAhead, augment
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
-from flowtrain.system import capacity
+from flowtrain.system import capacity, distributed
+from flowtrain.training.step import dequantization_noise
 
 CPU = torch.device("cpu")
 
@@ -38,9 +39,7 @@ def numbered(tmp_path):
     """20 training images that can be told apart: image i has the value i, and i + 100 on its left
     half.
     """
-    pixels = np.broadcast_to(
-        np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 1)
-    ).copy()
+    pixels = np.arange(20, dtype="u1")[:, None, None, None].repeat(8, 1).repeat(8, 2)
     pixels[:, :, :4] += 100
     np.savez(tmp_path / "numbered.npz", x_train=pixels, x_test=pixels[:4])
     return {"name": "npz", "path": str(tmp_path / "numbered.npz"), "validation": 0}
@@ -50,35 +49,24 @@ def ids(x):
     return x.flatten(1).min(dim=1).values.tolist()
 
 
-# --- the order ------------------------------------------------------------------------------
+# --- the order ------------------------------------------------------------------------------------
 
 
-def test_every_image_once_an_epoch(numbered):
+def test_every_image_once_an_epoch_by_seed(numbered):
     # 20 images in batches of 6: batches 3 and 6 straddle two epochs.
     order = [i for x in first(batches(numbered), 10) for i in ids(x)]
     assert len(order) == 60
     epochs = [order[i : i + 20] for i in range(0, 60, 20)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(20))
+    assert [i for x in first(batches(numbered), 10) for i in ids(x)] == order
+    assert [i for x in first(batches(numbered, seed=1), 10) for i in ids(x)] != order
+    large = first(batches(numbered, batch_size=50), 2)[1]
+    counts = np.bincount(ids(large), minlength=20)
+    assert len(large) == 50 and counts.min() >= 2 and counts.max() <= 3
 
 
-def test_a_batch_larger_than_the_split(numbered):
-    x = first(batches(numbered, batch_size=50), 2)[1]
-    assert len(x) == 50
-    counts = np.bincount(ids(x), minlength=20)
-    assert counts.min() >= 2 and counts.max() <= 3
-
-
-def test_the_order_is_seeded(numbered):
-    assert [ids(x) for x in first(batches(numbered), 5)] == [
-        ids(x) for x in first(batches(numbered), 5)
-    ]
-    assert [ids(x) for x in first(batches(numbered), 5)] != [
-        ids(x) for x in first(batches(numbered, seed=1), 5)
-    ]
-
-
-@pytest.mark.parametrize("start", [1, 3, 4, 9])
+@pytest.mark.parametrize("start", [1, 4, 9])
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,77 +87,107 @@ def test_resumable_from_any_step(numbered, start, options):
         again.close()
 
 
-def test_the_last_order_is_not_assumed(numbered):
-    # One object, asked out of order.
-    source = batches(numbered)
-    late = source.positions(9).tolist()
-    assert source.positions(0).tolist() == batches(numbered).positions(0).tolist()
-    assert source.positions(9).tolist() == late
-
-
 @pytest.mark.parametrize("batch_size, count", [(6, 20), (50, 50), (3000, 1024)])
 def test_the_images_for_initialization(numbered, batch_size, count):
     """As many as a step has, but not so few that they say little, nor more than help."""
-    assert len(batches(numbered, batch_size).first_of_all(64)) == count
+    source = batches({**numbered, "shift": 1}, batch_size)
+    found = source.first_of_all(64)
+    assert len(found) == count
+    assert batch_size != 50 or torch.equal(found, first(source, 1)[0])
 
 
-# --- in memory, or streamed ------------------------------------------------------------
+@pytest.fixture
+def as_process(monkeypatch):
+    """Makes this process one of several, as far as its share is concerned."""
+
+    def become(rank, world):
+        monkeypatch.setattr(distributed, "group", distributed.Group(None, rank, world))
+
+    return become
+
+
+@pytest.mark.parametrize("streamed", [{}, {"max_in_memory": 0, "workers": 1}])
+def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
+    section = npz(tmp_path / "a.npz", train=50, validation=0, shift=2, flip=True)
+
+    def batch(rank, world, used, size=24, options=streamed):
+        as_process(rank, world)
+        source = batches({**section, **options}, size // world)
+        found = batch_of(source, None, used)[0], source.first_of_all(64)
+        source.close()
+        return found
+
+    for used in (0, 48, 31):  # the last two span two epochs
+        whole, initial = batch(0, 1, used, options={})
+        for world in (2, 3):
+            parts = [batch(rank, world, used) for rank in range(world)]
+            assert torch.equal(whole, torch.cat([part for part, _ in parts]))
+            assert all(torch.equal(part, initial) for _, part in parts)
+        # What happens to an image does not depend on the number of images in a step.
+        halves = [batch(0, 1, used + start, size=12)[0] for start in (0, 12)]
+        assert torch.equal(torch.cat(halves), whole)
+
+
+def test_the_order_goes_on_with_another_number_of_processes(as_process, numbered):
+    order = []
+    for world, size, steps in [(2, 2, 2), (1, 3, 2), (3, 2, 1)]:
+        for used in range(len(order), len(order) + steps * world * size, world * size):
+            for rank in range(world):
+                as_process(rank, world)
+                order += batches(numbered, size).positions(used).tolist()
+    assert sorted(order) == list(range(20))
+
+
+def test_noise_of_a_part():
+    config = a_config()
+    x = torch.zeros(40, 1, 2, 2)
+    whole = dequantization_noise(config, 70, x)
+    assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
+    for begins, ends in [(0, 5), (19, 21), (7, 40)]:
+        part = dequantization_noise(config, 70 + begins, x[begins:ends])
+        assert torch.equal(part, whole[begins:ends])
+
+
+# --- in memory, or streamed -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_changes_nothing(tmp_path, workers):
-    section = npz(tmp_path / "a.npz", validation=3, shift=1, flip=True, n_bits=6)
-    resident = batches(section)
-    streamed = batches({**section, "max_in_memory": 0, "workers": workers})
-    assert streamed.streams and not resident.streams
-    for a, b in zip(first(resident, 8, 2), first(streamed, 8, 2), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_from_a_memory_map(tmp_path, monkeypatch, workers):
-    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for i in range(23):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), "u1")).save(
-            tmp_path / "images" / f"{i}.png"
-        )
-    section = {"name": "folder", "path": str(tmp_path / "images"), "size": 8, "validation": 4}
-    streamed = batches({**section, "workers": workers})
-    assert isinstance(streamed.source.pixels, np.memmap) and streamed.streams
-    images = streamed.source.take(slice(None))
-    for step, x in enumerate(first(streamed, 6)):
-        assert torch.equal(x, images[streamed.positions(step * 6)])
-    streamed.close()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_from_mapped_parts_of_an_array(tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize("form", ["memory", "memory map", "parts"])
+def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
     monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("flowtrain.datasets.npz.MAPPED", 0)
     x = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), "u1")
-    (tmp_path / "parts").mkdir()
-    for number, part in enumerate(np.split(x, [9, 10])):
-        np.save(tmp_path / "parts" / f"x_train-{number}.npy", part)
     np.savez_compressed(tmp_path / "a.npz", x_train=x)
-    section = {"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 4, "n_bits": 5}
+    options = {"validation": 4, "shift": 1, "flip": True, "n_bits": 6}
+    section = {"name": "npz", "path": str(tmp_path / "a.npz"), **options}
     resident = batches(section)
-    parts = {**section, "path": str(tmp_path / "parts"), "workers": workers}
-    streamed = batches(parts)
-    assert isinstance(streamed.source.pixels, Mapped) and streamed.streams and not resident.streams
-    for a, b in zip(first(resident, 6), first(streamed, 6), strict=True):
-        assert torch.equal(a, b)
-    streamed.close()
+    home = tmp_path / "images"
+    home.mkdir()
+    for number, image in enumerate(x):
+        Image.fromarray(image).save(home / f"{number:02}.png")
+    for number, part in enumerate(np.split(x, [9, 10])):
+        np.save(home / f"x_train-{number}.npy", part)
+    section |= {
+        "memory": {"max_in_memory": 0},
+        "memory map": {"name": "folder", "path": str(home), "size": 8},
+        "parts": {"path": str(home)},
+    }[form]
+    kind = {"memory": np.ndarray, "memory map": np.memmap, "parts": Mapped}[form]
+    with contextlib.closing(batches({**section, "workers": workers})) as streamed:
+        assert type(streamed.source.pixels) is kind and streamed.streams and not resident.streams
+        for a, b in zip(first(resident, 8, 2), first(streamed, 8, 2), strict=True):
+            assert torch.equal(a, b)
 
 
-def test_batches_read_ahead_have_to_fit(tmp_path, monkeypatch):
-    section = {**npz(tmp_path / "a.npz"), "max_in_memory": 0, "workers": 3}  # 7 batches of 6 x 64 B
+def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
+    section = npz(tmp_path / "a.npz", train=40, validation=8)  # 32 * 64 bytes
+    size = 32 * 64 / 2**30
+    assert not batches({**section, "max_in_memory": size}).streams
+    assert batches({**section, "max_in_memory": 0.99 * size}).streams
+    section |= {"max_in_memory": 0, "workers": 3}  # 7 batches of 6 x 64 B
     monkeypatch.setattr(capacity, "available", lambda device: 7 * 6 * 64)
     batches(section).close()
-    with pytest.raises(
-        UserError, match="^data.workers: 3 threads hold 7 batches of 7 images, which take"
-    ):
+    with pytest.raises(UserError, match="^data.workers: 3 threads hold 7 batches of 7 images, wh"):
         batches(section, batch_size=7)
     batches({**section, "max_in_memory": 1}, batch_size=7).close()
 
@@ -190,29 +208,14 @@ def test_reading_ahead_is_in_order_and_ends_when_closed():
         with pytest.raises(OSError, match="the disk is gone"):
             read(20)
     assert set(threading.enumerate()) <= before
-
-
-def test_after_a_jump_what_was_read_ahead_is_dropped():
-    """A reader may ask for any position, as a run does that goes back to a checkpoint."""
+    # A reader may ask for any position, as a run does that goes back to a checkpoint.
     with contextlib.closing(ReadAhead(torch.tensor, 3, 2)) as read:
         for position in (30, 33, 36, 6, 9, 30, 30, 33):
             assert int(read(position)) == position
         assert read.results.keys() == {36, 39, 42, 45}
 
 
-def test_what_fits_is_held_in_memory(tmp_path):
-    section = npz(tmp_path / "a.npz", train=40, validation=8)  # 32 * 64 bytes
-    size = 32 * 64 / 2**30
-    assert not batches({**section, "max_in_memory": size}).streams
-    assert batches({**section, "max_in_memory": 0.99 * size}).streams
-
-
-# --- augmentation ----------------------------------------------------------------------
-
-
-def test_augmentation_off_changes_nothing():
-    x = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(augment(x, False, 0, 0), x)
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 def test_flips():
@@ -224,6 +227,7 @@ def test_flips():
     assert 150 < mirrored.sum() < 250
     assert torch.equal(x, before) and y.dtype == torch.uint8
     assert torch.equal(y, augment(x, True, 0, 0)) and not torch.equal(y, augment(x, True, 0, 2))
+    assert torch.equal(augment(x, False, 0, 0), x)
 
 
 def test_shifts():
@@ -239,13 +243,13 @@ def test_shifts():
             moves[i] = (down, right)
     assert len(moves) == 200  # each image is moved as a whole, by no more than 2
     assert len(set(moves.values())) == 25  # in every way there is
+    assert torch.equal(augment(x[7:12], False, 2, 0, 7), y[7:12])
 
 
 @pytest.mark.parametrize(
     "section, flip",
     [
         ({"name": "digits"}, False),
-        ({"name": "mnist"}, False),
         ({"name": "cifar10"}, True),
         ({"name": "cifar10", "flip": False}, False),
         ({"name": "digits", "flip": True}, True),
@@ -261,43 +265,34 @@ def test_only_training_images_are_augmented(numbered):
     for name in ("validation", "test"):
         x = data.split(name).take(slice(None))
         assert (x[..., :4] == x[..., :1]).all() and (x[..., 0, 0] >= 100).all()
-    x = torch.cat(first(batches(section), 4))
-    assert not (x[..., :4] == x[..., :1]).all()
-    # The resident copy is not written into.
     source = batches(section)
-    before = source.resident.clone()
-    first(source, 3)
-    assert torch.equal(source.resident, before)
-
-
-def test_augmentation_differs_from_step_to_step(numbered):
-    section = {**numbered, "flip": True, "shift": 2}
-    epochs = [torch.cat(first(batches(section, batch_size=20), 1, step)) for step in (0, 1)]
+    resident = source.resident.clone()
+    x = torch.cat(first(source, 4))
+    assert not (x[..., :4] == x[..., :1]).all()
+    assert torch.equal(source.resident, resident)  # it is not written into
+    # Augmentation differs from step to step.
+    epochs = [torch.cat(first(batches(section, batch_size=16), 1, step)) for step in (0, 1)]
     by_image = [x[torch.tensor(ids(x)).argsort()] for x in epochs]
     assert not torch.equal(*by_image)
 
 
-# --- real images ---------------------------------------------------------------------
-
-
-@shared
-def test_real_mnist():
-    section = {"name": "mnist", "root": str(SHARED), "validation": 5000}
-    source = batches(section, batch_size=32)
-    assert len(source.source) == 55000 and source.resident.shape == (55000, 1, 28, 28)
-    (x,) = first(source, 1)
-    assert 20 < x.float().mean() < 50 and x.max() == 255
-
-
-@shared
-def test_real_cifar10():
-    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
-    assert (data.shape, data.levels) == ((3, 32, 32), 32)
-    x = data.split("test").take(slice(0, 500))
-    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18
+# --- real images ----------------------------------------------------------------------------------
 
 
 def test_digits_are_the_default():
     data = data_set({})
     assert (data.shape, data.levels) == ((1, 8, 8), 17)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]
+
+
+@shared
+def test_real_images():
+    section = {"name": "mnist", "root": str(SHARED), "validation": 5000}
+    source = batches(section, batch_size=32)
+    assert len(source.source) == 55000 and source.resident.shape == (55000, 1, 28, 28)
+    (x,) = first(source, 1)
+    assert 20 < x.float().mean() < 50 and x.max() == 255
+    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
+    assert (data.shape, data.levels) == ((3, 32, 32), 32)
+    x = data.split("test").take(slice(0, 500))
+    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18

@@ -11,9 +11,7 @@ def isolated(monkeypatch, tmp_path_factory):
     connect = socket.socket.connect
 
     def local(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost"), (
-            f"a test wants to reach {address}"
-        )
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost"), address
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local)

@@ -1,15 +1,26 @@
-"""Every data set: its options, and what it says before anything is read."""
+"""What all data sets promise: their description, images, classes, caches, and messages."""
 
 import dataclasses
 import inspect
+import os
+import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import dataset_helpers as made
+import numpy as np
 import pytest
 from catalogue import POINTS
+from dataset_helpers import COUNTS, LABELS, PIXELS, build, check, corrupt, cut, empty, pipe
 from helpers import REPOSITORY
+from PIL import Image
 
 from flowtrain.config import Data, component, component_names
+from flowtrain.datasets import base, cache
+from flowtrain.datasets.mapped import Mapped
+from flowtrain.errors import UserError
 
 DOWNLOADED = {  # name: shape, flip
     "mnist": ((1, 28, 28), False),
@@ -19,10 +30,22 @@ DOWNLOADED = {  # name: shape, flip
     "svhn": ((3, 32, 32), False),
 }
 OTHERS = {"digits", "folder", "hub", "imagenet32", "imagenet64", "npz", "sphere"}
+FORMS = {  # of the images of `dataset_helpers`, and the type of the pixels
+    "npz": (made.an_npz, np.ndarray),
+    "mapped npz": (made.a_mapped_npz, Mapped),
+    "shards": (made.shards, Mapped),
+    "folder": (made.a_folder, np.memmap),
+    "hub": (made.a_saved_data_set, np.memmap),
+    "oord2016": (made.oord, np.memmap),
+    "chrabaszcz2017": (made.chrabaszcz, np.memmap),
+}
 
 
 def test_every_data_set_is_tested():
-    assert set(component_names(Data)) == {*DOWNLOADED, *OTHERS, *POINTS}
+    names = set(component_names(Data))
+    new = names - {*DOWNLOADED, *OTHERS, *POINTS}
+    assert not new, f"add {new} to DOWNLOADED or OTHERS here, or to POINTS of tests/catalogue.py"
+    assert names == {*DOWNLOADED, *OTHERS, *POINTS}
 
 
 @pytest.mark.parametrize("name", [*DOWNLOADED, *sorted(OTHERS)])
@@ -36,14 +59,15 @@ def test_signature_is_a_schema(name):
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_described_before_anything_is_read(name, tmp_path):
     for split in ("train", "test"):
-        images = component(Data, name).build(tmp_path / "none", split)
+        images = build(name, tmp_path / "none", split)
         assert (images.shape, images.flip) == DOWNLOADED[name]
-        assert images.levels == 256 and images.key is None
+        assert images.levels == 256 and images.key is None and not images.at_hand()
     assert not (tmp_path / "none").exists()
     with pytest.raises(dataclasses.FrozenInstanceError):
         images.levels = 2
 
 
+@pytest.mark.run
 def test_importing_is_light():
     code = (
         "import sys, pkgutil, importlib, flowtrain.datasets as d\n"
@@ -53,7 +77,235 @@ def test_importing_is_light():
         "new = set(sys.modules) - before\n"
         "assert not new & {'torch', 'torchvision', 'sklearn', 'rich'}, new"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_digits(tmp_path):
+    from sklearn.datasets import load_digits
+
+    parts = {part: build("digits", tmp_path, part) for part in COUNTS}
+    assert (parts["train"].shape, parts["train"].levels, parts["train"].flip) == ((1, 8, 8), 17, 0)
+    both = np.concatenate([check(parts["train"], 1617), check(parts["test"], 180)])
+    every = load_digits()
+    rows = np.concatenate([part.rows() for part in parts.values()])
+    assert np.array_equal(both[:, 0], every.images[rows]) and sorted(rows) == list(range(1797))
+    assert np.array_equal(parts["train"].labels(), every.target)
+    assert not np.array_equal(build("digits", tmp_path, "test", seed=1).rows(), rows[1617:])
+
+
+# --- the same images in every form ----------------------------------------------------------------
+
+
+@pytest.fixture
+def form(request, tmp_path, monkeypatch):
+    """A data set of `FORMS`, as a function of the split and further options."""
+    if request.param == "hub":
+        # The folder of these tests has the same name, but no version.
+        pytest.importorskip("datasets", "4", reason="the extra hub is not installed")
+    (tmp_path / "data").mkdir()
+    section = FORMS[request.param][0](tmp_path / "data", monkeypatch)
+    monkeypatch.setattr(cache, "CHUNK", 4)
+
+    def images(split="train", **options):
+        return build(root=tmp_path / "data", split=split, **{**section, **options})
+
+    images.name, images.kind = request.param, FORMS[request.param][1]
+    return images
+
+
+def forms(*names):
+    return pytest.mark.parametrize("form", names or FORMS, indirect=True)
+
+
+def assert_whole(form):
+    """Each part has its images and classes, and their digests."""
+    for split, count in COUNTS.items():
+        images = form(split)
+        assert (images.shape, images.levels) == ((3, 32, 32), 256)
+        assert images.at_hand() == (form.kind is not np.memmap)
+        pixels = images.read()
+        assert isinstance(pixels, form.kind) and pixels.shape == (count, 3, 32, 32)
+        assert np.array_equal(pixels[:], PIXELS[split]) and images.rows is None
+        assert pixels[:].flags.c_contiguous
+        assert not isinstance(pixels, np.memmap) or not pixels.flags.writeable
+        assert images.at_hand()
+        assert images.digests is None or np.array_equal(
+            images.digests(), base.digests(PIXELS[split])
+        )
+        assert (images.labels is None) == (form.name in ("folder", "oord2016"))
+        assert images.labels is None or np.array_equal(images.labels(), LABELS[split])
+        assert images.flip == (form.name in ("oord2016", "chrabaszcz2017"))
+    assert not list(cache.place().rglob("*.tmp"))
+
+
+@forms()
+def test_images_and_classes(form):
+    assert_whole(form)
+
+
+def unpack(home):
+    """Replaces archives by what is in them."""
+    for path in [*home.glob("*.tar"), *home.glob("*.zip")]:
+        shutil.unpack_archive(path, home)
+        path.unlink()
+
+
+@pytest.mark.parametrize("folders", [True, False])
+@forms("oord2016", "chrabaszcz2017")
+def test_imagenet_that_a_user_has_unpacked(form, folders, tmp_path):
+    home = tmp_path / "data" / "imagenet32"
+    unpack(home)
+    if not folders:
+        for path in home.glob("*/*.npz"):
+            path.rename(home / path.name)
+    assert_whole(form)
+
+
+@forms("mapped npz", "shards", "folder", "hub", "oord2016", "chrabaszcz2017")
+def test_images_are_decoded_and_hashed_once(form, monkeypatch):
+    first, digests = form().read()[:].copy(), form().digests()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "filled", lambda *args: pytest.fail("decoded again"))
+        patch.setattr(base, "digests", lambda *args: pytest.fail("hashed again"))
+        assert np.array_equal(form().read()[:], first)
+        assert np.array_equal(form().digests(), digests)
+
+
+def npy_header(shape):
+    path = cache.place() / "header.npy"
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+    return path.read_bytes()
+
+
+def writing(text):
+    return lambda path: path.write_text(text)
+
+
+INDEX = [
+    *[writing('{"count"'), writing('{"count": 5, "unreadable": {}}'), writing("[" * 100_000)],
+    writing('{"count": 23, "unreadable": "text"}'),
+    writing('{"count": 22, "unreadable": {"other": "why"}}'),
+]
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        *[("images.npy", damage) for damage in (cut, empty, Path.unlink, pipe)],
+        ("images.npy", lambda path: path.write_bytes(npy_header((10**6, 1, 10**6)))),
+        *[("index.json", damage) for damage in (*INDEX, Path.unlink, pipe)],
+        *[("digests", damage) for damage in (corrupt, cut, empty, Path.unlink)],
+        *[("labels", damage) for damage in (corrupt, cut, Path.unlink)],
+    ],
+)
+@forms("folder", "chrabaszcz2017")
+def test_a_damaged_cache_is_made_again(form, file, damage):
+    images = form()
+    images.read(), images.digests()
+    if file == "labels" and form.name == "folder":
+        return
+    [path] = cache.place().rglob(file)
+    whole = path.read_bytes()
+    damage(path)
+    images = form()
+    assert np.array_equal(images.read(), PIXELS["train"])
+    assert np.array_equal(images.digests(), base.digests(PIXELS["train"]))
+    assert images.labels is None or np.array_equal(images.labels(), LABELS["train"])
+    assert [path.read_bytes() for path in cache.place().rglob(file)] == [whole]
+
+
+def test_digests_that_cannot_be_stored(tmp_path, monkeypatch):
+    section = made.shards(tmp_path, monkeypatch)
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "x_test.npy"))  # a file, not a folder
+    images = build(root=tmp_path, split="train", **section)
+    assert np.array_equal(images.digests(), base.digests(PIXELS["train"]))
+
+
+# --- damaged and missing files --------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+EVIL = np.array([Evil()])
+
+
+def arrays(pixels, labels):
+    return lambda path: path.write_bytes(made.npz_file(pixels, labels))
+
+
+X, Y = PIXELS["test"], LABELS["test"] + 1
+VAL, TAR, PNG = "Imagenet32_val_npz/val_data.npz", "valid_32x32.tar", "valid_32x32/00003.png"
+ARROW = [
+    f"test/{name}" for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
+]
+OFFICIAL = f"{TAR} is not the official file .*SHA-256"
+
+
+@pytest.mark.parametrize(
+    "form, file, damage, message",
+    [
+        ("npz", "a.npz", Path.unlink, "a.npz: there is no such file"),
+        ("npz", "a.npz", writing("hello"), "a.npz: is not an .npz or .npy file, or is cut short"),
+        ("npz", "a.npz", pipe, r"a.npz: cannot be opened \(.*not a regular file"),
+        ("shards", "x_train-11.npy", cut, r"x_train-11.npy is damaged: it has \d+ bytes"),
+        ("hub", "test", shutil.rmtree, "data.test_split: .*|data.path: .* cannot be loaded"),
+        *[("hub", name, damage, "data.path: .* cannot be loaded")
+          for name in ARROW for damage in (cut, pipe)],
+        ("oord2016", TAR, corrupt, OFFICIAL),
+        ("oord2016", TAR, cut, rf"{TAR} has \d+ bytes, not \d+: download"),
+        ("oord2016", TAR, pipe, rf"{TAR} cannot be read \(.*not a regular file"),
+        ("oord2016", TAR, Path.unlink, "imagenet32 of data.version oord2016 is not in .*: put "
+         rf"{TAR} there .*, or valid_32x32 \(unpacked\)\. Source: image-net.org[^.]*right$"),
+        ("oord2016", PNG, Path.unlink, "has 5 PNG files, not 6"),
+        ("oord2016", PNG, corrupt, "00003.png cannot be read"),
+        ("oord2016", PNG, lambda p: Image.new("RGB", (31, 32)).save(p), "00003.png .*31x32"),
+        ("chrabaszcz2017", "Imagenet32_val_npz.zip", Path.unlink,
+         r"put Imagenet32_val_npz.zip there .*, or val_data.npz \(unpacked\)"),
+        ("chrabaszcz2017", VAL, arrays(X[:5], Y[:5]), "5 images, not 6: files are missing"),
+        ("chrabaszcz2017", VAL, arrays(np.r_[X, X[:1]], np.r_[Y, 1]), "more than 6"),
+        ("chrabaszcz2017", VAL, arrays(X, Y[:5]), r"\(6, 3072\)"),
+        ("chrabaszcz2017", VAL, arrays(X / 2, Y), "float64"),
+        *[("chrabaszcz2017", VAL, arrays(X, labels), r"1\.\.1000")
+          for labels in (Y - 1, Y + 991, Y / 2)],
+        ("chrabaszcz2017", VAL, corrupt, "val_data.npz cannot be read"),
+        ("chrabaszcz2017", VAL, cut, "val_data.npz cannot be read"),
+        ("chrabaszcz2017", VAL, lambda p: np.savez(p, data=EVIL, labels=EVIL), "Object arrays"),
+    ],
+    indirect=["form"],
+)  # fmt: skip
+def test_a_damaged_or_missing_file_is_one_message(
+    form, file, damage, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "data"
+    if form.name in ("oord2016", "chrabaszcz2017"):
+        home = home / "imagenet32"
+        if "/" in file:
+            unpack(home)
+    damage(home / file)
+    with pytest.raises(UserError, match=message) as raised:
+        form("test" if file[0] in "tvI" else "train").read()
+    assert str(raised.value).startswith("data.") and "\n" not in str(raised.value)
+    assert not list(cache.place().rglob("index.json")) and not Path("executed").exists()
+
+
+def test_the_files_of_another_version_are_named(tmp_path, monkeypatch):
+    home = tmp_path / "imagenet32"
+    home.mkdir()
+    (home / "Imagenet32_train").mkdir()
+    batch = home / "Imagenet32_train" / "train_data_batch_1"
+    batch.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="pickles there are never loaded.*: take npz files"):
+        build("imagenet32", tmp_path, "train", version="chrabaszcz2017").read()
+    made.oord(tmp_path, monkeypatch)
+    for there, other in (("oord2016", "chrabaszcz2017"), ("chrabaszcz2017", "oord2016")):
+        with pytest.raises(UserError, match=f"The files of data.version {there} are there"):
+            build("imagenet32", tmp_path, "train", version=other).read()
+        for path in home.glob("*.tar"):
+            path.unlink()
+        made.chrabaszcz(tmp_path, monkeypatch)

@@ -1,22 +1,21 @@
-"""A user's own folder of images, and its cache."""
+"""A user's own folder of images, its list, and its cache."""
 
 import contextlib
 import errno
 import functools
-import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
-from dataset_helpers import check, corrupt, cut, noise
-from helpers import REPOSITORY
+from cli_helpers import within
+from dataset_helpers import check, corrupt, cut, encoded, noise
 from PIL import Image
 
 from flowtrain.datasets import base, cache, folder
@@ -25,114 +24,107 @@ from flowtrain.system import distributed
 
 
 def draw(path, size=(12, 12), mode="RGB", seed=0, **options):
-    """Save an image of one colour, which every resizing keeps: the seed."""
+    """Saves an image of one colour, which every resizing keeps: the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, seed).convert(mode).save(path, **options)
 
 
-def grow(root, count=20, suffix=".png"):
+def grow(root, count=20):
     for i in range(count):
-        draw(root / f"{i:03}{suffix}", seed=i)
+        draw(root / f"{i:03}.png", seed=i)
     return root
+
+
+def images_of(path, part="train", size=4, **options):
+    return folder.build(None, part, path=path, size=size, **options)
 
 
 def values(images):
     return check(images)[:, 0, 0, 0].tolist()
 
 
+def caches():
+    return list((cache.place() / "folder").glob("*"))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return grow(tmp_path / "tree")
+
+
 @pytest.fixture
 def decoded(monkeypatch):
-    """The paths decoded."""
-    paths = []
-    decode = base.decode
-
-    def counted(path, *args):
-        paths.append(path)
-        return decode(path, *args)
-
-    monkeypatch.setattr(base, "decode", counted)
-    return paths
+    """Counts the decoded images."""
+    monkeypatch.setattr(base, "decode", mock.Mock(wraps=base.decode))
+    return base.decode
 
 
-def test_folder_of_mixed_images(tmp_path):
-    tree = tmp_path / "tree"
-    draw(tree / "b" / "deep" / "one.PNG", (20, 30), "L", 10)
-    draw(tree / "a.JPeG", (64, 20), "RGB", 20, quality=100)
-    draw(tree / "c.bmp", (8, 8), "RGB", 30)
-    draw(tree / "d.webp", (9, 8), "RGB", 40, lossless=True)
-    draw(tree / "e.png", (8, 8), "P", 51)
-    draw(tree / "f.png", (8, 8), "RGBA", 60)
-    draw(tree / "Z.png", (3, 3), "LA", 70)
-    draw(tree / ".hidden.png")
-    draw(tree / ".thumbs" / "x.png")
-    (tree / "notes.txt").write_text("not an image")
-    draw(tree / "test" / "t.png", seed=99)
+def test_mixed_images_in_any_tree(tmp_path):
+    draw(tmp_path / "b" / "deep" / "one.PNG", (20, 30), "L", 10)
+    (tmp_path / "b" / "round").symlink_to(tmp_path / "b")  # followed once
+    draw(tmp_path / "a.JPeG", (64, 20), "RGB", 20, quality=100)
+    draw(tmp_path / "c.bmp", (8, 8), "RGB", 30)
+    draw(tmp_path / "d.webp", (9, 8), "RGB", 40, lossless=True)
+    draw(tmp_path / "e.png", (8, 8), "P", 51)
+    draw(tmp_path / "f.png", (8, 8), "RGBA", 60)
+    draw(tmp_path / "Z.png", (3, 3), "LA", 70)
+    draw(tmp_path / ".hidden.png")
+    draw(tmp_path / ".thumbs" / "x.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    draw(tmp_path / "test" / "t.png", seed=99)
     for channels in (3, 1):
-        images = folder.build(tmp_path, "train", path=tree, size=8, channels=channels)
+        images = images_of(tmp_path, size=8, channels=channels)
         assert images.shape == (channels, 8, 8) and images.levels == 256 and not images.flip
         # by relative path, as bytes sort: Z, a, b/deep/one, c, d, e, f
         assert np.allclose(values(images), [70, 20, 10, 30, 40, 51, 60], atol=1)
-        assert isinstance(images.read(), np.memmap) and not images.read().flags.writeable
 
 
-def test_folder_resize_policies(tmp_path):
+def test_policies(tmp_path, tree):
     image = Image.new("L", (36, 12), 0)
     image.paste(255, (12, 0, 24, 12))
-    (tmp_path / "train").mkdir()
-    draw(tmp_path / "test" / "t.png")
-    image.save(tmp_path / "train" / "a.png")
-    build = functools.partial(folder.build, tmp_path, "train", path=tmp_path, size=12, channels=1)
+    draw(tmp_path / "a" / "test" / "t.png")
+    (tmp_path / "a" / "train").mkdir()
+    image.save(tmp_path / "a" / "train" / "a.png")
+    build = functools.partial(images_of, tmp_path / "a", size=12, channels=1)
     assert check(build(resize="crop")).min() > 225
     assert check(build(resize="stretch")).min() == 0
-    with pytest.raises(
-        UserError, match=r"1 of 1 images .* not 12x12, the first train/a.png \(36x12\)"
-    ):
+    with pytest.raises(UserError, match=r"1 of 1 .* not 12x12, the first train/a.png \(36x12\)"):
         build(resize="exact").read()
-
-
-def test_folder_exact(tmp_path):
-    tree = grow(tmp_path / "tree")
-    assert len(values(folder.build(tmp_path, "train", path=tree, size=12, resize="exact"))) == 18
+    assert len(values(images_of(tree, size=12, resize="exact"))) == 18
     for name in ("004", "007"):
-        draw(tree / "train" / f"{name}.png", (12, 13))
-    grow(tree / "train", 4)
-    with pytest.raises(UserError, match=r"data.size: 2 of \d+ .*first train/004.png \(12x13\)"):
-        for split in ("train", "test"):
-            folder.build(tmp_path, split, seed=3, path=tree, size=12, resize="exact").read()
+        draw(tree / f"{name}.png", (12, 13))
+    with pytest.raises(UserError, match=r"data.size: 2 of 20 .*first 004.png \(12x13\)"):
+        images_of(tree, size=12, resize="exact").read()
 
 
-def test_folder_holds_out_a_stable_tenth(tmp_path):
+def test_a_stable_tenth_is_held_out(tmp_path):
     tree = grow(tmp_path / "tree", 30)
-    build = functools.partial(folder.build, tmp_path, path=tree, size=4)
-    test, train = values(build("test")), values(build("train"))
+    test, train = values(images_of(tree, "test")), values(images_of(tree))
     assert len(test) == 3 and sorted(test + train) == list(range(30))
     assert train == sorted(train) and test == sorted(test)
-    assert values(build("test", seed=1)) != test
-    elsewhere = tmp_path / "copy"  # another machine: other times, another place
-    shutil.copytree(tree, elsewhere, copy_function=shutil.copy)
-    copy = functools.partial(folder.build, tmp_path, path=elsewhere, size=4)
-    assert values(copy("test")) == test
-    assert copy("test").key == build("test").key
-    keys = {build("test").key, build("train").key, build("test", seed=1).key}
-    keys.add(folder.build(tmp_path, "test", path=tree, size=5).key)
-    assert len(keys) == 4
+    assert values(images_of(tree, "test", seed=1)) != test
+    copy = tmp_path / "copy"  # another machine: another place and, in the end, other times
+    shutil.copytree(tree, copy)
+    assert values(images_of(copy, "test")) == test and len(caches()) == 2
+    settle(copy)
+    others = {"part": "train"}, {"size": 5}, {"seed": 1}
+    keys = {images_of(tree, **{"part": "test", **other}).key for other in ({}, *others)}
+    assert len(keys) == 4 and images_of(copy, "test").key == images_of(tree, "test").key
     (tree / "000.png").write_bytes(b"")  # an unreadable file keeps its place in the split
     (tree / f"{test[0]:03}.png").write_bytes(b"")
-    assert values(build("test")) == test[1:]
+    assert values(images_of(tree, "test")) == test[1:]
 
 
-def test_folder_keeps_equal_images_on_one_side(tmp_path, monkeypatch):
+def test_equal_images_are_on_one_side(tree, monkeypatch):
     """Also those of different files: every image is there as PNG, BMP and in another size."""
-    tree = grow(tmp_path / "tree", 20)
     for i in range(20):
         draw(tree / "more" / f"{i}.bmp", seed=i)
         draw(tree / "more" / f"{i}.png", (30, 30), seed=i)
     (tree / "003.png").write_bytes(b"")
-    build = functools.partial(folder.build, tmp_path, path=tree, size=4)
-    test, train = values(build("test")), values(build("train"))
+    test, train = values(images_of(tree, "test")), values(images_of(tree))
     assert len(test + train) == 59 and test and not set(test) & set(train)
     monkeypatch.setattr(base, "digests", lambda *args: pytest.fail("hashed again"))
-    assert values(build("test")) == test
+    assert values(images_of(tree, "test")) == test
 
 
 @pytest.mark.parametrize(
@@ -145,90 +137,95 @@ def test_folder_keeps_equal_images_on_one_side(tmp_path, monkeypatch):
         (("", "val", "deep/test"), {"", "val", "deep/test"}, {"", "val", "deep/test"}),
     ],
 )
-def test_folder_train_and_test(tmp_path, folders, train, test):
+def test_folders_of_train_and_test(tmp_path, folders, train, test):
     for n, name in enumerate(folders):
-        for i in range(10):
-            draw(tmp_path / "tree" / name / f"{i}.png", seed=10 * n + i)
-    build = functools.partial(folder.build, tmp_path, path=tmp_path / "tree", size=4)
-    found = {split: values(build(split)) for split in ("train", "test")}
+        for i in range(5):
+            draw(tmp_path / name / f"{i}.png", seed=10 * n + i)
+    found = {split: values(images_of(tmp_path, split)) for split in ("train", "test")}
     parts = {s: {folders[v // 10] for v in vs} for s, vs in found.items()}
     assert parts["train"] == train and parts["test"] <= test
     assert not set(found["train"]) & set(found["test"])
-    assert len(found["train"] + found["test"]) == 10 * len(train | test)
+    assert len(found["train"] + found["test"]) == 5 * len(train | test)
 
 
-def test_folder_test_without_train_is_whole(tmp_path):
-    draw(tmp_path / "test" / "a.png", seed=1)
-    with pytest.raises(UserError, match="no image in"):
-        folder.build(tmp_path, "train", path=tmp_path, size=4)
-    draw(tmp_path / "b.png", seed=2)
-    assert values(folder.build(tmp_path, "train", path=tmp_path, size=4)) == [2]
-    assert values(folder.build(tmp_path, "test", path=tmp_path, size=4)) == [1]
-
-
-def damaged_tree(root):
-    grow(root / "train")
-    draw(root / "test" / "t.png")
-    (root / "train" / "003.png").write_bytes(b"")
-    (root / "train" / "005.png").write_text("not an image")
-    whole = io.BytesIO()
-    Image.fromarray(noise(50, 50, 3)).save(whole, "JPEG")
-    (root / "train" / "007.jpg").write_bytes(whole.getvalue()[:1000])
-    (root / "train" / "gone.png").symlink_to(root / "nowhere.png")
-    return root
+@pytest.mark.parametrize(
+    "make, size, message",
+    [
+        (lambda p: None, 4, r"data.path: .*tree is no folder"),
+        (lambda p: p.write_text(""), 4, r"data.path: .*tree is not a folder"),
+        (lambda p: p.mkdir(), 4, r"data.path: there is no image in .*tree \(looked for .png"),
+        (lambda p: (p / "train").mkdir(parents=True), 4, r"no image in .*tree/train"),
+        (lambda p: draw(p / "test" / "a.png"), 4, r"no image in .*tree \("),
+        (lambda p: draw(p / "a.png"), 4, r"data.path: .*one image, which cannot be split"),
+        (grow, 0, r"data.size is 0"),
+    ],
+)
+def test_what_is_refused(tmp_path, make, size, message):
+    make(tmp_path / "tree")
+    with pytest.raises(UserError, match=message):
+        images_of(tmp_path / "tree", size=size)
 
 
 @pytest.mark.parametrize("resize", ["crop", "stretch", "exact"])
 def test_images_that_are_enlarged_are_counted(resize, tmp_path, caplog):
-    """In one warning each time, also where the cache is there. They are blurred."""
+    """In one warning each time, also if the cache is there. They are blurred."""
     sizes = [(8, 8)] * 3 if resize == "exact" else [(7, 20), (20, 7), (8, 20)]
     for index, size in enumerate(sizes):
         draw(tmp_path / f"{index}.png", size, seed=index)
     for _ in range(2):
         caplog.clear()
-        folder.build(tmp_path, "train", path=tmp_path, size=8, resize=resize).read()
+        images_of(tmp_path, size=8, resize=resize).read()
+        message = f"data.size: 2 of 3 images in {tmp_path} have a side of less than 8 pixels and"
         warnings = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
-        assert warnings == [
-            f"data.size: 2 of 3 images in {tmp_path} have a side of less than 8 pixels and are "
-            "enlarged"
-        ] * (resize != "exact")
+        assert warnings == [f"{message} are enlarged"] * (resize != "exact")
 
 
-def test_folder_names_and_counts_unreadable_files(tmp_path, caplog, decoded):
-    tree = damaged_tree(tmp_path / "tree")
+@pytest.mark.parametrize("resize", ["crop", "exact"])
+def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch, caplog, decoded, resize):
+    """A pipe or a device is not waited for."""
+    train = grow(tmp_path / "train")
+    draw(tmp_path / "test" / "t.png")
+    (train / "003.png").write_bytes(b"")
+    (train / "005.png").write_text("not an image")
+    (train / "007.jpg").write_bytes(encoded(noise(3, 12, 12), "JPEG")[:-300])
+    (train / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(train / "pipe.png")
+    (train / "zero.png").symlink_to("/dev/zero")
     for start in ("first", "second"):
         caplog.clear()
-        images = folder.build(tmp_path, "train", path=tree, size=4)
+        images = images_of(tmp_path, size=12, resize=resize)
         assert values(images) == [i for i in range(20) if i not in (3, 5)]
-        assert "4 of 22 train images" in caplog.text, start
-        for name in ("003.png", "005.png", "007.jpg", "gone.png"):
+        assert f"6 of 24 train images in {tmp_path}" in caplog.text, start
+        for name in ("003.png", "005.png", "007.jpg", "gone.png", "pipe.png", "zero.png"):
             assert f"train/{name}: " in caplog.text
-        assert str(tree) in caplog.text
-    assert len(decoded) == 22  # the second start remembered them
-    assert "t.png" not in caplog.text
+        assert caplog.text.count("not a regular file") == 2 and "t.png" not in caplog.text
+    assert decoded.call_count == 24  # the second start remembered them
+    monkeypatch.setattr(cache, "LISTED", 4)
+    caplog.clear()
+    images.read()
+    assert caplog.text.count("  train/") == 4 and "  and 2 more, see " in caplog.text
 
 
-def test_folder_with_no_readable_image(tmp_path):
+def test_only_unreadable_images(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("no")
     with pytest.raises(UserError, match=r"no image in .* can be read \(\d.png: cannot identify"):
-        folder.build(tmp_path, "train", path=tmp_path, size=4).read()
-    assert not list(Path(os.environ["FLOWTRAIN_CACHE"]).rglob("*.npy"))
+        images_of(tmp_path).read()
+    assert not caches()
 
 
-def test_folder_decodes_once(tmp_path, decoded):
-    tree = grow(tmp_path / "tree")
-    before = sorted(p for p in tree.rglob("*"))
+def test_images_are_decoded_once(tree, decoded):
+    before = sorted(tree.rglob("*"))
 
-    def start(size=4, **options):
-        decoded.clear()
-        images = folder.build(tmp_path, "train", path=tree, size=size, **options)
-        assert not decoded, "build decodes nothing"
-        return values(images), len(decoded)
+    def start(**options):
+        decoded.reset_mock()
+        images = images_of(tree, **options)
+        assert not decoded.called, "build decodes nothing"
+        return values(images), decoded.call_count
 
     first, count = start()
     assert (len(first), count) == (18, 20) and start() == (first, 0)
-    assert sorted(p for p in tree.rglob("*")) == before, "nothing is written into the user's tree"
+    assert sorted(tree.rglob("*")) == before, "nothing is written into the user's tree"
     for options in ({"size": 5}, {"channels": 1}, {"resize": "stretch"}):
         assert start(**options)[1] == 20
     changed = tree / f"{first[0]:03}.png"
@@ -240,225 +237,145 @@ def test_folder_decodes_once(tmp_path, decoded):
     os.utime(changed, ns=(time_ + 1, time_ + 1))
     assert start()[1] == 20, "a file's size counts"
     draw(tree / "new.png", seed=100)
-    assert start()[1] == 20 + 1, "a new file counts"
-
-
-def test_folder_caches_of_two_folders_are_apart(tmp_path):
-    for name, seed in (("a", 10), ("b", 20)):  # as from an archive that sets every time to 0
-        draw(tmp_path / name / "test" / "0.bmp", seed=seed)
-        os.utime(tmp_path / name / "test" / "0.bmp", (0, 0))
-        images = folder.build(tmp_path, "test", path=tmp_path / name, size=4)
-        assert values(images) == [seed]
-
-
-def caches():
-    return list(Path(os.environ["FLOWTRAIN_CACHE"], "folder").iterdir())
-
-
-def pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def npy_header(shape):
-    buffer = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
+    assert start()[1] == 21, "a new file counts"
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "function, error, expected",
     [
-        lambda c: cut(c / "images.npy"),
-        lambda c: (c / "images.npy").write_bytes(b""),
-        lambda c: (c / "images.npy").unlink(),
-        lambda c: (c / "index.json").write_text('{"count"'),
-        lambda c: (c / "index.json").write_text('{"count": 5, "unreadable": {}}'),
-        lambda c: (c / "index.json").write_text('{"count": 20, "unreadable": "text"}'),
-        lambda c: (c / "index.json").write_text('{"count": 19, "unreadable": {"other": "why"}}'),
-        lambda c: (c / "index.json").write_text("[" * 100_000),
-        lambda c: (c / "images.npy").write_bytes(npy_header((10**6, 1, 10**6))),
-        lambda c: pipe(c / "index.json"),
-        lambda c: pipe(c / "images.npy"),
-        lambda c: (c / "index.json").unlink(),
+        ((os, "fsync"), KeyboardInterrupt(), KeyboardInterrupt),
+        ((os, "fsync"), OSError(errno.ENOSPC, "No space left on device"), RunError),
+        ((base, "decode"), OSError(errno.EIO, "Input/output error"), RunError),
     ],
 )
-def test_folder_rebuilds_a_damaged_cache(tmp_path, decoded, damage):
-    tree = grow(tmp_path / "tree")
-    images = folder.build(tmp_path, "train", path=tree, size=4)
-    first = values(images)
-    [cache] = caches()
-    damage(cache)
-    decoded.clear()
-    assert values(images) == first and len(decoded) == 20
-    assert values(images) == first and len(decoded) == 20, "the new one is used"
-    assert caches() == [cache]
-
-
-def test_folder_interrupted(tmp_path, monkeypatch, decoded):
+def test_an_interruption_or_a_failing_disk_leaves_nothing(
+    tree, monkeypatch, function, error, expected
+):
     monkeypatch.setattr(cache, "CHUNK", 4)
-    images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
+    images = images_of(tree)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(*function, mock.Mock(side_effect=error))
+        with pytest.raises(expected, match=getattr(error, "strerror", None)):
             images.read()
     assert not caches()
     assert len(values(images)) == 18 and len(caches()) == 1
 
 
-READER = """
-import hashlib, sys, time
-from pathlib import Path
-from flowtrain.datasets import base, cache, folder
-decode = base.decode
-def slow(*args):
-    print("decoding", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return decode(*args)
-base.decode = slow
-images = folder.build(Path(), "train", path=Path(sys.argv[1]), size=4)
-pixels = images.read()[images.rows()]
-print(hashlib.sha256(pixels.tobytes()).hexdigest())
-"""
+def start_reader(tree, seconds, out):
+    """Starts a process that takes so long for each image, and writes all of them to a file."""
+    decode = base.decode
+
+    def slow(*args):
+        out.with_suffix(".started").touch()
+        time.sleep(seconds)
+        return decode(*args)
+
+    def read():
+        base.decode = slow
+        images = images_of(tree)
+        np.save(out, images.read()[images.rows()])
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    return process
 
 
-def reader(tree, seconds):
-    return subprocess.Popen(
-        [sys.executable, "-c", READER, str(tree), str(seconds)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-    )  # fmt: skip
-
-
-def test_folder_killed_midway_and_built_twice_at_once(tmp_path, decoded):
+@pytest.mark.run
+def test_killed_midway_and_built_twice_at_once(tmp_path, decoded):
     tree = grow(tmp_path / "tree", 100)
-    killed = reader(tree, 0.2)
-    assert killed.stdout.readline() == "decoding\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed = start_reader(tree, 0.2, tmp_path / "killed.npy")
+    with within(60, "the first image") as expired:
+        while not (tmp_path / "killed.started").exists():
+            expired()
+    killed.kill()
+    killed.join()
     [left] = caches()
     assert left.name.endswith(".tmp")
-    os.utime(left, (0, 0))
-    for file in left.iterdir():
-        os.utime(file, (0, 0))  # long ago: the next start removes it
-
-    both = [reader(tree, 0.02) for _ in range(2)]
-    ends = [process.communicate(timeout=30) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    sums = {out.split()[-1] for out, _ in ends}
-    assert all(out.count("decoding") == 100 for out, _ in ends), "both found no cache"
-    pixels = check(folder.build(tmp_path, "train", path=tree, size=4), 90)
-    assert sums == {hashlib.sha256(pixels.tobytes()).hexdigest()}
-    assert not decoded and len(caches()) == 1
-
-
-def test_folder_full_disk(tmp_path, monkeypatch):
-    images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
-
-    def full(number):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match="No space left"):
-        images.read()
-    assert not caches()
+    for path in (left, *left.iterdir()):
+        os.utime(path, (0, 0))  # long ago: the next start removes it
+    both = [start_reader(tree, 0.02, tmp_path / f"{i}.npy") for i in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    pixels = check(images_of(tree), 90)
+    for i in range(2):
+        assert (tmp_path / f"{i}.started").exists(), "both found no cache"
+        assert np.array_equal(np.load(tmp_path / f"{i}.npy"), pixels)
+    assert not decoded.called and len(caches()) == 1
 
 
-def test_folder_cache_place(tmp_path, monkeypatch):
-    images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "file"))
+def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
+    images = images_of(tree)
+    recent = cache.place() / "folder" / "other.tmp"
+    recent.mkdir(parents=True)  # perhaps of a process that is alive
+    images.read()
+    assert recent.exists()
+    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tree / "000.png"))
     with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
         images.read()
     monkeypatch.delenv("FLOWTRAIN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    images.read()
-    assert list((tmp_path / "xdg" / "flowtrain").rglob("images.npy"))
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    images.read()
-    assert list((tmp_path / "home" / ".cache" / "flowtrain").rglob("images.npy"))
-
-
-def test_folder_a_failing_disk_is_not_an_unreadable_image(tmp_path, monkeypatch):
-    def failing(*args):
-        raise OSError(errno.EIO, "Input/output error")
-
-    images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
-    monkeypatch.setattr(base, "decode", failing)
-    with pytest.raises(RunError, match="Input/output error"):
+    for variable, place in (("XDG_CACHE_HOME", "flowtrain"), ("HOME", ".cache/flowtrain")):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
         images.read()
+        assert list((tmp_path / variable / place).rglob("images.npy"))
+        monkeypatch.delenv(variable)
 
 
-def test_folder_progress(tmp_path, monkeypatch, caplog, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    images = folder.build(tmp_path, "train", path=grow(tmp_path / "tree"), size=4)
+def test_progress(tree, monkeypatch, caplog, capsys):
     caplog.set_level(logging.INFO, "flowtrain")
-    screen = Terminal()
+    screen = io.StringIO()
+    screen.isatty = lambda: True
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", screen)
-        images.read()
+        images_of(tree).read()
     assert "decoding" in screen.getvalue()
-    shutil.rmtree(caches()[0])
-    images.read()
-    assert "decoding 20 images" in caplog.text
-    assert capsys.readouterr() == ("", "")
-
-
-def test_folder_follows_links_once(tmp_path):
-    grow(tmp_path / "real" / "train", 3)
-    draw(tmp_path / "tree" / "test" / "t.png")
-    (tmp_path / "tree" / "train").symlink_to(tmp_path / "real" / "train")
-    (tmp_path / "real" / "train" / "round").symlink_to(tmp_path / "real" / "train")
-    assert values(folder.build(tmp_path, "train", path=tmp_path / "tree", size=4)) == [0, 1, 2]
+    images_of(tree, size=5).read()
+    assert "decoding 20 images" in caplog.text and capsys.readouterr() == ("", "")
 
 
 # --- the list of a large tree ---------------------------------------------------------------------
 
 
 def settle(tree):
-    """Makes the last change of every folder one of long ago."""
-    for here, _, _ in os.walk(tree):
-        os.utime(here, (10**9, 10**9))
+    """Makes the last change of every folder and file one of long ago."""
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (10**9, 10**9))
 
 
 def lists():
-    return list(Path(os.environ["FLOWTRAIN_CACHE"], "lists").glob("*"))
+    return list((cache.place() / "lists").glob("*"))
+
+
+def listed(tree):
+    return [file.name for file in folder.files_of(tree, "")]
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A tree with a folder in it."""
+    grow(tmp_path / "large" / "inner", 5)
+    return grow(tmp_path / "large", 5)
 
 
 @pytest.fixture
 def walks(monkeypatch):
-    """How often a tree is listed. Trees of any size count as large."""
+    """Counts the listings of a tree. Trees of any size count as large."""
     monkeypatch.setattr(folder, "LARGE", 0)
-    calls = []
-    walk = os.walk
-
-    def counted(*args, **options):
-        calls.append(args)
-        return walk(*args, **options)
-
-    monkeypatch.setattr(folder.os, "walk", counted)
-    return calls
+    monkeypatch.setattr(folder, "_listed", mock.Mock(wraps=folder._listed))
+    return folder._listed
 
 
-def tree_of_two(tmp_path):
-    """A tree with a folder in it, and a function that gives its images."""
-    tree = grow(tmp_path / "tree", 5)
-    grow(tree / "inner", 5)
-    return tree, lambda: [file.name for file in folder.files_of(tree, "")]
-
-
-def test_a_large_tree_is_listed_once(tmp_path, walks):
-    tree, names = tree_of_two(tmp_path)
-    settle(tree)
-    walks.clear()
-    first = names()
-    assert len(first) == 10 and first == names() and len(walks) == 1
-    images = folder.build(tmp_path, "train", path=tree, size=4)
-    assert len(values(images)) == 8 and len(walks) == 1  # equal images are held out together
+def test_a_large_tree_is_listed_once(large, walks, monkeypatch):
+    """But not one that has just changed, as it could change again without another time."""
+    assert listed(large) == listed(large) and walks.call_count == 2 and not lists()
+    settle(large)
+    walks.reset_mock()
+    first = listed(large)
+    assert len(first) == 10 and first == listed(large) and walks.call_count == 1
+    assert len(values(images_of(large))) == 8 and walks.call_count == 1  # equal images are held out
+    lists()[0].unlink()
+    monkeypatch.setattr(folder, "LARGE", 11)
+    assert listed(large) == first and not lists()
 
 
 @pytest.mark.parametrize(
@@ -474,33 +391,19 @@ def test_a_large_tree_is_listed_once(tmp_path, walks):
         lambda t: cut(lists()[0]),
     ],
 )
-def test_a_changed_tree_is_listed_again(tmp_path, walks, change):
-    tree, _ = tree_of_two(tmp_path)
-    settle(tree)
-    folder.files_of(tree, "")
+def test_a_changed_tree_is_listed_again(large, walks, change):
+    settle(large)
+    listed(large)
     [remembered] = lists()
-    change(tree)
-    walks.clear()
-    found = folder.files_of(tree, "")
-    assert len(walks) == 1
+    change(large)
+    walks.reset_mock()
+    found = folder.files_of(large, "")
+    assert walks.call_count == 1
     remembered.unlink(missing_ok=True)
-    assert found == folder.files_of(tree, "")
+    assert found == folder.files_of(large, "")
 
 
-def test_a_tree_that_has_just_changed_is_not_remembered(tmp_path, walks):
-    """Its folders could change again without another time."""
-    tree, names = tree_of_two(tmp_path)
-    walks.clear()
-    assert names() == names() and len(walks) == 2 and not lists()
-
-
-def test_a_small_tree_is_not_remembered(tmp_path):
-    tree, names = tree_of_two(tmp_path)
-    settle(tree)
-    assert names() and not lists()
-
-
-def test_one_of_several_processes_lists_first(tmp_path, walks, monkeypatch):
+def test_one_of_several_processes_lists_first(large, walks, monkeypatch):
     inside, stat = [], folder._file
 
     @contextlib.contextmanager
@@ -512,51 +415,11 @@ def test_one_of_several_processes_lists_first(tmp_path, walks, monkeypatch):
 
     monkeypatch.setattr(distributed, "main_process_first", main_process_first)
     monkeypatch.setattr(folder, "_file", lambda *args: inside[0] and stat(*args))
-    tree, names = tree_of_two(tmp_path)
-    settle(tree)
-    assert len(names()) == 10 and not inside
-
-
-@pytest.mark.parametrize(
-    "make, size, message",
-    [
-        (lambda p: None, 4, r"data.path: .*tree is no folder"),
-        (lambda p: p.write_text(""), 4, r"data.path: .*tree is not a folder"),
-        (lambda p: p.mkdir(), 4, r"data.path: there is no image in .*tree \(looked for .png"),
-        (lambda p: (p / "train").mkdir(parents=True), 4, r"no image in .*tree/train"),
-        (lambda p: draw(p / "a.png"), 4, r"data.path: .*one image, which cannot be split"),
-        (grow, 0, r"data.size is 0"),
-    ],
-)
-def test_folder_refuses(tmp_path, make, size, message):
-    make(tmp_path / "tree")
-    with pytest.raises(UserError, match=message):
-        folder.build(tmp_path, "train", path=tmp_path / "tree", size=size)
+    settle(large)
+    assert len(listed(large)) == 10 and not inside
 
 
 def test_a_tree_too_deep_for_this_python(tmp_path, monkeypatch):
-    def walk(*args, **kwargs):
-        raise RecursionError
-
-    monkeypatch.setattr(os, "walk", walk)
+    monkeypatch.setattr(os, "walk", mock.Mock(side_effect=RecursionError))
     with pytest.raises(UserError, match="data.path: .* has folders too deep to list"):
-        folder.build(tmp_path, "train", path=tmp_path, size=4)
-
-
-@pytest.mark.parametrize("policy", ["crop", "exact"])
-def test_only_regular_files_are_read(tmp_path, caplog, policy):
-    """A pipe or a device in the folder is left out, and not waited for."""
-    tree = grow(tmp_path / "tree")
-    os.mkfifo(tree / "pipe.png")
-    (tree / "zero.png").symlink_to("/dev/zero")
-    images = folder.build(tmp_path, "train", path=tree, size=12, channels=1, resize=policy)
-    assert len(images.read()) >= 16
-    test = folder.build(tmp_path, "test", path=tree, size=12, channels=1, resize=policy)
-    test.read()
-    assert caplog.text.count("not a regular file") == 2
-
-
-def test_a_pipe_is_no_image(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match="cannot be read as an image .*not a regular file"):
-        base.open_image(tmp_path / "pipe.png", (1, 8, 8), 256)
+        images_of(tmp_path)

@@ -1,6 +1,5 @@
 """Points: data sets, the likelihood in nats, densities that integrate to 1, commands."""
 
-import inspect
 import json
 import math
 
@@ -9,12 +8,12 @@ import pytest
 import torch
 from catalogue import POINTS, TINY, sets
 from cli_helpers import metrics, quick, summary
+from dataset_helpers import build
 from helpers import a_config, perturb, seeded
 from PIL import Image
 
 from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.config import Data, component
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import summarize
@@ -23,102 +22,72 @@ from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
 from flowtrain.pictures.draw import stages_of
 
-OF_IMAGES = {"glow", "causal", "tarflow", "jet"}
-OF_VECTORS = {name: options for name, options in TINY.items() if name not in OF_IMAGES}
-
-
-def build(name, split="train", **options):
-    return component(Data, name).build("", split, **options)
+OF_VECTORS = [name for name in TINY if name not in ("glow", "causal", "tarflow", "jet")]
 
 
 def points(name, split="train", **options):
-    return build(name, split, **options).read().reshape(-1, 2).astype(np.float64)
-
-
-def data_section(name="two_moons", **options):
-    return {"name": name, "count": 500, "test_count": 300, **options}
+    return build(name, "", split, **options).read().reshape(-1, 2).astype(np.float64)
 
 
 # --- the data sets --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", [*POINTS, "sphere"])
 def test_any_number_of_points_by_seed(name):
-    images = build(name, count=300, test_count=200)
-    assert (images.shape, images.levels, images.flip, images.labels) == (
-        (2, 1, 1),
-        None,
-        False,
-        None,
-    )
-    pixels = images.read()
-    assert (
-        pixels.dtype == np.float32 and pixels.shape == (300, 2, 1, 1) and pixels.flags.c_contiguous
-    )
-    assert np.array_equal(pixels, build(name, count=300).read())
-    test = build(name, "test", count=300, test_count=200).read()
-    assert len(test) == 200 and not np.isin(test, pixels).any()
-    assert not np.isin(build(name, seed=1, count=300).read(), pixels).any()
-    assert list(inspect.signature(component(Data, name).build).parameters)[2] == "seed"
+    def drawn(split="train", **options):
+        return build(name, "", split, count=300, test_count=200, **options).read()
+
+    images, dims = build(name, "", "train"), 3 if name == "sphere" else 2
+    assert (images.shape, images.levels, images.flip) == ((dims, 1, 1), None, False)
+    assert images.labels is None
+    pixels = drawn()
+    assert pixels.dtype == np.float32 and pixels.shape == (300, dims, 1, 1)
+    assert pixels.flags.c_contiguous and np.array_equal(pixels, drawn())
+    assert len(drawn("test")) == 200 and not np.isin(drawn("test"), pixels).any()
+    assert not np.isin(drawn(seed=1), pixels).any()
 
 
-def test_two_moons():
+@pytest.mark.parametrize(
+    "name, options, first, mean, std",
+    [
+        ("two_moons", {}, (-0.94646, 0.68113), (-0.00018, -0.00091), (0.86757, 0.49648)),
+        ("two_moons", {"noise": 0}, (-0.88341, 0.67358), (0, 0), (0.8666, 0.49379)),
+        ("rings", {}, (-2.42892, 0.33665), (-0.04149, 0.01353), (1.17766, 1.16775)),
+        ("spiral", {}, (2.01342, -0.46954), (0.00379, 0.04954), (1.59519, 1.54069)),
+        ("eight_gaussians", {}, (-1.69971, -0.4755), (-0.01251, -0.08114), (1.43974, 1.43073)),
+        ("pinwheel", {}, (-0.16927, 0.66472), (0.00147, -0.0361), (1.1096, 1.11755)),
+        ("pinwheel", {"arms": 3}, (-0.60725, 0.31899), (-0.0056, 0.00157), (1.11725, 1.11048)),
+        ("checkerboard", {}, (-0.08271, -0.50747), (-0.01474, -0.02241), (1.14243, 1.15903)),
+    ],
+)
+def test_points_are_as_ever(name, options, first, mean, std):
+    found = build(name, "", "train", count=1000, **options).read().reshape(-1, 2)
+    for value, expected in ((found[0], first), (found.mean(0), mean), (found.std(0), std)):
+        np.testing.assert_allclose(value, expected, atol=2e-5)  # five decimals, float32
+
+
+def test_shapes_of_the_densities():
     x, y = points("two_moons", noise=0).T + np.array([[0.5], [0.25]])
-    upper = np.abs(np.hypot(x, y) - 1) < 1e-5
-    lower = np.abs(np.hypot(x - 1, y - 0.5) - 1) < 1e-5
-    assert (upper | lower).all() and 0.45 < upper.mean() < 0.55
-    assert np.abs(points("two_moons", noise=0.1).mean(axis=0)).max() < 0.03
+    upper, lower = np.hypot(x, y), np.hypot(x - 1, y - 0.5)
+    assert np.minimum(np.abs(upper - 1), np.abs(lower - 1)).max() < 1e-5
+    ring = np.hypot(*points("rings", noise=0).T) / 0.6
+    assert set(np.round(ring)) == {1, 2, 3, 4} and np.abs(ring - ring.round()).max() < 1e-5
+    squares, counts = np.unique(np.floor(points("checkerboard")), axis=0, return_counts=True)
+    assert len(squares) == 8 and (squares.sum(axis=1) % 2 == 0).all() and counts.min() > 1100
+    angles = np.arctan2(*points("eight_gaussians", noise=0).T) / (np.pi / 4)
+    assert len(set(angles.round() % 8)) == 8 and np.abs(angles - angles.round()).max() < 1e-5
 
 
-def test_eight_gaussians():
-    found = points("eight_gaussians", noise=0.1)
-    angle = np.round(np.arctan2(found[:, 1], found[:, 0]) / (np.pi / 4))
-    centre = 2 * np.stack([np.cos(angle * np.pi / 4), np.sin(angle * np.pi / 4)], axis=1)
-    assert np.std(found - centre) == pytest.approx(0.1, rel=0.03)
-    assert (np.unique(angle % 8, return_counts=True)[1] > 1000).all()
+def test_options_of_images():
+    def section(**options):
+        return a_config("nice", data={"name": "two_moons", **options}).data
 
-
-def test_checkerboard():
-    found = points("checkerboard")
-    assert found.min() >= -2 and found.max() <= 2
-    squares, counts = np.unique(np.floor(found), axis=0, return_counts=True)
-    assert len(squares) == 8 and (squares.sum(axis=1) % 2 == 0).all()
-    assert counts.min() > 1100
-
-
-def test_rings():
-    radius = np.hypot(*points("rings", noise=0.01).T)
-    ring = np.round(radius / 0.6)
-    assert set(ring) == {1, 2, 3, 4} and np.abs(radius - 0.6 * ring).max() < 0.06
-
-
-def test_spiral():
-    x, y = points("spiral", noise=0).T
-    radius = np.hypot(x, y)
-    turned = np.arctan2(y, -x) - 3 * radius  # the angle of the arm, for both
-    arm = np.round(turned / np.pi)
-    assert np.abs(turned - arm * np.pi).max() < 1e-4 and radius.max() <= np.pi
-    assert 0.45 < (arm % 2).mean() < 0.55
-
-
-@pytest.mark.parametrize("arms", [3, 5])
-def test_pinwheel(arms):
-    found = points("pinwheel", arms=arms)
-    step = 2 * np.pi / arms
-    turn = np.array([[np.cos(step), -np.sin(step)], [np.sin(step), np.cos(step)]])
-    turned = found @ turn.T  # by one arm: the same distribution
-    for power in (1, 2):
-        np.testing.assert_allclose(
-            (turned**power).mean(axis=0), (found**power).mean(axis=0), atol=0.08
-        )
-    assert np.abs(found.mean(axis=0)).max() < 0.05
-
-
-def test_points_have_nothing_to_augment():
     with pytest.raises(UserError, match="data.flip: two_moons has no images"):
-        DataSet(a_config("nice", data=data_section(flip=True)).data)
+        DataSet(section(flip=True))
+    with pytest.raises(UserError, match="data.shift: two_moons has no images"):
+        DataSet(section(shift=1))
     with pytest.raises(UserError, match="data.n_bits: two_moons has real values"):
-        DataSet(a_config("nice", data=data_section(n_bits=5)).data)
+        DataSet(section(n_bits=5))
     with pytest.raises(UserError, match="dequantization: real-valued"):
         build_flow(a_config("nice", dequantization={"transform": "logit"}), (2, 1, 1), None)
 
@@ -126,34 +95,35 @@ def test_points_have_nothing_to_augment():
 # --- the likelihood -------------------------------------------------------------------------------
 
 
-def a_flow(model, seed=0, scale=0.2):
-    config = a_config(model, data=data_section("eight_gaussians"))
-    flow = perturb(build_flow(config, (2, 1, 1), None), scale, seed)
-    x = DataSet(config.data).split("train").take(slice(0, 200))
+def a_flow(model, name="eight_gaussians"):
+    config = a_config(model, data={"name": name, "count": 500, "test_count": 300})
+    flow = perturb(build_flow(config, (2, 1, 1), None))
+    data = DataSet(config.data)
+    x = data.split("train").take(slice(0, 200))
     initialize(flow, x, torch.zeros_like(x))
-    return flow
+    return flow, data
 
 
 # slow: in test_continuous.py
 @pytest.mark.parametrize("model", [name for name in OF_VECTORS if name != "cnf"])
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.run  # takes long
-def test_the_density_integrates_to_one(model, seed):
-    flow = a_flow(model, seed).double()
+def test_the_density_integrates_to_one(model):
+    flow = a_flow(model)[0].double()
     cells, area = draw.mesh(flow, (-15, 15, -15, 15), 500)
     with torch.no_grad():
         total = sum(flow.log_prob(part).exp().sum() for part in cells.split(50_000)) * area
     assert total.item() == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("model", OF_VECTORS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.run] * (name == "cnf")) for name in OF_VECTORS]
+)
 def test_floats_in_and_floats_out(model):
-    flow = a_flow(model)
+    flow, _ = a_flow(model)
     assert (flow.levels, flow.kind.unit) == (None, "nats")
     x = flow.sample(20, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (20, 2, 1, 1)
-    back = flow.decode(flow.encode(x))
-    torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(flow.decode(flow.encode(x)), x, atol=1e-4, rtol=1e-4)
     log_prob = flow.log_prob(x)
     assert log_prob.shape == (20,) and torch.equal(log_prob, flow.log_prob(x, seeded(1)))
     with pytest.raises(ValueError, match="real numbers"):
@@ -163,23 +133,20 @@ def test_floats_in_and_floats_out(model):
 
 
 def test_the_result_is_in_nats():
-    flow = a_flow("nice").eval().requires_grad_(False)
-    split = DataSet(a_config("nice", data=data_section("rings")).data).split("test")
-    scores = score(flow, split, batch_size=37)
+    flow, data = a_flow("nice", "rings")
+    split = data.split("test")
+    scores = score(flow.eval().requires_grad_(False), split, batch_size=37)
     expected = flow.log_prob(split.take(slice(None))).double()
     torch.testing.assert_close(scores.log_prob, expected, rtol=1e-5, atol=1e-5)
     result = summarize(scores, flow)
-    assert (result["bits_per_dim"], result["bits_per_dim_stderr"], result["bound"]) == (
-        None,
-        None,
-        "exact",
-    )
+    assert result["bits_per_dim"] is result["bits_per_dim_stderr"] is None
+    assert result["bound"] == "exact"
     assert result["nats_per_image"] == pytest.approx(-expected.mean().item())
     assert result["nats_per_image_stderr"] == pytest.approx(expected.std().item() / math.sqrt(300))
 
 
 def test_layer_by_layer_from_the_base_to_the_data():
-    flow = a_flow("realnvp")
+    flow, _ = a_flow("realnvp")
     z = flow.draw_latents(10, seeded())
     stages = stages_of(flow.bijection, z)
     # eight couplings with an ActNorm each, and Flatten
@@ -191,91 +158,55 @@ def test_layer_by_layer_from_the_base_to_the_data():
 
 # --- the commands ---------------------------------------------------------------------------------
 
-RUN = [
-    *sets(
-        data__name="two_moons",
-        data__count=600,
-        data__test_count=300,
-        model__name="realnvp",
-        model__levels=1,
-    )
-]
-RUN += sets(
-    model__width=16, model__blocks=1, train__num_steps=300, train__batch_size=128, train__lr=5e-3
-)
-RUN += sets(
-    train__log_every=20,
-    train__validate_every=100,
-    train__checkpoint_every=100,
-    train__sample_every=300,
-)
+MODEL = sets(model__name="realnvp", model__levels=1, model__width=16, model__blocks=1)
+MODEL += sets(train__batch_size=128, train__lr=5e-3, train__validate_every=100)
+RUN = sets(data__name="two_moons", data__count=600, data__test_count=300) + MODEL
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("points")
-    done = quick("train", *RUN, "--run-dir", "r", cwd=folder).ok()
-    assert (
-        "540 images to train on, 60 to validate, 2x1x1, real values" in done.out
-        and "nats" in done.out
-    )
-    return folder / "r"
+@pytest.mark.run
+def test_commands_on_points(tmp_path):
+    def run(*words):
+        return quick(*words, cwd=tmp_path).ok()
 
-
-def test_training(run):
-    rows = metrics(run)
+    training = sets(train__num_steps=300, train__log_every=20, train__sample_every=300)
+    done = run("train", *RUN, *training, "--run-dir", "r")
+    assert "540 images to train on, 60 to validate, 2x1x1, real values" in done.out
+    assert "nats" in done.out
+    rows, written = metrics(tmp_path / "r"), summary(tmp_path / "r")
     train = [row for row in rows if row["split"] == "train"]
     assert all(row["bits_per_dim"] is None for row in rows)
     assert train[0]["loss"] - train[-1]["loss"] > 0.3
-    written = summary(run)
     assert written["best_validation_bits_per_dim"] is None
-    assert written["best_validation_loss"] == min(
-        row["loss"] for row in rows if row["split"] == "validation"
-    )
-    (picture,) = (run / "samples").iterdir()
+    validation = [row["loss"] for row in rows if row["split"] == "validation"]
+    assert written["best_validation_loss"] == min(validation)
+    (picture,) = (tmp_path / "r" / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
 
-
-def test_evaluation(run, tmp_path):
-    done = quick("evaluate", run, "--json", "-", "--scores", "s.csv", cwd=tmp_path).ok()
-    result = json.loads(done.out)
-    assert (
-        result["levels"] is None and result["bits_per_dim"] is None and result["num_images"] == 300
-    )
-    assert result["nats_per_image"] < 1.5 and result["max_reconstruction_error"] < 1e-4
+    result = json.loads(run("evaluate", "r", "--json", "-", "--scores", "s.csv").out)
+    assert result["levels"] is None and result["bits_per_dim"] is None
+    assert result["num_images"] == 300 and result["nats_per_image"] < 1.5
+    assert result["max_reconstruction_error"] < 1e-4
     first = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")
-    assert first[:2] == ["0", ""] and float(first[3]) + float(first[4]) == pytest.approx(
-        float(first[2])
-    )
+    assert first[:2] == ["0", ""]
+    assert float(first[3]) + float(first[4]) == pytest.approx(float(first[2]))
+    # Other points have their own options.
+    other = json.loads(run("evaluate", "r", "--data", "eight_gaussians", "--json", "-").out)
+    assert other["num_images"] == 10_000
 
-
-def test_samples_and_paths(run, tmp_path):
-    quick(
-        "sample",
-        run,
-        "--num-images",
-        50,
-        "--temperature",
-        0.5,
-        "--temperature",
-        1,
-        "--out",
-        "s.npz",
-        cwd=tmp_path,
-    ).ok()
+    temperatures = ["--temperature", 0.5, "--temperature", 1]
+    run("sample", "r", "--num-images", 50, *temperatures, "--out", "s.npz")
     drawn = np.load(tmp_path / "s.npz")
-    assert (
-        drawn["images"].shape == (100, 1, 1, 2)
-        and drawn["images"].dtype == np.float32
-        and "levels" not in drawn
-    )
-    assert drawn["images"][:50].std() < drawn["images"][50:].std()
+    images = drawn["images"]
+    assert images.shape == (100, 1, 1, 2) and images.dtype == np.float32 and "levels" not in drawn
+    assert images[:50].std() < images[50:].std()
     for command, name in [("sample", "s.png"), ("interpolate", "i.png"), ("interpolate", "i.gif")]:
-        quick(command, run, "--out", name, cwd=tmp_path).ok()
+        run(command, "r", "--out", name)
         with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 500
-    with Image.open(tmp_path / "i.gif") as animation:
-        assert animation.n_frames == 14
+            assert min(picture.size) > 500 and getattr(picture, "n_frames", 1) in (1, 14)
+    assert "parameters: " in run("train", *RUN, "--dry-run").out
+    short = sets(data__validation=0, train__num_steps=2, train__sample_every=1)
+    run("train", *RUN, *short, "--run-dir", "short")
+    assert len(list((tmp_path / "short" / "samples").iterdir())) == 2
 
 
 OWN_DATA = """
@@ -288,29 +219,14 @@ def build(root, split, *, seed: int = 0, dims: int = 5):
 """
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("dims", [3, 5])
 def test_data_of_ones_own_without_a_picture(dims, tmp_path):
-    (tmp_path / "own.py").write_text(OWN_DATA)
-    options = [*sets(data__name="own.points", data__dims=dims), *RUN[6:]]
     (tmp_path / "own").mkdir()
-    (tmp_path / "own.py").rename(tmp_path / "own" / "points.py")
+    (tmp_path / "own" / "points.py").write_text(OWN_DATA)
+    options = [*sets(data__name="own.points", data__dims=dims), *MODEL]
     options += sets(train__num_steps=2, train__batch_size=8, train__sample_every=1)
     done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     assert done.out.count("no picture of samples") == 2 and summary(tmp_path / "r")["finished"]
     quick("sample", "r", "--trust-code", cwd=tmp_path).failed(2, "only .npz files")
     quick("sample", "r", "--trust-code", "--out", "s.npz", cwd=tmp_path).ok()
-
-
-def test_pictures_without_validation(tmp_path):
-    options = sets(data__validation=0, train__num_steps=2, train__sample_every=1)
-    quick("train", *RUN, *options, "--run-dir", "r", cwd=tmp_path).ok()
-    assert len(list((tmp_path / "r" / "samples").iterdir())) == 2
-
-
-def test_other_points_have_their_own_options(run, tmp_path):
-    done = quick("evaluate", run, "--data", "eight_gaussians", "--json", "-", cwd=tmp_path).ok()
-    assert json.loads(done.out)["num_images"] == 10_000  # and not the 300 of the model's data set
-
-
-def test_a_dry_run(tmp_path):
-    assert "parameters: " in quick("train", *RUN, "--dry-run", cwd=tmp_path).ok().out

@@ -32,9 +32,6 @@ def test_memory_limits_of_control_groups(tmp_path):
     limit(mount, 500, used=600)
     assert list(map(capacity._of_the_group, capacity._control_groups(mount, own))) == [0]
     assert capacity._control_groups(mount, tmp_path / "nothing") == []
-
-
-def test_the_memory_of_the_machine():
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
 
 
@@ -64,9 +61,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(capacity, "left", lambda device: 2**30)
     capacity.require(2**30, "--num-images 5: they need")
     for needed in (2**31, 10**400):
-        with pytest.raises(
-            UserError, match=r"need at least [\d,]+\.0 GiB, and 1\.0 GiB are available"
-        ):
+        with pytest.raises(UserError, match=r"need at least [\d,]+\.0 GiB, and 1\.0 GiB are avail"):
             capacity.require(needed, "--num-images 6: they need")
 
 
@@ -89,15 +84,12 @@ def test_what_autograd_keeps():
     with torch.no_grad():
         assert capacity.kept(lambda: squares(3)) == 0
 
-
-def test_the_gradient_is_right_while_it_is_counted():
-    """A continuous flow asks for one within its forward pass."""
-    x = torch.tensor([2.0], requires_grad=True)
-    found = []
+    # The gradient is right meanwhile: a continuous flow needs one within its forward pass.
+    y, found = torch.tensor([2.0], requires_grad=True), []
 
     def run():
-        (slope,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
-        found.extend(torch.autograd.grad(slope.sum(), x))
+        (slope,) = torch.autograd.grad((y**3).sum(), y, create_graph=True)
+        found.extend(torch.autograd.grad(slope.sum(), y))
 
     capacity.kept(run)
     assert found[0].item() == 12

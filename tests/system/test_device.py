@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from flowtrain.errors import UserError
 from flowtrain.system import device as devices
 from flowtrain.system import distributed, nvidia, torchrun
 
-H100 = types.SimpleNamespace
-BUILT = ["sm_80", "sm_90"]
+EXPECTED = ": expected auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
+NONE = "this machine, or this build of torch, has no"
 
 
 @pytest.fixture
@@ -29,11 +30,13 @@ def machine(monkeypatch):
             monkeypatch.setattr(module, "device_count", lambda count=count: count)
             monkeypatch.setattr(module, "set_device", chosen.append)
             monkeypatch.setattr(
-                module, "get_device_properties", lambda i: H100(uuid=f"GPU-{first_uuid + i}")
+                module,
+                "get_device_properties",
+                lambda i: types.SimpleNamespace(uuid=f"GPU-{first_uuid + i}"),
             )
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: BUILT)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps > 0)
         monkeypatch.setattr(nvidia, "find", lambda: unusable)
         monkeypatch.setattr(nvidia, "in_container", lambda: False)
@@ -48,138 +51,94 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "there, expected",
+    "there, name, expected",
     [
-        ({}, "cpu"),
-        ({"cuda": 2}, "cuda"),
-        ({"xpu": 1}, "xpu"),
-        ({"mps": 1}, "mps"),
-        ({"cuda": 1, "xpu": 1, "mps": 1}, "cuda"),
-        ({"xpu": 1, "unusable": nvidia.Found(1, "470.1")}, "xpu"),
+        ({}, "auto", "cpu"),
+        ({"cuda": 2}, "auto", "cuda"),
+        ({"xpu": 1}, "auto", "xpu"),
+        ({"mps": 1}, "auto", "mps"),
+        ({"cuda": 1, "xpu": 1, "mps": 1}, "auto", "cuda"),
+        ({"xpu": 1, "unusable": nvidia.Found(1, "470.1")}, "auto", "xpu"),
+        ({"cuda": 2}, "cpu", "cpu"),
+        *[({"cuda": 2, "xpu": 2}, name, name) for name in ("cuda", "cuda:1", "xpu", "xpu:1")],
+        ({"cuda": 2, "mps": 1}, "mps", "mps"),
     ],
 )
-def test_auto(machine, there, expected):
+def test_the_device_of_a_name(machine, there, name, expected):
     machine(**there)
-    assert devices.resolve("auto") == torch.device(expected)
-    assert devices.resolve("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "xpu", "xpu:1", "mps"])
-def test_named(machine, name):
-    machine(cuda=2, xpu=2, mps=1)
-    assert devices.resolve(name) == torch.device(name)
+    assert devices.resolve(name) == torch.device(expected)
     # float32 stays float32 in convolutions, too.
-    assert torch.backends.cudnn.allow_tf32 is not name.startswith("cuda")
+    assert torch.backends.cudnn.allow_tf32 is not expected.startswith("cuda")
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "there, name, message",
     [
-        ("gpu", "--device gpu: expected auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
-        ("mps:0", "--device mps:0: expected auto"),
-        ("auto:0", "--device auto:0: expected auto"),
-        ("cuda:", "--device cuda:: expected auto"),
-        ("cuda", "--device cuda: this machine, or this build of torch, has no CUDA device; use "),
-        ("cuda:7", "has no CUDA device; use --device cpu"),
-        ("xpu", "has no XPU device; use --device cpu"),
-        ("mps", "has no MPS device; use --device cpu"),
+        *[({}, name, EXPECTED) for name in ("gpu", "mps:0", "auto:0", "cuda:")],
+        *[({}, name, f"{NONE} CUDA device; use --device cpu") for name in ("cuda", "cuda:7")],
+        *[({}, name, f"{NONE} {name.upper()} device; use --device cpu") for name in ("xpu", "mps")],
+        ({"cuda": 2}, "cuda:2", "there are 2 CUDA devices, numbered from 0"),
+        ({"xpu": 1}, "xpu:1", "there are 1 XPU devices, numbered from 0"),
+        # A GPU is never left unused in silence. Who wants the CPU can have it.
+        *[({"unusable": nvidia.Found(1)}, name, "1 GPU, bad driver") for name in ("auto", "cuda")],
+        *[({"cuda": 1, "capability": (7, 0)}, name,
+           r"has no code for H100 .sm_70., only for sm_80 sm_90") for name in ("auto", "cuda")],
     ],
-)
-def test_what_is_not_there(machine, name, message):
-    with pytest.raises(UserError) as raised:
-        devices.resolve(name)
-    assert message in str(raised.value)
-
-
-def test_a_number_that_is_too_high(machine):
-    machine(cuda=2, xpu=1)
-    for name, count in [("cuda:2", "2 CUDA"), ("xpu:1", "1 XPU")]:
-        with pytest.raises(UserError, match=f"{name}: there are {count} devices, numbered from 0"):
-            devices.resolve(name)
-
-
-def test_a_container_that_was_given_no_gpus(machine, monkeypatch):
-    monkeypatch.setattr(nvidia, "in_container", lambda: True)
-    with pytest.raises(UserError, match="no CUDA device .docker run --gpus all gives"):
-        devices.resolve("cuda")
-    assert devices.resolve("auto") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-def test_a_gpu_that_torch_cannot_use(machine, name, monkeypatch):
-    """It is never left unused in silence. Who wants the CPU can have it."""
-    machine(unusable=nvidia.Found(1, "470.1"))
+)  # fmt: skip
+def test_devices_that_are_not_there(machine, there, name, message, monkeypatch):
     monkeypatch.setattr(nvidia, "why_unusable", lambda found: f"{found.count} GPU, bad driver")
-    with pytest.raises(UserError) as raised:
+    machine(**there)
+    with pytest.raises(UserError, match=f"^--device {name}: .*{message}|{name}{message}") as raised:
         devices.resolve(name)
-    assert f"--device {name}: 1 GPU, bad driver" in str(raised.value)
-    assert "--device cpu" in str(raised.value) and "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "unusable" not in there or "--device cpu" in str(raised.value)
     assert devices.resolve("cpu") == torch.device("cpu")
 
 
-def test_a_gpu_that_this_build_of_torch_has_no_code_for(machine, monkeypatch):
+def test_containers_rocm_and_warnings(machine, monkeypatch, recwarn):
     machine(cuda=1, capability=(7, 0))
-    for name in ("auto", "cuda"):
-        with pytest.raises(UserError, match="has no code for H100 .sm_70., only for sm_80 sm_90"):
-            devices.resolve(name)
-    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose architectures have other names
-    assert devices.resolve("auto") == torch.device("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")  # whose architectures have other names
+        assert devices.resolve("auto") == torch.device("cuda")
+    machine()
 
-
-def test_a_warning_of_torch_is_not_shown_beside_the_error(machine, monkeypatch, recwarn):
     def is_available():
-        import warnings
-
         warnings.warn("CUDA initialization: The NVIDIA driver is too old", stacklevel=1)
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    devices.resolve("auto")
-    assert not recwarn.list
+    monkeypatch.setattr(nvidia, "in_container", lambda: True)
+    with pytest.raises(UserError, match="no CUDA device .docker run --gpus all gives"):
+        devices.resolve("cuda")
+    with pytest.raises(UserError, match="no XPU device; use"):
+        devices.resolve("xpu")
+    assert devices.resolve("auto") == torch.device("cpu") and not recwarn.list
 
 
-# --- GPUs that stay unused ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def said(monkeypatch):
+def test_gpus_that_stay_unused(machine, monkeypatch):
     lines = []
     monkeypatch.setattr(devices.console, "print", lines.append)
     monkeypatch.setattr(devices.shutil, "which", lambda name: f"/bin/{name}")
-    return lines
-
-
-def test_one_gpu_of_eight(machine, said, monkeypatch):
-    machine(cuda=8)
+    machine(cuda=8, xpu=2)
     words = ["train", "--set", "data.path=my images.npz", "--device", "cuda"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/flowtrain", *words])
     base.mention_unused("auto", torch.device("cuda"))
-    assert said == [
-        "1 of 8 GPUs is used; to use all: torchrun --standalone --nproc-per-node 8 -m flowtrain "
-        "train --set 'data.path=my images.npz' --device cuda"
-    ]
-
-
-def test_without_torchrun_on_the_path(machine, said, monkeypatch):
-    machine(xpu=2)
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     devices.mention_unused("xpu", torch.device("xpu"), ["evaluate"])
-    assert said == [
+    assert lines == [
+        "1 of 8 GPUs is used; to use all: torchrun --standalone --nproc-per-node 8 -m flowtrain "
+        "train --set 'data.path=my images.npz' --device cuda",
         f"1 of 2 GPUs is used; to use all: {sys.executable} -m torch.distributed.run --standalone "
-        "--nproc-per-node 2 -m flowtrain evaluate"
+        "--nproc-per-node 2 -m flowtrain evaluate",
     ]
-
-
-def test_nothing_is_said_where_nothing_is_unused(machine, said, monkeypatch):
+    for name in ("cuda:3", "cpu", "mps"):  # the first was chosen
+        devices.mention_unused(name, torch.device(name), [])
     machine(cuda=1, xpu=8)
     devices.mention_unused("auto", torch.device("cuda:0"), [])
     machine(cuda=8)
-    devices.mention_unused("cuda:3", torch.device("cuda:3"), [])  # chosen
-    devices.mention_unused("cpu", torch.device("cpu"), [])
-    devices.mention_unused("mps", torch.device("mps"), [])
     monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 0, 8))
     devices.mention_unused("auto", torch.device("cuda:0"), [])
-    assert said == []
+    assert len(lines) == 2
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -194,13 +153,8 @@ def process(monkeypatch):
     def become(rank, world, local_rank=None, others=()):
         monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), rank, world))
         monkeypatch.setenv("LOCAL_RANK", str(rank if local_rank is None else local_rank))
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.setattr(
-            distributed,
-            "all_gather_object",
-            lambda own: [*others, own, *[["?", "?"]] * (world - rank - 1)],
-        )
+        after = [["?", "?"]] * (world - rank - 1)
+        monkeypatch.setattr(distributed, "all_gather_object", lambda own: [*others, own, *after])
         return joined
 
     return become
@@ -219,54 +173,38 @@ def test_each_process_has_the_gpu_of_its_local_rank(machine, process, kind):
     assert chosen == joined == 2 * [torch.device(f"{kind}:3")]
 
 
-def test_each_process_sees_its_own_gpu_alone(machine, process):
-    """Slurm's --gpus-per-task=1: the only device of every process is number 0."""
-    chosen = machine(cuda=1, first_uuid=3)
-    joined = process(3, 8, others=[gpu(n) for n in range(3)])
-    assert devices.resolve("auto") == torch.device("cuda:0")
-    assert chosen == joined == [torch.device("cuda:0")]
+@pytest.mark.parametrize(
+    "there, start, expected",
+    [
+        # Slurm's --gpus-per-task=1: the only device of every process is number 0.
+        ({"cuda": 1, "first_uuid": 3}, (3, 8, 3, [gpu(n) for n in range(3)]), "cuda:0"),
+        # Equal numbers on two machines
+        ({"cuda": 1}, (1, 2, 0, [["cuda", "another-machine GPU-0"]]), "cuda:0"),
+        ({}, (1, 2, 1, [["cpu", ""]]), "cpu"),  # which the processes share
+    ],
+)
+def test_devices_of_several_processes(machine, process, there, start, expected):
+    chosen, joined = machine(**there), process(*start)
+    assert devices.resolve("auto") == torch.device(expected) and joined == [torch.device(expected)]
+    assert chosen == [torch.device(expected)] * (expected != "cpu")
 
 
-def test_more_processes_than_gpus(machine, process):
-    machine(cuda=2)
-    process(2, 3, others=[gpu(0), gpu(1)])
-    with pytest.raises(UserError) as raised:
-        devices.resolve("cuda")
-    assert str(raised.value) == (
-        "--device cuda: processes 0 and 2 have the same CUDA device (2 visible, local rank 2): "
-        "start no more processes than devices (--nproc-per-node)"
-    )
-
-
-def test_equal_numbers_on_two_machines_are_no_matter(machine, process):
-    machine(cuda=1)
-    process(1, 2, local_rank=0, others=[["cuda", "another-machine GPU-0"]])
-    assert devices.resolve("auto") == torch.device("cuda:0")
-
-
-@pytest.mark.parametrize("there, own", [({}, "cpu"), ({"cuda": 1}, "cuda")])
-def test_devices_of_different_kinds(machine, process, there, own):
+@pytest.mark.parametrize(
+    "there, name, others, message",
+    [
+        ({"cuda": 2}, "cuda", [gpu(0), gpu(1)], r"processes 0 and 2 have the same CUDA device \(2 "
+         r"visible, local rank 2\): start no more processes than devices \(--nproc-per-node\)$"),
+        ({}, "auto", [["cuda", ""]] * 2, "process 0 has cuda, process 2 cpu: name a device that"),
+        ({"cuda": 3}, "auto", [["cpu", ""]] * 2, "process 0 has cpu, process 2 cuda: name a"),
+        *[({"cuda": 2, "xpu": 2, "mps": 1}, name, [], "there are 3 processes; expected auto, cpu, ")
+          for name in ("cuda:1", "mps", "xpu:0")],
+    ],
+)  # fmt: skip
+def test_devices_that_several_processes_cannot_have(machine, process, there, name, others, message):
     machine(**there)
-    other = "cuda" if own == "cpu" else "cpu"
-    process(1, 2, others=[[other, ""]])
-    with pytest.raises(UserError, match=f"auto: process 0 has {other}, process 1 {own}: name a"):
-        devices.resolve("auto")
-
-
-def test_the_processes_share_a_cpu(machine, process):
-    joined = process(1, 2, others=[["cpu", ""]])
-    assert devices.resolve("auto") == torch.device("cpu") and joined == [torch.device("cpu")]
-
-
-@pytest.mark.parametrize("name", ["cuda:1", "mps", "xpu:0"])
-def test_devices_for_one_process_only(machine, process, name):
-    machine(cuda=2, xpu=2, mps=1)
-    process(0, 2)
-    with pytest.raises(UserError, match=f"{name}: there are 2 processes; expected auto, cpu, cuda"):
+    process(2, 3, others=others)
+    with pytest.raises(UserError, match=f"^--device {name}: {message}"):
         devices.resolve(name)
-
-
-# --- how they are joined --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -15,147 +15,86 @@ TOO_OLD = (
 )
 
 
-class Machine:
-    """A root folder, and the programs on the PATH."""
-
-    def __init__(self, root):
-        self.root = root
-        (root / "bin").mkdir()
-
-    def file(self, path, text=""):
-        path = self.root / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    def driver(self, version="535.183.01", gpus=1):
-        self.file(
-            "proc/driver/nvidia/version",
-            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Sun May 12 19:39:15 UTC "
-            "2024\nGCC version:  gcc version 12.2.0 (Debian)\n",
-        )
-        for i in range(gpus):
-            self.file(f"proc/driver/nvidia/gpus/0000:0{i}:00.0/information")
-
-    def devices(self, *names):
-        for name in names:
-            self.file(f"dev/{name}")
-
-    def nvidia_smi(self, says, code=0):
-        program = self.file("bin/nvidia-smi", f"#!/bin/sh\necho '{says}'\nexit {code}\n")
-        program.chmod(0o755)
-
-
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
+    """Gives this machine GPUs in /proc, in /dev, and by the text of nvidia-smi."""
     monkeypatch.setattr(nvidia, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     for name in ("CUDA_VISIBLE_DEVICES", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
-    return Machine(tmp_path)
+
+    def become(driver=0, devices=(), nvidia_smi=None, code=0, mark=None):
+        files = [f"proc/driver/nvidia/gpus/0000:0{i}:00.0/information" for i in range(driver)]
+        files += [f"dev/{name}" for name in (*devices, "nvidiactl")] + [mark or ".none"]
+        for path in files:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+        if nvidia_smi is not None:
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            program = tmp_path / "bin" / "nvidia-smi"
+            program.write_text(f"#!/bin/sh\n{nvidia_smi}\nexit {code}\n")
+            program.chmod(0o755)
+
+    return become
 
 
-# --- which GPUs there are -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "there, found",
+    [
+        ({}, None),
+        ({"driver": 2, "devices": ["nvidia0", "nvidia1", "nvidia-uvm"]}, Found(2)),
+        ({"driver": 4}, Found(4)),  # device files are made when they are first used
+        # A container sees the driver, but only the device files that it was given.
+        *[({"driver": 1, "mark": mark}, None) for mark in (".dockerenv", "run/.containerenv")],
+        ({"driver": 1, "mark": ".dockerenv", "devices": ["nvidia3"]}, Found(1)),
+        (
+            {"driver": 8, "devices": ["nvidia0"], "nvidia_smi": "echo 550.54.15; echo 550.54.15"},
+            Found(2, "550.54.15"),
+        ),
+        ({"driver": 8, "nvidia_smi": "echo No devices were found", "code": 6}, None),
+        # A failure of nvidia-smi proves nothing.
+        ({"nvidia_smi": "echo Failed to initialize NVML", "code": 18}, None),
+        ({"nvidia_smi": "echo 550.54.15", "code": 9, "devices": ["nvidia0"]}, Found(1)),
+        ({"nvidia_smi": "echo something else", "devices": ["nvidia0"]}, Found(1)),
+        ({"nvidia_smi": "exec /bin/sleep 60", "devices": ["nvidia0"]}, Found(1)),
+    ],
+)
+def test_which_gpus_there_are(machine, there, found, monkeypatch):
+    if "sleep" in there.get("nvidia_smi", ""):
+        monkeypatch.setattr(nvidia, "NVIDIA_SMI_SECONDS", 0.1)
+    machine(**there)
+    assert nvidia.find() == found
+    assert nvidia.in_container() == ("mark" in there)
 
 
-def test_none(machine):
-    assert nvidia.find() is None
-
-
-def test_by_the_files_of_the_driver(machine):
-    machine.driver(gpus=2)
-    machine.devices("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm")
-    assert nvidia.find() == Found(2)
-
-
-def test_a_machine_makes_device_files_when_they_are_first_used(machine):
-    machine.driver(gpus=4)
-    assert nvidia.find() == Found(4)
-
-
-@pytest.mark.parametrize("mark", [".dockerenv", "run/.containerenv", None])
-def test_a_container_without_gpus_sees_the_driver_all_the_same(machine, mark, monkeypatch):
-    machine.driver()
-    if mark is None:
-        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    else:
-        machine.file(mark)
-    assert nvidia.in_container() and nvidia.find() is None
-    machine.devices("nvidia3")  # one that it was given
-    assert nvidia.find() == Found(1)
-
-
-def test_device_files_that_may_not_be_opened_belong_to_other_jobs(machine, monkeypatch):
-    machine.file(".dockerenv")
-    machine.devices("nvidia0", "nvidia1")
+def test_gpus_of_others_and_hidden_ones(machine, monkeypatch):
+    machine(devices=["nvidia0", "nvidia1"], driver=2)
+    for value, hidden in (("", True), ("-1", True), ("NoDevFiles", True), ("0", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert (nvidia.find() is None) == hidden
     opened = os.open
 
-    def refusing(path, *rest):
+    def refusing(path, *rest):  # a device of another job
         if str(path).endswith("nvidia0"):
             raise PermissionError(1, "Operation not permitted")
         return opened(path, *rest)
 
     monkeypatch.setattr(nvidia.os, "open", refusing)
     assert nvidia.find() == Found(1)
-
-
-def test_nvidia_smi_knows_best(machine):
-    machine.driver(gpus=8)
-    machine.devices("nvidia0", "nvidia1")
-    machine.nvidia_smi("550.54.15\n550.54.15\n550.54.15")
-    assert nvidia.find() == Found(3, "550.54.15")
-    machine.nvidia_smi("No devices were found", 6)
-    assert nvidia.find() is None
-
-
-@pytest.mark.parametrize(
-    "says, code",
-    [
-        ("Failed to initialize NVML: Driver/library version mismatch", 18),
-        ("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver", 9),
-        ("something else", 0),
-    ],
-)
-def test_a_failure_of_nvidia_smi_says_nothing(machine, says, code):
-    machine.nvidia_smi(says, code)
-    assert nvidia.find() is None
-    machine.devices("nvidia0")
-    assert nvidia.find() == Found(1)
-
-
-def test_nvidia_smi_that_hangs_says_nothing(machine, monkeypatch):
-    machine.file("bin/nvidia-smi", "#!/bin/sh\nexec /bin/sleep 60\n").chmod(0o755)
-    machine.devices("nvidia0")
-    monkeypatch.setattr(nvidia, "NVIDIA_SMI_SECONDS", 0.1)
-    assert nvidia.find() == Found(1)
-
-
-@pytest.mark.parametrize(
-    "value, hidden", [("", True), ("-1", True), ("0", False), ("GPU-a", False)]
-)
-def test_hidden_gpus_do_not_count(machine, value, hidden, monkeypatch):
-    machine.devices("nvidia0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    assert (nvidia.find() is None) == hidden
-
-
-# --- what is wrong --------------------------------------------------------------------------------
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert nvidia.in_container() and nvidia.find() == Found(1)
 
 
 @pytest.mark.parametrize(
     "cuda, error, reason",
     [
         (None, None, "is not built for CUDA"),
-        (
-            "13.0",
-            TOO_OLD,
-            "for CUDA 13.0 cannot use them: The NVIDIA driver on your system is too "
-            "old (found version 12040)",
-        ),
+        ("13.0", TOO_OLD, "for CUDA 13.0 cannot use them: The NVIDIA driver on your system is too "
+         "old (found version 12040)"),
         ("12.6", "Error 802: system not yet ready", "cannot use them: Error 802: system not yet"),
         ("12.6", None, "for CUDA 12.6 cannot use them: it finds no device"),
     ],
-)
+)  # fmt: skip
 def test_why_torch_cannot_use_a_gpu(monkeypatch, cuda, error, reason):
     def init():
         if error is not None:
@@ -179,4 +118,4 @@ def test_code_for_the_gpu(monkeypatch):
         "torch 2.13.0+cu130 has no code for V100 (sm_70), only for sm_75 sm_80 sm_86 sm_90 sm_100 "
         f"sm_120 compute_120. {nvidia.WHERE_BUILDS_ARE}"
     )
-    assert nvidia.without_kernels("B200", (10, 0), ["sm_80", "sm_90a"]) is not None
+    assert nvidia.without_kernels("B200", (10, 0), ["sm_80", "sm_90a", "other"]) is not None

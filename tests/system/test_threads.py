@@ -16,9 +16,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(threads.joblib, "cpu_count", lambda: allowed)
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(affinity))
 
-    before = torch.get_num_threads()
-    yield with_load
-    torch.set_num_threads(before)
+    return with_load
 
 
 @pytest.mark.parametrize(
@@ -42,22 +40,17 @@ def test_threads_are_as_many_as_cores_are_free(busy, limits, expected, machine):
     assert said is None or said.startswith(f"threads: {expected}, because about")
 
 
-def test_the_users_number_of_threads_is_kept(machine, monkeypatch):
-    machine([100] * 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    torch.set_num_threads(3)
-    assert threads.use_free_cores() is None and torch.get_num_threads() == 3
-
-
-def test_a_run_goes_on_with_its_number_of_threads(machine, monkeypatch):
-    machine([0] * 8, allowed=4)
+def test_the_number_of_threads_of_a_user_and_of_a_run(machine, monkeypatch):
+    machine([100] * 8, allowed=4)
     threads.as_before(2)
     assert torch.get_num_threads() == 2
     threads.as_before(6)  # on a larger machine
     assert torch.get_num_threads() == 4
+    with threads.one_thread() as before:
+        assert (before, torch.get_num_threads()) == (4, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     threads.as_before(1)
-    assert torch.get_num_threads() == 4
+    assert threads.use_free_cores() is None and torch.get_num_threads() == 4
 
 
 def test_free_cores_of_this_machine():
