@@ -12,6 +12,7 @@ Deliberate differences from the paper and its release:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -60,8 +61,8 @@ def build(
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
-    Where the model is told the shape of a `context`, all networks see the context beside their
-    input, those of the split priors too.
+    All networks see a context of the shape `context` beside their input, those of the split priors
+    too.
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
@@ -93,14 +94,10 @@ def build(
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     options = {"spline": (bins,), "mixture": (components,)}
-    nets: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    nets: dict[str, Callable[..., nn.Module]] = {
         "glow": GlowNet,
-        "gated": lambda inputs, outputs, width, seen: GatedNet(
-            inputs, outputs, width, blocks, seen
-        ),
-        "depthwise": lambda inputs, outputs, width, seen: DepthwiseNet(
-            inputs, outputs, width, blocks, seen
-        ),
+        "gated": partial(GatedNet, blocks=blocks),
+        "depthwise": partial(DepthwiseNet, blocks=blocks),
     }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
@@ -109,7 +106,8 @@ def build(
         kept = channels // 2 if by_channel else channels
         changed = channels - kept if by_channel else channels
         parameters = transform.parameters_per_entry * changed
-        net = nets[conditioner](kept, parameters, width_of[level], channels_of(context, size))
+        seen = channels_of(context, size)
+        net = nets[conditioner](kept, parameters, width_of[level], context_channels=seen)
         if by_channel:
             return Coupling(kept, net, transform)
         parity = (step // 2 if split == "mixed" else step) % 2
