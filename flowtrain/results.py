@@ -71,7 +71,7 @@ class Evaluation(File):
     """
 
     bound: str  # elbo, iwbo, exact, or density: that of noisy images, which has no bits
-    samples: int
+    draws: int = earlier("draws", "samples")  # of the noise
     sigma: float | None = None  # of the noise of noisy images; given only there
     unit: str = UNKNOWN  # of the losses: bits/dim, nats for real values, nats/dim for noisy images
     # Of `bound`, or minus the mean log-density. With standard errors over images, and over draws of

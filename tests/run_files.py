@@ -53,7 +53,7 @@ TEST = {
     "bits_per_dim_stderr": 0.0125,
     "nats_per_image": 100.0,
     "bound": "elbo",
-    "samples": 1,
+    "draws": 1,
 }
 TEST |= {
     "num_images": 180,

@@ -23,7 +23,7 @@ OF_CLASSES = ["loss_given_class", "classes", "accuracy", "accuracy_stderr"]
 LOSS = ["loss", "loss_stderr"]
 BEST = "best_validation_"
 OF_IMAGES = [
-    *("bound", "samples", "unit", *LOSS, "loss_stderr_draws", BITS, STDERR),
+    *("bound", "draws", "unit", *LOSS, "loss_stderr_draws", BITS, STDERR),
     *(f"elbo_{key}" for key in (BITS, STDERR, f"{STDERR}_draws")),
     *NATS,
 ]
@@ -33,7 +33,7 @@ OF_IMAGES = [
     "config, figures",
     [
         ("glow_digits", [*OF_IMAGES, *OF_CLASSES]),
-        ("realnvp_two_moons", ["bound", "samples", "unit", *LOSS, BITS, STDERR, *NATS]),
+        ("realnvp_two_moons", ["bound", "draws", "unit", *LOSS, BITS, STDERR, *NATS]),
     ],
 )
 def test_the_keys_of_files(config, figures, tmp_path):
@@ -70,5 +70,6 @@ def test_files_of_an_earlier_version_are_read():
     row = train_row(1, None) | {"nats_per_dim": 0.25}
     del row["loss"]
     assert Row.model_validate(row).loss == 0.25
-    test = {key: value for key, value in TEST.items() if key not in ("unit", "loss")}
-    assert (found := Evaluation.model_validate(test)).loss == 3.25 and found.unit == "?"
+    test = {key: value for key, value in TEST.items() if key not in ("unit", "loss", "draws")}
+    found = Evaluation.model_validate(test | {"samples": 8})
+    assert (found.loss, found.unit, found.draws) == (3.25, "?", 8)

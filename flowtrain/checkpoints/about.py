@@ -84,7 +84,7 @@ def figures(model: LoadedModel) -> list[Figure]:
 
 def _likelihood(result: Evaluation) -> str:
     said = LIKELIHOODS.get(result.bound, result.bound)
-    return said if result.samples == 1 else f"{said} of {result.samples} draws"
+    return said if result.draws == 1 else f"{said} of {result.draws} draws"
 
 
 def table(model: LoadedModel) -> dict[str, str]:

@@ -46,7 +46,7 @@ def evaluate(
             show_default="all",
         ),
     ] = None,
-    samples: Annotated[
+    draws: Annotated[
         int,
         typer.Option(
             "--draws",
@@ -98,7 +98,7 @@ def evaluate(
             data,
             split_name,
             num_images=num_images,
-            samples=samples,
+            draws=draws,
             seed=seed,
             batch_size=batch_size,
             progress=bar,
@@ -137,7 +137,7 @@ def _print(result: "Evaluation") -> None:
     given = "" if result.given is None else f", given {result.given}"
     loss = figure(result.loss, result.loss_stderr)
     console.print(f"{loss} {result.unit}{given} ({result.num_images:,} {of})")
-    draws = f"{counted(result.samples, 'draw')} of noise"
+    draws = f"{counted(result.draws, 'draw')} of noise"
     bounds = {
         "exact": "exact",
         "elbo": f"a bound, from {draws}",

@@ -1,5 +1,4 @@
-"""Evaluation of a trained flow: likelihoods, the health of its layers, out-of-distribution tests.
+"""Evaluation of a trained flow: likelihoods, and a look at its layers.
 
-`score.py` gives the likelihood of every image, which `evaluate.py` and `ood.py` build on.
-Everything is computed in float32 or wider.
+`score.py` gives the likelihood of every image. Everything is computed in float32 or wider.
 """

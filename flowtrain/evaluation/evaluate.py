@@ -1,4 +1,4 @@
-"""`flowtrain evaluate`: the likelihood of a split in float32, and what exactly was measured."""
+"""`flowtrain evaluate`: the likelihood of a split in float32, with the conditions of the figure."""
 
 import csv
 import dataclasses
@@ -28,10 +28,8 @@ log = logging.getLogger("flowtrain")
 
 @torch.no_grad()
 def reconstruction_error(flow: Flow, x: Tensor) -> float:
-    """The largest distance of a decoded latent from the middle of its bin, in levels.
-
-    Below 1/2 all pixels come back exactly. For real-valued data it is the distance from the data,
-    in their own unit.
+    """The largest distance of a decoded latent from the middle of its bin, in levels: below 1/2 all
+    pixels come back exactly. For real-valued data it is in their own unit.
     """
     x = x.to(flow.device)
     v = flow.dequantizer.middle(x, flow.dtype)
@@ -47,7 +45,7 @@ def evaluate(
     split_name: SplitName,
     *,
     num_images: int | None = None,
-    samples: int = 1,
+    draws: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
@@ -59,10 +57,10 @@ def evaluate(
     Raises `UserError` if the data do not have the model's shape and levels, or the split is empty.
     """
     flow = model.flow
-    if flow.exact and samples > 1:
+    if flow.exact and draws > 1:
         of = "real-valued data" if flow.kind.exact else model.config.model.name
         raise UserError(
-            f"--draws {samples}: the likelihood of {of} is exact, there is nothing to draw"
+            f"--draws {draws}: the likelihood of {of} is exact, there is nothing to draw"
         )
     data.require(flow.shape, flow.levels, model.checkpoint.path)
     with distributed.main_process_first():
@@ -81,15 +79,13 @@ def evaluate(
     split = split.at(positions)
     here = _trained_on(model, data.config, data)
     labels = None if here is None else _labels(model, data, split)
-    require_memory(flow, len(distributed.shard(len(split))), batch_size, samples)
-    scores = score(
-        flow,
-        split,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    require_memory(flow, len(distributed.shard(len(split))), batch_size, draws)
+    scores = score(flow, split, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
+    more: dict[str, Any] = {}
+    if data.test_images.edition is not None:
+        more["edition"] = data.test_images.edition
+    if flow.image_context is not None:
+        more["given"] = flow.image_context.words
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().numpy()
     result = Evaluation(
         **summarize(scores, flow),
@@ -97,8 +93,7 @@ def evaluate(
         num_images=len(split),
         duplicates=duplicates(first_equal(digests(split.pixels, split.indices))),
         **_shared(model, data, split_name, here, split),
-        **_edition(data),
-        **_given(flow),
+        **more,
         dims=flow.dims,
         levels=flow.levels,
         sampling=flow.sampling,
@@ -119,11 +114,11 @@ def evaluate(
 
 
 def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
-    """The model's own data, divided as for its training, if they are what `place` names.
+    """The model's own data, divided as for its training, if `place` names them.
 
-    A name alone tells nothing: files of any content are `npz`. So they are compared with the
-    fingerprint in the checkpoint, where there is one and nothing has to be downloaded or decoded
-    for it. `data` are taken if they are the same, since they are read already.
+    Files of any content have the name `npz`. So they are compared with the fingerprint in the
+    checkpoint, if there is one and nothing has to be downloaded or decoded for it. `data` are taken
+    if they are the same, because they are read already.
     """
     own, known = model.config.data, model.checkpoint.meta.get("data")
     if place.name != own.name:
@@ -140,14 +135,10 @@ def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet
 
 
 def _shared(
-    model: LoadedModel,
-    data: DataSet,
-    name: SplitName,
-    here: DataSet | None,
-    split: Split,
+    model: LoadedModel, data: DataSet, name: SplitName, here: DataSet | None, split: Split
 ) -> dict[str, Any]:
-    """How many of the images the model was trained on, for another split than its training split.
-    None if its own data, which `data` are where there is `here`, are not at hand.
+    """The number of images that are in the training split, for another split. None if the model's
+    own data, `here` if `data` are these, are not at hand.
     """
     if name == "train" and here:
         return {}
@@ -155,33 +146,19 @@ def _shared(
     return {"duplicates_of_training": own.equal_to_training(split) if own else None}
 
 
-def _edition(data: DataSet) -> dict[str, Any]:
-    """Which of several data sets of one name this is, for those where this has to be said."""
-    edition = data.test_images.edition
-    return {} if edition is None else {"edition": edition}
-
-
-def _given(flow: Flow) -> dict[str, Any]:
-    """What part of each image the likelihoods are conditional on, for a model that has one."""
-    return {} if flow.image_context is None else {"given": flow.image_context.words}
-
-
 def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
     """The mean loss, with two standard errors: over images, and over draws.
 
     `loss` belongs to `bound`, and `elbo_bits_per_dim` to the single-draw bound. An exact likelihood
-    has neither a second bound nor an error over draws. Densities of real values and of noisy images
-    have no bits.
-
-    The standard error over draws is what another seed would change. It comes from the variance of
-    each image's draws, and for the importance-weighted bound from the jackknife (Efron 1982, eq.
-    3.5). It is None for one draw, and if an image is not finite.
+    has neither a second bound nor an error over draws. The latter estimates the effect of another
+    seed: from the variance of each image's draws, for the importance-weighted bound by the
+    jackknife (Efron 1982, eq. 3.5). It is None for one draw, and if an image is not finite.
     """
     k, n = scores.draws.shape
     kind, nats = flow.kind, -scores.log_prob
     noisy = isinstance(kind, NoisyImages)
     bound = "exact" if flow.exact else "density" if noisy else "elbo" if k == 1 else "iwbo"
-    result: dict[str, Any] = {"bound": bound, "samples": k, "unit": kind.unit}
+    result: dict[str, Any] = {"bound": bound, "draws": k, "unit": kind.unit}
     if isinstance(kind, NoisyImages):
         result["sigma"] = kind.sigma
     losses = {"loss": scores.log_prob}
@@ -210,9 +187,8 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
-    """The classes of a split of the model's own data, for a class-conditional model.
-
-    None if they cannot be the model's classes; a warning says why.
+    """The classes of a split of the model's own data, for a class-conditional model. None, with a
+    warning, if they cannot be the model's classes.
     """
     if not model.flow.classes or data.undivided:
         return None
@@ -225,10 +201,7 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
     """The number of classes. For labelled data: the loss given the class, and the accuracy of
-    Bayes' rule.
-
-    All classes are equally likely, so `P(class | x)` is proportional to `P(x | class)`. The most
-    probable class is predicted.
+    Bayes' rule, where all classes are equally likely.
     """
     classes = {"classes": flow.classes} if flow.classes else {}
     if labels is None:
@@ -258,26 +231,20 @@ def _finite(value: float) -> float | None:
 
 
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
-    """One row per image, whose `index` is its place in the split.
+    """One row per image, whose `index` is its place in the split, in nats.
 
-    `log_prob` is the bound, `log_prob_base + log_det` that of the first draw, in nats.
-    Class-conditional models add the predicted class. A density has no bits.
+    `log_prob` is the bound, `log_prob_base + log_det` that of the first draw. Class-conditional
+    models add the predicted class. A density has no bits.
     """
-    log_prob = scores.log_prob.tolist()
-    bits = (
-        [""] * len(log_prob)
-        if flow.kind.no_bits
-        else bits_per_dim(scores.log_prob, flow.dims).tolist()
-    )
-    columns = {"bits_per_dim": bits, "log_prob": log_prob}
-    columns |= {"log_prob_base": scores.base.tolist(), "log_det": scores.log_det.tolist()}
+    bits = bits_per_dim(scores.log_prob, flow.dims).tolist()
+    columns = {"bits_per_dim": [""] * len(bits) if flow.kind.no_bits else bits}
+    columns |= {"log_prob": scores.log_prob.tolist(), "log_prob_base": scores.base.tolist()}
+    columns |= {"log_det": scores.log_det.tolist()}
     if flow.classes:
         by_class = scores.log_prob_by_class
         known = torch.isfinite(by_class).all(dim=0).tolist()
-        predicted = by_class.argmax(dim=0).tolist()
-        columns["predicted_class"] = [
-            label if ok else "" for label, ok in zip(predicted, known, strict=True)
-        ]
+        labels = zip(by_class.argmax(dim=0).tolist(), known, strict=True)
+        columns["predicted_class"] = [label if ok else "" for label, ok in labels]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])

@@ -1,4 +1,4 @@
-"""Looking inside a flow: its layers by name, their inputs and outputs, and those of modules."""
+"""The layers of a flow by name: inputs and outputs, scales, and values that are not finite."""
 
 from collections.abc import Callable
 from functools import singledispatch
@@ -22,7 +22,7 @@ Around = Callable[[str, Bijection, Direction, Tensor, Context | None], tuple[Ten
 
 
 def layers_of(flow: Flow) -> dict[str, Bijection]:
-    """The layers of a flow by name, in order: the bijections that are not made of others."""
+    """The layers of a flow by name, in order: the bijections that are not containers."""
     return {short_name(name): layer for name, layer in _layers(flow, "")}
 
 
@@ -96,10 +96,8 @@ mixing_matrix.register(LinearChannels, LinearChannels.mixing_matrix)
 
 @torch.no_grad()
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
-    """The smallest and largest log-scale, by name.
-
-    A bijection's name has the log-scales among its parameters. The name of a layer's `transform`
-    has those that the layer's network predicts on the batch `x`.
+    """The smallest and largest log-scale, by name: those among a bijection's parameters by its own
+    name, those that a layer's network predicts on the batch `x` by that of its `transform`.
     """
     found = {
         short_name(name): log_scales(module)
@@ -126,8 +124,8 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
     """Names the first parameter, module output, or else gradient with a value that is not finite.
 
-    Gradients are those that the failed step left. They travel from the last layer to the first, so
-    the last one in forward order is named.
+    Gradients, left by the failed step, travel from the last layer to the first, so the last one in
+    forward order is named.
     """
     for name, parameter in flow.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -19,16 +19,16 @@ from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, uniform
 
 
-def require_memory(flow: Flow, count: int, batch_size: int | None, samples: int = 1) -> None:
-    """Raises `UserError` where `count` images cannot be scored with these options of a command."""
+def require_memory(flow: Flow, count: int, batch_size: int | None, draws: int = 1) -> None:
+    """Raises `UserError` if `count` images cannot be scored with these options of a command."""
     capacity.require(
-        8 * 2 * samples * (1 + flow.classes) * count,  # in parts and as a whole
-        f"--draws {samples}: the scores of {count:,} images need",
+        8 * 2 * draws * (1 + flow.classes) * count,  # in parts and as a whole
+        f"--draws {draws}: the scores of {count:,} images need",
     )
     if batch_size is not None:
         largest = min(batch_size, count)
         capacity.require(
-            2 * largest * largest_activation(flow),  # what a layer takes and what it gives
+            2 * largest * largest_activation(flow),  # input and output of a layer
             f"--batch-size {batch_size}: {largest:,} images at a time need",
             flow.device,
         )
@@ -43,21 +43,21 @@ class Scores:
     log_det: Tensor  # the rest of the first draw's bound, (N,)
     # For class-conditional models: bounds on log P(x | class), (K, C, N).
     draws_by_class: Tensor | None = None
-    # What draws say together, (K, ...) to (...): `over_draws` of the kind of data.
+    # From draws (K, ...) to their result (...): `over_draws` of the kind of data.
     over_draws: Callable[[Tensor], Tensor] = log_mean_exp
     # Where the images are in the split, (N,), if they are a sample of it.
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """What the draws say together, `(N,)`: the importance-weighted bound, or of noisy images
-        the mean log-density. For K = 1 it is the draw itself.
+        """The importance-weighted bound, or the mean log-density of noisy images, `(N,)`. For K = 1
+        it is the draw itself.
         """
         return self.over_draws(self.draws)
 
     @cached_property
     def elbo(self) -> Tensor:
-        """The mean of the draws, `(N,)`. It estimates the expectation of the single-draw bound."""
+        """The mean of the draws, `(N,)`, which estimates the single-draw bound."""
         return self.draws.mean(dim=0)
 
     @cached_property
@@ -82,30 +82,28 @@ def score(
     flow: Flow,
     split: Split,
     *,
-    samples: int = 1,
+    draws: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Scores:
     """The bounds on log P(x) for the images of a split, in nats.
 
-    They come from K = `samples` draws of the noise. For K > 1 the bound is importance-weighted:
-    `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda et al. 2016; Ho et al. 2019, section 3.1). With
-    Gaussian noise they are the mean log-densities of K noisy images. An image's noise depends only
-    on the seed, its place in the split and the draw.
-
-    If there are several processes, each scores a part of the images, and all get all scores.
+    For K = `draws` > 1 the bound is importance-weighted: `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda
+    et al. 2016; Ho et al. 2019, section 3.1). With Gaussian noise it is the mean log-density of K
+    noisy images. An image's noise depends only on the seed, its place in the split and the draw.
+    Of several processes, each scores a part of the images, and all get all scores.
     """
     count = len(split)
     own = distributed.shard(count)
     batch_size = batch_size or fitting_batch_size(flow)
     # A process may have no image.
-    rows = [torch.empty(samples * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
+    rows = [torch.empty(draws * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
         x = split.take(slice(start, stop)).to(flow.device)
-        draws = []
-        for draw in range(samples):
+        parts_of_draws = []
+        for draw in range(draws):
             noise = (
                 torch.zeros_like(x)
                 if flow.kind.exact
@@ -113,20 +111,19 @@ def score(
             )
             parts = flow(x, noise)
             of_classes = [] if parts.by_class is None else parts.by_class.T
-            draws.append(torch.stack([parts.log_det, parts.base, *of_classes]))
-            progress(start - own.start + (stop - start) * (draw + 1) // samples, len(own))
-        by_draw = torch.stack(draws).cpu().double()  # (K, 2 + C, B); this waits for the device
+            parts_of_draws.append(torch.stack([parts.log_det, parts.base, *of_classes]))
+            progress(start - own.start + (stop - start) * (draw + 1) // draws, len(own))
+        by_draw = (
+            torch.stack(parts_of_draws).cpu().double()
+        )  # (K, 2 + C, B); this waits for the device
         bounds = by_draw[:, 1:] + by_draw[:, :1]  # all classes together, then each class
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)
-    bounds = gathered[:-2].unflatten(0, (samples, -1))
+    bounds = gathered[:-2].unflatten(0, (draws, -1))
     by_class = bounds[:, 1:] if flow.classes else None
     return Scores(bounds[:, 0], gathered[-1], gathered[-2], by_class, flow.kind.over_draws)
 
 
 def mean_loss(flow: Flow, split: Split, **options: Any) -> float:
-    """The mean loss of a split, in the unit of the flow's kind of data.
-
-    It is not finite if that of any image is not.
-    """
+    """The mean loss of a split, in the unit of the flow's kind of data, with options of `score`."""
     return flow.loss(score(flow, split, **options).log_prob).mean().item()

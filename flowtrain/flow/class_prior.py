@@ -1,8 +1,8 @@
-"""What depends on the class in a class-conditional model: the prior of the coarsest latent
+"""The part of a class-conditional model that depends on the class: the prior of the coarsest latent
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
-Both have `latents_of_classes` and `context` for samples. `unguided` is the reason why samples have
-no guidance.
+Both have `latents_of_classes`, `log_prob_by_entry`, the `context` of the bijection, and `unguided`:
+the reason why samples cannot be guided, or None.
 """
 
 import math
@@ -52,8 +52,7 @@ def _of_all_classes(by_class: Tensor, log_det: Tensor) -> LogProb:
 def over_classes(each: Sequence[LogProb]) -> LogProb:
     """log P(x) from log P(x | class) of every class, where all classes are equally likely.
 
-    It is that of a model of images and classes, also after training with `label_dropout`. The
-    log-determinants are the mean over the classes, and the rest of each is in `by_class`.
+    The log-determinants are the mean over the classes, and the rest of each is in `by_class`.
     """
     log_dets = torch.stack([parts.log_det for parts in each], dim=1)
     mean = log_dets.mean(dim=1)
@@ -64,10 +63,9 @@ def over_classes(each: Sequence[LogProb]) -> LogProb:
 class ClassPrior(nn.Module):
     """One diagonal Gaussian per class for the latents of the coarsest level.
 
-    The released code of Glow calls this `ycond`. There is one mean and one log-scale per class and
-    entry, and tanh bounds the log-scales to +-8. Glow's release has them per channel instead, of
-    which the likelihood makes little use. The finer levels are N(0, I). Before training, so is the
-    coarsest.
+    The released code of Glow calls this `ycond`, and has one mean and one log-scale per class and
+    channel, here per class and entry. Tanh bounds the log-scales to +-8. The finer levels are
+    N(0, I). Before training, so is the coarsest.
 
     Args:
         classes: Number of classes, K.
@@ -87,14 +85,12 @@ class ClassPrior(nn.Module):
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z.tensor_split([z.shape[1] - self.size], dim=1)  # type: ignore[return-value]
 
-    def context(self, labels: Tensor | None, count: int) -> Tensor | None:
-        """The context of the bijection for `count` examples with labels `(B,)`, if any: none."""
-        return None
+    unguided: str | None = (
+        "each class has its own prior, and the networks of this model do not see the class"
+    )
 
-    @property
-    def unguided(self) -> str | None:
-        """Why samples cannot be guided, in words, or None."""
-        return "each class has its own prior, and the networks of this model do not see the class"
+    def context(self, labels: Tensor | None, count: int) -> None:
+        return None
 
     def with_base(self, z: Tensor, log_det: Tensor, labels: Tensor | None) -> LogProb:
         """The parts of the bound for latents `(B, D)`. See `Flow.forward`."""
@@ -120,7 +116,7 @@ class ClassPrior(nn.Module):
         return normal_log_prob(fine)[:, None] + torch.stack(classes, dim=1)
 
     def log_prob_by_entry(self, z: Tensor, labels: Tensor) -> Tensor:
-        """The parts of `log_prob` that belong to each entry: latents and result are `(B, D)`."""
+        """The terms of `log_prob` by entry: latents and result are `(B, D)`."""
         fine, coarse = self._split(z)
         log_scale = self.bounded_log_scale()[labels]
         normal = (coarse - self.mean[labels]) * (-log_scale).exp()
@@ -129,7 +125,7 @@ class ClassPrior(nn.Module):
 
     def carried(self, z: Tensor, first: int, second: int, kept: float = 1.0) -> Tensor:
         """Latents `(B, D)` of a class, whose coarsest level is carried to the Gaussian of another:
-        what it has beyond the mean, in standard deviations, is the same there, times `kept`.
+        the deviation from the mean, in standard deviations, is `kept` times as large there.
         """
         fine, coarse = self._split(z)
         mean, scale = self.mean, self.bounded_log_scale()
@@ -148,8 +144,8 @@ class ClassContext(nn.Module):
     """The class as a context of the bijection, whose networks see it. The base is N(0, I).
 
     In training, each image loses its label with the probability `label_dropout`. Its networks then
-    see zeros, and learn the images of all classes together. This is what guidance needs (Ho &
-    Salimans 2022, arXiv:2207.12598). A label K, beyond those of the classes, stands for no class.
+    see zeros, and learn the images of all classes together, for guidance (Ho & Salimans 2022,
+    arXiv:2207.12598). A label K, beyond those of the classes, stands for no class.
 
     Args:
         classes: Number of classes, K.
@@ -162,10 +158,8 @@ class ClassContext(nn.Module):
         self.label_dropout = label_dropout
 
     def context(self, labels: Tensor | None, count: int) -> Tensor | None:
-        """The context of the bijection for `count` examples with labels `(B,)`.
-
-        It is `(B, K)`: unit vectors, and zeros where there is no class. Without labels it is zeros,
-        or None for a model that was trained with all labels.
+        """The context `(B, K)` for B = `count` examples with labels `(B,)`: unit vectors, or zeros
+        without a class. None without labels for a model that was trained with all labels.
         """
         if labels is None:
             return torch.zeros(count, self.classes) if self.label_dropout else None
@@ -176,8 +170,8 @@ class ClassContext(nn.Module):
         if self.label_dropout:
             return None
         return (
-            "it was trained with all labels, and does not know images without a class: train it "
-            "with model.label_dropout, for example 0.1"
+            "it was trained with all labels, not on images without a class: train it with "
+            "model.label_dropout, for example 0.1"
         )
 
     def log_prob_by_entry(self, z: Tensor, labels: Tensor) -> Tensor:

@@ -2,11 +2,8 @@
 
 An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1). The noise `u` has a density q(u|x),
 uniform or learned (`variational.py`). Centring (`y - 1/2`) or the logit makes `y` the input of the
-flow. `to_data` is the exact inverse. Gaussian noise may leave the level, and the flow is then a
-density of noisy images (`GaussianDequantizer`). Real-valued data are reals already (`RealValued`).
-
-No other module computes with the number of levels, the noise, the logit's alpha or their
-log-determinants.
+flow. `to_data` is the exact inverse. No other module computes with the number of levels, the noise,
+the logit's alpha or their log-determinants.
 """
 
 import math
@@ -30,10 +27,9 @@ SMALLEST, LARGEST = 2.0**-25, 1 - 2.0**-24
 def draw_noise(
     shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """Uniform numbers in [0, 1) for `Dequantizer.forward`, float32.
+    """Uniform numbers in [0, 1) for `Dequantizer.forward`, float32, from the generator's device.
 
-    They are drawn on the generator's own device. With a CPU generator, the noise of an image
-    depends neither on the device of the model nor on the batch size.
+    With a CPU generator, an image's noise depends neither on the model's device nor on batch size.
     """
     where = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=where).to(device)
@@ -70,8 +66,8 @@ class Dequantizer(nn.Module):
         transform: `center` is `y - 1/2`. `logit` is `logit(alpha + (1 - 2 alpha) y)`, as in
             RealNVP, section 4.1, but with both ends kept away from infinity.
         alpha: Parameter of `logit`.
-        noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`, and back, like the
-            default, `UniformNoise`.
+        noise_model: Maps uniform noise and the image to `u` and `log q(u|x)`, and back. By default
+            it is `UniformNoise`.
     """
 
     sigma: float | None = None  # standard deviation of Gaussian noise, if that is the noise
@@ -112,19 +108,18 @@ class Dequantizer(nn.Module):
     def forward(
         self, x: Tensor, noise: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input and its
-        log-likelihood terms.
+        """Integers and uniform noise, both `(B, C, H, W)`, to the flow's input and the other terms
+        of the bound on log P(x): `log|det| - log q(u|x) - D log Q`, `(B,)` in nats.
 
-        The second result, `(B,)` in nats, is `log|det| - log q(u|x) - D log Q`: add log p of the
-        first to get the bound on log P(x). Neither argument is changed.
+        Neither argument is changed.
         """
         u, log_q = self.draw(x, noise, executor)
         v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.levels)
         return v, log_det - log_q
 
     def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The flow's input, and the terms of `forward` but for those `of_entry`: what each place
-        has, `(B, H, W)`, and `-log q(u|x)`, which the noise of a whole image has, `(B,)`.
+        """The flow's input, and the terms of `forward` except for `of_entry`: those of each place,
+        `(B, H, W)`, and `-log q(u|x)` of the whole image, `(B,)`.
         """
         u, log_q = self.draw(x, noise)
         y = (x.to(noise.dtype) + u) / self.levels
@@ -141,9 +136,8 @@ class Dequantizer(nn.Module):
         return drawn
 
     def noise_of(self, x: Tensor, u: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        """The inverse of `draw`: the noise that becomes `u`, and the same `log q(u|x)`.
-
-        Only `flowtrain doctor` needs this direction: it checks the layers of a learned noise by it.
+        """The inverse of `draw`: the noise that becomes `u`, and the same `log q(u|x)`. By it,
+        `flowtrain doctor` checks the layers of a learned noise.
         """
         noise: tuple[Tensor, Tensor]
         noise = self.noise_model.inverse(u, self._scaled(x, u), executor)  # type: ignore[operator]
@@ -184,15 +178,12 @@ class Dequantizer(nn.Module):
 
 class GaussianDequantizer(Dequantizer):
     """Adds Gaussian noise to an image in [0, 1], then centres (TarFlow, Zhai et al. 2024,
-    arXiv:2412.06329, section 3.3).
+    arXiv:2412.06329, section 3.3; there, images in [-1, 1] have twice the noise).
 
         y = (x + 1/2) / Q + sigma eps,  eps ~ N(0, I)
 
-    The flow is then a density of noisy images. The noise may leave the level, so this density is no
-    bound on the probability of the image. Samples are noisy images.
-
-    The image without noise is at the middle of its bins, so that `to_data` rounds back to it. The
-    paper's images are in [-1, 1], where the same noise is twice as large.
+    The flow is then a density of noisy images, and so are samples. The noise may leave the level,
+    so this density is no bound on the probability of the image.
 
     Args:
         levels: Number of levels, Q.
@@ -200,6 +191,7 @@ class GaussianDequantizer(Dequantizer):
     """
 
     sigma: float
+    of_entry = 0.0
 
     def __init__(self, levels: int, sigma: float):
         super().__init__(levels)
@@ -208,21 +200,13 @@ class GaussianDequantizer(Dequantizer):
     def forward(
         self, x: Tensor, noise: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Integers `(B, C, H, W)` and uniform noise of that shape to the flow's input, and zeros
-        `(B,)`: the density is with respect to `y`.
-
-        Neither argument is changed.
-        """
+        """As `Dequantizer.forward`, but with zeros: the density is with respect to `y`."""
         eps = torch.special.ndtri(noise.clamp(SMALLEST, LARGEST))
         return self.middle(x, noise.dtype) + self.sigma * eps, noise.new_zeros(len(x))
 
     def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, log_det = self(x, noise)
         return v, torch.zeros_like(v[:, 0]), log_det
-
-    @property
-    def of_entry(self) -> float:
-        return 0.0
 
 
 class RealValued(nn.Module):

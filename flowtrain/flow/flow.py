@@ -18,13 +18,12 @@ from flowtrain.flow.class_prior import (
     ClassContext,
     ClassPrior,
     LogProb,
-    normal_log_density,
     normal_log_prob,
     over_classes,
 )
 from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
-from flowtrain.flow.inputs import Batch, Labels, as_tensor
+from flowtrain.flow.inputs import Batch, Labels, as_tensor, checked_labels
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
 from flowtrain.types import Shape
 
@@ -40,16 +39,15 @@ class Flow(nn.Module):
         log P(x) >= E_u[log N(z; 0, I) + log|det| - log q(u|x)] - D log Q
 
     Real-valued data have a density, which is computed exactly:
-    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection
-    with `is_discrete`. With Gaussian noise, the same is the density of a noisy image.
+    `log p(x) = log N(z; 0, I) + log|det|`. So is the likelihood of a bijection with `is_discrete`.
+    With Gaussian noise, the same is the density of a noisy image.
 
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
         dequantizer: Maps integers to reals, or leaves `RealValued` data as they are.
         shape: Shape of one image, `(C, H, W)`.
-        class_prior: What depends on the class in a class-conditional model.
-        image_context: What a model of images given a part of them is given. The likelihoods of such
-            a model are log P(x | context of x).
+        class_prior: The part of a class-conditional model that depends on the class.
+        image_context: The given part of an image. Likelihoods are then log P(x | context of x).
     """
 
     def __init__(
@@ -89,13 +87,9 @@ class Flow(nn.Module):
 
     @property
     def initialization_images(self) -> int:
-        """How many images `initialize` should see."""
+        """The number of images for `initialize`."""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         return max(layer.initialization_images for layer in layers)
-
-    def loss(self, log_prob: Tensor) -> Tensor:
-        """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
-        return self.kind.loss(log_prob, self.dims)
 
     @property
     def dims(self) -> int:
@@ -120,6 +114,32 @@ class Flow(nn.Module):
         """The number of classes of a class-conditional model, or 0."""
         return 0 if self.class_prior is None else self.class_prior.classes
 
+    @property
+    def unguided(self) -> str | None:
+        """The reason why samples cannot be guided, or None."""
+        if self.class_prior is None:
+            return "the model is not class-conditional (model.classes is 0)"
+        return self.class_prior.unguided
+
+    def __repr__(self) -> str:
+        """A description in five lines. `print(flow.bijection)` has every layer."""
+        classes = f", {self.classes} classes" if self.classes else ""
+        given = "" if self.image_context is None else f", given {self.image_context.words}"
+        layers = [module for module in self.modules() if isinstance(module, Bijection)]
+        names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        parameters = sum(p.numel() for p in self.parameters())
+        return (
+            f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}\n"
+            f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}\n"
+            f"  sampling: {self.sampling}\n"
+            f"  parameters: {parameters:,}, {self.dtype} on {self.device}\n"
+            f"  layers: {len(layers)} ({names})"
+        )
+
+    def loss(self, log_prob: Tensor) -> Tensor:
+        """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
+        return self.kind.loss(log_prob, self.dims)
+
     def to_latents(
         self,
         x: Tensor,
@@ -130,9 +150,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
-        `x` are integers `(B, C, H, W)`, and `noise` is uniform and has the same shape. `executor`
-        calls the layers. The networks of the bijection may see the classes `labels` `(B,)`, or a
-        `context`, which by default is that of the images (`context_of`).
+        The arguments are those of `forward`. Without labels, the networks see no class.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
@@ -152,7 +170,7 @@ class Flow(nn.Module):
 
         A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
         log P(x), where all classes are equally likely. A model with an `image_context` gives
-        log P(x | context), by default for the context of each image.
+        log P(x | context), by default for the context of each image. `executor` calls the layers.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
@@ -182,28 +200,6 @@ class Flow(nn.Module):
             return self.class_prior.with_base(z, log_det, labels)
         return LogProb(normal_log_prob(z), log_det)
 
-    def forward_by_place(
-        self, x: Tensor, noise: Tensor, executor: Executor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The terms of the single-draw bound for integers `x` and uniform `noise`, in nats.
-
-        They are: the log-density of each entry of the latent, with the `-log Q` that an entry of an
-        image has, `(B, D)`; what the transform of the dequantization has at each place
-        `(B, H, W)`; and `-log q(u|x)` of the noise `(B,)`. A `ByPlace` executor has those of the
-        layers.
-
-        A class-conditional model gives those of log P(x | class) for its `labels` `(B,)`.
-        """
-        v, by_place, of_noise = self.dequantizer.forward_by_place(x, noise.to(self.dtype))
-        conditioning = self.conditioning(len(x), labels, self.context_of(x))
-        z, _ = self.bijection.run(executor, "forward", v, conditioning)
-        if self.class_prior is None:
-            density = normal_log_density(z)
-        else:
-            assert labels is not None
-            density = self.class_prior.log_prob_by_entry(z, labels)
-        return density + self.dequantizer.of_entry, by_place, of_noise
-
     def log_prob(
         self,
         x: Batch,
@@ -215,52 +211,42 @@ class Flow(nn.Module):
         """A bound on log P(x), `(B,)` in nats, from one draw of the dequantization noise.
 
         Several draws give the importance-weighted bound, the log of their mean probability (Burda
-        et al. 2016), which is nearer to log P(x). An exact likelihood needs no second draw. With
-        Gaussian noise the result is the log-density of noisy images, and the mean over draws.
+        et al. 2016), which is nearer to log P(x). With Gaussian noise the result is the log-density
+        of noisy images, and the mean over draws.
 
         Args:
             x: Integers in 0..Q-1, or reals of real-valued data, `(B, C, H, W)`. It is not changed.
                 NumPy arrays and lists of PIL images will do (`as_tensor`).
             generator: Draws the dequantization noise. With a CPU generator, the noise of an image
                 does not depend on the batch size.
-            labels: Classes `(B,)` for log P(x | class) of a class-conditional model. Without them
-                the result is log P(x).
+            labels: Classes `(B,)` for log P(x | class). Without them the result is log P(x).
             draws: Number of draws of the noise.
-            context: Integers `(B, C', H', W')` for log P(x | context) of a model with an
-                `image_context`. By default it is `context_of(x)`.
+            context: Integers `(B, C', H', W')` for log P(x | context), by default `context_of(x)`.
 
         Raises:
-            ValueError: The shape or the type of the numbers is wrong, a value is outside 0..Q-1, or
-                the model does not have these labels or no context. Or `draws` is below 1, or above
-                1 where the likelihood is exact.
+            ValueError: An argument does not fit the model, a value is outside 0..Q-1, or there are
+                several `draws` of an exact likelihood.
         """
         x = self._checked(x)
         if draws < 1 or (draws > 1 and self.exact):
-            raise ValueError(
-                f"draws: {draws}, where "
-                + ("the likelihood is exact" if draws > 1 else "at least 1 is needed")
-            )
+            why = "the likelihood is exact" if draws > 1 else "at least 1 is needed"
+            raise ValueError(f"draws: {draws}, where {why}")
         if labels is not None:
-            labels = self._checked_labels(labels, len(x))
+            labels = checked_labels(labels, self.classes, len(x)).to(self.device)
         if context is not None:
             context = self._checked_context(context, len(x))
-        bounds = []
-        for _ in range(draws):
-            parts: LogProb = self(
-                x, draw_noise(x.shape, generator, x.device), labels, context=context
-            )
-            bounds.append(parts.total)
+        bounds = [
+            self(x, draw_noise(x.shape, generator, x.device), labels, context=context).total
+            for _ in range(draws)
+        ]
         return self.kind.over_draws(torch.stack(bounds))
 
     def log_density(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """The log-density of dequantized images `y` in [0, 1), `(B, C, H, W)`, minus D log Q.
 
-        It is `(B,)` in nats, and differentiable with respect to `y`.
-
-        The probability of an image is the mean of the density, so scaled, over the cell of its
-        levels. It is that of the classes `labels` `(B,)`, or of all classes.
-
-        Raises `ValueError` for real-valued data, which are not dequantized.
+        It is `(B,)` in nats, and differentiable with respect to `y`. Its mean probability over the
+        cell of an image's levels is P(x), or P(x | class) with `labels` `(B,)`. Raises `ValueError`
+        for real-valued data.
         """
         if isinstance(self.dequantizer, RealValued):
             raise ValueError("real-valued data are not dequantized: use log_prob")
@@ -271,8 +257,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """The bound of `log_prob` in bits per dimension, `(B,)`: `-log P(x) / (D log 2)`.
 
-        The arguments are those of `log_prob`. Raises `ValueError` for real-valued data and for
-        Gaussian noise, where a density has no bits.
+        Raises `ValueError` for real-valued data and for Gaussian noise: a density has no bits.
         """
         if self.kind.no_bits is not None:
             raise ValueError(f"{self.kind.no_bits}: use log_prob")
@@ -282,10 +267,9 @@ class Flow(nn.Module):
     def encode(self, x: Batch, executor: Executor | None = None) -> Tensor:
         """The latent at the middle of each image's bin, `(B, D)`.
 
-        There is no randomness, so `decode` gives `x` back. A causal flow computes one entry after
-        the other for that, so it takes as long as `decode`. With another `executor` it is one pass,
-        and gives the latents up to rounding. A model with an `image_context` needs that of the
-        images, `context_of(x)`, to give them back.
+        There is no randomness, so `decode` gives `x` back, with `context_of(x)` for a model with an
+        `image_context`. A causal flow computes one entry after the other for that, so it takes as
+        long as `decode`. With another `executor` it is one pass, exact up to rounding.
         """
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
@@ -304,12 +288,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
-        The networks of the bijection may see the classes `labels` `(B,)`. Without them the class is
-        unknown to them, as it is in `encode`.
-
         Args:
             z: The latents.
-            labels: Classes.
+            labels: Classes `(B,)` that the networks see. By default they see none, as in `encode`.
             executor: Calls the layers.
             guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
             denoise: Whether to take one step of `denoised` after it.
@@ -317,13 +298,11 @@ class Flow(nn.Module):
 
         Raises:
             FloatingPointError: The result is not finite.
-            ValueError: The model has no guidance, or no noise to take away; see `unguided` and
-                `denoised`. Or it needs another context.
+            ValueError: The model has no guidance (`unguided`) or no Gaussian noise, or it needs
+                another context.
         """
         if isinstance(z, np.ndarray):
             z = torch.as_tensor(z, dtype=self.dtype)
-        if denoise:
-            self._sigma()
         context = self._checked_context(context, len(z))
         conditioning = self.conditioning(len(z), labels, context, guidance)
         v, _ = self.bijection.run(executor, "inverse", z.to(self.device), conditioning)
@@ -337,29 +316,18 @@ class Flow(nn.Module):
         """The mean of the image without noise, given noisy ones `v`, inputs of the flow.
 
         It is one step, `v + sigma^2 grad log p(v)` (Tweedie's formula, Robbins 1956; TarFlow, Zhai
-        et al. 2024, section 3.3), exact where p is the density of noisy images. The density is that
-        of the classes `labels` `(B,)` or given the `context`, without guidance. A continuous flow
-        estimates its gradient as in training. Raises `ValueError` where the noise is not Gaussian.
+        et al. 2024, section 3.3), exact where p is the density of noisy images. The density is
+        given the classes `labels` `(B,)` or the `context`, without guidance. Raises `ValueError` if
+        the noise is not Gaussian.
         """
-        sigma = self._sigma()
+        sigma = self.dequantizer.sigma
+        if sigma is None:
+            raise ValueError(f"denoise: {NO_SIGMA}")
         with torch.enable_grad():
             v = v.detach().requires_grad_()
             log_prob = self._log_prob_of(v, v.new_zeros(len(v)), labels, context).total
             (score,) = torch.autograd.grad(log_prob.sum(), v)
         return v.detach() + sigma**2 * score
-
-    def _sigma(self) -> float:
-        sigma = self.dequantizer.sigma
-        if sigma is None:
-            raise ValueError(f"denoise: {NO_SIGMA}")
-        return sigma
-
-    @property
-    def unguided(self) -> str | None:
-        """Why samples cannot be guided, in words, or None."""
-        if self.class_prior is None:
-            return "the model is not class-conditional (model.classes is 0)"
-        return self.class_prior.unguided
 
     def sample(
         self,
@@ -390,39 +358,42 @@ class Flow(nn.Module):
         labels: Labels | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Samples as `sample` gives them, and the `log_prob` of each, `(n,)` in nats.
-
-        The noise of the likelihood is drawn after the samples, from the same generator.
+        """The result of `sample`, and the `log_prob` of each, `(n,)` in nats, whose noise is drawn
+        afterwards, from the same generator.
         """
-        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
+        labels = self.classes_in_turn(n) if labels is None else labels
         x = self.sample(n, temperature, generator, labels, context=context)
         return x, self.log_prob(x, generator, labels, context=context)
 
-    def __repr__(self) -> str:
-        """What the flow is, in five lines. `print(flow.bijection)` has every layer."""
-        classes = f", {self.classes} classes" if self.classes else ""
-        given = "" if self.image_context is None else f", given {self.image_context.words}"
-        layers = [module for module in self.modules() if isinstance(module, Bijection)]
-        names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-        return "\n".join(
-            [
-                f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}",
-                f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}",
-                f"  sampling: {self.sampling}",
-                f"  parameters: {sum(p.numel() for p in self.parameters()):,}, {self.dtype} on "
-                f"{self.device}",
-                f"  layers: {len(layers)} ({names})",
-            ]
-        )
+    def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`n` standard normal latents, `(n, D)`, of which the first do not depend on `n`."""
+        where = self.device if generator is None else generator.device
+        rows = torch.empty(n, self.latent_dims, device=where)
+        for i in range(n):
+            rows[i].normal_(generator=generator)
+        return rows.to(self.device, self.dtype)
+
+    def latents_of_classes(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Standard normal draws `(B, D)` as latents of the classes `labels`, by default of all
+        classes in turn. Raises `ValueError` for labels that the model does not have.
+        """
+        labels = self.classes_in_turn(len(noise)) if labels is None else labels
+        if labels is None:
+            return noise
+        labels = checked_labels(labels, self.classes, len(noise)).to(self.device)
+        assert self.class_prior is not None
+        return self.class_prior.latents_of_classes(noise.to(self.device), labels)
+
+    def split_latents(self, z: Tensor) -> list[Tensor]:
+        """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
+        return self.bijection.split_latents(z)
 
     def classes_in_turn(self, n: int) -> Tensor | None:
         """The labels `(n,)` of `n` samples: all classes in turn, or None if there are none."""
         return torch.arange(n) % self.classes if self.classes else None
 
     def context_of(self, x: Tensor) -> Tensor | None:
-        """The context of integers `x` `(B, C, H, W)`, uint8 `(B, C', H', W')`. None if the model is
-        of images by themselves.
-        """
+        """The context of integers `x` `(B, C, H, W)`, if there is one: uint8 `(B, C', H', W')`."""
         return None if self.image_context is None else self.image_context.of(x)
 
     def conditioning(
@@ -432,10 +403,9 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         guidance: float | None = None,
     ) -> Context | None:
-        """What the networks of the bijection see for B = `count` examples, of their classes
-        `labels` `(B,)` or of a `context` of integers `(B, C', H', W')`.
-
-        Raises `ValueError` for a weight of `guidance` where there is none.
+        """The context of the bijection's networks for B = `count` examples: their classes `labels`
+        `(B,)`, or a `context` of integers `(B, C', H', W')`. Raises `ValueError` for a weight of
+        `guidance` if there is none.
         """
         if guidance is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
@@ -447,9 +417,7 @@ class Flow(nn.Module):
         if of_class is None:
             return None
         of_class = of_class.to(self.device, self.dtype)
-        if not guidance:
-            return of_class
-        return Guided(of_class, torch.zeros_like(of_class), guidance)
+        return Guided(of_class, torch.zeros_like(of_class), guidance) if guidance else of_class
 
     def require_no_context(self, what: str) -> None:
         """Raises `UserError` that begins with `what` for a model with an `image_context`."""
@@ -459,81 +427,22 @@ class Flow(nn.Module):
                 f"(model.context)"
             )
 
-    def latents_of_classes(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Standard normal draws `(B, D)` as latents of the base density.
-
-        In a class-conditional model they become latents of the classes `labels`, or by default of
-        all classes in turn. Raises `ValueError` for labels outside 0..K-1, and for labels if the
-        model has no classes.
-        """
-        labels = self.classes_in_turn(len(noise)) if labels is None else labels
-        if labels is None:
-            return noise
-        labels = self._checked_labels(labels, len(noise))
-        assert self.class_prior is not None
-        return self.class_prior.latents_of_classes(noise.to(self.device), labels)
-
-    def _checked_labels(self, labels: Labels, count: int) -> Tensor:
-        labels = torch.as_tensor(labels)
-        if self.class_prior is None:
-            raise ValueError("the model is not class-conditional: it has no labels")
-        if labels.shape != (count,):
-            raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
-        if count and (int(labels.min()) < 0 or int(labels.max()) >= self.classes):
-            raise ValueError(
-                f"expected classes in 0..{self.classes - 1}, got {sorted(set(labels.tolist()))}"
-            )
-        return labels.to(self.device)
-
     def _checked_context(self, context: Tensor | None, count: int) -> Tensor | None:
-        if self.image_context is None:
-            if context is not None:
-                raise ValueError("the model has no image_context: it is of images by themselves")
-            return None
-        shape = self.image_context.shape
-        if context is None or tuple(context.shape) != (count, *shape):
-            given = "none" if context is None else f"{tuple(context.shape)}"
-            raise ValueError(
-                f"the model is given {self.image_context.words}: expected a context of shape "
-                f"({count}, {', '.join(map(str, shape))}), got {given}; context_of(x) is that of "
-                f"images"
-            )
-        levels = self.image_context.levels
-        low, high = context.min().item(), context.max().item()
-        if context.is_floating_point() or low < 0 or high >= levels:
-            raise ValueError(f"expected a context of integers in 0..{levels - 1}")
-        return context.to(self.device)
-
-    def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` standard normal latents, `(n, D)`, drawn row by row.
-
-        So the first rows do not depend on how many follow.
-        """
-        where = self.device if generator is None else generator.device
-        rows = torch.empty(n, self.latent_dims, device=where)
-        for i in range(n):
-            rows[i].normal_(generator=generator)
-        return rows.to(self.device, self.dtype)
-
-    def split_latents(self, z: Tensor) -> list[Tensor]:
-        """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
-        return self.bijection.split_latents(z)
+        if self.image_context is not None:
+            return self.image_context.checked(context, count).to(self.device)
+        if context is not None:
+            raise ValueError("the model has no image_context: it is of images by themselves")
+        return None
 
     def _checked(self, batch: Batch) -> Tensor:
         x = as_tensor(batch, self.shape, self.levels)
-        if tuple(x.shape[1:]) != self.shape or x.ndim != 4:
-            raise ValueError(
-                f"expected images of shape (B, {', '.join(map(str, self.shape))}), got "
-                f"{tuple(x.shape)}"
-            )
         self.dequantizer.check(x)
         return x.to(self.device)
 
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each layer sets itself from its input.
-
-    Layers that are initialized already leave themselves alone.
+    """Data-dependent initialization: one pass in which each layer sets itself from its input,
+    unless it is initialized already.
     """
     flow.to_latents(x, noise, Initializing())

@@ -70,6 +70,20 @@ class ImageContext:
         sums = x.unflatten(3, (-1, f)).unflatten(2, (-1, f)).sum((3, 5), dtype=torch.int32)
         return torch.div(sums + f * f // 2, f * f, rounding_mode="floor").to(torch.uint8)
 
+    def checked(self, context: Tensor | None, count: int) -> Tensor:
+        """The context of `count` images, if it is one. Raises `ValueError` if it is not."""
+        if context is None or tuple(context.shape) != (count, *self.shape):
+            raise ValueError(
+                f"the model is given {self.words}: expected a context of shape "
+                f"({count}, {', '.join(map(str, self.shape))}), got "
+                f"{'none' if context is None else tuple(context.shape)}; context_of(x) is that of "
+                f"images"
+            )
+        low, high = context.min().item(), context.max().item()
+        if context.is_floating_point() or low < 0 or high >= self.levels:
+            raise ValueError(f"expected a context of integers in 0..{self.levels - 1}")
+        return context
+
     def scaled(self, context: Tensor, dtype: torch.dtype) -> Tensor:
         """What the networks see of a context: its values as reals in [-1/2, 1/2]."""
         return (context.to(dtype) + 0.5) / self.levels - 0.5

@@ -1,4 +1,4 @@
-"""Images in the forms in which users of the Python interface have them."""
+"""Images and labels in the forms in which users of the Python interface have them."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -22,7 +22,8 @@ def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
     made grey or RGB, their values 0..255 become 0..Q-1 by `quantize`, and they are not resized.
 
     Raises:
-        ValueError: for PIL images of another size or for a model of points, and for a single one.
+        ValueError: for another shape, for PIL images of another size or for a model of points, and
+            for a single one.
     """
     if isinstance(batch, Image.Image):
         raise ValueError("expected several images, got one: give a list, [image]")
@@ -33,13 +34,31 @@ def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
     channels, *size = shape
     if batch.ndim == 2 and (batch.shape[1], 1, 1) == shape:
         batch = batch[:, :, None, None]
-    if isinstance(batch, Tensor):
-        return batch
-    if batch.shape[1:] == (*size, channels) and batch.shape[1:] != shape:
-        batch = batch.transpose(0, 3, 1, 2)
-    elif batch.shape[1:] == tuple(size) and channels == 1:
-        batch = batch[:, None]
-    return torch.from_numpy(np.ascontiguousarray(batch))
+    if isinstance(batch, np.ndarray):
+        if batch.shape[1:] == (*size, channels) and batch.shape[1:] != shape:
+            batch = batch.transpose(0, 3, 1, 2)
+        elif batch.shape[1:] == tuple(size) and channels == 1:
+            batch = batch[:, None]
+        batch = torch.from_numpy(np.ascontiguousarray(batch))
+    if tuple(batch.shape[1:]) != shape or batch.ndim != 4:
+        raise ValueError(
+            f"expected images of shape (B, {', '.join(map(str, shape))}), got {tuple(batch.shape)}"
+        )
+    return batch
+
+
+def checked_labels(labels: Labels, classes: int, count: int) -> Tensor:
+    """Labels as a tensor `(count,)`. Raises `ValueError` unless they are in 0..classes-1."""
+    labels = torch.as_tensor(labels)
+    if not classes:
+        raise ValueError("the model is not class-conditional: it has no labels")
+    if labels.shape != (count,):
+        raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"expected classes in 0..{classes - 1}, got {sorted(set(labels.tolist()))}"
+        )
+    return labels
 
 
 def _pixels(image: Image.Image, shape: Shape, levels: int | None) -> np.ndarray:

@@ -1,8 +1,7 @@
 """The kind of data that a flow models: images with Q levels, the same with Gaussian noise, points,
 or points on a surface.
 
-`kind_of` chooses the kind. Whatever depends on it is a question that the kind answers, so other
-code does not ask whether there are levels.
+`kind_of` chooses the kind, and whatever depends on the kind is a member of it.
 """
 
 import math
@@ -29,10 +28,8 @@ class QuantizedImages:
 
     unit = "bits/dim"  # unit of the loss, for messages
     metric = "bits_per_dim"  # name of the loss in files
-    no_bits: str | None = (
-        None  # why a likelihood has no bits per dimension, in words, if it has none
-    )
-    bound = "a bound"  # what a likelihood is that is not exact
+    no_bits: str | None = None  # the reason why a likelihood has no bits per dimension
+    bound = "a bound"  # the word for a likelihood that is not exact
     exact = False  # whether there is no dequantization noise, so that the likelihood is exact
     on_surface = False  # whether a latent has fewer entries than an example
     picture_count = 64  # samples in a picture
@@ -45,7 +42,7 @@ class QuantizedImages:
         self.words = f"{levels} levels"  # what the values are, for messages
 
     def npz(self) -> dict[str, int]:
-        """What an .npz file of samples says about them."""
+        """Further arrays of an .npz file of samples."""
         return {"levels": self.levels}
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
@@ -53,7 +50,7 @@ class QuantizedImages:
         return bits_per_dim(log_prob, dims)
 
     def over_draws(self, draws: Tensor) -> Tensor:
-        """What several draws of the noise say together, in nats: `(K, ...)` to `(...)`."""
+        """The result of several draws of the noise, in nats: `(K, ...)` to `(...)`."""
         return log_mean_exp(draws)
 
     def in_unit(self, bits: np.ndarray) -> np.ndarray:
@@ -74,7 +71,7 @@ class QuantizedImages:
         return QuantizedImages(self.levels >> drop_bits)
 
     def fault(self, values: np.ndarray) -> str | None:
-        """What is wrong with stored values, in words, or None."""
+        """The fault of stored values, for messages, or None."""
         if self.levels < 256 and int(values.max()) >= self.levels:
             return f"a value of {int(values.max())}, expected 0..{self.levels - 1}"
         return None
@@ -93,10 +90,8 @@ class QuantizedImages:
 
 
 class NoisyImages(QuantizedImages):
-    """Images of integers 0..Q-1 with Gaussian noise, of which the model is a density.
-
-    The density is that of noisy images in [0, 1], in nats per dimension. It is no bound on the
-    probability of an image, so nothing about it is in bits.
+    """Images of integers 0..Q-1 with Gaussian noise: the model is a density of noisy images in
+    [0, 1], in nats per dimension. It bounds no probability, so nothing about it is in bits.
 
     Args:
         levels: Q.
@@ -175,10 +170,7 @@ class Points:
 
 
 class SurfacePoints(Points):
-    """Points on a surface in space, with a density with respect to the area.
-
-    The unit sphere is the only such surface so far.
-    """
+    """Points on a surface, so far the unit sphere, with a density with respect to the area."""
 
     on_surface = True
 
@@ -191,9 +183,8 @@ Kind = QuantizedImages | Points
 
 
 def kind_of(levels: int | None, on_surface: bool = False, sigma: float | None = None) -> Kind:
-    """The kind of data with values 0..levels-1, or with real values where `levels` is None.
-
-    With `sigma`, the images have Gaussian noise of this standard deviation.
+    """The kind of data with values 0..levels-1, perhaps with Gaussian noise of the standard
+    deviation `sigma`, or with real values if `levels` is None.
     """
     if levels is not None:
         return QuantizedImages(levels) if sigma is None else NoisyImages(levels, sigma)

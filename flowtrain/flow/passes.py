@@ -24,9 +24,8 @@ ALIVE = 6
 def watch_modules(
     flow: Flow, x: Tensor, noise: Tensor, note: Callable[[str, nn.Module, Any], None]
 ) -> None:
-    """Calls `note(name, module, output)` for each module in a forward pass of the flow.
-
-    The pass goes layer by layer, and includes the modules of conditioners.
+    """Calls `note(name, module, output)` for each module in a forward pass layer by layer, those of
+    conditioners included.
     """
     handles = [
         module.register_forward_hook(
@@ -56,36 +55,35 @@ def largest_activation(flow: Flow) -> int:
 
 
 def fitting_batch_size(flow: Flow) -> int:
-    """How many images to score at a time: a power of two.
+    """The number of images to score at a time, a power of two.
 
-    On a GPU it is what fits into a quarter of all memory, not of the memory that is free. The last
-    digits of a likelihood depend on the batch size, and should be the same the next time. On a CPU
-    speed is the limit, long before memory.
+    On a GPU they fit into a quarter of all memory, not of the free memory: the last digits of a
+    likelihood depend on the batch size, and should be the same the next time. On a CPU speed is the
+    limit, long before memory.
     """
     budget: float = ENOUGH_FOR_A_CPU
     if flow.device.type == "cuda":
         budget = torch.cuda.get_device_properties(flow.device).total_memory / 4
-    return _power_of_two(budget / _bytes_of_an_image(flow))
+    return _power_of_two(budget / (ALIVE * largest_activation(flow)))
 
 
 def sampling_batch_size(flow: Flow) -> int:
-    """How many images to decode at a time: a power of two.
+    """The number of images to decode at a time, a power of two.
 
-    It is that of `fitting_batch_size`, so that rounding is the same the next time, or less where
-    the memory that is left does not suffice. For a sequential inverse on a CPU it is what fits
-    into a quarter of all memory, because each entry takes long however few images there are.
+    It is `fitting_batch_size`, so that rounding is the same the next time, or less if memory is
+    short. For a sequential inverse on a CPU a quarter of all memory is filled, because each entry
+    takes long however few images there are.
     """
     largest = fitting_batch_size(flow)
-    of_an_image = _bytes_of_an_image(flow)
+    of_an_image = ALIVE * largest_activation(flow)
     if flow.bijection.inverse_is_sequential and flow.device.type == "cpu":
         largest = _power_of_two(capacity.total() / 4 / of_an_image)
     return min(largest, _power_of_two(capacity.left(flow.device) / 2 / of_an_image))
 
 
 def denoising_batch_size(flow: Flow) -> int:
-    """How many images to decode at a time if they are denoised: a power of two.
-
-    The gradient needs all activations of a forward pass, of which decoding needs a few at a time.
+    """The number of images to decode and denoise at a time, a power of two: the gradient needs all
+    activations of a forward pass.
     """
     v = flow.dequantizer.middle(torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device))
 
@@ -96,9 +94,8 @@ def denoising_batch_size(flow: Flow) -> int:
 
 
 def gradient_batch_size(flow: Flow, gradient: Callable[[Tensor], object], image: Tensor) -> int:
-    """At how many images or latents `(B, ...)` to compute a `gradient` at a time: a power of two.
-
-    `image` `(1, ...)` is one for which the memory is measured.
+    """The number of images or latents `(B, ...)` for which to compute a `gradient` at a time, a
+    power of two. Memory is measured for `image` `(1, ...)`.
     """
 
     def of(count: int) -> int:
@@ -110,10 +107,6 @@ def gradient_batch_size(flow: Flow, gradient: Callable[[Tensor], object], image:
     return min(
         sampling_batch_size(flow), _power_of_two(capacity.left(flow.device) / 2 / of_an_image)
     )
-
-
-def _bytes_of_an_image(flow: Flow) -> int:
-    return ALIVE * largest_activation(flow)
 
 
 def _power_of_two(count: float) -> int:

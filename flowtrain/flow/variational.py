@@ -29,18 +29,16 @@ class VariationalNoise(nn.Module):
         log q(u|x) = log N(eps; 0, I) - log|det dg/deps| - log|det du/dg|
 
     Phi is the normal distribution function, where the paper has a sigmoid. The flow g starts as the
-    identity, so u starts as uniform noise. An affine map takes u to `[EDGE, 1 - EDGE]`, which is
-    inside its bin in float32. `log q` includes the log-determinant of this map.
+    identity, so u starts as uniform noise. An affine map, included in `log q`, takes u to
+    `[EDGE, 1 - EDGE]`, which is inside its bin in float32.
 
-    g is a chain of 1x1 convolutions and affine couplings. The convolutions correlate the noise of a
-    pixel's channels, and the couplings transform the two colours of a checkerboard in turn. Both
-    work at half the resolution if the height and the width are even. One network extracts from the
+    g is a chain of 1x1 convolutions and affine couplings of the two colours of a checkerboard in
+    turn, at half the resolution if the height and the width are even. One network extracts from the
     image the features that all conditioners see.
 
     Args:
         shape: Shape of one image, `(C, H, W)`.
-        steps: Number of flow steps. Each is a 1x1 convolution and a coupling, which transforms one
-            colour of the checkerboard.
+        steps: Number of flow steps. Each is a 1x1 convolution and a coupling.
         width: Channels of the hidden layers, and of the features of the image.
     """
 
@@ -81,13 +79,7 @@ class VariationalNoise(nn.Module):
         # The context is for conditioners alone, and stays on their side of the border.
         context = self.context(into_conditioner(image))
         w, log_det = self.flow.run(executor, "forward", eps, context)
-        # log N(eps) - log N(w), where the constants cancel: apart from the affine map, du/dw is the
-        # standard normal density.
-        log_q = (
-            0.5 * sum_per_example(w.square() - eps.square())
-            - log_det
-            - w[0].numel() * math.log1p(-2 * EDGE)
-        )
+        log_q = _log_q(eps, w, -log_det)
         u = EDGE + (1 - 2 * EDGE) * torch.special.ndtr(w)
         return self.squeeze.run(executor, "inverse", u)[0], log_q
 
@@ -101,9 +93,13 @@ class VariationalNoise(nn.Module):
         w = torch.special.ndtri(inside)
         context = self.context(into_conditioner(image))
         eps, log_det = self.flow.run(executor, "inverse", w, context)
-        log_q = (
-            0.5 * sum_per_example(w.square() - eps.square())
-            + log_det
-            - w[0].numel() * math.log1p(-2 * EDGE)
-        )
+        log_q = _log_q(eps, w, log_det)
         return self.squeeze.run(executor, "inverse", torch.special.ndtr(eps))[0], log_q
+
+
+def _log_q(eps: Tensor, w: Tensor, log_det: Tensor) -> Tensor:
+    """`log q(u|x)` from `eps`, `w = g(eps)` and the log-determinant from w to eps."""
+    # log N(eps) - log N(w), where the constants cancel: apart from the affine map, du/dw is the
+    # standard normal density.
+    squares = 0.5 * sum_per_example(w.square() - eps.square())
+    return squares + log_det - w[0].numel() * math.log1p(-2 * EDGE)

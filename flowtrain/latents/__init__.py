@@ -1,4 +1,4 @@
-"""What is done with latents: files of them, directions of attributes, and paths between images.
+"""Latents: files of them, directions of attributes, and paths between images.
 
 Latents are float32 `(N, D)`, as `Flow.encode` gives them. `Flow.split_latents` gives their levels.
 """

@@ -1,4 +1,4 @@
-"""Directions of attributes in latent space: what separates images that have one from the others."""
+"""Directions of attributes in latent space, which separate images with an attribute from others."""
 
 import io
 import logging
@@ -27,8 +27,8 @@ FORMAT = 1
 HELD_OUT = 0.25  # of the images with the attribute, and of those without
 FEWEST = 4  # images of each kind, so that one can be held out and a mean taken of the others
 CHANCE = 0.5  # the accuracy of a guess
-# Inverse of scikit-learn's penalty. Latents often have more entries than there are images, so the
-# weights are held small.
+# Inverse of scikit-learn's penalty: strong, because latents often have more entries than there are
+# images.
 STRENGTH = 0.1
 LONGEST_NAME = 60  # characters
 
@@ -38,14 +38,13 @@ class Direction:
     """An attribute of images as a direction in latent space.
 
     vector: float32 `(D,)` of length 1 on the CPU. It points to images that have the attribute.
-    low, high: the mean of `z @ vector` over training images without and with the attribute.
-    accuracy: how often held-out images lie on the right side of the middle of the two: the mean
-        of those with and those without the attribute, of which a guess has 1/2.
+    low, high: mean of `z @ vector` over training images without and with the attribute.
+    accuracy: balanced accuracy on held-out images, by the middle of the two. A guess has 1/2.
     error: its standard error.
-    held_out: how many images that were.
+    held_out: number of held-out images.
     orthogonal: whether it was made orthogonal to other directions.
     others: if so, the vectors of all others in its file. Together with `vector` they span the
-        others as they were found, whose projections are kept where a latent moves along it.
+        others as they were found, whose projections a move along it keeps.
     """
 
     name: str
@@ -60,8 +59,8 @@ class Direction:
     others: Sequence[Tensor] = ()
 
     def target(self, strength: float) -> float:
-        """The projection `z @ vector` at a strength: -1 is the mean of images without the
-        attribute, 1 that of images with it.
+        """The projection `z @ vector` at a strength: -1 is the mean without the attribute, 1 with
+        it.
         """
         return (self.low + self.high) / 2 + strength * (self.high - self.low) / 2
 
@@ -79,10 +78,9 @@ def divided(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def fitted(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
-    """The direction from latents `negative` `(M, D)` to latents `positive` `(N, D)`: `(D,)`.
-
-    `difference` is the difference of their means (Kingma & Dhariwal 2018, section 6.2), and
-    `logistic` the weights of a logistic regression.
+    """The direction from latents `negative` `(M, D)` to latents `positive` `(N, D)`, `(D,)`: the
+    difference of their means (Kingma & Dhariwal 2018, section 6.2), or the weights of a logistic
+    regression.
     """
     if method == "difference":
         return positive.mean(dim=0) - negative.mean(dim=0)
@@ -95,9 +93,7 @@ def fitted(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
 
 
 def orthogonal_to(vector: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """The part of `vector` `(D,)` that is orthogonal to all others (Shen et al. 2020, section 3.3):
-    moving along it keeps the projections on them.
-    """
+    """The part of `vector` `(D,)` orthogonal to all others (Shen et al. 2020, section 3.3)."""
     basis = torch.linalg.qr(torch.stack(list(others), dim=1).double())[0]
     rest = vector.double()
     for _ in range(2):  # once more for what rounding has left
@@ -113,11 +109,11 @@ def measured(
     others: Sequence[Tensor] = (),
     seed: int = 0,
 ) -> Direction:
-    """The direction of an attribute from latents with it, `(N, D)`, and without it, `(M, D)`.
+    """The direction of an attribute from latents with it, `(N, D)`, and without it, `(M, D)`, made
+    orthogonal to `others`.
 
-    A seeded quarter of both is held out, and gives the accuracy. With `others`, the direction is
-    made orthogonal to them before that. Raises `UserError` where there are too few images, or
-    nothing is left of the direction.
+    A seeded quarter of both is held out for the accuracy. Raises `UserError` if there are too few
+    images, or nothing is left of the direction.
     """
     for latents, kind in ((positive, "with"), (negative, "without")):
         if len(latents) < FEWEST:
@@ -167,11 +163,10 @@ def of_attributes(
     orthogonal: bool = False,
     seed: int = 0,
 ) -> list[Direction]:
-    """The directions of attributes, of which bool `(N,)` says which of the latents `(N, D)` have
-    it.
+    """The directions of attributes, each a bool `(N,)`, true for the latents `(N, D)` that have it.
 
-    With `orthogonal`, each is made orthogonal to those of all others as they were found, and to
-    those that are `known` under other names. Raises `UserError` as `measured` does.
+    With `orthogonal`, each is made orthogonal to all others as they were found, and to those
+    `known` under other names. Raises `UserError` as `measured` does.
     """
 
     def found(name: str, others: Sequence[Tensor] = ()) -> Direction:
@@ -189,7 +184,7 @@ def of_attributes(
 
 
 def check_name(name: str) -> None:
-    """Raises `UserError` for a name that cannot be that of an attribute."""
+    """Raises `UserError` for an impossible name of an attribute."""
     if not name or name != cut(name, LONGEST_NAME) or name[0] == "-":
         raise UserError(
             f"{cut(name)!r} cannot be the name of an attribute: give at most {LONGEST_NAME} "
@@ -206,11 +201,9 @@ def file_of(model: LoadedModel) -> Path:
 
 
 def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> None:
-    """Writes directions into one file. `hash_of_model` is that of `model_hash`."""
-    columns = {
-        key: np.array([getattr(each, key) for each in directions])
-        for key in ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
-    }
+    """Writes directions into one file, with the model's `model_hash`."""
+    keys = ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
+    columns = {key: np.array([getattr(each, key) for each in directions]) for key in keys}
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -224,9 +217,8 @@ def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> Non
 
 
 def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
-    """The directions in a file, by name. The file may come from a stranger.
-
-    Raises `UserError` that names the file where it is none of this format, or not of this model.
+    """The directions in a file, by name. The file may come from a stranger. Raises `UserError` that
+    names the file if it has another format, or is of another model.
     """
     file = ArrayFile(path)
     require_format(file, FORMAT, "attributes", model)
@@ -235,47 +227,36 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
     vectors = torch.from_numpy(
         file.read("vector", "f", (count, model.flow.latent_dims)).astype(np.float32)
     )
-    numbers = {
-        key: file.read(key, "f", (count,)).astype(np.float64).tolist()
-        for key in ("low", "high", "accuracy", "error")
-    }
-    methods = file.read("method", "U", (count,)).tolist()
-    held_out = file.read("held_out", "iu", (count,)).tolist()
-    orthogonal = file.read("orthogonal", "b", (count,)).tolist()
+    numbers = ("low", "high", "accuracy", "error")
+    columns = {key: file.read(key, "f", (count,)).astype(np.float64).tolist() for key in numbers}
+    for key, kind in (("method", "U"), ("held_out", "iu"), ("orthogonal", "b")):
+        columns[key] = file.read(key, kind, (count,)).tolist()
     found: dict[str, Direction] = {}
     for i, name in enumerate(names):
         check_name(name)
-        values = {key: column[i] for key, column in numbers.items()}
+        values = {key: column[i] for key, column in columns.items()}
         unit = abs(float(vectors[i].norm()) - 1) < 1e-3
-        if not unit or not np.isfinite(list(values.values())).all():
+        if not unit or not np.isfinite([values[key] for key in numbers]).all():
             raise UserError(f"{path}: {cut(name)}: its numbers are not those of a direction")
-        if methods[i] not in METHODS or name in found or values["low"] >= values["high"]:
+        if values["method"] not in METHODS or name in found or values["low"] >= values["high"]:
             raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
-        found[name] = Direction(
-            name=name,
-            vector=vectors[i],
-            method=methods[i],
-            held_out=held_out[i],
-            orthogonal=orthogonal[i],
-            **values,
-        )
-    return {
-        name: replace(each, others=[found[other].vector for other in found if other != name])
-        if each.orthogonal
-        else each
-        for name, each in found.items()
-    }
+        found[name] = Direction(name, vectors[i], **values)
+    for name, each in found.items():
+        if each.orthogonal:
+            others = [found[other].vector for other in found if other != name]
+            found[name] = replace(each, others=others)
+    return found
 
 
 def existing(model: LoadedModel) -> dict[str, Direction]:
-    """The attributes that are kept for a model, by name; none where there is no file."""
+    """The attributes that are kept for a model, by name; none if there is no file."""
     path = file_of(model)
     return load(path, model) if path.exists() else {}
 
 
 def of_these_weights(model: LoadedModel) -> dict[str, Direction]:
-    """The same, but none where the file is of other weights: those of `--weights`, or from before
-    more training.
+    """The same, but none if the file is of other weights: those of `--weights`, or from before more
+    training.
     """
     try:
         return existing(model)
@@ -284,8 +265,8 @@ def of_these_weights(model: LoadedModel) -> dict[str, Direction]:
 
 
 def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
-    """Adds directions to those that are kept for a model, and returns all by name. Those of other
-    weights are kept under another name. Commands that do so at the same time wait for each other.
+    """Adds directions to those that are kept for a model, and returns all by name. A file of other
+    weights gets another name. Commands that do so at the same time wait for each other.
     """
     path = file_of(model)
     with one_at_a_time(model.checkpoint.path):
@@ -300,7 +281,7 @@ def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
 
 
 def named(model: LoadedModel, name: str) -> Direction:
-    """The attribute of this name. Raises `UserError` where the model has none."""
+    """The attribute of this name. Raises `UserError` if the model has none."""
     known = existing(model)
     if name not in known:
         there = ", ".join(sorted(known)) or "none; `flowtrain attributes` finds some"

@@ -26,7 +26,7 @@ def encode(
 ) -> Tensor:
     """The latents of images `(N, C, H, W)`, float32 `(N, D)` on the CPU. See `Flow.encode`.
 
-    `what` begins the message of the `UserError` that is raised where there is no room for them.
+    Raises `UserError` that begins with `what` if there is no room for them.
     """
     capacity.require(2 * 4 * len(x) * flow.latent_dims, f"{what}: {len(x):,} latents need")
     z = torch.empty(len(x), flow.latent_dims)
@@ -39,7 +39,7 @@ def encode(
 
 
 def joined(levels: Sequence[Tensor]) -> Tensor:
-    """The latents `(B, D)` of which `Flow.split_latents` gives these levels."""
+    """The inverse of `Flow.split_latents`: levels as latents `(B, D)`."""
     return torch.cat([level.flatten(1) for level in levels], dim=1)
 
 
@@ -65,7 +65,7 @@ def of_split(
 ) -> tuple[list[str], Tensor, Tensor | None]:
     """Names, images and classes, if they are known, of the first `count` images of a split.
 
-    Raises `UserError` where the data are not the model's, or the split is empty.
+    Raises `UserError` if the data are not the model's, or the split is empty.
     """
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
     split = data.split(split_name)
@@ -79,8 +79,8 @@ def of_split(
 def named_images(
     paths: Sequence[Path], model: LoadedModel, count: int | None
 ) -> tuple[list[str], Tensor]:
-    """The names and pixels of the first `count` images at these paths: image files and folders, or
-    an .npy or .npz file for a model of points.
+    """Names and pixels of the first `count` images at these paths: image files and folders, or one
+    .npy or .npz file for a model of points.
     """
     if model.flow.levels is None:
         x = read_points(paths, model)[:count]
@@ -90,10 +90,8 @@ def named_images(
 
 
 def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
-    """Points from one .npy file, or from `images` of an .npz file as `sample` and `decode` write
-    it: float32 `(N, C, 1, 1)`.
-
-    Raises `UserError` that names the file where it is not one such array, or not finite.
+    """Points from one .npy file, or from `images` of an .npz file of `sample` or `decode`: float32
+    `(N, C, 1, 1)`. Raises `UserError` that names the file if these are no finite points.
     """
     if len(paths) != 1 or paths[0].suffix.lower() not in (".npy", ".npz"):
         raise UserError(
@@ -110,7 +108,7 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Names of PNG files for images with these names. Raises `UserError` where two are the same, or
+    """Names of PNG files for images with these names. Raises `UserError` if two are the same, or
     cannot be written into one folder.
     """
     found = [name if name.lower().endswith(".png") else f"{name}.png" for name in names]
@@ -124,7 +122,7 @@ def picture_names(names: Sequence[str]) -> list[str]:
 def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
     """Image files, and those in folders at any depth, by name: the path below the folder.
 
-    Raises `UserError` that begins with `option` where a folder has no image, or two have one name.
+    Raises `UserError` that begins with `option` if a folder has no image, or two have one name.
     """
     found: dict[str, Path] = {}
     for path in paths:
@@ -144,10 +142,9 @@ def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
 
 
 def read_images(files: Sequence[Path], model: LoadedModel, option: str) -> Tensor:
-    """Image files as images of the model's shape, `(N, C, H, W)`.
-
-    They are resized by the `resize_policy` of the model's data. Raises `UserError` that names the
-    file where one cannot be read, or `option` for a model of points.
+    """Image files as images of the model's shape, `(N, C, H, W)`, resized by the `resize_policy` of
+    its data. Raises `UserError` that names a file that cannot be read, or `option` for a model of
+    points.
     """
     flow, policy = model.flow, model.config.data.resize_policy
     levels = flow.kind.require_levels(f"{option}: the model is of real-valued data, not of images")

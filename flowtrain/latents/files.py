@@ -1,9 +1,9 @@
-"""Files of latents: an .npz file with one array for each level, and what model they belong to.
+"""Files of latents: an .npz file with one array for each level, and the hash of the model.
 
 format    the version of this format, FORMAT
 model     the hash of the model (`checkpoints.load.model_hash`)
-names     one text for each image, of which file names can be made
-level1    float32 (N, C, H, W), the finest level, or (N, D) where the model has no levels
+names     one text for each image, usable as a file name
+level1    float32 (N, C, H, W), the finest level, or (N, D) if the model has no levels
 level2    the next level, and so on; the last is the coarsest
 classes   int64 (N,), if they are known
 """
@@ -55,8 +55,8 @@ def npz(latents: Latents, model: LoadedModel) -> bytes:
 def read(path: Path, model: LoadedModel) -> Latents:
     """The latents in a file, which may come from a stranger.
 
-    Raises `UserError` that names the file where it is none of this format, its latents are not of
-    this model, a number is not finite, or its names cannot be those of files in one folder.
+    Raises `UserError` that names the file if it has another format, is of another model, or has a
+    number that is not finite or impossible names of files.
     """
     file = ArrayFile(path)
     require_format(file, FORMAT, "latents", model)
@@ -85,9 +85,7 @@ def read(path: Path, model: LoadedModel) -> Latents:
 
 
 def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
-    """Images or points `(N, C, H, W)` as an .npz file like that of `flowtrain sample`, with their
-    names.
-    """
+    """Images or points `(N, C, H, W)` with names as an .npz file, like that of `sample`."""
     buffer = io.BytesIO()
     arrays = {"images": x.movedim(1, -1).numpy(), "names": np.array(names, dtype=np.str_)}
     np.savez_compressed(buffer, allow_pickle=False, **arrays, **flow.kind.npz())
@@ -99,8 +97,8 @@ class OtherModel(UserError):
 
 
 def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel) -> None:
-    """Raises `UserError` unless a file has the version `known` of its format, and `OtherModel`
-    unless it belongs to the model.
+    """Raises `UserError` unless a file has the version `known` of its format, and `OtherModel` if
+    it belongs to another model.
     """
     found = int(file.read("format", "iu", ()))
     if found != known:

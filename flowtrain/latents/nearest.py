@@ -20,9 +20,9 @@ def nearest_images(
 ) -> tuple[Tensor, Tensor]:
     """The `count` images of a split that are nearest to each query `(N, C, H, W)`.
 
-    The distance is L2, of pixels in 0..1. Returns the distances `(N, count)`, in ascending order,
-    and the positions in the split `(N, count)`. The split is read in parts of about so many
-    `pixels`, by default `CHUNK`, and `check` is called before each.
+    Returns the L2 distances of pixels in 0..1, `(N, count)`, in ascending order, and the positions
+    in the split, `(N, count)`. The split is read in parts of about so many `pixels`, by default
+    `CHUNK`, and `check` is called before each.
     """
     # |q|^2 - 2 qx + |x|^2 is exact for integers in float64, so a copy has distance 0.
     q = queries.flatten(1).double()  # (N, D)

@@ -23,17 +23,16 @@ from flowtrain.system.random import Stream, generator
 CLASS_IMAGES = 500  # training images of a class over which the mean latent is taken, at most
 TYPICAL_IMAGES = 500  # test images whose likelihoods say what is typical, at most
 LOWEST = 0.01  # the share of them that is less likely than where a path stops
-# What an image has beyond the mean of its class shrinks to this share on the way to another class.
-# Whole, it makes ends that are of no class (docs/edit.md).
+# The deviation of an image from the mean of its class shrinks to this share on the way to another
+# class. Whole, it makes ends that are of no class (docs/edit.md).
 KEPT = 0.5
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation (Shoemake 1985) between latents `(D,)` at each `t` `(S,)`: `(S, D)`.
 
-    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal. A
-    straight line would pass through the improbable middle, and only joins latents that are parallel
-    or antiparallel.
+    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal, where
+    a straight line, used for (anti)parallel latents only, would pass through the improbable middle.
     """
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
@@ -47,8 +46,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor:
     """Paths between pairs of images, `(P, C, H, W)` each: `(P, steps, C, H, W)` with both ends.
-
-    Raises `UserError` for a model of images given a part of them, since a path would need one.
+    Raises `UserError` for a model with an `image_context`.
     """
     flow.require_no_context("paths between images")
     require_room(flow, len(first), steps)
@@ -58,16 +56,15 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
 
 
 def decoded(flow: Flow, paths: Tensor) -> Tensor:
-    """Latents `(P, S, D)` as images `(P, S, C, H, W)` on the CPU.
-
-    All paths are decoded together, because a sequential inverse takes as long for a few as for one.
+    """Latents `(P, S, D)` as images `(P, S, C, H, W)` on the CPU, decoded together because of
+    sequential inverses.
     """
     images: Tensor = decode(flow, paths.flatten(0, 1)).unflatten(0, paths.shape[:2])
     return images
 
 
 def require_room(flow: Flow, pairs: int, steps: int) -> None:
-    """Raises `UserError` where the paths and all pictures do not fit into memory."""
+    """Raises `UserError` if the paths and all pictures do not fit into memory."""
     pixels = flow.dims * (4 if flow.levels is None else 1)
     capacity.require(
         2 * 4 * pairs * steps * flow.latent_dims + 2 * pairs * steps * pixels,
@@ -82,8 +79,8 @@ def moved(z: Tensor, direction: Direction, target: Tensor) -> Tensor:
     """Latents `(N, D)` turned towards a direction, until their projections on it are `target`
     `(N,)`: on a great circle, so that the norm stays typical.
 
-    An orthogonal direction keeps the projections on the others: what is beside all of them shrinks
-    or grows. Where the target is too large for the norm, nothing of it is left.
+    An orthogonal direction keeps the projections on the others, and the rest shrinks or grows. If
+    the target is too large for the norm, nothing of the rest is left.
     """
     columns = torch.stack([direction.vector, *direction.others], dim=1)
     vector, target = direction.vector.to(z), target.to(z)
@@ -99,8 +96,8 @@ def moved(z: Tensor, direction: Direction, target: Tensor) -> Tensor:
 
 
 def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tensor:
-    """Paths from latents `(N, D)` to a strength of an attribute: `(N, steps, D)`. All begin with
-    the latent itself. See `Direction.target` for what a strength is.
+    """Paths from latents `(N, D)` themselves to a strength of an attribute (`Direction.target`):
+    `(N, steps, D)`.
     """
     vector = direction.vector.to(z)
     begin, end = z @ vector, direction.target(strength)
@@ -113,19 +110,13 @@ def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tenso
 
 
 def between_classes(
-    flow: Flow,
-    z: Tensor,
-    first: int,
-    second: int,
-    mean: Callable[[int], Tensor],
-    steps: int,
+    flow: Flow, z: Tensor, first: int, second: int, mean: Callable[[int], Tensor], steps: int
 ) -> Tensor:
     """Paths from latents `z` `(N, D)` of class `first` to class `second`: `(N, steps, D)`.
 
-    A prior for each class says where the end lies: the coarsest latent is carried from one Gaussian
-    to the other. For other models it moves by the difference of the classes' mean latents, as in
-    Glow, section 6.2: `mean` gives that of a class, `(D,)`. What is beyond the mean shrinks to
-    `KEPT` on the way.
+    With a prior for each class, the coarsest latent is carried from one Gaussian to the other. For
+    other models it moves by the difference of the classes' mean latents `mean(label)` `(D,)`, as in
+    Glow, section 6.2. The deviation from the mean shrinks to `KEPT` on the way.
     """
     prior = flow.class_prior
     if isinstance(prior, ClassPrior):
@@ -137,9 +128,8 @@ def between_classes(
 
 
 def of_class(split: Split, label: int, needed: int, option: str) -> Split:
-    """The images of a class.
-
-    Raises `UserError` that names `option` where there are no labels, or fewer than `needed` images.
+    """The images of a class. Raises `UserError` that names `option` if there are no labels, or
+    fewer than `needed` images.
     """
     if split.labels is None:
         raise UserError(f"{option} {label}: the data set has no labels")
@@ -156,10 +146,9 @@ def of_classes(
     flow: Flow, data: DataSet, first: int, second: int, pairs: int, steps: int
 ) -> Tensor:
     """Paths from the first test images of class `first` to class `second`: latents
-    `(P, steps, D)`.
+    `(P, steps, D)`, by mean latents of training images.
 
-    The mean latents are those of at most `CLASS_IMAGES` training images of a class. Raises
-    `UserError` if there are no labels, or too few images of a class.
+    Raises `UserError` if there are no labels, or too few images of a class.
     """
     require_room(flow, pairs, steps)
     test = data.split("test")
@@ -181,26 +170,23 @@ def of_classes(
 
 
 def log_probs(flow: Flow, x: Tensor) -> Tensor:
-    """Log-likelihoods of images `(N, C, H, W)`, float64 `(N,)` in nats, by the noise of
-    `flowtrain evaluate`.
-    """
+    """Log-likelihoods of images `(N, C, H, W)`, float64 `(N,)` in nats, as in `evaluate`."""
     return score(flow, Split(x.cpu().numpy(), np.arange(len(x)), 0)).log_prob
 
 
 def lowest_typical(
     flow: Flow, split: Split, progress: Callable[[int, int], None] = silent
 ) -> float:
-    """The log-likelihood in nats that all but the lowest `LOWEST` of the images of a split have.
-
-    Of a large split, a sample of `TYPICAL_IMAGES` is taken.
+    """The log-likelihood in nats that all but the lowest `LOWEST` of the images of a split reach,
+    by a sample of at most `TYPICAL_IMAGES`.
     """
     found = score(flow, split.sample(TYPICAL_IMAGES), progress=progress).log_prob
     return float(found.quantile(LOWEST))
 
 
 def stopped(flow: Flow, rows: Tensor, lowest: float) -> list[int]:
-    """How many images of each path `(P, S, C, H, W)` come before the first that is less likely
-    than `lowest` nats. The first image of a path always counts, because it was given.
+    """The number of images of each path `(P, S, C, H, W)` before the first that is less likely than
+    `lowest` nats. The first image of a path was given, and counts.
     """
     likely = log_probs(flow, rows.flatten(0, 1)).reshape(rows.shape[:2]) >= lowest
     likely[:, 0] = True
@@ -210,12 +196,8 @@ def stopped(flow: Flow, rows: Tensor, lowest: float) -> list[int]:
 
 def stay(rows: Tensor, counts: list[int]) -> Tensor:
     """Paths `(P, S, ...)` that stay at the last of their first `counts` images."""
-    return torch.stack(
-        [
-            torch.cat([row[:n], row[n - 1 : n].expand(len(row) - n, *row.shape[1:])])
-            for row, n in zip(rows, counts, strict=True)
-        ]
-    )
+    steps = torch.arange(rows.shape[1])
+    return torch.stack([row[steps.clamp_max(n - 1)] for row, n in zip(rows, counts, strict=True)])
 
 
 # --- which images ---------------------------------------------------------------------------------
@@ -224,9 +206,8 @@ def stay(rows: Tensor, counts: list[int]) -> Tensor:
 def random_images(
     model: LoadedModel, data: DataSet, count: int, seed: int, option: str, needed: int
 ) -> Tensor:
-    """`count` random test images, all different, `(N, C, H, W)`.
-
-    Raises `UserError` that names `option`, whose value is `needed`, if there are too few.
+    """`count` random test images, all different, `(N, C, H, W)`. Raises `UserError` that names
+    `option`, whose value is `needed`, if there are too few.
     """
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
     split = data.split("test")
@@ -239,9 +220,7 @@ def random_images(
 def from_test_images(
     model: LoadedModel, data: DataSet, pairs: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Random pairs of different test images, as two tensors `(P, C, H, W)`. Raises `UserError` as
-    `random_images` does.
-    """
+    """Random pairs of different test images, as two tensors `(P, C, H, W)`; see `random_images`."""
     x = random_images(model, data, 2 * pairs, seed, "--pairs", pairs)
     return x[:pairs], x[pairs:]
 

@@ -1,6 +1,4 @@
-"""What several models share: elementwise transforms by name, couplings of vectors, what image
-sizes allow, and patches.
-"""
+"""Parts of several models: transforms by name, couplings of vectors, checks of sizes, patches."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -34,8 +32,8 @@ def vector_coupling(
 ) -> Coupling:
     """Coupling number `index` of a chain on vectors `(B, dims)`, with a dense conditioner.
 
-    Even ones keep the first half, the larger one where `dims` is odd; odd ones keep the second.
-    Raises `UserError` if there is only one entry.
+    Even ones keep the first half, the larger one if `dims` is odd; odd ones keep the second. Raises
+    `UserError` if there is only one entry.
     """
     if dims < 2:
         raise UserError(
@@ -49,10 +47,7 @@ def vector_coupling(
 
 
 def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:
-    """Raises `UserError` unless both sides of an image `(C, H, W)` can be halved `squeezes` times.
-
-    It needs the shape alone, so an impossible size is found before any data are read.
-    """
+    """Raises `UserError` unless both sides of an image can be halved `squeezes` times."""
     _, height, width = shape
     sizes = [(height, width)]
     while sizes[-1][0] % 2 == 0 and sizes[-1][1] % 2 == 0 and min(sizes[-1]) > 1:
@@ -69,10 +64,8 @@ def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:
 
 
 def tokens_of(shape: Shape, patch: int) -> tuple[int, int, int]:
-    """The entries of a token, and the rows and columns of tokens: the patches of an image.
-
-    Raises:
-        UserError: unless the patches fill the image.
+    """The entries of a token, and the rows and columns of tokens: the patches of an image. Raises
+    `UserError` unless these fill the image.
     """
     channels, height, width = shape
     if height % patch or width % patch:

@@ -48,8 +48,8 @@ def build(
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `data_levels` levels.
 
-    With `classes`, the networks see the class, so the likelihood given a class is exact, too. So is
-    that given an image, where the model is told the shape of a `context`.
+    The networks see the class, if there are `classes`, or an image of the shape `context`. So the
+    likelihood given these is exact, too.
 
     Args:
         width: Channels of the convolutions.

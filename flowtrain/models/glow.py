@@ -11,6 +11,8 @@ Deliberate differences from the paper and its release:
 - The learned priors scale the latents instead of the base density. The likelihood is the same.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -58,8 +60,8 @@ def build(
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
-    Where the model is told the shape of a `context`, all networks see the context beside their
-    input, those of the split priors too.
+    All networks see a context of the shape `context` beside their input, those of the split priors
+    too.
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
@@ -91,6 +93,10 @@ def build(
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     options = {"spline": (bins,), "mixture": (components,)}
+    nets: dict[str, Callable[..., torch.nn.Module]] = {
+        "glow": GlowNet,
+        "gated": partial(GatedNet, blocks=blocks),
+    }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
         transform = TRANSFORMS[coupling](*options.get(coupling, ()))
@@ -98,10 +104,8 @@ def build(
         kept = channels // 2 if by_channel else channels
         changed = channels - kept if by_channel else channels
         parameters = transform.parameters_per_entry * changed
-        sizes = kept, parameters, width_of[level]
         seen = channels_of(context, size)
-        gated = conditioner == "gated"
-        net = GatedNet(*sizes, blocks, seen) if gated else GlowNet(*sizes, seen)
+        net = nets[conditioner](kept, parameters, width_of[level], context_channels=seen)
         if by_channel:
             return Coupling(kept, net, transform)
         parity = (step // 2 if split == "mixed" else step) % 2

@@ -4,8 +4,8 @@ arXiv:1606.04934).
 This is MAF with each autoregressive layer inverted. Samples take one pass. The density of given
 data takes D steps per layer, also in training, so IAF suits few dimensions only.
 
-Deliberate differences from the paper: the flow is trained by maximum likelihood, not as a
-posterior. The other differences are those of `flowtrain.models.maf`.
+Deliberate differences from the paper: training is by maximum likelihood, not as a posterior, and
+those of `flowtrain.models.maf`.
 """
 
 from flowtrain.bijections import Bijection, Inverse

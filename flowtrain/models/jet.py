@@ -103,10 +103,8 @@ def build(
 
 
 def _halves(height: int, width: int) -> Iterator[Tensor]:
-    """Which patches `(H, W)` the couplings of patches keep: those of a checkerboard, of vertical
-    stripes and of horizontal ones, and the other half of each, again and again.
-
-    Stripes across an odd side would not halve the patches.
+    """Which patches `(H, W)` the couplings of patches keep, in turn: both halves of a checkerboard,
+    of vertical and of horizontal stripes, unless these cross an odd side.
     """
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     patterns = [(rows + columns) % 2]

@@ -67,8 +67,8 @@ def chain(
     transform: Elementwise,
     direction: Callable[[Bijection], Bijection],
 ) -> Bijection:
-    """What MAF and IAF share. `direction` is applied to each autoregressive layer, but not to
-    ActNorm, which always sees the data.
+    """MAF, or IAF: `direction` is applied to each autoregressive layer, but not to ActNorm, which
+    always sees the data.
     """
     dims = math.prod(shape)
     bijections: list[Bijection] = [Flatten(shape)]

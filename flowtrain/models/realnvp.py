@@ -48,8 +48,8 @@ def build(
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 
     Each level but the last is three checkerboard couplings, a squeeze, and three channel couplings,
-    after which half of the channels leave. The last level is four checkerboard couplings. Where the
-    model is told the shape of a `context`, all networks see the context beside their input.
+    after which half of the channels leave. The last level is four checkerboard couplings. All
+    networks see a context of the shape `context` beside their input.
 
     Args:
         levels: Number of scales. The image is squeezed `levels - 1` times (the paper: "downscale

@@ -1,4 +1,4 @@
-"""What a flow shows: samples, and the picture files that hold them and paths.
+"""Samples of a flow, and the picture files of samples and paths.
 
 Pictures are uint8 `(3, H, W)`; `lossless.py` has the ordinary lossless formats of single images.
 """

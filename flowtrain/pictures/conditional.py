@@ -1,4 +1,4 @@
-"""What samples of images given a part of them are given, and pictures with both."""
+"""The given parts of images from which a flow samples, and pictures with both."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 
-CONTEXTS = 8  # test images that samples are given a part of
+CONTEXTS = 8  # test images of which a part is given
 SAMPLES = 8  # for each
 
 
@@ -26,11 +26,10 @@ def of_split(flow: Flow, split: Split, count: int) -> Tensor | None:
 
 
 def of_file(path: Path, model: LoadedModel) -> tuple[Tensor, str]:
-    """The context in an image file, uint8 `(1, C', H', W')`, and in words how it was made.
+    """The context in an image file, uint8 `(1, C', H', W')`, and its origin in words.
 
     A file of the size of a `downsample` context is one as it is. Any other is brought to the
-    model's shape by the `resize_policy` of its data, and the context is that of the result. Raises
-    `UserError`.
+    model's shape by the `resize_policy` of its data first. Raises `UserError`.
     """
     flow, policy = model.flow, model.config.data.resize_policy
     if (context := flow.image_context) is None:

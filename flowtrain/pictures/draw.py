@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import singledispatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class ImageGrids:
         self.levels = levels
 
     def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
-        """Raises `UserError` where a picture of so many images does not fit into memory."""
+        """Raises `UserError` if a picture of so many images does not fit into memory."""
         grid.require_room(count, shape, columns, what)
 
     def samples(
@@ -76,11 +76,9 @@ class PointPlots:
     ) -> Tensor:
         """The samples `x` `(T N, C, 1, 1)`, N for each temperature, as uint8 `(3, H', W')`.
 
-        They were drawn from the latents of `seed`. The upper row shows them beside the data and the
-        log-density on a mesh. The rows below show how some layers carry the latents to the data, at
-        temperature 1. `columns` is not used.
-
-        Raises `UserError` for points of which there is no picture.
+        The upper row shows them beside the data and the log-density on a mesh. The rows below show
+        how some layers carry the latents of `seed` to the data, at temperature 1. `columns` is not
+        used. Raises `UserError` for points without a picture.
         """
         flow = self.flow
         if flow.shape[0] == 3 and not flow.kind.on_surface:
@@ -93,9 +91,8 @@ class PointPlots:
         figure, (upper, *lower) = _figure(1 + -(-len(stages) // columns), columns)
         first, *middle = upper
         _scatter(first, f"data ({len(beside):,})", beside, bounds)
-        for axes, part, temperature in zip(
-            middle, torch.split(x, len(z)), temperatures, strict=False
-        ):
+        parts = zip(middle, torch.split(x, len(z)), temperatures, strict=False)
+        for axes, part, temperature in parts:
             at = "" if temperature == 1 else f" at {temperature:g}"
             _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
         _density(middle[-1], flow, bounds)
@@ -136,9 +133,8 @@ def _lines(rows: Tensor, beside: Tensor) -> Tensor:
 
 
 def _line(path: Tensor) -> Tensor:
-    """Coordinates of a path in a picture, `(S + breaks, 2)`.
-
-    On the sphere, a path may leave the picture on one side and continue on the other.
+    """Coordinates of a path in a picture, `(S + breaks, 2)`: on the sphere, a path may leave it on
+    one side and continue on the other.
     """
     places = coordinates(path)
     if path.flatten(1).shape[1] == 3:
@@ -160,10 +156,7 @@ def coordinates(x: Tensor) -> Tensor:
 
 
 def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:
-    """Points of the data space at the centres of a regular mesh, and the area of one cell.
-
-    The points are `(side**2, C, 1, 1)`.
-    """
+    """The centres of a regular mesh, `(side**2, C, 1, 1)` in data space, and the area of a cell."""
     left, right, bottom, top = bounds
     width, height = (right - left) / side, (top - bottom) / side
     middle = torch.arange(side, dtype=torch.float64) + 0.5
@@ -229,11 +222,9 @@ def _scatter(
     axes: "Axes", title: str, x: Tensor, bounds: Bounds, colours: Tensor | None = None
 ) -> None:
     places = coordinates(x)[:POINTS].numpy()
-    style = (
-        {"c": "tab:blue"}
-        if colours is None
-        else {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
-    )
+    style: dict[str, Any] = {"c": "tab:blue"}
+    if colours is not None:
+        style = {"c": colours[:POINTS].cpu().numpy(), "cmap": "hsv"}
     axes.scatter(places[:, 0], places[:, 1], s=2, linewidths=0, **style)
     _frame(axes, title, bounds)
 
@@ -241,18 +232,10 @@ def _scatter(
 @torch.no_grad()
 def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     points, _ = mesh(flow, bounds, MESH)
-    values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)]).reshape(
-        MESH, MESH
-    )
+    values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)])
     # The scale ends ten nats below the peak, because far away the density falls without end.
-    axes.imshow(
-        values.numpy(),
-        origin="lower",
-        extent=bounds,
-        aspect="auto",
-        cmap="viridis",
-        vmin=float(values.max()) - 10,
-    )
+    lowest, pixels = float(values.max()) - 10, values.reshape(MESH, MESH).numpy()
+    axes.imshow(pixels, "viridis", aspect="auto", vmin=lowest, origin="lower", extent=bounds)
     _frame(axes, "log-density", bounds)
 
 

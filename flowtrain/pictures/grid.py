@@ -25,14 +25,12 @@ def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`.
 
     Small images are enlarged, until the grid is `SMALLEST_GRID` pixels wide. Each image has a grey
-    frame, unless it is the only one. The result is like that of torchvision's `make_grid`, whose
-    import takes a second.
+    frame, unless it is the only one, as in torchvision's `make_grid`, whose import takes a second.
     """
     count = len(images)
     factor = _enlargement(images.shape, columns)
-    enlarged = (
-        to_8bit(images.cpu(), levels).repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    )
+    pixels = to_8bit(images.cpu(), levels)
+    enlarged = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     height, width = enlarged.shape[-2:]
     if count == 1:
         return enlarged[0].expand(3, -1, -1)
@@ -57,8 +55,8 @@ def _enlargement(shape: Sequence[int], columns: int) -> int:
 
 
 def require_room(images: int, shape: Shape, columns: int, what: str) -> None:
-    """Raises `UserError` where a grid of so many images `(C, H, W)` does not fit into memory: the
-    images, enlarged, and the picture. `what` begins the message.
+    """Raises `UserError` that begins with `what` if so many images `(C, H, W)`, enlarged, and their
+    grid do not fit into memory.
     """
     channels, height, width = shape
     factor = _enlargement((images, *shape), columns)

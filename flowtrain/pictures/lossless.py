@@ -17,28 +17,22 @@ from flowtrain.types import Shape
 
 
 class Slow(NamedTuple):
-    """An option and its value that make many files smaller still, and take far longer.
-
-    pixels: images of so many pixels together are worth the time.
-    """
+    """An option and its value that make many files smaller still, and take far longer."""
 
     option: str
     value: int
-    pixels: int
+    pixels: int  # of all images together, for which it is worth the time
 
     def __str__(self) -> str:
         return f"{self.option} {self.value}"
 
 
 class Format(NamedTuple):
-    """How Pillow writes a lossless format.
+    """How Pillow writes a lossless format."""
 
-    options: what makes the file small.
-    container: bytes of the file that every image has. None for formats that archives do not hold,
-        and `complexity` does not use.
-    """
-
-    options: dict[str, Any]
+    options: dict[str, Any]  # for a small file
+    # Bytes that all images have in common. None for formats that archives and `complexity` do not
+    # use.
     container: int | None = None
     slow: Slow | None = None
 
@@ -61,9 +55,7 @@ FORMATS = {
 
 
 def formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow writes and reads, with the plugin for JPEG XL if it is
-    installed.
-    """
+    """The `FORMATS` that this Pillow writes and reads, with its plugin for JPEG XL if installed."""
     Image.init()
     with contextlib.suppress(ImportError):
         import pillow_jxl  # noqa: F401
@@ -91,8 +83,8 @@ def png_files(
 
 
 def encoded(image: Tensor, name: str, slow: bool = False) -> bytes:
-    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a lossless format, perhaps with its
-    `slow` option.
+    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a format, perhaps with its `slow`
+    option.
     """
     buffer = io.BytesIO()
     chosen = FORMATS[name]
@@ -114,10 +106,8 @@ def decoded(data: bytes, shape: Shape, names: list[str]) -> Tensor:
     except UnidentifiedImageError:
         raise ValueError(f"no picture of the format {' or '.join(names)}") from None
     with opened as image:
-        if image.size != (width, height) or image.mode not in (
-            "RGB",
-            "L" if channels == 1 else "RGB",
-        ):
+        modes = ("RGB", "L") if channels == 1 else ("RGB",)
+        if image.size != (width, height) or image.mode not in modes:
             raise ValueError(
                 f"a picture of {image.width}x{image.height} {image.mode} instead of "
                 f"{width}x{height}"
@@ -135,9 +125,8 @@ def affordable(images: Tensor, name: str) -> bool:
 
 
 def file_sizes(images: Tensor, levels: int, name: str, slow: bool = False) -> Tensor | None:
-    """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`.
-
-    None if the format does not give back all images exactly.
+    """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`; None if the format does
+    not give back all images exactly.
     """
     lengths = []
     for image in to_8bit(images, levels):
@@ -165,8 +154,5 @@ def complexity(images: np.ndarray) -> np.ndarray:
         return min(compressed_bytes(image, coder) for coder in available)
 
     with ThreadPoolExecutor() as pool:  # Pillow encodes without the GIL
-        return (
-            np.array(list(pool.map(shortest, torch.tensor(images))))
-            * 8
-            / math.prod(images.shape[1:])
-        )
+        lengths = np.array(list(pool.map(shortest, torch.tensor(images))))
+    return lengths * 8 / math.prod(images.shape[1:])

@@ -31,25 +31,18 @@ def sample(
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
-    All temperatures use the same latents. These are drawn on the CPU, image by image, so the first
-    ones depend on the seed alone. With `classes`, a class-conditional model samples `num` images
-    for each temperature and class, again from the same latents. So it does for each of the
-    `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
-    sequential layers compute all entries at once, until they do not change any more. `guidance` and
-    `denoise` are those of `Flow.decode`.
+    All temperatures use the same latents, of which the first depend on the seed alone. From these
+    come also `num` images for each of the `classes` or of the `contexts` `(K, C', H', W')`, which a
+    model with an `image_context` needs. With `iterate`, sequential layers compute all entries at
+    once, until they do not change any more. `guidance` and `denoise` are those of `Flow.decode`.
 
-    Raises `UserError` for a class that the model does not have, for guidance, denoising or a way to
-    `iterate` that it does not have, or for samples without room.
+    Raises `UserError` for options that do not fit the model, and for samples without room.
     """
     if iterate and not iterates(flow.bijection):
-        raise UserError(
-            "--method jacobi: no layer of the model has this way"
-            + (
-                ", only one entry after the other"
-                if flow.bijection.inverse_is_sequential
-                else ", and none needs it: its samples take one pass"
-            )
-        )
+        why = "and none needs it: its samples take one pass"
+        if flow.bijection.inverse_is_sequential:
+            why = "only one entry after the other"
+        raise UserError(f"--method jacobi: no layer of the model has this way, {why}")
     if guidance is not None and (reason := flow.unguided):
         raise UserError(f"--guidance {guidance:g}: {reason}")
     if denoise and flow.dequantizer.sigma is None:
@@ -96,9 +89,8 @@ def decode(
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
     See `Flow.decode`, and `sample` for `iterate`. Images depend on the number of others that are
-    decoded with them by rounding only.
-
-    `progress` is called with the number of images that are done, in tenths where a part takes long.
+    decoded with them by rounding only. `progress` gets the number of images that are done, in
+    tenths if a part takes long.
     """
     images = []
     at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)
@@ -126,9 +118,8 @@ def npz(
     contexts: Tensor | None = None,
     **others: object,
 ) -> bytes:
-    """The images that `sample` has drawn as an .npz file, channels last, with the temperature of
-    each and, where `classes` or `contexts` were asked for, its class or its context. `others` are
-    further arrays or numbers.
+    """The result of `sample` as an .npz file, channels last, with the temperature of each image and
+    its class or its context, if there are any. `others` are further arrays or numbers.
     """
     num = len(drawn) // (len(temperatures) * max(1, len(classes)))
     arrays: dict[str, Any] = {

@@ -29,7 +29,7 @@ def test_figures_are_those_of_the_weights(run):
     (figure,) = about.figures(load_model(str(run), CPU))
     assert str(figure) == "3.250 +- 0.013 bits/dim (180 images, a bound from one draw of noise)"
     assert figure.dataset == "photos"  # no folder of this machine
-    evaluated(run, samples=16, bound="iwbo")
+    evaluated(run, draws=16, bound="iwbo")
     (figure,) = about.figures(load_model(str(run), CPU))
     assert figure.likelihood == "an importance-weighted bound of 16 draws"
     for other in ({"model": "0" * 64}, {"model": None}, {"loss": None}):

@@ -49,7 +49,7 @@ KEYS = {
         "bits_per_dim",
         "bits_per_dim_stderr",
         "bound",
-        "samples",
+        "draws",
         "nats_per_image",
         "num_images",
         "dims",

@@ -32,68 +32,53 @@ def loaded(flow, config, **meta):
     return LoadedModel(flow, config, "raw", Checkpoint(Path("model"), meta, {}))
 
 
-def evaluated(tmp_path, flow, count=30, shape=(4, 4, 1), **options):
-    section = npz(
-        tmp_path / "a.npz",
-        train=20,
-        test=count,
-        shape=shape,
-        validation=options.pop("validation", 4),
-    )
+def evaluated(tmp_path, flow, split="test", shape=(4, 4, 1), validation=4, **options):
+    """Of 20 images for training and 30 for the test."""
+    section = npz(tmp_path / "a.npz", 20, 30, shape=shape, validation=validation)
     config = a_config("glow", data=section)
-    model = loaded(flow, config)
-    return evaluate(model, DataSet(config.data), options.pop("split", "test"), **options)
+    return evaluate(loaded(flow, config), DataSet(config.data), split, **options)
 
 
-@pytest.mark.parametrize("samples, bound", [(1, "elbo"), (4, "iwbo")])
-def test_the_result_says_what_was_measured(tmp_path, flow, samples, bound):
-    result, scores = evaluated(tmp_path, flow, samples=samples, seed=3, batch_size=8)
+@pytest.mark.parametrize(
+    "model, draws, bound, sampling",
+    [
+        ("glow", 1, "elbo", "one pass"),
+        ("glow", 4, "iwbo", "one pass"),
+        ("causal", 1, "exact", "sequential"),
+    ],
+)
+def test_the_result_states_what_was_measured(tmp_path, model, draws, bound, sampling):
+    flow = tiny_flow(model)
+    result, scores = evaluated(tmp_path, flow, draws=draws, seed=3, batch_size=8)
+    content = result.content()
     bits = -scores.log_prob / (16 * math.log(2))
     expected = {
         "bits_per_dim": bits.mean().item(),
         "bits_per_dim_stderr": bits.std(correction=1).item() / math.sqrt(30),
         "nats_per_image": -scores.log_prob.mean().item(),
     }
-    assert {key: getattr(result, key) for key in expected} == pytest.approx(expected)
-    rest = {
-        **{
-            "bound": bound,
-            "samples": samples,
-            "num_images": 30,
-            "dims": 16,
-            "levels": 256,
-            "sampling": "one pass",
-            "split": "test",
-        },
-        **{"dataset": "npz", "weights": "raw", "step": 12, "seed": 3, "non_finite_images": 0},
-    }
-    assert {key: getattr(result, key) for key in rest} == rest
-    assert 0 <= result.max_reconstruction_error < 0.5
-
-
-def test_an_exact_likelihood_has_one_draw_and_no_error_over_draws(tmp_path):
-    flow = tiny_flow("causal")
-    result, scores = evaluated(tmp_path, flow, batch_size=8)
-    content = result.content()
-    assert (content["bound"], content["samples"]) == ("exact", 1)
-    assert not [key for key in content if "elbo" in key or "draws" in key]
-    bits = -scores.log_prob / (16 * math.log(2))
-    assert content["bits_per_dim"] == pytest.approx(bits.mean().item())
-    assert content["bits_per_dim_stderr"] == pytest.approx(bits.std().item() / math.sqrt(30))
+    assert {key: content[key] for key in expected} == pytest.approx(expected)
+    rest = {"bound": bound, "draws": draws, "num_images": 30, "dims": 16, "levels": 256}
+    rest |= {"sampling": sampling, "split": "test", "dataset": "npz", "weights": "raw"}
+    rest |= {"step": 12, "seed": 3, "non_finite_images": 0, "unit": "bits/dim"}
+    assert {key: content[key] for key in rest} == rest
     assert (result.loss, result.loss_stderr) == (result.bits_per_dim, result.bits_per_dim_stderr)
-    assert content["max_reconstruction_error"] is None and content["sampling"] == "sequential"
+    if bound != "exact":
+        assert 0 <= result.max_reconstruction_error < 0.5
+        return
+    assert not [key for key in content if "elbo" in key or key.endswith("_draws")]
+    assert content["max_reconstruction_error"] is None
     other = evaluated(tmp_path, flow, seed=1)[1]
     torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)
     with pytest.raises(UserError, match="--draws 2: the likelihood of glow is exact"):
-        evaluated(tmp_path, flow, samples=2)  # `evaluated` calls its model so
+        evaluated(tmp_path, flow, draws=2)  # `evaluated` calls its model so
 
 
 def test_equal_images_are_counted(tmp_path, flow):
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=x, x_test=np.concatenate([x[:8], x[:4]]))
     config = a_config("glow", data={"name": "npz", "path": str(tmp_path / "a.npz")})
-    model = loaded(flow, config)
-    data = DataSet(config.data)
+    model, data = loaded(flow, config), DataSet(config.data)
     trained = data.split("train").indices.tolist()
 
     def counts(split, **options):
@@ -140,7 +125,7 @@ def test_other_data_are_told_by_their_content(tmp_path, case):
 
 @pytest.mark.parametrize("split, count", [("train", 16), ("validation", 4), ("test", 30)])
 def test_every_split(tmp_path, flow, split, count):
-    assert evaluated(tmp_path, flow, split=split)[0].num_images == count
+    assert evaluated(tmp_path, flow, split)[0].num_images == count
 
 
 def test_one_image_has_no_standard_error(tmp_path, flow):
@@ -154,74 +139,76 @@ def test_data_of_another_shape_are_an_error(tmp_path, flow):
     with pytest.raises(UserError, match="17 levels"):
         evaluated(tmp_path, tiny_flow("glow", q=17))
     with pytest.raises(UserError, match="--split validation: it is empty"):
-        evaluated(tmp_path, flow, split="validation", validation=0)
+        evaluated(tmp_path, flow, "validation", validation=0)
 
 
 class Spoiled(Bijection):
-    """A bijection whose likelihood is not finite for images of a dark first pixel."""
+    """A bijection whose likelihood is not finite for images of a dark first pixel, and whose
+    inverse is off.
+    """
 
-    def __init__(self, inner, value):
+    def __init__(self, inner, value, off=0.0):
         super().__init__()
-        self.inner, self.value = inner, value
+        self.inner, self.value, self.off = inner, value, off
 
     def forward(self, x, context=None):
         z, log_det = self.inner(x)
         return z, torch.where(x[:, 0, 0, 0] < -0.3, self.value, log_det)
 
     def inverse(self, z, context=None):
-        return self.inner.inverse(z)
+        x, log_det = self.inner.inverse(z)
+        return x + self.off, log_det
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.run  # takes long
-def test_images_that_are_not_finite_are_counted(tmp_path, value, samples):
+@pytest.mark.parametrize("value, draws", [(math.nan, 1), (math.inf, 1), (-math.inf, 2)])
+def test_images_that_are_not_finite_are_counted_and_named(tmp_path, value, draws):
     flow = tiny_flow("glow")
     flow.bijection = Spoiled(flow.bijection, value)
-    result, scores = evaluated(tmp_path, flow, samples=samples)
+    result, scores = evaluated(tmp_path, flow, draws=draws)
     with np.load(tmp_path / "a.npz") as arrays:
         pixels = arrays["x_test"].transpose(0, 3, 1, 2)
+    bad = (~scores.draws.isfinite()).any(dim=0).nonzero().flatten().tolist()
     dark = ((pixels[:, 0, 0, 0] + 0.5) / 256 - 0.5 < -0.3).sum()
-    assert 0 < dark < 30
-    assert result.non_finite_images == pytest.approx(dark, abs=1) and result.num_images == 30
+    assert 0 < len(bad) < 30 and len(bad) == pytest.approx(dark, abs=1)
+    assert result.non_finite_indices == bad and result.non_finite_images == len(bad)
     assert result.bits_per_dim is None and result.nats_per_image is None
-    assert len(scores.log_prob) == 30
+    assert result.num_images == len(scores.log_prob) == 30
     assert not math.isfinite(mean_loss(flow, Split(pixels, np.arange(30), 0)))
 
 
-def test_reconstruction_error(flow):
-    x = images(100, (1, 4, 4))
+def test_no_accuracy_of_numbers_that_are_not_finite(tmp_path):
+    flow = tiny_flow("glow", classes=3)
+    with torch.no_grad():
+        flow.class_prior.mean[1] = math.nan
+    np.savez(tmp_path / "a.npz", x_train=images(9, (4, 4, 1)), y_train=np.arange(9) % 3)
+    config = a_config(
+        {"name": "glow", "classes": 3, **TINY["glow"]},
+        data={"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0},
+    )
+    result, scores = evaluate(loaded(flow, config), DataSet(config.data), "train")
+    assert result.non_finite_images == result.num_images
+    assert result.accuracy is result.accuracy_stderr is result.loss_given_class is None
+    assert {row["predicted_class"] for row in rows_of(scores, flow)} == {""}
+
+
+def test_reconstruction_error():
+    flow, x = tiny_flow("glow"), images(100, (1, 4, 4))
     assert reconstruction_error(flow, x) < 0.5
+    flow.bijection = Spoiled(flow.bijection, 0.0, 0.25)  # of the cube: 64 of 256 levels
+    assert reconstruction_error(flow, x) == pytest.approx(64, abs=1)
 
-    class Drifting(Spoiled):
-        """Its inverse is off by a quarter of the cube."""
 
-        def inverse(self, z, context=None):
-            x, log_det = self.inner.inverse(z)
-            return x + 0.25, log_det
-
-    broken = tiny_flow("glow")
-    broken.bijection = Drifting(broken.bijection, 0.0)
-    assert reconstruction_error(broken, x) == pytest.approx(64, abs=1)  # in levels, of 256
+def rows_of(scores, flow):
+    return list(csv.DictReader(io.StringIO(scores_csv(scores, flow).decode())))
 
 
 def test_scores_as_csv(tmp_path, flow):
     _, scores = evaluated(tmp_path, flow)
-    rows = list(csv.DictReader(io.StringIO(scores_csv(scores, flow).decode())))
+    rows = rows_of(scores, flow)
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
     assert [int(row["index"]) for row in rows] == list(range(30))
     for i, row in enumerate(rows):
-        log_prob = float(row["log_prob"])
-        assert log_prob == scores.log_prob[i].item()
-        assert float(row["log_prob_base"]) + float(row["log_det"]) == pytest.approx(
-            log_prob, abs=1e-9
-        )
-        assert float(row["bits_per_dim"]) == pytest.approx(-log_prob / (16 * math.log(2)))
-
-
-def test_images_that_are_not_finite_are_named(tmp_path):
-    flow = tiny_flow("glow")
-    flow.bijection = Spoiled(flow.bijection, math.nan)
-    result, scores = evaluated(tmp_path, flow)
-    assert result.non_finite_indices == [i for i in range(30) if math.isnan(scores.log_prob[i])]
-    assert 0 < len(result.non_finite_indices) < 30
+        index, bits, log_prob, base, log_det = map(float, row.values())
+        assert log_prob == scores.log_prob[i].item() and base == scores.base[i].item()
+        assert base + log_det == pytest.approx(log_prob, abs=1e-9)
+        assert bits == pytest.approx(-log_prob / (16 * math.log(2)))

@@ -7,7 +7,6 @@ from helpers import a_config, assert_an_image_scores_alone, images, seeded, tiny
 from PIL import Image
 
 from flowtrain.bijections.execution import LayerByLayer, call
-from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
@@ -15,8 +14,6 @@ from flowtrain.flow.image_context import ImageContext
 from flowtrain.nets.convolution import channels_of, resized
 
 SHAPE = (3, 8, 8)
-CONTEXTS = [("downsample", 2), ("downsample", 4), ("grey", 2)]
-every_context = pytest.mark.parametrize("kind, factor", CONTEXTS)
 every_model = pytest.mark.parametrize("model", ["glow", "realnvp", "causal"])
 
 
@@ -33,40 +30,23 @@ def test_a_small_image_is_the_rounded_mean_of_patches(factor):
     x = images(5, (2, 4, 8))
     found = context.of(x)
     assert found.dtype == torch.uint8 and found.shape[1:] == context.shape
-    for i in range(4 // factor):
-        for j in range(8 // factor):
-            patch = x[:, :, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
-            mean = patch.double().mean(dim=(2, 3))
-            assert torch.equal(found[:, :, i, j].double(), (mean + 0.5).floor())
+    means = torch.nn.functional.avg_pool2d(x.double(), factor)
+    assert torch.equal(found.double(), (means + 0.5).floor())
     assert torch.equal(context.of(torch.full_like(x, 255)), torch.full_like(found, 255))
+    shown = context.shown(found)
+    assert shown.shape == x.shape and torch.equal(context.of(shown), found)
 
 
 def test_a_grey_image_is_that_of_pillow():
     x = images(40, SHAPE)
     x[0], x[1] = 0, 255
-    found = ImageContext("grey", 2, SHAPE, 256).of(x)
+    context = ImageContext("grey", 2, SHAPE, 256)
+    found = context.of(x)
     for image, grey in zip(x.movedim(1, -1).numpy(), found, strict=True):
         assert np.array_equal(np.asarray(Image.fromarray(image).convert("L")), grey[0].numpy())
-
-
-@every_context
-def test_networks_see_the_context_between_its_ends(kind, factor):
-    context = ImageContext(kind, factor, SHAPE, 16)
-    ends = torch.tensor([0, 15], dtype=torch.uint8)
-    low, high = context.scaled(ends, torch.float64).tolist()
-    assert (low, high) == (-0.5 + 0.5 / 16, 0.5 - 0.5 / 16)
-
-
-@every_context
-def test_a_context_is_shown_in_the_size_of_its_image(kind, factor):
-    context = ImageContext(kind, factor, SHAPE, 256)
-    x = images(3, SHAPE)
-    shown = context.shown(context.of(x))
-    assert shown.shape == x.shape
-    if kind == "downsample":
-        assert torch.equal(context.of(shown), context.of(x))
-    else:
-        assert torch.equal(shown, context.of(x).expand_as(x))
+    assert torch.equal(context.shown(found), found.expand_as(x))
+    ends = context.scaled(torch.tensor([0, 255], dtype=torch.uint8), torch.float64)
+    assert ends.tolist() == [-0.5 + 0.5 / 256, 0.5 - 0.5 / 256]
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 4), (4, 2), (2, 1)])
@@ -75,9 +55,8 @@ def test_at_each_resolution_all_of_a_context_is_there(size):
     found = resized(context, size)
     assert found.shape == (2, channels_of((3, 8, 4), size), *size)
     repeated = max(1, size[0] // 8) ** 2
-    assert found.unique(return_counts=True)[1].sum() == repeated * context.numel()
     assert torch.equal(found.flatten().sort()[0][::repeated], context.flatten().sort()[0])
-    assert channels_of(None, size) == 0
+    assert found.numel() == repeated * context.numel() and channels_of(None, size) == 0
     # Each place has what lies at that place.
     by_place = resized(torch.arange(8.0)[None, None, :, None].expand(1, 1, 8, 4), size)
     rows = torch.arange(size[0]) * 8 // size[0]
@@ -89,18 +68,14 @@ def test_at_each_resolution_all_of_a_context_is_there(size):
     [
         ({"context": "grey"}, (1, 8, 8), 256, "model.context: grey needs images with 3 channels"),
         (
-            {"context": "downsample", "context_factor": 4},
-            (3, 8, 6),
-            256,
+            *({"context": "downsample", "context_factor": 4}, (3, 8, 6), 256),
             "model.context_factor: 4 divides not both sides of images of 8x6 pixels",
         ),
         ({"context": "grey", "classes": 3}, SHAPE, 256, "model.context: grey, and model.classes"),
         ({"context": "grey"}, (2, 1, 1), None, "model.context: grey is of images"),
         ({"name": "nice", "context": "grey"}, SHAPE, 256, "for causal, glow, realnvp"),
         (
-            {"name": "causal", "token": 4, "context": "grey"},
-            (3, 8, 6),
-            256,
+            *({"name": "causal", "token": 4, "context": "grey"}, (3, 8, 6), 256),
             "model.token: 4, but with model.context both sides of an image must be multiples",
         ),
     ],
@@ -119,9 +94,8 @@ def test_given_a_context_the_probabilities_of_all_images_sum_to_one(kind, shape,
     flow = conditional("causal", kind, shape=shape, q=q, token=1, scale=0.5)
     entries = int(np.prod(shape))
     every = torch.cartesian_prod(*[torch.arange(q)] * entries).reshape(-1, *shape).to(torch.uint8)
-    contexts = flow.context_of(every).unique(dim=0)
     found = []
-    for context in contexts[:3]:
+    for context in flow.context_of(every).unique(dim=0)[:3]:
         given = context.expand(len(every), *context.shape)
         found.append(flow.log_prob(every, seeded(), context=given).detach())
         assert found[-1].exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -129,15 +103,18 @@ def test_given_a_context_the_probabilities_of_all_images_sum_to_one(kind, shape,
 
 
 @every_model
-@every_context
+@pytest.mark.parametrize("kind, factor", [("downsample", 2), ("downsample", 4), ("grey", 2)])
 @pytest.mark.run  # takes long
-def test_an_image_is_scored_given_its_own_context(model, kind, factor):
-    flow, x = conditional(model, kind, factor), images(4, SHAPE)
+def test_an_image_is_scored_and_comes_back_given_its_own_context(model, kind, factor):
+    flow, x = conditional(model, kind, factor, scale=0.1), images(4, SHAPE)
     context = flow.context_of(x)
     own = flow.log_prob(x, seeded())
     torch.testing.assert_close(flow.log_prob(x, seeded(), context=context), own, rtol=0, atol=0)
     other = flow.log_prob(x, seeded(), context=context.flip(0))
-    assert (other - own).abs().min() > 1e-3
+    assert (other - own).abs().min() > 1e-4
+    z = flow.encode(x)
+    assert torch.equal(flow.decode(z, context=context), x)
+    assert not torch.equal(flow.decode(z, context=context.flip(0)), x)
 
 
 @every_model
@@ -146,10 +123,10 @@ def test_an_image_scores_alone(model):
 
 
 @pytest.mark.parametrize("conditioner", ["glow", "gated"])
-@pytest.mark.parametrize("kind, factor", [("downsample", 2), ("grey", 2)])
-def test_every_network_sees_the_context(conditioner, kind, factor):
+@pytest.mark.parametrize("kind", ["downsample", "grey"])
+def test_every_network_sees_the_context(conditioner, kind):
     """The split priors, too."""
-    flow = conditional("glow", kind, factor, conditioner=conditioner)
+    flow = conditional("glow", kind, conditioner=conditioner)
     x = images(2, SHAPE)
     seen = flow.conditioning(2, context=flow.context_of(x)).requires_grad_()
     changed = []
@@ -175,27 +152,7 @@ def test_a_causal_network_sees_the_context_on_all_sides():
     assert seen.all(), "two convolutions of 3x3"
 
 
-@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
-def test_activations_can_be_computed_again(mode):
-    gradients = []
-    for executor in (executor_of("store"), executor_of(mode)):
-        flow, x = conditional().double(), images(4, SHAPE)
-        flow(x, torch.full(x.shape, 0.5), executor=executor).total.sum().backward()
-        gradients.append([p.grad for p in flow.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
-# --- latents and samples --------------------------------------------------------------------------
-
-
-@every_model
-@every_context
-@pytest.mark.run  # takes long
-def test_images_come_back_given_their_context(model, kind, factor):
-    flow, x = conditional(model, kind, factor, scale=0.1), images(4, SHAPE)
-    z = flow.encode(x)
-    assert torch.equal(flow.decode(z, context=flow.context_of(x)), x)
-    assert not torch.equal(flow.decode(z, context=flow.context_of(x).flip(0)), x)
+# --- samples --------------------------------------------------------------------------------------
 
 
 @every_model
@@ -205,13 +162,13 @@ def test_samples_are_of_their_context(model):
     context[1] = context[0]
     first = flow.sample(2, generator=seeded(), context=context)
     context[1] = images(1, (3, 4, 4), seed=1)[0]
-    second, log_prob = flow.sample_with_log_prob(2, generator=seeded(), context=context)
+    random = seeded()
+    second = flow.sample(2, generator=random, context=context)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
-    # Given what the sample was drawn given, not given its own context.
-    given = torch.stack([flow.log_prob(second, seeded(s), context=context) for s in range(30)])
-    assert not torch.equal(flow.context_of(second), context)
-    spread = given.std(dim=0) + 1e-3
-    assert ((log_prob - given.mean(dim=0)).abs() < 6 * spread).all()
+    # The likelihood is that given what the sample was drawn given, not given its own context.
+    again, log_prob = flow.sample_with_log_prob(2, generator=seeded(), context=context)
+    assert torch.equal(again, second) and not torch.equal(flow.context_of(second), context)
+    torch.testing.assert_close(log_prob, flow.log_prob(second, random, context=context).detach())
 
 
 @pytest.mark.parametrize(
@@ -239,10 +196,8 @@ def test_a_model_of_images_by_themselves_takes_no_context():
     assert flow.context_of(images(2, SHAPE)) is None
     with pytest.raises(ValueError, match="of images by themselves"):
         flow.sample(2, context=images(2, (3, 4, 4)))
-    with pytest.raises(ValueError, match="of images by themselves"):
-        flow.log_prob(images(2, SHAPE), context=images(2, (3, 4, 4)))
 
 
-def test_a_flow_says_what_it_is_given():
+def test_the_given_part_is_in_the_description():
     assert "256 levels, given the image at 4x4 pixels" in repr(conditional())
     assert "256 levels, given the grey image" in repr(conditional(kind="grey"))

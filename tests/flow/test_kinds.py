@@ -10,63 +10,50 @@ from helpers import seeded
 from flowtrain.errors import UserError
 from flowtrain.flow.kinds import NoisyImages, Points, QuantizedImages, SurfacePoints, kind_of
 
-
-def test_levels_and_surface_decide():
-    assert type(kind_of(17)) is QuantizedImages and kind_of(17).levels == 17
-    assert type(kind_of(17, sigma=0.1)) is NoisyImages and kind_of(17, sigma=0.1).levels == 17
-    assert type(kind_of(None)) is Points and kind_of(None).levels is None
-    assert type(kind_of(None, on_surface=True)) is SurfacePoints
+IMAGES, NOISY, POINTS = kind_of(16), kind_of(16, sigma=0.1), kind_of(None)
 
 
-def test_the_loss_is_in_the_unit():
-    log_prob = torch.tensor([-8 * math.log(2)])
-    assert (kind_of(256).unit, kind_of(256).metric) == ("bits/dim", "bits_per_dim")
-    assert kind_of(256).loss(log_prob, 4).item() == pytest.approx(2)
-    assert (kind_of(None).unit, kind_of(None).metric) == ("nats", "nats")
-    assert kind_of(None).loss(log_prob, 4).item() == pytest.approx(8 * math.log(2))
-    noisy = kind_of(256, sigma=0.1)
-    assert (noisy.unit, noisy.metric, noisy.exact) == ("nats/dim", "nats_per_dim", False)
-    assert noisy.loss(log_prob, 4).item() == pytest.approx(2 * math.log(2))
+LN2, LN3 = math.log(2), math.log(3)
 
 
-def test_what_has_no_bits():
-    assert kind_of(256).no_bits is None
-    assert "real-valued data have a density" in kind_of(None).no_bits
-    assert "Gaussian noise (dequantization.name: gaussian)" in kind_of(17, sigma=0.1).no_bits
-
-
-def test_what_several_draws_say_together():
-    draws = torch.tensor([[0.0, 1.0], [math.log(3), 5.0]])
-    for kind in (kind_of(256), kind_of(None)):  # the log of the mean probability
-        assert kind.over_draws(draws)[0].item() == pytest.approx(math.log(2))
-    assert kind_of(256, sigma=0.1).over_draws(draws).tolist() == pytest.approx(
-        [math.log(3) / 2, 3.0]
-    )
+@pytest.mark.parametrize(
+    "kind, type_of, unit, metric, loss, draws, no_bits",
+    [
+        (IMAGES, QuantizedImages, "bits/dim", "bits_per_dim", 2, LN2, None),
+        (NOISY, NoisyImages, "nats/dim", "nats_per_dim", 2 * LN2, LN3 / 2, "Gaussian noise"),
+        (POINTS, Points, "nats", "nats", 8 * LN2, LN2, "real-valued data have a density"),
+        (kind_of(None, True), SurfacePoints, "nats", "nats", 8 * LN2, LN2, "real-valued data"),
+    ],
+)
+def test_each_kind(kind, type_of, unit, metric, loss, draws, no_bits):
+    levels = None if isinstance(kind, Points) else 16
+    assert type(kind) is type_of and kind.levels == levels
+    assert (kind.unit, kind.metric) == (unit, metric)
+    assert kind.loss(torch.tensor([-8 * LN2]), 4).item() == pytest.approx(loss)
+    # The log of the mean probability, or the mean log-density of noisy images.
+    together = kind.over_draws(torch.tensor([[0.0, 1.0], [LN3, 1.0]])).tolist()
+    assert together == pytest.approx([draws, 1.0])
+    assert (kind.no_bits is None) == (no_bits is None) and (no_bits or "") in (kind.no_bits or "")
+    assert kind.exact == (levels is None) and kind.on_surface == (type_of is SurfacePoints)
 
 
 def test_scores_of_images_are_in_the_unit():
-    assert kind_of(16).uniform_loss == 4 and kind_of(16).in_unit(np.array([3.0]))[0] == 3
-    noisy = kind_of(16, sigma=0.1)  # a uniform density on the cube is 1
-    assert noisy.uniform_loss == 0
-    assert noisy.in_unit(np.array([3.0]))[0] == pytest.approx(3 * math.log(2))
+    assert IMAGES.uniform_loss == 4 and IMAGES.in_unit(np.array([3.0]))[0] == 3
+    assert NOISY.uniform_loss == 0  # a uniform density on the cube is 1
+    assert NOISY.in_unit(np.array([3.0]))[0] == pytest.approx(3 * LN2)
 
 
 def test_faults():
     assert kind_of(17).fault(np.array([16])) is None
     assert kind_of(17).fault(np.array([0, 17])) == "a value of 17, expected 0..16"
-    assert kind_of(None).fault(np.array([1e9])) is None
-    assert kind_of(None).fault(np.array([0, np.nan])) == "a value that is not finite"
+    assert POINTS.fault(np.array([1e9])) is None
+    assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"
 
 
 def test_fewer_bits():
     kind = kind_of(256).reduced(3)
-    assert (kind.levels, kind.words, kind.scale, kind.npz()) == (
-        32,
-        "32 levels",
-        32,
-        {"levels": 32},
-    )
-    assert kind_of(None).reduced(0).words == "real values"
+    assert (kind.words, kind.scale, kind.npz()) == ("32 levels", 32, {"levels": 32})
+    assert POINTS.reduced(0).words == "real values"
 
 
 def test_random_examples():
@@ -74,19 +61,19 @@ def test_random_examples():
     assert x.dtype == torch.uint8 and set(x.flatten().tolist()) == {0, 1, 2}
     on_sphere = SurfacePoints().random((50, 3, 1, 1), seeded(0))
     torch.testing.assert_close(on_sphere.norm(dim=1).flatten(), torch.ones(50))
-    assert Points().random((50, 3, 1, 1), seeded(0)).norm(dim=1).std() > 0.1
+    assert POINTS.random((50, 3, 1, 1), seeded(0)).norm(dim=1).std() > 0.1
 
 
 def test_uniform_examples_fill_the_range():
     given = torch.tensor([-3.0, 5.0]).reshape(2, 1, 1, 1).expand(-1, 100, 1, 1)
-    x = Points().uniform_like(given, seeded(0))
+    x = POINTS.uniform_like(given, seeded(0))
     assert x.shape == given.shape and x.min() >= -3 and x.max() <= 5 and x.max() - x.min() > 7
-    assert Points().levels_per_unit(given) == 32 and kind_of(17).levels_per_unit(given) == 17
+    assert POINTS.levels_per_unit(given) == 32 and IMAGES.levels_per_unit(given) == 16
     images = kind_of(17).uniform_like(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), seeded(0))
     assert images.shape == (9, 1, 8, 8) and images.max() == 16
 
 
 def test_levels_are_required():
-    assert kind_of(17).require_levels("unused") == 17
+    assert IMAGES.require_levels("unused") == 16
     with pytest.raises(UserError, match="no images"):
-        Points().require_levels("no images")
+        POINTS.require_levels("no images")

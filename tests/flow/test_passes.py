@@ -18,31 +18,25 @@ from flowtrain.system import capacity
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def glow():
-    return tiny_flow("glow").eval().requires_grad_(False)
-
-
-def test_the_batch_is_chosen_by_memory(glow, monkeypatch):
-    assert fitting_batch_size(glow) == LARGEST_BATCH
-    sizes = []
-    for budget in (1, 2**16, 2**17, 2**19):
-        monkeypatch.setattr(passes, "ENOUGH_FOR_A_CPU", budget)
-        sizes.append(fitting_batch_size(glow))
-    assert sizes[0] == 1 < sizes[1] and sizes[2:] == [2 * sizes[1], 8 * sizes[1]]
-    assert fitting_batch_size(tiny_flow("glow", width=24)) == sizes[3] // 4
-
-
-def test_samples_take_half_of_the_memory_that_is_left(glow, monkeypatch):
-    """And no more than likelihoods do, so that mostly it does not matter what else runs."""
+def test_the_batch_is_chosen_by_memory(monkeypatch):
+    """Samples take half of the memory that is left, and no more than likelihoods do, so that mostly
+    it does not matter what else runs.
+    """
+    glow = tiny_flow("glow")
     of_an_image = ALIVE * largest_activation(glow)
+    assert fitting_batch_size(glow) == LARGEST_BATCH
     sizes = []
     for free in (0, 2 * of_an_image, 31 * of_an_image, 2**40):
         monkeypatch.setattr(capacity, "available", lambda device, free=free: free)
         sizes.append(sampling_batch_size(glow))
-    assert sizes == [1, 1, 8, fitting_batch_size(glow)]
-    monkeypatch.setattr(passes, "ENOUGH_FOR_A_CPU", 4 * of_an_image)
-    assert sampling_batch_size(glow) == 4
+    assert sizes == [1, 1, 8, LARGEST_BATCH]
+    sizes.clear()
+    for budget in (1, 4 * of_an_image, 8 * of_an_image - 1, 2**19):
+        monkeypatch.setattr(passes, "ENOUGH_FOR_A_CPU", budget)
+        sizes.append(fitting_batch_size(glow))
+        assert sampling_batch_size(glow) == sizes[-1]
+    assert sizes[:3] == [1, 4, 4]
+    assert fitting_batch_size(tiny_flow("glow", width=24)) == sizes[3] // 4
 
 
 def test_a_sequential_inverse_takes_more_at_a_time_on_a_cpu(monkeypatch):
@@ -64,12 +58,11 @@ def test_the_estimate_is_that_of_both_directions(model):
     quarter of all leave room for that.
     """
     flow = tiny_flow(model, shape=(1, 8, 8)).eval().requires_grad_(False)
-    x = images(64, flow.shape)
+    x, z = images(64, flow.shape), flow.draw_latents(64, seeded())
 
     def bytes_of_an_image(run):
         return (capacity.peak(lambda: run(64), CPU) - capacity.peak(lambda: run(32), CPU)) / 32
 
     estimate = 1.5 * ALIVE * largest_activation(flow)
-    z = flow.draw_latents(64, seeded())
     assert 0 < bytes_of_an_image(lambda n: flow.decode(z[:n])) < estimate
     assert 0 < bytes_of_an_image(lambda n: flow(x[:n], torch.rand(n, *flow.shape))) < 1.1 * estimate

@@ -12,31 +12,26 @@ from cli_helpers import assert_same_run, copy_of, last, quick
 from helpers import a_config, assert_an_image_scores_alone, images, perturb, seeded
 from torch import nn
 
-import flowtrain
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
-from flowtrain.flow.dequantize import EDGE, Dequantizer, UniformNoise, draw_noise
+from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 
 pytestmark = pytest.mark.run  # many seconds in all
 
-every_model = pytest.mark.parametrize("model", sorted(TINY.keys() - {"causal"}))  # it is refused
-every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (1, 3, 2), (2, 1, 1)])
-SHAPES = {
-    **{"glow": (3, 8, 4), "realnvp": (1, 6, 2), "nice": (3, 3, 3)},
-    **{"planar": (3, 2, 2), "maf": (3, 3, 2), "iaf": (3, 2, 2), "cnf": (3, 2, 2)},
-    **{"tarflow": (1, 6, 2), "jet": (3, 4, 2)},
-}
+every_shape = pytest.mark.parametrize("shape", [(3, 4, 2), (3, 3, 3), (2, 1, 1)])
+# Models of images with even and with odd sides: the noise works at other resolutions there.
+both_sizes = pytest.mark.parametrize("model, shape", [("glow", (3, 8, 4)), ("nice", (3, 3, 3))])
 
 
-def noise_model(shape, scale=0.2, seed=0):
-    torch.manual_seed(seed)
-    return perturb(VariationalNoise(shape, steps=4, width=6), scale, seed)
+def noise_model(shape, scale=0.2):
+    torch.manual_seed(0)
+    return perturb(VariationalNoise(shape, steps=4, width=6), scale)
 
 
 def variational_flow(model="glow", shape=(1, 4, 4), q=256, scale=0.2, **options):
@@ -75,48 +70,37 @@ def test_log_q_is_the_density_of_u(shape):
     u, log_q = model(noise, x)
     jacobian = torch.autograd.functional.jacobian(lambda noise: model(noise, x)[0], noise)
     jacobian = jacobian.reshape(3, u[0].numel(), 3, u[0].numel())
-    expected = -torch.stack([torch.linalg.slogdet(jacobian[b, :, b]).logabsdet for b in range(3)])
+    own = jacobian[range(3), :, range(3)]
     assert log_q.abs().min() > 0.01
-    torch.testing.assert_close(log_q, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_q, -torch.linalg.slogdet(own).logabsdet, rtol=1e-9, atol=1e-9)
     assert all(jacobian[a, :, b].abs().max() == 0 for a, b in itertools.permutations(range(3), 2))
-
-
-@every_shape
-def test_it_depends_on_the_image_and_on_neighbours(shape):
-    model = noise_model(shape, 0.1)
-    noise = torch.rand(1, *shape, generator=seeded(1))
-    a, b = images(2, shape).split(1)
-    assert (model(noise, scaled(a))[0] - model(noise, scaled(b))[0]).abs().min() > 0
+    # It depends on the image and on neighbours.
+    assert (model(noise, -x)[0] - u).abs().min() > 0
     if math.prod(shape[1:]) > 1:
-        jacobian = torch.autograd.functional.jacobian(
-            lambda noise: model(noise, scaled(a))[0], noise
-        )
-        assert (jacobian.abs().flatten(4).sum(dim=(0, 4)) > 0).all()
-        assert jacobian.reshape(a.numel(), -1).count_nonzero() > 2 * a.numel()
+        assert own[0].count_nonzero() > 2 * len(own[0])
+    back, same = model.inverse(u, x)
+    torch.testing.assert_close(back, noise, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(same, log_q, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("transform", ["center", "logit"])
-@pytest.mark.parametrize("levels", [2, 16, 17, 256])
+@pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("push", [0.0, 1e3])
 @pytest.mark.parametrize("size", [8, 7])
-def test_noise_stays_in_its_bin(levels, transform, push, size):
+def test_noise_stays_in_its_bin(levels, push, size):
     shape = (1, size, size)
     model = noise_model(shape)
     for layer in model.modules():
         if isinstance(layer, ZeroConv2d):
             nn.init.uniform_(layer.bias, -push, push)  # w so far out that Phi is exactly 0 or 1
-    dequantizer = Dequantizer(levels, transform, noise_model=model)
+    dequantizer = Dequantizer(levels, "logit", noise_model=model)
     x = torch.arange(levels).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, *shape)
     noise = torch.rand(x.shape, generator=seeded())
     for row, extreme in enumerate((0.0, 2.0**-24, 1 - 2.0**-24)):
         noise[:, :, row] = extreme
     before = noise.clone()
     v, log_terms = dequantizer(x, noise)
-    assert (
-        v.dtype == log_terms.dtype == torch.float32
-        and torch.isfinite(v).all()
-        and torch.isfinite(log_terms).all()
-    )
+    assert v.dtype == log_terms.dtype == torch.float32
+    assert torch.isfinite(v).all() and torch.isfinite(log_terms).all()
     assert torch.equal(dequantizer.to_data(v), x) and torch.equal(noise, before)
     drawn = model(noise, scaled(x, levels))[0]
     assert drawn.min() >= EDGE and drawn.max() <= 1 - EDGE
@@ -124,100 +108,35 @@ def test_noise_stays_in_its_bin(levels, transform, push, size):
         assert drawn.min() == EDGE and drawn.max() == 1 - EDGE
 
 
+# ---------------------------------------------------------------- the bound
+
+
 def test_the_density_goes_into_the_bound():
     flow = variational_flow()
     x, noise = images(5, flow.shape), torch.rand(5, *flow.shape, generator=seeded(1))
     u, log_q = flow.dequantizer.noise_model(noise, scaled(x))
-    given = Dequantizer(256)
-    given.noise_model.forward = lambda noise, x, executor: (u, torch.zeros(5))
-    z, log_det = flow.bijection(given(x, noise)[0])
-    expected = (
-        -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + log_det - log_q - 16 * math.log(256)
-    )
+    z, log_det = flow.bijection((x + u) / 256 - 0.5)
+    base = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+    expected = base + log_det - log_q - 16 * math.log(256)
     torch.testing.assert_close(flow(x, noise).total, expected, rtol=1e-5, atol=1e-3)
     assert log_q.abs().min() > 0.01
 
 
-# ---------------------------------------------------------------- the bound
-
-
-def probabilities(flow):
-    """P(x) of every image there is, by the trapezoidal rule in the normal quantiles of the
-    noise.
-    """
-    quantiles = torch.linspace(-5.2, 5.2, 100, dtype=torch.float64)
-    weights = (-0.5 * quantiles.square()).exp() / math.sqrt(2 * math.pi) * quantiles.diff()[0]
-    noise = torch.special.ndtr(torch.cartesian_prod(*[quantiles] * flow.dims)).reshape(
-        -1, *flow.shape
-    )
-    weight = torch.cartesian_prod(*[weights] * flow.dims).prod(dim=1)
-    with torch.no_grad():
-        scores = [flow(x.expand(len(noise), -1, -1, -1), noise).total for x in every_image(flow)]
-    return torch.stack([(weight * score.exp()).sum() for score in scores])
-
-
-def every_image(flow):
-    values = itertools.product(range(flow.levels), repeat=flow.dims)
-    return torch.tensor(list(values), dtype=torch.uint8).reshape(-1, *flow.shape)
-
-
-@pytest.mark.parametrize(
-    "model, shape", [("realnvp", (1, 1, 2)), ("nice", (1, 2, 1)), ("nice", (2, 1, 1))]
-)
-@pytest.mark.run
-def test_the_noise_does_not_change_the_probabilities(model, shape):
-    # P(x) is the integral of the flow's density over the bin, whatever q it is computed with.
-    options = {} if model == "nice" else {"levels": 1}
-    flow = variational_flow(model, shape, q=3, scale=0.05, **options).double()
-    found = probabilities(flow)
-    flow.dequantizer.noise_model = UniformNoise()
-    torch.testing.assert_close(found, probabilities(flow), rtol=1e-3, atol=0)
-    assert 0.3 < found.sum() < 1
-
-
-@pytest.mark.run
-def test_more_draws_tighten_the_bound():
-    flow = variational_flow("realnvp", (1, 1, 2), q=3, scale=0.05, levels=1).double()
-    exact = probabilities(flow).log()
-    draws = 4096
-    with torch.no_grad():
-        single = [
-            flow(x.expand(draws, -1, -1, -1), noise_of(flow, draws)).total
-            for x in every_image(flow)
-        ]
-    bounds = [
-        torch.stack([s.reshape(-1, k).logsumexp(1).mean() - math.log(k) for s in single])
-        for k in (1, 8, 64, draws)
-    ]
-    for looser, tighter in itertools.pairwise(bounds):
-        assert (looser < tighter).all()
-    assert (bounds[0] < exact - 1e-3).all()
-    torch.testing.assert_close(bounds[-1], exact, rtol=0, atol=0.05)
-
-
-def noise_of(flow, count, seed=3):
-    return torch.rand(count, *flow.shape, generator=seeded(seed), dtype=torch.float64)
-
-
-@pytest.mark.run
-@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 3, 3), (1, 1, 1)])
-def test_learning_it_closes_the_gap(shape):
+def test_learning_it_closes_the_gap():
     """Under a fixed Gaussian, of which each image's probability is known."""
-    dims, levels, sigma, steps = math.prod(shape), 3, 0.15, 120
+    shape, dims, levels, sigma, steps = (1, 4, 4), 16, 3, 0.15, 120
     layer = DiagonalAffine((dims,)).requires_grad_(False)
     layer.log_scale.fill_(8 * math.atanh(-math.log(sigma) / 8))
     torch.manual_seed(0)
     model = VariationalNoise(shape, steps=4, width=16)
     flow = Flow(Sequential(Flatten(shape), layer), Dequantizer(levels, noise_model=model), shape)
     x = images(64, shape, levels)
-    edges = torch.special.ndtr(
-        (torch.arange(levels + 1, dtype=torch.float64) / levels - 0.5) / sigma
-    )
-    exact = edges.diff().log()[x.long()].flatten(1).sum(1)
+    edges = (torch.arange(levels + 1, dtype=torch.float64) / levels - 0.5) / sigma
+    exact = torch.special.ndtr(edges).diff().log()[x.long()].flatten(1).sum(1)
 
+    @torch.no_grad()
     def gap():
-        with torch.no_grad():
-            draws = [flow.log_prob(x, seeded(seed)).double() for seed in range(50)]
+        draws = [flow.log_prob(x, seeded(seed)).double() for seed in range(50)]
         return (exact - torch.stack(draws).mean(0)).mean().item() / dims
 
     at_the_start = gap()
@@ -231,79 +150,53 @@ def test_learning_it_closes_the_gap(shape):
     assert -0.001 < gap() < 0.25 * at_the_start
 
 
-@every_model
-def test_an_image_scores_the_same_in_any_batch(model):
-    flow = variational_flow(model)
-    assert_an_image_scores_alone(flow)
-    x, others = images(33, flow.shape), images(33, flow.shape, seed=5)
-    others[10] = x[10]
-    drawn, same = (
-        flow.dequantizer(images, draw_noise(x.shape, seeded(1), x.device))[0][10]
-        for images in (x, others)
-    )
-    torch.testing.assert_close(drawn, same, rtol=1e-5, atol=1e-6)
-
-
 # ---------------------------------------------------------------- in a model, in training
 
 
-def gradients(flow, mode="store", precision=None):
+@both_sizes
+def test_an_image_scores_the_same_in_any_batch(model, shape):
+    assert_an_image_scores_alone(variational_flow(model, shape))
+
+
+def gradients(flow, mode="store", bf16=False):
     x = images(4, flow.shape, flow.levels)
     noise = draw_noise(x.shape, seeded(1), x.device)
     flow.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         total = flow(x, noise, executor=executor_of(mode)).total
         total.mean().backward()
     return total.detach(), {name: p.grad for name, p in flow.named_parameters()}
 
 
-@every_model
-def test_every_parameter_gets_a_gradient(model):
-    found = gradients(variational_flow(model, SHAPES[model]))[1]
-    assert sum(name.startswith("dequantizer.noise_model.context.") for name in found) == 4
-    assert [name for name, grad in found.items() if grad is None or grad.count_nonzero() == 0] == []
-
-
-@every_model
-@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
-def test_memory_modes_give_the_same_gradients(model, mode):
-    flow = variational_flow(model, SHAPES[model], scale=0.1).double()
+@both_sizes
+def test_memory_modes_give_the_same_gradients_and_bf16_reaches_networks_only(model, shape):
+    flow = variational_flow(model, shape, scale=0.1).double()
     total, stored = gradients(flow)
-    same_total, recomputed = gradients(flow, mode)
-    torch.testing.assert_close(same_total, total, rtol=0, atol=0)
-    torch.testing.assert_close(recomputed, stored, rtol=1e-10, atol=1e-10)
-
-
-@every_model
-@pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
-def test_bf16_reaches_its_networks_only(model, mode):
-    flow = variational_flow(model, SHAPES[model], scale=0.1)
+    assert sum(name.startswith("dequantizer.noise_model.context.") for name in stored) == 4
+    assert all(grad.count_nonzero() for grad in stored.values())
+    for mode in ("checkpoint", "reversible"):
+        same_total, recomputed = gradients(flow, mode)
+        torch.testing.assert_close(same_total, total, rtol=0, atol=0)
+        torch.testing.assert_close(recomputed, stored, rtol=1e-10, atol=1e-10)
     seen = {}
 
     def hook(module, inputs, output):
-        seen.setdefault(type(module), set()).update(
-            t.dtype for t in (output if type(output) is tuple else [output])
-        )
+        results = output if type(output) is tuple else [output]
+        seen.setdefault(type(module), set()).update(t.dtype for t in results)
 
-    for module in flow.dequantizer.modules():
+    for module in flow.float().dequantizer.modules():
         module.register_forward_hook(hook)
-    expected, exact = gradients(flow)
-    seen.clear()
-    total, found = gradients(flow, mode, "bf16")
-    assert total.dtype == torch.float32
+    rounded, found = gradients(flow, "reversible", bf16=True)
     assert seen[Conv2d] == seen[ZeroConv2d] == {torch.bfloat16}
-    assert seen[VariationalNoise] == seen[Dequantizer] == {torch.float32}
-    assert (total - expected).abs().max() < 0.02 * flow.dims
-    both = [
-        torch.cat([grads[name].flatten() for name in exact if "noise_model" in name])
-        for grads in (found, exact)
-    ]
+    assert seen[VariationalNoise] == seen[Dequantizer] == {torch.float32} == {rounded.dtype}
+    assert (rounded - total).abs().max() < 0.02 * flow.dims
+    names = [name for name in stored if "noise_model" in name]
+    both = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, stored)]
     assert torch.cosine_similarity(*both, dim=0) > 0.99
 
 
-@every_model
-def test_decoding_and_sampling_do_without_it(model):
-    flow = variational_flow(model, q=17)
+def test_decoding_and_sampling_do_without_it():
+    flow = variational_flow(q=17)
     expected = flow.sample(3, generator=seeded())
 
     def must_not_be_called(*_):
@@ -319,85 +212,51 @@ def test_decoding_and_sampling_do_without_it(model):
 
 def test_the_weights_are_a_function_of_the_seed():
     def built(name, seed=3):
-        return build_flow(
-            a_config(dequantization={"name": name}, seed=seed), (1, 4, 4), 256
-        ).state_dict()
+        config = a_config(dequantization={"name": name}, seed=seed)
+        found = build_flow(config, (1, 4, 4), 256).state_dict()
+        return {key: value.tolist() for key, value in found.items()}
 
-    uniform, first, again, other = (
-        built("uniform"),
-        built("variational"),
-        built("variational"),
-        built("variational", 4),
-    )
-    assert set(uniform) == {name for name in first if not name.startswith("dequantizer.")}
+    uniform, first = built("uniform"), built("variational")
     # another noise, the same bijection
-    assert all(torch.equal(uniform[name], first[name]) for name in uniform)
-    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert uniform == {key: value for key, value in first.items() if "dequantizer" not in key}
     name = "dequantizer.noise_model.context.0.weight"
-    assert not torch.equal(other[name], first[name])
-
-
-# ---------------------------------------------------------------- looking inside
+    assert first == built("variational") and first[name] != built("variational", 4)[name]
 
 
 def test_diagnostics_name_its_layers():
     flow = variational_flow(scale=0.05)
     x, noise = images(4, flow.shape), draw_noise((4, *flow.shape), seeded(), torch.device("cpu"))
+    # of a single pixel a checkerboard keeps all, or nothing
+    for each, count in ((flow, 4), (variational_flow("planar", shape=(1, 1, 1)), 2)):
+        part = (slice(None), slice(None), *(slice(side) for side in each.shape[1:]))
+        ranges = log_scale_ranges(each, x[part], noise[part])
+        assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == count
+        assert all(low <= high for low, high in ranges.values())
+    assert any(low < high for low, high in ranges.values())
+    name = "dequantizer.noise_model.context.0"
+    weight = flow.get_parameter(f"{name}.weight")
     assert first_non_finite(flow, x, noise) is None
-    ranges = log_scale_ranges(flow, x, noise)
-    assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 4
-    # of which a checkerboard keeps all, or nothing
-    pixel = variational_flow("planar", shape=(1, 1, 1))
-    ranges = log_scale_ranges(pixel, images(4, pixel.shape), torch.full((4, 1, 1, 1), 0.5))
-    assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == 2
-
-    weight = flow.dequantizer.noise_model.context[0].weight
-    kept = weight.detach().clone()
-    nn.init.constant_(weight, 3e38)
-    assert first_non_finite(flow, x, noise) == "output of dequantizer.noise_model.context.0"
-    nn.init.constant_(weight, math.nan)
-    assert first_non_finite(flow, x, noise) == "parameter dequantizer.noise_model.context.0.weight"
-    with torch.no_grad():
-        weight.copy_(kept)
     # It comes before the bijection, and so its gradient after.
     weight.grad = torch.full_like(weight, math.nan)
-    assert (
-        first_non_finite(flow, x, noise) == "gradient of dequantizer.noise_model.context.0.weight"
-    )
+    assert first_non_finite(flow, x, noise) == f"gradient of {name}.weight"
     for parameter in flow.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
     assert first_non_finite(flow, x, noise).startswith("gradient of bijection.")
+    for value, found in ((3e38, f"output of {name}"), (math.nan, f"parameter {name}.weight")):
+        nn.init.constant_(weight, value)
+        assert first_non_finite(flow, x, noise) == found
 
 
 # ---------------------------------------------------------------- as a user does
 
-VARIATIONAL = sets(
-    dequantization__name="variational", dequantization__steps=2, dequantization__width=4
-)
-RUN = [
-    *sets(
-        train__num_steps=8,
-        train__checkpoint_every=4,
-        train__keep_checkpoints=5,
-        train__ema=0.9,
-        data__shift=1,
-    )
-]
+RUN = sets(dequantization__name="variational", dequantization__steps=2, train__num_steps=8)
+RUN += sets(dequantization__width=4, train__checkpoint_every=4, train__keep_checkpoints=5)
+RUN += sets(train__ema=0.9, data__shift=1, train__precision="bf16", train__memory="reversible")
 RUN += sets(train__log_every=3, train__validate_every=4, train__sample_every=8, train__accumulate=2)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        [*WORDS["glow"], *sets(train__precision="bf16", train__memory="reversible")],
-        WORDS["realnvp"],
-        WORDS["nice"],
-    ],
-    ids=["glow", "realnvp", "nice"],
-)
-def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
-    command = ["train", *model, *RUN, *VARIATIONAL]
-    parameters = quick(*command, "--dry-run", cwd=tmp_path).ok().out
+def test_it_is_trained_saved_resumed_and_evaluated(tmp_path):
+    command = ["train", *WORDS["glow"], *RUN]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     quick(*command, "--run-dir", whole, cwd=tmp_path).ok()
     copy_of(whole, halves)
@@ -405,22 +264,12 @@ def test_it_is_trained_saved_resumed_and_evaluated(model, tmp_path):
     last(halves).hardlink_to(halves / "checkpoints" / "step-00000004.safetensors")
     assert "at step 4" in quick(*command, "--run-dir", halves, cwd=tmp_path).ok().out
     assert_same_run(whole, halves)
-
     saved = checkpoint_format.read(last(whole))
-    assert {"model", "ema", "optimizer"} <= {
-        n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n
-    }
-    flow = flowtrain.load(str(last(whole)))
-    assert f"parameters: {sum(p.numel() for p in flow.parameters())}\n" in parameters
-    assert {p.numel() > 0 for p in flow.dequantizer.parameters()} == {True}
-    out = (
-        quick("evaluate", whole, "--num-images", "20", "--draws", "2", "--json", "-", cwd=tmp_path)
-        .ok()
-        .out
-    )
+    of_noise = {n.partition(".")[0] for n in saved.tensors if ".dequantizer." in n}
+    assert {"model", "ema", "optimizer"} <= of_noise
+    options = ["--num-images", 20, "--draws", 2, "--json", "-"]
+    out = quick("evaluate", whole, *options, cwd=tmp_path).ok().out
     assert '"bound": "iwbo"' in out and '"non_finite_images": 0' in out
-    quick("sample", whole, "--num-images", "4", cwd=tmp_path).ok()
 
-    key = "dequantization.name"
     other = [*command, *sets(dequantization__name="uniform"), "--run-dir", whole]
-    quick(*other, cwd=tmp_path).failed(2, key, "'variational'", "'uniform'")
+    quick(*other, cwd=tmp_path).failed(2, "dequantization.name", "'variational'", "'uniform'")

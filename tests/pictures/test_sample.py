@@ -24,8 +24,12 @@ def test_progress_counts_all_sequential_layers(iterate):
 
 
 @pytest.mark.parametrize(
-    "model, reason", [("glow", "its samples take one pass"), ("causal", "only one entry after")]
+    "model, options, message",
+    [
+        ("glow", {"iterate": True}, "--method jacobi: .*its samples take one pass"),
+        ("causal", {"iterate": True}, "--method jacobi: .*only one entry after"),
+    ],
 )
-def test_a_model_without_the_way_is_told(model, reason):
-    with pytest.raises(UserError, match=f"--method jacobi: .*{reason}"):
-        sample(tiny_flow(model), 1, [1.0], 0, iterate=True)
+def test_options_that_do_not_fit_the_model(model, options, message):
+    with pytest.raises(UserError, match=message):
+        sample(tiny_flow(model), 1, [1.0], 0, **options)

@@ -38,6 +38,7 @@ from flowtrain.bijections.base import Direction
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.execution import LayerByLayer, call
+from flowtrain.flow.class_prior import normal_log_density
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.explore.edits import Stoppable
 
@@ -168,9 +169,13 @@ def account(
         loss = -flow.loss(share.log() + math.log(flow.classes))
         of_class = OfClass(int(labels), share.item(), loss.item())
     sums = ByPlace()
-    stoppable = Stoppable(check, sums)
-    entries, by_place, of_noise = flow.forward_by_place(x, noise, stoppable, labels)
-    levels = flow.split_latents(entries)
+    v, by_place, of_noise = flow.dequantizer.forward_by_place(x, noise.to(flow.dtype))
+    conditioning = flow.conditioning(len(x), labels, flow.context_of(x))
+    z, _ = flow.bijection.run(Stoppable(check, sums), "forward", v, conditioning)
+    density = normal_log_density(z)
+    if flow.class_prior is not None and labels is not None:
+        density = flow.class_prior.log_prob_by_entry(z, labels)
+    levels = flow.split_latents(density + flow.dequantizer.of_entry)
     flat = levels[0].ndim != 4
     if flat or sums.without:
         return Accounts(total, {}, of_class=of_class)

@@ -27,7 +27,7 @@ NOT_THE_TEST_IMAGES = {*NO_SETTINGS, *HELD_OUT, "data.flip", "data.shift"}
 TEST_FIGURES = (
     *("unit", "loss", "loss_stderr", "bits_per_dim", "bits_per_dim_stderr"),
     *("nats_per_image", "nats_per_image_stderr", "sigma"),
-    *("bound", "samples", "num_images", "sampling", "split", "dataset", "edition"),
+    *("bound", "draws", "num_images", "sampling", "split", "dataset", "edition"),
     *("weights", "step", "given"),
 )
 
@@ -183,7 +183,7 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
         if settings := changed.keys() - NO_SETTINGS:
             found.append(f"{own.run} differs from {first_name} in {_listed(changed, settings)}")
     tests = [own.test for own in results if own.test is not None]
-    measured = sorted({(test.dataset, test.bound, test.samples, test.num_images) for test in tests})
+    measured = sorted({(test.dataset, test.bound, test.draws, test.num_images) for test in tests})
     if len(measured) > len({test.dataset for test in tests}):
         ways = ", ".join(
             f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured

@@ -159,7 +159,7 @@ NOTES = {
         {"test": {**TEST, "step": 2}},
         "of step 2, its best checkpoint of step 4: flowtrain evaluate b",
     ),
-    "another bound": ({"test": {**TEST, "bound": "iwbo", "samples": 8}}, "iwbo, draws: 8"),
+    "another bound": ({"test": {**TEST, "bound": "iwbo", "draws": 8}}, "iwbo, draws: 8"),
     "another way of sampling": (
         {"test": {**TEST, "sampling": "sequential"}},
         "b samples one entry after the other",
