@@ -8,9 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "site" / "source"
+
+
+def on_config(config: Any) -> None:
+    """Lists the page of each tool. MkDocs calls this once, before it reads the pages."""
+    tools = sorted(path.parent.name for path in REPOSITORY.glob("flowtrain/tools/*/command.py"))
+    (pages,) = (section["Tools"] for section in config.nav if "Tools" in section)
+    pages.extend(f"docs/{name}.md" for name in tools)
 
 
 def main() -> None:

@@ -32,9 +32,7 @@ class Interrupted(Exception):
 
 
 class EndedElsewhere(Exception):
-    """Another process of the same run has failed and printed why. This process ends silently with
-    the same exit code.
-    """
+    """Another process of the same run has failed with this exit code, and printed why."""
 
     def __init__(self, exit_code: int):
         super().__init__(f"another process failed with exit code {exit_code}")
@@ -53,7 +51,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is about space on the disk, which is not the user's input (exit code 1)."""
+    """Whether an error is about space on the disk."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,10 +78,7 @@ _BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """A value from outside as it is shown in a message: its `repr`, in at most 100 characters.
-
-    Nested values are never written out in full, however large they are.
-    """
+    """The `repr` of a value from outside, in at most 100 characters, however large it is."""
     try:
         return cut(_BOUNDED.repr(value))
     except ValueError:  # Python writes out no number of more than 4,300 digits.
@@ -93,8 +88,7 @@ def shown(value: object) -> str:
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` with the most similar word, or an empty string."""
     words = list(words)
-    # A key in the wrong section is as common a mistake as a misspelt one. Several words with the
-    # same end, such as `.yaml` or `.name`, say nothing.
+    # A key in the wrong section is as common a mistake as a misspelt one.
     close = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     if len(close) != 1:
         lower = {w.lower(): w for w in words}

@@ -94,7 +94,7 @@ class Evaluation(File):
     duplicates: int | None = None  # images that are equal to an earlier one of these
     # Images that are equal to one of the training split. None if those are not at hand.
     duplicates_of_training: int | None = None
-    # What part of each image the likelihoods are conditional on, in words. None for whole images.
+    # The part of each image that likelihoods are conditional on. None for whole images.
     given: str | None = None
     dims: int | None = None
     levels: int | None = None
@@ -109,6 +109,4 @@ class Evaluation(File):
     non_finite_indices: list[int] = []
     max_reconstruction_error: float | None = None
     checkpoint: str | None = None
-    model: str | None = (
-        None  # its hash (`checkpoints.load.model_hash`); an earlier version has none
-    )
+    model: str | None = None  # `checkpoints.load.model_hash`; an earlier version has none

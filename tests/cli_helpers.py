@@ -14,6 +14,7 @@ import functools
 import json
 import multiprocessing.forkserver
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,9 +30,12 @@ import torch
 from catalogue import SHORT, WORDS
 from forked_command import become_flowtrain
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.main import get_command
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.cli.main import app
 
+COMMANDS = get_command(app)  # by name in `.commands`
 SESSION = Path(os.environ["FLOWTRAIN_TESTS"])  # of all workers, made and removed by conftest.py
 FOLDER = Path(tempfile.mkdtemp(dir=SESSION))  # what several tests of one worker share
 
@@ -156,6 +160,14 @@ def _context():
     with mock.patch.dict(os.environ, once, clear=True):
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+def example(command: str, model: str = "nowhere.safetensors") -> list[str]:
+    """The arguments of the first example in a command's help, where MODEL is `model`."""
+    found = re.search(
+        rf"\[cyan\]flowtrain {command} ?(.*?)\[/cyan\]", COMMANDS.commands[command].epilog
+    )
+    return re.sub(r"^(runs/)?\w+(?= |$)", model, found[1]).split()
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------

@@ -34,95 +34,68 @@ TOOLS = {("explore", "ood"), ("hub", "report"), ("report", "doctor")}
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 
 
-def part_of(module: str) -> str:
-    """The package, the tool, or the module beside the packages, that a dotted name belongs to."""
-    parts = module.split(".")[1:]
-    return ".".join(parts[:2]) if parts[:1] == ["tools"] else ".".join(parts[:1])
+@functools.cache
+def parsed() -> dict[str, ast.Module]:
+    """The files of the package by their dotted names."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
+    return {name: ast.parse(file.read_text()) for name, file in zip(names, files, strict=True)}
 
 
 @functools.cache
-def parsed() -> list[tuple[Path, ast.Module]]:
-    return [(file, ast.parse(file.read_text())) for file in sorted(PACKAGE.rglob("*.py"))]
-
-
-def arrows() -> list[tuple[str, str, str]]:
-    """`(file, from, to)` for every import of flowtrain in flowtrain, wherever it stands in a
-    file.
-    """
+def imports() -> list[tuple[str, str, str]]:
+    """`(module, package or module, name)` of each import of flowtrain in flowtrain."""
     found = []
-    for file, tree in parsed():
-        relative = file.relative_to(PACKAGE)
-        own = relative.with_suffix("").parts[0]
-        if own == "tools" and len(relative.parts) > 2:
-            own = f"tools.{relative.parts[1]}"
+    for own, tree in parsed().items():
         for node in ast.walk(tree):
-            names = []
-            if (
-                isinstance(node, ast.ImportFrom)
-                and node.module
-                and node.module.startswith("flowtrain")
-            ):
-                names = (
-                    [node.module]
-                    if "." in node.module
-                    else [f"flowtrain.{a.name}" for a in node.names]
-                )
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowtrain"):
+                found += [(own, str(node.module), each.name) for each in node.names]
             elif isinstance(node, ast.Import):
-                names = [a.name for a in node.names if a.name.startswith("flowtrain.")]
-            found += [(str(relative), own, part_of(name)) for name in names]
+                names = [each.name for each in node.names if each.name.startswith("flowtrain.")]
+                found += [(own, *name.rpartition(".")[::2]) for name in names]
     return found
 
 
-def test_every_package_has_a_height():
-    there = {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.parent.name for path in PACKAGE.glob("*/__init__.py")
-    }
-    assert there - {"__init__"} == HEIGHT.keys()
+def part_of(module: str) -> str:
+    """The package, the tool, or the module beside the packages, of a dotted name."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[0] == "tools" else 1])
+
+
+def test_every_package_has_a_row():
+    there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    there |= {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert there == HEIGHT.keys(), "ROWS above, and the table in ARCHITECTURE.md"
 
 
 def test_imports_go_down():
-    def height(part: str) -> int | None:
-        return HEIGHT.get(part.partition(".")[0])
-
-    found = {(own, other): file for file, own, other in arrows() if own != other}
-    of_tools = {pair for pair in found if all(part.startswith("tools.") for part in pair)}
-    assert {(a.partition(".")[2], b.partition(".")[2]) for a, b in of_tools} == TOOLS
-    wrong = [
-        f"{file}: {own} imports {other}"
-        for (own, other), file in found.items()
-        if (own, other) not in of_tools
-        if (high := height(own)) is not None and (low := height(other)) is not None
-        if low >= high
-    ]
-    assert wrong == []
+    wrong, of_tools = [], set()
+    for module, package, name in imports():
+        own, other = part_of(module), part_of(f"{package}.{name}")
+        if own.startswith("tools.") and other.startswith("tools.") and own != other:
+            of_tools.add((own.partition(".")[2], other.partition(".")[2]))
+        elif HEIGHT.get(own.partition(".")[0], 99) <= HEIGHT.get(other.partition(".")[0], -1):
+            wrong += [f"{module} imports {other}"] if own != other else []
+    assert wrong == [], "a package imports only from rows above its own (ARCHITECTURE.md)"
+    assert of_tools == TOOLS, "tools that use another tool: TOOLS above, and ARCHITECTURE.md"
 
 
 def test_no_two_files_import_each_other():
     """Neither for types alone."""
-    names = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts): t for f, t in parsed()}
-    imports = {}
-    for own, tree in names.items():
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        found = {(node.module, f"{node.module}.{a.name}") for node in nodes for a in node.names}
-        imports[own] = {name if name in names else module for module, name in found}
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the files
+    graph = {name: set() for name in parsed()}
+    for module, package, name in imports():
+        both = f"{package}.{name}"
+        graph[module].add(both if both in graph else package)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_a_package_does_not_import_the_private_names_of_another_module():
-    wrong = []
-    for file, tree in parsed():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowtrain"):
-                wrong += [
-                    f"{file}: {a.name}"
-                    for a in node.names
-                    if a.name[0] == "_" and a.name[:2] != "__"
-                ]
-    assert wrong == []
+    private = [each for each in imports() if each[2][0] == "_" and each[2][:2] != "__"]
+    assert private == []
 
 
 def test_the_command_line_starts_without_torch():
-    """One process imports one module after the other, and says which one brings torch."""
+    """The output names the first module that imports torch."""
     modules = [f"flowtrain.cli.{path.stem}" for path in (PACKAGE / "cli").glob("[!_]*.py")]
     modules += [
         f"flowtrain.tools.{p.parent.name}.command" for p in PACKAGE.glob("tools/*/command.py")

@@ -48,14 +48,14 @@ def test_it_reads_well_and_leads_to_pages_that_exist():
 
 
 @pytest.mark.slow
-def test_it_runs_and_says_the_same(tmp_path, monkeypatch):
+def test_it_runs_and_prints_the_same(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient").NotebookClient
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     notebook = nbformat.read(TOUR, 4)
-    said = printed(notebook)
+    before = printed(notebook)
     client(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert printed(notebook) == said  # figures have two or three digits
+    assert printed(notebook) == before  # figures have two or three digits
     assert list(tmp_path.iterdir()) == []
 
 

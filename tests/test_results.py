@@ -29,6 +29,7 @@ OF_IMAGES = [
 ]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "config, figures",
     [
@@ -45,18 +46,11 @@ def test_the_keys_of_files(config, figures, tmp_path):
     quick(*command, cwd=tmp_path).ok()
     quick("evaluate", "r", "--num-images", 8, cwd=tmp_path).ok()
     run = tmp_path / "r"
-    assert [list(row) for row in metrics(run)] == [
-        [*AT, "split", *losses, *TRAINING],
-        [*AT, "split", *losses],
-    ]
-    best = [f"best_validation_{loss}" for loss in losses]
-    assert list(json.loads((run / "summary.json").read_text())) == [
-        *AT,
-        "finished",
-        "unit",
-        *best,
-        *REST,
-    ]
+    common = [*AT, "split", *losses]
+    assert [list(row) for row in metrics(run)] == [[*common, *TRAINING], common]
+    best = [f"{BEST}{loss}" for loss in losses]
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary) == [*AT, "finished", "unit", *best, *REST]
     evaluation = json.loads((run / "evaluate-test.json").read_text())
     assert list(evaluation) == [*figures, *DESCRIPTION]
 

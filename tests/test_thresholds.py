@@ -44,9 +44,9 @@ def test_digits(tmp_path: Path, config: str, limit: float) -> None:
 def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
     """8x8 images of quantized Gaussian pixels, and their entropy in bits/dim.
 
-    Neighbours at distance d (|rows| + |columns|) have correlation 0.9**d. With a standard deviation
-    of 20 levels the entropy of the integers is the differential entropy to four digits (bins are
-    narrow), and none is clipped (6 sigma).
+    Pixels at distance d (|rows| + |columns|) have correlation 0.9**d. With a standard deviation of
+    20 levels, the entropy of the integers is the differential one to four digits, and none is
+    clipped (6 sigma).
     """
     rows, columns = np.divmod(np.arange(64), 8)
     distance = np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)

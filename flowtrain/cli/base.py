@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import logging
 import os
 import re
@@ -18,8 +17,7 @@ import typer
 from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, cut, exit_code
 from flowtrain.system.files import is_special
 
-# torch takes seconds to import, and `--help` should be instant. So each function imports what it
-# needs when it is called.
+# torch takes seconds to import, and `--help` should be instant. So functions import what they need.
 if TYPE_CHECKING:
     import torch
 
@@ -34,10 +32,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     A parameter whose type is a dataclass is a group of options: its fields are the parameters.
     """
-    parameters = inspect.signature(function).parameters
-    groups = {name: each.annotation for name, each in parameters.items()}
-    groups = {name: group for name, group in groups.items() if is_dataclass(group)}
-    fields = {name: inspect.signature(group).parameters for name, group in groups.items()}
+    parameters = _parameters(function)
+    types = {name: each.annotation for name, each in parameters.items()}
+    groups = {name: x for name, x in types.items() if isinstance(x, type) and is_dataclass(x)}
+    fields = {name: _parameters(group) for name, group in groups.items()}
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -75,8 +73,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+@functools.cache
+def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 def on_all_processes(function: Callable[P, None]) -> Callable[P, None]:
-    """Lets all processes that torchrun has started work together on a command."""
+    """A command on which all processes of torchrun work together."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -89,7 +92,7 @@ def on_all_processes(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def on_one_process(function: Callable[P, None]) -> Callable[P, None]:
-    """Lets only the first of the processes that torchrun has started run a command."""
+    """A command that only the first process of torchrun runs."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -117,7 +120,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _log_warnings() -> None:
-    # Pillow warns of pictures that it reads all the same. It refuses those that are too large.
+    # Pillow warns of pictures that it reads all the same.
     warnings.filterwarnings("ignore", module="PIL")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("flowtrain: %(message)s"))
@@ -139,28 +142,22 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=complete_model,
-        show_default=False,
         help="A checkpoint, a run directory (its best checkpoint, else its last), a trained model "
         "of `flowtrain list`, or hf://user/name on the Hugging Face Hub. By default, the newest "
         "run in runs/.",
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="D", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
+    str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
 ]
 FirstImagesOption = Annotated[
     int | None,
-    typer.Option(
-        "--num-images", min=1, metavar="N", help="Only the first N images.", show_default="all"
-    ),
+    typer.Option(min=1, metavar="N", help="Only the first N images.", show_default="all"),
 ]
-SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random numbers.")
-]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random numbers.")]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
-        "--batch-size",
         min=1,
         metavar="B",
         help="Images per batch. It changes the rounding alone: an image's likelihood by about "
@@ -173,13 +170,11 @@ ScoresOption = Annotated[
         "--scores",
         metavar="FILE.csv",
         help="Also write the scores here, one row per image.",
-        show_default=False,
     ),
 ]
 WeightsOption = Annotated[
     Literal["ema", "raw"] | None,
     typer.Option(
-        "--weights",
         help="Use the averaged or the raw weights.",
         show_default="ema where the checkpoint has them",
     ),
@@ -193,7 +188,7 @@ TrustOption = Annotated[
 Split = Literal["test", "validation", "train"]
 SplitOption = Annotated[
     Split | None,
-    typer.Option("--split", help="Which images of the data set.", show_default="test"),
+    typer.Option(help="Which images of the data set.", show_default="test"),
 ]
 JsonOption = Annotated[
     str | None,
@@ -226,7 +221,6 @@ SetOption = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="The same as KEY=VALUE; repeatable.",
-        show_default=False,
         autocompletion=_complete_key,
     ),
 ]
@@ -237,7 +231,7 @@ def is_setting(word: str) -> bool:
     return re.match(r"\w+(\.\w+)+=", word) is not None and not os.path.lexists(word)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class SettingOptions:
     """Settings of a command line: `KEY=VALUE`, or `--set KEY=VALUE`."""
 
@@ -247,21 +241,20 @@ class SettingOptions:
             metavar="KEY=VALUE",
             help="Override keys of the configuration: train.lr=5e-4, or data.root=DIR where the "
             "data of a trained model have moved.",
-            show_default=False,
             autocompletion=_complete_key,
         ),
     ] = None
     overrides: SetOption = None
 
     def words(self, hint: str = "") -> list[str]:
-        """All settings. Raises `UserError`, which ends with the hint, for a word that is none."""
+        """All settings. Raises `UserError`, with the hint at its end, for another word."""
         for word in self.settings or []:
             if "=" not in word:
                 raise UserError(f"{cut(word)}: expected KEY=VALUE, such as data.root=DIR{hint}")
         return [*(self.overrides or []), *(self.settings or [])]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class ModelOptions:
     """The model of a command line."""
 
@@ -271,11 +264,11 @@ class ModelOptions:
     device: DeviceOption = "auto"
 
     def load_model(self, conditional: bool = False) -> "LoadedModel":
-        """Loads it, as `load` does."""
+        """As `load`."""
         return load(self.model, self.device, self.weights, self.trust_code, conditional)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DataOptions(SettingOptions, ModelOptions):
     """The model of a command line, and settings of its data."""
 
@@ -284,14 +277,14 @@ class DataOptions(SettingOptions, ModelOptions):
             self.settings, self.model = [self.model, *(self.settings or [])], None
 
     def data(self, loaded: "LoadedModel", dataset: str | None = None) -> "DataSet":
-        """The data of the model or of `dataset`, as `data_of` finds them."""
+        """As `data_of`."""
         return data_of(loaded, self.words(), dataset)
 
 
 def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--out") -> str:
-    """The suffix of an output file, or the first of `suffixes` where there is no file.
+    """The suffix of an output file, or the first of `suffixes` if none is given.
 
-    Raises `UserError`, before any work is done, for another suffix and as `require_file` does.
+    Raises `UserError` for another suffix, and as `require_file` does.
     """
     suffix = suffixes[0] if path is None else path.suffix.lower()
     if suffix not in suffixes:
@@ -301,8 +294,8 @@ def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--
 
 
 def require_file(path: Path | str | None, option: str = "--out") -> None:
-    """Raises `UserError`, naming the option, where no file can be written to `path`, before any
-    work is done. None and `-` (standard output) are no files.
+    """Raises `UserError`, naming the option, if no file can be written to `path`. None and `-`
+    (standard output) are no files.
     """
     if path is None or path == "-":
         return
@@ -315,9 +308,9 @@ def require_file(path: Path | str | None, option: str = "--out") -> None:
 
 
 def output(given: Path | str | None, loaded: "LoadedModel", name: str, option: str) -> Path:
-    """Where an output goes: the value of `option`, which was checked, or else `name` in the run.
+    """The path of an output: the value of `option`, which was checked, or else `name` in the run.
 
-    Raises `UserError` as `require_file` does, before any work is done.
+    Raises `UserError` as `require_file` does.
     """
     from flowtrain.checkpoints.load import run_of
 
@@ -329,9 +322,7 @@ def output(given: Path | str | None, loaded: "LoadedModel", name: str, option: s
 
 
 def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
-    """Raises `UserError`, naming the option and its `path`, where no file can be made in `folder`,
-    before any work is done.
-    """
+    """Raises `UserError`, naming the option and its `path`, if no file can be made in `folder`."""
     folder = folder.absolute()
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not existing.is_dir():
@@ -347,10 +338,8 @@ def load(
     trust_code: bool,
     conditional: bool = False,
 ) -> "LoadedModel":
-    """The model of a command line. Raises `UserError` where it cannot be loaded.
-
-    Only a command that says `conditional` takes a model of images given a part of them
-    (`model.context`).
+    """The model of a command line. Raises `UserError` if it cannot be loaded, or if it is one of
+    images given a part of them (`model.context`) and the command is not for `conditional` ones.
     """
     from flowtrain.checkpoints.load import load_model
 
@@ -375,9 +364,7 @@ def device_of(name: str) -> "torch.device":
 
 
 def mention_unused(name: str, device: "torch.device") -> None:
-    """Says where GPUs stay unused by this command, which several processes could share. `name` is
-    that of `--device`.
-    """
+    """Prints a line if the command leaves GPUs unused. `name` is the value of `--device`."""
     from flowtrain.system import device as devices
 
     devices.mention_unused(name, device, sys.argv[1:])
@@ -386,9 +373,7 @@ def mention_unused(name: str, device: "torch.device") -> None:
 def data_of(
     loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
 ) -> "DataSet":
-    """The data set that the model was trained on, perhaps from another place, or the one that
-    `--data` names.
-    """
+    """The data set of `--data`, or the one that the model was trained on, with other settings."""
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
@@ -396,34 +381,34 @@ def data_of(
     for text in settings or []:
         if not text.startswith("data."):
             raise UserError(
-                f"--set {cut(text)}: only keys of data can be set here; the model is as it was "
-                f"trained"
+                f"--set {cut(text)}: only keys of data can be set; the model is trained"
             )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
     values = configuration.override(values, settings or [])
     where = f"--data {dataset}" if dataset else "--set"
-    # What the checkpoint names was trusted when it was loaded, and the rest is the user's word.
+    # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
 
 
 def write_json(result: Mapping[str, object], given: str | None, default: Path) -> None:
-    """Writes a result to a file, by default to `default`, and says where.
-
-    For `-` it goes to standard output, where it is alone (`console.stderr` is set before).
+    """Writes a result to the file `given`, or to `default`, and prints its path. For `-` it goes to
+    standard output, and all else to standard error (`console.stderr` is set before).
     """
+    import json
+
     from flowtrain.system.console import console
     from flowtrain.system.files import save
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if given == "-":
         print(text)
-        return
-    file = default if given is None else Path(given)
-    save(file, text.encode() + b"\n", named=given is not None)
-    console.print(f"wrote {file}")
+    else:
+        file = Path(given or default)
+        save(file, text.encode() + b"\n", named=given is not None)
+        console.print(f"wrote {file}")
 
 
 def print_table(result: Mapping[str, object]) -> None:

@@ -26,21 +26,18 @@ def decode(
         str,
         typer.Argument(
             metavar="MODEL",
-            show_default=False,
             help="The checkpoint, run directory or trained model that made the latents.",
         ),
     ],
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE.npz", show_default=False, help="Latents of flowtrain encode."),
+        typer.Argument(metavar="FILE.npz", help="Latents of flowtrain encode."),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            "--out",
             metavar="FOLDER|FILE.npz",
             help="Where the images go: a PNG file for each, or all in one file.",
-            show_default=False,
         ),
     ],
     weights: WeightsOption = None,

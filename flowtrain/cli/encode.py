@@ -25,17 +25,13 @@ EPILOG = (
 @command
 @on_one_process
 def encode(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.npz", help="The latents.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.npz", help="The latents.")],
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            "--images",
             metavar="FILE|FOLDER",
             help="Image files, and folders of them; repeatable. For a model of points, an .npy or "
             ".npz file.",
-            show_default=False,
         ),
     ] = None,
     dataset: DatasetOption = None,

@@ -1,6 +1,5 @@
 """`flowtrain evaluate`."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,7 +38,6 @@ def evaluate(
     num_images: Annotated[
         int | None,
         typer.Option(
-            "--num-images",
             min=1,
             metavar="N",
             help="Only N of the images, a sample by the seed.",
@@ -122,6 +120,8 @@ def evaluate(
 
 def _file_name(dataset: str, kind: str) -> str:
     """The name of a data set, or that of a path with eight digits for the folder it is in."""
+    import hashlib
+
     if dataset == kind:
         return dataset
     path = Path(dataset).resolve()

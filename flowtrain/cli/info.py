@@ -23,7 +23,6 @@ def info(
         str | None,
         typer.Argument(
             metavar="MODEL|RUN|CONFIG",
-            show_default=False,
             help="A checkpoint, a run directory, a trained model, hf://user/name, or a "
             "configuration. By default, the newest run in runs/.",
         ),
@@ -37,15 +36,10 @@ def info(
     """
     from flowtrain.checkpoints import zoo
 
-    if what is not None and (
-        what.endswith(".yaml")
-        or (
-            what in configfiles.shipped_configs()
-            and what not in zoo.names()
-            and not os.path.lexists(what)
-        )
-    ):
-        print_table(_of_config(configfiles.find_config(what)))
+    configs = configfiles.shipped_configs().keys() - zoo.names()
+    name = what or ""
+    if name.endswith(".yaml") or name in configs and not os.path.lexists(name):
+        print_table(_of_config(configfiles.find_config(name)))
     else:
         print_table(_of_model(what, trust_code))
 

@@ -30,54 +30,44 @@ EPILOG = (
 @on_one_process
 def interpolate(
     pairs: Annotated[
-        int, typer.Option("--pairs", min=1, help="Number of pairs of test images, one row each.")
+        int, typer.Option(min=1, help="Number of pairs of test images, one row each.")
     ] = 4,
-    steps: Annotated[
-        int, typer.Option("--steps", min=2, help="Images per row, the ends included.")
-    ] = 8,
+    steps: Annotated[int, typer.Option(min=2, help="Images per row, the ends included.")] = 8,
     files: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             "--images",
             metavar="A B",
             help="Interpolate between two image files of your own.",
-            show_default=False,
         ),
     ] = None,
     from_class: Annotated[
         int | None,
         typer.Option(
-            "--from-class",
             min=0,
             metavar="A",
             help="Move images of this class to the class --to-class.",
-            show_default=False,
         ),
     ] = None,
     to_class: Annotated[
         int | None,
         typer.Option(
-            "--to-class",
             min=0,
             metavar="B",
             help="Move images to this class, by the mean latents of both, or by the prior of each "
             "class in a class-conditional model.",
-            show_default=False,
         ),
     ] = None,
     along: Annotated[
         str | None,
         typer.Option(
-            "--along",
             metavar="NAME",
             help="Move images along an attribute that `flowtrain attributes` has found.",
-            show_default=False,
         ),
     ] = None,
     strength: Annotated[
         float,
         typer.Option(
-            "--strength",
             metavar="S",
             help="How far --along goes: 1 to the mean of images with the attribute, -1 to the mean "
             "of those without it.",
@@ -93,7 +83,6 @@ def interpolate(
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            "--image",
             metavar="FILE",
             help="An image file of your own to move --along; repeatable.",
             show_default="random test images",
@@ -103,7 +92,6 @@ def interpolate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
             metavar="FILE.png|.gif",
             help="A grid, or an animation.",
             show_default="interpolate.png in the run",
@@ -137,36 +125,32 @@ def interpolate(
     count = len(image) if image else 1 if files else pairs
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
     drawing.require_room(steps * count, flow.shape, steps, what)
-    if along is None and from_class is None:
-        ends = (
-            paths.from_files(files, loaded)
-            if files
-            else paths.from_test_images(loaded, data, pairs, seed)
-        )
-        rows = paths.interpolate(flow, *ends, steps)
-    else:
-        if from_class is not None and to_class is not None:
-            data.require(flow.shape, flow.levels, loaded.checkpoint.path)
-            latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
+    latents = None
+    if from_class is not None and to_class is not None:
+        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+        latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
+    elif along is not None:
+        direction = directions.named(loaded, along)
+        paths.require_room(flow, count, steps)
+        if image:
+            x = read_images(image, loaded, "--image")
         else:
-            assert along is not None
-            direction = directions.named(loaded, along)
-            paths.require_room(flow, count, steps)
-            x = (
-                read_images(image, loaded, "--image")
-                if image
-                else paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
-            )
-            latents = paths.along(encode(flow, x), direction, strength, steps)
-        with ProgressBar("what is typical") as bar:
+            x = paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
+        latents = paths.along(encode(flow, x), direction, strength, steps)
+    elif files:
+        rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
+    else:
+        rows = paths.interpolate(flow, *paths.from_test_images(loaded, data, pairs, seed), steps)
+    if latents is not None:
+        with ProgressBar("the test images") as bar:
             lowest = paths.lowest_typical(flow, data.split("test"), bar)
         rows = paths.decoded(flow, latents)
         counts = paths.stopped(flow, rows, lowest)
-        # A path to a class has its end where images of the class are, whatever is on the way.
+        # A path to a class ends at images of the class, whatever is on the way.
         stays = stop and along is not None
         if stays:
             rows = paths.stay(rows, counts)
-        _say_what_is_typical(counts, steps, stays, lowest, flow)
+        _print_typical(counts, steps, stays, lowest, flow)
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
         content = grid.animation(frames + frames[-2:0:-1])  # there and back
@@ -201,9 +185,7 @@ def _check(
         raise UserError(f"--strength {strength}: expected a finite number")
 
 
-def _say_what_is_typical(
-    counts: list[int], steps: int, stays: bool, lowest: float, flow: "Flow"
-) -> None:
+def _print_typical(counts: list[int], steps: int, stays: bool, lowest: float, flow: "Flow") -> None:
     import torch
 
     from flowtrain.system.console import console

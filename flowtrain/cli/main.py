@@ -35,7 +35,7 @@ app.command(epilog=sample.EPILOG, rich_help_panel=DRAW)(sample.sample)
 app.command(epilog=interpolate.EPILOG, rich_help_panel=DRAW)(interpolate.interpolate)
 app.command(epilog=encode.EPILOG, rich_help_panel=FILES)(encode.encode)
 app.command(epilog=decode.EPILOG, rich_help_panel=FILES)(decode.decode)
-# Each tool is a folder with a module `command`, and may be absent.
+# The folder of a tool has a module `command`.
 for path in sorted((Path(__file__).parents[1] / "tools").glob("*/command.py")):
     importlib.import_module(f"flowtrain.tools.{path.parent.name}.command").add_to(app)
 
@@ -69,7 +69,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _refuse_empty(word: str) -> NoReturn:
-    # As a path it would be the current folder, which nobody who writes `--run-dir "$DIR"` means.
+    # As a path it would be the current folder, which `--run-dir "$DIR"` does not mean.
     typer.echo(f"flowtrain: {word or 'an argument'} is empty: a value is missing", err=True)
     raise SystemExit(UserError.exit_code)
 

@@ -42,7 +42,6 @@ def sample(
     temperature: Annotated[
         list[float] | None,
         typer.Option(
-            "--temperature",
             min=0,
             metavar="T",
             help="Sampling temperature; repeatable, one row each. 0 is the mode of the base.",
@@ -52,7 +51,6 @@ def sample(
     classes: Annotated[
         str | None,
         typer.Option(
-            "--classes",
             metavar="0,1,...",
             help="For a class-conditional model: one row per class.",
             show_default="all in turn",
@@ -61,7 +59,6 @@ def sample(
     image: Annotated[
         Path | None,
         typer.Option(
-            "--image",
             metavar="FILE",
             help="For a model of images given a part of them (model.context): the small image to "
             "enlarge, or an image that is made small or grey first.",
@@ -71,14 +68,12 @@ def sample(
     method: Annotated[
         Literal["sequential", "jacobi"],
         typer.Option(
-            "--method",
             help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
         ),
     ] = "sequential",
     guidance: Annotated[
         float | None,
         typer.Option(
-            "--guidance",
             min=0,
             metavar="W",
             help="Move samples away from those without a class, by classifier-free guidance. 0 "
@@ -97,7 +92,6 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
             metavar="FILE.png|.npz",
             help="A picture, or the images as arrays.",
             show_default="sample.png in the run",
@@ -164,7 +158,7 @@ def sample(
 
 
 def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[str]:
-    """What was done to the samples, a line each."""
+    """Guidance and noise of the samples, a line each."""
     lines = []
     if guidance is not None:
         lines.append(
@@ -179,7 +173,7 @@ def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[s
 
 
 def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
-    """What the samples are given: a part of the image in a file, or of test images."""
+    """The contexts of the samples: of the image in a file, or of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
 

@@ -32,22 +32,17 @@ def _complete_config(incomplete: str) -> list[tuple[str, str]]:
     ]
 
 
-def _config_list() -> str:
-    rows = [
-        f"[bold]{name}[/bold]  {configfiles.headline(path)}"
-        for name, path in configfiles.shipped_configs().items()
-    ]
-    return "\n\n".join(["[bold]Configurations that come with flowtrain:[/bold]", *rows])
-
-
-EPILOG = (
-    "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=20min[/cyan]\n\n"
-    + _config_list()
-)
+EPILOG = "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=20min[/cyan]"
 
 
 class Settings(TyperCommand):
-    """Says how a key of the configuration is set to those who write it as an option."""
+    """Its help lists the configurations. An option that is a key gets a hint."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        rows = [f"[bold]{name}[/bold]  {headline}" for name, headline in _complete_config("")]
+        title = "[bold]Configurations that come with flowtrain:[/bold]"
+        self.epilog = "\n\n".join([EPILOG, title, *rows])
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -74,7 +69,6 @@ def train(
     config: Annotated[
         str,
         typer.Option(
-            "--config",
             metavar="NAME|FILE",
             autocompletion=_complete_config,
             help="A YAML file: as given, in configs/, or one that comes with flowtrain (below).",
@@ -83,7 +77,6 @@ def train(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            "--run-dir",
             metavar="DIR",
             help="Write everything to this directory.",
             show_default="runs/<config name>",
@@ -92,7 +85,6 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            "--resume",
             metavar="auto|never|CHECKPOINT",
             help="auto goes on from the last checkpoint in the run directory; never refuses a "
             "directory that holds a run.",
@@ -109,10 +101,8 @@ def train(
     init_from: Annotated[
         str | None,
         typer.Option(
-            "--init-from",
             metavar="MODEL",
             help="Start from this model's weights (fine-tuning).",
-            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
@@ -194,12 +184,8 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
         f"(median of {TIMED_STEPS} steps)"
     )
     if train.num_steps is not None:
-        console.print(
-            f"estimated time: {duration(seconds * train.num_steps)} for {train.num_steps:,} "
-            "steps, without validation"
-        )
-    elif train.budget is not None:
-        console.print(
-            f"estimated steps: {train.budget / seconds:,.0f} in {duration(train.budget)}, "
-            "without validation"
-        )
+        length = f"time: {duration(seconds * train.num_steps)} for {train.num_steps:,} steps"
+    else:
+        budget = train.budget or 0.0
+        length = f"steps: {budget / seconds:,.0f} in {duration(budget)}"
+    console.print(f"estimated {length}, without validation")

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import glob
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,7 +58,7 @@ def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, i
     """
     remove_left_overs(path.parent, path.name[:40])
     while True:
-        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.tmp")
         handle = new(temporary)
         try:
             with contextlib.suppress(OSError):  # a file system without locks

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import children
+import damage
 import sound
-from children import MIB, Outcome
-from fuzz import LAST, LINES, members_of, parts_of, sealed
-from sound import Sound
+from children import MIB
+from fuzz import LAST, LINES
 
 from flowtrain.system import capacity
 from flowtrain.tools.archive import format as archive_format
@@ -44,7 +44,7 @@ class Bomb:
     code: int = 2
 
 
-def bombs(files: Sound) -> dict[str, Bomb]:
+def bombs(files: Path) -> dict[str, Bomb]:
     dry = ["train", "--dry-run", "--config", "c.yaml"]
     packed = ["decompress", "a.fta", "--out", "out"]
     evaluate = ["evaluate", "colour", "--data", "x.npz", "--json", "-"]
@@ -53,7 +53,7 @@ def bombs(files: Sound) -> dict[str, Bomb]:
     compare, sample = ["compare", "run", "run"], ["sample", LAST, "--num-images", "1"]
 
     def configured(section: str, **values: object) -> Bomb:
-        return Bomb(LAST, lambda: _checkpoint(files, section, values), sample)
+        return Bomb(LAST, lambda: _configured(files, section, values), sample)
 
     return {
         "YAML: 9^29 values by aliases": Bomb("c.yaml", _aliases, dry),
@@ -74,7 +74,7 @@ def bombs(files: Sound) -> dict[str, Bomb]:
         "archive: a description of 100,000 levels": Bomb(
             "a.fta", lambda: _archive(_deflated(b"[" * DEEP, 1), [bytes(4)]), packed
         ),
-        "npz: a header that claims 100 GB": Bomb("x.npz", lambda: _npz(10**11), evaluate),
+        "npz: a header that claims 100 GB": Bomb("x.npz", lambda: _npz(_member(10**11)), evaluate),
         "npz: the zip claims 100 GB, too": Bomb("x.npz", _lying_npz, evaluate),
         "npz: inflates to as much as the memory": Bomb(
             "x.npz", lambda: _deflated_npz(capacity.total() // MIB), evaluate
@@ -110,14 +110,14 @@ def bombs(files: Sound) -> dict[str, Bomb]:
         "checkpoint: `dequantization.width` of 10^6": configured(
             "dequantization", name="variational", width=10**6
         ),
-        "checkpoint: a description of 100,000 levels": Bomb(
-            LAST, lambda: _with_header(files, __metadata__={"flowtrain": "[" * DEEP}), sample
+        "checkpoint: a description of 5,000 levels": Bomb(
+            LAST, lambda: _checkpoint(files, described=damage.DEEP), sample
         ),
         "checkpoint: a header of 1 TB": Bomb(
-            LAST, lambda: (2**40).to_bytes(8, "little") + files.bytes(LAST)[8:], sample
+            LAST, lambda: (2**40).to_bytes(8, "little") + (files / LAST).read_bytes()[8:], sample
         ),
         "checkpoint: a tensor of 4 TB": Bomb(
-            LAST, lambda: _with_header(files, **{"model.x": _tensor([2**20, 2**20])}), sample
+            LAST, lambda: _checkpoint(files, tensors={"model.x": LARGE}), sample
         ),
         "metrics.jsonl: 100,000 levels": Bomb(
             "run/metrics.jsonl", lambda: b"[" * DEEP + b"\n", compare
@@ -183,23 +183,20 @@ def _long_strip() -> tuple[bytes, list[bytes]]:
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
+LARGE = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
 
-def _checkpoint(files: Sound, section: str, values: dict[str, object]) -> bytes:
-    """A checkpoint with these keys in its configuration, and a right checksum."""
-    header, body = parts_of(files.bytes(LAST))
-    described = json.loads(header["__metadata__"]["flowtrain"])
+
+def _configured(files: Path, section: str, values: dict[str, object]) -> bytes:
+    """A checkpoint with these keys in its configuration."""
+    described = damage.of_checkpoint((files / LAST).read_bytes())["described"]
     kept = {} if "name" in values else described["config"][section]
     described["config"][section] = kept | values
-    return sealed(header | {"__metadata__": {"flowtrain": json.dumps(described)}}, body)
+    return _checkpoint(files, described=described)
 
 
-def _with_header(files: Sound, **changed: object) -> bytes:
-    header, body = parts_of(files.bytes(LAST))
-    return sealed(header | changed, body)
-
-
-def _tensor(shape: list[int]) -> dict[str, object]:
-    return {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+def _checkpoint(files: Path, **changed: object) -> bytes:
+    """A checkpoint with other parts and a right checksum."""
+    return damage.checkpoint(damage.of_checkpoint((files / LAST).read_bytes()) | changed)
 
 
 # --- npz ------------------------------------------------------------------------------------------
@@ -207,31 +204,24 @@ def _tensor(shape: list[int]) -> dict[str, object]:
 SHAPE = (32, 32, 3)
 
 
-def _header(size: int) -> bytes:
-    """That of an array of about so many bytes."""
+def _member(size: int, values: bytes = b"") -> bytes:
+    """An array whose header claims about so many bytes."""
     shape = size // math.prod(SHAPE), *SHAPE
-    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
-    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
+    return damage.npy({"descr": "|u1", "fortran_order": False, "shape": shape, "values": values})
 
 
-def _npz(size: int, values: bytes = b"") -> bytes:
+def _npz(member: bytes) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr("x_train.npy", _header(size) + values)
+        archive.writestr("x_train.npy", member)
     return made.getvalue()
 
 
-def _claimed_names(files: Sound, kind: str = "<U25", there: bytes = bytes(99)) -> bytes:
+def _claimed_names(files: Path, kind: str = "<U25", there: bytes = bytes(99)) -> bytes:
     """A file of latents with 10^9 names, of which a few are there."""
-    members = members_of(files.bytes("z.npz"))
-    shape = {"descr": kind, "fortran_order": False, "shape": (10**9,)}
-    header = repr(shape).encode()
-    members["names.npy"] = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + there
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return made.getvalue()
+    arrays = damage.of_npz((files / "z.npz").read_bytes())
+    header = {"descr": kind, "fortran_order": False, "shape": (10**9,)}
+    return damage.npz(arrays | {"names.npy": {**header, "values": there}})
 
 
 def _columns() -> bytes:
@@ -251,24 +241,21 @@ def _claiming(data: bytes, size: int, packed: int) -> bytes:
 
 
 def _lying_npz() -> bytes:
+    header = _member(10**11)
     size = 10**11 // math.prod(SHAPE) * math.prod(SHAPE)
-    header = len(_header(size))
-    return _claiming(_npz(size), header + size, header)
+    return _claiming(_npz(header), len(header) + size, len(header))
 
 
 def _deflated_npz(mib: int) -> bytes:
     """A member that is deflated, with sizes that are right, and another checksum."""
-    header = _header(mib * MIB // math.prod(SHAPE) * math.prod(SHAPE))
-    size = len(header) + mib * MIB // math.prod(SHAPE) * math.prod(SHAPE)
+    size = mib * MIB // math.prod(SHAPE) * math.prod(SHAPE)
+    header = _member(size)
     packed = _stored(header) + _deflated(bytes(MIB), mib, wbits=-15)
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr("x_train.npy", packed)
-    data = bytearray(made.getvalue())
+    data = bytearray(_npz(packed))
     for mark, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         place = data.index(mark) + at
         data[place : place + 2] = zipfile.ZIP_DEFLATED.to_bytes(2, "little")
-    return _claiming(bytes(data), size, len(packed))
+    return _claiming(bytes(data), len(header) + size, len(packed))
 
 
 def _stored(content: bytes) -> bytes:
@@ -280,70 +267,46 @@ def _stored(content: bytes) -> bytes:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def _png(side: int, rows: int, extra: bytes = b"") -> bytes:
+def _png(side: int, rows: int, *extra: list[bytes]) -> bytes:
     """A blank grey PNG of `side` x `side`, of which only some rows are there."""
     body = _deflated(bytes(1 + side), rows, wbits=ZLIB) if rows else zlib.compress(b"")
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    chunks = [_chunk(b"IHDR", header), extra, _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    check = zlib.crc32(kind + content).to_bytes(4, "big")
-    return len(content).to_bytes(4, "big") + kind + content + check
+    header = [b"IHDR", [side, side, 8, 0, 0, 0, 0]]
+    return damage.png([header, *extra, [b"IDAT", body], [b"IEND", b""]])
 
 
 def _png_with_text() -> bytes:
-    return _png(8, 8, _chunk(b"zTXt", b"x\0\0" + _deflated(bytes(MIB), 1000, wbits=ZLIB)))
+    return _png(8, 8, [b"zTXt", b"x\0\0" + _deflated(bytes(MIB), 1000, wbits=ZLIB)])
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def explode(files: Sound, folder: Path) -> dict[str, tuple[int, Bomb, Outcome]]:
-    """For each bomb its size in bytes, itself, and what comes of it."""
-    found = {}
+def explode(files: Path, folder: Path) -> dict[str, list[str]]:
+    """The rows of the table, and the bombs that did harm."""
+    rows = ["| bomb | bytes | command | exit code | seconds | MiB at the peak |"]
+    rows.append("|---|---|---|---|---|---|")
+    faults = []
     for name, bomb in bombs(files).items():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for each in ("run", "colour", "pictures"):
-            shutil.copytree(files.folder / each, folder / each)
+            shutil.copytree(files / each, folder / each)
         (folder / bomb.name).write_bytes(bomb.make())
         size = (folder / bomb.name).stat().st_size
-        found[name] = size, bomb, children.run(bomb.words, folder, SECONDS, MEMORY)
-    return found
-
-
-def table(found: dict[str, tuple[int, Bomb, Outcome]]) -> str:
-    rows = [
-        "| bomb | bytes | command | exit code | seconds | MiB at the peak |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, (size, bomb, done) in found.items():
-        command = f"`{bomb.words[0]}`"
+        done = children.run(bomb.words, folder, SECONDS, MEMORY)
         figures = f"{done.code} | {done.seconds:.1f} | {done.peak:,.0f}"
-        rows.append(f"| {name} | {size:,} | {command} | {figures} |")
-    return "\n".join(rows)
-
-
-def faults(found: dict[str, tuple[int, Bomb, Outcome]]) -> list[str]:
-    return [
-        f"{name}: {done}"
-        for name, (_, bomb, done) in found.items()
-        if done.code != bomb.code
-        or done.peak > LARGEST
-        or len(done.err.splitlines()) > LINES
-        or "Traceback" in done.err
-        or "Warning:" in done.err
-    ]
+        rows.append(f"| {name} | {size:,} | `{bomb.words[0]}` | {figures} |")
+        wrong = done.code != bomb.code or done.peak > LARGEST or len(done.err.splitlines()) > LINES
+        if wrong or "Traceback" in done.err or "Warning:" in done.err:
+            faults.append(f"{name}: {done}")
+    return {"table": rows, "faults": faults}
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bombs-") as folder:
         children.prepare()
-        files = sound.make(Path(folder) / "sound")
-        found = explode(files, Path(folder) / "case")
-    print(json.dumps({"table": table(found), "faults": faults(found)}))
+        sound.make(Path(folder) / "sound")
+        print(json.dumps(explode(Path(folder) / "sound", Path(folder) / "case")))
 
 
 if __name__ == "__main__":
