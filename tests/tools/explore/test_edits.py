@@ -1,4 +1,4 @@
-"""What is done to latents: mixing, principal directions, class priors."""
+"""Edits of latents: mixing, principal directions, class priors."""
 
 import math
 
@@ -53,12 +53,9 @@ def test_principal_directions_are_those_of_the_covariance(count):
     torch.testing.assert_close(found.directions.norm(dim=1), torch.ones(4))
 
 
-def test_there_are_no_more_directions_than_the_images_have():
-    assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
-
-
 @pytest.mark.filterwarnings("error")
-def test_equal_images_have_no_directions_and_warn_of_nothing():
+def test_few_or_equal_images_have_few_directions_and_no_warning():
+    assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
     assert components(torch.ones(5, 4)).deviations.max() < 1e-6
 
 
@@ -88,7 +85,7 @@ def test_along_an_attribute():
 
 
 @pytest.mark.parametrize("model, least", [("glow", 10), ("causal", 20)])
-def test_decoding_asks_often_whether_it_is_wanted(model, least):
+def test_decoding_checks_often_whether_it_is_wanted(model, least):
     flow = tiny_flow(model, (1, 4, 6) if model == "causal" else (1, 4, 4))
     calls = []
     z = flow.draw_latents(1, seeded())
