@@ -19,7 +19,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
@@ -142,9 +142,6 @@ def test_layers_are_those_outside_of_conditioners(tmp_path):
     own.nets = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(ActNorm((2,)))])
     model.flow.bijection = own
     assert list(layers_of(model.flow)) == ["bijection"]
-
-
-# ---------------------------------------------------------------- the numbers
 
 
 def test_log_scales_are_those_of_the_layers(tmp_path):
@@ -280,9 +277,6 @@ def test_the_worst_of_several_batches(tmp_path, monkeypatch):
     assert values == sorted(values) and values[0] < values[2]
     assert whole[EXACT, "", IMAGES].value == 1
     assert examined(model, data, num_images=2, seed=1) != one == examined(model, data, num_images=2)
-
-
-# ---------------------------------------------------------------- damage
 
 
 class Faulty(Bijection):
@@ -520,16 +514,6 @@ def test_memory_that_runs_out_is_no_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
         examine(model, data)
-
-
-def test_other_data_are_refused(tmp_path):
-    model, _ = a_model(tmp_path)
-    other = DataSet(a_config(data=npz(tmp_path / "b.npz", shape=(8, 8, 3))).data)
-    with pytest.raises(UserError, match="shape"):
-        examine(model, other)
-
-
-# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ from flowtrain.latents.paths import KEPT
 from flowtrain.tools.explore.edits import (
     Stoppable,
     along_attribute,
-    by_level,
     components,
     levels_of,
-    mixed,
     towards_class,
 )
 from flowtrain.tools.explore.worker import Superseded
@@ -28,14 +26,6 @@ def test_levels_are_those_of_the_flow():
         assert torch.equal(z[:, level.where].reshape(part.shape), part)
     assert [level.words for level in levels] == ["6 x 4 x 4", "24 x 2 x 2"]
     assert [level.shape for level in levels_of(tiny_flow("nice", (1, 4, 4)))] == [(16,)]
-
-
-def test_temperatures_and_mixtures_are_by_level():
-    flow = tiny_flow("glow", (1, 4, 4))
-    levels = levels_of(flow)
-    assert by_level(levels, [1.0, 2.0]).tolist() == [1.0] * 8 + [2.0] * 8
-    a, b = torch.zeros(1, 16), torch.ones(1, 16)
-    assert mixed(a, b, levels, [False, True])[0].tolist() == [0.0] * 8 + [1.0] * 8
 
 
 @pytest.mark.parametrize("count", [20, 400])  # fewer and more images than entries

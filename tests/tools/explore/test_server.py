@@ -10,15 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
-from explore_helpers import MEMORY, TOKEN, Running, a_session, until
+from explore_helpers import TOKEN, a_session, until
 from PIL import Image
 from starlette.requests import Request
 
-from flowtrain import config as configuration
-from flowtrain.checkpoints.load import load_model
-from flowtrain.data.splits import DataSet
-from flowtrain.pictures.sample import sample
 from flowtrain.tools.explore import answers, guard
 from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.command import explore
@@ -56,9 +51,6 @@ def head(running, topic, *lines):
     return "\r\n".join([*first, *lines, "", ""]).encode()
 
 
-# --- requests of the page -------------------------------------------------------------------------
-
-
 def test_the_page_and_its_parts(running):
     status, headers, body = running.get("/")
     assert status == 200 and b"<title>flowtrain explore</title>" in body
@@ -78,17 +70,6 @@ def test_the_page_and_its_parts(running):
     assert described["shape"] == [1, 8, 8] and described["grey"] == 17
     assert [level["entries"] for level in described["levels"]] == [32, 32]
     assert described["test"] == 180 and described["principal"] == [8, 8]
-
-
-def test_samples_are_those_of_the_command(running):
-    answer = running.ask("samples", seed=5, temperatures=[0.7, 0.7], label=None, start=2, count=3)
-    assert answer["command"] == (
-        "flowtrain sample glow_digits --num-images 5 --temperature 0.7 --seed 5"
-    )
-    expected = sample(running.session.flow, 5, [0.7], 5)[2:]
-    assert answer["images"] == [answers.url(running.session, x) for x in expected]
-    one = {**SAMPLE, "seed": 5, "index": 3, "temperatures": [0.7, 0.7]}
-    assert running.ask("show", place={"source": one})["image"] == answer["images"][1]
 
 
 def test_files_are_made(running):
@@ -113,9 +94,6 @@ def test_an_image_that_is_dropped_in(running):
     )
     source = {"kind": "upload", "id": answer["id"]}
     assert running.ask("show", place={"source": source})["image"] == answer["image"]
-
-
-# --- access ---------------------------------------------------------------------------------------
 
 
 def test_another_name_needs_the_token_of_its_own(running):
@@ -192,9 +170,6 @@ def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, caps
     assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
     expected = "flowtrain sample glow_digits --weights raw --trust-code"
     assert answers.command(sessions[0], "sample") == expected
-
-
-# --- hostile requests -----------------------------------------------------------------------------
 
 
 def test_no_path_leads_to_a_file(running):
@@ -416,20 +391,3 @@ def test_with_more_memory_there_are_more_images():
     assert 1 <= few.largest_count < many.largest_count
     assert few.at_a_time < many.at_a_time
     assert few.largest_file == 2**18
-
-
-def test_a_configuration_without_its_data():
-    model = load_model("glow_digits", torch.device("cpu"))
-    data = {"name": "npz", "path": "no.npz"}
-    other = configuration.parse({"data": data, "train": {"num_steps": 1}}, "x").data
-    session = Session(model, "glow_digits", lambda: DataSet(other), MEMORY)
-    running = Running(session)
-    try:
-        session.read_data()
-        described = json.loads(running.get("/api/model")[2])
-        assert "no.npz" in described["data"] and described["test"] == 0
-        status, answer = running.post("tests", {"start": 0, "count": 1})
-        assert status == 400 and "no.npz" in answer["error"]
-        assert running.ask("facts", place=PLACE)["scores"] == []
-    finally:
-        running.end()

@@ -68,9 +68,6 @@ def of_classes(tmp_path_factory):
     return class_session(tmp_path_factory.mktemp("classes"))
 
 
-# --- places ---------------------------------------------------------------------------------------
-
-
 def test_an_image_of_the_data_is_itself(session):
     x = session.image(Place(source=IMAGE), check)
     assert torch.equal(x, session.data.test.take(slice(7, 8)))
@@ -201,9 +198,6 @@ def test_several_temperatures_have_no_command(session):
     assert not z[:, :32].any() and z[:, 32:].all()
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
 def test_ranks_are_those_of_an_evaluation(session):
     data = session.data
     x = data.test.take(slice(None)).numpy()
@@ -242,10 +236,14 @@ def test_neighbours_of_a_training_image_begin_with_it(session):
         assert answer["compared"] == len(known)
 
 
-def test_without_data_there_are_no_directions(of_classes):
+def test_without_data_there_are_no_directions_and_ranks(of_classes):
     of_classes.read_data()
     assert "no.npz" in answers.describe(of_classes)["data"]
     assert of_classes.idle(check) is False
+    place = {"source": a_sample()}
+    assert ask(answers.facts, of_classes, place=place)["scores"] == []
+    with pytest.raises(Refused, match="no.npz"):
+        ask(answers.tests, of_classes, requests.Tests, start=0, count=1)
     move = requests.Principal(level=0, component=0, amount=1.0)
     with pytest.raises(Refused, match="no test or training images"):
         latent(of_classes, OTHER, principal=[move])
@@ -273,9 +271,6 @@ def test_data_that_fail_unexpectedly_are_not_waited_for(later, monkeypatch, capl
     assert not session.idle(check)
     assert "flowtrain failed (ZeroDivisionError)" in answers.describe(session)["data"]
     assert "secret" in caplog.text
-
-
-# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_a_model_too_large_for_the_memory_is_refused():
