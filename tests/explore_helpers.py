@@ -49,27 +49,17 @@ class Running:
     """A server in a thread, on a free port of this machine."""
 
     def __init__(self, session):
-        self.session = session
+        self.session, self.turn = session, 0
         self.worker = Worker(session.idle)
         at = server.listening("127.0.0.1", 0)
         self.port = at.getsockname()[1]
+        self.host = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.host}/?token={TOKEN}"
+        self.cookie = f"{guard.cookie_of(self.host)}={TOKEN}"
         application = server.app(session, self.worker, TOKEN)
         self.server = uvicorn.Server(server.settings(application))
         self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
         self.thread.start()
-        self.turn = 0
-
-    @property
-    def host(self):
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def url(self):
-        return f"http://{self.host}/?token={TOKEN}"
-
-    @property
-    def cookie(self):
-        return f"{guard.cookie_of(self.host)}={TOKEN}"
 
     def end(self):
         self.server.should_exit = True
@@ -77,26 +67,25 @@ class Running:
         self.worker.end()
 
     def request(self, method, path, body=None, headers=None):
-        """Status, headers and body of an answer. The path is sent as it is."""
+        """Status, headers and body of a response. The path is sent as it is."""
+        own = {"Host": self.host, "Origin": f"http://{self.host}", "Cookie": self.cookie}
+        if body is not None:
+            own["Content-Length"] = str(len(body))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             connection.putrequest(method, path, skip_host=True)
-            own = {"Host": self.host, "Origin": f"http://{self.host}", "Cookie": self.cookie}
-            sent = {**own, **(headers or {})}
-            if body is not None and "Content-Length" not in sent:
-                sent["Content-Length"] = str(len(body))
-            for name, value in sent.items():
+            for name, value in {**own, **(headers or {})}.items():
                 if value is not None:
                     connection.putheader(name, value)
             connection.endheaders(body)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
 
     def get(self, path, headers=None):
         return self.request("GET", path, headers=headers)
 
     def post(self, topic, fields, headers=None, raw=None):
-        """Status and JSON of an answer to a request of a tab."""
+        """Status and JSON of a response to a request of a tab."""
         self.turn += 1
         body = raw
         if raw is None:
@@ -105,15 +94,20 @@ class Running:
         return status, json.loads(answer)
 
     def ask(self, topic, **fields):
-        """The JSON of an answer that is no error."""
+        """The JSON of a response that is no error."""
         status, answer = self.post(topic, fields)
         assert status == 200, answer
         return answer
 
-    def raw(self, data, wait=5.0):
-        """What comes back for bytes that may be no HTTP."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
-            connection.sendall(data)
+    def connect(self, data, timeout=20):
+        """A connection that has sent bytes, which may be no HTTP."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        connection.sendall(data)
+        return connection
+
+    def raw(self, data):
+        """The response to bytes that may be no HTTP."""
+        with self.connect(data, timeout=5) as connection:
             connection.shutdown(socket.SHUT_WR)
             parts = []
             with contextlib.suppress(TimeoutError, ConnectionError):

@@ -8,8 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Executor
-from flowtrain.bijections.context import Context
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
@@ -18,7 +16,7 @@ from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.tools.doctor.findings import IMAGES, NOISE, SAMPLES, Finding, Notes
 from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights, learns_noise
 from flowtrain.tools.doctor.log_dets import check_log_dets
-from flowtrain.tools.doctor.round_trips import check_likelihood, data_round_trip, latent_round_trip
+from flowtrain.tools.doctor.round_trips import check_likelihood, round_trip
 
 BATCH_SIZE = 64
 
@@ -32,10 +30,9 @@ def examine(
     seed: int = 0,
     progress: Callable[[int, int], None] = silent,
 ) -> list[Finding]:
-    """All findings about a model, on test images, uniform noise and samples.
+    """All findings about a model, on `num_images` test images, noise images and samples each.
 
-    It takes a sample of `num_images` test images, and as many of the other two. A model that
-    raises, or whose values are not finite, has findings like any other.
+    A model that raises, or whose values are not finite, has findings like any other.
 
     Raises:
         UserError: if the data do not have the model's shape and levels, or have no test image. Also
@@ -52,57 +49,46 @@ def examine(
     if len(split) == 0:
         raise UserError("data: the test split is empty")
     x = split.sample(num_images, seed).take(slice(None))
-    randomness = generator(seed, Stream.EVALUATION)
     noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
-    random_images = flow.kind.uniform_like(x, randomness)
+    random_images = flow.kind.uniform_like(x, generator(seed, Stream.EVALUATION))
     levels = flow.kind.levels_per_unit(x)
     z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
     notes = Notes()
-    batches = -(-len(x) // BATCH_SIZE)
-    done, total = 0, (10 if learns_noise(flow) else 7) * batches + 1
-
-    def counted(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        nonlocal done
-        for part in parts:
-            yield part
-            done += 1
-            progress(done, total)
+    done, total = 0, (10 if learns_noise(flow) else 7) * -(-len(x) // BATCH_SIZE) + 1
 
     def in_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return counted(zip(*(tensor.split(BATCH_SIZE) for tensor in tensors), strict=True))
+        nonlocal done
+        for parts in zip(*(tensor.split(BATCH_SIZE) for tensor in tensors), strict=True):
+            yield parts
+            done += 1
+            progress(done, total)
 
     check_weights(flow, notes)
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
         for part, u in in_batches(images, noise):
-            data_and_noise = part.to(flow.device), u.to(flow.device)
-            check_layers(
-                flow, partial(flow.to_latents, *data_and_noise), "forward pass", kind, notes
-            )
+            run = partial(flow.to_latents, part.to(flow.device), u.to(flow.device))
+            check_layers(flow, run, "forward pass", kind, notes)
     for part, images in in_batches(z, x):
-        latents = part.to(flow.device)
-        seen = flow.conditioning(len(latents), context=flow.context_of(images))
-
-        def decode(
-            executor: Executor, latents: Tensor = latents, seen: Context | None = seen
-        ) -> tuple[Tensor, Tensor]:
-            return flow.bijection.run(executor, "inverse", latents, seen)
-
-        check_layers(flow, decode, "inverse pass", SAMPLES, notes)
+        context = flow.conditioning(len(part), context=flow.context_of(images))
+        run = partial(
+            flow.bijection.run, direction="inverse", x=part.to(flow.device), context=context
+        )
+        check_layers(flow, run, "inverse pass", SAMPLES, notes)
     if learns_noise(flow):
         for kind, images in ((IMAGES, x), (NOISE, random_images), (SAMPLES, x)):
             for part, u in in_batches(images, noise):
                 check_noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
         exact = sum(
-            data_round_trip(flow, precise, part, levels, kind, notes)
+            round_trip(flow, precise, part, None, levels, kind, notes)
             for (part,) in in_batches(images)
         )
         if not flow.kind.exact:
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
     for part, images in in_batches(z, x):
-        latent_round_trip(flow, precise, part, images, levels, notes)
+        round_trip(flow, precise, images, part, levels, SAMPLES, notes)
     reported = [check_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
     if flow.levels is not None and not flow.kind.no_bits:
         bits = flow.loss(torch.cat(reported)).mean()

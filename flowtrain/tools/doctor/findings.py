@@ -1,6 +1,6 @@
-"""What `doctor` finds: numbers with their bounds and verdicts, and the content of `doctor.json`.
+"""The findings of `doctor`: numbers with their bounds and verdicts, and `doctor.json`.
 
-`docs/doctor.md` says for each bound what crossing it would do to a pixel or to a bit.
+`docs/doctor.md` has the effect of crossing each bound on a pixel or on a bit.
 """
 
 import logging
@@ -17,12 +17,13 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError
 
 Verdict = Literal["ok", "watch", "bad"]
+VERDICTS: tuple[Verdict, ...] = ("ok", "watch", "bad")
 
 logger = logging.getLogger(__name__)
 
 # The error that one layer may make, in the unit interval. An error of half a level loses a pixel of
-# 8 bits. The rounding errors of 300 layers (no model here has more) add up to sqrt(300) times that
-# of one layer.
+# 8 bits. The rounding errors of 300 layers (no model here has more) add up to sqrt(300) times the
+# error of one layer.
 SHARE = 0.5 / 256 / math.sqrt(300)
 ROUNDING = 2.0**-24  # of float32, relative
 
@@ -31,14 +32,14 @@ ROUNDING = 2.0**-24  # of float32, relative
 # Exploding Inverses"). This harms neither images nor samples.
 IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
 
-# The bounds (watch, bad) of each check. A value beyond one gets that verdict. Where the second
-# bound is the smaller one, smaller values are worse.
+# The bounds (watch, bad) of each check. A value beyond one gets that verdict. If the second bound
+# is the smaller one, smaller values are worse.
 BOUNDS = {
-    # How many entries of parameters and buffers, or how many images, are not finite.
+    # The number of entries of parameters and buffers, or of images, that are not finite.
     "parameters": (0, 0),
     "forward pass": (0, 0),
     "inverse pass": (0, 0),
-    # How much a layer enlarges a rounding error, on the way to a pixel or to a likelihood.
+    # The factor by which a layer enlarges a rounding error, in a pixel or in a likelihood.
     "lowest log-scale": (math.log(4 * ROUNDING / SHARE), math.log(ROUNDING / SHARE)),
     "highest log-scale": (
         math.log(1e-4 * math.log(2) / ROUNDING),
@@ -56,10 +57,10 @@ BOUNDS = {
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
     "latent round trip, float64": (1e-5, 1e-4),
-    # Bits of the test images, relative to those of a uniform coder, log2(Q) for each entry.
+    # Bits of the test images, relative to a uniform coder with log2(Q) for each entry.
     "likelihood": (1, 1),
-    # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, and
-    # the inverse is not wrong.
+    # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, but
+    # the inverse is right.
     "images that come back exactly": (1, 0.999),
 }
 
@@ -68,14 +69,12 @@ BOUNDS = {
 class Finding:
     """One number with its bounds.
 
-    check: what was measured, a key of `BOUNDS`.
+    check: the measured quantity, a key of `BOUNDS`.
     layer: its name, or "" for the whole model.
-    inputs: "test images", "uniform noise", "prior samples", or "" where the number belongs to the
-        weights.
+    inputs: "test images", "uniform noise", "prior samples", or "" for a number of the weights.
     value: the worst over all inputs; None if it is not finite or could not be computed.
-    watch, bad: the bounds. The verdict is ok up to `watch` (inclusive), and bad beyond `bad`. If
-        `bad` is below `watch`, smaller values are worse. If `bad` is the largest float, or minus
-        it, only a value that is not finite is bad.
+    watch, bad: the bounds, as in `BOUNDS`. The verdict is ok up to `watch` (inclusive). If `bad` is
+        the largest float, or minus it, only a value that is not finite is bad.
     """
 
     check: str
@@ -117,7 +116,7 @@ class Notes:
     def failed(
         self, checks: tuple[str, ...], error: Exception, layer: str = "", inputs: str = ""
     ) -> None:
-        """Notes checks that have no value because `error` was raised. Logs each reason once."""
+        """Adds checks that have no value because of `error`. Logs each reason once."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         reason = f"{type(error).__name__}: {error}"
@@ -133,7 +132,7 @@ def judge(
 ) -> Finding:
     """The finding for a value: its bounds and its verdict.
 
-    Of what is `harmless`, and for uniform noise, only a value that is not finite is bad.
+    If it is `harmless`, or for uniform noise, only a value that is not finite is bad.
     """
     watch, bad = BOUNDS[check]
     if (harmless or inputs == NOISE) and watch != bad:
@@ -142,15 +141,13 @@ def judge(
     verdict: Verdict = (
         "ok" if sign * value <= sign * watch else "watch" if sign * value <= sign * bad else "bad"
     )
-    return Finding(
-        check, layer, inputs, value if math.isfinite(value) else None, watch, bad, verdict
-    )
+    known = value if math.isfinite(value) else None
+    return Finding(check, layer, inputs, known, watch, bad, verdict)
 
 
 def overall(findings: list[Finding]) -> Verdict:
     """The worst verdict of all."""
-    found = {finding.verdict for finding in findings}
-    return "bad" if "bad" in found else "watch" if "watch" in found else "ok"
+    return max((finding.verdict for finding in findings), key=VERDICTS.index, default="ok")
 
 
 def worst(findings: list[Finding]) -> list[Finding]:
@@ -161,28 +158,25 @@ def worst(findings: list[Finding]) -> list[Finding]:
 
 
 def count(findings: list[Finding]) -> dict[Verdict, int]:
-    """How many findings have each verdict."""
-    verdicts: tuple[Verdict, ...] = ("ok", "watch", "bad")
-    return {kind: sum(finding.verdict == kind for finding in findings) for kind in verdicts}
+    """The number of findings with each verdict."""
+    return {kind: sum(finding.verdict == kind for finding in findings) for kind in VERDICTS}
 
 
 def require_none_bad(findings: list[Finding]) -> None:
     """Raises `RunError` naming the layers of the bad findings, the worst first."""
-    bad = worst(findings)
-    if not bad:
-        return
-    names = list(dict.fromkeys(finding.layer or "the whole model" for finding in bad))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    raise RunError(
-        f"{len(bad)} of {len(findings)} findings are bad, the worst first: "
-        f"{', '.join(names[:5])}{more}"
-    )
+    if bad := worst(findings):
+        names = list(dict.fromkeys(finding.layer or "the whole model" for finding in bad))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise RunError(
+            f"{len(bad)} of {len(findings)} findings are bad, the worst first: "
+            f"{', '.join(names[:5])}{more}"
+        )
 
 
 def as_json(
     findings: list[Finding], model: LoadedModel, data: DataSet, num_images: int, seed: int
 ) -> dict[str, Any]:
-    """The content of `doctor.json`: the findings, and what `examine` was called with."""
+    """The content of `doctor.json`: the findings, and the arguments of `examine`."""
     return {
         "verdict": overall(findings),
         "counts": count(findings),

@@ -54,18 +54,16 @@ def _log_scale(log_scale: Tensor | None, layer: str, inputs: str, notes: Notes) 
 
 
 def are_finite(*tensors: Tensor) -> Tensor:
-    """Which examples are finite in all of the tensors, `(B,)`."""
-    return torch.stack(
-        [torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) for tensor in tensors]
-    ).all(dim=0)
+    """Whether an example is finite in all of the tensors, `(B,)`."""
+    each = [torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) for tensor in tensors]
+    return torch.stack(each).all(dim=0)
 
 
 def check_layers(flow: Flow, run: Pass, check: str, inputs: str, notes: Notes) -> None:
-    """Checks each layer on the inputs that it gets in a pass through the flow, or through its
-    learned noise.
+    """Checks each layer on its inputs in a pass through the flow, or through its learned noise.
 
     `run` is this pass, and `check` names the finding about its result. A layer is judged on the
-    examples that reach it finite. So only the first damaged layer is named, not all those after it.
+    finite ones of its inputs. So only the first damaged layer is named, not all layers after it.
     """
     where = first = ""
 
@@ -79,9 +77,9 @@ def check_layers(flow: Flow, run: Pass, check: str, inputs: str, notes: Notes) -
         if not first and not are_finite(result, log_det)[arrived].all():
             first = name
         if arrived.any():
-            seen = unguided(context)
-            part = None if seen is None else seen[arrived]
-            _layer(name, layer, direction, given[arrived], result[arrived], part, inputs, notes)
+            kept = unguided(context)
+            kept = None if kept is None else kept[arrived]
+            _layer(name, layer, direction, given[arrived], result[arrived], kept, inputs, notes)
         return result, log_det
 
     try:
@@ -133,19 +131,16 @@ class LearnedNoise(Bijection):
         self.dequantizer = flow.dequantizer
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        image = unguided(context)
-        assert image is not None
-        u, log_q = self.dequantizer.draw(image, x)
+        assert isinstance(context, Tensor)
+        u, log_q = self.dequantizer.draw(context, x)
         return u, -log_q
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        image = unguided(context)
-        assert image is not None
-        return self.dequantizer.noise_of(image, z)
+        assert isinstance(context, Tensor)
+        return self.dequantizer.noise_of(context, z)
 
 
 def learns_noise(flow: Flow) -> bool:
-    """Whether the noise of a model is learned."""
     return isinstance(flow.dequantizer, Dequantizer) and flow.dequantizer.learns_noise
 
 
@@ -168,16 +163,8 @@ def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: N
         return
     arrived = are_finite(result, log_det)
     if arrived.any():
-        _layer(
-            NOISE_MODEL,
-            layer,
-            direction,
-            noise[arrived],
-            result[arrived],
-            images[arrived],
-            inputs,
-            notes,
-        )
+        given, result, images = noise[arrived], result[arrived], images[arrived]
+        _layer(NOISE_MODEL, layer, direction, given, result, images, inputs, notes)
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ SIDES = (4, 8, 16, 32, 64)  # of reduced images; below 4 a 3x3 convolution sees 
 def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
     """Checks the log-dets in float32 against the Jacobian in float64, per layer and for all layers.
 
-    The Jacobian of the whole flow is with respect to the uniform noise. So it includes that of the
+    The Jacobian of the whole flow is with respect to the uniform noise, so it includes the
     dequantizer: q(u|x) is the density of u for uniform noise. A density of real values, or of
     noisy images, has the Jacobian with respect to these.
     """
@@ -52,15 +52,15 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
         name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         nonlocal where
-        where, seen = name, unguided(context)
+        where, own = name, unguided(context)
         result = call(layer, direction, given, context)
         if are_finite(given.float()).all():  # otherwise a layer before it is at fault
 
             def with_copies(copies: Tensor) -> tuple[Tensor, Tensor]:
-                same = None if seen is None else seen.expand(len(copies), *seen.shape[1:])
+                same = None if own is None else own.expand(len(copies), *own.shape[1:])
                 return call(layer, direction, copies, same)
 
-            low = None if seen is None else seen.float()
+            low = None if own is None else own.float()
             reported = call(reporting[name], direction, given.float(), low)[1]
             exact = diagonal_log_det if layer.is_discrete else jacobian_log_det
             error = abs(reported.double() - exact(with_copies, given)).max() * bits
@@ -70,8 +70,8 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
         images = x.expand(len(copies), -1, -1, -1)
         if one.kind.no_bits:
-            seen = one.conditioning(len(copies), context=one.context_of(images))
-            return one.bijection.run(executor, "forward", copies, seen)
+            context = one.conditioning(len(copies), context=one.context_of(images))
+            return one.bijection.run(executor, "forward", copies, context)
         return one.to_latents(images, copies, executor)
 
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
@@ -113,10 +113,10 @@ def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
 
 
 def diagonal_log_det(function: Map, x: Tensor) -> Tensor:
-    """`jacobian_log_det` of a map that keeps the order of entries, if its Jacobian is diagonal.
+    """`jacobian_log_det` of a map whose Jacobian is diagonal.
 
     The gradient of a sum of the results with random signs is then the diagonal with these signs.
-    The result is NaN where a few draws of the signs disagree, so that the Jacobian is not diagonal.
+    If a few draws of the signs disagree, the Jacobian is not diagonal, and the result is NaN.
     """
     signs = torch.randint(2, (PROBES, x.numel()), generator=torch.Generator().manual_seed(0))
     signs = 2 * signs.to(x) - 1
@@ -131,7 +131,7 @@ def diagonal_log_det(function: Map, x: Tensor) -> Tensor:
 
 
 def reduced(model: LoadedModel) -> Flow | None:
-    """The model for the smallest images for which all its weights fit and it runs, on the CPU.
+    """The model on the CPU, for the smallest images with which it runs with all its weights.
 
     A model that is not convolutional fits only its own size. The result is None if that has more
     than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.

@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.execution import call, opposite
 from flowtrain.flow.flow import Flow
-from flowtrain.tools.doctor.findings import IMAGES, SAMPLES, Notes
+from flowtrain.tools.doctor.findings import IMAGES, Notes
 from flowtrain.tools.doctor.layers import are_finite
 
 
@@ -16,69 +18,65 @@ def _distance(flow: Flow, found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _bits(found: Tensor, expected: Tensor) -> Tensor:
-    """How much latents `(B, D)` differ in log N(z; 0, I), in bits/dim, for the worst example.
+    """The difference of latents `(B, D)` in log N(z; 0, I), in bits/dim, for the worst example.
 
-    Differences of entries do not cancel. For latents so far out that their squares are worth more
-    than one bit/dim, the difference is relative to those.
+    Differences of entries do not cancel. If the squares of the latents are worth more than one
+    bit/dim, the difference is relative to those.
     """
     found, expected = found.double().cpu(), expected.double().cpu()
     difference = (found.square() - expected.square()).abs().mean(dim=1) / (2 * math.log(2))
     return (difference / (expected.square().mean(dim=1) / (2 * math.log(2))).clamp_min(1)).max()
 
 
-def data_round_trip(
-    flow: Flow, precise: Flow, x: Tensor, levels: float, inputs: str, notes: Notes
+def round_trip(
+    flow: Flow,
+    precise: Flow,
+    x: Tensor,
+    z: Tensor | None,
+    levels: float,
+    inputs: str,
+    notes: Notes,
 ) -> int:
-    """Checks images to latents, back, and to latents again.
+    """Checks images `x` to latents, back, and to latents again, in float32 and in float64.
 
+    With latents `z` `(B, D)`, it starts at these, and `x` has the images for their contexts.
     Returns the number of images that come back exactly in float32.
     """
     restored = 0
+    direction: Direction = "forward" if z is None else "inverse"
     for one, name in ((flow, "float32"), (precise, "float64")):
         checks = (f"data round trip, {name}", f"latent round trip, {name}")
         try:
             images = x.to(one.device)
-            v = one.dequantizer.middle(images, one.dtype)
-            seen = one.conditioning(len(v), context=one.context_of(images))
-            z = one.bijection(v, seen)[0]
-            back = one.bijection.inverse(z, seen)[0]
-            again = one.bijection(back, seen)[0]
+            context = one.conditioning(len(images), context=one.context_of(images))
+            start = (
+                one.dequantizer.middle(images, one.dtype)
+                if z is None
+                else z.to(one.device, one.dtype)
+            )
+            there = call(one.bijection, direction, start, context)[0]
+            back = call(one.bijection, opposite(direction), there, context)[0]
+            again = call(one.bijection, direction, back, context)[0]
         except Exception as error:
             notes.failed(checks, error, inputs=inputs)
             continue
-        notes.add(checks[0], _distance(one, back, v) * levels, inputs=inputs)
-        notes.add(checks[1], _bits(again, z), inputs=inputs)
-        if one is flow:
+        pairs = ((back, start), (again, there))
+        data, latents = pairs if z is None else reversed(pairs)
+        # As for a layer: at the edge of a bin, rounding moves a level.
+        harmless = z is not None and one is flow and flow.bijection.is_discrete
+        notes.add(checks[0], _distance(one, *data) * levels, inputs=inputs, harmless=harmless)
+        notes.add(checks[1], _bits(*latents), inputs=inputs, harmless=harmless)
+        if z is None and one is flow:
             finite = are_finite(back)
             same = flow.dequantizer.to_data(back[finite]) == images[finite]
             restored = int(same.flatten(1).all(dim=1).sum())
     return restored
 
 
-def latent_round_trip(
-    flow: Flow, precise: Flow, z: Tensor, images: Tensor, levels: float, notes: Notes
-) -> None:
-    """Checks latents to data, back, and to data again, given the contexts of images if need be."""
-    for one, name in ((flow, "float32"), (precise, "float64")):
-        checks = (f"data round trip, {name}", f"latent round trip, {name}")
-        try:
-            start = z.to(one.device, one.dtype)
-            seen = one.conditioning(len(z), context=one.context_of(images))
-            v = one.bijection.inverse(start, seen)[0]
-            back = one.bijection(v, seen)[0]
-            again = one.bijection.inverse(back, seen)[0]
-        except Exception as error:
-            notes.failed(checks, error, inputs=SAMPLES)
-            continue
-        harmless = one is flow and flow.bijection.is_discrete  # as for a layer
-        notes.add(checks[0], _distance(one, again, v) * levels, inputs=SAMPLES, harmless=harmless)
-        notes.add(checks[1], _bits(back, start), inputs=SAMPLES, harmless=harmless)
-
-
 def check_likelihood(flow: Flow, precise: Flow, x: Tensor, noise: Tensor, notes: Notes) -> Tensor:
-    """Checks how far float32 moves a reported likelihood.
+    """Checks the error of a reported likelihood in float32.
 
-    Returns the likelihoods in nats, float64 `(B,)` on the CPU; NaN where there are none.
+    Returns the likelihoods in nats, float64 `(B,)` on the CPU; NaN if the flow raises.
     """
     reported = torch.full((len(x),), math.nan, dtype=torch.float64)
     try:

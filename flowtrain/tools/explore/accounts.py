@@ -1,26 +1,27 @@
-"""Where the bits of an image are: exact accounts by place and level.
+"""Maps of the bits of an image: exact accounts by place and level.
 
 A flow's log-likelihood is the base density plus log-determinants. Each of these is a sum, and many
 of its terms belong to a place of the image:
 
 - The base density is a sum over the entries of the latent, and each level is an image.
-- A coupling, an ActNorm or a 1x1 convolution has one term for each of its places, because it
-  changes places apart from each other once its networks have spoken.
+- A coupling, an ActNorm or a 1x1 convolution has one term for each place, because its log-Jacobian
+  is a sum over places.
 - The dequantization has one term for each entry of the image.
 
 So the maps add up to the bits of the image, exactly. In a causal flow the terms of a pixel are
-`-log P(pixel | all pixels before it)`. In other flows a cell of a level has the density of what
-leaves there, with the volume that the layers have gained or lost there. That is where the flow
-accounts for bits, and not the probability of the cell.
+`-log P(pixel | all pixels before it)`. In other flows a cell of a level has the density of the
+latents that leave there, with the volume that the layers have gained or lost there. This is an
+account, and not the probability of the cell.
 
-What belongs to no place has a number of its own: learned noise, and the choice among the classes.
-A model with layers that mix all places, such as an autoregressive flow of vectors, has no map.
+Terms without a place have numbers of their own: learned noise, and the choice among the classes. A
+model with layers that mix all places, such as an autoregressive flow of vectors, has no map.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +46,8 @@ from flowtrain.tools.explore.edits import Stoppable
 Size = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class OfClass:
-    """The part of the choice among the classes: `log K + log P(k|x)`, where k is the likeliest."""
+class OfClass(NamedTuple):
+    """The part of the choice among the classes: `log K + log P(k|x)`, for the likeliest class k."""
 
     label: int
     probability: float  # P(k|x)
@@ -56,11 +56,11 @@ class OfClass:
 
 @dataclass(frozen=True)
 class Accounts:
-    """The loss of an image in the unit of the model's kind, bits/dim, and what it consists of.
+    """The loss of an image in the unit of the model's kind, bits/dim, and its parts.
 
     total: as `flowtrain evaluate` computes it, with the noise that was given.
     places: for each size `(H, W)`, the largest first, a map whose mean is that size's part of the
-        total. Empty where there is no map.
+        total. Empty if there is no map.
     noise: the part of learned noise.
     of_class: the part of the classes, in a class-conditional model.
     """
@@ -72,14 +72,12 @@ class Accounts:
 
     @property
     def map(self) -> Tensor:
-        """All maps in one, `(H, W)`. The bits of a cell are those of each of its pixels."""
-        finest = next(iter(self.places))
-        return sum((_enlarged(each, finest) for each in self.places.values()), torch.zeros(finest))
-
-
-def _enlarged(values: Tensor, size: Size) -> Tensor:
-    rows, columns = size[0] // values.shape[0], size[1] // values.shape[1]
-    return values.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        """All maps in one, `(H, W)`. Each pixel of a cell has the bits of the cell."""
+        rows, columns = finest = next(iter(self.places))
+        total = torch.zeros(finest)
+        for (h, w), each in self.places.items():
+            total = total + each.repeat_interleave(rows // h, 0).repeat_interleave(columns // w, 1)
+        return total
 
 
 @singledispatch
@@ -129,8 +127,7 @@ class ByPlace(LayerByLayer):
 
     Attributes:
         places: Sums over the layers at each size `(H, W)`, `(B, H, W)` in nats.
-        without: The names of layers whose log-determinant has no places. If there are any, `places`
-            do not have everything.
+        without: The names of layers whose log-determinant has no places, so is not in `places`.
     """
 
     def __init__(self) -> None:
@@ -146,9 +143,14 @@ class ByPlace(LayerByLayer):
             self.without.add(type(layer).__name__)
             return call(layer, direction, x, context)
         z, by_place = result
-        size = (by_place.shape[1], by_place.shape[2])
-        self.places[size] = self.places[size] + by_place if size in self.places else by_place
+        _add(self.places, by_place)
         return z, by_place.sum(dim=(1, 2))
+
+
+def _add(sums: dict[Size, Tensor], values: Tensor) -> None:
+    """Adds values `(..., H, W)` to the sum of their size."""
+    size = (values.shape[-2], values.shape[-1])
+    sums[size] = sums[size] + values if size in sums else values
 
 
 @torch.no_grad()
@@ -176,15 +178,12 @@ def account(
     if flow.class_prior is not None and labels is not None:
         density = flow.class_prior.log_prob_by_entry(z, labels)
     levels = flow.split_latents(density + flow.dequantizer.of_entry)
-    flat = levels[0].ndim != 4
-    if flat or sums.without:
+    if levels[0].ndim != 4 or sums.without:
         return Accounts(total, {}, of_class=of_class)
     maps: dict[Size, Tensor] = {}
     for part in [by_place, *sums.places.values(), *(level.sum(dim=1) for level in levels)]:
-        size = (part.shape[1], part.shape[2])
-        cells = size[0] * size[1]  # so that the mean of a map is its part of the total
-        values = flow.loss(part[0].double()).cpu() * cells
-        maps[size] = maps[size] + values if size in maps else values
+        cells = part[0].numel()  # so that the mean of a map is its part of the total
+        _add(maps, flow.loss(part[0].double()).cpu() * cells)
     maps = {size: each for size, each in maps.items() if each.any()}  # a squeeze has only zeros
     ordered = dict(sorted(maps.items(), reverse=True))
     return Accounts(total, ordered, flow.loss(of_noise).item(), of_class)

@@ -1,4 +1,4 @@
-"""What the page shows, and the files and commands that it offers: answers of a session."""
+"""The results of requests: images and figures for the page, files, and equivalent commands."""
 
 import base64
 import io
@@ -18,27 +18,28 @@ from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
 from flowtrain.pictures.lossless import picture_of
 from flowtrain.system.random import Stream, uniform
-from flowtrain.tools.explore import asked
+from flowtrain.tools.explore import requests
 from flowtrain.tools.explore.accounts import account
-from flowtrain.tools.explore.asked import Refused
-from flowtrain.tools.explore.background import Background, coded
-from flowtrain.tools.explore.session import Check, Session
+from flowtrain.tools.explore.background import Background, code_lengths
+from flowtrain.tools.explore.requests import Refused
+from flowtrain.tools.explore.session import Session
+from flowtrain.tools.explore.worker import Check
 from flowtrain.tools.ood.auroc import share_below
 from flowtrain.tools.ood.scores import complexity_corrected, typicality
 
-Answer = dict[str, Any]  # what becomes JSON
+Answer = dict[str, Any]  # becomes JSON
 
 NEAREST = 8  # training images
 BYTES_OF_COMPARED = 32  # of a pixel of a training image, in float64 and twice in between
 
 
 def upload(session: Session, data: bytes) -> Answer:
-    name, x, said = session.upload(data)
-    return {"id": name, "image": url(session, x), "said": said}
+    name, x, words = session.upload(data)
+    return {"id": name, "image": url(session, x), "said": words}
 
 
 def describe(session: Session) -> Answer:
-    """What the page has to know of the model."""
+    """The model and its data."""
     flow, data = session.flow, session.data
     known = data if isinstance(data, Background) else None
     return {
@@ -70,73 +71,58 @@ def describe(session: Session) -> Answer:
     }
 
 
-def samples(session: Session, request: asked.Samples, check: Check) -> Answer:
+def samples(session: Session, request: requests.Samples, check: Check) -> Answer:
     z, labels = session.drawn(request, request.start, request.count)
     x = session.decode(z, check, labels)
+    drawn = request.model_dump(include=set(requests.Drawn.model_fields))
     for index, image in enumerate(x, request.start):
-        source = asked.Sample(
-            kind="sample",
-            seed=request.seed,
-            index=index,
-            temperatures=request.temperatures,
-            label=request.label,
-        )
-        session.keep_image(asked.Place(source=source), image[None].clone())
+        source = requests.Sample(kind="sample", index=index, **drawn)
+        session.keep_image(requests.Place(source=source), image[None].clone())
     return {
         "images": [url(session, each) for each in x],
         "command": sampling(session, request, request.start + request.count),
     }
 
 
-def tests(session: Session, request: asked.Tests, check: Check) -> Answer:
+def tests(session: Session, request: requests.Tests, check: Check) -> Answer:
     session.require_count(request.count)
-    test = session.known().test
+    test = session.background().test
     x = test.take(slice(request.start, request.start + request.count))
     return {"images": [url(session, each) for each in x]}
 
 
-def show(session: Session, request: asked.Show, check: Check) -> Answer:
+def show(session: Session, request: requests.Show, check: Check) -> Answer:
     return {
         "image": url(session, session.image(request.place, check)[0]),
         "command": command(session, "decode", "latent.npz", "--out", "images"),
     }
 
 
-def facts(session: Session, request: asked.Show, check: Check) -> Answer:
-    """What the model says about an image."""
+def facts(session: Session, request: requests.Show, check: Check) -> Answer:
+    """The likelihood of an image with its maps, and its scores."""
     x = session.image(request.place, check)
     source = request.place.source
-    first = source.index if isinstance(source, asked.Test) else 0
+    first = source.index if isinstance(source, requests.Test) else 0
     x = x.to(session.flow.device)
     noise = uniform(x.shape, 0, Stream.EVALUATION, first, 0, x.device)
     found = account(session.flow, x, noise, check)
     if not math.isfinite(found.total):
         raise Refused("the likelihood of this image is not finite")
-    parts = [
-        {
-            "name": f"{size[0]} x {size[1]}",
-            "loss": each.mean().item(),
-            "size": list(size),
-            "values": packed(each),
-        }
-        for size, each in found.places.items()
-    ]
-    whole = found.map if found.places else None
-    of_class = found.of_class
+
+    def described(values: Tensor) -> Answer:
+        numbers = values.numpy().astype("<f4").tobytes()  # row by row
+        packed = base64.b64encode(numbers).decode()
+        return {"size": list(values.shape), "values": packed, "loss": values.mean().item()}
+
     return {
         "loss": found.total,
-        "map": None
-        if whole is None
-        else {"size": list(whole.shape), "values": packed(whole), "loss": whole.mean().item()},
-        "levels": parts,
+        "map": described(found.map) if found.places else None,
+        "levels": [
+            {"name": f"{size[0]} x {size[1]}", **described(each)}
+            for size, each in found.places.items()
+        ],
         "noise": found.noise,
-        "class": None
-        if of_class is None
-        else {
-            "label": of_class.label,
-            "probability": of_class.probability,
-            "loss": of_class.loss,
-        },
+        "class": found.of_class and found.of_class._asdict(),
         "scores": scores(session, found.total, x.cpu()),
     }
 
@@ -146,77 +132,62 @@ def scores(session: Session, loss: float, x: Tensor) -> list[Answer]:
     if isinstance(session.data, str):
         return []
     known, entropy = session.data, session.data.entropy
-    of_test = known.scores
-    code = coded(session.flow, x.numpy())
-    value, all_of_test = np.array([loss]), of_test.loss
-    rows = [("likelihood", value, all_of_test)]
+    # The image, then the test images.
+    losses = np.array([loss, *known.losses])
+    lengths = np.array([*code_lengths(session.flow, x.numpy()), *known.complexities])
+    rows = {"likelihood": losses}
     if entropy is not None:
-        rows.append(("typicality", typicality(value, entropy), typicality(all_of_test, entropy)))
-    rows.append(
-        (
-            "complexity_corrected",
-            complexity_corrected(value, code),
-            complexity_corrected(all_of_test, of_test.complexity),
-        )
-    )
+        rows["typicality"] = typicality(losses, entropy)
+    rows["complexity_corrected"] = complexity_corrected(losses, lengths)
     return [
         {
             "name": name,
-            "value": float(own[0]),
-            "below": float(share_below(others, own)[0]) if len(others) else None,
-            "of": len(others),
+            "value": float(values[0]),
+            "below": float(share_below(values[1:], values[:1])[0]) if len(values) > 1 else None,
+            "of": len(values) - 1,
             "entropy": entropy,
         }
-        for name, own, others in rows
+        for name, values in rows.items()
     ]
 
 
-def neighbours(session: Session, request: asked.Neighbours, check: Check) -> Answer:
+def neighbours(session: Session, request: requests.Neighbours, check: Check) -> Answer:
     """The nearest training images, of all by their pixels, or of those encoded by latents."""
-    known = session.known()
+    known = session.background()
     x = session.image(request.place, check)
     if request.by == "pixels":
-        distances, where = nearest_images(
-            x,
-            known.train,
-            session.q,
-            NEAREST,
-            check,
-            min(CHUNK, session.memory // BYTES_OF_COMPARED),
-        )
-        found = known.train.take(where[0].numpy())
-        compared = len(known.train)
+        chunk = min(CHUNK, session.memory // BYTES_OF_COMPARED)
+        distances, where = nearest_images(x, known.train, session.q, NEAREST, check, chunk)
+        distances, indices = distances[0], where[0].numpy()
+        found, compared = known.train.take(indices), len(known.train)
     else:
         compared = len(known.latents)
         if not compared:
             raise Refused("no training image is encoded yet")
         z = session.latent(request.place, check)
         every = (known.latents - z.cpu()).square().mean(dim=1).sqrt()
-        distances, where = (
-            each[None] for each in every.topk(min(NEAREST, compared), largest=False)
-        )
-        found = known.images[where[0]]
-        where = torch.from_numpy(known.positions)[where]
+        distances, nearest = every.topk(min(NEAREST, compared), largest=False)
+        found, indices = known.images[nearest], known.positions[nearest.numpy()]
     return {
         "images": [url(session, each) for each in found],
-        "distances": distances[0].tolist(),
-        "indices": where[0].tolist(),
+        "distances": distances.tolist(),
+        "indices": indices.tolist(),
         "compared": compared,
     }
 
 
-def png(session: Session, request: asked.Show, check: Check) -> bytes:
+def png(session: Session, request: requests.Show, check: Check) -> bytes:
     x = session.image(request.place, check)
     return grid.png(grid.grid(x, session.q, 1))
 
 
-def latent_file(session: Session, request: asked.Show, check: Check) -> bytes:
+def latent_file(session: Session, request: requests.Show, check: Check) -> bytes:
     """The latent of a place, as `flowtrain decode` reads it."""
     z = session.latent(request.place, check)
     return npz(Latents(z.cpu().float(), ["image"]), session.model)
 
 
-def gif(session: Session, request: asked.Animation, check: Check) -> bytes:
+def gif(session: Session, request: requests.Animation, check: Check) -> bytes:
     """The path from a source to another, there and back."""
     place, steps = request.place, request.steps
     if place.other is None:
@@ -231,14 +202,14 @@ def gif(session: Session, request: asked.Animation, check: Check) -> bytes:
     return grid.gif(frames + frames[-2:0:-1])
 
 
-def sampling(session: Session, request: asked.Samples | asked.Sample, count: int) -> str | None:
+def sampling(session: Session, drawn: requests.Drawn, count: int) -> str | None:
     """The command that draws the same samples. There is none for several temperatures."""
-    if len(set(request.temperatures)) > 1:
+    if len(set(drawn.temperatures)) > 1:
         return None
     words = ["--num-images", str(count)]
-    words += ["--temperature", f"{request.temperatures[0]:g}", "--seed", str(request.seed)]
-    if request.label is not None:
-        words += ["--classes", str(request.label)]
+    words += ["--temperature", f"{drawn.temperatures[0]:g}", "--seed", str(drawn.seed)]
+    if drawn.label is not None:
+        words += ["--classes", str(drawn.label)]
     return command(session, "sample", *words)
 
 
@@ -252,8 +223,3 @@ def url(session: Session, x: Tensor) -> str:
     buffer = io.BytesIO()
     picture_of(grid.to_8bit(x, session.q).numpy()).save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def packed(values: Tensor) -> str:
-    """Numbers as little-endian float32 in base64, row by row."""
-    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()

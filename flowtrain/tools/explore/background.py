@@ -1,11 +1,9 @@
-"""What is known of the model's own images: principal directions, and the scores of test images.
+"""Statistics of the model's own images: principal directions, and the scores of test images.
 
-It is computed a few images at a time, while no request waits, and grows until all is known.
+They are computed a few images at a time, while no request waits, and grow until all is done.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,103 +15,77 @@ from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.lossless import complexity
 from flowtrain.system.random import Stream, uniform
 from flowtrain.tools.explore.edits import Components, Level, Stoppable, components
+from flowtrain.tools.explore.worker import Check
 
 ENCODED = 512  # training images whose latents are kept
 SCORED = 1000  # test images that are scored
-REFERENCE = 256  # images whose mean loss is what typicality is measured from
-PART_SECONDS = 0.1  # about as long as a part takes, which a request may have to wait for
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The loss of test images in bits/dim, and the bits/dim of general coders, `(N,)`."""
-
-    loss: np.ndarray
-    complexity: np.ndarray
+REFERENCE = 256  # images whose mean loss is the entropy of typicality
+PART_SECONDS = 0.1  # about as long as a part takes, for which a request may have to wait
 
 
 class Background:
-    """Grows while `step` is called.
+    """Grows with each call of `step`.
 
     Attributes:
-        positions: Those of the training images that are encoded, in their split.
+        positions: The positions of the training images to encode, in their split.
         images: The training images that were encoded, `(N, C, H, W)`.
         latents: Their latents, `(N, D)`, on the CPU.
         components: The principal directions of each level, once all are encoded.
-        scores: The scores of the test images so far.
-        reference: The loss of validation images so far, or of training images where there are none.
+        losses, complexities: The loss of the test images so far, and the length of their shortest
+            lossless code, `(N,)` in the unit of the loss.
+        reference: The loss of validation images so far, or of training images if there are none.
     """
 
     def __init__(self, flow: Flow, levels: list[Level], data: DataSet, memory: int, at_a_time: int):
-        """`memory` is what the latents may take in bytes, `at_a_time` how many images fit."""
+        """The latents take at most `memory` bytes. At most `at_a_time` images are computed."""
         self.flow, self.levels = flow, levels
-        train = data.split("train")
+        self.train, self.test = data.split("train"), data.split("test")
         validation = data.split("validation")
         # Samples, because the images may be sorted by class.
-        self._validation = (validation if len(validation) else train).sample(REFERENCE)
-        self.test = data.split("test")
+        self._referred = (validation if len(validation) else self.train).sample(REFERENCE)
         self._scored = self.test.sample(SCORED)
-        self.train = train
         each = 2 * 4 * flow.latent_dims + flow.dims
-        self.encoded = max(0, min(ENCODED, len(train), memory // each))
-        self.positions = sampled(len(train), self.encoded)
+        self.encoded = max(0, min(ENCODED, len(self.train), memory // each))
+        self.positions = sampled(len(self.train), self.encoded)
         self.images = torch.empty(0, *flow.shape, dtype=torch.uint8)
         self.latents = torch.empty(0, flow.latent_dims)
         self.components: list[Components] = []
-        self.scores = Scores(np.empty(0), np.empty(0))
-        self.reference = np.empty(0)
+        self.losses = self.complexities = self.reference = np.empty(0)
         self._largest = at_a_time
         self._at_a_time = min(8, at_a_time)
 
-    def step(self, check: Callable[[], None]) -> bool:
+    def step(self, check: Check) -> bool:
         """Does a part. Returns whether there is more to do."""
         began = time.thread_time()  # waiting for other programs does not count
         # In turns, so that all numbers are there early, and become better.
-        tasks: list[tuple[float, Callable[[Callable[[], None]], None]]] = [
-            (self.progress_of_encoding, self._encode),
-            (len(self.reference) / self.referred, self._refer),
-            (len(self.scores.loss) / self.scored, self._score),
-        ]
-        share, task = min(tasks, key=lambda each: each[0])
-        if share >= 1:
+        shares = self._shares()
+        if min(shares) >= 1:
             return False
-        task(check)
+        (self._encode, self._refer, self._score)[shares.index(min(shares))](check)
         seconds = time.thread_time() - began
         factor = 2 if seconds < PART_SECONDS / 2 else 0.5 if seconds > 2 * PART_SECONDS else 1
         self._at_a_time = max(1, min(int(self._at_a_time * factor), self._largest))
         return True
 
-    @property
-    def scored(self) -> int:
-        """How many test images will be scored."""
-        return len(self._scored)
-
-    @property
-    def referred(self) -> int:
-        return len(self._validation)
-
-    @property
-    def progress_of_encoding(self) -> float:
-        if self.encoded < 2 or self.components:
-            return 1.0
-        return min(0.999, len(self.latents) / self.encoded)
+    def _shares(self) -> tuple[float, float, float]:
+        """The shares that are done, of encoding, of the reference and of the scores."""
+        encoding = 1.0
+        if self.encoded >= 2 and not self.components:
+            encoding = min(0.999, len(self.latents) / self.encoded)
+        reference = len(self.reference) / len(self._referred)
+        return encoding, reference, len(self.losses) / len(self._scored)
 
     @property
     def progress(self) -> float:
         """The share that is done."""
-        parts = (
-            self.progress_of_encoding,
-            len(self.reference) / self.referred,
-            len(self.scores.loss) / self.scored,
-        )
-        return sum(parts) / len(parts)
+        return sum(self._shares()) / 3
 
     @property
     def entropy(self) -> float | None:
         """The mean loss of the reference images, or None before there is any."""
         return float(self.reference.mean()) if len(self.reference) else None
 
-    def _encode(self, check: Callable[[], None]) -> None:
+    def _encode(self, check: Check) -> None:
         start = len(self.latents)
         if start < self.encoded:
             x = self.train.take(self.positions[start : start + self._at_a_time])
@@ -124,38 +96,28 @@ class Background:
         else:
             self.components = [components(self.latents[:, level.where]) for level in self.levels]
 
-    def _losses(self, split: Split, start: int, stop: int, check: Callable[[], None]) -> Tensor:
-        x = split.take(slice(start, min(start + self._at_a_time, stop))).to(self.flow.device)
-        return losses(self.flow, x, start, check)
+    def _refer(self, check: Check) -> None:
+        _, losses = self._next(self._referred, len(self.reference), check)
+        self.reference = np.concatenate([self.reference, losses])
 
-    def _refer(self, check: Callable[[], None]) -> None:
-        start = len(self.reference)
-        found = self._losses(self._validation, start, self.referred, check).numpy()
-        self.reference = np.concatenate([self.reference, found])
+    def _score(self, check: Check) -> None:
+        x, losses = self._next(self._scored, len(self.losses), check)
+        lengths = code_lengths(self.flow, x.numpy())
+        self.losses = np.concatenate([self.losses, losses])
+        self.complexities = np.concatenate([self.complexities, lengths])
 
-    def _score(self, check: Callable[[], None]) -> None:
-        start = len(self.scores.loss)
-        found = self._losses(self._scored, start, self.scored, check).numpy()
-        x = self._scored.take(slice(start, start + len(found))).numpy()
-        self.scores = Scores(
-            np.concatenate([self.scores.loss, found]),
-            np.concatenate([self.scores.complexity, coded(self.flow, x)]),
-        )
-
-
-@torch.no_grad()
-def losses(flow: Flow, x: Tensor, first: int, check: Callable[[], None]) -> Tensor:
-    """The loss of images `(B, C, H, W)`, float64 `(B,)` on the CPU.
-
-    The noise is what `flowtrain evaluate` has for the images `first`, `first + 1`, ...
-    """
-    noise = uniform(x.shape, 0, Stream.EVALUATION, first, 0, x.device)
-    parts = flow(x, noise, executor=Stoppable(check))
-    return flow.loss(parts.total.double()).cpu()
+    @torch.no_grad()
+    def _next(self, split: Split, start: int, check: Check) -> tuple[Tensor, np.ndarray]:
+        """The next images of a split, with their losses by the noise of `flowtrain evaluate`."""
+        x = split.take(slice(start, start + self._at_a_time))
+        device = self.flow.device
+        noise = uniform(x.shape, 0, Stream.EVALUATION, start, 0, device)
+        parts = self.flow(x.to(device), noise, executor=Stoppable(check))
+        return x, self.flow.loss(parts.total.double()).cpu().numpy()
 
 
-def coded(flow: Flow, x: np.ndarray) -> np.ndarray:
-    """What general coders need for images `(N, C, H, W)`, in the unit of the loss: `(N,)`."""
+def code_lengths(flow: Flow, x: np.ndarray) -> np.ndarray:
+    """The shortest lossless code of images `(N, C, H, W)`, in the unit of the loss: `(N,)`."""
     kind = flow.kind
     assert isinstance(kind, QuantizedImages)
     return kind.in_unit(complexity(x))

@@ -4,11 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flowtrain.cli.base import (
-    DataOptions,
-    command,
-    on_one_process,
-)
+from flowtrain.cli.base import DataOptions, command, on_one_process
 
 EPILOG = "Example: [cyan]flowtrain explore glow_digits[/cyan]"
 
@@ -73,7 +69,7 @@ def explore(
     words = [] if options.weights is None else ["--weights", options.weights]
     words += ["--trust-code"] if options.trust_code else []
     session = Session(loaded, word, lambda: options.data(loaded), memory, words)
-    if options.words():  # without data there is a page, too, but these were asked for
+    if options.words():  # the page works without data, but these were requested
         options.data(loaded).require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
     at = server.listening(host, port)
     token = secrets.token_urlsafe(24)

@@ -1,4 +1,4 @@
-"""What can be done to a latent: temperatures, mixing, principal directions, class priors."""
+"""Edits of a latent: temperatures, mixing, principal directions, class priors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,30 +43,28 @@ def levels_of(flow: Flow) -> list[Level]:
 
 def by_level(levels: Sequence[Level], values: Sequence[float]) -> Tensor:
     """One value for each entry of a latent, `(D,)`, from one for each level."""
-    return torch.cat(
-        [
-            torch.full((each.where.stop - each.where.start,), value)
-            for each, value in zip(levels, values, strict=True)
-        ]
-    )
+    sizes = torch.tensor([each.where.stop - each.where.start for each in levels])
+    return torch.tensor(values).repeat_interleave(sizes)
 
 
 def mixed(a: Tensor, b: Tensor, levels: Sequence[Level], from_b: Sequence[bool]) -> Tensor:
-    """Latents `(B, D)` whose levels come from `b` where `from_b` says so, and else from `a`."""
+    """Latents `(B, D)`, with the levels of `b` for which `from_b` is true, the others of `a`."""
     return torch.where(by_level(levels, list(map(float, from_b))).to(a) > 0, b, a)
 
 
 def towards_class(prior: ClassPrior, z: Tensor, label: int, share: float) -> Tensor:
-    """One latent `(1, D)` moved by a share of the way from its likeliest class to another, as
-    `flowtrain interpolate --to-class` moves it.
+    """A latent `(1, D)` moved by a share of the way from its likeliest class to another.
+
+    The whole way is the one of `flowtrain interpolate --to-class`.
     """
     own = int(prior.by_class(z).argmax(dim=1))
     return torch.lerp(z, prior.carried(z, own, label, KEPT), share)
 
 
 def along_attribute(z: Tensor, direction: Direction, amount: float) -> Tensor:
-    """A latent `(1, D)` whose strength of an attribute is changed by `amount`. From -1 to 1 is the
-    way from images without the attribute to images with it.
+    """A latent `(1, D)` whose strength of an attribute is changed by `amount`.
+
+    From -1 to 1 is the way from images without the attribute to images with it.
     """
     target = direction.target(float(direction.strength(z)) + amount)
     return moved(z, direction, torch.tensor([target]))
@@ -85,8 +83,9 @@ class Components:
 
 
 def components(z: Tensor, count: int = COMPONENTS) -> Components:
-    """The principal directions of latents of a level, `(N, d)`. The entry of a direction that is
-    largest in size is positive, so that signs are the same the next time.
+    """The principal directions of latents of a level, `(N, d)`.
+
+    The largest entry of a direction in size is positive, so that signs are reproducible.
     """
     from sklearn.decomposition import PCA
 
@@ -103,8 +102,8 @@ def components(z: Tensor, count: int = COMPONENTS) -> Components:
 class Stoppable(LayerByLayer):
     """Lets another executor compute, and calls `check` before each layer.
 
-    By default it is one that also calls `check` at each step of a layer that takes long. `check`
-    raises an exception where the result is no longer wanted.
+    The default executor also calls `check` at each step of a slow layer. `check` raises an
+    exception if the result is no longer wanted.
     """
 
     def __init__(self, check: Callable[[], None], executor: LayerByLayer | None = None):

@@ -1,4 +1,4 @@
-"""The web server of the page: routes, limits of what is sent, and errors as JSON."""
+"""The web server of the page: routes, limits of requests, and errors as JSON."""
 
 import asyncio
 import errno
@@ -9,7 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import uvicorn
 from starlette.applications import Starlette
@@ -22,13 +22,11 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flowtrain.errors import RunError, UserError, cut, short
-from flowtrain.tools.explore import answers, asked
-from flowtrain.tools.explore.asked import Refused
+from flowtrain.tools.explore import answers, requests
 from flowtrain.tools.explore.guard import ADMITTED, Guard, refusal
+from flowtrain.tools.explore.requests import Refused
 from flowtrain.tools.explore.session import Session
 from flowtrain.tools.explore.worker import Check, Worker
-
-Kind = TypeVar("Kind", bound=asked.Request)
 
 LARGEST_JSON = 2**16  # bytes of a request
 SMALL_FILE = 2**20  # bytes of a file that arrives beside others
@@ -57,19 +55,20 @@ async def nothing() -> None:
 async def body_of(
     request: Request, limit: int, turn: Callable[[], Awaitable[None]] = nothing
 ) -> bytes:
-    """The body of a request, which awaits its `turn` where it is larger than `SMALL_FILE`.
+    """The body of a request. One larger than `SMALL_FILE` awaits its `turn`.
 
     Raises `TooLarge` before more than `limit` bytes are read, and `TimeoutError`.
     """
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said[:20]) > limit:
-        raise TooLarge(f"more than {limit:,} bytes are not read")
+    too_large = TooLarge(f"more than {limit:,} bytes are not read")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_large
     parts, size = [], 0
     async with asyncio.timeout(BODY_SECONDS):
         async for part in request.stream():
             size += len(part)
             if size > limit:
-                raise TooLarge(f"more than {limit:,} bytes are not read")
+                raise too_large
             if size > SMALL_FILE >= size - len(part):
                 await turn()
             parts.append(part)
@@ -77,7 +76,7 @@ async def body_of(
 
 
 async def while_there(request: Request, future: asyncio.Future[Any]) -> Any:
-    """The result of a future, which is cancelled where the page has gone. The body was read.
+    """The result of a future, which is cancelled if the page is closed. The body was read.
 
     Raises `ClientDisconnect` then.
     """
@@ -98,9 +97,9 @@ async def while_there(request: Request, future: asyncio.Future[Any]) -> Any:
 
 
 class _Topic(NamedTuple):
-    """What a path of the API answers: from which requests, by what, and how soon."""
+    """A path of the API: the type of its requests, their function, and how soon it runs."""
 
-    kind: type[asked.Request]
+    kind: type[requests.Request]
     answer: Callable[[Session, Any, Check], Any]
     urgency: int = 0
     media: str | None = None  # None: JSON
@@ -108,19 +107,19 @@ class _Topic(NamedTuple):
 
 
 TOPICS = {
-    "show": _Topic(asked.Show, answers.show, outdates=("facts", "neighbours")),
-    "samples": _Topic(asked.Samples, answers.samples, 1),
-    "tests": _Topic(asked.Tests, answers.tests, 1),
-    "facts": _Topic(asked.Show, answers.facts, 2),
-    "neighbours": _Topic(asked.Neighbours, answers.neighbours, 3),
-    "png": _Topic(asked.Show, answers.png, 1, "image/png"),
-    "latent": _Topic(asked.Show, answers.latent_file, 1, "application/octet-stream"),
-    "gif": _Topic(asked.Animation, answers.gif, 1, "image/gif"),
+    "show": _Topic(requests.Show, answers.show, outdates=("facts", "neighbours")),
+    "samples": _Topic(requests.Samples, answers.samples, 1),
+    "tests": _Topic(requests.Tests, answers.tests, 1),
+    "facts": _Topic(requests.Show, answers.facts, 2),
+    "neighbours": _Topic(requests.Neighbours, answers.neighbours, 3),
+    "png": _Topic(requests.Show, answers.png, 1, "image/png"),
+    "latent": _Topic(requests.Show, answers.latent_file, 1, "application/octet-stream"),
+    "gif": _Topic(requests.Animation, answers.gif, 1, "image/gif"),
 }
 
 
 def app(session: Session, worker: Worker, token: str) -> ASGIApp:
-    """The application, which answers only what `Guard` lets through."""
+    """The application behind its `Guard`."""
     # So that files in memory are bounded. One that arrives slowly holds up no other.
     one_large, one_decoded = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
@@ -136,15 +135,9 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
 
     async def compute(request: Request, name: str) -> Response:
         topic = TOPICS[name]
-        asked_for = asked.parsed(topic.kind, await body_of(request, LARGEST_JSON))
-        future = worker.submit(
-            functools.partial(topic.answer, session, asked_for),
-            asked_for.tab,
-            name,
-            asked_for.turn,
-            topic.urgency,
-            topic.outdates,
-        )
+        parsed = requests.parsed(topic.kind, await body_of(request, LARGEST_JSON))
+        call = functools.partial(topic.answer, session, parsed)
+        future = worker.submit(call, parsed.tab, name, parsed.turn, topic.urgency, topic.outdates)
         answer = await while_there(request, asyncio.wrap_future(future))
         if topic.media is None:
             return JSONResponse(answer)
@@ -156,60 +149,40 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
         routes.append(Route(f"/api/{name}", handler, methods=["POST"]))
     # Read now, so that no request opens a file.
     for file in sorted(STATIC.iterdir()):
+        content = Response(file.read_bytes(), media_type=TYPES[file.suffix])
         address = "/" if file.name == "index.html" else f"/{file.name}"
-        routes.append(Route(address, _file(file.read_bytes(), TYPES[file.suffix])))
-    errors: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
-        HTTPException: _http_error,
-        Refused: _refused,
-        TimeoutError: _late,
-        ClientDisconnect: _late,
-        MemoryError: _no_memory,
-        Exception: _failed,
-    }
-    inner = Starlette(routes=routes, exception_handlers=errors)
+        routes.append(Route(address, content, methods=["GET"]))
+    handled: list[Any] = [HTTPException, Refused, TimeoutError, ClientDisconnect, MemoryError]
+    inner = Starlette(
+        routes=routes, exception_handlers=dict.fromkeys([*handled, Exception], _failed)
+    )
     inner.router.redirect_slashes = False  # an address is right or wrong
     return Guard(inner, token)
 
 
-def _file(content: bytes, media: str) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        return Response(content, media_type=media)
-
-    return answer
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return refusal(error.status_code, error.detail)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return refusal(error.status, str(error))
-
-
-async def _late(request: Request, error: Exception) -> Response:
-    return refusal(408, "the request did not arrive in time")
-
-
-async def _no_memory(request: Request, error: Exception) -> Response:
-    return refusal(507, "there is not enough memory for this")
-
-
 async def _failed(request: Request, error: Exception) -> Response:
+    """An error as JSON."""
+    if isinstance(error, HTTPException):
+        return refusal(error.status_code, error.detail)
+    if isinstance(error, Refused):
+        return refusal(error.status, str(error))
+    if isinstance(error, TimeoutError | ClientDisconnect):
+        return refusal(408, "the request did not arrive in time")
+    if isinstance(error, MemoryError):
+        return refusal(507, "there is not enough memory for this")
     logging.getLogger("flowtrain").error("%s failed", request.url.path, exc_info=error)
     return refusal(500, f"flowtrain failed ({type(error).__name__})")
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket at an address. Raises `UserError` where that is impossible."""
+    """A socket at an address. Raises `UserError` if that is impossible."""
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     except ValueError:
         family = socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except (OSError, TypeError, UnicodeError) as error:  # the last two for what is no name
+    except (OSError, TypeError, UnicodeError) as error:  # the last two for an impossible name
         why = (error.strerror if isinstance(error, OSError) else None) or short(error)
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(
@@ -223,7 +196,7 @@ def listening(host: str, port: int) -> socket.socket:
 class Connection(H11Protocol):
     """A connection, which makes room for a newer one until it has shown the token.
 
-    So nobody without it keeps others out, whatever is sent, or not read, or nothing at all.
+    So nobody without it keeps others out, by sending or by waiting.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -237,7 +210,7 @@ class Connection(H11Protocol):
 
 
 def settings(application: ASGIApp) -> uvicorn.Config:
-    """How uvicorn answers: by HTTP/1.1 alone, for few connections, without a word of its own."""
+    """The settings of uvicorn: HTTP/1.1 alone, few connections, and no output of its own."""
     return uvicorn.Config(
         application,
         http=Connection,
@@ -245,7 +218,7 @@ def settings(application: ASGIApp) -> uvicorn.Config:
         lifespan="off",
         log_level="critical",
         access_log=False,
-        proxy_headers=False,  # what a header says of the client is not believed
+        proxy_headers=False,  # a header about the client is not believed
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=5,
@@ -254,7 +227,7 @@ def settings(application: ASGIApp) -> uvicorn.Config:
 
 
 def serve(application: ASGIApp, at: socket.socket, ready: Callable[[], None]) -> None:
-    """Answers until a signal comes. `ready` is called once requests are answered."""
+    """Serves until a signal comes. Calls `ready` once it does."""
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

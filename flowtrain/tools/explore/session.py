@@ -1,4 +1,4 @@
-"""A model, its data, and the latents and images that are asked for. No web, no state of a tab."""
+"""A model, its data, and latents and images for requests. No web, no state of a tab."""
 
 import hashlib
 import logging
@@ -21,8 +21,7 @@ from flowtrain.latents import directions
 from flowtrain.latents.paths import slerp
 from flowtrain.system.console import console
 from flowtrain.system.random import Stream, generator
-from flowtrain.tools.explore import asked
-from flowtrain.tools.explore.asked import Refused
+from flowtrain.tools.explore import requests
 from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.edits import (
     Stoppable,
@@ -32,8 +31,8 @@ from flowtrain.tools.explore.edits import (
     mixed,
     towards_class,
 )
-
-Check = Callable[[], None]
+from flowtrain.tools.explore.requests import Refused
+from flowtrain.tools.explore.worker import Check
 
 KEPT = 64  # latents of sources, and images at places, that are kept
 UPLOADS = 64  # images of the user that are kept
@@ -42,20 +41,20 @@ BYTES_OF_PIXEL = 16  # of an image file, while it is decoded, converted and resi
 
 
 class Session:
-    """A model, its data, and what is known of them. Its methods are called by one thread.
+    """A model, its data and their statistics. Its methods are called by one thread.
 
-    `check`, an argument of what takes long, raises an exception where the answer is no longer
-    wanted. Methods raise `Refused` for what cannot be answered.
+    `check`, an argument of slow methods, raises an exception if the result is no longer wanted.
+    Methods raise `Refused` for a request that cannot be served.
 
     Args:
         model: The model, of images.
-        word: The word of a command line that means the model.
+        word: The model as a word of a command line.
         data: Gives the model's data, and may raise `UserError` or `RunError`.
         memory: Bytes that a request may allocate.
-        options: What a command line needs beside `word` to mean these weights.
+        options: The options of a command line that select these weights, beside `word`.
 
     Raises:
-        UserError: for a model of real values, or where an image does not fit into `memory`.
+        UserError: for a model of real values, or if an image does not fit into `memory`.
     """
 
     def __init__(
@@ -66,23 +65,25 @@ class Session:
         memory: int,
         options: Sequence[str] = (),
     ):
-        self.flow, self.word, self.memory, self.options = model.flow, word, memory, options
-        self.model = model
-        flow = self.flow
+        self.model, self.word, self.memory, self.options = model, word, memory, options
+        self.flow = flow = model.flow
         self.levels = levels_of(flow)
         self.q = flow.kind.require_levels(
             f"{model.checkpoint.path}: a model of points, and the explorer shows images; "
             f"flowtrain sample draws points and their density"
         )
         # Layers, and the image in its forms: levels, 8 bits, a file, and its text in JSON.
-        self.bytes_of_image = ALIVE * largest_activation(flow) + 16 * flow.dims + 1024
-        if self.bytes_of_image > memory:
+        of_image = ALIVE * largest_activation(flow) + 16 * flow.dims + 1024
+        if of_image > memory:
             raise UserError(
-                f"--max-memory: one image of this model takes "
-                f"{self.bytes_of_image / 2**20:,.0f} MiB, more than {memory / 2**20:,.0f}"
+                f"--max-memory: one image of this model takes {of_image / 2**20:,.0f} MiB, more "
+                f"than {memory / 2**20:,.0f}"
             )
-        self.at_a_time = min(fitting_batch_size(flow), memory // self.bytes_of_image)
-        self.largest_count = min(1024, memory // (4 * self.bytes_of_kept))
+        self.at_a_time = min(fitting_batch_size(flow), memory // of_image)
+        # An image and its latent, in their forms in a response.
+        of_kept = 4 * 2 * flow.latent_dims + 8 * flow.dims + 1024
+        self.largest_count = min(1024, memory // (4 * of_kept))
+        self.largest_file = min(LARGEST_FILE, memory // 4)  # bytes of a file that is dropped in
         try:
             self.attributes = directions.existing(model)
         except UserError as error:
@@ -95,15 +96,10 @@ class Session:
         self._uploads: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # of `_uploads`
 
-    @property
-    def bytes_of_kept(self) -> int:
-        """Bytes of an image and its latent, in the forms in which an answer has them."""
-        return 4 * 2 * self.flow.latent_dims + 8 * self.flow.dims + 1024
-
     # --- data -------------------------------------------------------------------------------------
 
     def read_data(self) -> None:
-        """Reads the data, or finds out why there are none. Any thread may call it."""
+        """Reads the data, or the reason why there are none. Any thread may call it."""
         try:
             data = self._read_data()
             data.require(self.flow.shape, self.flow.levels, self.model.checkpoint.path)
@@ -119,7 +115,7 @@ class Session:
         self.data = f"there are no test or training images: {why}"
 
     def idle(self, check: Check) -> bool:
-        """Does a part of what is computed while no request waits. Returns whether there is more."""
+        """Does a part of the work without a request. Returns whether there is more."""
         try:
             return isinstance(self.data, Background) and self.data.step(check)
         except Refused:
@@ -128,25 +124,19 @@ class Session:
             self._without_data(error)
             return False
 
-    def known(self) -> Background:
-        """What is known of the data. Raises `Refused` where there are none."""
+    def background(self) -> Background:
+        """The data and their statistics. Raises `Refused` if there are no data."""
         if isinstance(self.data, str):
             raise Refused(self.data)
         return self.data
 
     # --- images of the user -----------------------------------------------------------------------
 
-    @property
-    def largest_file(self) -> int:
-        """Bytes of a file that may be dropped in."""
-        return min(LARGEST_FILE, self.memory // 4)
-
     def upload(self, data: bytes) -> tuple[str, Tensor, str]:
-        """Takes an image file, and brings it to the model's shape and levels: its id, the image
-        `(C, H, W)`, and what was done to it. Any thread may call it.
+        """Converts an image file to the model's shape and levels. Any thread may call it.
 
-        Its size is compared with the memory before a pixel is decoded. Raises `Refused` where it
-        is too large, or no image.
+        Returns its id, the image `(C, H, W)`, and the conversion in words. Raises `Refused` for a
+        damaged file, and for an image too large for the memory, before a pixel is decoded.
         """
         policy = self.model.config.data.resize_policy
         channels, height, width = self.flow.shape
@@ -165,27 +155,24 @@ class Session:
         x = torch.from_numpy(quantize(pixels, self.q))
         name = hashlib.blake2b(x.numpy().tobytes(), digest_size=16).hexdigest()
         with self._lock:
-            self._uploads[name] = x
-            self._uploads.move_to_end(name)
-            while len(self._uploads) > UPLOADS:
-                self._uploads.popitem(last=False)
-        said = [f"{size[0]} x {size[1]} pixels"]
+            _keep(self._uploads, name, x, UPLOADS)
+        words = [f"{size[0]} x {size[1]} pixels"]
         if size[0] * height != size[1] * width:
-            said.append("stretched" if policy == "stretch" else "cut to the largest centred part")
+            words.append("stretched" if policy == "stretch" else "cut to the largest centred part")
         if size != (width, height):
-            said.append(f"resized to {width} x {height}")
+            words.append(f"resized to {width} x {height}")
         if channels == 1 and mode not in ("L", "1"):
-            said.append("turned grey")
+            words.append("turned grey")
         if self.q != 256:
-            said.append(f"reduced to {self.q} levels")
-        return name, x, ", ".join(said)
+            words.append(f"reduced to {self.q} levels")
+        return name, x, ", ".join(words)
 
     # --- latents ----------------------------------------------------------------------------------
 
-    def given(self, source: asked.Test | asked.Upload) -> Tensor:
+    def given(self, source: requests.Test | requests.Upload) -> Tensor:
         """The image `(1, C, H, W)` of a source that is an image."""
-        if isinstance(source, asked.Test):
-            test = self.known().test
+        if isinstance(source, requests.Test):
+            test = self.background().test
             if source.index >= len(test):
                 raise Refused(f"there are {len(test)} test images, none with index {source.index}")
             return test.take(slice(source.index, source.index + 1))
@@ -194,61 +181,49 @@ class Session:
                 raise Refused("this image is no longer there: drop it in again")
             return self._uploads[source.id][None]
 
-    def latent_of(self, source: asked.Source, check: Check) -> Tensor:
+    def latent_of(self, source: requests.Source, check: Check) -> Tensor:
         """The latent `(1, D)` of a source, from which `decode` without a label gives its image.
 
-        Where networks see the class, a sample was drawn with it, so its latent is that of an image.
+        If networks see the class, a sample was drawn with it. Then the latent encodes its image.
         """
         key = source.model_dump_json()
-        if key not in self._latents:
-            seen = isinstance(self.flow.class_prior, ClassContext)
-            if isinstance(source, asked.Sample) and not seen:
+        z = self._latents.get(key)
+        if z is None:
+            if isinstance(source, requests.Sample) and not isinstance(
+                self.flow.class_prior, ClassContext
+            ):
                 z = self.drawn(source, source.index, 1)[0]
             else:
-                x = self.image(asked.Place(source=source), check)
+                x = self.image(requests.Place(source=source), check)
                 z = self.flow.encode(x, Stoppable(check, MatchingInverse(lambda share: check())))
-            self._keep(self._latents, key, z)
-        self._latents.move_to_end(key)
-        return self._latents[key]
-
-    def keep_image(self, place: asked.Place, x: Tensor) -> None:
-        """Keeps the image `(1, C, H, W)` at a place, which will be asked for again."""
-        self._keep(self._images, place.model_dump_json(), x)
-
-    def _keep(self, kept: OrderedDict[str, Tensor], key: str, value: Tensor) -> None:
-        kept[key] = value
-        while len(kept) > min(KEPT, self.largest_count):
-            kept.popitem(last=False)
+        _keep(self._latents, key, z, min(KEPT, self.largest_count))
+        return z
 
     def drawn(
-        self, asked_for: asked.Sample | asked.Samples, start: int, count: int
+        self, parameters: requests.Drawn, start: int, count: int
     ) -> tuple[Tensor, Tensor | None]:
         """Latents `(count, D)` of samples of a seed, with their labels."""
-        flow = self.flow
-        temperatures = asked_for.temperatures
+        flow, label, temperatures = self.flow, parameters.label, parameters.temperatures
         if len(temperatures) != len(self.levels):
             raise Refused(f"temperatures: {len(temperatures)}, for {len(self.levels)} levels")
         self.require_count(start + count)
-        label = asked_for.label
         if label is not None and label >= flow.classes:
             raise Refused(f"label: {label}, and the model has {flow.classes} classes")
-        noise = flow.draw_latents(start + count, generator(asked_for.seed, Stream.LATENTS))
+        noise = flow.draw_latents(start + count, generator(parameters.seed, Stream.LATENTS))
         noise = noise[start:] * by_level(self.levels, temperatures).to(noise)
         if not flow.classes:
             return noise, None
-        labels = (
-            torch.arange(start, start + count) % flow.classes
-            if label is None
-            else torch.full((count,), label)
-        )
+        labels = torch.arange(start, start + count) % flow.classes
+        if label is not None:
+            labels = torch.full((count,), label)
         return flow.latents_of_classes(noise, labels), labels
 
     def require_count(self, count: int) -> None:
         if count > self.largest_count:
             raise Refused(f"{count:,} images are too many: at most {self.largest_count:,}")
 
-    def latent(self, place: asked.Place, check: Check) -> Tensor:
-        """The latent `(1, D)` of a place."""
+    def latent(self, place: requests.Place, check: Check) -> Tensor:
+        """The latent `(1, D)` of a place: that of its source, with the edits."""
         z = self.latent_of(place.source, check)
         if place.other is not None:
             other = self.latent_of(place.other, check)
@@ -265,12 +240,9 @@ class Session:
             if not isinstance(prior, ClassPrior) or label >= prior.classes:
                 raise Refused(f"to_class.label: {label}, and the model has no such class prior")
             z = towards_class(prior, z, label, place.to_class.amount)
-        return self.moved(z, place)
-
-    def moved(self, z: Tensor, place: asked.Place) -> Tensor:
         z = z.clone()
         for move in place.principal:
-            found = self.known().components
+            found = self.background().components
             if move.level >= len(found) or move.component >= len(found[move.level].deviations):
                 raise Refused(
                     f"principal: level {move.level}, direction {move.component} is not there (yet)"
@@ -284,29 +256,29 @@ class Session:
             z = along_attribute(z, self.attributes[attribute.name], attribute.amount)
         return z
 
-    def image(self, place: asked.Place, check: Check) -> Tensor:
-        """The image `(1, C, H, W)` at a place.
+    # --- images -----------------------------------------------------------------------------------
 
-        An image of the data that nothing was done to is itself. Facts and neighbours follow an
-        image that was shown, so it is kept.
-        """
-        key = place.model_dump_json()
-        if key in self._images:
-            self._images.move_to_end(key)
-            return self._images[key]
+    def keep_image(self, place: requests.Place, x: Tensor) -> None:
+        """Keeps the image `(1, C, H, W)` at a place for the next requests, its figures."""
+        _keep(self._images, place.model_dump_json(), x, min(KEPT, self.largest_count))
+
+    def image(self, place: requests.Place, check: Check) -> Tensor:
+        """The image `(1, C, H, W)` at a place. An unedited image of the data is itself."""
         source = place.source
-        if place != asked.Place(source=source):
-            x = self.decode(self.latent(place, check), check)
-        elif isinstance(source, asked.Sample):
-            z, labels = self.drawn(source, source.index, 1)
-            x = self.decode(z, check, labels)
-        else:
-            return self.given(source)
-        self._keep(self._images, key, x)
+        x = self._images.get(place.model_dump_json())
+        if x is None:
+            if place != requests.Place(source=source):
+                x = self.decode(self.latent(place, check), check)
+            elif isinstance(source, requests.Sample):
+                z, labels = self.drawn(source, source.index, 1)
+                x = self.decode(z, check, labels)
+            else:
+                return self.given(source)
+        self.keep_image(place, x)
         return x
 
     def decode(self, z: Tensor, check: Check, labels: Tensor | None = None) -> Tensor:
-        """Latents `(B, D)` as images on the CPU, as many at a time as fit into the memory."""
+        """Latents `(B, D)` as images on the CPU, in batches that fit into the memory."""
         parts = z.split(self.at_a_time)
         of_parts = [None] * len(parts) if labels is None else labels.split(self.at_a_time)
         executor = Stoppable(check)
@@ -318,3 +290,11 @@ class Session:
         except FloatingPointError:
             raise Refused("the image is not finite: this place is too far out") from None
         return torch.cat(images)
+
+
+def _keep(kept: OrderedDict[str, Tensor], key: str, value: Tensor, most: int) -> None:
+    """Adds a value as the newest of at most so many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,11 +1,10 @@
-"""One thread that computes what pages ask for, the newest request of a tab first.
+"""One thread that computes the results of requests, the newest request of a tab first.
 
-A request supersedes an earlier one of the same tab and topic, and a page that is gone cancels its
-own. One that waits is dropped, and one that is computed ends at its next layer. In idle times the
-thread computes what needs no request.
+A request supersedes an earlier one of the same tab and topic, and a closed page cancels its own. A
+waiting one is dropped, and one that has begun ends at its next layer. In idle times the thread
+computes what needs no request.
 """
 
-import heapq
 import logging
 import threading
 from collections import OrderedDict
@@ -15,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flowtrain.tools.explore.asked import Refused
+from flowtrain.tools.explore.requests import Refused
 
 T = TypeVar("T")
-Check = Callable[[], None]  # raises `Superseded` where a result is no longer wanted
+Check = Callable[[], None]  # raises `Superseded` if a result is no longer wanted
 
 WAITING = 64  # requests, of all tabs
-TABS = 256  # pairs of tab and topic of which the newest turn is remembered
+TABS = 256  # pairs of tab and topic whose newest turn is kept
 
 
 class Superseded(Refused):
@@ -68,8 +67,8 @@ class Worker:
     """Computes one thing at a time. `submit` may be called from any thread.
 
     Args:
-        idle: Does a small part of what is not asked for, and says whether there is more. Its
-            argument raises `Superseded` once a request waits; the part is then begun again later.
+        idle: Does a small part of the work without a request, and returns whether there is more.
+            Its argument raises `Superseded` once a request waits; the part is begun again later.
     """
 
     def __init__(self, idle: Callable[[Check], bool] = lambda check: False):
@@ -93,13 +92,14 @@ class Worker:
         urgency: int = 0,
         outdates: Sequence[str] = (),
     ) -> "Future[T]":
-        """The future result of `call(check)`.
+        """The future result of `call(check)`. Cancelling the future gives it up.
 
         It supersedes earlier requests of this tab and topic, and of the topics that it `outdates`.
-        The lower its `urgency`, the sooner it is computed. To cancel the future gives it up.
+        The lower its `urgency`, the sooner it is computed.
 
-        Raises `Superseded` where a newer request of this tab and topic came first, and `Busy` where
-        too many wait.
+        Raises:
+            Superseded: if a newer request of this tab and topic came first.
+            Busy: if too many wait.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -115,7 +115,7 @@ class Worker:
             self._newest.move_to_end(key)
             while len(self._newest) > TABS:
                 self._newest.popitem(last=False)
-            heapq.heappush(self._jobs, _Job(urgency, self._count, key, call, future))
+            self._jobs.append(_Job(urgency, self._count, key, call, future))
             self._changed.notify()
         return future
 
@@ -124,7 +124,6 @@ class Worker:
             if job and which(job):
                 job.fail(Superseded(why))
         self._jobs = [job for job in self._jobs if not job.future.done()]
-        heapq.heapify(self._jobs)
 
     def wake(self) -> None:
         """There is new idle work."""
@@ -133,7 +132,7 @@ class Worker:
             self._changed.notify()
 
     def end(self) -> None:
-        """Ends the thread after what it computes now. What waits is dropped."""
+        """Ends the thread after its current work. Waiting requests are dropped."""
         with self._changed:
             self._ended = True
             self._fail(lambda job: True, "the server ends")
@@ -148,14 +147,14 @@ class Worker:
         while True:
             with self._changed:
                 self._computed = None  # nothing here keeps its result
-                while not (self._jobs or self._more or self._ended):
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._jobs or self._more or self._ended)
                 if self._ended:
                     return
                 if self._jobs:
-                    self._computed = heapq.heappop(self._jobs)
+                    self._computed = min(self._jobs)
+                    self._jobs.remove(self._computed)
                 else:
-                    self._more = False  # until `idle` says otherwise, or `wake` is called
+                    self._more = False  # until `idle` has more, or `wake` is called
             if self._computed:
                 self._computed.compute()
                 continue
@@ -163,7 +162,7 @@ class Worker:
                 more = self._idle(self._check_idle)
             except Superseded:
                 more = True
-            except Exception as error:  # requests are answered all the same
+            except Exception as error:  # requests are still served
                 logging.getLogger("flowtrain").error("explore: %s", error, exc_info=error)
                 more = False
             if more:

@@ -7,23 +7,26 @@ import numpy as np
 
 
 class Area(NamedTuple):
-    """An AUROC with its standard error. None stands for what cannot be computed."""
+    """An AUROC with its standard error; None if it cannot be computed."""
 
     auroc: float | None
     stderr: float | None
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> Area:
-    """The chance that an image from outside has the larger score, where ties count half.
+    """The probability that an image from outside has the larger score. Ties count half.
 
     The standard error is that of DeLong et al. 1988 for two independent samples, `(N,)` and `(M,)`.
-    It is None where one sample is a single image, and 0 where the scores do not overlap, which only
-    says that there were too few images to see them overlap.
+    It is None if one sample is a single image. It is 0 if the scores do not overlap, which means
+    only that there were too few images. Both are None if a score is not finite.
     """
     from sklearn.metrics import roc_auc_score
 
     n, m = len(inside), len(outside)
-    area = float(roc_auc_score(np.repeat([0, 1], [n, m]), np.concatenate([inside, outside])))
+    scores = np.concatenate([inside, outside])
+    if not np.isfinite(scores).all():
+        return Area(None, None)
+    area = float(roc_auc_score(np.repeat([0, 1], [n, m]), scores))
     if min(n, m) < 2:
         return Area(area, None)
     variances = (
@@ -34,7 +37,7 @@ def auroc(inside: np.ndarray, outside: np.ndarray) -> Area:
 
 
 def share_below(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For each value, the share of the sample that is smaller, where ties count half."""
+    """For each value, the share of the sample that is smaller. Ties count half."""
     ordered = np.sort(sample)
     below = np.searchsorted(ordered, values, "left")
     not_above = np.searchsorted(ordered, values, "right")

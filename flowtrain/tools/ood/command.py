@@ -135,36 +135,28 @@ def _print(comparison: "Comparison") -> None:
     from flowtrain.system.console import console
     from flowtrain.tools.ood.results import mean_of
 
-    def name(scored: "Scored") -> str:
-        return scored.collection.name
+    def of(scored: "Scored") -> tuple[str, str]:
+        mean, stderr, _ = mean_of(scored.loss)
+        return scored.collection.name, _figure(mean, stderr)
 
-    def loss(scored: "Scored") -> str:
-        mean, stderr, _ = mean_of(scored.likelihood)
-        return _figure(mean, stderr)
-
-    kind = comparison.kind
+    reference = comparison.reference
+    kind, entropy = reference.kind, reference.entropy
     unit = kind.unit
     table = Table(box=box.SIMPLE)
-    for column in (
-        "\ndata",
-        f"\n{unit}",
-        "AUROC by\nlikelihood",
-        "\ntypicality",
-        "complexity-\ncorrected",
-    ):
+    titles = ("\ndata", f"\n{unit}", "AUROC by\nlikelihood", "\ntypicality")
+    for column in (*titles, "complexity-\ncorrected"):
         table.add_column(column, overflow="fold")
-    inside, reference = comparison.inside, comparison.reference
-    table.add_row(name(inside), loss(inside))
+    table.add_row(*of(comparison.inside))
     for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
-        table.add_row(name(scored), loss(scored), *(_figure(*area) for area in areas.values()))
+        table.add_row(*of(scored), *(_figure(*area) for area in areas.values()))
     console.print(table)
-    entropy = f"{comparison.entropy:.3f}" if math.isfinite(comparison.entropy) else "-"
     console.print(
-        f"AUROC: the chance that an image has a larger score than one of {name(inside)}. 1 tells "
-        f"them apart, 0.5 is chance, below it the others look more like the model's own.\n"
-        f"Typicality: the distance from {entropy} {unit}, the mean of "
-        f"{len(reference.log_prob)} {reference.collection.split} images. Complexity: the "
-        f"shorter code of {' and '.join(coders())}."
+        f"AUROC: the probability that an image has a larger score than one of "
+        f"{comparison.inside.collection.name}. 1 tells them apart, 0.5 is chance, below it the "
+        f"others look more like the model's own.\n"
+        f"Typicality: the distance from {f'{entropy:.3f}' if math.isfinite(entropy) else '-'} "
+        f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} images. "
+        f"Complexity: the shorter code of {' and '.join(coders())}."
     )
     if kind.no_bits:
         console.print(

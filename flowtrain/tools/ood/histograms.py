@@ -13,19 +13,19 @@ def draw(comparison: Comparison) -> bytes:
     """Histograms as a PNG file: one panel per score, with all data sets and their AUROC."""
     from matplotlib.figure import Figure
 
-    kind = comparison.kind
+    kind = comparison.reference.kind
     log = "log" if kind.no_bits else "log2"
     titles = {
         "likelihood": f"likelihood: -{log} p(x)",
-        "typicality": f"typicality: |-{log} p(x) - {comparison.entropy:.2f}|",
+        "typicality": f"typicality: |-{log} p(x) - {comparison.reference.entropy:.2f}|",
         "complexity_corrected": f"complexity-corrected: -{log} p(x) - L(x) ({', '.join(coders())})",
     }
-    # Noise and shuffled pixels may cost millions of bits. What is further out than a uniform
-    # coder's log2 Q, and as many bits again, is drawn there, in the last bar.
+    # Noise and shuffled pixels may cost millions of bits. The last bar has all scores above twice
+    # the log2 Q bits of a uniform coder.
     furthest = kind.uniform_loss + float(kind.in_unit(np.log2(kind.levels)))
     figure = Figure(figsize=(16, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
-        values = [scored.score(name) for scored in comparison.compared]
+        values = [scored.scores[name] for scored in comparison.compared]
         values = [of_set[np.isfinite(of_set)].clip(max=furthest) for of_set in values]
         edges = np.histogram_bin_edges(np.concatenate(values), bins=100)
         labels = [f"{comparison.inside.collection.name} (in)"]
@@ -34,13 +34,11 @@ def draw(comparison: Comparison) -> bytes:
             labels.append(scored.collection.name + ("" if area is None else f": AUROC {area:.3f}"))
         for order, (of_set, label) in enumerate(zip(values, labels, strict=True)):
             share = np.full(len(of_set), 1 / max(len(of_set), 1))
-            style: dict[str, Any] = (
-                {"color": "black", "histtype": "step"} if order == 0 else {"alpha": 0.5}
-            )
+            style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.5}
+            if order == 0:
+                style = {"histtype": "step", "color": "black"}
             label = label.replace("$", r"\$")  # a path is no formula
-            axes.hist(
-                of_set, edges, weights=share, label=label, **{"histtype": "stepfilled", **style}
-            )
+            axes.hist(of_set, edges, weights=share, label=label, **style)
         axes.set_title(titles[name])
         axes.set(
             xlabel=f"{kind.unit} (what is over {furthest:.3g} is in the last bar)",

@@ -1,6 +1,5 @@
 """The images that are compared: of the model's data, of other data, and made ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +26,12 @@ class Collection:
     images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1
     positions: np.ndarray  # of the images in the split, or 0..N-1
     split: str | None = None  # None for made images
-    # Shape and levels as stored, where those are not the model's.
-    stored: tuple[Shape, int] | None = None
+    stored: tuple[Shape, int] | None = None  # shape and levels, if those are not the model's
 
 
 @dataclass(frozen=True)
 class Collections:
-    """The images of a comparison. `reference` are images of the model's data that are not among
-    those of `inside`.
-    """
+    """The images of a comparison. `reference` are the model's data, without images of `inside`."""
 
     reference: Collection
     inside: Collection
@@ -58,18 +54,18 @@ def collect(
     """A sample of `num_images` images of each data set that a command line names.
 
     Args:
-        data: the model's own data. The reference is its validation split, or its training split
-            where that is empty.
-        inside: `--in`: images of the kind that the model was trained on. By default, the test split
-            of its own data.
+        data: the model's own data. The reference is its validation split, or its training split if
+            there is none.
+        inside: `--in`: images like the training images. By default, the test split of `data`.
         outside: `--data`: other images, or names in `MADE`.
         seed: of the samples, and of images that are made.
 
-    Raises `UserError` naming the option, for a model of real values, and where a name is given
-    twice.
+    Raises:
+        UserError: naming the option, for a model of real values, or a name that is given twice.
     """
-    own = data.config.name
-    _check_names(inside or own, outside)
+    for index, name in enumerate(outside):
+        if name in (inside or data.config.name, *outside[:index]):
+            raise UserError(f"--data {name}: it is named twice")
     within = (
         named(inside, "--in", model, data, num_images, seed)
         if inside
@@ -85,28 +81,20 @@ def collect(
     return Collections(own_split(reference, model, data, num_images, seed), within, others)
 
 
-def _check_names(inside: str, outside: list[str]) -> None:
-    """Raises `UserError` where two data sets have one name: rows and figures would look alike."""
-    for index, name in enumerate(outside):
-        if name in (inside, *outside[:index]):
-            raise UserError(f"--data {name}: it is named twice")
-
-
 def named(
     name: str, option: str, model: LoadedModel, own: DataSet, count: int, seed: int = 0
 ) -> Collection:
-    """A sample of `count` images of a data set, folder or file that a command line names, as the
-    model's.
+    """A sample of `count` images of a data set, folder or file, brought to the model's format.
 
-    They are those of its test split, or all, for a folder or file that has no test split. `own` are
-    the model's own data. Raises `UserError` naming `option`.
+    They come from its test split, or from all images of a folder or file without one. `own` are the
+    model's own data. Raises `UserError` naming `option`.
     """
     flow = model.flow
     also = MADE if option == "--data" else ()
     section = section_named(name, own.config, flow.shape, option, also=also)
     if name != own.config.name:  # `convert` brings any number of levels to the model's
         section |= {"n_bits": 8, "flip": None, "shift": 0}
-    # What the model's configuration names was trusted when it was loaded.
+    # The modules of the model's configuration were trusted when it was loaded.
     config = configuration.parse(
         {**model.config.resolved(), "data": section}, f"{option} {name}", trust_code=True
     ).data
@@ -153,13 +141,12 @@ def levels_of(model: LoadedModel) -> int:
 def convert(
     images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
 ) -> np.ndarray:
-    """Brings images, uint8 `(N, C, H, W)` with values 0..levels-1, to a model's shape and levels:
-    uint8 `(N, *to_shape)` with values 0..to_levels-1.
+    """Converts uint8 `(N, C, H, W)`, values 0..levels-1, to `(N, *to_shape)`, 0..to_levels-1.
 
     Values are stretched to 0..255, and size and channels changed by
     `flowtrain.datasets.base.resize` (grey is repeated in each channel, colours become luma). Then
     2**n levels keep the upper n bits, as `data.n_bits` does, and any other number Q takes the
-    nearest of 0..Q-1. Images that have the model's shape and levels stay as they are.
+    nearest of 0..Q-1. Images of the wanted shape and levels stay as they are.
     """
     if images.shape[1:] == to_shape and levels == to_levels:
         return images
@@ -173,48 +160,39 @@ MADE = ("noise", "constant", "shuffled")
 
 
 def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
-    """The images that a name in `MADE` stands for: as many as those of `like`, and of their
-    shape.
+    """The images of a name in `MADE`, as many as in `like` and of their shape.
+
+    Each has a random generator of its own, so the first images do not depend on their number.
     """
-    count, channels, height, width = like.images.shape
+    count, *shape = like.images.shape
     if name == "shuffled":
         images = shuffled(like.images, seed)
+    elif name == "constant":
+        colours = noise(count, (shape[0], 1, 1), levels, seed, kind=2)
+        images = np.broadcast_to(colours, like.images.shape).copy()
     else:
-        make = {"noise": noise, "constant": constant}[name]
-        images = make(count, (channels, height, width), levels, seed)
+        images = noise(count, tuple(shape), levels, seed)
     return Collection(name, images, np.arange(count))
 
 
-def noise(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
+def noise(count: int, shape: tuple[int, ...], levels: int, seed: int, kind: int = 1) -> np.ndarray:
     """Images whose values are independent and uniform over all levels, uint8 `(count, C, H, W)`."""
-    randomness = _randomness(seed, 1)
-    return np.stack([_draw(shape, levels, randomness(index)) for index in range(count)])
-
-
-def constant(count: int, shape: Shape, levels: int, seed: int) -> np.ndarray:
-    """Images of one colour each, uniform over all colours, uint8 `(count, C, H, W)`."""
-    randomness = _randomness(seed, 2)
-    colours = [_draw((shape[0], 1, 1), levels, randomness(index)) for index in range(count)]
-    return np.broadcast_to(np.stack(colours), (count, *shape)).copy()
+    images = [
+        torch.randint(levels, shape, generator=_randomness(seed, index, kind), dtype=torch.uint8)
+        for index in range(count)
+    ]
+    return torch.stack(images).numpy()
 
 
 def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
-    """The images with their pixels in another order, each in its own; the channels of a pixel stay
-    together.
-    """
-    randomness = _randomness(seed, 3)
+    """Each image with its pixels in an order of its own. The channels of a pixel stay together."""
     pixels = images.reshape(*images.shape[:2], -1)
     mixed = [
-        image[:, torch.randperm(image.shape[1], generator=randomness(index)).numpy()]
+        image[:, torch.randperm(image.shape[1], generator=_randomness(seed, index, 3)).numpy()]
         for index, image in enumerate(pixels)
     ]
     return np.stack(mixed).reshape(images.shape)
 
 
-def _randomness(seed: int, kind: int) -> Callable[[int], torch.Generator]:
-    """A generator per image index, so that the first images do not depend on how many there are."""
-    return lambda index: generator(seed, Stream.EVALUATION, index, kind)
-
-
-def _draw(shape: Shape, levels: int, randomness: torch.Generator) -> np.ndarray:
-    return torch.randint(levels, shape, generator=randomness, dtype=torch.uint8).numpy()
+def _randomness(seed: int, index: int, kind: int) -> torch.Generator:
+    return generator(seed, Stream.EVALUATION, index, kind)

@@ -12,7 +12,10 @@ from flowtrain.tools.ood.scores import Comparison, Scored
 
 
 class Mean(NamedTuple):
-    """A mean with its standard error, and the median. None stands for what is not finite."""
+    """A mean with its standard error, and the median. None stands for values that are not finite.
+
+    The median is there because a few images dominate the mean of noise.
+    """
 
     mean: float | None
     stderr: float | None
@@ -20,7 +23,6 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: np.ndarray) -> Mean:
-    """The median beside the mean: for noise, a few images determine the mean."""
     with np.errstate(invalid="ignore"):  # for infinite values
         error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Mean(_finite(values.mean()), _finite(error), _finite(np.median(values)))
@@ -31,9 +33,10 @@ def _finite(value: float) -> float | None:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The content of `ood.json`. None stands for what cannot be computed."""
-    model = comparison.model
+    """The content of `ood.json`. None stands for figures that cannot be computed."""
+    model, reference = comparison.model, comparison.reference
     return {
+        "unit": reference.kind.unit,
         "in": _described(comparison.inside),
         "out": [
             {
@@ -43,9 +46,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             }
             for scored, areas in zip(comparison.outside, comparison.areas, strict=True)
         ],
-        f"entropy_{comparison.kind.metric}": _finite(comparison.entropy),
-        "entropy_split": comparison.reference.collection.split,
-        "entropy_images": len(comparison.reference.log_prob),
+        "entropy": _finite(reference.entropy),
+        "entropy_split": reference.collection.split,
+        "entropy_images": len(reference.log_prob),
         "coders": coders(),
         "dims": model.flow.dims,
         "levels": model.flow.levels,
@@ -67,27 +70,26 @@ def _described(scored: Scored) -> dict[str, Any]:
         "stored_shape": shape and list(shape),
         "stored_levels": levels,
     }
-    metric = scored.kind.metric
-    means = {metric: mean_of(scored.likelihood), f"complexity_{metric}": mean_of(scored.complexity)}
-    for name, (mean, stderr, median) in means.items():
+    for name, values in (("loss", scored.loss), ("complexity", scored.complexity)):
+        mean, stderr, median = mean_of(values)
         described |= {name: mean, f"{name}_stderr": stderr, f"{name}_median": median}
+    for suffix in ("", "_stderr"):
+        bits = None if scored.kind.no_bits else described[f"loss{suffix}"]
+        described[f"bits_per_dim{suffix}"] = bits
     return described
 
 
 def scores_csv(comparison: Comparison) -> bytes:
-    """One row per image, those of the `in` data first."""
+    """One row per image, with the `in` data first. Losses are in the unit of `ood.json`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    metric = comparison.kind.metric
-    writer.writerow(
-        [
-            *("dataset", "index", metric, "log_prob"),
-            *("typicality", f"complexity_{metric}", "complexity_corrected"),
-        ]
-    )
     for scored in comparison.compared:
-        columns = (scored.likelihood, scored.log_prob, scored.typicality, scored.complexity)
-        values = (column.tolist() for column in (*columns, scored.complexity_corrected))
-        for row in zip(scored.collection.positions.tolist(), *values, strict=True):
+        columns = {"index": scored.collection.positions, "loss": scored.loss}
+        columns |= {"log_prob": scored.log_prob, "typicality": scored.scores["typicality"]}
+        columns |= {"complexity": scored.complexity}
+        columns |= {"complexity_corrected": scored.scores["complexity_corrected"]}
+        if scored is comparison.inside:
+            writer.writerow(["dataset", *columns])
+        for row in zip(*(column.tolist() for column in columns.values()), strict=True):
             writer.writerow([scored.collection.name, *map(repr, row)])
     return text.getvalue().encode()

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: can a model tell other images from those that it was trained on?
+"""Out-of-distribution detection: can a model tell other images from its training images?
 
 Three scores of an image are computed side by side. The first, the likelihood, is known to fail:
 flows trained on CIFAR-10 find house numbers likelier than CIFAR-10 (Nalisnick et al. 2019a, "Do
@@ -10,7 +10,7 @@ images in nats per dimension, where the complexity is in nats too.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ SCORES = ("likelihood", "typicality", "complexity_corrected")
 
 
 def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
-    """`|-log p(x) - H|`, `(N,)`: how far an image's likelihood is from the usual one.
+    """`|-log p(x) - H|`, `(N,)`: the distance of an image's likelihood from the usual one.
 
     This is the test of Nalisnick et al. 2019b ("Detecting Out-of-Distribution Inputs to Deep
     Generative Models Using Typicality") with a batch of one image. `loss` is `-log p(x)`, and
@@ -39,53 +39,50 @@ def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
 
 
 def complexity_corrected(loss: np.ndarray, complexity: np.ndarray) -> np.ndarray:
-    """`-log p(x) - L(x)`, `(N,)`, in bits/dim: how many more bits the model needs than a general
-    coder.
+    """`-log p(x) - L(x)`, `(N,)`, in bits/dim: the model's bits beyond those of a general coder.
 
     This is the likelihood ratio of Serra et al. 2020 ("Input Complexity and Out-of-Distribution
     Detection with Likelihood-Based Generative Models", section 3), whose other model is the coder.
-    L(x) is the length that `complexity` gives. A density is no length: its score is known up to a
-    constant, on which no AUROC depends.
+    L(x) is the length by `complexity`. A density is no length: its score is known up to a constant,
+    on which no AUROC depends.
     """
     return np.asarray(loss - complexity)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A collection's figures, each `(N,)` float64; all but `log_prob` (nats) in the unit of the
-    kind.
+    """The figures of a collection, each `(N,)` float64, in the unit of the kind.
+
+    `log_prob` is in nats, and `entropy` is the H of `typicality`.
     """
 
     collection: Collection
     log_prob: np.ndarray
-    entropy: float  # H, for `typicality`
+    entropy: float
     kind: QuantizedImages
 
-    @property
-    def likelihood(self) -> np.ndarray:
-        """`-log p(x) / D`, for example the bits per dimension."""
+    @cached_property
+    def loss(self) -> np.ndarray:
         dims = math.prod(self.collection.images.shape[1:])
         return self.kind.loss(torch.from_numpy(self.log_prob), dims).numpy()
-
-    @property
-    def typicality(self) -> np.ndarray:
-        return typicality(self.likelihood, self.entropy)
 
     @cached_property
     def complexity(self) -> np.ndarray:
         return self.kind.in_unit(complexity(self.collection.images))
 
-    @property
-    def complexity_corrected(self) -> np.ndarray:
-        return complexity_corrected(self.likelihood, self.complexity)
-
-    def score(self, name: str) -> np.ndarray:
-        """A score by its name in `SCORES`."""
-        return np.asarray(getattr(self, name))
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """The scores by their names, `SCORES`."""
+        values = (
+            self.loss,
+            typicality(self.loss, self.entropy),
+            complexity_corrected(self.loss, self.complexity),
+        )
+        return dict(zip(SCORES, values, strict=True))
 
     @property
     def non_finite(self) -> list[int]:
-        """The images whose likelihood is not finite."""
+        """The positions of the images whose likelihood is not finite."""
         return [int(index) for index in self.collection.positions[~np.isfinite(self.log_prob)]]
 
 
@@ -100,41 +97,32 @@ class Comparison:
     outside: list[Scored]
 
     @property
-    def entropy(self) -> float:
-        """H, in the unit of the kind."""
-        return self.reference.entropy
-
-    @property
-    def kind(self) -> QuantizedImages:
-        return self.reference.kind
-
-    @property
     def compared(self) -> list[Scored]:
         return [self.inside, *self.outside]
 
     @cached_property
     def areas(self) -> list[dict[str, Area]]:
         """The AUROC of each score, for each of `outside`."""
-        return [{name: self._area(scored, name) for name in SCORES} for scored in self.outside]
-
-    def _area(self, outside: Scored, name: str) -> Area:
-        a, b = self.inside.score(name), outside.score(name)
-        return auroc(a, b) if np.isfinite([*a, *b]).all() else Area(None, None)
+        inside = self.inside.scores
+        return [
+            {name: auroc(inside[name], scored.scores[name]) for name in SCORES}
+            for scored in self.outside
+        ]
 
     def check_finite(self) -> None:
         """Raises `RunError` naming the images whose likelihood is not finite."""
-        said = []
+        found = []
         for scored in (self.reference, *self.compared):
             bad, collection = scored.non_finite, scored.collection
             if bad:
                 which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-                said.append(
+                found.append(
                     f"{len(bad)} of {len(collection.images)} images of {collection.name} "
                     f"({collection.split or 'made'}) have a likelihood that is not finite: those "
                     f"at {which}"
                 )
-        if said:
-            raise RunError("; ".join(said))
+        if found:
+            raise RunError("; ".join(found))
 
 
 def score_all(
@@ -152,11 +140,13 @@ def score_all(
     """
     sizes = [len(collection.images) for collection in collections.all]
     require_memory(model.flow, max(sizes), batch_size)
-    total = sum(sizes)
     log_probs: list[np.ndarray] = []
+
+    def ahead(done: int, of: int) -> None:
+        progress(sum(map(len, log_probs)) + done, sum(sizes))
+
     for collection in collections.all:
         split = Split(collection.images, np.arange(len(collection.images)), drop_bits=0)
-        ahead = partial(_ahead, progress, sum(map(len, log_probs)), total)
         scores = score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead)
         log_probs.append(scores.log_prob.numpy())
     entropy = float(model.flow.loss(torch.from_numpy(log_probs[0])).mean())
@@ -167,9 +157,3 @@ def score_all(
         for collection, log_prob in zip(collections.all, log_probs, strict=True)
     )
     return Comparison(model, seed, first, second, rest)
-
-
-def _ahead(
-    progress: Callable[[int, int], None], before: int, total: int, done: int, of: int
-) -> None:
-    progress(before + done, total)

@@ -11,18 +11,10 @@ from matplotlib.figure import Figure
 
 from flowtrain.results import Row
 
-COLOURS = (
-    "#4477cc",
-    "#dd7722",
-    "#2a9d5c",
-    "#cc3344",
-    "#8866cc",
-    "#997755",
-    "#cc66aa",
-    "#888888",
-    "#a0a020",
-    "#1fa0b0",
-)
+COLOURS = [
+    *("#4477cc", "#dd7722", "#2a9d5c", "#cc3344", "#8866cc"),
+    *("#997755", "#cc66aa", "#888888", "#a0a020", "#1fa0b0"),
+]
 STYLES = ("-", "--", ":", "-.")  # the next one when all colours are used
 # The axis leaves out the loss over this share of a run's images, at the start. The loss falls so
 # fast there that the rest would look flat.
@@ -46,47 +38,39 @@ def losses_png(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
 
 
 def curves_svg(rows: Sequence[Row], unit: str) -> dict[str, str]:
-    """The curves of one run by title, as SVG elements for HTML. Text and lines have the colour of
-    the page's text.
-    """
+    """The curves of one run by title, as SVG elements in the text colour of their page."""
     train = [row for row in rows if row.split == "train"]
+
+    def losses(key: str) -> Callable[[Axes], object]:
+        return lambda axes: _losses(axes, {"": rows}, key, unit)
 
     def of_training(key: str, scale: str, label: str) -> Callable[[Axes], object]:
         def draw(axes: Axes) -> None:
-            points = [
-                (row.images, value) for row in train if (value := getattr(row, key)) is not None
-            ]
+            values = [(row.images, getattr(row, key)) for row in train]
+            points = [(x, y) for x, y in values if y is not None]
             axes.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[0], lw=1.2)
             axes.set(xlabel="images", ylabel=label, yscale=scale)
             axes.grid(alpha=0.25)
 
         return draw
 
+    norms = of_training("grad_norm", "log", "norm")
+    speeds = of_training("images_per_second", "linear", "images a second")
     return {
-        f"Loss, {unit}, against time": _svg(
-            lambda axes: _losses(axes, {"": rows}, "seconds", unit), "time"
-        ),
-        f"Loss, {unit}, against images seen": _svg(
-            lambda axes: _losses(axes, {"": rows}, "images", unit), "images"
-        ),
-        "Norm of the gradient, before clipping": _svg(
-            of_training("grad_norm", "log", "norm"), "gradient"
-        ),
+        f"Loss, {unit}, against time": _svg(losses("seconds"), "time"),
+        f"Loss, {unit}, against images seen": _svg(losses("images"), "images"),
+        "Norm of the gradient, before clipping": _svg(norms, "gradient"),
         "Learning rate": _svg(of_training("lr", "linear", "rate"), "rate"),
-        "Speed of training, without validation": _svg(
-            of_training("images_per_second", "linear", "images a second"), "speed"
-        ),
+        "Speed of training, without validation": _svg(speeds, "speed"),
     }
 
 
 def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) -> list[Any]:
     """Draws both splits of each run. Returns one line per run, for a legend."""
     handles, shown = [], []
-    scale, along = (
-        _time([row.seconds for rows in runs.values() for row in rows])
-        if key == "seconds"
-        else (1, key)
-    )
+    scale, label = (1, key)
+    if key == "seconds":
+        scale, label = _time([row.seconds for rows in runs.values() for row in rows])
     for index, rows in enumerate(runs.values()):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
         for split, look in (
@@ -103,12 +87,12 @@ def _losses(axes: Axes, runs: Mapping[str, Sequence[Row]], key: str, unit: str) 
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) or 0.1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.set(xlabel=along, ylabel=unit)
+    axes.set(xlabel=label, ylabel=unit)
     axes.grid(alpha=0.25)
     return handles
 
 
-def _time(seconds: Sequence[float]) -> tuple[float, str]:
+def _time(seconds: Sequence[float]) -> tuple[int, str]:
     """The unit of a time axis, in seconds, and its name."""
     longest = max(seconds, default=0)
     return (
@@ -118,17 +102,9 @@ def _time(seconds: Sequence[float]) -> tuple[float, str]:
 
 def _svg(draw: Callable[[Axes], object], name: str) -> str:
     figure = Figure(figsize=(4.2, 2.9), layout="constrained")
-    keys: Any = (
-        "text.color",
-        "axes.edgecolor",
-        "axes.labelcolor",
-        "xtick.color",
-        "ytick.color",
-        "grid.color",
-    )
-    with matplotlib.rc_context(
-        {**dict.fromkeys(keys, INK), "svg.fonttype": "none", "svg.hashsalt": name}
-    ):
+    inked = ["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"]
+    style: Any = dict.fromkeys([*inked, "grid.color"], INK)
+    with matplotlib.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": name}):
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_facecolor("none")

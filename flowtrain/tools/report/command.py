@@ -58,7 +58,7 @@ def report(
     evaluation, health.
 
     If something is missing, such as the data set or an evaluation of the test split, the report
-    says so and has the rest.
+    gives the reason and has the rest.
     """
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
@@ -76,7 +76,7 @@ def report(
     except (UserError, RunError) as error:
         if options.words():
             raise
-        data = f"{error}; --set data.KEY=VALUE says where the data are"
+        data = f"{error}; --set data.KEY=VALUE gives the place of the data"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
     save(path, html.encode(), named=out is not None)
@@ -125,34 +125,16 @@ def compare(
         console.print(f"- {note}")
 
 
-# The columns that are left out first where the table is too wide.
+# The columns that are left out first if the table is too wide.
 LEAST_IMPORTANT = ("unit", "images/s", "parameters", "data", "model", "images seen")
 
 
 def _print_table(results: "list[Result]") -> None:
     from rich.console import Console
 
-    from flowtrain.system.console import console
+    from flowtrain.system.console import console, duration, figure
 
-    columns = _columns(results)
-    if len({row.unit for row in results}) == 1:
-        values = columns.pop("unit")
-        columns = {
-            f"{title}, {values[0]}" if title == "validation" else title: column
-            for title, column in columns.items()
-        }
-    unlimited = Console(width=10**6)
-    for title in LEAST_IMPORTANT:
-        if unlimited.measure(_table(columns)).maximum <= console.width:
-            break
-        columns.pop(title, None)
-    console.print(_table(columns))
-
-
-def _columns(results: "list[Result]") -> dict[str, list[str]]:
-    from flowtrain.system.console import duration, figure
-
-    return {
+    columns = {
         "run": [row.run for row in results],
         "model": [row.model for row in results],
         "data": [row.data for row in results],
@@ -164,6 +146,18 @@ def _columns(results: "list[Result]") -> dict[str, list[str]]:
         "unit": [row.unit for row in results],
         "images/s": [figure(row.images_per_second, None, ".0f", "-") for row in results],
     }
+    if len(set(columns["unit"])) == 1:
+        (unit, *_) = columns.pop("unit")
+        columns = {
+            f"{title}, {unit}" if title == "validation" else title: column
+            for title, column in columns.items()
+        }
+    unlimited = Console(width=10**6)
+    for title in LEAST_IMPORTANT:
+        if unlimited.measure(_table(columns)).maximum <= console.width:
+            break
+        columns.pop(title, None)
+    console.print(_table(columns))
 
 
 def _table(columns: dict[str, list[str]]) -> "Table":

@@ -13,11 +13,10 @@ from flowtrain.errors import cut
 from flowtrain.results import Evaluation, Row, Summary
 from flowtrain.tools.report import charts
 
-# Settings that do not change what is learned: where images are, how they are read, and what is
-# written when.
-NO_SETTINGS = {"data.root", "data.max_in_memory", "data.workers"}
-NO_SETTINGS |= {
-    f"train.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+# Settings without effect on the trained model: the place and reading of images, and outputs.
+NO_SETTINGS = {
+    *("data.root", "data.max_in_memory", "data.workers", "train.log_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.sample_every"),
 }
 HELD_OUT = {"data.validation", "data.split_seed"}
 # The test images do not depend on these keys.
@@ -60,29 +59,32 @@ class Comparison:
     picture: bytes
 
     def content(self) -> dict[str, Any]:
-        """What is written as JSON."""
-        rows = [vars(each) | {"test": _test_figures(each.test)} for each in self.results]
+        """The comparison as JSON."""
+
+        def figures(test: Evaluation) -> dict[str, Any]:
+            return {key: getattr(test, key) for key in TEST_FIGURES}
+
+        rows = [vars(each) | {"test": each.test and figures(each.test)} for each in self.results]
         return {"runs": rows, "notes": self.notes}
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Compares run directories, each of them once. Evaluates nothing.
 
-    Raises `UserError` where one is missing or broken.
+    Raises `UserError` if one is missing or broken.
     """
     kept: dict[Path, Path] = {}
     for path in paths:
         kept.setdefault(path.resolve(), path)
-    records = [record.read(path) for path in kept.values()]
-    called = names(list(kept.values()))
-    results = [result(*pair) for pair in zip(called, records, strict=True)]
-    rows = {name: each.rows for name, each in zip(called, records, strict=True)}
+    records = {
+        name: record.read(path)
+        for name, path in zip(names(list(kept.values())), kept.values(), strict=True)
+    }
+    results = [result(name, run) for name, run in records.items()]
+    rows = {name: run.rows for name, run in records.items()}
     units = " or ".join(sorted({each.unit for each in results}))
-    return Comparison(results, notes(results, records), charts.losses_png(rows, units))
-
-
-def _test_figures(test: Evaluation | None) -> dict[str, Any] | None:
-    return None if test is None else {key: getattr(test, key) for key in TEST_FIGURES}
+    found = notes(results, list(records.values()))
+    return Comparison(results, found, charts.losses_png(rows, units))
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -125,15 +127,15 @@ def result(name: str, run: Record) -> Result:
 
 
 def given(config: dict[str, Any]) -> str:
-    """What part of images a model is given, in words, or nothing for a model of whole images."""
-    model = config["model"]  # that of an earlier version has no such key
+    """The context of a model in words, or nothing for a model of whole images."""
+    model = config["model"]  # of an earlier version, it has no such key
     kind = model.get("context", "none")
     factor = f" by {model.get('context_factor')}" if kind == "downsample" else ""
     return "" if kind == "none" else f"given {kind}{factor}"
 
 
 def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
-    """What a reader of the table has to know, one sentence per note."""
+    """Reasons why losses may not compare, and missing figures, one sentence each."""
     found = []
     for own, run in zip(results, records, strict=True):
         if run.summary.edition:
@@ -202,16 +204,13 @@ def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[An
     If the model or the data set differs, only its name is listed, without its options.
     """
     changed = {key: (old, new) for key, old, new in differences(first, other)}
-    for section in ("data", "model"):
-        if (name := f"{section}.name") in changed:
-            changed = {
-                key: pair
-                for key, pair in changed.items()
-                if key == name or not key.startswith(f"{section}.")
-            }
-    return changed
+    names = {"data.name", "model.name"} & changed.keys()
+    sections = tuple(name.removesuffix("name") for name in names)
+    return {
+        key: pair for key, pair in changed.items() if key in names or not key.startswith(sections)
+    }
 
 
 def _listed(changed: dict[str, tuple[Any, Any]], keys: Collection[str]) -> str:
-    """`train.lr: 0.01 (0.001)`: the run's own value, then that of the first run."""
+    """`train.lr: 0.01 (0.001)`: the run's own value, then the value of the first run."""
     return ", ".join(f"{key}: {new} ({old})" for key, (old, new) in changed.items() if key in keys)

@@ -19,7 +19,7 @@ from torch import Tensor
 import flowtrain
 from flowtrain.checkpoints import record
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
-from flowtrain.data.splits import DataSet
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
 from flowtrain.flow.flow import Flow
@@ -31,17 +31,16 @@ from flowtrain.pictures.sample import sample
 from flowtrain.results import Evaluation
 from flowtrain.system.console import duration
 from flowtrain.tools.doctor.examine import examine
-from flowtrain.tools.doctor.findings import Finding
+from flowtrain.tools.doctor.findings import VERDICTS, Finding
 from flowtrain.tools.report import charts
 
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
-COMPARED = 16  # test images whose distance to the training images a sample's is compared with
+COMPARED = 16  # test images that are compared with the training images, like the samples
 ROWS = 4  # and columns of a picture of samples
 PATHS, STEPS = 4, 8  # paths between test images, and the images of each
 FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
 HEALTH = 16  # the health table takes about as long as this many other parts
-SEVERITY = {"bad": 0, "watch": 1, "ok": 2}
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,13 @@ class Part:
     content: Any = None
     problem: str = ""
 
-    @staticmethod
-    def of(make: Callable[[], Any]) -> "Part":
-        """The result of `make`. Missing data or a model that fails do not affect other parts."""
-        try:
-            return Part(make())
-        except (UserError, RunError, FloatingPointError) as error:
-            return Part(problem=str(error))
 
-
-# --- measurements ---------------------------------------------------------------------------------
+def part(make: Callable[[], Any]) -> Part:
+    """The result of `make`. Missing data or a model that fails do not affect other parts."""
+    try:
+        return Part(make())
+    except (UserError, RunError, FloatingPointError) as error:
+        return Part(problem=str(error))
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,9 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     Raises `FloatingPointError` if a result is not finite.
     """
     levels = _levels(flow)
-    back = torch.cat(
-        [
-            flow.decode(flow.encode(part), context=flow.context_of(part)).cpu()
-            for part in x.split(fitting_batch_size(flow))
-        ]
-    )
+    batches = x.split(fitting_batch_size(flow))
+    decoded = [flow.decode(flow.encode(each), context=flow.context_of(each)) for each in batches]
+    back = torch.cat(decoded).cpu()
     difference = (back.int() - x.int()).abs()
     by_image = difference.flatten(1).amax(dim=1)  # (N,)
     worst = by_image.argsort(descending=True, stable=True)
@@ -102,9 +95,6 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
     return Reconstructions(
         x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification
     )
-
-
-# --- the page -------------------------------------------------------------------------------------
 
 
 def page(
@@ -129,17 +119,20 @@ def page(
             raise UserError(data)
         return data
 
+    def test() -> Split:
+        return there().split("test")
+
     def samples(temperature: float) -> Tensor:
         if flow.image_context is None:
             x = sample(flow, flow.kind.report_count, [temperature], seed)
         else:
-            contexts = conditional.of_split(flow, there().split("test"), ROWS)
+            contexts = conditional.of_split(flow, test(), ROWS)
             assert contexts is not None
             drawn = sample(flow, ROWS - 1, [temperature], seed, contexts=contexts)
             x = conditional.rows(flow, contexts, drawn, 1)
-        return draw.drawing(flow, lambda: there().split("test")).samples(x, ROWS, seed)
+        return draw.drawing(flow, test).samples(x, ROWS, seed)
 
-    def health() -> list[tuple[Finding, list[Finding]]]:
+    def health() -> list[list[Finding]]:
         def note(done: int, total: int) -> None:
             progress(len(makers) + HEALTH * done // total, len(makers) + HEALTH, "health")
 
@@ -150,9 +143,9 @@ def page(
         "evaluations": lambda: _evaluations(run),
         **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
         "reconstructions": lambda: reconstruct(
-            flow, there().split("test").sample(num_images, seed).take(slice(None))
+            flow, test().sample(num_images, seed).take(slice(None))
         ),
-        "paths": lambda: _paths(flow, there()),
+        "paths": lambda: _paths(flow, test()),
         "samples over training": lambda: _over_training(run),
         "nearest training images": lambda: _neighbours(flow, there(), seed),
         "health": health,
@@ -160,7 +153,7 @@ def page(
     parts = {}
     for done, (name, make) in enumerate(makers.items()):
         progress(done, len(makers) + HEALTH, name)
-        parts[name] = Part.of(make)
+        parts[name] = part(make)
     progress(1, 1, "")
 
     environment = jinja2.Environment(
@@ -189,7 +182,7 @@ def page(
         never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
     )
-    return html, [f"{name}: {part.problem}" for name, part in parts.items() if part.problem]
+    return html, [f"{name}: {each.problem}" for name, each in parts.items() if each.problem]
 
 
 def _curves(run: Path, unit: str) -> dict[str, str]:
@@ -207,9 +200,7 @@ def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
 
 
 class Neighbour(NamedTuple):
-    """A training image `(1, C, H, W)`, its position in the training split, and its distance to a
-    sample.
-    """
+    """A training image `(1, C, H, W)`, its position, and its distance to a sample."""
 
     image: Tensor
     position: int
@@ -217,9 +208,7 @@ class Neighbour(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """Samples `(1, C, H, W)` with their nearest training images, and the same distance for test
-    images.
-    """
+    """Samples `(1, C, H, W)` with their nearest training images."""
 
     samples: list[tuple[Tensor, list[Neighbour]]]
     typical: float  # median distance of test images to their nearest training image
@@ -234,40 +223,29 @@ def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
     drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
     distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
     samples = []
-    for one, near, found in zip(
-        drawn.split(1), distances[:SHOWN], positions[:SHOWN].numpy(), strict=True
-    ):
-        alike = train.take(found).split(1)
-        samples.append(
-            (
-                one,
-                [
-                    Neighbour(*each)
-                    for each in zip(alike, found.tolist(), near.tolist(), strict=True)
-                ],
-            )
-        )
+    for one, near, found in zip(drawn.split(1), distances, positions.numpy(), strict=False):
+        each = zip(train.take(found).split(1), found.tolist(), near.tolist(), strict=True)
+        samples.append((one, [Neighbour(*values) for values in each]))
     return Neighbours(samples, distances[SHOWN:, 0].median().item(), len(compared))
 
 
-def by_check(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:
-    """The worst finding of each check with all its findings. Both are sorted, the worst first."""
+def by_check(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """The findings of each check. Checks and their findings are sorted, the worst first."""
     checks: dict[str, list[Finding]] = {}
     for finding in findings:
         checks.setdefault(finding.check, []).append(finding)
-    ordered = [sorted(found, key=_rank) for found in checks.values()]
-    return sorted(
-        ((found[0], found) for found in ordered), key=lambda pair: SEVERITY[pair[0].verdict]
-    )
+    ordered = [
+        sorted(found, key=lambda each: (_rank(each), -each.severity)) for found in checks.values()
+    ]
+    return sorted(ordered, key=lambda found: _rank(found[0]))
 
 
-def _rank(finding: Finding) -> tuple[int, float]:
-    return SEVERITY[finding.verdict], -finding.severity
+def _rank(finding: Finding) -> int:
+    return -VERDICTS.index(finding.verdict)
 
 
-def _paths(flow: Flow, data: DataSet) -> Tensor:
+def _paths(flow: Flow, split: Split) -> Tensor:
     """Paths between the first test images through the latent space, as a picture."""
-    split = data.split("test")
     count = min(PATHS, len(split) // 2)
     if count == 0:
         raise UserError("a path needs two test images")

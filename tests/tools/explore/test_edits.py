@@ -1,4 +1,4 @@
-"""What is done to latents: mixing, principal directions, class priors."""
+"""Edits of latents: mixing, principal directions, class priors."""
 
 import math
 
@@ -11,10 +11,8 @@ from flowtrain.latents.paths import KEPT
 from flowtrain.tools.explore.edits import (
     Stoppable,
     along_attribute,
-    by_level,
     components,
     levels_of,
-    mixed,
     towards_class,
 )
 from flowtrain.tools.explore.worker import Superseded
@@ -28,14 +26,6 @@ def test_levels_are_those_of_the_flow():
         assert torch.equal(z[:, level.where].reshape(part.shape), part)
     assert [level.words for level in levels] == ["6 x 4 x 4", "24 x 2 x 2"]
     assert [level.shape for level in levels_of(tiny_flow("nice", (1, 4, 4)))] == [(16,)]
-
-
-def test_temperatures_and_mixtures_are_by_level():
-    flow = tiny_flow("glow", (1, 4, 4))
-    levels = levels_of(flow)
-    assert by_level(levels, [1.0, 2.0]).tolist() == [1.0] * 8 + [2.0] * 8
-    a, b = torch.zeros(1, 16), torch.ones(1, 16)
-    assert mixed(a, b, levels, [False, True])[0].tolist() == [0.0] * 8 + [1.0] * 8
 
 
 @pytest.mark.parametrize("count", [20, 400])  # fewer and more images than entries
@@ -53,12 +43,9 @@ def test_principal_directions_are_those_of_the_covariance(count):
     torch.testing.assert_close(found.directions.norm(dim=1), torch.ones(4))
 
 
-def test_there_are_no_more_directions_than_the_images_have():
-    assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
-
-
 @pytest.mark.filterwarnings("error")
-def test_equal_images_have_no_directions_and_warn_of_nothing():
+def test_few_or_equal_images_have_few_directions_and_no_warning():
+    assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
     assert components(torch.ones(5, 4)).deviations.max() < 1e-6
 
 
@@ -88,7 +75,7 @@ def test_along_an_attribute():
 
 
 @pytest.mark.parametrize("model, least", [("glow", 10), ("causal", 20)])
-def test_decoding_asks_often_whether_it_is_wanted(model, least):
+def test_decoding_checks_often_whether_it_is_wanted(model, least):
     flow = tiny_flow(model, (1, 4, 6) if model == "causal" else (1, 4, 4))
     calls = []
     z = flow.draw_latents(1, seeded())

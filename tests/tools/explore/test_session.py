@@ -1,4 +1,4 @@
-"""What the page shows, as numbers: places, ranks, neighbours, and what memory allows."""
+"""The responses to the page, as numbers: places, ranks, neighbours, and limits of memory."""
 
 import io
 
@@ -8,27 +8,50 @@ import torch
 from explore_helpers import MEMORY, TAB, a_session, class_session
 from PIL import Image
 
+from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
+from flowtrain.evaluation.score import score
 from flowtrain.latents.files import read
 from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
-from flowtrain.tools.explore import answers, asked
-from flowtrain.tools.explore.asked import Refused
+from flowtrain.pictures.lossless import complexity
+from flowtrain.pictures.sample import sample
+from flowtrain.tools.explore import answers, requests
+from flowtrain.tools.explore import session as module
+from flowtrain.tools.explore.requests import Place, Refused
 from flowtrain.tools.explore.session import KEPT, Session
 
 pytestmark = pytest.mark.run
 
-SAMPLE = asked.Sample(kind="sample", seed=0, index=3, temperatures=[1.0, 1.0])
-OTHER = asked.Sample(kind="sample", seed=1, index=0, temperatures=[0.5, 0.5])
-IMAGE = asked.Test(kind="test", index=7)
+HOT = [1.0, 1.0]
+
+
+def a_sample(seed=0, index=0, temperatures=HOT):
+    return requests.Sample(kind="sample", seed=seed, index=index, temperatures=temperatures)
+
+
+SAMPLE, OTHER = a_sample(index=3), a_sample(1, temperatures=[0.5, 0.5])
+IMAGE = requests.Test(kind="test", index=7)
 
 
 def check():
     pass
 
 
-def show(place):
-    return asked.Show(tab=TAB, turn=0, place=place)
+def ask(function, session, kind=requests.Show, **fields):
+    """The response to a request; `place` may be the fields of a place."""
+    if isinstance(fields.get("place"), dict):
+        fields["place"] = Place(**fields["place"])
+    return function(session, kind(tab=TAB, turn=0, **fields), check)
+
+
+def samples(session, **fields):
+    fields = {"seed": 0, "temperatures": HOT, "start": 0, **fields}
+    return ask(answers.samples, session, requests.Samples, **fields)
+
+
+def latent(session, source, **edits):
+    return session.latent(Place(source=source, **edits), check)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +68,12 @@ def of_classes(tmp_path_factory):
     return class_session(tmp_path_factory.mktemp("classes"))
 
 
-# --- places ---------------------------------------------------------------------------------------
-
-
 def test_an_image_of_the_data_is_itself(session):
-    x = session.image(asked.Place(source=IMAGE), check)
+    x = session.image(Place(source=IMAGE), check)
     assert torch.equal(x, session.data.test.take(slice(7, 8)))
-    z = session.latent(asked.Place(source=IMAGE), check)
-    assert torch.equal(session.decode(z, check), x)
+    assert torch.equal(session.decode(latent(session, IMAGE), check), x)
+    images = ask(answers.tests, session, requests.Tests, start=6, count=2)["images"]
+    assert images[1] == answers.url(session, x[0])
 
 
 def test_an_image_is_computed_once(session, monkeypatch):
@@ -60,118 +81,105 @@ def test_an_image_is_computed_once(session, monkeypatch):
     calls = []
     decode = session.flow.decode
     monkeypatch.setattr(session.flow, "decode", lambda *args: calls.append(1) or decode(*args))
-    drawn = asked.Samples(tab=TAB, turn=0, seed=5, temperatures=[1.0, 0.5], start=2, count=3)
-    images = answers.samples(session, drawn, check)["images"]
-    last = asked.Sample(kind="sample", seed=5, index=4, temperatures=[1.0, 0.5])
-    for place in (asked.Place(source=last), asked.Place(source=last, other=OTHER, way=0.3)):
-        shown = answers.show(session, show(place), check)["image"]
-        answers.facts(session, show(place), check)
+    images = samples(session, seed=5, temperatures=[1.0, 0.5], start=2, count=3)["images"]
+    last = a_sample(5, 4, [1.0, 0.5])
+    for place in (Place(source=last), Place(source=last, other=OTHER, way=0.3)):
+        shown = ask(answers.show, session, place=place)["image"]
+        ask(answers.facts, session, place=place)
         for by in ("pixels", "latents"):
-            near = asked.Neighbours(tab=TAB, turn=0, place=place, by=by)
-            assert len(answers.neighbours(session, near, check)["images"]) == 8
+            near = ask(answers.neighbours, session, requests.Neighbours, place=place, by=by)
+            assert len(near["images"]) == 8
         if place.other is None:
             assert shown == images[2]
     assert len(calls) == 2  # the three samples together, and the place on the path
 
 
-def test_images_that_are_kept_are_few(session):
+def test_few_images_and_latents_are_kept(session, monkeypatch):
     for seed in range(3):
-        drawn = asked.Samples(tab=TAB, turn=0, seed=seed, temperatures=[1.0] * 2, start=0, count=40)
-        answers.samples(session, drawn, check)
+        samples(session, seed=seed, count=40)
     assert len(session._images) == KEPT
     # Not views of all that were computed with them.
     assert all(each.untyped_storage().nbytes() <= 64 for each in session._images.values())
+    monkeypatch.setattr(module, "KEPT", 3)
+    for index in (0, 1, 2, 0, 3):
+        session.latent_of(requests.Test(kind="test", index=index), check)
+    assert [requests.Test.model_validate_json(key).index for key in session._latents] == [2, 0, 3]
 
 
-def test_a_path_has_both_ends(session):
-    a, b = (session.latent(asked.Place(source=each), check) for each in (IMAGE, OTHER))
+def test_a_path_and_mixed_levels(session):
+    a, b = latent(session, IMAGE), latent(session, OTHER)
     for way in (0.0, 0.3, 1.0):
-        place = asked.Place(source=IMAGE, other=OTHER, way=way)
-        assert torch.equal(session.latent(place, check), slerp(a[0], b[0], torch.tensor([way])))
+        z = latent(session, IMAGE, other=OTHER, way=way)
+        assert torch.equal(z, slerp(a[0], b[0], torch.tensor([way])))
+    z = latent(session, IMAGE, other=OTHER, from_other=[False, True])
+    assert torch.equal(z[:, :32], a[:, :32]) and torch.equal(z[:, 32:], b[:, 32:])
 
 
 @pytest.mark.parametrize("name", ["glow", "causal"])  # each class has a prior; networks see it
-def test_what_is_made_of_two_classes_has_the_images_of_both(name, tmp_path):
+def test_two_classes_have_the_images_of_both(name, tmp_path):
     session = class_session(tmp_path, name)
     hot = [1.0] * len(session.levels)
-    drawn = asked.Samples(tab=TAB, turn=0, seed=0, temperatures=hot, start=0, count=3)
-    a, b = (
-        asked.Sample(kind="sample", seed=0, index=index, temperatures=hot) for index in range(2)
-    )
-    start, end, _ = answers.samples(session, drawn, check)["images"]
+    a, b = (a_sample(0, index, hot) for index in range(2))
+    start, end, _ = samples(session, temperatures=hot, count=3)["images"]
 
     def image(**fields):
-        return answers.show(session, show(asked.Place(source=a, other=b, **fields)), check)["image"]
+        return ask(answers.show, session, place={"source": a, "other": b, **fields})["image"]
 
     assert (image(), image(way=1.0)) == (start, end)
     assert image(from_other=[True] * len(hot)) == end
-    path = asked.Animation(tab=TAB, turn=0, place=asked.Place(source=a, other=b), steps=3)
-    frames = Image.open(io.BytesIO(answers.gif(session, path, check)))
+    place = {"source": a, "other": b}
+    path = ask(answers.gif, session, requests.Animation, place=place, steps=3)
+    frames = Image.open(io.BytesIO(path))
     for number, each in ((0, a), (2, b)):
         frames.seek(number)
-        x = session.image(asked.Place(source=each), check)
+        x = session.image(Place(source=each), check)
         expected = grid.grid(x, session.q, 1).movedim(0, -1).numpy()
         assert np.array_equal(np.asarray(frames.convert("RGB")), expected)
     # `flowtrain decode` is told no class.
-    (tmp_path / "z.npz").write_bytes(
-        answers.latent_file(session, show(asked.Place(source=b)), check)
-    )
+    (tmp_path / "z.npz").write_bytes(ask(answers.latent_file, session, place={"source": b}))
     z = read(tmp_path / "z.npz", session.model).z
     assert answers.url(session, session.flow.decode(z)[0]) == end
 
 
-def test_encoding_asks_often_whether_it_is_wanted(tmp_path):
+def test_encoding_checks_often_whether_it_is_wanted(tmp_path):
     session = class_session(tmp_path, "causal")
-    source = asked.Sample(kind="sample", seed=0, index=0, temperatures=[1.0])
-    session.image(asked.Place(source=source), check)  # is kept
+    source = a_sample(temperatures=[1.0])
+    session.image(Place(source=source), check)  # is kept
     calls = []
     session.latent_of(source, lambda: calls.append(1))
     assert len(calls) >= 16  # entries
 
 
-def test_levels_come_from_one_or_the_other(session):
-    a, b = (session.latent(asked.Place(source=each), check) for each in (SAMPLE, OTHER))
-    place = asked.Place(source=SAMPLE, other=OTHER, from_other=[False, True])
-    z = session.latent(place, check)
-    assert torch.equal(z[:, :32], a[:, :32]) and torch.equal(z[:, 32:], b[:, 32:])
-
-
 def test_a_direction_moves_its_level_alone(session):
-    a = session.latent(asked.Place(source=SAMPLE), check)
-    move = asked.Principal(level=1, component=2, amount=-1.5)
-    z = session.latent(asked.Place(source=SAMPLE, principal=[move]), check)
+    a = latent(session, SAMPLE)
+    move = requests.Principal(level=1, component=2, amount=-1.5)
+    z = latent(session, SAMPLE, principal=[move])
     found = session.data.components[1]
     assert torch.equal(z[:, :32], a[:, :32])
     expected = a[:, 32:] - 1.5 * found.deviations[2] * found.directions[2]
     torch.testing.assert_close(z[:, 32:], expected)
-    assert torch.equal(session.latent(asked.Place(source=SAMPLE), check), a)  # not changed
+    assert torch.equal(latent(session, SAMPLE), a)  # not changed
 
 
 def test_attributes_and_classes_move_the_latent(of_classes):
-    one = asked.Sample(kind="sample", seed=0, index=4, temperatures=[1.0, 1.0])
-    a = of_classes.latent(asked.Place(source=one), check)
+    one = a_sample(index=4)
+    a = latent(of_classes, one)
     prior, direction = of_classes.flow.class_prior, of_classes.attributes["thick"]
     assert prior.by_class(a).argmax() == 1  # all classes in turn
-    to_class = asked.Class(label=2, amount=1.0)
-    z = of_classes.latent(asked.Place(source=one, to_class=to_class), check)
+    z = latent(of_classes, one, to_class=requests.Class(label=2, amount=1.0))
     assert prior.by_class(z).argmax() == 2
-    more = asked.Attribute(name="thick", amount=0.5)
-    z = of_classes.latent(asked.Place(source=one, attributes=[more]), check)
+    z = latent(of_classes, one, attributes=[requests.Attribute(name="thick", amount=0.5)])
     assert float(direction.strength(z) - direction.strength(a)) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_samples_of_a_class_are_those_of_the_command(of_classes):
-    request = asked.Samples(
-        tab=TAB, turn=0, seed=2, temperatures=[0.8, 0.8], label=1, start=1, count=2
-    )
-    from flowtrain.pictures.sample import sample
-
-    answer = answers.samples(of_classes, request, check)
+    fields = {"seed": 2, "temperatures": [0.8, 0.8], "start": 1, "count": 2}
+    answer = samples(of_classes, label=1, **fields)
     expected = sample(of_classes.flow, 3, [0.8], 2, classes=[1])[1:]
     assert answer["images"] == [answers.url(of_classes, x) for x in expected]
     assert answer["command"].endswith("--num-images 3 --temperature 0.8 --seed 2 --classes 1")
     with pytest.raises(Refused, match="3 classes"):
-        answers.samples(of_classes, request.model_copy(update={"label": 3}), check)
+        samples(of_classes, label=3, **fields)
 
 
 def test_commands_mean_the_same_weights(tmp_path):
@@ -179,88 +187,66 @@ def test_commands_mean_the_same_weights(tmp_path):
     assert answers.sampling(session, SAMPLE, 4) == (
         "flowtrain sample tiny --num-images 4 --temperature 1 --seed 0 --weights raw --trust-code"
     )
-    assert answers.show(session, show(asked.Place(source=SAMPLE)), check)["command"] == (
+    assert ask(answers.show, session, place={"source": SAMPLE})["command"] == (
         "flowtrain decode tiny latent.npz --out images --weights raw --trust-code"
     )
 
 
 def test_several_temperatures_have_no_command(session):
-    request = asked.Samples(
-        tab=TAB, turn=0, seed=0, temperatures=[0.0, 1.0], label=None, start=0, count=4
-    )
-    assert answers.samples(session, request, check)["command"] is None
-    z, _ = session.drawn(request, 0, 4)
+    assert samples(session, temperatures=[0.0, 1.0], count=4)["command"] is None
+    z, _ = session.drawn(a_sample(temperatures=[0.0, 1.0]), 0, 4)
     assert not z[:, :32].any() and z[:, 32:].all()
 
 
-def test_a_latent_is_saved_as_it_is_read(session, tmp_path):
-    place = asked.Place(source=IMAGE, other=OTHER, way=0.5)
-    (tmp_path / "latent.npz").write_bytes(answers.latent_file(session, show(place), check))
-    found = read(tmp_path / "latent.npz", session.model)
-    assert torch.equal(found.z, session.latent(place, check)) and len(found.names) == 1
-
-
-def test_latents_that_are_kept_are_bounded(session, monkeypatch):
-    from flowtrain.tools.explore import session as module
-
-    monkeypatch.setattr(module, "KEPT", 3)
-    for index in range(6):
-        session.latent_of(asked.Test(kind="test", index=index), check)
-    assert len(session._latents) == 3
-
-
-# --- what the model says --------------------------------------------------------------------------
-
-
 def test_ranks_are_those_of_an_evaluation(session):
-    from flowtrain.data.splits import Split
-    from flowtrain.evaluation.score import score
-
-    test = session.data.test
-    scores = score(session.flow, Split(test.take(slice(None)).numpy(), np.arange(len(test)), 0))
-    losses = session.flow.loss(scores.log_prob).numpy()
-    np.testing.assert_allclose(session.data.scores.loss, losses, rtol=1e-4)
-    facts = answers.facts(session, show(asked.Place(source=IMAGE)), check)
+    data = session.data
+    x = data.test.take(slice(None)).numpy()
+    losses = session.flow.loss(score(session.flow, Split(x, np.arange(len(x)), 0)).log_prob).numpy()
+    np.testing.assert_allclose(data.losses, losses, rtol=1e-4)
+    facts = ask(answers.facts, session, place={"source": IMAGE})
     assert facts["loss"] == pytest.approx(losses[7], rel=1e-4)
     likelihood, typicality, corrected = facts["scores"]
     expected = (np.sum(losses < losses[7]) + 0.5) / len(losses)
     assert likelihood["below"] == pytest.approx(expected, abs=0.01) and likelihood["of"] == 180
-    entropy = session.data.reference.mean()
+    validation = DataSet(session.model.config.data).split("validation")
+    entropy = session.flow.loss(score(session.flow, validation).log_prob).mean().item()
+    assert typicality["entropy"] == pytest.approx(entropy, rel=1e-4)
     assert typicality["value"] == pytest.approx(abs(losses[7] - entropy), abs=1e-3)
-    assert corrected["value"] < likelihood["value"]
+    expected = np.mean(abs(losses - entropy) < abs(losses[7] - entropy))
+    assert typicality["below"] == pytest.approx(expected, abs=0.01)
+    own = losses - complexity(x)
+    assert corrected["value"] == pytest.approx(own[7], abs=1e-3)
+    assert corrected["below"] == pytest.approx(np.mean(own < own[7]), abs=0.01)
 
 
 def test_neighbours_of_a_training_image_begin_with_it(session):
     position = int(session.data.positions[11])  # of a sample, not of the first images
     assert session.data.positions[-1] > len(session.data.latents) > 11
     x = session.data.train.take(slice(position, position + 1))
-    uploaded = answers.upload(session, png_of(x))
-    source = asked.Upload(kind="upload", id=uploaded["id"])
+    file = grid.png(grid.to_8bit(x, 17)[0].expand(3, -1, -1))
+    source = {"kind": "upload", "id": answers.upload(session, file)["id"]}
     for by in ("pixels", "latents"):
-        request = asked.Neighbours(tab=TAB, turn=0, place=asked.Place(source=source), by=by)
-        answer = answers.neighbours(session, request, check)
+        place = {"source": source}
+        answer = ask(answers.neighbours, session, requests.Neighbours, place=place, by=by)
         assert answer["indices"][0] == position and len(answer["images"]) == 8
         # Latents at hand were computed without the steps of the inverse.
         assert answer["distances"][0] == pytest.approx(0, abs=1e-3 if by == "latents" else 0)
         assert answer["distances"] == sorted(answer["distances"])
+        known = session.data.train if by == "pixels" else session.data.latents
+        assert answer["compared"] == len(known)
 
 
-def png_of(x):
-    return grid.png(grid.to_8bit(x, 17)[0].expand(3, -1, -1))
-
-
-def test_without_data_there_are_no_directions(of_classes):
+def test_without_data_there_are_no_directions_and_ranks(of_classes):
     of_classes.read_data()
-    assert (
-        "no.npz"
-        in answers.describe(
-            of_classes,
-        )["data"]
-    )
+    assert "no.npz" in answers.describe(of_classes)["data"]
     assert of_classes.idle(check) is False
-    move = asked.Principal(level=0, component=0, amount=1.0)
+    place = {"source": a_sample()}
+    assert ask(answers.facts, of_classes, place=place)["scores"] == []
+    with pytest.raises(Refused, match="no.npz"):
+        ask(answers.tests, of_classes, requests.Tests, start=0, count=1)
+    move = requests.Principal(level=0, component=0, amount=1.0)
     with pytest.raises(Refused, match="no test or training images"):
-        of_classes.latent(asked.Place(source=OTHER, principal=[move]), check)
+        latent(of_classes, OTHER, principal=[move])
 
 
 def test_stale_attributes_are_named_and_left_out(tmp_path, capsys):
@@ -287,15 +273,12 @@ def test_data_that_fail_unexpectedly_are_not_waited_for(later, monkeypatch, capl
     assert "secret" in caplog.text
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
 def test_a_model_too_large_for_the_memory_is_refused():
     with pytest.raises(UserError, match="--max-memory: one image of this model takes"):
         a_session(memory=2**13)
 
 
-def test_images_are_decoded_as_many_at_a_time_as_fit(session, monkeypatch):
+def test_images_are_decoded_in_batches_that_fit(session, monkeypatch):
     sizes = []
     decode = session.flow.decode
 
@@ -305,10 +288,7 @@ def test_images_are_decoded_as_many_at_a_time_as_fit(session, monkeypatch):
 
     monkeypatch.setattr(session, "at_a_time", 3)
     monkeypatch.setattr(session.flow, "decode", watched)
-    request = asked.Samples(
-        tab=TAB, turn=0, seed=0, temperatures=[1.0, 1.0], label=None, start=0, count=8
-    )
-    assert len(answers.samples(session, request, check)["images"]) == 8
+    assert len(samples(session, count=8)["images"]) == 8
     assert sizes == [3, 3, 2]
 
 
@@ -317,6 +297,5 @@ def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
         raise FloatingPointError
 
     monkeypatch.setattr(session.flow, "decode", fails)
-    new = SAMPLE.model_copy(update={"seed": 1234})
     with pytest.raises(Refused, match="not finite"):
-        answers.show(session, show(asked.Place(source=new)), check)
+        ask(answers.show, session, place={"source": a_sample(1234)})

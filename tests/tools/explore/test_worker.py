@@ -38,6 +38,12 @@ def busy(worker, tab="other"):
     return gate, future
 
 
+def superseded(future):
+    with pytest.raises(Superseded):
+        future.result(SECONDS)
+    return True
+
+
 def test_the_newest_request_of_a_tab_is_computed(worker):
     gate, first = busy(worker)
     computed = []
@@ -45,64 +51,48 @@ def test_the_newest_request_of_a_tab_is_computed(worker):
         worker.submit(lambda check, turn=turn: computed.append(turn), "tab", "show", turn)
         for turn in range(5)
     ]
+    others = [
+        worker.submit(lambda check, name=name: name, name, topic, 3)
+        for name, topic in (("a", "show"), ("a", "facts"), ("b", "show"), ("tab", "facts"))
+    ]
     gate.go.set()
     assert first.result(SECONDS) == "done"
     futures[-1].result(SECONDS)
-    assert computed == [4]
-    for future in futures[:-1]:
-        with pytest.raises(Superseded):
-            future.result(SECONDS)
+    assert computed == [4] and all(map(superseded, futures[:-1]))
+    assert [future.result(SECONDS) for future in others] == ["a", "a", "b", "tab"]
+    with pytest.raises(Superseded):  # it comes late
+        worker.submit(lambda check: None, "tab", "show", 3)
 
 
 def test_a_request_that_is_computed_ends_at_its_next_layer(worker):
     gate, first = busy(worker, "tab")
     second = worker.submit(lambda check: "second", "tab", "show", 1)
     gate.go.set()
-    with pytest.raises(Superseded):
-        first.result(SECONDS)
-    assert second.result(SECONDS) == "second"
+    assert superseded(first) and second.result(SECONDS) == "second"
 
 
-def test_requests_of_other_tabs_and_topics_stay(worker):
-    gate, _ = busy(worker)
-    futures = [
-        worker.submit(lambda check, name=name: name, name, topic, 3)
-        for name in ("a", "b")
-        for topic in ("show", "facts")
-    ]
-    gate.go.set()
-    assert [future.result(SECONDS) for future in futures] == ["a", "a", "b", "b"]
-
-
-def test_a_move_outdates_what_was_asked_of_the_image_before(worker):
+def test_a_move_outdates_requests_for_the_image_before(worker):
     gate, _ = busy(worker)
     facts = worker.submit(lambda check: "facts", "tab", "facts", 1)
     worker.submit(lambda check: "show", "tab", "show", 2, outdates=["facts"])
     gate.go.set()
-    with pytest.raises(Superseded):
-        facts.result(SECONDS)
-
-
-def test_a_request_that_comes_late_is_not_computed(worker):
-    worker.submit(lambda check: None, "tab", "show", 7).result(SECONDS)
-    with pytest.raises(Superseded):
-        worker.submit(lambda check: None, "tab", "show", 6)
+    superseded(facts)
 
 
 def test_the_urgent_come_first(worker):
     gate, _ = busy(worker)
     order = []
     futures = [
-        worker.submit(lambda check, u=urgency: order.append(u), f"tab{urgency}", "x", 0, urgency)
-        for urgency in (3, 1, 2, 0)
+        worker.submit(lambda check, n=n: order.append(n), f"tab{n}", "x", 0, urgency)
+        for n, urgency in enumerate((3, 1, 2, 1, 0))
     ]
     gate.go.set()
     for future in futures:
         future.result(SECONDS)
-    assert order == [0, 1, 2, 3]
+    assert order == [4, 1, 3, 2, 0]
 
 
-def test_too_many_are_refused_and_the_rest_is_answered(worker):
+def test_too_many_are_refused_and_the_rest_is_computed(worker):
     gate, _ = busy(worker)
     futures = [worker.submit(lambda check: 1, f"tab{i}", "show", 0) for i in range(WAITING)]
     with pytest.raises(Busy):
@@ -111,7 +101,7 @@ def test_too_many_are_refused_and_the_rest_is_answered(worker):
     assert sum(future.result(SECONDS) for future in futures) == WAITING
 
 
-def test_errors_reach_who_asked_and_the_thread_goes_on(worker):
+def test_errors_reach_the_request_and_the_thread_goes_on(worker):
     def fails(check):
         raise ZeroDivisionError
 
@@ -140,7 +130,7 @@ def test_a_request_that_is_cancelled_is_given_up(worker):
     assert last.result(SECONDS) == 2 and stopped
 
 
-def test_answers_are_not_kept(worker):
+def test_results_are_not_kept(worker):
     class Answer:
         pass
 
@@ -155,14 +145,16 @@ def test_answers_are_not_kept(worker):
 
 
 def test_idle_work_makes_way_and_goes_on():
-    parts, gate, all_done = [], Gate(), threading.Event()
+    parts, gate, ready, done = [], Gate(), threading.Event(), threading.Event()
 
     def idle(check):
         parts.append(len(parts))
         if len(parts) == 1:
             gate(check)  # raises, because a request waits
         if len(parts) == 4:
-            all_done.set()
+            ready.set()
+        if len(parts) == 5:
+            done.set()
         return len(parts) < 4
 
     worker = Worker(idle)
@@ -170,9 +162,13 @@ def test_idle_work_makes_way_and_goes_on():
     future = worker.submit(lambda check: list(parts), "tab", "show", 0)
     gate.go.set()
     assert future.result(SECONDS) == [0]
-    assert all_done.wait(SECONDS)
-    worker.end()
+    assert ready.wait(SECONDS)
+    worker.submit(lambda check: 1, "tab", "show", 1).result(SECONDS)
     assert parts == [0, 1, 2, 3]
+    worker.wake()
+    assert done.wait(SECONDS)
+    worker.end()
+    assert parts == [0, 1, 2, 3, 4]
 
 
 def test_idle_work_that_fails_is_not_tried_again(caplog):
@@ -183,37 +179,19 @@ def test_idle_work_that_fails_is_not_tried_again(caplog):
         raise RuntimeError("broken")
 
     worker = Worker(idle)
-    assert worker.submit(lambda check: 1, "tab", "show", 0).result(SECONDS) == 1
-    worker.submit(lambda check: 1, "tab", "show", 1).result(SECONDS)
+    for turn in range(2):
+        assert worker.submit(lambda check: 1, "tab", "show", turn).result(SECONDS) == 1
     worker.end()
     assert calls == [1] and "broken" in caplog.text
 
 
-def test_waking_begins_idle_work_again():
-    done = threading.Event()
-    ready = []
-
-    def idle(check):
-        if ready:
-            done.set()
-        return False
-
-    worker = Worker(idle)
-    worker.submit(lambda check: 1, "tab", "show", 0).result(SECONDS)
-    ready.append(True)
-    worker.wake()
-    assert done.wait(SECONDS)
-    worker.end()
-
-
-def test_ending_drops_what_waits():
+def test_ending_drops_requests_that_wait():
     worker = Worker()
-    gate, first = busy(worker)
+    gate, _ = busy(worker)
     waiting = worker.submit(lambda check: 1, "tab", "show", 0)
     ender = threading.Thread(target=worker.end)
     ender.start()
-    with pytest.raises(Superseded):
-        waiting.result(SECONDS)
+    superseded(waiting)
     gate.go.set()
     ender.join(SECONDS)
     assert not ender.is_alive()

@@ -1,7 +1,7 @@
-"""What a page may send, as types that are checked before anything is computed.
+"""The requests of the page, as types that are checked before anything is computed.
 
-Numbers are finite and bounded. What they mean for a model, such as the number of its levels, is
-checked by `session.Session`, which raises `Refused`.
+Numbers are finite and bounded. Limits of a model, such as the number of its levels, are checked by
+`session.Session`, which raises `Refused`.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -17,7 +17,7 @@ FARTHEST = 20.0  # of a slider, in standard deviations
 
 
 class Refused(Exception):
-    """A request that cannot be answered. The message is one sentence for the user."""
+    """A request that cannot be served. The message is one sentence for the user."""
 
     status = 400
 
@@ -28,24 +28,26 @@ class _Strict(BaseModel):
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Index = Annotated[int, Field(ge=0, le=LARGEST_INDEX)]
-Label = Annotated[int, Field(ge=0, le=LARGEST_INDEX)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_INDEX)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
-Temperatures = Annotated[
-    list[Temperature], Field(min_length=1, max_length=32)
-]  # finest level first
 Amount = Annotated[float, Field(ge=-FARTHEST, le=FARTHEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class Sample(_Strict):
-    """Number `index` of the samples of a seed, those that `flowtrain sample` draws."""
+class Drawn(_Strict):
+    """The samples of a seed, as `flowtrain sample` draws them."""
+
+    seed: Seed
+    temperatures: Annotated[list[Temperature], Field(min_length=1, max_length=32)]  # finest first
+    label: Index | None = None  # None: all classes in turn
+
+
+class Sample(Drawn):
+    """Number `index` of the samples of a seed."""
 
     kind: Literal["sample"]
-    seed: Seed
     index: Index
-    temperatures: Temperatures
-    label: Label | None = None  # None: all classes in turn
 
 
 class Test(_Strict):
@@ -66,7 +68,7 @@ Source = Annotated[Sample | Test | Upload, Field(discriminator="kind")]
 
 
 class Principal(_Strict):
-    """So many standard deviations along a principal direction of a level."""
+    """A move along a principal direction of a level, in standard deviations."""
 
     level: Index
     component: Index
@@ -74,7 +76,7 @@ class Principal(_Strict):
 
 
 class Attribute(_Strict):
-    """So many times an attribute's direction."""
+    """A move along an attribute's direction, in multiples of it."""
 
     name: Name
     amount: Amount
@@ -83,12 +85,12 @@ class Attribute(_Strict):
 class Class(_Strict):
     """A share of the way from an image's own class to another."""
 
-    label: Label
+    label: Index
     amount: Share
 
 
 class Place(_Strict):
-    """A latent: that of a source, and what was done to it, in this order."""
+    """An edited latent: its source, and the edits in this order."""
 
     source: Source
     other: Source | None = None
@@ -100,46 +102,41 @@ class Place(_Strict):
 
 
 class Request(_Strict):
-    """What every request has: of several from one tab, only the newest is computed."""
+    """Of several requests from one tab, only the one with the latest turn is computed."""
 
     tab: Annotated[str, Field(pattern=r"^[0-9a-z]{8,32}$")]
-    turn: Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-
-
-class Samples(Request):
-    """Samples `start`, `start + 1`, ... of a seed."""
-
-    seed: Seed
-    temperatures: Temperatures
-    label: Label | None = None
-    start: Index
-    count: Annotated[int, Field(ge=1, le=LARGEST_INDEX)]
+    turn: Seed
 
 
 class Tests(Request):
     """Images `start`, `start + 1`, ... of the test split."""
 
     start: Index
-    count: Annotated[int, Field(ge=1, le=LARGEST_INDEX)]
+    count: Count
+
+
+class Samples(Request, Drawn):
+    """Samples `start`, `start + 1`, ... of a seed."""
+
+    start: Index
+    count: Count
 
 
 class Show(Request):
-    """The image at a place, or what the model says about it."""
+    """The image at a place, or the model's figures for it."""
 
     place: Place
 
 
-class Neighbours(Request):
+class Neighbours(Show):
     """The training images that are nearest to the image at a place."""
 
-    place: Place
     by: Literal["pixels", "latents"]
 
 
-class Animation(Request):
+class Animation(Show):
     """The path from a place's source to its `other`, there and back, as a GIF."""
 
-    place: Place
     steps: Annotated[int, Field(ge=2, le=1000)]
 
 
