@@ -99,6 +99,8 @@ def test_a_geometry(shape, levels, token, options):
     assert sorted(order) == list(range(x[0].numel()))
     noise = torch.full(x.shape, 0.3)
     z = flow.double().to_latents(x, noise)[0]
+    v = flow.dequantizer(x, noise.double())[0]  # in order as by one pass of the networks
+    torch.testing.assert_close(flow.bijection.inverse(z)[0], v, rtol=0, atol=1e-9)
     for place, index in enumerate(order):
         other = x.clone()
         other.flatten(1)[:, index] = (x.flatten(1)[:, index].int() + levels // 2) % levels
