@@ -136,7 +136,7 @@ LAYERS = {
     "ordinal-padded": (lambda: ordinal((2, 3, 5), 8), (2, 3, 5)),
     "ordinal-class": (lambda: ordinal((1, 3, 4), 17, classes=3), (1, 3, 4), (3,)),
     "ordinal-context": (lambda: ordinal((1, 4, 6), 17, context=(3, 8, 12)), (1, 4, 6), (3, 8, 12)),
-    "continuous": (lambda: b.Continuous(Dynamics(5, 6, 2), "dopri8", 1e-12, 1e-12), (5,)),
+    "continuous": (lambda: b.Continuous(Dynamics(3, 6, 2), "dopri8", 1e-12, 1e-12), (3,)),
 }
 # Shape and options of models: of each tiny one, and of others that join layers otherwise.
 MODELS = dict.fromkeys(TINY, ((1, 4, 4), {})) | {
