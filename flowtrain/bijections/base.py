@@ -141,6 +141,11 @@ class Transform(nn.Module):
 
         def __call__(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def parameters_by_entry(self, parameters: Tensor) -> Tensor:
+        """`(B, P C, ...)` to `(B, P, C, ...)`."""
+        unflattened: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
+        return unflattened
+
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

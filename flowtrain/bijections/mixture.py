@@ -42,7 +42,7 @@ class MixtureTransform(Transform):
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         results: tuple[Tensor, Tensor] = _Mixture.apply(
-            x, self._by_entry(parameters), self.offsets, self.limit
+            x, self.parameters_by_entry(parameters), self.offsets, self.limit
         )
         return results
 
@@ -50,7 +50,7 @@ class MixtureTransform(Transform):
         """Solved by Newton's method. It has the first derivatives of the inverse function."""
         with torch.no_grad():
             shift, logits, means, gate = _split(
-                self._by_entry(parameters), self.offsets, self.limit
+                self.parameters_by_entry(parameters), self.offsets, self.limit
             )
             log_scales = gated_log_scale(gate, self.limit)
             inverse_scales = (-log_scales[:, 1:]).exp()
@@ -71,10 +71,6 @@ class MixtureTransform(Transform):
             # that gradient would overflow without the clamp.
             x = x + (missing - missing.detach()) * (-log_derivative.detach()).clamp(max=80).exp()
         return x, -self(x, parameters)[1]
-
-    def _by_entry(self, parameters: Tensor) -> Tensor:
-        by_entry: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
-        return by_entry
 
 
 def _split(

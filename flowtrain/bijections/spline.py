@@ -65,7 +65,7 @@ class SplineTransform(Transform):
         """The bin of each value, an x (axis 0) or a z (axis 1): its left, width, bottom and height,
         and the derivatives at its two ends as multiples of the slope `height / width`.
         """
-        raw = self._unflatten(parameters)
+        raw = self.parameters_by_entry(parameters)
         knots, derivatives = _Lookup.apply(values, raw, self.bins, self.tail_bound, axis)
         left, right, bottom, top = knots.flatten(1, 2).unbind(1)
         width, height = right - left, top - bottom
@@ -74,11 +74,6 @@ class SplineTransform(Transform):
         ).exp()
         start, end = (derivatives * (width / height)[:, None]).unbind(1)
         return left, width, bottom, height, start, end
-
-    def _unflatten(self, parameters: Tensor) -> Tensor:
-        """`(B, P C, ...)` to `(B, P, C, ...)`, as `_Lookup` takes them."""
-        raw: Tensor = parameters.unflatten(1, (self.parameters_per_entry, -1))
-        return raw
 
     def _inside(
         self, given: Tensor, result: Tensor, log_derivative: Tensor
@@ -119,10 +114,9 @@ class CircularSplineTransform(SplineTransform):
     def _turn(self, x: Tensor, parameters: Tensor) -> Tensor:
         return bounded(parameters[:, : x.shape[1]], math.pi)
 
-    def _unflatten(self, parameters: Tensor) -> Tensor:
-        _, *raw = parameters.unflatten(1, (self.parameters_per_entry, -1)).split(
-            [1, 2 * self.bins, self.bins], dim=1
-        )
+    def parameters_by_entry(self, parameters: Tensor) -> Tensor:
+        sizes = [1, 2 * self.bins, self.bins]
+        _, *raw = super().parameters_by_entry(parameters).split(sizes, dim=1)
         return torch.cat([*raw, raw[-1][:, :1]], dim=1)
 
     def _inside(

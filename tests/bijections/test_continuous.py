@@ -293,7 +293,7 @@ def test_wrong_options(option, value):
 
 RUN = sets(data__name="digits", model__name="cnf", model__width=8, model__hidden_layers=1)
 RUN += sets(train__num_steps=6, train__log_every=1, train__validate_every=3, train__lr=1e-2)
-RUN += sets(train__checkpoint_every=3, train__sample_every=6, train__batch_size=32)
+RUN += sets(train__checkpoint_every=3, train__sample_every=100, train__batch_size=32)
 
 
 @pytest.mark.run

@@ -19,7 +19,7 @@ from flowtrain.bijections import (
 )
 from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
 from flowtrain.bijections.fused import FusedLinear, fuse
-from flowtrain.bijections.inverses import WithProgress
+from flowtrain.bijections.inverses import MatchingInverse, WithProgress
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import ResidualNet
@@ -43,9 +43,11 @@ class Recording(LayerByLayer):
 def test_layers_are_called_in_the_order_of_the_direction():
     chain = ready(Sequential(Flatten((4,)), Sequential(ActNorm((4,)), Inverse(autoregressive()))))
     recording = Recording()
-    z, _ = chain.run(recording, "forward", torch.randn(2, 4, generator=seeded()))
+    x = torch.randn(2, 4, generator=seeded())
+    z, _ = chain.run(recording, "forward", x)
     forward = [("Flatten", "forward"), ("ActNorm", "forward"), ("MaskedAutoregressive", "inverse")]
     assert recording.calls == forward
+    torch.testing.assert_close(chain.run(MatchingInverse(), "forward", x)[0], z)
     recording.calls.clear()
     chain.run(recording, "inverse", z)
     swap = {"forward": "inverse", "inverse": "forward"}

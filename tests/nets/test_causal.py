@@ -98,6 +98,11 @@ def test_the_order_of_blocks(blocks, attention, downsample, order):
     assert sum(len(block.blocks) for block in found if type(block) is CoarseStream) == downsample
 
 
+def test_without_a_class_it_sees_the_mean_of_all():
+    net = causal.build((1, 4, 4), 17, classes=4, width=6, blocks=1).conditioner
+    torch.testing.assert_close(net.added(None), net.added(torch.full((1, 4), 0.25)))
+
+
 def test_two_rows_of_tokens_are_too_few_to_downsample():
     with pytest.raises(UserError, match="model.downsample: 2 needs at least 3 rows of tokens"):
         causal.build((1, 4, 9), 17, token=2, downsample=2)
