@@ -333,7 +333,10 @@ def _in_folder(path: Path) -> Iterator[tuple[list[Member], Encoded]]:
 
 
 def _decode(encoded: Encoded, shape: Shape, member: Member) -> np.ndarray:
-    image = base.decoded(encoded(member), shape, "exact")
+    try:
+        image = base.decoded(encoded(member), shape, "exact")
+    except base.OtherSize as error:
+        image = str(error)
     if isinstance(image, str):
         raise UserError(f"data.root: {member[0]} cannot be read ({image}): copy or unpack it again")
     return image
