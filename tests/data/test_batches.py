@@ -49,9 +49,6 @@ def ids(x):
     return x.flatten(1).min(dim=1).values.tolist()
 
 
-# --- the order ------------------------------------------------------------------------------------
-
-
 def test_every_image_once_an_epoch_by_seed(numbered):
     # 20 images in batches of 6: batches 3 and 6 straddle two epochs.
     order = [i for x in first(batches(numbered), 10) for i in ids(x)]
@@ -148,9 +145,6 @@ def test_noise_of_a_part():
         assert torch.equal(part, whole[begins:ends])
 
 
-# --- in memory, or streamed -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", ["memory", "memory map", "parts"])
 def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
@@ -213,9 +207,6 @@ def test_reading_ahead_is_in_order_and_ends_when_closed():
         for position in (30, 33, 36, 6, 9, 30, 30, 33):
             assert int(read(position)) == position
         assert read.results.keys() == {36, 39, 42, 45}
-
-
-# --- augmentation ---------------------------------------------------------------------------------
 
 
 def test_flips():

@@ -9,7 +9,7 @@ import torch
 from helpers import SHARED, a_config, npz, shared
 
 from flowtrain import config as configuration
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet, Split, labels_for
 from flowtrain.datasets.base import hold_out
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
@@ -160,6 +160,14 @@ def test_options_that_do_not_fit(tmp_path):
     data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=1))
     with pytest.raises(UserError, match="data.shift: 2"):
         data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=2))
+
+
+def test_labels_that_do_not_fit():
+    labels = torch.tensor([0, 2])
+    assert labels_for(3, labels, "x") is labels and len(labels_for(3, labels[:0], "x")) == 0
+    for wrong, message in ((None, "no labels"), (labels + 1, "1..3"), (labels - 1, "-1..1")):
+        with pytest.raises(UserError, match=f"model.classes: 3, but x has .*{message}"):
+            labels_for(3, wrong, "x")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from PIL import Image
 from flowtrain.datasets import base
 from flowtrain.errors import UserError
 
-# --- hold_out -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "n, held, count",
@@ -70,9 +68,6 @@ def test_equal_images_are_found(monkeypatch, hashed):
     assert base.first_equal(base.digests(pixels, rows)).tolist() == [0, 1, 1]
     turned = np.asfortranarray(pixels)
     assert np.array_equal(base.digests(turned), base.digests(pixels))
-
-
-# --- image files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(20, 20), (40, 20), (41, 20), (20, 40), (20, 47)])

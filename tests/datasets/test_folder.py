@@ -333,9 +333,6 @@ def test_progress(tree, monkeypatch, caplog, capsys):
     assert "decoding 20 images" in caplog.text and capsys.readouterr() == ("", "")
 
 
-# --- the list of a large tree ---------------------------------------------------------------------
-
-
 def settle(tree):
     """Makes the last change of every folder and file one of long ago."""
     for path in (tree, *tree.rglob("*")):

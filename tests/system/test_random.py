@@ -86,9 +86,6 @@ def test_generators_of_different_keys():
     assert len(set(map(tuple, torch.stack(drawn).tolist()))) == len(keys)
 
 
-# --- on a device ----------------------------------------------------------------------------------
-
-
 def test_no_value_is_read_from_the_device():
     """A fake tensor has no values: reading one raises."""
     with FakeTensorMode():
