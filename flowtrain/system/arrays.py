@@ -21,7 +21,7 @@ import numpy as np
 from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.system.files import open_regular
 
-ONLY = "the array"  # the name of that of an .npy file
+ONLY = "the array"  # the name of the array of an .npy file
 # Kinds of numpy's types
 KINDS = {"f": "real numbers", "iu": "whole numbers", "U": "texts", "b": "yes or no"}
 TEXT_BYTES = 100  # that a text takes in a list of Python, beside its characters

@@ -1,8 +1,8 @@
 """Joins the processes that torchrun has started for one command, and ends them together.
 
-torchrun says in the environment how many processes there are and which one this is. If one of them
-fails, all end with its exit code, and only that process prints its message. A killed process stops
-sending heartbeats; the others detect it (`heartbeat.py`).
+torchrun sets the number of processes, and the number of this one, in the environment. If one fails,
+all end with its exit code, and only that process prints its message. A killed process stops sending
+heartbeats; the others detect it (`heartbeat.py`).
 """
 
 import contextlib
