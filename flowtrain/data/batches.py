@@ -14,8 +14,8 @@ from flowtrain.system import capacity, distributed
 from flowtrain.system.device import send
 from flowtrain.system.random import Stream, generator, uniform
 
-# The largest number of images for initialization. More say nothing new, and the whole pass has to
-# fit into memory, unlike a step that `train.accumulate` divides.
+# The largest number of images for initialization: the whole pass has to fit into memory, unlike a
+# step that `train.accumulate` divides.
 MOST_INITIALIZATION_IMAGES = 1024
 
 
@@ -29,10 +29,9 @@ class Batches:
     """The batches of a training run, on the training device, as a function of its progress.
 
     The order is one seeded permutation of the split after another. A step takes the next images of
-    this order, `batch_size` for each process, by rank. They may span two permutations. A split that
-    fits into `data.max_in_memory` is one tensor on the device. A larger one is read by
-    `data.workers` threads, ahead of the steps to come. `close` ends these threads. On a CPU, they
-    read mapped files of any size, because a copy would take memory for each process.
+    this order, `batch_size` for each process, by rank. A split that fits into `data.max_in_memory`
+    is one tensor on the device. `data.workers` threads read a larger one ahead. `close` ends them.
+    On a CPU, they read mapped files of any size, because a copy would take memory for each process.
     """
 
     def __init__(self, data: DataSet, config: Config, batch_size: int, device: torch.device):
@@ -119,13 +118,9 @@ class Batches:
 class ReadAhead:
     """A function of a position, which threads compute in advance for the positions that follow.
 
-    Positions are `stride` apart. A caller that takes one after the other finds the results ready.
-    Any other position is right too, but is read when asked for. With 0 threads, nothing is read
-    ahead.
-
-    Threads are enough, because the disk and copies take the time, and both release Python's lock.
-    The function must not compute with torch on large tensors. That would start as many threads
-    again as training itself uses.
+    Positions are `stride` apart. Any other position is right too, but not ready. With 0 threads,
+    nothing is read ahead. Threads are enough, because reading and copying release Python's lock.
+    The function must not compute with torch on large tensors, which would start further threads.
     """
 
     def __init__(self, function: Callable[[int], Tensor], stride: int, threads: int):
@@ -137,7 +132,7 @@ class ReadAhead:
 
     @staticmethod
     def batches(threads: int) -> int:
-        """How many results there are at a time, with the one that is used."""
+        """The number of results at a time, with the one in use."""
         return 2 * threads + 1
 
     def __call__(self, position: int) -> Tensor:
@@ -157,10 +152,9 @@ class ReadAhead:
 
 
 def augment(x: Tensor, flip: bool, shift: int, seed: int, first: int = 0) -> Tensor:
-    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels.
-
-    Pixels at the edge are repeated. `x` are the images from place `first` on in the order of a run.
-    What happens to an image depends on the seed and its place, not on how a batch is cut.
+    """Mirrors each image with probability 1/2, and moves it by up to `shift` pixels, repeating the
+    edges. `x` starts at position `first` in the order of a run. An image's augmentation depends on
+    the seed and its position alone.
     """
     batch, _, height, width = x.shape
     if not (flip or shift):
@@ -175,9 +169,6 @@ def augment(x: Tensor, flip: bool, shift: int, seed: int, first: int = 0) -> Ten
         rows = (torch.arange(height, device=x.device) + moves[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=x.device) + moves[1]).clamp(0, width - 1)
         images = torch.arange(batch, device=x.device)[:, None, None]
-        x = (
-            x.movedim(1, -1)[images, rows[:, :, None], columns[:, None, :]]
-            .movedim(-1, 1)
-            .contiguous()
-        )
+        x = x.movedim(1, -1)[images, rows[:, :, None], columns[:, None, :]]
+        x = x.movedim(-1, 1).contiguous()
     return x

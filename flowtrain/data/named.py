@@ -43,8 +43,7 @@ def section_named(
     elif name not in names:
         raise UserError(
             f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
-            f"nor an image file "
-            f"({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
+            f"nor an image file ({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
@@ -53,18 +52,15 @@ def section_named(
     kept = {*DataConfig.model_fields}
     if values["name"] == own.name:
         kept = {*schemas[own.name].model_fields}
-    fitting = {
-        key: value for key, value in section.items() if key in kept and key not in ("flip", "shift")
-    }
-    return {**fitting, **values}
+    kept -= {"flip", "shift"}
+    return {**{key: value for key, value in section.items() if key in kept}, **values}
 
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
-    """All images, in order, of data that have no test split, or None.
+    """All images, in order, of data without a test split: an image file, a folder without `test/`,
+    or arrays without x_test. None for all other data, and for the model's `own`.
 
-    These are a folder without `test/`, an image file, or arrays without x_test. For training,
-    a tenth of them is held out as the test split. To evaluate a model on other data, this would
-    leave nine tenths unused. The result is None for all other data, and for the model's `own`.
+    Training holds out a tenth as the test split. Evaluation of a model on other data uses them all.
     """
     options = config.options()
     path = options.get("path", Path())
@@ -77,9 +73,9 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
         return dataclasses.replace(images, rows=None, labels=None)
     if config.name == "folder" and not (path / "test").is_dir():
         shape = (options["channels"], options["size"], options["size"])
-        files = (
-            [path] if path.is_file() else [path / file.name for file in folder.files_of(path, "")]
-        )
+        files = [path]
+        if not path.is_file():
+            files = [path / file.name for file in folder.files_of(path, "")]
 
         def decode() -> np.ndarray:
             with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL

@@ -32,9 +32,8 @@ SplitName = Literal["train", "validation", "test", "all"]
 
 
 def sampled(count: int, most: int, seed: int = 0) -> np.ndarray:
-    """At most `most` of the positions 0..count-1, sorted: a sample without replacement.
-
-    A statistic needs it, because data are often sorted by class. A larger sample has the smaller.
+    """At most `most` of the positions 0..count-1, sorted: a sample without replacement, as data are
+    often sorted by class. A larger sample contains the smaller one.
     """
     return np.sort(frozen_random(seed, count).permutation(count)[:most])
 
@@ -80,16 +79,15 @@ class Split:
     @cached_property
     def labels(self) -> Tensor | None:
         """The classes of all images of this split, int64 `(N,)` on the CPU, or None."""
-        return (
-            None if self.read_labels is None else torch.from_numpy(self.read_labels()[self.indices])
-        )
+        labels = self.read_labels
+        return None if labels is None else torch.from_numpy(labels()[self.indices])
 
 
 class DataSet:
-    """The images that a configuration names.
+    """The images that a configuration names. Nothing is read or downloaded before `split`.
 
-    Nothing is read or downloaded before a split is asked for. With `undivided`, these are all the
-    images, and `all` is the only split. Raises `UserError` where options do not fit together.
+    `undivided` are all images, whose only split is `all`. Raises `UserError` if options do not fit
+    together.
     """
 
     def __init__(self, config: DataConfig, undivided: Images | None = None):
@@ -129,9 +127,8 @@ class DataSet:
         """
         if (self.shape, self.levels) != (shape, levels):
             raise UserError(
-                f"data of shape {self.shape} with {self.kind.words} cannot be "
-                f"evaluated by {model}, "
-                f"a model of shape {shape} with {kind_of(levels).words}"
+                f"data of shape {self.shape} with {self.kind.words} cannot be evaluated by "
+                f"{model}, a model of shape {shape} with {kind_of(levels).words}"
             )
 
     @property
@@ -166,10 +163,8 @@ class DataSet:
         return Split(part.pixels, indices, self.drop_bits, self.train_images.labels)
 
     def equal_to_training(self, split: Split) -> int | None:
-        """How many images of a split are equal to an image of the training split.
-
-        Images are compared as stored, with all bits. None if the training images would first have
-        to be downloaded or decoded.
+        """How many images of a split are equal to a training image, as stored, with all bits. None
+        if the training images would first have to be downloaded or decoded.
         """
         if self.undivided or not self.train_images.at_hand():
             return None
@@ -183,7 +178,7 @@ class DataSet:
         """Identifies the training and validation images: their number, content and division."""
         kept, held = self._held_out
         part = self._training
-        equal = duplicates(part.first)  # where there are none, an earlier version made no mistake
+        equal = duplicates(part.first)
         edition = self.train_images.edition
         also = ({"duplicates": equal} if equal else {}) | ({"edition": edition} if edition else {})
         return {
@@ -196,9 +191,7 @@ class DataSet:
         } | also
 
     def matches(self, known: dict[str, Any]) -> bool:
-        """Whether a fingerprint in a checkpoint is that of these images and, with classes, of these
-        labels.
-        """
+        """Whether a checkpoint's fingerprint is of these images and, with classes, these labels."""
         here = self.fingerprint
         if "labels" in known:
             labels = self.split("train").labels
@@ -212,7 +205,7 @@ def fingerprint_of(labels: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """What was read of a part of a data set: an array, and which of its rows belong to the part."""
+    """A part of a data set: an array, and its rows that belong to the part."""
 
     images: Images
     pixels: Pixels
@@ -220,20 +213,20 @@ class _Part:
 
     @property
     def content(self) -> str:
-        """A digest of all images of this part. It does not read images whose digests are known."""
+        """A digest of all images, from those of each image if these are known."""
         if self.images.digests is not None:
             return hashlib.sha256(self.digests.tobytes()).hexdigest()
         return content(self.pixels, self.rows)
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """A digest of each image of this part: see `flowtrain.datasets.base.digests`."""
+        """A digest of each image: see `flowtrain.datasets.base.digests`."""
         known = self.images.digests
         return digests(self.pixels, self.rows) if known is None else known()[self.rows]
 
     @cached_property
     def first(self) -> np.ndarray:
-        """For each image of this part, the first that is equal to it."""
+        """For each image, the first equal one."""
         return first_equal(self.digests)
 
 

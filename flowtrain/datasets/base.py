@@ -170,13 +170,17 @@ def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
     return kept if part == "train" else held
 
 
+class OtherSize(UserError):
+    """An image does not have the size for the policy `exact`."""
+
+
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     """An image as uint8 of `shape` (C, H, W), 0..255, where C is 1 (luma) or 3 (RGB).
 
     The EXIF orientation is applied, and transparency composited on white. 16-bit grey keeps its
     upper 8 bits, and a palette or CMYK becomes RGB. `crop` resamples the largest centred part with
     the right aspect ratio (Lanczos, antialiased), `stretch` the whole image. `exact` keeps the
-    pixels, and raises UserError if the size differs.
+    pixels, and raises OtherSize if the size differs.
     """
     channels, height, width = shape
     if policy == "exact" and sorted(image.size) != sorted((width, height)):
@@ -193,8 +197,8 @@ def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
 
 
-def _other_size(image: Image.Image, width: int, height: int) -> UserError:
-    return UserError(
+def _other_size(image: Image.Image, width: int, height: int) -> OtherSize:
+    return OtherSize(
         f"the image is {image.width}x{image.height} (width x height), not {width}x{height}: "
         "resize or crop it first"
     )
@@ -260,13 +264,13 @@ def decode(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray:
 
 
 def decoded(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray | str:
-    """The result of `decode`, or the reason why the image cannot be read. Raises `RunError` if the
-    cause is the machine.
+    """The result of `decode`, or the reason why the image cannot be read. Raises `OtherSize`, and
+    `RunError` if the cause is the machine.
     """
     name = source if isinstance(source, Path) else "an image"
     try:
         return decode(source, shape, policy)
-    except MemoryError:
+    except (OtherSize, MemoryError):
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         number = error.errno if isinstance(error, OSError) else None

@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -85,7 +83,10 @@ def build(
     enlarged: list[Path] = []
 
     def decode(path: Path) -> np.ndarray | str:
-        image = base.decoded(path, shape, resize)
+        try:
+            image = base.decoded(path, shape, resize)
+        except base.OtherSize as error:
+            raise UserError(f"data.resize: exact, but {path}: {error}") from None
         if not isinstance(image, str) and resize != "exact" and base.shorter_side(path) < size:
             enlarged.append(path)
         return image
@@ -93,13 +94,9 @@ def build(
     def counted(readable: np.ndarray) -> dict[str, bytes]:
         return {"enlarged.json": json.dumps([len(enlarged), len(readable)]).encode()}
 
-    def paths() -> Iterable[Path]:
-        if resize == "exact":
-            _check_sizes(folder, names, shape)
-        return (folder / name for name in names)
-
     def decoded() -> tuple[np.ndarray, dict[str, str]]:
-        source = cache.Source(os.fspath(folder), "data.path", names, paths, decode, counted)
+        paths = (folder / name for name in names)
+        source = cache.Source(os.fspath(folder), "data.path", names, lambda: paths, decode, counted)
         return cache.opened(target(), names, shape) or cache.filled(target(), source, shape)
 
     def digests() -> np.ndarray:
@@ -239,26 +236,3 @@ def _file(path: Path, name: str) -> File:
     except OSError:  # a dangling link: listed as unreadable when decoded
         return File(name, -1, 0, 0)
     return File(name, status.st_size, status.st_mtime_ns, status.st_mode)
-
-
-def _check_sizes(folder: Path, names: list[str], shape: Shape) -> None:
-    """Raises UserError if an image that can be opened does not have the size for `exact`."""
-    wanted = shape[2], shape[1]
-
-    def size(name: str) -> tuple[int, int]:
-        try:
-            with base.picture(folder / name) as image:
-                return image.size
-        except Exception:  # reported when it is decoded
-            return wanted
-
-    with ThreadPoolExecutor(cache.THREADS) as pool:
-        sizes = zip(names, pool.map(size, names), strict=True)
-        wrong = [(name, found) for name, found in sizes if found != wanted]
-    if wrong:
-        name, (width, height) = wrong[0]
-        raise UserError(
-            f"data.size: {len(wrong)} of {len(names)} images in {folder} are not "
-            f"{wanted[0]}x{wanted[1]}, the first {name} ({width}x{height}): set data.resize to "
-            "crop or stretch"
-        )

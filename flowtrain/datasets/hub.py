@@ -208,7 +208,7 @@ def _decode(file: dict[str, Any] | None, shape: Shape, policy: Policy) -> np.nda
     if file is None or (file["bytes"] is None and file["path"] is None):
         return "there is none"
     source = Path(file["path"]) if file["bytes"] is None else file["bytes"]
-    image = base.decoded(source, shape, policy)
-    if policy == "exact" and isinstance(image, str):
-        raise UserError(f"data.resize: exact, but an image cannot be taken as it is: {image}")
-    return image
+    try:
+        return base.decoded(source, shape, policy)
+    except base.OtherSize as error:
+        raise UserError(f"data.resize: exact, but {error}") from None

@@ -72,11 +72,14 @@ def _oord(side: int, train: tuple[int, str], test: tuple[int, str]) -> Edition:
     )
 
 
-def _chrabaszcz(side: int, train: Mapping[str, tuple[int, str]], test: tuple[int, str]) -> Edition:
+def _chrabaszcz(side: int, train: Sequence[tuple[int, str]], test: tuple[int, str]) -> Edition:
+    parts = [""] if len(train) == 1 else [f"_part{number}" for number in range(1, len(train) + 1)]
+    names = [f"Imagenet{side}_train{part}_npz.zip" for part in parts]
+    archives = dict(zip(names, train, strict=True))
     return Edition(
         f"ImageNet {side}x{side} of Chrabaszcz et al. (2017)",
         {"train": 1_281_167, "test": 50_000},
-        {"train": train, "test": {f"Imagenet{side}_val_npz.zip": test}},
+        {"train": archives, "test": {f"Imagenet{side}_val_npz.zip": test}},
         {"train": "train_data_batch_*.npz", "test": "val_data.npz"},
         "https://image-net.org/download-images has them for registered users, as npz format",
     )
@@ -95,26 +98,15 @@ EDITIONS: dict[tuple[int, Version], Edition] = {
     ),
     (32, "chrabaszcz2017"): _chrabaszcz(
         32,
-        {
-            "Imagenet32_train_npz.zip": (
-                3580435279,
-                "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc",
-            )
-        },
+        [(3580435279, "94226337ecc1b0309d9fcd0167127aaadc931587035fbcb53925235edbaec4fc")],
         (139697668, "013990e6dec1237dcd1f9beadbab81ead6604cc119af5cacbfb59ae28148377a"),
     ),
     (64, "chrabaszcz2017"): _chrabaszcz(
         64,
-        {
-            "Imagenet64_train_part1_npz.zip": (
-                6783426789,
-                "9422dc1dc5d092e9814a70a1cb7fc74880d2db5d88a0cb8a34ee363b12bde3f1",
-            ),
-            "Imagenet64_train_part2_npz.zip": (
-                6780506068,
-                "9fafc115afb7e6c301e66dc16b2d737152b427bd5dab26e1293487a6819c7f30",
-            ),
-        },
+        [
+            (6783426789, "9422dc1dc5d092e9814a70a1cb7fc74880d2db5d88a0cb8a34ee363b12bde3f1"),
+            (6780506068, "9fafc115afb7e6c301e66dc16b2d737152b427bd5dab26e1293487a6819c7f30"),
+        ],
         (529522927, "e1e75133158a1924135a9c6f97a80d2d237b158945e0b34074e58e6c8430eeb8"),
     ),
 }
@@ -333,7 +325,10 @@ def _in_folder(path: Path) -> Iterator[tuple[list[Member], Encoded]]:
 
 
 def _decode(encoded: Encoded, shape: Shape, member: Member) -> np.ndarray:
-    image = base.decoded(encoded(member), shape, "exact")
+    try:
+        image = base.decoded(encoded(member), shape, "exact")
+    except base.OtherSize as error:
+        image = str(error)
     if isinstance(image, str):
         raise UserError(f"data.root: {member[0]} cannot be read ({image}): copy or unpack it again")
     return image

@@ -1,4 +1,4 @@
 """The machine and the operating system: console, devices, random numbers, memory, processes, files.
 
-Nothing here knows about flows, data or configurations.
+Nothing here depends on flows, data or configurations.
 """

@@ -21,13 +21,9 @@ import numpy as np
 from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.system.files import open_regular
 
-ONLY = "the array"  # the name of that of an .npy file
-KINDS = {
-    "f": "real numbers",
-    "iu": "whole numbers",
-    "U": "texts",
-    "b": "yes or no",
-}  # of numpy's types
+ONLY = "the array"  # the name of the array of an .npy file
+# Kinds of numpy's types
+KINDS = {"f": "real numbers", "iu": "whole numbers", "U": "texts", "b": "yes or no"}
 TEXT_BYTES = 100  # that a text takes in a list of Python, beside its characters
 
 
@@ -40,9 +36,9 @@ class Stored:
 
     where: File and name, for messages.
     fortran: Whether the first axis varies fastest.
-    bytes: That are there for the values.
-    header: Bytes of the header before the values.
-    offset: Where the values begin in the file. None if they are compressed.
+    bytes: Size of the values.
+    header: Size of the header before the values.
+    offset: Start of the values in the file. None if they are compressed.
     crc: The checksum of the header and the values, in a zip.
     """
 
@@ -75,7 +71,7 @@ class ArrayFile:
             raise UserError(f"{key}{path}: two of its arrays have one name")
 
     def header(self, name: str) -> Stored:
-        """What the file says of an array. Raises `UserError` where there is none, or is damaged."""
+        """The header of an array. Raises `UserError` if it is missing or damaged."""
         with self._member(name) as (file, member, info):
             shape, fortran, dtype = header_of(member)
             header, offset, crc = member.tell(), None, None
@@ -92,17 +88,17 @@ class ArrayFile:
         return Stored(self, name, where, shape, fortran, dtype, values, header, offset, crc)
 
     def values(self, name: str) -> np.ndarray:
-        """An array of any shape and type. Raises `UserError` where it is missing or damaged."""
+        """An array of any shape and type. Raises `UserError` if it is missing or damaged."""
         with self._member(name) as (_, member, _info):
             values = array_of(member)
             member.read(1)  # at the end of a member, zipfile compares its checksum
             return values
 
     def read(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """An array whose type is of one of the `kinds` of numpy: "f", "iu" or "U".
+        """An array whose type is one of `KINDS`. `None` in `shape` stands for any length.
 
-        `None` in `shape` stands for any length. Raises `UserError` that names the file and the
-        array where it is missing, is another one, is damaged, or does not fit into memory.
+        Raises `UserError` that names the file and the array if it is missing or damaged, has
+        another type or shape, or does not fit into memory.
         """
         from flowtrain.system import capacity  # imports torch
 
@@ -128,7 +124,7 @@ class ArrayFile:
         capacity.require(2 * size + texts, f"{where} needs")
         values = self.values(name)
         if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
-            # Python makes no text of such a number, and fails without saying why.
+            # Python fails at such a number with a SystemError.
             raise UserError(f"{where} is damaged: it has a character that does not exist")
         return values
 
@@ -137,7 +133,7 @@ class ArrayFile:
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
-        """The file. Whatever goes wrong with its content is told as a fault of this array."""
+        """The file. Any error from its content becomes a message on this array."""
         with self._opened() as file:
             try:
                 yield file
@@ -152,7 +148,7 @@ class ArrayFile:
 
     @contextlib.contextmanager
     def _member(self, name: str) -> Iterator[tuple[BinaryIO, IO[bytes], zipfile.ZipInfo | None]]:
-        """The file, an array in it as an .npy file, and what a zip says of that."""
+        """The file, an array in it as an .npy file, and its description in a zip."""
         if name not in self.names:
             there = ", ".join(sorted(self.names)) or "nothing"
             raise UserError(f"{self.key}{self.path}: it has no array {name} (it has {cut(there)})")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,10 +25,8 @@ def available(device: torch.device) -> int:
         # torch holds some memory for further tensors.
         unused = module.memory_reserved(device) - module.memory_allocated(device)
         return int(module.mem_get_info(device)[0] + unused)
-    return min(
-        _of_the_machine(),
-        *map(_of_the_group, _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))),
-    )
+    groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return min([int(psutil.virtual_memory().available), *map(_of_the_group, groups)])
 
 
 def left(device: torch.device) -> int:
@@ -53,8 +52,8 @@ def require(needed: int, what: str, device: torch.device | None = None) -> None:
 def total() -> int:
     """Bytes of memory of this machine, or of the container, if that has less."""
     groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *(limit for each in groups if (limit := _limit(each)) is not None)])
+    limits = (limit for each in groups if (limit := _limit(each)) is not None)
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
 def _limit(cgroup: Path) -> int | None:
@@ -62,15 +61,6 @@ def _limit(cgroup: Path) -> int | None:
         return int((cgroup / "memory.max").read_text())
     except (OSError, ValueError):  # ValueError: max
         return None
-
-
-def _of_the_machine() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":") for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 def _control_groups(mount: Path, own: Path) -> list[Path]:

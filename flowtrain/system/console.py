@@ -1,7 +1,6 @@
 """What commands print: live bars on a terminal, plain lines elsewhere."""
 
 import time
-from types import TracebackType
 from typing import IO, cast
 
 from rich.console import Console
@@ -27,9 +26,7 @@ console = _Output(highlight=False, markup=False, soft_wrap=True)
 
 
 def outlive_the_terminal() -> None:
-    """From now on, printing where nobody reads is no error. The terminal may be closed, and with it
-    the other programs of a pipe.
-    """
+    """From now on, printing to a closed terminal or pipe is no error."""
     console.outlives_terminal = True
 
 
@@ -86,12 +83,7 @@ class ProgressBar:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def __call__(self, done: float, total: float, text: str = "") -> None:

@@ -1,14 +1,14 @@
-"""The functions of several processes that train or evaluate one model. With one process, every
-function here returns what it is given, or does nothing.
+"""Several processes that train or evaluate one model. With one process, every function here returns
+its argument, or does nothing.
 
-Processes talk in two ways. Tensors go through torch's process group (gloo on the CPU, nccl between
-GPUs). Plain data, and the news of a failure, go through the store by which the processes found each
-other (`torchrun.py`). So a failure is heard even if the others wait for something else, and nobody
-has to be fast: torch's own `all_gather_object` and `barrier` end by a time limit.
+Tensors go through torch's process group (gloo on the CPU, nccl between GPUs). Plain data, and
+failures, go through the store by which the processes found each other (`torchrun.py`), because
+torch's own `all_gather_object` and `barrier` end by a time limit, and notice no failure elsewhere.
 """
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -36,7 +36,7 @@ CHUNK_BYTES = 2**28  # sent at a time
 
 @dataclass
 class Group:
-    """The processes of a command, and the store of torchrun through which they found each other."""
+    """The processes of a command, and the store of torchrun by which they found each other."""
 
     store: dist.Store
     rank: int
@@ -55,12 +55,9 @@ class Group:
         return [f"{name}/{other}" for other in range(self.world)]
 
     def wait(self, keys: list[str]) -> None:
-        """Waits for these keys. It polls instead of letting the store wait, so that signals and the
-        failure of another process are noticed.
+        """Waits for these keys, polling, so that signals and failures are noticed.
 
-        Raises:
-            EndedElsewhere: if another process has failed.
-            RunError: if another process is lost.
+        Raises `EndedElsewhere` if another process has failed, `RunError` if one is lost.
         """
         pause = 0.001
         while not self.store.check(keys):
@@ -102,16 +99,14 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is the number of its GPU.
-
-    Raises:
-        UserError: if the environment does not say it.
+    """The number of this process on its machine, which is the number of its GPU. Raises `UserError`
+    if the environment lacks it.
     """
     return int(environment("LOCAL_RANK")) if group else 0
 
 
 def local_world() -> int:
-    """How many of the processes are on this machine, or 1 if the launcher does not say it."""
+    """Number of processes on this machine, or 1 if the launcher does not set it."""
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(value) if group and value.isdigit() else 1
 
@@ -131,11 +126,7 @@ def environment(name: str) -> str:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The values of all processes (plain data, sent as JSON), by rank. Waits for all.
-
-    Raises:
-        EndedElsewhere: if one has failed.
-    """
+    """The values of all processes (plain data, sent as JSON), by rank. Raises as `Group.wait`."""
     if group is None:
         return [value]
     group.gathered += 1
@@ -146,7 +137,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Waits until all processes are here. Raises `EndedElsewhere` if one has failed."""
+    """Waits until all processes are here. Raises as `Group.wait`."""
     all_gather_object(None)
 
 
@@ -158,10 +149,8 @@ def from_main(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Lets process 0 go first, then the first process of every other machine, then all others.
-
-    So a download, or filling a cache, is done once per disk, whether the machines share disks or
-    not.
+    """Lets process 0 go first, then the first process of every other machine, then all others. So a
+    download or a cache is made once per disk, whether the machines share disks or not.
     """
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
     for _ in range(turn):
@@ -175,11 +164,11 @@ def main_process_first() -> Iterator[None]:
 
 
 def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[float]]:
-    """Begins to sum numbers over all processes: those of a 1-dimensional tensor on the training
-    device, and those of the host.
+    """Begins to sum numbers over all processes: a 1-dimensional tensor on the training device, and
+    numbers of the host.
 
-    Neither the host nor the steps on the device wait for it. The function that is returned waits,
-    and gives the sums in this order, in float64, the same numbers everywhere.
+    Neither the host nor the steps on the device wait for it. The returned function waits, and gives
+    the sums in this order, in float64, the same everywhere.
     """
     if group is None:
         read = _read_later(on_device, None)
@@ -191,9 +180,8 @@ def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[fl
 
 
 def _read_later(values: Tensor, work: dist.Work | None) -> Callable[[], list[float]]:
-    """A function that gives the numbers of `values`, when `work` on them is done.
-
-    On a GPU, a stream of its own waits for the work, and copies them to pinned memory.
+    """A function that gives `values` after `work` on them. On a GPU, a stream of its own waits for
+    the work, and copies them to pinned memory.
     """
     if values.device.type != "cuda":
 
@@ -226,9 +214,7 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 
 
 def shard(count: int) -> range:
-    """Which of `count` things belong to this process. The parts are contiguous and as equal as
-    possible, and may be empty.
-    """
+    """The share of this process in `count` things: contiguous, as equal as possible."""
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
@@ -241,9 +227,8 @@ def gather(part: Tensor, count: int) -> Tensor:
     padded[:, : part.shape[1]] = part
     parts = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(parts, padded)
-    lengths = [
-        count * (other + 1) // world() - count * other // world() for other in range(world())
-    ]
+    ends = [count * other // world() for other in range(world() + 1)]
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
     return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
 
 
@@ -262,9 +247,7 @@ def bytes_from_main(function: Callable[[], bytes]) -> bytes:
 
 
 def copy_from_main(module: nn.Module) -> None:
-    """Gives all processes the weights and buffers of process 0, whatever the differences between
-    machines.
-    """
+    """Gives all processes the weights and buffers of process 0."""
     if group is not None:
         tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
         data = bytes_from_main(lambda: safetensors.torch.save(tensors))
@@ -272,9 +255,8 @@ def copy_from_main(module: nn.Module) -> None:
 
 
 def parallel(flow: nn.Module) -> nn.Module:
-    """`flow` for training: its backward pass averages the gradients of all processes.
-
-    All processes call this with the same weights.
+    """`flow` for training: its backward pass averages the gradients of all processes, which call
+    this with the same weights.
     """
     if group is None:
         return flow
@@ -292,8 +274,8 @@ def average(tensor: Tensor) -> None:
 
 
 def accumulating(flow: nn.Module, more: bool) -> contextlib.AbstractContextManager[None]:
-    """The context of one forward and backward pass of the result of `parallel`. If `more` passes
-    follow in the same step, the averaging waits for them.
+    """The context of a forward and backward pass of the result of `parallel`. The averaging waits
+    if `more` passes follow in this step.
     """
     if more and isinstance(flow, DistributedDataParallel):
         return flow.no_sync()

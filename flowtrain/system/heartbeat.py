@@ -1,8 +1,5 @@
-"""Heartbeats of processes, so that none waits for a lost one.
-
-A process that is killed or stopped, or whose machine is gone, sends no heartbeats. The others may
-wait for it in an operation that no exception reaches, such as a sum over all GPUs. So threads
-watch.
+"""Heartbeats of processes, so that none waits for a lost one: killed, stopped, or on a machine that
+is gone. Threads watch them, because no exception reaches an operation such as a sum over all GPUs.
 """
 
 import contextlib
@@ -26,9 +23,8 @@ class Heartbeat:
     machine is gone.
 
     Args:
-        store: One that nothing else waits with. A store does one thing at a time.
-        rank: The number of this process.
-        world: How many processes there are.
+        store: A connection of its own, because a store does one thing at a time.
+        rank: The number of this process among all `world`.
         lost: Called once, in a thread, with the numbers of the lost processes.
     """
 

@@ -31,8 +31,8 @@ class Found:
 def find() -> Found | None:
     """The NVIDIA GPUs of this process, or None.
 
-    GPUs hidden by CUDA_VISIBLE_DEVICES or by the container do not count: the user wants the CPU. A
-    container without `--gpus` has the driver in /proc, but no device files.
+    GPUs hidden by CUDA_VISIBLE_DEVICES or by the container do not count. A container without
+    `--gpus` has the driver in /proc, but no device files.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
@@ -54,10 +54,7 @@ def in_container() -> bool:
 
 
 def why_unusable(found: Found) -> str:
-    """Why torch cannot use these GPUs, and what helps, as two sentences.
-
-    To be called where `torch.cuda.is_available()` is false.
-    """
+    """Why torch cannot use these GPUs (`torch.cuda.is_available()` is false), and what helps."""
     gpus = f"{found.count} NVIDIA GPU{'s' * (found.count > 1)}"
     driver = f" with driver {found.driver}" if found.driver else ""
     if torch.version.cuda is None:

@@ -13,10 +13,8 @@ from flowtrain.errors import UserError
 
 
 def install_command(package: str) -> str:
-    """The command that installs a package for the Python that runs this process.
-
-    It names the package itself. An extra of flowtrain would need flowtrain on an index, or the
-    folder that it was installed from.
+    """The command that installs a package for the Python that runs this process. An extra of
+    flowtrain would need flowtrain on an index.
     """
     python = shlex.quote(sys.executable)
     if importlib.util.find_spec("pip") is None:  # uv makes environments without it
@@ -28,10 +26,8 @@ def install_command(package: str) -> str:
 
 
 def required(what: str, name: str, oldest: tuple[int, ...]) -> Any:
-    """The package `name`, for `what`, a key or a command.
-
-    Raises `UserError` where it is missing, or older than the version `oldest`. A folder of its name
-    is imported like a package, but has no version.
+    """The package `name`, for `what`, a key or a command. Raises `UserError` if it is missing, is a
+    mere folder of this name, or is older than the version `oldest`.
     """
     try:
         package = importlib.import_module(name)

@@ -1,8 +1,8 @@
 """Joins the processes that torchrun has started for one command, and ends them together.
 
-torchrun says in the environment how many processes there are and which one this is. If one of them
-fails, all end with its exit code, and only that process prints its message. A killed process stops
-sending heartbeats; the others detect it (`heartbeat.py`).
+torchrun sets the number of processes, and the number of this one, in the environment. If one fails,
+all end with its exit code, and only that process prints its message. A killed process stops sending
+heartbeats; the others detect it (`heartbeat.py`).
 """
 
 import contextlib
@@ -52,9 +52,8 @@ def launched() -> bool:
 def setup() -> Iterator[None]:
     """Joins the processes of torchrun for one command. With one process it does nothing.
 
-    The processes leave together, process 0 last. If one fails, all end with its exit code. The
-    failed one raises its own error and the others raise `EndedElsewhere`, so that the message is
-    printed once.
+    The processes leave together, process 0 last. If one fails, it raises its own error and the
+    others `EndedElsewhere`, so all end with its exit code, and the message is printed once.
 
     Raises:
         UserError: if the environment is incomplete.
@@ -90,7 +89,7 @@ def _join() -> Group:
     with _reaching_the_others():
         store, rank, world = next(rendezvous("env://"))
         meeting = _meeting(store, rank, world)
-        # A connection of its own, because the processes wait for each other with the first one.
+        # A second connection, because the processes wait for each other with the first one.
         own = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
@@ -115,7 +114,7 @@ def _reaching_the_others() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_output() -> Iterator[None]:
-    """Nothing reaches standard output. Gloo writes there in some versions of torch, such as 2.9."""
+    """Discards standard output, where Gloo writes in some versions of torch, such as 2.9."""
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
@@ -127,9 +126,8 @@ def _no_output() -> Iterator[None]:
 
 
 def connect(device: torch.device) -> None:
-    """Joins the processes for tensors on the CPU and on this device, which has been set.
-
-    A process that takes longer than `COLLECTIVE_SECONDS` for its part of an exchange is lost.
+    """Joins the processes for tensors on the CPU and on this device, which has been set. A process
+    that takes longer than `COLLECTIVE_SECONDS` for a collective is lost.
     """
     group = distributed.group
     if group is None or dist.is_initialized():
@@ -148,14 +146,11 @@ def connect(device: torch.device) -> None:
 
 
 def _meeting(store: dist.Store, rank: int, world: int) -> str:
-    """A name for these processes together, which no earlier ones had.
+    """A name for this group of processes, different from earlier ones.
 
-    torchrun's store outlives a restart of the processes, and so does what the last ones wrote, such
-    as their addresses. So each process brings a new word, and process 0 collects the words until
-    all have agreed to the same list.
-
-    Raises:
-        RunError: if some processes do not come.
+    torchrun's store, with all that the last processes wrote, outlives a restart of the processes.
+    So each process brings a new word, and process 0 collects the words until all have agreed to the
+    same list. Raises `RunError` if some processes do not come.
     """
     own = uuid.uuid4().hex
     store.set(f"word/{rank}", own)
@@ -203,7 +198,7 @@ def _end_without(group: Group, lost: list[int]) -> None:
     """Ends this process, because others send no heartbeats. It is called in a thread.
 
     The main thread raises the error if it waits for the store. It cannot if it waits in torch for a
-    tensor of a lost process, or if the store is lost.
+    lost process, or if the store is lost.
     """
     others = f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))}"
     group.lost = (
@@ -240,7 +235,7 @@ def _stop_heartbeat(group: Group) -> None:
 
 
 def _leave(group: Group) -> None:
-    """Returns when process 0 is done. On process 0, which may hold the store, it returns when all
+    """Returns when process 0 is done, and on process 0, which may hold the store, when all others
     have read that.
     """
     if group.rank == 0:
@@ -254,13 +249,11 @@ def _leave(group: Group) -> None:
 
 def _failed(group: Group, error: BaseException) -> BaseException:
     """The error to raise when `error` ends this process: the same, or `EndedElsewhere` if another
-    process failed first.
-
-    It returns when all have failed, or after a moment.
+    process failed first. It returns when all have failed, or after a moment.
     """
     failure = error
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
-    # The end of what runs on a GPU may be waited for in vain.
+    # Work on a GPU may never end.
     ending = (group, str(error), exit_code(error), ENDING_SECONDS)
     threading.Thread(target=_end_soon, args=ending, daemon=True).start()
     with contextlib.suppress(RuntimeError):  # The store may be lost with its process.
@@ -289,11 +282,11 @@ def _linger(group: Group, keys: list[str], seconds: float) -> None:
 
 
 def _hang_up(error: BaseException) -> None:
-    """Closes the connections of the process group, so that the processes that wait for a tensor of
-    this one notice its end.
+    """Closes the connections of the process group, so that processes that wait for a tensor of this
+    one notice its end.
 
-    The connections close when nothing refers to the group any more. DistributedDataParallel, in the
-    frames of the error, would.
+    They close once nothing refers to the group. DistributedDataParallel, in the frames of the
+    error, would.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, a_config, batch_of, npz, seeded, shared
+from helpers import a_config, batch_of, npz, seeded
 from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
@@ -47,9 +47,6 @@ def numbered(tmp_path):
 
 def ids(x):
     return x.flatten(1).min(dim=1).values.tolist()
-
-
-# --- the order ------------------------------------------------------------------------------------
 
 
 def test_every_image_once_an_epoch_by_seed(numbered):
@@ -148,9 +145,6 @@ def test_noise_of_a_part():
         assert torch.equal(part, whole[begins:ends])
 
 
-# --- in memory, or streamed -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", ["memory", "memory map", "parts"])
 def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
@@ -215,9 +209,6 @@ def test_reading_ahead_is_in_order_and_ends_when_closed():
         assert read.results.keys() == {36, 39, 42, 45}
 
 
-# --- augmentation ---------------------------------------------------------------------------------
-
-
 def test_flips():
     x = torch.randint(256, (400, 3, 4, 6), generator=seeded(1), dtype=torch.uint8)
     before = x.clone()
@@ -276,23 +267,7 @@ def test_only_training_images_are_augmented(numbered):
     assert not torch.equal(*by_image)
 
 
-# --- real images ----------------------------------------------------------------------------------
-
-
 def test_digits_are_the_default():
     data = data_set({})
     assert (data.shape, data.levels) == ((1, 8, 8), 17)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]
-
-
-@shared
-def test_real_images():
-    section = {"name": "mnist", "root": str(SHARED), "validation": 5000}
-    source = batches(section, batch_size=32)
-    assert len(source.source) == 55000 and source.resident.shape == (55000, 1, 28, 28)
-    (x,) = first(source, 1)
-    assert 20 < x.float().mean() < 50 and x.max() == 255
-    data = data_set({"name": "npz", "path": str(SHARED / "cifar10.npz"), "n_bits": 5})
-    assert (data.shape, data.levels) == ((3, 32, 32), 32)
-    x = data.split("test").take(slice(0, 500))
-    assert x.shape == (500, 3, 32, 32) and x.max() == 31 and 12 < x.float().mean() < 18

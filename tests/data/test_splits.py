@@ -9,7 +9,7 @@ import torch
 from helpers import SHARED, a_config, npz, shared
 
 from flowtrain import config as configuration
-from flowtrain.data.splits import DataSet, Split
+from flowtrain.data.splits import DataSet, Split, labels_for
 from flowtrain.datasets.base import hold_out
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
@@ -86,17 +86,12 @@ def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp
 
 @pytest.mark.run  # takes long
 @shared
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_the_splits_of_real_data_are_as_ever(name):
-    section = {"name": "mnist", "root": str(SHARED)}
-    if name == "cifar10":
-        section = {"name": "npz", "path": str(SHARED / "cifar10.npz")}
-    data = data_set(section)
+def test_the_splits_of_real_data_are_as_ever():
+    data = data_set({"name": "mnist", "root": str(SHARED)})
     split = data.split("validation")
     count = len(data.split("train")) + len(split)
-    validation = data.config.validation
-    assert np.array_equal(split.indices, hold_out(count, validation, data.config.split_seed)[1])
-    assert "duplicates" not in data.fingerprint
+    held = hold_out(count, data.config.validation, data.config.split_seed)[1]
+    assert np.array_equal(split.indices, held) and "duplicates" not in data.fingerprint
     assert data.equal_to_training(data.split("test")) == 0
 
 
@@ -165,6 +160,14 @@ def test_options_that_do_not_fit(tmp_path):
     data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=1))
     with pytest.raises(UserError, match="data.shift: 2"):
         data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=2))
+
+
+def test_labels_that_do_not_fit():
+    labels = torch.tensor([0, 2])
+    assert labels_for(3, labels, "x") is labels and len(labels_for(3, labels[:0], "x")) == 0
+    for wrong, message in ((None, "no labels"), (labels + 1, "1..3"), (labels - 1, "-1..1")):
+        with pytest.raises(UserError, match=f"model.classes: 3, but x has .*{message}"):
+            labels_for(3, wrong, "x")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from PIL import Image
 from flowtrain.datasets import base
 from flowtrain.errors import UserError
 
-# --- hold_out -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "n, held, count",
@@ -53,6 +51,7 @@ def test_equal_images_are_held_out_together():
     pairs = np.arange(20) // 2 * 2
     assert len(base.hold_out(20, 5, 0, pairs)[1]) == 4
     assert len(base.hold_out(20, 1, 0, pairs)[1]) == 2
+    assert base.hold_out(5, 1, 0, np.array([0, 0, 0, 3, 3]))[1].tolist() == [3, 4]  # the fewest
     most = np.array([0, 1, *[0] * 18])  # 19 of 20 are equal
     assert base.hold_out(20, 10, 0, most)[1].tolist() == [1]
     assert base.hold_out(5, 0, 0, np.zeros(5, int))[1].tolist() == []
@@ -70,9 +69,6 @@ def test_equal_images_are_found(monkeypatch, hashed):
     assert base.first_equal(base.digests(pixels, rows)).tolist() == [0, 1, 1]
     turned = np.asfortranarray(pixels)
     assert np.array_equal(base.digests(turned), base.digests(pixels))
-
-
-# --- image files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(20, 20), (40, 20), (41, 20), (20, 40), (20, 47)])

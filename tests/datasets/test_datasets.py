@@ -93,9 +93,6 @@ def test_digits(tmp_path):
     assert not np.array_equal(build("digits", tmp_path, "test", seed=1).rows(), rows[1617:])
 
 
-# --- the same images in every form ----------------------------------------------------------------
-
-
 @pytest.fixture
 def form(request, tmp_path, monkeypatch):
     """A data set of `FORMS`, as a function of the split and further options."""
@@ -223,9 +220,6 @@ def test_digests_that_cannot_be_stored(tmp_path, monkeypatch):
     assert np.array_equal(images.digests(), base.digests(PIXELS["train"]))
 
 
-# --- damaged and missing files --------------------------------------------------------------------
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -249,9 +243,7 @@ OFFICIAL = f"{TAR} is not the official file .*SHA-256"
 @pytest.mark.parametrize(
     "form, file, damage, message",
     [
-        ("npz", "a.npz", Path.unlink, "a.npz: there is no such file"),
-        ("npz", "a.npz", writing("hello"), "a.npz: is not an .npz or .npy file, or is cut short"),
-        ("npz", "a.npz", pipe, r"a.npz: cannot be opened \(.*not a regular file"),
+        ("npz", "a.npz", Path.unlink, "data.path: .*a.npz: there is no such file"),
         ("shards", "x_train-11.npy", cut, r"x_train-11.npy is damaged: it has \d+ bytes"),
         ("hub", "test", shutil.rmtree, "data.test_split: .*|data.path: .* cannot be loaded"),
         *[("hub", name, damage, "data.path: .* cannot be loaded")

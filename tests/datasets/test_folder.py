@@ -88,12 +88,12 @@ def test_policies(tmp_path, tree):
     build = functools.partial(images_of, tmp_path / "a", size=12, channels=1)
     assert check(build(resize="crop")).min() > 225
     assert check(build(resize="stretch")).min() == 0
-    with pytest.raises(UserError, match=r"1 of 1 .* not 12x12, the first train/a.png \(36x12\)"):
+    with pytest.raises(UserError, match=r"exact, but .*train/a.png: the image is 36x12 .* 12x12"):
         build(resize="exact").read()
     assert len(values(images_of(tree, size=12, resize="exact"))) == 18
     for name in ("004", "007"):
         draw(tree / f"{name}.png", (12, 13))
-    with pytest.raises(UserError, match=r"data.size: 2 of 20 .*first 004.png \(12x13\)"):
+    with pytest.raises(UserError, match=r"data.resize: exact, but .*004.png: the image is 12x13"):
         images_of(tree, size=12, resize="exact").read()
 
 
@@ -331,9 +331,6 @@ def test_progress(tree, monkeypatch, caplog, capsys):
     assert "decoding" in screen.getvalue()
     images_of(tree, size=5).read()
     assert "decoding 20 images" in caplog.text and capsys.readouterr() == ("", "")
-
-
-# --- the list of a large tree ---------------------------------------------------------------------
 
 
 def settle(tree):

@@ -47,7 +47,7 @@ def test_splits_sizes_and_policies(path):
         picture = Image.fromarray(PIXELS["train"][3].transpose(1, 2, 0))
         assert np.array_equal(images.read()[3], base.resize(picture, (1, side, side), resize))
     assert len(hub(path=path, resize="exact").read()) == 23
-    with pytest.raises(UserError, match="data.resize: exact, but an image .* 32x32 .*, not 9x9"):
+    with pytest.raises(UserError, match="data.resize: exact, but the image is 32x32 .*, not 9x9"):
         hub(path=path, size=9, resize="exact").read()
 
 

@@ -112,23 +112,14 @@ def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
         file.read("a", "U", (5,))
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_files_are_one_error(tmp_path, save):
-    path, values = tmp_path / "a.npz", np.random.default_rng(0).random(100)
-    save(path, a=values)
+def test_damaged_files_are_one_error(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.random.default_rng(0).random(100))
     good = path.read_bytes()
     for data in (b"", b"text", good[:-30], good[:100]):
         path.write_bytes(data)
         with pytest.raises(UserError, match="a.npz: is not an .npz or .npy file, or is cut short"):
             ArrayFile(path)
-    for place in range(0, 900, 7):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
-        try:
-            found = ArrayFile(path).read("a", "f", (100,))
-        except UserError as error:
-            assert str(path) in str(error)
-        else:  # a byte that means nothing
-            assert np.array_equal(found, values)
     with pytest.raises(UserError, match="there is no such file"):
         ArrayFile(tmp_path / "none.npz")
     os.mkfifo(tmp_path / "pipe.npz")

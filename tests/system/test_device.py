@@ -47,9 +47,6 @@ def machine(monkeypatch):
     return become
 
 
-# --- one process ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "there, name, expected",
     [
@@ -139,9 +136,6 @@ def test_gpus_that_stay_unused(machine, monkeypatch):
     monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 0, 8))
     devices.mention_unused("auto", torch.device("cuda:0"), [])
     assert len(lines) == 2
-
-
-# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -64,12 +64,27 @@ def parts(batch_size, accumulate=1):
     return sets(train__batch_size=batch_size, train__accumulate=accumulate)
 
 
-def together(count, *args, cwd=None, **options):
-    return [process.result() for process in begin(count, *args, cwd=cwd, **options)]
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every command is run in the folder of the test."""
+    monkeypatch.chdir(tmp_path)
 
 
-def all_ok(results):
+def single(*args, **options):
+    return quick(*args, cwd=Path.cwd(), **options)
+
+
+def several(count, *args, **options):
+    return begin(count, *args, cwd=Path.cwd(), **options)
+
+
+def together(count, *args, **options):
+    return [process.result() for process in several(count, *args, **options)]
+
+
+def all_ok(count, *args, **options):
     """All ended well, and only the first printed anything, which is returned."""
+    results = together(count, *args, **options)
     assert all(each.ok() for each in results)
     assert all(each.out + each.err == "" for each in results[1:]), results
     return results[0].out
@@ -107,9 +122,6 @@ def put_back(run, step=10):
     return run
 
 
-# --- the same as one process ----------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def alone():
     """One process, 32 images a step, in float64."""
@@ -125,13 +137,13 @@ def alone():
         (4, [*parts(8), *sets(data__max_in_memory=0, data__workers=1)]),
     ],
 )
-def test_the_same_losses_and_weights(count, options, alone, tmp_path):
+def test_the_same_losses_and_weights(count, options, alone):
     words = ["train", *ALL, *options, "--run-dir", "r"]
-    out = all_ok(together(count, *words, cwd=tmp_path, first=FLOAT64))
+    out = all_ok(count, *words, first=FLOAT64)
     assert f"on cpu, {count} processes" in out
-    assert_close_runs(alone, tmp_path / "r", 1e-9)
+    assert_close_runs(alone, Path("r"), 1e-9)
     assert losses(alone)[0] - losses(alone)[-1] > 0.02
-    assert checkpoint_format.read(last(tmp_path / "r")).meta["processes"] == count
+    assert checkpoint_format.read(last(Path("r"))).meta["processes"] == count
 
 
 @compiles
@@ -139,11 +151,11 @@ def test_the_same_losses_and_weights(count, options, alone, tmp_path):
 @pytest.mark.run
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("compile", ["layers", "step"])
-def test_the_same_compiled(compile, memory, alone, tmp_path):
+def test_the_same_compiled(compile, memory, alone):
     options = sets(train__compile=compile, train__memory=memory) + parts(8, 2)
-    out = all_ok(together(2, "train", *ALL, *options, "--run-dir", "r", cwd=tmp_path, first=TRACED))
+    out = all_ok(2, "train", *ALL, *options, "--run-dir", "r", first=TRACED)
     assert f"train.compile={compile}: ready after" in out
-    assert_close_runs(alone, tmp_path / "r", 1e-9)
+    assert_close_runs(alone, Path("r"), 1e-9)
 
 
 TRANSFORMER = sets(train__memory="checkpoint", train__precision="fp32")
@@ -165,7 +177,7 @@ TRANSFORMER = sets(train__memory="checkpoint", train__precision="fp32")
     ],
     ids=["variational muon", "causal", "tarflow", "jet", "float32"],
 )
-def test_the_same_of_other_models(words, first, tolerance, tmp_path):
+def test_the_same_of_other_models(words, first, tolerance):
     words = ["train", *STEPS, *words, *sets(train__num_steps=5)]
     if tolerance != 2e-5:
         words += sets(model__classes=10)
@@ -173,9 +185,9 @@ def test_the_same_of_other_models(words, first, tolerance, tmp_path):
         words += sets(dequantization__name="variational")
     elif first:
         words += sets(train__optimizer="adamw")
-    quick(*words, *parts(32), "--run-dir", "1", cwd=tmp_path, first=first).ok()
-    all_ok(together(2, *words, *parts(16), "--run-dir", "2", cwd=tmp_path, first=first))
-    assert_close_runs(tmp_path / "1", tmp_path / "2", tolerance)
+    single(*words, *parts(32), "--run-dir", "1", first=first).ok()
+    all_ok(2, *words, *parts(16), "--run-dir", "2", first=first)
+    assert_close_runs(Path("1"), Path("2"), tolerance)
 
 
 SAVING_ALL = """
@@ -199,9 +211,9 @@ training._loop, Batches.positions = saving, noting
 """
 
 
-def saved_by_all(folder, count):
+def saved_by_all(count):
     """Tensors before and after, and the images of all steps in order, from `SAVING_ALL`."""
-    files = [folder / f"process-{rank}.pt" for rank in range(count)]
+    files = [f"process-{rank}.pt" for rank in range(count)]
     saved = [torch.load(file, weights_only=False) for file in files]
     used = np.concatenate(
         [part for step in zip(*[s[2] for s in saved], strict=True) for part in step]
@@ -210,11 +222,11 @@ def saved_by_all(folder, count):
 
 
 @pytest.mark.run
-def test_every_process_has_the_same_weights_and_average_and_other_images(tmp_path):
+def test_every_process_has_the_same_weights_and_average_and_other_images():
     # 1455 images: an epoch is 7.3 steps
     options = ["train", *ALL, *parts(100), *sets(train__num_steps=14)]
-    all_ok(together(2, *options, "--run-dir", "r", cwd=tmp_path, first=SAVING_ALL))
-    saved, order = saved_by_all(tmp_path, 2)
+    all_ok(2, *options, "--run-dir", "r", first=SAVING_ALL)
+    saved, order = saved_by_all(2)
     for which in (0, 1):
         one, other = saved[0][which], saved[1][which]
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -222,28 +234,25 @@ def test_every_process_has_the_same_weights_and_average_and_other_images(tmp_pat
     assert len(order) == 2800 and sorted(order[:1455]) == list(range(1455))
     # The data-dependent initialization is that of one process with the whole batch.
     still = sets(train__num_steps=1, train__lr=1e-30)
-    quick("train", *ALL, *parts(200), *still, "--run-dir", "1", cwd=tmp_path).ok()
-    one = checkpoint_format.read(last(tmp_path / "1")).part("model")
+    single("train", *ALL, *parts(200), *still, "--run-dir", "1").ok()
+    one = checkpoint_format.read(last(Path("1"))).part("model")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, saved[0][0][f"model.{name}"], rtol=0, atol=1e-29)
 
 
-# --- resuming -------------------------------------------------------------------------------------
-
-
 @pytest.mark.run
-def test_20_steps_are_10_and_10(tmp_path):
+def test_20_steps_are_10_and_10():
     command = ["train", *ALL, *parts(16, 2), "--run-dir"]
-    all_ok(together(2, *command, "whole", cwd=tmp_path))
-    put_back(copy_of(tmp_path / "whole", tmp_path / "halves"))
-    assert "at step 10" in all_ok(together(2, *command, "halves", cwd=tmp_path))
-    assert_same_run(tmp_path / "whole", tmp_path / "halves")
-    assert left_overs(tmp_path / "halves") == []
+    all_ok(2, *command, "whole")
+    put_back(copy_of(Path("whole"), Path("halves")))
+    assert "at step 10" in all_ok(2, *command, "halves")
+    assert_same_run(Path("whole"), Path("halves"))
+    assert left_overs(Path("halves")) == []
 
 
-def resumed(count, *args, cwd, first=FLOAT64):
+def resumed(count, *args, first=FLOAT64):
     """What the first of the processes that go on with a run prints about it."""
-    out = all_ok(together(count, *args, "--run-dir", "r", cwd=cwd, first=first))
+    out = all_ok(count, *args, "--run-dir", "r", first=first)
     return out[out.index("going on from") :]
 
 
@@ -254,18 +263,18 @@ def saved_by(run):
 
 
 @pytest.mark.run
-def test_resumed_by_two_processes_and_by_one_again(alone, tmp_path):
-    run = put_back(copy_of(alone, tmp_path / "r"))
-    out = resumed(2, "train", *ALL, *parts(4, 4), cwd=tmp_path)
+def test_resumed_by_two_processes_and_by_one_again(alone):
+    run = put_back(copy_of(alone, Path("r")))
+    out = resumed(2, "train", *ALL, *parts(4, 4))
     same = "a step takes 32 images as before, the same ones in the same order"
     assert f"saved by 1 process of 32 x 1 images ({PARTS}), now 2 of 4 x 4: {same}" in out
     assert_close_runs(alone, run, 1e-9)
     assert saved_by(put_back(run, 15)) == (15, 2)
-    out = resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
+    out = resumed(1, "train", *ALL, *parts(32))
     assert f"saved by 2 processes of 4 x 4 images ({PARTS}), now 1 of 32 x 1: {same}" in out
     assert_close_runs(alone, run, 1e-9)
     put_back(run)
-    assert "saved by" not in resumed(1, "train", *ALL, *parts(32), cwd=tmp_path)
+    assert "saved by" not in resumed(1, "train", *ALL, *parts(32))
     # A checkpoint without the number of processes: there was one.
     saved = checkpoint_format.read(last(put_back(run)))
     known = ("format", "versions", "processes")
@@ -273,42 +282,42 @@ def test_resumed_by_two_processes_and_by_one_again(alone, tmp_path):
     last(run).unlink()
     checkpoint_format.write(last(run), old, saved.tensors)
     words = ["train", *ALL, *parts(16)]
-    quick(*words, "--run-dir", "r", cwd=tmp_path).failed(2, "train.batch_size", "has 32")
-    assert "saved by 1 process" in resumed(2, *words, cwd=tmp_path)
+    single(*words, "--run-dir", "r").failed(2, "train.batch_size", "has 32")
+    assert "saved by 1 process" in resumed(2, *words)
 
 
 @pytest.mark.run
-def test_resumed_with_more_images_a_step_and_with_fewer_again(alone, tmp_path):
+def test_resumed_with_more_images_a_step_and_with_fewer_again(alone):
     """The order goes on after the images that were used, as when the number of processes is all
     that is changed.
     """
-    run = put_back(copy_of(alone, tmp_path / "r"))
+    run = put_back(copy_of(alone, Path("r")))
     command = ["train", *ALL, *parts(32)]
-    out = resumed(2, *command, cwd=tmp_path, first=FLOAT64 + SAVING_ALL)
+    out = resumed(2, *command, first=FLOAT64 + SAVING_ALL)
     assert f"saved by 1 process of 32 x 1 images ({PARTS}), now 2 of 32 x 1: " in out
     assert "a step takes 64 images, not 32: another run from here on" in out
     assert "the order goes on after the 320 images already used" in out
     assert "the 10 steps left take 640 images, not 320" in out
     config = a_config(data={"name": "digits"})
     order = Batches(DataSet(config.data), config, 30 * 32, torch.device("cpu")).positions(10 * 32)
-    assert np.array_equal(order[: 10 * 64], saved_by_all(tmp_path, 2)[1])
+    assert np.array_equal(order[: 10 * 64], saved_by_all(2)[1])
     assert summary(run)["images"] == 10 * 32 + 10 * 64
     assert losses(run)[:12] == losses(alone)[:12] and losses(run)[13] != losses(alone)[13]
 
     assert saved_by(put_back(run, 15)) == (15, 2)
-    out = resumed(1, *command, cwd=tmp_path, first=FLOAT64 + SAVING_ALL)
+    out = resumed(1, *command, first=FLOAT64 + SAVING_ALL)
     assert "saved by 2 processes of 32 x 1 images" in out and "now 1 of 32 x 1" in out
     assert "a step takes 32 images, not 64: another run from here on" in out
     assert "the order goes on after the 640 images already used" in out
     assert "the 5 steps left take 160 images, not 320" in out
-    assert np.array_equal(order[5 * 64 : 5 * 64 + 5 * 32], saved_by_all(tmp_path, 1)[1])
+    assert np.array_equal(order[5 * 64 : 5 * 64 + 5 * 32], saved_by_all(1)[1])
     assert summary(run)["images"] == 10 * 32 + 5 * 64 + 5 * 32
 
     # Now 10 * 32 images are used up, and a step of 2 * 20 is neither the old one nor the same
     # configuration.
     words = ["train", *ALL, *parts(20), "--run-dir", put_back(run)]
     other = "train.batch_size: ", "has 32, this command 20"
-    all_failed(together(2, *words, cwd=tmp_path), 2, *other)
+    all_failed(together(2, *words), 2, *other)
 
 
 @pytest.mark.run
@@ -319,30 +328,30 @@ def test_resumed_with_more_images_a_step_and_with_fewer_again(alone, tmp_path):
         (32, ("a step takes 64 images, not 32", "follows the clock of train.budget as before")),
     ],
 )
-def test_what_a_budget_means_for_another_number_of_processes(size, fragments, alone, tmp_path):
+def test_what_a_budget_means_for_another_number_of_processes(size, fragments, alone):
     """It ends by the clock, here after one step, and so does the decay of the learning rate."""
     words = ["train", *ALL, *sets(train__num_steps="null", train__budget="1e-3s"), *parts(size)]
     words += ["--resume", alone / "checkpoints" / "step-00000010.safetensors", "--run-dir", "r"]
-    out = all_ok(together(2, *words, cwd=tmp_path, first=FLOAT64))
+    out = all_ok(2, *words, first=FLOAT64)
     assert all(each in out for each in fragments), out
 
 
 @pytest.mark.run
-def test_without_a_shared_file_system(tmp_path):
+def test_without_a_shared_file_system():
     """Process 1 has its data and nothing else, and gets nothing else."""
-    machines = [tmp_path / name for name in ("a", "b")]
+    machines = [Path(name).absolute() for name in ("a", "b")]
     for machine in machines:
         machine.mkdir()
     x = np.random.default_rng(0).integers(0, 256, (80, 8, 8), "u1")
     np.savez(machines[0] / "own.npz", x_train=x)
     shutil.copy(machines[0] / "own.npz", machines[1])
     options = [*ALL, *sets(data__name="npz", data__path="own.npz"), *parts(8), "--run-dir", "r"]
-    all_ok(together(2, "train", *options, cwds=machines))
+    all_ok(2, "train", *options, cwds=machines)
     put_back(machines[0] / "r")
-    assert "at step 10" in all_ok(together(2, "train", *options, cwds=machines))
+    assert "at step 10" in all_ok(2, "train", *options, cwds=machines)
     assert [path.name for path in machines[1].iterdir()] == ["own.npz"]
     evaluate = ["evaluate", "r", "--split", "train", "--set", "data.path=own.npz"]
-    assert "r/evaluate-train.json" in all_ok(together(2, *evaluate, cwds=machines))
+    assert "r/evaluate-train.json" in all_ok(2, *evaluate, cwds=machines)
     # Other images on one machine are noticed, and so are missing ones.
     put_back(machines[0] / "r")
     np.savez(machines[1] / "own.npz", x_train=255 - x)
@@ -352,59 +361,56 @@ def test_without_a_shared_file_system(tmp_path):
     all_failed(together(2, "train", *options, cwds=machines), 2, "own.npz")
 
 
-# --- what ends one ends all -----------------------------------------------------------------------
-
-
 @pytest.mark.run
-def test_an_error_is_printed_once(tmp_path):
+def test_an_error_is_printed_once():
     wrong = ["train", *ALL, *sets(train__lr=-1)]
-    all_failed(together(3, *wrong, cwd=tmp_path), 2, "train.lr", "got -1")
+    all_failed(together(3, *wrong), 2, "train.lr", "got -1")
     options = ["train", *ALL, "--run-dir", "r"]
-    (tmp_path / "r").mkdir()
-    with (tmp_path / "r" / ".lock").open("w") as file:
+    (Path("r")).mkdir()
+    with (Path("r") / ".lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         used = "--run-dir r", "in use by another process"
-        all_failed(together(2, *options, cwd=tmp_path), 2, *used)
+        all_failed(together(2, *options), 2, *used)
     env = torchrun_environment(2)[0]
     del env["MASTER_PORT"]
-    incomplete = Forked(["train", *ALL], cwd=tmp_path, **env).result()
+    incomplete = Forked(["train", *ALL], cwd=Path.cwd(), **env).result()
     incomplete.failed(2, "MASTER_PORT: is ''", "torchrun")
-    Forked(["train", "--dry-run"], cwd=tmp_path, WORLD_SIZE="1", RANK="0").result().ok()
-    first, second = together(2, "train", *ALL, "--dry-run", cwd=tmp_path)
+    Forked(["train", "--dry-run"], cwd=Path.cwd(), WORLD_SIZE="1", RANK="0").result().ok()
+    first, second = together(2, "train", *ALL, "--dry-run")
     assert "parameters: " in first.ok().out and second.ok().out == ""
 
 
 @pytest.mark.run
-def test_a_full_disk_ends_all(tmp_path):
+def test_a_full_disk_ends_all():
     """An error of the one that writes, while the other waits for its gradients."""
     words = ["train", *LONG, "--run-dir", "r"]
     limits = zip(torchrun_environment(2), (16_000, None), strict=True)
-    processes = [Forked(words, cwd=tmp_path, file_limit=limit, **env) for env, limit in limits]
+    processes = [Forked(words, cwd=Path.cwd(), file_limit=limit, **env) for env, limit in limits]
     all_failed([process.result() for process in processes], 1, "cannot be written", "is kept")
 
 
 @pytest.mark.run
-def test_steps_that_are_not_finite(tmp_path):
+def test_steps_that_are_not_finite():
     options = sets(train__lr=1e39, train__warmup_steps=0, train__max_non_finite=1)
-    results = together(2, "train", *ALL, *parts(16), *options, "--run-dir", "r", cwd=tmp_path)
+    results = together(2, "train", *ALL, *parts(16), *options, "--run-dir", "r")
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
     assert "back at step 0, with the learning rate times 0.5" in results[0].out
-    assert len(list((tmp_path / "r").glob("non-finite-*.json"))) == 2
-    assert checkpoint_format.read(last(tmp_path / "r")).meta["progress"]["non_finite"] == 2
+    assert len(list((Path("r")).glob("non-finite-*.json"))) == 2
+    assert checkpoint_format.read(last(Path("r"))).meta["progress"]["non_finite"] == 2
 
 
 @pytest.mark.run
 @pytest.mark.parametrize("rank, signum, code", [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
-def test_a_signal_to_one_stops_all(rank, signum, code, tmp_path):
-    processes = begin(2, "train", *LONG, "--run-dir", "r", cwd=tmp_path)
-    wait_for_step(tmp_path / "r", 3)
+def test_a_signal_to_one_stops_all(rank, signum, code):
+    processes = several(2, "train", *LONG, "--run-dir", "r")
+    wait_for_step(Path("r"), 3)
     os.kill(processes[rank].process.pid, signum)
     results = [process.result() for process in processes]
     assert [(each.code, each.err) for each in results] == [(code, "")] * 2, results
-    step = summary(tmp_path / "r")["step"]
-    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] == step >= 3
+    step = summary(Path("r"))["step"]
+    assert checkpoint_format.read(last(Path("r"))).meta["step"] == step >= 3
     assert f"stopped by {signum.name} at step {step}; saved" in results[0].out
-    assert results[1].out == "" and left_overs(tmp_path / "r") == []
+    assert results[1].out == "" and left_overs(Path("r")) == []
 
 
 def test_a_signal_waits_until_all_agree(monkeypatch, capfd):
@@ -426,11 +432,11 @@ heartbeat.INTERVAL_SECONDS, heartbeat.TIMEOUT_SECONDS, torchrun.GRACE_SECONDS = 
 @pytest.mark.parametrize(
     "victim, world, signum", [(1, 3, "SIGKILL"), (1, 3, "SIGSTOP"), (0, 2, "SIGSTOP")]
 )
-def test_the_death_of_one_ends_the_others(victim, world, signum, tmp_path):
+def test_the_death_of_one_ends_the_others(victim, world, signum):
     """The connections of a process that stands still stay open, but its heartbeats are missing."""
     first = SOON if signum == "SIGSTOP" else ""
-    processes = begin(world, "train", *LONG, "--run-dir", "r", cwd=tmp_path, first=first)
-    wait_for_step(tmp_path / "r", 12)
+    processes = several(world, "train", *LONG, "--run-dir", "r", first=first)
+    wait_for_step(Path("r"), 12)
     lost = processes.pop(victim).process
     os.kill(lost.pid, signal.Signals[signum])
     results = [process.result() for process in processes]
@@ -440,7 +446,7 @@ def test_the_death_of_one_ends_the_others(victim, world, signum, tmp_path):
         "SIGSTOP": [f"heard nothing of process {victim} for 3 s", "last.safetensors is the last"],
     }
     all_failed(results, 1, *messages[signum])
-    assert checkpoint_format.read(last(tmp_path / "r")).meta["step"] >= 10
+    assert checkpoint_format.read(last(Path("r"))).meta["step"] >= 10
 
 
 SLOW_SAMPLES = """
@@ -457,20 +463,20 @@ loop.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
 
 
 @pytest.mark.run
-def test_the_others_wait_for_process_0_as_long_as_it_takes(tmp_path):
+def test_the_others_wait_for_process_0_as_long_as_it_takes():
     """Its samples and checkpoints are no reason to believe that it is lost."""
     options = [*LONG, *sets(train__num_steps=2, train__sample_every=1)]
     words = ["train", *options, "--run-dir", "r"]
-    all_ok(together(2, *words, cwd=tmp_path, first=SLOW_SAMPLES))
+    all_ok(2, *words, first=SLOW_SAMPLES)
 
 
 @pytest.mark.run
-def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
+def test_torchrun_goes_on_after_the_death_of_one():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher += ["2", "--max-restarts", "1", "-m", "flowtrain"]
     options = ["train", *LONG, *sets(train__num_steps=100), "--run-dir", "r"]
-    process = start(*options, cwd=tmp_path, command=launcher)
-    wait_for_step(tmp_path / "r", 12)
+    process = start(*options, cwd=Path.cwd(), command=launcher)
+    wait_for_step(Path("r"), 12)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (victim,) = [
         pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -480,9 +486,9 @@ def test_torchrun_goes_on_after_the_death_of_one(tmp_path):
     assert done.code == 0 and "Traceback" not in done.err, done
     assert done.err.count("has lost another process of this run") == 1
     assert "going on from r/checkpoints/last.safetensors at step" in done.out
-    rows = metrics(tmp_path / "r")
+    rows = metrics(Path("r"))
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 101))
-    assert summary(tmp_path / "r")["finished"] and left_overs(tmp_path / "r") == []
+    assert summary(Path("r"))["finished"] and left_overs(Path("r")) == []
 
 
 FAST = """
@@ -493,64 +499,60 @@ time.perf_counter = lambda: clock() * (1 + 9 * int(os.environ["RANK"]))
 
 
 @pytest.mark.run
-def test_a_budget_ends_for_all_at_once(tmp_path):
+def test_a_budget_ends_for_all_at_once():
     options = sets(train__budget="1s", train__schedule="linear", train__warmup_steps=0)
     words = ["train", *LONG, *options, "--run-dir", "r"]
-    all_ok(together(2, *words, cwd=tmp_path, first=FAST))
-    after = summary(tmp_path / "r")
+    all_ok(2, *words, first=FAST)
+    after = summary(Path("r"))
     assert after["finished"] and 1 <= after["seconds"] < 4
-    rates = [row["lr"] for row in metrics(tmp_path / "r") if row["split"] == "train"]
+    rates = [row["lr"] for row in metrics(Path("r")) if row["split"] == "train"]
     assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 3
-    assert "nothing to do" in all_ok(together(2, *words, cwd=tmp_path))
+    assert "nothing to do" in all_ok(2, *words)
 
 
 def test_exit_codes():
-    errors = {2: [UserError(), EndedElsewhere(2), OSError()], 130: [KeyboardInterrupt()]}
-    errors |= {1: [RunError(), OSError(28, ""), ValueError()], 143: [SystemExit(143)]}
-    for code, each in errors.items():
-        assert [exit_code(error) for error in each] == [code] * len(each)
-
-
-# --- the other commands ---------------------------------------------------------------------------
+    errors = [UserError(), RunError(), EndedElsewhere(2), KeyboardInterrupt(), SystemExit(143)]
+    errors += [OSError(28, ""), OSError(), ValueError()]
+    assert [exit_code(error) for error in errors] == [2, 1, 2, 130, 143, 1, 2, 1]
 
 
 @pytest.mark.run
 @pytest.mark.parametrize("count, images", [(2, 101), (3, 2)])
-def test_evaluation_is_sharded(count, images, tmp_path):
+def test_evaluation_is_sharded(count, images):
     options = ["evaluate", trained()["glow"], "--num-images", images, "--draws", 2]
     options += ["--json", "-", "--batch-size", 20]
-    alone = quick(*options, "--scores", "1.csv", cwd=tmp_path).ok()
-    several = all_ok(together(count, *options, "--scores", "n.csv", cwd=tmp_path))
+    alone = single(*options, "--scores", "1.csv").ok()
+    several = all_ok(count, *options, "--scores", "n.csv")
     one, several = json.loads(alone.out), json.loads(several)
     assert one.keys() == several.keys() and several["num_images"] == images
     for key, value in one.items():
         close = pytest.approx(value, abs=1e-5, rel=1e-5) if isinstance(value, float) else value
         assert several[key] == close, key
-    scores = [np.loadtxt(tmp_path / name, delimiter=",", skiprows=1) for name in ("1.csv", "n.csv")]
+    scores = [np.loadtxt(name, delimiter=",", skiprows=1) for name in ("1.csv", "n.csv")]
     np.testing.assert_allclose(*scores, rtol=1e-5)
 
 
 @pytest.mark.run
-def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written(tmp_path):
+def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written():
     saved = checkpoint_format.read(last(trained()["glow"]))
     shifts = [name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift")]
     saved.tensors[shifts[0]][:] = torch.nan
     meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
-    checkpoint_format.write(tmp_path / "bad.safetensors", meta, saved.tensors)
+    checkpoint_format.write(Path("bad.safetensors"), meta, saved.tensors)
     options = ["evaluate", "bad.safetensors", "--num-images", 5, "--json", "r.json"]
-    all_failed(together(2, *options, cwd=tmp_path), 1, "5 of 5 images")
-    assert (tmp_path / "r.json").exists()
+    all_failed(together(2, *options), 1, "5 of 5 images")
+    assert (Path("r.json")).exists()
 
 
 @pytest.mark.run
-def test_the_first_process_samples_and_interpolates(tmp_path):
+def test_the_first_process_samples_and_interpolates():
     sample = ["sample", trained()["glow"], "--num-images", 4, "--out"]
-    all_ok(together(2, *sample, "s.npz", cwd=tmp_path))
+    all_ok(2, *sample, "s.npz")
     interpolate = ["interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png"]
-    all_ok(together(2, *interpolate, cwd=tmp_path))
-    quick(*sample, "1.npz", cwd=tmp_path).ok()
-    assert np.array_equal(*(np.load(tmp_path / name)["images"] for name in ("s.npz", "1.npz")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.npz", "i.png", "s.npz"]
+    all_ok(2, *interpolate)
+    single(*sample, "1.npz").ok()
+    assert np.array_equal(*(np.load(name)["images"] for name in ("s.npz", "1.npz")))
+    assert sorted(path.name for path in Path().iterdir()) == ["1.npz", "i.png", "s.npz"]
 
 
 def test_alone_nothing_is_shared():

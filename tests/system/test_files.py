@@ -198,9 +198,6 @@ def test_names_that_can_be_unpacked(monkeypatch):
         check_names(["plain.png"])
 
 
-# --- regular files alone --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def soon():
     """A test that waits fails."""

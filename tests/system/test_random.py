@@ -49,90 +49,41 @@ def test_known_answers(counter, key, expected):
         assert found == [words_of((i, draw, 0, 0), map(int, key)) for i in index]
 
 
-def of_cuda(monkeypatch, *arguments, **options):
-    """The numbers by the operations that a CUDA device computes, on the CPU."""
-    monkeypatch.setattr(random, "HOST_DRAWS", ())
-    return uniform(*arguments, **options)
+def by_hand(shape, seed, stream, first, draw):
+    """The upper 24 bits of the words of as many blocks as an image needs, for each image."""
+    entries = math.prod(shape[1:])
+    blocks = math.ceil(entries / 8)
+    key = np.random.SeedSequence([seed, int(stream)]).generate_state(2, np.uint64)
+    images = []
+    for image in range(first, first + shape[0]):
+        counters = range(image * blocks, (image + 1) * blocks)
+        words = [word for i in counters for word in words_of((i, draw, 0, 0), map(int, key))]
+        images.append([(word >> 8) / 2**24 for word in words[:entries]])
+    return torch.tensor(images).view(shape)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 4), (3, 1, 3, 3), (4, 2, 1, 1), (1, 1, 1, 1)])
 def test_every_device_has_the_same_numbers(shape, monkeypatch):
-    for first, draw in [(0, 0), (2**40, 3)]:
-        of_host = uniform(shape, 4, Stream.EVALUATION, first, draw)
-        assert torch.equal(of_cuda(monkeypatch, shape, 4, Stream.EVALUATION, first, draw), of_host)
-        for name in ("AT_A_TIME", "AT_A_TIME_ON_HOST"):
-            monkeypatch.setattr(random, name, 1)  # image by image
-        assert torch.equal(uniform(shape, 4, Stream.EVALUATION, first, draw), of_host)
-        assert torch.equal(of_cuda(monkeypatch, shape, 4, Stream.EVALUATION, first, draw), of_host)
-        monkeypatch.undo()
-
-
-def test_an_image_has_its_noise_in_every_batch():
+    for seed, stream, first, draw in [
+        (4, Stream.EVALUATION, 0, 0),
+        (2**62, Stream.ORDER, 2**40, 3),
+    ]:
+        arguments = shape, seed, stream, first, draw
+        expected = by_hand(*arguments)
+        for at_a_time in (2**17, 1):  # all, or image by image
+            monkeypatch.setattr(random, "AT_A_TIME", at_a_time)
+            monkeypatch.setattr(random, "AT_A_TIME_ON_HOST", at_a_time)
+            for host in (("cpu",), ()):  # numpy, or the operations of a CUDA device
+                monkeypatch.setattr(random, "HOST_DRAWS", host)
+                assert torch.equal(uniform(*arguments), expected)
     assert uniform((0, 3, 5, 5), 1, Stream.DEQUANTIZATION).shape == (0, 3, 5, 5)
-    whole = uniform((20, 3, 5, 5), 1, Stream.DEQUANTIZATION, first=100)
-    for begins, ends in [(0, 1), (0, 7), (7, 20)]:
-        part = uniform((ends - begins, 3, 5, 5), 1, Stream.DEQUANTIZATION, first=100 + begins)
-        assert torch.equal(part, whole[begins:ends])
 
 
-def test_each_key_has_other_numbers():
-    shape = (50, 3, 8, 8)
-    drawn = [uniform(shape, seed, Stream.EVALUATION) for seed in (0, 1, 2**62)]
-    drawn += [uniform(shape, 0, Stream.DEQUANTIZATION)]
-    drawn += [uniform(shape, 0, Stream.EVALUATION, **key) for key in ({"draw": 1}, {"first": 50})]
-    flat = torch.stack(drawn).flatten(1).double()
-    correlations = torch.corrcoef(flat) - torch.eye(len(drawn))
-    assert correlations.abs().max() < 5 / math.sqrt(flat.shape[1])
-
-
-# --- quality --------------------------------------------------------------------------------------
-# Seeds are fixed, so these tests never fail by chance. A test passes where a statistic is within
-# five standard deviations of what independent uniform numbers have.
-
-
-def a_million():
-    return uniform((340, 3, 32, 32), 0, Stream.DEQUANTIZATION)
-
-
-def test_numbers_are_multiples_of_2_to_the_minus_24_in_0_to_1():
-    numbers = a_million()
-    assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
-    assert numbers.double().max() <= 1 - 2.0**-24
-    scaled = numbers.double() * 2**24
-    assert torch.equal(scaled, scaled.round())
-    odd = scaled % 2  # the last bit
-    assert abs(odd.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(numbers.numel())
-
-
-def test_all_bins_are_equally_full():
-    numbers, bins = a_million(), 1024
-    expected = numbers.numel() / bins
-    chi_squared = ((numbers.histc(bins, 0, 1) - expected).square() / expected).sum().item()
-    assert abs(chi_squared - (bins - 1)) < 5 * math.sqrt(2 * (bins - 1))
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_neighbours_are_independent(axis):
-    """Pairs of numbers, in images that follow each other and in each direction of an image, fill
-    32 x 32 cells equally.
-    """
-    numbers = a_million().movedim(axis, 0)
-    pairs = 32 * (32 * numbers[:-1]).floor() + (32 * numbers[1:]).floor()
-    expected = pairs.numel() / 1024
-    chi_squared = ((pairs.histc(1024, 0, 1023) - expected).square() / expected).sum().item()
-    # Pairs that overlap are not independent. That changes the variance of the statistic little.
-    assert abs(chi_squared - 1023) < 6 * math.sqrt(2 * 1023)
-
-
-def test_entries_of_a_block_and_images_are_uncorrelated():
-    numbers = uniform((20_000, 1, 4, 4), 3, Stream.EVALUATION).flatten(1).double()
-    apart = torch.corrcoef(numbers.T) - torch.eye(16)
-    assert apart.abs().max() < 5 / math.sqrt(len(numbers))
-    of_images = torch.corrcoef(uniform((64, 3, 64, 64), 3, Stream.EVALUATION).flatten(1).double())
-    assert (of_images - torch.eye(64)).abs().max() < 5 / math.sqrt(3 * 64 * 64)
-
-
-# --- on a device ----------------------------------------------------------------------------------
+def test_generators_of_different_keys():
+    keys = [(0, Stream.ORDER), (1, Stream.ORDER), (0, Stream.LABELS), (0, Stream.ORDER, 1)]
+    drawn = [torch.rand(4, generator=random.generator(*key)) for key in (*keys, keys[0])]
+    assert torch.equal(drawn[0], drawn[-1])
+    assert len(set(map(tuple, torch.stack(drawn).tolist()))) == len(keys)
 
 
 def test_no_value_is_read_from_the_device():
