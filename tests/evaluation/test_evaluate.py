@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, npz, tiny_flow
+from helpers import a_config, images, npz, perturb, tiny_flow
 
 from flowtrain.bijections import Bijection
 from flowtrain.checkpoints.format import Checkpoint
@@ -176,16 +176,27 @@ def test_images_that_are_not_finite_are_counted_and_named(tmp_path, value, draws
     assert not math.isfinite(mean_loss(flow, Split(pixels, np.arange(30), 0)))
 
 
-def test_no_accuracy_of_numbers_that_are_not_finite(tmp_path):
+def test_the_accuracy_is_that_of_the_most_probable_class(tmp_path):
     flow = tiny_flow("glow", classes=3)
+    perturb(flow.class_prior, 0.5)
+    np.savez(tmp_path / "a.npz", x_train=images(90, (4, 4, 1)), y_train=np.arange(90) % 3)
+    section = {"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0}
+    config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data=section)
+    model, data = loaded(flow, config), DataSet(config.data)
+    result, scores = evaluate(model, data, "train", draws=2)
+    labels = data.split("train").labels
+    predicted = scores.log_prob_by_class.argmax(dim=0)
+    accuracy = (predicted == labels).double().mean().item()
+    assert 0.1 < accuracy < 0.9 and result.accuracy == accuracy and result.classes == 3
+    error = math.sqrt(accuracy * (1 - accuracy) / len(labels))
+    assert result.accuracy_stderr == pytest.approx(error)
+    given = scores.log_prob_by_class[labels, range(len(labels))].mean().item()
+    assert result.loss_given_class == pytest.approx(-given / (16 * math.log(2)))
+    rows = [row["predicted_class"] for row in rows_of(scores, flow)]
+    assert rows == [str(label) for label in predicted.tolist()]
     with torch.no_grad():
         flow.class_prior.mean[1] = math.nan
-    np.savez(tmp_path / "a.npz", x_train=images(9, (4, 4, 1)), y_train=np.arange(9) % 3)
-    config = a_config(
-        {"name": "glow", "classes": 3, **TINY["glow"]},
-        data={"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0},
-    )
-    result, scores = evaluate(loaded(flow, config), DataSet(config.data), "train")
+    result, scores = evaluate(model, data, "train")
     assert result.non_finite_images == result.num_images
     assert result.accuracy is result.accuracy_stderr is result.loss_given_class is None
     assert {row["predicted_class"] for row in rows_of(scores, flow)} == {""}

@@ -81,8 +81,6 @@ def test_wrong_input_is_refused(levels, shape, value, dtype, message):
             method(torch.full(shape, value, dtype=dtype))
 
 
-# ---------------------------------------------------------------- latents and samples
-
 OF_COLOURS = {"shape": (3, 8, 4), "initialization": "whitening", "scale": 0.05}
 OF_8X8 = {"shape": (1, 8, 8), "scale": 0.1}
 
@@ -166,9 +164,6 @@ def test_a_flow_is_described_in_five_lines(model):
     assert f"{sum(p.numel() for p in flow.parameters()):,}" in lines[3]
 
 
-# ---------------------------------------------------------------- initialization
-
-
 @pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])  # with ActNorm
 def test_initialize_sets_each_layer_from_its_own_input(model):
     flow = tiny_flow(model, **({"initialization": "whitening"} if model == "glow" else {}))
@@ -200,9 +195,6 @@ def test_an_uninitialized_model_raises(model):
     for use, argument in ((flow.log_prob, x), (flow.encode, x), (flow.decode, z), (flow.sample, 1)):
         with pytest.raises(RuntimeError, match="not initialized"):
             use(argument)
-
-
-# ---------------------------------------------------------------- it is a distribution
 
 
 def every_image(flow):

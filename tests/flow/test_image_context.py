@@ -21,9 +21,6 @@ def conditional(model="glow", kind="downsample", factor=2, shape=SHAPE, q=256, *
     return tiny_flow(model, shape, q, context=kind, context_factor=factor, **options).eval()
 
 
-# --- the context ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("factor", [2, 4])
 def test_a_small_image_is_the_rounded_mean_of_patches(factor):
     context = ImageContext("downsample", factor, (2, 4, 8), 256)
@@ -63,30 +60,30 @@ def test_at_each_resolution_all_of_a_context_is_there(size):
     assert torch.equal(by_place[0].amin(dim=(0, 2)), rows.float())
 
 
+GREY, QUARTER = {"context": "grey"}, {"context": "downsample", "context_factor": 4}
+
+
 @pytest.mark.parametrize(
-    "model, shape, levels, said",
+    "name, options, shape, levels, said",
     [
-        ({"context": "grey"}, (1, 8, 8), 256, "model.context: grey needs images with 3 channels"),
+        ("glow", GREY, (1, 8, 8), 256, "model.context: grey needs images with 3 channels"),
         (
-            *({"context": "downsample", "context_factor": 4}, (3, 8, 6), 256),
-            "model.context_factor: 4 divides not both sides of images of 8x6 pixels",
+            "glow",
+            QUARTER,
+            (3, 8, 6),
+            256,
+            "context_factor: 4 divides not both sides of images of",
         ),
-        ({"context": "grey", "classes": 3}, SHAPE, 256, "model.context: grey, and model.classes"),
-        ({"context": "grey"}, (2, 1, 1), None, "model.context: grey is of images"),
-        ({"name": "nice", "context": "grey"}, SHAPE, 256, "for causal, glow, realnvp"),
-        (
-            *({"name": "causal", "token": 4, "context": "grey"}, (3, 8, 6), 256),
-            "model.token: 4, but with model.context both sides of an image must be multiples",
-        ),
+        ("glow", {**GREY, "classes": 3}, SHAPE, 256, "model.context: grey, and model.classes"),
+        ("glow", GREY, (2, 1, 1), None, "model.context: grey is of images"),
+        ("nice", GREY, SHAPE, 256, "for causal, glow, realnvp"),
+        ("causal", {**GREY, "token": 4}, (3, 8, 6), 256, "4, but with model.context both sides of"),
     ],
 )
-def test_what_has_no_context_is_refused(model, shape, levels, said):
-    options = {"levels": 1, **model} if model.get("name", "glow") == "glow" else model
+def test_what_has_no_context_is_refused(name, options, shape, levels, said):
+    options = {"levels": 1, **options} if name == "glow" else options
     with pytest.raises(UserError, match=said):
-        build_flow(a_config({"name": "glow", **options}), shape, levels)
-
-
-# --- likelihoods ----------------------------------------------------------------------------------
+        build_flow(a_config({"name": name, **options}), shape, levels)
 
 
 @pytest.mark.parametrize("kind, shape, q", [("grey", (3, 1, 2), 3), ("downsample", (1, 2, 2), 4)])
@@ -113,6 +110,7 @@ def test_an_image_is_scored_and_comes_back_given_its_own_context(model, kind, fa
     other = flow.log_prob(x, seeded(), context=context.flip(0))
     assert (other - own).abs().min() > 1e-4
     z = flow.encode(x)
+    assert f"256 levels, given {flow.image_context.words}" in repr(flow)
     assert torch.equal(flow.decode(z, context=context), x)
     assert not torch.equal(flow.decode(z, context=context.flip(0)), x)
 
@@ -152,9 +150,6 @@ def test_a_causal_network_sees_the_context_on_all_sides():
     assert seen.all(), "two convolutions of 3x3"
 
 
-# --- samples --------------------------------------------------------------------------------------
-
-
 @every_model
 @pytest.mark.run  # takes long
 def test_samples_are_of_their_context(model):
@@ -192,12 +187,5 @@ def test_another_context_is_refused(context, said):
 
 
 def test_a_model_of_images_by_themselves_takes_no_context():
-    flow = tiny_flow("glow", SHAPE)
-    assert flow.context_of(images(2, SHAPE)) is None
     with pytest.raises(ValueError, match="of images by themselves"):
-        flow.sample(2, context=images(2, (3, 4, 4)))
-
-
-def test_the_given_part_is_in_the_description():
-    assert "256 levels, given the image at 4x4 pixels" in repr(conditional())
-    assert "256 levels, given the grey image" in repr(conditional(kind="grey"))
+        tiny_flow("glow", SHAPE).sample(2, context=images(2, (3, 4, 4)))

@@ -6,13 +6,7 @@ from catalogue import TINY
 from helpers import images, seeded, tiny_flow
 
 from flowtrain.flow import passes
-from flowtrain.flow.passes import (
-    ALIVE,
-    LARGEST_BATCH,
-    fitting_batch_size,
-    largest_activation,
-    sampling_batch_size,
-)
+from flowtrain.flow.passes import fitting_batch_size, largest_activation, sampling_batch_size
 from flowtrain.system import capacity
 
 CPU = torch.device("cpu")
@@ -23,13 +17,13 @@ def test_the_batch_is_chosen_by_memory(monkeypatch):
     it does not matter what else runs.
     """
     glow = tiny_flow("glow")
-    of_an_image = ALIVE * largest_activation(glow)
-    assert fitting_batch_size(glow) == LARGEST_BATCH
+    of_an_image = passes.ALIVE * largest_activation(glow)
+    assert fitting_batch_size(glow) == passes.LARGEST_BATCH
     sizes = []
     for free in (0, 2 * of_an_image, 31 * of_an_image, 2**40):
         monkeypatch.setattr(capacity, "available", lambda device, free=free: free)
         sizes.append(sampling_batch_size(glow))
-    assert sizes == [1, 1, 8, LARGEST_BATCH]
+    assert sizes == [1, 1, 8, passes.LARGEST_BATCH]
     sizes.clear()
     for budget in (1, 4 * of_an_image, 8 * of_an_image - 1, 2**19):
         monkeypatch.setattr(passes, "ENOUGH_FOR_A_CPU", budget)
@@ -41,10 +35,10 @@ def test_the_batch_is_chosen_by_memory(monkeypatch):
 
 def test_a_sequential_inverse_takes_more_at_a_time_on_a_cpu(monkeypatch):
     flow = tiny_flow("maf")
-    of_an_image = ALIVE * largest_activation(flow)
+    of_an_image = passes.ALIVE * largest_activation(flow)
     monkeypatch.setattr(capacity, "available", lambda device: 2**40)
     monkeypatch.setattr(passes, "ENOUGH_FOR_A_CPU", 2 * of_an_image)
-    assert sampling_batch_size(flow) == LARGEST_BATCH
+    assert sampling_batch_size(flow) == passes.LARGEST_BATCH
     monkeypatch.setattr(capacity, "total", lambda: 4 * 16 * of_an_image)
     assert sampling_batch_size(flow) == 16
     monkeypatch.setattr(capacity, "available", lambda device: 2 * 8 * of_an_image)
@@ -63,6 +57,6 @@ def test_the_estimate_is_that_of_both_directions(model):
     def bytes_of_an_image(run):
         return (capacity.peak(lambda: run(64), CPU) - capacity.peak(lambda: run(32), CPU)) / 32
 
-    estimate = 1.5 * ALIVE * largest_activation(flow)
+    estimate = 1.5 * passes.ALIVE * largest_activation(flow)
     assert 0 < bytes_of_an_image(lambda n: flow.decode(z[:n])) < estimate
     assert 0 < bytes_of_an_image(lambda n: flow(x[:n], torch.rand(n, *flow.shape))) < 1.1 * estimate

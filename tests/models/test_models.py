@@ -14,15 +14,8 @@ import yaml
 from catalogue import TINY
 from helpers import a_config, images, perturb, seeded, tiny_flow
 
+from flowtrain import bijections as b
 from flowtrain import config as configuration
-from flowtrain.bijections import (
-    CheckerboardCoupling,
-    Continuous,
-    Coupling,
-    MaskedAutoregressive,
-    Planar,
-    TokenAutoregressive,
-)
 from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
@@ -35,10 +28,8 @@ from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
 # The layers that learn, apart from ActNorm and matrices.
-LEARNED = (
-    *(CheckerboardCoupling, Continuous, Coupling),
-    *(MaskedAutoregressive, Planar, TokenAutoregressive),
-)
+LEARNED = (b.CheckerboardCoupling, b.Continuous, b.Coupling)
+LEARNED += (b.MaskedAutoregressive, b.Planar, b.TokenAutoregressive)
 CNF = pytest.param("cnf", marks=pytest.mark.run)  # takes long
 
 
@@ -57,9 +48,6 @@ def test_every_elementwise_transform_can_be_chosen():
 def test_a_model_names_its_paper_and_the_differences(name):
     text = inspect.getmodule(configuration.component(configuration.Model, name).build).__doc__
     assert "arXiv" in text and "differences" in text
-
-
-# ---------------------------------------------------------------- size
 
 
 PLAIN = {"mixing": "none", "bounded": False}
@@ -82,9 +70,6 @@ OF_IMAGENET64 = {"patch": 2, "width": 768, "blocks": 8, "layers": 8, **PLAIN}
 def test_the_size_is_that_of_the_paper(build, shape, options, expected):
     with torch.device("meta"):
         assert sum(p.numel() for p in build(shape, **options).parameters()) == expected
-
-
-# ---------------------------------------------------------------- geometry
 
 
 @pytest.mark.parametrize(
@@ -154,9 +139,6 @@ def test_glow_learns_at_a_single_pixel_too(split):
     assert [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-# ---------------------------------------------------------------- the start
-
-
 # A causal model maps data to normal numbers.
 @pytest.mark.parametrize("name", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])
 def test_layers_start_as_the_identity(name):
@@ -207,8 +189,6 @@ def test_realnvp_of_vectors_may_have_no_hidden_layers():
     initialize(flow, x, torch.zeros_like(x))
     torch.testing.assert_close(flow.decode(flow.encode(x)), x)
 
-
-# ---------------------------------------------------------------- golden losses
 
 # {(model, transform, options): bits/dim of five steps}, on fixed images, noise, weights and rates.
 # Options change the layers, of which one step is enough.

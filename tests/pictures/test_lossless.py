@@ -10,14 +10,8 @@ import torch
 from helpers import images
 from PIL import Image
 
-from flowtrain.pictures.lossless import (
-    coders,
-    complexity,
-    compressed_bytes,
-    decoded,
-    encoded,
-    formats,
-)
+from flowtrain.pictures import lossless
+from flowtrain.pictures.lossless import complexity, decoded, encoded, formats
 
 WEBP = {"format": "WEBP", "lossless": True, "quality": 100, "method": 2, "exact": True}
 
@@ -36,7 +30,7 @@ def test_complexity_is_the_shorter_code(shape, monkeypatch):
     assert complexity(pixels).tolist() == expected.min(axis=1).tolist()
     assert expected[3].min() < 0.25 * expected[0].min()
     monkeypatch.delitem(Image.SAVE, "WEBP")
-    assert coders() == ["PNG"] and complexity(pixels).tolist() == expected[:, 0].tolist()
+    assert lossless.coders() == ["PNG"] and complexity(pixels).tolist() == expected[:, 0].tolist()
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -63,4 +57,4 @@ def test_the_constant_bytes_of_a_png_are_counted():
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         content += length if kind == b"IDAT" else 0
         at += length + 12
-    assert compressed_bytes(image, "PNG") == content
+    assert lossless.compressed_bytes(image, "PNG") == content
