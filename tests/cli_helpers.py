@@ -1,10 +1,8 @@
-"""flowtrain run as its users run it: every command is a process of its own, started in a folder of
-the test's choice.
+"""Commands of flowtrain, each a process of its own, in a folder of the test's choice.
 
-`flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` do the
-same in a process that is forked from one in which torch and flowtrain are imported already: a
-hundredth of the time, for the long tables. Both kinds have their own exit code, output files and
-signals.
+`flowtrain(...)` and `start(...)` are `python -m flowtrain`. `quick(...)` and `Forked(...)` fork a
+process that has imported torch and flowtrain: a hundredth of the time. Both have their own exit
+code, output files and signals.
 """
 
 import atexit
@@ -63,14 +61,10 @@ class Result:
 
 def environment(**extra: str) -> dict[str, str]:
     """Plain output, no network."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("FLOWTRAIN", "FORCE_COLOR", "TTY_"))
-    }
-    nowhere = dict.fromkeys(
-        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
-    )
+    left_out = ("FLOWTRAIN", "FORCE_COLOR", "TTY_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
+    proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    nowhere = dict.fromkeys(proxies, "http://127.0.0.1:9")
     plain = {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
     return {**kept, **plain, **nowhere, "FLOWTRAIN_CACHE": str(FOLDER / "cache"), **extra}
 
@@ -78,14 +72,12 @@ def environment(**extra: str) -> dict[str, str]:
 # --- as a user does -------------------------------------------------------------------------------
 
 
-def start(
-    *args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str
-) -> subprocess.Popen:
-    pipe = subprocess.PIPE
-    words = [*command, *map(str, args)]
-    process = subprocess.Popen(
-        words, cwd=cwd, env=environment(**env), stdout=pipe, stderr=pipe, text=True
+def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str):
+    words, pipes = (
+        [*command, *map(str, args)],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
     )
+    process = subprocess.Popen(words, cwd=cwd, env=environment(**env), text=True, **pipes)
     atexit.register(process.kill)  # of a test that failed
     return process
 
@@ -144,11 +136,8 @@ def torchrun_environment(count: int) -> list[dict[str, str]]:
 
 def begin(count, *args, cwd, cwds=None, **options) -> list[Forked]:
     """`count` processes of one command, with torchrun's environment and without torchrun."""
-    envs = torchrun_environment(count)
-    return [
-        Forked(args, (cwds or [cwd] * count)[rank], **options, **env)
-        for rank, env in enumerate(envs)
-    ]
+    places = zip(cwds or [cwd] * count, torchrun_environment(count), strict=True)
+    return [Forked(args, folder, **options, **env) for folder, env in places]
 
 
 @functools.cache
@@ -189,11 +178,10 @@ def last(run: Path) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: weights, their average, the optimizer's state, and what was logged."""
+    """Bit for bit: weights, their average, the optimizer's state, and the metrics."""
     a, b = checkpoint_format.read(last(one)), checkpoint_format.read(last(other))
-    assert a.tensors.keys() == b.tensors.keys() and any(
-        name.startswith("optimizer.") for name in a.tensors
-    )
+    assert a.tensors.keys() == b.tensors.keys()
+    assert any(name.startswith("optimizer.") for name in a.tensors)
     assert [name for name in a.tensors if not torch.equal(a.tensors[name], b.tensors[name])] == []
     assert {**a.meta["progress"], "seconds": 0} == {**b.meta["progress"], "seconds": 0}
     assert metrics(one, timeless=True) == metrics(other, timeless=True)
@@ -235,11 +223,9 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 def wait_for_step(run: Path, step: int) -> None:
     """Returns once a run in the background has logged so many steps."""
+    file = run / "metrics.jsonl"
     with within(60, f"step {step} of {run}") as expired:
-        while (
-            not (run / "metrics.jsonl").exists()
-            or (run / "metrics.jsonl").read_text().count('"train"') < step
-        ):
+        while not file.exists() or file.read_text().count('"train"') < step:
             expired()
 
 
@@ -258,9 +244,7 @@ def report_of(program: Path, *words) -> dict:
 
 @functools.cache
 def trained() -> dict[str, Path]:
-    """Finished runs of each model on the digits; not to be written to. The first worker makes
-    them.
-    """
+    """Finished runs of each model on the digits, by the first worker; not to be written to."""
     with (SESSION / "lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         if not (SESSION / "glow").exists():

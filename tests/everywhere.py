@@ -1,5 +1,5 @@
 """`make test-everywhere`: the fast tests as on other processors, with other versions, and in random
-order. A virtual environment of other versions is made where there is none.
+order. Virtual environments of other versions are made if they are not there.
 """
 
 import argparse

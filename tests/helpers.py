@@ -1,6 +1,4 @@
-"""What several test files share: tiny flows with every parameter moved off its start, and tiny
-files of data.
-"""
+"""Tiny flows with every parameter moved off its start, and tiny files of data."""
 
 from pathlib import Path
 
@@ -24,8 +22,8 @@ compiles = pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch is too 
 
 
 def batch_of(batches, step, images=None):
-    """The images and labels of a step, before which `images` were used up: by default, those of as
-    many steps like this one.
+    """The images and labels of a step, before which `images` were used: by default, by as many
+    steps like this one.
     """
     images = step * batches.all_processes if images is None else images
     return batches.at(Progress(step=step, images=images))
@@ -37,9 +35,7 @@ def seeded(seed=0):
 
 @torch.no_grad()
 def perturb(module, scale=0.2, seed=0):
-    """Moves every parameter: a coupling that starts as the identity would pass any test
-    unperturbed.
-    """
+    """Moves every parameter: a coupling that starts as the identity would pass any test."""
     generator = seeded(seed)
     for parameter in module.parameters():
         parameter += scale * torch.randn(parameter.shape, generator=generator)
@@ -95,9 +91,7 @@ def tiny_flow(
     scale=0.2,
     **options,
 ):
-    """A tiny flow for images of q levels: all parameters moved, then initialized on random
-    images.
-    """
+    """A tiny flow for images of q levels: parameters moved, then initialized on random images."""
     named = {"name": model, **TINY[model], **options}
     config = a_config(named, dequantization={"transform": transform, "alpha": alpha}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
@@ -109,20 +103,13 @@ def tiny_flow(
 def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):
     """Saves random images (NHWC), and gives the `data` section that reads them."""
     rng = np.random.default_rng(seed)
-    np.savez(
-        path,
-        **{
-            f"x_{k}": rng.integers(0, 256, (n, *shape), "u1")
-            for k, n in (("train", train), ("test", test))
-        },
-    )
+    counts = {"x_train": train, "x_test": test}
+    np.savez(path, **{k: rng.integers(0, 256, (n, *shape), "u1") for k, n in counts.items()})
     return {"name": "npz", "path": str(path), **options}
 
 
 def assert_an_image_scores_alone(flow):
-    """Neither the size of the batch nor the values of an image's batch mates change its
-    log-likelihood.
-    """
+    """Neither batch size nor batch mates change the log-likelihood of an image."""
     x = images(33, flow.shape)
     expected = flow.log_prob(x, seeded(1)).detach()
     generator = seeded(1)

@@ -52,7 +52,7 @@ WIDE = {
     **dict.fromkeys(("checkpoints", "data", "datasets", "system"), ["checkpoints", "data"]),
     "pictures": ["evaluation", "latents"],
 }
-INTEGRATION = ["training", "cli", "tools", "test_keys.py", "adversarial/test_wrong_input.py"]
+INTEGRATION = ["training", "cli", "tools", "test_keys.py"]
 
 
 class Mutant(NamedTuple):

@@ -14,7 +14,6 @@ from torch.autograd import DeviceType
 
 from flowtrain.cli.configs import find_config
 from flowtrain.config import Train
-from flowtrain.training import loop
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # its programs import each other
 
@@ -27,6 +26,10 @@ pytestmark = pytest.mark.run
 @pytest.fixture
 def session(tmp_path):
     return Session(MINI, torch.device("cpu"), tmp_path)
+
+
+def words_for(session):
+    return ["--plan", "mini", "--device", "cpu", "--out", str(session.out)]
 
 
 def outcome(session, name):
@@ -58,32 +61,18 @@ def test_every_part_and_the_tables(session):
     assert "| glow | store | 8 | " in text and "| only CUDA can say |" in text
 
 
-def test_the_steps_are_those_of_the_trainer(session, monkeypatch):
-    """With its optimizer, and the measured ones are whole rounds of its loop."""
-    moved = []
-    optimizer_step = loop.optimizer_step
-    monkeypatch.setattr(loop, "optimizer_step", lambda *args: moved.append(optimizer_step(*args)))
-    session_module.measure_step(session, "glow", batch_size=4)
-    assert len(moved) == MINI.warm_up + MINI.steps
-
-
-def test_a_part_that_fails_says_so_and_the_others_go_on(session):
+def test_a_part_that_fails_or_takes_too_long_is_reported(session):
     def fail(session):
         raise ValueError("too much\nof everything")
 
     session_module.measure(session, Part("bad", 1, fail))
-    assert outcome(session, "bad")["error"] == "too much"
+    session_module.measure_apart(session, Part("alignment", 0.01, fail), words_for(session))
+    assert outcome(session, "alignment")["error"] == "not done after 0 s"
     assert "| bad | too much |" in session_module.report(session)
 
 
-def test_a_part_ends_at_its_limit(session):
-    words = ["--plan", "mini", "--device", "cpu", "--out", str(session.out)]
-    session_module.measure_apart(session, Part("alignment", 0.01, lambda s: {}), words)
-    assert outcome(session, "alignment")["error"] == "not done after 0 s"
-
-
-def test_it_goes_on_where_it_was(session, capsys):
-    words = ["--plan", "mini", "--device", "cpu", "--out", str(session.out), "--only", "align"]
+def test_it_continues_where_it_was(session, capsys):
+    words = [*words_for(session), "--only", "align"]
     session_module.main(words)
     measured = (session.out / "alignment.json").read_text()
     assert "2 channels" in (session.out / "report.md").read_text()
@@ -93,14 +82,12 @@ def test_it_goes_on_where_it_was(session, capsys):
     assert "alignment: " not in capsys.readouterr().out
 
 
-def test_the_rest_of_the_time_is_for_a_training_run(session, monkeypatch, tmp_path):
+def test_the_rest_of_the_time_is_for_a_training_run(session, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        session_module, "measure_apart", lambda session, part, words: given.append((part, words))
-    )
-    words = ["--plan", "mini", "--device", "cpu", "--out", str(tmp_path), "--minutes", "10"]
-    session_module.main([*words, "--train-minutes", "11"])  # so no time is left for the others
-    ((part, passed),) = given
+    monkeypatch.setattr(session_module, "measure_apart", lambda *words: given.append(words))
+    words = [*words_for(session), "--minutes", "10", "--train-minutes", "11"]
+    session_module.main(words)  # so no time is left for the others
+    ((_, part, passed),) = given
     assert part.name == "training" and 470 < float(passed[-1]) <= 480 < part.limit
 
 
@@ -118,9 +105,8 @@ def test_the_training_run_is_two_commands(session, monkeypatch):
 
     monkeypatch.setattr(session_module.subprocess, "run", run)
     with_data = dataclasses.replace(session, data=["data.name=npz"])
-    session_module.measure(
-        with_data, Part("training", 1, lambda s: session_module.measure_run(s, 99.7))
-    )
+    part = Part("training", 1, lambda s: session_module.measure_run(s, 99.7))
+    session_module.measure(with_data, part)
     train, evaluate = commands
     assert train[:5] == ["-m", "flowtrain", "train", "--config", "glow_digits.yaml"]
     assert {"train.budget=100s", "data.name=npz"} <= set(train) and evaluate[2] == "evaluate"
@@ -163,7 +149,7 @@ def test_where_the_host_waits(monkeypatch):
     assert session_module.waits_in_words({}) == "none"
 
 
-def test_what_counts_as_a_kernel():
+def test_kernels_and_the_time_that_they_cover():
     def event(name, device, named=False):
         return SimpleNamespace(name=name, device_type=device, is_user_annotation=named)
 
@@ -172,8 +158,5 @@ def test_what_counts_as_a_kernel():
     events = [operator, kernel, event("cudaLaunchKernel", DeviceType.CPU), *on_both]
     assert [each for each in events if session_module.counts(each, on_cpu=True)] == [operator]
     assert [each for each in events if session_module.counts(each, on_cpu=False)] == [kernel]
-
-
-def test_the_time_that_kernels_cover():
     assert session_module.covered([]) == 0
     assert session_module.covered([(0, 2), (1, 3), (1.5, 2), (5, 6)]) == 4

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from catalogue import TINY_RUN
 
 PACKAGE = Path(__file__).resolve().parents[1] / "flowtrain"
@@ -94,6 +95,7 @@ def test_a_package_does_not_import_the_private_names_of_another_module():
     assert private == []
 
 
+@pytest.mark.run
 def test_the_command_line_starts_without_torch():
     """The output names the first module that imports torch."""
     modules = [f"flowtrain.cli.{path.stem}" for path in (PACKAGE / "cli").glob("[!_]*.py")]
@@ -111,6 +113,7 @@ for name in {modules}:
     assert len(modules) > 15 and done.returncode == 0
 
 
+@pytest.mark.run
 def test_the_core_works_without_the_tools(tmp_path):
     """It starts, trains, evaluates and samples with `tools/` deleted."""
     shutil.copytree(PACKAGE, tmp_path / "flowtrain", ignore=shutil.ignore_patterns("tools", "zoo"))

@@ -167,9 +167,7 @@ BatchSizeOption = Annotated[
 ScoresOption = Annotated[
     Path | None,
     typer.Option(
-        "--scores",
-        metavar="FILE.csv",
-        help="Also write the scores here, one row per image.",
+        "--scores", metavar="FILE.csv", help="Also write the scores here, one row per image."
     ),
 ]
 WeightsOption = Annotated[
@@ -187,8 +185,7 @@ TrustOption = Annotated[
 ]
 Split = Literal["test", "validation", "train"]
 SplitOption = Annotated[
-    Split | None,
-    typer.Option(help="Which images of the data set.", show_default="test"),
+    Split | None, typer.Option(help="Which images of the data set.", show_default="test")
 ]
 JsonOption = Annotated[
     str | None,
@@ -332,11 +329,7 @@ def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
 
 
 def load(
-    model: str | None,
-    device: str,
-    weights: str | None,
-    trust_code: bool,
-    conditional: bool = False,
+    model: str | None, device: str, weights: str | None, trust_code: bool, conditional: bool = False
 ) -> "LoadedModel":
     """The model of a command line. Raises `UserError` if it cannot be loaded, or if it is one of
     images given a part of them (`model.context`) and the command is not for `conditional` ones.

@@ -29,10 +29,7 @@ def decode(
             help="The checkpoint, run directory or trained model that made the latents.",
         ),
     ],
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE.npz", help="Latents of flowtrain encode."),
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="Latents of flowtrain encode.")],
     out: Annotated[
         Path,
         typer.Option(

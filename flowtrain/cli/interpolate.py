@@ -36,18 +36,12 @@ def interpolate(
     files: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            "--images",
-            metavar="A B",
-            help="Interpolate between two image files of your own.",
+            "--images", metavar="A B", help="Interpolate between two image files of your own."
         ),
     ] = None,
     from_class: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            metavar="A",
-            help="Move images of this class to the class --to-class.",
-        ),
+        typer.Option(min=0, metavar="A", help="Move images of this class to the class --to-class."),
     ] = None,
     to_class: Annotated[
         int | None,

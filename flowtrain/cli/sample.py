@@ -68,7 +68,7 @@ def sample(
     method: Annotated[
         Literal["sequential", "jacobi"],
         typer.Option(
-            help="For TarFlow, MAF: one entry after the other, or all at once until none changes.",
+            help="For TarFlow, MAF: one entry after the other, or all at once until none changes."
         ),
     ] = "sequential",
     guidance: Annotated[

@@ -100,10 +100,7 @@ def train(
     ] = False,
     init_from: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Start from this model's weights (fine-tuning).",
-        ),
+        typer.Option(metavar="MODEL", help="Start from this model's weights (fine-tuning)."),
     ] = None,
     dry_run: Annotated[
         bool,

@@ -166,13 +166,18 @@ def _places(value):
 # --- files that are taken apart -------------------------------------------------------------------
 
 
-def crafted(draw: random.Random, path: Path) -> bytes | None:
-    """The file with a part that is damaged, or None if its kind cannot be taken apart."""
-    unpack, pack = KINDS.get(path.suffix, (None, None))
-    while unpack and pack:
+def crafted(draw: random.Random, path: Path, damaged: bool = True) -> bytes | None:
+    """The file with a part that is damaged, or only taken apart and put together again. None if it
+    is bytes that cannot be taken apart.
+    """
+    unpack, pack = KINDS.get(path.suffix, (bytes.decode, str.encode))
+    try:
+        parts = unpack(path.read_bytes())
+    except ValueError:
+        return None
+    while True:
         with contextlib.suppress(Exception):  # what cannot be written
-            return pack(of_value(draw, unpack(path.read_bytes())))
-    return None
+            return pack(of_value(draw, parts) if damaged else parts)
 
 
 def dumped(value) -> str:

@@ -167,6 +167,7 @@ class Case:
     path: The damaged file.
     data: Its bytes.
     crafted: Whether it was sealed again.
+    whole: Whether nothing is damaged.
     """
 
     words: list[str]
@@ -175,6 +176,7 @@ class Case:
     path: str
     data: bytes
     crafted: bool
+    whole: bool
 
 
 def case_of(name: str, files: Path) -> Case:
@@ -182,15 +184,17 @@ def case_of(name: str, files: Path) -> Case:
     format_ = FORMATS[kind]
     found = [path for each in format_.names for path in sorted(files.glob(each)) if path.is_file()]
     file, other = draw.sample(found, 2) if len(found) > 1 else found * 2
-    data = damage.crafted(draw, file) if draw.random() < 0.6 else None
+    chance = draw.random()
+    data = damage.crafted(draw, file, damaged=chance > 0.05) if chance < 0.6 else None
     crafted = data is not None
+    whole = crafted and chance <= 0.05
     if data is None:
         data = damage.of_bytes(draw, file.read_bytes(), other.read_bytes())
     own, spliced = (str(each.relative_to(files)) for each in (file, other))
     command = draw.choices(list(format_.commands), list(format_.commands.values()))[0]
     path = format_.at or own
     words = [word if word != "FILE" else path for word in shlex.split(command)]
-    return Case(words, own, spliced, path, data, crafted)
+    return Case(words, own, spliced, path, data, crafted, whole)
 
 
 def attempt(name: str, files: Path, folder: Path) -> tuple[Case, Outcome, str]:
@@ -199,6 +203,8 @@ def attempt(name: str, files: Path, folder: Path) -> tuple[Case, Outcome, str]:
     outcome = run(case, case.data, files, folder)
     fault = fault_of(case.words, outcome)
     sound_data = [(files / each).read_bytes() for each in (case.name, case.other)]
+    if case.whole and outcome.code == 2:
+        return case, outcome, "a sound file was refused"
     if fault or outcome.code or case.crafted or case.data in sound_data:
         return case, outcome, fault
     if format_.refused:

@@ -12,6 +12,8 @@ from run_files import train_row
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError
 
+pytestmark = pytest.mark.run
+
 
 @pytest.mark.parametrize(
     # room: the longest file that the disk takes, beyond a checkpoint's bytes

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import report_of
 
+pytestmark = pytest.mark.run
+
 HERE = Path(__file__).parent
 AGAIN = "PYTHONPATH=tests python tests/adversarial/fuzz.py --only CASE runs one case again"
 
@@ -20,7 +22,7 @@ def table(formats):
 
 
 def test_some_damaged_files_do_no_harm():
-    result = report_of(HERE / "fuzz.py", "--cases", "30")
+    result = report_of(HERE / "fuzz.py", "--cases", "40")
     assert result["faults"] == {}, AGAIN
     assert all(each["tried"] for each in result["formats"].values())
     assert sum(each["refused"] for each in result["formats"].values()) > 5

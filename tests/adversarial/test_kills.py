@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import report_of
 
+pytestmark = pytest.mark.run
+
 KILLS = Path(__file__).with_name("kills.py")
 
 

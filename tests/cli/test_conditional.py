@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from catalogue import TINY_RUN, sets
 from cli_helpers import FOLDER, begin, metrics, quick
+from coding_helpers import picture
 from helpers import npz
 from PIL import Image
 
@@ -37,6 +38,9 @@ def test_evaluate_says_what_is_given(folder):
     assert "conditional on" in done.out and "not comparable with figures of whole" in done.out
     other = quick("evaluate", "run", "--data", "colour.npz", "--json", "-", cwd=folder).ok()
     assert json.loads(other.out)["bits_per_dim"] == result["bits_per_dim"]
+    picture(folder / "photos" / "x.png", mode="RGB")
+    done = quick("evaluate", "run", "--data", "photos", "--json", "-", cwd=folder).ok()
+    assert json.loads(done.out)["split"] == "all" and json.loads(done.out)["num_images"] == 1
     for result in begin(2, "evaluate", "run", "--json", "two.json", cwd=folder):
         result.result().ok()
     two = json.loads((folder / "two.json").read_text())
@@ -66,7 +70,7 @@ def test_samples_are_shown_beside_what_is_given(folder):
 
 
 def test_samples_are_given_test_images_that_have_moved(folder, tmp_path):
-    """As for every command that reads data. Other test images give other contexts."""
+    """Other test images give other contexts."""
     npz(tmp_path / "moved.npz", train=80, test=9, shape=(8, 8, 3), seed=1)
     words = ["--num-images", 1, *sets(data__path=tmp_path / "moved.npz"), "--out", "moved.npz"]
     quick("sample", "run", *words, cwd=folder).ok()
@@ -89,12 +93,3 @@ def test_other_commands_name_it(folder):
     assert missing == {"evaluations", "paths", "samples over training"}
     page = (folder / "run" / "report.html").read_text()
     assert f"of images {GIVEN}: all its figures are conditional on that" in page
-
-
-@pytest.mark.parametrize(
-    "words", [["interpolate", "run"], ["compress", "run", "x.png", "--out", "x.fta"]]
-)
-def test_what_is_not_possible(words, folder):
-    picture = np.zeros((8, 8, 3), np.uint8)
-    Image.fromarray(picture).save(folder / "x.png")
-    quick(*words, cwd=folder).failed(2, f"not possible for a model of images {GIVEN}")

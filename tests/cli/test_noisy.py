@@ -13,6 +13,8 @@ from PIL import Image
 
 from flowtrain.checkpoints import format as checkpoint_format
 
+pytestmark = pytest.mark.run
+
 NOISY = [*sets(model__name="tarflow", **{f"model__{k}": v for k, v in TINY["tarflow"].items()})]
 NOISY += [*SHORT, *sets(dequantization__name="gaussian", dequantization__sigma=0.1)]
 NOISY += sets(model__classes=10, model__label_dropout=0.4)
@@ -40,10 +42,9 @@ def test_training_reports_densities(noisy):
     assert all(row["bits_per_dim"] is None and row["loss"] is not None for row in rows)
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert losses[-1] < losses[0]
-    content = summary(run)
     best = min(row["loss"] for row in rows if row["split"] == "validation")
-    assert content["best_validation_loss"] == best
-    assert content["best_validation_bits_per_dim"] is None
+    assert summary(run)["best_validation_loss"] == best
+    assert summary(run)["best_validation_bits_per_dim"] is None
     scalars = events(run).Tags()["scalars"]
     assert {"train/loss", "validation/loss"} <= set(scalars)
     assert not [tag for tag in scalars if "bits" in tag]
@@ -52,18 +53,18 @@ def test_training_reports_densities(noisy):
 def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     run = noisy[1]
     done = quick("evaluate", run, "--json", "one.json", "--scores", "s.csv", cwd=tmp_path).ok()
-    said = has_no_bits(done.out)
-    assert "minus the mean log-density of noisy images (sigma 0.1)" in said and SAID in said
-    assert re.search(r"-?\d+\.\d+ .* nats/dim \(180 test images\)", said)
+    out = has_no_bits(done.out)
+    assert "minus the mean log-density of noisy images (sigma 0.1)" in out and SAID in out
+    assert re.search(r"-?\d+\.\d+ .* nats/dim \(180 test images\)", out)
     one = json.loads((tmp_path / "one.json").read_text())
     assert (one["bound"], one["samples"], one["sigma"]) == ("density", 1, 0.1)
-    assert "any: the mean over 10 equally likely classes" in said and one["classes"] == 10
+    assert "any: the mean over 10 equally likely classes" in out and one["classes"] == 10
     assert one["loss_given_class"] < one["loss"] + np.log(10) / 64
     assert one["bits_per_dim"] is None and one["bits_per_dim_stderr"] is None
     assert one["loss"] == pytest.approx(one["nats_per_image"] / 64)
-    lines = (tmp_path / "s.csv").read_text().splitlines()
-    assert lines[0].startswith("index,bits_per_dim,log_prob") and lines[1].startswith("0,,")
-    log_probs = [float(line.split(",")[2]) for line in lines[1:]]
+    first, *lines = [line.split(",") for line in (tmp_path / "s.csv").read_text().splitlines()]
+    assert first[:3] == ["index", "bits_per_dim", "log_prob"] and lines[0][:2] == ["0", ""]
+    log_probs = [float(line[2]) for line in lines]
     assert np.mean(log_probs) == pytest.approx(-one["nats_per_image"], rel=1e-6)
     quick("evaluate", run, "--json", "k.json", "--draws", 3, cwd=tmp_path).ok()
     several = json.loads((tmp_path / "k.json").read_text())
@@ -73,38 +74,33 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     assert several["loss_stderr_draws"] > 0
 
 
-def test_what_is_said_about_the_run(noisy, tmp_path):
-    run = noisy[1]
-    told = has_no_bits(quick("info", run, cwd=tmp_path).ok().out)
+def test_other_commands_name_the_density(noisy, tmp_path):
+    run, few = noisy[1], ["--num-images", 4]
+
+    def printed(*words):
+        return has_no_bits(quick(*words, cwd=tmp_path).ok().out)
+
+    told = printed("info", run)
     assert "a density of noisy images" in told and "sigma 0.1" in told and "nats/dim" in told
-    other = quick("compare", run, run.parent / "noisy", "--json", "c.json", cwd=tmp_path).ok()
-    assert f"noisy has {SAID}" in has_no_bits(other.out)
+    assert f"noisy has {SAID}" in printed("compare", run, run, "--json", "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["runs"][0]["unit"] == "nats/dim"
-    checked = quick("doctor", run, "--json", "d.json", "--num-images", 4, cwd=tmp_path).ok().out
-    assert f"no check of {SAID[3:]}" in checked
+    assert f"no check of {SAID[3:]}" in printed("doctor", run, "--json", "d.json", *few)
     checks = {f["check"] for f in json.loads((tmp_path / "d.json").read_text())["findings"]}
     assert "likelihood" not in checks and {"log-det", "float32 likelihood"} <= checks
-    quick("report", run, "--out", "r.html", "--num-images", 4, cwd=tmp_path).ok()
+    printed("report", run, "--out", "r.html", *few)
     html = (tmp_path / "r.html").read_text()
     assert "No bits/dim: a model trained with Gaussian noise" in html
     assert "Best validation, nats/dim" in html and "Loss, nats/dim" in html
-
-
-def test_out_of_distribution_scores_by_density(noisy, tmp_path):
     options = ["--data", "noise", "--num-images", 40, "--scores", "s.csv", "--json", "o.json"]
-    said = quick("ood", noisy[1], *options, "--out", "o.png", cwd=tmp_path).ok().out
-    assert "No bits/dim" in said and "nats/dim, the mean of" in has_no_bits(said)
+    told = printed("ood", run, *options, "--out", "o.png")
+    assert "No bits/dim" in told and "nats/dim, the mean of" in told
     found = json.loads((tmp_path / "o.json").read_text())
     assert "bits" not in json.dumps(found)
     assert found["out"][0]["auroc"]["likelihood"] > 0.9  # noise is unlikely
     assert found["out"][0]["nats_per_dim"] > found["in"]["nats_per_dim"]
     assert (tmp_path / "s.csv").read_text().startswith("dataset,index,nats_per_dim,log_prob,typ")
-
-
-def test_no_archives(noisy, tmp_path):
-    done = quick("compress", noisy[1], "--split", "test", "--out", "a.fta", cwd=tmp_path)
+    done = quick("compress", run, "--split", "test", "--out", "a.fta", cwd=tmp_path)
     done.failed(2, "compress: a model trained with Gaussian noise", "no bits per dimension")
-    assert len(done.err.strip().splitlines()) == 1
 
 
 def test_samples_are_noisy_unless_denoised(noisy, tmp_path):
@@ -127,13 +123,9 @@ def test_samples_are_noisy_unless_denoised(noisy, tmp_path):
 def test_a_run_resumes_bit_for_bit_with_its_noise_and_the_labels_it_drops(noisy, tmp_path):
     middle = noisy[1] / "checkpoints" / "step-00000015.safetensors"
     quick("train", *NOISY, "--run-dir", "r", "--resume", middle, cwd=tmp_path).ok()
-    assert_same_weights(noisy[1], tmp_path / "r")
-
-
-def assert_same_weights(one, other):
-    tensors = [checkpoint_format.read(last(folder)).tensors for folder in (one, other)]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(tensor.equal(tensors[1][name]) for name, tensor in tensors[0].items())
+    one, other = (checkpoint_format.read(last(run)) for run in (noisy[1], tmp_path / "r"))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(tensor.equal(other.tensors[name]) for name, tensor in one.tensors.items())
 
 
 def test_two_processes_see_the_same_noise_and_drop_the_same_labels(tmp_path):
