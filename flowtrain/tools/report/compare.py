@@ -166,7 +166,7 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
         if own.unit == "nats/dim":
             found.append(
                 f"{own.run} has no bits/dim: its losses are densities of noisy images, and compare "
-                f"only with those of the same dequantization.sigma"
+                f"only if dequantization.sigma is the same"
             )
     first, first_name = records[0].config, results[0].run
     for own, run in zip(results[1:], records[1:], strict=True):
