@@ -72,22 +72,21 @@ def doctor(
 def _print(check: str, findings: "list[Finding]") -> None:
     """A table of one check, eighty columns wide.
 
-    It has one row per kind of input, for the worst layer, and more rows for layers that are to be
-    watched or bad.
+    Per kind of input, it has a row for the worst layer, and for layers to be watched or bad.
     """
     from rich.table import Table
 
-    from flowtrain.system.console import console
+    from flowtrain.system.console import console, figure
     from flowtrain.tools.doctor.findings import BOUNDS
 
     watch, bad = BOUNDS[check]
     beyond = "below" if bad < watch else "above"
     table = Table(box=None, show_header=False, title_justify="left", padding=(0, 1))
     table.title = f"{check} (watch {beyond} {watch:.3g}, bad {beyond} {bad:.3g})"
-    for width in (5, 13, 10, None):
-        table.add_column(
-            min_width=width, justify="right" if width == 10 else "left", overflow="fold"
-        )
+    table.add_column(min_width=5, overflow="fold")
+    table.add_column(min_width=13, overflow="fold")
+    table.add_column(min_width=10, overflow="fold", justify="right")
+    table.add_column(overflow="fold")
     groups: dict[tuple[bool, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.layer == "", finding.inputs), []).append(finding)
@@ -95,11 +94,10 @@ def _print(check: str, findings: "list[Finding]") -> None:
         group.sort(key=lambda finding: -finding.severity)
         shown = max(1, sum(finding.verdict != "ok" for finding in group[:SHOWN]))
         for i, finding in enumerate(group[:shown]):
-            value = "not finite" if finding.value is None else f"{finding.value:.3g}"
             layer = "the whole model" if whole else finding.layer
             if i == 0 and len(group) > 1:
                 layer += f" (of {_counts(group)})"
-            table.add_row(finding.verdict, inputs, value, layer)
+            table.add_row(finding.verdict, inputs, figure(finding.value, form=".3g"), layer)
     if groups:
         console.print(table)
 

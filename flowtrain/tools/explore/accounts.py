@@ -1,12 +1,8 @@
 """Maps of the bits of an image: exact accounts by place and level.
 
-A flow's log-likelihood is the base density plus log-determinants. Each of these is a sum, and many
-of its terms belong to a place of the image:
-
-- The base density is a sum over the entries of the latent, and each level is an image.
-- A coupling, an ActNorm or a 1x1 convolution has one term for each place, because its log-Jacobian
-  is a sum over places.
-- The dequantization has one term for each entry of the image.
+A flow's log-likelihood is the base density plus log-determinants. The base density is a sum over
+the entries of the latent, whose levels are images. Couplings, ActNorms and 1x1 convolutions have
+one term for each place, and the dequantization has one for each entry of the image.
 
 So the maps add up to the bits of the image, exactly. In a causal flow the terms of a pixel are
 `-log P(pixel | all pixels before it)`. In other flows a cell of a level has the density of the

@@ -27,12 +27,11 @@ class Background:
     """Grows with each call of `step`.
 
     Attributes:
-        positions: The positions of the training images to encode, in their split.
-        images: The training images that were encoded, `(N, C, H, W)`.
-        latents: Their latents, `(N, D)`, on the CPU.
+        positions: Of the training images to encode, in their split.
+        images, latents: The encoded images `(N, C, H, W)` so far, and their latents `(N, D)`.
         components: The principal directions of each level, once all are encoded.
-        losses, complexities: The loss of the test images so far, and the length of their shortest
-            lossless code, `(N,)` in the unit of the loss.
+        losses, complexities: The loss of the test images so far, and their shortest lossless code
+            in the same unit, `(N,)`.
         reference: The loss of validation images so far, or of training images if there are none.
     """
 

@@ -48,12 +48,8 @@ class TooLarge(Refused):
     status = 413
 
 
-async def nothing() -> None:
-    pass
-
-
 async def body_of(
-    request: Request, limit: int, turn: Callable[[], Awaitable[None]] = nothing
+    request: Request, limit: int, turn: Callable[[], Awaitable[None]] | None = None
 ) -> bytes:
     """The body of a request. One larger than `SMALL_FILE` awaits its `turn`.
 
@@ -69,7 +65,7 @@ async def body_of(
             size += len(part)
             if size > limit:
                 raise too_large
-            if size > SMALL_FILE >= size - len(part):
+            if turn and size > SMALL_FILE >= size - len(part):
                 await turn()
             parts.append(part)
     return b"".join(parts)

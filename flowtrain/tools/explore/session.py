@@ -96,8 +96,6 @@ class Session:
         self._uploads: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # of `_uploads`
 
-    # --- data -------------------------------------------------------------------------------------
-
     def read_data(self) -> None:
         """Reads the data, or the reason why there are none. Any thread may call it."""
         try:
@@ -129,8 +127,6 @@ class Session:
         if isinstance(self.data, str):
             raise Refused(self.data)
         return self.data
-
-    # --- images of the user -----------------------------------------------------------------------
 
     def upload(self, data: bytes) -> tuple[str, Tensor, str]:
         """Converts an image file to the model's shape and levels. Any thread may call it.
@@ -166,8 +162,6 @@ class Session:
         if self.q != 256:
             words.append(f"reduced to {self.q} levels")
         return name, x, ", ".join(words)
-
-    # --- latents ----------------------------------------------------------------------------------
 
     def given(self, source: requests.Test | requests.Upload) -> Tensor:
         """The image `(1, C, H, W)` of a source that is an image."""
@@ -223,7 +217,7 @@ class Session:
             raise Refused(f"{count:,} images are too many: at most {self.largest_count:,}")
 
     def latent(self, place: requests.Place, check: Check) -> Tensor:
-        """The latent `(1, D)` of a place: that of its source, with the edits."""
+        """The latent `(1, D)` of a place: its source's latent with the edits."""
         z = self.latent_of(place.source, check)
         if place.other is not None:
             other = self.latent_of(place.other, check)
@@ -255,8 +249,6 @@ class Session:
                 raise Refused(f"attributes: the model has no attribute {shown(attribute.name)}")
             z = along_attribute(z, self.attributes[attribute.name], attribute.amount)
         return z
-
-    # --- images -----------------------------------------------------------------------------------
 
     def keep_image(self, place: requests.Place, x: Tensor) -> None:
         """Keeps the image `(1, C, H, W)` at a place for the next requests, its figures."""

@@ -41,7 +41,7 @@ def draw(comparison: Comparison) -> bytes:
             axes.hist(of_set, edges, weights=share, label=label, **style)
         axes.set_title(titles[name])
         axes.set(
-            xlabel=f"{kind.unit} (what is over {furthest:.3g} is in the last bar)",
+            xlabel=f"{kind.unit} (the last bar has all above {furthest:.3g})",
             ylabel="share of the images",
         )
         axes.legend()

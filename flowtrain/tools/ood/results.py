@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,21 +11,14 @@ from flowtrain.pictures.lossless import coders
 from flowtrain.tools.ood.scores import Comparison, Scored
 
 
-class Mean(NamedTuple):
-    """A mean with its standard error, and the median. None stands for values that are not finite.
+def mean_of(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """The mean, its standard error and the median; None if they are not finite.
 
     The median is there because a few images dominate the mean of noise.
     """
-
-    mean: float | None
-    stderr: float | None
-    median: float | None
-
-
-def mean_of(values: np.ndarray) -> Mean:
     with np.errstate(invalid="ignore"):  # for infinite values
         error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return Mean(_finite(values.mean()), _finite(error), _finite(np.median(values)))
+        return _finite(values.mean()), _finite(error), _finite(np.median(values))
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """Several runs side by side: their losses, time and data, and why losses may not compare."""
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     results = [result(name, run) for name, run in records.items()]
     rows = {name: run.rows for name, run in records.items()}
     units = " or ".join(sorted({each.unit for each in results}))
-    found = notes(results, list(records.values()))
+    found = list(notes(results, list(records.values())))
     return Comparison(results, found, charts.losses_png(rows, units))
 
 
@@ -134,68 +134,58 @@ def given(config: dict[str, Any]) -> str:
     return "" if kind == "none" else f"given {kind}{factor}"
 
 
-def notes(results: Sequence[Result], records: Sequence[Record]) -> list[str]:
+def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]:
     """Reasons why losses may not compare, and missing figures, one sentence each."""
-    found = []
     for own, run in zip(results, records, strict=True):
         if run.summary.edition:
-            found.append(f"{own.run}: its data are {cut(run.summary.edition, 200)}")
+            yield f"{own.run}: its data are {cut(run.summary.edition, 200)}"
         if part := given(run.config):
-            found.append(
+            yield (
                 f"{own.run}: its losses are of images {part} (model.context), and compare only "
                 f"with such"
             )
         evaluated = run.summary.best_step or run.summary.step  # the step that `evaluate RUN` takes
         if not own.finished:
-            found.append(f"{own.run} is not finished: it is at step {own.step}")
+            yield f"{own.run} is not finished: it is at step {own.step}"
         if own.validation is None:
-            found.append(f"{own.run} has no validation figure")
+            yield f"{own.run} has no validation figure"
         if own.test is None:
-            found.append(f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in")
+            yield f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in"
         elif own.test.dataset != own.data:
-            found.append(
-                f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
-            )
+            yield f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
         elif own.test.step != evaluated:
-            found.append(
+            yield (
                 f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
                 f"step {evaluated}: flowtrain evaluate {run.path} brings it up to date"
             )
         if not run.rows:
-            found.append(f"{own.run} has no metrics, so no curve")
+            yield f"{own.run} has no metrics, so no curve"
         if own.unit == "nats/dim":
-            found.append(
+            yield (
                 f"{own.run} has no bits/dim: its losses are densities of noisy images, and compare "
-                f"only with those of the same dequantization.sigma"
+                f"only if dequantization.sigma is the same"
             )
     first, first_name = records[0].config, results[0].run
     for own, run in zip(results[1:], records[1:], strict=True):
         changed = _changes(first, run.config)
+        both = f"{own.run} and {first_name}"
         of_data = {key for key in changed if key.startswith("data.")}
         if images := of_data - NOT_THE_TEST_IMAGES:
-            found.append(
-                f"{own.run} and {first_name} have different data ({_listed(changed, images)}): "
-                "their losses do not compare"
-            )
+            listed = _listed(changed, images)
+            yield f"{both} have different data ({listed}): their losses do not compare"
         elif of_data & HELD_OUT:
-            found.append(
-                f"{own.run} and {first_name} hold out different images: their validation does not "
-                f"compare"
-            )
+            yield f"{both} hold out different images: their validation does not compare"
         if settings := changed.keys() - NO_SETTINGS:
-            found.append(f"{own.run} differs from {first_name} in {_listed(changed, settings)}")
+            yield f"{own.run} differs from {first_name} in {_listed(changed, settings)}"
     tests = [own.test for own in results if own.test is not None]
     measured = sorted({(test.dataset, test.bound, test.draws, test.num_images) for test in tests})
     if len(measured) > len({test.dataset for test in tests}):
-        ways = ", ".join(
-            f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured
-        )
-        found.append(f"the test figures were not measured alike ({ways})")
+        ways = [f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured]
+        yield f"the test figures were not measured alike ({', '.join(ways)})"
     ways_of_sampling = {test.sampling for test in tests}
     for own in results:
         if own.test and own.test.sampling == "sequential" and len(ways_of_sampling) > 1:
-            found.append(f"{own.run} samples one entry after the other")
-    return found
+            yield f"{own.run} samples one entry after the other"
 
 
 def _changes(first: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -199,34 +199,22 @@ def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
     return [(file, record.read_evaluation(file)) for file in files]
 
 
-class Neighbour(NamedTuple):
-    """A training image `(1, C, H, W)`, its position, and its distance to a sample."""
-
-    image: Tensor
-    position: int
-    distance: float
-
-
-class Neighbours(NamedTuple):
-    """Samples `(1, C, H, W)` with their nearest training images."""
-
-    samples: list[tuple[Tensor, list[Neighbour]]]
-    typical: float  # median distance of test images to their nearest training image
-    compared: int  # number of these test images
-
-
-def _neighbours(flow: Flow, data: DataSet, seed: int) -> Neighbours:
+def _neighbours(flow: Flow, data: DataSet, seed: int) -> dict[str, Any]:
+    """Samples with their nearest training images, and the typical distance of test images."""
     levels, train = _levels(flow), data.split("train")
     test = data.split("test")
     contexts = conditional.of_split(flow, test, SHOWN)
     compared = test.sample(COMPARED, seed).take(slice(None))
     drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
     distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
-    samples = []
-    for one, near, found in zip(drawn.split(1), distances, positions.numpy(), strict=False):
-        each = zip(train.take(found).split(1), found.tolist(), near.tolist(), strict=True)
-        samples.append((one, [Neighbour(*values) for values in each]))
-    return Neighbours(samples, distances[SHOWN:, 0].median().item(), len(compared))
+    return {
+        "samples": [
+            (one, list(zip(train.take(where).split(1), where.tolist(), near.tolist(), strict=True)))
+            for one, near, where in zip(drawn.split(1), distances, positions.numpy(), strict=False)
+        ],
+        "typical": distances[SHOWN:, 0].median().item(),
+        "compared": len(compared),
+    }
 
 
 def by_check(findings: Sequence[Finding]) -> list[list[Finding]]:

@@ -19,7 +19,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import RunError
+from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
@@ -294,7 +294,7 @@ class Faulty(Bijection):
         log_det = x.new_zeros(len(x))
         bright = x.flatten(1).mean(1) > 0
         if self.fault == "log-det" or self.fault == "float32" and x.dtype == torch.float32:
-            log_det = log_det + 0.1
+            log_det = log_det - 0.1
         elif self.fault == "bright":
             log_det = torch.where(bright, torch.inf, log_det)
         elif self.fault == "lost":
@@ -505,7 +505,7 @@ def test_images_are_counted(tmp_path):
     assert ("inverse of forward", "layers.1") in bad(found)
 
 
-def test_memory_that_runs_out_is_no_finding(tmp_path, monkeypatch):
+def test_memory_that_runs_out_and_other_data_are_no_findings(tmp_path, monkeypatch):
     model, data = faulty(tmp_path, "")
 
     def greedy(self, x, context=None):
@@ -514,6 +514,9 @@ def test_memory_that_runs_out_is_no_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(Faulty, "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
         examine(model, data)
+    other = DataSet(a_config(data=npz(tmp_path / "b.npz", shape=(8, 8, 3))).data)
+    with pytest.raises(UserError, match="shape"):
+        examine(model, other)
 
 
 @pytest.fixture

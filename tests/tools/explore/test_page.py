@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture(params=[1200, 400])
 def page(request, browser, running):
-    """The page with its samples, of which nothing has been said to be wrong at the end."""
+    """The page with its samples. At its end, nothing has been reported to be wrong."""
     context = browser.new_context(
         viewport={"width": request.param, "height": 900}, reduced_motion="reduce"
     )
@@ -97,20 +97,14 @@ def test_samples_by_temperature_and_seed(page):
     grid = images(page, "samples").locator("img")
     assert grid.count() == 36
 
-    def first():
-        return grid.first.get_attribute("src")
-
     def after(do):
-        before = first()
+        before = grid.first.get_attribute("src")
         do()
         playwright.expect(grid.first).not_to_have_attribute("src", before)
-        return first()
 
-    before = first()
     temperatures = page.locator("#temperatures input")
     assert temperatures.count() == 2
-    cold = after(lambda: slide(temperatures.first, 0.2))
-    assert cold != before
+    after(lambda: slide(temperatures.first, 0.2))
     playwright.expect(page.locator("#samples-command")).to_be_hidden()
     after(lambda: slide(temperatures.last, 0.2))
     command = page.locator("#samples-command code")
@@ -128,6 +122,11 @@ def test_samples_by_temperature_and_seed(page):
 
 
 def test_an_image_is_opened_and_changed_and_reset(page):
+    assert page.get_attribute("#shown", "alt") == "Sample 0 of seed 0"  # open at first
+    assert images(page, "samples").first.get_attribute("aria-pressed") == "true"
+    assert page.evaluate("scrollY") == 0  # nothing has moved under the reader
+    assert float(page.locator("#bits .figure").text_content()) > 0
+    playwright.expect(page.locator("#nearest img")).to_have_count(8)
     open_sample(page, 3)
     assert page.get_attribute("#shown", "alt") == "Sample 3 of seed 0"
     assert images(page, "samples").nth(3).get_attribute("aria-pressed") == "true"
@@ -145,16 +144,8 @@ def test_an_image_is_opened_and_changed_and_reset(page):
     playwright.expect(slider).to_have_value("0")
 
 
-def test_the_first_sample_is_open_at_first(page):
-    assert page.get_attribute("#shown", "alt") == "Sample 0 of seed 0"
-    assert images(page, "samples").first.get_attribute("aria-pressed") == "true"
-    assert page.evaluate("scrollY") == 0  # nothing has moved under the reader
-    assert float(page.locator("#bits .figure").text_content()) > 0
-    playwright.expect(page.locator("#nearest img")).to_have_count(8)
-
-
-def test_facts_come_where_images_take_long(page, running, monkeypatch):
-    """A move that is overtaken is not the last that the page asks about."""
+def test_facts_come_if_images_take_long(page, running, monkeypatch):
+    """An overtaken move is not the last one whose facts are shown."""
     page.wait_for_selector("#principal input")
     decode = running.session.decode
 
@@ -177,8 +168,8 @@ def test_facts_come_where_images_take_long(page, running, monkeypatch):
 
 def test_by_keyboard(page):
     images(page, "samples").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
     changed(page, lambda: page.keyboard.press("Enter"))
     assert page.get_attribute("#shown", "alt") == "Sample 2 of seed 0"
     page.focus("#tab-directions")
@@ -195,7 +186,7 @@ def test_by_keyboard(page):
     assert page.locator("#tests .grid button[tabindex='0']").count() == 1
 
 
-def test_what_the_model_says(page):
+def test_the_models_figures(page):
     settled(page, lambda: open_sample(page))
     bits = float(page.locator("#bits .figure").text_content())
     figures = page.locator("#maps figcaption")
@@ -211,24 +202,30 @@ def test_what_the_model_says(page):
     page.check("#nearest-by input[value=latents]")
     playwright.expect(page.locator("#nearest-note")).to_contain_text("that are encoded")
     assert by_pixels and "Training image" in near.first.get_attribute("alt")
-    # A sample of temperature 0 is likelier than all test images; a test image has a rank between.
     page.click("#tab-tests")
     settled(page, lambda: changed(page, images(page, "tests").nth(5).click))
     assert page.get_attribute("#shown", "alt") == "Test image 5"
 
 
-def test_a_path_to_a_second_image(page):
+def choose_second(page, tab):
+    """Opens a sample, and chooses a second one in a tab. Returns both images and its button."""
     open_sample(page)
     start = shown(page)
-    page.click("#tab-path")
+    page.click(f"#tab-{tab}")
+    page.locator(f"#{tab} .choose-other").click()
+    second = images(page, "samples").nth(4)
+    second.click()
+    return start, second.locator("img").get_attribute("src"), second
+
+
+def test_a_path_to_a_second_image(page):
     assert page.locator("#way").is_disabled() and page.locator("#save-gif").is_disabled()
-    page.locator("#path .choose-other").click()
-    images(page, "samples").nth(4).click()
+    start, other, second = choose_second(page, "path")
     playwright.expect(page.locator("#way")).to_be_enabled()
-    assert "second" in images(page, "samples").nth(4).get_attribute("class")
+    assert "second" in second.get_attribute("class")
     assert page.is_checked("#target input[value=source]")  # the next click opens an image again
     end = changed(page, lambda: slide(page.locator("#way"), 1))
-    assert end == images(page, "samples").nth(4).locator("img").get_attribute("src")
+    assert end == other
     middle = changed(page, lambda: slide(page.locator("#way"), 0.5))
     assert middle not in (start, end)
     words = "Sample 0 of seed 0, 50% of the way to Sample 4 of seed 0"
@@ -243,16 +240,11 @@ def test_a_path_to_a_second_image(page):
 
 
 def test_levels_of_two_images_are_mixed(page):
-    open_sample(page)
-    start = shown(page)
-    page.click("#tab-mix")
-    page.locator("#mix .choose-other").click()
-    images(page, "samples").nth(4).click()
+    start, other, _ = choose_second(page, "mix")
     playwright.expect(page.locator("#mix-levels input").first).to_be_enabled()
     coarse = changed(page, page.locator("[name=mix-1][value=other]").check)
     both = changed(page, page.locator("[name=mix-0][value=other]").check)
-    assert len({start, coarse, both}) == 3
-    assert both == images(page, "samples").nth(4).locator("img").get_attribute("src")
+    assert len({start, coarse, both}) == 3 and both == other
 
 
 def test_files_are_saved(page, tmp_path):

@@ -187,64 +187,39 @@ def test_no_path_leads_to_a_file(running):
             assert running.request(method, path)[0] in (400, 404, 405), (method, path)
 
 
-def place(**fields):
-    return {"place": {**PLACE, **fields}}
+def requests_of(topic, rest, key, *many):
+    """Requests that differ in some fields of `rest[key]`, or of `rest` itself."""
+    own = rest.get(key, rest)
+    return [(topic, {**rest, key: {**own, **each}} if key else {**own, **each}) for each in many]
 
 
-def source(**fields):
-    return {"place": {"source": {**SAMPLE, **fields}}}
-
-
-def drawn(**fields):
-    return {"seed": 0, "temperatures": [1.0, 1.0], "start": 0, "count": 1, **fields}
-
-
-def moved(**fields):
-    return place(principal=[{"level": 0, "component": 0, "amount": 1.0, **fields}])
-
-
+MOVE = {"level": 0, "component": 0, "amount": 1.0}
 NAN = float("nan")
-HOSTILE = {
-    "nan": ("show", place(way=NAN)),
-    "infinite": ("show", place(way=float("inf"))),
-    "negative": ("show", source(index=-1)),
-    "beyond 1": ("show", place(way=1.5, other=SAMPLE)),
-    "a large seed": ("show", source(seed=2**53)),
-    "a huge number": ("show", source(seed=10**4000)),
-    "a fraction": ("show", source(seed=0.5)),
-    "a text": ("show", source(seed="0")),
-    "a truth value": ("show", source(index=True)),
-    "a hot temperature": ("show", source(temperatures=[1e9, 1.0])),
-    "a cold temperature": ("show", source(temperatures=[-1.0, 1.0])),
-    "no temperature": ("show", source(temperatures=[])),
-    "other levels": ("show", source(temperatures=[1.0, 1.0, 1.0])),
-    "many temperatures": ("show", source(temperatures=[1.0] * 10**4)),
-    "a class": ("show", source(label=0)),
-    "another kind": ("show", {"place": {"source": {"kind": "file", "path": "/etc/passwd"}}}),
-    "a path": ("show", {"place": {"source": {"kind": "upload", "id": "../../../etc/passwd"}}}),
-    "no such upload": ("show", {"place": {"source": {"kind": "upload", "id": "0" * 32}}}),
-    "no such test image": ("show", {"place": {"source": {"kind": "test", "index": 180}}}),
-    "far": ("show", moved(amount=1e6)),
-    "a nan amount": ("show", moved(amount=NAN)),
-    "no such level": ("show", moved(level=2)),
-    "no such direction": ("show", moved(component=8)),
-    "many moves": ("show", place(principal=65 * moved()["place"]["principal"])),
-    "no such attribute": ("show", place(attributes=[{"name": "../x", "amount": 1.0}])),
-    "no class prior": ("show", place(to_class={"label": 0, "amount": 1.0})),
-    "more": ("show", place(path="/etc/passwd")),
-    "mixing other levels": ("show", place(other=SAMPLE, from_other=[True])),
-    "nothing": ("show", {}),
-    "many samples": ("samples", drawn(count=10**6)),
-    "samples far behind": ("samples", drawn(start=10**6)),
-    "no samples": ("samples", drawn(count=0)),
-    "many test images": ("tests", {"start": 0, "count": 10**6}),
-    "a long path": ("gif", {**place(other=SAMPLE), "steps": 1000}),
-    "a longer path": ("gif", {**place(other=SAMPLE), "steps": 10**9}),
-    "a path to nowhere": ("gif", {"place": PLACE, "steps": 4}),
-    "another distance": ("neighbours", {"place": PLACE, "by": "__import__"}),
-    "another tab": ("show", {"place": PLACE, "tab": "../../etc"}),
-    "a turn back": ("show", {"place": PLACE, "turn": -1}),
-}
+PATH = {"place": {**PLACE, "other": SAMPLE}}
+DRAWN = {"seed": 0, "temperatures": [1.0, 1.0], "start": 0, "count": 1}
+HOSTILE = [
+    *requests_of(
+        *("show", {"place": PLACE}, "place"),
+        *({"way": NAN}, {"way": float("inf")}, {"way": 1.5, "other": SAMPLE}),
+        *({"other": SAMPLE, "from_other": [True]}, {"path": "/etc/passwd"}),
+        *({"principal": [{**MOVE, "amount": amount}]} for amount in (1e6, NAN)),
+        *({"principal": [{**MOVE, "level": 2}]}, {"principal": [{**MOVE, "component": 8}]}),
+        *({"principal": [MOVE] * 65}, {"attributes": [{"name": "../x", "amount": 1.0}]}),
+        {"to_class": {"label": 0, "amount": 1.0}},
+        *({"source": {**SAMPLE, "seed": seed}} for seed in (2**53, 10**4000, 0.5, "0")),
+        *({"source": {**SAMPLE, "index": index}} for index in (-1, True, 2**21)),
+        *({"source": {**SAMPLE, "temperatures": t}} for t in ([1e9, 1.0], [-1.0, 1.0], [])),
+        *({"source": {**SAMPLE, "temperatures": [1.0] * count}} for count in (3, 10**4)),
+        *({"source": {**SAMPLE, "label": 0}}, {"source": {"kind": "file", "path": "/etc/passwd"}}),
+        *({"source": {"kind": "upload", "id": name}} for name in ("../../../etc/passwd", "0" * 32)),
+        {"source": {"kind": "test", "index": 180}},
+    ),
+    *requests_of("samples", DRAWN, "", {"count": 10**6}, {"start": 10**6}, {"count": 0}),
+    *requests_of("gif", PATH, "", {"steps": 1000}, {"steps": 10**9}, {"place": PLACE, "steps": 4}),
+    *requests_of("show", {"place": PLACE}, "", {"tab": "../../etc"}, {"turn": -1}),
+    *(("show", {}), ("tests", {"start": 0, "count": 10**6})),
+    ("neighbours", {"place": PLACE, "by": "__import__"}),
+]
 NO_REQUESTS = [
     *(b"", b"{", b"[]", b"null", b"\xff\xfe", b'"' + b"a" * 60000, b"[" * 60000),
     b'{"tab":' * 8000,
@@ -254,11 +229,11 @@ NO_REQUESTS = [
 
 
 def test_hostile_requests_are_refused_in_a_sentence(running):
-    found = {name: running.post(topic, fields) for name, (topic, fields) in HOSTILE.items()}
-    found |= {body[:30]: running.post("show", {}, raw=body) for body in NO_REQUESTS}
-    for name, (status, answer) in found.items():
-        assert status == 400 and set(answer) == {"error"}, (name, answer)
-        assert 0 < len(answer["error"]) < 400 and "Traceback" not in answer["error"], name
+    found = [(fields, running.post(topic, fields)) for topic, fields in HOSTILE]
+    found += [(body[:30], running.post("show", {}, raw=body)) for body in NO_REQUESTS]
+    for fields, (status, answer) in found:
+        assert status == 400 and set(answer) == {"error"}, (str(fields)[:500], answer)
+        assert 0 < len(answer["error"]) < 400 and "Traceback" not in answer["error"]
     assert running.ask("show", place=PLACE)["image"]  # and it goes on
 
 

@@ -294,10 +294,10 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
 def test_the_command(tmp_path):
     run = copy_of(trained()["glow"], tmp_path / "run")
     before = tree(tmp_path)
-    found = quick("ood", "run", "--data", "noise", "--num-images", 5, cwd=tmp_path).ok()
+    found = quick("ood", "run", "--data", "noise", "--num-images", 40, cwd=tmp_path).ok()
     assert set(tree(tmp_path)) - set(before) == {"run/ood.json", "run/ood.png"}
-    outcome = json.loads((run / "ood.json").read_text())
-    loss = f"{outcome['in']['loss']:.3f} +- {outcome['in']['loss_stderr']:.3f}"
+    first = json.loads((run / "ood.json").read_text())
+    loss = f"{first['in']['loss']:.3f} +- {first['in']['loss_stderr']:.3f}"
     assert loss in found.out and "AUROC" in found.out
     words = ["--data", "noise", "--data", "constant", "--num-images", 40, "--weights", "raw"]
     words += ["--seed", 1, "--batch-size", 3, "--scores", "a/s.csv", "--out", "b/o.png"]
@@ -309,6 +309,9 @@ def test_the_command(tmp_path):
     about = ("entropy_split", "entropy_images", "weights", "seed")
     assert [outcome[key] for key in about] == ["validation", 40, "raw", 1]
     assert [row["dataset"] for row in outcome["out"]] == ["noise", "constant"]
+    # Of another seed, the images are others.
+    for one, other in ((first["in"], outcome["in"]), (first["out"][0], outcome["out"][0])):
+        assert one["complexity"] != other["complexity"]
     assert len((tmp_path / "a/s.csv").read_text().splitlines()) == 121
     assert Image.open(tmp_path / "b/o.png").format == "PNG"
 
