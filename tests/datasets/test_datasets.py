@@ -194,6 +194,7 @@ INDEX = [
         ("images.npy", lambda path: path.write_bytes(npy_header((10**6, 1, 10**6)))),
         *[("index.json", damage) for damage in (*INDEX, Path.unlink, pipe)],
         *[("digests", damage) for damage in (corrupt, cut, empty, Path.unlink)],
+        ("digests", lambda path: path.write_bytes(cache.sealed(bytes(16)))),  # of another count
         *[("labels", damage) for damage in (corrupt, cut, Path.unlink)],
     ],
 )
@@ -211,6 +212,11 @@ def test_a_damaged_cache_is_made_again(form, file, damage):
     assert np.array_equal(images.digests(), base.digests(PIXELS["train"]))
     assert images.labels is None or np.array_equal(images.labels(), LABELS["train"])
     assert [path.read_bytes() for path in cache.place().rglob(file)] == [whole]
+
+
+def test_keys_of_caches():
+    keys = {cache.key_of(parts) for parts in (["a", "bc"], ["ab", "c"], ["c", "ab"], ["\udcff"])}
+    assert len(keys) == 4 and all(len(key) == 32 for key in keys)
 
 
 def test_digests_that_cannot_be_stored(tmp_path, monkeypatch):

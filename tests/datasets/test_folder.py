@@ -5,16 +5,13 @@ import errno
 import functools
 import io
 import logging
-import multiprocessing
 import os
 import shutil
 import sys
-import time
 from unittest import mock
 
 import numpy as np
 import pytest
-from cli_helpers import within
 from dataset_helpers import check, corrupt, cut, encoded, noise
 from PIL import Image
 
@@ -261,55 +258,28 @@ def test_an_interruption_or_a_failing_disk_leaves_nothing(
     assert len(values(images)) == 18 and len(caches()) == 1
 
 
-def start_reader(tree, seconds, out):
-    """Starts a process that takes so long for each image, and writes all of them to a file."""
-    decode = base.decode
+def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
+    old, recent = (cache.place() / "folder" / f"{name}.tmp" for name in ("old", "recent"))
+    for folder_ in (old, recent):  # the second may belong to a living process
+        folder_.mkdir(parents=True)
+        (folder_ / "images.npy").touch()
+    for path in (old / "images.npy", old):
+        os.utime(path, (0, 0))
+    other, decode = images_of(tree), base.decode
 
-    def slow(*args):
-        out.with_suffix(".started").touch()
-        time.sleep(seconds)
+    def late(*args):  # the other process is faster
+        monkeypatch.setattr(base, "decode", decode)
+        other.read()
         return decode(*args)
 
-    def read():
-        base.decode = slow
-        images = images_of(tree)
-        np.save(out, images.read()[images.rows()])
-
-    process = multiprocessing.get_context("fork").Process(target=read)
-    process.start()
-    return process
-
-
-@pytest.mark.run
-def test_killed_midway_and_built_twice_at_once(tmp_path, decoded):
-    tree = grow(tmp_path / "tree", 100)
-    killed = start_reader(tree, 0.2, tmp_path / "killed.npy")
-    with within(60, "the first image") as expired:
-        while not (tmp_path / "killed.started").exists():
-            expired()
-    killed.kill()
-    killed.join()
-    [left] = caches()
-    assert left.name.endswith(".tmp")
-    for path in (left, *left.iterdir()):
-        os.utime(path, (0, 0))  # long ago: the next start removes it
-    both = [start_reader(tree, 0.02, tmp_path / f"{i}.npy") for i in range(2)]
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
-    pixels = check(images_of(tree), 90)
-    for i in range(2):
-        assert (tmp_path / f"{i}.started").exists(), "both found no cache"
-        assert np.array_equal(np.load(tmp_path / f"{i}.npy"), pixels)
-    assert not decoded.called and len(caches()) == 1
+    monkeypatch.setattr(cache, "THREADS", 1)
+    monkeypatch.setattr(base, "decode", late)
+    assert values(images_of(tree)) == values(other) and base.decode is decode
+    assert len(caches()) == 2 and recent in caches()
 
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
     images = images_of(tree)
-    recent = cache.place() / "folder" / "other.tmp"
-    recent.mkdir(parents=True)  # perhaps of a process that is alive
-    images.read()
-    assert recent.exists()
     monkeypatch.setenv("FLOWTRAIN_CACHE", str(tree / "000.png"))
     with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
         images.read()

@@ -99,9 +99,12 @@ def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
     good = npy(np.zeros((2, 3), np.float32))
     lying = good.replace(b"(2, 3)", b"(2, 3000000000)")
     padded = lying[:8] + good[8:10] + lying[10:].replace(b" " * 9, b"", 1)
-    file = a_file(tmp_path / "a.npz", [("a.npy", padded)])
+    fewer = good.replace(b"(2, 3)", b"(1, 3)")
+    file = a_file(tmp_path / "a.npz", [("a.npy", padded), ("b.npy", fewer)])
     with pytest.raises(UserError, match="a.npz: a is damaged: it has 24 bytes, not 24000000000"):
         file.read("a", "f", (2, None))
+    with pytest.raises(UserError, match="a.npz: b is damaged: it has 24 bytes, not 12"):
+        file.read("b", "f", (None, 3))
     monkeypatch.setattr(capacity, "available", lambda device: 100)
     file = a_file(tmp_path / "b.npz", [("a.npy", npy(np.zeros((20, 3), np.float32)))])
     with pytest.raises(UserError, match="b.npz: a needs at least"):
