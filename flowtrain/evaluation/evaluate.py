@@ -50,9 +50,8 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> tuple[Evaluation, Scores]:
-    """The result of `flowtrain evaluate`, and the scores of the images.
-
-    With `num_images`, they are those of a sample by the seed (`sampled`).
+    """The result of `flowtrain evaluate`, and the scores of the images, or of a sample of
+    `num_images` by the seed (`sampled`).
 
     Raises `UserError` if the data do not have the model's shape and levels, or the split is empty.
     """

@@ -60,7 +60,7 @@ class Watching(LayerByLayer):
 
 @singledispatch
 def log_scales(module: nn.Module) -> Tensor | None:
-    """The log-scales among the parameters of a layer or of a class prior, of any shape, or None."""
+    """The log-scales among the parameters of a layer or class prior, of any shape, or None."""
     return None
 
 

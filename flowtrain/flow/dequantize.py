@@ -44,9 +44,9 @@ def _require_finite(v: Tensor) -> None:
 class UniformNoise(nn.Module):
     """Uniform dequantization (Uria et al. 2013; Theis et al. 2016), where log q(u|x) = 0.
 
-    `forward` is the interface of all noise models. It maps uniform `noise` in [0, 1) and the scaled
-    image, both `(B, C, H, W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats.
-    `inverse` maps `u` and the image to the noise and `log q(u|x)`.
+    As in all noise models, `forward` maps uniform `noise` in [0, 1) and the scaled image, both
+    `(B, C, H, W)`, to `u` in `[EDGE, 1 - EDGE]` and `log q(u|x)`, `(B,)` in nats. `inverse` maps
+    `u` and the image to the noise and `log q(u|x)`.
     """
 
     def forward(
@@ -96,7 +96,7 @@ class Dequantizer(nn.Module):
         return -math.log(self.levels)
 
     def check(self, x: Tensor) -> None:
-        """Raises `ValueError` for a dtype other than integers, or for a value outside 0..Q-1."""
+        """Raises `ValueError` unless `x` has integers in 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
         # int(...), because 256 would wrap to 0 in uint8
@@ -157,9 +157,8 @@ class Dequantizer(nn.Module):
         return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
 
     def to_data(self, v: Tensor) -> Tensor:
-        """The flow's input back to integers, uint8 in 0..Q-1.
-
-        Raises `FloatingPointError` where the input is not finite.
+        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` for an
+        input that is not finite.
         """
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)

@@ -72,9 +72,6 @@ def require_room(flow: Flow, pairs: int, steps: int) -> None:
     )
 
 
-# --- along attributes -----------------------------------------------------------------------------
-
-
 def moved(z: Tensor, direction: Direction, target: Tensor) -> Tensor:
     """Latents `(N, D)` turned towards a direction, until their projections on it are `target`
     `(N,)`: on a great circle, so that the norm stays typical.
@@ -104,9 +101,6 @@ def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tenso
     t = torch.linspace(0, 1, steps).to(z)
     rows = [moved(z, direction, begin + s * (end - begin)) for s in t[1:]]
     return torch.stack([z, *rows], dim=1)
-
-
-# --- between classes ------------------------------------------------------------------------------
 
 
 def between_classes(
@@ -166,9 +160,6 @@ def of_classes(
     return between_classes(flow, encode(flow, x), first, second, mean, steps)
 
 
-# --- where a path stops ---------------------------------------------------------------------------
-
-
 def log_probs(flow: Flow, x: Tensor) -> Tensor:
     """Log-likelihoods of images `(N, C, H, W)`, float64 `(N,)` in nats, as in `evaluate`."""
     return score(flow, Split(x.cpu().numpy(), np.arange(len(x)), 0)).log_prob
@@ -198,9 +189,6 @@ def stay(rows: Tensor, counts: list[int]) -> Tensor:
     """Paths `(P, S, ...)` that stay at the last of their first `counts` images."""
     steps = torch.arange(rows.shape[1])
     return torch.stack([row[steps.clamp_max(n - 1)] for row, n in zip(rows, counts, strict=True)])
-
-
-# --- which images ---------------------------------------------------------------------------------
 
 
 def random_images(

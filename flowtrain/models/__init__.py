@@ -2,5 +2,5 @@
 
 A module's `build(shape, *, **options) -> Bijection` makes the flow for one example of `shape`
 (C, H, W). Its keyword options, with the descriptions in its docstring, are the schema of
-`model.<option>`. `build` raises `UserError` where the options do not fit the shape.
+`model.<option>`. `build` raises `UserError` if the options do not fit the shape.
 """

@@ -1,7 +1,7 @@
 """Pictures of samples and of paths: grids of images, or points and their density.
 
-Points of the plane, `(2, 1, 1)`, are drawn where they are. Points of the unit sphere, `(3, 1, 1)`,
-are drawn by longitude and height. This is Lambert's cylindrical projection, which preserves areas.
+Points of the unit sphere, `(3, 1, 1)`, are drawn by longitude and height: Lambert's cylindrical
+projection, which preserves areas.
 """
 
 import itertools

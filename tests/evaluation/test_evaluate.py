@@ -143,7 +143,7 @@ def test_data_of_another_shape_are_an_error(tmp_path, flow):
 
 
 class Spoiled(Bijection):
-    """A bijection whose likelihood is not finite for images of a dark first pixel, and whose
+    """A bijection whose likelihood is not finite for some noise of the first pixel, and whose
     inverse is off.
     """
 
@@ -153,7 +153,7 @@ class Spoiled(Bijection):
 
     def forward(self, x, context=None):
         z, log_det = self.inner(x)
-        return z, torch.where(x[:, 0, 0, 0] < -0.3, self.value, log_det)
+        return z, torch.where(256 * x[:, 0, 0, 0] % 1 < 0.3, self.value, log_det)
 
     def inverse(self, z, context=None):
         x, log_det = self.inner.inverse(z)
@@ -168,8 +168,7 @@ def test_images_that_are_not_finite_are_counted_and_named(tmp_path, value, draws
     with np.load(tmp_path / "a.npz") as arrays:
         pixels = arrays["x_test"].transpose(0, 3, 1, 2)
     bad = (~scores.draws.isfinite()).any(dim=0).nonzero().flatten().tolist()
-    dark = ((pixels[:, 0, 0, 0] + 0.5) / 256 - 0.5 < -0.3).sum()
-    assert 0 < len(bad) < 30 and len(bad) == pytest.approx(dark, abs=1)
+    assert 0 < len(bad) < 30
     assert result.non_finite_indices == bad and result.non_finite_images == len(bad)
     assert result.bits_per_dim is None and result.nats_per_image is None
     assert result.num_images == len(scores.log_prob) == 30

@@ -45,6 +45,9 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level():
     torch.testing.assert_close(prior.log_prob_by_entry(z, labels).sum(1), of_each)
     drawn = torch.cat([z[:, :6], z[:, 6:] * scale[labels] + prior.mean[labels]], dim=1)
     torch.testing.assert_close(prior.latents_of_classes(z, labels), drawn)
+    beyond = (z[:, 6:] - prior.mean[0]) / scale[0]
+    moved = torch.cat([z[:, :6], prior.mean[2] + 0.5 * scale[2] * beyond], dim=1)
+    torch.testing.assert_close(prior.carried(z, 0, 2, 0.5), moved)
 
 
 def conditional(model="glow", classes=3, **options):
@@ -116,11 +119,7 @@ def test_without_a_class_the_networks_see_the_mean_of_all_or_zeros(dropped, seen
         without = flow(x, noise, torch.full((5,), 3)).total  # the label beyond those of the classes
         base = Normal(0, 1).log_prob(z).sum(1)
         torch.testing.assert_close(without, base + log_det - 16 * math.log(256))
-        given = torch.stack([flow(x, noise, torch.full((5,), label)).total for label in range(3)])
-        # The likelihood of unlabelled images is that of Bayes' rule, as for any model with classes.
-        total = flow(x, noise).total
-        torch.testing.assert_close(total, given.logsumexp(dim=0) - math.log(3))
-        assert (total - without).abs().min() > 1e-3
+        assert (flow(x, noise).total - without).abs().min() > 1e-3
 
 
 def test_guidance_needs_a_model_of_images_without_a_class():
@@ -193,14 +192,8 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
     [
         ({}, "model.classes: 2, but npz has the labels 0..2"),
         (None, "model.classes: 2, but npz has no labels"),
-        (
-            {"y_train": np.zeros(49, int)},
-            "y_train in .*a.npz is .*: expected a whole number for",
-        ),
-        (
-            {"y_train": np.zeros(50)},
-            "y_train in .*a.npz is .*: expected a whole number for",
-        ),
+        ({"y_train": np.zeros(49, int)}, "y_train in .*a.npz is .*: expected a whole number"),
+        ({"y_train": np.zeros(50)}, "y_train in .*a.npz is .*: expected a whole number"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, labels, message):
@@ -240,18 +233,6 @@ def test_bounds_by_class_are_those_of_the_draws():
     assert scores.draws_by_class.shape == (2, 3, 9)
     torch.testing.assert_close(scores.draws, scores.draws_by_class.logsumexp(dim=1) - math.log(3))
     torch.testing.assert_close(scores.base + scores.log_det, scores.draws[0])
-
-
-@pytest.mark.run
-def test_samples_have_a_row_a_class(tmp_path):
-    for classes, out in (("3,0", "s.npz"), ("0", "0.npz"), ("3,0", "s.png")):
-        options = ["--classes", classes, "--num-images", 2, "--out", out]
-        quick("sample", "glow_mnist_conditional", *options, cwd=tmp_path).ok()
-    drawn = np.load(tmp_path / "s.npz")
-    assert drawn["classes"].tolist() == [3, 3, 0, 0] and len(drawn["images"]) == 4
-    assert np.array_equal(np.load(tmp_path / "0.npz")["images"], drawn["images"][2:])
-    with Image.open(tmp_path / "s.png") as picture:
-        assert picture.size == (2 * 422 + 2, 2 * 422 + 2)  # 15 times as large
 
 
 @pytest.mark.run
