@@ -8,6 +8,7 @@ from cli_helpers import flowtrain, quick, trained
 from PIL import Image
 from run_files import ROWS, TEST, a_run, train_row, validation_row
 
+from flowtrain.tools.report import charts
 from flowtrain.tools.report.compare import compare
 
 
@@ -20,6 +21,7 @@ def compared(*names):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # paths in messages are as given
+    monkeypatch.setattr(charts, "losses_png", lambda runs, unit: b"")  # takes long; not in commands
     return tmp_path
 
 
@@ -75,7 +77,6 @@ def test_real_runs_compare():
     assert not (runs["glow"] / "evaluate-test.json").exists(), "it evaluated the test split"
 
 
-@pytest.mark.run  # takes long
 def test_unfinished_runs_are_shown(here):
     rows = [*ROWS, train_row(6, 2.9), validation_row(6, 3.0)]
     going = a_run(here / "going", rows, None, finished=False)
@@ -110,7 +111,6 @@ def test_other_units_and_losses_that_were_not_finite(here):
     assert different in done.err
 
 
-@pytest.mark.run  # takes long
 def test_one_run_twice_is_shown_once_and_same_names_by_their_paths(here):
     a_run(here / "x" / "a")
     a_run(here / "y" / "a")
@@ -146,7 +146,6 @@ NOTES = {
 }
 
 
-@pytest.mark.run  # takes long
 @pytest.mark.parametrize("changes, expected", NOTES.values(), ids=NOTES)
 def test_reasons_why_runs_do_not_compare(changes, expected, here):
     a_run(here / "a")
@@ -155,7 +154,6 @@ def test_reasons_why_runs_do_not_compare(changes, expected, here):
     assert len([note for note in notes if expected in note]) == 1, notes
 
 
-@pytest.mark.run  # takes long
 def test_places_of_data_and_times_of_outputs_are_no_differences(here):
     a_run(here / "a")
     train = {"log_every": 3, "keep_checkpoints": 2}
