@@ -47,7 +47,7 @@ def size_of(flow: Flow) -> str:
 
 
 def unit_of(flow: Flow) -> str:
-    """The unit of the losses, with what images are given."""
+    """The unit of the losses, with the context of conditional models."""
     given = "" if flow.image_context is None else f" given {flow.image_context.words}"
     return f"{flow.kind.unit}{given}"
 
@@ -59,7 +59,7 @@ def card_of(model: LoadedModel) -> zoo.Card | None:
 
 
 def figures(model: LoadedModel) -> list[Figure]:
-    """What was measured of these weights: by `flowtrain evaluate` in the run, and on the card of a
+    """Measured losses of these weights: by `flowtrain evaluate` in the run, and on the card of a
     trained model.
     """
     unit, found = unit_of(model.flow), {}
@@ -88,7 +88,7 @@ def _likelihood(result: Evaluation) -> str:
 
 
 def table(model: LoadedModel) -> dict[str, str]:
-    """What a model is: data, shape, size, training, figures, versions."""
+    """Data, shape, size, training, figures and versions of a model."""
     flow, meta = model.flow, model.checkpoint.meta
     rows = {
         "data": f"{model.config.data.name}: {shape_of(flow.shape, flow.kind)}",

@@ -1,5 +1,4 @@
-"""Checkpoints that are written while training goes on: copied to the host's memory, then hashed and
-written by a thread.
+"""Checkpoints that a thread hashes and writes during training, from a copy in the host's memory.
 
 torch's `distributed.checkpoint.async_save` does the same for a folder with a pickle. Here it is one
 file, with a checksum, that replaces the old one.
@@ -22,7 +21,7 @@ Write = Callable[[Mapping[str, Tensor]], None]
 
 class Background:
     """Calls functions that write tensors in one thread, one after the other, with a copy of the
-    tensors as they are now. The copy's memory is kept for the next one.
+    tensors. The copy's memory is kept for the next one.
     """
 
     def __init__(self) -> None:
@@ -32,12 +31,9 @@ class Background:
         self._said = False
 
     def start(self, tensors: Mapping[str, Tensor], write: Write) -> None:
-        """Returns when the tensors are copied, or are about to be by the device: what is computed
-        next may change them. It first waits for an earlier write.
-
-        Where the memory is short, it returns when they are written.
-
-        Raises what an earlier write has raised.
+        """Returns when the tensors may change, because they are copied, or about to be by the
+        device. It first waits for an earlier write, and raises its error. If memory is short, it
+        returns when the tensors are written.
         """
         self.finish()
         if not self._make_room(tensors):
@@ -57,18 +53,18 @@ class Background:
         self._running = self._thread.submit(run)
 
     def raise_error(self) -> None:
-        """Raises what the last write has raised, if it has ended so. It does not wait."""
+        """Raises the error of the last write, if it has failed already. It does not wait."""
         if self._running is not None and self._running.done():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the last write. Raises what it has raised, once."""
+        """Waits for the last write. Raises its error, once."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def wait(self) -> None:
-        """As `finish`, but raises nothing, because another error is on its way."""
+        """Waits for the last write, but raises nothing, because another error is on its way."""
         if self._running is not None:
             concurrent.futures.wait([self._running])
 
@@ -97,9 +93,7 @@ class Background:
 
 
 def memory_of_copy(tensors: Mapping[str, Tensor], free: int) -> int:
-    """Bytes of the host's memory that a copy takes, or 0 if none is made, because not as much again
-    would be left of `free` bytes.
-    """
+    """Bytes of a copy in the host's memory, or 0 if that is more than half of `free` bytes."""
     size = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
     if _on_gpu(tensors):
         size = 1 << (size - 1).bit_length()  # torch takes pinned memory by powers of two

@@ -28,10 +28,8 @@ from flowtrain.system.capacity import available
 from flowtrain.system.random import Stream
 from flowtrain.types import Shape
 
-# Far more than any model needs. It takes seconds.
-LONGEST_BUILD = 100_000  # operations on tensors
-# Numbers of a build that needs no check before it. The check is arithmetic on the meta device, for
-# which torch imports its compiler. That takes a second.
+LONGEST_BUILD = 100_000  # operations on tensors, far more than any model needs; it takes seconds
+# Numbers of a build that is not tried on the meta device, for which torch imports its compiler.
 SMALL = 2**26
 
 
@@ -44,12 +42,12 @@ def build_flow(
 ) -> Flow:
     """A new flow for images of `shape` with values 0..levels-1, or for real values (None).
 
-    Its weights are a function of the configuration's seed. `check` is called with the flow. If that
-    is not small, it is called before the weights get any memory, with a flow of the same sizes on
-    the meta device. A module of the user is not checked, as it may not build there.
+    Its weights are a function of the configuration's seed. `check` is called with the flow, or, if
+    that is not small, with one of the same sizes on the meta device before the weights get any
+    memory. A module of the user is not checked, because it may not build there.
 
-    Raises `UserError` where the options do not fit the shape, do not fit data without levels, or
-    where there is no memory for so many `copies` of the weights.
+    Raises `UserError` if the options do not fit the data, or if there is no memory for so many
+    `copies` of the weights.
     """
     if "." in config.model.name:
         return _build(config, shape, levels)
@@ -62,16 +60,13 @@ def build_flow(
     weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
     free = available(torch.device("cpu"))
     if copies * weights > free:
+        also = f"and training needs {copies} times that; " if copies > 1 else ""
         raise UserError(
-            f"model: its weights take {weights / 2**30:,.1f} GiB, {_of_copies(copies)}"
+            f"model: its weights take {weights / 2**30:,.1f} GiB, {also}"
             f"{free / 2**30:,.1f} GiB are available: make it smaller"
         )
     check(sizes)
     return _build(config, shape, levels) if sizes.device.type == "meta" else sizes
-
-
-def _of_copies(copies: int) -> str:
-    return f"and training needs {copies} times that; " if copies > 1 else ""
 
 
 class _NotSmall(Exception):
@@ -81,7 +76,7 @@ class _NotSmall(Exception):
 class _Counting(TorchFunctionMode):
     """Ends a build that has too many operations, or more numbers than `most`.
 
-    Numbers that follow from other tensors count by themselves, because a build keeps few of them.
+    Results of operations on tensors count one by one, because a build keeps few of them.
     """
 
     def __init__(self, most: float = math.inf):
@@ -98,7 +93,7 @@ class _Counting(TorchFunctionMode):
                 f"model: it has too many layers: building it takes more than {LONGEST_BUILD:,} "
                 f"operations"
             )
-        made = 0 if func is torch.tensor else _numbers(args)  # that takes values, not sizes
+        made = 0 if func is torch.tensor else _numbers(args)  # `tensor` takes values, not sizes
         if made > self.left:
             raise _NotSmall
         if not any(isinstance(each, Tensor) for each in args):
@@ -107,7 +102,7 @@ class _Counting(TorchFunctionMode):
 
 
 def _numbers(args: Sequence[Any]) -> int:
-    """How many numbers a call makes from its tensors, broadcast, or from its sizes."""
+    """The count of numbers that a call makes from its tensors, broadcast, or from its sizes."""
     shapes = [reversed(each.shape) for each in args if isinstance(each, Tensor)]
     if shapes:
         return math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
@@ -119,7 +114,6 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
     build = configuration.component(Model, config.model.name).build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
-        # What a model may want to know beside the shape. Most do not.
         image_context = _image_context(config.model, shape, levels)
         about = {
             "data_levels": levels,

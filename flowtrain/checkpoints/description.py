@@ -1,4 +1,4 @@
-"""The description in a checkpoint: everything in it that is not a tensor."""
+"""The description in a checkpoint: everything but the tensors."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ class Progress:
 
 
 class Origin(BaseModel):
-    """What the description has in every format."""
+    """The part of the description that every format has."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -42,10 +42,8 @@ class Origin(BaseModel):
 
 
 class Description(Origin):
-    """The description in this format. The last four are those of a run, and are missing where a
-    checkpoint holds only a model, as in an archive.
-
-    `config` is only known to be a mapping of sections: `flowtrain.config.parse` checks it.
+    """The description in this format. The checkpoint of a run has the last four, a model alone, as
+    in an archive, has none. `flowtrain.config.parse` checks `config`.
     """
 
     config: dict[str, Any]

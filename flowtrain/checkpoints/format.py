@@ -5,8 +5,8 @@ as JSON (format, versions, configuration, image shape, levels, step, the data's 
 trainer's counters), and `checksum`, the SHA-256 of the whole file with these 64 digits at zero.
 Nothing in it can run code.
 
-It is written here and not by safetensors, whose `save` holds the interpreter while it copies all
-tensors, and is in memory three times before it has a checksum. `safetensors` reads it.
+safetensors reads the file but does not write it: its `save` holds the interpreter while it copies
+all tensors, and needs three times the memory.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 import flowtrain
 from flowtrain.checkpoints.description import Description, Origin
+from flowtrain.checkpoints.record import checked
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.system import capacity, distributed
 from flowtrain.system.files import Piece, make_folder_of, read_regular, write_atomically
@@ -59,7 +59,7 @@ _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 class Checkpoint:
     """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`.
 
-    `meta` has the keys of `Description`, apart from those that the file does not have.
+    `meta` has the keys of `Description` that the file has.
     """
 
     path: Path
@@ -68,12 +68,8 @@ class Checkpoint:
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, without its prefix."""
-        prefix = f"{name}."
-        return {
-            key[len(prefix) :]: value
-            for key, value in self.tensors.items()
-            if key.startswith(prefix)
-        }
+        parts = [(key.partition("."), value) for key, value in self.tensors.items()]
+        return {rest: value for (part, _, rest), value in parts if part == name}
 
 
 def versions() -> dict[str, str]:
@@ -91,8 +87,8 @@ def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def pieces(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The bytes of a checkpoint, part by part. The large tensors of the host are not copied."""
-    # Aligned, as safetensors' own files are: a tensor of larger numbers comes first.
+    """The bytes of a checkpoint, part by part. The host's large tensors are not copied."""
+    # Aligned like safetensors' own files: a tensor of larger numbers comes first.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     header = _header(meta, ordered)
     match = _CHECKSUM.search(header)
@@ -106,11 +102,10 @@ def pieces(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[P
 
 
 def _header(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray:
-    """What comes before the tensors, with zeros in place of the checksum."""
+    """The bytes before the tensors, with zeros in place of the checksum."""
     described = json.dumps({"format": FORMAT, "versions": versions(), **meta}, allow_nan=False)
-    header: dict[str, Any] = {
-        "__metadata__": {"checksum": _ZEROS.decode(), "flowtrain": described},
-    }
+    metadata = {"checksum": _ZEROS.decode(), "flowtrain": described}
+    header: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name, tensor in tensors.items():
         offsets = [start, start + tensor.nbytes]
@@ -123,7 +118,7 @@ def _header(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray
 
 
 def _contents(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The bytes of the tensors. Small ones are put together, so that there are few pieces."""
+    """The bytes of the tensors. Small ones are joined, so that there are few pieces."""
     together = bytearray()
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -140,19 +135,14 @@ def _contents(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
 
 def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a checkpoint, and makes its folder if it is missing. A kill at any moment leaves the
-    old file or the new one, never a part.
-
-    Raises `RunError` where writing fails; what was there before is kept.
+    old file or the new one. Raises `RunError` and keeps the old one if writing fails.
     """
     make_folder_of(path)
     write_atomically(path, pieces(meta, tensors))
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint.
-
-    Raises `UserError` naming the file where it is missing, damaged, or not a checkpoint.
-    """
+    """Reads a checkpoint. Raises `UserError` if it is missing, damaged, or not a checkpoint."""
     return _parse(path, _bytes(path))
 
 
@@ -186,7 +176,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         metadata = header["__metadata__"]
         described, checksum = metadata["flowtrain"], metadata["checksum"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        # Only its name or a word in it tells a damaged checkpoint from a file of another kind.
+        # Its name or a word in it distinguishes a damaged checkpoint from a file of another kind.
         if b'"flowtrain"' in data[:1_000_000] or (path.suffix == SUFFIX and not _of_others(data)):
             raise UserError(
                 f"{path}: damaged: its header cannot be read (truncated, or bytes changed)"
@@ -202,8 +192,11 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
         raise UserError(
             f"{path}: damaged: its bytes do not match its checksum (truncated or changed)"
         )
-    # The file is now as somebody wrote it, but perhaps not with `write`.
-    origin = _described(Origin, path, described)
+    # The file is as somebody wrote it, but perhaps not with `write`.
+    invalid = f"{path}: not a valid checkpoint"
+    if not isinstance(described, str):
+        raise UserError(f"{invalid}: its description is no text")
+    origin = checked(Origin, described, invalid)
     if origin.format != FORMAT:
         version = cut(origin.versions.get("flowtrain", "?"))
         raise UserError(
@@ -211,26 +204,21 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
             f"flowtrain {flowtrain.__version__}, which reads format {FORMAT}: use that version, or "
             f"train again"
         )
-    meta = _described(Description, path, described).model_dump(exclude_unset=True)
+    meta = checked(Description, described, invalid).model_dump(exclude_unset=True)
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # KeyError: of a dtype
-        raise UserError(
-            f"{path}: not a valid checkpoint: its tensors cannot be read: {short(error)}"
-        ) from error
+        raise UserError(f"{invalid}: its tensors cannot be read: {short(error)}") from error
     foreign_names = sorted(name for name in tensors if name.partition(".")[0] not in PARTS)
     if foreign_names:
         raise UserError(
-            f"{path}: not a valid checkpoint: a tensor {shown(foreign_names[0])} belongs to none "
-            f"of {', '.join(PARTS)}"
+            f"{invalid}: a tensor {shown(foreign_names[0])} belongs to none of {', '.join(PARTS)}"
         )
     return Checkpoint(path, meta, tensors)
 
 
 def _of_others(data: bytes) -> bool:
-    """Whether it is a safetensors file of another program: its header can be read, and has neither
-    of the two words that a checkpoint has.
-    """
+    """Whether it is a sound safetensors file of another program, without our words."""
     try:
         header = data[8 : _header_end(data)]
         return isinstance(json.loads(header), dict) and b'"checksum"' not in header
@@ -238,25 +226,8 @@ def _of_others(data: bytes) -> bool:
         return False
 
 
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def _described(kind: type[Kind], path: Path, described: object) -> Kind:
-    try:
-        if not isinstance(described, str):
-            raise UserError(f"{path}: not a valid checkpoint: its description is no text")
-        return kind.model_validate_json(described)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = cut(".".join(map(str, first["loc"])))
-        why = cut(first["msg"].removeprefix("Value error, "), 300)
-        got = "" if not key or first["type"] == "missing" else f", got {shown(first['input'])}"
-        where = f"{key}: " if key else ""
-        raise UserError(f"{path}: not a valid checkpoint: {where}{why}{got}") from error
-
-
 def _header_end(data: bytes | bytearray) -> int:
-    """Where the header ends. Raises `ValueError` where its length cannot be right."""
+    """The end of the header. Raises `ValueError` if its length cannot be right."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, 100_000_000):
         raise ValueError("header length")

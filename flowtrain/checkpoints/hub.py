@@ -1,8 +1,7 @@
-"""Models on the Hugging Face Hub: a MODEL `hf://user/name`, and what `flowtrain push` uploads.
+"""Models on the Hugging Face Hub: a MODEL `hf://user/name`, and the uploads of `flowtrain push`.
 
-The package huggingface_hub does both, and is imported here alone, when it is asked for. Its own
-settings say where the hub is (`HF_ENDPOINT`), whose token is used, and where the cache lies. A file
-that was downloaded is read with the same care as any other.
+The package huggingface_hub does both, and is imported only here, on demand. Its own settings hold
+the address of the hub (`HF_ENDPOINT`), the token, and the cache folder.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ def address(text: str) -> Address:
 
 
 def repository_of(path: Path) -> str | None:
-    """`user/name`, where a file lies in the hub's cache: `models--user--name/snapshots/COMMIT`."""
+    """`user/name` of a file in the hub's cache, `models--user--name/snapshots/COMMIT/FILE`."""
     if len(path.parents) < 3 or path.parents[1].name != "snapshots":
         return None
     kind, *name = path.parents[2].name.split("--")
@@ -52,17 +51,17 @@ def repository_of(path: Path) -> str | None:
 
 
 def require_package(model: str) -> None:
-    """Raises `UserError` where huggingface_hub is missing or too old."""
+    """Raises `UserError` if huggingface_hub is missing or too old."""
     packages.required(f"{cut(model)}: the hub", "huggingface_hub", OLDEST)
 
 
 def download(model: str) -> Path:
-    """The checkpoint of `hf://user/name` in the hub's cache. It is downloaded where it is not there
-    yet, or is not the newest. Without a network, the cache has to do.
+    """The checkpoint of `hf://user/name` in the hub's cache, downloaded unless the newest is there.
+    Without a network, the cache has to do.
 
     Raises:
-        UserError: There is no such repository or revision, or it has no model of flowtrain, or one
-            that is larger than the memory. Or the package is missing.
+        UserError: There is no such repository or revision, it has no model of flowtrain or one that
+            is larger than the memory, or the package is missing.
         RunError: The hub cannot be reached, or fails.
     """
     wanted = address(model)
@@ -80,7 +79,7 @@ def download(model: str) -> Path:
 
 
 def require_login(model: str) -> None:
-    """Raises `UserError` where nobody is logged in to the hub."""
+    """Raises `UserError` if nobody is logged in to the hub."""
     require_package(model)
     from huggingface_hub import get_token
 
@@ -89,12 +88,12 @@ def require_login(model: str) -> None:
 
 
 def upload(repository: str, files: Mapping[str, bytes], private: bool) -> str:
-    """Commits `files`, given by name, to a repository, which is made if it is not there. Returns
-    where it is on the web.
+    """Commits `files`, given by name, to a repository, which is created if it is missing. Returns
+    its address on the web.
 
     Raises:
-        UserError: The hub refuses it, or it is to be `private` and is public already. Or the
-            package is missing.
+        UserError: The hub refuses it, it is to be `private` and is public already, or the package
+            is missing.
         RunError: The hub cannot be reached, or fails.
     """
     require_package(repository)
@@ -121,7 +120,7 @@ def _client() -> "HfApi":
 
 @contextlib.contextmanager
 def _explaining(model: str) -> Iterator[None]:
-    """Turns what may go wrong with the hub into one message."""
+    """Turns errors of the hub into one message."""
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars

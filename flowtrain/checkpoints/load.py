@@ -22,11 +22,11 @@ NAMED = 3  # tensors in a message
 
 
 def find(model: str | None, runs: Path = Path("runs")) -> Path:
-    """The checkpoint file that a command line's `MODEL` means.
+    """The checkpoint file of a command line's `MODEL`.
 
     That is the file itself, the best (else the last) checkpoint of a run directory, a trained model
     of flowtrain by its name, `hf://user/name` on the hub, or by default the newest run. Raises
-    `UserError` where there is none.
+    `UserError` if there is none.
     """
     if model is not None and model.startswith(hub.PREFIX):
         return hub.download(model)
@@ -64,13 +64,13 @@ def _newest(runs: Path) -> Path:
 
 
 def _checkpoints_of(run: Path) -> list[Path]:
-    """The best and the last checkpoint of a run directory, where they exist."""
+    """The best and the last checkpoint of a run directory, if they exist."""
     files = [run / "checkpoints" / f"{name}{SUFFIX}" for name in ("best", "last")]
     return [file for file in files if _is_there(file) and file.is_file()]
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a file, a folder or a link. Raises `PermissionError` where none may look."""
+    """Whether there is a file, a folder or a link. Raises `PermissionError`."""
     try:
         path.lstat()
     except PermissionError:
@@ -81,9 +81,9 @@ def _is_there(path: Path) -> bool:
 
 
 def run_of(path: Path) -> Path:
-    """Where a command writes what it says about a checkpoint: the run directory that the file lies
-    in, or else its own folder. For a trained model of flowtrain it is `runs/zoo/NAME`, since
-    `runs/NAME` may be a run of the user, and for one of the hub `runs/hf/USER/NAME`.
+    """The folder for results about a checkpoint: its run directory, or else its own folder. For a
+    trained model of flowtrain it is `runs/zoo/NAME`, because `runs/NAME` may be a run of the user,
+    and for one of the hub `runs/hf/USER/NAME`.
     """
     if path.parent == zoo.FOLDER:
         return Path("runs") / "zoo" / path.stem
@@ -102,8 +102,8 @@ class LoadedModel:
     checkpoint: Checkpoint
 
     def alone(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The description and the tensors of a checkpoint that holds the weights that are used, as
-        they are stored, and nothing else of a run or of the folders of this machine.
+        """Description and tensors of a checkpoint of these weights alone, as they are stored,
+        without the rest of the run and the folders of this machine.
         """
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
         data = {**_named(meta["config"]["data"]), "root": "data"}
@@ -113,7 +113,7 @@ class LoadedModel:
 
 
 def _named(value: Any) -> Any:
-    """The options of a data set, with the last name in place of each absolute path."""
+    """The options of a data set, with each absolute path cut to its last name."""
     if isinstance(value, dict):
         return {key: _named(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -123,10 +123,8 @@ def _named(value: Any) -> Any:
 
 
 def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None) -> str:
-    """Copies a checkpoint's weights into `flow`, and returns which: `ema` or `raw`.
-
-    By default, the averaged weights (`ema`) are taken where there are any. Raises `UserError` where
-    the weights are missing or do not fit.
+    """Copies a checkpoint's weights into `flow`, and returns which: `ema` or `raw`, by default the
+    averaged ones if there are any. Raises `UserError` if they are missing or do not fit.
     """
     chosen, state = _require_weights(flow, checkpoint, weights)
     for name, here in flow.state_dict().items():
@@ -138,27 +136,23 @@ def load_weights(flow: Flow, checkpoint: Checkpoint, weights: str | None = None)
 def _require_weights(
     flow: Flow, checkpoint: Checkpoint, weights: str | None
 ) -> tuple[str, dict[str, Tensor]]:
-    """Which weights `load_weights` takes, and what they are. Raises `UserError` as it does."""
+    """The kind of weights that `load_weights` takes, and the tensors. Raises `UserError`."""
     chosen = weights or ("ema" if checkpoint.part("ema") else "raw")
     part = "ema" if chosen == "ema" else "model"
     state = checkpoint.part(part)
     if not state:
         why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
         raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
-    if (
-        checkpoint.meta.get("progress") is None
-    ):  # only a model: its numbers may be in half precision
-        state = {
-            name: value.float() if value.dtype == torch.float16 else value
-            for name, value in state.items()
-        }
+    if checkpoint.meta.get("progress") is None:  # a model alone may be in half precision
+        half = {name: value for name, value in state.items() if value.dtype == torch.float16}
+        state |= {name: value.float() for name, value in half.items()}
     require_tensors(checkpoint.path, state, flow.state_dict())
     return chosen, state
 
 
 def require_tensors(path: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises `UserError` unless the tensors of a checkpoint have the names, shapes and types of
-    `own`, which are those that the configuration builds. The message names those that do not.
+    """Raises `UserError`, with the first wrong names, unless the tensors of a checkpoint have the
+    names, shapes and types of `own`, the tensors that the configuration builds.
     """
     wrong = []
     for name in [*own, *sorted(found.keys() - own.keys())]:  # safetensors has no order
@@ -177,8 +171,8 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _require_constant(path: Path, name: str, there: Tensor, here: Tensor) -> None:
-    """Raises `UserError` for a buffer that training cannot have left so: an order of entries that
-    is none, another mask, or a layer that was not initialized.
+    """Raises `UserError` for impossible values of a buffer: an order that is no permutation,
+    another mask, or a layer that was not initialized.
     """
     if there.dtype == torch.bool:
         fits = torch.equal(there, here) if here.ndim else bool(there)
@@ -191,16 +185,14 @@ def _require_constant(path: Path, name: str, there: Tensor, here: Tensor) -> Non
 def load_model(
     model: str | None, device: torch.device, weights: str | None = None, trust_code: bool = False
 ) -> LoadedModel:
-    """The flow of a checkpoint or run directory, on `device`, in evaluation mode. See
-    `flowtrain.load`.
-    """
+    """The flow of a `MODEL`, on `device`, in evaluation mode. See `flowtrain.load`."""
     if weights not in (None, "ema", "raw"):
         raise UserError(f"--weights {weights}: expected ema or raw")
     checkpoint = read_by_main(lambda: find(model))
     assert checkpoint is not None
     meta = checkpoint.meta
     config = configuration.parse(meta["config"], str(checkpoint.path), trust_code)
-    # A model whose tensors are not those in the file gets no memory.
+    # A model gets no memory if its tensors are not those in the file.
     flow = build_flow(
         config,
         meta["shape"],
@@ -212,9 +204,7 @@ def load_model(
 
 
 def model_hash(model: LoadedModel) -> str:
-    """SHA-256 of all that the model computes with: its options, shape, levels, and the weights that
-    are used.
-    """
+    """SHA-256 of the model's options, shape, levels, and the weights in use."""
     described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
     described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Reads and checks the files in a run directory, which `train` and `evaluate` write.
+"""Reads and checks the files that `train` and `evaluate` write to a run directory.
 
 It needs no torch, and runs no code that a configuration names.
 """
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from flowtrain import config as configuration
-from flowtrain.errors import UserError, shown
+from flowtrain.errors import UserError, cut, shown
 from flowtrain.results import Evaluation, Row, Summary
 from flowtrain.system.files import read_regular
 
@@ -44,36 +44,36 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """Reads a run directory. It may still be being written.
+    """Reads a run directory, also while it is written.
 
     A run that has logged nothing yet has no metrics. Raises `UserError`, naming the file, if a file
-    is missing or is not what `train` or `evaluate` write.
+    is missing or damaged.
     """
     if not path.is_dir():
         raise UserError(
             f"{path}: {'is not a run directory' if path.exists() else 'no such run directory'}"
         )
     config = configuration.load_yaml(path / "config.yaml")
-    _checked(RunConfig, config, str(path / "config.yaml"))
+    checked(RunConfig, config, str(path / "config.yaml"))
     metrics, test = path / "metrics.jsonl", path / "evaluate-test.json"
     return Record(
         path,
         config,
-        _checked(Summary, _text(path / "summary.json"), str(path / "summary.json")),
+        checked(Summary, _text(path / "summary.json"), str(path / "summary.json")),
         read_rows(metrics) if metrics.exists() else [],
         read_evaluation(test) if test.exists() else None,
     )
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, without a last line that is still being written."""
+    """The rows of a `metrics.jsonl`, without an unfinished last line."""
     *lines, _unfinished = _text(path, LONGEST_METRICS).split("\n")
-    return [_checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """The result of `flowtrain evaluate`."""
-    return _checked(Evaluation, _text(path), str(path))
+    return checked(Evaluation, _text(path), str(path))
 
 
 def _text(path: Path, limit: int = LONGEST_JSON) -> str:
@@ -87,18 +87,20 @@ def _text(path: Path, limit: int = LONGEST_JSON) -> str:
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def _checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kind:
-    """JSON text, or values already parsed, as the type of a file."""
+def checked(kind: type[Kind], content: str | dict[str, Any], where: str) -> Kind:
+    """JSON text, or values already parsed, as the type of a file.
+
+    Raises `UserError` with `where` and the first wrong key.
+    """
     try:
-        return (
-            kind.model_validate_json(content)
-            if isinstance(content, str)
-            else kind.model_validate(content)
-        )
+        if isinstance(content, str):
+            return kind.model_validate_json(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = cut(".".join(map(str, first["loc"])))
+        why = cut(first["msg"].removeprefix("Value error, "), 300)
         if not key:  # it is not JSON, or not an object; the value is the whole file
-            raise UserError(f"{where}: broken: {first['msg']}") from error
+            raise UserError(f"{where}: broken: {why}") from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-        raise UserError(f"{where}: {key}: {first['msg']}{got}") from error
+        raise UserError(f"{where}: {key}: {why}{got}") from error

@@ -6,8 +6,9 @@
 import hashlib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from flowtrain.checkpoints.record import checked
 from flowtrain.config import load_yaml
 from flowtrain.errors import UserError
 
@@ -15,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "zoo"
 
 
 class Card(BaseModel):
-    """What a reader should know of a trained model. The figures are those of the file itself."""
+    """A trained model's origin and figures, which are those of the file itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,19 +48,14 @@ def checkpoint_of(name: str) -> Path:
 
 
 def argument(checkpoint: Path) -> str:
-    """What a command's `MODEL` is for a checkpoint: a trained model's name, or the path itself."""
+    """The `MODEL` of a command for a checkpoint: a trained model's name, or the path itself."""
     return checkpoint.stem if checkpoint.parent == FOLDER else str(checkpoint)
 
 
 def card_of(name: str) -> Card:
     """The card of a trained model. Raises `UserError` if it is damaged."""
     path = FOLDER / f"{name}.yaml"
-    try:
-        return Card.model_validate(load_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: {first['msg']}; install flowtrain again") from error
+    return checked(Card, load_yaml(path), str(path))
 
 
 def verified(name: str) -> Path:

@@ -1,7 +1,6 @@
-"""The data sets and models that `data.name` and `model.name` stand for, and their options.
+"""The data sets and models behind `data.name` and `model.name`, and their options.
 
-A section takes the keys of `schema.py` and the keyword arguments of the function `build` that its
-name stands for.
+A section takes the keys of `schema.py` and the keyword arguments of the named function `build`.
 """
 
 import functools
@@ -16,11 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    Field,
-    create_model,
-)
+from pydantic import BaseModel, Field, create_model
 
 from flowtrain.config.schema import (
     AbsolutePath,
@@ -37,7 +32,7 @@ DEEPEST = 20  # parts of a dotted name
 
 
 class Named(NamedTuple):
-    """A data set or a model that a name stands for."""
+    """A named data set or model."""
 
     build: Callable[..., Any]
     about: str  # paragraphs of documentation: first the name, then shape and files
@@ -55,7 +50,7 @@ def _named(documented: object, build: Callable[..., Any]) -> Named:
 @functools.cache
 def _shipped(base: type[Component]) -> dict[str, Named]:
     """The data sets or models of flowtrain: modules with a function `build`, and the functions in
-    tables `BUILDS` of modules that hold several.
+    tables `BUILDS`.
     """
     spec = importlib.util.find_spec(f"flowtrain.{base.package}")
     assert spec is not None
@@ -75,10 +70,8 @@ def component_names(base: type[Component]) -> list[str]:
 
 
 def component(base: type[Component], name: str) -> Named:
-    """The data set or model of a name. A dotted name is a module of the user.
-
-    Raises:
-        UserError: if there is no such module, or it has no `build`.
+    """The data set or model of a name. A dotted name is a module of the user. Raises `UserError` if
+    there is no such module, or it has no `build`.
     """
     key = f"{base.section}.name"
     parts = name.split(".")
@@ -103,7 +96,7 @@ def component(base: type[Component], name: str) -> Named:
 
 
 def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
-    """What the `name` of a section is in a configuration that is not checked yet."""
+    """The `name` of a section in an unchecked configuration."""
     section = values.get(base.section)
     default = base.model_fields["name"].default
     return str(section.get("name", default) if isinstance(section, Mapping) else default)
@@ -115,16 +108,14 @@ def component_schema(base: type[Component], name: str) -> type[Component]:
     build = component(base, name).build
     described = _described_arguments(build)
     hints = typing.get_type_hints(build, include_extras=True)
+    absolute = {Path: AbsolutePath, Path | None: AbsolutePath | None}
     fields: dict[str, Any] = {}
     for key, parameter in inspect.signature(build).parameters.items():
         if key not in base.arguments:
             kind = hints.get(key, Any)
             default = ... if parameter.default is parameter.empty else parameter.default
-            absolute = {Path: AbsolutePath, Path | None: AbsolutePath | None}
-            fields[key] = (
-                absolute.get(kind, kind),
-                Field(default, description=described.get(key)),
-            )
+            field = Field(default, description=described.get(key))
+            fields[key] = absolute.get(kind, kind), field
     schema: type[Component] = create_model(
         f"{base.__name__}_{name.replace('.', '_')}", __base__=base, **fields
     )
@@ -133,13 +124,13 @@ def component_schema(base: type[Component], name: str) -> type[Component]:
 
 
 def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
-    """What the section `Args:` of a function's docstring says about each argument."""
+    """The section `Args:` of a function's docstring, by argument."""
     section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 
-# What other trainers call some keys. The letters of these names do not lead to ours.
+# Names of keys in other trainers, whose letters do not lead to ours.
 ELSEWHERE = {
     "learning_rate": "train.lr",
     "epochs": "train.num_steps",
@@ -154,29 +145,23 @@ ELSEWHERE = {
 
 
 def owners(base: type[Component], option: str) -> list[str]:
-    """The data sets or models that come with flowtrain and have this option."""
-    return [
-        name
-        for name in component_names(base)
-        if option in component_schema(base, name).option_names
-    ]
+    """The data sets or models of flowtrain that have this option."""
+    names = component_names(base)
+    return [name for name in names if option in component_schema(base, name).option_names]
 
 
 def all_keys() -> list[str]:
     """Every key of a configuration, with the options of all data sets and models of flowtrain."""
     keys = list(keys_of(Config))
     for base in (Data, Model):
-        options = {
-            option
-            for name in component_names(base)
-            for option in component_schema(base, name).option_names
-        }
+        schemas = [component_schema(base, name) for name in component_names(base)]
+        options = {option for schema in schemas for option in schema.option_names}
         keys += [f"{base.section}.{option}" for option in sorted(options)]
     return keys
 
 
 def keys_like(option: str) -> list[str]:
-    """The keys that end in `option`, or that other trainers call so, training first."""
+    """The keys that end in `option`, or have this name in other trainers, training first."""
     if option in ELSEWHERE:
         return [ELSEWHERE[option]]
     found = [key for key in all_keys() if key.rpartition(".")[2] == option]
@@ -192,9 +177,7 @@ def keys_of(schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors. It has every shipped data set and model
-    with its options.
-    """
+    """The JSON schema of a configuration file, with every data set and model of flowtrain."""
     fields: dict[str, Any] = {}
     for base in (Data, Model):
         default = base.model_fields["name"].default

@@ -13,7 +13,7 @@ from flowtrain.config.schema import Config, Data, Dequantization, Model, Section
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.system.files import read_regular
 
-# Far more than any configuration needs. Beyond them, a file or a value is refused unread.
+# Limits far beyond any configuration. A larger file or value is refused unread.
 LARGEST_YAML = 2**16  # characters, also with all aliases written out
 DEEPEST = 20  # levels of keys and lists
 
@@ -24,11 +24,10 @@ def parse(
     """Checks a nested mapping and fills in the defaults.
 
     Only with `trust_code` may `model.name` and `data.name` be modules outside flowtrain, which are
-    then imported. It is for what the user has written, or has said to be trusted.
+    then imported. It is for configurations that the user has written or trusts.
 
-    Raises:
-        UserError: if a key is unknown or missing, or its value is wrong. The message names `where`,
-            the key and the value.
+    Raises `UserError` with `where`, the key and the value if a key is unknown or missing, or its
+    value is wrong.
     """
     for section in ("data", "model", "train", "dequantization"):
         if not isinstance(values.get(section, {}), Mapping):
@@ -45,10 +44,8 @@ def parse(
             )
         sections[base.section] = component_schema(base, name)
     # A section that is left out is checked like an empty one.
-    fields: Any = {
-        k: (kind, Field(default_factory=dict, validate_default=True))
-        for k, kind in sections.items()
-    }
+    empty = Field(default_factory=dict, validate_default=True)
+    fields: Any = {key: (kind, empty) for key, kind in sections.items()}
     schema = create_model("ConfigOfThese", __base__=Config, **fields)
     try:
         return schema.model_validate(dict(values))
@@ -58,7 +55,7 @@ def parse(
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses values that are too deep or too large before it makes
-    them. What an alias stands for counts each time.
+    them. Each alias counts with its whole value.
     """
 
     def __init__(self, text: str):
@@ -87,7 +84,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _yaml(text: str) -> Any:
-    """The value of YAML. Raises `ValueError` that says in one line what is wrong."""
+    """The value of YAML. Raises `ValueError` with one line on the mistake."""
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML} characters")
     try:
@@ -126,8 +123,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Applies `key.sub=value` strings to a nested mapping, in place, and returns it.
 
-    Another `data.name` or `model.name` drops the options that belonged to the old one. Setting one
-    of `train.num_steps` and `train.budget` clears the other. Raises `UserError`.
+    Another `data.name` or `model.name` drops the options of the old one. Setting one of
+    `train.num_steps` and `train.budget` clears the other. Raises `UserError`.
     """
     assignments = [_assignment(text) for text in overrides]
     # Names come first, so that the order on the command line does not matter.

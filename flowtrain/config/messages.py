@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, one line for each key."""
+"""Messages about wrong configurations, one line for each key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,11 @@ from flowtrain.config.schema import Data, Model
 from flowtrain.errors import cut, did_you_mean, shown
 
 LINES = 5  # wrong keys in one message
-ALTERNATIVES = 4  # of what is wrong with a key
+ALTERNATIVES = 4  # messages about one key
 
 
 def described(error: ValidationError, schema: type[BaseModel], where: str) -> list[str]:
-    """One line per key. A key with alternatives, such as a number or a list of numbers, says what
-    is wrong by each of them.
-    """
+    """One line per key, with the mistakes by each alternative, such as a number or a list."""
     known = set(keys_of(schema))
     wrong: dict[str, list[Mapping[str, Any]]] = {}
     for each in error.errors():
@@ -49,7 +47,7 @@ def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel]) -> st
 
 
 def _meant(key: str, schema: type[BaseModel]) -> str:
-    """What an unknown key may stand for: a key that belongs to other names, or a similar one."""
+    """A likely meaning of an unknown key: one of other names, or a similar one."""
     section, _, option = key.rpartition(".")
     for base in (Data, Model):
         if section == base.section and (names := owners(base, option)):

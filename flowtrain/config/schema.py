@@ -51,7 +51,7 @@ class Section(BaseModel):
 
 
 def _types_in(annotation: object) -> set[object]:
-    """The types that a value may have, and those of the values of a `Literal`."""
+    """The types in an annotation, with those of the values of a `Literal`."""
     parts = typing.get_args(annotation)
     if not parts:
         return {annotation if isinstance(annotation, type) else type(annotation)}
@@ -116,9 +116,7 @@ class Data(Component):
 
     @property
     def resize_policy(self) -> Policy:
-        """How images of another size are brought to that of the data: as in the data set, or
-        `crop` where it has no policy.
-        """
+        """The policy for images of another size: the data set's, or `crop`."""
         policy: Policy = self.options().get("resize", "crop")
         return policy
 
@@ -316,8 +314,10 @@ class Train(Section):
     sample_every: Period = Field(500, description="Steps between sample grids.")
     logger: Loggers = Field(
         ["tensorboard"],
-        description="Where the charts and pictures go besides `metrics.jsonl`: `tensorboard`, "
-        "`wandb`, both, or none (`[]`). A run that goes on may change it.",
+        description="Loggers for charts and pictures besides `metrics.jsonl`, or none (`[]`). "
+        "`tensorboard` writes to the run directory (`tensorboard --logdir runs`), and `wandb` "
+        "(`pip install wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the printed "
+        "address). A resumed run may change it.",
     )
 
     @model_validator(mode="before")

@@ -1,13 +1,11 @@
-"""`train --dry-run`: what a run will cost, measured with random data.
-
-Nothing is downloaded or written.
-"""
+"""`train --dry-run`: the cost of a run, measured with random data, without writing anything."""
 
 import dataclasses
 import functools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -43,8 +41,8 @@ DOUBLED = 1.9  # memory that grows by this factor for twice the images has grown
 
 @dataclass(frozen=True)
 class Compute:
-    """Floating-point operations of matrix products and convolutions. A multiplication and an
-    addition are two. What `train.memory` computes again is not counted.
+    """Floating-point operations of matrix products and convolutions, two for a multiplication and
+    an addition. Recomputation by `train.memory` does not count.
     """
 
     image_flops: float  # the likelihood of one image, given its class if the model has classes
@@ -54,7 +52,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a mode of `train.memory` needs, beside what a run needs in any mode."""
+    """Memory for one mode of `train.memory`, beside `Memory.fixed_bytes`."""
 
     mode: Mode
     needed_bytes: float  # at the configured batch size
@@ -63,11 +61,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run needs beside activations, and them in each mode."""
+    """Memory of a run."""
 
     fixed_bytes: int  # weights, gradients, the average of the weights and the optimizer's state
     available_bytes: int  # to this process
-    copy_bytes: int  # the copy of a checkpoint that is written while training goes on, on the host
+    copy_bytes: int  # the copy of a checkpoint that is written in the background, on the host
     modes: list[Activations]
 
 
@@ -75,8 +73,8 @@ class Memory:
 class Growth:
     """Bytes of a step beyond the gradients, `constant + per_image * images` at each of its moments.
 
-    Which moment is the peak depends on the number of images. With few, it may be one where the
-    gradients of a level are there at once, and with many another, where the activations are.
+    The moment of the peak depends on the number of images. With few, it may be one with all
+    gradients of a level, and with many another, with the activations.
     """
 
     constant: Tensor
@@ -86,8 +84,8 @@ class Growth:
     def between(cls, sizes: Sequence[Sequence[int]], images: int) -> "Growth":
         """From the moments with `images` images, with twice as many, and so on.
 
-        What is taken or given back at a moment grows as between those sizes where it grew least:
-        in proportion to the images, unless it is scratch memory, which kernels take in blocks.
+        The smallest growth between two sizes counts: larger ones include scratch memory, which
+        kernels take in blocks.
         """
         moments = torch.tensor(sizes, dtype=torch.float64)
         growth = moments.diff(dim=1, prepend=torch.zeros(len(moments), 1)).diff(dim=0)
@@ -109,25 +107,22 @@ class Growth:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will cost."""
+    """The cost of a run."""
 
     parameters: dict[str, int]  # by class of module, the largest number first
     compute: Compute
     memory: Memory
-    step_seconds: float | None  # None where a batch would not fit into memory
+    step_seconds: float | None  # None if a batch would not fit into memory
     images: int  # per step, of all processes
-    compile_seconds: float | None = None  # before the first step; None where nothing is compiled
+    compile_seconds: float | None = None  # before the first step; None if nothing is compiled
 
 
 def dry_run(config: Config, device: torch.device) -> Cost:
-    """Measures a run without starting it. Raises `UserError` where it could not start."""
-    data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device)).to(
-        device
-    )
+    """Measures a run without starting it. Raises `UserError` if it could not start."""
+    data, train = DataSet(config.data), config.train
+    flow = build_flow(config, data.shape, data.levels, copies_of_weights(train, device)).to(device)
     require_trainable(flow, config, device)
     _require_labels(data, config.model.classes)
-    train = config.train
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
     some, _ = _batch(flow, min(batch, flow.initialization_images))
@@ -147,8 +142,8 @@ def dry_run(config: Config, device: torch.device) -> Cost:
 
 
 def _require_labels(data: DataSet, classes: int) -> None:
-    """Raises `UserError` for labels that training refuses. They are not read where the images would
-    first have to be downloaded or decoded.
+    """Raises `UserError` for labels that training refuses. They are not read if the images would
+    have to be downloaded or decoded first.
     """
     images = data.train_images
     if classes and images.labels is None:
@@ -158,31 +153,29 @@ def _require_labels(data: DataSet, classes: int) -> None:
 
 
 def _batch(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:
-    """Random images that stand for the data, `(count, C, H, W)`, and their classes, as in training:
-    without them, a network that sees the class computes every class.
-    """
+    """Random images in place of the data, `(count, C, H, W)`, and their classes, as in training."""
     x = flow.kind.random((count, *flow.shape), torch.Generator().manual_seed(0))
     labels = flow.classes_in_turn(count)
     return x.to(flow.device), None if labels is None else labels.to(flow.device)
 
 
 def _parameters(flow: Flow) -> dict[str, int]:
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for module in flow.modules():
         if own := sum(p.numel() for p in module.parameters(recurse=False)):
-            name = type(module).__name__
-            counts[name] = counts.get(name, 0) + own
-    return dict(sorted(counts.items(), key=lambda part: -part[1]))
+            counts[type(module).__name__] += own
+    return dict(counts.most_common())
 
 
 def _compute(state: State, batch: int) -> Compute:
     few, labels = _batch(state.flow, min(batch, MEASURED_IMAGES))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         state.flow(few, torch.full(few.shape, 0.5, device=few.device), labels)
-    counts = {
-        name: sum(operations.values()) for name, operations in forward.get_flop_counts().items()
-    }
-    conditioners = sum(count for name, count in counts.items() if name.endswith(".conditioner"))
+    conditioners = sum(
+        sum(operations.values())
+        for name, operations in forward.get_flop_counts().items()
+        if name.endswith(".conditioner")
+    )
     own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
         train_step(_changed(state, memory="store", optimizers=[]), few, labels)
@@ -193,27 +186,21 @@ def _compute(state: State, batch: int) -> Compute:
 
 
 def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
-    """Each gradient costs what the convolution does. torch ignores groups when it counts that of
-    the weight.
-    """
+    """Each gradient costs as much as the convolution. torch ignores groups in the weight's."""
     of_x, of_weight, _ = others[-1]
     both: int = conv_flop_count(x, weight, grad) * (of_x + of_weight)
     return both
 
 
 def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
-    """Measured with a few images, so that the answer is known for a batch that would not fit."""
+    """Measured with a few images, also for a batch that would not fit."""
     _, grad_norm = train_step(state, *_batch(state.flow, min(batch_size, MEASURED_IMAGES)))
     optimizer_step(state, grad_norm)  # makes the optimizers' state
     gradients = sum(p.nbytes for p in state.flow.parameters())
-    kept = [
-        t
-        for optimizer in state.optimizers
-        for values in optimizer.state.values()
-        for t in values.values()
-    ]
+    states = [each for optimizer in state.optimizers for each in optimizer.state.values()]
+    kept = [tensor for each in states for tensor in each.values()]
     kept += [] if state.ema is None else state.ema.flow.parameters()
-    free = left(device)  # all but the activations is there already, and the copy
+    free = left(device)  # for the activations and the copy
     copy = memory_of_copy(state.tensors(), left(torch.device("cpu")))
     of_copy = copy if device.type == "cpu" else 0
     modes = []
@@ -230,7 +217,7 @@ def _memory(state: State, batch_size: int, device: torch.device) -> Memory:
 def _changed(
     state: State, optimizers: list[torch.optim.Optimizer] | None = None, **keys: object
 ) -> State:
-    """The same with other keys of `train`. Without optimizers, gradients stay and add up."""
+    """The state with other keys of `train`. Without optimizers, gradients stay and add up."""
     train = state.config.train.model_copy(update=keys)
     return dataclasses.replace(
         state,
@@ -240,9 +227,9 @@ def _changed(
 
 
 def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, free: int) -> Growth:
-    """What a step takes in this mode, from a few batch sizes.
+    """The memory of a step in this mode, from a few batch sizes.
 
-    Where each step has the same moments, any three sizes tell. Otherwise only the peaks are
+    If all steps have the same moments, any three sizes suffice. Otherwise only the peaks are
     compared, and the size doubles until the images outweigh the rest, such as copies of weights, in
     two of them, or until no more fit.
     """
@@ -271,7 +258,7 @@ def _growth(state: State, mode: Mode, batch_size: int, device: torch.device, fre
 def _moments_of_a_step(state: State, mode: Mode, count: int, device: torch.device) -> list[int]:
     changed = _changed(state, memory=mode, batch_size=count, optimizers=[])
     step = functools.partial(train_step, changed, *_batch(state.flow, count))
-    step()  # makes what is made once
+    step()  # creates what later steps reuse
     return moments(step, device)
 
 

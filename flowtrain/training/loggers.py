@@ -1,7 +1,7 @@
-"""Where the charts and pictures of a run go: TensorBoard and Weights & Biases.
+"""TensorBoard and Weights & Biases, for the charts and pictures of a run.
 
-Each class imports its package when it is used, so that only what `train.logger` names is needed.
-`metrics.jsonl` is written in any case (`run_directory.py`).
+Each class imports its package when it is used, so only those in `train.logger` are needed.
+`metrics.jsonl` is always written (`run_directory.py`).
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 from torch import Tensor
 
 from flowtrain.config import Config
@@ -25,8 +24,8 @@ from flowtrain.system import distributed, packages
 from flowtrain.system.console import console
 from flowtrain.system.files import read_regular, write_atomically
 
-PROJECT = "flowtrain"  # what groups the runs in Weights & Biases
-PATIENCE = 30.0  # seconds in which Weights & Biases has to answer
+PROJECT = "flowtrain"  # of the runs in Weights & Biases
+PATIENCE = 30.0  # seconds to wait for Weights & Biases
 OLDEST_WANDB = (0, 31)  # the version of the tests
 
 
@@ -73,8 +72,8 @@ class WandB:
     """Weights & Biases, in the folder `wandb` of the run directory.
 
     It is offline unless the user is logged in or has chosen a mode (`WANDB_MODE`, `wandb offline`),
-    and also where its server cannot be reached. It takes each step once and in order. So steps that
-    are trained again, after a kill or a step that was not finite, keep their first figures.
+    and also if its server cannot be reached. It takes each step once and in order, so steps that
+    are trained again, after a kill or a non-finite step, keep their first figures.
     """
 
     def __init__(self, folder: Path, config: Config, step: int):
@@ -112,7 +111,7 @@ class WandB:
             mode = "offline"
             wandb.setup(quiet)
             self._run = start(mode=mode)
-        self._image, self._teardown = wandb.Image, wandb.teardown
+        self._wandb = wandb
         if mode == "online":
             console.print(f"wandb: {self._run.url}")
         elif mode == "offline":
@@ -123,39 +122,35 @@ class WandB:
         self._run.log(dict(values), step=step)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
-        self._run.log({name: self._image(_channels_last(picture))}, step=step)
+        image = self._wandb.Image(picture.permute(1, 2, 0).cpu().numpy())
+        self._run.log({name: image}, step=step)
 
     def flush(self) -> None:
         pass  # a process of its own writes, which lives on
 
     def close(self) -> None:
-        """Leaves to the user what the server does not take in time. All of it is in files."""
+        """Data that the server does not take in time stay in files, for `wandb sync`."""
         if not ended(self._run.finish):
-            ended(self._teardown)
+            ended(self._wandb.teardown)  # else it would wait at the exit
             place = shlex.quote(self._run.settings.sync_dir)
             console.print(f"wandb: not all was sent; this sends it: wandb sync {place}")
 
 
 def ended(end: Callable[[], object]) -> bool:
-    """Whether a call that ends a run or the service of Weights & Biases worked in time. A service
-    that never ends is killed.
+    """Whether a call that ends a run or the service of Weights & Biases worked in time. A call that
+    never returns is left to its thread, which does not keep the process.
     """
-    worked = []
+    worked = threading.Event()
 
     def call() -> None:
         with contextlib.suppress(Exception, SystemExit):  # of a service that is gone
             end()
-            worked.append(True)
+            worked.set()
 
     ending = threading.Thread(target=call, daemon=True)
     ending.start()
     ending.join(1.5 * PATIENCE)  # a service that works gives up after `PATIENCE`, and saves all
-    if ending.is_alive():
-        for child in psutil.Process().children():
-            if child.name() == "wandb-core":
-                child.kill()
-        ending.join(PATIENCE)
-    return bool(worked)
+    return worked.is_set()
 
 
 LOGGERS: dict[str, Callable[[Path, Config, int], Logger]] = {
@@ -171,17 +166,17 @@ def require(names: Iterable[str]) -> None:
         imported_wandb()
 
 
-def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> list[Logger]:
-    """The loggers of a run that goes on after `step`. Its `folder` exists."""
-    return [LOGGERS[name](folder, config, step) for name in names]
-
-
 def imported_wandb() -> Any:
     return packages.required("train.logger: wandb", "wandb", OLDEST_WANDB)
 
 
+def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> list[Logger]:
+    """The loggers of a run that continues after `step`. Its `folder` exists."""
+    return [LOGGERS[name](folder, config, step) for name in names]
+
+
 def identity(folder: Path) -> str:
-    """What tells this run from all others of its name: eight digits, kept in the run directory.
+    """Eight digits, kept in the run directory, that distinguish this run from all of its name.
 
     Beside them are the directory's inode and a hash of its path. A copy has neither, and gets
     digits of its own.
@@ -192,13 +187,7 @@ def identity(folder: Path) -> str:
     known, there = "", []
     with contextlib.suppress(OSError, ValueError):
         known, *there = read_regular(path, 100).decode().split()
-    is_copy = there and set(there).isdisjoint(here)  # an earlier version wrote the digits alone
-    if is_copy or not re.fullmatch("[0-9a-f]{8}", known):
+    if set(there).isdisjoint(here) or not re.fullmatch("[0-9a-f]{8}", known):
         known = secrets.token_hex(4)
     write_atomically(path, " ".join([known, *here]).encode())
     return known
-
-
-def _channels_last(picture: Tensor) -> Any:
-    """A picture `(3, H, W)` as a NumPy array `(H, W, 3)`."""
-    return picture.permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, checkpoints, signals, and losses that are not finite."""
+"""The training loop: steps, validation, checkpoints, signals, and rollback."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,6 @@ from flowtrain.training.reporting import (
     require_finite_end,
     sample,
     save,
-    save_best,
     show,
     validate,
 )
@@ -49,14 +48,14 @@ def fit(
     resume: str = "auto",
     init_from: str | None = None,
 ) -> None:
-    """Trains to the end, or until a signal. Either way everything is saved in `run`, also where
-    nobody reads the output any more.
+    """Trains to the end, or until a signal. Either way everything is saved in `run`, also after the
+    terminal is closed.
 
     Raises:
         Interrupted: after a signal.
         UserError: for a configuration, data set or checkpoint that does not fit.
-        RunError: after too many steps that were not finite, after a last validation that was not
-            finite, or if the run directory cannot be written.
+        RunError: after too many non-finite steps, after a last validation that was not finite, or
+            if the run directory cannot be written.
     """
     outlive_the_terminal()
     loggers.require(config.train.logger)
@@ -89,8 +88,7 @@ def fit(
             run.cut_back(state.progress.step, config)
             announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
-                # The last good state, from the start: `last` may not exist yet, or be later than
-                # the checkpoint that the run goes on from.
+                # `last` may not exist yet, or be later than the checkpoint that was resumed from.
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # of another run
                 save(state, run, numbered=False, wait=True)
@@ -106,7 +104,7 @@ def fit(
                 ProgressBar("training", seconds_between_lines=math.inf) as bar,
             ):
                 _loop(state, run, batches, validation, stop, bar)
-                run.finish_saving()
+                run.saving.finish()
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
@@ -128,8 +126,8 @@ def _loop(
     metrics = DelayedMetrics(state, clock, stop)
     stopped = bool(stop.signum)
     while not (state.progress.finished or stopped):
-        run.raise_error_of_saving()
-        progress = state.progress  # another one after going back
+        run.saving.raise_error()
+        progress = state.progress  # another object after a rollback
         x, labels = batches.at(progress)
         loss, grad_norm = train_step(state, x, labels)
         rate = learning_rate(config, progress.step, metrics.seconds) * progress.lr_scale
@@ -140,7 +138,7 @@ def _loop(
         progress.images += batches.all_processes
         metrics.receive(leaving=1)  # while the device works on this step
 
-        ends = state.reached_end(metrics.seconds)  # by the time that all processes have agreed on
+        ends = state.reached_end(metrics.seconds)  # by the clock that all processes share
         logs, validates, samples, periodic = (
             ends or progress.step % every == 0
             for every in (
@@ -165,54 +163,48 @@ def _loop(
                 metrics.last, step=progress.step, images=progress.images
             )
         if metrics.failed is not None:
-            _go_back(state, run, batches, metrics.failed)
+            _roll_back(state, run, batches, metrics.failed)
             metrics.failed = None
             stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not ends:
-            # Now: the user may not wait for the validation.
+            # The user may not wait for the validation.
             save(state, run, numbered=False, wait=True)
 
         progress.finished = ends
         if logs:
-            log(state, run, metrics.last.grad_norm, metrics.last.rate, clock, bar)
+            log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
         best = validates and validate(state, run, validation)
         if samples:
             sample(state, run, validation if len(validation) else batches.source)
-        clock.skip()
         stopped = bool(stop.signum)
+        clock.skip()
         if periodic or stopped:
             save(state, run, numbered=periodic, best=best, wait=ends or stopped)
-            clock.skip()
         elif best:
-            save_best(state, run)
-            clock.skip()
+            run.save_best(state.meta(), state.tensors())
         if validates or samples or periodic:
             distributed.barrier()  # an exchange of tensors waits for process 0 only so long
-            clock.skip()
+        clock.skip()
 
 
-def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:
-    """After a loss, gradient or weight that is not finite: writes evidence, restores the last
-    checkpoint, and halves the learning rate.
+def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:
+    """After a non-finite loss, gradient or weight: writes evidence, restores the last checkpoint,
+    and halves the learning rate.
 
-    The weights are those that failed. Raises `RunError` when this has happened more than
-    `train.max_non_finite` times.
+    Raises `RunError` if this has happened more than `train.max_non_finite` times.
     """
     now = state.progress
     state.progress = dataclasses.replace(now, step=failed.step, images=failed.images)
     x, labels = batches.at(state.progress)
     if not failed.finite:
-        train_step(state, x, labels)  # the device may have the gradient of the step after it
+        train_step(state, x, labels)  # the gradient may be that of the step after it
     noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)
     found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
-    layers = [layer for layer in found if layer]
-    # All processes have the same gradient. An output that is not finite is found only by the
-    # process that has the image, so it is more precise.
-    layer = next(
-        (layer for layer in layers if not layer.startswith("gradient")),
-        layers[0] if layers else None,
-    )
+    # All processes have the same gradient. A non-finite output is found only by the process that
+    # has the image, so it is more precise.
+    layers = sorted(filter(None, found), key=lambda layer: layer.startswith("gradient"))
+    layer = layers[0] if layers else None
     where = layer or "no layer, when computed again in float32"
     events = now.non_finite + 1
     evidence = run.write_json(
@@ -229,15 +221,18 @@ def _go_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetr
         f"step {failed.step}: loss {failed.loss}, gradient norm {failed.grad_norm}: first not "
         f"finite: {where} ({evidence})"
     )
-    lr_scale = now.lr_scale / 2
-    # The best checkpoint is kept, even if it is of a later step.
-    kept = {key: getattr(now, key) for key in ("seconds", "best", "best_step")}
-    run.finish_saving()
+    run.saving.finish()
     last = checkpoint_format.read_by_main(lambda: run.last)
     assert last is not None
     state.restore(last)
+    lr_scale = now.lr_scale / 2
     state.progress = dataclasses.replace(
-        state.progress, **kept, non_finite=events, lr_scale=lr_scale
+        state.progress,
+        seconds=now.seconds,
+        best=now.best,  # even if it is of a later step
+        best_step=now.best_step,
+        non_finite=events,
+        lr_scale=lr_scale,
     )
     run.cut_back(state.progress.step, state.config)
     save(state, run, numbered=False, wait=True)

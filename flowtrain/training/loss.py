@@ -21,11 +21,10 @@ ALIGNED = 4  # gradients begin at multiples of so many numbers, as fast kernels 
 # Images `(B, C, H, W)`, noise of that shape, and labels `(B,)` or None.
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
-# Makes a function fast whose first argument is a layer.
+# Compiles a function whose first argument is a layer.
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Runs a computation whose result is always in the same place, and returns a function that runs it
-# again, and the result.
+# Runs a computation, and returns a function that repeats it, and the place of its result.
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
@@ -37,9 +36,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def require_possible(flow: Flow, train: Train, device: torch.device) -> None:
-    """Raises `UserError` where `train.compile` or `train.cuda_graph` does not suit flow or device.
-
-    Loops whose length depends on the values can be neither compiled nor captured.
+    """Raises `UserError` if `train.compile` or `train.cuda_graph` does not suit flow or device.
+    Data-dependent loops can be neither compiled nor captured.
     """
     if train.cuda_graph and device.type != "cuda":
         raise UserError(f"train.cuda_graph: needs a CUDA device, and this run is on {device.type}")
@@ -70,9 +68,9 @@ class Loss(nn.Module):
 
 
 def chosen_loss(flow: Flow, train: Train) -> Loss:
-    """The loss of `flow`, plain or compiled, by `train.compile`. It is compiled at its first call.
+    """The loss of `flow`, which compiles at its first call if `train.compile` is set.
 
-    Raises `UserError` where torch is too old for that.
+    Raises `UserError` if torch is too old for that.
     """
     if train.compile != "off":
         configure_compiler()
@@ -83,10 +81,10 @@ def chosen_loss(flow: Flow, train: Train) -> Loss:
 
 
 def one_unless_bad(loss: Tensor) -> Tensor:
-    """The gradient to begin a backward pass with: 1, or NaN for a loss that is not finite.
+    """The gradient to begin a backward pass with: 1, or NaN for a non-finite loss.
 
-    The whole gradient is NaN then. So its norm, which all processes know, tells that a loss was
-    not finite, even if only one process has the image.
+    Then the whole gradient is NaN, and its norm, which all processes share, is too, even if only
+    one process has the image.
     """
     return 1 + 0 * loss.detach()
 
@@ -104,7 +102,7 @@ def configure_compiler() -> None:
         raise UserError(f"train.compile: torch {version} is too old; install 2.11 or newer")
     settings.trace_autograd_ops = True  # `gradient_of_layer` asks autograd for gradients
     settings.recompile_limit = max(settings.recompile_limit, KINDS)
-    # It would cut the graph where gradients are exchanged, and cannot cut our autograd functions.
+    # It would cut the graph at exchanges of gradients, and cannot cut our autograd functions.
     settings.optimize_ddp = False
 
 
@@ -133,8 +131,8 @@ def layer_compiler(train: Train) -> Compiler:
 class CudaGraphStep:
     """Replays the loss and its backward pass on images that are copied to one place.
 
-    The gradients lie in one piece of memory, to which each replay adds. DistributedDataParallel has
-    no part in it: the processes average that piece.
+    Each replay adds to the gradients, which lie in one piece of memory. The processes average that
+    piece, without DistributedDataParallel.
     """
 
     def __init__(self, loss: Loss, recorder: Recorder | None = None):
@@ -154,8 +152,7 @@ class CudaGraphStep:
 
     def __call__(self, parts: Sequence[Batch], images: int) -> Tensor:
         """The sum of all losses of the parts of a batch, divided by `images`, 0-dimensional.
-
-        Its gradient, of this process alone, becomes that of the parameters.
+        The parameters get its gradient, of this process alone.
         """
         self.gradients.zero_()
         for parameter, view in zip(self.parameters, self.views, strict=True):

@@ -12,44 +12,25 @@ from torch import Tensor, nn
 from flowtrain.config import Train
 from flowtrain.flow.flow import Flow
 
-# The attribute `found_inf` of every optimizer here is a number on the device, None at first. Where
-# it is 1, a step changes nothing, and the host need not know. torch's fused kernels, which do the
-# arithmetic in one pass over all parameters, have it for mixed precision (`torch.amp.GradScaler`).
+# The attribute `found_inf` of every optimizer here is a number on the device, None at first. If it
+# is 1, a step changes nothing, and the host need not wait for it. torch's fused kernels, which do
+# the arithmetic in one pass over all parameters, have it for mixed precision
+# (`torch.amp.GradScaler`).
 
 
+@torch.no_grad()
 def descend(
     weights: Sequence[Tensor],
     directions: Sequence[Tensor],
     rate: float,
     decay: float,
     unless: Tensor | None,
+    ascend: bool = False,
 ) -> None:
     """`weight -= rate * (direction + decay * weight)`, in one kernel; nothing if `unless` is 1.
 
-    Each direction has the order in memory of its weight.
+    Each direction has the memory order of its weight. `ascend` reverses the direction.
     """
-    _fused_descent(weights, directions, rate, decay, unless, ascend=False)
-
-
-def approach(
-    values: Sequence[Tensor], targets: Sequence[Tensor], part: float, unless: Tensor | None
-) -> None:
-    """Moves each value this part of the way to its target, in one kernel; nothing if `unless` is 1.
-
-    It is gradient ascent along the target, with a decay of 1.
-    """
-    _fused_descent(values, targets, part, 1.0, unless, ascend=True)
-
-
-@torch.no_grad()
-def _fused_descent(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    rate: float,
-    decay: float,
-    unless: Tensor | None,
-    ascend: bool,
-) -> None:
     torch._fused_sgd_(
         list(weights),
         list(directions),
@@ -65,8 +46,15 @@ def _fused_descent(
     )
 
 
+def approach(
+    values: Sequence[Tensor], targets: Sequence[Tensor], part: float, unless: Tensor | None
+) -> None:
+    """Moves each value this part of the way to its target: ascent along it, with a decay of 1."""
+    descend(values, targets, part, 1.0, unless, ascend=True)
+
+
 class Adamax(torch.optim.Adamax):
-    """torch's, which has no fused kernel. So it takes the step and undoes it where it must."""
+    """torch's, which has no fused kernel. So it takes each step, and undoes it if necessary."""
 
     found_inf: Tensor | None = None
 
@@ -99,14 +87,14 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices, scaled to suit Adam's learning rate (Liu et al. 2025,
     eq. 4).
 
-    It takes the same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. That one
-    takes one matrix after another. Here matrices of one shape are orthogonalized together, in a
-    third of the time on a CPU, and in a few kernels on a GPU.
+    The steps are those of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. Matrices of one
+    shape are orthogonalized together, in a third of the time on a CPU, and in a few kernels on a
+    GPU.
     """
 
     MOMENTUM = 0.95
     # Numbers that are orthogonalized together. It bounds the memory of a step beside the weights.
-    # A CPU is faster with what fits into its caches, a GPU with as few kernels as possible.
+    # A CPU is fastest if they fit into its caches, a GPU with few kernels.
     TOGETHER = 2**20
     TOGETHER_ON_A_GPU = 2**26
 
@@ -132,12 +120,10 @@ class Muon(torch.optim.Optimizer):
     def _step(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
         """Moves matrices of one shape."""
         gradients: list[Tensor] = [weight.grad for weight in weights]  # type: ignore[misc]
-        momenta = []
         for weight in weights:
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            momenta.append(state["momentum_buffer"])
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         approach(momenta, gradients, 1 - self.MOMENTUM, self.found_inf)
         nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
         update = orthogonalized(torch.stack(nesterov))
@@ -149,8 +135,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Approximates `U V^T` of `U S V^T` for each matrix of `(K, M, N)`, in bfloat16.
 
-    The singular values of the result lie between about 0.7 and 1.2. It takes five steps of a
-    Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024).
+    Five steps of a Newton-Schulz iteration whose polynomial is steep at zero (Jordan et al. 2024)
+    bring the singular values to between about 0.7 and 1.2.
     """
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -169,18 +155,17 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     """The optimizers of a step. With `muon` there are two: Muon for the weights of the
     conditioners, if there are any, and AdamW for the rest.
 
-    Weight decay acts on the weights of convolutions and linear layers, so on the conditioners. It
-    would pull ActNorm scales, 1x1 convolutions and biases away from the maximum of the likelihood.
+    Weight decay acts on the conditioners' weights alone, those of convolutions and linear layers.
+    It would pull ActNorm scales, 1x1 convolutions and biases away from the maximum likelihood.
     """
-    parameters = list(flow.parameters())
     optimizers: list[torch.optim.Optimizer] = []
-    kind = config.optimizer
+    kind, of_muon = config.optimizer, []
     if kind == "muon":
-        if weights := matrices(flow):
-            optimizers.append(Muon(weights, config.lr, config.weight_decay))
-        theirs = set(weights)
-        parameters = [p for p in parameters if p not in theirs]
-        kind = "adamw"  # its decay acts as Muon's does
+        kind, of_muon = "adamw", matrices(flow)  # its decay acts as Muon's does
+        if of_muon:
+            optimizers.append(Muon(of_muon, config.lr, config.weight_decay))
+    theirs = set(of_muon)
+    parameters = [p for p in flow.parameters() if p not in theirs]
     decayed = {m.weight for m in flow.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     groups = [
         {"params": [p for p in parameters if p in decayed], "weight_decay": config.weight_decay},
@@ -193,8 +178,8 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
 
 
 def copies_of_weights(config: Train, device: torch.device) -> int:
-    """How many times the weights have to fit into the host's memory at least: the weights, their
-    gradients, what the optimizer keeps of each, and their average.
+    """How many times the weights have to fit into the host's memory: the weights, their gradients,
+    their average, and the optimizer's state.
     """
     if device.type != "cpu":
         return 1
@@ -207,26 +192,21 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What an optimizer keeps of a parameter before its first gradient: zeros, in no memory.
-
-    Names, shapes and types are those of what it keeps later.
+    """The state of a parameter before its first gradient: zeros, in no memory, with the names,
+    shapes and types of every later state.
     """
+    zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
     if isinstance(optimizer, Muon):
-        keys = ["momentum_buffer"]
-    else:
-        keys = ["exp_avg", "exp_inf" if isinstance(optimizer, torch.optim.Adamax) else "exp_avg_sq"]
-    zeros = {key: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) for key in keys}
-    if isinstance(optimizer, Muon):
-        return zeros
+        return {"momentum_buffer": zeros}
+    second = "exp_inf" if isinstance(optimizer, torch.optim.Adamax) else "exp_avg_sq"
     kind = torch.float32 if optimizer.defaults.get("fused") else torch.get_default_dtype()
-    return {"step": torch.zeros((), dtype=kind), **zeros}
+    return {"step": torch.zeros((), dtype=kind), "exp_avg": zeros, second: zeros}
 
 
 def learning_rate(config: Train, step: int, seconds: float) -> float:
     """The rate of step `step` (counted from 0), `seconds` after the start of the run.
 
-    Warm-up is counted in steps. The decay to zero ends with the run: at `num_steps`, or when the
-    time budget is used up.
+    Warm-up is counted in steps. The decay to zero ends at `num_steps`, or with the time budget.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.num_steps is not None:
@@ -248,8 +228,7 @@ class EMA:
     """An exponential moving average of the weights: a copy of the flow, moved by `update`.
 
     The decay is at most `(1 + n) / (10 + n)` after n steps, so the initial weights are soon
-    forgotten. (torch's `AveragedModel` takes four times as long, mostly because it finds the
-    parameters again at every step.)
+    forgotten. (torch's `AveragedModel` takes four times as long.)
     """
 
     def __init__(self, flow: Flow, decay: float):

@@ -1,9 +1,9 @@
-"""What a run writes and prints while it trains: metrics, validation, samples, checkpoints."""
+"""Metrics, validation, samples and checkpoints of a run."""
 
 import math
 import shlex
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,22 +32,14 @@ RANGES_BATCH = 64  # images on which the ranges of log-scales are measured
 
 
 def validate(state: State, run: RunDirectory, validation: Split) -> bool:
-    """Measures the loss of the images that are held out. Returns whether it is the best so far."""
+    """Measures the loss of the validation images. Returns whether it is the best so far."""
     if len(validation) == 0:
         return False
     progress = state.progress
     flow = state.ema_flow
     loss = mean_loss(flow, validation, seed=state.config.seed)
     finite = math.isfinite(loss)
-    run.log(
-        Row(
-            step=progress.step,
-            images=progress.images,
-            seconds=progress.seconds,
-            split="validation",
-            **_losses(flow, loss if finite else None),
-        )
-    )
+    run.log(_row(progress, "validation", **_losses(flow, loss if finite else None)))
     _log_ranges(state, run, validation)
     best = finite and (progress.best is None or loss < progress.best)
     console.print(
@@ -58,8 +50,18 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
     return best
 
 
+def _row(progress: Progress, split: Literal["train", "validation"], **figures: Any) -> Row:
+    return Row(
+        step=progress.step,
+        images=progress.images,
+        seconds=progress.seconds,
+        split=split,
+        **figures,
+    )
+
+
 def _losses(flow: Flow, loss: float | None) -> dict[str, float | None]:
-    """A loss by its names in files: in the unit of the kind, and in bits/dim where there are."""
+    """A loss by its names in files: in the unit of the kind, and in bits/dim if there are any."""
     return {"loss": loss, "bits_per_dim": None if flow.kind.no_bits else loss}
 
 
@@ -92,28 +94,15 @@ def sample(state: State, run: RunDirectory, beside: Split) -> None:
     run.save_sample(state.progress.step, picture)
 
 
-def log(
-    state: State, run: RunDirectory, grad_norm: float, rate: float, clock: Clock, bar: ProgressBar
-) -> None:
+def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: Clock) -> None:
     """Writes and prints a row of training metrics. The loss is the mean since the last row."""
     progress, config = state.progress, state.config.train
     loss = progress.window_loss / progress.window_steps
     progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second(begin_anew=True)
-    run.log(
-        Row(
-            step=progress.step,
-            images=progress.images,
-            seconds=progress.seconds,
-            split="train",
-            grad_norm=grad_norm,
-            lr=rate,
-            images_per_second=speed,
-            **_losses(state.flow, loss),
-            **_of_layers(state.flow),
-        )
-    )
-    _move(bar, state, loss, speed, clock)
+    figures: dict[str, Any] = {"grad_norm": grad_norm, "lr": rate, "images_per_second": speed}
+    figures |= _losses(state.flow, loss) | _of_layers(state.flow)
+    run.log(_row(progress, "train", **figures))
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
         console.print(
@@ -124,27 +113,24 @@ def log(
 
 
 def show(state: State, loss: float, clock: Clock, bar: ProgressBar) -> None:
-    """Moves the bar on a terminal. `loss` is that of the last step that is known."""
-    if console.is_terminal:
-        _move(bar, state, loss, clock.images_per_second(begin_anew=False), clock)
-
-
-def _steps(state: State) -> str:
-    num_steps = state.config.train.num_steps
-    return f"{state.progress.step}" + ("" if num_steps is None else f"/{num_steps}")
-
-
-def _move(bar: ProgressBar, state: State, loss: float, speed: float, clock: Clock) -> None:
+    """Moves the bar on a terminal. `loss` is that of the last known step."""
+    if not console.is_terminal:
+        return
     train, progress = state.config.train, state.progress
     text = (
         f"{duration(clock.seconds_left())} left  step {_steps(state)}  {loss:.3f} "
-        f"{state.flow.kind.unit}  {speed:.0f} images/s"
+        f"{state.flow.kind.unit}  {clock.images_per_second(begin_anew=False):.0f} images/s"
     )
     if train.num_steps is not None:
         bar(progress.step, train.num_steps, text)
     else:
         assert train.budget is not None
         bar(min(progress.seconds, train.budget), train.budget, text)
+
+
+def _steps(state: State) -> str:
+    num_steps = state.config.train.num_steps
+    return f"{state.progress.step}" + ("" if num_steps is None else f"/{num_steps}")
 
 
 @singledispatch
@@ -155,15 +141,12 @@ def metrics(layer: nn.Module) -> dict[str, float]:
 
 @metrics.register
 def _(layer: Continuous) -> dict[str, float]:
-    return {
-        "function_evaluations": float(layer.evaluations),
-        "rtol": layer.rtol,
-        "atol": layer.atol,
-    }
+    evaluations = float(layer.evaluations)
+    return {"function_evaluations": evaluations, "rtol": layer.rtol, "atol": layer.atol}
 
 
 def _of_layers(flow: Flow) -> dict[str, float]:
-    """The metrics of the layers for the last step. Where several have one, it is their mean."""
+    """The metrics of the layers for the last step, averaged over layers."""
     values: dict[str, list[float]] = {}
     for layer in flow.modules():
         for name, value in metrics(layer).items():
@@ -176,13 +159,8 @@ def save(
     state: State, run: RunDirectory, *, numbered: bool, best: bool = False, wait: bool = False
 ) -> None:
     """Writes the last checkpoint and `summary.json`. See `RunDirectory.save_last`."""
-    summary = _summary(
-        state.flow,
-        state.progress,
-        state.data,
-        checkpoint_format.versions(),
-        str(state.flow.device),
-    )
+    versions, device = checkpoint_format.versions(), str(state.flow.device)
+    summary = _summary(state.flow, state.progress, state.data, versions, device)
     run.save_last(
         state.meta(),
         state.tensors(),
@@ -195,16 +173,10 @@ def save(
 
 
 @distributed.main_only
-def save_best(state: State, run: RunDirectory) -> None:
-    """Writes the best checkpoint, while training goes on."""
-    run.save_best(state.meta(), state.tensors())
-
-
-@distributed.main_only
 def bring_up_to_date(
     run: RunDirectory, saved: Checkpoint, config: Config, flow: Flow, device: str
 ) -> None:
-    """Makes all that the run directory says follow from its last checkpoint, `saved`. A kill just
+    """Makes all files of the run directory follow from its last checkpoint, `saved`. A kill just
     after it was written leaves the rest as it was before.
     """
     progress = Progress(**saved.meta["progress"])
@@ -221,11 +193,9 @@ def _summary(
     flow: Flow, progress: Progress, data: dict[str, Any], versions: dict[str, str], device: str
 ) -> dict[str, Any]:
     equal, edition = data.get("duplicates", 0), data.get("edition")
-    others: dict[str, Any] = {
-        f"best_validation_{name}": value for name, value in _losses(flow, progress.best).items()
-    }
-    if isinstance(edition, str):
-        others["edition"] = edition
+    losses = _losses(flow, progress.best)
+    others: dict[str, Any] = {f"best_validation_{key}": loss for key, loss in losses.items()}
+    others |= {"edition": edition} if isinstance(edition, str) else {}
     return Summary(
         step=progress.step,
         images=progress.images,

@@ -1,4 +1,4 @@
-"""Starting a run, or going on from a checkpoint."""
+"""Starting a run, or resuming one from a checkpoint."""
 
 import contextlib
 import shlex
@@ -25,23 +25,21 @@ from flowtrain.training.step import dequantization_noise
 
 SHOWN = 3  # checkpoints in the message about a damaged one; each is read to check it
 
-# Between two parts of a run the place of the data may change, how they are read, how a step is
-# computed, and where its charts go. The data themselves may not.
+# These may differ between two parts of a run: where the data lie and how they are read, how a step
+# is computed, and where its charts go.
 FREE_KEYS = {"data.root", "data.path", "data.max_in_memory", "data.workers"}
 FREE_KEYS |= {"train.compile", "train.cuda_graph", "train.logger"}
 
-# In place of a word of `--resume`: go on from the last checkpoint with another length of the run.
+# In place of a word of `--resume`: resume the last checkpoint with another length of the run.
 EXTEND = "--extend"
 LENGTH_KEYS = {"train.num_steps", "train.budget"}
 
-# These may change if, with the number of processes, a step still has as many images.
+# These may change if, with the number of processes, a step has as many images as before.
 SPLIT_KEYS = {"train.batch_size", "train.accumulate"}
 
 
 def require_same_everywhere(config: Config, fingerprint: dict[str, Any]) -> None:
-    """Raises `UserError` if the processes have different configurations or images, as several
-    machines may.
-    """
+    """Raises `UserError` if several processes have different configurations or images."""
     described = distributed.all_gather_object({**config.resolved(), "images": fingerprint})
     for rank, other in enumerate(described):
         for key, here, there in differences(described[0], other):
@@ -72,7 +70,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
 
 
 def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` asks for; None for a new run.
+    """The checkpoint for `--resume`; None for a new run.
 
     Raises `UserError` if the checkpoint or the run directory does not fit the configuration.
     """
@@ -93,25 +91,20 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         )
     if resume == EXTEND:
         _require_longer(config.train, saved)
-    # Nothing but the names is looked at until they are known to be those of this command.
+    # The rest of the configuration is only parsed if the names are those of this command.
     for base in (Data, Model):
         there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
         if there != here:
             raise _other_value(saved.path, f"{base.section}.name", there, here)
     earlier = _earlier(saved)
-    free = set(FREE_KEYS)
-    if _images_of_a_step(earlier.train, saved.meta.get("processes", 1)) == _images_of_a_step(
-        config.train, distributed.world()
-    ):
-        free |= SPLIT_KEYS
+    before = _images_of_a_step(earlier.train, saved.meta.get("processes", 1))
+    now = _images_of_a_step(config.train, distributed.world())
+    free = FREE_KEYS | (SPLIT_KEYS if before == now else set())
     for key, there, here in differences(earlier.resolved(), config.resolved()):
-        # If the user names the checkpoint, the schedule may change, but never the model or the
-        # data.
-        if key in free or (
-            resume != "auto" and key.startswith("train.") and key != "train.optimizer"
-        ):
-            continue
-        raise _other_value(saved.path, key, there, here)
+        # With a checkpoint that the user names, the schedule may change.
+        schedule = key.startswith("train.") and key != "train.optimizer"
+        if key not in free and (resume == "auto" or not schedule):
+            raise _other_value(saved.path, key, there, here)
     if (earlier.train.ema > 0) != (config.train.ema > 0):
         raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
@@ -128,8 +121,8 @@ def _require_longer(train: Train, saved: Checkpoint) -> None:
 
 
 def _sound_checkpoints(run: RunDirectory) -> str:
-    """What to do where the last checkpoint is damaged: up to `SHOWN` others of the run that are
-    sound, newest first, and how to go on from the newest.
+    """Advice for a damaged last checkpoint: up to `SHOWN` sound ones of the run, newest first, and
+    the command that resumes the newest.
     """
     files = [run.best, *run.checkpoints.glob(f"step-*{checkpoint_format.SUFFIX}")]
     written = [file for file in files if file.is_file()]
@@ -158,9 +151,8 @@ def _other_value(path: Path, key: str, there: object, here: object) -> UserError
 
 
 def _earlier(saved: Checkpoint) -> Config:
-    """The configuration of a checkpoint whose names are known to be those of this command.
-
-    Parsing fills in the defaults of keys that are newer than the checkpoint.
+    """The configuration of a checkpoint whose names are those of this command, with the defaults of
+    keys that are newer than it.
     """
     return configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
 
@@ -177,7 +169,7 @@ def start(
     init_from: str | None,
     batches: Batches,
 ) -> State:
-    """The state of step 0, or of a checkpoint. Raises `UserError` if the data are other ones."""
+    """The state of step 0, or of a checkpoint. Raises `UserError` if the data have changed."""
     if saved is None:
         _initialize(config, flow, init_from, batches)
         distributed.copy_from_main(flow)
@@ -185,8 +177,7 @@ def start(
     state = State(config, flow, build_optimizers(flow, config.train), ema, fingerprint)
     if saved is not None:
         changed = differences(saved.meta.get("data", {}), fingerprint)
-        if changed:
-            key, there, here = changed[0]
+        for key, there, here in changed:
             raise UserError(
                 f"data: not the images that {saved.path} was trained on: {cut(key)} was "
                 f"{shown(there)} and is {shown(here)}"
@@ -212,17 +203,15 @@ def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batc
 def announce(
     state: State, run: RunDirectory, data: DataSet, batches: Batches, saved: Checkpoint | None
 ) -> None:
-    """Prints what is trained on which data, and where the run is written."""
+    """Prints model, data, and run directory."""
     parameters = sum(p.numel() for p in state.flow.parameters())
     fingerprint, context = state.data, state.flow.image_context
     given = "" if context is None else f" of images given {context.words}"
     processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
     console.print(
         f"{state.config.model.name}{given}: {parameters:,} parameters on "
-        f"{batches.device}{processes}; "
-        f"{data.config.name}: {fingerprint['train']:,} images to train on, "
-        f"{fingerprint['validation']:,} to validate, "
-        f"{'x'.join(map(str, data.shape))}, "
+        f"{batches.device}{processes}; {data.config.name}: {fingerprint['train']:,} images to "
+        f"train on, {fingerprint['validation']:,} to validate, {'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
     if data.kind.levels is not None and (reason := state.flow.kind.no_bits):
@@ -251,8 +240,8 @@ def announce(
 
 
 def _new_division(state: State, saved: Checkpoint) -> list[str]:
-    """What it means that the images of a step are divided otherwise than they were in `saved`: into
-    another number of processes, or by another `train.batch_size` or `train.accumulate`.
+    """The effect of a different batch split than in `saved`: of another number of processes,
+    `train.batch_size` or `train.accumulate`.
     """
     now, world = state.config.train, distributed.world()
     before, processes = _earlier(saved).train, saved.meta.get("processes", 1)
@@ -265,14 +254,14 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
         f"{now.batch_size} x {now.accumulate}: "
     )
     if there == here:
-        seconds = "; train.budget counts seconds, so the number of steps may change"
         # The examples of a batch share the steps of the solver.
         solver = any(isinstance(layer, Continuous) for layer in state.flow.modules())
         changes = "results within the tolerances of the solver" if solver else "rounding only"
+        if now.budget is not None:
+            changes += "; train.budget counts seconds, so the number of steps may change"
         return [
             f"{division}a step takes {here:,} images as before, the same ones in the same order, "
             f"with the same noise and augmentation, which changes {changes}"
-            f"{seconds if now.budget is not None else ''}"
         ]
     used = state.progress.images
     follows = "train.lr is not scaled, and follows the clock of train.budget as before"

@@ -1,4 +1,4 @@
-"""The run directory while a run writes it: its files, its lock, and cutting back on resume."""
+"""The directory of a running run: its files, its lock, and cutting back on resume."""
 
 import contextlib
 import fcntl
@@ -35,10 +35,7 @@ MAX_OWNER_BYTES = 100  # of `.lock`
 
 
 class RunDirectory:
-    """Paths and files under `RUN`. docs/runs.md says what each holds.
-
-    If there are several processes, only process 0 writes.
-    """
+    """Paths and files under `RUN` (docs/runs.md). Of several processes, only process 0 writes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -49,7 +46,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.damaged = path / "metrics.damaged.jsonl"
         self._folder = -1  # a descriptor of the directory while it is locked
-        self._saving = Background()
+        self.saving = Background()
         self._loggers: list[Logger] = []
 
     def holds_a_run(self) -> bool:
@@ -61,8 +58,7 @@ class RunDirectory:
 
         Raises:
             UserError: if the directory is locked or cannot be used.
-            RunError: if a file cannot be written later, for example because the disk is full, or
-                because the directory was deleted.
+            RunError: if a file cannot be written later, or the directory was deleted.
         """
         if not distributed.is_main():
             yield
@@ -83,7 +79,7 @@ class RunDirectory:
                     try:
                         yield
                     finally:
-                        self._saving.wait()
+                        self.saving.wait()
                         self.close()
             except (OSError, RunError) as error:
                 self._require_there()
@@ -95,8 +91,8 @@ class RunDirectory:
                 ) from error
 
     def _lock(self, held: contextlib.ExitStack) -> None:
-        """Locks the directory itself, because a name in it may be deleted. `.lock` tells others the
-        process, and is locked too for file systems that lock no directories, such as NFS.
+        """Locks the directory itself, because a name in it may be deleted. `.lock` has the process
+        id, and is locked too for file systems that lock no directories, such as NFS.
         """
         name, new = self.path / ".lock", not self.path.exists()
         try:
@@ -177,15 +173,13 @@ class RunDirectory:
 
     @distributed.main_only
     def cut_back(self, step: int, config: Config) -> None:
-        """Removes what was logged after `step` from `metrics.jsonl`, and opens the loggers, which
-        go on after `step`.
-        """
+        """Cuts `metrics.jsonl` after `step`, and opens the loggers, which continue from there."""
         self.close()
         self.tidy_metrics(step)
         self._loggers = loggers.opened(config.train.logger, self.path, config, step)
 
     def tidy_metrics(self, step: int) -> None:
-        """Removes from `metrics.jsonl` the lines after `step`, and a last one that a kill has cut.
+        """Removes from `metrics.jsonl` the lines after `step`, and a last line cut by a kill.
         Damaged lines are moved to `metrics.damaged.jsonl`.
         """
         self._require_there()
@@ -240,18 +234,19 @@ class RunDirectory:
                 file.write(json.dumps(values).encode() + b"\n")
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written: {error.strerror}") from error
-        others = ("step", "images", "seconds", "split")
-        charts = {
-            f"{row.split}/{key}": value
-            for key, value in values.items()
-            if value is not None and key not in others
-        }
-        self.chart(charts, row.step)
+        self.chart(
+            {
+                f"{row.split}/{key}": value
+                for key, value in values.items()
+                if value is not None and key not in ("step", "images", "seconds", "split")
+            },
+            row.step,
+        )
 
     @distributed.main_only
     def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Writes the best checkpoint while training goes on."""
-        self._saving.start(tensors, lambda copied: self._checkpoint(self.best, meta, copied))
+        self.saving.start(tensors, lambda copied: self._checkpoint(self.best, meta, copied))
 
     @distributed.main_only
     def save_last(
@@ -265,12 +260,12 @@ class RunDirectory:
         best: bool,
         wait: bool,
     ) -> None:
-        """Writes the last checkpoint and `summary.json` while training goes on, or before it
-        returns if it is to `wait`. The same bytes are the `best` ones, and get a name with their
-        step if they are `numbered`. Of the numbered ones the newest `keep` stay.
+        """Writes the last checkpoint and `summary.json` in the background, or before it returns
+        (`wait`). The same bytes are the `best` ones, and get a name with their step if they are
+        `numbered`. Of the numbered ones the newest `keep` stay.
 
-        A kill before the last checkpoint is written makes the next command train those steps again.
-        So whatever belongs to it and does not follow from it is on the disk before.
+        After a kill before the checkpoint is written, the next command trains those steps again. So
+        the charts, which do not follow from it, are on the disk first.
         """
         for logger in self._loggers:
             logger.flush()
@@ -283,10 +278,10 @@ class RunDirectory:
             self.write_json("summary.json", summary)
 
         if wait:
-            self.finish_saving()
+            self.saving.finish()
             write(tensors)
         else:
-            self._saving.start(tensors, write)
+            self.saving.start(tensors, write)
 
     def _checkpoint(
         self,
@@ -298,20 +293,12 @@ class RunDirectory:
         self._require_there()
         write_atomically(path, checkpoint_format.pieces(meta, tensors), also)
 
-    def raise_error_of_saving(self) -> None:
-        """Raises the error of a checkpoint whose writing has failed. It does not wait."""
-        self._saving.raise_error()
-
-    def finish_saving(self) -> None:
-        """Waits until the checkpoints are written. Raises `RunError` where that fails."""
-        self._saving.finish()
-
     def _numbered(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}{SUFFIX}"
 
     def prune(self, step: int, keep: int) -> None:
         """Removes all numbered checkpoints up to `step` but the newest `keep`. Later ones, from
-        before `--resume` of an earlier checkpoint, are not counted nor removed.
+        before `--resume` of an earlier checkpoint, do not count and stay.
         """
         names = sorted(self.checkpoints.glob(f"step-*{SUFFIX}"))
         for old in [n for n in names if n.name <= self._numbered(step).name][: -keep or None]:
@@ -348,7 +335,7 @@ class RunDirectory:
 @contextlib.contextmanager
 def _failing_quietly() -> Iterator[None]:
     """Suppresses the traceback of TensorBoard's thread if it cannot write. The next use of the
-    writer raises the error anyway.
+    writer raises the error.
     """
     before = threading.excepthook
     threading.excepthook = lambda args: (

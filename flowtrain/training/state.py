@@ -30,11 +30,9 @@ class State:
     progress: Progress = field(default_factory=Progress)
     loss: nn.Module = field(init=False)  # `Loss`, or DistributedDataParallel around it
     cuda_graph: CudaGraphStep | None = field(init=False)  # replaces calls of `loss`
-    # For compiling, capturing, and the comparison with the plain loss. None before that, 0 if there
-    # is nothing to compare.
+    # Of compiling, capturing, and comparing with the plain loss. None before it, 0 without it.
     compile_seconds: float | None = field(init=False)
-    # On the device: 1 from a step that is not finite until going back, otherwise 0. Where it is 1,
-    # steps change nothing.
+    # On the device: 1 from a non-finite step until the rollback. Meanwhile steps change nothing.
     found_inf: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,14 +50,11 @@ class State:
 
     @property
     def ema_flow(self) -> Flow:
-        """The flow that is validated and sampled: with averaged weights if they are kept."""
+        """The flow to validate and sample: with averaged weights if they are kept."""
         return self.flow if self.ema is None else self.ema.flow
 
     def reached_end(self, seconds: float) -> bool:
-        """Whether the steps are done, or `seconds` use up the time budget.
-
-        `progress.finished` also means that the last validation, samples and checkpoint are done.
-        """
+        """Whether the steps are done, or `seconds` use up the time budget."""
         train = self.config.train
         if train.num_steps is not None:
             return self.progress.step >= train.num_steps
@@ -77,7 +72,7 @@ class State:
 
     def weights_are_finite(self) -> bool:
         """Waits for the device, once."""
-        weights = [p.detach() for p in self.flow.parameters()]  # all at once only if no parameters
+        weights = [p.detach() for p in self.flow.parameters()]  # one kernel needs plain tensors
         largest = torch.nn.utils.get_total_norm(weights, norm_type=math.inf)
         return math.isfinite(largest.item())
 
@@ -106,19 +101,21 @@ class State:
         return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
 
     def _optimizer_state(self) -> dict[str, Tensor]:
-        """What the optimizers keep of each parameter, also of one that has had no gradient yet."""
-        names: dict[Tensor, str] = {p: name for name, p in self.flow.named_parameters()}
-        tensors: dict[str, Tensor] = {}
+        """The state of each parameter, also of one without a gradient so far."""
+        names, tensors = self._names(), dict[str, Tensor]()
         for optimizer in self.optimizers:
             for parameter in parameters_of(optimizer):
                 values = optimizer.state.get(parameter) or first_state(optimizer, parameter)
                 tensors |= {f"optimizer.{key}.{names[parameter]}": v for key, v in values.items()}
         return tensors
 
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.flow.named_parameters()}
+
     def restore(self, saved: Checkpoint) -> None:
         """Takes over everything from a checkpoint of a run with this model and optimizer.
 
-        Raises `UserError` where its tensors are not those of such a run. Nothing is changed then.
+        Raises `UserError`, and changes nothing, if its tensors are not those of such a run.
         """
         progress = Progress(**saved.meta["progress"])
         own = self._weights() | (self._optimizer_state() if progress.step else {})
@@ -132,7 +129,7 @@ class State:
         for full_name, value in saved.part("optimizer").items():
             key, _, name = full_name.partition(".")
             by_name.setdefault(name, {})[key] = value
-        names: dict[Tensor, str] = {p: name for name, p in self.flow.named_parameters()}
+        names = self._names()
         for optimizer in self.optimizers:
             parameters = parameters_of(optimizer)
             state = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}

@@ -19,19 +19,17 @@ from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.training.loss import Batch, Loss, autocast, one_unless_bad, require_possible
 from flowtrain.training.state import State
 
-# How far the gradient on the first batch may be from the plain one, relative to its norm. Another
-# order of rounding changes it by far less, and an error in one layer by more.
+# Largest difference from the plain gradient on the first batch, relative to its norm. Another order
+# of rounding changes it by far less, and an error in one layer by more.
 TOLERANCE = {"fp32": 1e-2, "bf16": 0.1}
 
 
 def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Computes the gradient of a batch's mean loss (see `Flow.loss`).
 
-    `x` are this process's images of the batch, `accumulate` times `batch_size`. Returns the mean
-    loss of these images and the norm of the gradient, both 0-dimensional. The gradient is that of
-    the whole batch of all processes. The noise of an image depends on the seed and on how many
-    images the run has used before it. With `labels` `(B,)` the loss is that of the
-    class-conditional likelihood, and some labels may be dropped.
+    `x` are this process's images of the batch, `accumulate` times `batch_size`. With `labels`
+    `(B,)` the likelihood is class-conditional. Returns the mean loss of these images and the norm
+    of the gradient, both 0-dimensional. The gradient is that of the whole batch of all processes.
     """
     config = state.config.train
     position = state.progress.images + distributed.rank() * len(x)
@@ -62,12 +60,12 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 def _check(state: State, batch: Batch) -> float | None:
     """Compares the compiled or replayed loss and its gradient with the plain ones on a batch.
 
-    Returns how many seconds that took, compiling and capturing included. It returns None if the
-    plain loss is not finite, which shows nothing.
+    Returns the seconds that took, with compiling and capturing, or None if the plain loss is not
+    finite, which shows nothing.
 
     Raises:
         UserError: if compiling or capturing fails.
-        RunError: if the result is another one.
+        RunError: if the result differs.
     """
     started = time.perf_counter()
     train, images = state.config.train, len(batch[0])
@@ -116,8 +114,8 @@ def _check(state: State, batch: Batch) -> float | None:
 def optimizer_step(state: State, grad_norm: Tensor) -> None:
     """Clips the gradient to the configured norm, moves the weights, and updates their average.
 
-    A norm that is not finite leaves all of them as they are, and so do the steps after it until
-    the state is restored. The host does not wait to know which.
+    After a non-finite norm, neither this step nor later ones change anything until the state is
+    restored. The host does not wait for the norm.
     """
     state.found_inf.logical_or_(~torch.isfinite(grad_norm))
     if state.config.train.clip_norm:
@@ -132,18 +130,15 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
 
 
 def dequantization_noise(config: Config, position: int, x: Tensor) -> Tensor:
-    """The noise for `x`, a part of a run's whole sequence of images, from its `position` on.
-
-    It does not depend on how the sequence is divided into steps, processes and parts.
+    """The noise for `x`, at `position` in the sequence of all images of a run. It does not depend
+    on how the sequence is divided into steps, processes and parts.
     """
     return uniform(x.shape, config.seed, Stream.DEQUANTIZATION, position, device=x.device)
 
 
 def drop_labels(config: Config, position: int, labels: Tensor) -> Tensor:
-    """The labels `(B,)` with some of them K, which stands for no class (`ClassContext`).
-
-    Each is dropped with the probability `model.label_dropout`. Like the noise, this depends on the
-    seed and on the image's place in the run's whole sequence.
+    """The labels `(B,)`, where each is dropped with probability `model.label_dropout`: it becomes
+    K, for no class (`ClassContext`). Like the noise, this depends on the seed and the position.
     """
     probability, classes = config.model.label_dropout, config.model.classes
     if not probability:
@@ -155,9 +150,9 @@ def drop_labels(config: Config, position: int, labels: Tensor) -> Tensor:
 
 def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
     """Why this memory mode does not suit the flow, or None if it does."""
-    layers = [module for module in flow.modules() if isinstance(module, Bijection)]
     if memory != "reversible":
         return None
+    layers = [module for module in flow.modules() if isinstance(module, Bijection)]
     if not all(layer.reversible_in for layer in layers):
         return (
             "reversible saves nothing here: all activations are inside of one layer, whose inverse "
@@ -172,16 +167,15 @@ def reason_against(flow: Flow, memory: Mode, precision: str) -> str | None:
 
 
 def require_trainable(flow: Flow, config: Config, device: torch.device) -> None:
-    """Raises `UserError` for a way of computing a step that does not suit this flow or device."""
+    """Raises `UserError` if the keys of `train` do not suit this flow or device."""
     if reason := reason_against(flow, config.train.memory, config.train.precision):
         raise UserError(f"train.memory: {reason}")
     require_possible(flow, config.train, device)
 
 
 def activations_of_an_image(flow: Flow, config: Config) -> int:
-    """Bytes that the forward pass of a training step keeps for each image, from two small passes.
-
-    The flow may be a new one. A step needs somewhat more at its peak.
+    """Bytes that the forward pass of a training step keeps for each image, from two small passes of
+    a flow that may be a new one. The peak of a step is somewhat higher.
     """
     random = generator(config.seed, Stream.ORDER)
     x = flow.kind.random((2, *flow.shape), random)
@@ -203,7 +197,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
 
 
 def require_memory(flow: Flow, config: Config, device: torch.device) -> None:
-    """Raises `UserError` where a step does not fit into the memory that is left."""
+    """Raises `UserError` if a step does not fit into the memory that is left."""
     require_images_to_fit(flow, config, device)  # before two of them pass through the flow
     require_images_to_fit(flow, config, device, activations_of_an_image(flow, config))
 
@@ -211,8 +205,8 @@ def require_memory(flow: Flow, config: Config, device: torch.device) -> None:
 def require_images_to_fit(
     flow: Flow, config: Config, device: torch.device, activations: int = 0
 ) -> None:
-    """Raises `UserError` where the images of a step, their noise and their `activations`, bytes for
-    each image, do not fit into the memory that is left.
+    """Raises `UserError` if the images of a step, their noise and their `activations` (bytes for
+    each image) do not fit into the memory that is left.
     """
     train = config.train
     free = left(device)

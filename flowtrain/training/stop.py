@@ -14,7 +14,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """The signal that asks a run to end, or 0."""
+    """The signal that ends a run, or 0."""
 
     asked: int = 0  # of this process
     signum: int = 0  # that all processes have agreed on
@@ -28,8 +28,7 @@ class Stop:
         self.asked = signum
         if distributed.world() == 1:  # there is nobody to agree with
             self.signum = signum
-        # torchrun forwards its signals to every process, and Ctrl-C reaches them anyway. So only
-        # process 0 prints, and only once.
+        # torchrun and Ctrl-C send a signal to every process. So only process 0 prints, once.
         if not distributed.is_main() or (distributed.world() > 1 and not first):
             return
         # Not with rich: the signal may have interrupted its printing, or an import.
@@ -41,13 +40,12 @@ class Stop:
 def signals() -> Iterator[Stop]:
     """Catches SIGINT, SIGTERM and SIGHUP, and puts the earlier handlers back at the end."""
     stop = Stop()
-    caught = [
-        signum
+    before = {
+        signum: signal.signal(signum, stop)
         for signum in STOPPING
         # nohup ignores it, so that the run outlives the terminal
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
-    ]
-    before = {signum: signal.signal(signum, stop) for signum in caught}
+    }
     try:
         yield stop
     finally:
@@ -76,23 +74,23 @@ class Clock:
         return elapsed
 
     def tick(self, images: int = 0) -> None:
-        """To be called after each part of a step, after the last part with its images."""
+        """Call it after each part of a step, after the last part with its images."""
         self.window_seconds += self._elapsed()
         self.window_images += images
 
     def skip(self) -> None:
-        """To be called after anything else, such as validation. It counts as time of the run."""
+        """Call it after anything else, such as validation. It counts as time of the run."""
         self._elapsed()
 
     def images_per_second(self, begin_anew: bool) -> float:
-        """The speed since the last call that was to `begin_anew`."""
+        """The speed since the last call with `begin_anew`."""
         speed = self.window_images / max(self.window_seconds, 1e-9)
         if begin_anew:
             self.window_images, self.window_seconds = 0, 0.0
         return speed
 
     def seconds_left(self) -> float:
-        """How long the run still takes, at the speed of this part of it."""
+        """The time to the end of the run, at the speed of this part of it."""
         train, progress = self.state.config.train, self.state.progress
         if train.budget is not None:
             return train.budget - progress.seconds

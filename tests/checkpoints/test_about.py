@@ -23,8 +23,10 @@ def evaluated(run, **changes):
     (run / "evaluate-test.json").write_text(text)
 
 
+@pytest.mark.run
 def test_figures_are_those_of_the_weights(run):
-    assert about.figures(load_model(str(run), CPU)) == []
+    raw, averaged = load_model(str(run), CPU, "raw"), load_model(str(run), CPU)
+    assert model_hash(raw) != model_hash(averaged) and about.figures(averaged) == []
     evaluated(run, dataset="/home/me/photos")
     (figure,) = about.figures(load_model(str(run), CPU))
     assert str(figure) == "3.250 +- 0.013 bits/dim (180 images, a bound from one draw of noise)"
@@ -37,6 +39,7 @@ def test_figures_are_those_of_the_weights(run):
         assert about.figures(load_model(str(run), CPU)) == []
 
 
+@pytest.mark.run
 def test_a_trained_model_has_the_figure_of_its_card(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = zoo.card_of("glow_digits")
@@ -51,12 +54,8 @@ def test_a_trained_model_has_the_figure_of_its_card(tmp_path, monkeypatch):
 def test_no_folder_of_this_machine_is_told():
     """Also of the options of a user's own data set."""
     model = load_model("glow_digits", CPU)
-    given = {
-        "root": "/data",
-        "labels": ["/home/me/a.csv", 3],
-        "at": {"x": "/home/me/b"},
-        "of": "a/b",
-    }
+    given = {"root": "/data", "labels": ["/home/me/a.csv", 3], "of": "a/b"}
+    given["at"] = {"x": "/home/me/b"}
     model.checkpoint.meta["config"]["data"] |= given
     found = model.alone()[0]["config"]["data"]
     told = {"root": "data", "labels": ["a.csv", 3], "at": {"x": "b"}, "of": "a/b"}

@@ -62,11 +62,7 @@ def test_other_tensors_get_other_memory():
     for given in (tensors(), {"other": torch.ones(7)}, tensors()):
         background.start(given, write)
     background.finish()
-    assert [list(found) for found in write.found] == [
-        list(tensors()),
-        ["other"],
-        list(tensors()),
-    ]
+    assert [[*found] for found in write.found] == [[*tensors()], ["other"], [*tensors()]]
 
 
 def test_one_after_the_other():
@@ -88,6 +84,11 @@ def failing(given):
 def test_an_error_is_raised_once():
     background = Background()
     background.raise_error()  # nothing was written
+    write = Writes()
+    background.start(tensors(), write)
+    background.raise_error()  # does not wait
+    assert write.found == []
+    write.may.set()
     background.start(tensors(), failing)
     background.wait()  # raises nothing
     with pytest.raises(RunError, match="the disk is full"):
@@ -100,16 +101,7 @@ def test_an_error_is_raised_once():
     background.finish()
 
 
-def test_no_error_is_waited_for():
-    background, write = Background(), Writes()
-    background.start(tensors(), write)
-    background.raise_error()
-    assert write.found == []
-    write.may.set()
-    background.finish()
-
-
-def test_where_memory_is_short_it_is_written_at_once(monkeypatch, capsys):
+def test_without_memory_for_a_copy_it_is_written_at_once(monkeypatch, capsys):
     free = 2 * memory_of_copy(tensors(), 2**40)
     monkeypatch.setattr(module.capacity, "left", lambda device: free - 1)
     background, write, given = Background(), Writes(), tensors()
@@ -119,9 +111,7 @@ def test_where_memory_is_short_it_is_written_at_once(monkeypatch, capsys):
     assert write.threads == [threading.current_thread().name] * 2
     assert write.addresses[0] == [tensor.data_ptr() for tensor in given.values()]  # no copy
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        said.count("training waits while a checkpoint is written: 0.00 GiB of memory are left") == 1
-    )
+    assert said.count("waits while a checkpoint is written: 0.00 GiB of memory are left") == 1
     monkeypatch.setattr(module.capacity, "left", lambda device: free)
     background.start(given, write)
     background.finish()

@@ -1,8 +1,7 @@
 """The size of a model is known, and refused where it cannot fit, before the model is built."""
 
-import json
-
 import pytest
+import torch
 from catalogue import SPHERE, TINY
 from helpers import a_config
 
@@ -13,8 +12,6 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 
 SHAPE = (1, 4, 4)
-
-
 IMAGES = [{"name": name, **options} for name, options in TINY.items()]
 IMAGES += [{"name": "glow", "permutation": "shuffle", "split": "mixed", "coupling": "mixture"}]
 
@@ -34,11 +31,15 @@ def test_the_sizes_are_those_of_the_flow(model, shape, levels, noise, monkeypatc
     monkeypatch.setattr(build, "SMALL", 0)
     flow = build_flow(config, shape, levels, check=found.append)
     assert {tensor.device.type for tensor in found[0].state_dict().values()} == {"meta"}
-    here, there = (
-        {name: (t.shape, t.dtype) for name, t in each.state_dict().items()}
-        for each in (flow, found[0])
-    )
-    assert here == there
+    there = found[0].state_dict()
+    here = {name: (tensor.shape, tensor.dtype) for name, tensor in flow.state_dict().items()}
+    assert here == {name: (tensor.shape, tensor.dtype) for name, tensor in there.items()}
+
+
+def test_the_weights_are_those_of_the_seed():
+    flows = [build_flow(a_config(seed=seed), SHAPE, 256) for seed in (0, 0, 1)]
+    one, same, other = (torch.cat([p.flatten() for p in flow.parameters()]) for flow in flows)
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("copies, fits", [(1, True), (3, True), (4, False)])
@@ -54,7 +55,7 @@ def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, fits, monkeypa
         build_flow(config, SHAPE, 256, copies)
 
 
-@pytest.mark.run  # takes long
+@pytest.mark.run
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -71,11 +72,9 @@ def test_an_absurd_model_gets_no_memory(model, message):
 def test_a_model_that_its_file_does_not_hold_gets_no_memory(tmp_path, monkeypatch):
     config = a_config({"name": "nice", "width": 8})
     flow = build_flow(config, SHAPE, 256)
-    meta = {"config": config.resolved(), "shape": SHAPE, "levels": 256, "step": 0}
-    meta = json.loads(json.dumps(meta))
-    meta["config"]["model"]["width"] = 9
-    tensors = {f"model.{name}": tensor for name, tensor in flow.state_dict().items()}
-    checkpoint_format.write(tmp_path / "a.safetensors", meta, tensors)
+    wider = a_config({"name": "nice", "width": 9}).resolved()
+    meta = {"config": wider, "shape": SHAPE, "levels": 256, "step": 0}
+    checkpoint_format.write(tmp_path / "a.safetensors", meta, flow.state_dict(prefix="model."))
     built = []
     monkeypatch.setattr(build, "SMALL", 0)
     real = build._build
@@ -98,8 +97,5 @@ def test_a_model_of_ones_own_may_need_the_values_of_tensors(tmp_path, monkeypatc
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "valued.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    config = build.configuration.parse(
-        {"model": {"name": "own.valued"}, "train": {"num_steps": 1}}, trust_code=True
-    )
-    flow = build_flow(config, SHAPE, 256)
+    flow = build_flow(a_config({"name": "own.valued"}), SHAPE, 256)
     assert {parameter.device.type for parameter in flow.parameters()} == {"cpu"}

@@ -1,4 +1,4 @@
-"""What is known of the steps comes one step late, and is complete before anything is written."""
+"""The numbers of a step come one step late, and all of them before anything is written."""
 
 import math
 import signal
@@ -51,20 +51,17 @@ def test_the_last_step_is_not_waited_for(metrics, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_after_a_step_that_was_not_finite_none_counts(bad, metrics):
+def test_after_a_non_finite_step_none_counts(bad, metrics):
     progress = metrics.state.progress
     send(metrics, 1.0, bad, 2.0)
-    metrics.receive(leaving=1)  # the third is waited for, too: it is over
+    metrics.receive(leaving=1)  # it waits for the third, too: it is over
     assert metrics.failed.step == 1 and metrics.failed.images == 8 and metrics.last.step == 2
     assert (progress.window_loss, progress.window_steps) == (1.0, 1)
     metrics.failed = None
     send(metrics, 3.0)
     metrics.receive(leaving=0)
     assert metrics.failed is None and progress.window_steps == 2
-
-
-def test_a_norm_that_is_not_finite_fails(metrics):
-    metrics.send(torch.ones(()), torch.tensor(math.inf), rate=0.1)
+    metrics.send(torch.ones(()), torch.tensor(math.inf), rate=0.1)  # its norm
     metrics.receive(leaving=0)
     assert metrics.failed is not None and not metrics.failed.finite
 

@@ -1,11 +1,11 @@
-"""What `train --dry-run` measures, beside the sizes of layers and a real step."""
+"""The measurements of `train --dry-run`, against the sizes of layers and a real step."""
 
 import re
 from typing import get_args
 
 import pytest
 import torch
-from catalogue import SMALL, TINY, sets
+from catalogue import SMALL, TINY
 from cli_helpers import quick
 from helpers import a_config, compiles, images, ready
 
@@ -25,7 +25,7 @@ from flowtrain.training.state import State
 from flowtrain.training.step import reason_against, train_step
 
 CPU = torch.device("cpu")
-MARGIN = 0.05  # of what is said of a batch, from two smaller ones
+MARGIN = 0.05  # of the memory of a batch, from smaller ones
 
 
 def small(*overrides):
@@ -34,13 +34,12 @@ def small(*overrides):
     return config, build_flow(config, (1, 8, 8), 17)
 
 
-@pytest.mark.run  # takes long
+@pytest.mark.run
 @pytest.mark.parametrize("conditioner", ["glow", "gated"])
 def test_operations(conditioner):
     """Against the sizes of the layers; a step is about three times the likelihood of its images."""
-    config, flow = small(
-        f"model.conditioner={conditioner}", "model.width=32", "train.memory=reversible"
-    )
+    words = (f"model.conditioner={conditioner}", "model.width=32", "train.memory=reversible")
+    config, flow = small(*words)
     initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
     operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
 
@@ -56,9 +55,8 @@ def test_operations(conditioner):
     found = dry_run(config, CPU).compute
     assert found.image_flops == pytest.approx(total, rel=0.02)
     assert found.conditioners == pytest.approx(operations[True] / total, abs=0.02)
-    assert found.step_flops == pytest.approx(
-        3 * found.image_flops * config.train.batch_size, rel=0.15
-    )
+    of_images = found.image_flops * config.train.batch_size
+    assert found.step_flops == pytest.approx(3 * of_images, rel=0.15)
 
 
 def test_a_step_computes_the_class_of_each_image_alone():
@@ -75,26 +73,28 @@ def test_a_step_computes_the_class_of_each_image_alone():
     assert some.step_flops < 1.1 * none.step_flops
 
 
-@pytest.mark.run  # takes long
+@pytest.mark.run
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_what_the_optimizer_keeps(optimizer):
+def test_the_memory_of_optimizer_and_copy(optimizer):
     config, flow = small("model.width=64", f"train.optimizer={optimizer}")
     count = sum(p.numel() for p in flow.parameters())
     # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
     numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
-    assert dry_run(config, CPU).memory.fixed_bytes == pytest.approx(4 * numbers, rel=1e-3)
+    memory = dry_run(config, CPU).memory
+    assert memory.fixed_bytes == pytest.approx(4 * numbers, rel=1e-3)
+    assert memory.copy_bytes == pytest.approx(4 * (numbers - count), rel=0.05)  # no gradients
 
 
-@pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
-def test_what_a_step_takes(mode):
-    """From a few images, of a model whose gradients are larger than what those take."""
-    config, flow = small(
-        "model.steps=4", "model.width=128", "train.batch_size=512", f"train.memory={mode}"
-    )
+@pytest.mark.run
+@pytest.mark.parametrize("mode", ["store", "reversible"])
+def test_the_memory_of_a_step(mode):
+    """From a few images, of a model whose gradients are larger than those."""
+    words = ("model.steps=4", "model.width=128", "train.batch_size=512", f"train.memory={mode}")
+    config, flow = small(*words)
     said = {each.mode: each.needed_bytes for each in dry_run(config, CPU).memory.modes}[mode]
     state = State(config, ready(flow), build_optimizers(flow, config.train), None, {})
     x = images(512, (1, 8, 8), 17)
-    train_step(state, x)  # makes what is made once
+    train_step(state, x)  # creates what later steps reuse
     state.zero_grad()
     assert said == pytest.approx(capacity.peak(lambda: train_step(state, x), CPU), rel=0.1)
 
@@ -111,10 +111,10 @@ GROWING = {
 }
 
 
-@pytest.mark.run  # takes long
+@pytest.mark.run
 @pytest.mark.parametrize("name", GROWING)
-def test_few_images_tell_what_many_take(name):
-    """Also where the configured batch is so small that gradients are most of what a step takes."""
+def test_the_memory_of_many_images_follows_from_few(name):
+    """Also if the configured batch is so small that gradients take most of the memory."""
     model, precision, options = GROWING[name]
     config = a_config({"name": model, **options}, train={"precision": precision})
     state = State(config, ready(build_flow(config, (1, 8, 8), 17)), [], None, {})
@@ -126,8 +126,8 @@ def test_few_images_tell_what_many_take(name):
             assert growth.largest(found) == pytest.approx(128, rel=MARGIN)
 
 
-@pytest.mark.run  # takes long
-def test_where_only_peaks_are_known(monkeypatch):
+@pytest.mark.run
+def test_only_peaks_are_known(monkeypatch):
     """As on a GPU: the number of images doubles until it decides."""
     config, flow = small("model.width=64")
     state = State(config, ready(flow), [], None, {})
@@ -135,8 +135,7 @@ def test_where_only_peaks_are_known(monkeypatch):
     growth = module._growth(state, "reversible", 4, CPU, free=2**40)
     (found,) = module._moments_of_a_step(state, "reversible", 512, CPU)
     assert growth.of(512) == pytest.approx(found, rel=MARGIN)
-    # No more images are tried where they might not fit.
-    tried = []
+    tried = []  # no more images if they might not fit
     monkeypatch.setattr(module, "moments", lambda *run: (tried.append(1), [capacity.peak(*run)])[1])
     module._growth(state, "reversible", 4, CPU, free=1000)
     assert len(tried) == 1
@@ -145,29 +144,15 @@ def test_where_only_peaks_are_known(monkeypatch):
 def test_the_largest_batch():
     growth = module.Growth.between([[0, 110, 20], [0, 120, 40]], 10)
     assert [growth.of(images) for images in (0, 10, 100, 200)] == [100, 110, 200, 400]
-    assert [growth.largest(free) for free in (99, 100, 120, 200, 201, 400)] == [
-        0,
-        0,
-        20,
-        100,
-        100,
-        200,
-    ]
+    fitting = {99: 0, 100: 0, 120: 20, 200: 100, 201: 100, 400: 200}
+    assert {free: growth.largest(free) for free in fitting} == fitting
     # A kernel's scratch memory, 100 bytes and then 300, beside 10 for each image.
     scratch = [[0, 10 * n, 10 * n + more] for n, more in ((10, 100), (20, 300), (40, 300))]
     assert module.Growth.between(scratch, 10).of(400) == 4300
 
 
-@pytest.mark.run  # takes long
-def test_what_a_copy_takes():
-    """The weights, their average, and two averages of Adam."""
-    config, flow = small("model.width=64", "train.optimizer=adam")
-    count = sum(p.numel() for p in flow.parameters())
-    assert dry_run(config, CPU).memory.copy_bytes == pytest.approx(4 * 4 * count, rel=0.05)
-
-
-@pytest.mark.run  # takes long
-def test_what_does_not_fit(monkeypatch):
+@pytest.mark.run
+def test_a_batch_that_does_not_fit(monkeypatch):
     """No step of the whole batch is tried."""
     monkeypatch.setattr(module, "left", lambda device: 3 * 2**20)
     cost = dry_run(small("train.batch_size=4096")[0], CPU)
@@ -178,11 +163,12 @@ def test_what_does_not_fit(monkeypatch):
 
 
 @compiles
-def test_what_compiling_takes(tmp_path):
-    """Said where something is compiled. The compiler here only traces."""
-    words = ["train", *SMALL, *sets(model__levels=1), "--dry-run"]
+@pytest.mark.run
+def test_the_time_for_compiling(tmp_path):
+    """Printed if something is compiled. The compiler here only traces."""
+    words = ["train", *SMALL, "model.levels=1", "--dry-run"]
     assert "compiling" not in quick(*words, cwd=tmp_path).ok().out
     first = "import functools, torch; torch.compile = functools.partial(torch.compile, "
     first += "backend='aot_eager')"
-    done = quick(*words, *sets(train__compile="layers"), cwd=tmp_path, first=first).ok()
+    done = quick(*words, "train.compile=layers", cwd=tmp_path, first=first).ok()
     assert re.search(r"before the first step: \d+:\d\d for compiling, .*compile=layers", done.out)

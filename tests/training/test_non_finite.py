@@ -4,80 +4,75 @@ import json
 
 import pytest
 import torch
-from catalogue import SHORT, TINY_RUN, sets
-from cli_helpers import metrics, quick
+from catalogue import SHORT, TINY_RUN
+from cli_helpers import last, metrics, quick, summary
+from helpers import a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.errors import RunError
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
+
+pytestmark = pytest.mark.run
+
+
+def train(folder, **keys):
+    rare = {"log_every": 1, "checkpoint_every": 100, "validate_every": 100, "sample_every": 100}
+    fit(a_config(train={**rare, **keys}), RunDirectory(folder), torch.device("cpu"))
+
+
+def evidence_of(run):
+    return [json.loads(path.read_text()) for path in sorted(run.glob("non-finite-*.json"))]
+
+
+def assert_finite(path):
+    tensors = checkpoint_format.read(path).tensors
+    assert [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()] == []
 
 
 def test_a_rate_that_is_far_too_high(tmp_path):
-    """It goes back, names a layer, lowers the rate, and in the end stops with evidence and finite
+    """It rolls back, names a layer, lowers the rate, and in the end stops with evidence and finite
     weights.
     """
-    often = sets(train__checkpoint_every=100, train__log_every=1, train__validate_every=1)
+    often = ["train.checkpoint_every=100", "train.log_every=1", "train.validate_every=1"]
     done = quick(
-        "train", *TINY_RUN, *often, *sets(train__lr=1e30, train__max_non_finite=3), cwd=tmp_path
+        "train", *TINY_RUN, *often, "train.lr=1e30", "train.max_non_finite=3", cwd=tmp_path
     )
-    done.failed(
-        1,
-        "4 steps",
-        "train.max_non_finite: 3",
-        "bijection.",
-        "runs/glow_digits/non-finite-4.json",
-        "train.lr",
-    )
+    last_evidence = "runs/glow_digits/non-finite-4.json"
+    done.failed(1, "4 steps", "train.max_non_finite: 3", "bijection.", last_evidence, "train.lr")
     assert "back at step 0, with the learning rate times 0.5" in done.out
     assert done.out.count("first not finite: ") == 4
     run = tmp_path / "runs" / "glow_digits"
-    evidence = [json.loads((run / f"non-finite-{n}.json").read_text()) for n in (1, 2, 3, 4)]
-    assert [e["lr"] for e in evidence] == pytest.approx(
-        [evidence[0]["lr"] / 2**n for n in range(4)]
-    )
+    evidence = evidence_of(run)
+    rates = [evidence[0]["lr"] / 2**n for n in range(4)]
+    assert [e["lr"] for e in evidence] == pytest.approx(rates)
     assert all(e["first_non_finite"].split()[-1].startswith("bijection.") for e in evidence)
-    assert all(
-        e["loss"] in ("nan", "inf", "-inf") or e["grad_norm"] in ("nan", "inf") for e in evidence
-    )
+    bad = ("nan", "inf", "-inf")
+    assert all(e["loss"] in bad or e["grad_norm"] in bad for e in evidence)
     for path in (run / "checkpoints").iterdir():
-        tensors = checkpoint_format.read(path).tensors
-        assert [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()] == []
+        assert_finite(path)
     steps = [(row["split"], row["step"]) for row in metrics(run)]
     assert len(steps) == len(set(steps))
 
 
-def test_what_is_known_one_step_later_is_the_same(tmp_path):
-    """The device has been given another step meanwhile, which has changed nothing."""
-    options = sets(
-        train__lr=1e30,
-        train__max_non_finite=0,
-        train__warmup_steps=0,
-        train__checkpoint_every=100,
-        train__validate_every=100,
-        train__sample_every=100,
-    )
-    evidence = []
+def test_numbers_that_come_one_step_late_are_the_same(tmp_path):
+    """The device has another step meanwhile, which changes nothing."""
     for every in (1, 100):
-        command = [*TINY_RUN, *options, *sets(train__log_every=every), "--run-dir", f"r{every}"]
-        quick("train", *command, cwd=tmp_path).failed(1, "stopped at step 1")
-        evidence.append(json.loads((tmp_path / f"r{every}" / "non-finite-1.json").read_text()))
-    assert evidence[0] == evidence[1]
-    assert evidence[0]["first_non_finite"].startswith("output of ")
+        with pytest.raises(RunError, match="stopped at step 1:"):
+            train(tmp_path / f"r{every}", lr=1e30, max_non_finite=0, log_every=every)
+    evidence = [evidence_of(tmp_path / run) for run in ("r1", "r100")]
+    assert evidence[0] == evidence[1] and len(evidence[0]) == 1
+    assert evidence[0][0]["first_non_finite"].startswith("output of ")
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
     """The gradient is finite, and the step takes the weights to infinity, just before a
     checkpoint.
     """
-    options = sets(
-        train__lr=1e39, train__warmup_steps=0, train__checkpoint_every=1, train__max_non_finite=0
-    )
-    quick("train", *TINY_RUN, *options, cwd=tmp_path).failed(
-        1, "1 steps not finite", "parameter bijection."
-    )
-    saved = checkpoint_format.read(
-        tmp_path / "runs" / "glow_digits" / "checkpoints" / "last.safetensors"
-    )
-    assert saved.meta["step"] == 0
-    assert all(torch.isfinite(t.float()).all() for t in saved.tensors.values())
+    with pytest.raises(RunError, match="1 steps not finite.*parameter bijection."):
+        train(tmp_path, lr=1e39, checkpoint_every=1, max_non_finite=0)
+    assert checkpoint_format.read(last(tmp_path)).meta["step"] == 0
+    assert_finite(last(tmp_path))
 
 
 ONCE = """
@@ -101,31 +96,28 @@ def build(shape):
 """
 
 
-def once(folder):
-    """The words of a short run of a model whose eighth step is not finite."""
+def once(folder, *words, **options):
+    """A short run of a model whose eighth step is not finite."""
     (folder / "mine").mkdir()
     (folder / "mine" / "once.py").write_text(ONCE)
-    schedule = sets(train__log_every=1, train__warmup_steps=0, train__schedule="constant")
-    return ["train", *sets(model__name="mine.once"), *SHORT, *schedule, "--run-dir", "r"]
+    steady = ["train.log_every=1", "train.warmup_steps=0", "train.schedule=constant"]
+    command = ["train", "model.name=mine.once", *SHORT, *steady, *words, "--run-dir", "r"]
+    return quick(*command, cwd=folder, **options).ok()
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
     """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
     not lost.
     """
-    done = quick(*once(tmp_path), *sets(train__validate_every=1), cwd=tmp_path).ok()
-    assert (
-        "step 7: loss nan" in done.out
-        and "back at step 5, with the learning rate times 0.5" in done.out
-    )
+    done = once(tmp_path, "train.validate_every=1")
+    assert "step 7: loss nan" in done.out
+    assert "back at step 5, with the learning rate times 0.5" in done.out
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
-    assert json.loads((tmp_path / "r" / "summary.json").read_text())["non_finite_steps"] == 1
-    assert (tmp_path / "r" / "non-finite-1.json").exists()
-    best = [
-        float(words[3]) for words in map(str.split, done.out.splitlines()) if words[-1] == "(best)"
-    ]
+    assert summary(tmp_path / "r")["non_finite_steps"] == len(evidence_of(tmp_path / "r")) == 1
+    lines = map(str.split, done.out.splitlines())
+    best = [float(words[3]) for words in lines if words[-1] == "(best)"]
     assert best == sorted(best, reverse=True) and len(best) > 7  # also across the way back
 
 
@@ -140,7 +132,6 @@ os.fsync = slowly
 """
 
 
-def test_it_goes_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
-    rare = sets(train__validate_every=100)
-    done = quick(*once(tmp_path), *rare, cwd=tmp_path, first=SLOW).ok()
+def test_it_rolls_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
+    done = once(tmp_path, "train.validate_every=100", first=SLOW)
     assert "step 7: loss nan" in done.out and "back at step 5, with" in done.out

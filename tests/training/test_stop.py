@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import SMALL, sets
+from catalogue import SMALL
 from cli_helpers import environment, summary, within
 from helpers import a_config
 
@@ -24,32 +24,36 @@ from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.stop import Clock, signals
 
-ENDLESS = ["train", *SMALL, *sets(train__num_steps=100_000, train__log_every=1), "--run-dir", "r"]
+ENDLESS = ["train", *SMALL, "train.num_steps=100_000", "train.log_every=1", "--run-dir", "r"]
 
 
-def logged(run, step):
-    metrics = run / "metrics.jsonl"
-    return metrics.exists() and metrics.read_text().count('"train"') >= step
+def on_a_terminal(words, cwd, **options):
+    """A command, and the other end of its terminal of eighty columns."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {k: v for k, v in environment(TERM="xterm").items() if k != "COLUMNS"}
+    command = [sys.executable, "-m", "flowtrain", *words]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdin=terminal, stdout=terminal, stderr=terminal, **options
+    )
+    os.close(terminal)
+    return process, main
 
 
+@pytest.mark.run
 def test_a_closed_terminal_saves_and_ends(tmp_path):
     """Nobody can read what is printed any more, and that is no error."""
-    main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flowtrain", *ENDLESS, *sets(train__validate_every=1)],
-        cwd=tmp_path,
-        env=environment(TERM="xterm"),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
+    process, main = on_a_terminal(
+        [*ENDLESS, "train.validate_every=1"],
+        tmp_path,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
-    os.close(terminal)
+    metrics = tmp_path / "r" / "metrics.jsonl"
     os.set_blocking(main, False)
     try:
         with within(60, "step 3") as expired:
-            while not logged(tmp_path / "r", 3):
+            while not metrics.exists() or metrics.read_text().count('"train"') < 3:
                 expired()
                 with contextlib.suppress(BlockingIOError):
                     os.read(main, 65536)
@@ -60,7 +64,8 @@ def test_a_closed_terminal_saves_and_ends(tmp_path):
     assert summary(tmp_path / "r")["step"] >= 3
 
 
-def test_a_run_goes_on_if_the_reader_of_its_output_leaves(tmp_path, monkeypatch):
+@pytest.mark.run
+def test_a_run_continues_if_the_reader_of_its_output_leaves(tmp_path, monkeypatch):
     """As in `train ... | head -8`."""
     monkeypatch.setattr(console, "outlives_terminal", False)
     reader, writer = os.pipe()
@@ -87,7 +92,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_time_left_is_that_of_this_parts_speed():
+def test_the_time_left_follows_from_the_speed_of_this_part():
     """An earlier part of the run took 4 s for a step, this one takes half a second."""
     progress = Progress(step=1000, seconds=4000.0)
     train = SimpleNamespace(budget=None, num_steps=1100)
@@ -98,20 +103,11 @@ def test_the_time_left_is_that_of_this_parts_speed():
     assert clock.seconds_left() == pytest.approx(995)
 
 
-def test_the_bar_says_where_a_run_is_after_each_step(tmp_path):
-    """On a terminal of eighty columns, with a period of log lines that never comes."""
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    options = [*SMALL, *sets(train__num_steps=30, train__log_every=1000), "--run-dir", "r"]
-    env = {k: v for k, v in environment().items() if k not in ("COLUMNS", "TERM")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flowtrain", "train", *options],
-        cwd=tmp_path,
-        stdout=terminal,
-        stderr=terminal,
-        env={**env, "TERM": "xterm"},
-    )
-    os.close(terminal)
+@pytest.mark.run
+def test_the_bar_shows_each_step(tmp_path):
+    """Also if the period of log lines never comes."""
+    words = ["train", *SMALL, "train.num_steps=30", "train.log_every=1000", "--run-dir", "r"]
+    process, main = on_a_terminal(words, tmp_path)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is closed
         while part := os.read(main, 65536):
@@ -119,7 +115,6 @@ def test_the_bar_says_where_a_run_is_after_each_step(tmp_path):
     assert process.wait() == 0
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r", "\n").splitlines()
     bars = [line for line in lines if line.startswith("training") and "left" in line]
-    assert any(
-        re.search(r" \d+:\d\d left  step \d+/30  \d\.\d+ bits/dim  \d+ images/s", b) for b in bars
-    )
+    text = r" \d+:\d\d left  step \d+/30  \d\.\d+ bits/dim  \d+ images/s"
+    assert any(re.search(text, bar) for bar in bars)
     assert max(map(len, bars)) <= 80
