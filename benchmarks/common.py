@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import Config
 from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
+from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system.allocator import keep_freed_memory
 from flowtrain.system.packages import install_command
 from flowtrain.training.optim import EMA, build_optimizers
@@ -50,49 +51,34 @@ WORK = {"S": Work(steps=8, width=128, batch_size=32), "P": Work(steps=32, width=
 
 def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="threads of one operation"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="times that each contender is timed, in turns"
-    )
+    add = parser.add_argument
+    add("--threads", type=int, default=os.cpu_count(), help="threads of one operation")
+    add("--repeats", type=int, default=7, help="times that each contender is timed, in turns")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default)
-    parser.add_argument(
-        "--malloc",
-        choices=("kept", "default"),
-        default="kept",
-        help="freed memory is kept, as by flowtrain's commands",
-    )
+        add(f"--{name}", default=default)
+    memory = "freed memory is kept, as by flowtrain's commands"
+    add("--malloc", choices=("kept", "default"), default="kept", help=memory)
     return parser
 
 
 def begin(title: str, options: argparse.Namespace) -> None:
     """Sets threads and allocator, the same for all contenders, and prints the heading."""
     torch.set_num_threads(options.threads)
+    memory = "as the C library does"
     if options.malloc == "kept":
         keep_freed_memory()
-    heading(
-        f"{title}; freed memory {'kept' if options.malloc == 'kept' else 'as the C library does'}",
-        options.threads,
-    )
+        memory = "kept"
+    heading(f"{title}; freed memory {memory}", options.threads)
 
 
 def heading(title: str, threads: int) -> None:
     """The table's title, with the machine and the versions."""
-    versions = ["torch", "flowtrain", "normflows", "nflows"]
     installed = {d.metadata["Name"] for d in metadata.distributions()}
-    print(f"### {title}\n")
-    print(
-        f"{processor()}, {os.cpu_count()} cores, {threads} threads; Python "
-        f"{platform.python_version()}, ",
-        end="",
-    )
-    print(
-        ", ".join(f"{name} {metadata.version(name)}" for name in versions if name in installed)
-        + "\n",
-        flush=True,
-    )
+    names = [name for name in ("torch", "flowtrain", "normflows", "nflows") if name in installed]
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{name} {metadata.version(name)}" for name in names]
+    machine = f"{processor()}, {os.cpu_count()} cores, {threads} threads"
+    print(f"### {title}\n\n{machine}; {', '.join(versions)}\n", flush=True)
 
 
 def processor() -> str:
@@ -144,18 +130,21 @@ def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: 
     `against` (title to contender).
     """
     factor = {"s": 1, "ms": 1000}[unit]
-    titles = list(against)
-    print(f"| | median ({unit}) | least |" + "".join(f" {title} |" for title in titles))
-    print("|---|---|---|" + "---|" * len(titles))
+    rows = []
     for name, times in seconds.items():
-        cells = [f"{factor * statistics.median(times):.3f}", f"{factor * min(times):.3f}"]
-        for title in titles:
-            # The median of ratios of neighbours in time: what slows both of a pair cancels.
-            ratios = [
-                mine / theirs for mine, theirs in zip(times, seconds[against[title]], strict=True)
-            ]
-            cells.append(f"{statistics.median(ratios):.2f}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        row = [name, f"{factor * statistics.median(times):.3f}", f"{factor * min(times):.3f}"]
+        for other in against.values():
+            # The median of ratios of neighbours in time: a disturbance of both cancels.
+            pairs = zip(times, seconds[other], strict=True)
+            row.append(f"{statistics.median(mine / theirs for mine, theirs in pairs):.2f}")
+        rows.append(row)
+    markdown(["", f"median ({unit})", "least", *against], rows)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table."""
+    for row in (titles, ["---"] * len(titles), *rows):
+        print(f"| {' | '.join(row)} |")
     print(flush=True)
 
 
@@ -190,18 +179,26 @@ AS_PEERS = {"optimizer": "adam", "lr": 1e-3, "warmup_steps": 0, "schedule": "con
 AS_PEERS |= {"clip_norm": 1.0}
 
 
-def flowtrain_state(work: Work, device: str = "cpu", **train: object) -> State:
-    """A model after data-dependent initialization, with its optimizer and average."""
-    options = {"num_steps": 1000, "batch_size": work.batch_size, **AS_PEERS, **train}
-    model = {"name": "glow", "levels": work.levels, "steps": work.steps, "width": work.width}
-    config = configuration.parse(
-        {"data": {"name": "cifar10"}, "model": model, "train": options}, "benchmark"
-    )
-    flow = build_flow(config, SHAPE, 256).to(device)
-    x = images(64).to(device)
+def flow_of(config: Config) -> Flow:
+    """A flow after data-dependent initialization."""
+    flow = build_flow(config, SHAPE, 256)
+    x = images(64)
     initialize(flow, x, draw_noise(x.shape, None, x.device))
+    return flow
+
+
+def state_of(config: Config) -> State:
+    """An initialized flow with its optimizer and average."""
+    flow = flow_of(config)
     ema = EMA(flow, config.train.ema) if config.train.ema else None
     return State(config, flow, build_optimizers(flow, config.train), ema, {})
+
+
+def flowtrain_state(work: Work, **train: object) -> State:
+    options = {"num_steps": 1000, "batch_size": work.batch_size, **AS_PEERS, **train}
+    model = {"name": "glow", "levels": work.levels, "steps": work.steps, "width": work.width}
+    values = {"data": {"name": "cifar10"}, "model": model, "train": options}
+    return state_of(configuration.parse(values, "benchmark"))
 
 
 def flowtrain_step(state: State, x: Tensor) -> None:
@@ -230,14 +227,8 @@ def floor(work: Work, dtype: torch.dtype, channels_last: bool, product: bool) ->
         channels, side, width = 12 * 2**level, 16 // 2**level, work.width
         half = channels // 2
         for _ in range(work.steps):
-            shapes = [
-                (width, half, 3, 3),
-                (width,),
-                (width, width, 1, 1),
-                (width,),
-                (channels, width, 3, 3),
-                (channels,),
-            ]
+            weights = [(width, half, 3, 3), (width, width, 1, 1), (channels, width, 3, 3)]
+            shapes = [shape for weight in weights for shape in (weight, weight[:1])]
             leaves = [tensor(*shape).requires_grad_() for shape in shapes]
             leaves.append(tensor(work.batch_size, half, side, side).requires_grad_())
             convolutions.append((leaves, tensor(work.batch_size, channels, side, side)))
@@ -373,7 +364,7 @@ def _nflows(work: Work) -> Peer:
         def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
             return super().forward(x)
 
-    channels, side = SHAPE[0], SHAPE[1]
+    channels, side = SHAPE[:2]
     multiscale = MultiscaleCompositeTransform(work.levels)
     for _level in range(work.levels):
         channels, side = 4 * channels, side // 2

@@ -4,16 +4,13 @@ import functools
 import statistics
 
 import torch
-from common import SHAPE, arguments, begin, images, in_turns, table
+from common import arguments, begin, flow_of, images, in_turns, table
 
-from flowtrain import config as configuration
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
+from flowtrain.config import load_config
 from flowtrain.system.console import silent
 from flowtrain.system.threads import one_thread
-from flowtrain.tools.archive.coder import coder_of
+from flowtrain.tools.archive.codec import coder_of
 from flowtrain.tools.archive.streams import EncodedStream, decode_stream, encode_stream, estimate
 from flowtrain.tools.archive.threads import in_threads
 
@@ -29,13 +26,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     begin(f"Compression of {options.images} images per thread by {options.config}", options)
-    flow = (
-        build_flow(configuration.load_config(find_config(options.config)), SHAPE, 256)
-        .eval()
-        .requires_grad_(False)
-    )
+    flow = flow_of(load_config(find_config(options.config))).eval().requires_grad_(False)
     x = images(options.images * options.threads)
-    initialize(flow, x[:64], draw_noise(x[:64].shape, None, x.device))
     coder = coder_of(flow)
     with one_thread():
         expected = estimate(coder, x[: coder.chunk])
@@ -51,8 +43,8 @@ def main() -> None:
     streams = encode()
 
     def decode() -> None:
-        tasks = [functools.partial(decode_stream, coder, s.words, s.description()) for s in streams]
-        in_threads(tasks, len(x), lambda done, total: None)
+        tasks = [functools.partial(decode_stream, coder, s.words, s.described) for s in streams]
+        in_threads(tasks, len(x), silent)
 
     contenders = {
         "forward passes, float32": lambda: flow.log_prob(x),
@@ -61,7 +53,7 @@ def main() -> None:
     }
     seconds = in_turns(contenders, options.repeats, warmup=0)
     table(seconds, {"to the forward passes": "forward passes, float32"})
-    coded = sum(len(stream.images) - stream.carriers for stream in streams)
+    coded = sum(len(stream.images) - stream.described.carriers for stream in streams)
     for name, times in seconds.items():
         print(f"- {name}: {coded / statistics.median(times):.1f} images/s")
 

@@ -4,9 +4,9 @@
 "model.split=mixed model.steps=[10,5,3]"` trains the configuration as it is, and with the settings
 of the second row. It reads the training split alone, and holds out validation images of it.
 
-The steps are those of `flowtrain train`, except that the budget and the rate's decay go by the
-seconds of the processor, or by steps. On a busy machine a step takes more of the processor, too. So
-the table has the time of a step that a tenth of the steps stay below.
+The steps are as in `flowtrain train`, except that the budget and the rate's decay go by processor
+time, or by steps. On a busy machine a step takes more processor time, too. So the table has the
+first decile of the step times.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Each part is a process of its own with a limit of time, and its result is a JSON
 part that has a file is skipped, so the same command goes on after an interruption. Without its file
 a part is measured again. The tables of all results are in `report.md` there.
 
-The steps are those of `flowtrain train`: its loop runs, with data, noise, optimizer and logging.
+The steps run in the loop of `flowtrain train`, with data, noise, optimizer and logging.
 
     python benchmarks/gpu_session.py --data data.name=npz --data data.path=cifar10.npz
 
@@ -49,6 +49,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.pictures.sample import sample
 from flowtrain.system import device as devices
+from flowtrain.system.files import write_atomically
 from flowtrain.training import loop, step
 from flowtrain.training.dry_run import dry_run
 from flowtrain.training.resume import start
@@ -158,23 +159,26 @@ class Enough(Exception):
     """Ends a run after the steps that are measured."""
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after the work of the device."""
+    devices.synchronize(device)
+    return time.perf_counter()
+
+
+@dataclass
 class Watch:
     """Stands for `train_step` in the trainer's loop. It measures whole steps of the loop, from one
     call to the next, and then ends the run.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        warm_up: int,
-        steps: int,
-        around: contextlib.AbstractContextManager[Any] | None = None,
-    ):
-        self.device, self.warm_up, self.steps = device, warm_up, steps
-        self.around = around or contextlib.nullcontext()
-        self.count = 0
-        self.first = self.seconds = 0.0  # of the first step, and of those that are measured
-        self.state: State | None = None
+    device: torch.device
+    warm_up: int
+    steps: int
+    around: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
+    count: int = 0
+    first: float = 0.0  # seconds of the first step
+    seconds: float = 0.0  # of the measured steps
+    state: State | None = None
 
     def __call__(
         self, state: State, x: Tensor, labels: Tensor | None = None
@@ -182,8 +186,7 @@ class Watch:
         if self.count == 0:
             self.state, self.begun = state, time.perf_counter()
         if self.count == 1:
-            devices.synchronize(self.device)
-            self.first = time.perf_counter() - self.begun
+            self.first = now(self.device) - self.begun
         if self.count == self.warm_up:
             devices.synchronize(self.device)
             if self.device.type in devices.NUMBERED:
@@ -191,28 +194,25 @@ class Watch:
             self.around.__enter__()
             self.begun = time.perf_counter()
         if self.count == self.warm_up + self.steps:
-            devices.synchronize(self.device)
-            self.seconds = time.perf_counter() - self.begun
+            self.seconds = now(self.device) - self.begun
             self.around.__exit__(None, None, None)
             raise Enough
         self.count += 1
         return step.train_step(state, x, labels)
 
 
-@contextlib.contextmanager
-def run_of(session: Session, config: Config, watch: Watch) -> Iterator[RunDirectory]:
-    """Trains until the watch has seen enough. The run directory lasts as long as the context."""
+def run_steps(
+    session: Session,
+    config: Config,
+    watch: Watch,
+    then: Callable[[RunDirectory], Any] = lambda run: None,
+) -> Any:
+    """Trains until the watch raises `Enough`. Returns `then` of the run, which is then removed."""
     with tempfile.TemporaryDirectory(dir=session.out) as folder:
         run = RunDirectory(Path(folder) / "run")
         with mock.patch.object(loop, "train_step", watch), contextlib.suppress(Enough):
             loop.fit(config, run, session.device)
-        yield run
-
-
-def run_steps(session: Session, config: Config, watch: Watch) -> None:
-    """Trains until the watch has seen enough."""
-    with run_of(session, config, watch):
-        pass
+        return then(run)
 
 
 def measure_step(session: Session, model: str, **train: object) -> Result:
@@ -223,9 +223,8 @@ def measure_step(session: Session, model: str, **train: object) -> Result:
     run_steps(session, config, watch)
     seconds = watch.seconds / plan.steps
     batch = config.train.batch_size * config.train.accumulate
-    peak = None
-    if device.type in devices.NUMBERED:
-        peak = torch.get_device_module(device).max_memory_allocated(device)
+    numbered = device.type in devices.NUMBERED
+    peak = torch.get_device_module(device).max_memory_allocated(device) if numbered else None
     assert watch.state is not None
     return {
         "seconds": seconds,
@@ -236,13 +235,17 @@ def measure_step(session: Session, model: str, **train: object) -> Result:
     }
 
 
+def part(
+    kind: str, model: str, limit: float, measure: Callable[..., Result], *words: object, **keys: Any
+) -> Part:
+    """A part that measures a model with these keys. The words end its name."""
+    name = "-".join(map(str, (kind, model, *words)))
+    return Part(name, limit, lambda s: measure(s, model, **keys), {"model": model, **keys})
+
+
 def step_part(model: str, limit: float, **train: object) -> Part:
     """A part that measures the steps of a model with these keys of `train`."""
-    words = "-".join(str(value) for value in train.values())
-    about = {"model": model, **train}
-    return Part(
-        f"step-{model}-{words}", limit, lambda session: measure_step(session, model, **train), about
-    )
+    return part("step", model, limit, measure_step, *train.values(), **train)
 
 
 def variants(model: str, batch: int) -> Iterator[Part]:
@@ -250,14 +253,13 @@ def variants(model: str, batch: int) -> Iterator[Part]:
     known: dict[str, Any] = Train.model_json_schema()["properties"]
     base = {"memory": "store", "batch_size": batch}
     yield step_part(model, 90, **base, precision="fp32")
+    if not {"compile", "cuda_graph"} <= known.keys():
+        return
     for compiled in ("off", "layers", "step"):
-        for graph in ("false", "true"):
-            keys = {"compile": compiled, "cuda_graph": graph}
-            if (compiled, graph) == ("off", "false") or not keys.keys() <= known.keys():
-                continue
-            if compiled not in known["compile"].get("enum", []):
-                continue
-            yield step_part(model, 90 if compiled == "off" else 240, **base, **keys)
+        if compiled in known["compile"].get("enum", []):
+            for graph in ("false", "true")[compiled == "off" :]:
+                keys = {"compile": compiled, "cuda_graph": graph}
+                yield step_part(model, 90 if compiled == "off" else 240, **base, **keys)
 
 
 # --- what a step consists of ----------------------------------------------------------------------
@@ -319,10 +321,9 @@ def noting_waits(waits: "Counter[str]") -> Iterator[None]:
 
 def measure_waits(session: Session, model: str) -> Result:
     """How often the host waits in a step that logs nothing."""
-    waits: Counter[str] = Counter()
     if session.device.type != "cuda":
         return {"waits": None}
-    plan = session.plan
+    plan, waits = session.plan, Counter[str]()
     watch = Watch(session.device, plan.warm_up, plan.steps, noting_waits(waits))
     run_steps(session, session.config(model, num_steps=100_000, log_every=10_000), watch)
     return {"waits": {where: count / plan.steps for where, count in waits.most_common()}}
@@ -331,14 +332,11 @@ def measure_waits(session: Session, model: str) -> Result:
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """The median time of a call, after two that warm up."""
     times = []
-    for i in range(repeats + 2):
-        devices.synchronize(device)
-        began = time.perf_counter()
+    for _ in range(repeats + 2):
+        began = now(device)
         run()
-        devices.synchronize(device)
-        if i >= 2:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        times.append(now(device) - began)
+    return statistics.median(times[2:])
 
 
 def measure_floor(session: Session, model: str, batch: int) -> Result:
@@ -351,10 +349,7 @@ def measure_floor(session: Session, model: str, batch: int) -> Result:
         x, labels = batches.at(state.progress)
     with Recorder() as recorder:
         step.train_step(state, x, labels)
-    return {
-        "seconds": seconds_of(recorder.run, session.device),
-        "products": len(recorder.calls),
-    }
+    return {"seconds": seconds_of(recorder.run, session.device), "products": len(recorder.calls)}
 
 
 def measure_alignment(session: Session, batch: int) -> Result:
@@ -363,20 +358,19 @@ def measure_alignment(session: Session, batch: int) -> Result:
     The keys are `side-channels`, the values seconds for both directions.
     """
     plan, found = session.plan, {}
+
+    def leaf(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=session.device)
+        return x.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+
     for side in plan.sides:
         for channels in plan.channels:
-            pairs = []
-            for into, out in ((channels, plan.width), (plan.width, channels)):
-                x = torch.randn(batch, into, side, side, device=session.device)
-                weight = torch.randn(out, into, 3, 3, device=session.device)
-                pairs.append(
-                    [
-                        each.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
-                        for each in (x, weight)
-                    ]
-                )
+            pairs = [
+                (leaf(batch, into, side, side), leaf(out, into, 3, 3))
+                for into, out in ((channels, plan.width), (plan.width, channels))
+            ]
 
-            def run(pairs: list[list[Tensor]] = pairs) -> None:
+            def run(pairs: list[tuple[Tensor, Tensor]] = pairs) -> None:
                 for x, weight in pairs:
                     torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
 
@@ -388,7 +382,7 @@ def measure_alignment(session: Session, batch: int) -> Result:
 
 
 def measure_dry_run(session: Session, model: str, batch: int) -> Result:
-    """What `--dry-run` says of memory and time, to be compared with the steps."""
+    """Memory and time as `--dry-run` predicts them, to be compared with the steps."""
     cost = dry_run(session.config(model, batch_size=batch), session.device)
     return {
         "flops": cost.compute.step_flops / batch,  # for one image
@@ -403,8 +397,10 @@ def measure_use(session: Session, model: str) -> Result:
     """Images/s of an evaluation, by batch size, and of sampling."""
     watch = Watch(session.device, 0, 1)
     config = session.config(model, num_steps=100_000)
-    with run_of(session, config, watch) as run:  # a checkpoint is written before the first step
-        loaded = load_model(str(run.path), session.device)
+    # A checkpoint is written before the first step.
+    loaded = run_steps(
+        session, config, watch, lambda run: load_model(str(run.path), session.device)
+    )
     data = DataSet(config.data)
     count = session.plan.evaluated
     result: Result = {"evaluated": {}, "sequential": loaded.flow.sampling == "sequential"}
@@ -443,12 +439,8 @@ def measure_run(session: Session, seconds: float) -> Result:
     keys = ("bits_per_dim", "bits_per_dim_stderr", "bound", "split", "num_images", "step")
     result = json.loads((run / "result.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
-    return {
-        **{key: result[key] for key in keys},
-        "config": session.plan.training,
-        "images": summary["images"],
-        "seconds": summary["seconds"],
-    }
+    seen = {key: summary[key] for key in ("images", "seconds")}
+    return {**{key: result[key] for key in keys}, "config": session.plan.training, **seen}
 
 
 # --- the session ----------------------------------------------------------------------------------
@@ -459,32 +451,18 @@ def parts_of(plan: Plan) -> list[Part]:
     found = [Part("tests", 300, measure_tests)] if plan.tests else []
     middle = plan.batches[len(plan.batches) // 2]
     for model in plan.models:
-        about = {"model": model}
-
-        def part(
-            kind: str,
-            limit: float,
-            measure: Callable[..., Result],
-            model: str = model,
-            about: Result = about,
-            **keys: Any,
-        ) -> Part:
-            return Part(
-                f"{kind}-{model}", limit, lambda s: measure(s, model, **keys), {**about, **keys}
-            )
-
         found += [
-            part("waits", 90, measure_waits),
+            part("waits", model, 90, measure_waits),
             *(
                 step_part(model, 90, memory=mode, batch_size=batch)
                 for mode in plan.modes[model]
                 for batch in plan.batches
             ),
             *(each for batch in plan.variants for each in variants(model, batch)),
-            part("kernels", 90, measure_kernels),
-            part("floor", 90, measure_floor, batch=middle),
-            part("dry-run", 120, measure_dry_run, batch=middle),
-            part("use", 180, measure_use),
+            part("kernels", model, 90, measure_kernels),
+            part("floor", model, 90, measure_floor, batch=middle),
+            part("dry-run", model, 120, measure_dry_run, batch=middle),
+            part("use", model, 180, measure_use),
         ]
     alignment = Part("alignment", 90, lambda s: measure_alignment(s, middle), {"batch": middle})
     return [*found, alignment]
@@ -497,10 +475,8 @@ def file_of(session: Session, name: str) -> Path:
 def write(session: Session, part: Part, began: float, **outcome: Any) -> None:
     """Writes the file of a part: its result, or its error."""
     content = {"part": part.name, "about": part.about, "took": time.time() - began, **outcome}
-    file = file_of(session, part.name)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.rename(file)
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    write_atomically(file_of(session, part.name), text.encode())
 
 
 def measure(session: Session, part: Part) -> None:
@@ -558,124 +534,100 @@ def table(title: str, rows: Sequence[Mapping[str, object]]) -> str:
     return f"## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
+def ratio(value: float | None, unit: float | None) -> float | None:
+    return None if value is None or not unit else value / unit
+
+
 def report(session: Session) -> str:
     """The tables of all results."""
     found = results(session)
     good = {name: each for name, each in found.items() if "result" in each}
-    flops = {
-        each["about"]["model"]: each["result"]["flops"]
-        for name, each in good.items()
-        if name.startswith("dry-run-")
-    }
 
-    def rows(
-        kind: str, row: Callable[[Result, Result], Mapping[str, object]]
-    ) -> list[Mapping[str, object]]:
-        return [
-            {**each["about"], **row(each["about"], each["result"])}
-            for name, each in good.items()
-            if name.startswith(kind)
-        ]
+    def of(kind: str) -> list[tuple[Result, Result]]:
+        parts = [each for name, each in good.items() if name.startswith(kind)]
+        return [(each["about"], each["result"]) for each in parts]
 
-    def of_step(about: Result, result: Result) -> Result:
-        rate = result["images_per_second"]
-        work = flops.get(about["model"])
+    def result(name: str, key: str) -> Any:
+        return good.get(name, {}).get("result", {}).get(key)
+
+    def of_step(about: Result, step: Result) -> Result:
+        flops, rate = result(f"dry-run-{about['model']}", "flops"), step["images_per_second"]
         return {
-            "ms a step": 1e3 * result["seconds"],
+            **about,
+            "ms a step": 1e3 * step["seconds"],
             "images/s": rate,
-            "TFLOP/s": None if work is None else rate * work / 1e12,
-            "peak GiB": None if result["peak"] is None else result["peak"] / GIB,
-            "first step s": result["first_step"],
+            "TFLOP/s": None if flops is None else rate * flops / 1e12,
+            "peak GiB": ratio(step["peak"], GIB),
+            "first step s": step["first_step"],
         }
 
-    def of_dry_run(about: Result, result: Result) -> Iterator[Result]:
-        for mode, each in result["modes"].items():
-            name = f"step-{about['model']}-{mode}-{about['batch']}"
-            measured = good.get(name, {}).get("result", {}).get("peak")
-            said = result["fixed"] + each["needed_bytes"]
-            yield {
-                **about,
-                "memory": mode,
-                "said GiB": said / GIB,
-                "measured GiB": None if measured is None else measured / GIB,
-                "said / measured": None if not measured else said / measured,
-                "largest batch said": each["largest_batch"],
-            }
-
-    def of_floor(about: Result, result: Result) -> Result:
-        name = f"step-{about['model']}-store-{about['batch']}"
-        whole = good.get(name, {}).get("result", {}).get("seconds")
+    def of_mode(about: Result, dry: Result, mode: str, cost: Result) -> Result:
+        peak = result(f"step-{about['model']}-{mode}-{about['batch']}", "peak")
+        predicted = dry["fixed"] + cost["needed_bytes"]
         return {
-            "products": result["products"],
-            "floor ms": 1e3 * result["seconds"],
-            "step ms": None if whole is None else 1e3 * whole,
-            "step / floor": None if whole is None else whole / result["seconds"],
+            **about,
+            "memory": mode,
+            "said GiB": predicted / GIB,
+            "measured GiB": ratio(peak, GIB),
+            "said / measured": ratio(predicted, peak),
+            "largest batch said": cost["largest_batch"],
         }
 
-    alignment = good.get("alignment", {}).get("result", {}).get("seconds", {})
+    def of_floor(about: Result, floor: Result) -> Result:
+        step = result(f"step-{about['model']}-store-{about['batch']}", "seconds")
+        return {
+            **about,
+            "products": floor["products"],
+            "floor ms": 1e3 * floor["seconds"],
+            "step ms": ratio(step, 1e-3),
+            "step / floor": ratio(step, floor["seconds"]),
+        }
+
+    def of_kernels(about: Result, kernels: Result) -> Result:
+        return {
+            **about,
+            "a step": kernels["kernels"],
+            "GPU busy %": ratio(kernels["busy"], 0.01),
+            "ms a step, profiled": 1e3 * kernels["seconds"],
+        }
+
+    def of_use(about: Result, use: Result) -> Result:
+        evaluated = {f"evaluate, batch {k}": v for k, v in use["evaluated"].items()}
+        sampled = {"sampling": use["sampled"], "sequential": use["sequential"]}
+        return {**about, **evaluated, **sampled}
+
     sides: dict[str, Result] = {}
-    for key, seconds in alignment.items():
+    for key, seconds in (result("alignment", "seconds") or {}).items():
         side, channels = key.split("-")
         sides.setdefault(side, {"side": side})[f"{channels} channels"] = 1e6 * seconds
-    longest = [
-        {"model": each["about"]["model"], "kernel": f"`{kernel}`", "ms a step": 1e3 * seconds}
-        for name, each in good.items()
-        if name.startswith("kernels-")
-        for kernel, seconds in each["result"]["longest"].items()
-    ]
-    dry = [
-        row
-        for name, each in good.items()
-        if name.startswith("dry-run-")
-        for row in of_dry_run(each["about"], each["result"])
-    ]
-    tables = [
-        table("Tests", rows("tests", lambda about, result: {"tests": result["summary"]})),
-        table(
-            "Waits of the host, a step",
-            rows("waits-", lambda about, result: {"waits": waits_in_words(result["waits"])}),
+    tables: dict[str, list[Result]] = {
+        "Tests": [{"tests": tests["summary"]} for _, tests in of("tests")],
+        "Waits of the host, a step": [
+            {**about, "waits": waits_in_words(waits["waits"])} for about, waits in of("waits-")
+        ],
+        "Steps of the trainer": [of_step(*each) for each in of("step-")],
+        "Kernels": [of_kernels(*each) for each in of("kernels-")],
+        "The longest kernels": [
+            {"model": about["model"], "kernel": f"`{name}`", "ms a step": 1e3 * seconds}
+            for about, kernels in of("kernels-")
+            for name, seconds in kernels["longest"].items()
+        ],
+        "Floor: products alone": [of_floor(*each) for each in of("floor-")],
+        "Dry run beside the peak": [
+            of_mode(about, dry, *each)
+            for about, dry in of("dry-run-")
+            for each in dry["modes"].items()
+        ],
+        "Microseconds of two 3x3 convolutions, bf16, from and to some channels": list(
+            sides.values()
         ),
-        table("Steps of the trainer", rows("step-", of_step)),
-        table(
-            "Kernels",
-            rows(
-                "kernels-",
-                lambda about, result: {
-                    "a step": result["kernels"],
-                    "GPU busy %": None if result["busy"] is None else 100 * result["busy"],
-                    "ms a step, profiled": 1e3 * result["seconds"],
-                },
-            ),
-        ),
-        table("The longest kernels", longest),
-        table("Floor: products alone", rows("floor-", of_floor)),
-        table("Dry run beside the peak", dry),
-        table(
-            "Microseconds of two 3x3 convolutions, bf16, from and to some channels",
-            list(sides.values()),
-        ),
-        table(
-            "Evaluation and sampling, images/s",
-            rows(
-                "use-",
-                lambda about, result: {
-                    **{f"evaluate, batch {k}": v for k, v in result["evaluated"].items()},
-                    "sampling": result["sampled"],
-                    "sequential": result["sequential"],
-                },
-            ),
-        ),
-        table("Training", rows("training", lambda about, result: result)),
-        table(
-            "Not measured",
-            [
-                {"part": name, "why": each["error"]}
-                for name, each in found.items()
-                if "error" in each
-            ],
-        ),
-    ]
-    return "".join(tables)
+        "Evaluation and sampling, images/s": [of_use(*each) for each in of("use-")],
+        "Training": [{**about, **training} for about, training in of("training")],
+        "Not measured": [
+            {"part": name, "why": each["error"]} for name, each in found.items() if "error" in each
+        ],
+    }
+    return "".join(table(title, rows) for title, rows in tables.items())
 
 
 def waits_in_words(waits: Mapping[str, float] | None) -> str:
@@ -733,7 +685,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if file_of(session, part.name).exists() or not part.name.startswith(options.only):
             continue
         if left() < 60 * options.train_minutes:
-            print("the rest is for the training run; the same command measures what is missing")
+            print("the rest is for the training run; the same command measures the missing parts")
             break
         print(f"{part.name}: {left() / 60:.1f} minutes are left", flush=True)
         measure_apart(session, part, given)

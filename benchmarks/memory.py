@@ -20,6 +20,7 @@ from common import (
     heading,
     images,
     in_turns,
+    markdown,
     peers,
     pyplot,
     table,
@@ -71,19 +72,12 @@ def _peaks(options: argparse.Namespace) -> None:
             rows.setdefault(name, []).append(
                 _activations(functools.partial(peer.step, x), peer.model)
             )
-    print(
-        "| | "
-        + " | ".join(f"K = {depth}" for depth in DEPTHS)
-        + f" | {DEPTHS[-1]} to {DEPTHS[0]} |"
-    )
-    print("|---|" + "---|" * (len(DEPTHS) + 1))
-    for name, values in rows.items():
-        print(
-            f"| {name} | "
-            + " | ".join(f"{value:.1f}" for value in values)
-            + f" | {values[-1] / values[0]:.2f} |"
-        )
-    print(flush=True)
+    titles = ["", *(f"K = {depth}" for depth in DEPTHS), f"{DEPTHS[-1]} to {DEPTHS[0]}"]
+    cells = [
+        [name, *(f"{value:.1f}" for value in values), f"{values[-1] / values[0]:.2f}"]
+        for name, values in rows.items()
+    ]
+    markdown(titles, cells)
     if options.picture:
         _draw(rows, options.picture)
 
@@ -98,12 +92,8 @@ def _draw(rows: dict[str, list[float]], path: str) -> None:
     figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for name, values in rows.items():
         axes.plot(DEPTHS, values, "o-" if "flowtrain" in name else "s--", label=name)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="K, steps of flow per level",
-        ylabel="peak of the activations (MiB)",
-    )
+    axes.set(xscale="log", xlabel="K, steps of flow per level")
+    axes.set(yscale="log", ylabel="peak of the activations (MiB)")
     axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

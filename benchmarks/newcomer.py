@@ -1,9 +1,9 @@
-"""The first ten minutes of a new user: runs what the README says, and prints a timeline.
+"""The first ten minutes of a new user: runs commands of the README, and prints a timeline.
 
 `python benchmarks/newcomer.py` clones the repository, makes a virtual environment, and runs there
-the first commands of the README, and then those of its examples that need nothing but the demo.
-`--busy 2` keeps two processes busy meanwhile. `--packages-here` lets the new environment see the
-packages of this one, where a download of torch would take longer than all the rest.
+the first commands of the README, and then the examples that need nothing but the demo. `--busy 2`
+keeps two processes busy meanwhile. `--packages-here` lets the new environment see the packages of
+this one, because a download of torch may take longer than all the rest.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def main() -> None:
 
 
 def commands(readme: str) -> list[str]:
-    """The commands of the first block of code, and those of the section of examples that need
-    nothing but the demo, or one of the trained models.
+    """The commands of the first block of code, and the examples that need nothing but the demo, or
+    one of the trained models.
     """
     lines = [re.split(r"\s{2,}#", line)[0].strip() for line in readme.splitlines()]
     indented = [line.startswith("    ") for line in readme.splitlines()]

@@ -2,36 +2,24 @@
 
 The floor is recorded from the step itself, with the shapes, types and orders in memory that it has.
 So this works for any configuration. There are two floors: the products of the forward and backward
-pass, and those of the whole step, of which Muon has its own.
+pass, and of the whole step, which include Muon's.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, begin, flowtrain_step, images, in_turns, table
+from common import arguments, begin, flowtrain_step, images, in_turns, state_of, table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from flowtrain.checkpoints.build import build_flow
+from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
-from flowtrain.training.optim import EMA, build_optimizers
-from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-PRODUCTS = {
-    torch.ops.aten.convolution,
-    torch.ops.aten.convolution_backward,
-    torch.ops.aten.mm,
-    torch.ops.aten.addmm,
-    torch.ops.aten.bmm,
-    torch.ops.aten.baddbmm,
-}
+NAMES = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+PRODUCTS = {getattr(torch.ops.aten, name) for name in NAMES}
 
 
 class Recorder(TorchDispatchMode):
@@ -58,19 +46,15 @@ def main() -> None:
     parser = arguments(__doc__, config="causal_cifar_small.yaml")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    config = load_config(CONFIGS / options.config, options.set)
+    config = load_config(find_config(options.config), options.set)
     begin(f"{options.config} {' '.join(options.set)}: a training step and its products", options)
-    flow = build_flow(config, (3, 32, 32), 256)
-    x = images(256)
-    initialize(flow, x, draw_noise(x.shape, None, x.device))
-    ema = EMA(flow, config.train.ema) if config.train.ema else None
-    state = State(config, flow, build_optimizers(flow, config.train), ema, {})
+    state = state_of(config)
     x = images(config.train.batch_size * config.train.accumulate)
     with Recorder() as passes:
         train_step(state, x)
     with Recorder() as whole:
         flowtrain_step(state, x)
-    parameters = sum(p.numel() for p in flow.parameters())
+    parameters = sum(p.numel() for p in state.flow.parameters())
     products = len(passes.calls)
     print(
         f"{parameters:,} parameters, {products} convolutions and products in the passes, "

@@ -96,11 +96,7 @@ def main() -> None:
     runs = {name: options.runs / name for name in options.only}
     for name, run in runs.items():
         recipe = RECIPES[name]
-        settings = [
-            word
-            for setting in (*recipe.settings, *getattr(options, recipe.dataset))
-            for word in ("--set", setting)
-        ]
+        settings = [*recipe.settings, *getattr(options, recipe.dataset)]
         flowtrain("train", "--config", recipe.config, *settings, "--run-dir", str(run))
         result = run / "evaluate-test.json"
         if not result.exists():

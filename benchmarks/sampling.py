@@ -21,14 +21,8 @@ from flowtrain.flow.flow import Flow, initialize
 
 IMAGES = 64  # by default
 CONFIGS = (
-    "glow_digits",
-    "causal_digits",
-    "glow_mnist_small",
-    "causal_mnist_small",
-    "glow_cifar_small",
-    "causal_cifar_small",
-    "tarflow_mnist_small",
-    "tarflow_cifar_small",
+    *("glow_digits", "causal_digits", "glow_mnist_small", "causal_mnist_small"),
+    *("glow_cifar_small", "causal_cifar_small", "tarflow_mnist_small", "tarflow_cifar_small"),
     "jet_cifar_small",
 )
 

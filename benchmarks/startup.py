@@ -1,4 +1,4 @@
-"""Starting up: the help, beside that of an empty Typer application, and the first training step."""
+"""Starting up: the help, beside an empty Typer application's, and the first training step."""
 
 import os
 import statistics
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import SHAPE, WORK, arguments, heading, in_turns, table
+from common import SHAPE, WORK, arguments, heading, in_turns, markdown, table
 
 EMPTY = """\
 import typer
@@ -31,34 +31,14 @@ def first_step(folder: Path, data: Path, precision: str) -> float:
     then stopped.
     """
     work = WORK["S"]
-    settings = {
-        "data.name": "npz",
-        "data.path": data,
-        "model.name": "glow",
-        "model.levels": work.levels,
-        "model.steps": work.steps,
-        "model.width": work.width,
-        "train.batch_size": work.batch_size,
-        "train.precision": precision,
-        "train.log_every": 1,
-    }
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    words = ["data.name=npz", f"data.path={data}", "model.name=glow"]
+    words += [f"model.{key}={getattr(work, key)}" for key in ("levels", "steps", "width")]
+    words += [f"train.batch_size={work.batch_size}", f"train.precision={precision}"]
+    words += ["train.log_every=1"]
     run = folder / f"run-{time.monotonic_ns()}"
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "flowtrain",
-            "train",
-            *words,
-            "--run-dir",
-            str(run),
-            "--device",
-            "cpu",
-        ],
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "flowtrain", "train", "--run-dir", str(run), "--device", "cpu"]
+    process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL)
     metrics = run / "metrics.jsonl"
     try:
         while not (metrics.exists() and metrics.stat().st_size):
@@ -114,13 +94,13 @@ def main() -> None:
 
         heading("Start: to the first training step of S, from pressing return", options.threads)
         data = Path(options.data).resolve() if options.data else random_data(folder)
-        print("| | median (s) | least | most |\n|---|---|---|---|")
+        rows = []
         for precision in ("fp32", "bf16"):
             first_step(folder, data, precision)  # fills the disk's cache
             times = [first_step(folder, data, precision) for _ in range(options.starts)]
-            cells = [f"{figure(times):.2f}" for figure in (statistics.median, min, max)]
-            print(f"| {precision}, {data.name} | " + " | ".join(cells) + " |", flush=True)
-        print()
+            figures = [f"{figure(times):.2f}" for figure in (statistics.median, min, max)]
+            rows.append([f"{precision}, {data.name}", *figures])
+        markdown(["", "median (s)", "least", "most"], rows)
 
 
 if __name__ == "__main__":

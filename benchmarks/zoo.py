@@ -2,10 +2,10 @@
 
 `python benchmarks/zoo.py` trains all, which takes two hours. `--only NAME...` trains some of them.
 A run that exists is resumed, so only its checkpoint and card are written again. `--pack RUN` does
-so for a run anywhere, and trains nothing. `--cifar` and `--mnist` say where the data lie, as
-KEY=VALUE of `flowtrain train` does. Each checkpoint holds the averaged weights, those of networks
-in half precision. One that is worse than its run by more than `WORSE` is refused, and so is a run
-of another configuration than the card names. `docs/models.md` is written, too.
+so for a run anywhere, and trains nothing. `--cifar` and `--mnist` name the place of the data, as
+KEY=VALUE of `flowtrain train` does. Each checkpoint holds the averaged weights, networks in half
+precision. One that is worse than its run by more than `WORSE` is refused, and so is a run of
+another configuration than the card's. `docs/models.md` is written, too.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WORSE = 0.001  # bits/dim, or nats
 FIRST = 64
 CPU = torch.device("cpu")
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-# What a run may have otherwise than its configuration says: where its data lie.
+# The keys of `data` in which a run may differ from its configuration: the place of the data.
 PLACES = {"name", "root", "path"}
 
 
@@ -46,7 +46,7 @@ class Trained:
     config: str
     data: str
     licence: str
-    where: str = ""  # which option says where the data lie
+    where: str = ""  # the option with the place of the data
     settings: tuple[str, ...] = ()  # `KEY=VALUE` for the configuration
 
 
@@ -72,10 +72,7 @@ MODELS = {
         "causal_cifar_small",
         *CIFAR,
         (
-            "model.blocks=6",
-            "model.downsample=0",
-            "model.units=16",
-            "model.components=5",
+            *("model.blocks=6", "model.downsample=0", "model.units=16", "model.components=5"),
             "train.weight_decay=0",
         ),
     ),
@@ -97,28 +94,21 @@ def main() -> None:
     for name in options.only:
         run = options.pack or options.runs / name
         if options.pack is None:
-            where = getattr(options, MODELS[name].where) if MODELS[name].where else []
-            words = [
-                "--config",
-                MODELS[name].config,
-                *MODELS[name].settings,
-                *where,
-                "--run-dir",
-                str(run),
-            ]
-            flowtrain("train", *words)
+            model = MODELS[name]
+            settings = [*model.settings, *(getattr(options, model.where) if model.where else [])]
+            flowtrain("train", "--config", model.config, *settings, "--run-dir", str(run))
         print(packed(name, run), flush=True)
         page = runpy.run_path(str(DOCS / "models.py"))["page"]()
         (DOCS / "models.md").write_text(page, encoding="utf-8")
 
 
 def packed(name: str, run: Path) -> str:
-    """Writes the checkpoint, the card and the picture of a finished run, and says its figure."""
+    """Writes the checkpoint, the card and the picture of a finished run. Returns its figure."""
     model = MODELS[name]
     summary = json.loads((run / "summary.json").read_text())
     file = zoo.checkpoint_of(name)
     loaded = load_model(str(run), CPU)
-    # Where the data lie is a fact of the machine that trained the model.
+    # The place of the data belongs to the machine that trained the model.
     config = load_config(find_config(model.config), model.settings).resolved()
     config["data"]["root"] = "data"
     own = loaded.config.resolved()
@@ -127,13 +117,10 @@ def packed(name: str, run: Path) -> str:
     other += [key for key in config if key != "data" and own[key] != config[key]]
     if other or not summary["finished"]:
         raise SystemExit(f"{run}: not a finished run of {model.config} {' '.join(other)}")
-    # The weights of networks, which are most of a model. A small error in those of the data path is
-    # one in the likelihood of every pixel.
-    halved = {
-        f"{key}.weight"
-        for key, layer in loaded.flow.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
+    # The weights of networks, which are most of a model. A small error in the data path would
+    # change the likelihood of every pixel.
+    modules = loaded.flow.named_modules()
+    halved = {f"{key}.weight" for key, layer in modules if isinstance(layer, nn.Linear)}
     tensors = {
         f"model.{key}": value.half() if key in halved else value
         for key, value in loaded.flow.state_dict().items()
@@ -143,16 +130,14 @@ def packed(name: str, run: Path) -> str:
     checkpoint_format.write(file, described, tensors)
 
     data = DataSet(loaded.config.data)
-    before, after = (
-        evaluate(each, data, "test")[0] for each in (loaded, load_model(str(file), CPU))
-    )
+    half = load_model(str(file), CPU)
+    before, after = (evaluate(each, data, "test")[0] for each in (loaded, half))
     whole, loss, error = before.loss, after.loss, after.loss_stderr
     assert whole is not None and loss is not None and error is not None
     if loss - whole > WORSE:
         raise SystemExit(f"{name}: {loss} in half precision, {whole} before")
-    test = data.split("test")
+    test, flow = data.split("test"), half.flow
     first = min(FIRST, len(test))
-    flow = load_model(str(file), CPU).flow
     card = zoo.Card(
         title=model.title,
         command=shlex.join(["flowtrain", "train", "--config", model.config, *model.settings]),

@@ -34,20 +34,18 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
 
 def causal_flow(shape, levels=256, scale=0.2, x=None, **options) -> Flow:
     """A causal flow with every parameter moved, set from `x` or smooth images."""
-    named = {"name": "causal", **TINY["causal"], **options}
-    flow = build_flow(a_config(named), shape, levels)
+    flow = build_flow(a_config({"name": "causal", **TINY["causal"], **options}), shape, levels)
     if x is None:
         x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
     return perturb(flow, scale).eval().requires_grad_(False)
 
 
-def smooth(count: int, shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+def smooth(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
     """Images of which neighbouring pixels are alike."""
-    coarse = torch.rand(count, shape[0], 3, 3, generator=torch.Generator().manual_seed(seed))
-    return (nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear") * 255).to(
-        torch.uint8
-    )
+    coarse = torch.rand(count, shape[0], 3, 3, generator=seeded())
+    fine = nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear")
+    return (fine * 255).to(torch.uint8)
 
 
 def picture(path, size=(8, 8), mode="L", value=0):
@@ -56,9 +54,7 @@ def picture(path, size=(8, 8), mode="L", value=0):
 
 
 def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **changes) -> bytes:
-    """An archive of two images without a model, in which something is changed; None leaves it
-    out.
-    """
+    """An archive of two images without a model, with changes; None leaves a key out."""
     x = images(2, (1, 8, 8), 17)
     sums = b"".join(archive.checksum(image).to_bytes(4, "little") for image in x)
     described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png", "b.png"], **changes}
@@ -68,10 +64,11 @@ def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **chang
 
 def foreign_archive(path: str, model: bytes | None = None) -> bytes:
     """An archive of one image that a model has coded, which is in the archive or at `path`."""
-    described = {"shape": [1, 8, 8], "levels": 17, "names": ["a.png"]}
-    described["streams"] = [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}]
-    described["versions"] = {"torch": torch.__version__}
-    of = {"path": path, "weights": "raw", "embedded": model is not None}
-    identity = archive.Identity("0" * archive.HASH_DIGITS, 0)
-    parts = [bytes(4) + identity.written(), bytes(8), *([] if model is None else [model])]
-    return archive.pack({**described, "model": of}, parts)
+    described = {
+        **{"shape": [1, 8, 8], "levels": 17, "names": ["a.png"]},
+        "streams": [{"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}],
+        "versions": {"torch": torch.__version__},
+        "model": {"path": path, "weights": "raw", "embedded": model is not None},
+    }
+    embedded = [] if model is None else [model]
+    return archive.pack(described, [bytes(4 + archive.IDENTITY.size), bytes(8), *embedded])

@@ -25,8 +25,7 @@ from flowtrain.cli.base import (
 from flowtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from flowtrain.tools.archive.compress import Compressed, Forecast
-    from flowtrain.tools.archive.inputs import Selection
+    from flowtrain.tools.archive.compress import Compressed
 
 COMPRESS_EXAMPLES = (
     "Examples: [cyan]flowtrain compress runs/glow_digits --split test --out digits.fta[/cyan], "
@@ -43,14 +42,11 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def compress(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="The archive.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The archive.")],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] INPUT...",
-            show_default=False,
             help="First a model, by default the newest run in runs/. Then "
             "image files, and folders of them. They must have the model's shape, and are not "
             "resized. With --split, there is no INPUT, and KEY=VALUE overrides keys of the data.",
@@ -58,9 +54,7 @@ def compress(
     ] = None,
     split: Annotated[
         Split | None,
-        typer.Option(
-            "--split", help="Compress a split of the model's data set.", show_default=False
-        ),
+        typer.Option("--split", help="Compress a split of the model's data set."),
     ] = None,
     num_images: FirstImagesOption = None,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
@@ -68,18 +62,20 @@ def compress(
     overrides: SetOption = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Compress images without loss, to about as many bits as the flow's likelihood says.
+    """Compress images without loss, to about as many bits as the flow's likelihood.
 
     It runs on the CPU. OMP_NUM_THREADS sets how many streams are coded at a time, and does not
     change the archive.
     """
     from flowtrain.checkpoints.load import model_hash
-    from flowtrain.system.console import ProgressBar, console, duration
+    from flowtrain.latents.encoding import of_split
+    from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
-    from flowtrain.tools.archive import inputs as images
-    from flowtrain.tools.archive.coder import coder_of
-    from flowtrain.tools.archive.compress import compress as make
+    from flowtrain.tools.archive.codec import coder_of
+    from flowtrain.tools.archive.compress import choose, prepare
+    from flowtrain.tools.archive.inputs import from_files, ordinary_sizes
     from flowtrain.tools.archive.stack import constriction
+    from flowtrain.tools.archive.strips import strips
 
     constriction()
     settings = [*(overrides or []), *filter(is_setting, inputs or [])]
@@ -89,33 +85,35 @@ def compress(
             "INPUT: give image files or folders, or --split test" + (", not both" if files else "")
         )
     if settings and split is None:
-        raise UserError("--set: only with --split, where it says where the data are")
+        raise UserError("--set: only with --split, for the place of the data")
     require_file(out)
     loaded = load(model, "cpu", weights, trust_code, conditional=True)
-    coder_of(loaded.flow)  # refuses a model that has no rules, before any work is done
+    levels = coder_of(loaded.flow).levels  # refuses a model without rules before any work is done
+    names: list[str] | str
     if split is None:
-        selection = images.from_files(files, loaded, out, num_images)
+        names, x = from_files(files, loaded, levels, out, num_images)
     else:
-        selection = images.from_split(data_of(loaded, settings), split, loaded, num_images)
+        names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
-    console.print(
-        f"compressing {len(selection.images)} images with {path} ({loaded.weights} weights)"
+    console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights)")
+    with ProgressBar("scoring") as bar:
+        prepared = prepare(loaded, x, bar)
+    with ProgressBar("packing without the flow") as bar:
+        plain = strips(x, bar)
+    result = choose(
+        prepared,
+        names,
+        plain=plain,
+        embed=embed,
+        progress=lambda: ProgressBar("compressing"),
+        announce=console.print,
     )
-
-    def announce(forecast: "Forecast") -> None:
-        console.print(
-            f"about {duration(forecast.encode_seconds)} on {forecast.threads} thread(s), and "
-            f"{duration(forecast.decode_seconds)} to decompress"
-        )
-
-    result = make(loaded, selection, embed=embed, stage=ProgressBar, announce=announce)
     save(out, result.data)
     with ProgressBar("comparing") as bar:
-        sizes = images.ordinary_sizes(selection.images, selection.levels, bar)
-    _print(result, selection, sizes, embed)
+        sizes = ordinary_sizes(x, levels, bar)
+    _print(result, len(x), x[0].numel(), sizes, embed)
     console.print(
-        f"wrote {out}: {len(selection.images)} images"
-        + (", with the model" if embed and result.coded else "")
+        f"wrote {out}: {len(x)} images" + (", with the model" if embed and result.coded else "")
     )
     if not result.coded:
         console.print("it can be unpacked without a model")
@@ -127,8 +125,8 @@ def compress(
 
 
 def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
-    """Divides the arguments: the first is a model, if it is a checkpoint, a run directory, or the
-    name of a trained model that no file or folder has, or one on the hub.
+    """Divides the arguments. The first is a model if it is a checkpoint, a run directory, a model
+    on the hub, or the name of a trained model, but of no file or folder.
     """
     from flowtrain.checkpoints import hub, zoo
 
@@ -140,17 +138,15 @@ def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
     return (first, files[1:]) if is_model else (None, files)
 
 
-def _print(
-    result: "Compressed", selection: "Selection", sizes: dict[str, int], embed: bool
-) -> None:
-    """A table of what the archive takes, beside ordinary formats."""
+def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], embed: bool) -> None:
+    """A table of the archive's size, beside ordinary formats."""
     from flowtrain.pictures.lossless import FORMATS
     from flowtrain.system.console import console
     from flowtrain.system.packages import install_command
 
-    table: dict[str, object] = {"images": len(selection.images)}
+    table: dict[str, object] = {"images": count}
     if result.coded:
-        values = selection.images[0].numel() * result.coded
+        values = dims * result.coded
         table["bits/dim, net"] = f"{result.net_bits / values:.4f} of {result.coded} images"
         table["bits/dim, the bound"] = f"{result.bound_bits / values:.4f} of the same images"
         if result.initial_bits:
@@ -163,7 +159,7 @@ def _print(
                 f"{result.stored} images, which it cannot code or makes larger"
             )
     else:
-        table["bits/dim, the bound"] = f"{result.bound_bits / selection.images.numel():.4f}"
+        table["bits/dim, the bound"] = f"{result.bound_bits / (count * dims):.4f}"
         why = "with the flow they take more"
         if embed:
             why = "with the model in it, the archive would be larger"
@@ -173,7 +169,7 @@ def _print(
     all_sizes = {"of the archive": len(result.data)}
     all_sizes |= {f"as {name}": size for name, size in sizes.items()}
     for name, size in all_sizes.items():
-        table[f"bytes {name}"] = f"{size}, {8 * size / selection.images.numel():.4f} bits/dim"
+        table[f"bytes {name}"] = f"{size}, {8 * size / (count * dims):.4f} bits/dim"
     best = min(sizes, key=lambda name: sizes[name])
     table["of the best of these"] = f"{100 * len(result.data) / sizes[best]:.1f}% ({best})"
     print_table(table)
@@ -195,13 +191,11 @@ def _print(
 def decompress(
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", show_default=False, help="An archive of flowtrain compress."
-        ),
+        typer.Argument(metavar="FILE", help="An archive of flowtrain compress."),
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.", show_default=False),
+        typer.Option("--out", metavar="FOLDER", help="Where the PNG files go."),
     ],
     model: Annotated[
         str | None,
@@ -225,8 +219,9 @@ def decompress(
     trust_code: TrustOption = False,
 ) -> None:
     """Unpack an archive. Every image comes back bit for bit, or nothing is written."""
+    from flowtrain.pictures.lossless import png_files
     from flowtrain.system.console import ProgressBar, console
-    from flowtrain.system.files import require_absent
+    from flowtrain.system.files import require_absent, write_folder
     from flowtrain.tools.archive.decompress import Opened
 
     opened = Opened(file, None if max_memory is None else max_memory * 2**20)
@@ -236,5 +231,5 @@ def decompress(
     loaded = opened.load(model, trust_code)
     with ProgressBar("decompressing") as bar:
         images = opened.images(loaded, bar)
-    opened.write(images, out)
+    write_folder(out, png_files(opened.names, images, opened.levels))
     console.print(f"wrote {out}: {len(images)} images, each of which matches its checksum")

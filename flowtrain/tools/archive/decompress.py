@@ -12,26 +12,24 @@ from torch import Tensor
 from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.errors import UserError, cut, short
-from flowtrain.pictures.lossless import png_files
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
-from flowtrain.system.files import read_regular, write_folder
+from flowtrain.system.files import read_regular
 from flowtrain.system.threads import one_thread
 from flowtrain.tools.archive import format as archive
-from flowtrain.tools.archive.coder import Coder, coder_of, probe
-from flowtrain.tools.archive.format import StreamDescription
-from flowtrain.tools.archive.model import versions
+from flowtrain.tools.archive.codec import Coder, coder_of
 from flowtrain.tools.archive.stack import words_of
 from flowtrain.tools.archive.streams import decode_stream
 from flowtrain.tools.archive.strips import unstrip
 from flowtrain.tools.archive.threads import Progress, Tick, in_threads
 
+CPU = torch.device("cpu")
+
 
 class Opened:
-    """An archive that has been read and verified.
+    """An archive that has been read and verified. Raises `UserError` as `format.unpack` does.
 
-    Raises `UserError` where it is damaged or not an archive, and where unpacking it takes more than
-    `memory` bytes, a quarter of the machine's memory by default.
+    `memory` is the limit in bytes, by default a quarter of the machine's memory.
     """
 
     def __init__(self, path: Path, memory: int | None = None):
@@ -45,12 +43,15 @@ class Opened:
         self.names = self.description.files
         self.levels = self.description.levels
         self.streams = self.description.streams
+        if self.streams:
+            identity = self.parts[0][-archive.IDENTITY.size :]
+            hashed, self.probe = archive.IDENTITY.unpack(identity)
+            self.hash = hashed.hex()
 
     def load(self, given: str | None, trust_code: bool) -> LoadedModel | None:
-        """The model: the given one, else the embedded one, else the one at the path where it was.
+        """The model: the given one, else the embedded one, else the one at its old path.
 
-        None where no image needs it. Raises `UserError` where it is not there, or is not the one
-        that the images were coded with.
+        None if no image needs it. Raises `UserError` if it is missing, or another one.
         """
         wanted = self.description.model
         if wanted is None:
@@ -60,16 +61,14 @@ class Opened:
         else:
             if given is None and not _is_there(wanted.path):
                 raise UserError(
-                    f"{self.path}: it needs the model {self.identity.hash}, which was "
+                    f"{self.path}: it needs the model {self.hash}, which was "
                     f"{cut(wanted.path)}: say where it is with --model"
                 )
-            model = load_model(
-                given or wanted.path, torch.device("cpu"), wanted.weights, trust_code
-            )
+            model = load_model(given or wanted.path, CPU, wanted.weights, trust_code)
         found = model_hash(model)[: archive.HASH_DIGITS]
-        if found != self.identity.hash:
+        if found != self.hash:
             raise UserError(
-                f"{self.path}: it was coded with the model {self.identity.hash}, "
+                f"{self.path}: it was coded with the model {self.hash}, "
                 f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
                 f"{found}: say where it is with --model"
             )
@@ -85,7 +84,7 @@ class Opened:
             path = Path(folder) / "embedded.safetensors"
             path.write_bytes(self.parts[-1])
             try:
-                return load_model(str(path), torch.device("cpu"), "raw", trust_code)
+                return load_model(str(path), CPU, "raw", trust_code)
             except (MemoryError, OSError):
                 raise
             except Exception as error:  # its checksum may be right, and its content anything
@@ -94,10 +93,9 @@ class Opened:
                 ) from None
 
     def images(self, model: LoadedModel | None, progress: Progress = silent) -> Tensor:
-        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is that of `load`.
+        """All images, uint8 `(N, C, H, W)`, checked one by one. `model` is the result of `load`.
 
-        Raises `UserError` where this machine computes other numbers than the one that wrote the
-        archive.
+        Raises `UserError` if this machine computes other numbers than the archive's writer.
         """
         described = self.description
         number = -(-described.images // described.checked)
@@ -121,9 +119,7 @@ class Opened:
         return found
 
     def _read_stored(self, found: Tensor) -> None:
-        """Writes the images that are stored in strips to their places in `found`, strip by
-        strip.
-        """
+        """Writes the images of the strips to their places in `found`, strip by strip."""
         stored, first = self.description.stored, 0
         try:
             for data, count in zip(self.parts[1:], self.description.strips, strict=False):
@@ -140,32 +136,32 @@ class Opened:
 
     def _decode(self, found: Tensor, model: LoadedModel, progress: Progress) -> None:
         """Writes the images of the streams to their places in `found`."""
+
+        def decode(places: list[int], coder: Coder, index: int, tick: Tick) -> None:
+            words = words_of(self.parts[first + index])
+            found[places] = decode_stream(coder, words, self.streams[index], tick)
+
         first = 1 + len(self.description.strips)
         stored = set(self.description.stored)
         others = [i for i in range(len(found)) if i not in stored]
         try:
             with one_thread():
                 coder = coder_of(model.flow)
-                if probe(coder) != self.identity.probe:
+                if coder.probe() != self.probe:
                     raise self._irreproducible("the model computes other numbers here")
             tasks = []
-            for data, described in zip(self.parts[first:], self.streams, strict=False):
+            for index, described in enumerate(self.streams):
                 places, others = others[: described.images], others[described.images :]
-                tasks.append(functools.partial(_decode_to, found, places, coder, data, described))
+                tasks.append(functools.partial(decode, places, coder, index))
             in_threads(tasks, sum(stream.images for stream in self.streams), progress)
         except (MemoryError, UserError):
             raise
-        # The coder and Pillow raise almost anything for bits that mean nothing.
+        # The coder and Pillow raise almost anything for meaningless bits.
         except Exception as error:
             raise self._irreproducible(short(error)) from error
 
-    @property
-    def identity(self) -> archive.Identity:
-        """Of the model that the streams were coded with. Only for an archive with streams."""
-        return archive.Identity.read(self.parts[0][-archive.IDENTITY.size :])
-
     def _irreproducible(self, why: str) -> UserError:
-        here = versions()
+        here = archive.versions()
         differing = [
             f"; written with {cut(name, 20)} {cut(version, 20)}, here {here.get(name)}"
             for name, version in self.description.versions.items()
@@ -177,21 +173,6 @@ class Opened:
             f"machine that wrote it"
         )
 
-    def write(self, images: Tensor, out: Path) -> None:
-        """Writes all images as PNG files into a folder. See `write_folder`."""
-        write_folder(out, png_files(self.names, images, self.levels))
-
 
 def _is_there(model: str) -> bool:
     return os.path.isfile(model) or model in zoo.names()  # noqa: PTH113 (never raises)
-
-
-def _decode_to(
-    found: Tensor,
-    places: list[int],
-    coder: Coder,
-    data: bytes,
-    described: StreamDescription,
-    tick: Tick,
-) -> None:
-    found[places] = decode_stream(coder, words_of(data), described, tick)

@@ -3,12 +3,11 @@
     "FTa1"  length of the description  description  parts, one after the other  checksum of all that
 
 The description is JSON, deflated with a dictionary of the words that it always has, so that an
-archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, how
-the streams were coded, and the lengths of all parts but the last.
+archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, the
+chunks of the streams, and the lengths of all parts but the last.
 
-The first part holds the images' checksums, and then the identity of the model, where there are
-streams. The strips follow (see `strips.py`), then the streams, and then the embedded model, where
-there is one.
+The first part holds the images' checksums and, if there are streams, the identity of the model. The
+strips follow (see `strips.py`), then the streams, and then the embedded model, if there is one.
 """
 
 import hashlib
@@ -16,32 +15,29 @@ import json
 import math
 import struct
 import zlib
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import UserError, cut
 from flowtrain.system.files import check_names
 from flowtrain.tools.archive.strips import strip_length, tall_length
 from flowtrain.types import Side
 
 LARGEST_CHUNK = 128  # images coded together
+BYTES_PER_IMAGE = 1000  # of its name, its checksum, and their processing
+HASH_DIGITS = 16  # of `checkpoints.load.model_hash`
+# The model of the streams: its hash, and what it computes (`Coder.probe`). These bytes do not
+# shrink if they are deflated.
+IDENTITY = struct.Struct(f"<{HASH_DIGITS // 2}sI")
 
 
 class StreamDescription(BaseModel):
-    """A stream: how many images it has, how many of them are carriers, and how many of the others
-    were coded together, in order.
-    """
+    """The numbers of images in a stream, of its carriers, and of the others coded together."""
 
     images: PositiveInt
     carriers: NonNegativeInt = 0
@@ -55,52 +51,16 @@ class StreamDescription(BaseModel):
         return self
 
 
-class Identity(NamedTuple):
-    """What the model is known by, in as few bytes as that takes: no deflating makes them fewer."""
-
-    hash: str  # the first hexadecimal digits of the model's hash
-    probe: int  # a checksum of what it computes
-
-    @classmethod
-    def read(cls, data: bytes) -> "Identity":
-        hashed, probe = IDENTITY.unpack(data)
-        return cls(hashed.hex(), probe)
-
-    def written(self) -> bytes:
-        return IDENTITY.pack(bytes.fromhex(self.hash), self.probe)
-
-
-HASH_DIGITS = 16  # of `checkpoints.load.model_hash`
-IDENTITY = struct.Struct(f"<{HASH_DIGITS // 2}sI")
-
-
 class ModelDescription(BaseModel):
     """The model that the streams were coded with."""
 
-    path: str  # as a command takes it: that of a checkpoint, or the name of a trained model
+    path: str  # as a command takes it: the path of a checkpoint, or the name of a trained model
     weights: Literal["ema", "raw"]
     embedded: bool
 
 
-BYTES_PER_IMAGE = 1000  # of its name, its checksum, and what is computed with them
-
-
-class TooLarge(Exception):
-    """Unpacking an archive takes more memory than it may: `memory`, in bytes."""
-
-    def __init__(self, memory: int):
-        super().__init__(f"{memory} bytes")
-        self.memory = memory
-
-
 class Description(BaseModel):
-    """What an archive says about itself. Without streams, all images are stored in strips; with
-    them, only those in `stored` are.
-
-    The context of its validation is the number of bytes that follow, and the number of bytes of
-    memory that unpacking may take. If it takes more, `TooLarge` is raised before anything is made
-    of the number of images.
-    """
+    """Without streams, all images are stored in strips; with them, only the `stored` ones are."""
 
     shape: tuple[Literal[1, 3], Side, Side]
     levels: Annotated[int, Field(ge=2, le=256)]
@@ -110,22 +70,22 @@ class Description(BaseModel):
     lengths: list[NonNegativeInt]  # in an archive of all parts but the last; here of all
     streams: list[StreamDescription] = []
     stored: list[int] = []
-    checked: PositiveInt = 1  # how many images have one checksum; the last may have fewer
+    checked: PositiveInt = 1  # images with one checksum; the last one may have fewer
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     versions: dict[str, str] = {}
 
     @property
     def images(self) -> int:
-        """The number of images, which is that of their names."""
+        """The number of images."""
         if isinstance(self.names, str):
             return self.count or 0
         return len(self.names) if isinstance(self.names, list) else 0
 
     @property
     def memory(self) -> int:
-        """About how many bytes of memory unpacking takes: for all images, for the copies of the
-        largest strip while it is read, and for those of an image while it is written.
+        """Approximate bytes of memory for unpacking: all images, and the copies of the largest
+        strip while it is read, or of an image while it is written.
         """
         pixels = math.prod(self.shape)
         strip = min(self.images, strip_length(self.shape[1])) * pixels
@@ -140,41 +100,43 @@ class Description(BaseModel):
 
     @property
     def strips(self) -> list[int]:
-        """How many images are in each strip."""
+        """The number of images in each strip."""
         each = tall_length(self.shape[1]) if self.tall else strip_length(self.shape[1])
         return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
-    @property
-    def embedded(self) -> bool:
-        """Whether the last part is the model."""
-        return self.model is not None and self.model.embedded
+    def check_counts(self, following: int) -> None:
+        """Adds the length of the last part, if all have so many bytes.
 
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> "Description":
-        assert info.context is not None
-        following, memory = info.context
+        Raises `ValueError` unless there are as many checksums as the images need.
+        """
         last = following - sum(self.lengths)
         if last < 0:
             raise ValueError("its parts are longer than it is")
-        self.lengths = [*self.lengths, last]
+        self.lengths.append(last)
         checksums = self.lengths[0] - (IDENTITY.size if self.streams else 0)
         if self.images < 1 or checksums != 4 * -(-self.images // self.checked):
             raise ValueError("there is not one name for each image that has a checksum")
-        if self.memory > memory:
-            raise TooLarge(self.memory)
+
+    def check_images(self) -> None:
+        """Raises `ValueError` unless each image has a valid name and one place among the parts."""
         check_names(self.files)
         if not self.streams:
             self.stored, self.model = list(range(self.images)), None
         elif self.model is None or not self.versions:
             raise ValueError("there are streams, and no model")
         if sum(stream.images for stream in self.streams) + len(self.stored) != self.images:
-            raise ValueError("the streams and what is stored do not add up to the images")
+            raise ValueError("the streams and the stored images do not add up")
         stored = set(self.stored)
         if len(stored) != len(self.stored) or not stored <= set(range(self.images)):
-            raise ValueError("what is stored are not some of the images")
-        if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + self.embedded:
+            raise ValueError("the stored images are not some of the images")
+        embedded = self.model is not None and self.model.embedded
+        if len(self.lengths) != 1 + len(self.strips) + len(self.streams) + embedded:
             raise ValueError("there are more or fewer parts than it needs")
-        return self
+
+
+def versions() -> dict[str, str]:
+    """The versions that the numerics may depend on."""
+    return {**checkpoint_format.versions(), "constriction": metadata.version("constriction")}
 
 
 def checksum(image: Tensor) -> int:
@@ -184,11 +146,11 @@ def checksum(image: Tensor) -> int:
 
 MAGIC = b"FTa1"  # the digit is the version of the format and of the arithmetic
 DIGEST = 8  # bytes
-# No few bytes are inflated to more than this: bytes of JSON, for some 500,000 names.
+# The most bytes of JSON that are inflated, for some 500,000 names.
 LONGEST_DESCRIPTION = 2**26
 BYTES_PER_CHARACTER = 32  # of that JSON, in memory: the shortest names and numbers take most
-# Never to be changed within a version. Small archives need the last words most: those of flows that
-# code each level directly (`direct.py`), in the order of the description.
+# Never to be changed within a version. Small archives need the last words most: a causal flow's, in
+# the order of the description.
 DICTIONARY = (
     b'"streams":[{"images":1000,"carriers":4,"carrier_bytes":7,"chunks":[1,1,16,16]}],"stored":[],'
     b'"model":{"path":"runs//checkpoints/best.safetensors","weights":"ema",'
@@ -206,7 +168,7 @@ DICTIONARY = (
 
 
 def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
-    """The bytes of an archive. Raises `UserError` where there are too many names."""
+    """The bytes of an archive. Raises `UserError` if there are too many names."""
     text = json.dumps(
         {**description, "lengths": [len(part) for part in parts[:-1]]}, separators=(",", ":")
     ).encode()
@@ -221,10 +183,8 @@ def pack(description: dict[str, Any], parts: list[bytes]) -> bytes:
 
 
 def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[bytes]]:
-    """The description and the parts.
-
-    Raises `UserError` naming the file where it is damaged or not an archive, or where unpacking
-    takes more than `memory` bytes.
+    """The description and the parts. Raises `UserError` naming the file if it is damaged or not an
+    archive, or if unpacking takes more than `memory` bytes.
     """
     if data[: len(MAGIC)] != MAGIC:
         if data[: len(MAGIC) - 1] == MAGIC[:-1]:
@@ -243,21 +203,22 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
         text = inflate.decompress(data[start:end], longest)
         if not inflate.eof:
             raise ValueError(f"its description does not end within {longest} bytes")
-        # The parts are copies.
-        context = len(data) - DIGEST - end, memory - 2 * len(data)
-        description = Description.model_validate(json.loads(text), context=context)
-    except TooLarge as error:
-        raise UserError(
-            f"{path}: to unpack it takes {(2 * len(data) + error.memory) / 2**20:,.0f} MiB of "
-            f"memory, and --max-memory is {memory / 2**20:,.0f} MiB"
-        ) from None
+        description = Description.model_validate(json.loads(text))
+        description.check_counts(len(data) - DIGEST - end)
+        needed = 2 * len(data) + description.memory  # the parts are copies
+        if needed > memory:
+            raise UserError(
+                f"{path}: to unpack it takes {needed / 2**20:,.0f} MiB of memory, and --max-memory "
+                f"is {memory / 2**20:,.0f} MiB"
+            )
+        description.check_images()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: not a valid archive: {cut(why, 300)}") from None
     except (ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path}: not a valid archive: {error}") from None
+        raise UserError(f"{path}: not a valid archive: {cut(str(error), 300)}") from None
     parts = []
     for length in description.lengths:
         parts.append(data[end : end + length])

@@ -34,14 +34,14 @@ class Exhausted(RunError):
 
 
 def require(fine: Tensor) -> None:
-    """Raises `Uncodable` for the images of a batch that have a false entry, `fine` `(B, ...)`."""
+    """Raises `Uncodable` for the images with a false entry in `fine`, `(B, ...)`."""
     bad = ~fine.flatten(1).all(dim=1)
     if bad.any():
         raise Uncodable(bad)
 
 
 def constriction() -> ModuleType:
-    """The package with the entropy coder. Raises `UserError` where it is not installed."""
+    """The package with the entropy coder. Raises `UserError` if it is not installed."""
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError:
@@ -54,8 +54,7 @@ class Stack:
     """A stack of bits: an ANS coder (Duda 2013; `constriction`) that starts with `words`, uint32.
 
     To pop a symbol that was never pushed is to draw it from its distribution. Pushing it again puts
-    the bits back. With `again`, the words come from `words()` of another stack; without it, they
-    may be any.
+    the bits back. With `again`, the words must come from `words()` of another stack.
     """
 
     def __init__(self, words: np.ndarray, again: bool = False):
@@ -113,7 +112,7 @@ class Stack:
         return torch.from_numpy(popped).long()
 
     def push_choice(self, choice: Tensor, probabilities: Tensor) -> None:
-        """The inverse of `pop_choice`. Raises `FloatingPointError` for what is no probability."""
+        """The inverse of `pop_choice`. Raises `FloatingPointError` for NaN and infinity."""
         if probabilities.shape[1] == 1:
             return
         if not torch.isfinite(probabilities).all():
@@ -141,7 +140,7 @@ class Stack:
 
 
 def _takes_bits(sizes: Tensor) -> Tensor:
-    """Which symbols take bits, of these sizes: one that has a single value is not coded."""
+    """Which symbols of these sizes take bits: one with a single value is not coded."""
     require((sizes >= 1) & (sizes <= LARGEST_SIZE))
     return sizes > 1
 
@@ -151,7 +150,7 @@ def _int32(values: Tensor) -> np.ndarray:
 
 
 def random_words(count: int) -> np.ndarray:
-    """Words for a stack, uint32 `(count,)`: always the same ones."""
+    """Words for a stack, uint32 `(count,)`, always the same."""
     return np.random.Generator(np.random.PCG64(0)).integers(0, 2**32, count, dtype=np.uint32)
 
 
@@ -168,7 +167,7 @@ def whole(x: Tensor, bits: int) -> Tensor:
 def scale(x: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> Tensor:
     """`x * numerator / denominator` as a bijection (Zhang et al. 2021, algorithm 1).
 
-    All tensors have one shape, `(B, ...)`.
+    x is `(B, ...)`, and the others are broadcast.
     """
     parts: list[Tensor] = []
     for x_, n, d in _parts(x, numerator, denominator):
@@ -188,6 +187,7 @@ def unscale(z: Tensor, numerator: Tensor, denominator: Tensor, stack: Stack) -> 
     return torch.cat(parts[::-1], dim=1).view_as(z)
 
 
-def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def _parts(x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
     """A few entries at a time, so that fewer bits are borrowed at any moment."""
+    tensors = [x, *(other.expand_as(x) for other in others)]
     return list(zip(*(t.flatten(1).chunk(PARTS_OF_LAYER, dim=1) for t in tensors), strict=True))

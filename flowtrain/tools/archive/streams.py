@@ -1,21 +1,20 @@
-"""Streams: some images on one stack of bits, and what the first of them borrows.
+"""Streams: some images on one stack of bits, and the bits that they borrow first.
 
-Bits-back coding begins by taking bits off the stack. A stream begins with its first images,
-compressed in the ordinary way (its carriers), so that what it borrows is of use. Every image after
-them costs what the flow's bound says. More and more images are coded together (a chunk) as the
-stack grows.
+Bits-back coding begins by taking bits off the stack. So a stream begins with its first images (its
+carriers), compressed in the ordinary way. Every image after them costs the flow's bound. More and
+more images are coded together (a chunk) as the stack grows.
 """
 
 import math
 import time
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowtrain.errors import UserError
-from flowtrain.tools.archive.coder import Coder
+from flowtrain.tools.archive.codec import Coder
 from flowtrain.tools.archive.format import StreamDescription
 from flowtrain.tools.archive.stack import (
     RESERVE,
@@ -28,39 +27,25 @@ from flowtrain.tools.archive.stack import (
 from flowtrain.tools.archive.strips import strip, unstrip
 from flowtrain.tools.archive.threads import Tick
 
-MOST_CARRIERS = 32  # images; where they are too small, random bits fill up what is missing
+MOST_CARRIERS = 32  # images; if they are too small, random bits fill up the rest
 
 
-@dataclass
-class EncodedStream:
+class EncodedStream(NamedTuple):
     """Some images on one stack. `images` are their indices, the carriers first."""
 
     images: list[int]
-    carriers: int = 0
-    carrier_bytes: int = 0
-    initial_bits: int = 0
-    chunks: list[int] = field(default_factory=list)
-    words: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+    described: StreamDescription
+    initial_bits: int
+    words: np.ndarray
 
     @property
     def net_bits(self) -> int:
         """The bits of all images but the carriers."""
         return 32 * len(self.words) - self.initial_bits
 
-    def description(self) -> StreamDescription:
-        return StreamDescription(
-            images=len(self.images),
-            carriers=self.carriers,
-            carrier_bytes=self.carrier_bytes,
-            chunks=self.chunks,
-        )
 
-
-@dataclass
-class Estimate:
-    """What a few of the images say about all: the bits that the first image borrows, and the
-    seconds per image to encode and to decode.
-    """
+class Estimate(NamedTuple):
+    """From a few images: the bits that the first image borrows, and seconds per image."""
 
     borrowed: int
     encode_seconds: float
@@ -68,10 +53,9 @@ class Estimate:
 
 
 def estimate(coder: Coder, images: Tensor) -> Estimate | None:
-    """Codes and decodes images `(N, C, H, W)`, without those that cannot be coded, on a stack of
-    random bits. None if none can be coded.
+    """Codes and decodes images `(N, C, H, W)`, without uncodable ones, on a stack of random bits.
 
-    Raises `UserError` if they do not come back.
+    None if none can be coded. Raises `UserError` if they do not come back.
     """
     while len(images):
         stack = Stack(random_words(4 * images.numel()))
@@ -99,7 +83,7 @@ def estimate(coder: Coder, images: Tensor) -> Estimate | None:
 def encode_stream(
     coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick
 ) -> EncodedStream:
-    """Codes those of the images at these indices that can be coded. `borrowed` is an estimate."""
+    """Codes the images at these indices, without uncodable ones. `borrowed` is an estimate."""
     while True:
         try:
             return _encode_stream(coder, images, indices, borrowed, tick)
@@ -116,8 +100,8 @@ def _encode_stream(
         blob = strip(images[indices[:carriers]])
     initial = blob + random_words(borrowed).tobytes()[: max(borrowed // 8 + 1 - len(blob), 0)]
     stack = Stack(words_of(initial + bytes(-len(initial) % 4)))
-    stream = EncodedStream(indices[:carriers], carriers, len(blob), stack.bits)
-    rest = indices[carriers:]
+    initial_bits, done, rest = stack.bits, indices[:carriers], indices[carriers:]
+    chunks: list[int] = []
     tick(carriers)
     while rest:
         chunk = rest[: coder.chunk]
@@ -138,13 +122,14 @@ def _encode_stream(
                 chunk = chunk[: len(chunk) // 2]
             else:
                 stack = attempt
-                stream.chunks.append(len(chunk))
-                stream.images += chunk
-                rest = rest[len(chunk) :]
+                chunks.append(len(chunk))
+                done, rest = done + chunk, rest[len(chunk) :]
                 tick(len(chunk))
                 break
-    stream.words = stack.words()
-    return stream
+    described = StreamDescription(
+        images=len(done), carriers=carriers, carrier_bytes=len(blob), chunks=chunks
+    )
+    return EncodedStream(done, described, initial_bits, stack.words())
 
 
 def decode_stream(
@@ -152,7 +137,7 @@ def decode_stream(
 ) -> Tensor:
     """The images of a stream, uint8 `(N, C, H, W)`.
 
-    Where the model computes other numbers than it did, this raises, or the images are wrong.
+    If the model computes other numbers than before, this raises, or the images are wrong.
     """
     stack = Stack(words, again=True)
     parts = []

@@ -1,5 +1,4 @@
-"""Images that are stored without a flow, as strips: a few of them, one above the other, in one
-picture.
+"""Images that are stored without a flow, as strips: pictures of a few images, one above the other.
 
 Nothing here may change within a version of the format.
 """
@@ -20,12 +19,12 @@ PIECE = 2**20  # bytes that are inflated at a time
 
 
 def strip_length(height: int) -> int:
-    """How many images of this height are in a strip, at most."""
+    """The most images of this height in a strip."""
     return min(STRIP, max(1, LONGEST // height))
 
 
 def tall_length(height: int) -> int:
-    """How many images of this height are in a tall strip, at most.
+    """The most images of this height in a tall strip.
 
     A tall strip is at least twice as long as another one, or there are none.
     """
@@ -34,20 +33,18 @@ def tall_length(height: int) -> int:
 
 
 def strips(images: Tensor, progress: Progress = silent) -> list[bytes]:
-    """All images `(N, C, H, W)` in strips or in tall strips, whichever take fewer bytes."""
+    """All images `(N, C, H, W)` in strips or tall strips, whichever take fewer bytes."""
     if not len(images):
         return []
     height, best = images.shape[2], affordable(images, "WEBP")
-    layouts = [
-        [functools.partial(_strip, part, best) for part in torch.split(images, length)]
-        for length in sorted({strip_length(height), tall_length(height)})
-    ]
-    if len(layouts[0]) == len(layouts[-1]):  # there is only one strip
+    lengths = sorted({strip_length(height), tall_length(height)})
+    layouts = [torch.split(images, length) for length in lengths]
+    if len(layouts[0]) == 1:
         layouts = layouts[:1]
-    tasks = [task for layout in layouts for task in layout]
-    parts = in_threads(tasks, len(layouts) * len(images), progress)
-    first = len(layouts[0])
-    return min([parts[:first], parts[first:] or parts[:first]], key=lambda p: sum(map(len, p)))
+    tasks = [functools.partial(_strip, part, best) for layout in layouts for part in layout]
+    found = in_threads(tasks, len(layouts) * len(images), progress)
+    short, tall = found[: len(layouts[0])], found[len(layouts[0]) :]
+    return tall if tall and sum(map(len, tall)) < sum(map(len, short)) else short
 
 
 def _strip(images: Tensor, best: bool, tick: Tick) -> bytes:
@@ -57,9 +54,8 @@ def _strip(images: Tensor, best: bool, tick: Tick) -> bytes:
 
 
 def strip(images: Tensor, best: bool = False) -> bytes:
-    """Some images `(N, C, H, W)` in the fewest bytes: as WebP, as PNG, or deflated.
-
-    With `best`, WebP's method 6 is tried too.
+    """Images `(N, C, H, W)` in the fewest bytes: as WebP (with `best`, also by method 6), PNG, or
+    deflated.
     """
     tall = images.movedim(1, 0).flatten(1, 2)
     candidates = [zlib.compress(images.contiguous().numpy().tobytes(), 9), encoded(tall, "PNG")]
@@ -72,7 +68,7 @@ def strip(images: Tensor, best: bool = False) -> bytes:
 def unstrip(data: bytes, images: Tensor) -> None:
     """The inverse of `strip`: writes to `images`, `(N, C, H, W)`, uint8 and contiguous.
 
-    Raises almost anything for bytes that `strip` did not make.
+    It may raise almost anything for other bytes.
     """
     count, channels, height, width = images.shape
     if data[:1] == b"\x78":  # neither PNG nor WebP begins so

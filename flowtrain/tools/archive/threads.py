@@ -1,4 +1,4 @@
-"""Tasks in threads, each of which computes with one thread of torch."""
+"""Tasks in threads. Each computes with one thread of torch."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def in_threads(tasks: Sequence[Callable[[Tick], T]], total: int, progress: Progress) -> list[T]:
-    """The results of tasks, of which as many run at a time as torch has threads.
+    """The results of tasks, as many at a time as torch has threads.
 
-    Each task calls its argument with the number of images that it has done since the last call. The
-    first task that fails ends all.
+    Each task calls its argument with the number of images since the last call. The first task that
+    fails ends all.
     """
     lock, stopped, done = threading.Lock(), threading.Event(), 0
 

@@ -37,19 +37,13 @@ def attributes(
     positive: Annotated[
         list[Path] | None,
         typer.Option(
-            "--positive",
-            metavar="FOLDER|FILE",
-            help="Images that have the attribute; repeatable.",
-            show_default=False,
+            "--positive", metavar="FOLDER|FILE", help="Images that have the attribute; repeatable."
         ),
     ] = None,
     negative: Annotated[
         list[Path] | None,
         typer.Option(
-            "--negative",
-            metavar="FOLDER|FILE",
-            help="Images that do not have it; repeatable.",
-            show_default=False,
+            "--negative", metavar="FOLDER|FILE", help="Images that do not have it; repeatable."
         ),
     ] = None,
     table: Annotated[
@@ -59,7 +53,6 @@ def attributes(
             metavar="FILE.csv",
             help="A table of a file name and a 0 or 1 for each attribute. Its first line has the "
             "names of the columns.",
-            show_default=False,
         ),
     ] = None,
     images: Annotated[
@@ -78,7 +71,6 @@ def attributes(
             min=0,
             metavar="B",
             help="The attribute is to be of this class of a data set.",
-            show_default=False,
         ),
     ] = None,
     from_class: Annotated[
@@ -134,16 +126,28 @@ def attributes(
 ) -> None:
     """Find the directions of attributes in latent space, and how well they separate images.
 
-    The accuracy is that of images that were held out, a seeded quarter: the mean of those with the
-    attribute and those without it, so a guess has 0.5. The directions are kept beside the model,
-    in attributes.npz, for `flowtrain interpolate --along NAME`.
+    The balanced accuracy is of held-out images, a seeded quarter; chance is 0.5. The directions are
+    kept beside the model, in attributes.npz, for `flowtrain interpolate --along NAME`.
     """
     from flowtrain.latents import directions
     from flowtrain.latents.encoding import encode
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.tools.edit import labels
 
-    _check(positive, negative, table, images, to_class, from_class, dataset, split, name)
+    if bool(positive) != bool(negative):
+        raise UserError("--positive and --negative: one is of no use without the other")
+    if bool(positive) + (table is not None) + (to_class is not None) != 1:
+        raise UserError(
+            "give the images in one of three ways: --positive and --negative, --csv, or --to-class"
+        )
+    if images is not None and table is None:
+        raise UserError("--images: it is the folder of --csv, which is not given")
+    if to_class is None and not (from_class is None and dataset is None and split is None):
+        raise UserError("--from-class, --data and --split: they need --to-class")
+    if to_class is not None and to_class == from_class:
+        raise UserError(f"--to-class {to_class}: it is the same class as --from-class")
+    if table is not None and name is not None:
+        raise UserError(f"--name {name}: the attributes of --csv have the names of its columns")
     loaded = options.load_model()
     require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
@@ -173,34 +177,6 @@ def attributes(
     _print(found, method)
     console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
     console.print(f"flowtrain interpolate {options.model or ''} --along '{found[method][0].name}'")
-
-
-def _check(
-    positive: list[Path] | None,
-    negative: list[Path] | None,
-    table: Path | None,
-    images: Path | None,
-    to_class: int | None,
-    from_class: int | None,
-    dataset: str | None,
-    split: str | None,
-    name: str | None,
-) -> None:
-    """Raises `UserError` for options that do not go together."""
-    if bool(positive) != bool(negative):
-        raise UserError("--positive and --negative: one is of no use without the other")
-    if bool(positive) + (table is not None) + (to_class is not None) != 1:
-        raise UserError(
-            "give the images in one of three ways: --positive and --negative, --csv, or --to-class"
-        )
-    if images is not None and table is None:
-        raise UserError("--images: it is the folder of --csv, which is not given")
-    if to_class is None and not (from_class is None and dataset is None and split is None):
-        raise UserError("--from-class, --data and --split: they need --to-class")
-    if to_class is not None and to_class == from_class:
-        raise UserError(f"--to-class {to_class}: it is the same class as --from-class")
-    if table is not None and name is not None:
-        raise UserError(f"--name {name}: the attributes of --csv have the names of its columns")
 
 
 def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:

@@ -1,6 +1,4 @@
-"""Images with and without attributes: from folders, from a table, or from the classes of a data
-set.
-"""
+"""Images with and without attributes: of folders, of a table, or of the classes of a data set."""
 
 import csv
 import io
@@ -48,11 +46,12 @@ def from_folders(
         files = list(files_at(paths, option).values())
         chosen = [files[i] for i in sampled(len(files), most, seed)]
         groups.append(read_images(chosen, model, option))
-    return Labelled(torch.cat(groups), {name: _first(len(groups[0]), len(groups[1]))})
+    return _labelled(name, *groups)
 
 
-def _first(count: int, others: int) -> Tensor:
-    return torch.arange(count + others) < count
+def _labelled(name: str, positive: Tensor, negative: Tensor) -> Labelled:
+    x = torch.cat([positive, negative])
+    return Labelled(x, {name: torch.arange(len(x)) < len(positive)})
 
 
 def from_classes(
@@ -68,7 +67,7 @@ def from_classes(
     """A sample of at most `most` images of class `second`, and as many of class `first`, or of all
     others.
 
-    Raises `UserError` where there are no labels, or no such images.
+    Raises `UserError` if there are no labels, or no such images.
     """
     check_name(name)
     data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
@@ -77,7 +76,7 @@ def from_classes(
         raise UserError(f"--to-class {second}: {data.config.name} has no labels")
     labels = split.labels.numpy()
     of_first = labels != second if first is None else labels == first
-    chosen = []
+    groups = []
     for what, where in (
         (f"--to-class {second}", labels == second),
         ("other classes" if first is None else f"--from-class {first}", of_first),
@@ -85,45 +84,22 @@ def from_classes(
         of_kind = split.at(where.nonzero()[0])
         if not len(of_kind):
             raise UserError(f"{what}: the {split_name} split has no images of it")
-        chosen.append(of_kind.sample(most, seed).take(slice(None)))
-    return Labelled(torch.cat(chosen), {name: _first(len(chosen[0]), len(chosen[1]))})
+        groups.append(of_kind.sample(most, seed).take(slice(None)))
+    return _labelled(name, *groups)
 
 
 def from_table(path: Path, folder: Path, model: LoadedModel, most: int, seed: int = 0) -> Labelled:
     """A sample of at most `most` images of a CSV table: a column of file names below `folder`, and
     a column of 0 and 1 for each attribute. The first line has the names of the columns.
 
-    Raises `UserError` that names the table, and the line, where it is not such a table.
-    """
-    names, rows = _table(path, most, seed)
-    files = [folder / file for _, file, _ in rows]
-    for (number, _, _), file in zip(rows, files, strict=True):
-        if not file.is_file():
-            raise UserError(f"--csv {path}, line {number}: there is no image file {cut(str(file))}")
-    values = torch.tensor([each for _, _, each in rows])
-    return Labelled(
-        read_images(files, model, "--csv"),
-        {name: values[:, i] for i, name in enumerate(names)},
-    )
-
-
-def _lines(data: bytes) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a table that are not empty, with their numbers."""
-    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
-    return (each for each in enumerate(csv.reader(text, strict=True), start=1) if each[1])
-
-
-def _table(path: Path, most: int, seed: int) -> tuple[list[str], list[tuple[int, str, list[bool]]]]:
-    """The attributes of a table; for each image of the sample the line, the file, and which of them
-    it has.
-
-    Other lines are not kept: as lists, short lines take a hundred times their bytes.
+    Raises `UserError` that names the table, and the line, if it is not such a table.
     """
     try:
         data = read_regular(path, LARGEST_TABLE)
         _, header = next(_lines(data), (1, []))
         count = sum(1 for _ in _lines(data)) - 1
         chosen = {1 + i for i in sampled(max(0, count), most, seed).tolist()}
+        # Only these are kept: as lists, short lines take a hundred times their bytes.
         lines = [line for i, line in enumerate(_lines(data)) if i in chosen]
     except OSError as error:
         raise UserError(f"--csv {path}: cannot be read: {error.strerror or error}") from None
@@ -144,19 +120,29 @@ def _table(path: Path, most: int, seed: int) -> tuple[list[str], list[tuple[int,
         check_name(name)
         if times > 1:
             raise UserError(f"--csv {path}: two columns are named {cut(name)}")
-    rows = []
+    files, rows = [], []
     for number, line in lines:
+        where = f"--csv {path}, line {number}"
         if len(line) != len(header) or not line[0]:
             raise UserError(
-                f"--csv {path}, line {number}: expected {len(header)} values, a file and a 0 or "
-                f"1 for each attribute, got {len(line)}"
+                f"{where}: expected {len(header)} values, a file and a 0 or 1 for each attribute, "
+                f"got {len(line)}"
             )
-        for name, value in zip(names, line[1:], strict=True):
-            if value.strip() not in ("0", "1"):
-                raise UserError(
-                    f"--csv {path}, line {number}: {cut(name)} is {shown(value)}, expected 0 or 1"
-                )
-        rows.append((number, line[0], [value.strip() == "1" for value in line[1:]]))
+        values = [value.strip() for value in line[1:]]
+        for name, value in zip(names, values, strict=True):
+            if value not in ("0", "1"):
+                raise UserError(f"{where}: {cut(name)} is {shown(value)}, expected 0 or 1")
+        files.append(folder / line[0])
+        if not files[-1].is_file():
+            raise UserError(f"{where}: there is no image file {cut(str(files[-1]))}")
+        rows.append([value == "1" for value in values])
     if not rows:
         raise UserError(f"--csv {path}: it has no images")
-    return names, rows
+    attributes = dict(zip(names, torch.tensor(rows).unbind(dim=1), strict=True))
+    return Labelled(read_images(files, model, "--csv"), attributes)
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a table that are not empty, with their numbers."""
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    return (each for each in enumerate(csv.reader(text, strict=True), start=1) if each[1])

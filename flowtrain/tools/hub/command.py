@@ -37,16 +37,13 @@ def push(
         typer.Argument(
             metavar="MODEL",
             autocompletion=complete_model,
-            show_default=False,
             help="A run directory, a checkpoint, or a trained model of `flowtrain list`.",
         ),
     ],
     repository: Annotated[
         str,
         typer.Argument(
-            metavar="USER/NAME",
-            show_default=False,
-            help="The repository on the hub. It is made if it is not there.",
+            metavar="USER/NAME", help="The repository on the hub. It is made if it is not there."
         ),
     ],
     private: Annotated[

@@ -19,10 +19,8 @@ FILES = {hub.FILE, "config.yaml", "samples.png", "curves.png", "README.md"}  # o
 def files(
     model: LoadedModel, repository: str, licence: str, samples: Callable[[], bytes]
 ) -> Iterator[tuple[str, bytes]]:
-    """The files of a repository `user/name`, each with its name: the weights that are used, their
-    configuration, pictures, and last the page about them, README.md.
-
-    `licence` is that of the weights, and `samples` draws a PNG.
+    """The files of a repository `user/name`, by name: the weights in use, their configuration,
+    pictures, and the page about them. `samples` draws a PNG.
     """
     meta, tensors = model.alone()
     yield hub.FILE, checkpoint_format.encoded(meta, tensors)
@@ -44,11 +42,8 @@ def page(model: LoadedModel, repository: str, licence: str, curves: bool) -> str
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = lambda text: text.replace("|", r"\|")
-    template = environment.from_string(
-        Path(__file__).with_name("page.md.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    text = Path(__file__).with_name("page.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
         metadata=yaml.safe_dump(_metadata(model, repository, licence), sort_keys=False),
         title=repository.rpartition("/")[2] if card is None else card.title,
         model=model,

@@ -36,7 +36,6 @@ def inpaint(
             "--image",
             metavar="FILE",
             help="The image, of the size of the model's images; or with --factor a small one.",
-            show_default=False,
         ),
     ],
     out: Annotated[
@@ -46,7 +45,6 @@ def inpaint(
             metavar="FOLDER|FILE.npz",
             help="Where the samples go: PNG files with a grid, the mean and inpaint.json, or one "
             "file of arrays.",
-            show_default=False,
         ),
     ],
     mask: Annotated[
@@ -55,7 +53,6 @@ def inpaint(
             "--mask",
             metavar="FILE",
             help="An image of the same size: white where pixels are missing, else black.",
-            show_default=False,
         ),
     ] = None,
     factor: Annotated[
@@ -64,7 +61,6 @@ def inpaint(
             "--factor",
             metavar="F",
             help="Enlarge the image F times: its pixels are means of FxF pixels.",
-            show_default=False,
         ),
     ] = None,
     num_images: Annotated[
@@ -75,8 +71,7 @@ def inpaint(
         typer.Option(
             "--steps",
             min=8,
-            help="Moves of each chain, of about 8 gradients each. Half of them are for where it "
-            "begins.",
+            help="Moves of each chain, of about 8 gradients each. Half of them find its start.",
         ),
     ] = 200,
     label: Annotated[
@@ -100,6 +95,7 @@ def inpaint(
     sample anew, without steps. Those before a known one move as in other models, and are also drawn
     anew one by one.
     """
+    from flowtrain.latents.paths import log_probs
     from flowtrain.system.console import ProgressBar, console, counted
     from flowtrain.system.files import require_absent, save
     from flowtrain.tools.inpaint import completion
@@ -123,7 +119,7 @@ def inpaint(
     console.print(f"{image}: {given.words}")
     with ProgressBar("sampling") as bar:
         found = sample(loaded.flow, given.constraint, effort, seed, label, bar)
-    losses = completion.bits_per_dim(loaded, found)
+    losses = loaded.flow.loss(log_probs(loaded.flow, found.x)).tolist()  # as `evaluate`
     if one_file:
         save(out, completion.npz(loaded, given, found, losses, seed))
     else:

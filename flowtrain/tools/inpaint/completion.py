@@ -1,4 +1,4 @@
-"""Images of which files say a part, and files with the images that complete them."""
+"""Files with a part of an image, and files with the images that complete it."""
 
 import io
 import json
@@ -15,20 +15,18 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.datasets.base import open_image
 from flowtrain.errors import UserError
 from flowtrain.flow.image_context import ImageContext
-from flowtrain.latents.paths import log_probs
 from flowtrain.pictures import grid
 from flowtrain.pictures.lossless import png_files
 from flowtrain.system import files
 from flowtrain.tools.inpaint.constraints import Averages, Constraint, Pixels
 from flowtrain.tools.inpaint.posterior import Posterior
 
-GRID, MEAN, RESULT = "grid.png", "mean.png", "inpaint.json"  # beside the samples
-COLUMNS = 10  # of the grid: eight samples by default, what is given, and the mean
+COLUMNS = 10  # of the grid: eight samples by default, the given part, and the mean
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of an image, and how it is shown: integers `(C, H, W)`."""
+    """The known part of an image, and a picture of it: integers `(C, H, W)`."""
 
     constraint: Constraint
     shown: Tensor
@@ -38,9 +36,9 @@ class Given:
 def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
     """An image file whose pixels are known where a mask file is black.
 
-    Both have the size of the model's images. Raises `UserError` that names the file where one
-    cannot be read or has another size, or where the mask is not black and white, or hides nothing
-    or everything.
+    Both have the size of the model's images. Raises `UserError` that names the file if one cannot
+    be read or has another size, or if the mask is not black and white, or hides nothing or
+    everything.
     """
     flow = model.flow
     assert flow.levels is not None
@@ -67,8 +65,8 @@ def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
 
 
 def of_averages(image: Path, factor: int, model: LoadedModel) -> Given:
-    """An image file of the small size that `factor` makes of the model's, whose pixels are the
-    means of patches. Raises `UserError` as `of_mask` does, and where the factor divides not both
+    """An image file that is `factor` times smaller than the model's images, and whose pixels are
+    means of patches. Raises `UserError` as `of_mask` does, and if the factor does not divide both
     sides.
     """
     flow = model.flow
@@ -92,45 +90,37 @@ def _exactly(path: Path, shape: tuple[int, int, int], levels: int, option: str) 
         raise UserError(f"{option} {error}") from None
 
 
-def sample_names(count: int) -> list[str]:
-    return [f"sample-{number:02}.png" for number in range(count)]
-
-
 def names(count: int) -> list[str]:
     """The files of `count` samples in a folder."""
-    return [*sample_names(count), GRID, MEAN, RESULT]
-
-
-def bits_per_dim(model: LoadedModel, found: Posterior) -> list[float]:
-    """Those of each whole image, by the noise of `flowtrain evaluate`."""
-    losses: list[float] = model.flow.loss(log_probs(model.flow, found.x)).tolist()
-    return losses
+    samples = [f"sample-{number:02}.png" for number in range(count)]
+    return [*samples, "mean.png", "grid.png", "inpaint.json"]
 
 
 def write_folder(
     out: Path, model: LoadedModel, given: Given, found: Posterior, about: Mapping[str, object]
 ) -> None:
-    """Writes a PNG file for each sample, their mean, and a grid of what is given, the samples and
-    the mean. `about` is a JSON file. See `files.write_folder`.
+    """Writes a PNG file for each sample, their mean, a grid of the given part, the samples and the
+    mean, and `about` as a JSON file. See `files.write_folder`.
     """
     levels = model.flow.levels
     assert levels is not None
-    mean = _mean(found.x).round().to(torch.uint8)
+    mean = found.x.float().mean(dim=0).round().to(torch.uint8)
     shown = torch.cat([given.shown[None].to(torch.uint8), found.x, mean[None]])
-    pictures = png_files([*sample_names(len(found.x)), MEAN], shown[1:], levels)
-    of_all = grid.png(grid.grid(shown, levels, min(COLUMNS, len(shown))))
-    result = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
-    files.write_folder(out, [*pictures, (GRID, of_all), (RESULT, result)])
+    *single, of_all, result = names(len(found.x))
+    picture = grid.png(grid.grid(shown, levels, min(COLUMNS, len(shown))))
+    text = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
+    pictures = png_files(single, shown[1:], levels)
+    files.write_folder(out, [*pictures, (of_all, picture), (result, text)])
 
 
 def npz(
     model: LoadedModel, given: Given, found: Posterior, losses: Sequence[float], seed: int
 ) -> bytes:
-    """The images as an .npz file, channels last, with their mean and what is given."""
+    """The images as an .npz file, channels last, with their mean and the given part."""
     buffer = io.BytesIO()
     arrays = {
         "images": found.x.movedim(1, -1).numpy(),
-        "mean": _mean(found.x).movedim(0, -1).numpy(),
+        "mean": found.x.float().mean(dim=0).movedim(0, -1).numpy(),
         "given": given.shown.to(torch.uint8).movedim(0, -1).numpy(),
         "bits_per_dim": np.array(losses),
     }
@@ -138,7 +128,3 @@ def npz(
         arrays["known"] = given.constraint.known[0].numpy()
     np.savez_compressed(buffer, allow_pickle=False, **arrays, seed=seed, **model.flow.kind.npz())
     return buffer.getvalue()
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.float().mean(dim=0)

@@ -1,12 +1,20 @@
-"""What is known of an image, as coordinates in which nothing is known any more.
+"""Constraints on images, as maps from free coordinates to the images that satisfy them.
 
-A constraint maps real coordinates `s` `(B, C, H, W)` to dequantized images `y` in [0, 1) that agree
-with what is known, whatever `s` is. So a sampler moves freely, and never leaves the constraint.
-Without a model, all coordinates are independent standard normal numbers.
+A constraint has:
+
+- `images(s)`: dequantized images y in [0, 1), `(B, C, H, W)`, at any real coordinates s of that
+  shape. All satisfy the constraint, so every proposal of a sampler does. Without a model, all
+  coordinates are independent standard normal numbers. The second result `(B,)` is the log of the
+  volume of images for a volume of coordinates, minus the standard normal log-density of s, up to a
+  constant. So a density p of images becomes `log p(y) + this - |s|^2 / 2` in coordinates. Both are
+  differentiable.
+- `coordinates(y)`: the coordinates of dequantized images, or of images nearby that satisfy it
+- `miss(y)`: half the squared distance `(B,)` of dequantized images from the constraint
+- `moves` and `unknown`: the coordinates that affect the image, and the entries of the image that
+  are not known themselves, bool `(C, H, W)`
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,54 +24,22 @@ from flowtrain.bijections.monotone import solve_monotone
 from flowtrain.flow.dequantize import EDGE
 from flowtrain.flow.image_context import ImageContext
 
-FARTHEST = 12.0  # a normal quantile beyond those of float32
-
-
-class Constraint(Protocol):
-    """What is known of an image."""
-
-    def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Dequantized images `(B, C, H, W)` at coordinates `s` of that shape.
-
-        The second result `(B,)` is the log of the volume of images for a volume of coordinates,
-        minus the standard normal log-density of `s`, and up to a constant. So a density p of images
-        becomes `log p(y) + this - |s|^2 / 2` in coordinates. Both are differentiable.
-        """
-
-    def coordinates(self, y: Tensor) -> Tensor:
-        """Coordinates `(B, C, H, W)` of dequantized images that agree with what is known.
-
-        Of an image that does not agree, they are those of one nearby.
-        """
-
-    def miss(self, y: Tensor) -> Tensor:
-        """Half the squared distance `(B,)` of dequantized images from what is known."""
-
-    def moves(self) -> Tensor:
-        """Which coordinates matter at all, bool `(C, H, W)`."""
-
-    def unknown(self) -> Tensor:
-        """Which entries of the image are not known themselves, bool `(C, H, W)`."""
+FARTHEST = 12.0  # a normal quantile beyond the range of float32
 
 
 class Pixels:
-    """Some entries of an image are known, and the others are not.
+    """The `known` entries of `x` are known, both `(C, H, W)`.
 
     Each entry has a range: its cell [x / Q, (x + 1) / Q) if its level x is known, otherwise [0, 1).
     A coordinate s is the place in it, `y = low + width Phi(s)`. So the noise within the cells of
-    known entries is sampled as well. This is what makes the result exact: the probability of an
-    image is that of its cells, not of points in them.
-
-    Args:
-        x: Integers `(C, H, W)`; those of unknown entries do not matter.
-        known: Which entries are known, bool `(C, H, W)`.
-        levels: Q.
-        within: Whether the density depends on the place within a cell. If not, known entries have
-            no coordinates.
+    known entries is sampled as well, and the result is exact: the probability of an image is the
+    integral over its cells. Without `within`, the density is constant in cells, so known entries do
+    not move.
     """
 
     def __init__(self, x: Tensor, known: Tensor, levels: int, within: bool = True):
-        self.x, self.known, self.within = x, known, within
+        self.x, self.known, self.unknown = x, known, ~known
+        self.moves = torch.ones_like(known) if within else self.unknown
         # As in training, the noise stays so far from the edges that rounding does not move it over.
         edge = EDGE if within else 0.5
         self.low = torch.where(known, (x + edge) / levels, EDGE / levels)
@@ -82,34 +58,26 @@ class Pixels:
         middle = self.low.to(y) + self.width.to(y) / 2
         return _half_square((y - middle) * self.known.to(y))
 
-    def moves(self) -> Tensor:
-        return torch.ones_like(self.known) if self.within else self.unknown()
-
-    def unknown(self) -> Tensor:
-        return ~self.known
-
 
 class Averages:
     """The rounded means of patches of factor x factor pixels are known: super-resolution.
 
     The mean of the dequantized patch is held at the middle of the cell of its rounded mean c, at
-    (c + 1/2) / Q. Whatever the noise is, the mean of the integers then rounds to c: their sum is
-    between `f^2 (c - 1/2)` and `f^2 (c + 1/2)` for `f^2` pixels. So the result agrees exactly with
-    what is known. The mean before rounding is not sampled.
+    (c + 1/2) / Q. With any noise, the sum of the integers is between `f^2 (c - 1/2)` and `f^2 (c +
+    1/2)` for `f^2` pixels, and rounds to c. The mean before rounding is not sampled.
 
     Within a patch, `y_i = Phi(r_i + a)`, where r are the coordinates minus their mean, and the
     number a gives the mean. The volume of the images with this mean, for a volume of r, is
     `prod phi(r_i + a) / mean phi(r_i + a)`: the Jacobian of (r, a) has the product, and along a the
     mean changes by the denominator.
 
-    Args:
-        small: The rounded means, integers `(C, H', W')`.
-        context: How they follow from an image.
+    `small` are the rounded means, integers `(C, H', W')`, and `context` maps an image to them.
     """
 
     def __init__(self, small: Tensor, context: ImageContext):
         self.context = context
         self.mean = (small.float() + 0.5) / context.levels
+        self.moves = self.unknown = torch.ones(context.image, dtype=torch.bool)
 
     def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
         f = self.context.factor
@@ -124,7 +92,7 @@ class Averages:
                 _density(q).mean(dim=4, keepdim=True),
             )
 
-        # The mean lies between those of the smallest and of the largest r alone.
+        # The mean lies between the values for the smallest and the largest r alone.
         middle = torch.special.ndtri(mean)
         a = solve_monotone(
             mean_at, mean, middle - r.amax(4, keepdim=True), middle - r.amin(4, keepdim=True)
@@ -144,11 +112,8 @@ class Averages:
     def miss(self, y: Tensor) -> Tensor:
         return _half_square(avg_pool2d(y, self.context.factor) - self.mean.to(y))
 
-    def moves(self) -> Tensor:
-        return self.unknown()
 
-    def unknown(self) -> Tensor:
-        return torch.ones(self.context.image, dtype=torch.bool)
+Constraint = Pixels | Averages
 
 
 def _quantile(place: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Hamiltonian Monte Carlo for many chains at once (Duane et al. 1987; Neal 2011, arXiv:1206.1901).
 
 A chain moves along `leapfrog` steps of a force, from a random momentum, and a Metropolis test
-accepts where it ends or keeps where it began. A leapfrog step keeps volumes and can be undone for
-any force that depends on the position alone. So the stationary distribution is right even where the
-force is not the gradient of the log-density; it only has to point the right way.
+accepts or rejects the end. A leapfrog step keeps volumes and can be undone for any force that
+depends on the position alone. So the stationary distribution is right even if the force is not the
+gradient of the log-density.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 ACCEPTED = 0.75  # the rate that the step size is adapted to; 0.65 to 0.9 are about as good
-MEMORY = 0.9  # how much of its past the estimate of the scales keeps for the next step
+MEMORY = 0.9  # decay of the running estimate of the scales
 FIRST_STEP = 0.2  # in units of the scales
 
 
 class Point(NamedTuple):
-    """Where B chains are."""
+    """The states of B chains."""
 
     s: Tensor  # coordinates (B, ...)
     log_density: Tensor  # of the model, (B,) in nats
-    force: Tensor  # its gradient, or what stands for it, (B, ...)
+    force: Tensor  # its gradient or a substitute, (B, ...)
 
 
 # Coordinates `(B, ...)` to the log-density `(B,)` and the force `(B, ...)`.
@@ -33,17 +33,16 @@ class Chains:
     """B chains of `beta log p(s) - |s|^2 / 2`: from independent normal numbers at beta = 0 to the
     target at beta = 1 (annealing, Neal 2001).
 
-    The size of a step, and the scale of each coordinate, belong to all chains together. They are
-    adapted while `adapting`. Afterwards they are constant, as the stationary distribution needs.
-    The scale is `1 / sqrt(mean g^2)` of the force g, whose mean square is the curvature of the
-    log-density.
+    All chains share the step size and the scale of each coordinate, `1 / sqrt(mean g^2)` of the
+    force g, whose mean square is the curvature of the log-density. Both are constant unless
+    `adapting`, as the stationary distribution needs.
 
     Args:
         target: The log-density p and its force.
-        s: Where the chains begin, `(B, ...)`.
+        s: Start of the chains, `(B, ...)`.
         moves: Which coordinates move, bool `(...)`.
-        leapfrog: Mean number of leapfrog steps. It is drawn anew each time, from half to three
-            halves of it, because a fixed number can be a period of the motion.
+        leapfrog: Mean number of leapfrog steps. Each is drawn from half to three halves of it,
+            because a fixed number can be a period of the motion.
         generator: Draws all random numbers, on the CPU.
     """
 
@@ -56,37 +55,38 @@ class Chains:
         self.step = FIRST_STEP
         self.curvature: Tensor | None = None
 
-    def _at(self, s: Tensor) -> Point:
-        return Point(s, *self.target(s))
-
     def put(self, s: Tensor) -> None:
-        """Puts the chains somewhere else, `(B, ...)`."""
-        self.point = self._at(s)
-
-    def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like)
+        """Moves the chains to `s`, `(B, ...)`."""
+        self.point = Point(s, *self.target(s))
 
     def move(self, beta: float, adapting: bool) -> Tensor:
-        """One move of each chain. Returns the probabilities `(B,)` with which it was accepted."""
+        """One move of each chain. Returns its acceptance probabilities `(B,)`."""
         point, begin = self.point, self.point
         if adapting:
             self._note_curvature(begin, beta)
         assert self.curvature is not None
         step = self.step * self.moves * self.curvature.clamp_min(0.25).rsqrt()
-        momentum = start = self._normal(begin.s)
+        normal = torch.randn(begin.s.shape, generator=self.generator)
+        momentum = start = normal.to(begin.s)
         longest = self.leapfrog + (self.leapfrog + 1) // 2
         drawn = torch.randint(
             self.leapfrog - self.leapfrog // 2, longest + 1, (), generator=self.generator
         )
         for _ in range(int(drawn)):
             momentum = momentum + 0.5 * step * (beta * point.force - point.s)
-            point = self._at(point.s + step * momentum)
+            s = point.s + step * momentum
+            point = Point(s, *self.target(s))
             momentum = momentum + 0.5 * step * (beta * point.force - point.s)
         log_ratio = self._energy(begin, start, beta) - self._energy(point, momentum, beta)
         probability = log_ratio.exp().clamp(max=1).nan_to_num(0.0)
         uniform = torch.rand(probability.shape, generator=self.generator).to(probability)
         accepted = uniform < probability
-        self.point = Point(*(_where(accepted, *pair) for pair in zip(point, begin, strict=True)))
+        self.point = Point(
+            *(
+                torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, old)
+                for new, old in zip(point, begin, strict=True)
+            )
+        )
         if adapting:
             error = float(probability.mean()) - ACCEPTED
             self.step *= min(max(1 + 0.3 * error, 0.5), 1.2)
@@ -104,17 +104,12 @@ class Chains:
         self.curvature = torch.lerp(curvature, self.curvature, MEMORY)
 
 
-def _where(which: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    return torch.where(which.view(-1, *[1] * (yes.ndim - 1)), yes, no)
-
-
 def effective_size(history: Tensor) -> float:
-    """How many independent samples the states of chains are worth, `(T, B, F)` of F quantities.
+    """Effective sample size of chains, `(T, B, F)`: the mean over the F quantities that change.
 
     It is the estimate of Stan (Vehtari et al. 2021, arXiv:1903.08008, eq. 10-13; Geyer 1992): each
     chain is split in two, and correlations along the chains count until a pair of them is negative.
-    Chains that do not agree with each other count as correlated. It is the mean over the quantities
-    that change at all, and at most all states.
+    Chains that do not agree with each other count as correlated.
     """
     steps = len(history) // 2
     if steps < 2:

@@ -1,27 +1,18 @@
 """Samples of images of which a part is known, from the exact posterior under a flow's density.
 
-Of an image the levels of some pixels are known (`Pixels`), or the means of patches (`Averages`).
-The others follow p(x | what is known), which is proportional to the model's P(x).
+Hamiltonian Monte Carlo moves all unknown entries of the dequantized image together, on the data's
+side of the flow. There the known pixels are known exactly. In latent space they are a curved
+surface of no volume, so a sampler needs a tolerance and has another posterior.
 
-**How.** Hamiltonian Monte Carlo moves all unknown entries of the dequantized image together. It
-works on the data's side of the flow. There the known pixels are known exactly, and the target is
-the density itself, at the cost of one pass and its gradient. In latent space the prior is simple,
-but known pixels are a curved surface of no volume: any step leaves it. A sampler there needs a
-tolerance, so it has another posterior.
+Chains start from random latents that are changed just enough for their images to agree with the
+constraint. If the inverse is sequential, this takes too long. Then they start from random images,
+and the density is raised slowly from the power 0 to 1 (annealing).
 
-**Where chains begin.** Random latents are changed as little as makes their images agree with what
-is known (`_from_latents`). In latent space large steps lead from one likely image to another. Where
-the inverse is sequential this would take too long. Chains then begin with random images, and the
-density is raised slowly from the power 0 to 1 (annealing). Afterwards the size of a step is set,
-then fixed, and they go on.
-
-**Models of levels** (`bijections/ordinal.py`) give the probability of each entry given those before
-it. Entries after the last known one are drawn from these directly, each sample anew. Those before
-it start there, as if nothing were known after them, and then move like all others. Their
-probability is a function of whole numbers. The force is its derivative with respect to the levels,
-at whole numbers. The Metropolis test takes the exact probabilities, so the result is exact too.
-Between the moves, single entries are drawn anew, each from its distribution given those before it,
-and accepted by what follows after it (`_Redraws`). This is how a black pixel becomes a white one.
+Models of levels (`bijections/ordinal.py`) give the probability of each entry given the entries
+before it. Entries after the last known one are drawn from these directly, each sample anew. Earlier
+ones start there, and then move like all others. Their force is the derivative with respect to the
+levels, at whole numbers. The Metropolis test takes the exact probabilities, so the result is exact.
+Between the moves, single entries are drawn anew (`_Redraws`), so a black pixel can become white.
 """
 
 import dataclasses
@@ -44,16 +35,14 @@ from flowtrain.system.random import Stream, generator
 from flowtrain.tools.inpaint.constraints import Constraint, Pixels
 from flowtrain.tools.inpaint.hamiltonian import Chains, Target, effective_size
 
-# The distance from what is known that latents may have, at first and at last: 0 is black, 1 white.
+# The distance from the constraint that latents may have, at first and at last: 0 is black, 1 white.
 FAR, NEAR = 0.5, 0.02
 RATE = 0.1  # of Adam, for latents whose size is about 1
 LEAPFROG = 8  # mean number of gradients for a move
 BEGINNING = 0.5  # the share of the moves before the density has the power 1
 ADAPTED = 0.25  # the share of the moves at the power 1 during which the step is adapted
 RISE = 3.0  # the power rises like t^RISE, because what it multiplies are thousands of nats
-# A derivative by a level, in nats, says nothing of what is farther away than the next level. Beyond
-# this it would only make steps small. Those of natural images are near 0.1.
-STEEPEST = 2.0
+STEEPEST = 2.0  # nats per level: larger derivatives only make steps small; 0.1 is usual
 REDRAWS = 16  # times that entries are drawn anew after a move, which takes about as long
 MOST_REDRAWN = 64  # entries at a time
 REDRAWN = 0.5  # the rate of acceptance to which their number is adapted
@@ -62,33 +51,22 @@ QUANTITIES = 100  # unknown entries by which the effective sample size is judged
 
 @dataclass(frozen=True)
 class Posterior:
-    """Samples and what is known about them.
+    """Samples and their diagnostics. Without moves, all samples are independent."""
 
-    x: Images, uint8 `(B K, C, H, W)` on the CPU: K states of each of B chains, chain by chain.
-    accepted: Mean probability with which a move was accepted, or None where there were no moves.
-    effective: How many independent samples the path of one chain is worth, after the warm-up. None
-        without moves: then all samples are independent.
-    moves: Moves of each chain after the warm-up.
-    """
-
-    x: Tensor
-    accepted: float | None
-    effective: float | None
-    moves: int
+    x: Tensor  # uint8 (B K, C, H, W) on the CPU: K states of each of B chains, chain by chain
+    accepted: float | None  # mean acceptance probability of a move
+    effective: float | None  # effective sample size of a chain after the warm-up
+    moves: int  # of each chain after the warm-up
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done for a posterior.
+    """The number of chains and of their moves."""
 
-    chains: Number of independent chains, B.
-    moves: Moves of each, with the warm-up.
-    kept: States of each chain that are kept, K, at equal distances in the second half of what
-        follows the warm-up. One alone is the last.
-    """
-
-    chains: int
-    moves: int
+    chains: int  # B
+    moves: int  # of each, with the warm-up
+    # States of each chain that are kept, K, at equal distances in the second half of the moves
+    # after the warm-up. One alone is the last.
     kept: int = 1
 
 
@@ -102,28 +80,28 @@ def sample(
 ) -> Posterior:
     """Images that agree with a constraint. `label` is the class of a class-conditional model.
 
-    Raises `UserError` for a model that has no such posterior (`require_posterior`), for a label
-    that it does not have, or where there is no room.
+    Raises `UserError` for a model without such a posterior (`require_posterior`), for a label that
+    it does not have, or if memory is short.
     """
     require_posterior(flow, label)
     require_room(flow, effort)
     count = effort.chains
     labels = None if label is None else torch.full((count,), label, device=flow.device)
     randomness = generator(seed, Stream.POSTERIOR)
+    sampler = _Sampler(flow, constraint, effort, labels, randomness, progress)
     layer = discrete_model(flow.bijection)
     if layer is not None and isinstance(constraint, Pixels):
-        return _in_order_and_moved(flow, layer, constraint, effort, labels, randomness, progress)
+        return _in_order_and_moved(sampler, layer, constraint)
     density = _density(flow)
     if flow.bijection.inverse_is_sequential:
         s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
-        return _moved(flow, density, constraint, s, effort, labels, randomness, progress)
-    y = _from_latents(flow, constraint, effort, labels, randomness, progress)
-    s = constraint.coordinates(y)
-    return _moved(flow, density, constraint, s, effort, labels, randomness, progress, begun=True)
+        return sampler.moved(density, s)
+    s = constraint.coordinates(sampler.start_from_latents())
+    return sampler.moved(density, s, begun=True)
 
 
 def require_room(flow: Flow, effort: Effort) -> None:
-    """Raises `UserError` where the chains do not fit into memory."""
+    """Raises `UserError` if the chains do not fit into memory."""
     count = effort.chains
     capacity.require(
         count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
@@ -131,7 +109,7 @@ def require_room(flow: Flow, effort: Effort) -> None:
 
 
 def require_posterior(flow: Flow, label: int | None = None) -> None:
-    """Raises `UserError` where no image can be completed by a flow, or not with this class."""
+    """Raises `UserError` if a flow cannot complete images, or not with this class."""
     flow.kind.require_levels("inpaint: the model is of real-valued data, which have no pixels")
     if flow.kind.no_bits is not None:
         raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
@@ -149,8 +127,8 @@ def require_posterior(flow: Flow, label: int | None = None) -> None:
 
 # --- the density and its force --------------------------------------------------------------------
 
-# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, and a scalar of which the
-# force is the gradient, and which depends on the numbers through autograd.
+# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, and to a scalar. The
+# force is the scalar's gradient with respect to the numbers.
 Density = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -181,8 +159,8 @@ def _in_parts(flow: Flow, density: Density, s: Tensor, labels: Tensor | None) ->
 
 
 def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
-    """The density of dequantized images. `counted` `(C, H, W)` says which entries of a model of
-    levels have a part in it.
+    """The density of dequantized images. `counted` `(C, H, W)` weights the entries of a model of
+    levels.
     """
     layer = discrete_model(flow.bijection)
     if layer is None:
@@ -207,148 +185,134 @@ def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
     return of_levels
 
 
-def _from_latents(
-    flow: Flow,
-    constraint: Constraint,
-    effort: Effort,
-    labels: Tensor | None,
-    randomness: torch.Generator,
-    progress: Callable[[float, float], None],
-) -> Tensor:
-    """Dequantized images `(B, C, H, W)` that nearly agree with a constraint, one for each chain.
+# --- chains ---------------------------------------------------------------------------------------
 
-    Their latents n are the smallest change of random ones: the minimum of `|n - random|^2 / 2 +
-    miss(n) / sigma^2`, where sigma falls. For a linear flow these are samples of the posterior
-    ("randomize, then optimize": Bardsley, Solonen, Haario & Laine 2014, SIAM J. Sci. Comput. 36).
-    """
-    count, steps = effort.chains, LEAPFROG * _beginning(effort)
-    labels = flow.classes_in_turn(count) if labels is None else labels
-    random = torch.randn(count, flow.latent_dims, generator=randomness).to(flow.device)
-    n = random.clone().requires_grad_()
 
-    def images(n: Tensor, labels: Tensor | None) -> Tensor:
-        v, _ = flow.bijection.inverse(
-            flow.latents_of_classes(n, labels), flow.conditioning(len(n), labels)
+@dataclass(frozen=True)
+class _Sampler:
+    """The arguments of `sample`, and the steps of its work."""
+
+    flow: Flow
+    constraint: Constraint
+    effort: Effort
+    labels: Tensor | None
+    randomness: torch.Generator
+    progress: Callable[[float, float], None]
+
+    @property
+    def beginning(self) -> int:
+        """The moves before the density has the power 1, or as many gradients in latents."""
+        return round(BEGINNING * self.effort.moves)
+
+    def start_from_latents(self) -> Tensor:
+        """Dequantized images `(B, C, H, W)` that nearly agree with the constraint.
+
+        Their latents n minimize `|n - random|^2 / 2 + miss(n) / sigma^2`, where sigma falls. For a
+        linear flow these are samples of the posterior ("randomize, then optimize": Bardsley,
+        Solonen, Haario & Laine 2014, SIAM J. Sci. Comput. 36).
+        """
+        flow, count, steps = self.flow, self.effort.chains, LEAPFROG * self.beginning
+        labels = flow.classes_in_turn(count) if self.labels is None else self.labels
+        random = torch.randn(count, flow.latent_dims, generator=self.randomness).to(flow.device)
+        n = random.clone().requires_grad_()
+
+        def images(n: Tensor, labels: Tensor | None) -> Tensor:
+            v, _ = flow.bijection.inverse(
+                flow.latents_of_classes(n, labels), flow.conditioning(len(n), labels)
+            )
+            return flow.dequantizer.to_unit(v)
+
+        def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            close = -self.constraint.miss(images(n, labels))
+            return close, close.sum()
+
+        target = _in_parts(flow, closeness, n, labels)
+        optimizer = torch.optim.Adam([n], lr=RATE)
+        for step in range(steps):
+            sigma = FAR * (NEAR / FAR) ** ((step + 1) / steps)
+            _, force = target(n)
+            n.grad = n.detach() - random - force / sigma**2
+            optimizer.step()
+            self.progress((step + 1) // LEAPFROG, self.effort.moves)
+        with torch.no_grad():
+            return images(n, labels)
+
+    def moved(
+        self, density: Density, s: Tensor, redraws: "_Redraws | None" = None, begun: bool = False
+    ) -> Posterior:
+        """Moves coordinates `s` `(B, C, H, W)`.
+
+        It begins with annealing, unless the chains have `begun` in latents, or have `redraws` after
+        each move.
+        """
+        levels, constraint = self.flow.levels, self.constraint
+        assert levels is not None
+
+        def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            y, volume = constraint.images(s)
+            log_density, scalar = density(y, labels)
+            return log_density + volume, scalar + volume.sum()
+
+        target = _in_parts(self.flow, of_coordinates, s, self.labels)
+        chains = Chains(target, s, constraint.moves, LEAPFROG, self.randomness)
+        moves, kept = self.effort.moves, self.effort.kept
+        annealed = self.beginning if redraws is None else 0
+        warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
+        unknown = constraint.unknown.flatten().nonzero().flatten()
+        followed = unknown[:: -(-len(unknown) // QUANTITIES)]
+        probabilities, history, images = [], [], []
+        if (moves - warm_up) // 2 < kept:
+            raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
+        keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
+        for move in range(annealed if begun else 0, moves):
+            power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
+            probability = chains.move(power, adapting=move < warm_up)
+            if redraws is not None:
+                chains.put(redraws(chains.point.s, adapting=move < warm_up))
+            if move >= warm_up:
+                probabilities.append(probability.mean())
+                y, _ = constraint.images(chains.point.s)
+                x = (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
+                history.append(x.flatten(1)[:, followed].float().cpu())
+                if move in keep:
+                    images.append(x.cpu())
+            self.progress(move + 1, moves)
+        return Posterior(
+            torch.stack(images, dim=1).flatten(0, 1),
+            float(torch.stack(probabilities).mean()),
+            effective_size(torch.stack(history)) / len(s),
+            moves - warm_up,
         )
-        return flow.dequantizer.to_unit(v)
-
-    def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        close = -constraint.miss(images(n, labels))
-        return close, close.sum()
-
-    target = _in_parts(flow, closeness, n, labels)
-    optimizer = torch.optim.Adam([n], lr=RATE)
-    for step in range(steps):
-        sigma = FAR * (NEAR / FAR) ** ((step + 1) / steps)
-        _, force = target(n)
-        n.grad = n.detach() - random - force / sigma**2
-        optimizer.step()
-        progress((step + 1) // LEAPFROG, effort.moves)
-    with torch.no_grad():
-        return images(n, labels)
-
-
-def _beginning(effort: Effort) -> int:
-    """The moves before the density has the power 1, or what takes as many gradients."""
-    return round(BEGINNING * effort.moves)
-
-
-def _moved(
-    flow: Flow,
-    density: Density,
-    constraint: Constraint,
-    s: Tensor,
-    effort: Effort,
-    labels: Tensor | None,
-    randomness: torch.Generator,
-    progress: Callable[[float, float], None],
-    redraws: "_Redraws | None" = None,
-    begun: bool = False,
-) -> Posterior:
-    """What the moves make of coordinates `s` `(B, C, H, W)`. See `sample`.
-
-    They begin with annealing, unless they go on with `redraws` after each from where they are, or
-    have `begun` in latents.
-    """
-    levels = flow.levels
-    assert levels is not None
-
-    def integers(y: Tensor) -> Tensor:
-        return (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
-
-    def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, volume = constraint.images(s)
-        log_density, scalar = density(y, labels)
-        return log_density + volume, scalar + volume.sum()
-
-    target = _in_parts(flow, of_coordinates, s, labels)
-    chains = Chains(target, s, constraint.moves(), LEAPFROG, randomness)
-    moves, kept = effort.moves, effort.kept
-    annealed = _beginning(effort) if redraws is None else 0
-    warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
-    followed = _some(constraint.unknown())
-    probabilities, history, images = [], [], []
-    if (moves - warm_up) // 2 < kept:
-        raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
-    keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
-    for move in range(annealed if begun else 0, moves):
-        power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
-        probability = chains.move(power, adapting=move < warm_up)
-        if redraws is not None:
-            chains.put(redraws(chains.point.s, adapting=move < warm_up))
-        if move >= warm_up:
-            probabilities.append(probability.mean())
-            x = integers(constraint.images(chains.point.s)[0])
-            history.append(x.flatten(1)[:, followed].float().cpu())
-            if move in keep:
-                images.append(x.cpu())
-        progress(move + 1, moves)
-    return Posterior(
-        torch.stack(images, dim=1).flatten(0, 1),
-        float(torch.stack(probabilities).mean()),
-        effective_size(torch.stack(history)) / len(s),
-        moves - warm_up,
-    )
-
-
-def _some(unknown: Tensor) -> Tensor:
-    """The indices of at most `QUANTITIES` of the unknown entries, at equal distances."""
-    entries = unknown.flatten().nonzero().flatten()
-    return entries[:: -(-len(entries) // QUANTITIES)]
 
 
 # --- models of levels -----------------------------------------------------------------------------
 
 
 def _in_order_and_moved(
-    flow: Flow,
-    layer: OrdinalAutoregressive,
-    constraint: Pixels,
-    effort: Effort,
-    labels: Tensor | None,
-    randomness: torch.Generator,
-    progress: Callable[[float, float], None],
+    sampler: _Sampler, layer: OrdinalAutoregressive, constraint: Pixels
 ) -> Posterior:
-    """See `sample`: entries are drawn in order, and those before a known one move after that."""
+    """Draws entries in order, and then moves those before a known one."""
+    flow, effort, labels = sampler.flow, sampler.effort, sampler.labels
+    randomness = sampler.randomness
     assert flow.levels is not None
     order, known = layer.order(), constraint.known
     last = order[known].max()
     early = ~known & (order < last)
-    # Where nothing moves, each sample is drawn anew.
+    # If nothing moves, each sample is drawn anew.
     times = 1 if early.any() else effort.kept
     of_chain = None if labels is None else labels.repeat_interleave(times)
     given = constraint.x.expand(effort.chains * times, -1, -1, -1)
     x = in_order(flow, layer, given, known, of_chain, randomness)
     if not early.any():
-        progress(1, 1)
+        sampler.progress(1, 1)
         return Posterior(x.to(torch.uint8).cpu(), None, None, 0)
     moving = Pixels(constraint.x, ~early, flow.levels, within=False)
     uniform = torch.rand(x.shape, generator=randomness).to(x.device)
     s = moving.coordinates((x + uniform) / flow.levels)
-    counted = (order <= last).to(flow.device)  # the others have no part in what moves
-    density = _density(flow, counted)
+    counted = (order <= last).to(flow.device)  # the others do not affect the moving entries
     redraws = _Redraws(layer, flow.conditioning(len(x), labels), moving, counted, randomness)
-    found = _moved(flow, density, moving, s, effort, labels, randomness, progress, redraws)
+    chains = dataclasses.replace(sampler, constraint=moving)
+    found = chains.moved(_density(flow, counted), s, redraws)
     if bool((known | early).all()):
         return found
     of_state = None if labels is None else labels.repeat_interleave(effort.kept)
@@ -359,10 +323,9 @@ def _in_order_and_moved(
 class _Redraws:
     """Draws entries of chains anew, from the model's own distributions, with a Metropolis test.
 
-    A few random entries S get levels drawn from P(x_d | x_<d), all at once and given the present
-    levels. The test takes the ratio of the images' probabilities, and that of the probabilities
-    with which the new image is drawn and the old one is drawn back, which has other levels before
-    the entries of S. How many entries S has is adapted in the warm-up.
+    A few random entries get levels from P(x_d | x_<d), all at once and given the present levels.
+    The test takes the ratios of the images' probabilities and of the proposals'. The number of
+    entries is adapted in the warm-up.
     """
 
     def __init__(
@@ -375,7 +338,7 @@ class _Redraws:
     ):
         self.layer, self.context, self.constraint = layer, context, constraint
         self.counted, self.randomness = counted, randomness
-        self.free = constraint.moves().flatten().nonzero().flatten()
+        self.free = constraint.moves.flatten().nonzero().flatten()
         self.count = 1.0  # entries at a time
 
     @torch.no_grad()
@@ -391,7 +354,7 @@ class _Redraws:
                 most = min(len(self.free), MOST_REDRAWN)
                 self.count = min(max(self.count * (1 + 0.2 * (rate - REDRAWN)), 1.0), most)
         moved = self.constraint.coordinates((x + within) / levels)
-        return torch.where(self.constraint.moves().to(s.device), moved, s)
+        return torch.where(self.constraint.moves.to(s.device), moved, s)
 
     def _once(self, x: Tensor) -> tuple[Tensor, float]:
         order = torch.randperm(len(self.free), generator=self.randomness)
@@ -422,8 +385,8 @@ def in_order(
     labels: Tensor | None,
     randomness: torch.Generator,
 ) -> Tensor:
-    """Levels `(B, C, H, W)`, int64, of which those `known` `(C, H, W)` are those of `x`
-    `(B, C, H, W)`, and each other one is drawn given all before it.
+    """Levels `(B, C, H, W)`, int64: the `known` ones `(C, H, W)` are copied from `x`, of the same
+    shape, and each other one is drawn given all before it.
     """
     given = x.flatten(1).T.long().to(flow.device).contiguous()
     free = (~known).flatten().tolist()

@@ -1,10 +1,12 @@
-"""Streams: what the first images borrow, and what cannot be coded."""
+"""Streams: the bits that the first images borrow, and images that cannot be coded."""
+
+import math
 
 import pytest
 import torch
-from coding_helpers import affine_flow, smooth
+from coding_helpers import RGB, affine_flow, causal_flow, smooth
 
-from flowtrain.tools.archive.codec import Codec
+from flowtrain.tools.archive.codec import Coder, coder_of
 from flowtrain.tools.archive.stack import Exhausted, Stack, random_words
 from flowtrain.tools.archive.streams import (
     MOST_CARRIERS,
@@ -16,33 +18,46 @@ from flowtrain.tools.archive.streams import (
 pytest.importorskip("constriction")
 
 
-def round_trip(codec: Codec, x: torch.Tensor, borrowed: int) -> EncodedStream:
-    stream = encode_stream(codec, x, list(range(len(x))), borrowed, lambda count: None)
-    assert len(set(stream.images)) == len(stream.images)
-    back = decode_stream(codec, stream.words, stream.description(), lambda count: None)
+def round_trip(coder: Coder, x: torch.Tensor, borrowed: int) -> EncodedStream:
+    ticks: list[int] = []
+    stream = encode_stream(coder, x, list(range(len(x))), borrowed, ticks.append)
+    assert len(set(stream.images)) == len(stream.images) and sum(ticks) >= len(x)
+    back = decode_stream(coder, stream.words, stream.described, lambda count: None)
     assert torch.equal(back, x[stream.images])
     return stream
 
 
 @pytest.mark.parametrize("borrowed", [16, 1200, 5000])
 def test_a_stream_that_borrows_more_than_it_has_begins_again(borrowed):
-    codec, x = Codec(affine_flow((3, 8, 8))), smooth(40, (3, 8, 8))
-    stream = round_trip(codec, x, borrowed)
+    coder, x = coder_of(affine_flow((3, 8, 8))), smooth(40, (3, 8, 8))
+    stream = round_trip(coder, x, borrowed)
+    chunks = stream.described.chunks
     assert sorted(stream.images) == list(range(40))
-    assert 0 < stream.carriers < 40 and max(stream.chunks) > min(stream.chunks)
+    assert 0 < stream.described.carriers < 40 and max(chunks) > min(chunks)
     with pytest.raises(Exhausted):
-        codec.encode(x[:1], Stack(random_words(10)))
+        coder.encode(x[:1], Stack(random_words(10)))
 
 
-def test_random_bits_are_borrowed_where_images_are_too_small_to_carry():
+def test_random_bits_are_borrowed_if_images_are_too_small_to_carry():
     x = torch.full((50, 1, 8, 8), 7, dtype=torch.uint8)
-    stream = round_trip(Codec(affine_flow((1, 8, 8))), x, 50_000)
+    stream = round_trip(coder_of(affine_flow((1, 8, 8))), x, 50_000)
     assert len(stream.images) == 50
-    assert stream.carriers == MOST_CARRIERS and stream.initial_bits >= 50_000
+    assert stream.described.carriers == MOST_CARRIERS and stream.initial_bits >= 50_000
 
 
 def test_an_image_that_cannot_be_coded_is_left_out_of_its_stream():
     x = smooth(30, (3, 8, 8)) // 8 + 112
     x[20, 0, 0, 0] = 255
-    stream = round_trip(Codec(affine_flow((3, 8, 8), slope=150.0)), x, 4000)
+    stream = round_trip(coder_of(affine_flow((3, 8, 8), slope=150.0)), x, 4000)
     assert 20 not in stream.images and len(stream.images) == 29
+
+
+def test_a_stream_of_a_causal_flow_begins_with_nothing():
+    flow, x = causal_flow(RGB), smooth(150, RGB)
+    coder = coder_of(flow)
+    for count, chunks in ((150, [128, 22]), (1, [1])):
+        stream = round_trip(coder, x[:count], 0)
+        assert (stream.initial_bits, stream.described.carriers) == (0, 0)
+        assert stream.described.chunks == chunks
+        bits = flow.log_prob(x[:count]).sum().item() / -math.log(2)
+        assert stream.net_bits == pytest.approx(bits, rel=1e-3, abs=24 + 32)  # a begun word

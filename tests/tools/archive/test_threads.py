@@ -16,9 +16,10 @@ def test_the_first_stream_that_fails_ends_all():
         for _ in range(2000):
             time.sleep(0.005)
             tick(1)
+            ticks.append(1)
 
     torch.set_num_threads(2)
-    started = time.monotonic()
+    ticks: list[int] = []
     with pytest.raises(ValueError, match="the second"):
         in_threads([slow, fails], 1, lambda done, total: None)
-    assert time.monotonic() - started < 5
+    assert len(ticks) < 2000

@@ -1,4 +1,4 @@
-"""Samples of missing pixels against posteriors that are known in closed form."""
+"""Samples of missing pixels against posteriors in closed form."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def gaussian(shape, levels, sd, seed=0):
 
 
 def assert_moments(found, mean, covariance):
-    """Samples `(N, D)` of a Gaussian, within errors."""
+    """Samples `(N, D)` are of a Gaussian, within errors."""
     error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
     assert error.abs().max() < 4
     scale = covariance.diagonal().sqrt()
@@ -74,7 +74,7 @@ def test_missing_entries_of_a_gaussian(sd):
     assert_moments(y, expected, rest + cells)
 
 
-def test_the_effective_size_is_that_of_missing_entries():
+def test_the_effective_size_is_of_missing_entries():
     flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
     known = torch.ones(1, 12, 20, dtype=torch.bool)
     known[0, 5, 7] = False  # one of so many that not all are followed
@@ -85,9 +85,8 @@ def test_the_effective_size_is_that_of_missing_entries():
 @pytest.mark.run  # takes long
 def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
-    context = ImageContext("downsample", 2, (1, 2, 4), 256)
     small = torch.tensor([[[120, 135]]])
-    constraint = Averages(small, context)
+    constraint = Averages(small, ImageContext("downsample", 2, (1, 2, 4), 256))
     found = sample(flow, constraint, Effort(600, 24), seed=0)
     assert agrees(constraint, found.x).all()
     average = torch.tensor([[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]) / 4.0
@@ -98,7 +97,7 @@ def test_an_image_of_a_gaussian_with_known_averages():
     assert_moments(y, expected, rest + torch.eye(8) / 12 / 256**2)
 
 
-def test_the_posterior_is_that_of_cells_not_of_their_middles():
+def test_the_posterior_is_of_cells_not_of_their_middles():
     """Three levels are so coarse that the place in the cell of the known entry matters: it is
     rather at the lower end, near which the other entry is.
     """
@@ -120,24 +119,30 @@ def test_the_posterior_is_that_of_cells_not_of_their_middles():
     assert off.abs().max() > 8  # this test can tell them apart
 
 
+# --- causal models --------------------------------------------------------------------------------
+
 LEVELS = 3
 SQUARE = (1, 2, 2)
 EVERYTHING = torch.tensor(list(itertools.product(range(LEVELS), repeat=4)), dtype=torch.uint8)
 EVERYTHING = EVERYTHING.view(-1, *SQUARE)
 
 
-def causal():
-    return tiny_flow("causal", SQUARE, LEVELS, scale=0.3, token=1).eval()
+def causal(scale=0.3):
+    """A causal model, and its probabilities of `EVERYTHING`."""
+    flow = tiny_flow("causal", SQUARE, LEVELS, scale=scale, token=1).eval()
+    with torch.no_grad():
+        return flow, flow.log_prob(EVERYTHING, seeded()).exp()
 
 
-def distance(x, probability):
-    """Total variation between samples `(N, 1, 2, 2)` and the probabilities of `EVERYTHING`, and
-    what it is on average for as many independent samples.
+def distance(x, weights):
+    """Total variation between samples `(N, 1, 2, 2)` and the weights of `EVERYTHING`, relative to
+    its average for as many independent samples.
     """
+    probability = weights / weights.sum()
     places = LEVELS ** torch.arange(3, -1, -1)
     found = torch.bincount((x.flatten(1) * places).sum(1), minlength=LEVELS**4) / len(x)
     noise = (probability * (1 - probability) / len(x)).sqrt().sum() / (2 * math.pi) ** 0.5
-    return float((found - probability).abs().sum() / 2), float(noise)
+    return float((found - probability).abs().sum() / 2 / noise)
 
 
 @pytest.mark.parametrize(
@@ -147,74 +152,19 @@ def distance(x, probability):
 )
 @pytest.mark.run  # takes long
 def test_missing_entries_of_a_causal_model(mask, moves):
-    """Where entries are known after missing ones, the moves make the difference."""
-    flow, x = causal(), EVERYTHING[50]
+    """If entries are known after missing ones, the moves make the difference."""
+    (flow, probability), x = causal(), EVERYTHING[50]
     known = torch.tensor(mask, dtype=torch.bool).view(SQUARE)
     constraint = Pixels(x, known, LEVELS)
-    with torch.no_grad():
-        probability = flow.log_prob(EVERYTHING, seeded()).exp() * agrees(constraint, EVERYTHING)
-    probability /= probability.sum()
+    probability = probability * agrees(constraint, EVERYTHING)
     found = sample(flow, constraint, Effort(800, 6), seed=0)
     assert agrees(constraint, found.x).all()
     assert (found.accepted is not None) == moves
-    off, noise = distance(found.x, probability)
-    assert off < 1.6 * noise
+    assert distance(found.x, probability) < 1.6
     if moves:
         layer, given = discrete_model(flow.bijection), x.expand(800, -1, -1, -1)
         start = in_order(flow, layer, given, known, None, seeded())
-        assert distance(start, probability)[0] > 2 * noise
-
-
-def models():
-    return [name for name in TINY if name != "planar"]
-
-
-@pytest.mark.parametrize("name", models())
-@pytest.mark.run  # takes long
-def test_every_model_of_images_has_a_posterior(name):
-    options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
-    flow = tiny_flow(name, (1, 4, 4), 17, **options).eval()
-    x, known = images(1, (1, 4, 4), 17)[0], torch.rand(1, 4, 4, generator=seeded(0)) < 0.5
-    constraint = Pixels(x, known, 17)
-    found = sample(flow, constraint, Effort(2, 6), seed=1)
-    assert found.x.shape == (2, 1, 4, 4) and agrees(constraint, found.x).all()
-    assert all(parameter.grad is None for parameter in flow.parameters())
-
-
-@pytest.mark.parametrize("name", ["nice", "causal"])
-@pytest.mark.run  # takes long
-def test_the_seed_decides(name):
-    flow, x = tiny_flow(name, SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
-    constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
-    first, again, other = (sample(flow, constraint, Effort(3, 6), seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
-
-
-@pytest.mark.run  # takes long
-def test_several_states_of_each_chain():
-    flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
-    constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
-    found = sample(flow, constraint, Effort(3, 20, kept=2), seed=1)
-    assert found.x.shape == (6, *SQUARE)
-    assert torch.equal(found.x[1::2], sample(flow, constraint, Effort(3, 20), seed=1).x)
-    with pytest.raises(ValueError, match="6 moves are too few for 2 states"):
-        sample(flow, constraint, Effort(3, 6, kept=2), seed=1)
-
-
-def test_the_force_of_levels_is_a_derivative():
-    flow = causal()
-    x = torch.tensor([[[[1.0, 2.0], [1.0, 2.0]]]], requires_grad=True)
-    layer = discrete_model(flow.bijection)
-    terms = layer.log_probs(x)
-    with torch.no_grad():
-        exact = flow.log_prob(x.detach().to(torch.uint8), seeded())
-    torch.testing.assert_close(terms.sum(), exact[0])
-    (force,) = torch.autograd.grad(terms.sum(), x)
-    step = torch.zeros_like(x)
-    step[0, 0, 0, 0] = 1e-2
-    with torch.no_grad():
-        numeric = (layer.log_probs(x + step).sum() - layer.log_probs(x - step).sum()) / 2e-2
-    torch.testing.assert_close(force[0, 0, 0, 0], numeric, rtol=2e-2, atol=1e-3)
+        assert distance(start, probability) > 2
 
 
 @pytest.mark.run  # takes long
@@ -222,39 +172,72 @@ def test_known_averages_of_a_causal_model():
     """The noise makes up for the difference of the integers' mean from the one that is held. So an
     image counts by the density of the sum of four uniform numbers: 1/6 at 1 and 3, 4/6 at 2.
     """
-    flow = tiny_flow("causal", SQUARE, LEVELS, scale=0.05, token=1).eval()
+    flow, probability = causal(scale=0.05)
     constraint = Averages(torch.tensor([[[1]]]), ImageContext("downsample", 2, SQUARE, LEVELS))
     total = EVERYTHING.flatten(1).sum(1)
-    with torch.no_grad():
-        probability = flow.log_prob(EVERYTHING, seeded()).exp()
     probability = probability * ((total == 4) * 4 + (total == 3) * 1 + (total == 5) * 1)
-    probability /= probability.sum()
     found = sample(flow, constraint, Effort(400, 24), seed=0)
     assert agrees(constraint, found.x).all()
-    off, noise = distance(found.x, probability)
-    assert off < 1.6 * noise
+    assert distance(found.x, probability) < 1.6
 
 
-def test_the_probabilities_of_all_levels_at_some_entries():
-    for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
-        flow = tiny_flow("causal", shape, 5, token=token).eval()
-        layer, x = discrete_model(flow.bijection), images(3, shape, 5).float()
-        entries = torch.tensor([0, 7, 29, 23][: 3 if token == 1 else 4]) % math.prod(shape)
-        terms, table = layer.log_probs_of_all(x, entries)
-        assert table.shape == (3, len(entries), 5)
-        torch.testing.assert_close(table.exp().sum(2), torch.ones(3, len(entries)))
-        levels = x.flatten(1)[:, entries].long()
-        torch.testing.assert_close(
-            table.gather(2, levels[..., None])[..., 0], terms.flatten(1)[:, entries]
-        )
+def test_the_force_of_levels_is_a_derivative():
+    flow, probability = causal()
+    layer, x = discrete_model(flow.bijection), torch.tensor([[[[1.0, 2.0], [1.0, 2.0]]]])
+    x.requires_grad_()
+    total = layer.log_probs(x).sum()
+    torch.testing.assert_close(total.exp(), probability[(x == EVERYTHING).flatten(1).all(1)][0])
+    (force,) = torch.autograd.grad(total, x)
+    step = torch.zeros_like(x)
+    step[0, 0, 0, 0] = 1e-2
+    with torch.no_grad():
+        numeric = (layer.log_probs(x + step).sum() - layer.log_probs(x - step).sum()) / 2e-2
+    torch.testing.assert_close(force[0, 0, 0, 0], numeric, rtol=2e-2, atol=1e-3)
 
 
-def test_the_order_is_that_of_sampling():
-    for shape, token in (((2, 3, 4), 1), ((2, 3, 5), 2)):
-        layer = discrete_model(tiny_flow("causal", shape, 5, token=token).bijection)
-        seen = []
-        layer.in_order(lambda entry, i, seen=seen: seen.append(i) or torch.tensor([0]), 1)
-        assert layer.order().flatten().argsort().tolist() == seen
+@pytest.mark.parametrize("shape, token", [((2, 3, 4), 1), ((2, 3, 5), 2)])
+def test_the_order_and_all_probabilities_of_a_layer(shape, token):
+    layer = discrete_model(tiny_flow("causal", shape, 5, token=token).eval().bijection)
+    drawn = []
+    layer.in_order(lambda entry, i: drawn.append(i) or torch.tensor([0]), 1)
+    assert layer.order().flatten().argsort().tolist() == drawn
+    x = images(3, shape, 5).float()
+    entries = torch.tensor([0, 7, 29, 23][: 3 if token == 1 else 4]) % math.prod(shape)
+    terms, table = layer.log_probs_of_all(x, entries)
+    assert table.shape == (3, len(entries), 5)
+    torch.testing.assert_close(table.exp().sum(2), torch.ones(3, len(entries)))
+    levels = x.flatten(1)[:, entries, None].long()
+    torch.testing.assert_close(table.gather(2, levels)[..., 0], terms.flatten(1)[:, entries])
+
+
+# --- any model ------------------------------------------------------------------------------------
+
+DIAGONAL = torch.tensor([[[True, False], [False, True]]])
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "planar"])
+@pytest.mark.run  # takes long
+def test_every_model_of_images_has_a_posterior(name):
+    options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
+    flow, x = tiny_flow(name, SQUARE, 17, **options).eval(), images(1, SQUARE, 17)[0]
+    constraint = Pixels(x, DIAGONAL, 17)
+    found = sample(flow, constraint, Effort(2, 6), seed=1)
+    assert found.x.shape == (2, *SQUARE) and agrees(constraint, found.x).all()
+    assert all(parameter.grad is None for parameter in flow.parameters())
+    if name in ("nice", "causal"):
+        again, other = (sample(flow, constraint, Effort(2, 6), seed=seed).x for seed in (1, 2))
+        assert torch.equal(found.x, again) and not torch.equal(found.x, other)
+
+
+@pytest.mark.run  # takes long
+def test_several_states_of_each_chain():
+    flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
+    constraint = Pixels(x, DIAGONAL, 17)
+    found = sample(flow, constraint, Effort(3, 20, kept=2), seed=1)
+    assert found.x.shape == (6, *SQUARE)
+    assert torch.equal(found.x[1::2], sample(flow, constraint, Effort(3, 20), seed=1).x)
+    with pytest.raises(ValueError, match="6 moves are too few for 2 states"):
+        sample(flow, constraint, Effort(3, 6, kept=2), seed=1)
 
 
 @pytest.mark.parametrize("model", ["nice", "causal"])
@@ -276,13 +259,12 @@ def test_the_class_of_the_image(model):
 
 
 def test_models_without_a_posterior():
-    flow, x = tiny_flow("causal", (1, 2, 2), 3), images(1, (1, 2, 2), 3)[0]
-    constraint = Pixels(x, x > 0, 3)
-    with pytest.raises(UserError, match="--class 3: the model is not class-conditional"):
-        sample(flow, constraint, Effort(2, 6), 0, label=3)
-    flow.dequantizer = GaussianDequantizer(3, 0.1)
-    with pytest.raises(UserError, match="so known pixels have no probability"):
-        sample(flow, constraint, Effort(2, 6), 0)
-    flow.dequantizer = RealValued()
-    with pytest.raises(UserError, match="the model is of real-valued data"):
-        sample(flow, constraint, Effort(2, 6), 0)
+    flow, x = tiny_flow("causal", SQUARE, 3), images(1, SQUARE, 3)[0]
+    for dequantizer, label, words in (
+        (flow.dequantizer, 3, "--class 3: the model is not class-conditional"),
+        (GaussianDequantizer(3, 0.1), None, "so known pixels have no probability"),
+        (RealValued(), None, "the model is of real-valued data"),
+    ):
+        flow.dequantizer = dequantizer
+        with pytest.raises(UserError, match=words):
+            sample(flow, Pixels(x, x > 0, 3), Effort(2, 6), 0, label)

@@ -1,0 +1,255 @@
+"""Files of others, also with a checksum that is right."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from coding_helpers import affine_flow, smooth, stored
+from helpers import a_config, images
+
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.errors import UserError
+from flowtrain.pictures.lossless import encoded
+from flowtrain.tools.archive import compress, strips
+from flowtrain.tools.archive import format as archive
+from flowtrain.tools.archive.decompress import Opened
+
+pytest.importorskip("constriction")
+
+ROOM = 10**9  # bytes of memory
+
+
+def opened(path, data: bytes, memory: int | None = None) -> Opened:
+    path.write_bytes(data)
+    return Opened(path, memory)
+
+
+@pytest.fixture(scope="module")
+def coded() -> tuple[LoadedModel, bytes]:
+    """A model, and an archive of three streams and a stored image."""
+    meta = {"config": a_config().resolved(), "shape": [3, 8, 8], "levels": 32, "step": 1}
+    flow = affine_flow((3, 8, 8), 32).eval().requires_grad_(False)
+    file = Checkpoint(Path("affine.safetensors"), {**meta, "format": 1, "versions": {}}, {})
+    model = LoadedModel(flow, a_config(), "raw", file)
+    x = torch.cat([torch.full((1, 3, 8, 8), 31).byte(), smooth(70, (3, 8, 8)) // 16 + 8])
+    prepared = compress.prepare(model, x)
+    return model, compress.choose(prepared, "train", embed=True, stream_size=24).data
+
+
+def test_a_flipped_bit_anywhere_is_caught(coded, tmp_path):
+    for data in (stored(), coded[1]):
+        for position in range(len(data)):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << position % 8
+            with pytest.raises(UserError, match="damaged|not an archive"):
+                archive.unpack(tmp_path, bytes(damaged), ROOM)
+        for length in (0, 3, 4, 7, 12, len(data) // 2, len(data) - 1):
+            with pytest.raises(UserError, match="damaged|not an archive"):
+                archive.unpack(tmp_path, data[:length], ROOM)
+
+
+STREAM = {"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}
+NAMES = [
+    "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800",
+    "n" * 256,
+    "ö" * 128,
+    "b.png", "b.png/c.png", f"{'n' * 256}/a",
+]  # fmt: skip
+SHAPES = [[1, 8], [2, 8, 8], [1, 8, 0], [1, 8, 10**9], [1, 4, 8], [3, 8, 8], "x"]
+STRIPS = [b"x", b"\x78", b"\x89PNG", zlib.compress(bytes(127)), zlib.compress(bytes(129))]
+CRAFTED = [
+    *({key: None} for key in ("shape", "levels", "names")),
+    *({"shape": shape} for shape in SHAPES),
+    *({"levels": levels} for levels in (1, 257, "x", [], 3)),
+    *({"names": names} for names in (["a.png"], ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")),
+    *({"names": [name, "b.png"]} for name in NAMES),
+    *({"names": "test", "count": count} for count in (1, 3, 10**12, -1, "x")),
+    {"streams": [STREAM]},
+    {"streams": 5},
+    {"parts": [b"more"]},
+    *({"strip": strip} for strip in STRIPS),
+    {"strip": encoded(torch.zeros(1, 24, 8, dtype=torch.uint8), "PNG")},
+]
+
+
+@pytest.mark.parametrize("changes", CRAFTED, ids=lambda changes: ascii(changes)[:60])
+def test_a_crafted_archive_is_one_error(changes, tmp_path):
+    readable = "cannot be read" if "strip" in changes or "shape" in changes else "not a valid"
+    with pytest.raises(UserError, match=f"not a valid archive|{readable}"):
+        opened(tmp_path / "a", stored(**changes)).images(None)
+
+
+def test_any_other_name_is_taken(tmp_path):
+    """The same rules on both sides: what can be packed can be unpacked."""
+    for name in ("shot 12:30.png", "a\\b.png", "c\udcff.png", "n" * 251 + ".png", " .png", "ö/-"):
+        assert opened(tmp_path / "a", stored(names=[name, "b.png"])).names == [name, "b.png"]
+
+
+def deflated(text: bytes) -> bytes:
+    deflate = zlib.compressobj(9, wbits=-15, zdict=archive.DICTIONARY)
+    return deflate.compress(text) + deflate.flush()
+
+
+def described(text: bytes, rest: bytes = b"") -> bytes:
+    data = archive.MAGIC + len(text).to_bytes(4, "little") + text + rest
+    return data + archive.digest(data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\xff" * 20, zlib.compress(b"{}"), *map(deflated, (b"{", b"[" * 10**5, b"7"))],
+    ids=range(6),
+)
+def test_a_description_that_is_none_is_one_error(text, tmp_path):
+    with pytest.raises(UserError, match="not a valid archive"):
+        opened(tmp_path / "a", described(text))
+
+
+@pytest.mark.parametrize("lengths", [[8, 33], [8, 10**9], [4 * 10**12, 1], [4], [], None])
+def test_parts_are_as_long_as_they_claim(lengths, tmp_path):
+    """Before their number is used."""
+    claim = {"shape": [1, 8, 8], "levels": 17, "names": "x", "count": 2, "lengths": lengths}
+    data = described(deflated(json.dumps(claim).encode()), bytes(40))
+    with pytest.raises(UserError, match="parts are longer|not one name for each|lengths"):
+        opened(tmp_path / "a", data)
+
+
+def repacked(data: bytes, change=lambda parts: parts, **changes) -> bytes:
+    description, parts = archive.unpack(Path("old"), data, ROOM)
+    return archive.pack({**description.model_dump(exclude_unset=True), **changes}, change(parts))
+
+
+def test_crafted_streams_are_one_error(coded, tmp_path):
+    model, data = coded
+    known = archive.unpack(Path(), data, ROOM)[0].model_dump(exclude_unset=True)
+    first, *others = known["streams"]
+    for changes in (
+        {"stored": known["stored"] * 2},
+        {"stored": [*known["stored"], 10**6]},
+        {"stored": [10**6]},
+        {"streams": others},
+        {"streams": [{**first, "chunks": [10**9]}, *others]},
+        {"streams": [{**first, "carriers": first["carriers"] + 1}, *others]},
+        {"model": None},
+        {"versions": {}},
+    ):
+        with pytest.raises(UserError, match="not a valid archive"):
+            opened(tmp_path / "a", repacked(data, **changes))
+    with pytest.raises(UserError, match="the model in it cannot be loaded"):
+        cut = repacked(data, lambda parts: [*parts[:-1], parts[-1][:-5]])
+        opened(tmp_path / "a", cut).load(None, False)
+    size = len(archive.unpack(Path(), data, ROOM)[1][-2])
+    flips = range(0, size, max(1, size // 12))
+    for change in [
+        *(lambda part, i=i: part[:i] + bytes([part[i] ^ 129]) + part[i + 1 :] for i in flips),
+        lambda part: part[4:],
+        lambda part: part[:-4],
+        lambda part: part[1:],
+        lambda part: b"",
+    ]:
+        changed = repacked(data, lambda parts, f=change: [*parts[:-2], f(parts[-2]), parts[-1]])
+        with pytest.raises(UserError, match="does not reproduce"):
+            opened(tmp_path / "a", changed).images(model)
+
+
+@pytest.mark.parametrize("name", ["a" * 10**5, "\x1b[2J/" * 10**4, "a/" * 10**5])
+def test_messages_about_an_archive_are_short(name, coded, tmp_path):
+    claim = stored(names=[name, name + "b"], versions={"v" * 10**5: "w" * 10**5})
+    needed = {"embedded": False, "path": name, "weights": "raw"}
+    moved = repacked(coded[1], lambda parts: parts[:-1], model=needed)
+    for data, words in ((claim, "not a valid archive"), (moved, "it needs the model")):
+        with pytest.raises(UserError, match=words) as error:
+            opened(tmp_path / "a", data).load(None, False)
+        assert len(str(error.value)) < 500 + len(str(tmp_path)) and str(error.value).isprintable()
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 100, 127, 128, 129, 10**6])
+def test_strips_are_inflated_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(strips, "PIECE", piece)
+    x = images(2, (1, 8, 8), 17)
+    found, pixels = torch.empty_like(x), x.numpy().tobytes()
+    strips.unstrip(zlib.compress(pixels), found)
+    assert torch.equal(found, x)
+    for wrong in (*map(zlib.compress, map(bytes, (127, 129, 10**6))), zlib.compress(pixels)[:-1]):
+        with pytest.raises(ValueError, match="not 128 bytes"):
+            strips.unstrip(wrong, found)
+
+
+@pytest.mark.run  # takes long
+def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
+    bomb = zlib.compress(bytes(10**8), 9)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="cannot be read"):
+        opened(tmp_path / "a", stored(strip=bomb)).images(None)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    long = stored(names=["a" * 10**5, "b"])
+    monkeypatch.setattr(archive, "LONGEST_DESCRIPTION", 10**5)
+    with pytest.raises(UserError, match="the names take"):
+        stored(names=["a" * 10**5, "b"])
+    with pytest.raises(UserError, match="does not end"):
+        opened(tmp_path / "a", long)
+
+
+def bomb(count=100_000) -> bytes:
+    """Black images of 100x100: 2 MB that say, truthfully, that they are 1 GB."""
+    strip = zlib.compress(bytes(64 * 10_000), 9)
+    rest = zlib.compress(bytes(count % 64 * 10_000), 9)
+    sums = archive.checksum(torch.zeros(1, 100, 100, dtype=torch.uint8)).to_bytes(4, "little")
+    claim = {"shape": [1, 100, 100], "levels": 256, "names": "x", "count": count}
+    return archive.pack(claim, [sums * count, *[strip] * (count // 64), *[rest] * (count % 64 > 0)])
+
+
+def test_an_archive_that_takes_too_much_memory_is_refused(tmp_path):
+    """Before anything is inflated, and before the number of images is used."""
+    data, path = bomb(), tmp_path / "bomb.fta"
+    assert len(data) < 3e6
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"takes 1,0\d\d MiB of memory, and --max-memory is 512"):
+        opened(path, data, 2**29)
+    assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    tracemalloc.stop()
+    with pytest.raises(UserError, match=rf"cannot be read: {len(data)} bytes, more than 1000000"):
+        Opened(path, 10**6)
+    names = stored(names=["a"] * 10**6, count=None)
+    with pytest.raises(UserError, match="its description does not end within 1000000 bytes"):
+        opened(path, names, memory=32 * 10**6)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from flowtrain.tools.archive.decompress import Opened
+torch.set_num_threads(1)
+status = Path("/proc/self/status")  # getrusage would begin with the peak of the parent
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+before = peak()
+found = Opened(Path(sys.argv[1]), 2**34)
+found.images(None)
+print(peak() - before, found.description.memory)
+"""
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("kind", ["many", "png"])
+def test_unpacking_takes_the_memory_that_was_foreseen(kind, tmp_path):
+    data = bomb(20_000)
+    if kind == "png":
+        x = torch.zeros(1, 8000, 10_000, dtype=torch.uint8)
+        claim = {"shape": list(x.shape), "levels": 256, "names": ["a.png"]}
+        data = archive.pack(claim, [archive.checksum(x).to_bytes(4, "little"), encoded(x, "PNG")])
+    (tmp_path / "a.fta").write_bytes(data)
+    words = [sys.executable, "-c", PEAK, tmp_path / "a.fta"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    taken, foreseen = map(int, done.stdout.split())
+    assert 5e7 < taken < foreseen + 2 * len(data) + 2e7
