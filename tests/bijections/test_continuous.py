@@ -95,6 +95,15 @@ def test_smaller_tolerances_than_float32_has():
     assert layer.evaluations < 200
 
 
+def test_reconstruction_has_the_tolerances_of_training():
+    layer = layer_of(4, scale=1.0, rtol=1e-2, atol=1e-2)
+    x = torch.randn(20, 4, generator=seeded())
+    z = layer(x)[0].detach()
+    assert torch.equal(layer.reconstruct(z)[0], layer.inverse(z)[0])
+    with torch.no_grad():
+        assert not torch.equal(layer.reconstruct(z)[0], layer.inverse(z)[0])
+
+
 def test_more_evaluations_for_less_error():
     x = torch.randn(20, 4, generator=seeded())
     counts = []
