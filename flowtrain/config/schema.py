@@ -315,9 +315,9 @@ class Train(Section):
     logger: Loggers = Field(
         ["tensorboard"],
         description="Loggers for charts and pictures besides `metrics.jsonl`, or none (`[]`). "
-        "`tensorboard` writes to the run directory (`tensorboard --logdir runs`), and `wandb` (`pip "
-        "install wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the printed "
-        "address). A resumed run may change it.",
+        "`tensorboard` writes to the run directory (`tensorboard --logdir runs`), and `wandb` "
+        "(`pip install wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the "
+        "printed address). A resumed run may change it.",
     )
 
     @model_validator(mode="before")
