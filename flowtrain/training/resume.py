@@ -177,7 +177,8 @@ def start(
     state = State(config, flow, build_optimizers(flow, config.train), ema, fingerprint)
     if saved is not None:
         changed = differences(saved.meta.get("data", {}), fingerprint)
-        for key, there, here in changed:
+        if changed:
+            key, there, here = changed[0]
             raise UserError(
                 f"data: not the images that {saved.path} was trained on: {cut(key)} was "
                 f"{shown(there)} and is {shown(here)}"
