@@ -181,10 +181,15 @@ def writing(text):
     return lambda path: path.write_text(text)
 
 
+def of_other_images(path):
+    path.write_text('{"count": 22, "unreadable": {"other": "why"}}')
+    np.save(path.with_name("images.npy"), PIXELS["train"][:22])
+
+
 INDEX = [
+    of_other_images,
     *[writing('{"count"'), writing('{"count": 5, "unreadable": {}}'), writing("[" * 100_000)],
     writing('{"count": 23, "unreadable": "text"}'),
-    writing('{"count": 22, "unreadable": {"other": "why"}}'),
 ]
 
 
