@@ -102,6 +102,7 @@ def form(request, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     section = FORMS[request.param][0](tmp_path / "data", monkeypatch)
     monkeypatch.setattr(cache, "CHUNK", 4)
+    monkeypatch.setattr(base, "HASHED", 2 * 3072)  # two images, so that one of 23 is left
 
     def images(split="train", **options):
         return build(root=tmp_path / "data", split=split, **{**section, **options})
@@ -180,10 +181,15 @@ def writing(text):
     return lambda path: path.write_text(text)
 
 
+def of_other_images(path):
+    path.write_text('{"count": 22, "unreadable": {"other": "why"}}')
+    np.save(path.with_name("images.npy"), PIXELS["train"][:22])
+
+
 INDEX = [
+    of_other_images,
     *[writing('{"count"'), writing('{"count": 5, "unreadable": {}}'), writing("[" * 100_000)],
     writing('{"count": 23, "unreadable": "text"}'),
-    writing('{"count": 22, "unreadable": {"other": "why"}}'),
 ]
 
 
@@ -192,6 +198,7 @@ INDEX = [
     [
         *[("images.npy", damage) for damage in (cut, empty, Path.unlink, pipe)],
         ("images.npy", lambda path: path.write_bytes(npy_header((10**6, 1, 10**6)))),
+        ("images.npy", lambda path: np.save(path, PIXELS["test"])),
         *[("index.json", damage) for damage in (*INDEX, Path.unlink, pipe)],
         *[("digests", damage) for damage in (corrupt, cut, empty, Path.unlink)],
         ("digests", lambda path: path.write_bytes(cache.sealed(bytes(16)))),  # of another count

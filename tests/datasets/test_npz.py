@@ -65,6 +65,8 @@ def test_a_tenth_is_held_out_and_equal_images_stay_together(tmp_path, monkeypatc
         assert np.array_equal(images, array[part.labels()[rows[split]]][:, None])
     assert build("test", path=path).rows().tolist() == rows["test"]
     assert build("test", seed=1, path=path).rows().tolist() != rows["test"]
+    np.savez(path, x_train=array[:1], x_test=array)
+    assert len(build("train", path=path).read()) == 1
 
 
 @pytest.mark.parametrize(
@@ -200,10 +202,13 @@ def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
         build("train", path=path).read()
 
 
-@pytest.mark.parametrize("layout, copies", [("nhwc", 2), ("nchw", 1)])
-def test_memory_that_is_needed(tmp_path, layout, copies, monkeypatch):
+@pytest.mark.parametrize(
+    "shape, layout, copies",
+    [((10, 3, 3, 3), "nhwc", 2), ((10, 3, 3, 3), "nchw", 1), ((10, 9, 3), "nhwc", 1)],
+)
+def test_memory_that_is_needed(tmp_path, shape, layout, copies, monkeypatch):
     """The copy in another order counts. A mapped array may be larger than the memory."""
-    np.savez(tmp_path / "a.npz", x_train=np.zeros((10, 3, 3, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", x_train=np.zeros(shape, np.uint8))
     monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270)
     build("train", path=tmp_path / "a.npz", layout=layout)
     monkeypatch.setattr(capacity, "total", lambda: 2 * copies * 270 - 1)

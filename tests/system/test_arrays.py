@@ -105,7 +105,7 @@ def test_a_large_array_is_refused_by_its_header(tmp_path, monkeypatch):
         file.read("a", "f", (2, None))
     with pytest.raises(UserError, match="a.npz: b is damaged: it has 24 bytes, not 12"):
         file.read("b", "f", (None, 3))
-    monkeypatch.setattr(capacity, "available", lambda device: 100)
+    monkeypatch.setattr(capacity, "available", lambda device: 2 * 20 * 3 * 4 - 1)
     file = a_file(tmp_path / "b.npz", [("a.npy", npy(np.zeros((20, 3), np.float32)))])
     with pytest.raises(UserError, match="b.npz: a needs at least"):
         file.read("a", "f", (20, 3))
