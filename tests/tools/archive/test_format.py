@@ -135,7 +135,7 @@ def test_crafted_streams_are_one_error(coded, tmp_path):
         {"stored": [10**6]},
         {"streams": others},
         {"streams": [{**first, "chunks": [10**9]}, *others]},
-        {"streams": [{**first, "carriers": first["carriers"] + 1}, *others]},
+        *({"streams": [{**first, "carriers": first["carriers"] + i}, *others]} for i in (-1, 1)),
         {"model": None},
         {"versions": {}},
     ):
