@@ -125,6 +125,7 @@ def repacked(data: bytes, change=lambda parts: parts, **changes) -> bytes:
     return archive.pack({**description.model_dump(exclude_unset=True), **changes}, change(parts))
 
 
+@pytest.mark.run  # takes long
 def test_crafted_streams_are_one_error(coded, tmp_path):
     model, data = coded
     known = archive.unpack(Path(), data, ROOM)[0].model_dump(exclude_unset=True)
