@@ -210,6 +210,20 @@ def test_the_order_and_all_probabilities_of_a_layer(shape, token):
     torch.testing.assert_close(table.gather(2, levels)[..., 0], terms.flatten(1)[:, entries])
 
 
+@pytest.mark.run  # takes long
+def test_the_volume_counts_in_the_posterior():
+    """A wide density of patches with a dark mean, against weighted uniform samples of them."""
+    flow = Flow(Linear(2 * torch.eye(4), torch.zeros(4), SQUARE), Dequantizer(256), SQUARE)
+    constraint = Averages(torch.tensor([[[31]]]), ImageContext("downsample", 2, SQUARE, 256))
+    found = sample(flow, constraint, Effort(600, 40), seed=0)
+    shares = -torch.rand(20_000, *SQUARE, generator=seeded()).log()
+    y = 4 * 31.5 / 256 * shares / shares.sum((1, 2, 3), keepdim=True)
+    weights = flow.log_density(y).detach().exp()
+    expected = (weights * y.square().flatten(1).mean(1)).sum() / weights.sum()
+    squares = ((found.x + 0.5) / 256).square().flatten(1).mean(1)
+    assert abs(squares.mean() - expected) < 4 * squares.std() / 600**0.5
+
+
 # --- any model ------------------------------------------------------------------------------------
 
 
