@@ -42,6 +42,7 @@ def coded(flow: Flow, x: torch.Tensor) -> float:
 # --- local bits-back coding -----------------------------------------------------------------------
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("levels, noise", [(256, "uniform"), (17, "uniform"), (256, "variational")])
 def test_a_closed_form_density_gives_the_closed_form_codelength(levels, noise):
     slope, shift = 3.0, 0.1
@@ -78,6 +79,7 @@ FLOWS = {
 }
 
 
+@pytest.mark.run  # takes long
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_codelength_is_the_bound(name):
     flow = FLOWS[name]()

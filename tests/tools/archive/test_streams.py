@@ -13,6 +13,7 @@ from flowtrain.tools.archive.streams import (
     EncodedStream,
     decode_stream,
     encode_stream,
+    estimate,
 )
 
 pytest.importorskip("constriction")
@@ -48,8 +49,10 @@ def test_random_bits_are_borrowed_if_images_are_too_small_to_carry():
 def test_an_image_that_cannot_be_coded_is_left_out_of_its_stream():
     x = smooth(30, (3, 8, 8)) // 8 + 112
     x[20, 0, 0, 0] = 255
-    stream = round_trip(coder_of(affine_flow((3, 8, 8), slope=150.0)), x, 4000)
+    coder = coder_of(affine_flow((3, 8, 8), slope=150.0))
+    stream = round_trip(coder, x, 4000)
     assert 20 not in stream.images and len(stream.images) == 29
+    assert estimate(coder, x[18:22]).borrowed > 0 and estimate(coder, x[20:21]) is None
 
 
 def test_a_stream_of_a_causal_flow_begins_with_nothing():
