@@ -80,11 +80,8 @@ def evaluate(
     labels = None if here is None else _labels(model, data, split)
     require_memory(flow, len(distributed.shard(len(split))), batch_size, draws)
     scores = score(flow, split, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
-    more: dict[str, Any] = {}
-    if data.test_images.edition is not None:
-        more["edition"] = data.test_images.edition
-    if flow.image_context is not None:
-        more["given"] = flow.image_context.words
+    more: dict[str, Any] = {"edition": data.test_images.edition}
+    more["given"] = None if flow.image_context is None else flow.image_context.words
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().numpy()
     result = Evaluation(
         **summarize(scores, flow),
@@ -92,7 +89,7 @@ def evaluate(
         num_images=len(split),
         duplicates=duplicates(first_equal(digests(split.pixels, split.indices))),
         **_shared(model, data, split_name, here, split),
-        **more,
+        **{key: value for key, value in more.items() if value is not None},
         dims=flow.dims,
         levels=flow.levels,
         sampling=flow.sampling,

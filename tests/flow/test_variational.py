@@ -11,7 +11,6 @@ from torch import nn
 
 from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
 from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
@@ -179,27 +178,3 @@ def test_the_weights_are_a_function_of_the_seed():
     assert uniform == {key: value for key, value in first.items() if "dequantizer" not in key}
     name = "dequantizer.noise_model.context.0.weight"
     assert first == built("variational") and first[name] != built("variational", 4)[name]
-
-
-def test_diagnostics_name_its_layers():
-    flow = variational_flow(scale=0.05)
-    x, noise = images(4, flow.shape), draw_noise((4, *flow.shape), seeded(), torch.device("cpu"))
-    # of a single pixel a checkerboard keeps all, or nothing
-    for each, count in ((flow, 4), (variational_flow("planar", shape=(1, 1, 1)), 2)):
-        part = (slice(None), slice(None), *(slice(side) for side in each.shape[1:]))
-        ranges = log_scale_ranges(each, x[part], noise[part])
-        assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == count
-        assert all(low <= high for low, high in ranges.values())
-    assert any(low < high for low, high in ranges.values())
-    name = "dequantizer.noise_model.context.0"
-    weight = flow.get_parameter(f"{name}.weight")
-    assert first_non_finite(flow, x, noise) is None
-    # It comes before the bijection, and so its gradient after.
-    weight.grad = torch.full_like(weight, math.nan)
-    assert first_non_finite(flow, x, noise) == f"gradient of {name}.weight"
-    for parameter in flow.parameters():
-        parameter.grad = torch.full_like(parameter, math.nan)
-    assert first_non_finite(flow, x, noise).startswith("gradient of bijection.")
-    for value, found in ((3e38, f"output of {name}"), (math.nan, f"parameter {name}.weight")):
-        nn.init.constant_(weight, value)
-        assert first_non_finite(flow, x, noise) == found

@@ -3,14 +3,17 @@
 import math
 
 import numpy as np
+import pytest
 import torch
-from helpers import images, perturb, seeded, tiny_flow
+from helpers import a_config, images, perturb, seeded, tiny_flow
 
-from flowtrain.data.splits import Split
+from flowtrain.data.splits import DataSet, Split
+from flowtrain.errors import UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.latents import paths
 from flowtrain.latents.directions import Direction
+from flowtrain.latents.encoding import encode
 
 D = 16
 
@@ -90,3 +93,20 @@ def test_what_is_typical_is_what_all_but_one_in_a_hundred_have():
     found = score(flow, split).log_prob
     assert int((found < lowest).sum()) == math.ceil(0.01 * 299)
     torch.testing.assert_close(paths.log_probs(flow, x), found)
+
+
+def test_paths_begin_at_the_first_test_images_of_a_class():
+    flow, data = tiny_flow(shape=(1, 8, 8), q=17), DataSet(a_config("glow").data)
+    z = paths.of_classes(flow, data, 4, 9, 3, 2)
+    four, nine = (data.split("train").labels == label for label in (4, 9))
+    means = [encode(flow, data.split("train").take(of.numpy())).mean(dim=0) for of in (four, nine)]
+    test = data.split("test")
+    first = encode(flow, test.take((test.labels == 4).numpy())[:3])
+    end = means[1] + paths.KEPT * (first - means[0])
+    torch.testing.assert_close(z, torch.stack([first, end], dim=1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="--to-class 77: the split has 0 images of it, 1 are"):
+        paths.of_classes(flow, data, 4, 77, 3, 2)
+    with pytest.raises(UserError, match="--from-class 4: the split has .* of it, 999 are needed"):
+        paths.of_classes(flow, data, 4, 9, 999, 2)
+    with pytest.raises(UserError, match="--from-class 4: the data set has no labels"):
+        paths.of_class(Split(np.zeros((1, 1, 8, 8), "u1"), np.arange(1), 0), 4, 1, "--from-class")
