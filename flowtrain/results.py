@@ -36,7 +36,7 @@ class Summary(File):
     best_validation_loss: float | None = earlier(
         *(f"best_validation_{name}" for name in ("loss", "nats_per_dim", "nats", "bits_per_dim"))
     )
-    best_validation_bits_per_dim: float | None  # the same, None where there are no bits
+    best_validation_bits_per_dim: float | None  # the same, None without bits
     best_step: int | None
     parameters: int
     non_finite_steps: int
@@ -58,7 +58,7 @@ class Row(File):
     split: Literal["train", "validation"]
     # In the unit of the summary. None where it was not finite.
     loss: float | None = earlier("loss", "nats_per_dim", "nats", "bits_per_dim")
-    bits_per_dim: float | None  # the same, None where there are no bits
+    bits_per_dim: float | None  # the same, None without bits
     grad_norm: float | None = None  # before clipping; this and the rest are given in training only
     lr: float | None = None
     images_per_second: float | None = None  # of training alone
@@ -70,7 +70,7 @@ class Evaluation(File):
     The keys without a default are in the files of all versions.
     """
 
-    bound: str  # elbo, iwbo, exact, or density: that of noisy images, which has no bits
+    bound: str  # elbo, iwbo, exact, or density (of noisy images, without bits)
     draws: int = earlier("draws", "samples")  # of the noise
     sigma: float | None = None  # of the noise of noisy images; given only there
     unit: str = UNKNOWN  # of the losses: bits/dim, nats for real values, nats/dim for noisy images
@@ -79,7 +79,7 @@ class Evaluation(File):
     loss: float | None = earlier("loss", "nats_per_dim", "bits_per_dim")
     loss_stderr: float | None = earlier("loss_stderr", "nats_per_dim_stderr", "bits_per_dim_stderr")
     loss_stderr_draws: float | None = None
-    bits_per_dim: float | None  # the loss, None where there are no bits
+    bits_per_dim: float | None  # the loss, None without bits
     bits_per_dim_stderr: float | None
     elbo_bits_per_dim: float | None = None
     elbo_bits_per_dim_stderr: float | None = None

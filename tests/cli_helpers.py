@@ -163,7 +163,7 @@ def example(command: str, model: str = "nowhere.safetensors") -> list[str]:
 
 
 def metrics(run: Path, timeless: bool = False) -> list[dict]:
-    """The rows of metrics.jsonl; `timeless` without what a clock says."""
+    """The rows of metrics.jsonl; `timeless` without times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_second") if timeless else ()
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]

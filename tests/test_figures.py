@@ -50,11 +50,13 @@ def test_parameters(path, pattern, unit):
 
 
 def test_figures_of_the_readme():
-    assert set(re.findall(rf"\b{NUMBER}\d\d\b", README)) <= set(re.findall(NUMBER, RESULTS))
+    unknown = set(re.findall(rf"\b{NUMBER}\d\d\b", README)) - set(re.findall(NUMBER, RESULTS))
+    assert unknown == set(), "figures of README.md that are not in docs/results.md"
     rows = re.findall(rf"^\| `(\w+)` \|.*\| ({NUMBER})", README, re.MULTILINE)
     assert len(rows) > 5
     for name, figure in rows:
-        assert re.search(rf"^\| `{name}\.yaml` \|.*\| {figure}\b", MEASURED, re.MULTILINE), name
+        row = rf"^\| `{name}\.yaml` \|.*\| {figure}\b"
+        assert re.search(row, MEASURED, re.MULTILINE), f"{name}: {figure} is not in docs/results.md"
 
 
 def test_figures_of_configurations():
@@ -62,11 +64,14 @@ def test_figures_of_configurations():
     assert len(rows) > 15
     for name, figure in rows:
         text = re.search(rf"({NUMBER})(?: to {NUMBER})? (?:bits|nats)", headline(find_config(name)))
-        assert text is not None and is_rounded(float(figure), text[1]), name
+        stated = text and text[1]
+        assert is_rounded(float(figure), stated or "0"), (
+            f"{name}.yaml states {stated}, not {figure}"
+        )
 
 
 def test_kills():
-    """Those since the newest change of what writes."""
+    """Those since the last change of the writing code."""
     rows = re.findall(
         r"^\| (.*\bkills?\b.*) \| (\d+) \| (\d+) \|$", page("docs/reliability.md"), re.M
     )

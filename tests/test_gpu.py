@@ -52,6 +52,11 @@ def train(path: Path, device: str, name: str, *overrides: str) -> checkpoint_for
     return checkpoint_format.read(path / "checkpoints" / "last.safetensors")
 
 
+def assert_alike(one, other, precision: str = "fp32") -> None:
+    best = [run.meta["progress"]["best"] for run in (one, other)]
+    assert best[1] == pytest.approx(best[0], abs=1e-2 if precision == "fp32" else 5e-2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name, memory",
@@ -60,12 +65,9 @@ def train(path: Path, device: str, name: str, *overrides: str) -> checkpoint_for
     + [(JET, mode) for mode in ("store", "reversible")],
 )
 def test_trains_as_on_the_cpu(tmp_path: Path, name: str, precision: str, memory: str) -> None:
-    overrides = [f"train.precision={precision}", f"train.memory={memory}"]
-    runs = {
-        device: train(tmp_path / device, device, name, *overrides) for device in ("cpu", "cuda")
-    }
-    best = {device: run.meta["progress"]["best"] for device, run in runs.items()}
-    assert best["cuda"] == pytest.approx(best["cpu"], abs=1e-2 if precision == "fp32" else 5e-2)
+    keys = [f"train.precision={precision}", f"train.memory={memory}"]
+    runs = [train(tmp_path / device, device, name, *keys) for device in ("cpu", "cuda")]
+    assert_alike(*runs, precision)
 
 
 @pytest.mark.parametrize("compile", ["off", "layers", "step"])
@@ -90,10 +92,7 @@ def test_compiled_and_replayed_steps_train_alike(
     same += ["train.batch_size=16", "train.accumulate=2"]
     plain = train(tmp_path / "plain", "cuda", name, *same)
     keys = [f"train.compile={compile}", f"train.cuda_graph={cuda_graph}"]
-    found = train(tmp_path / "other", "cuda", name, *same, *keys)
-    tolerance = 1e-2 if precision == "fp32" else 5e-2
-    best = [run.meta["progress"]["best"] for run in (plain, found)]
-    assert best[1] == pytest.approx(best[0], abs=tolerance)
+    assert_alike(plain, train(tmp_path / "other", "cuda", name, *same, *keys), precision)
 
 
 def test_dropout_has_the_masks_of_the_cpu() -> None:
@@ -191,12 +190,10 @@ def test_scores_and_samples_as_on_the_cpu(tmp_path: Path, name: str) -> None:
 def test_goes_on_from_a_run_on_the_cpu(tmp_path: Path) -> None:
     train(tmp_path / "run", "cpu", GLOW)
     longer = load_config(find_config(GLOW), [*SMALL[GLOW], "train.num_steps=30"])
-    saved = str(tmp_path / "run" / "checkpoints" / "last.safetensors")
-    fit(longer, RunDirectory(tmp_path / "more"), devices.resolve("cuda"), resume=saved)
-    assert (
-        checkpoint_format.read(tmp_path / "more" / "checkpoints" / "last.safetensors").meta["step"]
-        == 30
-    )
+    last = Path("checkpoints") / "last.safetensors"
+    saved, more = str(tmp_path / "run" / last), tmp_path / "more"
+    fit(longer, RunDirectory(more), devices.resolve("cuda"), resume=saved)
+    assert checkpoint_format.read(more / last).meta["step"] == 30
 
 
 def test_auto_is_the_gpu_and_its_driver_is_known() -> None:
@@ -215,5 +212,4 @@ def test_two_gpus_train_as_one(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *launcher, *command], cwd=tmp_path, check=True)
     two = checkpoint_format.read(tmp_path / "two" / "checkpoints" / "last.safetensors")
     assert two.meta["processes"] == 2
-    best = [run.meta["progress"]["best"] for run in (one, two)]
-    assert best[0] == pytest.approx(best[1], abs=1e-2)
+    assert_alike(one, two)

@@ -7,8 +7,9 @@ def test_every_mutant_is_of_one_place_compiles_and_has_tests():
     texts = mutants.sources()
     for mutant in mutants.table():
         file = mutants.file_of(mutant, texts)
-        assert mutant.snippet != mutant.replacement
-        compile(texts[file].replace(mutant.snippet, mutant.replacement), str(file), "exec")
+        where = f"mutant {mutant.number} of tests/mutants.txt: {mutant.snippet}"
+        assert mutant.snippet != mutant.replacement, where
+        compile(texts[file].replace(mutant.snippet, mutant.replacement), where, "exec")
         assert mutants.tests_of(file), f"no tests of {file}"
 
 

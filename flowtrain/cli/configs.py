@@ -37,7 +37,7 @@ def find_config(name: str) -> Path:
     """Looks for `name` as given, then in `configs/`, then among the shipped ones. The end `.yaml`
     may be left out.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` if there is none.
     """
     for folder in [Path(), *config_folders()]:
         for candidate in (folder / name, folder / f"{name}.yaml"):

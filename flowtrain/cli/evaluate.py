@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _file_name(dataset: str, kind: str) -> str:
-    """The name of a data set, or that of a path with eight digits for the folder it is in."""
+    """The name of a data set, or the stem of a path with eight digits for its folder."""
     import hashlib
 
     if dataset == kind:

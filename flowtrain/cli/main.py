@@ -1,4 +1,4 @@
-"""The command line: the commands of the core, and those of the tools that are there."""
+"""The command line: the commands of the core and of the tools in `flowtrain/tools`."""
 
 import importlib
 import io

@@ -230,7 +230,7 @@ def _columns() -> bytes:
 
 
 def _claiming(data: bytes, size: int, packed: int) -> bytes:
-    """A zip of one member whose directory says these sizes, in the fields of ZIP64."""
+    """A zip of one member whose directory claims these sizes, in the fields of ZIP64."""
     start, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
     extra = struct.pack("<HHQQ", 1, 16, size, packed)
     directory, tail = bytearray(data[start:end]), bytearray(data[end:])

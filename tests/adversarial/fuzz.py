@@ -4,7 +4,7 @@ and of memory: `PYTHONPATH=tests python tests/adversarial/fuzz.py --cases 1000`.
 A case is a format and a number, such as `archive:17`, and the same each time. `--only archive:17`
 runs it alone, shows the command and what it printed, and keeps its files.
 
-What fails: an exit code other than 0 and 2 (or 1 where the documentation says so), a traceback, a
+What fails: an exit code other than 0 and 2 (or a documented 1), a traceback, a
 message of more than six lines, the limits, and a damaged file with a checksum that is accepted with
 another result than the sound one.
 
@@ -48,8 +48,9 @@ class Format:
     commands: Those that read it, with their weights. `FILE` stands for its path.
     share: Of the cases.
     at: The path of the file, by default its own.
-    out: A pattern of what the commands write. The result of a file with a checksum is known.
+    out: A pattern of the files that commands write. Those of a file with a checksum are known.
     refused: Whether a file with other bytes, damaged without sealing it again, is always refused.
+    accepted: Whether a sound file is always accepted.
     """
 
     names: list[str]
@@ -58,6 +59,7 @@ class Format:
     at: str = ""
     out: str = ""
     refused: bool = False
+    accepted: bool = True
 
 
 NEW = f"{shlex.join(TRAIN)} --run-dir new"
@@ -123,6 +125,7 @@ FORMATS = {
             FOLDER: 1,
         },
         share=3,
+        accepted=False,
     ),
     "cache": Format(["cache/**/*.*"], {FOLDER: 1}),
     "latents": Format(
@@ -203,7 +206,7 @@ def attempt(name: str, files: Path, folder: Path) -> tuple[Case, Outcome, str]:
     outcome = run(case, case.data, files, folder)
     fault = fault_of(case.words, outcome)
     sound_data = [(files / each).read_bytes() for each in (case.name, case.other)]
-    if case.whole and outcome.code == 2:
+    if case.whole and format_.accepted and outcome.code == 2:
         return case, outcome, "a sound file was refused"
     if fault or outcome.code or case.crafted or case.data in sound_data:
         return case, outcome, fault

@@ -142,7 +142,7 @@ def run(folder: Path, fatal: int | None = None) -> tuple[int | None, list[str]]:
 
 
 def content(run: Path) -> dict[str, object]:
-    """All that a run directory says, but for what a clock says."""
+    """All in a run directory, except times."""
     found: dict[str, object] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))

@@ -1,4 +1,4 @@
-"""The sound files that `fuzz.py` damages. They are the same each time, whatever the clock says."""
+"""The sound files that `fuzz.py` damages. They are the same each time."""
 
 import json
 import shutil

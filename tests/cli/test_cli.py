@@ -211,7 +211,7 @@ def test_a_run_with_one_step_of_more_images_than_there_are(tmp_path):
 
 
 def test_init_from(run, tmp_path):
-    """The weights are those of the other model; step, optimizer and run are new."""
+    """With the weights of the other model; step, optimizer and run are new."""
     options = [*TINY_RUN, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
     quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
     tuned = checkpoint_format.read(last(tmp_path / "tuned"))
@@ -270,7 +270,7 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
 
 
 def test_options_of_evaluate(run, tmp_path):
-    """They are those of the function."""
+    """Each reaches the function."""
     model = load_model(str(run), torch.device("cpu"), "raw")
     options = {"num_images": 10, "samples": 2, "seed": 1, "batch_size": 7}
     expected, _ = evaluate(model, digits(), "train", **options)

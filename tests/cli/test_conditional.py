@@ -29,7 +29,7 @@ def folder():
     return folder
 
 
-def test_evaluate_says_what_is_given(folder):
+def test_evaluate_names_the_context(folder):
     done = quick("evaluate", "run", "--json", "e.json", cwd=folder).ok()
     result = json.loads((folder / "e.json").read_text())
     assert result["given"] == "the image at 4x4 pixels"
@@ -85,7 +85,7 @@ def test_other_commands_name_it(folder):
     assert said in quick("compare", "run", cwd=folder).ok().out
     quick("doctor", "run", "--num-images", 4, cwd=folder)
     findings = json.loads((folder / "run" / "doctor.json").read_text())["findings"]
-    # These images are noise, of which a flow says less than a uniform coder.
+    # These images are noise, and a uniform coder has the better likelihood.
     assert {each["check"] for each in findings if each["verdict"] != "ok"} <= {"likelihood"}
     quick("ood", "run", "--data", "noise", "--num-images", 4, cwd=folder).ok()
     done = quick("report", "run", "--num-images", 4, cwd=folder).ok()

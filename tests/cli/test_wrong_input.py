@@ -7,6 +7,7 @@ command that is there.
 
 import os
 import pickle
+import re
 import shlex
 import shutil
 import socket
@@ -23,6 +24,9 @@ from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli import base
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.errors import UserError
 from flowtrain.latents import files
 
 pytestmark = pytest.mark.run
@@ -134,6 +138,7 @@ TABLE = [
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
     ("train TINY --set data.n_bits=5", "data.n_bits", "digits has 17 levels"),
+    ("train TINY --set model.label_dropout=0.1", "label_dropout: 0.1, but", "set model.classes"),
     ("train TINY --set data.shift=8", "data.shift: 8 is not smaller than the images"),
     ("train TINY --set data.validation=5000", "cannot hold 5000 of 1617 images out"),
     ("train TINY --set model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1)"),
@@ -320,6 +325,29 @@ def test_the_example_in_the_help_of_a_command(name, tmp_path, command, monkeypat
         done.failed(2, words[1])
         assert done.err.count("\n") == 1
     assert tree(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("model.width=[8,-1]", "model.width"),
+        ("model.bins=300", "less than or equal to 256"),
+        ("model.context=blue", "'none', 'downsample' or 'grey'"),
+        ("model.context_factor=3", "2 or 4"),
+        ("model.label_dropout=1", "less than 1"),
+        ("dequantization.sigma=0", "greater than 0"),
+        ("dequantization.sigma=1.5", "less than or equal to 1"),
+        ("train.ema=-.inf", "finite"),
+        ("train.log_every=0", "greater than or equal to 1"),
+        ("train.budget=nan", "a duration"),
+        ("train.budget=1e400h", "finite"),
+        ("train.logger=[wandb,wandb]", "one of them is named twice"),
+        ("train.logger=3", "a valid list"),
+    ],
+)
+def test_a_setting_out_of_its_range(setting, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(find_config("glow_digits"), [setting])
 
 
 @pytest.mark.parametrize(
