@@ -98,6 +98,7 @@ class WandB:
             config=config.resolved(),
             allow_val_change=True,  # of the length of the run
             resume="allow",
+            reinit="create_new",  # also beside a run that was given up
         )
         try:
             self._run = start(mode=mode)
