@@ -9,9 +9,21 @@ import pytest
 import typer
 
 from flowtrain.checkpoints.load import find
-from flowtrain.cli.base import command
+from flowtrain.cli.base import check_suffix, command, require_file
 from flowtrain.cli.main import app
+from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, said in {"": "is a folder", "pipe.png": "is not a regular file"}.items():
+        with pytest.raises(UserError, match=f"--json .*: {said}"):
+            require_file(tmp_path / path, "--json")
+    require_file("-")
+    assert check_suffix(None, (".png", ".npz")) == ".png"
+    with pytest.raises(UserError, match=r"--out a.jpg: expected a name that ends in .png or .npz"):
+        check_suffix(Path("a.jpg"), (".png", ".npz"))
 
 
 def test_warnings_of_pillow_are_no_messages():

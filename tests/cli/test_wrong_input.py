@@ -71,12 +71,13 @@ def make(here: Path) -> None:
         (here / name).write_text(text)
     (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
     make_pictures(here)
-    good = stored(names=["good.png/a.png", "b.png"])
-    for name, data in (
-        ("good", stored()),
-        ("below", good),
-        ("foreign", foreign_archive(str(last(run)))),
-    ):
+    archives = {
+        "good": stored(),
+        "below": stored(names=["good.png/a.png", "b.png"]),
+        "strips": stored(strip=b"no picture"),
+        "foreign": foreign_archive(str(last(run))),
+    }
+    for name, data in archives.items():
         (here / f"{name}.fta").write_bytes(data)
     model = load_model(str(run), torch.device("cpu"))
     latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
@@ -104,6 +105,7 @@ def make_pictures(here: Path) -> None:
     picture(here / "rgb.png", mode="RGB")
     np.save(here / "cut.npy", np.zeros((20, 8, 8), np.uint8))
     Image.new("L", (8, 8), 127).save(here / "grey.png")
+    Image.new("L", (8, 8), 255).save(here / "white.png")
     mask = Image.new("L", (8, 8))
     mask.paste(255, (2, 2, 6, 6))
     mask.save(here / "mask.png")
@@ -116,6 +118,7 @@ INPAINT = "inpaint run --image good.png --mask mask.png --out x"
 TABLE = [
     ("evaluat", "No such command 'evaluat'"),
     ("evaluate run run", "run: expected KEY=VALUE"),
+    ("evaluate data.root=x", "no MODEL given", "no run under runs/"),
     ("evaluate run model.width=3", "--set model.width=3", "only keys of data"),
     # --- train
     ("train --config glow_digit.yaml", "did you mean glow_digits?", "shipped:"),
@@ -125,6 +128,9 @@ TABLE = [
     ("train glow_digits", "glow_digits: expected KEY=VALUE", "--config"),
     ("train train.learning_rate=1", "did you mean train.lr?"),
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
+    ("train --learning-rate 1", "train.lr=VALUE"),
+    ("train data.size=8", "data.size: unknown key", "it belongs to data.name folder"),
+    ("train data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("train --sett seed=1", "No such option", "--set"),
     ("train TINY --extend --resume run", "--extend: goes on from the last checkpoint"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used"),
@@ -138,6 +144,7 @@ TABLE = [
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
     ("train TINY --set data.n_bits=5", "data.n_bits", "digits has 17 levels"),
+    ("train TINY --set model.classes=5", "model.classes: 5", "labels 0..9"),
     ("train TINY --set model.label_dropout=0.1", "label_dropout: 0.1, but", "set model.classes"),
     ("train TINY --set data.shift=8", "data.shift: 8 is not smaller than the images"),
     ("train TINY --set data.validation=5000", "cannot hold 5000 of 1617 images out"),
@@ -151,6 +158,9 @@ TABLE = [
     # --- evaluate
     ("evaluate run --data sub --split test", "--split test: sub has no splits"),
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),
+    ("evaluate run --data no.png", "no.png: there is no such file"),
+    ("evaluate points --data digits", "17 levels", "(2, 1, 1) with real values"),
+    ("evaluate run --split validation --set data.validation=0", "--split validation", "empty"),
     ("evaluate run --data large.npz", "(1, 16, 16) with 256 levels", "(1, 8, 8) with 17 levels"),
     ("evaluate points --draws 2", "--draws 2", "exact"),
     (f"evaluate run --draws {HUGE}", f"--draws {HUGE}: the scores of 180 images need"),
@@ -167,6 +177,7 @@ TABLE = [
     ("sample run --method jacobi", "--method jacobi: ", "samples take one pass"),
     ("sample run --classes 1", "--classes 1", "not class-conditional"),
     ("sample classes --classes 1,,2", "--classes 1,,2", "whole numbers"),
+    ("sample classes --classes 10", "--classes 10", "0..9"),
     ("sample run --image good.png", "--image good.png", "model.context is none"),
     ("sample run data.root=x", "--set: these samples need no data"),
     ("sample given --image good.png --set data.root=x", "--set: these samples need no data"),
@@ -179,6 +190,7 @@ TABLE = [
     ("interpolate run --images good.png text.png", "text.png cannot be read as an image"),
     ("interpolate run --from-class 4", "--from-class and --to-class"),
     ("interpolate run --to-class 4", "--from-class and --to-class"),
+    ("interpolate points --from-class 1 --to-class 2", "--from-class 1", "no labels"),
     ("interpolate run --from-class 4 --to-class 12", "--to-class 12", "0 images"),
     ("interpolate run --from-class 4 --to-class 5 --pairs 99", "--from-class 4", "99 are needed"),
     ("interpolate run --from-class 4 --to-class 5 --images a b", "--images", "--from-class"),
@@ -194,6 +206,8 @@ TABLE = [
     ("encode run --images good.png --images sub --out x.npz", "the same name as good.png"),
     ("encode run --data sub --split test --out x.npz", "--split test: sub has no splits"),
     ("encode points --images good.png --out x.npz", "--images good.png", ".npy or .npz"),
+    ("encode points --images gone.npy --out x.npz", "gone.npy: there is no such file"),
+    ("encode run --split validation --set data.validation=0 --out x.npz", "it is empty"),
     ("encode points --images cut.npy --out x.npz", "cut.npy has the type uint8", "real"),
     ("decode classes z.npz --out x", "z.npz: latents of the model", "is another one"),
     ("decode run z.npz --out taken", "--out taken: 'a.png' is there already"),
@@ -218,13 +232,19 @@ TABLE = [
     (f"{INPAINT} --factor 2", "give one of --mask FILE"),
     (f"{INPAINT} --mask wide.png", "--mask wide.png: the image is 9x8"),
     (f"{INPAINT} --mask grey.png", "64 pixels are neither black", "PNG"),
+    (f"{INPAINT} --mask good.png", "--mask good.png: it is all black"),
+    (f"{INPAINT} --mask white.png", "--mask white.png: it is all white"),
     ("inpaint run --image good.png --factor 2 --out x", "good.png: the image is 8x8", "not 4x4"),
+    ("inpaint run --image good.png --factor 3 --out x", "--factor 3: expected a number from 2"),
     (f"{INPAINT} --out done", "--out done: 'grid.png' is there"),
     (f"{INPAINT} --steps 7", "--steps", "8"),
     (f"{INPAINT} --num-images 999999999", "--num-images 999999999: the chains need"),
     (f"{INPAINT} --class 1", "--class 1: the model is not class-conditional"),
+    (INPAINT.replace("run", "classes") + " --class 10", "--class 10", "the classes 0..9"),
     # --- explore, doctor, ood
     ("explore points --no-browser", "points", "the explorer shows images", "flowtrain sample"),
+    ("explore run --no-browser --host no.invalid", "--host no.invalid"),
+    ("explore run --set data.name=npz --set data.path=large.npz", "(1, 16, 16) with 256 levels"),
     ("explore run --no-browser --host 192.0.2.1", "--host 192.0.2.1", "no server can listen"),
     ("doctor run --set data.name=npz --set data.path=colour.npz", "shape (3, 8, 8)"),
     ("ood run --data noise --in noise", "--data noise: it is named twice"),
@@ -233,6 +253,7 @@ TABLE = [
     # --- report, compare, push
     ("report run --set data.name=npz --set data.path=gone.npz", "gone.npz: there is no such file"),
     ("compare empty", "empty/config.yaml", "No such file"),
+    ("compare text", "text: is not a run directory"),
     ("compare bad_config", "bad_config/config.yaml: cannot be read as YAML"),
     ("compare bad_summar", "bad_summar/summary.json: broken"),
     ("push run name --dry-run", "name: no name on the hub: expected hf://user/name"),
@@ -240,6 +261,7 @@ TABLE = [
     ("push run a/b --dry-run --out sub", "sub: holds", "which push has not written"),
     # --- compress and decompress
     ("compress run --out x", "INPUT", "--split"),
+    ("compress run empty --out x", "empty", "no image"),
     ("compress run good.png --split test --out x", "INPUT", "not both"),
     ("compress run good.png --out x data.root=y", "--set", "--split"),
     ("compress run rgb.png --out x", "rgb.png", "8x8 RGB", "8x8 L"),
@@ -252,6 +274,7 @@ TABLE = [
     ("decompress below.fta --out .", "--out .", "good.png", "folder"),
     ("decompress good.fta --out taken", "--out taken", "'a.png' is there already"),
     ("decompress pipe.fta --out x", "pipe.fta: cannot be read", "not a regular file"),
+    ("decompress strips.fta --out x", "strips.fta", "cannot be read (no picture"),
     ("decompress foreign.fta --out x --model classes", "classes", "another one", "--model"),
 ]
 WORDS_OF = {"TINY": TINY_RUN, "SMALL": SMALL}
