@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import seeded
 
-from flowtrain.nets.convolution import Conv2d, ZeroConv2d, relu_
+from flowtrain.nets.convolution import Conv2d, ZeroConv2d, relu_, with_context
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -30,6 +30,11 @@ def test_zero_convolution_has_a_gain():
         before = layer(x)
         layer.log_gain.fill_(0.1)
     torch.testing.assert_close(layer(x), before * torch.tensor(0.3).exp())
+
+
+def test_a_context_stays_in_place():
+    x, context = torch.randn(2, 3, 2, 4), torch.randn(2, 1, 2, 4)
+    assert torch.equal(with_context(x, context), torch.cat([x, context], dim=1))
 
 
 def test_integer_relu_is_relu():
