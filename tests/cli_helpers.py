@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import multiprocessing.forkserver
 import os
 import re
@@ -73,17 +74,15 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str):
-    words, pipes = (
-        [*command, *map(str, args)],
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-    )
+    words = [*command, *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(words, cwd=cwd, env=environment(**env), text=True, **pipes)
     atexit.register(process.kill)  # of a test that failed
     return process
 
 
 def result(process: subprocess.Popen) -> Result:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return Result(process.returncode, out, err)
 
 
@@ -221,11 +220,14 @@ def within(seconds: float, what: str) -> Iterator[None]:
 # --- runs that several tests look at --------------------------------------------------------------
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    """Returns once a run in the background has logged so many steps."""
+def wait_for_step(run: Path, step: int, process: subprocess.Popen | None = None) -> None:
+    """Returns once a run in the background has logged so many steps. It may take a minute, or as
+    long as `process` lives.
+    """
     file = run / "metrics.jsonl"
-    with within(60, f"step {step} of {run}") as expired:
+    with within(60 if process is None else math.inf, f"step {step} of {run}") as expired:
         while not file.exists() or file.read_text().count('"train"') < step:
+            assert process is None or process.poll() is None, result(process)
             expired()
 
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import struct
@@ -38,7 +39,7 @@ def noise(*shape, seed=0):
 def corrupt(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
-    path.write_bytes(bytes(data))
+    path.write_bytes(data)
 
 
 def cut(path):
@@ -52,6 +53,16 @@ def pipe(path):
 
 def empty(path):
     path.write_bytes(b"")
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+EVIL = np.array([Evil()])
 
 
 # --- the same images in every form ----------------------------------------------------------------
@@ -70,14 +81,9 @@ def encoded(pixels, kind="PNG"):
     return buffer.getvalue()
 
 
-def an_npz(folder, monkeypatch):
-    np.savez_compressed(folder / "a.npz", **ARRAYS)
-    return {"name": "npz", "path": folder / "a.npz"}
-
-
-def a_mapped_npz(folder, monkeypatch):
+def an_npz(folder, monkeypatch, save=np.savez_compressed):
     monkeypatch.setattr(npz, "MAPPED", 0)
-    np.savez(folder / "a.npz", **ARRAYS)
+    save(folder / "a.npz", **ARRAYS)
     return {"name": "npz", "path": folder / "a.npz"}
 
 
@@ -104,17 +110,12 @@ def a_saved_data_set(folder, monkeypatch):
     import datasets
 
     features = {"image": datasets.Image(), "digit": datasets.ClassLabel(num_classes=10)}
-    parts = {
-        part: datasets.Dataset.from_dict(
-            {
-                "image": [{"bytes": encoded(each), "path": None} for each in pixels],
-                "digit": LABELS[part].tolist(),
-            },
-            features=datasets.Features(features),
-        )
-        for part, pixels in PIXELS.items()
-    }
-    datasets.DatasetDict(parts).save_to_disk(folder)
+    parts = datasets.DatasetDict()
+    for part, pixels in PIXELS.items():
+        images = [{"bytes": encoded(each), "path": None} for each in pixels]
+        rows = {"image": images, "digit": LABELS[part].tolist()}
+        parts[part] = datasets.Dataset.from_dict(rows, datasets.Features(features))
+    parts.save_to_disk(folder)
     return {"name": "hub", "path": folder, "size": 32, "label": "digit"}
 
 
@@ -129,16 +130,10 @@ def npz_file(pixels, labels, save=np.savez):
 def official(home, version, monkeypatch):
     """Makes the archives in `home` the official ones, by their counts, sizes and checksums."""
     edition = imagenet.EDITIONS[32, version]
-    archives = {
-        part: {
-            name: (
-                (home / name).stat().st_size,
-                hashlib.sha256((home / name).read_bytes()).hexdigest(),
-            )
-            for name in names
-        }
-        for part, names in edition.archives.items()
-    }
+    archives = {}
+    for part, names in edition.archives.items():
+        data = {name: (home / name).read_bytes() for name in names}
+        archives[part] = {n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()}
     small = replace(edition, counts=COUNTS, archives=archives)
     monkeypatch.setitem(imagenet.EDITIONS, (32, version), small)
 
@@ -164,10 +159,9 @@ def chrabaszcz(folder, monkeypatch):
     home.mkdir(exist_ok=True)
     x, y = PIXELS["train"], LABELS["train"] + 1
     cuts = [0, 2, 3, 5, 7, 9, 11, 13, 15, 17, 23]  # ten batches, so that 10 comes after 9
-    batches = {
-        f"train_data_batch_{i + 1}.npz": npz_file(x[a:b], y[a:b])
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-    }
+    batches = {}
+    for number, (a, b) in enumerate(itertools.pairwise(cuts), 1):
+        batches[f"train_data_batch_{number}.npz"] = npz_file(x[a:b], y[a:b])
     whole = npz_file(PIXELS["test"], LABELS["test"] + 1, np.savez_compressed)
     for name, files in (("train", dict(sorted(batches.items()))), ("val", {"val_data.npz": whole})):
         path = home / f"Imagenet32_{name}_npz.zip"
@@ -226,16 +220,12 @@ def downloads(name, site, monkeypatch):
         return PIXELS
     inside = site.with_name("inside")
     inside.mkdir()
-    labels = "labels" if name == "cifar10" else "fine_labels"
-    meta = source.meta
-    content = {
-        part: {"data": pixels.reshape(len(pixels), -1), labels: LABELS[part].tolist()}
-        for part, pixels in PIXELS.items()
-    } | {meta["filename"]: {meta["key"]: ["cat"]}}
-    for file, value in content.items():
-        (inside / file).write_bytes(pickle.dumps(value))
-    for part in PIXELS:
+    labels, meta = "labels" if name == "cifar10" else "fine_labels", source.meta
+    for part, pixels in PIXELS.items():
+        rows = {"data": pixels.reshape(len(pixels), -1), labels: LABELS[part].tolist()}
+        (inside / part).write_bytes(pickle.dumps(rows))
         monkeypatch.setattr(source, f"{part}_list", [[part, md5(inside / part)]])
+    (inside / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: ["cat"]}))
     monkeypatch.setattr(source, "meta", {**meta, "md5": md5(inside / meta["filename"])})
     with tarfile.open(site / source.filename, "w:gz") as archive:
         archive.add(inside, source.base_folder)

@@ -86,25 +86,27 @@ def digests(pixels: Pixels, rows: np.ndarray | None = None) -> np.ndarray:
     """128 bits of BLAKE2 for each example of `(N, ...)`, or for those at `rows`: uint8 `(N, 16)`.
     `pixels` may be larger than the memory.
     """
-    rows = np.arange(len(pixels)) if rows is None else rows
-    found = np.empty((len(rows), 16), np.uint8)
-    each = max(1, HASHED // bytes_of_image(pixels))  # examples at a time
-    for start in range(0, len(rows), each):
-        part = np.ascontiguousarray(pixels[rows[start : start + each]])
-        part = part.reshape(len(part), -1)
-        hashed = (hashlib.blake2b(row.data, digest_size=16).digest() for row in part)
-        found[start : start + each] = np.frombuffer(b"".join(hashed), np.uint8).reshape(-1, 16)
-    return found
+    found = bytearray()
+    for part in _in_blocks(pixels, rows):
+        examples = part.reshape(len(part), -1)
+        found += b"".join(hashlib.blake2b(row.data, digest_size=16).digest() for row in examples)
+    return np.frombuffer(found, np.uint8).reshape(-1, 16)
 
 
 def content(pixels: Pixels, rows: np.ndarray | None = None) -> str:
     """The SHA-256 of all examples of `(N, ...)`, or of those at `rows`, in C order."""
-    rows = np.arange(len(pixels)) if rows is None else rows
     found = hashlib.sha256()
+    for part in _in_blocks(pixels, rows):
+        found.update(part.data)
+    return found.hexdigest()
+
+
+def _in_blocks(pixels: Pixels, rows: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The examples at `rows`, by default all: some at a time, C-contiguous."""
+    rows = np.arange(len(pixels)) if rows is None else rows
     each = max(1, HASHED // bytes_of_image(pixels))
     for start in range(0, len(rows), each):
-        found.update(np.ascontiguousarray(pixels[rows[start : start + each]]).data)
-    return found.hexdigest()
+        yield np.ascontiguousarray(pixels[rows[start : start + each]])
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
@@ -281,20 +283,17 @@ def decoded(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray | 
 
 
 def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -> np.ndarray:
-    """Reads a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`.
-
-    Raises UserError that names the path.
+    """Reads a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`. Raises
+    UserError that names the path.
     """
     from flowtrain.flow.inputs import quantize  # imports torch
 
     try:
-        pixels = decode(path, shape, policy)
-    except UserError as error:
+        pixels = decoded(path, shape, policy)
+    except OtherSize as error:
         raise UserError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such image file") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise UserError(f"{path} cannot be read as an image ({short(error)})") from None
-    return quantize(pixels, levels)
+    if not isinstance(pixels, str):
+        return quantize(pixels, levels)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such image file")
+    raise UserError(f"{path} cannot be read as an image ({pixels})")

@@ -150,7 +150,10 @@ def opened(
         known = not unreadable or unreadable.keys() <= set(map(str, names))
         if index["count"] != count or not texts or not known:
             raise ValueError("index.json is not of these images")
-        images = _mapped(target / "images.npy", (count, *shape))
+        require_regular(target / "images.npy")
+        images = np.lib.format.open_memmap(target / "images.npy", mode="r")
+        if images.dtype != np.uint8 or images.shape != (count, *shape):
+            raise ValueError("images.npy is not of these images")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -172,15 +175,6 @@ def warn_of_unreadable(
         "%s: %d of %d %s cannot be read and are left out:\n%s",
         option, len(unreadable), count, what, "\n".join(lines),
     )  # fmt: skip
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy file of uint8 in this shape. Raises `OSError`, and `ValueError` for any other file."""
-    require_regular(path)
-    images = np.lib.format.open_memmap(path, mode="r")
-    if images.dtype != np.uint8 or images.shape != shape:
-        raise ValueError(f"{path.name} is not an array of shape {shape}")
-    return images
 
 
 def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict[str, str]]:

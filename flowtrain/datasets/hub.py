@@ -184,17 +184,14 @@ def _from_hub(repository: str, subset: str | None, revision: str | None, wanted:
 
 def _require_columns(rows: Any, image: str, label: str | None) -> None:
     pictures = [n for n, kind in rows.features.items() if type(kind).__name__ == "Image"]
-    if image not in pictures:
-        raise UserError(
-            f"data.image: there is no column of images {cut(image)}; there is "
-            f"{cut(', '.join(pictures)) or 'none'}"
-        )
     classes = [n for n, kind in rows.features.items() if "int" in str(getattr(kind, "dtype", ""))]
-    if label is not None and label not in classes:
-        raise UserError(
-            f"data.label: {cut(label)} is no column of whole numbers; there is "
-            f"{cut(', '.join(classes)) or 'none'}"
-        )
+    wanted = (("image", image, pictures, "images"), ("label", label, classes, "whole numbers"))
+    for option, column, there, content in wanted:
+        if column is not None and column not in there:
+            raise UserError(
+                f"data.{option}: {cut(column)} is no column of {content}; there is "
+                f"{cut(', '.join(there)) or 'none'}"
+            )
 
 
 def _encoded(rows: Any, image: str) -> Iterator[dict[str, Any]]:

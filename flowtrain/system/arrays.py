@@ -25,8 +25,6 @@ ONLY = "the array"  # the name of the array of an .npy file
 # Kinds of numpy's types
 KINDS = {"f": "real numbers", "iu": "whole numbers", "U": "texts", "b": "yes or no"}
 TEXT_BYTES = 100  # that a text takes in a list of Python, beside its characters
-
-
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip: its signature, lengths of name and of extras
 
 
@@ -63,8 +61,9 @@ class ArrayFile:
     def __init__(self, path: Path, key: str = ""):
         self.path, self.key = path, key
         self.names = [ONLY]
+        magic = np.lib.format.MAGIC_PREFIX
         with self._opened() as file:
-            if not _is_npy(file):
+            if file.read(len(magic)) != magic:
                 with self._zip(file) as archive:
                     self.names = [name.removesuffix(".npy") for name in archive.namelist()]
         if len(set(self.names)) < len(self.names):
@@ -83,8 +82,7 @@ class ArrayFile:
                     file.seek(info.header_offset)
                     _, *lengths = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
                     offset = info.header_offset + LOCAL_HEADER.size + sum(lengths) + header
-        where = self._where(name)
-        values = size - header
+        where, values = self._where(name), size - header
         return Stored(self, name, where, shape, fortran, dtype, values, header, offset, crc)
 
     def values(self, name: str) -> np.ndarray:
@@ -103,7 +101,7 @@ class ArrayFile:
         from flowtrain.system import capacity  # imports torch
 
         header = self.header(name)
-        where = self._where(name)
+        where = header.where
         # Texts without room for a character take no bytes, however many there are.
         if header.dtype.kind not in kinds or not header.dtype.itemsize:
             raise UserError(
@@ -123,9 +121,10 @@ class ArrayFile:
         texts = TEXT_BYTES * math.prod(header.shape) if header.dtype.kind == "U" else 0
         capacity.require(2 * size + texts, f"{where} needs")
         values = self.values(name)
-        if header.dtype.kind == "U" and _codes(values).max(initial=0) > sys.maxunicode:
-            # Python fails at such a number with a SystemError.
-            raise UserError(f"{where} is damaged: it has a character that does not exist")
+        if header.dtype.kind == "U":
+            characters = np.frombuffer(values.tobytes(), f"{values.dtype.str[0]}u4")
+            if characters.max(initial=0) > sys.maxunicode:  # Python would raise a SystemError
+                raise UserError(f"{where} is damaged: it has a character that does not exist")
         return values
 
     def _where(self, name: str) -> str:
@@ -184,15 +183,6 @@ class ArrayFile:
             ) from None
         with archive:
             yield archive
-
-
-def _codes(texts: np.ndarray) -> np.ndarray:
-    """The numbers of all characters of an array of texts."""
-    return np.frombuffer(texts.tobytes(), f"{texts.dtype.str[0]}u4")
-
-
-def _is_npy(file: BinaryIO) -> bool:
-    return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
 
 
 def header_of(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:

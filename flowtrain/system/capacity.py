@@ -25,8 +25,7 @@ def available(device: torch.device) -> int:
         # torch holds some memory for further tensors.
         unused = module.memory_reserved(device) - module.memory_allocated(device)
         return int(module.mem_get_info(device)[0] + unused)
-    groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return min([int(psutil.virtual_memory().available), *map(_of_the_group, groups)])
+    return min([int(psutil.virtual_memory().available), *map(_of_the_group, _control_groups())])
 
 
 def left(device: torch.device) -> int:
@@ -51,8 +50,7 @@ def require(needed: int, what: str, device: torch.device | None = None) -> None:
 
 def total() -> int:
     """Bytes of memory of this machine, or of the container, if that has less."""
-    groups = _control_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    limits = (limit for each in groups if (limit := _limit(each)) is not None)
+    limits = (limit for each in _control_groups() if (limit := _limit(each)) is not None)
     return min([int(psutil.virtual_memory().total), *limits])
 
 
@@ -63,7 +61,9 @@ def _limit(cgroup: Path) -> int | None:
         return None
 
 
-def _control_groups(mount: Path, own: Path) -> list[Path]:
+def _control_groups(
+    mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[Path]:
     """The folders of this process's control group (version 2) and of the groups above it. In a
     container, it is just `mount`.
     """
@@ -78,15 +78,13 @@ def _control_groups(mount: Path, own: Path) -> list[Path]:
 
 def _of_the_group(cgroup: Path) -> int:
     limit = _limit(cgroup)
+    if limit is None:
+        return _UNLIMITED
     try:
         used = int((cgroup / "memory.current").read_text())
         # Pages of files count as used, but the system drops them when memory is needed.
-        statistics = dict(
-            line.split() for line in (cgroup / "memory.stat").read_text().splitlines()
-        )
+        statistics = dict(map(str.split, (cgroup / "memory.stat").read_text().splitlines()))
     except (OSError, ValueError):
-        return _UNLIMITED
-    if limit is None:
         return _UNLIMITED
     return max(0, limit - used + int(statistics.get("inactive_file", 0)))
 

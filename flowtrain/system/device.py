@@ -53,9 +53,7 @@ def resolve(name: str) -> torch.device:
 
 def _available(kind: str) -> bool:
     module = torch.backends.mps if kind == "mps" else getattr(torch, kind)
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # the message of `_why_not` has the same, and more
+    with warnings.catch_warnings(action="ignore"):  # `_why_not` has the same, and more
         return bool(module.is_available())
 
 
@@ -94,12 +92,14 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
         raise UserError(
             f"{asked}: there are {distributed.world()} processes; expected auto, cpu, cuda or xpu"
         )
-    number = 0
+    own, number = [kind, ""], 0
     if kind in NUMBERED:
         count, local_rank = _count(kind), distributed.local_rank()
         # Some launchers show each process its own device alone, as Slurm does for --gpus-per-task.
         number = local_rank if local_rank < count else 0
-    own = [kind, _identity(kind, number)]
+        properties = getattr(torch, kind).get_device_properties(number)
+        # Identifies a device, however a process numbers them.
+        own[1] = f"{os.uname().nodename} {getattr(properties, 'uuid', number)}"
     before = distributed.all_gather_object(own)[: distributed.rank()]
     for rank, other in enumerate(before):
         if other[0] != kind:
@@ -118,14 +118,6 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
     device = torch.device(kind, number)
     getattr(torch, kind).set_device(device)
     return device
-
-
-def _identity(kind: str, number: int) -> str:
-    """Identifies a device, however a process numbers them."""
-    if kind not in NUMBERED:
-        return ""
-    properties = getattr(torch, kind).get_device_properties(number)
-    return f"{os.uname().nodename} {getattr(properties, 'uuid', number)}"
 
 
 def _require_kernels(asked: str, device: torch.device) -> None:

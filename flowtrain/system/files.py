@@ -144,14 +144,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 # Errors that mean that the path is wrong. Any other error of writing is the disk's.
-_BAD_PATH = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-}
+_BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BAD_PATH |= {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def save(path: Path, data: bytes, *, named: bool = True) -> None:

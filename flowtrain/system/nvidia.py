@@ -41,7 +41,7 @@ def find() -> Found | None:
         found = _ask(program)
         if found is not None:
             return found if found.count else None
-    count = len(_device_files())
+    count = _device_files()
     if not count and not in_container():
         count = len(list((ROOT / "proc/driver/nvidia/gpus").glob("*")))
     return Found(count) if count else None
@@ -57,13 +57,11 @@ def why_unusable(found: Found) -> str:
     """Why torch cannot use these GPUs (`torch.cuda.is_available()` is false), and what helps."""
     gpus = f"{found.count} NVIDIA GPU{'s' * (found.count > 1)}"
     driver = f" with driver {found.driver}" if found.driver else ""
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is not built for CUDA"
-    else:
-        reason = (
-            f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use them: {_message()}"
-        )
-    return f"this machine has {gpus}{driver}, but {reason}. {WHERE_BUILDS_ARE}"
+    reason = "is not built for CUDA"
+    if torch.version.cuda is not None:
+        reason = f"for CUDA {torch.version.cuda} cannot use them: {_message()}"
+    torch_ = f"torch {torch.__version__}"
+    return f"this machine has {gpus}{driver}, but {torch_} {reason}. {WHERE_BUILDS_ARE}"
 
 
 def without_kernels(name: str, capability: tuple[int, int], architectures: list[str]) -> str | None:
@@ -81,9 +79,8 @@ def without_kernels(name: str, capability: tuple[int, int], architectures: list[
         if digits is None:
             continue
         there = divmod(int(digits[0]), 10)
-        if kind == "compute" and there <= capability:  # compiled when it is first used
-            return None
-        if kind == "sm" and there[0] == major and there[1] <= minor:
+        later = kind == "compute" and there <= capability  # compiled when it is first used
+        if later or (kind == "sm" and there[0] == major and there[1] <= minor):
             return None
     return (
         f"torch {torch.__version__} has no code for {name} (sm_{major}{minor}), only for "
@@ -116,12 +113,12 @@ def _ask(program: str) -> Found | None:
     return Found(0) if "No devices" in done.stdout + done.stderr else None
 
 
-def _device_files() -> list[Path]:
-    """The files of the GPUs that this process may open. A job without GPUs may open none."""
-    opened = []
+def _device_files() -> int:
+    """Number of the files of GPUs that this process may open. A job without GPUs may open none."""
+    count = 0
     for file in (ROOT / "dev").glob("nvidia[0-9]*"):
         if file.name[len("nvidia") :].isdigit():
             with contextlib.suppress(OSError):
                 os.close(os.open(file, os.O_RDONLY))
-                opened.append(file)
-    return opened
+                count += 1
+    return count

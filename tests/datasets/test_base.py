@@ -93,8 +93,6 @@ def test_resizing():
     checks = Image.fromarray(np.indices((640, 640)).sum(0).astype(np.uint8) % 2 * 255)
     out = base.resize(checks, (1, 16, 16), "crop")  # antialiased
     assert out.min() >= 120 and out.max() <= 136
-    with pytest.raises(UserError, match=r"30x20 .*not 20x20"):
-        base.resize(Image.new("RGB", (30, 20)), (3, 20, 20), "exact")
 
 
 def pixel(image, channels):
@@ -111,28 +109,23 @@ def pixel(image, channels):
         (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), 3, [255, 255, 255]),
         (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), 3, [255, 0, 0]),
         (Image.new("LA", (2, 2), (0, 0)), 1, [255]),
-        (Image.new("RGB", (2, 2), (200, 100, 0)).convert("P", palette=1), 3, None),
+        (Image.new("RGB", (2, 2), (255, 51, 0)).convert("P", palette=1), 3, [255, 51, 0]),
         (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), 3, [255, 0, 0]),
         (Image.fromarray(np.full((2, 2), 0x8001, np.uint16)), 1, [0x80]),
         (Image.fromarray(np.full((2, 2), 0x8001, np.int32)), 3, [0x80] * 3),
     ],
-    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+    ids=lambda value: getattr(value, "mode", None),
 )
 def test_modes(image, channels, wanted):
-    if wanted is None:
-        wanted = list(image.convert("RGB").getpixel((0, 0)))
     assert pixel(image, channels) == wanted
 
 
-def test_transparent_palette_is_white(tmp_path):
+def test_a_transparent_palette_and_exif_orientation(tmp_path):
     image = Image.new("P", (2, 2), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.save(tmp_path / "p.png", transparency=1)
     with Image.open(tmp_path / "p.png") as image:
         assert image.mode == "P" and pixel(image, 3) == [255, 255, 255]
-
-
-def test_exif_orientation(tmp_path):
     image = Image.new("RGB", (16, 8))
     image.paste((255, 255, 255), (0, 0, 8, 8))  # left half white
     exif = Image.Exif()

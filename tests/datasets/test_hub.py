@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from dataset_helpers import LABELS, PIXELS, a_saved_data_set, build, check, corrupt, encoded
 from helpers import a_config
 from PIL import Image
@@ -94,7 +93,7 @@ def test_a_repository_is_loaded_without_its_code(monkeypatch, path):
     splits = dict(zip(("train_split", "test_split"), parts, strict=True))
     for part, (name, chosen) in zip(("train", "test"), parts.items(), strict=True):
         images = hub(part, repository="some/images", subset="small", revision="abc", **splits)
-        assert not calls, "nothing is loaded before it is read"
+        assert not calls  # nothing is loaded before it is read
         assert np.array_equal(images.read(), PIXELS["train"][list(chosen)])
         options = {"revision": "abc", "keep_in_memory": False}
         assert calls == [(("some/images", "small"), name, options)]
@@ -140,8 +139,8 @@ def test_without_the_package(path, monkeypatch):
         ({"repository": "no/thing"}, r"no/thing \(split train\) .*\. .*save_to_disk elsewhere"),
         ({"path": "none"}, "data.path: none cannot be loaded"),
         ({"path": "saved", "train_split": "a"}, "data.train_split: .* no split a, but train"),
-        ({"path": "saved", "image": "img"}, "data.image: .*no column .* img; there is image"),
-        ({"path": "saved", "image": "digit"}, "data.image: .*no column of images digit"),
+        ({"path": "saved", "image": "img"}, "data.image: img is no column of images; .* image"),
+        ({"path": "saved", "image": "digit"}, "data.image: digit is no column of images"),
         ({"path": "saved", "label": "y"}, "data.label: y is no column .* numbers; there is digit"),
         ({"path": "saved", "label": "image"}, "data.label: image is no column of whole numbers"),
     ],
@@ -167,8 +166,7 @@ def test_a_run_finds_it_from_another_folder(path):
     assert config.options()["path"] == path
     data = DataSet(config)
     split = data.split("train")
-    assert len(split) == 19 and torch.equal(
-        split.labels, torch.tensor(LABELS["train"])[split.indices]
-    )
+    assert len(split) == 19
+    assert split.labels.tolist() == LABELS["train"][split.indices].tolist()
     assert data.fingerprint == DataSet(config).fingerprint
     assert component_schema(Data, "hub").model_fields["path"].default is None

@@ -3,10 +3,9 @@
 import json
 import logging
 
-import dataset_helpers
 import pytest
 import torch
-from dataset_helpers import build
+from dataset_helpers import build, chrabaszcz, oord
 from helpers import a_config
 from typer.testing import CliRunner
 
@@ -43,10 +42,7 @@ def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
     for name in ("handlers", "propagate", "level"):
         monkeypatch.setattr(logger, name, getattr(logger, name))
     paths = {}
-    for version, make in {
-        "oord2016": dataset_helpers.oord,
-        "chrabaszcz2017": dataset_helpers.chrabaszcz,
-    }.items():
+    for version, make in zip(NUMBERS, (oord, chrabaszcz), strict=True):
         section = {**make(tmp_path, monkeypatch), "root": str(tmp_path), "validation": 0.2}
         config = a_config("nice", data=section, train={"num_steps": 1, "batch_size": 8})
         run = RunDirectory(tmp_path / version)

@@ -22,10 +22,6 @@ from flowtrain.pictures import draw
 from flowtrain.pictures.draw import stages_of
 
 
-def points(name, split="train", **options):
-    return build(name, "", split, **options).read().reshape(-1, 2).astype(np.float64)
-
-
 @pytest.mark.parametrize("name", [*POINTS, "sphere"])
 def test_any_number_of_points_by_seed(name):
     def drawn(split="train", **options):
@@ -55,33 +51,17 @@ def test_any_number_of_points_by_seed(name):
     ],
 )
 def test_points_are_as_ever(name, options, first, mean, std):
+    """First point, mean and standard deviation of densities that were looked at."""
     found = build(name, "", "train", count=1000, **options).read().reshape(-1, 2)
     for value, expected in ((found[0], first), (found.mean(0), mean), (found.std(0), std)):
         np.testing.assert_allclose(value, expected, atol=2e-5)  # five decimals, float32
 
 
-def test_shapes_of_the_densities():
-    x, y = points("two_moons", noise=0).T + np.array([[0.5], [0.25]])
-    upper, lower = np.hypot(x, y), np.hypot(x - 1, y - 0.5)
-    assert np.minimum(np.abs(upper - 1), np.abs(lower - 1)).max() < 1e-5
-    ring = np.hypot(*points("rings", noise=0).T) / 0.6
-    assert set(np.round(ring)) == {1, 2, 3, 4} and np.abs(ring - ring.round()).max() < 1e-5
-    squares, counts = np.unique(np.floor(points("checkerboard")), axis=0, return_counts=True)
-    assert len(squares) == 8 and (squares.sum(axis=1) % 2 == 0).all() and counts.min() > 1100
-    angles = np.arctan2(*points("eight_gaussians", noise=0).T) / (np.pi / 4)
-    assert len(set(angles.round() % 8)) == 8 and np.abs(angles - angles.round()).max() < 1e-5
-
-
 def test_options_of_images():
-    def section(**options):
-        return a_config("nice", data={"name": "two_moons", **options}).data
-
-    with pytest.raises(UserError, match="data.flip: two_moons has no images"):
-        DataSet(section(flip=True))
-    with pytest.raises(UserError, match="data.shift: two_moons has no images"):
-        DataSet(section(shift=1))
-    with pytest.raises(UserError, match="data.n_bits: two_moons has real values"):
-        DataSet(section(n_bits=5))
+    for option, value, what in [("flip", 1, "no im"), ("shift", 1, "no im"), ("n_bits", 5, "real")]:
+        config = a_config("nice", data={"name": "two_moons", option: value})
+        with pytest.raises(UserError, match=f"data.{option}: two_moons has {what}"):
+            DataSet(config.data)
     with pytest.raises(UserError, match="dequantization: real-valued"):
         build_flow(a_config("nice", dequantization={"transform": "logit"}), (2, 1, 1), None)
 

@@ -14,14 +14,26 @@ import threading
 from pathlib import Path
 from unittest import mock
 
-import dataset_helpers
 import numpy as np
 import pytest
-from dataset_helpers import COUNTS, LABELS, TORCHVISION, build, check, corrupt, cut, downloads
+from dataset_helpers import (
+    COUNTS,
+    LABELS,
+    TORCHVISION,
+    build,
+    check,
+    corrupt,
+    cut,
+    downloads,
+    md5,
+    pipe,
+)
 from helpers import SHARED, shared
 
 from flowtrain.datasets import torchvision_source
 from flowtrain.errors import RunError, UserError
+
+mnist = functools.partial(torchvision_source.mnist, split="train")
 
 
 @contextlib.contextmanager
@@ -74,10 +86,6 @@ def site(tmp_path, monkeypatch):
     return tmp_path / "site"
 
 
-def mnist(root, split="train"):
-    return build("mnist", root, split)
-
-
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_without_a_network_files_placed_by_hand_are_enough(name, tmp_path, monkeypatch, closed):
     monkeypatch.chdir(tmp_path)
@@ -110,7 +118,7 @@ def test_mnist_is_downloaded_once(site, tmp_path, monkeypatch, closed, caplog, c
         mnist(root).read()
         assert requested and str(root) in caplog.text and address in caplog.text
         requested.clear()
-        mnist(root, "test").read()
+        mnist(root, split="test").read()
         assert not requested, "the files were there"
         assert "%" not in capsys.readouterr().err and socket.getdefaulttimeout() is None
         screen = io.StringIO()
@@ -138,10 +146,7 @@ def test_a_damaged_download(site, tmp_path, monkeypatch, damage, message):
     for path in site.iterdir():
         damage(path)
     if damage is without_gzip:
-        sums = [
-            (name, dataset_helpers.md5(site / name))
-            for name, _ in torchvision.datasets.MNIST.resources
-        ]
+        sums = [(path.name, md5(path)) for path in site.iterdir()]
         monkeypatch.setattr(torchvision.datasets.MNIST, "resources", sums)
     with served(site) as (address, _):
         set_source("mnist", monkeypatch, address)
@@ -177,7 +182,7 @@ def test_damaged_and_special_files_of_cifar10(tmp_path, monkeypatch):
         assert np.array_equal(check(build("cifar10", root, "train")), wanted)
     for name in ("cifar-10-batches-py/train", "cifar-10-python.tar.gz"):
         (root / name).rename(root / "aside")
-        dataset_helpers.pipe(root / name)
+        pipe(root / name)
         with pytest.raises(UserError, match="not a regular file"):
             build("cifar10", root, "train").read()
         (root / "aside").rename(root / name)
@@ -212,11 +217,11 @@ def test_real_mnist(tmp_path):
     from torchvision.datasets import MNIST
 
     raw = MNIST(SHARED, train=False, download=False).data.numpy()
-    assert np.array_equal(check(mnist(SHARED, "test"), 10000)[:, 0], raw)
+    assert np.array_equal(check(mnist(SHARED, split="test"), 10000)[:, 0], raw)
     shutil.copytree(SHARED / "MNIST", tmp_path / "MNIST", copy_function=os.symlink)
     file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     file.parent.chmod(0o755)
     file.unlink()
     file.write_bytes(bytes(1000))
     with pytest.raises(UserError, match="1000 bytes, not 7840016"):
-        mnist(tmp_path, "test").read()
+        mnist(tmp_path, split="test").read()

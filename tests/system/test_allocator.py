@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import types
+from unittest import mock
 
 import pytest
 from helpers import REPOSITORY
@@ -36,25 +36,16 @@ def test_freed_memory_is_kept():
     assert faults["keep_freed_memory()"] < 100 < 2000 < faults["pass"]
 
 
-@pytest.mark.parametrize("missing", ["mallopt", "gnu_get_libc_version"])
-def test_other_c_libraries_are_left_alone(missing, monkeypatch):
-    there = dict.fromkeys(
-        {"mallopt", "gnu_get_libc_version"} - {missing}, lambda *args: pytest.fail("it was called")
-    )
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: types.SimpleNamespace(**there))
-    assert allocator.keep_freed_memory() is False
-
-
-def test_a_refused_threshold_is_lowered(monkeypatch):
-    calls = []
-
-    class OldGlibc:
-        gnu_get_libc_version = None
-
-        def mallopt(self, parameter, value):
-            calls.append((parameter, value))
-            return int(parameter != -3 or value <= 32 * 2**20)
-
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: OldGlibc())
+def test_other_and_older_c_libraries(monkeypatch):
+    """Others are left alone. A threshold that is refused is lowered."""
+    for missing in ("mallopt", "gnu_get_libc_version"):
+        library = mock.Mock(["mallopt", "gnu_get_libc_version"])
+        delattr(library, missing)
+        monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name, library=library: library)
+        assert allocator.keep_freed_memory() is False and not library.mock_calls
+    library = mock.Mock()
+    library.mallopt.side_effect = lambda key, value: int(key != -3 or value <= 32 * 2**20)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     assert allocator.keep_freed_memory() is True
+    calls = [call.args for call in library.mallopt.mock_calls]
     assert calls == [(-3, 2**30), (-3, 32 * 2**20), (-1, -1)]

@@ -7,15 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from dataset_helpers import EVIL
 
 from flowtrain.errors import UserError
 from flowtrain.system import capacity
 from flowtrain.system.arrays import ONLY, ArrayFile
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 def npy(array, **options) -> bytes:
@@ -70,7 +66,7 @@ def test_arrays_are_read_as_they_were_saved(tmp_path):
 )
 def test_other_arrays_are_refused(tmp_path, monkeypatch, name, kinds, shape, said):
     monkeypatch.chdir(tmp_path)
-    evil = npy(np.array([Evil()], object), allow_pickle=True)
+    evil = npy(EVIL, allow_pickle=True)
     a = npy(np.zeros((2, 3), np.float32))
     n, u = npy(np.array(3)), npy(np.array([], "U1")).replace(b"<U1", b"<U0")
     u = u.replace(b"(0,)", b"(9,)")  # of no bytes, as many as it says

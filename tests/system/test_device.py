@@ -24,16 +24,15 @@ def machine(monkeypatch):
     chosen = []
 
     def become(cuda=0, xpu=0, mps=0, unusable=None, capability=(9, 0), first_uuid=0):
+        def properties(number):
+            return types.SimpleNamespace(uuid=f"GPU-{first_uuid + number}")
+
         for kind, count in (("cuda", cuda), ("xpu", xpu)):
             module = getattr(torch, kind)
             monkeypatch.setattr(module, "is_available", lambda count=count: count > 0)
             monkeypatch.setattr(module, "device_count", lambda count=count: count)
             monkeypatch.setattr(module, "set_device", chosen.append)
-            monkeypatch.setattr(
-                module,
-                "get_device_properties",
-                lambda i: types.SimpleNamespace(uuid=f"GPU-{first_uuid + i}"),
-            )
+            monkeypatch.setattr(module, "get_device_properties", properties)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
@@ -144,9 +143,9 @@ def process(monkeypatch):
     joined = []
     monkeypatch.setattr(torchrun, "connect", joined.append)
 
-    def become(rank, world, local_rank=None, others=()):
+    def become(rank, world, local_rank, others):
         monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), rank, world))
-        monkeypatch.setenv("LOCAL_RANK", str(rank if local_rank is None else local_rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         after = [["?", "?"]] * (world - rank - 1)
         monkeypatch.setattr(distributed, "all_gather_object", lambda own: [*others, own, *after])
         return joined
@@ -158,29 +157,23 @@ def gpu(number, kind="cuda"):
     return [kind, f"{os.uname().nodename} GPU-{number}"]
 
 
-@pytest.mark.parametrize("kind", ["cuda", "xpu"])
-def test_each_process_has_the_gpu_of_its_local_rank(machine, process, kind):
-    chosen = machine(**{kind: 4})
-    joined = process(3, 8, others=[gpu(n, kind) for n in range(3)])
-    for name in ("auto", kind):
-        assert devices.resolve(name) == torch.device(f"{kind}:3")
-    assert chosen == joined == 2 * [torch.device(f"{kind}:3")]
-
-
 @pytest.mark.parametrize(
     "there, start, expected",
     [
+        *[({kind: 4}, (3, 8, 3, [gpu(n, kind) for n in range(3)]), f"{kind}:3")
+          for kind in ("cuda", "xpu")],
         # Slurm's --gpus-per-task=1: the only device of every process is number 0.
         ({"cuda": 1, "first_uuid": 3}, (3, 8, 3, [gpu(n) for n in range(3)]), "cuda:0"),
         # Equal numbers on two machines
         ({"cuda": 1}, (1, 2, 0, [["cuda", "another-machine GPU-0"]]), "cuda:0"),
         ({}, (1, 2, 1, [["cpu", ""]]), "cpu"),  # which the processes share
     ],
-)
+)  # fmt: skip
 def test_devices_of_several_processes(machine, process, there, start, expected):
-    chosen, joined = machine(**there), process(*start)
-    assert devices.resolve("auto") == torch.device(expected) and joined == [torch.device(expected)]
-    assert chosen == [torch.device(expected)] * (expected != "cpu")
+    chosen, joined, device = machine(**there), process(*start), torch.device(expected)
+    for name in ("auto", device.type):
+        assert devices.resolve(name) == device
+    assert joined == [device] * 2 and chosen == [device] * 2 * (expected != "cpu")
 
 
 @pytest.mark.parametrize(
@@ -196,32 +189,28 @@ def test_devices_of_several_processes(machine, process, there, start, expected):
 )  # fmt: skip
 def test_devices_that_several_processes_cannot_have(machine, process, there, name, others, message):
     machine(**there)
-    process(2, 3, others=others)
+    process(2, 3, 2, others)
     with pytest.raises(UserError, match=f"^--device {name}: {message}"):
         devices.resolve(name)
 
 
 @pytest.mark.parametrize(
-    "device, backend, bound",
-    [
-        ("cpu", "gloo", None),
-        ("cuda:3", "cpu:gloo,cuda:nccl", torch.device("cuda:3")),
-        ("xpu:1", "cpu:gloo,xpu:xccl", torch.device("xpu:1")),
-    ],
+    "device, backend",
+    [("cpu", "gloo"), ("cuda:3", "cpu:gloo,cuda:nccl"), ("xpu:1", "cpu:gloo,xpu:xccl")],
 )
-def test_the_processes_are_joined_for_their_devices(device, backend, bound, monkeypatch):
-    joined = []
+def test_the_processes_are_joined_for_their_devices(device, backend, monkeypatch):
+    joined, device = [], torch.device(device)
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: joined.append((a, k)))
-    torchrun.connect(torch.device(device))  # one process: nothing to join
+    torchrun.connect(device)  # one process: nothing to join
     assert joined == []
     monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 2, 4))
-    torchrun.connect(torch.device(device))
+    torchrun.connect(device)
     (((given,), options),) = joined
-    assert given == backend and options["device_id"] == bound
+    assert given == backend and options["device_id"] == (None if device.type == "cpu" else device)
     assert (options["rank"], options["world_size"]) == (2, 4)
     assert 60 <= options["timeout"].total_seconds() <= 1800
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    torchrun.connect(torch.device(device))
+    torchrun.connect(device)
     assert len(joined) == 1

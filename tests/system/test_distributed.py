@@ -58,6 +58,7 @@ ALL = MODEL + STEPS
 LONG = [*SMALL, *sets(train__num_steps=100_000, train__log_every=1, train__checkpoint_every=10)]
 LONG += sets(train__validate_every=100_000, train__sample_every=100_000, train__keep_checkpoints=0)
 PARTS = "train.batch_size x train.accumulate"
+ADDED = {"format", "versions"}  # to the description of a checkpoint, when it is written
 
 
 def parts(batch_size, accumulate=1):
@@ -213,12 +214,9 @@ training._loop, Batches.positions = saving, noting
 
 def saved_by_all(count):
     """Tensors before and after, and the images of all steps in order, from `SAVING_ALL`."""
-    files = [f"process-{rank}.pt" for rank in range(count)]
-    saved = [torch.load(file, weights_only=False) for file in files]
-    used = np.concatenate(
-        [part for step in zip(*[s[2] for s in saved], strict=True) for part in step]
-    )
-    return saved, used
+    saved = [torch.load(f"process-{rank}.pt", weights_only=False) for rank in range(count)]
+    steps = zip(*[used for _, _, used in saved], strict=True)
+    return saved, np.concatenate([part for step in steps for part in step])
 
 
 @pytest.mark.run
@@ -251,7 +249,7 @@ def test_20_steps_are_10_and_10():
 
 
 def resumed(count, *args, first=FLOAT64):
-    """What the first of the processes that go on with a run prints about it."""
+    """Output of the processes that go on with a run."""
     out = all_ok(count, *args, "--run-dir", "r", first=first)
     return out[out.index("going on from") :]
 
@@ -277,8 +275,7 @@ def test_resumed_by_two_processes_and_by_one_again(alone):
     assert "saved by" not in resumed(1, "train", *ALL, *parts(32))
     # A checkpoint without the number of processes: there was one.
     saved = checkpoint_format.read(last(put_back(run)))
-    known = ("format", "versions", "processes")
-    old = {key: value for key, value in saved.meta.items() if key not in known}
+    old = {key: saved.meta[key] for key in saved.meta.keys() - {*ADDED, "processes"}}
     last(run).unlink()
     checkpoint_format.write(last(run), old, saved.tensors)
     words = ["train", *ALL, *parts(16)]
@@ -313,11 +310,9 @@ def test_resumed_with_more_images_a_step_and_with_fewer_again(alone):
     assert np.array_equal(order[5 * 64 : 5 * 64 + 5 * 32], saved_by_all(1)[1])
     assert summary(run)["images"] == 10 * 32 + 5 * 64 + 5 * 32
 
-    # Now 10 * 32 images are used up, and a step of 2 * 20 is neither the old one nor the same
-    # configuration.
+    # A step of 2 * 20 images is neither the old one nor the same configuration.
     words = ["train", *ALL, *parts(20), "--run-dir", put_back(run)]
-    other = "train.batch_size: ", "has 32, this command 20"
-    all_failed(together(2, *words), 2, *other)
+    all_failed(together(2, *words), 2, "train.batch_size: ", "has 32, this command 20")
 
 
 @pytest.mark.run
@@ -355,22 +350,20 @@ def test_without_a_shared_file_system():
     # Other images on one machine are noticed, and so are missing ones.
     put_back(machines[0] / "r")
     np.savez(machines[1] / "own.npz", x_train=255 - x)
-    other = "images.content: process 0 has", "process 1"
-    all_failed(together(2, "train", *options, cwds=machines), 2, *other)
+    results = together(2, "train", *options, cwds=machines)
+    all_failed(results, 2, "images.content: process 0 has", "process 1")
     (machines[1] / "own.npz").unlink()
     all_failed(together(2, "train", *options, cwds=machines), 2, "own.npz")
 
 
 @pytest.mark.run
 def test_an_error_is_printed_once():
-    wrong = ["train", *ALL, *sets(train__lr=-1)]
-    all_failed(together(3, *wrong), 2, "train.lr", "got -1")
+    all_failed(together(3, "train", *ALL, *sets(train__lr=-1)), 2, "train.lr", "got -1")
     options = ["train", *ALL, "--run-dir", "r"]
-    (Path("r")).mkdir()
+    Path("r").mkdir()
     with (Path("r") / ".lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        used = "--run-dir r", "in use by another process"
-        all_failed(together(2, *options), 2, *used)
+        all_failed(together(2, *options), 2, "--run-dir r", "in use by another process")
     env = torchrun_environment(2)[0]
     del env["MASTER_PORT"]
     incomplete = Forked(["train", *ALL], cwd=Path.cwd(), **env).result()
@@ -395,7 +388,7 @@ def test_steps_that_are_not_finite():
     results = together(2, "train", *ALL, *parts(16), *options, "--run-dir", "r")
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
     assert "back at step 0, with the learning rate times 0.5" in results[0].out
-    assert len(list((Path("r")).glob("non-finite-*.json"))) == 2
+    assert len(list(Path("r").glob("non-finite-*.json"))) == 2
     assert checkpoint_format.read(last(Path("r"))).meta["progress"]["non_finite"] == 2
 
 
@@ -466,8 +459,7 @@ loop.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
 def test_the_others_wait_for_process_0_as_long_as_it_takes():
     """Its samples and checkpoints are no reason to believe that it is lost."""
     options = [*LONG, *sets(train__num_steps=2, train__sample_every=1)]
-    words = ["train", *options, "--run-dir", "r"]
-    all_ok(2, *words, first=SLOW_SAMPLES)
+    all_ok(2, "train", *options, "--run-dir", "r", first=SLOW_SAMPLES)
 
 
 @pytest.mark.run
@@ -476,7 +468,7 @@ def test_torchrun_goes_on_after_the_death_of_one():
     launcher += ["2", "--max-restarts", "1", "-m", "flowtrain"]
     options = ["train", *LONG, *sets(train__num_steps=100), "--run-dir", "r"]
     process = start(*options, cwd=Path.cwd(), command=launcher)
-    wait_for_step(Path("r"), 12)
+    wait_for_step(Path("r"), 12, process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (victim,) = [
         pid for pid in workers if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -521,9 +513,8 @@ def test_exit_codes():
 def test_evaluation_is_sharded(count, images):
     options = ["evaluate", trained()["glow"], "--num-images", images, "--draws", 2]
     options += ["--json", "-", "--batch-size", 20]
-    alone = single(*options, "--scores", "1.csv").ok()
-    several = all_ok(count, *options, "--scores", "n.csv")
-    one, several = json.loads(alone.out), json.loads(several)
+    one = json.loads(single(*options, "--scores", "1.csv").ok().out)
+    several = json.loads(all_ok(count, *options, "--scores", "n.csv"))
     assert one.keys() == several.keys() and several["num_images"] == images
     for key, value in one.items():
         close = pytest.approx(value, abs=1e-5, rel=1e-5) if isinstance(value, float) else value
@@ -537,19 +528,18 @@ def test_an_image_that_is_not_finite_ends_all_after_the_result_is_written():
     saved = checkpoint_format.read(last(trained()["glow"]))
     shifts = [name for name in saved.tensors if name.startswith("ema.") and name.endswith("shift")]
     saved.tensors[shifts[0]][:] = torch.nan
-    meta = {key: value for key, value in saved.meta.items() if key not in ("format", "versions")}
+    meta = {key: saved.meta[key] for key in saved.meta.keys() - ADDED}
     checkpoint_format.write(Path("bad.safetensors"), meta, saved.tensors)
     options = ["evaluate", "bad.safetensors", "--num-images", 5, "--json", "r.json"]
     all_failed(together(2, *options), 1, "5 of 5 images")
-    assert (Path("r.json")).exists()
+    assert Path("r.json").exists()
 
 
 @pytest.mark.run
 def test_the_first_process_samples_and_interpolates():
     sample = ["sample", trained()["glow"], "--num-images", 4, "--out"]
     all_ok(2, *sample, "s.npz")
-    interpolate = ["interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png"]
-    all_ok(2, *interpolate)
+    all_ok(2, "interpolate", trained()["glow"], "--pairs", 1, "--out", "i.png")
     single(*sample, "1.npz").ok()
     assert np.array_equal(*(np.load(name)["images"] for name in ("s.npz", "1.npz")))
     assert sorted(path.name for path in Path().iterdir()) == ["1.npz", "i.png", "s.npz"]

@@ -1,6 +1,8 @@
 """Heartbeats."""
 
 import threading
+import types
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -9,20 +11,11 @@ from flowtrain.system import heartbeat
 from flowtrain.system.heartbeat import INTERVAL_SECONDS, TIMEOUT_SECONDS, Heartbeat
 
 
-class Clock:
-    """Stands still until a test moves it. The threads of a heartbeat do nothing meanwhile."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(heartbeat.time, "monotonic", clock)
+    """Stands still until a test moves it. The threads of a heartbeat do nothing meanwhile."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(threading.Thread, "join", lambda thread, seconds: None)
     return clock
@@ -56,23 +49,10 @@ def test_who_falls_silent_is_lost(clock):
     assert pass_time(clock, 2 * INTERVAL_SECONDS, [alone], alone) == [1, 2]
 
 
-class Broken:
-    """A store whose machine is gone."""
-
-    gone = False
-
-    def set(self, key, value):
-        if self.gone:
-            raise RuntimeError("Connection reset by peer")
-
-    def check(self, keys):
-        return False
-
-
 def test_without_the_store_all_others_are_lost(clock):
-    store = Broken()
+    store = mock.Mock(check=lambda keys: False)
     a, *_ = three(store)
-    store.gone = True
+    store.set.side_effect = RuntimeError("Connection reset by peer")
     assert pass_time(clock, TIMEOUT_SECONDS + INTERVAL_SECONDS, [a], a) == [1, 2]
     a.stop()  # no error
 
@@ -94,13 +74,10 @@ def test_the_threads_speak_listen_and_watch(monkeypatch):
         lost.extend(silent)
         heard.set()
 
-    monkeypatch.setattr(
-        heartbeat.Heartbeat, "silent", lambda self: [other for other in (1,) if known()]
-    )
+    def silent(self):
+        return [1] if self.beats >= 3 else []
 
-    def known():
-        return store.check(["heartbeat/0"]) and int(store.get("heartbeat/0")) >= 3
-
+    monkeypatch.setattr(heartbeat.Heartbeat, "silent", silent)
     a = Heartbeat(store, 0, 2, found)
     assert heard.wait(20) and lost == [1]
     a.stop()

@@ -9,33 +9,24 @@ from helpers import REPOSITORY
 from flowtrain.system import packages
 
 
-def an_environment(folder, monkeypatch, python="python"):
-    """Makes a folder with a `pip` the first of the path. The process runs its `python`."""
-    folder.mkdir()
-    (folder / "pip").touch(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(sys, "executable", str(folder / python))
-
-
 @pytest.mark.parametrize(
-    "python, expected",
+    "python, pip, expected",
     [
-        ("python", "pip install constriction"),
-        # pip belongs to another Python.
-        ("../other/python", "{}/bin/../other/python -m pip install constriction"),
-        ("../a b/python", "'{}/bin/../a b/python' -m pip install constriction"),
+        ("python", True, "pip install constriction"),
+        # The first pip of the path belongs to another Python.
+        ("../other/python", True, "{}/bin/../other/python -m pip install constriction"),
+        ("../a b/python", True, "'{}/bin/../a b/python' -m pip install constriction"),
+        ("python", False, "uv pip install --python {}/bin/python constriction"),
     ],
 )
-def test_it_installs_for_this_python(python, expected, tmp_path, monkeypatch):
-    an_environment(tmp_path / "bin", monkeypatch, python)
+def test_it_installs_for_this_python(python, pip, expected, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / python))
+    if not pip:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert packages.install_command("constriction") == expected.format(tmp_path)
-
-
-def test_without_pip(tmp_path, monkeypatch):
-    an_environment(tmp_path / "bin", monkeypatch)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    expected = f"uv pip install --python {tmp_path}/bin/python constriction"
-    assert packages.install_command("constriction") == expected
 
 
 def test_no_text_names_an_extra_of_a_package_that_no_index_has():
