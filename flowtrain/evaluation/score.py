@@ -104,18 +104,15 @@ def score(
         x = split.take(slice(start, stop)).to(flow.device)
         parts_of_draws = []
         for draw in range(draws):
-            noise = (
-                torch.zeros_like(x)
-                if flow.kind.exact
-                else uniform(x.shape, seed, Stream.EVALUATION, start, draw, x.device)
-            )
+            noise = torch.zeros_like(x)
+            if not flow.kind.exact:
+                noise = uniform(x.shape, seed, Stream.EVALUATION, start, draw, x.device)
             parts = flow(x, noise)
             of_classes = [] if parts.by_class is None else parts.by_class.T
             parts_of_draws.append(torch.stack([parts.log_det, parts.base, *of_classes]))
             progress(start - own.start + (stop - start) * (draw + 1) // draws, len(own))
-        by_draw = (
-            torch.stack(parts_of_draws).cpu().double()
-        )  # (K, 2 + C, B); this waits for the device
+        # (K, 2 + C, B). This waits for the device.
+        by_draw = torch.stack(parts_of_draws).cpu().double()
         bounds = by_draw[:, 1:] + by_draw[:, :1]  # all classes together, then each class
         rows.append(torch.cat([bounds.flatten(0, 1), by_draw[0, :2]]))
     gathered = distributed.gather(torch.cat(rows, dim=1), count)

@@ -136,22 +136,13 @@ def measured(
     if not high > low:
         raise UserError(f"{name}: its direction does not separate the images")
     middle = (low + high) / 2
-    right = (
-        ((positive[own_held] @ vector) > middle).double(),
-        ((negative[other_held] @ vector) <= middle).double(),
-    )
+    found, missed = positive[own_held] @ vector > middle, negative[other_held] @ vector > middle
+    right = found.double(), (~missed).double()
     shares = [float(each.mean()) for each in right]
-    variance = sum(p * (1 - p) / len(each) for p, each in zip(shares, right, strict=True)) / 4
+    error = sum(p * (1 - p) / len(each) for p, each in zip(shares, right, strict=True)) ** 0.5 / 2
+    accuracy, held_out = sum(shares) / 2, sum(map(len, right))
     return Direction(
-        name=name,
-        vector=vector,
-        low=low,
-        high=high,
-        method=method,
-        accuracy=sum(shares) / 2,
-        error=variance**0.5,
-        held_out=len(own_held) + len(other_held),
-        orthogonal=bool(others),
+        name, vector, low, high, method, accuracy, error, held_out, orthogonal=bool(others)
     )
 
 
@@ -200,16 +191,11 @@ def file_of(model: LoadedModel) -> Path:
 def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> None:
     """Writes directions into one file, with the model's `model_hash`."""
     keys = ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
-    columns = {key: np.array([getattr(each, key) for each in directions]) for key in keys}
+    arrays = {key: np.array([getattr(each, key) for each in directions]) for key in keys}
+    arrays |= {"format": np.array(FORMAT), "model": np.array(hash_of_model)}
+    arrays["vector"] = torch.stack([each.vector for each in directions]).numpy()
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        allow_pickle=False,
-        format=np.array(FORMAT),
-        model=np.array(hash_of_model),
-        vector=torch.stack([each.vector for each in directions]).numpy(),
-        **columns,
-    )
+    np.savez(buffer, allow_pickle=False, **arrays)
     save_file(path, buffer.getvalue(), named=False)
 
 

@@ -77,8 +77,7 @@ def build(
         if mixing == "whitening":
             chain += [ActNorm((entries, 1, 1)), Conv1x1LU(entries, "whitening")]
         transform = AffineTransform() if bounded else ExponentialTransform()
-        net = CausalTransformer(
-            entries, transform.parameters_per_entry, tokens, width, layers, classes
-        )
+        parameters = transform.parameters_per_entry
+        net = CausalTransformer(entries, parameters, tokens, width, layers, classes)
         chain.append(TokenAutoregressive(net, transform))
     return Sequential(*chain, Flatten((entries, *size)))

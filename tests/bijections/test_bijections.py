@@ -5,6 +5,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+from functools import partial
 
 import pytest
 import torch
@@ -439,21 +440,14 @@ def test_actnorm_normalizes_its_first_batch(shape):
     near(z.std(0, correction=0), torch.ones(shape[0]), 1e-4)
 
 
-def norm():
-    return b.ActNorm((3, 1, 1))
+INITIALIZED = [partial(each, 3, "whitening") for each in (b.Conv1x1, b.Conv1x1LU)]
 
 
-BUILDS = {
-    "actnorm": norm,
-    "whitening": lambda: b.Conv1x1(3, "whitening"),
-    "whitening-lu": lambda: b.Conv1x1LU(3, "whitening"),
-}
-
-
-@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("build", [partial(b.ActNorm, (3, 1, 1)), *INITIALIZED])
 def test_a_layer_is_initialized_once(build):
     layer, x = build(), torch.randn(20, 3, 2, 2, generator=seeded())
-    pair = (layer, b.Conv1x1(3)) if isinstance(layer, b.ActNorm) else (ready(norm()), layer)
+    norm = ready(b.ActNorm((3, 1, 1)))
+    pair = (layer, b.Conv1x1(3)) if isinstance(layer, b.ActNorm) else (norm, layer)
     fused = b.Sequential(*pair)
 
     def assert_raises():
@@ -478,16 +472,15 @@ def test_a_layer_is_initialized_once(build):
 def test_actnorm_with_a_constant_channel():
     x = torch.randn(10, 3, 2, 2, generator=seeded())
     x[:, 1] = 0.25
-    layer = b.ActNorm((3, 1, 1))
+    layer, noisy = b.ActNorm((3, 1, 1)), b.ActNorm((3, 1, 1))
     layer.initialize(x)
     for values in (*layer(x), *layer.inverse(torch.randn(4, 3, 2, 2))):
         assert torch.isfinite(values).all()
     assert layer(x)[0].abs().max() < 10
     # With dequantization noise the constant channel is scaled to the size of the others.
     x[:, 1] += torch.rand(10, 2, 2, generator=seeded()) / 256
-    layer = b.ActNorm((3, 1, 1))
-    layer.initialize(x)
-    near(layer(x)[0][:, 1].std(correction=0), torch.tensor(1.0), 1e-3)
+    noisy.initialize(x)
+    near(noisy(x)[0][:, 1].std(correction=0), torch.tensor(1.0), 1e-3)
 
 
 both_convolutions = pytest.mark.parametrize("layer", [b.Conv1x1, b.Conv1x1LU])
@@ -506,30 +499,24 @@ def test_a_rotation_preserves_volume_and_is_not_whitened(layer):
 
 
 @both_convolutions
-def test_whitening(layer):
+@pytest.mark.parametrize("spoil", ["nothing", "duplicated", "constant", "all constant", "tiny"])
+def test_whitening_also_of_degenerate_channels(layer, spoil):
     mixing = torch.randn(4, 4, generator=seeded())
     x = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(200, 4, 3, 3, generator=seeded(1))) + 2
-    convolution = layer(4, "whitening")
-    convolution.initialize(x)
-    pixels = convolution(x)[0].detach().movedim(1, -1).flatten(0, -2)
-    torch.testing.assert_close(torch.cov(pixels.T), torch.eye(4), rtol=0, atol=1e-3)
-
-
-@both_convolutions
-@pytest.mark.parametrize("spoil", ["duplicated", "constant", "all constant", "tiny"])
-def test_whitening_of_degenerate_channels_is_finite(layer, spoil):
-    x = torch.randn(20, 3, 2, 2, generator=seeded())
     if spoil == "duplicated":
         x[:, 2] = x[:, 0]
     elif spoil == "tiny":
         x = 1e-20 * x
-    else:
+    elif spoil != "nothing":
         x[:, 1 if spoil == "constant" else slice(None)] = 0.5
-    convolution = layer(3, "whitening")
+    convolution = layer(4, "whitening")
     convolution.initialize(x)
     z, log_det = convolution(x)
     assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
-    torch.testing.assert_close(convolution.inverse(z)[0], x, rtol=0, atol=1e-3)
+    torch.testing.assert_close(convolution.inverse(z)[0], x, rtol=0, atol=2e-3)
+    if spoil == "nothing":
+        pixels = z.detach().movedim(1, -1).flatten(0, -2)
+        torch.testing.assert_close(torch.cov(pixels.T), torch.eye(4), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("pixels", [1, 5, 8, 16])
@@ -580,9 +567,7 @@ def test_logistic_to_normal_gives_the_logistic_density():
     torch.testing.assert_close(density.double(), expected, rtol=1e-5, atol=1e-4)
     near_zero = x.abs() < 14  # not where the normal distribution function rounds to 1
     near(torch.special.ndtr(z[near_zero, 0]), torch.sigmoid(x[near_zero]).float(), 1e-5)
-
-
-def test_logistic_to_normal_is_harmless_far_out():
+    # Far out it is harmless.
     z = torch.tensor([-1e3, -30.0, -12.0, 0.0, 12.0, 30.0, 1e3])[:, None]
     for x, log_det in (b.LogisticToNormal().inverse(z), b.LogisticToNormal()(1e3 * z)):
         assert torch.isfinite(x).all() and torch.isfinite(log_det).all()
@@ -595,12 +580,10 @@ def test_logistic_to_normal_is_harmless_far_out():
 # ---------------------------------------------------------------- layouts
 
 
-def test_reverse_reverses_the_raster_order():
+def test_reversing_halving_and_squeezing():
     x = torch.arange(12.0).view(1, 2, 2, 3)
     assert torch.equal(b.Reverse()(x)[0].flatten(2), x.flatten(2).flip(2))
-
-
-def test_halving_puts_pixels_into_halves_of_the_channels():
+    # Pixels go into halves of the channels.
     first = torch.tensor([[True, False, False], [False, True, True]])
     pixels = torch.arange(6.0).view(2, 3)
     x = torch.stack([10 * pixels + channel for channel in range(4)])[None]
@@ -611,32 +594,25 @@ def test_halving_puts_pixels_into_halves_of_the_channels():
     # A place has two of the four entries of one pixel.
     for place in z.chunk(2, dim=1)[0].flatten(2)[0].T:
         assert len({int(v) // 10 for v in place}) == 1
-
-
-def test_squeeze_puts_the_colours_of_a_checkerboard_into_the_halves():
-    rows, columns = torch.arange(4.0)[:, None], torch.arange(4.0)[None, :]
-    x = torch.stack([(rows + columns) % 2, 2 + (rows + columns) % 2])[None]
-    z = b.Squeeze()(x)[0]
+    # The colours of a checkerboard go into the halves.
+    colour = (torch.arange(4.0)[:, None] + torch.arange(4.0)) % 2
+    z = b.Squeeze()(torch.stack([colour, 2 + colour])[None])[0]
     assert z.shape == (1, 8, 2, 2)
     assert set(z[:, :4].flatten().tolist()) == {0.0, 2.0}
     assert set(z[:, 4:].flatten().tolist()) == {1.0, 3.0}
 
 
 @pytest.mark.parametrize("parity", [0, 1])
-def test_checkerboard_keeps_one_colour(parity):
+def test_couplings_keep_one_colour_or_part(parity):
     coupling = perturb(checkered((3, 4), 2, GlowNet, 4, parity=parity))
     x = torch.randn(2, 2, 3, 4)
     z = coupling(x)[0]
     colour = (torch.arange(3)[:, None] + torch.arange(4)) % 2
     assert torch.equal(z[..., colour == parity], x[..., colour == parity])
     assert (z != x)[..., colour != parity].all()
-
-
-@pytest.mark.parametrize("swap", [False, True])
-def test_coupling_keeps_one_part(swap):
     x = torch.randn(2, 5, 2, 2)
-    z = perturb(couple(5, GlowNet, 4, swap=swap))(x)[0]
-    kept, changed = (slice(3, 5), slice(3)) if swap else (slice(2), slice(2, 5))
+    z = perturb(couple(5, GlowNet, 4, swap=parity == 1))(x)[0]
+    kept, changed = (slice(3, 5), slice(3)) if parity else (slice(2), slice(2, 5))
     assert torch.equal(z[:, kept], x[:, kept]) and (z != x)[:, changed].all()
 
 

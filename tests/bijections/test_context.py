@@ -4,14 +4,7 @@ import pytest
 import torch
 from helpers import perturb, seeded
 
-from flowtrain.bijections import (
-    AffineTransform,
-    CheckerboardCoupling,
-    Coupling,
-    MaskedAutoregressive,
-    SplineTransform,
-    TokenAutoregressive,
-)
+from flowtrain import bijections as b
 from flowtrain.bijections.context import Guided, unguided
 from flowtrain.bijections.inverses import inverse_by_iteration
 from flowtrain.bijections.memory import executor_of
@@ -28,17 +21,17 @@ def contexts(count, weight):
 
 # A layer, and the shape of an example.
 LAYERS = {
-    "coupling": (lambda: Coupling(2, GlowNet(2, 6, 6, 3), AffineTransform()), (5, 2, 2)),
+    "coupling": (lambda: b.Coupling(2, GlowNet(2, 6, 6, 3), b.AffineTransform()), (5, 2, 2)),
     "checkerboard": (
-        lambda: CheckerboardCoupling((4, 4), GlowNet(2, 4, 6, 3), AffineTransform()),
+        lambda: b.CheckerboardCoupling((4, 4), GlowNet(2, 4, 6, 3), b.AffineTransform()),
         (2, 4, 4),
     ),
     "autoregressive": (
-        lambda: MaskedAutoregressive(MaskedDenseNet(5, 8, 8, 2, 3), SplineTransform(3)),
+        lambda: b.MaskedAutoregressive(MaskedDenseNet(5, 8, 8, 2, 3), b.SplineTransform(3)),
         (5,),
     ),
     "tokens": (
-        lambda: TokenAutoregressive(CausalTransformer(2, 2, 6, 8, 1, 3), AffineTransform()),
+        lambda: b.TokenAutoregressive(CausalTransformer(2, 2, 6, 8, 1, 3), b.AffineTransform()),
         (2, 2, 3),
     ),
 }

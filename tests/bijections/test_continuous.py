@@ -11,14 +11,7 @@ from torch import nn
 
 from flowtrain.bijections import Continuous, Sequential
 from flowtrain.bijections import continuous as module
-from flowtrain.bijections.continuous import (
-    EVALUATION,
-    EXACT_DIMS,
-    STAGES,
-    ConcatSquash,
-    Dynamics,
-    random_signs,
-)
+from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, Dynamics, random_signs
 from flowtrain.bijections.memory import executor_of
 from flowtrain.errors import UserError
 from flowtrain.models import cnf
@@ -50,10 +43,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
 @pytest.mark.run  # takes long
 def test_a_linear_equation(solver):
-    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, and the log-determinant is tr A.
-
-    One matrix exponential computes x(1).
-    """
+    """`x(1) = e^A x + int_0^1 e^(A (1 - t)) t b dt`, and the log-determinant is tr A."""
     a = torch.randn(3, 3, generator=seeded(), dtype=torch.float64)
     b = torch.randn(3, generator=seeded(1), dtype=torch.float64)
     x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
@@ -95,15 +85,6 @@ def test_smaller_tolerances_than_float32_has():
     assert layer.evaluations < 200
 
 
-def test_reconstruction_has_the_tolerances_of_training():
-    layer = layer_of(4, scale=1.0, rtol=1e-2, atol=1e-2)
-    x = torch.randn(20, 4, generator=seeded())
-    z = layer(x)[0].detach()
-    assert torch.equal(layer.reconstruct(z)[0], layer.inverse(z)[0])
-    with torch.no_grad():
-        assert not torch.equal(layer.reconstruct(z)[0], layer.inverse(z)[0])
-
-
 def test_more_evaluations_for_less_error():
     x = torch.randn(20, 4, generator=seeded())
     counts = []
@@ -118,11 +99,15 @@ def test_more_evaluations_for_less_error():
         counts.append(layer.evaluations)
         expected = {"function_evaluations": len(calls), "rtol": tolerance, "atol": tolerance}
         assert reporting.metrics(layer) == expected
-    assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
+    assert counts[0] < counts[1] < counts[2]
+    layer = layer_of(4, scale=1.0, rtol=1e-2, atol=1e-2)
+    assert torch.equal(layer.reconstruct(x)[0], layer.inverse(x)[0])
+    with torch.no_grad():  # where the reconstruction keeps the tolerances of training
+        assert not torch.equal(layer.reconstruct(x)[0], layer.inverse(x)[0])
 
 
 def test_concatsquash_by_hand():
-    layer = ConcatSquash(2, 3)
+    layer = module.ConcatSquash(2, 3)
     t, x, tangents = torch.tensor(0.3), torch.randn(5, 2), torch.randn(5, 4, 2)
     slope, offset = layer.gate
     gate = torch.sigmoid(0.3 * slope + offset)
@@ -281,21 +266,16 @@ def test_the_adjoint_has_the_same_gradients(direction, trace):
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_size_by_hand():
+def test_size_by_hand_and_wrong_tolerances():
     sizes = [(12, 7), (7, 7), (7, 12)]
     block = 2 * 12 + sum(a * b + b + 3 * b for a, b in sizes)
     model = cnf.build((3, 2, 2), blocks=2, width=7, hidden_layers=2)
     assert sum(p.numel() for p in model.parameters()) == 2 * block
     assert [type(m).__name__ for m in model.layers] == ["Flatten", *["ActNorm", "Continuous"] * 2]
 
-
-@pytest.mark.parametrize(
-    "option, value",
-    [("rtol", 0), ("atol", 1), ("solver", "euler"), ("trace", "none"), ("hidden_layers", 0)],
-)
-def test_wrong_options(option, value):
-    with pytest.raises(UserError, match=rf"model.{option}\b.*{value}"):
-        a_config({"name": "cnf", option: value})
+    for option, value in (("rtol", 0), ("atol", 1)):
+        with pytest.raises(UserError, match=rf"model.{option}\b.*{value}"):
+            a_config({"name": "cnf", option: value})
 
 
 # --- the commands ---------------------------------------------------------------------------------

@@ -4,19 +4,7 @@ import pytest
 import torch
 from helpers import perturb, ready, seeded, tiny_flow
 
-from flowtrain.bijections import (
-    ActNorm,
-    AffineTransform,
-    Conv1x1,
-    Conv1x1LU,
-    Coupling,
-    Flatten,
-    Inverse,
-    MaskedAutoregressive,
-    Multiscale,
-    Sequential,
-    Squeeze,
-)
+from flowtrain import bijections as b
 from flowtrain.bijections.execution import FUSED, Initializing, LayerByLayer, call
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.inverses import MatchingInverse, WithProgress
@@ -26,7 +14,7 @@ from flowtrain.nets.residual import ResidualNet
 
 
 def autoregressive():
-    return MaskedAutoregressive(MaskedDenseNet(4, 2, 8, 1), AffineTransform())
+    return b.MaskedAutoregressive(MaskedDenseNet(4, 2, 8, 1), b.AffineTransform())
 
 
 class Recording(LayerByLayer):
@@ -41,7 +29,8 @@ class Recording(LayerByLayer):
 
 
 def test_layers_are_called_in_the_order_of_the_direction():
-    chain = ready(Sequential(Flatten((4,)), Sequential(ActNorm((4,)), Inverse(autoregressive()))))
+    inner = b.Sequential(b.ActNorm((4,)), b.Inverse(autoregressive()))
+    chain = ready(b.Sequential(b.Flatten((4,)), inner))
     recording = Recording()
     x = torch.randn(2, 4, generator=seeded())
     z, _ = chain.run(recording, "forward", x)
@@ -56,13 +45,14 @@ def test_layers_are_called_in_the_order_of_the_direction():
 
 def chain_of(layer):
     torch.manual_seed(0)
-    layers = [Squeeze()]
+    layers = [b.Squeeze()]
     for _ in range(3):
-        layers += [ActNorm((4, 1, 1)), layer(4), Coupling(2, GlowNet(2, 4, 5), AffineTransform())]
-    return ready(perturb(Sequential(*layers))).double()
+        coupling = b.Coupling(2, GlowNet(2, 4, 5), b.AffineTransform())
+        layers += [b.ActNorm((4, 1, 1)), layer(4), coupling]
+    return ready(perturb(b.Sequential(*layers))).double()
 
 
-@pytest.mark.parametrize("layer", [Conv1x1, Conv1x1LU])
+@pytest.mark.parametrize("layer", [b.Conv1x1, b.Conv1x1LU])
 def test_fused_layers_are_the_layers_one_after_the_other(layer, monkeypatch):
     chain, found = chain_of(layer), []
     x = torch.randn(3, 1, 4, 6, generator=seeded(), dtype=torch.float64)
@@ -84,8 +74,8 @@ def test_fused_layers_are_the_layers_one_after_the_other(layer, monkeypatch):
 
 
 def test_other_neighbours_are_not_fused():
-    vector = Sequential(ActNorm((4,)), Flatten((4,)))
-    apart = Sequential(ActNorm((4, 1, 1)), Squeeze(), Conv1x1(16), ActNorm((16, 1, 1)))
+    vector = b.Sequential(b.ActNorm((4,)), b.Flatten((4,)))
+    apart = b.Sequential(b.ActNorm((4, 1, 1)), b.Squeeze(), b.Conv1x1(16), b.ActNorm((16, 1, 1)))
     for chain in (vector, apart):
         assert fuse(ready(chain).opened(), "forward") == list(chain.layers)
 
@@ -93,11 +83,11 @@ def test_other_neighbours_are_not_fused():
 def test_a_container_is_as_sequential_as_its_parts():
     layer = autoregressive()
     for chain, sequential, untraceable in (
-        (Sequential(Flatten((4,)), layer), True, ["inverse"]),
-        (Sequential(Inverse(layer)), False, ["forward"]),
-        (Sequential(layer, Inverse(layer)), True, ["forward", "inverse"]),
-        (Multiscale([Sequential(layer)], [Sequential()], [(4, 1, 1)]), True, ["inverse"]),
-        (Sequential(Flatten((4,))), False, []),
+        (b.Sequential(b.Flatten((4,)), layer), True, ["inverse"]),
+        (b.Sequential(b.Inverse(layer)), False, ["forward"]),
+        (b.Sequential(layer, b.Inverse(layer)), True, ["forward", "inverse"]),
+        (b.Multiscale([b.Sequential(layer)], [b.Sequential()], [(4, 1, 1)]), True, ["inverse"]),
+        (b.Sequential(b.Flatten((4,))), False, []),
     ):
         assert chain.inverse_is_sequential == sequential
         assert chain.untraceable_directions() == untraceable
@@ -114,17 +104,17 @@ def test_a_sequential_inverse_notes_how_far_it_is():
 
 
 def test_layers_inside_a_conditioner_are_initialized_from_their_inputs():
-    coupling = Coupling(2, ResidualNet(2, 4, 8, 2), AffineTransform())
+    coupling = b.Coupling(2, ResidualNet(2, 4, 8, 2), b.AffineTransform())
     x = 5 + 3 * torch.randn(64, 4, 4, 4, generator=seeded())
-    chain = Sequential(ActNorm((4, 1, 1)), coupling)
+    chain = b.Sequential(b.ActNorm((4, 1, 1)), coupling)
     with torch.no_grad():
         chain.run(Initializing(), "forward", x)
-    inside = [module for module in coupling.modules() if isinstance(module, ActNorm)]
-    assert len(inside) == 5
     seen = []
-    for module in inside:
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output[0].clone()))
+    for module in coupling.modules():
+        if isinstance(module, b.ActNorm):
+            module.register_forward_hook(lambda _, inputs, output: seen.append(output[0].clone()))
     chain(x)
+    assert len(seen) == 5
     for output in seen:
         channels = output.movedim(1, -1).flatten(0, -2)
         assert channels.mean(0).abs().max() < 1e-3

@@ -214,18 +214,13 @@ def test_no_probability_is_lost_far_away(offset):
     assert flow.sample(50, generator=seeded()).eq(nearest).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("scale", [-1e30, 1e30])
-def test_the_scale_of_an_entry_is_bounded(scale):
+def test_the_scale_of_an_entry_is_bounded_also_if_images_never_vary():
     flow = causal((1, 4, 4), 256)
-    flow.bijection.log_scale.data.fill_(scale)
-    x = images(8, (1, 4, 4))
-    assert flow.log_prob(x, seeded()).isfinite().all()
-    assert flow.sample(3, generator=seeded()).shape == (3, 1, 4, 4)
-
-
-def test_images_that_never_vary():
-    config = a_config("causal")
-    flow = build_flow(config, (1, 4, 4), 256)
+    for scale in (-1e30, 1e30):
+        flow.bijection.log_scale.data.fill_(scale)
+        assert flow.log_prob(images(8, (1, 4, 4)), seeded()).isfinite().all()
+        assert flow.sample(3, generator=seeded()).shape == (3, 1, 4, 4)
+    flow = build_flow(a_config("causal"), (1, 4, 4), 256)
     x = torch.full((30, 1, 4, 4), 128, dtype=torch.uint8)
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     assert flow.bits_per_dim(x, seeded()).max() < 2
@@ -236,7 +231,7 @@ def test_images_that_never_vary():
 # ---------------------------------------------------------------- the start
 
 
-def test_the_linear_prediction_is_that_of_least_squares():
+def test_the_linear_prediction_is_that_of_least_squares(monkeypatch):
     generator = seeded()
     x = torch.randn(40, 2, 6, 7, generator=generator, dtype=torch.float64)
     for column in range(1, 7):  # neighbours and entries are correlated
@@ -254,9 +249,7 @@ def test_the_linear_prediction_is_that_of_least_squares():
         solved = torch.linalg.lstsq(seen, wanted).solution
         torch.testing.assert_close(residual[:, entry].flatten(), wanted - seen @ solved)
     torch.testing.assert_close(residual.std(dim=(0, 2, 3), correction=0), deviation)
-
-
-def test_a_window_that_does_not_fit_is_named(monkeypatch):
+    # A window that does not fit into memory is named.
     monkeypatch.setattr(capacity, "available", lambda device: 10_000)
     prediction = LinearPrediction(4, (3, 3), Window(3, 3, ahead=0))
     with pytest.raises(UserError, match="model.window: a linear prediction from 100 values needs"):
@@ -273,14 +266,6 @@ def test_it_is_initialized_from_200_images():
         assert torch.equal(here, there)
 
 
-def test_it_raises_until_it_is_initialized():
-    flow = build_flow(a_config("causal"), (1, 4, 4), 256)
-    with pytest.raises(RuntimeError, match="OrdinalAutoregressive is not initialized"):
-        flow.log_prob(images(1, (1, 4, 4)))
-    with pytest.raises(RuntimeError, match="OrdinalAutoregressive is not initialized"):
-        flow.sample(1)
-
-
 # ---------------------------------------------------------------- what it refuses
 
 
@@ -293,6 +278,5 @@ def test_it_raises_until_it_is_initialized():
     ],
 )
 def test_it_refuses(levels, dequantization, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         build_flow(a_config("causal", dequantization=dequantization), (1, 4, 4), levels)
-    assert "\n" not in str(error.value)

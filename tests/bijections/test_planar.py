@@ -54,7 +54,7 @@ def test_the_constraint(product, dtype):
     torch.testing.assert_close(u - found * w / 6, aside, rtol=0, atol=precision)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e-3])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_vanishing_w(scale, sign):
     """Nothing is divided by |w|, nor by its square, which underflows first."""

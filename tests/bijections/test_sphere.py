@@ -73,9 +73,7 @@ def test_any_number_of_unit_vectors_by_seed():
 
 @pytest.mark.parametrize("concentration", [1e-6, 0.5, 1e4])
 def test_von_mises_fisher(concentration):
-    """The mean has the right direction, and the length coth k - 1/k. All directions around it are
-    alike.
-    """
+    """The mean has the length coth k - 1/k. All directions around it are alike."""
     n = 20_000
     x = build(count=n, components=1, concentration=concentration).read()
     x = x.reshape(-1, 3).astype(np.float64)
@@ -128,17 +126,13 @@ def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
     assert (z_there.diff(dim=0) / 1e-7).log().squeeze().tolist() == pytest.approx(
         [log_there[1].item()] * 2, abs=1e-4
     )
-
-
-def test_a_circular_spline_keeps_whole_turns():
-    x = torch.linspace(-3, 3, 50, dtype=torch.float64)[:, None]
-    transform, parameters = circular(len(x))
-    z, log_derivative = transform(x, parameters)
     for turns in (-2, 1, 5):
         again = transform(x + turns * 2 * math.pi, parameters)
         torch.testing.assert_close(again, (z + turns * 2 * math.pi, log_derivative))
-        back = transform.inverse(z + turns * 2 * math.pi, parameters)
-        torch.testing.assert_close(back, (x + turns * 2 * math.pi, -log_derivative))
+        inside = slice(1, -1)
+        back = transform.inverse(z[inside] + turns * 2 * math.pi, parameters[inside])
+        expected = x[inside] + turns * 2 * math.pi, -log_derivative[inside]
+        torch.testing.assert_close(back, expected)
 
 
 # --- the two ends ---------------------------------------------------------------------------------
@@ -185,12 +179,12 @@ def test_the_start_is_the_uniform_density():
     flow = build_flow(a_config({"name": "sphere"}), (3, 1, 1), None)
     x = torch.cat([uniform(100), points([[0, 0, 1], [0, 0, -1], [-1, 0, 0], [1, 0, 0]])])
     torch.testing.assert_close(flow.log_prob(x), torch.full((104,), UNIFORM), rtol=0, atol=1e-5)
+    off = points([[1.01, 0, 0], [1.00001, 0, 0], [0, 0, 0]])  # off the sphere there is none
+    assert torch.isneginf(a_flow().log_prob(off)).tolist() == [True, False, True]
 
 
 def test_samples_are_from_a_density():
-    """It integrates to one. The samples' mean of 1 / density is the sphere's area, and the mean of
-    x agrees with quadrature.
-    """
+    """It integrates to one. The samples agree with quadrature."""
     flow = a_flow(0.2).requires_grad_(False)
     x = flow.sample(40_000, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
@@ -250,12 +244,6 @@ def test_gradients_at_the_poles_and_at_the_cut_are_finite():
     assert all(torch.isfinite(p.grad).all() and p.grad.count_nonzero() for p in flow.parameters())
 
 
-def test_off_the_sphere_there_is_no_density():
-    flow = a_flow()
-    x = points([[1.01, 0, 0], [1.00001, 0, 0], [0, 0, 0]])
-    assert torch.isneginf(flow.log_prob(x)).tolist() == [True, False, True]
-
-
 def test_latents_have_two_dimensions():
     flow = a_flow()
     assert (flow.dims, flow.latent_dims) == (3, 2)
@@ -267,19 +255,13 @@ def test_latents_have_two_dimensions():
     assert with_classes.sample(6).shape == (6, 3, 1, 1)
 
 
-@pytest.mark.parametrize(
-    "shape, levels, message",
-    [
+def test_other_data_and_no_diagnosis():
+    for shape, levels, message in (
         ((2, 1, 1), None, "is for points of the unit sphere, 3x1x1; got 2x1x1"),
         ((3, 1, 1), 256, "is for real-valued data, these have 256 levels"),
-    ],
-)
-def test_other_data(shape, levels, message):
-    with pytest.raises(UserError, match=f"model.name: sphere {message}"):
-        build_flow(a_config(SPHERE), shape, levels)
-
-
-def test_no_diagnosis():
+    ):
+        with pytest.raises(UserError, match=f"model.name: sphere {message}"):
+            build_flow(a_config(SPHERE), shape, levels)
     config = a_config(SPHERE, data={"name": "sphere"})
     checkpoint = Checkpoint(Path("m.safetensors"), {}, {})
     model = LoadedModel(build_flow(config, (3, 1, 1), None), config, "raw", checkpoint)

@@ -8,26 +8,18 @@ import torch
 from helpers import seeded
 from torch.nn import functional as F
 
-from flowtrain.bijections import (
-    AdditiveTransform,
-    AffineTransform,
-    CircularSplineTransform,
-    ExponentialTransform,
-    MixtureTransform,
-    SigmoidTransform,
-    SplineTransform,
-    monotone,
-)
+from flowtrain import bijections as b
+from flowtrain.bijections import monotone
 from flowtrain.bijections.monotone import FREE_STEPS, solve_monotone
 
 TRANSFORMS = {
-    "additive": AdditiveTransform,
-    "affine": AffineTransform,
-    "spline": SplineTransform,
-    "spline-narrow": lambda: SplineTransform(3, 0.5),
-    "mixture": MixtureTransform,
-    "mixture-one-component": lambda: MixtureTransform(1),
-    "mixture-limit": lambda: MixtureTransform(3, 1.0),
+    "additive": b.AdditiveTransform,
+    "affine": b.AffineTransform,
+    "spline": b.SplineTransform,
+    "spline-narrow": lambda: b.SplineTransform(3, 0.5),
+    "mixture": b.MixtureTransform,
+    "mixture-one-component": lambda: b.MixtureTransform(1),
+    "mixture-limit": lambda: b.MixtureTransform(3, 1.0),
 }
 every = pytest.mark.parametrize("name", TRANSFORMS)
 mixtures = pytest.mark.parametrize(
@@ -141,9 +133,9 @@ def test_the_scales_of_the_papers():
     for raw in (-3.0, 0.0, 2.0):
         parameters = torch.cat([shift, torch.full((1, 2), raw)], dim=1)
         for transform, scale in (
-            (ExponentialTransform(), math.exp(raw)),
-            (SigmoidTransform(), 2 / (1 + math.exp(-raw))),
-            (AffineTransform(), math.exp(2 * math.tanh(raw / 2))),
+            (b.ExponentialTransform(), math.exp(raw)),
+            (b.SigmoidTransform(), 2 / (1 + math.exp(-raw))),
+            (b.AffineTransform(), math.exp(2 * math.tanh(raw / 2))),
         ):
             z, log_scale = transform(x, parameters)
             torch.testing.assert_close(z, (x + shift) * scale)
@@ -157,10 +149,10 @@ def test_the_scales_of_the_papers():
 @pytest.mark.parametrize(
     "build",
     [
-        SplineTransform,
-        CircularSplineTransform,
-        lambda: SplineTransform(3, 0.5),
-        lambda: SplineTransform(3, 1.0, free_ends=True),
+        b.SplineTransform,
+        b.CircularSplineTransform,
+        lambda: b.SplineTransform(3, 0.5),
+        lambda: b.SplineTransform(3, 1.0, free_ends=True),
     ],
 )
 def test_spline_starts_as_the_identity(build, dtype):
@@ -232,7 +224,7 @@ def test_spline_is_the_formula(scale):
 
 
 def test_free_ends_have_a_derivative_of_their_own():
-    transform = SplineTransform(3, 2.0, free_ends=True)
+    transform = b.SplineTransform(3, 2.0, free_ends=True)
     parameters = torch.randn(1, transform.parameters_per_entry, generator=seeded()).double()
     ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
     z, log_derivative = transform(ends, parameters.expand(2, -1))

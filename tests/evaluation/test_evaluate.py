@@ -97,11 +97,10 @@ def test_equal_images_are_counted(tmp_path, flow):
 @pytest.mark.parametrize("case", ["a copy", "other labels", "other images", "no test split"])
 def test_other_data_are_told_by_their_content(tmp_path, case):
     """All of these are `npz`."""
-    rng = np.random.default_rng(0)
-    own = {f"x_{part}": rng.integers(0, 256, (20, 4, 4, 1), "u1") for part in ("train", "test")}
-    own |= {f"y_{part}": np.arange(20) % 3 for part in ("train", "test")}
+    section = npz(tmp_path / "own.npz", 20, 20, (4, 4, 1), validation=5)
+    labels = dict.fromkeys(("y_train", "y_test"), np.arange(20) % 3)
+    own = {**np.load(tmp_path / "own.npz"), **labels}
     np.savez(tmp_path / "own.npz", **own)
-    section = {"name": "npz", "path": str(tmp_path / "own.npz"), "validation": 5}
     config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data=section)
     data = DataSet(config.data)
     train = data.split("train")
@@ -123,17 +122,11 @@ def test_other_data_are_told_by_their_content(tmp_path, case):
     assert ("accuracy" in content) == (case == "a copy")
 
 
-@pytest.mark.parametrize("split, count", [("train", 16), ("validation", 4), ("test", 30)])
-def test_every_split(tmp_path, flow, split, count):
-    assert evaluated(tmp_path, flow, split)[0].num_images == count
-
-
-def test_one_image_has_no_standard_error(tmp_path, flow):
-    result, _ = evaluated(tmp_path, flow, num_images=1)
+def test_every_split_and_data_of_another_shape(tmp_path, flow):
+    for split, count in (("train", 16), ("validation", 4)):
+        assert evaluated(tmp_path, flow, split)[0].num_images == count
+    result, _ = evaluated(tmp_path, flow, num_images=1)  # of which there is no standard error
     assert result.bits_per_dim_stderr is None and math.isfinite(result.bits_per_dim)
-
-
-def test_data_of_another_shape_are_an_error(tmp_path, flow):
     with pytest.raises(UserError, match=r"\(1, 6, 4\) with 256 levels cannot be evaluated"):
         evaluated(tmp_path, flow, shape=(6, 4, 1))
     with pytest.raises(UserError, match="17 levels"):
@@ -216,9 +209,8 @@ def test_scores_as_csv(tmp_path, flow):
     _, scores = evaluated(tmp_path, flow)
     rows = rows_of(scores, flow)
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
-    assert [int(row["index"]) for row in rows] == list(range(30))
-    for i, row in enumerate(rows):
-        index, bits, log_prob, base, log_det = map(float, row.values())
-        assert log_prob == scores.log_prob[i].item() and base == scores.base[i].item()
-        assert base + log_det == pytest.approx(log_prob, abs=1e-9)
-        assert bits == pytest.approx(-log_prob / (16 * math.log(2)))
+    index, bits, log_prob, base, log_det = np.array([[*row.values()] for row in rows], float).T
+    assert index.tolist() == list(range(30)) and log_prob.tolist() == scores.log_prob.tolist()
+    assert base.tolist() == scores.base.tolist()
+    np.testing.assert_allclose(base + log_det, log_prob, atol=1e-9)
+    np.testing.assert_allclose(bits, -log_prob / (16 * math.log(2)))

@@ -129,24 +129,16 @@ def test_noise_depends_on_the_seed_the_place_and_the_draw(glow):
     assert all(len({*draws}) == 4 for draws in several.draws.T.tolist())
     # The parts are those of the first draw.
     torch.testing.assert_close(several.base + several.log_det, several.draws[0])
-    base = glow(*first_of(glow)).base
+    x = a_split().take(slice(0, 1))
+    base = glow(x, uniform(x.shape, 0, Stream.EVALUATION, 0, 0, x.device)).base
     torch.testing.assert_close(several.base[:1].float(), base, rtol=1e-5, atol=1e-4)
 
 
-def first_of(glow):
-    """The first image of `a_split` and its noise."""
-    x = a_split().take(slice(0, 1))
-    return x, uniform(x.shape, 0, Stream.EVALUATION, 0, 0, x.device)
-
-
-def test_progress_is_reported(glow):
-    for options, expected in (
-        ({"batch_size": 8}, [8, 16, 20]),
-        ({"batch_size": 10, "draws": 2}, [5, 10, 15, 20]),
-    ):
-        seen = []
-        score(glow, a_split(20), progress=lambda *done, seen=seen: seen.append(done), **options)
-        assert seen == [(done, 20) for done in expected]
+@pytest.mark.parametrize("draws, expected", [(1, [10, 20]), (2, [5, 10, 15, 20])])
+def test_progress_is_reported(glow, draws, expected):
+    seen = []
+    score(glow, a_split(20), draws=draws, batch_size=10, progress=lambda *done: seen.append(done))
+    assert seen == [(done, 20) for done in expected]
 
 
 def test_what_cannot_be_scored_is_refused(flow, monkeypatch):

@@ -1,6 +1,4 @@
-"""Class-conditional models: the prior, the likelihoods, labels through the data sets, and the
-commands.
-"""
+"""Class-conditional models: the prior, the likelihoods, labels of data sets, and the commands."""
 
 import math
 
@@ -9,20 +7,18 @@ import pytest
 import torch
 from catalogue import TINY, sets
 from cli_helpers import quick
-from helpers import a_config, batch_of, images, npz, perturb, seeded
+from helpers import a_config, batch_of, images, npz, perturb, seeded, tiny_flow
 from PIL import Image
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
 from flowtrain.bijections.inverses import Iterating
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.errors import UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.system import distributed
 
 SHAPE = (1, 4, 4)
@@ -51,11 +47,7 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level():
 
 
 def conditional(model="glow", classes=3, **options):
-    config = a_config({"name": model, "classes": classes, **TINY[model], **options})
-    flow = perturb(build_flow(config, SHAPE, 256))
-    x = images(64, SHAPE)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
-    return flow
+    return tiny_flow(model, SHAPE, classes=classes, **options)
 
 
 @pytest.mark.parametrize(
@@ -86,23 +78,18 @@ def test_images_come_back_and_samples_have_a_class(model):
     assert torch.equal(of_class[2::3], by_turns[2::3]) and not torch.equal(of_class[0], by_turns[0])
 
 
-@pytest.mark.parametrize(
-    "classes, labels, message",
-    [
+def test_labels_that_the_model_does_not_have():
+    for classes, labels, message in (
         (3, [0, -1], "classes in 0..2, got .-1, 0"),
         (3, [0, 3], "classes in 0..2, got .0, 3"),
         (3, [0], "expected 2 labels, got .1,."),
         (0, [0, 0], "not class-conditional"),
-    ],
-)
-def test_labels_that_the_model_does_not_have(classes, labels, message):
-    flow = conditional(classes=classes)
-    for use in (
-        lambda labels: flow.log_prob(images(2, SHAPE), labels=labels),
-        lambda labels: flow.sample(2, labels=labels),
     ):
+        flow = conditional(classes=classes)
         with pytest.raises(ValueError, match=message):
-            use(torch.tensor(labels))
+            flow.log_prob(images(2, SHAPE), labels=torch.tensor(labels))
+        with pytest.raises(ValueError, match=message):
+            flow.sample(2, labels=torch.tensor(labels))
 
 
 @pytest.mark.parametrize("dropped, seen", [(0.0, 1 / 3), (0.1, 0.0)])
@@ -123,13 +110,13 @@ def test_without_a_class_the_networks_see_the_mean_of_all_or_zeros(dropped, seen
 
 
 def test_guidance_needs_a_model_of_images_without_a_class():
-    for words, flow in (
-        ("not class-conditional", build_flow(a_config("causal"), SHAPE, 256)),
-        ("each class has its own prior", conditional("glow")),
-        ("model.label_dropout, for example 0.1", conditional("causal")),
+    for words, model, classes in (
+        ("not class-conditional", "causal", 0),
+        ("each class has its own prior", "glow", 3),
+        ("model.label_dropout, for example 0.1", "causal", 3),
     ):
         with pytest.raises(ValueError, match=f"guidance: .*{words}"):
-            flow.sample(2, guidance=0.0)
+            conditional(model, classes).sample(2, guidance=0.0)
 
 
 @pytest.mark.parametrize("model", ["causal", "tarflow"])
@@ -185,34 +172,23 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
         assert len(split) == count
         assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
     assert batch_of(Batches(data, a_config("glow", data=section), 7, CPU), 0)[1] is None
+    with np.load(tmp_path / "a.npz") as arrays:  # without a test split of their own
+        np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    split = DataSet(config.data.model_copy(update={"path": tmp_path / "b.npz"})).split("test")
+    assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
 
 
 @pytest.mark.parametrize(
-    "labels, message",
+    "section, message",
     [
-        ({}, "model.classes: 2, but npz has the labels 0..2"),
-        (None, "model.classes: 2, but npz has no labels"),
-        ({"y_train": np.zeros(49, int)}, "y_train in .*a.npz is .*: expected a whole number"),
-        ({"y_train": np.zeros(50)}, "y_train in .*a.npz is .*: expected a whole number"),
+        (labelled, "model.classes: 2, but npz has the labels 0..2"),
+        (npz, "model.classes: 2, but npz has no labels"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path, labels, message):
-    path = tmp_path / "a.npz"
-    section = npz(path) if labels is None else labelled(path)
-    np.savez(path, **{**np.load(path), **(labels or {})})
-    config = a_config({"name": "glow", "classes": 2, **TINY["glow"]}, data=section)
+def test_labels_that_do_not_fit(tmp_path, section, message):
+    config = a_config({"name": "glow", "classes": 2}, data=section(tmp_path / "a.npz"))
     with pytest.raises(UserError, match=message):
         Batches(DataSet(config.data), config, 7, CPU)
-
-
-def test_labels_without_a_test_split_of_their_own(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (30, 4, 4), "u1")
-    np.savez(tmp_path / "a.npz", x_train=x, y_train=x[:, 0, 0])
-    section = {"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0}
-    for name, count in [("train", 27), ("test", 3)]:
-        split = DataSet(a_config(data=section).data).split(name)
-        assert len(split) == count
-        assert torch.equal(split.labels, split.take(slice(None))[:, 0, 0, 0].long())
 
 
 def test_labels_of_the_digits():
@@ -240,7 +216,6 @@ def test_resuming_notices_other_labels(tmp_path):
     section = labelled(tmp_path / "a.npz")
     options = sets(data__name="npz", data__path="a.npz", data__validation=10, model__levels=1)
     options += sets(model__classes=4, model__steps=1, model__width=4, train__batch_size=8)
-    options += sets(train__checkpoint_every=2)
     quick("train", *options, *sets(train__num_steps=2), "--run-dir", "r", cwd=tmp_path).ok()
     arrays = dict(np.load(section["path"]))
     np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})

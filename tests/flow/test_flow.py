@@ -42,22 +42,13 @@ def test_an_image_scores_the_same_in_any_batch(model):
     assert_an_image_scores_alone(tiny_flow(model))
 
 
-def test_noise_is_fresh_without_a_generator_and_the_callers_batch_is_unchanged():
-    flow, x = tiny_flow("glow"), images(4, (1, 4, 4))
-    before = x.clone()
-    assert not torch.equal(flow.log_prob(x), flow.log_prob(x))
-    assert torch.equal(flow.log_prob(x, seeded(2)), flow.log_prob(x, seeded(2)))
-    flow.encode(x)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("levels", [2, 17, 256])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("levels, dtype", [(17, torch.int32), (256, torch.int64)])
 def test_any_integer_type_will_do(levels, dtype):
     flow = tiny_flow("nice", q=levels)
     x = images(3, flow.shape, levels)
     x[0, 0, 0, :2] = torch.tensor([0, levels - 1], dtype=torch.uint8)
     assert torch.equal(flow.log_prob(x.to(dtype), seeded()), flow.log_prob(x, seeded()))
+    assert not torch.equal(flow.log_prob(x), flow.log_prob(x))  # noise without a generator is fresh
 
 
 @pytest.mark.parametrize(
@@ -65,7 +56,6 @@ def test_any_integer_type_will_do(levels, dtype):
     [
         (256, (2, 1, 4, 5), 0, torch.uint8, r"shape \(B, 1, 4, 4\), got \(2, 1, 4, 5\)"),
         (256, (1, 4, 4), 0, torch.uint8, "shape"),
-        (256, (2, 3, 4, 4), 0, torch.uint8, "shape"),
         (256, (1, 1, 1, 4, 4), 0, torch.uint8, "shape"),
         (256, (2, 1, 4, 4), 0, torch.float32, "integers in 0..255, got torch.float32"),
         (256, (2, 1, 4, 4), 0, torch.bool, "integers"),
@@ -108,10 +98,11 @@ def test_decode_inverts_encode(model, options):
     flow = tiny_flow(model, **options)
     x = images(100, flow.shape, flow.levels, seed=9)
     x[0], x[1], x[2:5] = 0, flow.levels - 1, (flow.levels - 1) * (x[2:5] % 2)
+    before = x.clone()
     z = flow.encode(x)
     assert z.shape == (100, flow.dims) and torch.equal(z, flow.encode(x)) and not z.requires_grad
     back = flow.decode(z)
-    assert back.dtype == torch.uint8 and back.is_contiguous() and torch.equal(back, x)
+    assert back.dtype == torch.uint8 and back.is_contiguous() and torch.equal(back, before)
     assert torch.equal(torch.cat([flow.decode(part) for part in z.split([1, 7, 92])]), x)
 
 
@@ -140,10 +131,12 @@ def test_samples(model):
     assert not torch.equal(flow.sample(9, generator=seeded(5)), x)
     mode = flow.sample(4, temperature=0, generator=seeded(4))
     assert torch.equal(mode, flow.decode(torch.zeros(1, 16)).expand_as(mode))
-    spread = flow.draw_latents(2000, seeded()).std()
-    torch.testing.assert_close(spread, torch.tensor(1.0), rtol=0.02, atol=0)
+    assert flow.draw_latents(2000, seeded()).std().item() == pytest.approx(1, abs=0.02)
     with pytest.raises(FloatingPointError, match="1 of 2"):
         flow.decode(torch.tensor([[0.0], [math.nan]]).expand(2, 16))
+    lines = repr(flow).splitlines()
+    assert len(lines) == 5 and ("exact" in lines[1]) == flow.exact
+    assert ("sequential" in lines[2]) == flow.bijection.inverse_is_sequential
 
 
 def test_samples_with_their_log_prob():
@@ -152,16 +145,6 @@ def test_samples_with_their_log_prob():
     random = seeded(1)
     assert torch.equal(x, flow.sample(4, 0.7, random))
     assert torch.equal(log_prob, flow.log_prob(x, random)) and not log_prob.requires_grad
-
-
-@every_model
-def test_a_flow_is_described_in_five_lines(model):
-    flow = tiny_flow(model)
-    lines = repr(flow).splitlines()
-    assert len(lines) == 5 and "x".join(map(str, flow.shape)) in lines[0]
-    assert ("exact" in lines[1]) == flow.exact
-    assert ("sequential" in lines[2]) == flow.bijection.inverse_is_sequential
-    assert f"{sum(p.numel() for p in flow.parameters()):,}" in lines[3]
 
 
 @pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])  # with ActNorm

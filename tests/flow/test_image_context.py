@@ -67,13 +67,7 @@ GREY, QUARTER = {"context": "grey"}, {"context": "downsample", "context_factor":
     "name, options, shape, levels, said",
     [
         ("glow", GREY, (1, 8, 8), 256, "model.context: grey needs images with 3 channels"),
-        (
-            "glow",
-            QUARTER,
-            (3, 8, 6),
-            256,
-            "context_factor: 4 divides not both sides of images of",
-        ),
+        ("glow", QUARTER, (3, 8, 6), 256, "context_factor: 4 divides not both sides of images of"),
         ("glow", {**GREY, "classes": 3}, SHAPE, 256, "model.context: grey, and model.classes"),
         ("glow", GREY, (2, 1, 1), None, "model.context: grey is of images"),
         ("nice", GREY, SHAPE, 256, "for causal, glow, realnvp"),
@@ -110,7 +104,6 @@ def test_an_image_is_scored_and_comes_back_given_its_own_context(model, kind, fa
     other = flow.log_prob(x, seeded(), context=context.flip(0))
     assert (other - own).abs().min() > 1e-4
     z = flow.encode(x)
-    assert f"256 levels, given {flow.image_context.words}" in repr(flow)
     assert torch.equal(flow.decode(z, context=context), x)
     assert not torch.equal(flow.decode(z, context=context.flip(0)), x)
 
@@ -171,7 +164,6 @@ def test_samples_are_of_their_context(model):
     [
         (None, "got none"),
         (images(1, (3, 4, 4)), r"of shape \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"),
-        (images(2, (3, 8, 8)), r"got \(2, 3, 8, 8\)"),
         (images(2, (3, 4, 4)).float(), "integers in 0..16"),
         (images(2, (3, 4, 4), 17) + 1, "integers in 0..16"),
         (images(2, (3, 4, 4), 17).int() - 1, "integers in 0..16"),
@@ -184,8 +176,5 @@ def test_another_context_is_refused(context, said):
     if context is not None:
         with pytest.raises(ValueError, match=said):
             flow.log_prob(images(2, SHAPE, 17), context=context)
-
-
-def test_a_model_of_images_by_themselves_takes_no_context():
-    with pytest.raises(ValueError, match="of images by themselves"):
-        tiny_flow("glow", SHAPE).sample(2, context=images(2, (3, 4, 4)))
+        with pytest.raises(ValueError, match="of images by themselves"):
+            tiny_flow("nice").sample(2, context=context)

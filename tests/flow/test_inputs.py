@@ -35,12 +35,9 @@ def test_pil_images(shape, mode):
         as_tensor(pictures, shape, None)
     with pytest.raises(ValueError, match=r"expected several images, got one: give a list"):
         as_tensor(pictures[0], shape, 256)
-
-
-def test_points_as_a_table():
-    x = torch.randn(5, 2, generator=seeded(0))
-    for given in (x, x.numpy(), list(x.numpy()), x[:, :, None, None]):
-        assert torch.equal(as_tensor(given, (2, 1, 1), None), x[:, :, None, None])
+    points = torch.randn(5, 2, generator=seeded(0))  # as a table
+    for given in (points, points.numpy(), list(points.numpy()), points[:, :, None, None]):
+        assert torch.equal(as_tensor(given, (2, 1, 1), None), points[:, :, None, None])
 
 
 def test_a_flow_takes_arrays_and_lists():

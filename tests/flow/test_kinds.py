@@ -11,8 +11,6 @@ from flowtrain.errors import UserError
 from flowtrain.flow.kinds import NoisyImages, Points, QuantizedImages, SurfacePoints, kind_of
 
 IMAGES, NOISY, POINTS = kind_of(16), kind_of(16, sigma=0.1), kind_of(None)
-
-
 LN2, LN3 = math.log(2), math.log(3)
 
 
@@ -43,17 +41,16 @@ def test_scores_of_images_are_in_the_unit():
     assert NOISY.in_unit(np.array([3.0]))[0] == pytest.approx(3 * LN2)
 
 
-def test_faults():
+def test_faults_and_levels():
     assert kind_of(17).fault(np.array([16])) is None
     assert kind_of(17).fault(np.array([0, 17])) == "a value of 17, expected 0..16"
     assert POINTS.fault(np.array([1e9])) is None
     assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"
-
-
-def test_fewer_bits():
     kind = kind_of(256).reduced(3)
     assert (kind.words, kind.scale, kind.npz()) == ("32 levels", 32, {"levels": 32})
-    assert POINTS.reduced(0).words == "real values"
+    assert POINTS.reduced(0).words == "real values" and IMAGES.require_levels("unused") == 16
+    with pytest.raises(UserError, match="no images"):
+        POINTS.require_levels("no images")
 
 
 def test_random_examples():
@@ -62,18 +59,9 @@ def test_random_examples():
     on_sphere = SurfacePoints().random((50, 3, 1, 1), seeded(0))
     torch.testing.assert_close(on_sphere.norm(dim=1).flatten(), torch.ones(50))
     assert POINTS.random((50, 3, 1, 1), seeded(0)).norm(dim=1).std() > 0.1
-
-
-def test_uniform_examples_fill_the_range():
     given = torch.tensor([-3.0, 5.0]).reshape(2, 1, 1, 1).expand(-1, 100, 1, 1)
     x = POINTS.uniform_like(given, seeded(0))
     assert x.shape == given.shape and x.min() >= -3 and x.max() <= 5 and x.max() - x.min() > 7
     assert POINTS.levels_per_unit(given) == 32 and IMAGES.levels_per_unit(given) == 16
     images = kind_of(17).uniform_like(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), seeded(0))
     assert images.shape == (9, 1, 8, 8) and images.max() == 16
-
-
-def test_levels_are_required():
-    assert IMAGES.require_levels("unused") == 16
-    with pytest.raises(UserError, match="no images"):
-        POINTS.require_levels("no images")

@@ -1,6 +1,4 @@
-"""Gaussian noise: the density of noisy images, and the step that takes the noise away, against
-Gaussians whose density and posterior mean are known.
-"""
+"""Gaussian noise: the density of noisy images, and denoising, against Gaussians by hand."""
 
 import pytest
 import torch

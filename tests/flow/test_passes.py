@@ -13,9 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_batch_is_chosen_by_memory(monkeypatch):
-    """Samples take half of the memory that is left, and no more than likelihoods do, so that mostly
-    it does not matter what else runs.
-    """
+    """Samples take half of the memory that is left, and no more than likelihoods do."""
     glow = tiny_flow("glow")
     of_an_image = passes.ALIVE * largest_activation(glow)
     assert fitting_batch_size(glow) == passes.LARGEST_BATCH
@@ -48,9 +46,7 @@ def test_a_sequential_inverse_takes_more_at_a_time_on_a_cpu(monkeypatch):
 @pytest.mark.run  # takes seconds
 @pytest.mark.parametrize("model", [name for name in TINY if name != "cnf"])
 def test_the_estimate_is_that_of_both_directions(model):
-    """A pass needs no more than half as much again. The half of the memory that is left and the
-    quarter of all leave room for that.
-    """
+    """A pass needs no more than half as much again, for which the budgets leave room."""
     flow = tiny_flow(model, shape=(1, 8, 8)).eval().requires_grad_(False)
     x, z = images(64, flow.shape), flow.draw_latents(64, seeded())
 

@@ -44,8 +44,7 @@ def test_a_direction_points_to_the_images_that_have_it(method):
     assert found.target(-1) == pytest.approx(found.low, abs=1e-6)
     assert found.target(1) == pytest.approx(found.high, abs=1e-6)
     z = torch.randn(5, D, generator=seeded(3))
-    for each, strength in zip(z @ found.vector, found.strength(z).tolist(), strict=True):
-        assert found.target(strength) == pytest.approx(float(each), abs=1e-5)
+    torch.testing.assert_close(found.target(found.strength(z)), z @ found.vector)
     expected = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
     assert found.held_out == 2000
     assert found.error == pytest.approx(math.sqrt(expected * (1 - expected) / 2000), rel=0.05)
@@ -62,9 +61,6 @@ def test_kinds_of_other_sizes_have_the_same_weight():
     positive, negative = two_kinds()
     found = measured("a", positive[:100], negative, "logistic")
     assert found.accuracy > 0.7 and found.held_out == 1025
-
-
-def test_what_is_held_out_is_a_function_of_the_seed():
     own, held = directions.divided(100, 3)
     assert len(held) == 25 and sorted([*own.tolist(), *held.tolist()]) == list(range(100))
     assert torch.equal(held, directions.divided(100, 3)[1])
@@ -73,23 +69,21 @@ def test_what_is_held_out_is_a_function_of_the_seed():
 
 @every_method
 def test_orthogonal_directions_leave_the_others_alone(method):
-    """Two attributes that often come together: their directions are alike until they are made
-    orthogonal to each other as they were found."""
+    """Two attributes that often come together have directions that are alike."""
     generator = seeded(0)
     z = torch.randn(2000, D, generator=generator)
     a = torch.rand(2000, generator=generator) < 0.5
     b = torch.where(torch.rand(2000, generator=generator) < 0.9, a, ~a)
-    z[:, 0] += 2 * a
-    z[:, 1] += 2 * b
+    z[:, :2] += 2 * torch.stack([a, b], dim=1)
     labels = {"a": a, "b": b}
-    plain = dict(zip("ab", of_attributes(z, labels, method), strict=True))
-    apart = dict(zip("ab", of_attributes(z, labels, method, orthogonal=True), strict=True))
-    assert not plain["a"].orthogonal and apart["a"].orthogonal
-    for one, other in ("ab", "ba"):
-        assert abs(float(apart[one].vector @ plain[other].vector)) < 1e-6
+    plain = of_attributes(z, labels, method)
+    apart = of_attributes(z, labels, method, orthogonal=True)
+    assert not plain[0].orthogonal and apart[0].orthogonal
+    for one, other in zip(apart, reversed(plain), strict=True):
+        assert abs(float(one.vector @ other.vector)) < 1e-6
     if method == "difference":
-        assert plain["a"].vector @ plain["b"].vector > 0.5
-    known = plain["b"]
+        assert plain[0].vector @ plain[1].vector > 0.5
+    known = plain[1]
     (again,) = of_attributes(z, {"a": a}, method, [known], orthogonal=True)
     assert abs(float(again.vector @ known.vector)) < 1e-6
     # One of its own name is replaced, not avoided.
@@ -132,10 +126,10 @@ def test_directions_that_are_none_are_refused(positive, negative, others, said):
         measured("a", positive, negative, "difference", others)
 
 
-@pytest.mark.parametrize("name", ["", "-4", "a\nb", "n" * 61, "a\0", " a"])
-def test_names_that_cannot_be_printed_are_refused(name):
-    with pytest.raises(UserError, match="cannot be the name of an attribute"):
-        directions.check_name(name)
+def test_names_that_cannot_be_printed_are_refused():
+    for name in ("", "-4", "a\nb", "n" * 61, "a\0", " a"):
+        with pytest.raises(UserError, match="cannot be the name of an attribute"):
+            directions.check_name(name)
 
 
 def some(model):
@@ -159,7 +153,7 @@ def test_files_of_directions(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, said",
     [
         ({"model": np.array("0123456789abcdef")}, "attributes of the model 0123456789abcdef; "),
         ({"format": np.array(2)}, "attributes in format 2, .* reads 1"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from catalogue import CAUSAL, sets
-from cli_helpers import FOLDER, quick, tree
+from cli_helpers import quick, tree
 from helpers import a_config, images, tiny_flow
 from PIL import Image
 
@@ -46,16 +46,13 @@ def test_a_file_of_latents(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, said",
     [
         ({"model": np.array("0123456789abcdef")}, "latents of the model 0123456789abcdef; "),
         ({"format": np.array(7)}, "latents in format 7"),
         ({"names": np.array([], np.str_)}, "it has no latents"),
         ({"names": np.array(["a"])}, "level1 has the shape .*, expected 1 x 2 x 4 x 4"),
         ({"names": np.array(["../a", "b"])}, "names: '../a' is not a plain relative path"),
-        ({"names": np.array(["/a", "b"])}, "names: '/a' is not a plain relative path"),
-        ({"names": np.array(["a/" * 2000 + "a", "b"])}, "names: .* is in more than 99 folders"),
-        ({"names": np.array(["a", "a"])}, "names: two files have the same name"),
         ({"names": np.array([b"a", b"b"])}, r"names has the type \|S1, expected texts"),
         ({"level1": np.zeros((2, 4, 4, 4), np.float32)}, r"level1 has the shape \(2, 4, 4, 4\)"),
         ({"level1": np.zeros((2, 2, 4, 4), np.uint8)}, "level1 has the type uint8, expected real"),
@@ -69,51 +66,40 @@ def test_a_file_of_latents(model, tmp_path):
 def test_latents_from_strangers_are_read_with_care(model, tmp_path, change, said):
     path, z = tmp_path / "z.npz", torch.zeros(2, 64)
     with np.load(io.BytesIO(files.npz(files.Latents(z, ["a", "b"]), model))) as good:
-        arrays = {**good, **change}
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+        arrays = {key: value for key, value in {**good, **change}.items() if value is not None}
+    np.savez(path, **arrays)
     with pytest.raises(UserError, match=f"z.npz: {said}"):
         files.read(path, model)
 
 
-def test_an_image_that_does_not_come_back_is_named():
-    flow, x = tiny_flow(shape=(1, 4, 4), q=17), images(3, (1, 4, 4), 17)
+def test_images_that_do_not_come_back_and_names_of_pictures(monkeypatch):
+    flow, x, done = tiny_flow(shape=(1, 4, 4), q=17), images(3, (1, 4, 4), 17), []
+    monkeypatch.setattr(encoding, "sampling_batch_size", lambda flow: 2)
+    z = encoding.encode(flow, x, lambda at, of: done.append((at, of)))
+    assert z.dtype == torch.float32 and done == [(2, 3), (3, 3)]
+    torch.testing.assert_close(z, flow.encode(x))
     assert encoding.difference(flow, x, x, ["a", "b", "c"]) == 0
     back = x.clone()
     back[1, 0, 2, 1:3] ^= 1
     with pytest.raises(RunError, match="b: 2 of 16 values do not come back.* 1 of 3 images"):
         encoding.difference(flow, x, back, ["a", "b", "c"])
 
-
-def test_names_of_pictures():
     assert encoding.picture_names(["a.png", "b/c.JPG"]) == ["a.png", "b/c.JPG.png"]
     with pytest.raises(UserError, match="names: two files have the same name"):
         encoding.picture_names(["a", "a.png"])
 
 
-def test_encoding_takes_any_number_of_images():
-    flow, x, done = tiny_flow(shape=(1, 4, 4), q=17), images(5, (1, 4, 4), 17), []
-    z = encoding.encode(flow, x, lambda at, of: done.append((at, of)))
-    assert z.dtype == torch.float32 and done[-1] == (5, 5)
-    torch.testing.assert_close(z, flow.encode(x))
-
-
 NINE = ["--split", "test", "--num-images", 9]
 SHORT = sets(train__num_steps=1, train__sample_every=9)
-OTHERS = {"causal": CAUSAL, "points": ["--config", "realnvp_two_moons.yaml"]}
-
-
-def a_run(name):
-    if name == "glow":
-        return "glow_digits"
-    run = FOLDER / f"latents-{name}"
-    quick("train", *OTHERS[name], *SHORT, "--run-dir", run, cwd=FOLDER).ok()
-    return run
+POINTS = ["--config", "realnvp_two_moons.yaml"]
 
 
 @pytest.mark.run
 @pytest.mark.parametrize("name", ["glow", "causal"])
 def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
-    run = a_run(name)
+    run = {"glow": "glow_digits", "causal": "r"}[name]
+    if name == "causal":
+        quick("train", *CAUSAL, *SHORT, "--run-dir", run, cwd=tmp_path).ok()
     done = quick("encode", run, *NINE, "--out", "z.npz", cwd=tmp_path)
     assert "decoded, every pixel comes back" in done.ok().out
     quick("decode", run, "z.npz", "--out", "out", cwd=tmp_path).ok()
@@ -134,17 +120,17 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
 
 @pytest.mark.run
 def test_points_come_back_but_for_rounding(tmp_path):
-    run = a_run("points")
-    done = quick("encode", run, *NINE, "--out", "z.npz", cwd=tmp_path)
+    quick("train", *POINTS, *SHORT, "--run-dir", "r", cwd=tmp_path).ok()
+    done = quick("encode", "r", *NINE, "--out", "z.npz", cwd=tmp_path)
     assert "the points come back within" in done.ok().out
-    quick("decode", run, "z.npz", "--out", "x.npz", cwd=tmp_path).ok()
+    quick("decode", "r", "z.npz", "--out", "x.npz", cwd=tmp_path).ok()
     with np.load(tmp_path / "x.npz") as arrays:
         points = arrays["images"].reshape(9, 2)
-    data = DataSet(load_model(str(run), CPU).config.data).split("test").take(slice(0, 9))
+    data = DataSet(load_model(str(tmp_path / "r"), CPU).config.data).split("test").take(slice(9))
     np.testing.assert_allclose(points, data.reshape(9, 2).numpy(), atol=1e-4)
     np.save(tmp_path / "own.npy", points)
     for file in ("own.npy", "x.npz"):
-        quick("encode", run, "--images", file, "--out", f"{file}.npz", cwd=tmp_path).ok()
+        quick("encode", "r", "--images", file, "--out", f"{file}.npz", cwd=tmp_path).ok()
         with np.load(tmp_path / f"{file}.npz") as arrays, np.load(tmp_path / "z.npz") as first:
             np.testing.assert_allclose(arrays["level1"], first["level1"], atol=1e-3)
 

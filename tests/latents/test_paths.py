@@ -18,14 +18,10 @@ from flowtrain.latents.encoding import encode
 D = 16
 
 
-def a_direction(low=-1.0, high=2.0):
-    vector = torch.randn(D, generator=seeded(5))
-    return Direction("a", vector / vector.norm(), low, high, "difference", 0.9, 0.01, 100)
-
-
 def test_a_latent_turns_until_its_projection_is_the_target():
-    z, direction = torch.randn(6, D, generator=seeded(0)), a_direction()
-    vector = direction.vector
+    z = torch.randn(6, D, generator=seeded(0))
+    vector = torch.nn.functional.normalize(torch.randn(D, generator=seeded(5)), dim=0)
+    direction = Direction("a", vector, -1.0, 2.0, "difference", 0.9, 0.01, 100)
     target = torch.linspace(-2, 2, 6)
     found = paths.moved(z, direction, target)
     torch.testing.assert_close(found @ vector, target)
@@ -35,18 +31,14 @@ def test_a_latent_turns_until_its_projection_is_the_target():
     torch.testing.assert_close(torch.cosine_similarity(rest, old), torch.ones(6))
     far = paths.moved(z, direction, torch.full((6,), 50.0))
     torch.testing.assert_close(far, 50 * vector.expand(6, D))
-
-
-def test_paths_along_an_attribute():
-    z, direction = torch.randn(3, D, generator=seeded(0)), a_direction()
     found = paths.along(z, direction, 1.0, 5)
-    assert found.shape == (3, 5, D) and torch.equal(found[:, 0], z)
-    projections = found @ direction.vector
-    torch.testing.assert_close(projections[:, -1], torch.full((3,), direction.high))
+    assert found.shape == (6, 5, D) and torch.equal(found[:, 0], z)
+    projections = found @ vector
+    torch.testing.assert_close(projections[:, -1], torch.full((6,), direction.high))
     steps = projections.diff(dim=1)
-    torch.testing.assert_close(steps, steps[:, :1].expand(3, 4), rtol=1e-3, atol=1e-4)
-    back = paths.along(z, direction, -1.0, 2)[:, -1] @ direction.vector
-    torch.testing.assert_close(back, torch.full((3,), direction.low))
+    torch.testing.assert_close(steps, steps[:, :1].expand(6, 4), rtol=1e-3, atol=1e-4)
+    back = paths.along(z, direction, -1.0, 2)[:, -1] @ vector
+    torch.testing.assert_close(back, torch.full((6,), direction.low))
 
 
 def test_a_sphere_joins_latents_of_one_norm():

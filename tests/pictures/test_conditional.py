@@ -21,33 +21,26 @@ def a_model(kind):
     return SimpleNamespace(flow=tiny_flow("glow", SHAPE, context=kind), config=a_config())
 
 
-@pytest.mark.parametrize(
-    "kind, size, how",
-    [
-        ("downsample", (8, 8), "at 8x8, reduced to 4x4"),
-        ("downsample", (4, 4), "as it is, 4x4"),
+def test_a_file_is_the_context_or_becomes_an_image_first(tmp_path):
+    path, x = tmp_path / "image.png", images(1, SHAPE)
+    red = torch.tensor([200, 0, 0]).view(1, 3, 1, 1).expand(1, *SHAPE).to(torch.uint8)
+    for kind, pixels, how in (
+        ("downsample", x, "at 8x8, reduced to 4x4"),
+        ("downsample", "context", "as it is, 4x4"),
         ("downsample", (30, 40), "at 8x8, reduced to 4x4"),
-        ("grey", (8, 8), "at 8x8, grey"),
+        ("grey", x, "at 8x8, grey"),
         ("grey", (4, 4), "at 8x8, grey"),
-    ],
-)
-def test_a_file_is_the_context_or_becomes_an_image_first(kind, size, how, tmp_path):
-    model, path, pixels = a_model(kind), tmp_path / "image.png", images(1, SHAPE)
-    if size not in ((8, 8), (4, 4)) or (kind, size) == ("grey", (4, 4)):  # it is resized
-        pixels = torch.tensor([200, 0, 0]).view(1, 3, 1, 1).expand(1, *SHAPE).to(torch.uint8)
-        picture = Image.new("RGB", size, (200, 0, 0))
-    else:
-        shown = pixels if size == (8, 8) else model.flow.context_of(pixels)
+    ):
+        model, resized = a_model(kind), isinstance(pixels, tuple)
+        shown = model.flow.context_of(x) if isinstance(pixels, str) else x
         picture = Image.fromarray(shown[0].movedim(0, -1).numpy())
-    picture.save(path)
-    context, said = of_file(path, model)
-    assert torch.equal(context, model.flow.context_of(pixels)) and said == f"{path} {how}"
-
-
-def test_a_grey_file_is_a_grey_context(tmp_path):
+        (Image.new("RGB", pixels, (200, 0, 0)) if resized else picture).save(path)
+        context, said = of_file(path, model)
+        assert torch.equal(context, model.flow.context_of(red if resized else x))
+        assert said == f"{path} {how}"
     grey = images(1, (8, 8))
-    Image.fromarray(grey[0].numpy()).save(tmp_path / "grey.png")
-    assert torch.equal(of_file(tmp_path / "grey.png", a_model("grey"))[0], grey[None])
+    Image.fromarray(grey[0].numpy()).save(path)
+    assert torch.equal(of_file(path, a_model("grey"))[0], grey[None])
 
 
 def test_files_that_are_no_context(tmp_path):
