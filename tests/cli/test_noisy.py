@@ -57,7 +57,7 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     assert "minus the mean log-density of noisy images (sigma 0.1)" in out and SAID in out
     assert re.search(r"-?\d+\.\d+ .* nats/dim \(180 test images\)", out)
     one = json.loads((tmp_path / "one.json").read_text())
-    assert (one["bound"], one["samples"], one["sigma"]) == ("density", 1, 0.1)
+    assert (one["bound"], one["draws"], one["sigma"]) == ("density", 1, 0.1)
     assert "any: the mean over 10 equally likely classes" in out and one["classes"] == 10
     assert one["loss_given_class"] < one["loss"] + np.log(10) / 64
     assert one["bits_per_dim"] is None and one["bits_per_dim_stderr"] is None
@@ -68,7 +68,7 @@ def test_evaluation_is_of_noisy_images(noisy, tmp_path):
     assert np.mean(log_probs) == pytest.approx(-one["nats_per_image"], rel=1e-6)
     quick("evaluate", run, "--json", "k.json", "--draws", 3, cwd=tmp_path).ok()
     several = json.loads((tmp_path / "k.json").read_text())
-    assert (several["bound"], several["samples"]) == ("density", 3)
+    assert (several["bound"], several["draws"]) == ("density", 3)
     # Their mean: an importance-weighted bound of this broad noise would be far away.
     assert abs(several["loss"] - one["loss"]) < 0.05
     assert several["loss_stderr_draws"] > 0
