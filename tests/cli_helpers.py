@@ -73,11 +73,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str):
-    words, pipes = (
-        [*command, *map(str, args)],
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-    )
-    process = subprocess.Popen(words, cwd=cwd, env=environment(**env), text=True, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [*command, *map(str, args)]
+    process = subprocess.Popen(words, cwd=cwd, env=environment(**env), **pipes)
     atexit.register(process.kill)  # of a test that failed
     return process
 
@@ -127,8 +125,7 @@ def quick(*args, cwd: Path, **options) -> Result:
 
 
 def torchrun_environment(count: int) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     of_all = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
