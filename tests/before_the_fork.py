@@ -1,4 +1,4 @@
-"""What `cli_helpers.Forked` finds done: imports, and what the first command of a process works out.
+"""What forked commands find done: imports, and what the first command of a process works out.
 
 Only the process imports this from which commands are forked, once. It computes nothing with torch,
 whose threads would not survive the fork.
@@ -24,7 +24,7 @@ OPTIONAL = "flowtrain.tools.explore"  # a package without which flowtrain works,
 for name in LIBRARIES:
     importlib.import_module(name)
 for info in pkgutil.walk_packages(flowtrain.__path__, "flowtrain."):
-    if info.name != "flowtrain.__main__" and not info.name.startswith(OPTIONAL):
+    if not info.name.endswith("__main__") and not info.name.startswith(OPTIONAL):
         importlib.import_module(info.name)
 Image.init()  # the plugins of all formats
 CliRunner().invoke(app, ["train", "--set", "model.stepz=3"])  # the schemas of all components

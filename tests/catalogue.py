@@ -1,5 +1,6 @@
 """The tiny models and the point sets of all tests: a new one is added here."""
 
+EXACT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}  # of differential equations
 # Options with which each model is small enough to differentiate in full. Every model of
 # flowtrain.models is here.
 TINY = {
@@ -9,14 +10,7 @@ TINY = {
     "planar": {"layers": 3},
     "maf": {"layers": 2, "width": 8, "hidden_layers": 1},
     "iaf": {"layers": 2, "width": 8, "hidden_layers": 1},
-    "cnf": {
-        "blocks": 2,
-        "width": 8,
-        "hidden_layers": 1,
-        "solver": "dopri8",
-        "rtol": 1e-12,
-        "atol": 1e-12,
-    },
+    "cnf": {"blocks": 2, "width": 8, "hidden_layers": 1, **EXACT},
     "causal": {"width": 6, "blocks": 1, "components": 2, "units": 3, "window": 1},
     "tarflow": {"patch": 2, "width": 8, "blocks": 2, "layers": 1},
     "jet": {"patch": 2, "width": 8, "couplings": 5, "layers": 1},

@@ -32,10 +32,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     A parameter whose type is a dataclass is a group of options: its fields are the parameters.
     """
-    parameters = _parameters(function)
+    parameters = inspect.signature(function).parameters
     types = {name: each.annotation for name, each in parameters.items()}
     groups = {name: x for name, x in types.items() if isinstance(x, type) and is_dataclass(x)}
-    fields = {name: _parameters(group) for name, group in groups.items()}
+    fields = {name: inspect.signature(group).parameters for name, group in groups.items()}
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -72,11 +72,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.Signature(flat, __validate_parameters__=False)
     wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped
-
-
-@functools.cache
-def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
 
 
 def on_all_processes(function: Callable[P, None]) -> Callable[P, None]:
@@ -385,6 +380,13 @@ def data_of(
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     config = configuration.parse(values, where, trust_code=True).data
     return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
+
+
+def split_of(data: "DataSet", split: Split | None, dataset: str | None) -> Split | Literal["all"]:
+    """The split of `--split`, by default the test split, or all images of data without splits."""
+    if data.undivided and split is not None:
+        raise UserError(f"--split {split}: {dataset} has no splits; leave it out")
+    return split or ("all" if data.undivided else "test")
 
 
 def write_json(result: Mapping[str, object], given: str | None, default: Path) -> None:

@@ -1,14 +1,9 @@
 """`flowtrain list`."""
 
-from typing import TYPE_CHECKING
-
 import typer
 
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import command, on_one_process
-
-if TYPE_CHECKING:
-    from flowtrain.checkpoints.zoo import Card
 
 EPILOG = "Example: [cyan]flowtrain list[/cyan]"
 
@@ -19,8 +14,14 @@ def catalogue() -> None:
     """List what comes with flowtrain: trained models, configurations, data sets and models."""
     from flowtrain.checkpoints import zoo
     from flowtrain.config import Data, Model, component, component_names
+    from flowtrain.system.console import figure
 
-    _print("trained models (MODEL)", {name: _of_card(zoo.card_of(name)) for name in zoo.names()})
+    cards = {name: zoo.card_of(name) for name in zoo.names()}
+    trained = {
+        name: f"{card.title}: {figure(card.loss, card.error)} {card.unit}, {card.time}"
+        for name, card in cards.items()
+    }
+    _print("trained models (MODEL)", trained)
     configs = configfiles.shipped_configs().items()
     for title, gpu in (("configurations (--config)", False), ("for GPUs, not yet measured", True)):
         found = {n: configfiles.headline(p) for n, p in configs if (p.parent.name == "gpu") == gpu}
@@ -28,12 +29,6 @@ def catalogue() -> None:
     for title, base in (("data sets (data.name)", Data), ("models (model.name)", Model)):
         about = {name: component(base, name).about for name in component_names(base)}
         _print(title, {name: text.removesuffix(".") for name, text in about.items()})
-
-
-def _of_card(card: "Card") -> str:
-    from flowtrain.system.console import figure
-
-    return f"{card.title}: {figure(card.loss, card.error)} {card.unit}, {card.time}"
 
 
 def _print(title: str, rows: dict[str, str]) -> None:

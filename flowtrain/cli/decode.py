@@ -52,16 +52,10 @@ def decode(
     from flowtrain.system.files import require_absent, save, write_folder
 
     one_file = out.suffix.lower() == ".npz"
-    if one_file:
-        require_file(out)
-    else:
-        require_folder(out, out)
+    require_file(out) if one_file else require_folder(out, out)
     loaded = load(model, device, weights, trust_code)
-    levels = None
-    if not one_file:
-        levels = loaded.flow.kind.require_levels(
-            f"--out {out}: the model is of real-valued data, so give the name of an .npz file"
-        )
+    wrong = f"--out {out}: the model is of real-valued data, so give the name of an .npz file"
+    levels = None if one_file else loaded.flow.kind.require_levels(wrong)
     latents = files.read(file, loaded)
     names = encoding.picture_names(latents.names)
     if levels is not None:

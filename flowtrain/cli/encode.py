@@ -13,6 +13,7 @@ from flowtrain.cli.base import (
     check_suffix,
     command,
     on_one_process,
+    split_of,
 )
 from flowtrain.errors import UserError
 
@@ -60,9 +61,7 @@ def encode(
         names, x = encoding.named_images(images, loaded, num_images)
     else:
         data = options.data(loaded, dataset)
-        if data.undivided and split is not None:
-            raise UserError(f"--split {split}: {dataset} has no splits; leave it out")
-        chosen = split or ("all" if data.undivided else "test")
+        chosen = split_of(data, split, dataset)
         names, x, classes = encoding.of_split(loaded, data, chosen, num_images)
     with ProgressBar("encoding") as bar:
         z = encoding.encode(loaded.flow, x, bar)

@@ -20,9 +20,10 @@ from flowtrain.cli.base import (
     output,
     print_table,
     require_file,
+    split_of,
     write_json,
 )
-from flowtrain.errors import RunError, UserError
+from flowtrain.errors import RunError
 
 if TYPE_CHECKING:
     from flowtrain.results import Evaluation
@@ -47,7 +48,6 @@ def evaluate(
     draws: Annotated[
         int,
         typer.Option(
-            "--draws",
             min=1,
             metavar="K",
             help="Draws of the dequantization noise. Above 1, the bound is importance-weighted. "
@@ -78,12 +78,7 @@ def evaluate(
     loaded = options.load_model(conditional=True)
     mention_unused(options.device, loaded.flow.device)
     data = options.data(loaded, dataset)
-    if data.undivided and split is not None:
-        raise UserError(
-            f"--split {split}: {dataset} has no splits; without --split, all of its images are "
-            f"evaluated"
-        )
-    split_name = split or ("all" if data.undivided else "test")
+    split_name = split_of(data, split, dataset)
     of = "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, TextIO, cast
+from typing import Annotated, TextIO, cast
 
 import typer
 
@@ -68,12 +68,6 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _refuse_empty(word: str) -> NoReturn:
-    # As a path it would be the current folder, which `--run-dir "$DIR"` does not mean.
-    typer.echo(f"flowtrain: {word or 'an argument'} is empty: a value is missing", err=True)
-    raise SystemExit(UserError.exit_code)
-
-
 def main() -> None:
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
@@ -91,5 +85,7 @@ def main() -> None:
     )
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--[\w-]+=", word):
-            _refuse_empty(word)
+            # As a path it would be the current folder, which `--run-dir "$DIR"` does not mean.
+            typer.echo(f"flowtrain: {word or 'an argument'} is empty: a value is missing", err=True)
+            raise SystemExit(UserError.exit_code)
     app(prog_name="flowtrain")

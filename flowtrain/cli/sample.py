@@ -116,7 +116,7 @@ def sample(
         raise UserError(f"--temperature {max(temperatures)}: expected a finite number")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
-    labels = _whole_numbers("--classes", classes) if classes is not None else []
+    labels = [] if classes is None else _labels(classes)
     loaded = options.load_model(conditional=True)
     path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
@@ -153,27 +153,20 @@ def sample(
         content = grid.png(drawing.samples(shown, columns, seed, temperatures))
     save(path, content, named=out is not None)
     console.print(f"wrote {path}: {counted(len(drawn), 'sample')} of {loaded.checkpoint.path}")
-    for line in _about(flow.dequantizer.sigma, guidance, denoise):
-        console.print(line)
-
-
-def _about(sigma: float | None, guidance: float | None, denoise: bool) -> list[str]:
-    """Guidance and noise of the samples, a line each."""
-    lines = []
     if guidance is not None:
-        lines.append(
-            f"guidance {guidance:g}: what the networks predict for a class, plus {guidance:g} "
-            f"times its difference from what they predict without one"
+        console.print(
+            f"guidance {guidance:g}: the prediction of the networks for a class, plus {guidance:g} "
+            f"times its difference from the prediction without one"
         )
+    sigma = flow.dequantizer.sigma
     if sigma is not None and denoise:
-        lines.append(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
+        console.print(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
     elif sigma is not None:
-        lines.append(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
-    return lines
+        console.print(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
 
 
 def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
-    """The contexts of the samples: of the image in a file, or of test images."""
+    """The context of the image in a file, or those of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
 
@@ -188,13 +181,11 @@ def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -
     return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 
 
-def _whole_numbers(option: str, text: str) -> list[int]:
+def _labels(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(
-            f"{option} {text}: expected whole numbers with commas between them"
-        ) from None
+        raise UserError(f"--classes {text}: expected whole numbers separated by commas") from None
 
 
 def _root(number: int) -> int:

@@ -47,6 +47,7 @@ class Bomb:
 def bombs(files: Path) -> dict[str, Bomb]:
     dry = ["train", "--dry-run", "--config", "c.yaml"]
     packed = ["decompress", "a.fta", "--out", "out"]
+    decode = ["decode", "run", "z.npz", "--out", "out"]
     evaluate = ["evaluate", "colour", "--data", "x.npz", "--json", "-"]
     show = ["interpolate", "run", "--images", "x.png", "pictures/grey.png", "--out", "i.png"]
     table_of = ["attributes", "colour", "--csv", "t.csv"]
@@ -80,12 +81,10 @@ def bombs(files: Path) -> dict[str, Bomb]:
             "x.npz", lambda: _deflated_npz(capacity.total() // MIB), evaluate
         ),
         "latents: an array of names that claims 100 GB": Bomb(
-            "z.npz", lambda: _claimed_names(files), ["decode", "run", "z.npz", "--out", "out"]
+            "z.npz", lambda: _claimed_names(files), decode
         ),
         "latents: 10^9 names of no bytes": Bomb(
-            "z.npz",
-            lambda: _claimed_names(files, "<U0", b""),
-            ["decode", "run", "z.npz", "--out", "out"],
+            "z.npz", lambda: _claimed_names(files, "<U0", b""), decode
         ),
         "CSV: 8 million lines": Bomb(
             "t.csv", lambda: (b"file,x\n" + b"a,1\n" * 2**23)[: 2**25], table_of

@@ -4,14 +4,13 @@ This process has imported everything and computed nothing. So a command starts i
 no threads to inherit.
 """
 
-import gc
 import importlib
 import os
-import pkgutil
 import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-import flowtrain as package
 from flowtrain.cli.main import main as flowtrain
 
-IMPORTS = [
-    *["torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "constriction", "yaml"],
-    *["torchvision.datasets", "torchvision.utils", "rich.progress", "rich.table"],
-]
 # Plain output, and a network that refuses at once.
 ENVIRONMENT = {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
 ENVIRONMENT |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -34,31 +28,29 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: The exit code, or minus the signal that ended the command.
-    seconds: Of computing, not of waiting for other processes.
-    peak: MiB of memory at the peak, with what it shares with this process.
-    """
-
-    code: int
+    code: int  # the exit code, or minus the signal that ended the command
     out: str
     err: str
-    seconds: float
-    peak: float
+    seconds: float  # of computing, not of waiting for other processes
+    peak: float  # MiB of memory at the peak, with what it shares with this process
 
 
 def prepare() -> None:
     """Imports what commands import. To be called once, before `run`."""
     torch.set_num_threads(1)
-    own = (info.name for info in pkgutil.walk_packages(package.__path__, "flowtrain."))
-    for name in [*IMPORTS, *(name for name in own if not name.endswith("__main__"))]:
+    for name in ("before_the_fork", "constriction"):
         importlib.import_module(name)
     os.environ.update(ENVIRONMENT)
-    gc.collect()
-    gc.freeze()
 
 
-def run(words: list[str], folder: Path, seconds: int = 20, memory: int = 1024) -> Outcome:
-    """`flowtrain WORDS` in `folder`, with `memory` MiB more than this process has.
+def run(
+    words: list[str],
+    folder: Path,
+    seconds: int = 20,
+    memory: int = 1024,
+    before: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """`flowtrain WORDS` in `folder`, after `before`, with `memory` MiB more than this process has.
 
     It is killed after `seconds` of computing, or after ten times as long if it waits.
     """
@@ -69,14 +61,14 @@ def run(words: list[str], folder: Path, seconds: int = 20, memory: int = 1024) -
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _become(words, folder, files, seconds, memory)
+        _become(words, folder, files, seconds, memory, before)
     _, status, used = os.wait4(child, 0)
     out, err = (file.read_text(errors="replace") for file in files)
     code = os.waitstatus_to_exitcode(status)
     return Outcome(code, out, err, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
-def _become(words, folder, files, seconds, memory) -> None:
+def _become(words, folder, files, seconds, memory, before) -> None:
     code = 1
     try:
         for number, file in enumerate(files, 1):
@@ -90,6 +82,7 @@ def _become(words, folder, files, seconds, memory) -> None:
         # Their signals end the process.
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         signal.alarm(10 * seconds)
+        before()
         try:
             flowtrain()
         except SystemExit as ended:

@@ -44,22 +44,13 @@ LAST = "run/checkpoints/last.safetensors"
 
 @dataclass
 class Format:
-    """names: The sound files of which one is damaged. Patterns are searched for.
-    commands: Those that read it, with their weights. `FILE` stands for its path.
-    share: Of the cases.
-    at: The path of the file, by default its own.
-    out: A pattern of the files that commands write. Those of a file with a checksum are known.
-    refused: Whether a file with other bytes, damaged without sealing it again, is always refused.
-    accepted: Whether a sound file is always accepted.
-    """
-
-    names: list[str]
-    commands: dict[str, float]
-    share: int = 1
-    at: str = ""
-    out: str = ""
-    refused: bool = False
-    accepted: bool = True
+    names: list[str]  # patterns of the sound files of which one is damaged
+    commands: dict[str, float]  # those that read it, with their weights; `FILE` is its path
+    share: int = 1  # of the cases
+    at: str = ""  # path of the file, by default its own
+    out: str = ""  # pattern of the output of commands; that of a file with a checksum is known
+    refused: bool = False  # whether damaged bytes without a new checksum are always refused
+    accepted: bool = True  # whether a sound file is always accepted
 
 
 NEW = f"{shlex.join(TRAIN)} --run-dir new"
@@ -165,21 +156,13 @@ FORMATS = {
 
 @dataclass
 class Case:
-    """words: The command.
-    name: The sound file; `other` is the one for splices.
-    path: The damaged file.
-    data: Its bytes.
-    crafted: Whether it was sealed again.
-    whole: Whether nothing is damaged.
-    """
-
-    words: list[str]
-    name: str
-    other: str
-    path: str
-    data: bytes
-    crafted: bool
-    whole: bool
+    words: list[str]  # the command
+    name: str  # the sound file
+    other: str  # the one for splices
+    path: str  # the damaged file
+    data: bytes  # its content
+    crafted: bool  # whether it was sealed again
+    whole: bool  # whether nothing is damaged
 
 
 def case_of(name: str, files: Path) -> Case:

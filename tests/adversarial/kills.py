@@ -8,14 +8,10 @@ An operation is opening a file for writing, writing (before it and halfway throu
 renaming, linking, removing, and making a folder. Those of TensorBoard's own thread do not count,
 because their number is not fixed. Checkpoints are written by a thread, too, and count. Each run
 has it wait at random before each of its operations, so that the loop is sometimes ahead of it.
-
-Each command is a fork of this process, which has imported everything and computed nothing. So it
-starts in a moment.
 """
 
 import builtins
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -25,22 +21,14 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
-import torch
+import children
 from catalogue import WORDS, sets
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowtrain.checkpoints import background
 from flowtrain.checkpoints import format as checkpoint_format
-from flowtrain.cli.main import main as flowtrain
-
-for name in (
-    *["torch._dynamo", "sklearn.datasets"],
-    *[f"flowtrain.{each}" for each in ("datasets.digits", "models.glow", "training.loop")],
-):
-    importlib.import_module(name)
 
 COMMAND = [
     *["train", *WORDS["glow"], "--run-dir", "run"],
@@ -63,7 +51,7 @@ class Operations:
         self.slowest = SLOWEST * ((fatal or 0) % 2)
         self.draw = random.Random(fatal)
         self.fatal = fatal
-        self.log = log.open("w")
+        self.log = log.open("w", buffering=1)  # written line by line
         for name in FUNCTIONS:
             setattr(os, name, self.counted(name, getattr(os, name)))
         self.io_open = io.open
@@ -80,7 +68,6 @@ class Operations:
             self.count += 1
             self.log.write(f"{what} ({thread.name})\n")
             if self.count == self.fatal:
-                self.log.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(self, name, function):
@@ -112,33 +99,11 @@ class Operations:
         return file
 
 
-def run(folder: Path, fatal: int | None = None) -> tuple[int | None, list[str]]:
-    """The command in `folder`, killed at operation `fatal`: its exit code, None after a kill, and
-    its operations.
-    """
-    log, out = folder / "operations", folder / "out"
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for number in (1, 2):
-                os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            os.chdir(folder)
-            sys.argv = ["flowtrain", *COMMAND]
-            operations = Operations(fatal, log)
-            try:
-                flowtrain()
-            except SystemExit as ended:
-                code = ended.code or 0
-            operations.log.flush()
-            sys.stdout.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code, log.read_text().splitlines()
+def run(folder: Path, fatal: int | None = None) -> tuple[children.Outcome, list[str]]:
+    """The outcome of the command in `folder`, killed at operation `fatal`, and its operations."""
+    log = folder / "operations"
+    done = children.run(COMMAND, folder, before=lambda: Operations(fatal, log))
+    return done, log.read_text().splitlines()
 
 
 def content(run: Path) -> dict[str, object]:
@@ -181,19 +146,19 @@ def differences(folder: Path, fatal: list[int], wanted: dict[str, object]) -> li
     folder.mkdir()
     said = []
     for number in fatal:
-        code, operations = run(folder, number)
-        if code is None:
+        done, operations = run(folder, number)
+        if done.code == -signal.SIGKILL:
             said.append(operations[-1])
-        elif code != 0:
-            return [f"exit code {code} after a kill at {said}: {(folder / 'out').read_text()}"]
+        elif done.code != 0:
+            return [f"after a kill at {said}: {done}"]
     for path in (folder / "run" / "checkpoints").glob("[!.]*"):
         try:
             checkpoint_format.read(path)
         except Exception as error:
             said.append(f"damaged after the kill: {error}")
-    code, _ = run(folder)
-    if code != 0:
-        return [f"exit code {code} after a kill at {said}: {(folder / 'out').read_text()}"]
+    done, _ = run(folder)
+    if done.code != 0:
+        return [f"after a kill at {said}: {done}"]
     found = content(folder / "run")
     return [
         f"{name} differs after a kill at {said}"
@@ -203,10 +168,10 @@ def differences(folder: Path, fatal: list[int], wanted: dict[str, object]) -> li
 
 
 def main(folder: Path, points: list[str]) -> dict[str, object]:
-    torch.set_num_threads(1)
+    children.prepare()
     folder.mkdir()
-    code, operations = run(folder)
-    assert code == 0, (folder / "out").read_text()
+    done, operations = run(folder)
+    assert done.code == 0, done
     wanted, count = content(folder / "run"), len(operations)
     draw = random.Random(0)
     if points == ["all"]:

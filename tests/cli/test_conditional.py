@@ -54,7 +54,7 @@ def test_going_on_gives_the_same_run(folder):
     assert metrics(folder / "again", timeless=True) == later
 
 
-def test_samples_are_shown_beside_what_is_given(folder):
+def test_samples_are_shown_beside_what_is_given(folder, tmp_path):
     done = quick("sample", "run", "--num-images", 3, cwd=folder).ok()
     assert "24 samples" in done.out
     # Eight rows of a context and three samples, in frames.
@@ -67,10 +67,7 @@ def test_samples_are_shown_beside_what_is_given(folder):
     assert "context: x.png at 8x8, reduced to 4x4" in done.out
     arrays = np.load(folder / "s.npz")
     assert arrays["images"].shape == (3, 8, 8, 3) and arrays["context"].shape == (3, 4, 4, 3)
-
-
-def test_samples_are_given_test_images_that_have_moved(folder, tmp_path):
-    """Other test images give other contexts."""
+    # Other test images give other contexts.
     npz(tmp_path / "moved.npz", train=80, test=9, shape=(8, 8, 3), seed=1)
     words = ["--num-images", 1, *sets(data__path=tmp_path / "moved.npz"), "--out", "moved.npz"]
     quick("sample", "run", *words, cwd=folder).ok()

@@ -6,17 +6,15 @@ command that is there.
 """
 
 import os
-import pickle
 import re
 import shlex
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from catalogue import SMALL, TINY_RUN, sets
+from catalogue import TINY_RUN, sets
 from cli_helpers import COMMANDS, Result, copy_of, example, flowtrain, last, quick, trained, tree
 from coding_helpers import foreign_archive, picture, stored
 from helpers import npz
@@ -31,7 +29,6 @@ from flowtrain.latents import files
 
 pytestmark = pytest.mark.run
 
-CUDA = torch.cuda.is_available()
 # Root reads and writes everything. Without this capability it obeys the permissions of its files.
 OBEDIENT = """
 import ctypes
@@ -39,13 +36,6 @@ drop = getattr(ctypes.CDLL(None), "capset", None)
 if drop is not None:
     drop((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
 """
-
-
-class Evil:
-    """Loading it as a pickle makes a folder `executed` in the current folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 def make(here: Path) -> None:
@@ -69,7 +59,6 @@ def make(here: Path) -> None:
     }
     for name, text in texts.items():
         (here / name).write_text(text)
-    (here / "evil.pt").write_bytes(pickle.dumps(Evil()))
     make_pictures(here)
     archives = {
         "good": stored(),
@@ -82,10 +71,6 @@ def make(here: Path) -> None:
     model = load_model(str(run), torch.device("cpu"))
     latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
     (here / "z.npz").write_bytes(files.npz(latents, model))
-    raw = here / "mnist_damaged" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{part}-ubyte").write_bytes(b"\0" * 100)
     (here / "pipe_run" / "checkpoints").mkdir(parents=True)
     (here / "pipe_run" / ".lock").touch()
     os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
@@ -100,7 +85,6 @@ def make(here: Path) -> None:
 def make_pictures(here: Path) -> None:
     for name in ("good", "sub/good", "a.png/b", "sub/a", "taken/a", "done/grid"):
         picture(here / f"{name}.png")
-    picture(here / f"{'n' * 250}.jpg")
     picture(here / "wide.png", (9, 8))
     picture(here / "rgb.png", mode="RGB")
     np.save(here / "cut.npy", np.zeros((20, 8, 8), np.uint8))
@@ -128,7 +112,6 @@ TABLE = [
     ("train glow_digits", "glow_digits: expected KEY=VALUE", "--config"),
     ("train train.learning_rate=1", "did you mean train.lr?"),
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
-    ("train --learning-rate 1", "train.lr=VALUE"),
     ("train data.size=8", "data.size: unknown key", "it belongs to data.name folder"),
     ("train data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("train --sett seed=1", "No such option", "--set"),
@@ -139,19 +122,15 @@ TABLE = [
     ("train TINY --run-dir run --resume never", "--resume never: run holds a run"),
     ("train TINY --run-dir new --resume empty", "empty: has no checkpoint"),
     ("train TINY --run-dir new --resume classes", "model.classes: classes/checkpoints"),
-    ("train TINY --run-dir new --init-from evil.pt", "evil.pt", "not a flowtrain checkpoint"),
+    ("train TINY --run-dir new --init-from text", "text: ", "not a flowtrain checkpoint"),
     ("train TINY --run-dir new --init-from points", "does not fit this model"),
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
-    ("train TINY --set data.n_bits=5", "data.n_bits", "digits has 17 levels"),
     ("train TINY --set model.classes=5", "model.classes: 5", "labels 0..9"),
-    ("train TINY --set model.label_dropout=0.1", "label_dropout: 0.1, but", "set model.classes"),
     ("train TINY --set data.shift=8", "data.shift: 8 is not smaller than the images"),
     ("train TINY --set data.validation=5000", "cannot hold 5000 of 1617 images out"),
-    ("train TINY --set model.levels=4", "8x8 can be squeezed 3 times (8 -> 4 -> 2 -> 1)"),
     ("train TINY --set data.name=folder --set data.size=8 --set data.path=text", "not a folder"),
     ("train TINY --set data.name=folder --set data.size=8 --set data.path=x", "x is no folder"),
-    ("train SMALL --set data.name=mnist --set data.root=mnist_damaged", "100 bytes, not 47040016"),
     ("train TINY --set data.name=imagenet64 --set data.version=oord2016", "train_64x64.tar"),
     ("train TINY LARGE --set train.batch_size=1048576", "a step of 1,048,576 x 1", "at most"),
     ("train --dry-run train.accumulate=1048576 train.batch_size=1048576", "1,048,576 x"),
@@ -160,9 +139,7 @@ TABLE = [
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),
     ("evaluate run --data no.png", "no.png: there is no such file"),
     ("evaluate points --data digits", "17 levels", "(2, 1, 1) with real values"),
-    ("evaluate run --split validation --set data.validation=0", "--split validation", "empty"),
     ("evaluate run --data large.npz", "(1, 16, 16) with 256 levels", "(1, 8, 8) with 17 levels"),
-    ("evaluate points --draws 2", "--draws 2", "exact"),
     (f"evaluate run --draws {HUGE}", f"--draws {HUGE}: the scores of 180 images need"),
     # --- sample
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
@@ -171,11 +148,7 @@ TABLE = [
     (f"sample run --num-images {10**400}", "GiB are available: lower"),
     ("sample run --temperature 1e400", "--temperature inf", "finite"),
     ("sample run --guidance 1e400", "--guidance inf", "finite"),
-    ("sample run --guidance 1", "--guidance 1: the model is not class-conditional"),
-    ("sample classes --guidance 0", "--guidance 0: each class has its own prior", "do not see"),
-    ("sample run --denoise", "--denoise: the model was not trained with Gaussian noise"),
     ("sample run --method jacobi", "--method jacobi: ", "samples take one pass"),
-    ("sample run --classes 1", "--classes 1", "not class-conditional"),
     ("sample classes --classes 1,,2", "--classes 1,,2", "whole numbers"),
     ("sample classes --classes 10", "--classes 10", "0..9"),
     ("sample run --image good.png", "--image good.png", "model.context is none"),
@@ -189,10 +162,8 @@ TABLE = [
     ("interpolate run --pairs 91", "--pairs 91", "180 images"),
     ("interpolate run --images good.png text.png", "text.png cannot be read as an image"),
     ("interpolate run --from-class 4", "--from-class and --to-class"),
-    ("interpolate run --to-class 4", "--from-class and --to-class"),
     ("interpolate points --from-class 1 --to-class 2", "--from-class 1", "no labels"),
     ("interpolate run --from-class 4 --to-class 12", "--to-class 12", "0 images"),
-    ("interpolate run --from-class 4 --to-class 5 --pairs 99", "--from-class 4", "99 are needed"),
     ("interpolate run --from-class 4 --to-class 5 --images a b", "--images", "--from-class"),
     ("interpolate run --along smile", "smile: no such attribute of run/", "there are: none"),
     ("interpolate run --along a --from-class 1 --to-class 2", "--along and --from-class"),
@@ -239,7 +210,6 @@ TABLE = [
     (f"{INPAINT} --out done", "--out done: 'grid.png' is there"),
     (f"{INPAINT} --steps 7", "--steps", "8"),
     (f"{INPAINT} --num-images 999999999", "--num-images 999999999: the chains need"),
-    (f"{INPAINT} --class 1", "--class 1: the model is not class-conditional"),
     (INPAINT.replace("run", "classes") + " --class 10", "--class 10", "the classes 0..9"),
     # --- explore, doctor, ood
     ("explore points --no-browser", "points", "the explorer shows images", "flowtrain sample"),
@@ -267,7 +237,6 @@ TABLE = [
     ("compress run rgb.png --out x", "rgb.png", "8x8 RGB", "8x8 L"),
     ("compress run good.png sub/good.png --out x", "sub/good.png", "good.png"),
     ("compress run a.png sub/a.png --out x", "a.png/b.png", "folder where the file 'a.png' is"),
-    (f"compress run {'n' * 250}.jpg --out x", "n.jpg", "255 bytes"),
     ("compress run sub --out sub/good.png", "--out sub/good.png", "one of the files"),
     ("compress given rgb.png --out x", "an archive has no context", "4x4 pixels (model.context)"),
     ("compress points --split test --out x", "real-valued"),
@@ -277,8 +246,8 @@ TABLE = [
     ("decompress strips.fta --out x", "strips.fta", "cannot be read (no picture"),
     ("decompress foreign.fta --out x --model classes", "classes", "another one", "--model"),
 ]
-WORDS_OF = {"TINY": TINY_RUN, "SMALL": SMALL}
-WORDS_OF["LARGE"] = sets(model__steps=16, model__width=512)  # a megabyte for each image
+# LARGE: a megabyte for each image.
+WORDS_OF = {"TINY": TINY_RUN, "LARGE": sets(model__steps=16, model__width=512)}
 # Values that an option takes in no command.
 NEVER = {
     **dict.fromkeys(("--num-images", "--draws", "--pairs", "--batch-size", "--max-memory"), "0"),
@@ -326,7 +295,7 @@ def test_wrong_input(line, said, folder, command, monkeypatch):
         shutil.rmtree(folder / new, ignore_errors=True)
     done.failed(2, *said)
     assert done.err.count("\n") <= 6
-    assert tree(folder) == before  # nothing written, nothing executed, nothing lost
+    assert tree(folder) == before  # nothing written, nothing lost
 
 
 @pytest.mark.parametrize("name", COMMANDS.commands)
@@ -361,10 +330,8 @@ def test_the_example_in_the_help_of_a_command(name, tmp_path, command, monkeypat
         ("dequantization.sigma=0", "greater than 0"),
         ("dequantization.sigma=1.5", "less than or equal to 1"),
         ("train.ema=-.inf", "finite"),
-        ("train.log_every=0", "greater than or equal to 1"),
         ("train.budget=nan", "a duration"),
         ("train.budget=1e400h", "finite"),
-        ("train.logger=[wandb,wandb]", "one of them is named twice"),
         ("train.logger=3", "a valid list"),
     ],
 )
@@ -395,30 +362,6 @@ def test_as_a_user_would_see_it(folder):
     )
 
 
-@pytest.mark.skipif(CUDA, reason="there is a CUDA device")
-def test_no_cuda(command):
-    command("sample", "glow_digits", "--device", "cuda").failed(
-        2, "--device cuda", "no CUDA device", "--device cpu"
-    )
-
-
-def test_mnist_without_a_network(tmp_path):
-    with socket.socket() as closed:  # a port on which nobody listens
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        proxies = dict.fromkeys(("http_proxy", "https_proxy"), address)
-        mnist = sets(data__name="mnist", data__root="dl")
-        done = quick("train", *SMALL, *mnist, cwd=tmp_path, **proxies)
-    wanted = ("data.root: MNIST is not in", "could not be downloaded", "train-images-idx3-ubyte.gz")
-    done.failed(2, *wanted, "https://", str(tmp_path / "dl" / "MNIST" / "raw"))
-
-
-def test_the_pickle_is_malicious(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    pickle.loads((folder / "evil.pt").read_bytes())
-    (folder / "executed").rmdir()
-
-
 def test_a_name_that_is_no_text(tmp_path):
     """As a run directory it is refused; the files of such a name can be read, and are printed."""
     name = os.fsdecode(b"bad\xff")
@@ -429,14 +372,6 @@ def test_a_name_that_is_no_text(tmp_path):
     copy_of(trained()["glow"], tmp_path / name)
     done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
     assert "bad\\udcff" in done.out
-
-
-def test_weights_that_were_not_kept(tmp_path):
-    quick("train", *TINY_RUN, *sets(train__ema=0), cwd=tmp_path).ok()
-    quick("evaluate", "--weights", "ema", cwd=tmp_path).failed(
-        2, "--weights ema", "train.ema was 0", "--weights raw"
-    )
-    assert '"raw"' in quick("evaluate", "--json", "-", cwd=tmp_path).ok().out
 
 
 def test_a_damaged_checkpoint_does_not_restart_the_run(tmp_path):

@@ -97,6 +97,11 @@ def from_table(path: Path, folder: Path, model: LoadedModel, most: int, seed: in
     try:
         data = read_regular(path, LARGEST_TABLE)
         _, header = next(_lines(data), (1, []))
+        if len(header) > 1 + MOST_ATTRIBUTES:  # before the other lines are parsed beside it
+            raise UserError(
+                f"--csv {path}: it has {len(header) - 1:,} attributes, and at most "
+                f"{MOST_ATTRIBUTES:,} can be taken"
+            )
         count = sum(1 for _ in _lines(data)) - 1
         chosen = {1 + i for i in sampled(max(0, count), most, seed).tolist()}
         # Only these are kept: as lists, short lines take a hundred times their bytes.
@@ -111,11 +116,6 @@ def from_table(path: Path, folder: Path, model: LoadedModel, most: int, seed: in
             f"attribute"
         )
     names = header[1:]
-    if len(names) > MOST_ATTRIBUTES:
-        raise UserError(
-            f"--csv {path}: it has {len(names):,} attributes, and at most {MOST_ATTRIBUTES:,} can "
-            f"be taken"
-        )
     for name, times in Counter(names).items():
         check_name(name)
         if times > 1:
