@@ -58,9 +58,8 @@ def section_named(
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data without a test split: an image file, a folder without `test/`,
-    or arrays without x_test. None for all other data, and for the model's `own`.
-
-    Training holds out a tenth as the test split. Evaluation of a model on other data uses them all.
+    or arrays without x_test. None for all other data, and for the model's `own`. Training holds out
+    a tenth as the test split. Evaluation of a model on other data uses them all.
     """
     options = config.options()
     path = options.get("path", Path())

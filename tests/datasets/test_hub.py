@@ -136,7 +136,7 @@ def test_without_the_package(path, monkeypatch):
         ({"repository": "../x"}, "data.repository: ../x is no name on the hub"),
         ({"repository": "https://x/y"}, "is no name on the hub"),
         ({"repository": "saved"}, "data.repository: saved is also a file or folder here"),
-        ({"repository": "no/thing"}, r"no/thing \(split train\) .*\. .*save_to_disk elsewhere"),
+        ({"repository": "no/thing"}, r"no/thing \(split train\) .*: .*save_to_disk elsewhere"),
         ({"path": "none"}, "data.path: none cannot be loaded"),
         ({"path": "saved", "train_split": "a"}, "data.train_split: .* no split a, but train"),
         ({"path": "saved", "image": "img"}, "data.image: img is no column of images; .* image"),
