@@ -6,11 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, a_config, npz, shared
+from helpers import a_config, npz
 
 from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split, labels_for
-from flowtrain.datasets.base import hold_out
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 
@@ -81,17 +80,6 @@ def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp
     # Training images that are not at hand are not read.
     data.train_images = dataclasses.replace(data.train_images, at_hand=lambda: False)
     assert data.equal_to_training(test) is None
-
-
-@pytest.mark.run  # takes long
-@shared
-def test_the_splits_of_real_data_are_as_ever():
-    data = data_set({"name": "mnist", "root": str(SHARED)})
-    split = data.split("validation")
-    count = len(data.split("train")) + len(split)
-    held = hold_out(count, data.config.validation, data.config.split_seed)[1]
-    assert np.array_equal(split.indices, held) and "duplicates" not in data.fingerprint
-    assert data.equal_to_training(data.split("test")) == 0
 
 
 def test_the_fingerprint_tells_data_apart(tmp_path):

@@ -1,7 +1,6 @@
 """What all data sets promise: their description, images, classes, caches, and messages."""
 
 import functools
-import inspect
 import pickle
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from dataset_helpers import COUNTS, EVIL, LABELS, PIXELS, build, check, corrupt,
 from helpers import REPOSITORY
 from PIL import Image
 
-from flowtrain.config import Data, component, component_names
+from flowtrain.config import Data, component_names
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
@@ -40,14 +39,6 @@ FORMS = {  # of the images of `dataset_helpers`, and the type of the pixels
 def test_every_data_set_is_tested():
     why = "add it to DOWNLOADED or OTHERS here, or to POINTS of tests/catalogue.py"
     assert set(component_names(Data)) == {*DOWNLOADED, *OTHERS, *POINTS}, why
-
-
-def test_signature_is_a_schema():
-    for name in component_names(Data):
-        parameters = inspect.signature(component(Data, name).build).parameters
-        assert list(parameters)[:3] == ["root", "split", "seed"]
-        options = list(parameters.values())[3:]
-        assert all(o.kind == o.KEYWORD_ONLY and o.annotation is not o.empty for o in options), name
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)

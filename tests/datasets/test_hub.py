@@ -18,18 +18,10 @@ from flowtrain.errors import UserError
 datasets = pytest.importorskip("datasets", "4", reason="the extra hub is not installed")
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """The package shows no bars, and waits for no network."""
-    datasets.disable_progress_bars()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    yield
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    """A folder with a training split and a test split."""
+    """A folder with a training split and a test split. No network is waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return a_saved_data_set(tmp_path / "saved", monkeypatch)["path"]
 

@@ -186,11 +186,7 @@ def test_names_that_can_be_unpacked(monkeypatch):
 @pytest.fixture
 def soon():
     """A test that waits fails."""
-
-    def expired(number, frame):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, expired)
+    before = signal.signal(signal.SIGALRM, mock.Mock(side_effect=TimeoutError))
     signal.alarm(5)
     yield
     signal.alarm(0)
