@@ -29,12 +29,10 @@ def test_hold_out(n, held, count):
     assert base.hold_out(20, 5, 1)[1].tolist() != [1, 4, 9, 10, 11]
 
 
-@pytest.mark.parametrize(
-    "n, held", [(10, 10), (10, 11), (1, 0.5), (0, 0), (10, -1), (10, 1.5), (10, float("nan"))]
-)
-def test_hold_out_refuses(n, held):
-    with pytest.raises(UserError, match=r"cannot hold"):
-        base.hold_out(n, held, 0)
+def test_hold_out_refuses():
+    for n, held in [(10, 10), (10, 11), (1, 0.5), (0, 0), (10, -1), (10, 1.5), (10, float("nan"))]:
+        with pytest.raises(UserError, match="cannot hold"):
+            base.hold_out(n, held, 0)
     with pytest.raises(UserError, match="seed is -1"):
         base.hold_out(10, 1, -1)
 
@@ -144,9 +142,8 @@ def test_open_image_levels(tmp_path, levels):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "a.png")
     out = base.open_image(tmp_path / "a.png", (1, 16, 16), levels)[0]
-    wanted = {256: values, 32: values >> 3, 2: values >> 7}.get(
-        levels, np.round(values / 255 * 16).astype(np.uint8)
-    )
+    grey = np.round(values / 255 * 16)
+    wanted = {256: values, 32: values >> 3, 2: values >> 7, 17: grey}[levels]
     assert out.dtype == np.uint8 and np.array_equal(out, wanted) and out.max() == levels - 1
 
 

@@ -95,11 +95,8 @@ def assert_close_runs(one, other, tolerance):
     assert rows[0] == rows[1]
     assert losses(one) == pytest.approx(losses(other), abs=tolerance, rel=0)
     a, b = (checkpoint_format.read(last(run)).tensors for run in (one, other))
-    assert a.keys() == b.keys() and any(name.startswith("ema.") for name in a)
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], atol=tolerance, rtol=0, msg=lambda text, n=name: n + text
-        )
+    assert any(name.startswith("ema.") for name in a)
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 def put_back(run, step=10):
@@ -209,9 +206,7 @@ def test_every_process_has_the_same_weights_and_average_and_other_images():
     options = ["train", *ALL, *parts(100), *sets(train__num_steps=14)]
     all_ok(2, *options, "--run-dir", "r", first=SAVING_ALL)
     saved, order = saved_by_all(2)
-    for which in (0, 1):
-        one, other = saved[0][which], saved[1][which]
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    torch.testing.assert_close(saved[0][:2], saved[1][:2], rtol=0, atol=0)
     # each image once an epoch
     assert len(order) == 2800 and sorted(order[:1455]) == list(range(1455))
     # The data-dependent initialization is that of one process with the whole batch.
