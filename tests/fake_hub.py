@@ -119,18 +119,15 @@ class _Handler(BaseHTTPRequestHandler):
                 about = {"id": name, "private": repository.private, "siblings": [], "tags": []}
                 self.answer(200, about)
             case ["preupload", _]:
-                paths = [file["path"] for file in json.loads(data)["files"]]
-                modes = ["lfs" if path.endswith("tensors") else "regular" for path in paths]
-                files = [
-                    {"path": path, "uploadMode": mode, "shouldIgnore": False}
-                    for path, mode in zip(paths, modes, strict=True)
-                ]
+                files = json.loads(data)["files"]
+                for file in files:
+                    mode = "lfs" if file["path"].endswith("tensors") else "regular"
+                    file |= {"uploadMode": mode, "shouldIgnore": False}
                 self.answer(200, {"files": files})
             case ["info", "lfs", "objects", "batch"]:
-                objects = [
-                    {**each, "actions": {"upload": {"href": f"{self.hub.url}/large/{each['oid']}"}}}
-                    for each in json.loads(data)["objects"]
-                ]
+                objects = json.loads(data)["objects"]
+                for each in objects:
+                    each["actions"] = {"upload": {"href": f"{self.hub.url}/large/{each['oid']}"}}
                 self.answer(200, {"objects": objects})
             case ["commit", _]:
                 files = {}
@@ -159,14 +156,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Hub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    _Handler.hub = Hub(f"http://127.0.0.1:{server.server_port}")
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Lets a server answer in a thread."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield _Handler.hub
+        yield
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Hub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    _Handler.hub = Hub(f"http://127.0.0.1:{server.server_port}")
+    with serving(server):
+        yield _Handler.hub

@@ -52,18 +52,14 @@ class Batches:
                 f"{batch_size:,} images, which take",
             )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
-        self.labels = (
-            labels_for(config.model.classes, self.source.labels, data.config.name)
-            if config.model.classes
-            else None
-        )
+        labels, classes = self.source.labels, config.model.classes
+        self.labels = labels_for(classes, labels, data.config.name) if classes else None
         self._reader = ReadAhead(self._read, self.all_processes, config.data.workers)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def at(self, progress: Position) -> tuple[Tensor, Tensor | None]:
-        """This process's augmented images of the next step, uint8 or float32 `(B, C, H, W)`.
-
-        Their classes, int64 `(B,)`, come with them if the model is class-conditional.
+        """This process's augmented images of the next step, uint8 or float32 `(B, C, H, W)`. Their
+        classes, int64 `(B,)`, come with them if the model is class-conditional.
         """
         images = progress.images
         if self.resident is None:
@@ -78,7 +74,6 @@ class Batches:
 
     def first_of_all(self, at_least: int) -> Tensor:
         """The images for data-dependent initialization: the first of the order, for all processes.
-
         There are at least `at_least`, if the split has so many, and at most
         `MOST_INITIALIZATION_IMAGES`.
         """

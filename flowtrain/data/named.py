@@ -33,14 +33,14 @@ def section_named(
     schemas = {kind: configuration.component_schema(DataConfig, kind) for kind in known}
     names = [kind for kind, schema in schemas.items() if "path" not in schema.model_fields]
     path = Path(name)
-    values: dict[str, Any] = {"name": name}
-    if name not in names and (
-        path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy"))
-    ):
+    values: dict[str, Any]
+    if name in names:
+        values = {"name": name}
+    elif path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy")):
         values = {"name": "npz", "path": name}
-    elif name not in names and (path.is_dir() or path.suffix.lower() in folder.SUFFIXES):
+    elif path.is_dir() or path.suffix.lower() in folder.SUFFIXES:
         values = {"name": "folder", "path": name, "size": max(shape[1:]), "channels": shape[0]}
-    elif name not in names:
+    else:
         raise UserError(
             f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
             f"nor an image file ({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
@@ -58,9 +58,8 @@ def section_named(
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data without a test split: an image file, a folder without `test/`,
-    or arrays without x_test. None for all other data, and for the model's `own`.
-
-    Training holds out a tenth as the test split. Evaluation of a model on other data uses them all.
+    or arrays without x_test. None for all other data, and for the model's `own`. Training holds out
+    a tenth as the test split. Evaluation of a model on other data uses them all.
     """
     options = config.options()
     path = options.get("path", Path())

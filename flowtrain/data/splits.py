@@ -14,17 +14,8 @@ from torch import Tensor
 
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
-from flowtrain.datasets.base import (
-    Images,
-    Pixels,
-    bytes_of_image,
-    content,
-    digests,
-    duplicates,
-    first_equal,
-    frozen_random,
-    hold_out,
-)
+from flowtrain.datasets import base
+from flowtrain.datasets.base import Images, Pixels
 from flowtrain.errors import UserError
 from flowtrain.flow.kinds import kind_of
 
@@ -35,7 +26,7 @@ def sampled(count: int, most: int, seed: int = 0) -> np.ndarray:
     """At most `most` of the positions 0..count-1, sorted: a sample without replacement, as data are
     often sorted by class. A larger sample contains the smaller one.
     """
-    return np.sort(frozen_random(seed, count).permutation(count)[:most])
+    return np.sort(base.frozen_random(seed, count).permutation(count)[:most])
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ class Split:
 
     @property
     def bytes_of_image(self) -> int:
-        return bytes_of_image(self.pixels)
+        return base.bytes_of_image(self.pixels)
 
     @property
     def mapped(self) -> bool:
@@ -61,9 +52,8 @@ class Split:
         return isinstance(self.pixels, np.memmap) or not isinstance(self.pixels, np.ndarray)
 
     def take(self, positions: np.ndarray | slice) -> Tensor:
-        """The images at some positions of this split, `(B, C, H, W)` on the CPU.
-
-        They are uint8 in 0..Q-1, or float32 for points.
+        """The images at some positions of this split, `(B, C, H, W)` on the CPU. They are uint8 in
+        0..Q-1, or float32 for points.
         """
         pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
         return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
@@ -121,9 +111,8 @@ class DataSet:
             )
 
     def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
-        """Raises `UserError` unless the images have the shape and levels of a model.
-
-        `model` is the path of its checkpoint, for the message.
+        """Raises `UserError` unless the images have the shape and levels of a model. `model` is the
+        path of its checkpoint, for the message.
         """
         if (self.shape, self.levels) != (shape, levels):
             raise UserError(
@@ -148,7 +137,7 @@ class DataSet:
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
         count, first = len(self._training.rows), self._training.first
         try:
-            return hold_out(count, self.config.validation, self.config.split_seed, first)
+            return base.hold_out(count, self.config.validation, self.config.split_seed, first)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from error
 
@@ -170,7 +159,7 @@ class DataSet:
             return None
         part = self._training
         known = {digest.tobytes() for digest in part.digests[self._held_out[0]]}
-        found = digests(split.pixels, split.indices)
+        found = base.digests(split.pixels, split.indices)
         return sum(digest.tobytes() in known for digest in found)
 
     @cached_property
@@ -178,7 +167,7 @@ class DataSet:
         """Identifies the training and validation images: their number, content and division."""
         kept, held = self._held_out
         part = self._training
-        equal = duplicates(part.first)
+        equal = base.duplicates(part.first)
         edition = self.train_images.edition
         also = ({"duplicates": equal} if equal else {}) | ({"edition": edition} if edition else {})
         return {
@@ -216,18 +205,18 @@ class _Part:
         """A digest of all images, from those of each image if these are known."""
         if self.images.digests is not None:
             return hashlib.sha256(self.digests.tobytes()).hexdigest()
-        return content(self.pixels, self.rows)
+        return base.content(self.pixels, self.rows)
 
     @cached_property
     def digests(self) -> np.ndarray:
         """A digest of each image: see `flowtrain.datasets.base.digests`."""
         known = self.images.digests
-        return digests(self.pixels, self.rows) if known is None else known()[self.rows]
+        return base.digests(self.pixels, self.rows) if known is None else known()[self.rows]
 
     @cached_property
     def first(self) -> np.ndarray:
         """For each image, the first equal one."""
-        return first_equal(self.digests)
+        return base.first_equal(self.digests)
 
 
 def _read(images: Images, what: str) -> _Part:
@@ -244,9 +233,8 @@ def _read(images: Images, what: str) -> _Part:
 
 
 def labels_for(classes: int, labels: Tensor | None, name: str) -> Tensor:
-    """The labels of images for a model with so many classes, int64 `(N,)`.
-
-    Raises `UserError` if there are none, or if one is outside 0..classes-1.
+    """The labels of images for a model with so many classes, int64 `(N,)`. Raises `UserError` if
+    there are none, or if one is outside 0..classes-1.
     """
     if labels is None:
         raise UserError(f"model.classes: {classes}, but {name} has no labels")

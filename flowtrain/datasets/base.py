@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from flowtrain.errors import RunError, UserError, short, shown
+from flowtrain.errors import RunError, UserError, is_disk_full, short, shown
 from flowtrain.system.files import open_regular
 from flowtrain.types import Policy, Shape
 
@@ -172,6 +172,19 @@ def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
     return kept if part == "train" else held
 
 
+@contextlib.contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Turns any error from the content of files into a `UserError` with this advice."""
+    try:
+        yield
+    except (UserError, RunError, MemoryError):
+        raise
+    except Exception as error:  # damaged bytes make zipfile, numpy and others raise anything
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{what} ({short(error)}): {advice}") from None
+
+
 class OtherSize(UserError):
     """An image does not have the size for the policy `exact`."""
 
@@ -231,9 +244,8 @@ def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, floa
 @contextlib.contextmanager
 def picture(source: Path | bytes) -> Iterator[Image.Image]:
     """Opens an image file in one of the formats `READABLE`, or its bytes. Raises the errors of
-    `open_regular` and of Pillow.
-
-    The checksums of a PNG are compared, because Pillow decodes some damaged files to other pixels.
+    `open_regular` and of Pillow. The checksums of a PNG are compared, because Pillow decodes some
+    damaged files to other pixels.
     """
     name = f" '{source}'" if isinstance(source, Path) else ""
     with open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file:

@@ -89,7 +89,6 @@ def digests(
     path: Path, pixels: Pixels, what: str, verify: Callable[[], None] = lambda: None
 ) -> np.ndarray:
     """The result of `base.digests` for all of `pixels`, which may be larger than the memory.
-
     Several threads hash them, once, after a call of `verify`. The cache at `path` keeps the result.
     """
     known = remembered(path, DIGEST * len(pixels))
@@ -139,7 +138,6 @@ def opened(
     target: Path, names: Sequence[str | int], shape: Shape
 ) -> tuple[np.ndarray, dict[str, str]] | None:
     """A finished cache of the images of these names, mapped read-only, with the unreadable ones.
-
     None if it is absent or damaged.
     """
     try:
@@ -179,7 +177,6 @@ def warn_of_unreadable(
 
 def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict[str, str]]:
     """Decodes into a folder of another name and renames it, so `target` is complete or absent.
-
     Raises `UserError` if no image can be read or the cache cannot be written, and what the
     functions of `source` raise.
     """

@@ -86,7 +86,8 @@ def build(
         try:
             image = base.decoded(path, shape, resize)
         except base.OtherSize as error:
-            raise UserError(f"data.resize: exact, but {path}: {error}") from None
+            advice = "or set data.resize: crop"
+            raise UserError(f"data.resize: exact, but {path}: {error}, {advice}") from None
         if not isinstance(image, str) and resize != "exact" and base.shorter_side(path) < size:
             enlarged.append(path)
         return image
@@ -159,10 +160,9 @@ def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
-    """The image files under folder/part, sorted by name in the same way on every machine.
-
-    One of several processes lists the tree. The cache keeps the list of a large tree for the others
-    and for later starts. All processes have to call this.
+    """The image files under folder/part, sorted by name in the same way on every machine. One of
+    several processes lists the tree. The cache keeps the list of a large tree for the others and
+    for later starts. All processes have to call this.
     """
     from flowtrain.system import distributed  # imports torch
 
@@ -181,10 +181,9 @@ def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
 
 
 def _remembered(known: Path, folder: Path) -> list[File] | None:
-    """The list in the cache at `known`, unless the tree has changed.
-
-    A new, renamed or removed file changes the time of its folder. An overwritten one does not, so a
-    thousand files are compared as well.
+    """The list in the cache at `known`, unless the tree has changed. A new, renamed or removed file
+    changes the time of its folder. An overwritten one does not, so a thousand files are compared as
+    well.
     """
     data = cache.remembered(known, LONGEST_LIST)
     if data is None:

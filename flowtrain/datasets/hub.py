@@ -16,7 +16,7 @@ import numpy as np
 
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part, first_equal, part_of
-from flowtrain.errors import UserError, cut, is_disk_full, short
+from flowtrain.errors import UserError, cut
 from flowtrain.system import packages
 from flowtrain.system.files import require_regular
 from flowtrain.types import Policy, Shape, Side
@@ -139,16 +139,10 @@ def _package() -> Any:
 def _on_disk(path: Path, wanted: str, option: str) -> Any:
     """A split of a data set in a folder. `option` is the key that names the split."""
     datasets = _package()
-    try:
+    advice = "give a folder that save_to_disk of the package datasets has written"
+    with base.reading(f"data.path: {path} cannot be loaded", advice):
         require_regular(path)
         found = datasets.load_from_disk(os.fspath(path), keep_in_memory=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make pyarrow and json raise anything
-        raise UserError(
-            f"data.path: {path} cannot be loaded ({short(error)}): give a folder that save_to_disk "
-            f"of the package datasets has written"
-        ) from None
     if isinstance(found, datasets.Dataset):
         if option == "data.test_split":
             raise UserError(f"{option}: {path} has no splits; with null, a tenth is held out")
@@ -166,20 +160,12 @@ def _from_hub(repository: str, subset: str | None, revision: str | None, wanted:
             f"data.repository: {repository} is also a file or folder here: start in another folder "
             f"(data.path is for a data set on disk)"
         )
-    datasets = _package()
-    try:
-        return datasets.load_dataset(
-            repository, subset, split=wanted, revision=revision, keep_in_memory=False
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # of the network, the hub, pyarrow, ...
-        if is_disk_full(error):
-            raise
-        raise UserError(
-            f"data.repository: {repository} (split {cut(wanted)}) cannot be loaded "
-            f"({short(error)}). Without a network, save_to_disk elsewhere, and give data.path"
-        ) from None
+    load = _package().load_dataset
+    advice = "without a network, save_to_disk elsewhere, and give data.path"
+    what = f"data.repository: {repository} (split {cut(wanted)}) cannot be loaded"
+    with base.reading(what, advice):
+        rows: Any = load(repository, subset, split=wanted, revision=revision, keep_in_memory=False)
+    return rows
 
 
 def _require_columns(rows: Any, image: str, label: str | None) -> None:
@@ -208,4 +194,4 @@ def _decode(file: dict[str, Any] | None, shape: Shape, policy: Policy) -> np.nda
     try:
         return base.decoded(source, shape, policy)
     except base.OtherSize as error:
-        raise UserError(f"data.resize: exact, but {error}") from None
+        raise UserError(f"data.resize: exact, but {error}, or set data.resize: crop") from None

@@ -29,7 +29,7 @@ import numpy as np
 
 from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part
-from flowtrain.errors import RunError, UserError, is_disk_full, short
+from flowtrain.errors import UserError
 from flowtrain.system.arrays import array_of, header_of
 from flowtrain.system.files import open_regular
 from flowtrain.types import Shape
@@ -135,7 +135,6 @@ BUILDS = {"imagenet32": _build(32), "imagenet64": _build(64)}
 
 def images(root: Path, split: Part, side: int, version: Version) -> Images:
     """A part of a version of ImageNet, from the archives or their content in `root/imagenet<side>`.
-
     The first `read` compares archives with their SHA-256, and decodes them into the cache. Raises
     `UserError` if files are missing, or are not the official ones.
     """
@@ -248,19 +247,8 @@ def _verify(path: Path, size: int, sha256: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turns any error from the content of a file into one message."""
-    try:
-        yield
-    except (UserError, RunError, MemoryError):
-        raise
-    except Exception as error:  # damaged bytes make tarfile, zipfile and numpy raise anything
-        if is_disk_full(error):
-            raise
-        raise UserError(
-            f"data.root: {path} cannot be read ({short(error)}): copy or unpack it again"
-        ) from None
+def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    return base.reading(f"data.root: {path} cannot be read", "copy or unpack it again")
 
 
 @contextlib.contextmanager
@@ -358,9 +346,7 @@ def _images(
     files: Iterable[Path], shape: Shape, count: int, labels: list[np.ndarray]
 ) -> Iterator[np.ndarray]:
     """The images in .npz files with the arrays `data` and `labels`, uint8 (C, H, W). The labels,
-    from 0, are appended to `labels`, int64.
-
-    Raises `UserError` unless there are `count`.
+    from 0, are appended to `labels`, int64. Raises `UserError` unless there are `count`.
     """
     total = 0
     for path in files:

@@ -46,8 +46,7 @@ class Piece:
 def piece(
     path: Path, file: BinaryIO, offset: int, shape: tuple[int, ...], fortran: bool, layout: Layout
 ) -> Piece:
-    """Maps the uint8 array of `shape` that begins `offset` bytes into an open file.
-
+    """Maps the uint8 array of `shape` that begins `offset` bytes into an open file. Its
     `shape` is (N, H, W), or four axes in the order of `layout`. With `fortran`, the first axis
     varies fastest. Raises `ValueError` if the file is too short.
     """

@@ -16,9 +16,8 @@ Noisy = Callable[[np.random.RandomState, int, float], np.ndarray]
 def real_valued(
     split: Part, seed: int, count: int, test_count: int, generate: Generate, dims: int = 2
 ) -> Images:
-    """`count` points to train on or `test_count` to test with, `(dims, 1, 1)`.
-
-    Both are functions of the seed alone.
+    """`count` points to train on or `test_count` to test with, `(dims, 1, 1)`. Both are functions
+    of the seed alone.
     """
 
     def read() -> np.ndarray:

@@ -139,7 +139,6 @@ def images(
     flip: bool = False,
 ) -> Images:
     """A split of `count` images (C, H, W) that `torchvision.datasets.<name>` reads or downloads.
-
     `read` maps the class and `root` to the images, uint8 (N, C, H, W), and to their classes from 0.
     `urls` maps the class to the addresses from which it downloads, for messages.
     """

@@ -93,10 +93,9 @@ class ArrayFile:
             return values
 
     def read(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        """An array whose type is one of `KINDS`. `None` in `shape` stands for any length.
-
-        Raises `UserError` that names the file and the array if it is missing or damaged, has
-        another type or shape, or does not fit into memory.
+        """An array whose type is one of `KINDS`. `None` in `shape` stands for any length. Raises
+        `UserError` that names the file and the array if it is missing or damaged, has another type
+        or shape, or does not fit into memory.
         """
         from flowtrain.system import capacity  # imports torch
 
@@ -186,9 +185,8 @@ class ArrayFile:
 
 
 def header_of(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, whether the first axis varies fastest, and type of the array of a .npy file.
-
-    The values follow in the file. Raises anything for a file that is none.
+    """Shape, whether the first axis varies fastest, and type of the array of a .npy file. The
+    values follow in the file. Raises anything for a file that is none.
     """
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,

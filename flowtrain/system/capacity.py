@@ -35,9 +35,8 @@ def left(device: torch.device) -> int:
 
 
 def require(needed: int, what: str, device: torch.device | None = None) -> None:
-    """Raises `UserError` if so many bytes are not left, by default of the host.
-
-    `what` begins the message: the option, its value, and the use of the memory.
+    """Raises `UserError` if so many bytes are not left, by default of the host. `what` begins the
+    message: the option, its value, and the use of the memory.
     """
     free = left(device or torch.device("cpu"))
     if needed > free:

@@ -19,13 +19,10 @@ NUMBERED = ("cuda", "xpu")  # a machine may have several of these
 
 
 def resolve(name: str) -> torch.device:
-    """The device that one of `NAMES` stands for.
-
-    Several processes on a machine have one GPU each: the only one that the process sees, or the one
-    of its local rank. The processes are then joined for tensors on their devices.
-
-    Raises `UserError` for any other name, if the machine has no such device, or if `auto` would
-    leave a GPU unused because torch cannot use it.
+    """The device that one of `NAMES` stands for. Several processes on a machine have one GPU each:
+    the only one that the process sees, or the one of its local rank. The processes are then joined
+    for tensors on their devices. Raises `UserError` for any other name, if the machine has no such
+    device, or if `auto` would leave a GPU unused because torch cannot use it.
     """
     asked = f"--device {name}"
     kind, colon, index = name.partition(":")
@@ -44,7 +41,12 @@ def resolve(name: str) -> torch.device:
     else:
         device = torch.device(f"{kind}:{index}" if index else kind)
     if kind == "cuda":
-        _require_kernels(asked, device)
+        name, built = torch.cuda.get_device_name(device), torch.cuda.get_arch_list()
+        capability = torch.cuda.get_device_capability(device)
+        # ROCm has other names of architectures.
+        reason = None if torch.version.hip else nvidia.without_kernels(name, capability, built)
+        if reason is not None:
+            raise UserError(f"{asked}: {reason}")
         # float32 means float32: cuDNN's default rounds the inputs of convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
     torchrun.connect(device)
@@ -84,9 +86,8 @@ def _why_not(kind: str) -> str:
 
 
 def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
-    """The device of one of several processes.
-
-    Raises `UserError` if two of them would share a GPU, or have devices of different kinds.
+    """The device of one of several processes. Raises `UserError` if two of them would share a GPU,
+    or have devices of different kinds.
     """
     if index or kind == "mps":
         raise UserError(
@@ -120,24 +121,10 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
     return device
 
 
-def _require_kernels(asked: str, device: torch.device) -> None:
-    """Raises `UserError` for a GPU that this build of torch has no code for."""
-    if torch.version.hip is not None:
-        return
-    reason = nvidia.without_kernels(
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
-        torch.cuda.get_arch_list(),
-    )
-    if reason is not None:
-        raise UserError(f"{asked}: {reason}")
-
-
 def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
-    """Prints a line if other GPUs stay unused, with the command that uses all of them.
-
-    `name` is the value of `--device`: a device with a number was chosen. `words` are the arguments
-    of this command.
+    """Prints a line if other GPUs stay unused, with the command that uses all of them. `name` is
+    the value of `--device`: a device with a number was chosen. `words` are the arguments of this
+    command.
     """
     if distributed.world() > 1 or device.type not in NUMBERED or ":" in name:
         return

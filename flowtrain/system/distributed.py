@@ -55,9 +55,8 @@ class Group:
         return [f"{name}/{other}" for other in range(self.world)]
 
     def wait(self, keys: list[str]) -> None:
-        """Waits for these keys, polling, so that signals and failures are noticed.
-
-        Raises `EndedElsewhere` if another process has failed, `RunError` if one is lost.
+        """Waits for these keys, polling, so that signals and failures are noticed. Raises
+        `EndedElsewhere` if another process has failed, `RunError` if one is lost.
         """
         pause = 0.001
         while not self.store.check(keys):
@@ -165,10 +164,8 @@ def main_process_first() -> Iterator[None]:
 
 def total_later(on_device: Tensor, on_host: list[float]) -> Callable[[], list[float]]:
     """Begins to sum numbers over all processes: a 1-dimensional tensor on the training device, and
-    numbers of the host.
-
-    Neither the host nor the steps on the device wait for it. The returned function waits, and gives
-    the sums in this order, in float64, the same everywhere.
+    numbers of the host. Neither the host nor the steps on the device wait for it. The returned
+    function waits, and gives the sums in this order, in float64, the same everywhere.
     """
     if group is None:
         read = _read_later(on_device, None)

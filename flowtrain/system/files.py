@@ -20,11 +20,9 @@ Piece = bytes | bytearray | memoryview
 
 def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[Path] = ()) -> None:
     """Writes `data`, or all its pieces, to a temporary name in the same folder, flushes it to the
-    disk, renames it, and flushes the folder.
-
-    `also` are further names in that folder for the same bytes, made before `path`. A replaced file
-    keeps its permissions. A new one gets those of the umask. Raises `RunError` if it fails. A file
-    at `path` is then as before.
+    disk, renames it, and flushes the folder. `also` are further names in that folder for the same
+    bytes, made before `path`. A replaced file keeps its permissions. A new one gets those of the
+    umask. Raises `RunError` if it fails. A file at `path` is then as before.
     """
     replaced = None if path.is_symlink() or not path.is_file() else path.stat().st_mode & 0o777
 
@@ -52,9 +50,8 @@ def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[P
 @contextlib.contextmanager
 def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     """A hidden name beside `path`, and the file or folder that `new` makes and opens there. It is
-    removed at the end if it still has that name.
-
-    Those of earlier processes that died are removed first. A lock protects this one.
+    removed at the end if it still has that name. Those of earlier processes that died are removed
+    first. A lock protects this one.
     """
     remove_left_overs(path.parent, path.name[:40])
     while True:
@@ -176,17 +173,15 @@ def is_special(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file for reading. Every file that may come from a stranger is opened here.
-
-    Raises `OSError` as `open` does, and for a pipe or a device, which could be read forever.
+    """Opens a file for reading. Every file that may come from a stranger is opened here. Raises
+    `OSError` as `open` does, and for a pipe or a device, which could be read forever.
     """
     return open(path, "rb", opener=_regular)  # noqa: SIM115 (the caller closes it)
 
 
 def append_regular(path: Path) -> BinaryIO:
-    """Opens a file for appending, and makes it if it is missing.
-
-    Raises `OSError` as `open_regular` does, and for a link, which may lead to any file of the user.
+    """Opens a file for appending, and makes it if it is missing. Raises `OSError` as `open_regular`
+    does, and for a link, which may lead to any file of the user.
     """
     if path.is_symlink():
         raise _not_regular(path)
@@ -283,10 +278,9 @@ def require_absent(names: Iterable[str], out: Path) -> None:
 
 
 def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Makes new files in a folder, which may exist, by their names: all of them or none.
-
-    They are written into a temporary folder, which is renamed, or else moved into the existing
-    folder. They are not flushed to the disk. Raises `RunError` if that fails, and `UserError` as
+    """Makes new files in a folder, which may exist, by their names: all of them or none. They are
+    written into a temporary folder, which is renamed, or else moved into the existing folder. They
+    are not flushed to the disk. Raises `RunError` if that fails, and `UserError` as
     `require_absent` does.
     """
     there, names = out.is_dir(), []

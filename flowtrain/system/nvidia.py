@@ -29,10 +29,9 @@ class Found:
 
 
 def find() -> Found | None:
-    """The NVIDIA GPUs of this process, or None.
-
-    GPUs hidden by CUDA_VISIBLE_DEVICES or by the container do not count. A container without
-    `--gpus` has the driver in /proc, but no device files.
+    """The NVIDIA GPUs of this process, or None. GPUs hidden by CUDA_VISIBLE_DEVICES or by the
+    container do not count. A container without `--gpus` has the driver in /proc, but no device
+    files.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):

@@ -96,7 +96,6 @@ ROUNDS = 10
 
 def philox(index: Tensor, draw: int, key: np.ndarray) -> Tensor:
     """Philox4x64-10 of the counters `(index, draw, 0, 0)`: int64 `(N, 8)`, words of 32 bits.
-
     `index` is int64 `(N,)`, not negative. No operation leaves int64, because overflow is undefined
     in C++: a compiler that fuses them could give other numbers. (torch has a Philox of its own, but
     no stable interface to it, and none for the CPU.)
@@ -122,9 +121,8 @@ def philox(index: Tensor, draw: int, key: np.ndarray) -> Tensor:
 
 
 def _constants(key: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The keys of the rounds, `(ROUNDS, 2, 2, 1)`, and the multipliers, `(2, 2, 1)`, in halves.
-
-    A multiplier M is `M - 2**64`, in two halves between -2**31 and 0. `philox` adds the missing
+    """The keys of the rounds, `(ROUNDS, 2, 2, 1)`, and the multipliers, `(2, 2, 1)`, in halves. A
+    multiplier M is `M - 2**64`, in two halves between -2**31 and 0. `philox` adds the missing
     `2**64` times the word.
     """
     words = [

@@ -24,10 +24,9 @@ def one_thread() -> Iterator[int]:
 
 def use_free_cores() -> str | None:
     """Lets torch use as many threads as cores are free, and at least one: with more threads, each
-    operation waits for a core, which is many times slower.
-
-    If OMP_NUM_THREADS is set, as torchrun does, nothing changes. Returns a line for the user if
-    fewer threads are used than there are cores.
+    operation waits for a core, which is many times slower. If OMP_NUM_THREADS is set, as torchrun
+    does, nothing changes. Returns a line for the user if fewer threads are used than there are
+    cores.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
@@ -51,9 +50,8 @@ def as_before(threads: int) -> None:
 
 
 def free_cores() -> float:
-    """How many cores other processes leave idle, of those that this process may use.
-
-    The limits are those of the process (affinity) and of its container (cgroup quota).
+    """How many cores other processes leave idle, of those that this process may use. The limits are
+    those of the process (affinity) and of its container (cgroup quota).
     """
     busy: list[float] = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
     if hasattr(os, "sched_getaffinity"):

@@ -146,11 +146,10 @@ def connect(device: torch.device) -> None:
 
 
 def _meeting(store: dist.Store, rank: int, world: int) -> str:
-    """A name for this group of processes, different from earlier ones.
-
-    torchrun's store, with all that the last processes wrote, outlives a restart of the processes.
-    So each process brings a new word, and process 0 collects the words until all have agreed to the
-    same list. Raises `RunError` if some processes do not come.
+    """A name for this group of processes, different from earlier ones. torchrun's store, with all
+    that the last processes wrote, outlives a restart of the processes. So each process brings a new
+    word, and process 0 collects the words until all have agreed to the same list. Raises `RunError`
+    if some processes do not come.
     """
     own = uuid.uuid4().hex
     store.set(f"word/{rank}", own)
@@ -195,10 +194,9 @@ def losing_a_process(advice: str = "") -> Iterator[None]:
 
 
 def _end_without(group: Group, lost: list[int]) -> None:
-    """Ends this process, because others send no heartbeats. It is called in a thread.
-
-    The main thread raises the error if it waits for the store. It cannot if it waits in torch for a
-    lost process, or if the store is lost.
+    """Ends this process, because others send no heartbeats. It is called in a thread. The main
+    thread raises the error if it waits for the store. It cannot if it waits in torch for a lost
+    process, or if the store is lost.
     """
     others = f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))}"
     group.lost = (
@@ -283,10 +281,8 @@ def _linger(group: Group, keys: list[str], seconds: float) -> None:
 
 def _hang_up(error: BaseException) -> None:
     """Closes the connections of the process group, so that processes that wait for a tensor of this
-    one notice its end.
-
-    They close once nothing refers to the group. DistributedDataParallel, in the frames of the
-    error, would.
+    one notice its end. They close once nothing refers to the group. DistributedDataParallel, in the
+    frames of the error, would.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -6,11 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, a_config, npz, shared
+from helpers import a_config, npz
 
 from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split, labels_for
-from flowtrain.datasets.base import hold_out
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 
@@ -45,23 +44,22 @@ def test_a_sample_of_sorted_images_has_all_classes():
     assert np.array_equal(split.sample(1000).indices, split.indices)
 
 
-@pytest.mark.parametrize("validation, held", [(0, 0), (5, 5), (0.01, 1), (39, 39)])
-def test_validation_is_a_count_or_a_fraction(tmp_path, validation, held):
-    data = data_set(npz(tmp_path / "a.npz", train=40, validation=validation))
-    assert (len(data.split("train")), len(data.split("validation"))) == (40 - held, held)
+def test_validation_is_a_count_or_a_fraction(tmp_path):
+    section = npz(tmp_path / "a.npz", train=40)
+    for validation, held in [(0, 0), (5, 5), (0.01, 1), (39, 39)]:
+        data = data_set({**section, "validation": validation})
+        assert (len(data.split("train")), len(data.split("validation"))) == (40 - held, held)
     for impossible in (40, 2.5):
         with pytest.raises(UserError, match="data.validation"):
-            data_set(npz(tmp_path / "a.npz", train=40, validation=impossible)).split("train")
+            data_set({**section, "validation": impossible}).split("train")
 
 
 def test_equal_images_are_in_one_split(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "u1")
     np.savez(tmp_path / "a.npz", x_train=np.concatenate([x, x]))
     data = data_set({"name": "npz", "path": str(tmp_path / "a.npz"), "validation": 0.2})
-    found = [
-        [image.numpy().tobytes() for image in data.split(name).take(slice(None))]
-        for name in ("train", "validation", "test")
-    ]
+    splits = [data.split(name).take(slice(None)) for name in ("train", "validation", "test")]
+    found = [[image.numpy().tobytes() for image in images] for images in splits]
     assert [len(images) for images in found] == [144, 36, 20]
     assert len(set().union(*found)) == sum(len(set(images)) for images in found)
     assert data.fingerprint["duplicates"] == 90
@@ -84,17 +82,6 @@ def test_images_of_the_test_split_that_are_in_the_training_split_are_counted(tmp
     assert data.equal_to_training(test) is None
 
 
-@pytest.mark.run  # takes long
-@shared
-def test_the_splits_of_real_data_are_as_ever():
-    data = data_set({"name": "mnist", "root": str(SHARED)})
-    split = data.split("validation")
-    count = len(data.split("train")) + len(split)
-    held = hold_out(count, data.config.validation, data.config.split_seed)[1]
-    assert np.array_equal(split.indices, held) and "duplicates" not in data.fingerprint
-    assert data.equal_to_training(data.split("test")) == 0
-
-
 def test_the_fingerprint_tells_data_apart(tmp_path):
     section = npz(tmp_path / "a.npz", train=40, validation=4)
     base = data_set(section).fingerprint
@@ -105,15 +92,10 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
         arrays = {key: arrays[key].copy() for key in arrays.files}
     arrays["x_train"][17, 3, 3, 0] ^= 1
     np.savez(tmp_path / "b.npz", **arrays)
-    for change in (
-        {"path": str(tmp_path / "b.npz")},
-        {"split_seed": 1},
-        {"validation": 5},
-        {"n_bits": 5},
-    ):
-        assert data_set({**section, **change}).fingerprint != base, change
-    for same in ({"flip": True}, {"shift": 1}, {"max_in_memory": 0}):
-        assert data_set({**section, **same}).fingerprint == base, same
+    other = {"path": str(tmp_path / "b.npz"), "split_seed": 1, "validation": 5, "n_bits": 5}
+    for key, value in (other | {"flip": True, "shift": 1, "max_in_memory": 0}).items():
+        found = data_set({**section, key: value}).fingerprint
+        assert (found != base) == (key in other), key
 
 
 @pytest.mark.parametrize("own_test", [True, False])
@@ -139,18 +121,17 @@ def test_mapped_images_are_split_like_those_in_memory(tmp_path, monkeypatch, own
     assert data_set({**section, "split_seed": 1}).fingerprint != mapped.fingerprint
 
 
-@pytest.mark.parametrize("n_bits", [1, 5, 8])
-def test_n_bits_keeps_the_upper_bits(tmp_path, n_bits):
-    section = npz(tmp_path / "a.npz", validation=5, n_bits=n_bits)
-    data = data_set(section)
-    assert data.levels == 2**n_bits
+def test_n_bits_keeps_the_upper_bits(tmp_path):
+    section = npz(tmp_path / "a.npz", validation=5)
     with np.load(section["path"]) as arrays:
-        expected = arrays["x_test"].transpose(0, 3, 1, 2) // 2 ** (8 - n_bits)
-    test = data.split("test")
-    x = test.take(slice(None))
-    assert np.array_equal(x, expected) and x.dtype == torch.uint8
-    x.zero_()  # a copy
-    assert np.array_equal(test.take(np.array([1])), expected[1:2])
+        pixels = arrays["x_test"].transpose(0, 3, 1, 2)
+    for n_bits in (1, 5, 8):
+        data = data_set({**section, "n_bits": n_bits})
+        test, expected = data.split("test"), pixels // 2 ** (8 - n_bits)
+        x = test.take(slice(None))
+        assert np.array_equal(x, expected) and x.dtype == torch.uint8 and data.levels == 2**n_bits
+        x.zero_()  # a copy
+        assert np.array_equal(test.take(np.array([1])), expected[1:2])
 
 
 def test_options_that_do_not_fit(tmp_path):
@@ -174,11 +155,7 @@ def test_labels_that_do_not_fit():
     "images, read, message",
     [
         ("(1, 4, 4), 10", "np.full((5, 1, 4, 4), 10, 'u1')", "a value of 10, expected 0..9"),
-        (
-            "(1, 4, 4), 256",
-            "np.zeros((5, 1, 4, 5), 'u1')",
-            r"5 images of shape \(1, 4, 5\), expected \(1, 4, 4\)",
-        ),
+        ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 im.* \(1, 4, 5\), expected \(1, 4"),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
     ],

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import functools
 import io
-import logging
 import os
 import shutil
 import sys
@@ -34,6 +33,12 @@ def grow(root, count=20):
 
 def images_of(path, part="train", size=4, **options):
     return folder.build(None, part, path=path, size=size, **options)
+
+
+def settle(tree):
+    """As if the last change of every folder and file were of long ago."""
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (10**9, 10**9))
 
 
 def values(images):
@@ -219,13 +224,10 @@ def test_images_are_decoded_once(tree, decoded):
     for options in ({"size": 5}, {"channels": 1}, {"resize": "stretch"}):
         assert start(**options)[1] == 20
     changed = tree / f"{first[0]:03}.png"
-    time_ = changed.stat().st_mtime_ns
-    draw(changed, seed=200)
-    os.utime(changed, ns=(time_ + 1, time_ + 1))
-    assert start() == ([200, *first[1:]], 20), "a file's time counts"
-    draw(changed, (40, 40), seed=201)
-    os.utime(changed, ns=(time_ + 1, time_ + 1))
-    assert start()[1] == 20, "a file's size counts"
+    for seed, size in ((200, 12), (201, 40)):  # a file's time counts, and its size
+        draw(changed, (size, size), seed=seed)
+        os.utime(changed, (1, 1))
+        assert start() == ([seed, *first[1:]], 20)
     draw(tree / "new.png", seed=100)
     assert start()[1] == 21, "a new file counts"
 
@@ -256,8 +258,7 @@ def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
     for folder_ in (old, recent):  # the second may belong to a living process
         folder_.mkdir(parents=True)
         (folder_ / "images.npy").touch()
-    for path in (old / "images.npy", old):
-        os.utime(path, (0, 0))
+    settle(old)
     other, decode = images_of(tree), base.decode
 
     def late(*args):  # the other process is faster
@@ -284,22 +285,13 @@ def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
         monkeypatch.delenv(variable)
 
 
-def test_progress(tree, monkeypatch, caplog, capsys):
-    caplog.set_level(logging.INFO, "flowtrain")
-    screen = io.StringIO()
-    screen.isatty = lambda: True
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", screen)
-        images_of(tree).read()
-    assert "decoding" in screen.getvalue()
+def test_progress(tree, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    images_of(tree).read()
+    assert sys.stderr.getvalue() == ""
+    sys.stderr.isatty = lambda: True
     images_of(tree, size=5).read()
-    assert "decoding 20 images" in caplog.text and capsys.readouterr() == ("", "")
-
-
-def settle(tree):
-    """As if the last change of every folder and file were of long ago."""
-    for path in (tree, *tree.rglob("*")):
-        os.utime(path, (10**9, 10**9))
+    assert "decoding" in sys.stderr.getvalue()
 
 
 def lists():

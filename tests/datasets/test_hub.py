@@ -18,18 +18,10 @@ from flowtrain.errors import UserError
 datasets = pytest.importorskip("datasets", "4", reason="the extra hub is not installed")
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """The package shows no bars, and waits for no network."""
-    datasets.disable_progress_bars()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    yield
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    """A folder with a training split and a test split."""
+    """A folder with a training split and a test split. No network is waited for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return a_saved_data_set(tmp_path / "saved", monkeypatch)["path"]
 
@@ -136,7 +128,7 @@ def test_without_the_package(path, monkeypatch):
         ({"repository": "../x"}, "data.repository: ../x is no name on the hub"),
         ({"repository": "https://x/y"}, "is no name on the hub"),
         ({"repository": "saved"}, "data.repository: saved is also a file or folder here"),
-        ({"repository": "no/thing"}, r"no/thing \(split train\) .*\. .*save_to_disk elsewhere"),
+        ({"repository": "no/thing"}, r"no/thing \(split train\) .*: .*save_to_disk elsewhere"),
         ({"path": "none"}, "data.path: none cannot be loaded"),
         ({"path": "saved", "train_split": "a"}, "data.train_split: .* no split a, but train"),
         ({"path": "saved", "image": "img"}, "data.image: img is no column of images; .* image"),

@@ -7,8 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from dataset_helpers import check, corrupt, noise
-from helpers import SHARED, shared
+from dataset_helpers import corrupt, noise
 
 from flowtrain.datasets import base, npz
 from flowtrain.datasets.mapped import Mapped
@@ -219,12 +218,3 @@ def test_a_changed_array_is_hashed_again(tmp_path, monkeypatch):
         found = build("train", path=path).digests()
         assert np.array_equal(found, base.digests(np.load(path)))
         corrupt(path)
-
-
-@shared
-@pytest.mark.run  # takes long
-def test_real_cifar10():
-    images = build("test", path=SHARED / "cifar10.npz")
-    pixels = check(images, 10000)
-    with np.load(SHARED / "cifar10.npz") as file:
-        assert np.array_equal(pixels[7, 2], file["x_test"][7, :, :, 2])

@@ -133,12 +133,13 @@ def test_commands_on_points(tmp_path):
     assert "540 images to train on, 60 to validate, 2x1x1, real values" in done.out
     assert "nats" in done.out
     rows, written = metrics(tmp_path / "r"), summary(tmp_path / "r")
-    train = [row for row in rows if row["split"] == "train"]
-    assert all(row["bits_per_dim"] is None for row in rows)
-    assert train[0]["loss"] - train[-1]["loss"] > 0.3
-    assert written["best_validation_bits_per_dim"] is None
-    validation = [row["loss"] for row in rows if row["split"] == "validation"]
-    assert written["best_validation_loss"] == min(validation)
+    train, validation = (
+        [row["loss"] for row in rows if row["split"] == split] for split in ("train", "validation")
+    )
+    assert train[0] - train[-1] > 0.3 and written["best_validation_loss"] == min(validation)
+    assert (
+        {row["bits_per_dim"] for row in rows} == {None} == {written["best_validation_bits_per_dim"]}
+    )
     (picture,) = (tmp_path / "r" / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
 
@@ -146,9 +147,9 @@ def test_commands_on_points(tmp_path):
     assert result["levels"] is None and result["bits_per_dim"] is None
     assert result["num_images"] == 300 and result["nats_per_image"] < 1.5
     assert result["max_reconstruction_error"] < 1e-4
-    first = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")
-    assert first[:2] == ["0", ""]
-    assert float(first[3]) + float(first[4]) == pytest.approx(float(first[2]))
+    index, bits, *nats = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")[:5]
+    total, *terms = map(float, nats)
+    assert (index, bits) == ("0", "") and sum(terms) == pytest.approx(total)
     # Other points have their own options.
     other = json.loads(run("evaluate", "r", "--data", "eight_gaussians", "--json", "-").out)
     assert other["num_images"] == 10_000
@@ -156,9 +157,9 @@ def test_commands_on_points(tmp_path):
     temperatures = ["--temperature", 0.5, "--temperature", 1]
     run("sample", "r", "--num-images", 50, *temperatures, "--out", "s.npz")
     drawn = np.load(tmp_path / "s.npz")
-    images = drawn["images"]
-    assert images.shape == (100, 1, 1, 2) and images.dtype == np.float32 and "levels" not in drawn
-    assert images[:50].std() < images[50:].std()
+    x = drawn["images"]
+    assert (x.shape, x.dtype) == ((100, 1, 1, 2), np.float32) and "levels" not in drawn
+    assert x[:50].std() < x[50:].std()
     for command, name in [("sample", "s.png"), ("interpolate", "i.png"), ("interpolate", "i.gif")]:
         run(command, "r", "--out", name)
         with Image.open(tmp_path / name) as picture:

@@ -1,6 +1,7 @@
 """The memory that is left."""
 
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -38,16 +39,12 @@ def test_memory_limits_of_control_groups(tmp_path):
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_the_memory_of_a_gpu(kind, monkeypatch):
     """What is free, and what torch holds and does not use. The peak is beyond what was there."""
-    counted, waited = {"peak": 900, "run": 0}, []
-
-    def run():
-        counted["run"] += 1
-
+    run, waited = mock.Mock(), []
     module = types.SimpleNamespace(
         mem_get_info=lambda device: (1000, 5000),
         memory_reserved=lambda device: 300,
         memory_allocated=lambda device: 250,
-        max_memory_allocated=lambda device: counted["peak"] if counted["run"] else 10**9,
+        max_memory_allocated=lambda device: 900 if run.called else 10**9,
         reset_peak_memory_stats=lambda device: None,
         synchronize=waited.append,
     )

@@ -64,11 +64,8 @@ def by_hand(shape, seed, stream, first, draw):
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 4), (3, 1, 3, 3), (4, 2, 1, 1), (1, 1, 1, 1)])
 def test_every_device_has_the_same_numbers(shape, monkeypatch):
-    for seed, stream, first, draw in [
-        (4, Stream.EVALUATION, 0, 0),
-        (2**62, Stream.ORDER, 2**40, 3),
-    ]:
-        arguments = shape, seed, stream, first, draw
+    for key in [(4, Stream.EVALUATION, 0, 0), (2**62, Stream.ORDER, 2**40, 3)]:
+        arguments = shape, *key
         expected = by_hand(*arguments)
         for at_a_time in (2**17, 1):  # all, or image by image
             monkeypatch.setattr(random, "AT_A_TIME", at_a_time)
