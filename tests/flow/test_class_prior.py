@@ -8,7 +8,6 @@ import torch
 from catalogue import TINY, sets
 from cli_helpers import quick
 from helpers import a_config, batch_of, images, npz, perturb, seeded, tiny_flow
-from PIL import Image
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
@@ -221,15 +220,3 @@ def test_resuming_notices_other_labels(tmp_path):
     np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
     command = ["train", *options, *sets(train__num_steps=4), "--run-dir", "s"]
     quick(*command, "--resume", "r", cwd=tmp_path).failed(2, "not the images that", "labels")
-
-
-@pytest.mark.run
-def test_from_one_class_to_another(tmp_path):
-    options = ["--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5, "--out", "i.png"]
-    quick("interpolate", "glow_digits", *options, cwd=tmp_path).ok()
-    with Image.open(tmp_path / "i.png") as picture:
-        assert picture.size == (5 * 162 + 2, 3 * 162 + 2)  # 20 times as large
-        first = np.asarray(picture.convert("L"))[2:162, 2:162][::20, ::20]
-    split = DataSet(a_config().data).split("test")
-    of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
-    assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())

@@ -34,9 +34,7 @@ def model():
 
 @every_method
 def test_a_direction_points_to_the_images_that_have_it(method):
-    """The accuracy is that of held-out images. Two Gaussians are 2 standard deviations apart:
-    Phi(1) of each are on the right side.
-    """
+    """Two Gaussians are 2 standard deviations apart: Phi(1) of each are on the right side."""
     found = measured("a", *two_kinds(), method)
     assert float(found.vector.norm()) == pytest.approx(1, abs=1e-6)
     assert found.vector[0] > 0.97

@@ -1,6 +1,7 @@
 """Files of latents: they give every pixel back, and those of strangers are read with care."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     for name, value in ink.items():
         folder = tmp_path / ("thick" if value > middle else "thin")
         folder.mkdir(exist_ok=True)
-        (folder / name).write_bytes((tmp_path / "x" / name).read_bytes())
+        os.link(tmp_path / "x" / name, folder / name)
     out = run("attributes", "--csv", "x/t.csv", "--orthogonal")
     assert "attributes.npz: thick, odd" in out and "0.5 is chance" in out
     folders = ["--positive", "thick", "--negative", "thin", "--method", "logistic"]
@@ -174,3 +175,10 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     assert "less likely than 99% of the test images" in run("interpolate", *along, "--pairs", 2)
     out = run("interpolate", *along, "--image", f"x/{next(iter(ink))}")
     assert "wrote i.png: 1 paths of 3 steps" in out
+    # From the first test image of a class, 20 times as large, to another class.
+    run("interpolate", "--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5, *along[-2:])
+    with Image.open(tmp_path / "i.png") as picture:
+        assert picture.size == (5 * 162 + 2, 3 * 162 + 2)
+        first = np.asarray(picture.convert("L"))[2:162:20, 2:162:20]
+    x = digits().take((digits().labels == 4).numpy())[0, 0].int()
+    assert np.array_equal(first, x.numpy() * 255 // 16)
