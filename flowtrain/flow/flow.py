@@ -358,9 +358,7 @@ class Flow(nn.Module):
         labels: Labels | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The result of `sample`, and the `log_prob` of each, `(n,)` in nats, whose noise is drawn
-        afterwards, from the same generator.
-        """
+        """The result of `sample`, then its `log_prob`, `(n,)` in nats, by the same generator."""
         labels = self.classes_in_turn(n) if labels is None else labels
         x = self.sample(n, temperature, generator, labels, context=context)
         return x, self.log_prob(x, generator, labels, context=context)
@@ -442,7 +440,5 @@ class Flow(nn.Module):
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each layer sets itself from its input,
-    unless it is initialized already.
-    """
+    """Data-dependent initialization: one pass in which each new layer is set from its input."""
     flow.to_latents(x, noise, Initializing())

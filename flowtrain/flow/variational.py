@@ -71,9 +71,7 @@ class VariationalNoise(nn.Module):
     def forward(
         self, noise: Tensor, x: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and
-        `log q(u|x)`, `(B,)` in nats.
-        """
+        """Uniform noise and the scaled image to `u` and `log q(u|x)`, as `UniformNoise.forward`."""
         squeezed, image = (self.squeeze.run(executor, "forward", t)[0] for t in (noise, x))
         eps = torch.special.ndtri(squeezed.clamp(SMALLEST, LARGEST))
         # The context is for conditioners alone, and stays on their side of the border.

@@ -108,9 +108,7 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Names of PNG files for images with these names. Raises `UserError` if two are the same, or
-    cannot be written into one folder.
-    """
+    """Names of PNG files in one folder. Raises `UserError` if they are impossible or the same."""
     found = [name if name.lower().endswith(".png") else f"{name}.png" for name in names]
     try:
         check_names(found)

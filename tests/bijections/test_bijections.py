@@ -16,6 +16,7 @@ from flowtrain import bijections as b
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import DataDependentInit
+from flowtrain.bijections.context import Guided
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.execution import FUSED, Container
@@ -307,6 +308,26 @@ def assert_sums_and_ways(bijection, x, context):
             assert not any(torch.allclose(here, there) for here, there in pairs)
 
 
+@torch.no_grad()
+def assert_guidance(bijection, x, given):
+    """Parameters in two contexts are extrapolated, by weights from the context itself."""
+    without = torch.randn(given.shape, generator=seeded(7), dtype=given.dtype)
+    z = bijection(x, given)[0]
+    for weight, context in ((0.0, given), (-1.0, without)):
+        guided = Guided(given, without, weight)
+        near(bijection(x, guided), bijection(x, context), 1e-10)
+        near(bijection.inverse(z, guided), bijection.inverse(z, context), 1e-10)
+    guided = Guided(given, without, 2.0)
+    guided_z, log_det = bijection(x, guided)
+    assert (guided_z - z).abs().max() > 0.01
+    near(bijection.inverse(guided_z, guided), (x, -log_det), 1e-9)
+    alone = Guided(given[2:], without[2:], 2.0)  # an example has its own contexts
+    near(bijection.inverse(guided_z[2:], alone)[0], x[2:], 1e-9)
+    if isinstance(bijection, Autoregressive):
+        found = inverse_by_iteration(bijection, guided_z, guided, lambda share: None)
+        near(found, (x, -log_det), 1e-9)
+
+
 def assert_contract(name):
     bijection, x, context, build = a_row(name)
     with torch.no_grad():
@@ -319,6 +340,8 @@ def assert_contract(name):
     assert_gradients(bijection, x, context)
     assert_state(bijection, x, context, build)
     assert_sums_and_ways(bijection, x, context)
+    if context is not None:
+        assert_guidance(bijection, x, context)
     if name in LAYERS:  # tests/flow/test_flow.py has models in float32
         for parameter_name, parameter in bijection.named_parameters():
             assert parameter.grad.any(), parameter_name

@@ -124,12 +124,8 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model):
     z, labels = flow.draw_latents(6, seeded()), torch.arange(6) % 3
     context = torch.nn.functional.one_hot(labels, 3).double()
     guided = Guided(context, torch.zeros_like(context), 1.5)
-    v, log_det = flow.bijection.inverse(z, guided)
-    back, log_det_back = flow.bijection(v, guided)
-    torch.testing.assert_close(back, z, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-5, atol=1e-5)
     x = flow.decode(z, labels, guidance=1.5)
-    assert torch.equal(x, flow.dequantizer.to_data(v))
+    assert torch.equal(x, flow.dequantizer.to_data(flow.bijection.inverse(z, guided)[0]))
     assert torch.equal(flow.decode(z, labels, Iterating(lambda share: None), 1.5), x)
     assert torch.equal(flow.sample(6, 1, seeded(), labels, 1.5), x)
     plain = flow.decode(z, labels)
