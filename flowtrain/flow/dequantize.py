@@ -110,8 +110,6 @@ class Dequantizer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Integers and uniform noise, both `(B, C, H, W)`, to the flow's input and the other terms
         of the bound on log P(x): `log|det| - log q(u|x) - D log Q`, `(B,)` in nats.
-
-        Neither argument is changed.
         """
         u, log_q = self.draw(x, noise, executor)
         v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.levels)

@@ -133,10 +133,8 @@ def of_class(split: Split, label: int, needed: int, option: str) -> Split:
 def of_classes(
     flow: Flow, data: DataSet, first: int, second: int, pairs: int, steps: int
 ) -> Tensor:
-    """Paths from the first test images of class `first` to class `second`: latents
-    `(P, steps, D)`, by mean latents of training images.
-
-    Raises `UserError` if there are no labels, or too few images of a class.
+    """Paths from the first test images of class `first` to class `second`, by mean latents of
+    training images: `(P, steps, D)`. Raises `UserError` if there are too few images of a class.
     """
     require_room(flow, pairs, steps)
     test = data.split("test")
