@@ -133,9 +133,7 @@ def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet
 def _shared(
     model: LoadedModel, data: DataSet, name: SplitName, here: DataSet | None, split: Split
 ) -> dict[str, Any]:
-    """The number of images that are in the training split, for another split. None if the model's
-    own data, `here` if `data` are these, are not at hand.
-    """
+    """The number of images in the training split; None if the model's own data are not at hand."""
     if name == "train" and here:
         return {}
     own = here or _trained_on(model, model.config.data, data)
@@ -183,9 +181,7 @@ def summarize(scores: Scores, flow: Flow) -> dict[str, Any]:
 
 
 def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
-    """The classes of a split of the model's own data, for a class-conditional model. None, with a
-    warning, if they cannot be the model's classes.
-    """
+    """The classes of a split, or None, with a warning, if they cannot be the model's classes."""
     if not model.flow.classes or data.undivided:
         return None
     try:
@@ -196,9 +192,7 @@ def _labels(model: LoadedModel, data: DataSet, split: Split) -> Tensor | None:
 
 
 def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[str, Any]:
-    """The number of classes. For labelled data: the loss given the class, and the accuracy of
-    Bayes' rule, where all classes are equally likely.
-    """
+    """The number of classes. With labels: the loss given the class, and Bayes' accuracy."""
     classes = {"classes": flow.classes} if flow.classes else {}
     if labels is None:
         return classes

@@ -42,10 +42,7 @@ def short_name(name: str) -> str:
 
 
 class Watching(LayerByLayer):
-    """Calls `around(name, layer, direction, input, context)` in place of each layer of a flow.
-
-    `around` returns the layer's result, which `flowtrain.bijections.execution.call` computes.
-    """
+    """Calls `around(name, layer, direction, input, context)` for the result of each layer."""
 
     def __init__(self, flow: Flow, around: Around):
         super().__init__()
@@ -122,10 +119,8 @@ def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[fl
 
 
 def first_non_finite(flow: Flow, x: Tensor, noise: Tensor) -> str | None:
-    """Names the first parameter, module output, or else gradient with a value that is not finite.
-
-    Gradients, left by the failed step, travel from the last layer to the first, so the last one in
-    forward order is named.
+    """Names the first parameter, module output, or else gradient with a value that is not finite:
+    of gradients, which travel from the last layer to the first, the last one in forward order.
     """
     for name, parameter in flow.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -50,9 +50,7 @@ class Scores:
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """The importance-weighted bound, or the mean log-density of noisy images, `(N,)`. For K = 1
-        it is the draw itself.
-        """
+        """The importance-weighted bound, or the mean log-density of noisy images, `(N,)`."""
         return self.over_draws(self.draws)
 
     @cached_property

@@ -110,8 +110,6 @@ class Dequantizer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Integers and uniform noise, both `(B, C, H, W)`, to the flow's input and the other terms
         of the bound on log P(x): `log|det| - log q(u|x) - D log Q`, `(B,)` in nats.
-
-        Neither argument is changed.
         """
         u, log_q = self.draw(x, noise, executor)
         v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.levels)
@@ -136,9 +134,7 @@ class Dequantizer(nn.Module):
         return drawn
 
     def noise_of(self, x: Tensor, u: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        """The inverse of `draw`: the noise that becomes `u`, and the same `log q(u|x)`. By it,
-        `flowtrain doctor` checks the layers of a learned noise.
-        """
+        """The inverse of `draw`: the noise that becomes `u`, and the same `log q(u|x)`."""
         noise: tuple[Tensor, Tensor]
         noise = self.noise_model.inverse(u, self._scaled(x, u), executor)  # type: ignore[operator]
         return noise
@@ -157,9 +153,7 @@ class Dequantizer(nn.Module):
         return (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
 
     def to_data(self, v: Tensor) -> Tensor:
-        """The flow's input back to integers, uint8 in 0..Q-1. Raises `FloatingPointError` for an
-        input that is not finite.
-        """
+        """The flow's input back to uint8 in 0..Q-1. Raises `FloatingPointError` for inf or NaN."""
         _require_finite(v)
         return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
 

@@ -141,20 +141,14 @@ class Flow(nn.Module):
         return self.kind.loss(log_prob, self.dims)
 
     def to_latents(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        executor: Executor = FUSED,
-        labels: Tensor | None = None,
-        context: Tensor | None = None,
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
-        The arguments are those of `forward`. Without labels, the networks see no class.
+        The arguments are those of `forward`. The networks see no class.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
-        context = self.context_of(x) if context is None else context
-        conditioning = self.conditioning(len(x), labels, context)
+        conditioning = self.conditioning(len(x), context=self.context_of(x))
         z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
         return z, log_det + flow_log_det
 
@@ -184,10 +178,8 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         executor: Executor = FUSED,
     ) -> LogProb:
-        """The parts of the bound for inputs `v` of the bijection, `(B, C, H, W)`.
-
-        `log_det` `(B,)` has the terms of the dequantization. Networks that see the class take one
-        pass for each class, if there are no labels.
+        """The parts of the bound for inputs `v` of the bijection, with the dequantizer's `log_det`.
+        Networks that see the class take one pass for each class, if there are no labels.
         """
         if labels is None and isinstance(self.class_prior, ClassContext):
             classes = (torch.full((len(v),), label) for label in range(self.classes))
@@ -358,9 +350,7 @@ class Flow(nn.Module):
         labels: Labels | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The result of `sample`, and the `log_prob` of each, `(n,)` in nats, whose noise is drawn
-        afterwards, from the same generator.
-        """
+        """The result of `sample`, then its `log_prob`, `(n,)` in nats, by the same generator."""
         labels = self.classes_in_turn(n) if labels is None else labels
         x = self.sample(n, temperature, generator, labels, context=context)
         return x, self.log_prob(x, generator, labels, context=context)
@@ -442,7 +432,5 @@ class Flow(nn.Module):
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each layer sets itself from its input,
-    unless it is initialized already.
-    """
+    """Data-dependent initialization: one pass in which each new layer is set from its input."""
     flow.to_latents(x, noise, Initializing())

@@ -24,9 +24,7 @@ ALIVE = 6
 def watch_modules(
     flow: Flow, x: Tensor, noise: Tensor, note: Callable[[str, nn.Module, Any], None]
 ) -> None:
-    """Calls `note(name, module, output)` for each module in a forward pass layer by layer, those of
-    conditioners included.
-    """
+    """Calls `note(name, module, output)` for each module, also in networks, in a forward pass."""
     handles = [
         module.register_forward_hook(
             lambda module, inputs, output, name=name: note(name, module, output)
@@ -82,9 +80,7 @@ def sampling_batch_size(flow: Flow) -> int:
 
 
 def denoising_batch_size(flow: Flow) -> int:
-    """The number of images to decode and denoise at a time, a power of two: the gradient needs all
-    activations of a forward pass.
-    """
+    """The number of images to decode and denoise at a time, a power of two."""
     v = flow.dequantizer.middle(torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device))
 
     def denoise(images: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ class VariationalNoise(nn.Module):
     def forward(
         self, noise: Tensor, x: Tensor, executor: Executor = FUSED
     ) -> tuple[Tensor, Tensor]:
-        """Uniform `noise` in [0, 1) and the scaled image, both `(B, C, H, W)`, to `u` and
-        `log q(u|x)`, `(B,)` in nats.
-        """
+        """Uniform noise and the scaled image to `u` and `log q(u|x)`, as `UniformNoise.forward`."""
         squeezed, image = (self.squeeze.run(executor, "forward", t)[0] for t in (noise, x))
         eps = torch.special.ndtri(squeezed.clamp(SMALLEST, LARGEST))
         # The context is for conditioners alone, and stays on their side of the border.
@@ -84,10 +82,7 @@ class VariationalNoise(nn.Module):
         return self.squeeze.run(executor, "inverse", u)[0], log_q
 
     def inverse(self, u: Tensor, x: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        """The noise that `forward` maps to `u`, with the same `log q(u|x)`.
-
-        Values of `u` at the edges of `[EDGE, 1 - EDGE]` or beyond have no exact inverse.
-        """
+        """The noise that `forward` maps to `u`, and `log q(u|x)`. At the edges it is not exact."""
         squeezed, image = (self.squeeze.run(executor, "forward", t)[0] for t in (u, x))
         inside = ((squeezed - EDGE) / (1 - 2 * EDGE)).clamp(SMALLEST, LARGEST)
         w = torch.special.ndtri(inside)

@@ -59,9 +59,7 @@ class Direction:
     others: Sequence[Tensor] = ()
 
     def target(self, strength: float) -> float:
-        """The projection `z @ vector` at a strength: -1 is the mean without the attribute, 1 with
-        it.
-        """
+        """The projection `z @ vector` at a strength: `low` at -1, and `high` at 1."""
         return (self.low + self.high) / 2 + strength * (self.high - self.low) / 2
 
     def strength(self, z: Tensor) -> Tensor:
@@ -238,9 +236,7 @@ def existing(model: LoadedModel) -> dict[str, Direction]:
 
 
 def of_these_weights(model: LoadedModel) -> dict[str, Direction]:
-    """The same, but none if the file is of other weights: those of `--weights`, or from before more
-    training.
-    """
+    """The same, but none if the file is of other weights, or from before more training."""
     try:
         return existing(model)
     except OtherModel:

@@ -21,14 +21,11 @@ from flowtrain.system.console import silent
 from flowtrain.system.files import check_names
 
 
-def encode(
-    flow: Flow, x: Tensor, progress: Callable[[float, float], None] = silent, what: str = "encoding"
-) -> Tensor:
-    """The latents of images `(N, C, H, W)`, float32 `(N, D)` on the CPU. See `Flow.encode`.
-
-    Raises `UserError` that begins with `what` if there is no room for them.
+def encode(flow: Flow, x: Tensor, progress: Callable[[float, float], None] = silent) -> Tensor:
+    """The latents of images `(N, C, H, W)`, float32 `(N, D)` on the CPU. See `Flow.encode`. Raises
+    `UserError` if there is no room for them.
     """
-    capacity.require(2 * 4 * len(x) * flow.latent_dims, f"{what}: {len(x):,} latents need")
+    capacity.require(2 * 4 * len(x) * flow.latent_dims, f"encoding: {len(x):,} latents need")
     z = torch.empty(len(x), flow.latent_dims)
     at_a_time = sampling_batch_size(flow)
     for start in range(0, len(x), at_a_time):
@@ -108,9 +105,7 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Names of PNG files for images with these names. Raises `UserError` if two are the same, or
-    cannot be written into one folder.
-    """
+    """Names of PNG files in one folder. Raises `UserError` if they are impossible or the same."""
     found = [name if name.lower().endswith(".png") else f"{name}.png" for name in names]
     try:
         check_names(found)
@@ -142,9 +137,8 @@ def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
 
 
 def read_images(files: Sequence[Path], model: LoadedModel, option: str) -> Tensor:
-    """Image files as images of the model's shape, `(N, C, H, W)`, resized by the `resize_policy` of
-    its data. Raises `UserError` that names a file that cannot be read, or `option` for a model of
-    points.
+    """Image files as images of the model's shape, `(N, C, H, W)`, resized as its data are. Raises
+    `UserError` that names a file that cannot be read, or `option` for a model of points.
     """
     flow, policy = model.flow, model.config.data.resize_policy
     levels = flow.kind.require_levels(f"{option}: the model is of real-valued data, not of images")

@@ -97,9 +97,7 @@ class OtherModel(UserError):
 
 
 def require_format(file: ArrayFile, known: int, of_what: str, model: LoadedModel) -> None:
-    """Raises `UserError` unless a file has the version `known` of its format, and `OtherModel` if
-    it belongs to another model.
-    """
+    """Raises `UserError` unless the format is `known`, and `OtherModel` if the model is another."""
     found = int(file.read("format", "iu", ()))
     if found != known:
         raise UserError(

@@ -56,9 +56,7 @@ def interpolate(flow: Flow, first: Tensor, second: Tensor, steps: int) -> Tensor
 
 
 def decoded(flow: Flow, paths: Tensor) -> Tensor:
-    """Latents `(P, S, D)` as images `(P, S, C, H, W)` on the CPU, decoded together because of
-    sequential inverses.
-    """
+    """Latents `(P, S, D)` as images `(P, S, C, H, W)` on the CPU, all decoded together."""
     images: Tensor = decode(flow, paths.flatten(0, 1)).unflatten(0, paths.shape[:2])
     return images
 
@@ -93,9 +91,7 @@ def moved(z: Tensor, direction: Direction, target: Tensor) -> Tensor:
 
 
 def along(z: Tensor, direction: Direction, strength: float, steps: int) -> Tensor:
-    """Paths from latents `(N, D)` themselves to a strength of an attribute (`Direction.target`):
-    `(N, steps, D)`.
-    """
+    """Paths from latents `(N, D)` to a strength of an attribute: `(N, steps, D)`."""
     vector = direction.vector.to(z)
     begin, end = z @ vector, direction.target(strength)
     t = torch.linspace(0, 1, steps).to(z)
@@ -122,9 +118,7 @@ def between_classes(
 
 
 def of_class(split: Split, label: int, needed: int, option: str) -> Split:
-    """The images of a class. Raises `UserError` that names `option` if there are no labels, or
-    fewer than `needed` images.
-    """
+    """The images of a class. Raises `UserError` with `option` if there are fewer than `needed`."""
     if split.labels is None:
         raise UserError(f"{option} {label}: the data set has no labels")
     # numpy compares with numbers of any size
@@ -139,10 +133,8 @@ def of_class(split: Split, label: int, needed: int, option: str) -> Split:
 def of_classes(
     flow: Flow, data: DataSet, first: int, second: int, pairs: int, steps: int
 ) -> Tensor:
-    """Paths from the first test images of class `first` to class `second`: latents
-    `(P, steps, D)`, by mean latents of training images.
-
-    Raises `UserError` if there are no labels, or too few images of a class.
+    """Paths from the first test images of class `first` to class `second`, by mean latents of
+    training images: `(P, steps, D)`. Raises `UserError` if there are too few images of a class.
     """
     require_room(flow, pairs, steps)
     test = data.split("test")

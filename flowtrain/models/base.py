@@ -64,9 +64,7 @@ def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:
 
 
 def tokens_of(shape: Shape, patch: int) -> tuple[int, int, int]:
-    """The entries of a token, and the rows and columns of tokens: the patches of an image. Raises
-    `UserError` unless these fill the image.
-    """
+    """Entries of a token, and rows and columns of tokens. Raises `UserError` if there is a rest."""
     channels, height, width = shape
     if height % patch or width % patch:
         raise UserError(

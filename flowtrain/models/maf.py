@@ -67,9 +67,7 @@ def chain(
     transform: Elementwise,
     direction: Callable[[Bijection], Bijection],
 ) -> Bijection:
-    """MAF, or IAF: `direction` is applied to each autoregressive layer, but not to ActNorm, which
-    always sees the data.
-    """
+    """MAF or IAF: `direction` wraps autoregressive layers, but not ActNorm, which sees the data."""
     dims = math.prod(shape)
     bijections: list[Bijection] = [Flatten(shape)]
     for i in range(layers):

@@ -40,9 +40,7 @@ from flowtrain.types import Positive, Shape
 
 
 class CircularNet(nn.Module):
-    """A `DenseNet` of angles `(B, C)`. It sees their cosines and sines, so whole turns make no
-    difference.
-    """
+    """A `DenseNet` of angles `(B, C)`. It sees cosines and sines, so whole turns do not matter."""
 
     def __init__(self, angles: int, out_features: int, width: int, hidden_layers: int):
         super().__init__()

@@ -47,9 +47,8 @@ def of_file(path: Path, model: LoadedModel) -> tuple[Tensor, str]:
 
 
 def rows(flow: Flow, contexts: Tensor, drawn: Tensor, temperatures: int) -> Tensor:
-    """Samples in rows of their context and N samples, `(T K (N + 1), C, H, W)`.
-
-    They are T K N images `(T K N, C, H, W)`, N for each of T temperatures and of K contexts.
+    """Rows of a context and its N samples, `(T K (N + 1), C, H, W)`, from samples
+    `(T K N, C, H, W)` at T temperatures for each of K contexts.
     """
     assert flow.image_context is not None
     given = flow.image_context.shown(contexts).repeat(temperatures, 1, 1, 1)

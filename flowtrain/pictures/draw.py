@@ -133,9 +133,7 @@ def _lines(rows: Tensor, beside: Tensor) -> Tensor:
 
 
 def _line(path: Tensor) -> Tensor:
-    """Coordinates of a path in a picture, `(S + breaks, 2)`: on the sphere, a path may leave it on
-    one side and continue on the other.
-    """
+    """Coordinates of a path, `(S + breaks, 2)`, which may leave the picture of a sphere."""
     places = coordinates(path)
     if path.flatten(1).shape[1] == 3:
         crossed = (places[:, 0].diff().abs() > math.pi).nonzero().flatten().numpy()

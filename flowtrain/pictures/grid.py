@@ -55,9 +55,7 @@ def _enlargement(shape: Sequence[int], columns: int) -> int:
 
 
 def require_room(images: int, shape: Shape, columns: int, what: str) -> None:
-    """Raises `UserError` that begins with `what` if so many images `(C, H, W)`, enlarged, and their
-    grid do not fit into memory.
-    """
+    """Raises `UserError` that begins with `what` if images and their grid do not fit in memory."""
     channels, height, width = shape
     factor = _enlargement((images, *shape), columns)
     capacity.require(images * factor**2 * height * width * (channels + 3), what)

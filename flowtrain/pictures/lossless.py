@@ -83,9 +83,7 @@ def png_files(
 
 
 def encoded(image: Tensor, name: str, slow: bool = False) -> bytes:
-    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file of a format, perhaps with its `slow`
-    option.
-    """
+    """An image `(C, H, W)`, uint8 with C = 1 or 3, as a file, perhaps with the `slow` option."""
     buffer = io.BytesIO()
     chosen = FORMATS[name]
     options = dict(chosen.options)
@@ -125,9 +123,7 @@ def affordable(images: Tensor, name: str) -> bool:
 
 
 def file_sizes(images: Tensor, levels: int, name: str, slow: bool = False) -> Tensor | None:
-    """Bytes of each image of `(N, C, H, W)` as a file of a format, `(N,)`; None if the format does
-    not give back all images exactly.
-    """
+    """Bytes of each image of `(N, C, H, W)` as a file, `(N,)`; None if not all come back."""
     lengths = []
     for image in to_8bit(images, levels):
         file = encoded(image, name, slow)

@@ -88,9 +88,8 @@ def decode(
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
-    See `Flow.decode`, and `sample` for `iterate`. Images depend on the number of others that are
-    decoded with them by rounding only. `progress` gets the number of images that are done, in
-    tenths if a part takes long.
+    See `Flow.decode`, and `sample` for `iterate`. `progress` gets the number of images that are
+    done, in tenths if a part takes long.
     """
     images = []
     at_a_time = denoising_batch_size(flow) if denoise else sampling_batch_size(flow)

@@ -16,6 +16,7 @@ from flowtrain import bijections as b
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.autoregressive import Autoregressive
 from flowtrain.bijections.base import DataDependentInit
+from flowtrain.bijections.context import Guided
 from flowtrain.bijections.continuous import Dynamics
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.execution import FUSED, Container
@@ -307,6 +308,26 @@ def assert_sums_and_ways(bijection, x, context):
             assert not any(torch.allclose(here, there) for here, there in pairs)
 
 
+@torch.no_grad()
+def assert_guidance(bijection, x, given):
+    """Parameters in two contexts are extrapolated, by weights from the context itself."""
+    without = torch.randn(given.shape, generator=seeded(7), dtype=given.dtype)
+    z = bijection(x, given)[0]
+    for weight, context in ((0.0, given), (-1.0, without)):
+        guided = Guided(given, without, weight)
+        near(bijection(x, guided), bijection(x, context), 1e-10)
+        near(bijection.inverse(z, guided), bijection.inverse(z, context), 1e-10)
+    guided = Guided(given, without, 2.0)
+    guided_z, log_det = bijection(x, guided)
+    assert (guided_z - z).abs().max() > 0.01
+    near(bijection.inverse(guided_z, guided), (x, -log_det), 1e-9)
+    alone = Guided(given[2:], without[2:], 2.0)  # an example has its own contexts
+    near(bijection.inverse(guided_z[2:], alone)[0], x[2:], 1e-9)
+    if isinstance(bijection, Autoregressive):
+        found = inverse_by_iteration(bijection, guided_z, guided, lambda share: None)
+        near(found, (x, -log_det), 1e-9)
+
+
 def assert_contract(name):
     bijection, x, context, build = a_row(name)
     with torch.no_grad():
@@ -319,6 +340,8 @@ def assert_contract(name):
     assert_gradients(bijection, x, context)
     assert_state(bijection, x, context, build)
     assert_sums_and_ways(bijection, x, context)
+    if context is not None:
+        assert_guidance(bijection, x, context)
     if name in LAYERS:  # tests/flow/test_flow.py has models in float32
         for parameter_name, parameter in bijection.named_parameters():
             assert parameter.grad.any(), parameter_name
@@ -372,9 +395,7 @@ def test_recomputing_keeps_gradients_of_the_data_path_in_full_precision():
 @pytest.mark.run
 @pytest.mark.parametrize("coupling, bf16", [("affine", False), ("affine", True), ("mixture", True)])
 def test_reversible_gradients_at_paper_depth(coupling, bf16):
-    """In bf16 they differ by its own error, because inputs that are off by an ulp round
-    differently.
-    """
+    """In bf16 they differ by its own error: inputs that are off by an ulp round differently."""
     torch.manual_seed(0)
     bijection = model("glow", (3, 32, 32), levels=3, steps=32, width=16, coupling=coupling)
     bijection = ready(perturb(bijection, 0.02))
@@ -429,17 +450,6 @@ def test_memory_against_depth(mode):
 # ---------------------------------------------------------------- the start
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 1, 1), (1, 1, 1)])
-def test_actnorm_normalizes_its_first_batch(shape):
-    example = (shape[0], *(side + 2 for side in shape[1:]))
-    x = 3 * torch.randn(50, *example, generator=seeded()) + 7
-    layer = b.ActNorm(shape)
-    layer.initialize(x)
-    z = layer(x)[0].detach().movedim(1, -1).flatten(0, -2)
-    near(z.mean(0), torch.zeros(shape[0]), 1e-5)
-    near(z.std(0, correction=0), torch.ones(shape[0]), 1e-4)
-
-
 INITIALIZED = [partial(each, 3, "whitening") for each in (b.Conv1x1, b.Conv1x1LU)]
 
 
@@ -469,18 +479,21 @@ def test_a_layer_is_initialized_once(build):
     assert_raises()
 
 
-def test_actnorm_with_a_constant_channel():
-    x = torch.randn(10, 3, 2, 2, generator=seeded())
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
+def test_actnorm_normalizes_its_first_batch(shape):
+    x = 3 * torch.randn(50, 3, *[2] * len(shape[1:]), generator=seeded()) + 7
     x[:, 1] = 0.25
-    layer, noisy = b.ActNorm((3, 1, 1)), b.ActNorm((3, 1, 1))
+    layer, noisy = b.ActNorm(shape), b.ActNorm(shape)
     layer.initialize(x)
-    for values in (*layer(x), *layer.inverse(torch.randn(4, 3, 2, 2))):
+    for values in (*layer(x), *layer.inverse(torch.randn(x.shape))):
         assert torch.isfinite(values).all()
     assert layer(x)[0].abs().max() < 10
     # With dequantization noise the constant channel is scaled to the size of the others.
-    x[:, 1] += torch.rand(10, 2, 2, generator=seeded()) / 256
+    x[:, 1] += torch.rand(x[:, 1].shape, generator=seeded()) / 256
     noisy.initialize(x)
-    near(noisy(x)[0][:, 1].std(correction=0), torch.tensor(1.0), 1e-3)
+    z = noisy(x)[0].detach().movedim(1, -1).flatten(0, -2)
+    near(z.mean(0), torch.zeros(3), 1e-4)
+    near(z.std(0, correction=0), torch.ones(3), 1e-3)
 
 
 both_convolutions = pytest.mark.parametrize("layer", [b.Conv1x1, b.Conv1x1LU])

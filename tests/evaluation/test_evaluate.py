@@ -136,9 +136,7 @@ def test_every_split_and_data_of_another_shape(tmp_path, flow):
 
 
 class Spoiled(Bijection):
-    """A bijection whose likelihood is not finite for some noise of the first pixel, and whose
-    inverse is off.
-    """
+    """Its likelihood is not finite for some noise of the first pixel, and its inverse is off."""
 
     def __init__(self, inner, value, off=0.0):
         super().__init__()

@@ -8,7 +8,6 @@ import torch
 from catalogue import TINY, sets
 from cli_helpers import quick
 from helpers import a_config, batch_of, images, npz, perturb, seeded, tiny_flow
-from PIL import Image
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
@@ -125,12 +124,8 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model):
     z, labels = flow.draw_latents(6, seeded()), torch.arange(6) % 3
     context = torch.nn.functional.one_hot(labels, 3).double()
     guided = Guided(context, torch.zeros_like(context), 1.5)
-    v, log_det = flow.bijection.inverse(z, guided)
-    back, log_det_back = flow.bijection(v, guided)
-    torch.testing.assert_close(back, z, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-5, atol=1e-5)
     x = flow.decode(z, labels, guidance=1.5)
-    assert torch.equal(x, flow.dequantizer.to_data(v))
+    assert torch.equal(x, flow.dequantizer.to_data(flow.bijection.inverse(z, guided)[0]))
     assert torch.equal(flow.decode(z, labels, Iterating(lambda share: None), 1.5), x)
     assert torch.equal(flow.sample(6, 1, seeded(), labels, 1.5), x)
     plain = flow.decode(z, labels)
@@ -221,15 +216,3 @@ def test_resuming_notices_other_labels(tmp_path):
     np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
     command = ["train", *options, *sets(train__num_steps=4), "--run-dir", "s"]
     quick(*command, "--resume", "r", cwd=tmp_path).failed(2, "not the images that", "labels")
-
-
-@pytest.mark.run
-def test_from_one_class_to_another(tmp_path):
-    options = ["--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5, "--out", "i.png"]
-    quick("interpolate", "glow_digits", *options, cwd=tmp_path).ok()
-    with Image.open(tmp_path / "i.png") as picture:
-        assert picture.size == (5 * 162 + 2, 3 * 162 + 2)  # 20 times as large
-        first = np.asarray(picture.convert("L"))[2:162, 2:162][::20, ::20]
-    split = DataSet(a_config().data).split("test")
-    of_class = split.take((split.labels == 4).nonzero().flatten().numpy()[:1])
-    assert np.array_equal(first, (of_class[0, 0].int() * 255 // 16).numpy())

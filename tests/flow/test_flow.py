@@ -187,9 +187,7 @@ def every_image(flow):
 
 @torch.no_grad()
 def total_probability(flow, nodes):
-    """P(x) summed over every image there is, with P(x) = E_u[...] by Gauss-Legendre in every entry
-    of u.
-    """
+    """P(x) summed over every image there is, where Gauss-Legendre integrates every entry of u."""
     points, weights = (torch.from_numpy(a).float() for a in np.polynomial.legendre.leggauss(nodes))
     points, weights = (points + 1) / 2, weights / 2
     noise = torch.cartesian_prod(*[points] * flow.dims).reshape(-1, *flow.shape)

@@ -1,6 +1,7 @@
 """Files of latents: they give every pixel back, and those of strangers are read with care."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_a_file_of_latents(model, tmp_path):
     "change, said",
     [
         ({"model": np.array("0123456789abcdef")}, "latents of the model 0123456789abcdef; "),
-        ({"format": np.array(7)}, "latents in format 7"),
+        ({"format": np.array(7)}, "latents in format 7, .* reads 1"),
+        ({"format": np.array(1.5)}, "format has the type float64, expected whole numbers"),
         ({"names": np.array([], np.str_)}, "it has no latents"),
         ({"names": np.array(["a"])}, "level1 has the shape .*, expected 1 x 2 x 4 x 4"),
         ({"names": np.array(["../a", "b"])}, "names: '../a' is not a plain relative path"),
@@ -58,7 +60,6 @@ def test_a_file_of_latents(model, tmp_path):
         ({"level1": np.zeros((2, 2, 4, 4), np.uint8)}, "level1 has the type uint8, expected real"),
         ({"level2": np.full((2, 8, 2, 2), np.nan)}, "level2 of a has a number that is not finite"),
         ({"level2": np.full((2, 8, 2, 2), 1e300)}, "level2 of a has a number that is not finite"),
-        ({"level2": None}, "it has no array level2"),
         ({"classes": np.array([1.0, 2.0])}, "classes has the type float64, expected whole"),
         ({"classes": np.array([1])}, r"classes has the shape \(1,\), expected 2"),
     ],
@@ -66,7 +67,7 @@ def test_a_file_of_latents(model, tmp_path):
 def test_latents_from_strangers_are_read_with_care(model, tmp_path, change, said):
     path, z = tmp_path / "z.npz", torch.zeros(2, 64)
     with np.load(io.BytesIO(files.npz(files.Latents(z, ["a", "b"]), model))) as good:
-        arrays = {key: value for key, value in {**good, **change}.items() if value is not None}
+        arrays = {**good, **change}
     np.savez(path, **arrays)
     with pytest.raises(UserError, match=f"z.npz: {said}"):
         files.read(path, model)
@@ -161,7 +162,7 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     for name, value in ink.items():
         folder = tmp_path / ("thick" if value > middle else "thin")
         folder.mkdir(exist_ok=True)
-        (folder / name).write_bytes((tmp_path / "x" / name).read_bytes())
+        os.link(tmp_path / "x" / name, folder / name)
     out = run("attributes", "--csv", "x/t.csv", "--orthogonal")
     assert "attributes.npz: thick, odd" in out and "0.5 is chance" in out
     folders = ["--positive", "thick", "--negative", "thin", "--method", "logistic"]
@@ -174,3 +175,10 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     assert "less likely than 99% of the test images" in run("interpolate", *along, "--pairs", 2)
     out = run("interpolate", *along, "--image", f"x/{next(iter(ink))}")
     assert "wrote i.png: 1 paths of 3 steps" in out
+    # From the first test image of a class, 20 times as large, to another class.
+    run("interpolate", "--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5, *along[-2:])
+    with Image.open(tmp_path / "i.png") as picture:
+        assert picture.size == (5 * 162 + 2, 3 * 162 + 2)
+        first = np.asarray(picture.convert("L"))[2:162:20, 2:162:20]
+    x = digits().take((digits().labels == 4).numpy())[0, 0].int()
+    assert np.array_equal(first, x.numpy() * 255 // 16)

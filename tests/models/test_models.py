@@ -37,6 +37,9 @@ def test_every_model_is_tested():
     found = set(configuration.component_names(configuration.Model))
     found -= {"sphere"}  # It fits no image: see test_sphere.py.
     assert found == set(TINY) == {name for name, *_ in GOLDEN}
+
+
+def test_every_elementwise_transform_can_be_chosen():
     assert set(get_args(base.AnyTransform)) == set(base.TRANSFORMS)
     assert set(get_args(base.Elementwise)) == set(base.TRANSFORMS) - {"additive"}
 

@@ -35,11 +35,6 @@ def test_a_token_sees_those_before_it_or_all():
     assert who_sees_whom(perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()).all()
 
 
-@pytest.mark.parametrize("build", [CausalTransformer, VisionTransformer])
-def test_it_starts_at_zero(build):
-    assert not build(3, 2, TOKENS, 8, 1)(tokens().float()).any()
-
-
 def test_without_a_class_it_sees_the_mean_of_all():
     net, x = causal(context=4), tokens()
     torch.testing.assert_close(net(x), net(x, torch.full((2, 4), 0.25).double()))
