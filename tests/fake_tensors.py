@@ -1,8 +1,8 @@
 """Tensors without numbers, also on CUDA on a machine without a GPU: what waits for them raises.
 
-torch's `FakeTensorMode` computes shapes, types and devices only. Where a program asks for a number,
-as `.item()`, `bool(tensor)` and the shape of `x[mask]` do, it raises. `Waiting` raises for copies
-between the host and a GPU that are not asynchronous, for which the host waits, too.
+torch's `FakeTensorMode` computes shapes, types and devices only. It raises where a program needs a
+number: `.item()`, `bool(tensor)`, the shape of `x[mask]`. `Waiting` raises for copies between the
+host and a GPU that are not asynchronous, because the host waits for them, too.
 """
 
 import contextlib
@@ -67,8 +67,8 @@ def fake_tensors(monkeypatch):
 
 
 def _make_cuda_known():
-    """autograd asks for the guard of a tensor's device. A torch for the CPU has none for CUDA, and
-    without a GPU the guard fails. That of the meta device takes its place. It does nothing.
+    """autograd needs the guard of a tensor's device. A torch for the CPU has none for CUDA, and
+    without a GPU the guard fails. The meta device's guard, which does nothing, takes its place.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")

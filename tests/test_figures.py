@@ -1,4 +1,4 @@
-"""Figures in pages are those of the files that they come from."""
+"""Figures in pages agree with the files that they come from."""
 
 import re
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import REPOSITORY
+from run_files import SUMMARY, TEST
 from torch.autograd import DeviceType
 
 from flowtrain.cli.configs import find_config
@@ -98,10 +99,8 @@ def test_the_training_run_is_two_commands(session, monkeypatch):
         commands.append(command[1:])
         folder = session.out / "training"
         folder.mkdir(exist_ok=True)
-        result = {"bits_per_dim": 3.1, "bits_per_dim_stderr": 0.01, "bound": "exact", "step": 9}
-        result |= {"split": "test", "num_images": 100}
-        (folder / "result.json").write_text(json.dumps(result))
-        (folder / "summary.json").write_text(json.dumps({"images": 5, "seconds": 6.0}))
+        (folder / "result.json").write_text(json.dumps(TEST | {"bits_per_dim": 3.1}))
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
 
     monkeypatch.setattr(session_module.subprocess, "run", run)
     with_data = dataclasses.replace(session, data=["data.name=npz"])

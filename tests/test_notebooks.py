@@ -1,4 +1,4 @@
-"""The notebooks: they run, their outputs are those of their code, and they show what is public."""
+"""The notebooks run, have the outputs of their code, and use public names only."""
 
 import ast
 import json

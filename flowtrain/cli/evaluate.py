@@ -150,8 +150,7 @@ def _print(result: "Evaluation") -> None:
             figure(result.elbo_bits_per_dim, result.elbo_bits_per_dim_stderr) + " bits/dim"
         )
     if result.levels is not None:
-        nats = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
-        table["nats per image"] = nats
+        table["nats per image"] = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
     if result.classes is not None:
         table["of which class"] = f"any: the mean over {result.classes} equally likely classes"
     if result.loss_given_class is not None:

@@ -40,8 +40,16 @@ def info(
     name = what or ""
     if name.endswith(".yaml") or name in configs and not os.path.lexists(name):
         print_table(_of_config(configfiles.find_config(name)))
-    else:
-        print_table(_of_model(what, trust_code))
+        return
+    import torch
+
+    from flowtrain.checkpoints import about
+    from flowtrain.checkpoints.load import load_model
+
+    loaded = load_model(what, torch.device("cpu"), None, trust_code)
+    path = loaded.checkpoint.path
+    size = f"{path.stat().st_size / MIB:,.1f} MiB, {loaded.weights} weights"
+    print_table({"checkpoint": f"{path}: {size}", **about.table(loaded)})
 
 
 def _of_config(path: Path) -> dict[str, object]:
@@ -62,15 +70,3 @@ def _of_config(path: Path) -> dict[str, object]:
         "model": f"{config.model.name}, {about.size_of(flow)}",
         "training": f"{length}, {train.optimizer}, batches of {train.batch_size}",
     }
-
-
-def _of_model(model: str | None, trust_code: bool) -> dict[str, object]:
-    import torch
-
-    from flowtrain.checkpoints import about
-    from flowtrain.checkpoints.load import load_model
-
-    loaded = load_model(model, torch.device("cpu"), None, trust_code)
-    path = loaded.checkpoint.path
-    size = f"{path.stat().st_size / MIB:,.1f} MiB, {loaded.weights} weights"
-    return {"checkpoint": f"{path}: {size}", **about.table(loaded)}

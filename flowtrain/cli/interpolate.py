@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from flowtrain.cli.base import (
     output,
 )
 from flowtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from flowtrain.flow.flow import Flow
 
 EPILOG = (
     "Examples: [cyan]flowtrain interpolate runs/glow_digits --images a.png b.png --steps 12 "
@@ -103,6 +100,8 @@ def interpolate(
     A path along an attribute stops before an image that is less likely than 99% of the test images,
     and for a path to a class it is said how many pass such images.
     """
+    import torch
+
     from flowtrain.latents import directions, paths
     from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
@@ -144,7 +143,13 @@ def interpolate(
         stays = stop and along is not None
         if stays:
             rows = paths.stay(rows, counts)
-        _print_typical(counts, steps, stays, lowest, flow)
+        early = sum(count < steps for count in counts)
+        limit = float(flow.loss(torch.tensor(lowest)))
+        console.print(
+            f"{early} of {len(counts)} paths {'stop before' if stays else 'pass'} images that are "
+            f"less likely than 99% of the test images, which is at {limit:.3f} {flow.kind.unit}"
+            + ("; --no-stop shows them" if stays and early else "")
+        )
     if suffix == ".gif":
         frames = drawing.path_frames(rows)
         content = grid.animation(frames + frames[-2:0:-1])  # there and back
@@ -168,7 +173,7 @@ def _check(
     if (from_class is None) != (to_class is None):
         raise UserError("--from-class and --to-class: one is of no use without the other")
     if from_class is not None and files is not None:
-        raise UserError("--images: with --from-class the images are those of the class")
+        raise UserError("--images: with --from-class the images are of that class")
     if along is not None and from_class is not None:
         raise UserError("--along and --from-class: give one of the two")
     if along is not None and files is not None:
@@ -177,18 +182,3 @@ def _check(
         raise UserError("--image and --strength: they need --along")
     if not math.isfinite(strength):
         raise UserError(f"--strength {strength}: expected a finite number")
-
-
-def _print_typical(counts: list[int], steps: int, stays: bool, lowest: float, flow: "Flow") -> None:
-    import torch
-
-    from flowtrain.system.console import console
-
-    early = sum(count < steps for count in counts)
-    limit = float(flow.loss(torch.tensor(lowest)))
-    where = "stop before" if stays else "pass"
-    console.print(
-        f"{early} of {len(counts)} paths {where} images that are less likely than 99% of the test "
-        f"images, which is at {limit:.3f} {flow.kind.unit}"
-        + ("; --no-stop shows them" if stays and early else "")
-    )

@@ -79,7 +79,7 @@ def main() -> None:
     # File names may be no text at all. They are printed with escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # The files of a command are written, even if `head` has read enough of what it prints.
+    # The files of a command are written, even if `head` has read enough of its output.
     sys.stdout, sys.stderr = (
         cast(TextIO, PerhapsUnread(stream, BrokenPipeError)) for stream in (sys.stdout, sys.stderr)
     )

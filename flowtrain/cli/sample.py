@@ -166,7 +166,7 @@ def sample(
 
 
 def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -> "Tensor | None":
-    """The context of the image in a file, or those of test images."""
+    """The context of the image in a file, or the contexts of test images."""
     from flowtrain.pictures import conditional
     from flowtrain.system.console import console
 

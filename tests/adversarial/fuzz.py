@@ -48,7 +48,7 @@ class Format:
     commands: dict[str, float]  # those that read it, with their weights; `FILE` is its path
     share: int = 1  # of the cases
     at: str = ""  # path of the file, by default its own
-    out: str = ""  # pattern of the output of commands; that of a file with a checksum is known
+    out: str = ""  # pattern of the files that commands write
     refused: bool = False  # whether damaged bytes without a new checksum are always refused
     accepted: bool = True  # whether a sound file is always accepted
 

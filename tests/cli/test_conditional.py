@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from catalogue import TINY_RUN, sets
-from cli_helpers import FOLDER, begin, metrics, quick
+from cli_helpers import FOLDER, metrics, quick
 from coding_helpers import picture
 from helpers import npz
 from PIL import Image
@@ -41,10 +41,6 @@ def test_evaluate_names_the_context(folder):
     picture(folder / "photos" / "x.png", mode="RGB")
     done = quick("evaluate", "run", "--data", "photos", "--json", "-", cwd=folder).ok()
     assert json.loads(done.out)["split"] == "all" and json.loads(done.out)["num_images"] == 1
-    for result in begin(2, "evaluate", "run", "--json", "two.json", cwd=folder):
-        result.result().ok()
-    two = json.loads((folder / "two.json").read_text())
-    assert two["bits_per_dim"] == pytest.approx(json.loads(other.out)["bits_per_dim"], abs=1e-6)
 
 
 def test_going_on_gives_the_same_run(folder):

@@ -98,7 +98,7 @@ def test_other_commands_name_the_density(noisy, tmp_path):
     assert found["unit"] == "nats/dim" and found["in"]["bits_per_dim"] is None
     assert found["out"][0]["auroc"]["likelihood"] > 0.9  # noise is unlikely
     assert found["out"][0]["loss"] > found["in"]["loss"]
-    assert (tmp_path / "s.csv").read_text().startswith("dataset,index,nats_per_dim,log_prob,typ")
+    assert (tmp_path / "s.csv").read_text().startswith("dataset,index,loss,log_prob,typ")
     done = quick("compress", run, "--split", "test", "--out", "a.fta", cwd=tmp_path)
     done.failed(2, "compress: a model trained with Gaussian noise", "no bits per dimension")
 
