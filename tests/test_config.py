@@ -16,11 +16,8 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline, shipped_configs
 from flowtrain.config import (
     Data,
-    Dequantization,
     Model,
-    Train,
     component_names,
-    component_schema,
     differences,
     json_schema,
     load_config,
@@ -68,7 +65,6 @@ def written(path, text):
         ("train.logger=wandb", ["wandb"]),
         ("train.budget=90", 90.0),
         ("train.budget=90s", 90.0),
-        ("train.budget=1e3", 1000.0),
         ("train.budget=.5h", 1800.0),
         ("train.budget=1.5e2m", 9000.0),
         ("train.budget=2 min", 120.0),
@@ -169,7 +165,10 @@ def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
         ("train.batch_size=yes", r"train.batch_size: expected a number, not a boolean, got "),
         ("train.budget=true", r"train.budget: expected a number, not a boolean, got "),
         ("model.width=[8,true]", r"model.width: expected a number, not a boolean, got "),
-        ("data.channels=true", r"data.channels: unknown key"),
+        (
+            "data.name=folder data.path=/a data.size=8 data.channels=true",
+            "data.channels: expected a number, not a boolean",
+        ),
         # no key, or no section
         ("train.lr", r"--set train\.lr: expected key=value"),
         ("=3", r"--set =3: expected key=value"),
@@ -183,12 +182,7 @@ def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
 )
 def test_a_mistake_names_the_key_and_the_value(text, message):
     with pytest.raises(UserError, match=message):
-        parsed([text])
-
-
-def test_a_boolean_is_no_number_for_a_choice_of_numbers():
-    with pytest.raises(UserError, match=r"data\.channels: expected a number, not a boolean"):
-        parsed(["data.name=folder", "data.path=/a", "data.size=8", "data.channels=true"])
+        parsed(text.split())
 
 
 def test_several_mistakes():
@@ -301,15 +295,6 @@ def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
         parsed(["model.name=my_flows.small", "model.depth=x"])
 
 
-@pytest.mark.parametrize("section", ["model", "data"])
-def test_a_module_of_ones_own_needs_trust(section):
-    values = {**STEPS, section: {"name": "no_such.module"}}
-    with pytest.raises(UserError, match=f"{section}.name is 'no_such.module', a module outside"):
-        parse(values)
-    with pytest.raises(UserError, match="cannot import 'no_such.module'"):
-        parse(values, trust_code=True)
-
-
 # --- the schema and the shipped files -------------------------------------------------------------
 
 
@@ -337,19 +322,11 @@ def test_the_schema_has_every_key():
         for section in ("data", "model", "train", "dequantization"):
             known = section_schema(schema, section, config[section].get("name"))
             assert set(config[section]) == set(known), (path.name, section)
-    for base in (Data, Model):
-        for name in component_names(base):
-            assert "name" in section_schema(schema, base.section, name)
-    assert "description" in section_schema(schema, "train", None)["lr"]
-
-
-def test_every_key_is_described_in_full_sentences():
-    kinds = [(base, name) for base in (Data, Model) for name in component_names(base)]
-    for kind in (Dequantization, Train, *(component_schema(*each) for each in kinds)):
-        for key, field in kind.model_fields.items():
-            text = field.description or ""
-            assert text[:1].isupper() or text[:1].isdigit(), f"{kind.__name__}: {key}: {text!r}"
-            assert text.endswith("."), f"{kind.__name__}: {key}: {text!r}"
+    sections = [(base.section, name) for base in (Data, Model) for name in component_names(base)]
+    for section, name in (*sections, ("train", None), ("dequantization", None)):
+        keys = section_schema(schema, section, name)
+        undescribed = [key for key in keys if not keys[key].get("description", "").endswith(".")]
+        assert set(undescribed) <= {"name"}, (section, name)
 
 
 def test_the_page_of_keys_is_up_to_date():

@@ -131,17 +131,10 @@ def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
 
 
 # Names of keys in other trainers, whose letters do not lead to ours.
-ELSEWHERE = {
-    "learning_rate": "train.lr",
-    "epochs": "train.num_steps",
-    "max_epochs": "train.num_steps",
-    "max_steps": "train.num_steps",
-    "iterations": "train.num_steps",
-    "grad_clip": "train.clip_norm",
-    "max_grad_norm": "train.clip_norm",
-    "image_size": "data.size",
-    "hidden_channels": "model.width",
-}
+ELSEWHERE = {"learning_rate": "train.lr", "image_size": "data.size"}
+ELSEWHERE |= {"hidden_channels": "model.width"}
+ELSEWHERE |= dict.fromkeys(("epochs", "max_epochs", "max_steps", "iterations"), "train.num_steps")
+ELSEWHERE |= dict.fromkeys(("grad_clip", "max_grad_norm"), "train.clip_norm")
 
 
 def owners(base: type[Component], option: str) -> list[str]:

@@ -73,9 +73,8 @@ def fit(
         require_memory(flow, config, device)
         console.print(f"reading {config.data.name}")
         with distributed.main_process_first():  # it may download
-            batches = Batches(
-                data, config, config.train.batch_size * config.train.accumulate, device
-            )
+            images = config.train.batch_size * config.train.accumulate
+            batches = Batches(data, config, images, device)
             validation = data.split("validation")
         fingerprint = data.fingerprint
         if batches.labels is not None:
@@ -139,14 +138,9 @@ def _loop(
         metrics.receive(leaving=1)  # while the device works on this step
 
         ends = state.reached_end(metrics.seconds)  # by the clock that all processes share
+        periods = config.log_every, config.validate_every, config.sample_every
         logs, validates, samples, periodic = (
-            ends or progress.step % every == 0
-            for every in (
-                config.log_every,
-                config.validate_every,
-                config.sample_every,
-                config.checkpoint_every,
-            )
+            ends or progress.step % every == 0 for every in (*periods, config.checkpoint_every)
         )
         due = logs or validates or samples or periodic or stop.signum or metrics.failed
         if due:

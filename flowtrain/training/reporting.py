@@ -52,11 +52,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 
 def _row(progress: Progress, split: Literal["train", "validation"], **figures: Any) -> Row:
     return Row(
-        step=progress.step,
-        images=progress.images,
-        seconds=progress.seconds,
-        split=split,
-        **figures,
+        step=progress.step, images=progress.images, seconds=progress.seconds, split=split, **figures
     )
 
 

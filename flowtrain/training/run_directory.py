@@ -21,12 +21,7 @@ from flowtrain.pictures import grid
 from flowtrain.results import Row
 from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
-from flowtrain.system.files import (
-    append_regular,
-    read_regular,
-    remove_left_overs,
-    write_atomically,
-)
+from flowtrain.system.files import append_regular, read_regular, remove_left_overs, write_atomically
 from flowtrain.training import loggers
 from flowtrain.training.loggers import Logger
 
