@@ -114,19 +114,16 @@ def test_another_name_drops_the_options_of_the_old_one(order):
     assert not hasattr(data, "size")
 
 
-@pytest.mark.parametrize(
-    "before, texts, num_steps, budget",
-    [
+def test_steps_and_budget_clear_each_other():
+    for before, texts, *expected in (
         ({"num_steps": 10}, ["train.budget=1min"], None, 60.0),
         ({"budget": "1min"}, ["train.num_steps=10"], 10, None),
         ({"num_steps": 10, "budget": None}, ["train.budget=5"], None, 5.0),
         ({}, ["train.budget=60", "train.num_steps=3"], 3, None),
         ({}, ["train.num_steps=3", "train.budget=60"], None, 60.0),
-    ],
-)
-def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
-    train = parsed(texts, {"train": before}).train
-    assert (train.num_steps, train.budget) == (num_steps, budget)
+    ):
+        train = parsed(texts, {"train": before}).train
+        assert [train.num_steps, train.budget] == expected
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -329,10 +326,11 @@ def test_the_schema_has_every_key():
         assert set(undescribed) <= {"name"}, (section, name)
 
 
-def test_the_page_of_keys_is_up_to_date():
-    page = runpy.run_path(str(REPOSITORY / "docs" / "configuration.py"))["page"]()
-    found = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == found, "docs/configuration.md is stale: run `make docs`"
+@pytest.mark.parametrize("name", ["configuration", "models"])
+def test_a_generated_page_is_up_to_date(name):
+    page = runpy.run_path(str(REPOSITORY / "docs" / f"{name}.py"))["page"]()
+    found = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page == found, f"docs/{name}.md is stale: run `make docs`"
 
 
 def test_the_shipped_configurations():

@@ -58,9 +58,7 @@ def card_of(model: LoadedModel) -> zoo.Card | None:
 
 
 def figures(model: LoadedModel) -> list[Figure]:
-    """Measured losses of these weights: by `flowtrain evaluate` in the run, and on the card of a
-    trained model.
-    """
+    """Measured losses of these weights: of `flowtrain evaluate` in the run, and of the card."""
     unit, found = unit_of(model.flow), {}
     files = sorted(run_of(model.checkpoint.path).glob("evaluate-*.json"))
     own = model_hash(model) if files else None

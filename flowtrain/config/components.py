@@ -49,9 +49,7 @@ def _named(documented: object, build: Callable[..., Any]) -> Named:
 
 @functools.cache
 def _shipped(base: type[Component]) -> dict[str, Named]:
-    """The data sets or models of flowtrain: modules with a function `build`, and the functions in
-    tables `BUILDS`.
-    """
+    """The data sets or models of flowtrain: functions `build` of modules, and those in `BUILDS`."""
     spec = importlib.util.find_spec(f"flowtrain.{base.package}")
     assert spec is not None
     found = {}

@@ -329,9 +329,7 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _failing_quietly() -> Iterator[None]:
-    """Suppresses the traceback of TensorBoard's thread if it cannot write. The next use of the
-    writer raises the error.
-    """
+    """Hides the traceback of TensorBoard's thread. The next use of the writer raises its error."""
     before = threading.excepthook
     threading.excepthook = lambda args: (
         None if isinstance(args.exc_value, OSError) else before(args)

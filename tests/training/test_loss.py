@@ -116,8 +116,9 @@ def test_every_model_is_traced_or_has_loops():
         assert ("reversible" in modes) == ("inverse" not in flow.bijection.untraceable_directions())
 
 
-# Layers of one shape share a graph. There are three kinds of couplings: two levels, and the prior of
-# the first. The gradient of a layer is another graph. The prior is in no chain, so its input is kept.
+# Layers of one shape share a graph. There are three kinds of couplings: two levels, and the prior
+# of the first. The gradient of a layer is another graph. The prior is in no chain, so its input is
+# kept.
 @compiles
 @pytest.mark.run
 @pytest.mark.parametrize(

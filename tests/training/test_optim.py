@@ -9,7 +9,6 @@ from catalogue import TINY
 from helpers import a_config, images, perturb, ready, tiny_flow
 from torch import nn
 
-from flowtrain.bijections import ActNorm
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Train
 from flowtrain.system.capacity import peak
@@ -101,7 +100,6 @@ def test_the_first_step_has_the_length_of_the_rate(name):
         torch.testing.assert_close((parameter - old)[moved], expected[moved], rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("model", WITH_NETWORKS)
 def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     flow = ready(build_flow(a_config(model), (1, 4, 4), 17))
@@ -112,18 +110,6 @@ def test_muon_takes_the_conditioners_and_adam_the_rest(model):
     # Also those that start at zero. Biases have other names.
     weights = [p for n, p in flow.named_parameters() if n.endswith(".weight") and p.ndim == 2]
     assert matrices == {p for p in weights if p.shape[1] > 1}
-    perturb(flow)
-    before = {p: p.detach().clone() for p in matrices}
-    flow.bits_per_dim(images(8, flow.shape, 17)).mean().backward()
-    muon.step()
-    for matrix in matrices:
-        # The update is near a semi-orthogonal matrix, of the size of Adam's: singular values about
-        # 0.2 sqrt(longest).
-        update = (before[matrix] - matrix.detach()) / (0.01 * 0.2 * max(matrix.shape) ** 0.5)
-        values = torch.linalg.svdvals(update)
-        assert values.max() < 1.3
-        rank = torch.linalg.matrix_rank(matrix.grad, rtol=1e-2)
-        assert (values > 0.3).sum() >= rank
 
 
 @pytest.mark.parametrize("together", [Muon.TOGETHER, 500, 1])
@@ -202,9 +188,3 @@ def test_average_is_a_flow_of_its_own():
     x = images(3, flow.shape)
     assert torch.isfinite(averaged.flow.log_prob(x)).all()
     assert not torch.equal(averaged.flow.encode(x), flow.encode(x))
-
-
-def test_average_takes_the_flags_along():
-    layer = ActNorm((2, 1, 1))
-    averaged = EMA(ready(layer), 0.9)
-    averaged.flow(torch.zeros(1, 2, 1, 1))
