@@ -16,11 +16,8 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline, shipped_configs
 from flowtrain.config import (
     Data,
-    Dequantization,
     Model,
-    Train,
     component_names,
-    component_schema,
     differences,
     json_schema,
     load_config,
@@ -68,7 +65,6 @@ def written(path, text):
         ("train.logger=wandb", ["wandb"]),
         ("train.budget=90", 90.0),
         ("train.budget=90s", 90.0),
-        ("train.budget=1e3", 1000.0),
         ("train.budget=.5h", 1800.0),
         ("train.budget=1.5e2m", 9000.0),
         ("train.budget=2 min", 120.0),
@@ -118,19 +114,16 @@ def test_another_name_drops_the_options_of_the_old_one(order):
     assert not hasattr(data, "size")
 
 
-@pytest.mark.parametrize(
-    "before, texts, num_steps, budget",
-    [
+def test_steps_and_budget_clear_each_other():
+    for before, texts, *expected in (
         ({"num_steps": 10}, ["train.budget=1min"], None, 60.0),
         ({"budget": "1min"}, ["train.num_steps=10"], 10, None),
         ({"num_steps": 10, "budget": None}, ["train.budget=5"], None, 5.0),
         ({}, ["train.budget=60", "train.num_steps=3"], 3, None),
         ({}, ["train.num_steps=3", "train.budget=60"], None, 60.0),
-    ],
-)
-def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
-    train = parsed(texts, {"train": before}).train
-    assert (train.num_steps, train.budget) == (num_steps, budget)
+    ):
+        train = parsed(texts, {"train": before}).train
+        assert [train.num_steps, train.budget] == expected
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -142,7 +135,6 @@ def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
         # a misspelt key, and the nearest right one
         ("train.batchsize=3", r"unknown key; did you mean train\.batch_size\? \(value 3\)"),
         ("train.learning_rate=3", r"train\.learning_rate: unknown key; did you mean train\.lr\?"),
-        ("model.lr=3", r"model\.lr: unknown key; did you mean train\.lr\?"),
         ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
         ("model.name=glwo", r"name: unknown name 'glwo'; did you mean glow\?; there are causal, "),
@@ -156,39 +148,32 @@ def test_steps_and_budget_clear_each_other(before, texts, num_steps, budget):
         ("train.batch_size=0", r"train\.batch_size: .*greater than or equal to 1.*got 0"),
         ("train.lr=.nan", r"train\.lr: .*finite"),
         ("train.ema=1", r"train\.ema: .*less than 1"),
-        ("train.schedule=step", r"train\.schedule: .*'constant', 'linear' or 'cosine', got 'step'"),
         ("train.budget=soon", r"budget: expected a duration such as 90s, .* got 'soon'"),
-        ("train.budget=0", r"train\.budget: .*greater than 0"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
         ("data.n_bits=9", r"data\.n_bits: .*got 9"),
         ("data.root=~nobody-here", r"data\.root: .*got '~nobody-here'"),
-        ("model.coupling=cubic", r"model\.coupling: .*got 'cubic'"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
         ("dequantization.alpha=0.5", r"dequantization\.alpha: "),
         # a boolean is no number
         ("train.batch_size=yes", r"train.batch_size: expected a number, not a boolean, got "),
         ("train.budget=true", r"train.budget: expected a number, not a boolean, got "),
         ("model.width=[8,true]", r"model.width: expected a number, not a boolean, got "),
-        ("data.channels=true", r"data.channels: unknown key"),
+        (
+            "data.name=folder data.path=/a data.size=8 data.channels=true",
+            "data.channels: expected a number, not a boolean",
+        ),
         # no key, or no section
         ("train.lr", r"--set train\.lr: expected key=value"),
         ("=3", r"--set =3: expected key=value"),
         ("train.lr=[1", r"--set train\.lr=\[1: the value is not YAML"),
         ("train.num_steps.x=3", r"--set train\.num_steps\.x: train\.num_steps has no keys"),
-        ("seed.x=3", r"seed: .*got \{'x': 3\}"),
-        ("train=3", r"train: expected keys and values, got 3"),
         (f"{'.'.join('a' * 21)}=1", r"a key has at most 20 levels"),
         (f"{'.'.join('a' * 20)}=1", r"unknown key"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_value(text, message):
     with pytest.raises(UserError, match=message):
-        parsed([text])
-
-
-def test_a_boolean_is_no_number_for_a_choice_of_numbers():
-    with pytest.raises(UserError, match=r"data\.channels: expected a number, not a boolean"):
-        parsed(["data.name=folder", "data.path=/a", "data.size=8", "data.channels=true"])
+        parsed(text.split())
 
 
 def test_several_mistakes():
@@ -230,14 +215,12 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
     [
         (BOMB + ", train: *a10}", "with its aliases, it is longer than 65536 characters"),
         ("{a: &a [*a]}", "a value contains itself"),
-        ("{a: " + "[" * 30000 + "}", "more than 20 levels"),
         ("{" + "a: {" * 21 + "}" * 22, "more than 20 levels"),
         ("{a: " + "b" * 2**16 + "}", "longer than 65536 characters"),
         ("{a: 2024-13-45}", "month must be"),
         ("{a: !!python/name:os.system x}", "could not determine a constructor"),
         ("{a: !" + "x" * 60000 + " x}", "could not determine a constructor"),
         *((text, r"as YAML: .*\(line \d, column \d+\)$") for text in ("a: b: c", "\t- a")),
-        ("a: [1", "cannot be read as YAML"),
         ("- 1\n- 2\n", "expected keys and values, got list"),
         ("train:\n", "train: expected keys and values, got None"),
         ("1: 2\ntrain: {num_steps: 3}\n", "1: Keys should be strings"),
@@ -301,15 +284,6 @@ def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
         parsed(["model.name=my_flows.small", "model.depth=x"])
 
 
-@pytest.mark.parametrize("section", ["model", "data"])
-def test_a_module_of_ones_own_needs_trust(section):
-    values = {**STEPS, section: {"name": "no_such.module"}}
-    with pytest.raises(UserError, match=f"{section}.name is 'no_such.module', a module outside"):
-        parse(values)
-    with pytest.raises(UserError, match="cannot import 'no_such.module'"):
-        parse(values, trust_code=True)
-
-
 # --- the schema and the shipped files -------------------------------------------------------------
 
 
@@ -337,25 +311,18 @@ def test_the_schema_has_every_key():
         for section in ("data", "model", "train", "dequantization"):
             known = section_schema(schema, section, config[section].get("name"))
             assert set(config[section]) == set(known), (path.name, section)
-    for base in (Data, Model):
-        for name in component_names(base):
-            assert "name" in section_schema(schema, base.section, name)
-    assert "description" in section_schema(schema, "train", None)["lr"]
+    sections = [(base.section, name) for base in (Data, Model) for name in component_names(base)]
+    for section, name in (*sections, ("train", None), ("dequantization", None)):
+        keys = section_schema(schema, section, name)
+        undescribed = [key for key in keys if not keys[key].get("description", "").endswith(".")]
+        assert set(undescribed) <= {"name"}, (section, name)
 
 
-def test_every_key_is_described_in_full_sentences():
-    kinds = [(base, name) for base in (Data, Model) for name in component_names(base)]
-    for kind in (Dequantization, Train, *(component_schema(*each) for each in kinds)):
-        for key, field in kind.model_fields.items():
-            text = field.description or ""
-            assert text[:1].isupper() or text[:1].isdigit(), f"{kind.__name__}: {key}: {text!r}"
-            assert text.endswith("."), f"{kind.__name__}: {key}: {text!r}"
-
-
-def test_the_page_of_keys_is_up_to_date():
-    page = runpy.run_path(str(REPOSITORY / "docs" / "configuration.py"))["page"]()
-    found = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == found, "docs/configuration.md is stale: run `make docs`"
+@pytest.mark.parametrize("name", ["configuration", "models"])
+def test_a_generated_page_is_up_to_date(name):
+    page = runpy.run_path(str(REPOSITORY / "docs" / f"{name}.py"))["page"]()
+    found = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page == found, f"docs/{name}.md is stale: run `make docs`"
 
 
 def test_the_shipped_configurations():

@@ -7,7 +7,6 @@ from flowtrain.checkpoints import record, zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Kind
-from flowtrain.results import Evaluation
 from flowtrain.system.console import duration, figure
 from flowtrain.types import Shape
 
@@ -59,9 +58,7 @@ def card_of(model: LoadedModel) -> zoo.Card | None:
 
 
 def figures(model: LoadedModel) -> list[Figure]:
-    """Measured losses of these weights: by `flowtrain evaluate` in the run, and on the card of a
-    trained model.
-    """
+    """Measured losses of these weights: of `flowtrain evaluate` in the run, and of the card."""
     unit, found = unit_of(model.flow), {}
     files = sorted(run_of(model.checkpoint.path).glob("evaluate-*.json"))
     own = model_hash(model) if files else None
@@ -70,7 +67,8 @@ def figures(model: LoadedModel) -> list[Figure]:
         loss, error = result.loss, result.loss_stderr
         if loss is not None and result.model == own:
             name = PurePath(result.dataset).name  # it may be a folder of this machine
-            likelihood = _likelihood(result)
+            likelihood = LIKELIHOODS.get(result.bound, result.bound)
+            likelihood += "" if result.draws == 1 else f" of {result.draws} draws"
             found[name, result.split] = Figure(
                 name, result.split, loss, error, unit, result.num_images, likelihood
             )
@@ -80,11 +78,6 @@ def figures(model: LoadedModel) -> list[Figure]:
             name, "test", card.loss, card.error, unit, card.images, card.likelihood
         )
     return list(found.values())
-
-
-def _likelihood(result: Evaluation) -> str:
-    said = LIKELIHOODS.get(result.bound, result.bound)
-    return said if result.draws == 1 else f"{said} of {result.draws} draws"
 
 
 def table(model: LoadedModel) -> dict[str, str]:

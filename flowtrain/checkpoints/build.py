@@ -15,12 +15,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
-from flowtrain.flow.dequantize import (
-    Dequantizer,
-    GaussianDequantizer,
-    RealValued,
-    UniformNoise,
-)
+from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued, UniformNoise
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.variational import VariationalNoise
@@ -133,7 +128,10 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
         if config.model.classes and "classes" in wanted:
             class_prior = ClassContext(config.model.classes, config.model.label_dropout)
         elif config.model.label_dropout:
-            raise UserError(_no_labels_to_drop(config))
+            why = "the model has no classes: set model.classes"
+            if config.model.classes:
+                why = f"the networks of {config.model.name} do not see the class: leave it at 0"
+            raise UserError(f"model.label_dropout: {config.model.label_dropout:g}, but {why}")
         elif config.model.classes:
             coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
@@ -157,10 +155,8 @@ def _image_context(model: Model, shape: Shape, levels: int | None) -> ImageConte
             f"model.context: {model.context} is of images, and these data are real values"
         )
     if model.classes:
-        raise UserError(
-            f"model.context: {model.context}, and model.classes: {model.classes}: a model is given "
-            f"one of the two"
-        )
+        both = f"model.context: {model.context}, and model.classes: {model.classes}"
+        raise UserError(f"{both}: a model is given one of the two")
     return ImageContext(model.context, model.context_factor, shape, levels)
 
 
@@ -169,13 +165,6 @@ def _with_context() -> list[str]:
     names = configuration.component_names(Model)
     builds = {name: configuration.component(Model, name).build for name in names}
     return [name for name in names if "context" in inspect.signature(builds[name]).parameters]
-
-
-def _no_labels_to_drop(config: Config) -> str:
-    why = "the model has no classes: set model.classes"
-    if config.model.classes:
-        why = f"the networks of {config.model.name} do not see the class: leave it at 0"
-    return f"model.label_dropout: {config.model.label_dropout:g}, but {why}"
 
 
 def _require_centred(config: Config) -> None:

@@ -49,9 +49,7 @@ def _named(documented: object, build: Callable[..., Any]) -> Named:
 
 @functools.cache
 def _shipped(base: type[Component]) -> dict[str, Named]:
-    """The data sets or models of flowtrain: modules with a function `build`, and the functions in
-    tables `BUILDS`.
-    """
+    """The data sets or models of flowtrain: functions `build` of modules, and those in `BUILDS`."""
     spec = importlib.util.find_spec(f"flowtrain.{base.package}")
     assert spec is not None
     found = {}
@@ -131,17 +129,10 @@ def _described_arguments(function: Callable[..., object]) -> dict[str, str]:
 
 
 # Names of keys in other trainers, whose letters do not lead to ours.
-ELSEWHERE = {
-    "learning_rate": "train.lr",
-    "epochs": "train.num_steps",
-    "max_epochs": "train.num_steps",
-    "max_steps": "train.num_steps",
-    "iterations": "train.num_steps",
-    "grad_clip": "train.clip_norm",
-    "max_grad_norm": "train.clip_norm",
-    "image_size": "data.size",
-    "hidden_channels": "model.width",
-}
+ELSEWHERE = {"learning_rate": "train.lr", "image_size": "data.size"}
+ELSEWHERE |= {"hidden_channels": "model.width"}
+ELSEWHERE |= dict.fromkeys(("epochs", "max_epochs", "max_steps", "iterations"), "train.num_steps")
+ELSEWHERE |= dict.fromkeys(("grad_clip", "max_grad_norm"), "train.clip_norm")
 
 
 def owners(base: type[Component], option: str) -> list[str]:

@@ -15,19 +15,9 @@ from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed, torchrun
 from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
-from flowtrain.training import loggers
+from flowtrain.training import loggers, reporting
 from flowtrain.training.delayed_metrics import DelayedMetrics, StepMetrics
 from flowtrain.training.optim import copies_of_weights, learning_rate
-from flowtrain.training.reporting import (
-    announce_end,
-    bring_up_to_date,
-    log,
-    require_finite_end,
-    sample,
-    save,
-    show,
-    validate,
-)
 from flowtrain.training.resume import announce, checkpoint_to_resume, require_same_everywhere, start
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
@@ -65,17 +55,16 @@ def fit(
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
-            bring_up_to_date(run, saved, config, flow, str(device))
-            require_finite_end(run, saved.meta["step"])
+            reporting.bring_up_to_date(run, saved, config, flow, str(device))
+            reporting.require_finite_end(run, saved.meta["step"])
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
         flow = flow.to(device)
         require_memory(flow, config, device)
         console.print(f"reading {config.data.name}")
         with distributed.main_process_first():  # it may download
-            batches = Batches(
-                data, config, config.train.batch_size * config.train.accumulate, device
-            )
+            images = config.train.batch_size * config.train.accumulate
+            batches = Batches(data, config, images, device)
             validation = data.split("validation")
         fingerprint = data.fingerprint
         if batches.labels is not None:
@@ -91,9 +80,9 @@ def fit(
                 # `last` may not exist yet, or be later than the checkpoint that was resumed from.
                 if not distributed.from_main(run.best.exists):
                     state.progress.best = state.progress.best_step = None  # of another run
-                save(state, run, numbered=False, wait=True)
+                reporting.save(state, run, numbered=False, wait=True)
             else:
-                bring_up_to_date(run, saved, config, state.flow, str(device))
+                reporting.bring_up_to_date(run, saved, config, state.flow, str(device))
             distributed.barrier()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"
@@ -109,8 +98,8 @@ def fit(
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
             raise Interrupted(stop.signum)
-        require_finite_end(run, state.progress.step)
-        announce_end(state, run)
+        reporting.require_finite_end(run, state.progress.step)
+        reporting.announce_end(state, run)
 
 
 def _loop(
@@ -139,21 +128,16 @@ def _loop(
         metrics.receive(leaving=1)  # while the device works on this step
 
         ends = state.reached_end(metrics.seconds)  # by the clock that all processes share
+        periods = config.log_every, config.validate_every, config.sample_every
         logs, validates, samples, periodic = (
-            ends or progress.step % every == 0
-            for every in (
-                config.log_every,
-                config.validate_every,
-                config.sample_every,
-                config.checkpoint_every,
-            )
+            ends or progress.step % every == 0 for every in (*periods, config.checkpoint_every)
         )
         due = logs or validates or samples or periodic or stop.signum or metrics.failed
         if due:
             metrics.receive(leaving=0)
         clock.tick(batches.all_processes)
         if metrics.last is not None and metrics.failed is None:
-            show(state, metrics.last.loss, clock, bar)
+            reporting.show(state, metrics.last.loss, clock, bar)
         if not due:
             continue
         assert metrics.last is not None
@@ -169,18 +153,18 @@ def _loop(
             continue
         if stop.signum and validates and not ends:
             # The user may not wait for the validation.
-            save(state, run, numbered=False, wait=True)
+            reporting.save(state, run, numbered=False, wait=True)
 
         progress.finished = ends
         if logs:
-            log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
-        best = validates and validate(state, run, validation)
+            reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
+        best = validates and reporting.validate(state, run, validation)
         if samples:
-            sample(state, run, validation if len(validation) else batches.source)
+            reporting.sample(state, run, validation if len(validation) else batches.source)
         stopped = bool(stop.signum)
         clock.skip()
         if periodic or stopped:
-            save(state, run, numbered=periodic, best=best, wait=ends or stopped)
+            reporting.save(state, run, numbered=periodic, best=best, wait=ends or stopped)
         elif best:
             run.save_best(state.meta(), state.tensors())
         if validates or samples or periodic:
@@ -207,16 +191,9 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     layer = layers[0] if layers else None
     where = layer or "no layer, when computed again in float32"
     events = now.non_finite + 1
-    evidence = run.write_json(
-        f"non-finite-{events}.json",
-        {
-            "step": failed.step,
-            "loss": str(failed.loss),
-            "grad_norm": str(failed.grad_norm),
-            "lr": failed.rate,
-            "first_non_finite": layer,
-        },
-    )
+    figures = {"step": failed.step, "loss": str(failed.loss), "grad_norm": str(failed.grad_norm)}
+    figures |= {"lr": failed.rate, "first_non_finite": layer}
+    evidence = run.write_json(f"non-finite-{events}.json", figures)
     console.print(
         f"step {failed.step}: loss {failed.loss}, gradient norm {failed.grad_norm}: first not "
         f"finite: {where} ({evidence})"
@@ -235,7 +212,7 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
         lr_scale=lr_scale,
     )
     run.cut_back(state.progress.step, state.config)
-    save(state, run, numbered=False, wait=True)
+    reporting.save(state, run, numbered=False, wait=True)
     distributed.barrier()  # the checkpoint is written
     limit = state.config.train.max_non_finite
     if events > limit:

@@ -216,11 +216,8 @@ def learning_rate(config: Train, step: int, seconds: float) -> float:
         assert config.budget is not None
         progress = seconds / config.budget
     progress = min(max(progress, 0.0), 1.0)
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[config.schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[config.schedule]
     return config.lr * warmup * decay
 
 

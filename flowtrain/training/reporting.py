@@ -52,11 +52,7 @@ def validate(state: State, run: RunDirectory, validation: Split) -> bool:
 
 def _row(progress: Progress, split: Literal["train", "validation"], **figures: Any) -> Row:
     return Row(
-        step=progress.step,
-        images=progress.images,
-        seconds=progress.seconds,
-        split=split,
-        **figures,
+        step=progress.step, images=progress.images, seconds=progress.seconds, split=split, **figures
     )
 
 
@@ -77,9 +73,7 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 @distributed.main_only
 def sample(state: State, run: RunDirectory, beside: Split) -> None:
-    """Saves a picture of samples. Their latents are the same at every step, so each image can be
-    followed through the training.
-    """
+    """Saves a picture of samples. All steps have the same latents, so images can be followed."""
     z = state.flow.draw_latents(
         state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
     )

@@ -151,8 +151,8 @@ def _other_value(path: Path, key: str, there: object, here: object) -> UserError
 
 
 def _earlier(saved: Checkpoint) -> Config:
-    """The configuration of a checkpoint whose names are those of this command, with the defaults of
-    keys that are newer than it.
+    """The configuration of a checkpoint, with the defaults of keys that are newer than it. Its data
+    set and model are those of this command, which the user trusts.
     """
     return configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
 

@@ -21,12 +21,7 @@ from flowtrain.pictures import grid
 from flowtrain.results import Row
 from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
-from flowtrain.system.files import (
-    append_regular,
-    read_regular,
-    remove_left_overs,
-    write_atomically,
-)
+from flowtrain.system.files import append_regular, read_regular, remove_left_overs, write_atomically
 from flowtrain.training import loggers
 from flowtrain.training.loggers import Logger
 
@@ -334,9 +329,7 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _failing_quietly() -> Iterator[None]:
-    """Suppresses the traceback of TensorBoard's thread if it cannot write. The next use of the
-    writer raises the error.
-    """
+    """Hides the traceback of TensorBoard's thread. The next use of the writer raises its error."""
     before = threading.excepthook
     threading.excepthook = lambda args: (
         None if isinstance(args.exc_value, OSError) else before(args)

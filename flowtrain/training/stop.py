@@ -67,20 +67,19 @@ class Clock:
         # Where this part of the run began. An earlier part may have had another speed.
         self.first_step, self.first_seconds = state.progress.step, state.progress.seconds
 
-    def _elapsed(self) -> float:
+    def tick(self, images: int = 0) -> None:
+        """Call it after each part of a step, after the last part with its images."""
+        self.window_seconds += self.skip()
+        self.window_images += images
+
+    def skip(self) -> float:
+        """Call it after anything else, such as validation. It counts as time of the run. Returns
+        the seconds since the last call of this or `tick`.
+        """
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         self.state.progress.seconds += elapsed
         return elapsed
-
-    def tick(self, images: int = 0) -> None:
-        """Call it after each part of a step, after the last part with its images."""
-        self.window_seconds += self._elapsed()
-        self.window_images += images
-
-    def skip(self) -> None:
-        """Call it after anything else, such as validation. It counts as time of the run."""
-        self._elapsed()
 
     def images_per_second(self, begin_anew: bool) -> float:
         """The speed since the last call with `begin_anew`."""

@@ -56,17 +56,13 @@ def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, fits, monkeypa
 
 
 @pytest.mark.run
-@pytest.mark.parametrize(
-    "model, message",
-    [
+def test_an_absurd_model_gets_no_memory():
+    for model, message in (
         ({"name": "nice", "width": 2**20}, r"weights take [0-9,.]+ GiB"),
-        ({"name": "nice", "couplings": 2**20}, "too many layers"),
         ({"name": "planar", "layers": 2**20}, "too many layers"),
-    ],
-)
-def test_an_absurd_model_gets_no_memory(model, message):
-    with pytest.raises(UserError, match=message):
-        build_flow(a_config(model), SHAPE, 256)
+    ):
+        with pytest.raises(UserError, match=message):
+            build_flow(a_config(model), SHAPE, 256)
 
 
 def test_a_model_that_its_file_does_not_hold_gets_no_memory(tmp_path, monkeypatch):

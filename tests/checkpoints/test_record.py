@@ -23,11 +23,7 @@ BROKEN = [
     ("summary.json", None, "a/summary.json: cannot be read: No such file"),
     ("summary.json", '{"step": 4', "a/summary.json: broken: Invalid JSON"),
     ("summary.json", summary(parameters="gone"), "a/summary.json: parameters: Field required"),
-    (
-        *("summary.json", summary(parameters="many")),
-        "a/summary.json: parameters: Input should be a valid integer, unable to parse string as "
-        "an integer, got 'many'",
-    ),
+    ("summary.json", summary(parameters="many"), "as an integer, got 'many'"),
     ("summary.json", summary(seconds=float("nan")), "a/summary.json: seconds:"),
     ("metrics.jsonl", f"{json.dumps(ROWS[0])}\n{{\n", "a/metrics.jsonl, line 2: broken"),
     ("metrics.jsonl", "[1]\n", "a/metrics.jsonl, line 1: broken"),

@@ -419,13 +419,13 @@ def test_the_death_of_one_ends_the_others(victim, world, signum):
 SLOW_SAMPLES = """
 import time
 from flowtrain.system import distributed, torchrun
-from flowtrain.training import loop
+from flowtrain.training import reporting
 
 def sample(state, *others):
     if distributed.is_main() and state.progress.step == 1:
         time.sleep(4)
 
-loop.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
+reporting.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
 """
 
 

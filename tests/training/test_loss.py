@@ -116,14 +116,25 @@ def test_every_model_is_traced_or_has_loops():
         assert ("reversible" in modes) == ("inverse" not in flow.bijection.untraceable_directions())
 
 
+# Layers of one shape share a graph. There are three kinds of couplings: two levels, and the prior
+# of the first. The gradient of a layer is another graph. The prior is in no chain, so its input is
+# kept.
 @compiles
 @pytest.mark.run
-@pytest.mark.parametrize("memory", ["store", "reversible"])
-def test_layers_of_one_shape_share_a_graph(memory, monkeypatch):
-    """Three kinds of couplings: two levels, and the prior of the first."""
+@pytest.mark.parametrize(
+    "value, memory, graphs",
+    [
+        ("off", "store", 0),
+        ("layers", "store", 3),
+        ("layers", "reversible", 5),
+        ("step", "store", 1),
+    ],
+)
+def test_each_value_of_compile(value, memory, graphs, monkeypatch):
+    """Few graphs, and the same gradient."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = a_config({**GLOW, "steps": 3}, train={"compile": "layers", "memory": memory})
+    config = a_config({**GLOW, "steps": 3}, train={"compile": value, "memory": memory})
     flow = perturb(build_flow(config, (1, 8, 8), 256))
     x = images(8, (1, 8, 8))
     initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
@@ -134,9 +145,7 @@ def test_layers_of_one_shape_share_a_graph(memory, monkeypatch):
         torch._dynamo.utils.counters.clear()
         found.append((train_step(state, x), [p.grad for p in flow.parameters()]))
     torch.testing.assert_close(found[0], found[1])
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # The gradient of a layer is another graph. The prior is in no chain, so its input is kept.
-    assert graphs == (3 if memory == "store" else 5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 # --- errors instead of wrong runs -----------------------------------------------------------------
@@ -158,18 +167,12 @@ def a_state(model, **train):
 @pytest.mark.run
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_gradient_is_an_error(precision, uncompiled):
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return 1.2 * gradient
+    def wrong(*part):
+        right = loss(*part)
+        return right + 0.2 * (right - right.detach())  # the value is right
 
     state, *batch = a_state("nice", precision=precision, compile="layers")
-    loss = state.loss
-    state.loss = lambda *part: Wrong.apply(loss(*part))
+    loss, state.loss = state.loss, wrong
     with pytest.raises(RunError, match="gradient.*by 0.2 of its norm.*set train.compile=off"):
         train_step(state, *batch)
     state.loss = loss
@@ -220,6 +223,8 @@ def test_loops_are_refused(key):
             require_possible(flow, config.train, device)
         config = a_config(model, train={**options, "compile": "layers"})
         require_possible(flow, config.train, CPU)
+    with pytest.raises(UserError, match="^train.cuda_graph: needs a CUDA device.*on cpu$"):
+        require_possible(flow, a_config(train={"cuda_graph": True}).train, CPU)
 
 
 # --- CUDA graphs, without CUDA --------------------------------------------------------------------

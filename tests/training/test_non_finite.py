@@ -31,9 +31,7 @@ def assert_finite(path):
 
 
 def test_a_rate_that_is_far_too_high(tmp_path):
-    """It rolls back, names a layer, lowers the rate, and in the end stops with evidence and finite
-    weights.
-    """
+    """It rolls back, names a layer, lowers the rate, and stops with evidence and finite weights."""
     often = ["train.checkpoint_every=100", "train.log_every=1", "train.validate_every=1"]
     done = quick(
         "train", *TINY_RUN, *often, "train.lr=1e30", "train.max_non_finite=3", cwd=tmp_path
@@ -66,9 +64,7 @@ def test_numbers_that_come_one_step_late_are_the_same(tmp_path):
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
-    """The gradient is finite, and the step takes the weights to infinity, just before a
-    checkpoint.
-    """
+    """The gradient is finite, but the step takes the weights to infinity before a checkpoint."""
     with pytest.raises(RunError, match="1 steps not finite.*parameter bijection."):
         train(tmp_path, lr=1e39, checkpoint_every=1, max_non_finite=0)
     assert checkpoint_format.read(last(tmp_path)).meta["step"] == 0
@@ -106,9 +102,7 @@ def once(folder, *words, **options):
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
-    """After the first event, half the rate is enough, and the run ends well; its best checkpoint is
-    not lost.
-    """
+    """After the first event, half the rate is enough. The best checkpoint is not lost."""
     done = once(tmp_path, "train.validate_every=1")
     assert "step 7: loss nan" in done.out
     assert "back at step 5, with the learning rate times 0.5" in done.out

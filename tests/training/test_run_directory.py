@@ -108,11 +108,8 @@ def meanwhile(monkeypatch):
 
     def call(function):
         def fsync(handle):
-            thread = threading.current_thread().name
-            if (
-                thread.startswith(THREAD)
-                and ".last." in Path(f"/proc/self/fd/{handle}").readlink().name
-            ):
+            file = Path(f"/proc/self/fd/{handle}").readlink().name
+            if threading.current_thread().name.startswith(THREAD) and ".last." in file:
                 function()
             real(handle)
 
