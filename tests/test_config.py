@@ -53,13 +53,8 @@ def written(path, text):
     [
         ("train.lr=5e-4", 5e-4),  # PyYAML reads it as a string.
         ("train.lr=1", 1.0),
-        ("train.batch_size=32", 32),
-        ("train.ema=0", 0.0),
-        ("seed=7", 7),
-        ("data.flip=true", True),
         ("data.flip=null", None),
         ("data.validation=5000", 5000.0),
-        ("model.coupling=additive", "additive"),
         ("model.levels = 2", 2),
         ("train.compile=off", "off"),  # PyYAML reads it as false.
         ("train.logger=wandb", ["wandb"]),

@@ -146,10 +146,9 @@ def _require_labels(data: DataSet, classes: int) -> None:
     have to be downloaded or decoded first.
     """
     images = data.train_images
-    if classes and images.labels is None:
-        labels_for(classes, None, data.config.name)
-    elif classes and images.labels is not None and images.at_hand():
-        labels_for(classes, torch.from_numpy(images.labels()), data.config.name)
+    if classes and (images.labels is None or images.at_hand()):
+        labels = None if images.labels is None else torch.from_numpy(images.labels())
+        labels_for(classes, labels, data.config.name)
 
 
 def _batch(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:

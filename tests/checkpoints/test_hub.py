@@ -84,9 +84,15 @@ def test_a_model_goes_to_the_hub_and_back_by_commands(hub, tmp_path):
     assert "import" not in quick("info", "hf://me/digits", cwd=tmp_path, first=code, **env).ok().err
 
 
-def test_what_was_uploaded_is_downloaded(here, tmp_path):
+def test_what_was_uploaded_is_downloaded(here, tmp_path, monkeypatch):
     url = hub_models.upload("me/digits", FILES, private=False)
     assert url == f"{here.url}/me/digits" and not here.repositories["me/digits"].private
+    here.asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_format, "largest", lambda: 1000)
+        with pytest.raises(UserError, match=f"has {len(MODEL):,} bytes, more than the 1,000"):
+            find("hf://me/digits")
+    assert [asked for asked in here.asked if asked.startswith("GET /me")] == []
     path = find("hf://me/digits")
     assert path.read_bytes() == MODEL and path.is_relative_to(tmp_path / "cache")
     assert hub_models.repository_of(path) == "me/digits"
@@ -175,15 +181,6 @@ def test_a_repository_without_a_model_of_flowtrain(content, message, here):
     here.repositories["a/b"].commit({"README.md": b"", **files})
     with pytest.raises(UserError, match=message):
         load_model("hf://a/b", CPU)
-
-
-def test_a_file_that_cannot_fit_is_not_downloaded(here, monkeypatch):
-    hub_models.upload("me/digits", FILES, private=False)
-    here.asked.clear()
-    monkeypatch.setattr(checkpoint_format, "largest", lambda: 1000)
-    with pytest.raises(UserError, match=f"has {len(MODEL):,} bytes, more than the 1,000"):
-        find("hf://me/digits")
-    assert [asked for asked in here.asked if asked.startswith("GET /me")] == []
 
 
 def test_uploading_needs_an_account(here, monkeypatch):

@@ -196,7 +196,6 @@ DAMAGE = {
     "bytes": lambda line: b"\xff\xfe" + line,
     "keys": lambda line: b'{"step": 10, "split": "train"}',
     "deep": lambda line: b"[" * 100_000,
-    "number": lambda line: b"3",
 }
 
 
