@@ -27,7 +27,6 @@ class QuantizedImages:
     """Images of integers 0..Q-1. Their probability has a bound, in bits per dimension."""
 
     unit = "bits/dim"  # unit of the loss, for messages
-    metric = "bits_per_dim"  # name of the loss in files
     no_bits: str | None = None  # the reason why a likelihood has no bits per dimension
     bound = "a bound"  # the word for a likelihood that is not exact
     exact = False  # whether there is no dequantization noise, so that the likelihood is exact
@@ -99,7 +98,6 @@ class NoisyImages(QuantizedImages):
     """
 
     unit = "nats/dim"
-    metric = "nats_per_dim"
     no_bits = (
         "a model trained with Gaussian noise (dequantization.name: gaussian) is a density of noisy "
         "images, which has no bits per dimension"
@@ -130,7 +128,7 @@ class Points:
 
     levels = None
     words = "real values"
-    unit = metric = "nats"
+    unit = "nats"
     no_bits = "real-valued data have a density, which has no bits per dimension"
     bound = "exact"
     exact = True

@@ -193,7 +193,7 @@ def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> Non
     arrays |= {"format": np.array(FORMAT), "model": np.array(hash_of_model)}
     arrays["vector"] = torch.stack([each.vector for each in directions]).numpy()
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     save_file(path, buffer.getvalue(), named=False)
 
 

@@ -48,7 +48,7 @@ def npz(latents: Latents, model: LoadedModel) -> bytes:
     if latents.classes is not None:
         arrays["classes"] = latents.classes.numpy()
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)  # noise: compression would gain a tenth
+    np.savez(buffer, **arrays)  # noise: compression would gain a tenth
     return buffer.getvalue()
 
 
@@ -88,7 +88,7 @@ def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
     """Images or points `(N, C, H, W)` with names as an .npz file, like that of `sample`."""
     buffer = io.BytesIO()
     arrays = {"images": x.movedim(1, -1).numpy(), "names": np.array(names, dtype=np.str_)}
-    np.savez_compressed(buffer, allow_pickle=False, **arrays, **flow.kind.npz())
+    np.savez_compressed(buffer, **arrays, **flow.kind.npz())
     return buffer.getvalue()
 
 

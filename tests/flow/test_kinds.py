@@ -15,18 +15,18 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 @pytest.mark.parametrize(
-    "kind, type_of, unit, metric, loss, draws, no_bits",
+    "kind, type_of, unit, loss, draws, no_bits",
     [
-        (IMAGES, QuantizedImages, "bits/dim", "bits_per_dim", 2, LN2, None),
-        (NOISY, NoisyImages, "nats/dim", "nats_per_dim", 2 * LN2, LN3 / 2, "Gaussian noise"),
-        (POINTS, Points, "nats", "nats", 8 * LN2, LN2, "real-valued data have a density"),
-        (kind_of(None, True), SurfacePoints, "nats", "nats", 8 * LN2, LN2, "real-valued data"),
+        (IMAGES, QuantizedImages, "bits/dim", 2, LN2, None),
+        (NOISY, NoisyImages, "nats/dim", 2 * LN2, LN3 / 2, "Gaussian noise"),
+        (POINTS, Points, "nats", 8 * LN2, LN2, "real-valued data have a density"),
+        (kind_of(None, True), SurfacePoints, "nats", 8 * LN2, LN2, "real-valued data"),
     ],
 )
-def test_each_kind(kind, type_of, unit, metric, loss, draws, no_bits):
+def test_each_kind(kind, type_of, unit, loss, draws, no_bits):
     levels = None if isinstance(kind, Points) else 16
     assert type(kind) is type_of and kind.levels == levels
-    assert (kind.unit, kind.metric) == (unit, metric)
+    assert kind.unit == unit
     assert kind.loss(torch.tensor([-8 * LN2]), 4).item() == pytest.approx(loss)
     # The log of the mean probability, or the mean log-density of noisy images.
     together = kind.over_draws(torch.tensor([[0.0, -999.0], [LN3, -999 + LN3]])).tolist()

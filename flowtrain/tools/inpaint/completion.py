@@ -126,5 +126,5 @@ def npz(
     }
     if isinstance(given.constraint, Pixels):
         arrays["known"] = given.constraint.known[0].numpy()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays, seed=seed, **model.flow.kind.npz())
+    np.savez_compressed(buffer, **arrays, seed=seed, **model.flow.kind.npz())
     return buffer.getvalue()
