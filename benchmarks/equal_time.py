@@ -39,7 +39,7 @@ def trained(config: Config, data: DataSet) -> tuple[State, list[float]]:
     Every hundred steps there is a line on standard error: their mean loss.
     """
     device = torch.device("cpu")
-    flow = build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.num_bins)
     batches = Batches(data, config, config.train.batch_size * config.train.accumulate, device)
     state = start(config, flow, {}, None, None, batches)
     progress = state.progress

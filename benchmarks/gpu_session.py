@@ -343,7 +343,7 @@ def measure_floor(session: Session, model: str, batch: int) -> Result:
     """The products and convolutions of a step alone. No step can be faster with the same ones."""
     config = session.config(model, memory="store", batch_size=batch, num_steps=10)
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels).to(session.device)
+    flow = build_flow(config, data.shape, data.num_bins).to(session.device)
     with contextlib.closing(Batches(data, config, batch, session.device)) as batches:
         state = start(config, flow, {}, None, None, batches)
         x, labels = batches.at(state.progress)

@@ -33,9 +33,9 @@ def flow_of(name: str) -> Flow:
     """
     config = load_config(find_config(name))
     data = DataSet(config.data)
-    assert data.kind.levels is not None
-    flow = build_flow(config, data.shape, data.kind.levels)
-    x = torch.randint(data.kind.levels, (IMAGES, *data.shape), dtype=torch.uint8)
+    assert data.kind.num_bins is not None
+    flow = build_flow(config, data.shape, data.kind.num_bins)
+    x = torch.randint(data.kind.num_bins, (IMAGES, *data.shape), dtype=torch.uint8)
     initialize(flow, x, torch.rand(x.shape, dtype=flow.dtype))
     return flow.eval().requires_grad_(False)
 

@@ -26,7 +26,7 @@ def check(images, count=None):
     """What every data set promises about its pixels; returns those of this part."""
     pixels = images.read()
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    assert pixels.shape[1:] == images.shape and pixels.max() < images.levels
+    assert pixels.shape[1:] == images.shape and pixels.max() < images.num_bins
     pixels = pixels if images.rows is None else pixels[images.rows()]
     assert count is None or len(pixels) == count
     return pixels

@@ -60,7 +60,7 @@ def agrees(constraint, x):
         same = (x == constraint.x) | ~constraint.known
     else:
         context = constraint.context
-        same = (context.of(x).float() + 0.5) / context.levels == constraint.mean
+        same = (context.of(x).float() + 0.5) / context.num_bins == constraint.mean
     return same.flatten(1).all(dim=1)
 
 

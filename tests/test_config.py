@@ -343,7 +343,7 @@ def test_a_shipped_configuration_builds_its_model(path, tmp_path):
         section = load_config(path, [f"data.path={tmp_path}"]).data
     data = DataSet(section)
     with torch.device("meta"):
-        flow = build_flow(config, data.shape, data.levels)
+        flow = build_flow(config, data.shape, data.num_bins)
     count = sum(p.numel() for p in flow.parameters())
     assert count > 1e6 if path.stem in PAPER_SIZED else count < 5e6
     assert parse(yaml.safe_load(path.read_text())).resolved() == config.resolved()

@@ -127,7 +127,7 @@ def test_a_step_waits_for_nothing(memory: str, optimizer: str) -> None:
     settings += ["train.precision=bf16", "data.flip=true", "data.shift=1", "train.clip_norm=1"]
     config = load_config(find_config(GLOW), settings)
     data, device = DataSet(config.data), devices.resolve("cuda")
-    flow = build_flow(config, data.shape, data.levels).to(device)
+    flow = build_flow(config, data.shape, data.num_bins).to(device)
     batches = Batches(data, config, 16, device)
     state = start(config, flow, data.fingerprint, None, None, batches)
     metrics = DelayedMetrics(state, Clock(state), Stop())

@@ -184,13 +184,13 @@ def built(values):
     """Data and model of a configuration in JSON, before any training."""
     settings = parse(json.loads(values))
     data = DataSet(settings.data)
-    flow = build_flow(settings, data.shape, data.levels)
+    flow = build_flow(settings, data.shape, data.num_bins)
     try:
         tests = len(data.split("test"))
     except UserError:  # it has none
         tests = 0
     parameters = {name: tensor.shape for name, tensor in flow.state_dict().items()}
-    return data.fingerprint, data.shape, data.levels, tests, parameters
+    return data.fingerprint, data.shape, data.num_bins, tests, parameters
 
 
 def trained(values, folder):

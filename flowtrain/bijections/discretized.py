@@ -33,8 +33,8 @@ class DiscretizedMixture:
     parameters have shape `(B, 3 K E, ...)` for entries `(B, E, ...)`.
     """
 
-    def __init__(self, levels: int, components: int):
-        self.levels, self.components = levels, components  # Q, K
+    def __init__(self, num_bins: int, components: int):
+        self.num_bins, self.components = num_bins, components  # Q, K
         self.parameters_per_entry = 3 * components
 
     def start(self) -> Tensor:
@@ -54,14 +54,14 @@ class DiscretizedMixture:
         """
         scale = (-log_scale).exp()
         below = ((x - 0.5 - location) * scale).masked_fill(x <= 0, -FAR)
-        above = ((x + 0.5 - location) * scale).masked_fill(x >= self.levels - 1, FAR)
+        above = ((x + 0.5 - location) * scale).masked_fill(x >= self.num_bins - 1, FAR)
         results: tuple[Tensor, Tensor] = _Ordinal.apply(
-            x, u, below, above, parameters, self.components, self.levels
+            x, u, below, above, parameters, self.components, self.num_bins
         )
         return results
 
     def one_entry(self, device: torch.device) -> "OneEntry":
-        return OneEntry(self.levels, self.components, device)
+        return OneEntry(self.num_bins, self.components, device)
 
 
 class OneEntry:
@@ -71,14 +71,14 @@ class OneEntry:
     groups. So a level is found from few values of F: of the groups, then of one group.
     """
 
-    def __init__(self, levels: int, components: int, device: torch.device):
-        self.levels, self.components = levels, components
-        self.group = math.ceil(math.sqrt(levels))  # levels in a group; the last may have fewer
-        groups = math.ceil(levels / self.group)
-        x = torch.arange(groups * self.group + 1, device=device).clamp_(max=levels)
-        self.lower = torch.where(x == levels, FAR, x - 0.5).double()
+    def __init__(self, num_bins: int, components: int, device: torch.device):
+        self.num_bins, self.components = num_bins, components
+        self.group = math.ceil(math.sqrt(num_bins))  # levels in a group; the last may have fewer
+        groups = math.ceil(num_bins / self.group)
+        x = torch.arange(groups * self.group + 1, device=device).clamp_(max=num_bins)
+        self.lower = torch.where(x == num_bins, FAR, x - 0.5).double()
         self.lower[0] = -FAR
-        self.uniform = x.double() * (UNIFORM / levels)
+        self.uniform = x.double() * (UNIFORM / num_bins)
         self.starts = torch.arange(groups + 1, device=device)[:, None] * self.group
         self.within = torch.arange(self.group + 1, device=device)[:, None]
 
@@ -123,7 +123,7 @@ class Entry:
         """The inverse of `split`."""
         level = torch.add(inner, group, alpha=self.tables.group)
         # The last group may have too many levels. F is 1 there, but for parameters near infinity.
-        return level.clamp_(max=self.tables.levels - 1)
+        return level.clamp_(max=self.tables.num_bins - 1)
 
     def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The levels `(B,)` whose ranges `[F(x), F(x + 1))` have the numbers, and the ranges."""
@@ -167,22 +167,22 @@ class _Ordinal(torch.autograd.Function):
         above: Tensor,
         parameters: Tensor,
         components: int,
-        levels: int,
+        num_bins: int,
     ) -> tuple[Tensor, Tensor]:
         weights, offsets, inverse_scales, gate = _split(parameters, components)
         # 1 where an entry is mirrored, else 0. (`where` is slower than `lerp` on a CPU.)
         mirrored = (below + above > 0).to(x.dtype)
         sign = 1 - 2 * mirrored
         share = torch.lerp(u, 1 - u, mirrored)
-        count = torch.lerp(x, levels - 1 - x, mirrored).add_(share)  # levels in the tail
+        count = torch.lerp(x, num_bins - 1 - x, mirrored).add_(share)  # levels in the tail
         slope = inverse_scales.mul_(sign[:, None])
         low = torch.lerp(below, above, mirrored)[:, None].sub(offsets).mul_(slope)
         high = torch.lerp(above, below, mirrored)[:, None].sub(offsets).mul_(slope)
         f_low, f_high = low.sigmoid(), high.sigmoid()
         mass = (weights * (f_high - f_low)).sum(dim=1)
         tail = (weights * f_low).sum(dim=1).addcmul_(share, mass)
-        tail = tail.mul_(1 - UNIFORM).add_(count, alpha=UNIFORM / levels)
-        probability = mass * (1 - UNIFORM) + UNIFORM / levels
+        tail = tail.mul_(1 - UNIFORM).add_(count, alpha=UNIFORM / num_bins)
+        probability = mass * (1 - UNIFORM) + UNIFORM / num_bins
         z = sign * torch.special.ndtri(tail.clamp_(max=1 - torch.finfo(x.dtype).eps))
         log_derivative = probability.log() + 0.5 * z.square() + math.log(ROOT_TAU)
         ctx.save_for_backward(

@@ -127,10 +127,7 @@ def tolerance(x: Tensor) -> float:
 
 
 def fixed_point(
-    step: Callable[[Tensor], tuple[Tensor, Tensor]],
-    start: Tensor,
-    at_most: int,
-    progress: Progress,
+    step: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, at_most: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Jacobi iteration: `x` with `step(x)[0] == x`, and `step(x)[1]`.
 

@@ -133,14 +133,14 @@ class OrdinalAutoregressive(DataDependentInit):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        levels: int,
+        num_bins: int,
         token: int,
         prediction: Prediction,
         conditioner: TokenNet,
         mixture: DiscretizedMixture,
     ):
         super().__init__()
-        self.shape, self.levels, self.token = shape, levels, token
+        self.shape, self.num_bins, self.token = shape, num_bins, token
         self.prediction = prediction
         self.conditioner = conditioner
         self.mixture = mixture
@@ -149,8 +149,8 @@ class OrdinalAutoregressive(DataDependentInit):
 
     def _levels_of(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The levels, as real numbers without a gradient, and u, both `(B, C, H, W)`."""
-        y = (v + 0.5) * self.levels
-        x = y.floor().clamp_(0, self.levels - 1).detach()
+        y = (v + 0.5) * self.num_bins
+        x = y.floor().clamp_(0, self.num_bins - 1).detach()
         return x, y - x
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class OrdinalAutoregressive(DataDependentInit):
 
     def _value(self, x: Tensor) -> Tensor:
         """Levels scaled to [-1, 1]."""
-        return x * (2 / (self.levels - 1)) - 1
+        return x * (2 / (self.num_bins - 1)) - 1
 
     def bounded_log_scale(self) -> Tensor:
         """The log-scales of the residuals of a token's entries, `(E, 1, 1)`."""
@@ -175,9 +175,9 @@ class OrdinalAutoregressive(DataDependentInit):
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if self.initialized:
             return
-        levels = self._tokens(self._levels_of(x[: self.initialization_images])[0])
-        deviation = self.prediction.fit(self._value(levels))
-        half_a_level = 1 / (self.levels - 1)  # entries that never vary have a scale, too
+        num_bins = self._tokens(self._levels_of(x[: self.initialization_images])[0])
+        deviation = self.prediction.fit(self._value(num_bins))
+        half_a_level = 1 / (self.num_bins - 1)  # entries that never vary have a scale, too
         with torch.no_grad():
             log_scale = deviation.clamp(min=half_a_level).log()
             self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
@@ -187,7 +187,7 @@ class OrdinalAutoregressive(DataDependentInit):
         self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         z, log_derivative = self.by_entry(v, context, noise)
-        constant = math.prod(self.shape) * math.log(self.levels)
+        constant = math.prod(self.shape) * math.log(self.num_bins)
         return z.flatten(1), sum_per_example(log_derivative) + constant
 
     def order(self) -> Tensor:
@@ -224,12 +224,12 @@ class OrdinalAutoregressive(DataDependentInit):
         places = (e * tokens.shape[2] + row // r) * tokens.shape[3] + column // r
         count = self.mixture.parameters_per_entry
         of_entries = parameters.unflatten(1, (count, -1)).flatten(2)[:, :, places, None]
-        size = (len(x), len(entries), self.levels)
+        size = (len(x), len(entries), self.num_bins)
         return terms, self._log_probs_at(
-            torch.arange(self.levels, device=x.device).to(x).expand(size),
+            torch.arange(self.num_bins, device=x.device).to(x).expand(size),
             location.flatten(1)[:, places, None],
             log_scale.flatten()[e, None],
-            of_entries.expand(-1, -1, -1, self.levels).flatten(1, 2),
+            of_entries.expand(-1, -1, -1, self.num_bins).flatten(1, 2),
         )
 
     def _log_probs_at(
@@ -262,7 +262,7 @@ class OrdinalAutoregressive(DataDependentInit):
         seen = torch.cat([value, residual, predicted], dim=1)
         net = functools.partial(self.conditioner, noise=noise)
         parameters = apply_conditioner(net, seen, context)
-        half = (self.levels - 1) / 2  # levels per unit of value
+        half = (self.num_bins - 1) / 2  # levels per unit of value
         return (predicted + 1) * half, log_scale + math.log(half), parameters
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
@@ -274,10 +274,7 @@ class OrdinalAutoregressive(DataDependentInit):
     @one_thread()
     @torch.no_grad()
     def in_order(
-        self,
-        next_level: Callable[[Entry, int], Tensor],
-        batch: int,
-        context: Context | None = None,
+        self, next_level: Callable[[Entry, int], Tensor], batch: int, context: Context | None = None
     ) -> Tensor:
         """Builds levels `(B, C, H, W)`, int64, one entry after the other, without gradients.
 
@@ -288,7 +285,7 @@ class OrdinalAutoregressive(DataDependentInit):
         channels, height, width = self.shape
         r = self.token
         entries = channels * r**2
-        half = (self.levels - 1) / 2  # levels per unit of value
+        half = (self.num_bins - 1) / 2  # levels per unit of value
         seen = self.log_scale.new_zeros(3 * entries, batch)
         values, residuals, predicted = seen.chunk(3)
         prediction = self.prediction.by_token(values)
@@ -299,11 +296,11 @@ class OrdinalAutoregressive(DataDependentInit):
             else self.conditioner.by_token(seen, context)
         )
         distribution = self.mixture.one_entry(seen.device)
-        value_of = self._value(torch.arange(self.levels, device=seen.device).to(seen))
+        value_of = self._value(torch.arange(self.num_bins, device=seen.device).to(seen))
         log_scales = self.bounded_log_scale().flatten()
         inverse_scales = (-log_scales).exp().tolist()
         log_scales_in_levels = (log_scales + math.log(half)).tolist()
-        levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
+        num_bins = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
         for i, j in itertools.product(*map(range, size)):
             prediction.start(i, j)
             net.start(i, j)
@@ -317,12 +314,12 @@ class OrdinalAutoregressive(DataDependentInit):
                     entry = distribution(
                         (mean.double() + 1).mul_(half), log_scales_in_levels[d], parameters
                     )
-                    levels[index] = next_level(entry, index)
-                values[d] = value = value_of[levels[index]]
+                    num_bins[index] = next_level(entry, index)
+                values[d] = value = value_of[num_bins[index]]
                 residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
             prediction.end(i, j)
             net.end(i, j)
-        return levels.T.reshape(batch, *self.shape)
+        return num_bins.T.reshape(batch, *self.shape)
 
     def inverse(
         self,
@@ -345,8 +342,8 @@ class OrdinalAutoregressive(DataDependentInit):
             x = self.in_order(next_level, len(z), context).to(z)
         u = ((target - low) / (high - low)).clamp_(0, 1).T.to(z)
         # So far inside of its bin that rounding does not move it to another level.
-        edge = 2 * self.levels * torch.finfo(z.dtype).eps
-        v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.levels - 0.5
+        edge = 2 * self.num_bins * torch.finfo(z.dtype).eps
+        v = (x + u.clamp(edge, 1 - edge).reshape(x.shape)) / self.num_bins - 0.5
         return v, -self._log_det(z, high - low)
 
     def forward_matching_inverse(
@@ -361,15 +358,15 @@ class OrdinalAutoregressive(DataDependentInit):
         if not has_float64(v):
             return self._on_the_cpu("forward_matching_inverse", v, context, progress)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
-        levels = x.long().contiguous()
+        num_bins = x.long().contiguous()
         done = itertools.count(1)
-        low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
+        low = torch.empty(num_bins.shape, dtype=torch.float64, device=v.device)
         high = torch.empty_like(low)
 
         def next_level(entry: Entry, index: int) -> Tensor:
-            low[index], high[index] = entry.range(levels[index])
-            progress(next(done) / len(levels))
-            return levels[index]
+            low[index], high[index] = entry.range(num_bins[index])
+            progress(next(done) / len(num_bins))
+            return num_bins[index]
 
         with full_precision(v):
             self.in_order(next_level, len(v), context)
@@ -389,7 +386,7 @@ class OrdinalAutoregressive(DataDependentInit):
         """log_det of `forward`, from latents `(B, D)` and the levels' probabilities `(D, B)`."""
         log_density = -0.5 * z.square() - math.log(ROOT_TAU)
         log_derivative = probability.log().T.to(z) - log_density
-        return sum_per_example(log_derivative) + z.shape[1] * math.log(self.levels)
+        return sum_per_example(log_derivative) + z.shape[1] * math.log(self.num_bins)
 
 
 def discrete_model(bijection: Bijection) -> OrdinalAutoregressive | None:

@@ -87,7 +87,7 @@ def table(model: LoadedModel) -> dict[str, str]:
         "data": f"{model.config.data.name}: {shape_of(flow.shape, flow.kind)}",
         "model": f"{model.config.model.name}, {size_of(flow)}",
     }
-    if flow.kind.no_bits and flow.levels is not None:
+    if flow.kind.no_bits and flow.num_bins is not None:
         rows["likelihood"] = f"none: {flow.kind.no_bits} (sigma {flow.dequantizer.sigma})"
     if progress := meta.get("progress"):
         state = "finished" if progress["finished"] else "not finished"

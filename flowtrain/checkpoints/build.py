@@ -31,11 +31,11 @@ SMALL = 2**26
 def build_flow(
     config: Config,
     shape: Shape,
-    levels: int | None,
+    num_bins: int | None,
     copies: int = 1,
     check: Callable[[Flow], object] = lambda sizes: None,
 ) -> Flow:
-    """A new flow for images of `shape` with values 0..levels-1, or for real values (None).
+    """A new flow for images of `shape` with values 0..num_bins-1, or for real values (None).
 
     Its weights are a function of the configuration's seed. `check` is called with the flow, or, if
     that is not small, with one of the same sizes on the meta device before the weights get any
@@ -45,13 +45,13 @@ def build_flow(
     `copies` of the weights.
     """
     if "." in config.model.name:
-        return _build(config, shape, levels)
+        return _build(config, shape, num_bins)
     try:
         with _Counting(SMALL):
-            sizes = _build(config, shape, levels)
+            sizes = _build(config, shape, num_bins)
     except _NotSmall:
         with torch.device("meta"), _Counting():
-            sizes = _build(config, shape, levels)
+            sizes = _build(config, shape, num_bins)
     weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
     free = available(torch.device("cpu"))
     if copies * weights > free:
@@ -61,7 +61,7 @@ def build_flow(
             f"{free / 2**30:,.1f} GiB are available: make it smaller"
         )
     check(sizes)
-    return _build(config, shape, levels) if sizes.device.type == "meta" else sizes
+    return _build(config, shape, num_bins) if sizes.device.type == "meta" else sizes
 
 
 class _NotSmall(Exception):
@@ -105,13 +105,13 @@ def _numbers(args: Sequence[Any]) -> int:
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
-def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
+def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
     build = configuration.component(Model, config.model.name).build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + int(Stream.WEIGHTS))
-        image_context = _image_context(config.model, shape, levels)
+        image_context = _image_context(config.model, shape, num_bins)
         about = {
-            "data_levels": levels,
+            "num_bins": num_bins,
             "classes": config.model.classes,
             "context": None if image_context is None else image_context.shape,
         }
@@ -137,27 +137,27 @@ def _build(config: Config, shape: Shape, levels: int | None) -> Flow:
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
         if bijection.is_discrete:
             _require_centred(config)
-        if levels is not None and latent_dims != math.prod(shape):
+        if num_bins is not None and latent_dims != math.prod(shape):
             raise UserError(
-                f"model.name: {config.model.name} is for real-valued data, these have {levels} "
+                f"model.name: {config.model.name} is for real-valued data, these have {num_bins} "
                 f"levels"
             )
         # After the bijection, so that its weights are the same with any noise.
-        dequantizer = _build_dequantizer(config.dequantization, shape, levels)
+        dequantizer = _build_dequantizer(config.dequantization, shape, num_bins)
     return Flow(bijection, dequantizer, shape, class_prior, image_context)
 
 
-def _image_context(model: Model, shape: Shape, levels: int | None) -> ImageContext | None:
+def _image_context(model: Model, shape: Shape, num_bins: int | None) -> ImageContext | None:
     if model.context == "none":
         return None
-    if levels is None:
+    if num_bins is None:
         raise UserError(
             f"model.context: {model.context} is of images, and these data are real values"
         )
     if model.classes:
         both = f"model.context: {model.context}, and model.classes: {model.classes}"
         raise UserError(f"{both}: a model is given one of the two")
-    return ImageContext(model.context, model.context_factor, shape, levels)
+    return ImageContext(model.context, model.context_factor, shape, num_bins)
 
 
 def _with_context() -> list[str]:
@@ -182,9 +182,9 @@ def _require_centred(config: Config) -> None:
 
 
 def _build_dequantizer(
-    options: Dequantization, shape: Shape, levels: int | None
+    options: Dequantization, shape: Shape, num_bins: int | None
 ) -> Dequantizer | RealValued:
-    if levels is None:
+    if num_bins is None:
         if options != Dequantization.model_validate({}):
             raise UserError(
                 "dequantization: real-valued data have no levels, and need none of its keys"
@@ -196,9 +196,9 @@ def _build_dequantizer(
                 f"dequantization.transform: {options.transform}, but Gaussian noise leaves [0, 1], "
                 f"where it is not defined: leave it at center"
             )
-        return GaussianDequantizer(levels, options.sigma)
+        return GaussianDequantizer(num_bins, options.sigma)
     variational = options.name == "variational"
     noise_model = (
         VariationalNoise(shape, options.steps, options.width) if variational else UniformNoise()
     )
-    return Dequantizer(levels, options.transform, options.alpha, noise_model)
+    return Dequantizer(num_bins, options.transform, options.alpha, noise_model)

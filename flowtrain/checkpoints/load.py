@@ -206,7 +206,7 @@ def load_model(
 def model_hash(model: LoadedModel) -> str:
     """SHA-256 of the model's options, shape, levels, and the weights in use."""
     described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
-    described |= {"shape": list(model.flow.shape), "levels": model.flow.levels}
+    described |= {"shape": list(model.flow.shape), "levels": model.flow.num_bins}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.flow.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -55,15 +55,15 @@ def decode(
     require_file(out) if one_file else require_folder(out, out)
     loaded = load(model, device, weights, trust_code)
     wrong = f"--out {out}: the model is of real-valued data, so give the name of an .npz file"
-    levels = None if one_file else loaded.flow.kind.require_levels(wrong)
+    num_bins = None if one_file else loaded.flow.kind.require_bins(wrong)
     latents = files.read(file, loaded)
     names = encoding.picture_names(latents.names)
-    if levels is not None:
+    if num_bins is not None:
         require_absent(names, out)
     with ProgressBar("decoding") as bar:
         x = sample.decode(loaded.flow, latents.z, lambda done: bar(done, len(latents.z)))
-    if levels is None:
+    if num_bins is None:
         save(out, files.images_npz(loaded.flow, x, latents.names))
     else:
-        write_folder(out, png_files(names, x, levels))
+        write_folder(out, png_files(names, x, num_bins))
     console.print(f"wrote {out}: {len(x)} images")

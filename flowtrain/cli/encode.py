@@ -75,6 +75,6 @@ def encode(
     console.print(f"wrote {out}: the latents of {len(z)} images, {levels} for each")
     console.print(
         "decoded, every pixel comes back"
-        if loaded.flow.levels is not None
+        if loaded.flow.num_bins is not None
         else f"decoded, the points come back within {error:.1e}"
     )

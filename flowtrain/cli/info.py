@@ -62,7 +62,7 @@ def _of_config(path: Path) -> dict[str, object]:
     config = load_config(path)
     data = DataSet(config.data)
     train = config.train
-    flow = build_flow(config, data.shape, data.levels)
+    flow = build_flow(config, data.shape, data.num_bins)
     length = f"{train.num_steps:,} steps" if train.budget is None else duration(train.budget)
     return {
         "configuration": f"{path}: {configfiles.headline(path)}",

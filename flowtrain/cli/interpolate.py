@@ -120,7 +120,7 @@ def interpolate(
     drawing.require_room(steps * count, flow.shape, steps, what)
     latents = None
     if from_class is not None and to_class is not None:
-        data.require(flow.shape, flow.levels, loaded.checkpoint.path)
+        data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)
         latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
     elif along is not None:
         direction = directions.named(loaded, along)

@@ -120,7 +120,7 @@ def sample(
     loaded = options.load_model(conditional=True)
     path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
-    needs_data = flow.levels is None or (flow.image_context is not None and image is None)
+    needs_data = flow.num_bins is None or (flow.image_context is not None and image is None)
     if options.words() and not needs_data:
         raise UserError("--set: these samples need no data, so leave it out")
     contexts = _contexts(options, loaded, image)
@@ -177,7 +177,7 @@ def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -
     if loaded.flow.image_context is None:
         return None
     data = options.data(loaded)
-    data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
+    data.require(loaded.flow.shape, loaded.flow.num_bins, loaded.checkpoint.path)
     return conditional.of_split(loaded.flow, data.split("test"), conditional.CONTEXTS)
 
 

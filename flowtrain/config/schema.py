@@ -126,7 +126,7 @@ class Model(Component):
 
     section, package = "model", "models"
     # Those of `build`, given by keyword or position.
-    arguments = {"shape", "data_levels", "classes", "context"}
+    arguments = {"shape", "num_bins", "classes", "context"}
     name: str = Field(
         "glow",
         description="The model: a module of flowtrain.models, or a module of your own by its "

@@ -81,5 +81,5 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
                 images = pool.map(lambda f: open_image(f, shape, 256, options["resize"]), files)
                 return np.stack(list(images))
 
-        return Images(shape=shape, levels=256, read=decode)
+        return Images(shape=shape, num_bins=256, read=decode)
     return None

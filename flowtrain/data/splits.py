@@ -96,13 +96,13 @@ class DataSet:
                 f"data: test images have shape {self.test_images.shape}, training images "
                 f"{self.shape}"
             )
-        kind = kind_of(self.train_images.levels)
-        if config.n_bits < 8 and self.train_images.levels != 256:
+        kind = kind_of(self.train_images.num_bins)
+        if config.n_bits < 8 and self.train_images.num_bins != 256:
             raise UserError(f"data.n_bits: {config.name} has {kind.words}; only 256 can be reduced")
         self.drop_bits = 8 - config.n_bits
         self.kind = kind.reduced(self.drop_bits)
         if config.flip or config.shift:
-            kind.require_levels(
+            kind.require_bins(
                 f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment"
             )
         if min(self.shape[1:]) <= config.shift:
@@ -110,20 +110,20 @@ class DataSet:
                 f"data.shift: {config.shift} is not smaller than the images ({self.shape})"
             )
 
-    def require(self, shape: tuple[int, ...], levels: int | None, model: Path) -> None:
+    def require(self, shape: tuple[int, ...], num_bins: int | None, model: Path) -> None:
         """Raises `UserError` unless the images have the shape and levels of a model. `model` is the
         path of its checkpoint, for the message.
         """
-        if (self.shape, self.levels) != (shape, levels):
+        if (self.shape, self.num_bins) != (shape, num_bins):
             raise UserError(
                 f"data of shape {self.shape} with {self.kind.words} cannot be evaluated by "
-                f"{model}, a model of shape {shape} with {kind_of(levels).words}"
+                f"{model}, a model of shape {shape} with {kind_of(num_bins).words}"
             )
 
     @property
-    def levels(self) -> int | None:
+    def num_bins(self) -> int | None:
         """Q of the images as they are used; None for real values."""
-        return self.kind.levels
+        return self.kind.num_bins
 
     @property
     def flip(self) -> bool:
@@ -172,7 +172,7 @@ class DataSet:
         also = ({"duplicates": equal} if equal else {}) | ({"edition": edition} if edition else {})
         return {
             "shape": list(self.shape),
-            "levels": self.levels,
+            "levels": self.num_bins,
             "train": len(kept),
             "validation": len(held),
             "split_seed": self.config.split_seed,
@@ -226,7 +226,7 @@ def _read(images: Images, what: str) -> _Part:
         raise UserError(
             f"data: {what}: {len(rows)} images of shape {pixels.shape[1:]}, expected {images.shape}"
         )
-    fault = kind_of(images.levels).fault(pixels) if isinstance(pixels, np.ndarray) else None
+    fault = kind_of(images.num_bins).fault(pixels) if isinstance(pixels, np.ndarray) else None
     if fault:  # mapped files are bytes with 256 levels
         raise UserError(f"data: {what}: {fault}")
     return _Part(images, pixels, rows)

@@ -49,7 +49,7 @@ class Images:
     """One part of a data set, described before any pixel is read or downloaded.
 
     shape: (C, H, W) of one image as stored.
-    levels: Q, for values 0..Q-1. None for real-valued data.
+    num_bins: Q, for values 0..Q-1. None for real-valued data.
     read: Downloads on first use, and returns the pixels: uint8 (N, C, H, W), or float32 for
         real-valued data. They are a C-contiguous array, or mapped read-only from files that may not
         fit into memory. Raises UserError or RunError.
@@ -63,7 +63,7 @@ class Images:
     """
 
     shape: Shape
-    levels: int | None
+    num_bins: int | None
     read: Callable[[], Pixels]
     flip: bool = False
     key: str | None = None
@@ -294,9 +294,11 @@ def decoded(source: Path | bytes, shape: Shape, policy: Policy) -> np.ndarray | 
         return why[:200] or type(error).__name__
 
 
-def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -> np.ndarray:
-    """Reads a user's image file as uint8 (C, H, W), with values 0..levels-1 from `quantize`. Raises
-    UserError that names the path.
+def open_image(path: Path, shape: Shape, num_bins: int, policy: Policy = "crop") -> np.ndarray:
+    """Reads a user's image file as uint8 (C, H, W), with values 0..num_bins-1 from `quantize`.
+
+    Raises:
+        UserError: that names the path.
     """
     from flowtrain.flow.inputs import quantize  # imports torch
 
@@ -305,7 +307,7 @@ def open_image(path: Path, shape: Shape, levels: int, policy: Policy = "crop") -
     except OtherSize as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(pixels, str):
-        return quantize(pixels, levels)
+        return quantize(pixels, num_bins)
     if not path.exists():
         raise UserError(f"{path}: there is no such image file")
     raise UserError(f"{path} cannot be read as an image ({pixels})")

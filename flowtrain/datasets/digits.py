@@ -28,4 +28,4 @@ def build(root: Path, split: Part, *, seed: int = 0) -> Images:
     def rows() -> np.ndarray:
         return part_of(first_equal(digests(read())), split, seed)
 
-    return Images(shape=(1, 8, 8), levels=17, read=read, labels=labels, rows=rows)
+    return Images(shape=(1, 8, 8), num_bins=17, read=read, labels=labels, rows=rows)

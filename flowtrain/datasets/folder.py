@@ -133,7 +133,7 @@ def build(
 
     return Images(
         shape=shape,
-        levels=256,
+        num_bins=256,
         read=read,
         key=content,
         rows=rows if divided else None,

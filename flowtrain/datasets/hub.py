@@ -117,7 +117,7 @@ def build(
 
     return Images(
         shape=shape,
-        levels=256,
+        num_bins=256,
         read=read,
         labels=None if label is None else labels,
         rows=None if own_test else lambda: part_of(first_equal(digests()), split, seed),

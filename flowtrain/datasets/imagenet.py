@@ -165,7 +165,7 @@ def images(root: Path, split: Part, side: int, version: Version) -> Images:
 
     return Images(
         shape=shape,
-        levels=256,
+        num_bins=256,
         read=decoded,
         flip=True,
         labels=labels if version == "chrabaszcz2017" else None,

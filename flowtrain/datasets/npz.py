@@ -97,7 +97,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 
     return Images(
         shape=shape,
-        levels=256,
+        num_bins=256,
         read=read,
         labels=labels if y is not None else None,
         rows=None if own_test else rows,

@@ -25,7 +25,7 @@ def real_valued(
         points = generate(frozen_random(seed, int(test)), test_count if test else count)
         return np.ascontiguousarray(points.reshape(-1, dims, 1, 1), dtype=np.float32)
 
-    return Images(shape=(dims, 1, 1), levels=None, read=read)
+    return Images(shape=(dims, 1, 1), num_bins=None, read=read)
 
 
 def _noisy(generate: Noisy, default: float) -> Callable[..., Images]:

@@ -190,7 +190,7 @@ def images(
 
     return Images(
         shape=shape,
-        levels=256,
+        num_bins=256,
         read=lambda: np.ascontiguousarray(guarded(0, (count, *shape))),
         flip=flip,
         labels=lambda: guarded(1, (count,)).astype(np.int64),

@@ -61,7 +61,7 @@ def evaluate(
         raise UserError(
             f"--draws {draws}: the likelihood of {of} is exact, there is nothing to draw"
         )
-    data.require(flow.shape, flow.levels, model.checkpoint.path)
+    data.require(flow.shape, flow.num_bins, model.checkpoint.path)
     with distributed.main_process_first():
         split = data.split(split_name)
     counts = distributed.all_gather_object(len(split))
@@ -91,7 +91,7 @@ def evaluate(
         **_shared(model, data, split_name, here, split),
         **{key: value for key, value in more.items() if value is not None},
         dims=flow.dims,
-        levels=flow.levels,
+        levels=flow.num_bins,
         sampling=flow.sampling,
         split=split_name,
         dataset=data.config.name,

@@ -62,7 +62,7 @@ class Dequantizer(nn.Module):
     """Adds noise `u ~ q(u|x)` (Theis et al. 2016; Ho et al. 2019), then centres or takes the logit.
 
     Args:
-        levels: Number of levels, Q.
+        num_bins: Number of levels, Q.
         transform: `center` is `y - 1/2`. `logit` is `logit(alpha + (1 - 2 alpha) y)`, as in
             RealNVP, section 4.1, but with both ends kept away from infinity.
         alpha: Parameter of `logit`.
@@ -74,13 +74,13 @@ class Dequantizer(nn.Module):
 
     def __init__(
         self,
-        levels: int,
+        num_bins: int,
         transform: Literal["center", "logit"] = "center",
         alpha: float = 0.05,
         noise_model: nn.Module | None = None,
     ):
         super().__init__()
-        self.levels = levels
+        self.num_bins = num_bins
         self.transform = transform
         self.alpha = alpha
         self.noise_model = UniformNoise() if noise_model is None else noise_model
@@ -93,16 +93,16 @@ class Dequantizer(nn.Module):
     @property
     def of_entry(self) -> float:
         """The term of `forward` that each entry of an image has: `-log Q`, in nats."""
-        return -math.log(self.levels)
+        return -math.log(self.num_bins)
 
     def check(self, x: Tensor) -> None:
         """Raises `ValueError` unless `x` has integers in 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"expected integers in 0..{self.levels - 1}, got {x.dtype}")
+            raise ValueError(f"expected integers in 0..{self.num_bins - 1}, got {x.dtype}")
         # int(...), because 256 would wrap to 0 in uint8
-        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.levels):
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.num_bins):
             raise ValueError(
-                f"expected values in 0..{self.levels - 1}, got {int(x.min())}..{int(x.max())}"
+                f"expected values in 0..{self.num_bins - 1}, got {int(x.min())}..{int(x.max())}"
             )
 
     def forward(
@@ -112,7 +112,7 @@ class Dequantizer(nn.Module):
         of the bound on log P(x): `log|det| - log q(u|x) - D log Q`, `(B,)` in nats.
         """
         u, log_q = self.draw(x, noise, executor)
-        v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.levels)
+        v, log_det = self.from_unit((x.to(noise.dtype) + u) / self.num_bins)
         return v, log_det - log_q
 
     def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +120,7 @@ class Dequantizer(nn.Module):
         `(B, H, W)`, and `-log q(u|x)` of the whole image, `(B,)`.
         """
         u, log_q = self.draw(x, noise)
-        y = (x.to(noise.dtype) + u) / self.levels
+        y = (x.to(noise.dtype) + u) / self.num_bins
         v, _ = self.from_unit(y)
         derivative = torch.zeros_like(y)
         if self.transform == "logit":
@@ -140,11 +140,11 @@ class Dequantizer(nn.Module):
         return noise
 
     def _scaled(self, x: Tensor, like: Tensor) -> Tensor:
-        return x.to(like.dtype) / self.levels - 0.5
+        return x.to(like.dtype) / self.num_bins - 0.5
 
     def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The flow's input for `x` at the middle of each bin, without noise."""
-        return self.from_unit((x.to(dtype) + 0.5) / self.levels)[0]
+        return self.from_unit((x.to(dtype) + 0.5) / self.num_bins)[0]
 
     def to_unit(self, v: Tensor) -> Tensor:
         """The flow's input back to `y`, which is nominally in [0, 1)."""
@@ -155,12 +155,12 @@ class Dequantizer(nn.Module):
     def to_data(self, v: Tensor) -> Tensor:
         """The flow's input back to uint8 in 0..Q-1. Raises `FloatingPointError` for inf or NaN."""
         _require_finite(v)
-        return (self.to_unit(v) * self.levels).floor().clamp(0, self.levels - 1).to(torch.uint8)
+        return (self.to_unit(v) * self.num_bins).floor().clamp(0, self.num_bins - 1).to(torch.uint8)
 
     def from_unit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `to_unit`, and its log-determinant with `-D log Q`, `(B,)` in nats."""
         dims = y[0].numel()
-        constant = -dims * math.log(self.levels)
+        constant = -dims * math.log(self.num_bins)
         if self.transform == "center":
             return y - 0.5, y.new_full((y.shape[0],), constant)
         s = self.alpha + (1 - 2 * self.alpha) * y
@@ -179,15 +179,15 @@ class GaussianDequantizer(Dequantizer):
     so this density is no bound on the probability of the image.
 
     Args:
-        levels: Number of levels, Q.
+        num_bins: Number of levels, Q.
         sigma: Standard deviation of the noise, where 0 is black and 1 is white.
     """
 
     sigma: float
     of_entry = 0.0
 
-    def __init__(self, levels: int, sigma: float):
-        super().__init__(levels)
+    def __init__(self, num_bins: int, sigma: float):
+        super().__init__(num_bins)
         self.sigma = sigma
 
     def forward(
@@ -205,7 +205,7 @@ class GaussianDequantizer(Dequantizer):
 class RealValued(nn.Module):
     """Takes the place of `Dequantizer` for real-valued data, which it leaves unchanged."""
 
-    levels = None
+    num_bins = None
     sigma = None
     of_entry = 0.0
 

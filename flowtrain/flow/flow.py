@@ -66,14 +66,14 @@ class Flow(nn.Module):
         self.shape = shape
 
     @property
-    def levels(self) -> int | None:
+    def num_bins(self) -> int | None:
         """Q: images have the values 0..Q-1. None for real-valued data."""
-        return self.dequantizer.levels
+        return self.dequantizer.num_bins
 
     @property
     def kind(self) -> Kind:
         """The kind of data: images, noisy images, points, or points on a surface."""
-        return kind_of(self.levels, self.latent_dims < self.dims, self.dequantizer.sigma)
+        return kind_of(self.num_bins, self.latent_dims < self.dims, self.dequantizer.sigma)
 
     @property
     def exact(self) -> bool:
@@ -425,7 +425,7 @@ class Flow(nn.Module):
         return None
 
     def _checked(self, batch: Batch) -> Tensor:
-        x = as_tensor(batch, self.shape, self.levels)
+        x = as_tensor(batch, self.shape, self.num_bins)
         self.dequantizer.check(x)
         return x.to(self.device)
 

@@ -20,7 +20,7 @@ GREY = (19595, 38470, 7471)  # red, green and blue of ITU-R 601-2 in 2**-16, as 
 
 @dataclass(frozen=True)
 class ImageContext:
-    """The context of images of shape `image` with the values 0..levels-1.
+    """The context of images of shape `image` with the values 0..num_bins-1.
 
     `downsample` is the mean of each patch of `factor` x `factor` pixels, `grey` the luminance of
     each pixel. Both are rounded to levels.
@@ -32,7 +32,7 @@ class ImageContext:
     kind: Literal["downsample", "grey"]
     factor: int
     image: Shape
-    levels: int
+    num_bins: int
 
     def __post_init__(self) -> None:
         channels, height, width = self.image
@@ -80,13 +80,13 @@ class ImageContext:
                 f"images"
             )
         low, high = context.min().item(), context.max().item()
-        if context.is_floating_point() or low < 0 or high >= self.levels:
-            raise ValueError(f"expected a context of integers in 0..{self.levels - 1}")
+        if context.is_floating_point() or low < 0 or high >= self.num_bins:
+            raise ValueError(f"expected a context of integers in 0..{self.num_bins - 1}")
         return context
 
     def scaled(self, context: Tensor, dtype: torch.dtype) -> Tensor:
         """What the networks see of a context: its values as reals in [-1/2, 1/2]."""
-        return (context.to(dtype) + 0.5) / self.levels - 0.5
+        return (context.to(dtype) + 0.5) / self.num_bins - 0.5
 
     def shown(self, context: Tensor) -> Tensor:
         """A context in the shape of images, for pictures: uint8 `(B, C, H, W)`."""

@@ -14,7 +14,7 @@ Labels: TypeAlias = Tensor | np.ndarray | Sequence[int]
 Batch: TypeAlias = Tensor | np.ndarray | Sequence[Image.Image | np.ndarray]
 
 
-def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
+def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
     """A batch as a tensor `(B, C, H, W)`.
 
     A tensor is taken as it is, but points may also be `(B, D)`. An array may have its channels
@@ -29,7 +29,7 @@ def as_tensor(batch: Batch, shape: Shape, levels: int | None) -> Tensor:
         raise ValueError("expected several images, got one: give a list, [image]")
     if not isinstance(batch, Tensor | np.ndarray):
         batch = np.stack(
-            [_pixels(x, shape, levels) if isinstance(x, Image.Image) else x for x in batch]
+            [_pixels(x, shape, num_bins) if isinstance(x, Image.Image) else x for x in batch]
         )
     channels, *size = shape
     if batch.ndim == 2 and (batch.shape[1], 1, 1) == shape:
@@ -61,9 +61,9 @@ def checked_labels(labels: Labels, classes: int, count: int) -> Tensor:
     return labels
 
 
-def _pixels(image: Image.Image, shape: Shape, levels: int | None) -> np.ndarray:
+def _pixels(image: Image.Image, shape: Shape, num_bins: int | None) -> np.ndarray:
     """uint8 `(H, W)` or `(H, W, C)`."""
-    if levels is None:
+    if num_bins is None:
         raise ValueError("the model is of points, not of images: give a tensor or an array")
     channels, height, width = shape
     if image.size != (width, height):
@@ -71,16 +71,16 @@ def _pixels(image: Image.Image, shape: Shape, levels: int | None) -> np.ndarray:
             f"expected images of {width}x{height} pixels, got {image.width}x{image.height}: resize "
             f"them before"
         )
-    return quantize(np.asarray(image.convert("L" if channels == 1 else "RGB")), levels)
+    return quantize(np.asarray(image.convert("L" if channels == 1 else "RGB")), num_bins)
 
 
-def quantize(pixels: np.ndarray, levels: int) -> np.ndarray:
+def quantize(pixels: np.ndarray, num_bins: int) -> np.ndarray:
     """Values 0..255 to 0..Q-1, uint8.
 
     256 levels keep the values, and 2**n levels their upper n bits, as `data.n_bits` does. Any other
     number Q takes round(v / 255 * (Q - 1)).
     """
-    if levels & (levels - 1) == 0:
-        reduced: np.ndarray = pixels >> (8 - (levels.bit_length() - 1))
+    if num_bins & (num_bins - 1) == 0:
+        reduced: np.ndarray = pixels >> (8 - (num_bins.bit_length() - 1))
         return reduced
-    return np.round(pixels / 255 * (levels - 1)).astype(np.uint8)
+    return np.round(pixels / 255 * (num_bins - 1)).astype(np.uint8)

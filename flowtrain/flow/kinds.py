@@ -5,6 +5,7 @@ or points on a surface.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +36,14 @@ class QuantizedImages:
     report_count = 16  # samples in each picture of a report
     report_temperatures = (0.5, 0.7, 0.85, 1.0)  # a report has one picture for each
 
-    def __init__(self, levels: int):
-        self.levels = levels
-        self.scale = levels  # factor of the reconstruction error
-        self.words = f"{levels} levels"  # what the values are, for messages
+    def __init__(self, num_bins: int):
+        self.num_bins = num_bins
+        self.scale = num_bins  # factor of the reconstruction error
+        self.words = f"{num_bins} levels"  # what the values are, for messages
 
-    def npz(self) -> dict[str, int]:
+    def npz(self) -> dict[str, Any]:
         """Further arrays of an .npz file of samples."""
-        return {"levels": self.levels}
+        return {"levels": self.num_bins}
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
         """The loss in `unit`, from nats of examples with `dims` entries."""
@@ -59,25 +60,25 @@ class QuantizedImages:
     @property
     def uniform_loss(self) -> float:
         """The loss of a model for which all images are equally likely, in `unit`."""
-        return math.log2(self.levels)
+        return math.log2(self.num_bins)
 
-    def require_levels(self, message: str) -> int:
+    def require_bins(self, message: str) -> int:
         """Q. For real values, raises `UserError` with the message."""
-        return self.levels
+        return self.num_bins
 
     def reduced(self, drop_bits: int) -> "QuantizedImages":
         """The kind of the same images without their lowest bits."""
-        return QuantizedImages(self.levels >> drop_bits)
+        return QuantizedImages(self.num_bins >> drop_bits)
 
     def fault(self, values: np.ndarray) -> str | None:
         """The fault of stored values, for messages, or None."""
-        if self.levels < 256 and int(values.max()) >= self.levels:
-            return f"a value of {int(values.max())}, expected 0..{self.levels - 1}"
+        if self.num_bins < 256 and int(values.max()) >= self.num_bins:
+            return f"a value of {int(values.max())}, expected 0..{self.num_bins - 1}"
         return None
 
     def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:
         """Random examples `(B, C, H, W)`, to stand for data that are not read."""
-        return torch.randint(self.levels, shape, generator=randomness, dtype=torch.uint8)
+        return torch.randint(self.num_bins, shape, generator=randomness, dtype=torch.uint8)
 
     def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
         """As many examples as `x`, uniform over all possible values."""
@@ -85,7 +86,7 @@ class QuantizedImages:
 
     def levels_per_unit(self, x: Tensor) -> float:
         """Q, the number of levels per unit of `Dequantizer.to_unit`."""
-        return self.levels
+        return self.num_bins
 
 
 class NoisyImages(QuantizedImages):
@@ -93,7 +94,7 @@ class NoisyImages(QuantizedImages):
     [0, 1], in nats per dimension. It bounds no probability, so nothing about it is in bits.
 
     Args:
-        levels: Q.
+        num_bins: Q.
         sigma: Standard deviation of the noise, where 0 is black and 1 is white.
     """
 
@@ -104,8 +105,8 @@ class NoisyImages(QuantizedImages):
     )
     bound = "a density of noisy images"
 
-    def __init__(self, levels: int, sigma: float):
-        super().__init__(levels)
+    def __init__(self, num_bins: int, sigma: float):
+        super().__init__(num_bins)
         self.sigma = sigma
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
@@ -126,7 +127,7 @@ class NoisyImages(QuantizedImages):
 class Points:
     """Real values. They have a density, which is computed exactly, in nats."""
 
-    levels = None
+    num_bins = None
     words = "real values"
     unit = "nats"
     no_bits = "real-valued data have a density, which has no bits per dimension"
@@ -137,7 +138,7 @@ class Points:
     picture_count = report_count = 2000
     report_temperatures = (1.0,)  # each picture shows much else
 
-    def npz(self) -> dict[str, int]:
+    def npz(self) -> dict[str, Any]:
         return {}
 
     def loss(self, log_prob: Tensor, dims: int) -> Tensor:
@@ -146,7 +147,7 @@ class Points:
     def over_draws(self, draws: Tensor) -> Tensor:
         return log_mean_exp(draws)
 
-    def require_levels(self, message: str) -> int:
+    def require_bins(self, message: str) -> int:
         raise UserError(message)
 
     def reduced(self, drop_bits: int) -> "Points":
@@ -180,10 +181,10 @@ class SurfacePoints(Points):
 Kind = QuantizedImages | Points
 
 
-def kind_of(levels: int | None, on_surface: bool = False, sigma: float | None = None) -> Kind:
-    """The kind of data with values 0..levels-1, perhaps with Gaussian noise of the standard
-    deviation `sigma`, or with real values if `levels` is None.
+def kind_of(num_bins: int | None, on_surface: bool = False, sigma: float | None = None) -> Kind:
+    """The kind of data with values 0..num_bins-1, perhaps with Gaussian noise of the standard
+    deviation `sigma`, or with real values if `num_bins` is None.
     """
-    if levels is not None:
-        return QuantizedImages(levels) if sigma is None else NoisyImages(levels, sigma)
+    if num_bins is not None:
+        return QuantizedImages(num_bins) if sigma is None else NoisyImages(num_bins, sigma)
     return SurfacePoints() if on_surface else Points()

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -189,7 +189,9 @@ def file_of(model: LoadedModel) -> Path:
 def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> None:
     """Writes directions into one file, with the model's `model_hash`."""
     keys = ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
-    arrays = {key: np.array([getattr(each, key) for each in directions]) for key in keys}
+    arrays: dict[str, Any] = {
+        key: np.array([getattr(each, key) for each in directions]) for key in keys
+    }
     arrays |= {"format": np.array(FORMAT), "model": np.array(hash_of_model)}
     arrays["vector"] = torch.stack([each.vector for each in directions]).numpy()
     buffer = io.BytesIO()

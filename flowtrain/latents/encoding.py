@@ -45,7 +45,7 @@ def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> flo
 
     Raises `RunError` that names the first image that is not the same in every pixel.
     """
-    if flow.levels is None:
+    if flow.num_bins is None:
         return float((back - x.to(back.dtype)).abs().max())
     different = (back != x).flatten(1).sum(dim=1)
     if different.any():
@@ -64,7 +64,7 @@ def of_split(
 
     Raises `UserError` if the data are not the model's, or the split is empty.
     """
-    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    data.require(model.flow.shape, model.flow.num_bins, model.checkpoint.path)
     split = data.split(split_name)
     if len(split) == 0:
         raise UserError(f"--split {split_name}: it is empty")
@@ -79,7 +79,7 @@ def named_images(
     """Names and pixels of the first `count` images at these paths: image files and folders, or one
     .npy or .npz file for a model of points.
     """
-    if model.flow.levels is None:
+    if model.flow.num_bins is None:
         x = read_points(paths, model)[:count]
         return [f"{i:05}" for i in range(len(x))], x
     found = dict(itertools.islice(files_at(paths, "--images").items(), count))
@@ -141,9 +141,9 @@ def read_images(files: Sequence[Path], model: LoadedModel, option: str) -> Tenso
     `UserError` that names a file that cannot be read, or `option` for a model of points.
     """
     flow, policy = model.flow, model.config.data.resize_policy
-    levels = flow.kind.require_levels(f"{option}: the model is of real-valued data, not of images")
+    num_bins = flow.kind.require_bins(f"{option}: the model is of real-valued data, not of images")
     capacity.require(len(files) * flow.dims, f"{option}: {len(files):,} images need")
     x = torch.empty(len(files), *flow.shape, dtype=torch.uint8)
     for image, file in zip(x, files, strict=True):
-        image.copy_(torch.from_numpy(open_image(file, flow.shape, levels, policy)))
+        image.copy_(torch.from_numpy(open_image(file, flow.shape, num_bins, policy)))
     return x

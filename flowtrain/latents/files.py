@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Latents:
 
 def npz(latents: Latents, model: LoadedModel) -> bytes:
     """The bytes of a file of latents."""
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "format": np.array(FORMAT),
         "model": np.array(model_hash(model)),
         "names": np.array(latents.names, dtype=np.str_),
@@ -87,7 +88,10 @@ def read(path: Path, model: LoadedModel) -> Latents:
 def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
     """Images or points `(N, C, H, W)` with names as an .npz file, like that of `sample`."""
     buffer = io.BytesIO()
-    arrays = {"images": x.movedim(1, -1).numpy(), "names": np.array(names, dtype=np.str_)}
+    arrays: dict[str, Any] = {
+        "images": x.movedim(1, -1).numpy(),
+        "names": np.array(names, dtype=np.str_),
+    }
     np.savez_compressed(buffer, **arrays, **flow.kind.npz())
     return buffer.getvalue()
 

@@ -13,7 +13,7 @@ CHUNK = 2**22  # pixels of training images that are read at a time
 def nearest_images(
     queries: Tensor,
     split: Split,
-    levels: int,
+    num_bins: int,
     count: int,
     check: Callable[[], None] = lambda: None,
     pixels: int | None = None,
@@ -39,4 +39,4 @@ def nearest_images(
         )
         best, order = both.topk(min(count, both.shape[1]), largest=False)
         where = positions.gather(1, order)
-    return best.sqrt() / (levels - 1), where
+    return best.sqrt() / (num_bins - 1), where

@@ -63,7 +63,7 @@ def decoded(flow: Flow, paths: Tensor) -> Tensor:
 
 def require_room(flow: Flow, pairs: int, steps: int) -> None:
     """Raises `UserError` if the paths and all pictures do not fit into memory."""
-    pixels = flow.dims * (4 if flow.levels is None else 1)
+    pixels = flow.dims * (4 if flow.num_bins is None else 1)
     capacity.require(
         2 * 4 * pairs * steps * flow.latent_dims + 2 * pairs * steps * pixels,
         f"--steps {steps}: {pairs} paths of {steps:,} images need",
@@ -189,7 +189,7 @@ def random_images(
     """`count` random test images, all different, `(N, C, H, W)`. Raises `UserError` that names
     `option`, whose value is `needed`, if there are too few.
     """
-    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    data.require(model.flow.shape, model.flow.num_bins, model.checkpoint.path)
     split = data.split("test")
     if len(split) < count:
         raise UserError(f"{option} {needed}: the test split has only {len(split)} images")

@@ -32,7 +32,7 @@ from flowtrain.types import NonNegative, Positive, Shape
 
 def build(
     shape: Shape,
-    data_levels: int | None,
+    num_bins: int | None,
     classes: int = 0,
     context: Shape | None = None,
     *,
@@ -46,7 +46,7 @@ def build(
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
 ) -> Bijection:
-    """Causal flow for images of `shape` (C, H, W) with `data_levels` levels.
+    """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
 
     The networks see the class, if there are `classes`, or an image of the shape `context`. So the
     likelihood given these is exact, too.
@@ -72,7 +72,7 @@ def build(
         UserError: if the data are real values, if there are too few tokens to downsample, or if the
             images of a model with a context are not made of whole tokens.
     """
-    if data_levels is None:
+    if num_bins is None:
         raise UserError(
             "model.name: causal is a model of the levels of images, and these data are real values"
         )
@@ -89,7 +89,7 @@ def build(
             f"multiples of it, and these images have {shape[1]}x{shape[2]} pixels"
         )
     seen = Window(window, window, ahead=0)
-    mixture = DiscretizedMixture(data_levels, components)
+    mixture = DiscretizedMixture(num_bins, components)
     start = mixture.start()
     net = CausalNet(
         *(entries, size, start, width, blocks, units, seen, classes, context),
@@ -98,4 +98,4 @@ def build(
         dropout=dropout,
     )
     prediction = LinearPrediction(entries, size, seen)
-    return OrdinalAutoregressive(shape, data_levels, token, prediction, net, mixture)
+    return OrdinalAutoregressive(shape, num_bins, token, prediction, net, mixture)

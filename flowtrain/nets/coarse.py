@@ -4,13 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowtrain.nets.causal_blocks import (
-    Block,
-    ConvolutionBlock,
-    norm,
-    norm_of_columns,
-    zero_linear,
-)
+from flowtrain.nets.causal_blocks import Block, ConvolutionBlock, norm, norm_of_columns, zero_linear
 from flowtrain.nets.dropout import Drop
 from flowtrain.nets.window import Window
 

@@ -37,11 +37,11 @@ def of_file(path: Path, model: LoadedModel) -> tuple[Tensor, str]:
     (_, height, width), (_, low, narrow) = flow.shape, context.shape
     if context.kind == "downsample":
         try:
-            pixels = open_image(path, context.shape, context.levels, "exact")
+            pixels = open_image(path, context.shape, context.num_bins, "exact")
             return torch.from_numpy(pixels)[None], f"{path} as it is, {low}x{narrow}"
         except UserError:  # it has another size, or it is no image
             pass
-    x = torch.from_numpy(open_image(path, flow.shape, context.levels, policy))[None]
+    x = torch.from_numpy(open_image(path, flow.shape, context.num_bins, policy))[None]
     how = "grey" if context.kind == "grey" else f"reduced to {low}x{narrow}"
     return context.of(x), f"{path} at {height}x{width}, {how}"
 

@@ -39,8 +39,8 @@ Bounds = tuple[float, float, float, float]  # left, right, bottom, top
 class ImageGrids:
     """Pictures of images, which are grids."""
 
-    def __init__(self, levels: int):
-        self.levels = levels
+    def __init__(self, num_bins: int):
+        self.num_bins = num_bins
 
     def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
         """Raises `UserError` if a picture of so many images does not fit into memory."""
@@ -50,15 +50,15 @@ class ImageGrids:
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
     ) -> Tensor:
         """A grid of the samples `x` `(N, C, H, W)` with so many columns: uint8 `(3, H', W')`."""
-        return grid.grid(x, self.levels, columns)
+        return grid.grid(x, self.num_bins, columns)
 
     def paths(self, rows: Tensor) -> Tensor:
         """One row of images for each of the paths `(P, S, C, H, W)`: uint8 `(3, H', W')`."""
-        return grid.grid(rows.flatten(0, 1), self.levels, rows.shape[1])
+        return grid.grid(rows.flatten(0, 1), self.num_bins, rows.shape[1])
 
     def path_frames(self, rows: Tensor) -> list[Tensor]:
         """An animation of the paths `(P, S, C, H, W)`: for each step a row of images."""
-        return [grid.grid(step, self.levels, len(step)) for step in rows.unbind(dim=1)]
+        return [grid.grid(step, self.num_bins, len(step)) for step in rows.unbind(dim=1)]
 
 
 class PointPlots:
@@ -118,7 +118,9 @@ class PointPlots:
 def drawing(flow: Flow, split: Callable[[], Split]) -> ImageGrids | PointPlots:
     """The pictures for the kind of data of a flow. Only points need the split of the data."""
     kind = flow.kind
-    return ImageGrids(kind.levels) if isinstance(kind, QuantizedImages) else PointPlots(flow, split)
+    return (
+        ImageGrids(kind.num_bins) if isinstance(kind, QuantizedImages) else PointPlots(flow, split)
+    )
 
 
 def _lines(rows: Tensor, beside: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ SMALLEST_GRID = 800  # width in pixels
 FRAME, GREY = 2, 64  # width and value of the pixels between and around the images of a grid
 
 
-def to_8bit(images: Tensor, levels: int) -> Tensor:
+def to_8bit(images: Tensor, num_bins: int) -> Tensor:
     """Values 0..Q-1 to 0..255."""
-    return (images.to(torch.int32) * 255 // max(levels - 1, 1)).to(torch.uint8)
+    return (images.to(torch.int32) * 255 // max(num_bins - 1, 1)).to(torch.uint8)
 
 
-def grid(images: Tensor, levels: int, columns: int) -> Tensor:
+def grid(images: Tensor, num_bins: int, columns: int) -> Tensor:
     """Images `(N, C, H, W)` with values 0..Q-1 as one picture, uint8 `(3, H', W')`.
 
     Small images are enlarged, until the grid is `SMALLEST_GRID` pixels wide. Each image has a grey
@@ -29,7 +29,7 @@ def grid(images: Tensor, levels: int, columns: int) -> Tensor:
     """
     count = len(images)
     factor = _enlargement(images.shape, columns)
-    pixels = to_8bit(images.cpu(), levels)
+    pixels = to_8bit(images.cpu(), num_bins)
     enlarged = pixels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     height, width = enlarged.shape[-2:]
     if count == 1:

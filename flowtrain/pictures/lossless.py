@@ -75,11 +75,11 @@ def picture_of(image: np.ndarray) -> Image.Image:
 
 
 def png_files(
-    names: Iterable[str], images: Iterable[Tensor], levels: int
+    names: Iterable[str], images: Iterable[Tensor], num_bins: int
 ) -> Iterator[tuple[str, bytes]]:
     """Images `(C, H, W)` as PNG files, with their names."""
     for name, image in zip(names, images, strict=True):
-        yield name, encoded(to_8bit(image, levels), "PNG")
+        yield name, encoded(to_8bit(image, num_bins), "PNG")
 
 
 def encoded(image: Tensor, name: str, slow: bool = False) -> bytes:
@@ -122,10 +122,10 @@ def affordable(images: Tensor, name: str) -> bool:
     return slow is not None and images[:, 0].numel() <= slow.pixels
 
 
-def file_sizes(images: Tensor, levels: int, name: str, slow: bool = False) -> Tensor | None:
+def file_sizes(images: Tensor, num_bins: int, name: str, slow: bool = False) -> Tensor | None:
     """Bytes of each image of `(N, C, H, W)` as a file, `(N,)`; None if not all come back."""
     lengths = []
-    for image in to_8bit(images, levels):
+    for image in to_8bit(images, num_bins):
         file = encoded(image, name, slow)
         channels, height, width = image.shape
         if not torch.equal(decoded(file, (channels, height, width), [name]), image):

@@ -49,7 +49,7 @@ def sample(
         raise UserError(f"--denoise: {NO_SIGMA}")
     groups = max(1, len(classes)) if contexts is None else len(contexts)
     count = num * len(temperatures) * groups
-    pixels = flow.dims * (4 if flow.levels is None else 1)
+    pixels = flow.dims * (4 if flow.num_bins is None else 1)
     capacity.require(
         # Latents as drawn and as placed, and images in parts and as a whole.
         2 * 4 * num * flow.latent_dims + 2 * count * pixels,

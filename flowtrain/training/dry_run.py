@@ -120,7 +120,9 @@ class Cost:
 def dry_run(config: Config, device: torch.device) -> Cost:
     """Measures a run without starting it. Raises `UserError` if it could not start."""
     data, train = DataSet(config.data), config.train
-    flow = build_flow(config, data.shape, data.levels, copies_of_weights(train, device)).to(device)
+    flow = build_flow(config, data.shape, data.num_bins, copies_of_weights(train, device)).to(
+        device
+    )
     require_trainable(flow, config, device)
     _require_labels(data, config.model.classes)
     require_images_to_fit(flow, config, device)

@@ -50,7 +50,7 @@ def fit(
     outlive_the_terminal()
     loggers.require(config.train.logger)
     data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.levels, copies_of_weights(config.train, device))
+    flow = build_flow(config, data.shape, data.num_bins, copies_of_weights(config.train, device))
     require_trainable(flow, config, device)
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)

@@ -215,7 +215,7 @@ def announce(
         f"train on, {fingerprint['validation']:,} to validate, {'x'.join(map(str, data.shape))}, "
         f"{data.kind.words}{', streamed' if batches.streams else ''}"
     )
-    if data.kind.levels is not None and (reason := state.flow.kind.no_bits):
+    if data.kind.num_bins is not None and (reason := state.flow.kind.no_bits):
         console.print(f"no bits/dim: {reason}; losses are in {state.flow.kind.unit}")
     if edition := fingerprint.get("edition"):
         console.print(edition)

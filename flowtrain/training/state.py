@@ -81,7 +81,7 @@ class State:
         return {
             "config": self.config.resolved(),
             "shape": list(self.flow.shape),
-            "levels": self.flow.levels,
+            "levels": self.flow.num_bins,
             "step": self.progress.step,
             "data": self.data,
             "processes": distributed.world(),

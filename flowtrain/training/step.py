@@ -211,7 +211,7 @@ def require_images_to_fit(
     train = config.train
     free = left(device)
     # For each image. The noise is float32, and is there twice while it is put together.
-    held = flow.dims * (8 + (4 if flow.levels is None else 1))
+    held = flow.dims * (8 + (4 if flow.num_bins is None else 1))
     at_a_time = train.batch_size * (held + activations)
     needed = at_a_time + train.batch_size * (train.accumulate - 1) * held
     if needed <= free:

@@ -36,14 +36,14 @@ B = 3
 
 def model(name, shape, **options):
     build = importlib.import_module(f"flowtrain.models.{name}").build
-    if "data_levels" in inspect.signature(build).parameters:
-        options = {"data_levels": 17, **options}
+    if "num_bins" in inspect.signature(build).parameters:
+        options = {"num_bins": 17, **options}
     return build(shape, **{**TINY[name], **options})
 
 
 def ordinal(shape, levels, **options):
     """A causal model, which is a layer."""
-    return model("causal", shape, data_levels=levels, token=2, **options)
+    return model("causal", shape, num_bins=levels, token=2, **options)
 
 
 def couple(channels, net, *sizes, by=None, swap=False):
@@ -178,9 +178,9 @@ def a_row(name, dtype=torch.float64):
     bijection = ready(perturb(build())).to(dtype)
     x = torch.randn((B, *shape), generator=seeded(1), dtype=dtype)
     if bijection.is_discrete:  # the middle halves of the bins of random levels
-        levels = images(B, shape, bijection.levels)
+        levels = images(B, shape, bijection.num_bins)
         x = (levels + 0.25 + 0.5 * torch.rand(x.shape, generator=seeded(1))).to(dtype)
-        x = x / bijection.levels - 0.5
+        x = x / bijection.num_bins - 0.5
     context = None
     if context_shape is not None:
         context = torch.randn((B, *context_shape), generator=seeded(2), dtype=dtype)

@@ -60,7 +60,7 @@ def build(split="train", **options):
 
 def test_any_number_of_unit_vectors_by_seed():
     images = build(count=300, test_count=200)
-    assert images.shape == (3, 1, 1) and images.levels is images.labels is None
+    assert images.shape == (3, 1, 1) and images.num_bins is images.labels is None
     assert images.flip is False
     x = images.read()
     assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous

@@ -426,7 +426,7 @@ def test_loading(tmp_path):
         assert_equal(flow.state_dict(), state.ema_flow.state_dict())
         assert not flow.training and not any(p.requires_grad for p in flow.parameters())
         dequantizer = flow.dequantizer
-        found = (dequantizer.transform, dequantizer.alpha, dequantizer.levels)
+        found = (dequantizer.transform, dequantizer.alpha, dequantizer.num_bins)
         assert found == ("logit", 0.01, 256)
     with pytest.raises(AssertionError):
         assert_equal(state.flow.state_dict(), state.ema_flow.state_dict())

@@ -12,18 +12,7 @@ import pytest
 import torch
 import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
-from cli_helpers import (
-    copy_of,
-    events,
-    last,
-    metrics,
-    quick,
-    result,
-    start,
-    summary,
-    trained,
-    tree,
-)
+from cli_helpers import copy_of, events, last, metrics, quick, result, start, summary, trained, tree
 from helpers import SHARED, npz, shared
 from PIL import Image
 

@@ -249,5 +249,5 @@ def test_only_training_images_are_augmented(numbered):
 
 def test_digits_are_the_default():
     data = data_set({})
-    assert (data.shape, data.levels) == ((1, 8, 8), 17)
+    assert (data.shape, data.num_bins) == ((1, 8, 8), 17)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]

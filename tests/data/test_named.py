@@ -44,7 +44,7 @@ def test_what_fits_another_data_set_comes_from_the_models_own(tmp_path):
     x = np.zeros((4, 1, 4, 4), "u1")
     np.savez(tmp_path / "b.npz", x_train=x, x_test=x[:2])
     other = named(tmp_path / "b.npz", own)
-    assert (other.config.layout, other.shape, other.levels) == ("nchw", (1, 4, 4), 32)
+    assert (other.config.layout, other.shape, other.num_bins) == ("nchw", (1, 4, 4), 32)
     assert not other.undivided
     folder = named(pictures(tmp_path / "p", 3), own, shape=(1, 6, 4))
     assert (folder.shape, folder.config.resize) == ((1, 6, 6), "crop")

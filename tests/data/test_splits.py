@@ -129,7 +129,7 @@ def test_n_bits_keeps_the_upper_bits(tmp_path):
         data = data_set({**section, "n_bits": n_bits})
         test, expected = data.split("test"), pixels // 2 ** (8 - n_bits)
         x = test.take(slice(None))
-        assert np.array_equal(x, expected) and x.dtype == torch.uint8 and data.levels == 2**n_bits
+        assert np.array_equal(x, expected) and x.dtype == torch.uint8 and data.num_bins == 2**n_bits
         x.zero_()  # a copy
         assert np.array_equal(test.take(np.array([1])), expected[1:2])
 

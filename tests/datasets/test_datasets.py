@@ -46,7 +46,7 @@ def test_described_before_anything_is_read(name, tmp_path):
     for split in ("train", "test"):
         images = build(name, tmp_path / "none", split)
         assert (images.shape, images.flip) == DOWNLOADED[name]
-        assert images.levels == 256 and images.key is None and not images.at_hand()
+        assert images.num_bins == 256 and images.key is None and not images.at_hand()
     assert not (tmp_path / "none").exists()
 
 
@@ -67,7 +67,11 @@ def test_digits(tmp_path):
     from sklearn.datasets import load_digits
 
     parts = {part: build("digits", tmp_path, part) for part in COUNTS}
-    assert (parts["train"].shape, parts["train"].levels, parts["train"].flip) == ((1, 8, 8), 17, 0)
+    assert (parts["train"].shape, parts["train"].num_bins, parts["train"].flip) == (
+        (1, 8, 8),
+        17,
+        0,
+    )
     both = np.concatenate([check(parts["train"], 1617), check(parts["test"], 180)])
     every = load_digits()
     rows = np.concatenate([part.rows() for part in parts.values()])
@@ -101,7 +105,7 @@ def forms(*names):
 def assert_whole(form, at_hand=False):
     for split, count in COUNTS.items():
         images = form(split)
-        assert (images.shape, images.levels) == ((3, 32, 32), 256)
+        assert (images.shape, images.num_bins) == ((3, 32, 32), 256)
         assert images.at_hand() == (at_hand or form.kind is not np.memmap)
         pixels = images.read()
         assert isinstance(pixels, form.kind) and pixels.shape == (count, 3, 32, 32)

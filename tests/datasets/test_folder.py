@@ -76,7 +76,7 @@ def test_mixed_images_in_any_tree(tmp_path):
     draw(tmp_path / "test" / "t.png", seed=99)
     for channels in (3, 1):
         images = images_of(tmp_path, size=8, channels=channels)
-        assert images.shape == (channels, 8, 8) and images.levels == 256 and not images.flip
+        assert images.shape == (channels, 8, 8) and images.num_bins == 256 and not images.flip
         # by relative path, as bytes sort: Z, a, b/deep/one, c, d, e, f
         assert np.allclose(values(images), [70, 20, 10, 30, 40, 51, 60], atol=1)
 

@@ -25,7 +25,7 @@ NUMBERS = {"oord2016": (1_281_149, 49_999), "chrabaszcz2017": (1_281_167, 50_000
 @pytest.mark.parametrize("side", [32, 64])
 def test_description_before_anything_is_read(side, version, tmp_path):
     images = build(f"imagenet{side}", tmp_path / "none", "test", version=version)
-    assert (images.shape, images.levels, images.flip) == ((3, side, side), 256, True)
+    assert (images.shape, images.num_bins, images.flip) == ((3, side, side), 256, True)
     assert not images.at_hand() and not (tmp_path / "none").exists()
     assert images.edition.startswith(f"{version}: ImageNet {side}x{side}")
     edition = imagenet.EDITIONS[side, version]

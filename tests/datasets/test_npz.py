@@ -44,7 +44,7 @@ def test_layouts(tmp_path, monkeypatch, array, layout, axes, save):
         with monkeypatch.context() as patch:
             patch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("pixels read"))
             images = build(split, path=tmp_path / "a.npz", layout=layout)
-            assert (images.shape, images.levels, images.flip) == (wanted.shape[1:], 256, False)
+            assert (images.shape, images.num_bins, images.flip) == (wanted.shape[1:], 256, False)
         assert np.array_equal(images.read()[:], source)
         assert isinstance(images.read(), Mapped) == (save is np.savez)
 

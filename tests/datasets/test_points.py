@@ -28,7 +28,7 @@ def test_any_number_of_points_by_seed(name):
         return build(name, "", split, count=300, test_count=200, **options).read()
 
     images, dims = build(name, "", "train"), 3 if name == "sphere" else 2
-    assert (images.shape, images.levels, images.flip) == ((dims, 1, 1), None, False)
+    assert (images.shape, images.num_bins, images.flip) == ((dims, 1, 1), None, False)
     assert images.labels is None
     pixels = drawn()
     assert pixels.dtype == np.float32 and pixels.shape == (300, dims, 1, 1)
@@ -87,7 +87,7 @@ def test_the_density_integrates_to_one(model):
 
 def test_floats_in_and_floats_out():
     flow, _ = a_flow("realnvp")
-    assert (flow.levels, flow.kind.unit) == (None, "nats")
+    assert (flow.num_bins, flow.kind.unit) == (None, "nats")
     x = flow.sample(20, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (20, 2, 1, 1)
     torch.testing.assert_close(flow.decode(flow.encode(x)), x, atol=1e-4, rtol=1e-4)
@@ -176,7 +176,7 @@ from flowtrain.datasets.base import Images
 
 def build(root, split, *, seed: int = 0, dims: int = 5):
     read = lambda: np.random.default_rng(0).normal(size=(40, dims, 1, 1)).astype("f4")
-    return Images(shape=(dims, 1, 1), levels=None, read=read)
+    return Images(shape=(dims, 1, 1), num_bins=None, read=read)
 """
 
 

@@ -96,8 +96,8 @@ OF_8X8 = {"shape": (1, 8, 8), "scale": 0.1}
 def test_decode_inverts_encode(model, options):
     """Whatever the number that is decoded together."""
     flow = tiny_flow(model, **options)
-    x = images(100, flow.shape, flow.levels, seed=9)
-    x[0], x[1], x[2:5] = 0, flow.levels - 1, (flow.levels - 1) * (x[2:5] % 2)
+    x = images(100, flow.shape, flow.num_bins, seed=9)
+    x[0], x[1], x[2:5] = 0, flow.num_bins - 1, (flow.num_bins - 1) * (x[2:5] % 2)
     before = x.clone()
     z = flow.encode(x)
     assert z.shape == (100, flow.dims) and torch.equal(z, flow.encode(x)) and not z.requires_grad
@@ -108,7 +108,7 @@ def test_decode_inverts_encode(model, options):
 
 def test_several_draws_are_the_importance_weighted_bound():
     flow = tiny_flow("glow")
-    x = images(3, flow.shape, flow.levels)
+    x = images(3, flow.shape, flow.num_bins)
     random = seeded(4)
     singles = torch.stack([flow.log_prob(x, random) for _ in range(5)])
     expected = singles.double().exp().mean(dim=0).log().float()
@@ -181,7 +181,7 @@ def test_an_uninitialized_model_raises(model):
 
 
 def every_image(flow):
-    values = itertools.product(range(flow.levels), repeat=flow.dims)
+    values = itertools.product(range(flow.num_bins), repeat=flow.dims)
     return torch.tensor(list(values), dtype=torch.uint8).reshape(-1, *flow.shape)
 
 
@@ -200,7 +200,7 @@ def total_probability(flow, nodes):
 
 def train(flow, steps):
     """On images of which some are far more likely than others."""
-    weights = torch.rand(flow.levels**flow.dims, generator=seeded(1)) ** 4
+    weights = torch.rand(flow.num_bins**flow.dims, generator=seeded(1)) ** 4
     every = every_image(flow)
     optimizer, generator = torch.optim.Adam(flow.parameters(), lr=1e-2), seeded()
     for _ in range(steps):

@@ -42,7 +42,7 @@ def test_pil_images(shape, mode):
 
 def test_a_flow_takes_arrays_and_lists():
     flow = tiny_flow("glow", classes=3)
-    x = images(3, flow.shape, flow.levels)
+    x = images(3, flow.shape, flow.num_bins)
     labels, z = torch.tensor([2, 0, 1]), flow.encode(x)
     assert torch.equal(flow.log_prob(x.numpy(), seeded(0)), flow.log_prob(x, seeded(0)))
     assert torch.equal(flow.encode(x.numpy()), z)

@@ -25,7 +25,7 @@ LN2, LN3 = math.log(2), math.log(3)
 )
 def test_each_kind(kind, type_of, unit, loss, draws, no_bits):
     levels = None if isinstance(kind, Points) else 16
-    assert type(kind) is type_of and kind.levels == levels
+    assert type(kind) is type_of and kind.num_bins == levels
     assert kind.unit == unit
     assert kind.loss(torch.tensor([-8 * LN2]), 4).item() == pytest.approx(loss)
     # The log of the mean probability, or the mean log-density of noisy images.
@@ -48,9 +48,9 @@ def test_faults_and_levels():
     assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"
     kind = kind_of(256).reduced(3)
     assert (kind.words, kind.scale, kind.npz()) == ("32 levels", 32, {"levels": 32})
-    assert POINTS.reduced(0).words == "real values" and IMAGES.require_levels("unused") == 16
+    assert POINTS.reduced(0).words == "real values" and IMAGES.require_bins("unused") == 16
     with pytest.raises(UserError, match="no images"):
-        POINTS.require_levels("no images")
+        POINTS.require_bins("no images")
 
 
 def test_random_examples():

@@ -114,7 +114,7 @@ def test_an_image_scores_the_same_in_any_batch(model, shape):
 
 
 def gradients(flow, mode="store", bf16=False):
-    x = images(4, flow.shape, flow.levels)
+    x = images(4, flow.shape, flow.num_bins)
     noise = draw_noise(x.shape, seeded(1), x.device)
     flow.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):

@@ -63,14 +63,14 @@ class Coder(ABC):
 
     def __init__(self, flow: Flow):
         flow.require_no_context("compress (an archive has no context)")
-        if flow.levels is not None and flow.kind.no_bits:
+        if flow.num_bins is not None and flow.kind.no_bits:
             raise UserError(f"compress: {flow.kind.no_bits}, and no code")
         if flow.classes:
             raise UserError(
                 f"compress: the model is class-conditional (model.classes is {flow.classes}): no "
                 f"coding rule"
             )
-        self.levels = flow.kind.require_levels(
+        self.num_bins = flow.kind.require_bins(
             "compress: a model of real-valued data has no bits without loss"
         )
         self.shape, self.dims = flow.shape, flow.dims
@@ -98,7 +98,7 @@ class Coder(ABC):
         channels, height, width = self.shape
         ramp = torch.arange(height)[:, None] + torch.arange(width) * 2
         level = torch.arange(PROBE * channels).view(PROBE, channels, 1, 1) * 3
-        images = ((ramp + level) * self.levels // (4 * (height + width))) % self.levels
+        images = ((ramp + level) * self.num_bins // (4 * (height + width))) % self.num_bins
         return self.fingerprint(images.to(torch.uint8))
 
 
@@ -114,16 +114,16 @@ class Variational:
     The normal distribution function at its end is a table of bins, uniform within a bin.
     """
 
-    def __init__(self, noise_model: VariationalNoise, levels: int):
+    def __init__(self, noise_model: VariationalNoise, num_bins: int):
         self.model = noise_model
-        self.levels = levels
+        self.num_bins = num_bins
         self.flow = rule(noise_model.flow, NOISE_BITS)
         quantiles = torch.special.ndtri(torch.arange(1, PARTS, dtype=torch.float64) / PARTS)
         reach = torch.tensor([SQUEEZED_REACH * 2**NOISE_BITS])
         self.edges = torch.cat([-reach, whole(quantiles, NOISE_BITS), reach])
 
     def _context(self, x: Tensor) -> Tensor:
-        scaled = self.model.squeeze(x.double() / self.levels - 0.5)[0]
+        scaled = self.model.squeeze(x.double() / self.num_bins - 0.5)[0]
         return torch.cat([self.model.context(each[None]) for each in scaled])
 
     def pop(self, x: Tensor, stack: Stack) -> Tensor:
@@ -154,9 +154,9 @@ class Codec(Coder):
         noise = flow.dequantizer.noise_model
         self.noise = None
         if isinstance(noise, VariationalNoise):
-            self.noise = Variational(noise, self.levels)
+            self.noise = Variational(noise, self.num_bins)
         # The dequantizer's map at each group's lower edge: `middle(x)` is its value at x + 1/2.
-        groups = torch.arange(self.levels * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
+        groups = torch.arange(self.num_bins * PARTS // 2**GROUP_BITS + 1, dtype=torch.float64)
         edges = flow.dequantizer.middle(groups * 2**GROUP_BITS / PARTS - 0.5, torch.float64)
         self.edges = whole(edges, DATA_BITS)
         self.flow = rule(flow.bijection, DATA_BITS)
@@ -223,14 +223,14 @@ class DirectCodec(Coder):
 
     def _choices(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The choices `(B,)` of the images, and the probabilities of their options `(B, N)`."""
-        levels = x.flatten(1).T.long().contiguous()
+        num_bins = x.flatten(1).T.long().contiguous()
         choices = []
 
         def next_level(entry: Entry, index: int) -> Tensor:
-            group, inner = entry.split(levels[index])
+            group, inner = entry.split(num_bins[index])
             choices.append((group, _probabilities(entry.groups())))
             choices.append((inner, _probabilities(entry.within(group))))
-            return levels[index]
+            return num_bins[index]
 
         self.layer.in_order(next_level, len(x))
         return choices

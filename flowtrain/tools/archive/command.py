@@ -53,8 +53,7 @@ def compress(
         ),
     ] = None,
     split: Annotated[
-        Split | None,
-        typer.Option("--split", help="Compress a split of the model's data set."),
+        Split | None, typer.Option("--split", help="Compress a split of the model's data set.")
     ] = None,
     num_images: FirstImagesOption = None,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
@@ -88,10 +87,12 @@ def compress(
         raise UserError("--set: only with --split, for the place of the data")
     require_file(out)
     loaded = load(model, "cpu", weights, trust_code, conditional=True)
-    levels = coder_of(loaded.flow).levels  # refuses a model without rules before any work is done
+    num_bins = coder_of(
+        loaded.flow
+    ).num_bins  # refuses a model without rules before any work is done
     names: list[str] | str
     if split is None:
-        names, x = from_files(files, loaded, levels, out, num_images)
+        names, x = from_files(files, loaded, num_bins, out, num_images)
     else:
         names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
@@ -110,7 +111,7 @@ def compress(
     )
     save(out, result.data)
     with ProgressBar("comparing") as bar:
-        sizes = ordinary_sizes(x, levels, bar)
+        sizes = ordinary_sizes(x, num_bins, bar)
     _print(result, len(x), x[0].numel(), sizes, embed)
     console.print(
         f"wrote {out}: {len(x)} images" + (", with the model" if embed and result.coded else "")
@@ -189,14 +190,8 @@ def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], e
 @command
 @on_one_process
 def decompress(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="An archive of flowtrain compress."),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FOLDER", help="Where the PNG files go."),
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive of flowtrain compress.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.")],
     model: Annotated[
         str | None,
         typer.Option(
@@ -231,5 +226,5 @@ def decompress(
     loaded = opened.load(model, trust_code)
     with ProgressBar("decompressing") as bar:
         images = opened.images(loaded, bar)
-    write_folder(out, png_files(opened.names, images, opened.levels))
+    write_folder(out, png_files(opened.names, images, opened.num_bins))
     console.print(f"wrote {out}: {len(images)} images, each of which matches its checksum")

@@ -67,7 +67,7 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> 
         probe = coder.probe()
     split = Split(images.numpy(), np.arange(len(images)), 0)
     bound = score(model.flow, split, progress=progress).log_prob / -math.log(2)
-    promising = (bound < coder.dims * math.log2(coder.levels)).nonzero()[:, 0].tolist()
+    promising = (bound < coder.dims * math.log2(coder.num_bins)).nonzero()[:, 0].tolist()
     with one_thread():
         expected = estimate(coder, images[promising[: coder.chunk]])
     return Prepared(model, coder, probe, images, bound, promising, expected)
@@ -165,7 +165,7 @@ def _pack(
     coder, model, images = prepared.coder, prepared.model, prepared.images
     description: dict[str, Any] = {
         "shape": list(coder.shape),
-        "levels": coder.levels,
+        "levels": coder.num_bins,
         "names": names,
     }
     if isinstance(names, str):

@@ -41,7 +41,7 @@ class Opened:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         self.description, self.parts = archive.unpack(path, data, memory)
         self.names = self.description.files
-        self.levels = self.description.levels
+        self.num_bins = self.description.levels
         self.streams = self.description.streams
         if self.streams:
             identity = self.parts[0][-archive.IDENTITY.size :]
@@ -72,7 +72,10 @@ class Opened:
                 f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
                 f"{found}: say where it is with --model"
             )
-        if (tuple(model.flow.shape), model.flow.levels) != (self.description.shape, self.levels):
+        if (tuple(model.flow.shape), model.flow.num_bins) != (
+            self.description.shape,
+            self.num_bins,
+        ):
             raise UserError(
                 f"{self.path}: not a valid archive: its images are not of its model's shape and "
                 f"levels"
@@ -111,10 +114,10 @@ class Opened:
             raise self._irreproducible(
                 f"{wrong} of {len(found)} images do not match their checksums"
             )
-        if self.levels < 256 and any((image >= self.levels).any() for image in found):
+        if self.num_bins < 256 and any((image >= self.num_bins).any() for image in found):
             raise UserError(
                 f"{self.path}: not a valid archive: it has values that are not in "
-                f"0..{self.levels - 1}"
+                f"0..{self.num_bins - 1}"
             )
         return found
 

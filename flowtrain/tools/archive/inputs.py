@@ -20,7 +20,7 @@ from flowtrain.tools.archive.threads import Progress, Tick, in_threads
 
 
 def from_files(
-    paths: list[Path], model: LoadedModel, levels: int, out: Path, count: int | None
+    paths: list[Path], model: LoadedModel, num_bins: int, out: Path, count: int | None
 ) -> tuple[list[str], Tensor]:
     """Names and pixels of the first `count` image files at these paths; None stands for all.
 
@@ -31,7 +31,7 @@ def from_files(
         if out.exists() and file.exists() and out.samefile(file):
             raise UserError(f"--out {out}: is one of the files that are read; give another name")
     names = list(found)[:count]
-    return names, read_files([found[name] for name in names], model.flow.shape, levels)
+    return names, read_files([found[name] for name in names], model.flow.shape, num_bins)
 
 
 def find_files(paths: list[Path]) -> dict[str, Path]:
@@ -63,15 +63,15 @@ def _check_names(names: list[str], where: str) -> None:
         raise UserError(f"{where}: it cannot be unpacked: {error}") from None
 
 
-def read_files(files: list[Path], shape: tuple[int, int, int], levels: int) -> Tensor:
+def read_files(files: list[Path], shape: tuple[int, int, int], num_bins: int) -> Tensor:
     """Image files as they are: uint8 `(N, C, H, W)`, values 0..Q-1.
 
     Raises `UserError` naming a file that is missing, or has another shape or other values.
     """
-    return torch.stack([_pixels(file, shape, levels) for file in files])
+    return torch.stack([_pixels(file, shape, num_bins) for file in files])
 
 
-def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
+def _pixels(path: Path, shape: tuple[int, int, int], num_bins: int) -> Tensor:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     try:
@@ -93,19 +93,19 @@ def _pixels(path: Path, shape: tuple[int, int, int], levels: int) -> Tensor:
         )
     if transparent:
         raise UserError(f"{path}: a part of it is transparent, which would be lost")
-    values = to_8bit(torch.arange(levels), levels).long()  # as `decompress` writes them
+    values = to_8bit(torch.arange(num_bins), num_bins).long()  # as `decompress` writes them
     image_values = torch.from_numpy(pixels.reshape(height, width, channels)).long()
     image_levels = torch.searchsorted(values, image_values)
     if (values[image_levels] != image_values).any():
         raise UserError(
-            f"{path}: its values are not the {levels} that images of this model have "
+            f"{path}: its values are not the {num_bins} that images of this model have "
             f"({', '.join(map(str, values[:4].tolist()))}, ..., 255): to keep fewer bits of it "
             f"would not be lossless"
         )
     return image_levels.to(torch.uint8).movedim(-1, 0)
 
 
-def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> dict[str, int]:
+def ordinary_sizes(images: Tensor, num_bins: int, progress: Progress = silent) -> dict[str, int]:
     """The bytes of all images in each lossless format of Pillow: as one file each, and in tall
     pictures (`tall NAME`). The slow options of `FORMATS` are tried too for few images.
     """
@@ -117,7 +117,7 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> 
         for part in torch.split(images, tall_length(images.shape[2]))
     ]
     tasks = [
-        functools.partial(_sizes, prefix + name, *names[name], part, levels)
+        functools.partial(_sizes, prefix + name, *names[name], part, num_bins)
         for name in names
         for prefix, pictures in (("", torch.split(images, STRIP)), ("tall ", tall))
         for part in pictures
@@ -133,10 +133,10 @@ def ordinary_sizes(images: Tensor, levels: int, progress: Progress = silent) -> 
 
 
 def _sizes(
-    title: str, name: str, slow: bool, images: Tensor, levels: int, tick: Tick
+    title: str, name: str, slow: bool, images: Tensor, num_bins: int, tick: Tick
 ) -> tuple[str, int | None]:
     try:
-        sizes = file_sizes(images, levels, name, slow)
+        sizes = file_sizes(images, num_bins, name, slow)
     except (OSError, ValueError):  # too tall for the format
         sizes = None
     tick(1)

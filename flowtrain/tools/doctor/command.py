@@ -57,7 +57,7 @@ def doctor(
     loaded = options.load_model(conditional=True)
     path = output(json_out, loaded, "doctor.json", "--json")
     console.print(f"examining {loaded.checkpoint.path}")
-    if loaded.flow.kind.no_bits and loaded.flow.levels is not None:
+    if loaded.flow.kind.no_bits and loaded.flow.num_bins is not None:
         console.print(f"no check of bits/dim: {loaded.flow.kind.no_bits}")
     data = options.data(loaded)
     with ProgressBar("examining") as bar:

@@ -142,7 +142,7 @@ def reduced(model: LoadedModel) -> Flow | None:
     for side in SIDES:
         if side < min(height, width):
             try:
-                flow = build_flow(model.config, (channels, side, side), model.flow.levels)
+                flow = build_flow(model.config, (channels, side, side), model.flow.num_bins)
                 flow = flow.eval().requires_grad_(False)
                 if _transplant(model.flow, flow):
                     black = torch.zeros(1, *flow.shape)

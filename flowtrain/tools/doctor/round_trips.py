@@ -33,7 +33,7 @@ def round_trip(
     precise: Flow,
     x: Tensor,
     z: Tensor | None,
-    levels: float,
+    num_bins: float,
     inputs: str,
     notes: Notes,
 ) -> int:
@@ -64,7 +64,7 @@ def round_trip(
         data, latents = pairs if z is None else reversed(pairs)
         # As for a layer: at the edge of a bin, rounding moves a level.
         harmless = z is not None and one is flow and flow.bijection.is_discrete
-        notes.add(checks[0], _distance(one, *data) * levels, inputs=inputs, harmless=harmless)
+        notes.add(checks[0], _distance(one, *data) * num_bins, inputs=inputs, harmless=harmless)
         notes.add(checks[1], _bits(*latents), inputs=inputs, harmless=harmless)
         if z is None and one is flow:
             finite = are_finite(back)

@@ -70,7 +70,7 @@ def from_classes(
     Raises `UserError` if there are no labels, or no such images.
     """
     check_name(name)
-    data.require(model.flow.shape, model.flow.levels, model.checkpoint.path)
+    data.require(model.flow.shape, model.flow.num_bins, model.checkpoint.path)
     split = data.split(split_name)
     if split.labels is None:
         raise UserError(f"--to-class {second}: {data.config.name} has no labels")

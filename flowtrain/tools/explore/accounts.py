@@ -115,7 +115,7 @@ def _(layer: Squeeze | Permute, x: Tensor, context: Context | None) -> tuple[Ten
 @forward_by_place.register
 def _(layer: OrdinalAutoregressive, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
     z, log_derivative = layer.by_entry(x, context)
-    return z.flatten(1), (log_derivative + math.log(layer.levels)).sum(dim=1)
+    return z.flatten(1), (log_derivative + math.log(layer.num_bins)).sum(dim=1)
 
 
 class ByPlace(LayerByLayer):

@@ -17,8 +17,7 @@ def add_to(app: typer.Typer) -> None:
 @on_one_process
 def explore(
     port: Annotated[
-        int,
-        typer.Option("--port", min=0, max=65535, show_default="a free one", help="Port."),
+        int, typer.Option("--port", min=0, max=65535, show_default="a free one", help="Port.")
     ] = 0,
     host: Annotated[
         str,
@@ -70,7 +69,9 @@ def explore(
     words += ["--trust-code"] if options.trust_code else []
     session = Session(loaded, word, lambda: options.data(loaded), memory, words)
     if options.words():  # the page works without data, but these were requested
-        options.data(loaded).require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
+        options.data(loaded).require(
+            loaded.flow.shape, loaded.flow.num_bins, loaded.checkpoint.path
+        )
     at = server.listening(host, port)
     token = secrets.token_urlsafe(24)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else host

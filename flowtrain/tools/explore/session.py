@@ -68,7 +68,7 @@ class Session:
         self.model, self.word, self.memory, self.options = model, word, memory, options
         self.flow = flow = model.flow
         self.levels = levels_of(flow)
-        self.q = flow.kind.require_levels(
+        self.q = flow.kind.require_bins(
             f"{model.checkpoint.path}: a model of points, and the explorer shows images; "
             f"flowtrain sample draws points and their density"
         )
@@ -100,7 +100,7 @@ class Session:
         """Reads the data, or the reason why there are none. Any thread may call it."""
         try:
             data = self._read_data()
-            data.require(self.flow.shape, self.flow.levels, self.model.checkpoint.path)
+            data.require(self.flow.shape, self.flow.num_bins, self.model.checkpoint.path)
             self.data = Background(self.flow, self.levels, data, self.memory // 8, self.at_a_time)
         except Exception as error:
             self._without_data(error)

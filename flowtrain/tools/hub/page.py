@@ -57,7 +57,7 @@ def page(model: LoadedModel, repository: str, licence: str, curves: bool) -> str
 
 def _metadata(model: LoadedModel, repository: str, licence: str) -> dict[str, Any]:
     """As in https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
-    is_images = model.flow.levels is not None
+    is_images = model.flow.num_bins is not None
     task = "unconditional-image-generation" if is_images else "other"
     measured = [
         {

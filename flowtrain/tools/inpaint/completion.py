@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,8 @@ def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
     everything.
     """
     flow = model.flow
-    assert flow.levels is not None
-    x = _exactly(image, flow.shape, flow.levels, "--image")
+    assert flow.num_bins is not None
+    x = _exactly(image, flow.shape, flow.num_bins, "--image")
     white = _exactly(mask, (1, *flow.shape[1:]), 256, "--mask")
     other = (white != 0) & (white != 255)
     if other.any():
@@ -58,9 +59,9 @@ def of_mask(image: Path, mask: Path, model: LoadedModel) -> Given:
             f"--mask {mask}: it is all white, so no pixel is known: `flowtrain sample` draws such "
             f"images"
         )
-    constraint = Pixels(x, known, flow.levels, within=discrete_model(flow.bijection) is None)
+    constraint = Pixels(x, known, flow.num_bins, within=discrete_model(flow.bijection) is None)
     missing = int((white == 255).sum())
-    shown = torch.where(known, x, flow.levels // 2)
+    shown = torch.where(known, x, flow.num_bins // 2)
     return Given(constraint, shown, f"{missing} of {white.numel()} pixels are missing")
 
 
@@ -70,22 +71,22 @@ def of_averages(image: Path, factor: int, model: LoadedModel) -> Given:
     sides.
     """
     flow = model.flow
-    assert flow.levels is not None
+    assert flow.num_bins is not None
     _, height, width = flow.shape
     if factor < 2 or height % factor or width % factor:
         raise UserError(
             f"--factor {factor}: expected a number from 2 that divides both sides of images of "
             f"{height}x{width} pixels"
         )
-    context = ImageContext("downsample", factor, flow.shape, flow.levels)
-    small = _exactly(image, context.shape, flow.levels, "--image")
+    context = ImageContext("downsample", factor, flow.shape, flow.num_bins)
+    small = _exactly(image, context.shape, flow.num_bins, "--image")
     words = f"the means of patches of {factor}x{factor} pixels are known"
     return Given(Averages(small, context), context.shown(small[None])[0], words)
 
 
-def _exactly(path: Path, shape: tuple[int, int, int], levels: int, option: str) -> Tensor:
+def _exactly(path: Path, shape: tuple[int, int, int], num_bins: int, option: str) -> Tensor:
     try:
-        return torch.from_numpy(open_image(path, shape, levels, "exact"))
+        return torch.from_numpy(open_image(path, shape, num_bins, "exact"))
     except UserError as error:
         raise UserError(f"{option} {error}") from None
 
@@ -102,14 +103,14 @@ def write_folder(
     """Writes a PNG file for each sample, their mean, a grid of the given part, the samples and the
     mean, and `about` as a JSON file. See `files.write_folder`.
     """
-    levels = model.flow.levels
-    assert levels is not None
+    num_bins = model.flow.num_bins
+    assert num_bins is not None
     mean = found.x.float().mean(dim=0).round().to(torch.uint8)
     shown = torch.cat([given.shown[None].to(torch.uint8), found.x, mean[None]])
     *single, of_all, result = names(len(found.x))
-    picture = grid.png(grid.grid(shown, levels, min(COLUMNS, len(shown))))
+    picture = grid.png(grid.grid(shown, num_bins, min(COLUMNS, len(shown))))
     text = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
-    pictures = png_files(single, shown[1:], levels)
+    pictures = png_files(single, shown[1:], num_bins)
     files.write_folder(out, [*pictures, (of_all, picture), (result, text)])
 
 
@@ -118,7 +119,7 @@ def npz(
 ) -> bytes:
     """The images as an .npz file, channels last, with their mean and the given part."""
     buffer = io.BytesIO()
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": found.x.movedim(1, -1).numpy(),
         "mean": found.x.float().mean(dim=0).movedim(0, -1).numpy(),
         "given": given.shown.to(torch.uint8).movedim(0, -1).numpy(),

@@ -37,13 +37,13 @@ class Pixels:
     not move.
     """
 
-    def __init__(self, x: Tensor, known: Tensor, levels: int, within: bool = True):
+    def __init__(self, x: Tensor, known: Tensor, num_bins: int, within: bool = True):
         self.x, self.known, self.unknown = x, known, ~known
         self.moves = torch.ones_like(known) if within else self.unknown
         # As in training, the noise stays so far from the edges that rounding does not move it over.
         edge = EDGE if within else 0.5
-        self.low = torch.where(known, (x + edge) / levels, EDGE / levels)
-        self.width = torch.where(known, (1 - 2 * edge) / levels, 1 - 2 * EDGE / levels)
+        self.low = torch.where(known, (x + edge) / num_bins, EDGE / num_bins)
+        self.width = torch.where(known, (1 - 2 * edge) / num_bins, 1 - 2 * EDGE / num_bins)
 
     def images(self, s: Tensor) -> tuple[Tensor, Tensor]:
         y = self.low.to(s) + self.width.to(s) * torch.special.ndtr(s)
@@ -76,7 +76,7 @@ class Averages:
 
     def __init__(self, small: Tensor, context: ImageContext):
         self.context = context
-        self.mean = (small.float() + 0.5) / context.levels
+        self.mean = (small.float() + 0.5) / context.num_bins
         self.moves = self.unknown = torch.ones(context.image, dtype=torch.bool)
 
     def images(self, s: Tensor) -> tuple[Tensor, Tensor]:

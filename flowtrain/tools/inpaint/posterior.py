@@ -110,7 +110,7 @@ def require_room(flow: Flow, effort: Effort) -> None:
 
 def require_posterior(flow: Flow, label: int | None = None) -> None:
     """Raises `UserError` if a flow cannot complete images, or not with this class."""
-    flow.kind.require_levels("inpaint: the model is of real-valued data, which have no pixels")
+    flow.kind.require_bins("inpaint: the model is of real-valued data, which have no pixels")
     if flow.kind.no_bits is not None:
         raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
     flow.require_no_context("inpaint")
@@ -172,9 +172,9 @@ def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
         return of_reals
 
     def of_levels(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert flow.levels is not None
-        scaled = y * flow.levels
-        whole = scaled.detach().floor().clamp(0, flow.levels - 1)
+        assert flow.num_bins is not None
+        scaled = y * flow.num_bins
+        whole = scaled.detach().floor().clamp(0, flow.num_bins - 1)
         x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
         if x.requires_grad:
             x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
@@ -245,8 +245,8 @@ class _Sampler:
         It begins with annealing, unless the chains have `begun` in latents, or have `redraws` after
         each move.
         """
-        levels, constraint = self.flow.levels, self.constraint
-        assert levels is not None
+        num_bins, constraint = self.flow.num_bins, self.constraint
+        assert num_bins is not None
 
         def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
             y, volume = constraint.images(s)
@@ -272,7 +272,7 @@ class _Sampler:
             if move >= warm_up:
                 probabilities.append(probability.mean())
                 y, _ = constraint.images(chains.point.s)
-                x = (y * levels).floor().clamp(0, levels - 1).to(torch.uint8)
+                x = (y * num_bins).floor().clamp(0, num_bins - 1).to(torch.uint8)
                 history.append(x.flatten(1)[:, followed].float().cpu())
                 if move in keep:
                     images.append(x.cpu())
@@ -294,7 +294,7 @@ def _in_order_and_moved(
     """Draws entries in order, and then moves those before a known one."""
     flow, effort, labels = sampler.flow, sampler.effort, sampler.labels
     randomness = sampler.randomness
-    assert flow.levels is not None
+    assert flow.num_bins is not None
     order, known = layer.order(), constraint.known
     last = order[known].max()
     early = ~known & (order < last)
@@ -306,9 +306,9 @@ def _in_order_and_moved(
     if not early.any():
         sampler.progress(1, 1)
         return Posterior(x.to(torch.uint8).cpu(), None, None, 0)
-    moving = Pixels(constraint.x, ~early, flow.levels, within=False)
+    moving = Pixels(constraint.x, ~early, flow.num_bins, within=False)
     uniform = torch.rand(x.shape, generator=randomness).to(x.device)
-    s = moving.coordinates((x + uniform) / flow.levels)
+    s = moving.coordinates((x + uniform) / flow.num_bins)
     counted = (order <= last).to(flow.device)  # the others do not affect the moving entries
     redraws = _Redraws(layer, flow.conditioning(len(x), labels), moving, counted, randomness)
     chains = dataclasses.replace(sampler, constraint=moving)
@@ -344,16 +344,16 @@ class _Redraws:
     @torch.no_grad()
     def __call__(self, s: Tensor, adapting: bool) -> Tensor:
         """Coordinates `(B, C, H, W)` after `REDRAWS` draws."""
-        levels = self.layer.levels
-        scaled = self.constraint.images(s)[0] * levels
-        x = scaled.floor().clamp(0, levels - 1)
+        num_bins = self.layer.num_bins
+        scaled = self.constraint.images(s)[0] * num_bins
+        x = scaled.floor().clamp(0, num_bins - 1)
         within = scaled - x
         for _ in range(REDRAWS):
             x, rate = self._once(x)
             if adapting:
                 most = min(len(self.free), MOST_REDRAWN)
                 self.count = min(max(self.count * (1 + 0.2 * (rate - REDRAWN)), 1.0), most)
-        moved = self.constraint.coordinates((x + within) / levels)
+        moved = self.constraint.coordinates((x + within) / num_bins)
         return torch.where(self.constraint.moves.to(s.device), moved, s)
 
     def _once(self, x: Tensor) -> tuple[Tensor, float]:
@@ -362,7 +362,7 @@ class _Redraws:
         log_prob, table = self._at(x, entries)
         uniform = torch.rand(len(x), len(entries), 1, generator=self.randomness).to(x)
         below = table.exp().cumsum(dim=2) < uniform
-        drawn = below.sum(dim=2).clamp_(max=self.layer.levels - 1)
+        drawn = below.sum(dim=2).clamp_(max=self.layer.num_bins - 1)
         other = x.flatten(1).index_copy(1, entries, drawn.to(x)).view_as(x)
         its_log_prob, its_table = self._at(other, entries)
         old = x.flatten(1)[:, entries].long()

@@ -109,10 +109,10 @@ def ood(
     )
     for collection in collections.all:
         if collection.stored:
-            (channels, height, width), levels = collection.stored
+            (channels, height, width), num_bins = collection.stored
             console.print(
-                f"{collection.name}: {channels}x{height}x{width} with {levels} levels, brought to "
-                f"the model's"
+                f"{collection.name}: {channels}x{height}x{width} with {num_bins} levels, brought "
+                f"to the model's"
             )
     with ProgressBar("scoring") as bar:
         comparison = score_all(loaded, collections, seed=seed, batch_size=batch_size, progress=bar)

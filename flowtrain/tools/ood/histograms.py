@@ -22,7 +22,7 @@ def draw(comparison: Comparison) -> bytes:
     }
     # Noise and shuffled pixels may cost millions of bits. The last bar has all scores above twice
     # the log2 Q bits of a uniform coder.
-    furthest = kind.uniform_loss + float(kind.in_unit(np.log2(kind.levels)))
+    furthest = kind.uniform_loss + float(kind.in_unit(np.log2(kind.num_bins)))
     figure = Figure(figsize=(16, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
         values = [scored.scores[name] for scored in comparison.compared]

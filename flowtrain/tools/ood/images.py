@@ -99,24 +99,24 @@ def named(
         {**model.config.resolved(), "data": section}, f"{option} {name}", trust_code=True
     ).data
     data = DataSet(config, undivided(config, own.config))
-    levels = data.kind.require_levels(f"{option} {name}: real values, not images")
-    return _sample(name, "all" if data.undivided else "test", data, levels, model, count, seed)
+    num_bins = data.kind.require_bins(f"{option} {name}: real values, not images")
+    return _sample(name, "all" if data.undivided else "test", data, num_bins, model, count, seed)
 
 
 def own_split(
     split: SplitName, model: LoadedModel, data: DataSet, count: int, seed: int = 0
 ) -> Collection:
     """A sample of `count` images of a split of the model's own data."""
-    levels = levels_of(model)
-    data.require(model.flow.shape, levels, model.checkpoint.path)
-    return _sample(data.config.name, split, data, levels, model, count, seed)
+    num_bins = levels_of(model)
+    data.require(model.flow.shape, num_bins, model.checkpoint.path)
+    return _sample(data.config.name, split, data, num_bins, model, count, seed)
 
 
 def _sample(
     name: str,
     split: SplitName,
     data: DataSet,
-    data_levels: int,
+    num_bins: int,
     model: LoadedModel,
     count: int,
     seed: int,
@@ -124,33 +124,33 @@ def _sample(
     every = data.split(split)
     positions = sampled(len(every), count, seed)
     images = every.take(positions).numpy()
-    shape, levels = model.flow.shape, levels_of(model)
+    shape, num_bins = model.flow.shape, levels_of(model)
     policy = data.config.resize_policy
-    stored = None if (data.shape, data_levels) == (shape, levels) else (data.shape, data_levels)
-    converted = convert(images, data_levels, shape, levels, policy)
+    stored = None if (data.shape, num_bins) == (shape, num_bins) else (data.shape, num_bins)
+    converted = convert(images, num_bins, shape, num_bins, policy)
     return Collection(name, converted, positions, split, stored)
 
 
 def levels_of(model: LoadedModel) -> int:
     """Q of a model of images. Raises `UserError` for a model of real values."""
-    return model.flow.kind.require_levels(
+    return model.flow.kind.require_bins(
         f"{model.checkpoint.path}: a model of real values; the scores are of images"
     )
 
 
 def convert(
-    images: np.ndarray, levels: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
+    images: np.ndarray, num_bins: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
 ) -> np.ndarray:
-    """Converts uint8 `(N, C, H, W)`, values 0..levels-1, to `(N, *to_shape)`, 0..to_levels-1.
+    """Converts uint8 `(N, C, H, W)`, values 0..num_bins-1, to `(N, *to_shape)`, 0..to_levels-1.
 
     Values are stretched to 0..255, and size and channels changed by
     `flowtrain.datasets.base.resize` (grey is repeated in each channel, colours become luma). Then
     2**n levels keep the upper n bits, as `data.n_bits` does, and any other number Q takes the
     nearest of 0..Q-1. Images of the wanted shape and levels stay as they are.
     """
-    if images.shape[1:] == to_shape and levels == to_levels:
+    if images.shape[1:] == to_shape and num_bins == to_levels:
         return images
-    pixels = to_8bit(torch.from_numpy(np.ascontiguousarray(images)), levels).numpy()
+    pixels = to_8bit(torch.from_numpy(np.ascontiguousarray(images)), num_bins).numpy()
     if pixels.shape[1:] != to_shape:
         pixels = np.stack([resize(picture_of(image), to_shape, policy) for image in pixels])
     return quantize(pixels, to_levels)
@@ -159,7 +159,7 @@ def convert(
 MADE = ("noise", "constant", "shuffled")
 
 
-def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
+def made(name: str, like: Collection, num_bins: int, seed: int) -> Collection:
     """The images of a name in `MADE`, as many as in `like` and of their shape.
 
     Each has a random generator of its own, so the first images do not depend on their number.
@@ -168,17 +168,19 @@ def made(name: str, like: Collection, levels: int, seed: int) -> Collection:
     if name == "shuffled":
         images = shuffled(like.images, seed)
     elif name == "constant":
-        colours = noise(count, (shape[0], 1, 1), levels, seed, kind=2)
+        colours = noise(count, (shape[0], 1, 1), num_bins, seed, kind=2)
         images = np.broadcast_to(colours, like.images.shape).copy()
     else:
-        images = noise(count, tuple(shape), levels, seed)
+        images = noise(count, tuple(shape), num_bins, seed)
     return Collection(name, images, np.arange(count))
 
 
-def noise(count: int, shape: tuple[int, ...], levels: int, seed: int, kind: int = 1) -> np.ndarray:
+def noise(
+    count: int, shape: tuple[int, ...], num_bins: int, seed: int, kind: int = 1
+) -> np.ndarray:
     """Images whose values are independent and uniform over all levels, uint8 `(count, C, H, W)`."""
     images = [
-        torch.randint(levels, shape, generator=_randomness(seed, index, kind), dtype=torch.uint8)
+        torch.randint(num_bins, shape, generator=_randomness(seed, index, kind), dtype=torch.uint8)
         for index in range(count)
     ]
     return torch.stack(images).numpy()

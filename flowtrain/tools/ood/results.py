@@ -44,7 +44,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "entropy_images": len(reference.log_prob),
         "coders": coders(),
         "dims": model.flow.dims,
-        "levels": model.flow.levels,
+        "levels": model.flow.num_bins,
         "weights": model.weights,
         "step": model.checkpoint.meta["step"],
         "seed": comparison.seed,
@@ -54,14 +54,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def _described(scored: Scored) -> dict[str, Any]:
     collection = scored.collection
-    shape, levels = collection.stored or (None, None)
+    shape, num_bins = collection.stored or (None, None)
     described: dict[str, Any] = {
         "dataset": collection.name,
         "split": collection.split,
         "num_images": len(collection.images),
         "non_finite_images": len(scored.non_finite),
         "stored_shape": shape and list(shape),
-        "stored_levels": levels,
+        "stored_levels": num_bins,
     }
     for name, values in (("loss", scored.loss), ("complexity", scored.complexity)):
         mean, stderr, median = mean_of(values)

@@ -70,7 +70,7 @@ def report(
     data: DataSet | str
     try:
         data = options.data(loaded)
-        data.require(loaded.flow.shape, loaded.flow.levels, loaded.checkpoint.path)
+        data.require(loaded.flow.shape, loaded.flow.num_bins, loaded.checkpoint.path)
         for split in ("train", "test"):
             data.split(split)
     except (UserError, RunError) as error:

@@ -71,8 +71,8 @@ class Reconstructions:
     amplification: int
 
 
-def _levels(flow: Flow) -> int:
-    return flow.kind.require_levels(
+def _num_bins(flow: Flow) -> int:
+    return flow.kind.require_bins(
         "real-valued data are no images; their round trip is in the health table"
     )
 
@@ -82,15 +82,15 @@ def reconstruct(flow: Flow, x: Tensor) -> Reconstructions:
 
     Raises `FloatingPointError` if a result is not finite.
     """
-    levels = _levels(flow)
+    num_bins = _num_bins(flow)
     batches = x.split(fitting_batch_size(flow))
     decoded = [flow.decode(flow.encode(each), context=flow.context_of(each)) for each in batches]
     back = torch.cat(decoded).cpu()
     difference = (back.int() - x.int()).abs()
     by_image = difference.flatten(1).amax(dim=1)  # (N,)
     worst = by_image.argsort(descending=True, stable=True)
-    amplification = max(1, levels // 4)  # so that one level can be seen
-    seen = (amplification * difference).clamp(max=levels - 1).to(torch.uint8)
+    amplification = max(1, num_bins // 4)  # so that one level can be seen
+    seen = (amplification * difference).clamp(max=num_bins - 1).to(torch.uint8)
     exact = int((by_image == 0).sum())
     return Reconstructions(
         x[worst], back[worst], exact, int(by_image.max()), seen[worst], amplification
@@ -161,7 +161,7 @@ def page(
     )
     environment.filters |= {
         "duration": duration,
-        "grid": lambda x, columns=1: grid.grid(x, _levels(flow), columns),
+        "grid": lambda x, columns=1: grid.grid(x, _num_bins(flow), columns),
         "png": _png,
         "gif": lambda data: _url("gif", data),
     }
@@ -178,7 +178,7 @@ def page(
         parameters=sum(p.numel() for p in flow.parameters()),
         seed=seed,
         temperatures=temperatures,
-        levels=flow.kind.words,
+        num_bins=flow.kind.words,
         never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
     )
@@ -201,12 +201,12 @@ def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
 
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> dict[str, Any]:
     """Samples with their nearest training images, and the typical distance of test images."""
-    levels, train = _levels(flow), data.split("train")
+    num_bins, train = _num_bins(flow), data.split("train")
     test = data.split("test")
     contexts = conditional.of_split(flow, test, SHOWN)
     compared = test.sample(COMPARED, seed).take(slice(None))
     drawn = sample(flow, SHOWN if contexts is None else 1, [1.0], seed, contexts=contexts)
-    distances, positions = nearest_images(torch.cat([drawn, compared]), train, levels, NEAREST)
+    distances, positions = nearest_images(torch.cat([drawn, compared]), train, num_bins, NEAREST)
     return {
         "samples": [
             (one, list(zip(train.take(where).split(1), where.tolist(), near.tolist(), strict=True)))

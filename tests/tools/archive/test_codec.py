@@ -84,7 +84,7 @@ FLOWS = {
 def test_the_codelength_is_the_bound(name):
     flow = FLOWS[name]()
     # those that it is initialized on: far out, the code is shorter than the normal density says
-    x = images(64, flow.shape, flow.levels)
+    x = images(64, flow.shape, flow.num_bins)
     bound = torch.stack([flow.bits_per_dim(x, seeded(i)).mean() for i in range(8)]).detach()
     # Of this many images of this size the draws differ by about 0.01.
     close = 0.005 + 4 * bound.std().item()

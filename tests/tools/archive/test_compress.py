@@ -186,7 +186,7 @@ def test_threads_and_streams_change_no_byte(kind, model, digits, causal, tmp_pat
         archives.add(made(used, x, stream_size=size).data)
     assert len(archives) == 1
     found = opened(tmp_path / "a", archives.pop())
-    assert (found.levels, found.description.shape) == (used.flow.levels, used.flow.shape)
+    assert (found.levels, found.description.shape) == (used.flow.num_bins, used.flow.shape)
     assert len(found.streams) == streams
     assert any(stream.carriers for stream in found.streams) == (kind != "causal")
     for threads in (1, 2):

@@ -50,7 +50,7 @@ def a_model(
     options = {"name": name, **TINY[name], **options}
     config = a_config(options, data=data, dequantization=dequantization or {})
     data_set = DataSet(config.data)
-    flow = perturb(build_flow(config, data_set.shape, data_set.levels), scale)
+    flow = perturb(build_flow(config, data_set.shape, data_set.num_bins), scale)
     x = data_set.split("train").take(slice(None))
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     described = Checkpoint(Path("model.safetensors"), {}, {})
@@ -126,7 +126,7 @@ def test_a_sound_model(name, options, tmp_path):
         if "round trip" in check:
             assert {inputs for c, _, inputs in found if c == check} == {IMAGES, NOISE, SAMPLES}
     exact = [found.get((EXACT, "", inputs)) for inputs in (IMAGES, NOISE)]
-    assert exact == [None, None] if data.levels is None else [f.value for f in exact] == [1, 1]
+    assert exact == [None, None] if data.num_bins is None else [f.value for f in exact] == [1, 1]
     last = 11 if in_noise else 8
     assert steps == [(i, last) for i in range(1, last + 1)]
 

@@ -12,10 +12,7 @@ from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
-pytestmark = [
-    pytest.mark.run,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium"),
-]
+pytestmark = [pytest.mark.run, pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")]
 PATIENCE = 60_000  # ms; a busy machine is no failure
 playwright.expect.set_options(timeout=PATIENCE)
 
