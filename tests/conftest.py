@@ -1,6 +1,7 @@
-"""The folder that all workers of a session share, and the number of threads."""
+"""The folder that all workers of a session share, and what a test leaves as it was."""
 
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -14,10 +15,15 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def as_before():
+    """Commands change the number of threads and the logger."""
+    logger = logging.getLogger("flowtrain")
+    before = logger.handlers, logger.propagate, logger.level
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 # Commands inherit it ignored if nohup has started the tests, and would then not stop at it.

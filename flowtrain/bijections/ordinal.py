@@ -175,8 +175,8 @@ class OrdinalAutoregressive(DataDependentInit):
     def initialize(self, x: Tensor, context: Context | None = None) -> None:
         if self.initialized:
             return
-        num_bins = self._tokens(self._levels_of(x[: self.initialization_images])[0])
-        deviation = self.prediction.fit(self._value(num_bins))
+        levels = self._tokens(self._levels_of(x[: self.initialization_images])[0])
+        deviation = self.prediction.fit(self._value(levels))
         half_a_level = 1 / (self.num_bins - 1)  # entries that never vary have a scale, too
         with torch.no_grad():
             log_scale = deviation.clamp(min=half_a_level).log()
@@ -300,7 +300,7 @@ class OrdinalAutoregressive(DataDependentInit):
         log_scales = self.bounded_log_scale().flatten()
         inverse_scales = (-log_scales).exp().tolist()
         log_scales_in_levels = (log_scales + math.log(half)).tolist()
-        num_bins = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
+        levels = torch.empty(channels * height * width, batch, dtype=torch.long).to(seen.device)
         for i, j in itertools.product(*map(range, size)):
             prediction.start(i, j)
             net.start(i, j)
@@ -314,12 +314,12 @@ class OrdinalAutoregressive(DataDependentInit):
                     entry = distribution(
                         (mean.double() + 1).mul_(half), log_scales_in_levels[d], parameters
                     )
-                    num_bins[index] = next_level(entry, index)
-                values[d] = value = value_of[num_bins[index]]
+                    levels[index] = next_level(entry, index)
+                values[d] = value = value_of[levels[index]]
                 residuals[d] = value.sub_(mean).mul_(inverse_scales[d])
             prediction.end(i, j)
             net.end(i, j)
-        return num_bins.T.reshape(batch, *self.shape)
+        return levels.T.reshape(batch, *self.shape)
 
     def inverse(
         self,
@@ -358,15 +358,15 @@ class OrdinalAutoregressive(DataDependentInit):
         if not has_float64(v):
             return self._on_the_cpu("forward_matching_inverse", v, context, progress)
         x, u = (entries.flatten(1).T for entries in self._levels_of(v))
-        num_bins = x.long().contiguous()
+        levels = x.long().contiguous()
         done = itertools.count(1)
-        low = torch.empty(num_bins.shape, dtype=torch.float64, device=v.device)
+        low = torch.empty(levels.shape, dtype=torch.float64, device=v.device)
         high = torch.empty_like(low)
 
         def next_level(entry: Entry, index: int) -> Tensor:
-            low[index], high[index] = entry.range(num_bins[index])
-            progress(next(done) / len(num_bins))
-            return num_bins[index]
+            low[index], high[index] = entry.range(levels[index])
+            progress(next(done) / len(levels))
+            return levels[index]
 
         with full_precision(v):
             self.in_order(next_level, len(v), context)

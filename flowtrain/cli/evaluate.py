@@ -166,8 +166,8 @@ def _print(result: "Evaluation") -> None:
             table[name] = f"{count:,} of {result.num_images:,}"
     if result.max_reconstruction_error is not None:
         table["largest reconstruction error"] = f"{result.max_reconstruction_error:.2g}"
-    num_bins = "" if result.levels is None else f", {result.levels} levels"
-    table["data"] = f"{result.dataset}: {result.dims} dimensions{num_bins}"
+    levels = "" if result.levels is None else f", {result.levels} levels"
+    table["data"] = f"{result.dataset}: {result.dims} dimensions{levels}"
     if result.edition is not None:
         table["which of these data"] = result.edition
     table["model"] = f"{result.checkpoint}: step {result.step:,}, {result.weights} weights"

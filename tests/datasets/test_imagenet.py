@@ -1,8 +1,6 @@
 """The two versions of ImageNet are told apart wherever a figure is."""
 
-import copy
 import json
-import logging
 
 import pytest
 import torch
@@ -39,9 +37,6 @@ def test_description_before_anything_is_read(side, version, tmp_path):
 def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
     """In the output of training and evaluation, in result files, report and comparison."""
     monkeypatch.chdir(tmp_path)
-    logger = logging.getLogger("flowtrain")  # the command changes it
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(logger, name, copy.copy(getattr(logger, name)))
     paths = {}
     for version, make in zip(NUMBERS, (oord, chrabaszcz), strict=True):
         section = {**make(tmp_path, monkeypatch), "root": str(tmp_path), "validation": 0.2}

@@ -223,14 +223,14 @@ class DirectCodec(Coder):
 
     def _choices(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The choices `(B,)` of the images, and the probabilities of their options `(B, N)`."""
-        num_bins = x.flatten(1).T.long().contiguous()
+        levels = x.flatten(1).T.long().contiguous()
         choices = []
 
         def next_level(entry: Entry, index: int) -> Tensor:
-            group, inner = entry.split(num_bins[index])
+            group, inner = entry.split(levels[index])
             choices.append((group, _probabilities(entry.groups())))
             choices.append((inner, _probabilities(entry.within(group))))
-            return num_bins[index]
+            return levels[index]
 
         self.layer.in_order(next_level, len(x))
         return choices

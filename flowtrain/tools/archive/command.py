@@ -87,9 +87,8 @@ def compress(
         raise UserError("--set: only with --split, for the place of the data")
     require_file(out)
     loaded = load(model, "cpu", weights, trust_code, conditional=True)
-    num_bins = coder_of(
-        loaded.flow
-    ).num_bins  # refuses a model without rules before any work is done
+    # A model without rules is refused before any work is done.
+    num_bins = coder_of(loaded.flow).num_bins
     names: list[str] | str
     if split is None:
         names, x = from_files(files, loaded, num_bins, out, num_images)

@@ -51,7 +51,7 @@ def examine(
     x = split.sample(num_images, seed).take(slice(None))
     noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
     random_images = flow.kind.uniform_like(x, generator(seed, Stream.EVALUATION))
-    num_bins = flow.kind.levels_per_unit(x)
+    levels = flow.kind.levels_per_unit(x)
     z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
 
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
@@ -82,13 +82,13 @@ def examine(
                 check_noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)
     for kind, images in ((IMAGES, x), (NOISE, random_images)):
         exact = sum(
-            round_trip(flow, precise, part, None, num_bins, kind, notes)
+            round_trip(flow, precise, part, None, levels, kind, notes)
             for (part,) in in_batches(images)
         )
         if not flow.kind.exact:
             notes.add("images that come back exactly", exact / len(x), inputs=kind)
     for part, images in in_batches(z, x):
-        round_trip(flow, precise, images, part, num_bins, SAMPLES, notes)
+        round_trip(flow, precise, images, part, levels, SAMPLES, notes)
     reported = [check_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
     if flow.num_bins is not None and not flow.kind.no_bits:
         bits = flow.loss(torch.cat(reported)).mean()

@@ -29,13 +29,7 @@ def _bits(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def round_trip(
-    flow: Flow,
-    precise: Flow,
-    x: Tensor,
-    z: Tensor | None,
-    num_bins: float,
-    inputs: str,
-    notes: Notes,
+    flow: Flow, precise: Flow, x: Tensor, z: Tensor | None, levels: float, inputs: str, notes: Notes
 ) -> int:
     """Checks images `x` to latents, back, and to latents again, in float32 and in float64.
 
@@ -64,7 +58,7 @@ def round_trip(
         data, latents = pairs if z is None else reversed(pairs)
         # As for a layer: at the edge of a bin, rounding moves a level.
         harmless = z is not None and one is flow and flow.bijection.is_discrete
-        notes.add(checks[0], _distance(one, *data) * num_bins, inputs=inputs, harmless=harmless)
+        notes.add(checks[0], _distance(one, *data) * levels, inputs=inputs, harmless=harmless)
         notes.add(checks[1], _bits(*latents), inputs=inputs, harmless=harmless)
         if z is None and one is flow:
             finite = are_finite(back)

@@ -116,7 +116,7 @@ def _sample(
     name: str,
     split: SplitName,
     data: DataSet,
-    num_bins: int,
+    own_bins: int,
     model: LoadedModel,
     count: int,
     seed: int,
@@ -126,8 +126,8 @@ def _sample(
     images = every.take(positions).numpy()
     shape, num_bins = model.flow.shape, levels_of(model)
     policy = data.config.resize_policy
-    stored = None if (data.shape, num_bins) == (shape, num_bins) else (data.shape, num_bins)
-    converted = convert(images, num_bins, shape, num_bins, policy)
+    stored = None if (data.shape, own_bins) == (shape, num_bins) else (data.shape, own_bins)
+    converted = convert(images, own_bins, shape, num_bins, policy)
     return Collection(name, converted, positions, split, stored)
 
 

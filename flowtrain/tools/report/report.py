@@ -178,7 +178,7 @@ def page(
         parameters=sum(p.numel() for p in flow.parameters()),
         seed=seed,
         temperatures=temperatures,
-        num_bins=flow.kind.words,
+        values=flow.kind.words,
         never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
     )

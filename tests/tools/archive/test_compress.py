@@ -186,7 +186,7 @@ def test_threads_and_streams_change_no_byte(kind, model, digits, causal, tmp_pat
         archives.add(made(used, x, stream_size=size).data)
     assert len(archives) == 1
     found = opened(tmp_path / "a", archives.pop())
-    assert (found.levels, found.description.shape) == (used.flow.num_bins, used.flow.shape)
+    assert (found.num_bins, found.description.shape) == (used.flow.num_bins, used.flow.shape)
     assert len(found.streams) == streams
     assert any(stream.carriers for stream in found.streams) == (kind != "causal")
     for threads in (1, 2):
@@ -267,7 +267,7 @@ def test_another_model_is_refused(model, tmp_path):
     assert model_hash(model) == model_hash(moved(model, 0.0)) != model_hash(moved(model, 0.001))
     found = opened(tmp_path / "a", embedding())
     assert found.load(None, False) is not None
-    found.levels = 16
+    found.num_bins = 16
     with pytest.raises(UserError, match="its images are not of its model's shape and levels"):
         found.load(None, False)
     found.hash = "0" * archive.HASH_DIGITS
