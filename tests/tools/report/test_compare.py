@@ -117,7 +117,7 @@ def test_one_run_twice_is_shown_once_and_same_names_by_their_paths(here):
     assert list(compared("x/a", "y/a", "x/../x/a")[0]) == ["x/a", "y/a"]
 
 
-def tested(**changes):
+def with_test(**changes):
     return {"test": {**TEST, **changes}}
 
 
@@ -129,11 +129,11 @@ def tested(**changes):
         ({"data": {"validation": 50}}, "b and a hold out different images"),
         ({"data": {"flip": True}}, "b differs from a in data.flip: True (None)"),
         ({"train": {"lr": 0.5}}, "b differs from a in train.lr: 0.5 (0.001)"),
-        (tested(dataset="mnist"), "b: its test figure is of other data than its own (mnist)"),
-        (tested(step=2), "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
-        (tested(bound="iwbo", draws=8), "iwbo, draws: 8"),
-        (tested(num_images=10), "10 images of digits"),
-        (tested(sampling="sequential"), "b samples one entry after the other"),
+        (with_test(dataset="mnist"), "b: its test figure is of other data than its own (mnist)"),
+        (with_test(step=2), "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
+        (with_test(bound="iwbo", draws=8), "iwbo, draws: 8"),
+        (with_test(num_images=10), "10 images of digits"),
+        (with_test(sampling="sequential"), "b samples one entry after the other"),
     ],
 )
 def test_reasons_why_runs_do_not_compare(changes, expected, here):
