@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "zoo"
 
 
 class Card(BaseModel):
-    """A trained model's origin and figures, which are those of the file itself."""
+    """A trained model's origin, and figures of the file itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +63,6 @@ def verified(name: str) -> Path:
     path = checkpoint_of(name)
     if hashlib.sha256(path.read_bytes()).hexdigest() != card_of(name).sha256:
         raise UserError(
-            f"{path}: its SHA-256 is not that of its card, {name}.yaml; install flowtrain again"
+            f"{path}: its SHA-256 differs from its card, {name}.yaml; install flowtrain again"
         )
     return path

@@ -51,7 +51,7 @@ class Section(BaseModel):
 
 
 def _types_in(annotation: object) -> set[object]:
-    """The types in an annotation, with those of the values of a `Literal`."""
+    """The types in an annotation, with the types of `Literal` values."""
     parts = typing.get_args(annotation)
     if not parts:
         return {annotation if isinstance(annotation, type) else type(annotation)}
@@ -63,7 +63,7 @@ class Component(Section):
 
     section: ClassVar[str]
     package: ClassVar[str]  # flowtrain.PACKAGE has the modules
-    arguments: ClassVar[set[str]]  # those of `build` that are not options
+    arguments: ClassVar[set[str]]  # arguments of `build` that are no options
     option_names: ClassVar[list[str]] = []
     name: str
 

@@ -202,7 +202,7 @@ class _Part:
 
     @property
     def content(self) -> str:
-        """A digest of all images, from those of each image if these are known."""
+        """A digest of all images, from the digests of single images if known."""
         if self.images.digests is not None:
             return hashlib.sha256(self.digests.tobytes()).hexdigest()
         return base.content(self.pixels, self.rows)

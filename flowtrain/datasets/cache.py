@@ -163,7 +163,7 @@ def opened(
 def warn_of_unreadable(
     target: Path, unreadable: Mapping[str, str], count: int, option: str, what: str
 ) -> None:
-    """Lists those of `count` images that are left out. `what` names all of them."""
+    """Lists the images left out of `count`. `what` names all of them."""
     if not unreadable:
         return
     lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]

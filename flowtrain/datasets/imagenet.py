@@ -123,7 +123,7 @@ def _build(side: int) -> Callable[..., Images]:
     Args:
         version: Which of two data sets this is. Their bits/dim do not compare. `oord2016` is that
             of van den Oord et al. (PixelRNN, Glow), with 49,999 test images. `chrabaszcz2017` is
-            that of Chrabaszcz et al., with classes and 50,000 test images.
+            Chrabaszcz et al.'s, with classes and 50,000 test images.
 
     The official validation images are the test split.
     """

@@ -29,7 +29,7 @@ def real_valued(
 
 
 def _noisy(generate: Noisy, default: float) -> Callable[..., Images]:
-    """The `build` of points with Gaussian noise, whose docstring begins with that of `generate`."""
+    """The `build` of points with Gaussian noise, whose docstring begins with `generate`'s."""
 
     def build(
         root: Path,

@@ -223,7 +223,7 @@ def _finite(value: float) -> float | None:
 def scores_csv(scores: Scores, flow: Flow) -> bytes:
     """One row per image, whose `index` is its place in the split, in nats.
 
-    `log_prob` is the bound, `log_prob_base + log_det` that of the first draw. Class-conditional
+    `log_prob` is the bound, `log_prob_base + log_det` the first draw's. Class-conditional
     models add the predicted class. A density has no bits.
     """
     bits = bits_per_dim(scores.log_prob, flow.dims).tolist()

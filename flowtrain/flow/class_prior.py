@@ -44,7 +44,7 @@ class LogProb(NamedTuple):
 
 
 def _of_all_classes(by_class: Tensor, log_det: Tensor) -> LogProb:
-    """log P(x) from that of each class, `(B, K)`, where all classes are equally likely."""
+    """log P(x) from log P(x | class), `(B, K)`, for equally likely classes."""
     mean = by_class.logsumexp(dim=1) - math.log(by_class.shape[1])
     return LogProb(mean, log_det, by_class)
 
@@ -145,7 +145,7 @@ class ClassContext(nn.Module):
 
     In training, each image loses its label with the probability `label_dropout`. Its networks then
     see zeros, and learn the images of all classes together, for guidance (Ho & Salimans 2022,
-    arXiv:2207.12598). A label K, beyond those of the classes, stands for no class.
+    arXiv:2207.12598). The label K, after the last class, stands for no class.
 
     Args:
         classes: Number of classes, K.

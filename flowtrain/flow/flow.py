@@ -145,7 +145,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
-        The arguments are those of `forward`. The networks see no class.
+        Takes the arguments of `forward`. The networks get no class.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         conditioning = self.conditioning(len(x), context=self.context_of(x))
@@ -335,7 +335,7 @@ class Flow(nn.Module):
 
         `temperature` scales the standard deviation of the base density. A class-conditional model
         samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
-        `denoise` and `context` are those of `decode`.
+        `denoise` and `context` as in `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         latents = self.latents_of_classes(temperature * self.draw_latents(n, generator), labels)

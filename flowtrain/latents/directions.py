@@ -220,7 +220,7 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
         values = {key: column[i] for key, column in columns.items()}
         unit = abs(float(vectors[i].norm()) - 1) < 1e-3
         if not unit or not np.isfinite([values[key] for key in numbers]).all():
-            raise UserError(f"{path}: {cut(name)}: its numbers are not those of a direction")
+            raise UserError(f"{path}: {cut(name)}: its numbers are no direction")
         if values["method"] not in METHODS or name in found or values["low"] >= values["high"]:
             raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
         found[name] = Direction(name, vectors[i], **values)

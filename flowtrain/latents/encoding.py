@@ -52,7 +52,7 @@ def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> flo
         first = int(different.gt(0).long().argmax())
         raise RunError(
             f"{cut(names[first])}: {int(different[first])} of {flow.dims} values do not come back, "
-            f"and those of {int(different.gt(0).sum())} of {len(x)} images: nothing is written"
+            f"and of {int(different.gt(0).sum())} of {len(x)} images: nothing is written"
         )
     return 0.0
 

@@ -86,7 +86,7 @@ def read(path: Path, model: LoadedModel) -> Latents:
 
 
 def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:
-    """Images or points `(N, C, H, W)` with names as an .npz file, like that of `sample`."""
+    """Images or points `(N, C, H, W)` with names as an .npz file, in the format of `sample`."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {
         "images": x.movedim(1, -1).numpy(),

@@ -84,7 +84,7 @@ def build(
         initialization: How the 1x1 convolutions start: as random rotations, or as the PCA whitening
             of the first batch.
         prior: Transform that takes the half that leaves at a split to the standard normal, given
-            the other half. The names are those of `coupling`.
+            the other half. The names are as in `coupling`.
 
     Raises:
         UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`

@@ -135,7 +135,7 @@ def file_sizes(images: Tensor, num_bins: int, name: str, slow: bool = False) -> 
 
 
 def compressed_bytes(image: Tensor, coder: str) -> int:
-    """Bytes that a coder needs for one image, uint8 `(C, H, W)`, without those of its container."""
+    """Bytes that a coder needs for one image, uint8 `(C, H, W)`, without the container."""
     return len(encoded(image, coder)) - (FORMATS[coder].container or 0)
 
 

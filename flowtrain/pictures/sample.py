@@ -34,7 +34,7 @@ def sample(
     All temperatures use the same latents, of which the first depend on the seed alone. From these
     come also `num` images for each of the `classes` or of the `contexts` `(K, C', H', W')`, which a
     model with an `image_context` needs. With `iterate`, sequential layers compute all entries at
-    once, until they do not change any more. `guidance` and `denoise` are those of `Flow.decode`.
+    once, until they do not change any more. `guidance` and `denoise` as in `Flow.decode`.
 
     Raises `UserError` for options that do not fit the model, and for samples without room.
     """

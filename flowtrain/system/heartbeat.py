@@ -16,9 +16,9 @@ GONE = "gone"  # the last heartbeat, of a process that is done
 
 
 class Heartbeat:
-    """Sends the heartbeats of this process, and calls a function once those of others are missing.
+    """Sends the heartbeats of this process, and calls a function once others are missing.
 
-    Every `INTERVAL_SECONDS` one thread writes a growing number to the store, and reads those of the
+    Every `INTERVAL_SECONDS` one thread writes a growing number to the store, and reads the
     others. Another thread looks at the clock, because the first one may wait for a store whose
     machine is gone.
 
@@ -58,7 +58,7 @@ class Heartbeat:
                 self._send(GONE)
 
     def beat(self) -> None:
-        """Sends a heartbeat, and reads those of the others. Waits for the store."""
+        """Sends a heartbeat, and reads the others'. Waits for the store."""
         self.beats += 1
         with contextlib.suppress(RuntimeError):  # The connection is lost, so all are silent.
             self._send(str(self.beats))

@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices, scaled to suit Adam's learning rate (Liu et al. 2025,
     eq. 4).
 
-    The steps are those of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. Matrices of one
+    The steps equal `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. Matrices of one
     shape are orthogonalized together, in a third of the time on a CPU, and in a few kernels on a
     GPU.
     """
@@ -155,7 +155,7 @@ def build_optimizers(flow: nn.Module, config: Train) -> list[torch.optim.Optimiz
     """The optimizers of a step. With `muon` there are two: Muon for the weights of the
     conditioners, if there are any, and AdamW for the rest.
 
-    Weight decay acts on the conditioners' weights alone, those of convolutions and linear layers.
+    Weight decay acts only on the conditioners' convolutions and linear layers.
     It would pull ActNorm scales, 1x1 convolutions and biases away from the maximum likelihood.
     """
     optimizers: list[torch.optim.Optimizer] = []

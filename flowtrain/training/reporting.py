@@ -107,7 +107,7 @@ def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: C
 
 
 def show(state: State, loss: float, clock: Clock, bar: ProgressBar) -> None:
-    """Moves the bar on a terminal. `loss` is that of the last known step."""
+    """Moves the bar on a terminal. `loss` belongs to the last known step."""
     if not console.is_terminal:
         return
     train, progress = state.config.train, state.progress

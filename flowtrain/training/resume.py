@@ -91,7 +91,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         )
     if resume == EXTEND:
         _require_longer(config.train, saved)
-    # The rest of the configuration is only parsed if the names are those of this command.
+    # The rest of the configuration is only parsed if the names equal this command's.
     for base in (Data, Model):
         there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
         if there != here:

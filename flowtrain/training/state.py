@@ -115,7 +115,7 @@ class State:
     def restore(self, saved: Checkpoint) -> None:
         """Takes over everything from a checkpoint of a run with this model and optimizer.
 
-        Raises `UserError`, and changes nothing, if its tensors are not those of such a run.
+        Raises `UserError`, and changes nothing, if its tensors do not fit such a run.
         """
         progress = Progress(**saved.meta["progress"])
         own = self._weights() | (self._optimizer_state() if progress.step else {})

@@ -29,7 +29,7 @@ def train_step(state: State, x: Tensor, labels: Tensor | None = None) -> tuple[T
 
     `x` are this process's images of the batch, `accumulate` times `batch_size`. With `labels`
     `(B,)` the likelihood is class-conditional. Returns the mean loss of these images and the norm
-    of the gradient, both 0-dimensional. The gradient is that of the whole batch of all processes.
+    of the gradient, both 0-dimensional. The gradient covers the whole batch of all processes.
     """
     config = state.config.train
     position = state.progress.images + distributed.rank() * len(x)

@@ -154,7 +154,7 @@ def test_files_of_directions(model, tmp_path):
     "change, said",
     [
         ({"model": np.array("0123456789abcdef")}, "attributes of the model 0123456789abcdef; "),
-        ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are not those of a direction"),
+        ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are no direction"),
         ({"vector": np.zeros((2, 63), np.float32)}, r"vector has the shape \(2, 63\)"),
         ({"low": np.array([np.nan, 0])}, "a: its numbers are not"),
         ({"low": np.array([9.0, 9.0])}, "a: it is not the description of a direction"),

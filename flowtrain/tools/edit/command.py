@@ -79,7 +79,7 @@ def attributes(
             "--from-class",
             min=0,
             metavar="A",
-            help="Images without the attribute are those of this class.",
+            help="Images of this class are without the attribute.",
             show_default="all others",
         ),
     ] = None,

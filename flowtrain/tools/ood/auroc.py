@@ -16,7 +16,7 @@ class Area(NamedTuple):
 def auroc(inside: np.ndarray, outside: np.ndarray) -> Area:
     """The probability that an image from outside has the larger score. Ties count half.
 
-    The standard error is that of DeLong et al. 1988 for two independent samples, `(N,)` and `(M,)`.
+    The standard error follows DeLong et al. 1988 for two independent samples, `(N,)` and `(M,)`.
     It is None if one sample is a single image. It is 0 if the scores do not overlap, which means
     only that there were too few images. Both are None if a score is not finite.
     """

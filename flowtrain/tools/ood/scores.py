@@ -39,7 +39,7 @@ def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
 
 
 def complexity_corrected(loss: np.ndarray, complexity: np.ndarray) -> np.ndarray:
-    """`-log p(x) - L(x)`, `(N,)`, in bits/dim: the model's bits beyond those of a general coder.
+    """`-log p(x) - L(x)`, `(N,)`, in bits/dim: the model's bits beyond a general coder's.
 
     This is the likelihood ratio of Serra et al. 2020 ("Input Complexity and Out-of-Distribution
     Detection with Likelihood-Based Generative Models", section 3), whose other model is the coder.
