@@ -121,8 +121,8 @@ def _build(side: int) -> Callable[..., Images]:
     3x{side}x{side} images: 1.28 million for training, 50,000 for test; `root/imagenet{side}`.
 
     Args:
-        version: Which of two data sets this is. Their bits/dim do not compare. `oord2016` is that
-            of van den Oord et al. (PixelRNN, Glow), with 49,999 test images. `chrabaszcz2017` is
+        version: Which of two data sets this is. Their bits/dim do not compare. `oord2016` is
+            van den Oord et al.'s (PixelRNN, Glow), with 49,999 test images. `chrabaszcz2017` is
             Chrabaszcz et al.'s, with classes and 50,000 test images.
 
     The official validation images are the test split.

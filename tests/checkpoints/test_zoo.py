@@ -92,7 +92,7 @@ def test_a_damaged_file_and_a_damaged_card(tmp_path, monkeypatch):
     file, card = zoo.checkpoint_of("two_moons"), tmp_path / "zoo" / "two_moons.yaml"
     assert find("two_moons") == file
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(UserError, match="two_moons.safetensors: its SHA-256 is not that of its"):
+    with pytest.raises(UserError, match="two_moons.safetensors: its SHA-256 differs from its"):
         find("two_moons")
     for text, said in (("title: a", "command: Field required"), ("a: [", "cannot be read as YAML")):
         card.write_text(text)

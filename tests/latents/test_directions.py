@@ -156,7 +156,7 @@ def test_files_of_directions(model, tmp_path):
         ({"model": np.array("0123456789abcdef")}, "attributes of the model 0123456789abcdef; "),
         ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are no direction"),
         ({"vector": np.zeros((2, 63), np.float32)}, r"vector has the shape \(2, 63\)"),
-        ({"low": np.array([np.nan, 0])}, "a: its numbers are not"),
+        ({"low": np.array([np.nan, 0])}, "a: its numbers are no direction"),
         ({"low": np.array([9.0, 9.0])}, "a: it is not the description of a direction"),
         ({"method": np.array(["guess", "guess"])}, "a: it is not the description"),
         ({"name": np.array(["a", "a"])}, "a: it is not the description"),
