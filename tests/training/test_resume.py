@@ -286,7 +286,7 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
 @pytest.mark.run
 def test_a_changed_key_is_named(run):
     changed = """model.width=9 train.lr=1e-4 seed=1 model.coupling=additive train.ema=0
-        train.batch_size=16 data.split_seed=3 data.name=two_moons"""
+        train.batch_size=16 train.accumulate=2 data.split_seed=3 data.name=two_moons"""
     for word in changed.split():
         key = word.partition("=")[0]
         refused(run, [word], f"^{key}: .*last.safetensors has .*--run-dir; .* configuration$")
