@@ -165,6 +165,16 @@ def small(tmp_path_factory):
     return path.read_bytes()
 
 
+def test_a_file_of_more_than_half_the_memory_is_refused(small, tmp_path, monkeypatch):
+    path = tmp_path / "small.safetensors"
+    path.write_bytes(small)
+    monkeypatch.setattr(checkpoint_format.capacity, "total", lambda: 2 * len(small))
+    assert read(path).meta["step"] == 3
+    monkeypatch.setattr(checkpoint_format.capacity, "total", lambda: 2 * len(small) - 2)
+    with pytest.raises(UserError, match="cannot be read: .* bytes, more than"):
+        read(path)
+
+
 @pytest.mark.run
 def test_any_change_is_noticed(tmp_path, small):
     path = tmp_path / "spoiled.safetensors"

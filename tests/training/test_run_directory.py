@@ -341,3 +341,14 @@ def test_a_last_validation_that_is_not_finite(tmp_path, monkeypatch):
             fit(a_config(train={"validate_every": 2}), RunDirectory(tmp_path), CPU)
     assert checkpoint_format.read(last(tmp_path)).meta["progress"]["finished"]
     assert summary(tmp_path)["finished"]
+
+
+@pytest.mark.parametrize("keep, left", [(0, [9]), (2, [4, 5, 9]), (9, [1, 4, 5, 9])])
+def test_the_newest_checkpoints_up_to_a_step_are_kept(keep, left, tmp_path):
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    files = {step: run.checkpoints / f"step-{step:08d}.safetensors" for step in (1, 4, 5, 9)}
+    for file in files.values():
+        file.touch()
+    run.prune(5, keep)
+    assert [step for step, file in files.items() if file.exists()] == left
