@@ -1,6 +1,7 @@
 """Losses, gradients and weights that are not finite."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError
+from flowtrain.training import loop
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -61,6 +63,22 @@ def test_numbers_that_come_one_step_late_are_the_same(tmp_path):
     evidence = [evidence_of(tmp_path / run) for run in ("r1", "r100")]
     assert evidence[0] == evidence[1] and len(evidence[0]) == 1
     assert evidence[0][0]["first_non_finite"].startswith("output of ")
+
+
+def test_the_batch_of_the_failed_step_is_computed_again(tmp_path, monkeypatch):
+    """Although the next one is already on its way."""
+    seen = {"train_step": [], "first_non_finite": []}
+
+    def recorded(name, function, owner, x, *rest):
+        seen[name].append(x)
+        return function(owner, x, *rest)
+
+    for name in seen:
+        monkeypatch.setattr(loop, name, partial(recorded, name, getattr(loop, name)))
+    with pytest.raises(RunError, match="stopped at step 1:"):
+        train(tmp_path, lr=1e30, max_non_finite=0)
+    (again,) = seen["first_non_finite"]
+    assert [torch.equal(x, again) for x in seen["train_step"]] == [False, True, True]
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
