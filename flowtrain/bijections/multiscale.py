@@ -14,11 +14,11 @@ from flowtrain.bijections.execution import Container
 class Multiscale(Container):
     """Runs levels in order. After each but the last, half of the channels leave as latents.
 
-    The input of `levels[i]` is the half that stays. `priors[i]` keeps the shape, and maps the part
-    that leaves, of shape `latent_shapes[i]`, `(C, H, W)`, to a standard normal. In the last level
-    it is the top prior. In the others it is a coupling: the half that stays predicts mean and scale
-    of the half that leaves (Glow's learned split prior). The latent is flat, `(B, D)`, level by
-    level, coarsest last.
+    The input of each level after the first is the half that stays. `priors[i]` maps the output of
+    level i, keeping its shape, so that the part that leaves, of shape `latent_shapes[i]`, `(C, H,
+    W)`, is standard normal. In the last level it is the top prior. In the others it is a coupling:
+    the half that stays predicts mean and scale of the half that leaves (Glow's learned split
+    prior). The latent is flat, `(B, D)`, level by level, coarsest last.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class Checkpoint:
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, without its prefix."""
         parts = [(key.partition("."), value) for key, value in self.tensors.items()]
-        return {rest: value for (part, _, rest), value in parts if part == name}
+        return {rest: value for (part, _, rest), value in parts if part == name and rest}
 
 
 def versions() -> dict[str, str]:

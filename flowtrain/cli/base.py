@@ -68,9 +68,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     flat = [p for name in parameters for p in fields.get(name, {name: parameters[name]}).values()]
     wrapped.__annotations__ = {each.name: each.annotation for each in flat}
-    # Parameters without a default may follow: Typer passes them by name.
-    signature = inspect.Signature(flat, __validate_parameters__=False)
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    # By name, as Typer passes them, so those without a default may follow.
+    flat = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in flat]
+    wrapped.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -183,6 +183,6 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
     if train.num_steps is not None:
         length = f"time: {duration(seconds * train.num_steps)} for {train.num_steps:,} steps"
     else:
-        budget = train.budget or 0.0
-        length = f"steps: {budget / seconds:,.0f} in {duration(budget)}"
+        assert train.budget is not None
+        length = f"steps: {train.budget / seconds:,.0f} in {duration(train.budget)}"
     console.print(f"estimated {length}, without validation")

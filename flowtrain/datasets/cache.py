@@ -150,11 +150,12 @@ def opened(
             raise ValueError("index.json is not of these images")
         require_regular(target / "images.npy")
         images = np.lib.format.open_memmap(target / "images.npy", mode="r")
-        if images.dtype != np.uint8 or images.shape != (count, *shape):
+        plain = images.dtype == np.uint8 and images.flags.c_contiguous
+        if not plain or images.shape != (count, *shape):
             raise ValueError("images.npy is not of these images")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except Exception as error:  # a damaged header makes numpy raise almost anything
         log.warning("the image cache %s is damaged (%s): decoding again", target, short(error))
         return None
     return images, unreadable

@@ -133,7 +133,9 @@ def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet
 def _shared(
     model: LoadedModel, data: DataSet, name: SplitName, here: DataSet | None, split: Split
 ) -> dict[str, Any]:
-    """The number of images in the training split; None if the model's own data are not at hand."""
+    """The number of images of `split` that equal a training image: none for that split itself, and
+    None if the model's own data are not at hand.
+    """
     if name == "train" and here:
         return {}
     own = here or _trained_on(model, model.config.data, data)

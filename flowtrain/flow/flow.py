@@ -145,7 +145,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents `(B, D)`, and all terms of the bound except for the base density, `(B,)` in nats.
 
-        Takes the arguments of `forward`. The networks get no class.
+        `x`, `noise` and `executor` as in `forward`. The networks get no class.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         conditioning = self.conditioning(len(x), context=self.context_of(x))
@@ -295,6 +295,8 @@ class Flow(nn.Module):
         """
         if isinstance(z, np.ndarray):
             z = torch.as_tensor(z, dtype=self.dtype)
+        if denoise and self.dequantizer.sigma is None:  # before the work of the inverse
+            raise ValueError(f"denoise: {NO_SIGMA}")
         context = self._checked_context(context, len(z))
         conditioning = self.conditioning(len(z), labels, context, guidance)
         v, _ = self.bijection.run(executor, "inverse", z.to(self.device), conditioning)

@@ -134,9 +134,8 @@ def measured(
     if not high > low:
         raise UserError(f"{name}: its direction does not separate the images")
     middle = (low + high) / 2
-    found, missed = positive[own_held] @ vector > middle, negative[other_held] @ vector > middle
-    right = found.double(), (~missed).double()
-    shares = [float(each.mean()) for each in right]
+    right = positive[own_held] @ vector > middle, negative[other_held] @ vector <= middle
+    shares = [float(each.double().mean()) for each in right]
     error = sum(p * (1 - p) / len(each) for p, each in zip(shares, right, strict=True)) ** 0.5 / 2
     accuracy, held_out = sum(shares) / 2, sum(map(len, right))
     return Direction(

@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.background import memory_of_copy
@@ -177,20 +177,12 @@ def _compute(state: State, batch: int) -> Compute:
         for name, operations in forward.get_flop_counts().items()
         if name.endswith(".conditioner")
     )
-    own_counts = {torch.ops.aten.convolution_backward: _convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=own_counts) as step:
+    with FlopCounterMode(display=False) as step:
         train_step(_changed(state, memory="store", optimizers=[]), few, labels)
     state.zero_grad()
     total = max(1, forward.get_total_flops())
     of_a_step = step.get_total_flops() / len(few) * batch
     return Compute(total / len(few), conditioners / total, of_a_step)
-
-
-def _convolution_backward(grad: Any, x: Any, weight: Any, *others: Any, out_shape: Any) -> int:
-    """Each gradient costs as much as the convolution. torch ignores groups in the weight's."""
-    of_x, of_weight, _ = others[-1]
-    both: int = conv_flop_count(x, weight, grad) * (of_x + of_weight)
-    return both
 
 
 def _memory(state: State, batch_size: int, device: torch.device) -> Memory:

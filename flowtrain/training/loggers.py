@@ -188,7 +188,8 @@ def identity(folder: Path) -> str:
     known, there = "", []
     with contextlib.suppress(OSError, ValueError):
         known, *there = read_regular(path, 100).decode().split()
-    if set(there).isdisjoint(here) or not re.fullmatch("[0-9a-f]{8}", known):
+    is_copy = there and set(there).isdisjoint(here)  # earlier versions wrote the digits alone
+    if is_copy or not re.fullmatch("[0-9a-f]{8}", known):
         known = secrets.token_hex(4)
     write_atomically(path, " ".join([known, *here]).encode())
     return known

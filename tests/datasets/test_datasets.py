@@ -153,6 +153,15 @@ def only_header(path):
         cache._write_header(file, (10**6, 1, 10**6))
 
 
+def replacing(old, new):
+    def damage(path):
+        data = path.read_bytes()
+        assert old in data[:128]
+        path.write_bytes(data.replace(old, new.ljust(len(old)), 1))
+
+    return damage
+
+
 def writing(text):
     return lambda path: path.write_text(text)
 
@@ -170,6 +179,8 @@ INDEX = ['{"count"', '{"count": 5, "unreadable": {}}', '{"count": 23, "unreadabl
     [
         *[("images.npy", damage) for damage in (cut, empty, Path.unlink, pipe)],
         ("images.npy", only_header),
+        ("images.npy", replacing(b"}", b"(")),
+        ("images.npy", replacing(b"'fortran_order': False", b"'fortran_order': True")),
         ("images.npy", lambda path: np.save(path, PIXELS["test"])),
         *[("index.json", damage) for damage in (of_other_images, Path.unlink, pipe)],
         *[("index.json", writing(text)) for text in (*INDEX, "[" * 100_000)],

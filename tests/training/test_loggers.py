@@ -223,6 +223,8 @@ def test_a_copied_run_is_another_run(tmp_path):
         assert len(own) == 8 and own == loggers.identity(run)
         known.add(own)
     assert len(known) == 4
+    (run / "logged-as").write_text(own)  # by an earlier version
+    assert loggers.identity(run) == own
     copied = copy_of(run, tmp_path / "copy")
     other = loggers.identity(copied)
     assert other != own and loggers.identity(copied) == other

@@ -72,7 +72,7 @@ def collect(
         else own_split("test", model, data, num_images, seed)
     )
     others = [
-        made(name, within, levels_of(model), seed)
+        made(name, within, num_bins_of(model), seed)
         if name in MADE
         else named(name, "--data", model, data, num_images, seed)
         for name in outside
@@ -107,7 +107,7 @@ def own_split(
     split: SplitName, model: LoadedModel, data: DataSet, count: int, seed: int = 0
 ) -> Collection:
     """A sample of `count` images of a split of the model's own data."""
-    num_bins = levels_of(model)
+    num_bins = num_bins_of(model)
     data.require(model.flow.shape, num_bins, model.checkpoint.path)
     return _sample(data.config.name, split, data, num_bins, model, count, seed)
 
@@ -124,14 +124,14 @@ def _sample(
     every = data.split(split)
     positions = sampled(len(every), count, seed)
     images = every.take(positions).numpy()
-    shape, num_bins = model.flow.shape, levels_of(model)
+    shape, num_bins = model.flow.shape, num_bins_of(model)
     policy = data.config.resize_policy
     stored = None if (data.shape, own_bins) == (shape, num_bins) else (data.shape, own_bins)
     converted = convert(images, own_bins, shape, num_bins, policy)
     return Collection(name, converted, positions, split, stored)
 
 
-def levels_of(model: LoadedModel) -> int:
+def num_bins_of(model: LoadedModel) -> int:
     """Q of a model of images. Raises `UserError` for a model of real values."""
     return model.flow.kind.require_bins(
         f"{model.checkpoint.path}: a model of real values; the scores are of images"
@@ -139,21 +139,21 @@ def levels_of(model: LoadedModel) -> int:
 
 
 def convert(
-    images: np.ndarray, num_bins: int, to_shape: Shape, to_levels: int, policy: Policy = "crop"
+    images: np.ndarray, num_bins: int, to_shape: Shape, to_bins: int, policy: Policy = "crop"
 ) -> np.ndarray:
-    """Converts uint8 `(N, C, H, W)`, values 0..num_bins-1, to `(N, *to_shape)`, 0..to_levels-1.
+    """Converts uint8 `(N, C, H, W)`, values 0..num_bins-1, to `(N, *to_shape)`, 0..to_bins-1.
 
     Values are stretched to 0..255, and size and channels changed by
     `flowtrain.datasets.base.resize` (grey is repeated in each channel, colours become luma). Then
     2**n levels keep the upper n bits, as `data.n_bits` does, and any other number Q takes the
     nearest of 0..Q-1. Images of the wanted shape and levels stay as they are.
     """
-    if images.shape[1:] == to_shape and num_bins == to_levels:
+    if images.shape[1:] == to_shape and num_bins == to_bins:
         return images
     pixels = to_8bit(torch.from_numpy(np.ascontiguousarray(images)), num_bins).numpy()
     if pixels.shape[1:] != to_shape:
         pixels = np.stack([resize(picture_of(image), to_shape, policy) for image in pixels])
-    return quantize(pixels, to_levels)
+    return quantize(pixels, to_bins)
 
 
 MADE = ("noise", "constant", "shuffled")
