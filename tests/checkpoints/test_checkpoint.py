@@ -23,7 +23,7 @@ import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import read, write
-from flowtrain.checkpoints.load import find, load_model, load_weights
+from flowtrain.checkpoints.load import LoadedModel, find, load_model, load_weights, model_hash
 from flowtrain.config import Train
 from flowtrain.errors import RunError, UserError
 from flowtrain.training.optim import EMA, build_optimizers, first_state
@@ -491,3 +491,12 @@ def test_a_dotted_name_needs_trust(tmp_path, monkeypatch, section):
     flow = flowtrain.load(tmp_path / "a.safetensors", trust_code=True)
     assert evidence.exists()
     assert torch.equal(flow.encode(images(3, SHAPE)), state.ema_flow.encode(images(3, SHAPE)))
+
+
+def test_the_hash_of_a_model_depends_on_its_preprocessing():
+    flow, found = tiny_flow(), set()
+    for alpha in (0.05, 0.1):
+        config = a_config(dequantization={"transform": "logit", "alpha": alpha})
+        file = checkpoint_format.Checkpoint(Path("m"), {"config": config.resolved()}, {})
+        found.add(model_hash(LoadedModel(flow, config, "raw", file)))
+    assert len(found) == 2

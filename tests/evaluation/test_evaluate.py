@@ -212,3 +212,10 @@ def test_scores_as_csv(tmp_path, flow):
     assert base.tolist() == scores.base.tolist()
     np.testing.assert_allclose(base + log_det, log_prob, atol=1e-9)
     np.testing.assert_allclose(bits, -log_prob / (16 * math.log(2)))
+
+
+def test_scores_name_the_places_of_sampled_images(tmp_path):
+    _, scores = evaluated(tmp_path, flow := perturb(tiny_flow("glow", (1, 4, 4))), num_images=8)
+    lines = scores_csv(scores, flow).decode().splitlines()[1:]
+    places = [int(line.split(",")[0]) for line in lines]
+    assert places == sampled(30, 8, 0).tolist() != [*range(8)]

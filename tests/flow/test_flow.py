@@ -234,3 +234,11 @@ def test_the_probabilities_of_all_images_add_up_to_one(model, shape, q, transfor
     inside = ((y >= 0) & (y < 1)).flatten(1).all(dim=1).float().mean().item()
     assert total == pytest.approx(inside, abs=0.012)
     assert total > (0.998 if alpha < 0.01 else 0.5)
+
+
+def test_samples_of_classes_with_their_log_prob():
+    flow, labels = tiny_flow("glow", classes=3), torch.tensor([2, 0, 1])
+    x, log_prob = flow.sample_with_log_prob(3, generator=seeded(1), labels=labels)
+    random = seeded(1)
+    assert torch.equal(x, flow.sample(3, generator=random, labels=labels))
+    assert torch.equal(log_prob, flow.log_prob(x, random, labels))

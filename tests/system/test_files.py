@@ -286,3 +286,16 @@ def test_files_are_opened_in_one_place():
             "with open_regular or read_regular of flowtrain.system.files. If it opens nothing by "
             "its name, add it to OPENING in this test."
         )
+
+
+def test_a_private_file_is_never_open_to_others(tmp_path, monkeypatch):
+    (tmp_path / "a").touch(0o600)
+    modes, fchmod = [], os.fchmod
+
+    def watched(handle, mode):
+        modes.append(os.fstat(handle).st_mode & 0o077)
+        fchmod(handle, mode)
+
+    monkeypatch.setattr(os, "fchmod", watched)
+    write_atomically(tmp_path / "a", b"secret")
+    assert modes == [0]

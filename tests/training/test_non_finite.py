@@ -79,6 +79,8 @@ def test_the_batch_of_the_failed_step_is_computed_again(tmp_path, monkeypatch):
         train(tmp_path, lr=1e30, max_non_finite=0)
     (again,) = seen["first_non_finite"]
     assert [torch.equal(x, again) for x in seen["train_step"]] == [False, True, True]
+    saved = checkpoint_format.read(RunDirectory(tmp_path).last).meta["progress"]
+    assert saved["step"] == 0 and saved["seconds"] > 0  # a rollback gives no time back
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):

@@ -295,3 +295,13 @@ def test_a_dropped_label_trains_the_model_without_a_class():
         without = flow.loss(flow(x, noise, torch.full((8,), 3)).total).mean()
     torch.testing.assert_close(loss, without)
     assert not flow.bijection.conditioner.context.weight.grad.any()  # no class was seen
+
+
+def test_a_step_is_averaged_and_clipped():
+    config, flow = a_config(train={"clip_norm": 0.01}), tiny_flow()
+    state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.9), {})
+    before = state.progress.averaged
+    optimizer_step(state, train_step(state, images(4, flow.shape))[1])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in flow.parameters()])
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)  # torch adds 1e-6 to the norm
+    assert state.progress.averaged == before + 1
