@@ -13,10 +13,8 @@ from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 
 # The log-scales of the components are bounded by limit * tanh(h / limit), relative to the entry's.
 LOG_SCALE_LIMIT = 8.0
-# The weight of a uniform distribution over all levels in every mixture. No level is then so
-# improbable that its share of the latent's range is lost to rounding.
-UNIFORM = 2.0**-10
 FAR = 1e30  # stands for infinity, where 0 * infinity would not be a number
+TOGETHER = 2**18  # parameters whose gradient is computed at a time on a CPU
 ROOT_TAU = math.sqrt(2 * math.pi)
 
 
@@ -33,8 +31,8 @@ class DiscretizedMixture:
     parameters have shape `(B, 3 K E, ...)` for entries `(B, E, ...)`.
     """
 
-    def __init__(self, num_bins: int, components: int):
-        self.num_bins, self.components = num_bins, components  # Q, K
+    def __init__(self, num_bins: int, components: int, uniform: float):
+        self.num_bins, self.components, self.uniform = num_bins, components, uniform  # Q, K
         self.parameters_per_entry = 3 * components
 
     def start(self) -> Tensor:
@@ -45,6 +43,17 @@ class DiscretizedMixture:
         log_scales = -1.2 + spread * (2.4 / k)
         return torch.cat([torch.zeros(k), spread * (0.2 / k), log_scales])
 
+    def log_prob(
+        self, x: Tensor, location: Tensor, log_scale: Tensor, parameters: Tensor
+    ) -> Tensor:
+        """`log P(x)` in nats of levels `x`, real numbers `(B, E, ...)`."""
+        scale = (-log_scale).exp()
+        center, half = (x - location) * scale, (0.5 * scale).expand_as(x)
+        log_prob: Tensor = _LogProb.apply(
+            x, center, half, parameters, self.components, self.num_bins, self.uniform
+        )
+        return log_prob
+
     def forward(
         self, x: Tensor, u: Tensor, location: Tensor, log_scale: Tensor, parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -52,16 +61,24 @@ class DiscretizedMixture:
 
         `x` are levels, as real numbers. The derivative is `P(x) / phi(z)`.
         """
-        scale = (-log_scale).exp()
-        below = ((x - 0.5 - location) * scale).masked_fill(x <= 0, -FAR)
-        above = ((x + 0.5 - location) * scale).masked_fill(x >= self.num_bins - 1, FAR)
-        results: tuple[Tensor, Tensor] = _Ordinal.apply(
-            x, u, below, above, parameters, self.components, self.num_bins
-        )
-        return results
+        log_prob = self.log_prob(x, location, log_scale, parameters)
+        weights, offsets, inverse_scales, _ = _split(parameters, self.components)
+        # An entry above its location is mirrored, so that the sum is about the smaller tail.
+        mirrored = x > location
+        sign = torch.where(mirrored, -1.0, 1.0).to(x)
+        share = torch.where(mirrored, 1 - u, u)
+        beyond = torch.where(mirrored, self.num_bins - 1 - x, x)  # levels in the tail
+        edge = ((x - location) * sign - 0.5) * (-log_scale).exp()
+        edge = edge.masked_fill(beyond <= 0, -FAR)
+        f_edge = ((edge[:, None] - offsets * sign[:, None]) * inverse_scales).sigmoid()
+        tail = (weights * f_edge).sum(dim=1) * (1 - self.uniform)
+        tail = tail + beyond * (self.uniform / self.num_bins)
+        tail = (tail + share * log_prob.exp()).clamp(max=1 - torch.finfo(x.dtype).eps)
+        z = sign * torch.special.ndtri(tail)
+        return z, log_prob + 0.5 * z.square() + math.log(ROOT_TAU)
 
     def one_entry(self, device: torch.device) -> "OneEntry":
-        return OneEntry(self.num_bins, self.components, device)
+        return OneEntry(self.num_bins, self.components, self.uniform, device)
 
 
 class OneEntry:
@@ -71,14 +88,15 @@ class OneEntry:
     groups. So a level is found from few values of F: of the groups, then of one group.
     """
 
-    def __init__(self, num_bins: int, components: int, device: torch.device):
+    def __init__(self, num_bins: int, components: int, uniform: float, device: torch.device):
         self.num_bins, self.components = num_bins, components
         self.group = math.ceil(math.sqrt(num_bins))  # levels in a group; the last may have fewer
         groups = math.ceil(num_bins / self.group)
         x = torch.arange(groups * self.group + 1, device=device).clamp_(max=num_bins)
         self.lower = torch.where(x == num_bins, FAR, x - 0.5).double()
         self.lower[0] = -FAR
-        self.uniform = x.double() * (UNIFORM / num_bins)
+        self.of_mixture = 1 - uniform
+        self.uniform = x.double() * (uniform / num_bins)
         self.starts = torch.arange(groups + 1, device=device)[:, None] * self.group
         self.within = torch.arange(self.group + 1, device=device)[:, None]
 
@@ -96,7 +114,7 @@ class Entry:
     def __init__(self, tables: OneEntry, location: Tensor, log_scale: float, parameters: Tensor):
         self.tables = tables
         weights, offsets, inverse_scales, _ = _split(parameters[None], tables.components)
-        self.weights = weights.mul_(1 - UNIFORM)[0, :, 0]  # (K, B)
+        self.weights = weights.mul_(tables.of_mixture)[0, :, 0]  # (K, B)
         self.slope = inverse_scales.mul_(math.exp(-log_scale))[0, :, 0]
         center = torch.add(location, offsets[0, :, 0], alpha=math.exp(log_scale))
         self.shift = center.mul_(self.slope).neg_()
@@ -152,70 +170,82 @@ def _split(parameters: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor,
     return logits.softmax(dim=1), offsets, inverse_scales, gate
 
 
-class _Ordinal(torch.autograd.Function):
-    """The map of `DiscretizedMixture.forward`, with its gradient in few passes.
-
-    Entries above the location are mirrored, so that every sum is about the smaller tail.
-    """
+class _LogProb(torch.autograd.Function):
+    """`DiscretizedMixture.log_prob`. The forward pass computes the gradient, too, in few passes."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        u: Tensor,
-        below: Tensor,
-        above: Tensor,
+        center: Tensor,
+        half: Tensor,
         parameters: Tensor,
         components: int,
         num_bins: int,
-    ) -> tuple[Tensor, Tensor]:
-        weights, offsets, inverse_scales, gate = _split(parameters, components)
-        # 1 where an entry is mirrored, else 0. (`where` is slower than `lerp` on a CPU.)
-        mirrored = (below + above > 0).to(x.dtype)
-        sign = 1 - 2 * mirrored
-        share = torch.lerp(u, 1 - u, mirrored)
-        count = torch.lerp(x, num_bins - 1 - x, mirrored).add_(share)  # levels in the tail
-        slope = inverse_scales.mul_(sign[:, None])
-        low = torch.lerp(below, above, mirrored)[:, None].sub(offsets).mul_(slope)
-        high = torch.lerp(above, below, mirrored)[:, None].sub(offsets).mul_(slope)
-        f_low, f_high = low.sigmoid(), high.sigmoid()
-        mass = (weights * (f_high - f_low)).sum(dim=1)
-        tail = (weights * f_low).sum(dim=1).addcmul_(share, mass)
-        tail = tail.mul_(1 - UNIFORM).add_(count, alpha=UNIFORM / num_bins)
-        probability = mass * (1 - UNIFORM) + UNIFORM / num_bins
-        z = sign * torch.special.ndtri(tail.clamp_(max=1 - torch.finfo(x.dtype).eps))
-        log_derivative = probability.log() + 0.5 * z.square() + math.log(ROOT_TAU)
-        ctx.save_for_backward(
-            weights, slope, gate, low, high, f_low, f_high, sign, share, probability, z
-        )
-        return z, log_derivative
+        uniform: float,
+    ) -> Tensor:
+        log_prob = torch.empty_like(center)
+        wanted = any(ctx.needs_input_grad)
+        gradients = [torch.empty_like(each) for each in (center, half, parameters) if wanted]
+        # A CPU is fastest if they fit into its cache.
+        in_parts = center.device.type == "cpu" and not torch.compiler.is_compiling()
+        images = max(1, TOGETHER // parameters[0].numel()) if in_parts else len(x)
+        for start in range(0, len(x), images):
+            part = slice(start, start + images)
+            log_prob[part], *results = _log_prob(
+                *(x[part], center[part], half[part], parameters[part]),
+                *(components, num_bins, uniform, wanted),
+            )
+            for gradient, result in zip(gradients, results, strict=True):
+                gradient[part] = result
+        ctx.save_for_backward(*gradients)
+        return log_prob
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
-        weights, slope, gate, low, high, f_low, f_high, sign, share, probability, z = (
-            ctx.saved_tensors
-        )
-        # With respect to z in all, to the tail, and to the mass. Before a normal base the first is
-        # zero, because the likelihood does not depend on u.
-        total = torch.addcmul(grad_z, grad_log, z)
-        over_density = total * (0.5 * z.square()).exp() * ROOT_TAU
-        grad_tail = over_density * sign * (1 - UNIFORM)
-        grad_mass = grad_log / probability * (1 - UNIFORM)
-        grad_high = torch.addcmul(grad_mass, grad_tail, share)[:, None]
-        grad_low = (grad_tail - grad_high[:, 0])[:, None]
-        at_high, at_low = weights * f_high, weights * f_low
-        of_weight = torch.addcmul(at_high * grad_high, at_low, grad_low)  # weight times gradient
-        grad_logits = of_weight.addcmul_(weights, of_weight.sum(dim=1, keepdim=True), value=-1)
-        at_high = at_high.addcmul_(at_high, f_high, value=-1).mul_(grad_high)
-        at_low = at_low.addcmul_(at_low, f_low, value=-1).mul_(grad_low)
-        grad_log_scales = (at_high * high).addcmul_(at_low, low).neg_()
-        grad_raw = torch.ops.aten.sigmoid_backward(grad_log_scales, gate).mul_(4)
-        at_high, at_low = at_high.mul_(slope), at_low.mul_(slope)
-        grad_offsets = at_high.add(at_low).neg_()
-        grad_parameters = torch.cat([grad_logits, grad_offsets, grad_raw], dim=1).flatten(1, 2)
-        to_high, to_low, mirrored = at_high.sum(dim=1), at_low.sum(dim=1), (1 - sign) / 2
-        grad_above = torch.lerp(to_high, to_low, mirrored)
-        grad_below = torch.lerp(to_low, to_high, mirrored)
-        grad_u = over_density * probability
-        return None, grad_u, grad_below, grad_above, grad_parameters, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        center, half, parameters = ctx.saved_tensors
+        of_parameters = parameters.unflatten(1, (-1, grad.shape[1])) * grad[:, None].to(parameters)
+        return None, grad * center, grad * half, of_parameters.flatten(1, 2), None, None, None
+
+
+def _log_prob(
+    x: Tensor,
+    center: Tensor,
+    half: Tensor,
+    parameters: Tensor,
+    components: int,
+    num_bins: int,
+    uniform: float,
+    with_gradient: bool,
+) -> list[Tensor]:
+    """The log-probabilities of levels, and their derivatives with respect to `center`, `half` and
+    `parameters`.
+
+    A component has the mass `m = sigmoid(high) - sigmoid(low)` in a level. With `a = sigmoid(high)`
+    and `b = sigmoid(-low)` it is `a b (1 - exp(low - high))`, where nothing cancels, and
+    `1 - a = b - m`. In the first and the last level an edge is at infinity: a or b is 1.
+    """
+    first, last = x <= 0, x >= num_bins - 1
+    below = (center - half).masked_fill(first, -FAR)[:, None]
+    above = (center + half).masked_fill(last, FAR)[:, None]
+    width = (-2 * half).masked_fill(first | last, -FAR)[:, None]
+    parameters = parameters.contiguous().to(x.dtype)
+    weights, offsets, slope, gate = _split(parameters, components)
+    low, high = (below - offsets).mul_(slope), (above - offsets).mul_(slope)
+    a, b = high.sigmoid(), low.neg().sigmoid_()
+    mass = (slope * width).expm1_().neg_().mul_(a).mul_(b)
+    probability = (weights * mass).sum(dim=1).mul_(1 - uniform).add_(uniform / num_bins)
+    if not with_gradient:
+        return [probability.log()]
+    relative = weights * ((1 - uniform) / probability)[:, None]
+    share = mass * relative
+    of_logits = torch.addcmul(share, weights, share.sum(dim=1, keepdim=True), value=-1)
+    of_offsets = share.mul_(slope).mul_(a - b)
+    at_high, at_low = (b - mass).mul_(a).mul_(relative), (a - mass).mul_(b).mul_(relative)
+    of_half = (at_high + at_low).mul_(slope).sum(dim=1)
+    # The log of the slope is minus a log-scale.
+    of_log_scales = at_low.mul_(low).sub_(at_high.mul_(high))
+    of_raw = torch.ops.aten.sigmoid_backward(of_log_scales, gate).mul_(4)
+    of_parameters = torch.cat([of_logits, of_offsets, of_raw], dim=1).flatten(1, 2)
+    return [probability.log(), -of_offsets.sum(dim=1), of_half, of_parameters]

@@ -44,13 +44,27 @@ def call(
     return layer(x, context)
 
 
+def likelihood(
+    layer: OrdinalAutoregressive, direction: Direction, x: Tensor, context: Context | None = None
+) -> tuple[Tensor, Tensor]:
+    """The layer's `likelihood`, with dropout."""
+    return layer.likelihood(x, unguided(context), noise=x)
+
+
 def executor_of(
-    mode: Mode, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged
+    mode: Mode,
+    compiler: Callable[[Callable[..., Any]], Callable[..., Any]] = unchanged,
+    latents: bool = True,
 ) -> Executor:
     """The executor of a memory mode, for `Flow.forward` in training.
 
-    `compiler` compiles the functions that compute a single layer, their first argument.
+    `compiler` compiles the functions that compute a single layer, their first argument. Without
+    `latents`, the only layer is a model of levels, whose likelihood needs none.
     """
+    if not latents:
+        executor = Fused()
+        executor.call = compiler(likelihood)
+        return executor
     if mode == "store":
         executor = Fused()
         executor.call = compiler(call)

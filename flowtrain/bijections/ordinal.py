@@ -28,7 +28,12 @@ from flowtrain.bijections.base import (
 )
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
-from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64
+from flowtrain.bijections.precision import (
+    apply_conditioner,
+    full_precision,
+    has_float64,
+    into_conditioner,
+)
 from flowtrain.system.threads import one_thread
 
 
@@ -190,6 +195,23 @@ class OrdinalAutoregressive(DataDependentInit):
         constant = math.prod(self.shape) * math.log(self.num_bins)
         return z.flatten(1), sum_per_example(log_derivative) + constant
 
+    def likelihood(self, v: Tensor, context: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of a training step, with zeros as latents, and a `log_det` to go with them.
+
+        Before a normal base, the likelihood is that of `forward`. It does not depend on the
+        latents, so this saves them and their gradient. The linear prediction learns as the location
+        of the mixtures, and not as an input of the networks.
+        """
+        x = self._tokens(self._levels_of(v)[0])
+        location, log_scale, seen = self._linear(x)
+        inside = [
+            None if each is None else into_conditioner(each) for each in (seen.detach(), context)
+        ]
+        parameters = self.conditioner(*inside, noise=noise)
+        log_prob = self._image(self.mixture.log_prob(x, location, log_scale, parameters))
+        constant = math.prod(self.shape) * math.log(self.num_bins * ROOT_TAU)
+        return torch.zeros_like(v).flatten(1), sum_per_example(log_prob) + constant
+
     def order(self) -> Tensor:
         """The places of the entries in the order of `in_order`, int64 `(C, H, W)`."""
         channels, height, width = self.shape
@@ -205,7 +227,7 @@ class OrdinalAutoregressive(DataDependentInit):
         """
         tokens = self._tokens(x)
         distribution = self._distributions(tokens, context)
-        return self._image(self._log_probs_at(tokens, *distribution))
+        return self._image(self.mixture.log_prob(tokens, *distribution))
 
     def log_probs_of_all(
         self, x: Tensor, entries: Tensor, context: Context | None = None
@@ -215,7 +237,7 @@ class OrdinalAutoregressive(DataDependentInit):
         """
         tokens = self._tokens(x)
         location, log_scale, parameters = self._distributions(tokens, context)
-        terms = self._image(self._log_probs_at(tokens, location, log_scale, parameters))
+        terms = self._image(self.mixture.log_prob(tokens, location, log_scale, parameters))
         # The places of the entries among the tokens, (E, H', W').
         (_, height, width), r = self.shape, self.token
         c, row = entries // (height * width), entries // width % height
@@ -225,19 +247,12 @@ class OrdinalAutoregressive(DataDependentInit):
         count = self.mixture.parameters_per_entry
         of_entries = parameters.unflatten(1, (count, -1)).flatten(2)[:, :, places, None]
         size = (len(x), len(entries), self.num_bins)
-        return terms, self._log_probs_at(
+        return terms, self.mixture.log_prob(
             torch.arange(self.num_bins, device=x.device).to(x).expand(size),
             location.flatten(1)[:, places, None],
             log_scale.flatten()[e, None],
             of_entries.expand(-1, -1, -1, self.num_bins).flatten(1, 2),
         )
-
-    def _log_probs_at(
-        self, x: Tensor, location: Tensor, log_scale: Tensor, parameters: Tensor
-    ) -> Tensor:
-        u = torch.full_like(x, 0.5)
-        z, log_derivative = self.mixture.forward(x, u, location, log_scale, parameters)
-        return log_derivative - 0.5 * z.square() - math.log(ROOT_TAU)
 
     def by_entry(
         self, v: Tensor, context: Context | None = None, noise: Tensor | None = None
@@ -254,16 +269,22 @@ class OrdinalAutoregressive(DataDependentInit):
         """Locations `(B, E, H, W)`, log-scales `(E, 1, 1)` and parameters `(B, P E, H, W)` for
         tokens `x` `(B, E, H, W)`, in levels. `noise` goes to the `TokenNet`.
         """
+        location, log_scale, seen = self._linear(x)
+        net = functools.partial(self.conditioner, noise=noise)
+        return location, log_scale, apply_conditioner(net, seen, context)
+
+    def _linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The linear prediction of tokens `x`: locations and log-scales of `_distributions`, and
+        the inputs `(B, 3E, H, W)` of the networks.
+        """
         self.require_initialized()
         value, log_scale = self._value(x), self.bounded_log_scale()
         with full_precision(x):
             predicted = self.prediction(value)
         residual = (value - predicted) * (-log_scale).exp()
-        seen = torch.cat([value, residual, predicted], dim=1)
-        net = functools.partial(self.conditioner, noise=noise)
-        parameters = apply_conditioner(net, seen, context)
         half = (self.num_bins - 1) / 2  # levels per unit of value
-        return (predicted + 1) * half, log_scale + math.log(half), parameters
+        seen = torch.cat([value, residual, predicted], dim=1)
+        return (predicted + 1) * half, log_scale + math.log(half), seen
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return [z.reshape(-1, *self.shape)]

@@ -45,6 +45,7 @@ def build(
     attention: NonNegative = 0,
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    uniform: Annotated[float, Field(ge=1e-4, lt=1)] = 2.0**-10,
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
 
@@ -67,6 +68,8 @@ def build(
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training. It
             serves small sets and long runs.
+        uniform: Weight of a uniform distribution in each mixture. A smaller one leaves more to the
+            mixture, and the least level still has ten times the range that float32 confuses.
 
     Raises:
         UserError: if the data are real values, if there are too few tokens to downsample, or if the
@@ -89,7 +92,7 @@ def build(
             f"multiples of it, and these images have {shape[1]}x{shape[2]} pixels"
         )
     seen = Window(window, window, ahead=0)
-    mixture = DiscretizedMixture(num_bins, components)
+    mixture = DiscretizedMixture(num_bins, components, uniform)
     start = mixture.start()
     net = CausalNet(
         *(entries, size, start, width, blocks, units, seen, classes, context),

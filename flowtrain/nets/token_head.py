@@ -1,7 +1,10 @@
 """The network within a token: all of its entries at once, or one after the other."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flowtrain.nets.convolution import relu_
 from flowtrain.nets.masked import MaskedLinear
@@ -30,10 +33,9 @@ class TokenHead(nn.Module):
         self.last.bias = nn.Parameter(start.repeat_interleave(entries))
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        h = relu_(self.first(torch.cat([x, features], dim=-1)))
-        h = relu_(self.second(torch.cat([h, features], dim=-1)))
-        parameters: Tensor = self.last(torch.cat([h, features], dim=-1))
-        return parameters
+        h = relu_(_layer(self.first, x, features))
+        h = relu_(_layer(self.second, h, features))
+        return _layer(self.last, h, features, tokens_last=True)
 
 
 class HeadByEntry:
@@ -79,3 +81,51 @@ class HeadByEntry:
 def _masked(mask: Tensor, features: int) -> MaskedLinear:
     """A masked layer that also sees all features."""
     return MaskedLinear(torch.cat([mask, mask.new_ones(len(mask), features)], dim=1))
+
+
+def _layer(layer: MaskedLinear, x: Tensor, features: Tensor, tokens_last: bool = False) -> Tensor:
+    """`layer(cat([x, features]))`: `(..., N)` and `(..., C)` to `(..., N')`.
+
+    With `tokens_last`, all tokens of an entry are contiguous, as the mixtures take them.
+    """
+    dtype = x.dtype  # of autocast, which does not reach into a function of autograd
+    weight, bias = (layer.weight * layer.mask).to(dtype), layer.bias.to(dtype)
+    y: Tensor = _Layer.apply(x, features, weight, bias, tokens_last)
+    return y
+
+
+class _Layer(torch.autograd.Function):
+    """A linear layer of two inputs, `(..., N)` and `(..., C)`, without a copy to join them.
+
+    On a CPU, copies of inputs and gradients take a sixth of the time of a head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, tokens_last: bool
+    ) -> Tensor:
+        parts = [each.contiguous() for each in weight.tensor_split([x.shape[-1]], dim=1)]
+        rows = x.flatten(0, -2), features.flatten(0, -2)
+        ctx.save_for_backward(*rows, *parts)
+        ctx.tokens_last = tokens_last
+        shape = x.shape[:-1]
+        if tokens_last:
+            y = x.new_empty(len(weight), *shape)
+            torch.addmm(bias[:, None], parts[1], rows[1].T, out=y.flatten(1))
+            y.flatten(1).addmm_(parts[0], rows[0].T)
+            return y.movedim(0, -1)
+        y = x.new_empty(*shape, len(weight))
+        torch.addmm(bias, rows[1], parts[1].T, out=y.flatten(0, -2))
+        y.flatten(0, -2).addmm_(rows[0], parts[0].T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, of_x, of_features = ctx.saved_tensors
+        shape = grad.shape[:-1]
+        turned = grad.movedim(-1, 0).flatten(1) if ctx.tokens_last else grad.flatten(0, -2).T
+        grad_x = (turned.T @ of_x).view(*shape, -1) if ctx.needs_input_grad[0] else None
+        grad_features = (turned.T @ of_features).view(*shape, -1)
+        grad_weight = torch.cat([turned @ each for each in rows], dim=1)
+        return grad_x, grad_features, grad_weight, turned.sum(dim=1), None

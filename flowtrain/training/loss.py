@@ -59,7 +59,7 @@ class Loss(nn.Module):
         super().__init__()
         self.flow = flow
         self.precision = train.precision
-        self.executor = executor_of(train.memory, compiler)
+        self.executor = executor_of(train.memory, compiler, not flow.bijection.is_discrete)
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         with autocast(self.precision, x.device):

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from helpers import seeded
 
-from flowtrain.bijections.discretized import UNIFORM, DiscretizedMixture
+from flowtrain.bijections import discretized
+from flowtrain.bijections.discretized import DiscretizedMixture
 
-BATCH, COMPONENTS = 40, 3
+BATCH, COMPONENTS, UNIFORM = 40, 3, 2e-4
 
 
 def entry(levels: int, scale: float = 3.0):
-    mixture = DiscretizedMixture(levels, COMPONENTS)
+    mixture = DiscretizedMixture(levels, COMPONENTS, UNIFORM)
     randomness = torch.Generator().manual_seed(levels)
     parameters = 2 * torch.randn(3 * COMPONENTS, BATCH, generator=randomness)
     location = levels * torch.rand(BATCH, generator=randomness)
@@ -49,7 +51,7 @@ def test_a_level_is_found_from_few_values_of_its_function(levels):
 @pytest.mark.parametrize("shift, level", [(-1e38, 0), (1e38, 16)])
 def test_offsets_near_infinity_give_a_level(shift, level):
     """As with `sample --guidance 1e38`. The last of the groups of 17 levels has too many."""
-    tables = DiscretizedMixture(17, 1).one_entry(torch.device("cpu"))
+    tables = DiscretizedMixture(17, 1, UNIFORM).one_entry(torch.device("cpu"))
     parameters = torch.tensor([[0.0], [shift], [0.0]])
     found = tables(torch.zeros(1), 0.0, parameters).find(torch.full((1,), 0.5).double())
     assert found[0].tolist() == [level]
@@ -61,3 +63,21 @@ def test_no_scale_is_too_small_or_too_large(scale):
     edges = found.cumulative(torch.arange(257)[:, None])
     assert (edges[0] == 0).all() and (edges[-1] - 1).abs().max() < 1e-14
     assert edges.diff(dim=0).min() > 0
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 40.0])
+def test_log_probabilities_have_their_gradient(scale, monkeypatch):
+    """Of levels at both ends and between, near and far, in parts of a batch and as a whole."""
+    mixture = DiscretizedMixture(256, 2, UNIFORM)
+    x = torch.tensor([0.0, 0, 1, 7, 128, 254, 255, 255]).double().view(4, 2, 1)
+    location = (x + torch.tensor([[2.0], [-30.0]])).requires_grad_()
+    log_scale = torch.full((2, 1), scale).log().double().requires_grad_()
+    parameters = torch.randn(4, 12, 1, generator=seeded()).double().requires_grad_()
+    inputs = x, location, log_scale, parameters
+    whole = mixture.log_prob(*inputs)
+    for together in (1, 30):
+        monkeypatch.setattr(discretized, "TOGETHER", together)
+        assert torch.equal(mixture.log_prob(*inputs), whole)
+        assert torch.autograd.gradcheck(mixture.log_prob, inputs)
+    in_float32 = [each.detach().float() for each in inputs]
+    torch.testing.assert_close(mixture.log_prob(*in_float32), whole.float(), rtol=1e-5, atol=1e-5)

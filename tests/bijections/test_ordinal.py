@@ -8,7 +8,9 @@ import torch
 from catalogue import TINY
 from helpers import a_config, images, perturb, seeded, tiny_flow
 
-from flowtrain.bijections.discretized import UNIFORM
+from flowtrain.bijections import ordinal
+from flowtrain.bijections.execution import FUSED
+from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.datasets import digits
 from flowtrain.errors import UserError
@@ -178,6 +180,23 @@ def test_one_entry_after_the_other_takes_one_thread():
     assert seen == {1} and torch.get_num_threads() == 2
 
 
+def test_a_training_step_has_the_likelihood_and_its_gradient_without_latents(monkeypatch):
+    """The linear prediction gets no gradient through the inputs of the networks."""
+    shape = (2, 3, 5)
+    flow = causal(shape, 8).double()
+    x, noise = images(6, shape, 8), torch.rand(6, *shape, generator=seeded())
+    apply = ordinal.apply_conditioner
+    monkeypatch.setattr(ordinal, "apply_conditioner", lambda net, x, c: apply(net, x.detach(), c))
+    totals = [
+        flow(x, noise, executor=each).total for each in (FUSED, executor_of("store", latents=False))
+    ]
+    torch.testing.assert_close(*totals, rtol=1e-12, atol=0)
+    weights = torch.arange(1.0, 7, dtype=torch.float64)
+    gradients = [torch.autograd.grad(each @ weights, list(flow.parameters())) for each in totals]
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.any() for gradient in gradients[0])
+
+
 # ---------------------------------------------------------------- extremes
 
 
@@ -195,7 +214,7 @@ def test_narrow_and_far_mixtures_are_finite(scale, offset):
     assert log_prob.isfinite().all()
     assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
     # No level costs more than the uniform part leaves it.
-    assert log_prob.min() >= -16 * math.log(256 / UNIFORM) - 1e-3
+    assert log_prob.min() >= -16 * math.log(256 * 2**10) - 1e-3
     z = torch.cat([torch.randn(4, 16, generator=seeded()), torch.full((1, 16), 1e4)])
     for result in flow.bijection.inverse(z):
         assert result.isfinite().all()
