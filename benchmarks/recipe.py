@@ -2,7 +2,8 @@
 split once.
 
 `python benchmarks/recipe.py` prints a table of test bits/dim. `--picture FILE.png` draws validation
-bits/dim against time. All recipes take six hours; `--only NAME...` runs some of them. A run that
+bits/dim against time, and `--scaling FILE.png` test bits/dim against FLOPs. All recipes take six
+hours; `--only NAME...` runs some of them. A run that
 exists is resumed. `--cifar` and `--mnist` say where the data lie, as `--set` of `flowtrain train`
 does.
 """
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import flowtrain, heading, pyplot
+from common import flowtrain, heading, images, pyplot, state_of
+from torch.utils.flop_counter import FlopCounterMode
 
+from flowtrain.config import load_config
 from flowtrain.system.console import duration
+from flowtrain.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ RECIPES = {
 }
 
 
+# Published models of CIFAR-10: training FLOPs, bits/dim. docs/results.md says where they come from.
+PUBLISHED = {"PixelCNN++": (6e18, 2.92), "Sparse Transformer": (8e18, 2.80)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,6 +97,7 @@ def main() -> None:
             help=f"for the recipes of {name}",
         )
     parser.add_argument("--picture", help="a PNG of validation bits/dim against time")
+    parser.add_argument("--scaling", help="a PNG of test bits/dim of CIFAR-10 against FLOPs")
     options = parser.parse_args()
     heading("Bits per dimension for equal time", torch.get_num_threads())
     print("| recipe | configuration | budget | images seen | test bits/dim | validation |")
@@ -104,6 +113,8 @@ def main() -> None:
         print(_row(recipe, run, json.loads(result.read_text())), flush=True)
     if options.picture:
         _draw(runs, options.picture)
+    if options.scaling:
+        _draw_scaling(runs, options.scaling)
 
 
 def _row(recipe: Recipe, run: Path, test: dict[str, Any]) -> str:
@@ -139,6 +150,37 @@ def _draw(runs: dict[str, Path], path: str) -> None:
         )
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def training_flops(run: Path) -> float:
+    """All products and convolutions of a run's training steps."""
+    config = load_config(str(run / "config.yaml"))
+    state = state_of(config)
+    x = images(2)
+    with FlopCounterMode(display=False) as counter:
+        train_step(state, x)
+    seen: int = json.loads((run / "summary.json").read_text())["images"]
+    return counter.get_total_flops() / len(x) * seen
+
+
+def _draw_scaling(runs: dict[str, Path], path: str) -> None:
+    figure, axes = pyplot().subplots(figsize=(6.5, 4.5), layout="constrained")
+    points = {
+        RECIPES[name].title: (
+            training_flops(run),
+            json.loads((run / "evaluate-test.json").read_text())["bits_per_dim"],
+        )
+        for name, run in runs.items()
+        if RECIPES[name].dataset == "cifar"
+    }
+    for names, marker in ((points, "o"), (PUBLISHED, "s")):
+        axes.plot(*zip(*names.values(), strict=True), marker, linestyle="none")
+        for name, point in names.items():
+            axes.annotate(name, point, xytext=(6, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="FLOPs of training", ylabel="test bits/dim", title="CIFAR-10")
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 

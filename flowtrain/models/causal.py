@@ -45,7 +45,7 @@ def build(
     attention: NonNegative = 0,
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-    uniform: Annotated[float, Field(ge=1e-4, lt=1)] = 2.0**-10,
+    uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
 
@@ -69,7 +69,7 @@ def build(
         dropout: Probability with which entries of a residual block are dropped in training. It
             serves small sets and long runs.
         uniform: Weight of a uniform distribution in each mixture. A smaller one leaves more to the
-            mixture, and the least level still has ten times the range that float32 confuses.
+            mixture, and less room for the rounding of float32 between `encode` and `decode`.
 
     Raises:
         UserError: if the data are real values, if there are too few tokens to downsample, or if the

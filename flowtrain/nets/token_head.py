@@ -111,12 +111,14 @@ class _Layer(torch.autograd.Function):
         shape = x.shape[:-1]
         if tokens_last:
             y = x.new_empty(len(weight), *shape)
-            torch.addmm(bias[:, None], parts[1], rows[1].T, out=y.flatten(1))
-            y.flatten(1).addmm_(parts[0], rows[0].T)
+            out = y.flatten(1)
+            torch.addmm(bias[:, None], parts[1], rows[1].T, out=out)
+            torch.addmm(out, parts[0], rows[0].T, out=out)
             return y.movedim(0, -1)
         y = x.new_empty(*shape, len(weight))
-        torch.addmm(bias, rows[1], parts[1].T, out=y.flatten(0, -2))
-        y.flatten(0, -2).addmm_(rows[0], parts[0].T)
+        out = y.flatten(0, -2)
+        torch.addmm(bias, rows[1], parts[1].T, out=out)
+        torch.addmm(out, rows[0], parts[0].T, out=out)
         return y
 
     @staticmethod

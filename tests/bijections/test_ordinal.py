@@ -44,7 +44,7 @@ def causal(shape, levels, token=2, **options):
 def trained():
     """A model trained on digits until its mixtures are narrow."""
     x = torch.from_numpy(digits.build("data", "train").read()[:512])
-    config = a_config({"name": "causal", **TINY["causal"], "width": 16})
+    config = a_config({"name": "causal", **TINY["causal"], "width": 16, "uniform": 2**-12})
     flow = build_flow(config, (1, 8, 8), 17)
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
