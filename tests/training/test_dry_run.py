@@ -59,6 +59,20 @@ def test_operations(conditioner):
     assert found.step_flops == pytest.approx(3 * of_images, rel=0.15)
 
 
+def test_operations_of_attention():
+    """Of its four linear maps, and of all pairs of tokens: two products, and five for gradients."""
+
+    def compute(attention):
+        model = {"name": "causal", **TINY["causal"], "token": 1, "attention": attention}
+        return dry_run(a_config(model, train={"batch_size": 4}), CPU).compute
+
+    one, none = compute(1), compute(0)
+    tokens, width = 64, TINY["causal"]["width"]
+    maps, pairs = 2 * tokens * 4 * width**2, 2 * tokens**2 * width
+    assert one.image_flops - none.image_flops == maps + 2 * pairs
+    assert (one.step_flops - none.step_flops) / 4 == 3 * maps + 7 * pairs
+
+
 def test_a_step_computes_the_class_of_each_image_alone():
     """Where networks see the class, evaluation takes a pass for each of them."""
 
