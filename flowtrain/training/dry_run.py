@@ -35,6 +35,7 @@ from flowtrain.training.step import (
 )
 
 TIMED_STEPS = 3
+INITIALIZED_IMAGES = 16  # at most, because a pass of many images takes long
 MEASURED_IMAGES = 4  # the memory of any batch size follows from a few, half of this or larger
 DOUBLED = 1.9  # memory that grows by this factor for twice the images has grown in proportion
 # The attention of a CPU, which torch does not count. As on a GPU, masked products count.
@@ -142,7 +143,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     _require_labels(data, config.model.classes)
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
-    some, _ = _batch(flow, min(batch, flow.initialization_images))
+    some, _ = _batch(flow, min(batch, flow.initialization_images, INITIALIZED_IMAGES))
     initialize(flow, some, dequantization_noise(config, 0, some))
     ema = EMA(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), ema, {})
