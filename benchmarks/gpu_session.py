@@ -4,6 +4,9 @@ Each part is a process of its own with a limit of time, and its result is a JSON
 part that has a file is skipped, so the same command goes on after an interruption. Without its file
 a part is measured again. The tables of all results are in `report.md` there.
 
+The first minutes of the causal configurations come before everything else. If they are slower than
+expected, so are hours of training, and the session ends there.
+
 The steps run in the loop of `flowtrain train`, with data, noise, optimizer and logging.
 
     python benchmarks/gpu_session.py --data data.name=npz --data data.path=cifar10.npz
@@ -35,16 +38,13 @@ from unittest import mock
 import numpy as np
 import torch
 from common import images
-from products import Recorder
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.configs import find_config
-from flowtrain.config import Config, Train, load_config
-from flowtrain.data.batches import Batches
+from flowtrain.config import Config, load_config
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.pictures.sample import sample
@@ -52,7 +52,6 @@ from flowtrain.system import device as devices
 from flowtrain.system.files import write_atomically
 from flowtrain.training import loop, step
 from flowtrain.training.dry_run import dry_run
-from flowtrain.training.resume import start
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
 
@@ -66,12 +65,15 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """What is measured. `first`, and `models` after them, are words after `--config` by name."""
 
-    models: Mapping[str, Sequence[str]]  # name: words after `--config`
-    modes: Mapping[str, Sequence[str]]  # name: modes of `train.memory`
+    first: Mapping[str, Sequence[str]]
+    models: Mapping[str, Sequence[str]]
+    modes: Mapping[str, Sequence[str]]  # name: modes of `train.memory`, if these are varied
     batches: Sequence[int]
     variants: Sequence[int]  # the batches at which precision, compile and graphs are varied
+    first_steps: int = 1000
+    least: float = 150.0  # TFLOP/s that the first models must reach
     warm_up: int = 5  # steps before those that are measured
     steps: int = 20
     profiled: int = 3
@@ -85,27 +87,30 @@ class Plan:
 
 
 FULL = Plan(
+    first={name: [f"{name}.yaml"] for name in ("causal_cifar", "causal_cifar_day")},
     models={"glow_cifar": ["glow_cifar.yaml"], "causal_cifar": ["causal_cifar.yaml"]},
-    modes={
-        "glow_cifar": ["store", "checkpoint", "reversible"],
-        "causal_cifar": ["store", "checkpoint"],
-    },
+    modes={"glow_cifar": ["store", "checkpoint", "reversible"]},
     batches=(64, 256, 512, 1024),
     variants=(64, 512),
 )
 # For a CPU: every part, in seconds.
+PLAIN = ["train.batch_size=2", "train.accumulate=1", "train.compile=off", "train.cuda_graph=false"]
+TINY = ["model.width=8", "model.blocks=2", "model.attention=1", "model.units=4", *PLAIN]
 MINI = Plan(
+    first={name: [*words, *TINY] for name, words in FULL.first.items()},
     models={
         "glow": ["glow_digits.yaml", "model.steps=1", "model.width=8"],
         "causal": ["causal_digits.yaml", "model.width=8", "model.blocks=1"],
     },
-    modes={"glow": ["store"], "causal": ["store"]},
+    modes={"glow": ["store"]},
     batches=(8,),
     variants=(),
+    first_steps=2,
+    least=0.0,
     warm_up=1,
     steps=2,
     profiled=1,
-    images=64,
+    images=128,
     evaluated=2,
     channels=(2,),
     sides=(4,),
@@ -127,7 +132,7 @@ class Session:
 
     def config(self, model: str, **train: object) -> Config:
         """The configuration of a model of the plan, on random images."""
-        name, *overrides = self.plan.models[model]
+        name, *overrides = {**self.plan.first, **self.plan.models}[model]
         settings = [f"train.{key}={value}" for key, value in train.items()]
         data = self._random_images() if "cifar" in name else []
         return load_config(find_config(name), [*overrides, *data, *settings])
@@ -215,13 +220,13 @@ def run_steps(
         return then(run)
 
 
-def measure_step(session: Session, model: str, **train: object) -> Result:
+def measure_step(session: Session, model: str, steps: int | None = None, **train: object) -> Result:
     """Seconds of a step, images/s and memory."""
     plan, device = session.plan, session.device
     config = session.config(model, **train, num_steps=100_000, log_every=10)
-    watch = Watch(device, plan.warm_up, plan.steps)
+    watch = Watch(device, plan.warm_up, steps or plan.steps)
     run_steps(session, config, watch)
-    seconds = watch.seconds / plan.steps
+    seconds = watch.seconds / watch.steps
     batch = config.train.batch_size * config.train.accumulate
     numbered = device.type in devices.NUMBERED
     peak = torch.get_device_module(device).max_memory_allocated(device) if numbered else None
@@ -233,6 +238,12 @@ def measure_step(session: Session, model: str, **train: object) -> Result:
         "first_step": watch.first,
         "compiling": watch.state.compile_seconds or None,
     }
+
+
+def measure_first(session: Session, model: str) -> Result:
+    """The first steps of a model as configured, with the operations of an image."""
+    flops = measure_dry_run(session, model)["flops"]
+    return {**measure_step(session, model, session.plan.first_steps), "flops": flops}
 
 
 def part(
@@ -249,17 +260,13 @@ def step_part(model: str, limit: float, **train: object) -> Part:
 
 
 def variants(model: str, batch: int) -> Iterator[Part]:
-    """Precision, compiling and graphs. A key or a word that this version lacks is left out."""
-    known: dict[str, Any] = Train.model_json_schema()["properties"]
+    """Precision, compiling and graphs."""
     base = {"memory": "store", "batch_size": batch}
     yield step_part(model, 90, **base, precision="fp32")
-    if not {"compile", "cuda_graph"} <= known.keys():
-        return
     for compiled in ("off", "layers", "step"):
-        if compiled in known["compile"].get("enum", []):
-            for graph in ("false", "true")[compiled == "off" :]:
-                keys = {"compile": compiled, "cuda_graph": graph}
-                yield step_part(model, 90 if compiled == "off" else 240, **base, **keys)
+        for graph in ("false", "true")[compiled == "off" :]:
+            keys = {"compile": compiled, "cuda_graph": graph}
+            yield step_part(model, 90 if compiled == "off" else 240, **base, **keys)
 
 
 # --- what a step consists of ----------------------------------------------------------------------
@@ -339,19 +346,6 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5
     return statistics.median(times[2:])
 
 
-def measure_floor(session: Session, model: str, batch: int) -> Result:
-    """The products and convolutions of a step alone. No step can be faster with the same ones."""
-    config = session.config(model, memory="store", batch_size=batch, num_steps=10)
-    data = DataSet(config.data)
-    flow = build_flow(config, data.shape, data.num_bins).to(session.device)
-    with contextlib.closing(Batches(data, config, batch, session.device)) as batches:
-        state = start(config, flow, {}, None, None, batches)
-        x, labels = batches.at(state.progress)
-    with Recorder() as recorder:
-        step.train_step(state, x, labels)
-    return {"seconds": seconds_of(recorder.run, session.device), "products": len(recorder.calls)}
-
-
 def measure_alignment(session: Session, batch: int) -> Result:
     """A 3x3 convolution from and to some numbers of channels, forward and backward, in bf16.
 
@@ -381,11 +375,11 @@ def measure_alignment(session: Session, batch: int) -> Result:
 # --- predictions, evaluation, sampling, a run -----------------------------------------------------
 
 
-def measure_dry_run(session: Session, model: str, batch: int) -> Result:
+def measure_dry_run(session: Session, model: str, **train: object) -> Result:
     """Memory and time as `--dry-run` predicts them, to be compared with the steps."""
-    cost = dry_run(session.config(model, batch_size=batch), session.device)
+    cost = dry_run(session.config(model, **train), session.device)
     return {
-        "flops": cost.compute.step_flops / batch,  # for one image
+        "flops": cost.compute.step_flops / cost.images,  # for one image
         "fixed": cost.memory.fixed_bytes,
         "available": cost.memory.available_bytes,
         "modes": {each.mode: dataclasses.asdict(each) for each in cost.memory.modes},
@@ -396,7 +390,7 @@ def measure_dry_run(session: Session, model: str, batch: int) -> Result:
 def measure_use(session: Session, model: str) -> Result:
     """Images/s of an evaluation, by batch size, and of sampling."""
     watch = Watch(session.device, 0, 1)
-    config = session.config(model, num_steps=100_000)
+    config = session.config(model, num_steps=100_000, compile="off", cuda_graph="false")
     # A checkpoint is written before the first step.
     loaded = run_steps(
         session, config, watch, lambda run: load_model(str(run.path), session.device)
@@ -448,22 +442,23 @@ def measure_run(session: Session, seconds: float) -> Result:
 
 def parts_of(plan: Plan) -> list[Part]:
     """All parts but the training run, in the order in which they are measured."""
-    found = [Part("tests", 300, measure_tests)] if plan.tests else []
+    found = [part("first", model, 900, measure_first) for model in plan.first]
+    found += [Part("tests", 300, measure_tests)] if plan.tests else []
     middle = plan.batches[len(plan.batches) // 2]
     for model in plan.models:
-        found += [
-            part("waits", model, 90, measure_waits),
-            *(
-                step_part(model, 90, memory=mode, batch_size=batch)
-                for mode in plan.modes[model]
-                for batch in plan.batches
-            ),
-            *(each for batch in plan.variants for each in variants(model, batch)),
-            part("kernels", model, 90, measure_kernels),
-            part("floor", model, 90, measure_floor, batch=middle),
-            part("dry-run", model, 120, measure_dry_run, batch=middle),
-            part("use", model, 180, measure_use),
-        ]
+        found.append(part("waits", model, 240, measure_waits))
+        if model in plan.modes:
+            found += [
+                *(
+                    step_part(model, 90, memory=mode, batch_size=batch)
+                    for mode in plan.modes[model]
+                    for batch in plan.batches
+                ),
+                *(each for batch in plan.variants for each in variants(model, batch)),
+                part("dry-run", model, 120, measure_dry_run, batch_size=middle),
+            ]
+        found.append(part("kernels", model, 240, measure_kernels))
+        found.append(part("use", model, 240, measure_use))
     alignment = Part("alignment", 90, lambda s: measure_alignment(s, middle), {"batch": middle})
     return [*found, alignment]
 
@@ -511,6 +506,20 @@ def measure_apart(session: Session, part: Part, words: Sequence[str]) -> None:
         write(session, part, began, error=reason)
 
 
+def require_speed(session: Session, name: str) -> None:
+    """Ends the session if a model of `Plan.first` is too slow, or could not be measured."""
+    found = json.loads(file_of(session, name).read_text())
+    if "error" in found:
+        reached = found["error"]
+    else:
+        step = found["result"]
+        speed = step["flops"] * step["images_per_second"] / 1e12
+        if speed >= session.plan.least:
+            return
+        reached = f"{speed:.4g} TFLOP/s, and at least {session.plan.least:.0f} are expected"
+    raise SystemExit(f"{name}: {reached}; the session ends here. {session.out}/report.md")
+
+
 def results(session: Session) -> dict[str, Result]:
     """The content of all files, by name, the oldest first."""
     files = sorted(session.out.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
@@ -551,7 +560,8 @@ def report(session: Session) -> str:
         return good.get(name, {}).get("result", {}).get(key)
 
     def of_step(about: Result, step: Result) -> Result:
-        flops, rate = result(f"dry-run-{about['model']}", "flops"), step["images_per_second"]
+        rate = step["images_per_second"]
+        flops = step.get("flops", result(f"dry-run-{about['model']}", "flops"))
         return {
             **about,
             "ms a step": 1e3 * step["seconds"],
@@ -562,7 +572,7 @@ def report(session: Session) -> str:
         }
 
     def of_mode(about: Result, dry: Result, mode: str, cost: Result) -> Result:
-        peak = result(f"step-{about['model']}-{mode}-{about['batch']}", "peak")
+        peak = result(f"step-{about['model']}-{mode}-{about['batch_size']}", "peak")
         predicted = dry["fixed"] + cost["needed_bytes"]
         return {
             **about,
@@ -571,16 +581,6 @@ def report(session: Session) -> str:
             "measured GiB": ratio(peak, GIB),
             "said / measured": ratio(predicted, peak),
             "largest batch said": cost["largest_batch"],
-        }
-
-    def of_floor(about: Result, floor: Result) -> Result:
-        step = result(f"step-{about['model']}-store-{about['batch']}", "seconds")
-        return {
-            **about,
-            "products": floor["products"],
-            "floor ms": 1e3 * floor["seconds"],
-            "step ms": ratio(step, 1e-3),
-            "step / floor": ratio(step, floor["seconds"]),
         }
 
     def of_kernels(about: Result, kernels: Result) -> Result:
@@ -601,6 +601,7 @@ def report(session: Session) -> str:
         side, channels = key.split("-")
         sides.setdefault(side, {"side": side})[f"{channels} channels"] = 1e6 * seconds
     tables: dict[str, list[Result]] = {
+        "The first minutes": [of_step(*each) for each in of("first-")],
         "Tests": [{"tests": tests["summary"]} for _, tests in of("tests")],
         "Waits of the host, a step": [
             {**about, "waits": waits_in_words(waits["waits"])} for about, waits in of("waits-")
@@ -612,7 +613,6 @@ def report(session: Session) -> str:
             for about, kernels in of("kernels-")
             for name, seconds in kernels["longest"].items()
         ],
-        "Floor: products alone": [of_floor(*each) for each in of("floor-")],
         "Dry run beside the peak": [
             of_mode(about, dry, *each)
             for about, dry in of("dry-run-")
@@ -682,14 +682,19 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     given = list(sys.argv[1:] if words is None else words)
     for part in parts.values():
-        if file_of(session, part.name).exists() or not part.name.startswith(options.only):
+        if not part.name.startswith(options.only):
             continue
-        if left() < 60 * options.train_minutes:
-            print("the rest is for the training run; the same command measures the missing parts")
-            break
-        print(f"{part.name}: {left() / 60:.1f} minutes are left", flush=True)
-        measure_apart(session, part, given)
-        write_report(session)
+        if not file_of(session, part.name).exists():
+            if left() < 60 * options.train_minutes:
+                print(
+                    "the rest is for the training run; the same command measures the missing parts"
+                )
+                break
+            print(f"{part.name}: {left() / 60:.1f} minutes are left", flush=True)
+            measure_apart(session, part, given)
+            write_report(session)
+        if part.name.startswith("first-"):
+            require_speed(session, part.name)
     seconds = left() - FOR_EVALUATION
     if not options.only and not file_of(session, "training").exists() and seconds > 0:
         print(f"training for {seconds / 60:.1f} minutes", flush=True)

@@ -38,7 +38,10 @@ SHORT = ["model.width=16", "train.num_steps=20", "train.log_every=5", "train.val
 SMALL = {
     "glow_digits.yaml": ["model.steps=2", *SHORT],
     # Every kind of block.
-    "causal_digits.yaml": ["model.blocks=2", "model.attention=1", "model.downsample=1", *SHORT],
+    "causal_digits.yaml": [
+        *("model.blocks=2", "model.attention=1", "model.pixel_attention=true"),
+        *("model.downsample=1", *SHORT),
+    ],
 }
 OF_DIGITS = ["data.name=digits", "model.patch=2", *SHORT]
 SMALL["tarflow_mnist_small.yaml"] = OF_DIGITS

@@ -14,7 +14,6 @@ from run_files import SUMMARY, TEST
 from torch.autograd import DeviceType
 
 from flowtrain.cli.configs import find_config
-from flowtrain.config import Train
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # its programs import each other
 
@@ -42,21 +41,26 @@ def test_every_part_and_the_tables(session):
     for part in parts.values():
         session_module.measure(session, part)
     assert {name: outcome(session, name).get("error") for name in parts} == dict.fromkeys(parts)
-    assert sorted(path.stem for path in session.out.glob("*")) == sorted(parts)  # no run is left
+    assert sorted(path.stem for path in session.out.glob("*")) == sorted(
+        [*parts, "random"]
+    )  # no run is left
 
     kernels = outcome(session, "kernels-glow")["result"]
     assert kernels["kernels"] > 100 and kernels["busy"] is None
     assert "aten::convolution_backward" in kernels["longest"]
     steps = outcome(session, "step-glow-store-8")["result"]
     assert steps["images_per_second"] == pytest.approx(8 / steps["seconds"])
+    for model in ("causal_cifar", "causal_cifar_day"):  # the GPU configurations, smaller
+        first = outcome(session, f"first-{model}")["result"]
+        assert first["images_per_second"] == pytest.approx(2 / first["seconds"])
+        speed = first["images_per_second"] * first["flops"] / 1e12
+        assert f"| {session_module.shown(speed)} |" in session_module.report(session)
     dry = outcome(session, "dry-run-glow")["result"]
     assert set(dry["modes"]) == {"store", "checkpoint", "reversible"} and dry["flops"] > 1e4
-    # 3 couplings of 2 products and more: forward, and backward in one call each.
-    assert outcome(session, "floor-glow")["result"]["products"] >= 12
     assert outcome(session, "use-causal")["result"]["sequential"] is True
 
     text = session_module.report(session)
-    for title in ["Steps of the trainer", "Kernels", "Floor", "Dry run", "Evaluation", "channels"]:
+    for title in ["first minutes", "Steps of", "Kernels", "Dry run", "Evaluation", "channels"]:
         assert title in text
     assert "Not measured" not in text
     assert "| glow | store | 8 | " in text and "| only CUDA can say |" in text
@@ -112,20 +116,45 @@ def test_the_training_run_is_two_commands(session, monkeypatch):
     assert "| 3.1 |" in session_module.report(session)
 
 
-def test_variants_are_those_that_this_version_has(monkeypatch):
+@pytest.mark.parametrize(
+    "speed, message",
+    [(1499.0, "149.9 TFLOP/s, and at least 150 are"), (None, "out of memory"), (1500.0, None)],
+)
+def test_nothing_else_is_measured_if_the_first_minutes_are_slow(
+    speed, message, session, monkeypatch
+):
+    def measure(session, part, words):
+        measured.append(part.name)
+        result = {"result": {"flops": 1e11, "images_per_second": speed}}
+        session_module.write(session, part, 0.0, **result if speed else {"error": "out of memory"})
+
+    measured = []
+    monkeypatch.setitem(session_module.PLANS, "mini", dataclasses.replace(MINI, least=150.0))
+    monkeypatch.setattr(session_module, "measure_apart", measure)
+    monkeypatch.setattr(session_module, "write_report", lambda session: None)
+    if message is None:
+        session_module.main(words_for(session))
+        parts = [part.name for part in session_module.parts_of(MINI)]
+        assert measured == [*parts, "training"]
+        return
+    for _ in range(2):  # the same command ends again, without measuring again
+        with pytest.raises(SystemExit, match=f"^first-causal_cifar: {message}.*; the session ends"):
+            session_module.main(words_for(session))
+        assert measured == ["first-causal_cifar"]
+
+
+def test_precision_compiling_and_graphs_are_varied():
     names = [part.name for part in session_module.variants("glow", 64)]
     assert names == [
         f"step-glow-store-64-{words}"
         for words in ["fp32", "off-true", "layers-false", "layers-true", "step-false", "step-true"]
     ]
-    monkeypatch.setattr(Train, "model_json_schema", lambda: {"properties": {}})
-    assert [part.name for part in session_module.variants("glow", 64)] == [names[0]]
 
 
 def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
     full = Session(session_module.FULL, torch.device("cpu"), tmp_path)
     small = dataclasses.replace(full, plan=dataclasses.replace(full.plan, images=8))
-    for model in full.plan.models:
+    for model in {**full.plan.first, **full.plan.models}:
         config = small.config(model, num_steps=3, memory="store")
         assert config.train.num_steps == 3 and config.data.name == "npz"
         assert config.train.optimizer == "muon"

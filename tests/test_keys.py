@@ -67,6 +67,7 @@ SETTINGS |= {
     "model.context": {"data": {**FOLDER, "channels": 3}},
     **dict.fromkeys(("jet:model.patch", "tarflow:model.patch"), {"data": {**FOLDER, "size": 16}}),
     "model.context_factor": {"model": {"context": "downsample"}},
+    "causal:model.pixel_attention": {"model": {"name": "causal", **TINY["causal"], "attention": 1}},
     "glow:model.bins": {"model": {"coupling": "spline"}},
     "glow:model.components": {"model": {"coupling": "mixture"}},
     "glow:model.blocks": {"model": {"conditioner": "gated"}},

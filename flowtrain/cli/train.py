@@ -19,6 +19,8 @@ from flowtrain.cli.base import (
 from flowtrain.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from flowtrain.config import Train
     from flowtrain.training.dry_run import Cost
 
@@ -127,7 +129,7 @@ def train(
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
-        _print_cost(run_dry(loaded, target), loaded.train)
+        _print_cost(run_dry(loaded, target), loaded.train, target)
         return
     from flowtrain.training.loop import fit
     from flowtrain.training.resume import EXTEND
@@ -137,7 +139,7 @@ def train(
     fit(loaded, run, target, EXTEND if extend else resume, init_from)
 
 
-def _print_cost(cost: "Cost", train: "Train") -> None:
+def _print_cost(cost: "Cost", train: "Train", device: "torch.device") -> None:
     from flowtrain.system.console import console, duration
     from flowtrain.training.dry_run import TIMED_STEPS
 
@@ -169,7 +171,9 @@ def _print_cost(cost: "Cost", train: "Train") -> None:
     )
     seconds = cost.step_seconds
     if seconds is None:
-        console.print("speed: not measured, because that would not fit")
+        elsewhere = train.cuda_graph and device.type != "cuda"
+        reason = "train.cuda_graph needs a CUDA device" if elsewhere else "that would not fit"
+        console.print(f"speed: not measured, because {reason}")
         return
     if cost.compile_seconds is not None:
         console.print(

@@ -292,8 +292,8 @@ class Train(Section):
     cuda_graph: bool = Field(
         False,
         description="Record the forward and backward pass of the first step as a CUDA graph, and "
-        "replay it in the others. It needs a CUDA device. The first batch is compared with the "
-        "computation without it.",
+        "replay it in the others. It needs a CUDA device; without one, `--dry-run` times no step. "
+        "The first batch is compared with the computation without it.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."

@@ -43,6 +43,7 @@ def build(
     units: Positive = 16,
     window: Positive = 3,
     attention: NonNegative = 0,
+    pixel_attention: bool = False,
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
@@ -64,6 +65,8 @@ def build(
             the first convolution see.
         attention: Number of blocks of causal self-attention over all tokens, at equal distances
             between the residual blocks.
+        pixel_attention: Whether attention sees the pixels of earlier tokens beside their features,
+            by relative positions and with a learned temperature for each head.
         downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training. It
@@ -97,6 +100,7 @@ def build(
     net = CausalNet(
         *(entries, size, start, width, blocks, units, seen, classes, context),
         attention=attention,
+        pixel_attention=pixel_attention,
         downsample=downsample,
         dropout=dropout,
     )

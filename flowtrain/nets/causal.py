@@ -15,6 +15,7 @@ from flowtrain.nets.causal_blocks import (
     AttentionBlock,
     Block,
     ConvolutionBlock,
+    PixelAttentionBlock,
     norm,
     norm_of_columns,
 )
@@ -34,8 +35,9 @@ class CausalNet(TokenNet):
     convolutions see the surroundings of a token, to all sides.
 
     The blocks are convolutions, and between them at equal distances `attention` blocks of
-    attention. A coarse stream of `downsample` blocks is in the middle. With `noise`, as in a
-    training step, each block drops entries with the probability `dropout`, by the bits of `noise`.
+    attention, to pixels too with `pixel_attention`. A coarse stream of `downsample` blocks is in
+    the middle. With `noise`, as in a training step, each block drops entries with the probability
+    `dropout`, by the bits of `noise`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class CausalNet(TokenNet):
         classes: int = 0,
         image: Shape | None = None,
         attention: int = 0,
+        pixel_attention: bool = False,
         downsample: int = 0,
         dropout: float = 0.0,
     ):
@@ -57,7 +60,9 @@ class CausalNet(TokenNet):
         self.entries, self.size = entries, size
         self.first = CausalConv(2 * entries, width, window)
         self.position = nn.Parameter(torch.zeros(*size, width))
-        self.blocks = nn.ModuleList(_blocks(width, blocks, attention, downsample, size))
+        self.blocks = nn.ModuleList(
+            _blocks(width, blocks, attention, downsample, size, 2 * entries * pixel_attention)
+        )
         self.dropout = dropout
         self.head = TokenHead(entries, width, units, start)
         self.context = nn.Linear(classes, width, bias=False) if classes else None
@@ -82,13 +87,14 @@ class CausalNet(TokenNet):
         self, x: Tensor, context: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         rows = x.movedim(1, -1)
-        h = self.first(rows[..., : 2 * self.entries])
+        pixels = rows[..., : 2 * self.entries]
+        h = self.first(pixels)
         h = h + self.added(context).to(h.dtype)
         drop: Drop = keep_all
         if self.dropout and noise is not None:
             drop = Dropout(self.dropout, noise)
         for block in self.blocks:
-            h = block(h, drop)
+            h = block(h, drop, pixels)
         parameters: Tensor = self.head(rows, norm(h))
         return parameters.movedim(-1, 1)
 
@@ -97,14 +103,20 @@ class CausalNet(TokenNet):
 
 
 def _blocks(
-    width: int, convolutions: int, attention: int, downsample: int, size: tuple[int, int]
+    width: int,
+    convolutions: int,
+    attention: int,
+    downsample: int,
+    size: tuple[int, int],
+    pixels: int,
 ) -> Iterator[Block]:
-    """The blocks of `CausalNet`, in their order."""
+    """The blocks of `CausalNet`, in their order. Attention is to so many `pixels` of each token."""
     for n in range(convolutions + 1):
         if downsample and n == convolutions // 2:
             yield CoarseStream(width, downsample, size)
         after = [k for k in range(attention) if (k + 1) * convolutions // (attention + 1) == n]
-        yield from (AttentionBlock(width) for _ in after)
+        for _ in after:
+            yield PixelAttentionBlock(width, pixels, size) if pixels else AttentionBlock(width)
         if n < convolutions:
             yield ConvolutionBlock(width, Window(1, 1, ahead=1))
 
@@ -114,11 +126,11 @@ class _CausalNetByToken(HeadByEntry):
 
     def __init__(self, net: CausalNet, seen: Tensor, context: Tensor | None):
         super().__init__(net.head, seen)
-        batch = seen.shape[1]
+        self.pixels = seen[: 2 * net.entries]
         self.added = net.added(context).permute(1, 2, 3, 0)  # (H, W, C, B or 1)
-        self.conv = net.first.by_token(batch, net.size[1])
+        self.conv = net.first.by_token(seen.shape[1], net.size[1])
         blocks: list[Block] = list(net.blocks)  # type: ignore[arg-type]
-        self.blocks = [block.by_token(batch, net.size) for block in blocks]
+        self.blocks = [block.by_token(self.pixels, net.size) for block in blocks]
 
     def start(self, i: int, j: int) -> None:
         self.conv.start(j)
@@ -128,4 +140,4 @@ class _CausalNetByToken(HeadByEntry):
         self.begin(norm_of_columns(h))
 
     def end(self, i: int, j: int) -> None:
-        self.conv.write(j, self.seen[: 2 * len(self.seen) // 3])
+        self.conv.write(j, self.pixels)

@@ -29,18 +29,21 @@ class BlockByToken(Protocol):
 class Block(nn.Module):
     """A residual block of rows of tokens, `(B, H, W, C)`, each of which sees tokens up to itself.
 
-    `drop` drops some entries before they are added.
+    `drop` drops some entries before they are added. `pixels` `(B, H, W, 2E)` are values and
+    residuals of the entries of each token. Only later tokens may depend on them.
     """
 
     if TYPE_CHECKING:  # torch declares that a call returns Any
 
-        def __call__(self, x: Tensor, drop: Drop) -> Tensor: ...
+        def __call__(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor: ...
 
-    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def by_token(self, batch: int, size: tuple[int, int]) -> BlockByToken:
-        """The same for one token after the other."""
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> BlockByToken:
+        """The same for one token after the other. When a token begins, `pixels` `(2E, B)` has those
+        of the token before it, or zeros.
+        """
         raise NotImplementedError
 
 
@@ -52,12 +55,12 @@ class ConvolutionBlock(Block):
         self.conv = CausalConv(width, width, window)
         self.last = zero_linear(width, width)
 
-    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor:
         y: Tensor = x + self.last(drop(relu_(self.conv(norm(x)))))
         return y
 
-    def by_token(self, batch: int, size: tuple[int, int]) -> "ConvolutionByToken":
-        return ConvolutionByToken(self, batch, size[1])
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "ConvolutionByToken":
+        return ConvolutionByToken(self, pixels.shape[1], size[1])
 
 
 class ConvolutionByToken:
@@ -91,34 +94,107 @@ class AttentionBlock(Block):
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
         self.last = zero_linear(width, width)
 
-    def queries_keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of N normalized tokens `(B, N, C)`, `(B, heads, N, C / heads)` each."""
+    def queries_keys_and_values(self, x: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all normalized tokens `(B, N, C)`, `(B, heads, N, C / heads)` each."""
         parts = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = parts.permute(2, 0, 3, 1, 4)
         return norm(queries), norm(keys), values
 
-    def forward(self, x: Tensor, drop: Drop) -> Tensor:
-        queries, keys, values = self.queries_keys_and_values(norm(x).flatten(1, 2))
-        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    def forward(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor:
+        parts = self.queries_keys_and_values(norm(x).flatten(1, 2), pixels.flatten(1, 2))
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
         y: Tensor = x + self.last(drop(mixed.transpose(1, 2).reshape(x.shape)))
         return y
 
-    def by_token(self, batch: int, size: tuple[int, int]) -> "_AttentionByToken":
-        return _AttentionByToken(self, batch, math.prod(size))
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "_AttentionByToken":
+        return _AttentionByToken(self, pixels, math.prod(size))
 
 
 class _AttentionByToken:
-    def __init__(self, block: AttentionBlock, batch: int, tokens: int):
-        self.block = block
+    def __init__(self, block: AttentionBlock, pixels: Tensor, tokens: int):
+        self.block, self.pixels = block, pixels.T[:, None]
         self.weight, self.bias = block.last.weight, block.last.bias[:, None]
         width, heads = len(self.weight), block.heads
-        self.kept = KeysAndValues(tokens, (batch, heads, width // heads), self.weight)
+        self.kept = KeysAndValues(tokens, (len(self.pixels), heads, width // heads), self.weight)
+
+    def next(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of the next normalized token `(B, 1, C)`."""
+        return self.block.queries_keys_and_values(x, self.pixels)
 
     def column(self, x: Tensor, i: int, j: int) -> Tensor:
-        normalized = norm_of_columns(x).T[:, None]
-        query, key, value = self.block.queries_keys_and_values(normalized)
-        mixed = self.kept.attend(query, key, value)
+        mixed = self.kept.attend(*self.next(norm_of_columns(x).T[:, None]))
         return torch.addmm(x, self.weight, mixed.flatten(1).T).add_(self.bias)
+
+
+class PixelAttentionBlock(AttentionBlock):
+    """Attention whose keys and values contain the `pixels` of their tokens (as in PixelSNAIL, Chen
+    et al. 2018, arXiv:1712.09763). So a token sees all tokens before it, and beside them a key and
+    a value of zero.
+
+    Queries and keys are rotated by row and column of their tokens, so products depend on distances
+    (axial; Heo et al. 2024, arXiv:2403.13298). Each head has a learned temperature.
+    """
+
+    turns: Tensor
+
+    def __init__(self, width: int, pixels: int, size: tuple[int, int]):
+        super().__init__(width)
+        self.of_pixels = nn.Linear(pixels, 2 * width, bias=False)
+        self.inverse_temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
+        self.register_buffer("turns", _turns(size, width // self.heads // 4), persistent=False)
+
+    def after(
+        self, before: Tensor, pixels: Tensor, x: Tensor, places: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of tokens `x`, and keys and values of the tokens `before` them, with their pixels
+        `(B, N, 2E)`. The tokens are in these `places` in raster order.
+        """
+        of_queries, of_others = self.queries_keys_values.weight.tensor_split([x.shape[-1]])
+        others = F.linear(before, of_others) + self.of_pixels(pixels)
+        keys, values = others.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        queries = F.linear(x, of_queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        queries = self.inverse_temperature * _rotated(norm(queries), self.turns[:, 1:][:, places])
+        return queries, _rotated(norm(keys), self.turns[:, :-1][:, places]), values
+
+    def queries_keys_and_values(self, x: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before, pixels = (F.pad(each, (0, 0, 1, -1)) for each in (x, pixels))
+        return self.after(before, pixels, x, slice(None))
+
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "_PixelAttentionByToken":
+        return _PixelAttentionByToken(self, pixels, math.prod(size))
+
+
+class _PixelAttentionByToken(_AttentionByToken):
+    block: PixelAttentionBlock
+
+    def __init__(self, block: PixelAttentionBlock, pixels: Tensor, tokens: int):
+        super().__init__(block, pixels, tokens)
+        self.before = pixels.new_zeros(len(self.pixels), 1, len(self.weight))
+
+    def next(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        place = slice(self.kept.known, self.kept.known + 1)
+        parts = self.block.after(self.before, self.pixels, x, place)
+        self.before = x
+        return parts
+
+
+def _turns(size: tuple[int, int], count: int) -> Tensor:
+    """Cosines and sines `(2, 1 + H W, 2 count)` of the angles of all tokens, after a first one.
+
+    Angles are row and column times each of `count` frequencies, which fall from 1 to about 1/100.
+    """
+    frequencies = 100 ** -(torch.arange(count) / max(1, count))
+    places = torch.cartesian_prod(*map(torch.arange, size)).view(-1, 2, 1)
+    angles = F.pad((places * frequencies).flatten(1), (0, 0, 1, 0))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotates pairs of channels of `(..., N, C)`: the first channels, and as many after them."""
+    cos, sin = turns
+    count = cos.shape[-1]
+    one, other, rest = x.tensor_split([count, 2 * count], dim=-1)
+    return torch.cat([one * cos - other * sin, one * sin + other * cos, rest], dim=-1)
 
 
 def norm(x: Tensor) -> Tensor:

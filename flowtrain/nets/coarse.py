@@ -26,33 +26,33 @@ class CoarseStream(Block):
         self.blocks = nn.ModuleList(ConvolutionBlock(width, window) for _ in range(blocks))
         self.last = zero_linear(width, 4 * width)
 
-    def forward(self, x: Tensor, drop: Drop) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         rows = (height - 1) // 2  # of cells that are added to any token
         seen = F.pad(norm(x[:, : 2 * rows]), (0, 0, 0, width % 2))
         cells = seen.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
         h = self.first(cells.transpose(2, 3).flatten(3))
         for block in self.blocks:
-            h = block(h, drop)
+            h = block(h, drop, pixels)
         parts = self.last(norm(h)).unflatten(3, (2, 2, -1)).transpose(2, 3)
         added = parts.flatten(3, 4).flatten(1, 2)[:, : height - 2, :width]
         return x + F.pad(added, (0, 0, 0, 0, 2, 0))
 
-    def by_token(self, batch: int, size: tuple[int, int]) -> "_CoarseByToken":
-        return _CoarseByToken(self, batch, size)
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "_CoarseByToken":
+        return _CoarseByToken(self, pixels, size)
 
 
 class _CoarseByToken:
     """See `BlockByToken`. A row of cells is computed before the first token that it is added to."""
 
-    def __init__(self, stream: CoarseStream, batch: int, size: tuple[int, int]):
+    def __init__(self, stream: CoarseStream, pixels: Tensor, size: tuple[int, int]):
         self.stream = stream
         self.weight, self.bias = stream.first.weight, stream.first.bias[:, None]
         cells = -(-size[1] // 2)
         blocks: list[ConvolutionBlock] = list(stream.blocks)  # type: ignore[arg-type]
-        self.blocks = [block.by_token(batch, (0, cells)) for block in blocks]
+        self.blocks = [block.by_token(pixels, (0, cells)) for block in blocks]
         # Cells, then row, column and channels of their tokens.
-        self.seen = self.weight.new_zeros(cells, 2, 2, len(self.weight), batch)
+        self.seen = self.weight.new_zeros(cells, 2, 2, len(self.weight), pixels.shape[1])
         self.added = torch.zeros_like(self.seen)
 
     def column(self, x: Tensor, i: int, j: int) -> Tensor:

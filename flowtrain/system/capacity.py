@@ -1,6 +1,5 @@
 """How much memory a device has left, and how much a computation takes."""
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -94,8 +93,8 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def moments(run: Callable[[], object], device: torch.device) -> list[int]:
-    """Bytes of tensors beyond those that exist before `run`, at its start and after each allocation
-    and release. On a GPU, only the largest of these numbers.
+    """Bytes of tensors beyond those that exist before `run`, at their peak in each operation, of
+    which scratch memory for each image is a part. On a GPU, only the largest of these numbers.
     """
     if device.type in NUMBERED:
         module = torch.get_device_module(device)
@@ -109,8 +108,16 @@ def moments(run: Callable[[], object], device: torch.device) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = trace.profiler.kineto_results.events()  # in order of time
-    changes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return list(itertools.accumulate(changes, initial=0))
+    found, size, begins = [0], 0, False
+    for event in events:
+        if event.name() != "[memory]":
+            begins = True
+            continue
+        size += event.nbytes()
+        if begins:
+            found.append(size)
+        found[-1], begins = max(found[-1], size), False
+    return found
 
 
 def kept(run: Callable[[], object]) -> int:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.background import memory_of_copy
@@ -35,8 +35,17 @@ from flowtrain.training.step import (
 )
 
 TIMED_STEPS = 3
-MEASURED_IMAGES = 8  # the memory of any batch size follows from a few, half of this or larger
+INITIALIZED_IMAGES = 16  # at most, because a pass of many images takes long
+MEASURED_IMAGES = 4  # the memory of any batch size follows from a few, half of this or larger
 DOUBLED = 1.9  # memory that grows by this factor for twice the images has grown in proportion
+# The attention of a CPU, which torch does not count. As on a GPU, masked products count.
+_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+ATTENTION = {
+    getattr(torch.ops.aten, _KERNEL): lambda *sizes, **_: sdpa_flop_count(*sizes[:3]),
+    getattr(torch.ops.aten, f"{_KERNEL}_backward"): (
+        lambda *sizes, **_: sdpa_backward_flop_count(*sizes[:4])
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -112,13 +121,20 @@ class Cost:
     parameters: dict[str, int]  # by class of module, the largest number first
     compute: Compute
     memory: Memory
-    step_seconds: float | None  # None if a batch would not fit into memory
+    step_seconds: float | None  # None if a batch would not fit into memory, or see `dry_run`
     images: int  # per step, of all processes
     compile_seconds: float | None = None  # before the first step; None if nothing is compiled
 
 
 def dry_run(config: Config, device: torch.device) -> Cost:
-    """Measures a run without starting it. Raises `UserError` if it could not start."""
+    """Measures a run without starting it. Raises `UserError` if it could not start.
+
+    If the run needs a CUDA device (`train.cuda_graph`) and this is another, no step is timed.
+    """
+    elsewhere = config.train.cuda_graph and device.type != "cuda"
+    if elsewhere:
+        train = config.train.model_copy(update={"compile": "off", "cuda_graph": False})
+        config = config.model_copy(update={"train": train})
     data, train = DataSet(config.data), config.train
     flow = build_flow(config, data.shape, data.num_bins, copies_of_weights(train, device)).to(
         device
@@ -127,7 +143,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     _require_labels(data, config.model.classes)
     require_images_to_fit(flow, config, device)
     batch = train.batch_size * train.accumulate
-    some, _ = _batch(flow, min(batch, flow.initialization_images))
+    some, _ = _batch(flow, min(batch, flow.initialization_images, INITIALIZED_IMAGES))
     initialize(flow, some, dequantization_noise(config, 0, some))
     ema = EMA(flow, train.ema) if train.ema else None
     state = State(config, flow, build_optimizers(flow, train), ema, {})
@@ -137,7 +153,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     memory = _memory(plain, train.batch_size, device)
     chosen = next(each for each in memory.modes if each.mode == train.memory)
     fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
-    seconds = _seconds_of_a_step(state, batch) if fits else None
+    seconds = _seconds_of_a_step(state, batch) if fits and not elsewhere else None
     images = batch * distributed.world()
     compiling = state.compile_seconds or None
     return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
@@ -170,14 +186,14 @@ def _parameters(flow: Flow) -> dict[str, int]:
 
 def _compute(state: State, batch: int) -> Compute:
     few, labels = _batch(state.flow, min(batch, MEASURED_IMAGES))
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as forward:
         state.flow(few, torch.full(few.shape, 0.5, device=few.device), labels)
     conditioners = sum(
         sum(operations.values())
         for name, operations in forward.get_flop_counts().items()
         if name.endswith(".conditioner")
     )
-    with FlopCounterMode(display=False) as step:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as step:
         train_step(_changed(state, memory="store", optimizers=[]), few, labels)
     state.zero_grad()
     total = max(1, forward.get_total_flops())

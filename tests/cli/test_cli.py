@@ -216,6 +216,10 @@ def test_dry_run(tmp_path):
     assert "with 3 MiB available" in " ".join(out.split()) and "speed: not measured" in out
     budget = [*SMALL, *sets(train__budget="1h"), "--dry-run"]
     assert "estimated steps" in quick("train", *budget, cwd=tmp_path).ok().out
+    graph = [*SMALL, *sets(train__cuda_graph=True, train__compile="step"), "--dry-run"]
+    out = " ".join(quick("train", *graph, "--device", "cpu", cwd=tmp_path).ok().out.split())
+    assert "GFLOP per training step" in out and "(chosen)" in out
+    assert "speed: not measured, because train.cuda_graph needs a CUDA device" in out
 
 
 # --- evaluate, info, list -------------------------------------------------------------------------

@@ -59,6 +59,20 @@ def test_operations(conditioner):
     assert found.step_flops == pytest.approx(3 * of_images, rel=0.15)
 
 
+def test_operations_of_attention():
+    """Of its four linear maps, and of all pairs of tokens: two products, and five for gradients."""
+
+    def compute(attention):
+        model = {"name": "causal", **TINY["causal"], "token": 1, "attention": attention}
+        return dry_run(a_config(model, train={"batch_size": 4}), CPU).compute
+
+    one, none = compute(1), compute(0)
+    tokens, width = 64, TINY["causal"]["width"]
+    maps, pairs = 2 * tokens * 4 * width**2, 2 * tokens**2 * width
+    assert one.image_flops - none.image_flops == maps + 2 * pairs
+    assert (one.step_flops - none.step_flops) / 4 == 3 * maps + 7 * pairs
+
+
 def test_a_step_computes_the_class_of_each_image_alone():
     """Where networks see the class, evaluation takes a pass for each of them."""
 
@@ -106,6 +120,10 @@ GROWING = {
     "realnvp": ("realnvp", "fp32", {"levels": 2, "width": 16, "blocks": 1}),
     "maf": ("maf", "fp32", {"layers": 2, "width": 64, "hidden_layers": 1}),
     "tarflow": ("tarflow", "bf16", {"patch": 2, "width": 64, "blocks": 2, "layers": 1}),
+    "attention": (
+        *("causal", "bf16"),
+        {**TINY["causal"], "width": 32, "token": 1, "attention": 1, "pixel_attention": True},
+    ),
     "jet": ("jet", "fp32", {"patch": 2, "width": 32, "couplings": 5, "layers": 1}),
     "cnf": ("cnf", "fp32", {"blocks": 1, "width": 16, "hidden_layers": 1}),
 }
@@ -124,6 +142,15 @@ def test_the_memory_of_many_images_follows_from_few(name):
             found = max(module._moments_of_a_step(state, mode, 128, CPU))
             assert growth.of(128) == pytest.approx(found, rel=MARGIN), mode
             assert growth.largest(found) == pytest.approx(128, rel=MARGIN)
+
+
+@pytest.mark.run
+def test_scratch_memory_for_each_image_adds_no_moments():
+    """So three sizes suffice for the growth."""
+    config = a_config({"name": "causal", **TINY["causal"], "token": 1, "attention": 1})
+    state = State(config, ready(build_flow(config, (1, 16, 16), 17)), [], None, {})
+    few, many = (len(module._moments_of_a_step(state, "store", n, CPU)) for n in (2, 8))
+    assert few == many > 100
 
 
 @pytest.mark.run

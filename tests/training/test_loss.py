@@ -44,13 +44,14 @@ MODELS = {
     "maf": ({"name": "maf", **TINY["maf"]}, 2, 256, {}, NO_INVERSE),
     "causal": ({**CAUSAL, "classes": 3}, 4, 16, {}, NO_INVERSE),
     "attention": ({**CAUSAL, **ATTENTION}, 6, 16, {}, NO_INVERSE),
+    "pixels": ({**CAUSAL, **ATTENTION, "pixel_attention": True}, 6, 16, {}, NO_INVERSE),
     "tarflow": ({"name": "tarflow", **TINY["tarflow"], "classes": 3}, 4, 16, {}, NO_INVERSE),
     "jet": ({"name": "jet", **TINY["jet"]}, 4, 16, {}, BOTH),
     "sphere": (SPHERE, None, None, {}, BOTH),
 }
 # Tracing takes seconds, so few of the combinations are tried each time.
 OFTEN = {("nice", "reversible", "bf16"), ("glow", "reversible", "bf16"), ("jet", "store", "fp32")}
-OFTEN |= {("causal", "checkpoint", "bf16")}
+OFTEN |= {("causal", "checkpoint", "bf16"), ("pixels", "store", "bf16")}
 
 
 def combinations():
