@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import Bijection
-from flowtrain.bijections.memory import Mode, executor_of
+from flowtrain.bijections.memory import Mode
 from flowtrain.config import Config
 from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow, initialize
@@ -182,7 +182,7 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
     noise = dequantization_noise(config, 0, x)
     flow = copy.deepcopy(flow)
     initialize(flow, x.to(flow.device), noise.to(flow.device))
-    executor = executor_of(config.train.memory)
+    executor = Loss(flow, config.train).executor
 
     def of(count: int) -> int:
         # Twice the same image, so that a continuous flow takes the same steps.
