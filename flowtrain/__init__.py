@@ -22,6 +22,7 @@ def load(
     device: str = "auto",
     weights: str | None = None,
     trust_code: bool = False,
+    mirror: bool = False,
 ) -> "Flow":
     """A trained flow, ready to use.
 
@@ -32,12 +33,15 @@ def load(
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.
+        mirror: make the model the mixture of each image and its mirror image: likelihoods are the
+            mean of both, in two passes, and samples take a side at random.
 
     Raises:
-        flowtrain.errors.UserError: for a missing or damaged checkpoint, or a device that is not
-        there.
+        flowtrain.errors.UserError: for a missing or damaged checkpoint, a device that is not
+        there, or `mirror` for a model that was trained without mirror images (`data.flip`).
     """
     from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices
 
-    return load_model(os.fspath(model), devices.resolve(device), weights, trust_code).flow
+    loaded = load_model(os.fspath(model), devices.resolve(device), weights, trust_code, mirror)
+    return loaded.flow

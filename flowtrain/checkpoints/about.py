@@ -7,6 +7,7 @@ from flowtrain.checkpoints import record, zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Kind
+from flowtrain.flow.mirror import MIXTURE
 from flowtrain.system.console import duration, figure
 from flowtrain.types import Shape
 
@@ -29,6 +30,7 @@ class Figure:
     unit: str
     images: int
     likelihood: str  # exact, or which bound
+    mirror: bool = False  # whether it is of the mixture of an image and its mirror image
 
     def __str__(self) -> str:
         value = figure(self.loss, self.error)
@@ -69,12 +71,12 @@ def figures(model: LoadedModel) -> list[Figure]:
             name = PurePath(result.dataset).name  # it may be a folder of this machine
             likelihood = LIKELIHOODS.get(result.bound, result.bound)
             likelihood += "" if result.draws == 1 else f" of {result.draws} draws"
-            found[name, result.split] = Figure(
-                name, result.split, loss, error, unit, result.num_images, likelihood
-            )
+            likelihood += f", {MIXTURE}" if result.mirror else ""
+            of = name, result.split, loss, error, unit, result.num_images, likelihood
+            found[name, result.split, result.mirror] = Figure(*of, result.mirror)
     if card := card_of(model):
         name = model.config.data.name
-        found[name, "test"] = Figure(
+        found[name, "test", False] = Figure(
             name, "test", card.loss, card.error, unit, card.images, card.likelihood
         )
     return list(found.values())
@@ -101,6 +103,7 @@ def table(model: LoadedModel) -> dict[str, str]:
     if card := card_of(model):
         rows["trained"] = f"{card.command}, {card.time} on {card.machine}"
         rows["data from"] = f"{card.data} ({card.licence})"
-    rows |= {f"{each.dataset}, {each.split}": str(each) for each in figures(model)}
+    for each in figures(model):
+        rows[f"{each.dataset}, {each.split}" + (", mirror" if each.mirror else "")] = str(each)
     rows["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
     return rows

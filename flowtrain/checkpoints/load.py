@@ -15,6 +15,7 @@ from flowtrain.checkpoints import hub, zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import SUFFIX, Checkpoint, read_by_main
 from flowtrain.config import Config
+from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, cut, did_you_mean
 from flowtrain.flow.flow import Flow
 
@@ -183,7 +184,11 @@ def _require_constant(path: Path, name: str, there: Tensor, here: Tensor) -> Non
 
 
 def load_model(
-    model: str | None, device: torch.device, weights: str | None = None, trust_code: bool = False
+    model: str | None,
+    device: torch.device,
+    weights: str | None = None,
+    trust_code: bool = False,
+    mirror: bool = False,
 ) -> LoadedModel:
     """The flow of a `MODEL`, on `device`, in evaluation mode. See `flowtrain.load`."""
     if weights not in (None, "ema", "raw"):
@@ -199,8 +204,29 @@ def load_model(
         meta["levels"],
         check=lambda sizes: _require_weights(sizes, checkpoint, weights),
     )
+    if mirror:
+        _require_flips(flow, config)
+    flow.mirror = mirror
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)
+
+
+def _require_flips(flow: Flow, config: Config) -> None:
+    """Raises `UserError` unless the model was trained with mirror images."""
+    flow.kind.require_bins("--mirror: the model is of real values, which have no mirror images")
+    flip = config.data.flip
+    if flip is None:  # no image is read for the default of the data set
+        try:
+            flip = DataSet(config.data).flip
+        except UserError as error:
+            raise UserError(
+                f"--mirror: data.flip is null, so it depends on the data set: {error}"
+            ) from None
+    if not flip:
+        raise UserError(
+            f"--mirror: the model was trained without mirror images (data.flip is "
+            f"{'null' if config.data.flip is None else 'false'}, data.name is {config.data.name})"
+        )
 
 
 def model_hash(model: LoadedModel) -> str:

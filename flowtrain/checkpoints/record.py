@@ -41,6 +41,7 @@ class Record:
     summary: Summary
     rows: list[Row]
     test: Evaluation | None  # of the test split
+    mirror: Evaluation | None  # the same of `evaluate --mirror`
 
 
 def read(path: Path) -> Record:
@@ -55,13 +56,14 @@ def read(path: Path) -> Record:
         )
     config = configuration.load_yaml(path / "config.yaml")
     checked(RunConfig, config, str(path / "config.yaml"))
-    metrics, test = path / "metrics.jsonl", path / "evaluate-test.json"
+    metrics = path / "metrics.jsonl"
+    evaluations = [path / f"evaluate-{name}.json" for name in ("test", "mirror-test")]
     return Record(
         path,
         config,
         checked(Summary, _text(path / "summary.json"), str(path / "summary.json")),
         read_rows(metrics) if metrics.exists() else [],
-        read_evaluation(test) if test.exists() else None,
+        *(read_evaluation(file) if file.exists() else None for file in evaluations),
     )
 
 

@@ -179,6 +179,15 @@ TrustOption = Annotated[
         "--trust-code", help="Allow the checkpoint to import and run a module of your own."
     ),
 ]
+MirrorOption = Annotated[
+    bool,
+    typer.Option(
+        "--mirror",
+        help="Use the mixture of each image and its mirror image, for a model trained with flips "
+        "(data.flip). Likelihoods are the mean of both, in two passes. Samples take a side at "
+        "random. Archives have the likelier side, and a bit for it.",
+    ),
+]
 Split = Literal["test", "validation", "train"]
 SplitOption = Annotated[
     Split | None, typer.Option(help="Which images of the data set.", show_default="test")
@@ -256,9 +265,9 @@ class ModelOptions:
     trust_code: TrustOption = False
     device: DeviceOption = "auto"
 
-    def load_model(self, conditional: bool = False) -> "LoadedModel":
+    def load_model(self, conditional: bool = False, mirror: bool = False) -> "LoadedModel":
         """As `load`."""
-        return load(self.model, self.device, self.weights, self.trust_code, conditional)
+        return load(self.model, self.device, self.weights, self.trust_code, conditional, mirror)
 
 
 @dataclass(eq=False, repr=False)
@@ -325,14 +334,20 @@ def require_folder(folder: Path, path: Path, option: str = "--out") -> None:
 
 
 def load(
-    model: str | None, device: str, weights: str | None, trust_code: bool, conditional: bool = False
+    model: str | None,
+    device: str,
+    weights: str | None,
+    trust_code: bool,
+    conditional: bool = False,
+    mirror: bool = False,
 ) -> "LoadedModel":
-    """The model of a command line. Raises `UserError` if it cannot be loaded, or if it is one of
-    images given a part of them (`model.context`) and the command is not for `conditional` ones.
+    """The model of a command line, with `--mirror` or without. Raises `UserError` if it cannot be
+    loaded, or if it is one of images given a part of them (`model.context`) and the command is not
+    for `conditional` ones.
     """
     from flowtrain.checkpoints.load import load_model
 
-    loaded = load_model(model, device_of(device), weights, trust_code)
+    loaded = load_model(model, device_of(device), weights, trust_code, mirror)
     if not conditional:
         loaded.flow.require_no_context(str(loaded.checkpoint.path))
     return loaded

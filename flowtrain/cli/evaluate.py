@@ -11,6 +11,7 @@ from flowtrain.cli.base import (
     DataOptions,
     DatasetOption,
     JsonOption,
+    MirrorOption,
     ScoresOption,
     SeedOption,
     SplitOption,
@@ -55,6 +56,7 @@ def evaluate(
         ),
     ] = 1,
     seed: SeedOption = 0,
+    mirror: MirrorOption = False,
     batch_size: BatchSizeOption = None,
     json_out: JsonOption = None,
     scores_out: ScoresOption = None,
@@ -75,11 +77,12 @@ def evaluate(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = options.load_model(conditional=True)
+    loaded = options.load_model(conditional=True, mirror=mirror)
     mention_unused(options.device, loaded.flow.device)
     data = options.data(loaded, dataset)
     split_name = split_of(data, split, dataset)
-    of = "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
+    of = "mirror-" if mirror else ""
+    of += "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(
         f"evaluating {loaded.checkpoint.path} on {split_name}"
@@ -125,6 +128,7 @@ def _file_name(dataset: str, kind: str) -> str:
 
 def _print(result: "Evaluation") -> None:
     """The loss in one line, and what it is made of in a table."""
+    from flowtrain.flow.mirror import MIXTURE
     from flowtrain.system.console import console, counted, figure
 
     of = "images" if result.levels is not None else "examples"
@@ -141,6 +145,8 @@ def _print(result: "Evaluation") -> None:
         f"{result.sigma}), from {draws}",
     }
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
+    if result.mirror:
+        table["of which side"] = f"either: {MIXTURE}"
     if result.given is not None:
         table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
     if result.loss_stderr_draws is not None:

@@ -8,6 +8,7 @@ import typer
 
 from flowtrain.cli.base import (
     DataOptions,
+    MirrorOption,
     SeedOption,
     check_suffix,
     command,
@@ -88,6 +89,7 @@ def sample(
             help="Take the noise away, in one step. Needs a model trained with Gaussian noise.",
         ),
     ] = False,
+    mirror: MirrorOption = False,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
@@ -117,7 +119,7 @@ def sample(
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number")
     labels = [] if classes is None else _labels(classes)
-    loaded = options.load_model(conditional=True)
+    loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(out, loaded, "sample.png", "--out")
     flow = loaded.flow
     needs_data = flow.num_bins is None or (flow.image_context is not None and image is None)
@@ -145,6 +147,7 @@ def sample(
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"denoised": True} if denoise else {}
+        also |= {"mirror": True} if mirror else {}
         content = sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also)
     else:
         shown = drawn

@@ -25,6 +25,7 @@ from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.inputs import Batch, Labels, as_tensor, checked_labels
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
+from flowtrain.flow.mirror import MIXTURE, over_sides, sides_of, turn
 from flowtrain.types import Shape
 
 NO_SIGMA = "the model was not trained with Gaussian noise (dequantization.name: gaussian)"
@@ -64,6 +65,7 @@ class Flow(nn.Module):
         self.class_prior = class_prior
         self.image_context = image_context
         self.shape = shape
+        self.mirror = False  # whether the model is the mixture of an image and its mirror image
 
     @property
     def num_bins(self) -> int | None:
@@ -125,12 +127,15 @@ class Flow(nn.Module):
         """A description in five lines. `print(flow.bijection)` has every layer."""
         classes = f", {self.classes} classes" if self.classes else ""
         given = "" if self.image_context is None else f", given {self.image_context.words}"
+        bound = ("exact" if self.exact else self.kind.bound) + (
+            f", {MIXTURE}" if self.mirror else ""
+        )
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         parameters = sum(p.numel() for p in self.parameters())
         return (
             f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}\n"
-            f"  likelihood: {'exact' if self.exact else self.kind.bound}, in {self.kind.unit}\n"
+            f"  likelihood: {bound}, in {self.kind.unit}\n"
             f"  sampling: {self.sampling}\n"
             f"  parameters: {parameters:,}, {self.dtype} on {self.device}\n"
             f"  layers: {len(layers)} ({names})"
@@ -177,13 +182,19 @@ class Flow(nn.Module):
         labels: Tensor | None,
         context: Tensor | None = None,
         executor: Executor = FUSED,
+        one_side: bool = False,
     ) -> LogProb:
         """The parts of the bound for inputs `v` of the bijection, with the dequantizer's `log_det`.
-        Networks that see the class take one pass for each class, if there are no labels.
+        Networks that see the class take one pass for each class, if there are no labels. With
+        `mirror`, each side takes its own passes, unless `v` is to be `one_side`.
         """
+        if self.mirror and not one_side:
+            both = ((v, context), (v.flip(-1), None if context is None else context.flip(-1)))
+            sides = (self._log_prob_of(x, log_det, labels, c, executor, True) for x, c in both)
+            return over_sides(list(sides))
         if labels is None and isinstance(self.class_prior, ClassContext):
             classes = (torch.full((len(v),), label) for label in range(self.classes))
-            each = (self._log_prob_of(v, log_det, k, context, executor) for k in classes)
+            each = (self._log_prob_of(v, log_det, k, context, executor, True) for k in classes)
             return over_classes(list(each))
         conditioning = self.conditioning(len(v), labels, context)
         z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
@@ -340,8 +351,11 @@ class Flow(nn.Module):
         `denoise` and `context` as in `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
-        latents = self.latents_of_classes(temperature * self.draw_latents(n, generator), labels)
-        return self.decode(latents, labels, guidance=guidance, denoise=denoise, context=context)
+        noise = self.draw_latents(n, generator)
+        sides = sides_of(noise) & self.mirror
+        latents = self.latents_of_classes(temperature * noise, labels)
+        context = None if context is None else turn(context.clone(), sides)
+        return turn(self.decode(latents, labels, FUSED, guidance, denoise, context), sides)
 
     @torch.no_grad()
     def sample_with_log_prob(

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowtrain.bijections.inverses import Iterating, WithProgress, iterates, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
+from flowtrain.flow.mirror import sides_of, turn
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
@@ -31,10 +32,11 @@ def sample(
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
-    All temperatures use the same latents, of which the first depend on the seed alone. From these
-    come also `num` images for each of the `classes` or of the `contexts` `(K, C', H', W')`, which a
-    model with an `image_context` needs. With `iterate`, sequential layers compute all entries at
-    once, until they do not change any more. `guidance` and `denoise` as in `Flow.decode`.
+    All temperatures use the same latents, of which the first depend on the seed alone, and with
+    `flow.mirror` the same sides. From these come also `num` images for each of the `classes` or of
+    the `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
+    sequential layers compute all entries at once, until they do not change any more. `guidance` and
+    `denoise` as in `Flow.decode`.
 
     Raises `UserError` for options that do not fit the model, and for samples without room.
     """
@@ -64,7 +66,8 @@ def sample(
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
-    given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
+    sides = (sides_of(z) & flow.mirror).repeat(groups)
+    given = None if contexts is None else turn(contexts.repeat_interleave(num, dim=0), sides)
     images = []
     for i, temperature in enumerate(temperatures):
         latents = flow.latents_of_classes(temperature * z.repeat(groups, 1), labels)
@@ -72,7 +75,8 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        images.append(decode(flow, latents, note, labels, iterate, guidance, denoise, given))
+        drawn = decode(flow, latents, note, labels, iterate, guidance, denoise, given)
+        images.append(turn(drawn, sides))
     return torch.cat(images)
 
 

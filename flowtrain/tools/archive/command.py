@@ -8,6 +8,7 @@ import typer
 
 from flowtrain.cli.base import (
     FirstImagesOption,
+    MirrorOption,
     SetOption,
     Split,
     TrustOption,
@@ -57,6 +58,7 @@ def compress(
     ] = None,
     num_images: FirstImagesOption = None,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
+    mirror: MirrorOption = False,
     weights: WeightsOption = None,
     overrides: SetOption = None,
     trust_code: TrustOption = False,
@@ -86,7 +88,7 @@ def compress(
     if settings and split is None:
         raise UserError("--set: only with --split, for the place of the data")
     require_file(out)
-    loaded = load(model, "cpu", weights, trust_code, conditional=True)
+    loaded = load(model, "cpu", weights, trust_code, conditional=True, mirror=mirror)
     # A model without rules is refused before any work is done.
     num_bins = coder_of(loaded.flow).num_bins
     names: list[str] | str
@@ -95,7 +97,8 @@ def compress(
     else:
         names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
-    console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights)")
+    sides = ", each as the likelier of its two sides, and a bit for that" if mirror else ""
+    console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights){sides}")
     with ProgressBar("scoring") as bar:
         prepared = prepare(loaded, x, bar)
     with ProgressBar("packing without the flow") as bar:

@@ -1,5 +1,6 @@
 """A lossless archive of images, coded with a flow or stored in strips, whichever is smaller."""
 
+import copy
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
+from flowtrain.flow.mirror import turn
 from flowtrain.system.console import duration, silent
 from flowtrain.system.threads import one_thread
 from flowtrain.tools.archive import format as archive
@@ -50,7 +52,10 @@ class Prepared:
     coder: Coder
     probe: int
     images: Tensor
-    bound: Tensor  # bits of each image, `(N,)`: the single-draw bound that `evaluate` computes
+    # Bits of each image, `(N,)`: the single-draw bound that `evaluate` computes, or with `mirror`
+    # that of the likelier side, and a bit for the choice.
+    bound: Tensor
+    sides: Tensor  # which images are coded as their mirror images, bool `(N,)`
     # The images worth coding: one whose bound exceeds its raw size is better stored.
     promising: list[int]
     expected: Estimate | None  # None if none can be coded
@@ -65,12 +70,17 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> 
     with one_thread():
         coder = coder_of(model.flow)
         probe = coder.probe()
-    split = Split(images.numpy(), np.arange(len(images)), 0)
-    bound = score(model.flow, split, progress=progress).log_prob / -math.log(2)
+    flow = copy.copy(model.flow)
+    flow.mirror = False  # of a side alone
+    sides = torch.cat([images, images.flip(-1)]) if model.flow.mirror else images
+    split = Split(sides.numpy(), np.arange(len(sides)), 0)
+    bits = score(flow, split, progress=progress).log_prob / -math.log(2)
+    bound, side = bits.view(-1, len(images)).min(dim=0)
+    bound += model.flow.mirror
     promising = (bound < coder.dims * math.log2(coder.num_bins)).nonzero()[:, 0].tolist()
     with one_thread():
         expected = estimate(coder, images[promising[: coder.chunk]])
-    return Prepared(model, coder, probe, images, bound, promising, expected)
+    return Prepared(model, coder, probe, images, bound, side == 1, promising, expected)
 
 
 def choose(
@@ -91,6 +101,9 @@ def choose(
     the coding.
     """
     images, bound, promising = prepared.images, prepared.bound, prepared.promising
+    mirror = prepared.model.flow.mirror
+    if mirror:
+        images = turn(images.clone(), prepared.sides)
     without = math.inf if plain is None else len(_pack(prepared, names, [], plain, b""))
     embedded = checkpoint_format.encoded(*prepared.model.alone()) if embed else b""
     number = -(-len(promising) // (stream_size or prepared.coder.stream))  # of streams
@@ -120,14 +133,15 @@ def choose(
         data = _pack(prepared, names, streams, stored, embedded)
     if not data or len(data) >= without:
         streams = []
-        data = _pack(prepared, names, [], strips(images) if plain is None else plain, b"")
+        plain = strips(prepared.images) if plain is None else plain
+        data = _pack(prepared, names, [], plain, b"")
     coded = [index for stream in streams for index in stream.images[stream.described.carriers :]]
     return Compressed(
         data=data,
         stored=len(_not_in(streams, len(images))),
         carriers=sum(stream.described.carriers for stream in streams),
         coded=len(coded),
-        net_bits=sum(stream.net_bits for stream in streams),
+        net_bits=sum(stream.net_bits for stream in streams) + mirror * len(coded),
         bound_bits=(bound[coded] if coded else bound).sum().item(),
         initial_bits=sum(stream.initial_bits for stream in streams),
         seconds=seconds,
@@ -178,6 +192,9 @@ def _pack(
         description["checked"] = checked
     checksums = np.array([archive.checksum(part) for part in images.split(checked)], "<u4")
     parts = [checksums.tobytes(), *stored]
+    if streams and model.flow.mirror:
+        description["mirror"] = True
+        parts[0] += np.packbits(prepared.sides.numpy()).tobytes()
     if streams:
         hashed = bytes.fromhex(model_hash(model)[: archive.HASH_DIGITS])
         parts[0] += archive.IDENTITY.pack(hashed, prepared.probe)

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.errors import UserError, cut, short
+from flowtrain.flow.mirror import turn
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
 from flowtrain.system.files import read_regular
@@ -108,6 +109,9 @@ class Opened:
         if self.streams:
             assert model is not None
             self._decode(found, model, progress)
+        if described.mirror:
+            packed = np.frombuffer(self.parts[0], "u1", described.side_bytes, 4 * number)
+            turn(found, torch.from_numpy(np.unpackbits(packed, count=len(found))))
         pairs = zip(found.split(described.checked), checksums, strict=True)
         wrong = sum(len(part) for part, known in pairs if archive.checksum(part) != known)
         if wrong:

@@ -6,7 +6,8 @@ The description is JSON, deflated with a dictionary of the words that it always 
 archive of one image is no larger than a PNG of it. It gives the shape, the levels, the names, the
 chunks of the streams, and the lengths of all parts but the last.
 
-The first part holds the images' checksums and, if there are streams, the identity of the model. The
+The first part holds the images' checksums and, if there are streams, the identity of the model.
+With `mirror`, a bit for each image is between them: 1 if its mirror image is in the archive. The
 strips follow (see `strips.py`), then the streams, and then the embedded model, if there is one.
 """
 
@@ -71,6 +72,7 @@ class Description(BaseModel):
     streams: list[StreamDescription] = []
     stored: list[int] = []
     checked: PositiveInt = 1  # images with one checksum; the last one may have fewer
+    mirror: bool = False  # whether a bit for each image states which of its sides is here
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     versions: dict[str, str] = {}
@@ -81,6 +83,11 @@ class Description(BaseModel):
         if isinstance(self.names, str):
             return self.count or 0
         return len(self.names) if isinstance(self.names, list) else 0
+
+    @property
+    def side_bytes(self) -> int:
+        """The bytes of the bits for the images' sides."""
+        return -(-self.images // 8) if self.mirror else 0
 
     @property
     def memory(self) -> int:
@@ -113,7 +120,7 @@ class Description(BaseModel):
         if last < 0:
             raise ValueError("its parts are longer than it is")
         self.lengths.append(last)
-        checksums = self.lengths[0] - (IDENTITY.size if self.streams else 0)
+        checksums = self.lengths[0] - self.side_bytes - (IDENTITY.size if self.streams else 0)
         if self.images < 1 or checksums != 4 * -(-self.images // self.checked):
             raise ValueError("there is not one name for each image that has a checksum")
 

@@ -11,6 +11,7 @@ from flowtrain.cli.base import (
     BatchSizeOption,
     DataOptions,
     JsonOption,
+    MirrorOption,
     ScoresOption,
     SeedOption,
     check_suffix,
@@ -61,6 +62,7 @@ def ood(
             "--num-images", min=1, metavar="N", help="A sample of N images of each data set."
         ),
     ] = 1000,
+    mirror: MirrorOption = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
     json_out: JsonOption = None,
@@ -101,7 +103,7 @@ def ood(
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
     console.stderr = json_out == "-"
-    loaded = options.load_model(conditional=True)
+    loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
     collections = collect(
@@ -131,6 +133,7 @@ def _print(comparison: "Comparison") -> None:
     from rich import box
     from rich.table import Table
 
+    from flowtrain.flow.mirror import MIXTURE
     from flowtrain.pictures.lossless import coders
     from flowtrain.system.console import console
     from flowtrain.tools.ood.results import mean_of
@@ -158,6 +161,8 @@ def _print(comparison: "Comparison") -> None:
         f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} images. "
         f"Complexity: the shorter code of {' and '.join(coders())}."
     )
+    if comparison.model.flow.mirror:
+        console.print(f"p(x) is {MIXTURE}.")
     if kind.no_bits:
         console.print(
             f"No bits/dim: {kind.no_bits}. Complexity-corrected scores are known up to a constant."

@@ -143,9 +143,12 @@ def _print_table(results: "list[Result]") -> None:
         "time": [duration(row.seconds) for row in results],
         "validation": [figure(row.validation, None, ".4f", "-") for row in results],
         "test": [_test(row.test) for row in results],
+        "mirror": [_test(row.mirror) for row in results],
         "unit": [row.unit for row in results],
         "images/s": [figure(row.images_per_second, None, ".0f", "-") for row in results],
     }
+    if not any(row.mirror for row in results):
+        del columns["mirror"]
     if len(set(columns["unit"])) == 1:
         (unit, *_) = columns.pop("unit")
         columns = {

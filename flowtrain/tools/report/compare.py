@@ -27,7 +27,7 @@ TEST_FIGURES = (
     *("unit", "loss", "loss_stderr", "bits_per_dim", "bits_per_dim_stderr"),
     *("nats_per_image", "nats_per_image_stderr", "sigma"),
     *("bound", "draws", "num_images", "sampling", "split", "dataset", "edition"),
-    *("weights", "step", "given"),
+    *("weights", "step", "given", "mirror"),
 )
 
 
@@ -48,6 +48,7 @@ class Result:
     validation: float | None  # the best
     validation_step: int | None
     test: Evaluation | None
+    mirror: Evaluation | None  # of the mixture of an image and its mirror image
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,13 @@ class Comparison:
     def content(self) -> dict[str, Any]:
         """The comparison as JSON."""
 
-        def figures(test: Evaluation) -> dict[str, Any]:
-            return {key: getattr(test, key) for key in TEST_FIGURES}
+        def figures(test: Evaluation | None) -> dict[str, Any] | None:
+            return None if test is None else {key: getattr(test, key) for key in TEST_FIGURES}
 
-        rows = [vars(each) | {"test": each.test and figures(each.test)} for each in self.results]
+        rows = [
+            vars(each) | {"test": figures(each.test), "mirror": figures(each.mirror)}
+            for each in self.results
+        ]
         return {"runs": rows, "notes": self.notes}
 
 
@@ -123,6 +127,7 @@ def result(name: str, run: Record) -> Result:
         validation=best[0],
         validation_step=best[1],
         test=run.test,
+        mirror=run.mirror,
     )
 
 
@@ -151,13 +156,19 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             yield f"{own.run} has no validation figure"
         if own.test is None:
             yield f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in"
-        elif own.test.dataset != own.data:
-            yield f"{own.run}: its test figure is of other data than its own ({own.test.dataset})"
-        elif own.test.step != evaluated:
-            yield (
-                f"{own.run}: its test figure is of step {own.test.step}, its best checkpoint of "
-                f"step {evaluated}: flowtrain evaluate {run.path} brings it up to date"
-            )
+        for figure, name, option in ((own.test, "test", ""), (own.mirror, "mirror", " --mirror")):
+            if figure is None:
+                continue
+            its = f"{own.run}: its {name} figure is"
+            if figure.mirror:
+                yield f"{its} of the mixture of each image and its mirror image"
+            if figure.dataset != own.data:
+                yield f"{its} of other data than its own ({figure.dataset})"
+            elif figure.step != evaluated:
+                yield (
+                    f"{its} of step {figure.step}, its best checkpoint of step {evaluated}: "
+                    f"flowtrain evaluate {run.path}{option} brings it up to date"
+                )
         if not run.rows:
             yield f"{own.run} has no metrics, so no curve"
         if own.unit == "nats/dim":

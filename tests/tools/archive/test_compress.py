@@ -207,6 +207,31 @@ def test_an_archive_of_a_causal_flow_is_little_larger_than_its_streams(causal, t
         found.images(causal)
 
 
+@pytest.mark.parametrize("kind", ["glow", "causal"])
+def test_the_likelier_side_is_coded_with_a_bit_for_it(kind, model, digits, causal, tmp_path):
+    used, x = (model, digits[:200].clone()) if kind == "glow" else (causal, faint(150))
+    x[::2] = x[::2].flip(-1)
+    x = torch.cat([x, images(7, x.shape[1:], used.flow.num_bins)])  # noise is stored
+    both = dataclasses.replace(used, flow=copy.copy(used.flow))
+    both.flow.mirror = True
+    plain, result, prepared = made(used, x), made(both, x), compress.prepare(both, x)
+    found, other = opened(tmp_path / "a", result.data), opened(tmp_path / "b", plain.data)
+    assert torch.equal(found.images(used), x) and torch.equal(other.images(used), x)
+    assert 0.2 * len(x) < prepared.sides.sum() < 0.8 * len(x)
+    assert len(found.parts[0]) - len(other.parts[0]) == len(x) // 8 + 1
+    assert "mirror" not in other.description.model_fields_set
+    assert len(result.data) < len(plain.data)
+    if kind == "causal":
+        bits = [compress.prepare(used, side).bound for side in (x, x.flip(-1))]
+        # They were scored in other batches, which changes the rounding of float32.
+        torch.testing.assert_close(prepared.bound, torch.minimum(*bits) + 1, rtol=1e-5, atol=0)
+        # The streams end with a word, and their probabilities are rounded.
+        assert abs(result.net_bits - result.bound_bits) < 64 + 0.001 * result.bound_bits
+    assert prepared.sides[-7:].any() and result.stored == 7
+    stored = opened(tmp_path / "c", made(both, x[-7:]).data)
+    assert torch.equal(stored.images(None), x[-7:]) and not stored.description.mirror
+
+
 @pytest.mark.parametrize("torch_version, most", [("2.13.0+cpu", 45), ("2.15.0+cu132", 60)])
 def test_an_image_alone_takes_few_bytes_more(torch_version, most, causal, tmp_path, monkeypatch):
     """Its likelihood and 64 bytes, with a short path of the model, and with versions of which the

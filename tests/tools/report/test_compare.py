@@ -45,9 +45,10 @@ def test_the_table_has_the_figures_of_the_files(here):
     expected = {"run": "a", "model": "glow", "data": "digits", "finished": True}
     expected |= {"parameters": 12345, "step": 4, "images": 40, "seconds": 9.5, "unit": "bits/dim"}
     expected |= {"images_per_second": 7.0, "validation": 3.125, "validation_step": 4}
-    assert {key: value for key, value in a.items() if key != "test"} == expected
+    assert {key: value for key, value in a.items() if key in expected} == expected
     absent = ["nats_per_image_stderr", "sampling", "edition", "sigma", "given"]
-    assert a["test"].items() <= {**TEST, **dict.fromkeys(absent)}.items()
+    assert a["test"].items() <= {**TEST, **dict.fromkeys(absent), "mirror": False}.items()
+    assert a["mirror"] is None
     assert a["test"]["bits_per_dim"] == 3.25
     assert b["test"] is None and b["validation"] is None
 
@@ -63,6 +64,23 @@ def test_the_table_fits_a_terminal_of_eighty_columns(here):
     for kept in ("validation, bits/dim", "test", "time", "3.2500 +- 0.0125"):
         assert any(kept in line for line in table), kept
     assert not any("images/s" in line for line in table)
+
+
+@pytest.mark.run
+def test_figures_of_the_mirror_mixture_have_a_column(here):
+    both = {**TEST, "mirror": True, "loss": 3.125, "step": 2}
+    (a_run(here / "a") / "evaluate-mirror-test.json").write_text(json.dumps(both))
+    a_run(here / "b")
+    done = quick("compare", "a", "b", "--json", "table.json", cwd=here).ok()
+    lines = [line.split() for line in done.out.splitlines() if " 3.2500 +- " in line]
+    titles = next(line for line in done.out.splitlines() if "validation" in line).split()
+    assert titles.index("mirror") > titles.index("test")
+    assert [("3.1250 +- 0.0125" in " ".join(line)) for line in lines] == [True, False]
+    mixture = "a: its mirror figure is of the mixture of each image and its mirror image"
+    assert mixture in done.out and "flowtrain evaluate a --mirror brings it up" in done.out
+    a, b = json.loads((here / "table.json").read_text())["runs"]
+    assert a["mirror"]["loss"] == 3.125 and a["mirror"]["mirror"] and not a["test"]["mirror"]
+    assert b["mirror"] is None
 
 
 @pytest.mark.run

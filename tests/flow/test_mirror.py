@@ -1,0 +1,102 @@
+"""The mixture of an image and its mirror image: its likelihoods and samples, and who has it."""
+
+import math
+
+import pytest
+import torch
+from helpers import a_config, images, seeded, tiny_flow
+
+import flowtrain
+from flowtrain.checkpoints.load import _require_flips
+from flowtrain.errors import UserError
+from flowtrain.pictures.sample import sample
+
+SHAPE = (3, 4, 4)
+OF_SMALL = {"context": "downsample", "context_factor": 2}
+
+
+def mean(one, other):
+    return torch.logaddexp(one, other) - math.log(2)
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        ("glow", {"transform": "logit"}),
+        ("glow", {"classes": 3}),
+        ("causal", {"classes": 3}),
+        ("causal", OF_SMALL),
+    ],
+)
+def test_the_likelihood_is_the_mean_of_both_sides(model, options):
+    flow = tiny_flow(model, SHAPE, **options).double()
+    x, labels = images(6, SHAPE), torch.tensor([0, 1, 2, 0, 1, 2]) if flow.classes else None
+    noise = torch.rand(x.shape, generator=seeded())
+    sides = [(x, noise), (x.flip(-1), noise.flip(-1))]
+    plain = [flow(*side) for side in sides]
+    given = [flow(*side, labels).total for side in sides]
+    assert (plain[0].total - plain[1].total).abs().min() > 1e-3 and "mirror" not in repr(flow)
+    flow.mirror = True
+    assert "the mean over the image and its mirror image, in bits/dim" in repr(flow)
+    for side in sides:
+        found = flow(*side)
+        torch.testing.assert_close(found.total, mean(*(part.total for part in plain)))
+        torch.testing.assert_close(flow(*side, labels).total, mean(*given))
+        if flow.classes:
+            each = [part.by_class + part.log_det[:, None] for part in (*plain, found)]
+            torch.testing.assert_close(each[2], mean(*each[:2]))
+
+
+@pytest.mark.parametrize("options", [{}, {"classes": 2}])
+def test_samples_have_probabilities_that_add_up_to_one(options):
+    """Of all images of two pixels with three levels."""
+    flow = tiny_flow("causal", (1, 1, 2), 3, scale=1.0, **options)
+    plain = flow.sample(100, generator=seeded())
+    flow.mirror = True
+    every = torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(9, 1, 1, 2).byte()
+    probability = flow.log_prob(every).detach().exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    x = flow.sample(4000, generator=seeded())
+    found = (x == every.view(9, 1, 1, 1, 2)).flatten(2).all(dim=2).sum(dim=1)
+    expected = len(x) * probability
+    assert ((found - expected).abs() < 5 * expected.sqrt()).all()  # standard deviations
+    assert torch.equal(x[:100].sum(dim=-1), plain.sum(dim=-1))  # the same ones, or turned
+
+
+def by_seed(flow, count, contexts):
+    x = sample(flow, count, [0.5, 1.0], 3, contexts=contexts)
+    return x.unflatten(0, (2, 2, count)).transpose(0, 2)
+
+
+def by_generator(flow, count, contexts):
+    return flow.sample(count, generator=seeded(), context=contexts[:1].expand(count, -1, -1, -1))
+
+
+@pytest.mark.parametrize("drawn", [by_seed, by_generator])
+def test_samples_take_a_side_by_their_latents(drawn):
+    """Given a context, a sample is the mirror image of one given the mirrored context."""
+    flow = tiny_flow("glow", SHAPE, **OF_SMALL)
+    contexts = images(2, (3, 2, 2))
+    kept = contexts.clone()
+    plain, other = drawn(flow, 20, contexts), drawn(flow, 20, contexts.flip(-1)).flip(-1)
+    flow.mirror = True
+    x = drawn(flow, 20, contexts)
+    is_plain, is_other = (
+        (x == each).flatten(-3).all(dim=-1).view(20, -1) for each in (plain, other)
+    )
+    assert torch.equal(is_plain, ~is_other) and 4 < is_other[:, 0].sum() < 16
+    assert (is_other == is_other[:, :1]).all(), "other sides at other temperatures or contexts"
+    assert torch.equal(drawn(flow, 5, contexts), x[:5]) and torch.equal(contexts, kept)
+
+
+def test_a_model_trained_with_flips_has_it():
+    flow = flowtrain.load("causal_cifar_small", "cpu", mirror=True)
+    assert flow.mirror and not flowtrain.load("causal_cifar_small", "cpu").mirror
+    with pytest.raises(UserError, match="trained without mirror images .data.flip is null, data.n"):
+        flowtrain.load("glow_digits", "cpu", mirror=True)
+    with pytest.raises(UserError, match="--mirror: the model is of real values"):
+        flowtrain.load("two_moons", "cpu", mirror=True)
+    flow = tiny_flow("glow")
+    _require_flips(flow, a_config(data={"name": "cifar10", "root": "nowhere"}))
+    with pytest.raises(UserError, match="--mirror: data.flip is null, so it depends on the data"):
+        _require_flips(flow, a_config(data={"name": "npz", "path": "nowhere.npz"}))
