@@ -127,15 +127,13 @@ class Flow(nn.Module):
         """A description in five lines. `print(flow.bijection)` has every layer."""
         classes = f", {self.classes} classes" if self.classes else ""
         given = "" if self.image_context is None else f", given {self.image_context.words}"
-        bound = ("exact" if self.exact else self.kind.bound) + (
-            f", {MIXTURE}" if self.mirror else ""
-        )
+        of = f", {MIXTURE}" if self.mirror else ""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         parameters = sum(p.numel() for p in self.parameters())
         return (
             f"Flow of {'x'.join(map(str, self.shape))} with {self.kind.words}{classes}{given}\n"
-            f"  likelihood: {bound}, in {self.kind.unit}\n"
+            f"  likelihood: {'exact' if self.exact else self.kind.bound}{of}, in {self.kind.unit}\n"
             f"  sampling: {self.sampling}\n"
             f"  parameters: {parameters:,}, {self.dtype} on {self.device}\n"
             f"  layers: {len(layers)} ({names})"
@@ -354,7 +352,8 @@ class Flow(nn.Module):
         noise = self.draw_latents(n, generator)
         sides = sides_of(noise) & self.mirror
         latents = self.latents_of_classes(temperature * noise, labels)
-        context = None if context is None else turn(context.clone(), sides)
+        if (context := self._checked_context(context, n)) is not None:
+            context = turn(context.clone(), sides)
         return turn(self.decode(latents, labels, FUSED, guidance, denoise, context), sides)
 
     @torch.no_grad()

@@ -87,6 +87,8 @@ def test_samples_take_a_side_by_their_latents(drawn):
     assert torch.equal(is_plain, ~is_other) and 4 < is_other[:, 0].sum() < 16
     assert (is_other == is_other[:, :1]).all(), "other sides at other temperatures or contexts"
     assert torch.equal(drawn(flow, 5, contexts), x[:5]) and torch.equal(contexts, kept)
+    with pytest.raises(ValueError, match="context"):
+        flow.sample(3, context=contexts)
 
 
 def test_a_model_trained_with_flips_has_it():
