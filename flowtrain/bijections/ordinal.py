@@ -198,15 +198,12 @@ class OrdinalAutoregressive(DataDependentInit):
     def likelihood(self, v: Tensor, context: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of a training step, with zeros as latents, and a `log_det` to go with them.
 
-        Before a normal base, the likelihood is that of `forward`. It does not depend on the
-        latents, so this saves them and their gradient. The linear prediction learns as the location
-        of the mixtures, and not as an input of the networks.
+        Before a normal base, likelihood and gradient are those of `forward`. They do not depend on
+        the latents, so this saves them.
         """
         x = self._tokens(self._levels_of(v)[0])
         location, log_scale, seen = self._linear(x)
-        inside = [
-            None if each is None else into_conditioner(each) for each in (seen.detach(), context)
-        ]
+        inside = [None if each is None else into_conditioner(each) for each in (seen, context)]
         parameters = self.conditioner(*inside, noise=noise)
         log_prob = self._image(self.mixture.log_prob(x, location, log_scale, parameters))
         constant = math.prod(self.shape) * math.log(self.num_bins * ROOT_TAU)
