@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import flowtrain, heading, images, pyplot, state_of
-from torch.utils.flop_counter import FlopCounterMode
+from common import flowtrain, heading, pyplot
 
 from flowtrain.config import load_config
 from flowtrain.system.console import duration
-from flowtrain.training.step import train_step
+from flowtrain.training.dry_run import dry_run
 
 
 @dataclass(frozen=True)
@@ -156,13 +155,9 @@ def _draw(runs: dict[str, Path], path: str) -> None:
 
 def training_flops(run: Path) -> float:
     """All products and convolutions of a run's training steps."""
-    config = load_config(run / "config.yaml")
-    state = state_of(config)
-    x = images(2)
-    with FlopCounterMode(display=False) as counter:
-        train_step(state, x)
+    cost = dry_run(load_config(run / "config.yaml"), torch.device("cpu"))
     seen: int = json.loads((run / "summary.json").read_text())["images"]
-    return counter.get_total_flops() / len(x) * seen
+    return cost.compute.step_flops / cost.images * seen
 
 
 def _draw_scaling(runs: dict[str, Path], path: str) -> None:

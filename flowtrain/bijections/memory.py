@@ -61,13 +61,9 @@ def executor_of(
     `compiler` compiles the functions that compute a single layer, their first argument. Without
     `latents`, the only layer is a model of levels, whose likelihood needs none.
     """
-    if not latents:
+    if mode == "store" or not latents:
         executor = Fused()
-        executor.call = compiler(likelihood)
-        return executor
-    if mode == "store":
-        executor = Fused()
-        executor.call = compiler(call)
+        executor.call = compiler(call if latents else likelihood)
         return executor
     return Recomputing(mode, compiler(call), compiler(gradient_of_layer))
 

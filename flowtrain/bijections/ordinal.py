@@ -28,12 +28,7 @@ from flowtrain.bijections.base import (
 )
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
-from flowtrain.bijections.precision import (
-    apply_conditioner,
-    full_precision,
-    has_float64,
-    into_conditioner,
-)
+from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64, inside
 from flowtrain.system.threads import one_thread
 
 
@@ -198,13 +193,13 @@ class OrdinalAutoregressive(DataDependentInit):
     def likelihood(self, v: Tensor, context: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of a training step, with zeros as latents, and a `log_det` to go with them.
 
-        Before a normal base, likelihood and gradient are those of `forward`. They do not depend on
-        the latents, so this saves them.
+        Before a normal base, it has the likelihood and the gradient of `forward`. Neither depends
+        on the latents, so this saves them.
         """
         x = self._tokens(self._levels_of(v)[0])
         location, log_scale, seen = self._linear(x)
-        inside = [None if each is None else into_conditioner(each) for each in (seen, context)]
-        parameters = self.conditioner(*inside, noise=noise)
+        net = functools.partial(self.conditioner, noise=noise)
+        parameters = inside(net, seen, context)  # the mixtures cast them, in parts
         log_prob = self._image(self.mixture.log_prob(x, location, log_scale, parameters))
         constant = math.prod(self.shape) * math.log(self.num_bins * ROOT_TAU)
         return torch.zeros_like(v).flatten(1), sum_per_example(log_prob) + constant
@@ -371,8 +366,7 @@ class OrdinalAutoregressive(DataDependentInit):
 
         The two paths of the networks round differently, and the range of an improbable level is as
         small as 2**-18. On noise, latents in batches of another size were off by up to 16% of half
-        of their range by this (29% for a uniform part of 2**-11, 47% for 2**-12), and `forward`
-        loses some.
+        of their range by this (29% for a uniform part of 2**-11, 47% for 2**-12).
         """
         if not has_float64(v):
             return self._on_the_cpu("forward_matching_inverse", v, context, progress)

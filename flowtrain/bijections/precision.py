@@ -25,9 +25,13 @@ def apply_conditioner(
     if isinstance(context, Guided):
         given = apply_conditioner(net, x, context.given)
         return context.extrapolated(given, apply_conditioner(net, x, context.without))
-    inside = net(into_conditioner(x), None if context is None else into_conditioner(context))
-    parameters: Tensor = _Cast.apply(inside, x.dtype, False)
+    parameters: Tensor = _Cast.apply(inside(net, x, context), x.dtype, False)
     return parameters
+
+
+def inside(net: Callable[..., Tensor], x: Tensor, context: Tensor | None) -> Tensor:
+    """`net(x, context)`, across the border, without the way back."""
+    return net(into_conditioner(x), None if context is None else into_conditioner(context))
 
 
 def into_conditioner(x: Tensor) -> Tensor:

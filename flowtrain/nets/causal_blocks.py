@@ -41,8 +41,8 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def by_token(self, pixels: Tensor, size: tuple[int, int]) -> BlockByToken:
-        """The same for one token after the other. When a token begins, `pixels` `(2E, B)` has those
-        of the token before it, or zeros.
+        """The same for one token after the other. When a token begins, `pixels` `(2E, B)` are of
+        the token before it, or zeros.
         """
         raise NotImplementedError
 

@@ -11,6 +11,8 @@ from flowtrain.models import causal
 from flowtrain.nets.causal_blocks import AttentionBlock, ConvolutionBlock, PixelAttentionBlock
 from flowtrain.nets.coarse import CoarseStream
 from flowtrain.nets.dropout import keep_all
+from flowtrain.nets.masked import MaskedLinear
+from flowtrain.nets.token_head import _layer
 from flowtrain.nets.window import Window
 
 KINDS = ["convolution", "attention", "pixel attention", "coarse"]
@@ -134,3 +136,18 @@ def test_without_a_class_it_sees_the_mean_of_all_and_needs_three_rows_to_downsam
     causal.build((1, 5, 9), 17, token=2, downsample=2)
     with pytest.raises(UserError, match="model.downsample: 2 needs at least 3 rows of tokens"):
         causal.build((1, 4, 9), 17, token=2, downsample=2)
+
+
+@pytest.mark.parametrize("tokens_last", [False, True])
+def test_a_layer_of_two_inputs_is_linear_and_has_its_gradient(tokens_last):
+    layer = MaskedLinear(torch.rand(4, 5, generator=seeded()) < 0.7).double()
+    x, features = (torch.randn(2, 3, n, generator=seeded(n)).double() for n in (3, 2))
+    inputs = x.requires_grad_(), features.requires_grad_(), *layer.parameters()
+
+    def run(x, features, *_):
+        return _layer(layer, x, features, tokens_last)
+
+    expected = layer(torch.cat([x, features], dim=-1))
+    torch.testing.assert_close(run(*inputs), expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (run(*inputs), expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)

@@ -52,8 +52,8 @@ class Prepared:
     coder: Coder
     probe: int
     images: Tensor
-    # Bits of each image, `(N,)`: the single-draw bound that `evaluate` computes, or with `mirror`
-    # that of the likelier side, and a bit for the choice.
+    # Bits of each image, `(N,)`: the single-draw bound that `evaluate` computes. With `mirror` it
+    # is the bound of the likelier side, and a bit for the choice.
     bound: Tensor
     sides: Tensor  # which images are coded as their mirror images, bool `(N,)`
     # The images worth coding: one whose bound exceeds its raw size is better stored.
