@@ -75,8 +75,9 @@ def build(
             mixture, and less room for the rounding of float32 between `encode` and `decode`.
 
     Raises:
-        UserError: if the data are real values, if there are too few tokens to downsample, or if the
-            images of a model with a context are not made of whole tokens.
+        UserError: if the data are real values, if there are too few tokens to downsample, if there
+            is no attention for `pixel_attention`, or if the images of a model with a context are
+            not made of whole tokens.
     """
     if num_bins is None:
         raise UserError(
@@ -88,6 +89,10 @@ def build(
         raise UserError(
             f"model.downsample: {downsample} needs at least 3 rows of tokens, and these images "
             f"have {size[0]}: set it to 0, or use a smaller model.token"
+        )
+    if pixel_attention and not attention:
+        raise UserError(
+            "model.pixel_attention: true, but there is no attention: set model.attention"
         )
     if context is not None and (shape[1] % token or shape[2] % token):
         raise UserError(

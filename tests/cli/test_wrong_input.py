@@ -127,7 +127,7 @@ TABLE = [
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
     ("train TINY --device cpu train.cuda_graph=true", "train.cuda_graph: needs a CUDA device"),
-    ("train --config causal_digits.yaml model.pixel_attention=2", "model.pixel_attention: "),
+    ("train --config causal_digits.yaml model.pixel_attention=true", "model.pixel_attention: true"),
     ("train TINY --set model.classes=5", "model.classes: 5", "labels 0..9"),
     ("train TINY --set data.shift=8", "data.shift: 8 is not smaller than the images"),
     ("train TINY --set data.validation=5000", "cannot hold 5000 of 1617 images out"),
