@@ -33,12 +33,13 @@ def load(
         weights: `ema` or `raw`; by default the averaged weights where the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.
-        mirror: make the model the mixture of each image and its mirror image: likelihoods are the
-            mean of both, in two passes, and samples take a side at random.
+        mirror: make the model the mixture of each image and its mirror image, or of all orders
+            (`model.orders`): likelihoods are the mean of all, in a pass each, and samples take one
+            at random.
 
     Raises:
         flowtrain.errors.UserError: for a missing or damaged checkpoint, a device that is not
-        there, or `mirror` for a model that was trained without mirror images (`data.flip`).
+        there, or `mirror` for a model that has learned one side of images alone.
     """
     from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices

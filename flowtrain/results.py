@@ -96,8 +96,7 @@ class Evaluation(File):
     duplicates_of_training: int | None = None
     # The part of each image that likelihoods are conditional on. None for whole images.
     given: str | None = None
-    # Whether P(x) is the mean over the image and its mirror image. Written only if it is.
-    mirror: bool = False
+    sides: int = 1  # P(x) is the mean over so many sides of the image (`flow/sides.py`)
     dims: int | None = None
     levels: int | None = None
     sampling: str | None = None  # one pass, or sequential: one entry after the other

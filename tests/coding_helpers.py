@@ -34,7 +34,8 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
 
 def causal_flow(shape, levels=256, scale=0.2, x=None, **options) -> Flow:
     """A causal flow with every parameter moved, set from `x` or smooth images."""
-    flow = build_flow(a_config({"name": "causal", **TINY["causal"], **options}), shape, levels)
+    model = {"name": "causal", **TINY["causal"], **options}
+    flow = build_flow(a_config(model, {"flip": False}), shape, levels)
     if x is None:
         x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))

@@ -93,7 +93,8 @@ def tiny_flow(
 ):
     """A tiny flow for images of q levels: parameters moved, then initialized on random images."""
     named = {"name": model, **TINY[model], **options}
-    config = a_config(named, dequantization={"transform": transform, "alpha": alpha}, seed=seed)
+    noise = {"transform": transform, "alpha": alpha}
+    config = a_config(named, dequantization=noise, data={"flip": False}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
     x = images(64, shape, q, seed)
     initialize(flow, x, draw_noise(x.shape, seeded(seed), x.device))

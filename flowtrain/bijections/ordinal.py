@@ -28,6 +28,7 @@ from flowtrain.bijections.base import (
 )
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.discretized import ROOT_TAU, DiscretizedMixture, Entry
+from flowtrain.bijections.orders import in_some_order
 from flowtrain.bijections.precision import apply_conditioner, full_precision, has_float64, inside
 from flowtrain.system.threads import one_thread
 
@@ -77,6 +78,8 @@ class TokenNet(nn.Module):
     It is called as `net(x, context, noise)`. A training step passes the `noise`, `(B, ...)`:
     numbers of each example that change with the step, for dropout.
     """
+
+    orders = 1  # in which it has learned to read an image, each given its `order_context`
 
     def by_token(self, seen: Tensor, context: Tensor | None = None) -> NetByToken:
         """The same, token by token. The caller writes a token's inputs into `seen` `(3E, B)`."""
@@ -194,9 +197,13 @@ class OrdinalAutoregressive(DataDependentInit):
         """`forward` of a training step, with zeros as latents, and a `log_det` to go with them.
 
         Before a normal base, it has the likelihood and the gradient of `forward`. Neither depends
-        on the latents, so this saves them.
+        on the latents, so this saves them. If there are several `orders`, the noise in `v` chooses
+        one for each image.
         """
-        x = self._tokens(self._levels_of(v)[0])
+        x, u = self._levels_of(v)
+        if self.conditioner.orders > 1:
+            x, context = in_some_order(x, u, self.conditioner.orders)
+        x = self._tokens(x)
         location, log_scale, seen = self._linear(x)
         net = functools.partial(self.conditioner, noise=noise)
         parameters = inside(net, seen, context)  # the mixtures cast them, in parts

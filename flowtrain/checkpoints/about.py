@@ -7,7 +7,7 @@ from flowtrain.checkpoints import record, zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Kind
-from flowtrain.flow.mirror import MIXTURE
+from flowtrain.flow.sides import mixture
 from flowtrain.system.console import duration, figure
 from flowtrain.types import Shape
 
@@ -30,7 +30,7 @@ class Figure:
     unit: str
     images: int
     likelihood: str  # exact, or which bound
-    mirror: bool = False  # whether it is of the mixture of an image and its mirror image
+    sides: int = 1  # it is of the mixture over so many sides of an image
 
     def __str__(self) -> str:
         value = figure(self.loss, self.error)
@@ -71,12 +71,12 @@ def figures(model: LoadedModel) -> list[Figure]:
             name = PurePath(result.dataset).name  # it may be a folder of this machine
             likelihood = LIKELIHOODS.get(result.bound, result.bound)
             likelihood += "" if result.draws == 1 else f" of {result.draws} draws"
-            likelihood += f", {MIXTURE}" if result.mirror else ""
+            likelihood += f", {mixture(result.sides)}" if result.sides > 1 else ""
             of = name, result.split, loss, error, unit, result.num_images, likelihood
-            found[name, result.split, result.mirror] = Figure(*of, result.mirror)
+            found[name, result.split, result.sides] = Figure(*of, result.sides)
     if card := card_of(model):
         name = model.config.data.name
-        found[name, "test", False] = Figure(
+        found[name, "test", 1] = Figure(
             name, "test", card.loss, card.error, unit, card.images, card.likelihood
         )
     return list(found.values())
@@ -104,6 +104,6 @@ def table(model: LoadedModel) -> dict[str, str]:
         rows["trained"] = f"{card.command}, {card.time} on {card.machine}"
         rows["data from"] = f"{card.data} ({card.licence})"
     for each in figures(model):
-        rows[f"{each.dataset}, {each.split}" + (", mirror" if each.mirror else "")] = str(each)
+        rows[f"{each.dataset}, {each.split}" + (", mirror" if each.sides > 1 else "")] = str(each)
     rows["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
     return rows

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowtrain import config as configuration
 from flowtrain.bijections import Bijection
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
@@ -135,8 +136,12 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
         elif config.model.classes:
             coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
             class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
-        if bijection.is_discrete:
+        if (model := discrete_model(bijection)) is not None:
             _require_centred(config)
+            if model.conditioner.orders > 1 and config.data.flip is not False:
+                raise UserError(
+                    "data.flip: the orders of model.orders have mirror images: set data.flip=false"
+                )
         if num_bins is not None and latent_dims != math.prod(shape):
             raise UserError(
                 f"model.name: {config.model.name} is for real-valued data, these have {num_bins} "

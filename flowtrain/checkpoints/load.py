@@ -204,15 +204,15 @@ def load_model(
         meta["levels"],
         check=lambda sizes: _require_weights(sizes, checkpoint, weights),
     )
-    if mirror:
-        _require_flips(flow, config)
-    flow.mirror = mirror
+    flow.sides = _sides(flow, config) if mirror else 1
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)
 
 
-def _require_flips(flow: Flow, config: Config) -> None:
-    """Raises `UserError` unless the model was trained with mirror images."""
+def _sides(flow: Flow, config: Config) -> int:
+    """The number of sides of images in training. Raises `UserError` if it is 1."""
+    if flow.orders > 1:
+        return flow.orders
     flow.kind.require_bins("--mirror: the model is of real values, which have no mirror images")
     flip = config.data.flip
     if flip is None:  # no image is read for the default of the data set
@@ -227,6 +227,7 @@ def _require_flips(flow: Flow, config: Config) -> None:
             f"--mirror: the model was trained without mirror images (data.flip is "
             f"{'null' if config.data.flip is None else 'false'}, data.name is {config.data.name})"
         )
+    return 2
 
 
 def model_hash(model: LoadedModel) -> str:

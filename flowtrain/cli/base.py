@@ -184,8 +184,8 @@ MirrorOption = Annotated[
     typer.Option(
         "--mirror",
         help="Use the mixture of each image and its mirror image, for a model trained with flips "
-        "(data.flip). Likelihoods are the mean of both, in two passes. Samples take a side at "
-        "random. Archives have the likelier side, and a bit for it.",
+        "(data.flip), or of all orders of the model (model.orders). Likelihoods are the mean of "
+        "all, in a pass each. Samples take one at random. Archives have the likeliest.",
     ),
 ]
 Split = Literal["test", "validation", "train"]

@@ -128,7 +128,7 @@ def _file_name(dataset: str, kind: str) -> str:
 
 def _print(result: "Evaluation") -> None:
     """The loss in one line, and what it is made of in a table."""
-    from flowtrain.flow.mirror import MIXTURE
+    from flowtrain.flow.sides import mixture
     from flowtrain.system.console import console, counted, figure
 
     of = "images" if result.levels is not None else "examples"
@@ -145,8 +145,8 @@ def _print(result: "Evaluation") -> None:
         f"{result.sigma}), from {draws}",
     }
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
-    if result.mirror:
-        table["of which side"] = f"either: {MIXTURE}"
+    if result.sides > 1:
+        table["of which side"] = f"any: {mixture(result.sides)}"
     if result.given is not None:
         table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
     if result.loss_stderr_draws is not None:

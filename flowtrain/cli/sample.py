@@ -147,7 +147,7 @@ def sample(
     if suffix == ".npz":
         also = {} if guidance is None else {"guidance": guidance}
         also |= {"denoised": True} if denoise else {}
-        also |= {"mirror": True} if mirror else {}
+        also |= {"sides": flow.sides} if mirror else {}
         content = sampling.npz(flow, drawn, temperatures, seed, labels, contexts, **also)
     else:
         shown = drawn

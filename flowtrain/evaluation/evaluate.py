@@ -81,7 +81,7 @@ def evaluate(
     require_memory(flow, len(distributed.shard(len(split))), batch_size, draws)
     scores = score(flow, split, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
     more: dict[str, Any] = {"edition": data.test_images.edition}
-    more["mirror"] = flow.mirror or None
+    more["sides"] = flow.sides if flow.sides > 1 else None
     more["given"] = None if flow.image_context is None else flow.image_context.words
     bad = torch.isfinite(scores.draws).all(dim=0).logical_not().numpy()
     result = Evaluation(

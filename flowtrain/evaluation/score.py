@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.orders import turned
 from flowtrain.data.splits import Split
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import log_mean_exp
@@ -83,6 +84,7 @@ def score(
     draws: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
+    side: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Scores:
     """The bounds on log P(x) for the images of a split, in nats.
@@ -90,6 +92,7 @@ def score(
     For K = `draws` > 1 the bound is importance-weighted: `log 1/K sum_k p(y_k) / q(u_k|x)` (Burda
     et al. 2016; Ho et al. 2019, section 3.1). With Gaussian noise it is the mean log-density of K
     noisy images. An image's noise depends only on the seed, its place in the split and the draw.
+    With a `side`, they are the bounds of this side of the images alone.
     Of several processes, each scores a part of the images, and all get all scores.
     """
     count = len(split)
@@ -99,13 +102,13 @@ def score(
     rows = [torch.empty(draws * (1 + flow.classes) + 2, 0, dtype=torch.float64)]
     for start in range(own.start, own.stop, batch_size):
         stop = min(start + batch_size, own.stop)
-        x = split.take(slice(start, stop)).to(flow.device)
+        x = turned(split.take(slice(start, stop)).to(flow.device), side or 0)
         parts_of_draws = []
         for draw in range(draws):
             noise = torch.zeros_like(x)
             if not flow.kind.exact:
                 noise = uniform(x.shape, seed, Stream.EVALUATION, start, draw, x.device)
-            parts = flow(x, noise)
+            parts = flow(x, noise, side=side)
             of_classes = [] if parts.by_class is None else parts.by_class.T
             parts_of_draws.append(torch.stack([parts.log_det, parts.base, *of_classes]))
             progress(start - own.start + (stop - start) * (draw + 1) // draws, len(own))

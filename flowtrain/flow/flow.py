@@ -13,6 +13,8 @@ from flowtrain.bijections.base import Bijection, Executor
 from flowtrain.bijections.context import Context, Guided
 from flowtrain.bijections.execution import FUSED, Initializing
 from flowtrain.bijections.inverses import MatchingInverse
+from flowtrain.bijections.orders import order_context, turn_each, turned
+from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -25,7 +27,7 @@ from flowtrain.flow.dequantize import Dequantizer, RealValued, draw_noise
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.inputs import Batch, Labels, as_tensor, checked_labels
 from flowtrain.flow.kinds import Kind, bits_per_dim, kind_of
-from flowtrain.flow.mirror import MIXTURE, over_sides, sides_of, turn
+from flowtrain.flow.sides import mixture, over_sides, sides_of
 from flowtrain.types import Shape
 
 NO_SIGMA = "the model was not trained with Gaussian noise (dequantization.name: gaussian)"
@@ -65,7 +67,7 @@ class Flow(nn.Module):
         self.class_prior = class_prior
         self.image_context = image_context
         self.shape = shape
-        self.mirror = False  # whether the model is the mixture of an image and its mirror image
+        self.sides = 1  # the model is the mixture over so many sides of an image (`sides.py`)
 
     @property
     def num_bins(self) -> int | None:
@@ -117,6 +119,12 @@ class Flow(nn.Module):
         return 0 if self.class_prior is None else self.class_prior.classes
 
     @property
+    def orders(self) -> int:
+        """The number of orders in which the model has learned to read an image."""
+        model = discrete_model(self.bijection)
+        return 1 if model is None else model.conditioner.orders
+
+    @property
     def unguided(self) -> str | None:
         """The reason why samples cannot be guided, or None."""
         if self.class_prior is None:
@@ -127,7 +135,7 @@ class Flow(nn.Module):
         """A description in five lines. `print(flow.bijection)` has every layer."""
         classes = f", {self.classes} classes" if self.classes else ""
         given = "" if self.image_context is None else f", given {self.image_context.words}"
-        of = f", {MIXTURE}" if self.mirror else ""
+        of = f", {mixture(self.sides)}" if self.sides > 1 else ""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         names = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         parameters = sum(p.numel() for p in self.parameters())
@@ -162,16 +170,18 @@ class Flow(nn.Module):
         labels: Tensor | None = None,
         executor: Executor = FUSED,
         context: Tensor | None = None,
+        side: int | None = None,
     ) -> LogProb:
         """The parts of the single-draw bound for integers `x` and uniform `noise`, `(B, C, H, W)`.
 
         A class-conditional model gives log P(x | class) with `labels` `(B,)`. Without them it gives
         log P(x), where all classes are equally likely. A model with an `image_context` gives
         log P(x | context), by default for the context of each image. `executor` calls the layers.
+        With a `side`, the images are turned to it, and the model is of this side alone.
         """
         v, log_det = self.dequantizer(x, noise.to(self.dtype), executor)
         context = self.context_of(x) if context is None else context
-        return self._log_prob_of(v, log_det, labels, context, executor)
+        return self._log_prob_of(v, log_det, labels, context, executor, side)
 
     def _log_prob_of(
         self,
@@ -180,21 +190,24 @@ class Flow(nn.Module):
         labels: Tensor | None,
         context: Tensor | None = None,
         executor: Executor = FUSED,
-        one_side: bool = False,
+        side: int | None = None,
     ) -> LogProb:
         """The parts of the bound for inputs `v` of the bijection, with the dequantizer's `log_det`.
         Networks that see the class take one pass for each class, if there are no labels. With
-        `mirror`, each side takes its own passes, unless `v` is to be `one_side`.
+        several `sides`, each takes its own passes, unless `v` and `context` are turned to a `side`.
         """
-        if self.mirror and not one_side:
-            both = ((v, context), (v.flip(-1), None if context is None else context.flip(-1)))
-            sides = (self._log_prob_of(x, log_det, labels, c, executor, True) for x, c in both)
-            return over_sides(list(sides))
+        if self.sides > 1 and side is None:
+            parts = []
+            for k in range(self.sides):
+                of_side = None if context is None else turned(context, k)
+                parts.append(self._log_prob_of(turned(v, k), log_det, labels, of_side, executor, k))
+            return over_sides(parts)
         if labels is None and isinstance(self.class_prior, ClassContext):
             classes = (torch.full((len(v),), label) for label in range(self.classes))
-            each = (self._log_prob_of(v, log_det, k, context, executor, True) for k in classes)
+            each = (self._log_prob_of(v, log_det, k, context, executor, side) for k in classes)
             return over_classes(list(each))
-        conditioning = self.conditioning(len(v), labels, context)
+        sides = torch.full((len(v),), side) if side else None
+        conditioning = self.conditioning(len(v), labels, context, sides=sides)
         z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
         log_det = log_det + flow_log_det
         if isinstance(self.class_prior, ClassPrior):
@@ -286,6 +299,7 @@ class Flow(nn.Module):
         guidance: float | None = None,
         denoise: bool = False,
         context: Tensor | None = None,
+        sides: Tensor | None = None,
     ) -> Tensor:
         """Latents `(B, D)` to images, uint8 `(B, C, H, W)`, or to reals.
 
@@ -296,6 +310,7 @@ class Flow(nn.Module):
             guidance: The weight of classifier-free guidance (`Guided`). 0 changes nothing.
             denoise: Whether to take one step of `denoised` after it.
             context: Integers `(B, C', H', W')`, which a model with an `image_context` needs.
+            sides: From which side `(B,)` each image is computed, by default from its first one.
 
         Raises:
             FloatingPointError: The result is not finite.
@@ -307,11 +322,14 @@ class Flow(nn.Module):
         if denoise and self.dequantizer.sigma is None:  # before the work of the inverse
             raise ValueError(f"denoise: {NO_SIGMA}")
         context = self._checked_context(context, len(z))
-        conditioning = self.conditioning(len(z), labels, context, guidance)
+        if context is not None and sides is not None:
+            context = turn_each(context.clone(), sides)
+        conditioning = self.conditioning(len(z), labels, context, guidance, sides)
         v, _ = self.bijection.run(executor, "inverse", z.to(self.device), conditioning)
         if denoise:
             v = self.denoised(v, labels, context)
-        return self.dequantizer.to_data(v).contiguous()
+        x = self.dequantizer.to_data(v).contiguous()
+        return x if sides is None else turn_each(x, sides, back=True)
 
     def denoised(
         self, v: Tensor, labels: Tensor | None = None, context: Tensor | None = None
@@ -350,11 +368,9 @@ class Flow(nn.Module):
         """
         labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
         noise = self.draw_latents(n, generator)
-        sides = sides_of(noise) & self.mirror
         latents = self.latents_of_classes(temperature * noise, labels)
-        if (context := self._checked_context(context, n)) is not None:
-            context = turn(context.clone(), sides)
-        return turn(self.decode(latents, labels, FUSED, guidance, denoise, context), sides)
+        sides = sides_of(noise, self.sides)
+        return self.decode(latents, labels, FUSED, guidance, denoise, context, sides)
 
     @torch.no_grad()
     def sample_with_log_prob(
@@ -407,17 +423,20 @@ class Flow(nn.Module):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         guidance: float | None = None,
+        sides: Tensor | None = None,
     ) -> Context | None:
         """The context of the bijection's networks for B = `count` examples: their classes `labels`
-        `(B,)`, or a `context` of integers `(B, C', H', W')`. Raises `ValueError` for a weight of
-        `guidance` if there is none.
+        `(B,)`, a `context` of integers `(B, C', H', W')`, or their `sides` `(B,)` as `orders`.
+        Raises `ValueError` for a weight of `guidance` if there is none.
         """
         if guidance is not None and self.unguided:
             raise ValueError(f"guidance: {self.unguided}")
         if self.image_context is not None and context is not None:
             return self.image_context.scaled(context.to(self.device), self.dtype)
         if self.class_prior is None:
-            return None
+            if sides is None or self.orders == 1:
+                return None
+            return order_context(sides, self.orders).to(self.device, self.dtype)
         of_class = self.class_prior.context(labels, count)
         if of_class is None:
             return None

@@ -47,6 +47,7 @@ def build(
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
+    orders: Literal[1, 2, 4, 8] = 1,
 ) -> Bijection:
     """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
 
@@ -73,11 +74,16 @@ def build(
             serves small sets and long runs.
         uniform: Weight of a uniform distribution in each mixture. A smaller one leaves more to the
             mixture, and less room for the rounding of float32 between `encode` and `decode`.
+        orders: Number of orders in which the model learns to read an image, by turned copies of it,
+            each with a vector of its own (Jun et al. 2020, "distribution augmentation"). They are
+            raster order, then mirrored; 4 are also transposed, and 8 upside down. The model itself
+            has raster order, and its mixture (`--mirror`) has all.
 
     Raises:
         UserError: if the data are real values, if there are too few tokens to downsample, if there
-            is no attention for `pixel_attention`, or if the images of a model with a context are
-            not made of whole tokens.
+            is no attention for `pixel_attention`, if the images of a model with a context are not
+            made of whole tokens, or if classes, a context or images that are not square do not suit
+            `orders`.
     """
     if num_bins is None:
         raise UserError(
@@ -99,6 +105,15 @@ def build(
             f"model.token: {token}, but with model.context both sides of an image must be "
             f"multiples of it, and these images have {shape[1]}x{shape[2]} pixels"
         )
+    if orders > 1 and (classes or context):
+        raise UserError(
+            f"model.orders: {orders}, but the networks see a class or a context: leave it at 1"
+        )
+    if orders > 2 and shape[1] != shape[2]:
+        raise UserError(
+            f"model.orders: {orders} has transposed images, and these are not square "
+            f"({shape[1]}x{shape[2]}): at most 2"
+        )
     seen = Window(window, window, ahead=0)
     mixture = DiscretizedMixture(num_bins, components, uniform)
     start = mixture.start()
@@ -108,6 +123,7 @@ def build(
         pixel_attention=pixel_attention,
         downsample=downsample,
         dropout=dropout,
+        orders=orders,
     )
     prediction = LinearPrediction(entries, size, seen)
     return OrdinalAutoregressive(shape, num_bins, token, prediction, net, mixture)

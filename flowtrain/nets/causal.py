@@ -32,7 +32,8 @@ class CausalNet(TokenNet):
 
     A context adds to the features. It is a class `(B, C')`; the mean of the unit vectors stands for
     an unknown class. Or it is an image `(B, C', H', W')` of shape `image`, of which two
-    convolutions see the surroundings of a token, to all sides.
+    convolutions see the surroundings of a token, to all sides. Or it is one of the `orders` but the
+    first, `(B, orders - 1)`: a unit vector, or zeros for the first one.
 
     The blocks are convolutions, and between them at equal distances `attention` blocks of
     attention, to pixels too with `pixel_attention`. A coarse stream of `downsample` blocks is in
@@ -55,6 +56,7 @@ class CausalNet(TokenNet):
         pixel_attention: bool = False,
         downsample: int = 0,
         dropout: float = 0.0,
+        orders: int = 1,
     ):
         super().__init__()
         self.entries, self.size = entries, size
@@ -66,6 +68,8 @@ class CausalNet(TokenNet):
         self.dropout = dropout
         self.head = TokenHead(entries, width, units, start)
         self.context = nn.Linear(classes, width, bias=False) if classes else None
+        self.orders = orders
+        self.of_orders = nn.Linear(orders - 1, width, bias=False) if orders > 1 else None
         self.around = None
         if image is not None:
             first = Conv2d(channels_of(image, size), width, 3)
@@ -81,6 +85,8 @@ class CausalNet(TokenNet):
             of_context = self.context.weight.mean(dim=1)
         elif self.context is not None:
             of_context = self.context(context)[:, None, None]
+        elif self.of_orders is not None and context is not None:
+            of_context = self.of_orders(context)[:, None, None]
         return self.position[None] + of_context
 
     def forward(

@@ -11,8 +11,8 @@ from torch import Tensor
 from flowtrain.bijections.inverses import Iterating, WithProgress, iterates, sequential_layers
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import NO_SIGMA, Flow
-from flowtrain.flow.mirror import sides_of, turn
 from flowtrain.flow.passes import denoising_batch_size, sampling_batch_size
+from flowtrain.flow.sides import sides_of
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator
@@ -33,7 +33,7 @@ def sample(
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
     All temperatures use the same latents, of which the first depend on the seed alone, and with
-    `flow.mirror` the same sides. From these come also `num` images for each of the `classes` or of
+    `flow.sides` the same side. From these come also `num` images for each of the `classes` or of
     the `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
     sequential layers compute all entries at once, until they do not change any more. `guidance` and
     `denoise` as in `Flow.decode`.
@@ -66,8 +66,8 @@ def sample(
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
     labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
-    sides = (sides_of(z) & flow.mirror).repeat(groups)
-    given = None if contexts is None else turn(contexts.repeat_interleave(num, dim=0), sides)
+    sides = sides_of(z, flow.sides).repeat(groups)
+    given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
     images = []
     for i, temperature in enumerate(temperatures):
         latents = flow.latents_of_classes(temperature * z.repeat(groups, 1), labels)
@@ -75,8 +75,8 @@ def sample(
         def note(done: float, before: int = i * len(latents)) -> None:
             progress(before + done, count)
 
-        drawn = decode(flow, latents, note, labels, iterate, guidance, denoise, given)
-        images.append(turn(drawn, sides))
+        drawn = decode(flow, latents, note, labels, iterate, guidance, denoise, given, sides)
+        images.append(drawn)
     return torch.cat(images)
 
 
@@ -89,6 +89,7 @@ def decode(
     guidance: float | None = None,
     denoise: bool = False,
     context: Tensor | None = None,
+    sides: Tensor | None = None,
 ) -> Tensor:
     """Latents `(B, D)` to images `(B, C, H, W)` on the CPU, as many at a time as memory allows.
 
@@ -105,8 +106,10 @@ def decode(
         def note(share: float, start: int = start, stop: int = stop) -> None:
             progress(round(start + share * (stop - start), 1))
 
-        of_part, given = (None if of is None else of[start:stop] for of in (labels, context))
-        part = flow.decode(z[start:stop], of_part, executor(note, layers), guidance, denoise, given)
+        others = (labels, context, sides)
+        of_part, given, its = (None if of is None else of[start:stop] for of in others)
+        run = executor(note, layers)
+        part = flow.decode(z[start:stop], of_part, run, guidance, denoise, given, its)
         images.append(part.cpu())
         progress(stop)
     return torch.cat(images)

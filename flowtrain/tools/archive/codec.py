@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections.discretized import Entry
+from flowtrain.bijections.orders import order_context
 from flowtrain.bijections.ordinal import OrdinalAutoregressive, discrete_model
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
@@ -76,14 +77,15 @@ class Coder(ABC):
         self.shape, self.dims = flow.shape, flow.dims
 
     @abstractmethod
-    def encode(self, x: Tensor, stack: Stack) -> None:
-        """Puts images, uint8 `(B, C, H, W)`, onto the stack.
+    def encode(self, x: Tensor, stack: Stack, sides: Tensor | None = None) -> None:
+        """Puts images, uint8 `(B, C, H, W)`, onto the stack. They are turned to `sides` `(B,)`, by
+        default to the first one.
 
         Raises `Uncodable` and `Exhausted`, after which the stack is useless.
         """
 
     @abstractmethod
-    def decode(self, count: int, stack: Stack) -> Tensor:
+    def decode(self, count: int, stack: Stack, sides: Tensor | None = None) -> Tensor:
         """The inverse of `encode`: takes images off the stack, uint8 `(count, C, H, W)`.
 
         It may raise almost anything if it computes other numbers than `encode` did.
@@ -161,7 +163,7 @@ class Codec(Coder):
         self.edges = whole(edges, DATA_BITS)
         self.flow = rule(flow.bijection, DATA_BITS)
 
-    def encode(self, x: Tensor, stack: Stack) -> None:
+    def encode(self, x: Tensor, stack: Stack, sides: Tensor | None = None) -> None:
         stack.push_normal(self._latents(x, stack), DATA_BITS, LATENT_REACH)
 
     def _latents(self, x: Tensor, stack: Stack) -> Tensor:
@@ -173,7 +175,7 @@ class Codec(Coder):
         v = self.edges[group] + scale(y - (group << GROUP_BITS), *self._slope(group), stack)
         return self.flow.forward(v, None, stack)
 
-    def decode(self, count: int, stack: Stack) -> Tensor:
+    def decode(self, count: int, stack: Stack, sides: Tensor | None = None) -> Tensor:
         z = stack.pop_normal((count, self.dims), DATA_BITS, LATENT_REACH)
         v = self.flow.inverse(z, None, stack)
         require((v >= self.edges[0]) & (v < self.edges[-1]))
@@ -207,21 +209,25 @@ class DirectCodec(Coder):
         super().__init__(flow)
         self.layer = copy.deepcopy(layer).cpu().eval().requires_grad_(False)
 
-    def encode(self, x: Tensor, stack: Stack) -> None:
-        for choice, probabilities in reversed(self._choices(x)):
+    def encode(self, x: Tensor, stack: Stack, sides: Tensor | None = None) -> None:
+        for choice, probabilities in reversed(self._choices(x, sides)):
             stack.push_choice(choice, probabilities)
 
-    def decode(self, count: int, stack: Stack) -> Tensor:
+    def decode(self, count: int, stack: Stack, sides: Tensor | None = None) -> Tensor:
         def next_level(entry: Entry, index: int) -> Tensor:
             group = stack.pop_choice(_probabilities(entry.groups()))
             return entry.join(group, stack.pop_choice(_probabilities(entry.within(group))))
 
-        return self.layer.in_order(next_level, count).to(torch.uint8)
+        return self.layer.in_order(next_level, count, self._context(sides)).to(torch.uint8)
 
     def fingerprint(self, x: Tensor) -> int:
         return checksum(torch.cat([part.flatten() for _, part in self._choices(x)]))
 
-    def _choices(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _context(self, sides: Tensor | None) -> Tensor | None:
+        orders = self.layer.conditioner.orders
+        return None if sides is None or orders == 1 else order_context(sides, orders).float()
+
+    def _choices(self, x: Tensor, sides: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """The choices `(B,)` of the images, and the probabilities of their options `(B, N)`."""
         levels = x.flatten(1).T.long().contiguous()
         choices = []
@@ -232,7 +238,7 @@ class DirectCodec(Coder):
             choices.append((inner, _probabilities(entry.within(group))))
             return levels[index]
 
-        self.layer.in_order(next_level, len(x))
+        self.layer.in_order(next_level, len(x), self._context(sides))
         return choices
 
 

@@ -97,7 +97,7 @@ def compress(
     else:
         names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
-    sides = ", each as the likelier of its two sides, and a bit for that" if mirror else ""
+    sides = f", each from the likeliest of its {loaded.flow.sides} sides" if mirror else ""
     console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights){sides}")
     with ProgressBar("scoring") as bar:
         prepared = prepare(loaded, x, bar)

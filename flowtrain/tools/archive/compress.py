@@ -1,6 +1,5 @@
 """A lossless archive of images, coded with a flow or stored in strips, whichever is smaller."""
 
-import copy
 import functools
 import math
 import os
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.orders import turn_each
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.data.splits import Split
 from flowtrain.evaluation.score import score
-from flowtrain.flow.mirror import turn
 from flowtrain.system.console import duration, silent
 from flowtrain.system.threads import one_thread
 from flowtrain.tools.archive import format as archive
@@ -52,10 +51,10 @@ class Prepared:
     coder: Coder
     probe: int
     images: Tensor
-    # Bits of each image, `(N,)`: the single-draw bound that `evaluate` computes. With `mirror` it
-    # is the bound of the likelier side, and a bit for the choice.
+    # Bits of each image, `(N,)`: the single-draw bound that `evaluate` computes. With several sides
+    # it is the bound of the likeliest one, and the bits for the choice.
     bound: Tensor
-    sides: Tensor  # which images are coded as their mirror images, bool `(N,)`
+    sides: Tensor  # from which each image is coded, int64 `(N,)`
     # The images worth coding: one whose bound exceeds its raw size is better stored.
     promising: list[int]
     expected: Estimate | None  # None if none can be coded
@@ -70,17 +69,16 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> 
     with one_thread():
         coder = coder_of(model.flow)
         probe = coder.probe()
-    flow = copy.copy(model.flow)
-    flow.mirror = False  # of a side alone
-    sides = torch.cat([images, images.flip(-1)]) if model.flow.mirror else images
-    split = Split(sides.numpy(), np.arange(len(sides)), 0)
-    bits = score(flow, split, progress=progress).log_prob / -math.log(2)
-    bound, side = bits.view(-1, len(images)).min(dim=0)
-    bound += model.flow.mirror
+    split = Split(images.numpy(), np.arange(len(images)), 0)
+    scores = [
+        score(model.flow, split, side=side, progress=progress) for side in range(model.flow.sides)
+    ]
+    bound, sides = torch.stack([each.log_prob / -math.log(2) for each in scores]).min(dim=0)
+    bound += math.log2(model.flow.sides)
     promising = (bound < coder.dims * math.log2(coder.num_bins)).nonzero()[:, 0].tolist()
     with one_thread():
         expected = estimate(coder, images[promising[: coder.chunk]])
-    return Prepared(model, coder, probe, images, bound, side == 1, promising, expected)
+    return Prepared(model, coder, probe, images, bound, sides, promising, expected)
 
 
 def choose(
@@ -101,9 +99,9 @@ def choose(
     the coding.
     """
     images, bound, promising = prepared.images, prepared.bound, prepared.promising
-    mirror = prepared.model.flow.mirror
-    if mirror:
-        images = turn(images.clone(), prepared.sides)
+    sides = prepared.model.flow.sides
+    if sides > 1:
+        images = turn_each(images.clone(), prepared.sides)
     without = math.inf if plain is None else len(_pack(prepared, names, [], plain, b""))
     embedded = checkpoint_format.encoded(*prepared.model.alone()) if embed else b""
     number = -(-len(promising) // (stream_size or prepared.coder.stream))  # of streams
@@ -121,7 +119,9 @@ def choose(
         started = time.perf_counter()
         tasks = [
             functools.partial(
-                encode_stream, prepared.coder, images, part.tolist(), expected.borrowed
+                encode_stream,
+                *(prepared.coder, images, part.tolist(), expected.borrowed),
+                sides=prepared.sides,
             )
             for part in np.array_split(np.array(promising), number)
         ]
@@ -141,7 +141,7 @@ def choose(
         stored=len(_not_in(streams, len(images))),
         carriers=sum(stream.described.carriers for stream in streams),
         coded=len(coded),
-        net_bits=sum(stream.net_bits for stream in streams) + mirror * len(coded),
+        net_bits=sum(stream.net_bits for stream in streams) + archive.side_bits(sides, len(coded)),
         bound_bits=(bound[coded] if coded else bound).sum().item(),
         initial_bits=sum(stream.initial_bits for stream in streams),
         seconds=seconds,
@@ -192,9 +192,9 @@ def _pack(
         description["checked"] = checked
     checksums = np.array([archive.checksum(part) for part in images.split(checked)], "<u4")
     parts = [checksums.tobytes(), *stored]
-    if streams and model.flow.mirror:
-        description["mirror"] = True
-        parts[0] += np.packbits(prepared.sides.numpy()).tobytes()
+    if streams and model.flow.sides > 1:
+        description["sides"] = model.flow.sides
+        parts[0] += archive.packed_sides(prepared.sides, model.flow.sides)
     if streams:
         hashed = bytes.fromhex(model_hash(model)[: archive.HASH_DIGITS])
         parts[0] += archive.IDENTITY.pack(hashed, prepared.probe)

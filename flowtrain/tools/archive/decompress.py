@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.orders import turn_each
 from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.errors import UserError, cut, short
-from flowtrain.flow.mirror import turn
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
 from flowtrain.system.files import read_regular
@@ -105,13 +105,13 @@ class Opened:
         number = -(-described.images // described.checked)
         checksums = np.frombuffer(self.parts[0], "<u4", count=number).tolist()
         found = torch.empty(described.images, *described.shape, dtype=torch.uint8)
+        packed = self.parts[0][4 * number :][: described.side_bytes]
+        sides = archive.unpacked_sides(packed, described.sides, len(found))
         self._read_stored(found)
         if self.streams:
             assert model is not None
-            self._decode(found, model, progress)
-        if described.mirror:
-            packed = np.frombuffer(self.parts[0], "u1", described.side_bytes, 4 * number)
-            turn(found, torch.from_numpy(np.unpackbits(packed, count=len(found))))
+            self._decode(found, sides, model, progress)
+        turn_each(found, sides, back=True)
         pairs = zip(found.split(described.checked), checksums, strict=True)
         wrong = sum(len(part) for part, known in pairs if archive.checksum(part) != known)
         if wrong:
@@ -141,12 +141,12 @@ class Opened:
                 f"{self.path}: an image that is stored in it cannot be read ({short(error)})"
             ) from None
 
-    def _decode(self, found: Tensor, model: LoadedModel, progress: Progress) -> None:
+    def _decode(self, found: Tensor, sides: Tensor, model: LoadedModel, progress: Progress) -> None:
         """Writes the images of the streams to their places in `found`."""
 
         def decode(places: list[int], coder: Coder, index: int, tick: Tick) -> None:
             words = words_of(self.parts[first + index])
-            found[places] = decode_stream(coder, words, self.streams[index], tick)
+            found[places] = decode_stream(coder, words, self.streams[index], tick, sides[places])
 
         first = 1 + len(self.description.strips)
         stored = set(self.description.stored)

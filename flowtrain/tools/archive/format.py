@@ -7,7 +7,7 @@ archive of one image is no larger than a PNG of it. It gives the shape, the leve
 chunks of the streams, and the lengths of all parts but the last.
 
 The first part holds the images' checksums and, if there are streams, the identity of the model.
-With `mirror`, a bit for each image is between them: 1 if its mirror image is in the archive. The
+With several `sides`, the bits of each image's side are between them (see `packed_sides`). The
 strips follow (see `strips.py`), then the streams, and then the embedded model, if there is one.
 """
 
@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
@@ -35,6 +37,24 @@ HASH_DIGITS = 16  # of `checkpoints.load.model_hash`
 # The model of the streams: its hash, and what it computes (`Coder.probe`). These bytes do not
 # shrink if they are deflated.
 IDENTITY = struct.Struct(f"<{HASH_DIGITS // 2}sI")
+
+
+def side_bits(sides: int, images: int) -> int:
+    """The bits that choose one of the `sides` of each image."""
+    return (sides - 1).bit_length() * images
+
+
+def packed_sides(chosen: Tensor, sides: int) -> bytes:
+    """The bits of the sides `(N,)` of images, the lowest of each side first."""
+    bits = chosen[:, None] >> torch.arange(side_bits(sides, 1)) & 1
+    return np.packbits(bits.numpy().astype(np.uint8)).tobytes()
+
+
+def unpacked_sides(data: bytes, sides: int, images: int) -> Tensor:
+    """The inverse of `packed_sides`, int64 `(N,)`."""
+    count = side_bits(sides, images)
+    bits = torch.from_numpy(np.unpackbits(np.frombuffer(data, "u1"), count=count)).long()
+    return (bits.view(images, -1) << torch.arange(side_bits(sides, 1))).sum(dim=1)
 
 
 class StreamDescription(BaseModel):
@@ -72,7 +92,7 @@ class Description(BaseModel):
     streams: list[StreamDescription] = []
     stored: list[int] = []
     checked: PositiveInt = 1  # images with one checksum; the last one may have fewer
-    mirror: bool = False  # whether a bit for each image states which of its sides is here
+    sides: Literal[1, 2, 4, 8] = 1  # of which bits for each image choose the one that is here
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
     versions: dict[str, str] = {}
@@ -87,7 +107,7 @@ class Description(BaseModel):
     @property
     def side_bytes(self) -> int:
         """The bytes of the bits for the images' sides."""
-        return -(-self.images // 8) if self.mirror else 0
+        return -(-side_bits(self.sides, self.images) // 8)
 
     @property
     def memory(self) -> int:

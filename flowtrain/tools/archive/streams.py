@@ -81,18 +81,20 @@ def estimate(coder: Coder, images: Tensor) -> Estimate | None:
 
 
 def encode_stream(
-    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick
+    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick, sides: Tensor
 ) -> EncodedStream:
-    """Codes the images at these indices, without uncodable ones. `borrowed` is an estimate."""
+    """Codes the images at these indices, without uncodable ones. `borrowed` is an estimate. All
+    `images` `(N, C, H, W)` are turned to their `sides` `(N,)`.
+    """
     while True:
         try:
-            return _encode_stream(coder, images, indices, borrowed, tick)
+            return _encode_stream(coder, images, indices, borrowed, tick, sides)
         except Exhausted:  # one image borrowed more than the carriers have
             borrowed = borrowed * 5 // 4
 
 
 def _encode_stream(
-    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick
+    coder: Coder, images: Tensor, indices: list[int], borrowed: int, tick: Tick, sides: Tensor
 ) -> EncodedStream:
     carriers, blob = 0, b""
     while 8 * len(blob) < borrowed and carriers < min(len(indices), MOST_CARRIERS):
@@ -110,7 +112,7 @@ def _encode_stream(
         while chunk:
             attempt = stack.copy()
             try:
-                coder.encode(images[chunk], attempt)
+                coder.encode(images[chunk], attempt, sides[chunk])
             except Uncodable as error:
                 bad = {index for index, flag in zip(chunk, error.images, strict=True) if flag}
                 chunk = [index for index in chunk if index not in bad]
@@ -133,16 +135,17 @@ def _encode_stream(
 
 
 def decode_stream(
-    coder: Coder, words: np.ndarray, described: StreamDescription, tick: Tick
+    coder: Coder, words: np.ndarray, described: StreamDescription, tick: Tick, sides: Tensor
 ) -> Tensor:
-    """The images of a stream, uint8 `(N, C, H, W)`.
+    """The images of a stream, uint8 `(N, C, H, W)`, turned to their `sides` `(N,)`.
 
     If the model computes other numbers than before, this raises, or the images are wrong.
     """
     stack = Stack(words, again=True)
     parts = []
-    for count in reversed(described.chunks):
-        parts.append(coder.decode(count, stack))
+    of_chunks = sides[described.carriers :].split(described.chunks)
+    for count, of_chunk in reversed(list(zip(described.chunks, of_chunks, strict=True))):
+        parts.append(coder.decode(count, stack, of_chunk))
         tick(count)
     blob = stack.first_words().astype("<u4").tobytes()[: described.carrier_bytes]
     if described.carriers:

@@ -133,7 +133,7 @@ def _print(comparison: "Comparison") -> None:
     from rich import box
     from rich.table import Table
 
-    from flowtrain.flow.mirror import MIXTURE
+    from flowtrain.flow.sides import mixture
     from flowtrain.pictures.lossless import coders
     from flowtrain.system.console import console
     from flowtrain.tools.ood.results import mean_of
@@ -161,8 +161,8 @@ def _print(comparison: "Comparison") -> None:
         f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} images. "
         f"Complexity: the shorter code of {' and '.join(coders())}."
     )
-    if comparison.model.flow.mirror:
-        console.print(f"p(x) is {MIXTURE}.")
+    if comparison.model.flow.sides > 1:
+        console.print(f"p(x) is {mixture(comparison.model.flow.sides)}.")
     if kind.no_bits:
         console.print(
             f"No bits/dim: {kind.no_bits}. Complexity-corrected scores are known up to a constant."

@@ -30,7 +30,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     model, reference = comparison.model, comparison.reference
     return {
         "unit": reference.kind.unit,
-        **({"mirror": True} if model.flow.mirror else {}),
+        **({"sides": model.flow.sides} if model.flow.sides > 1 else {}),
         "in": _described(comparison.inside),
         "out": [
             {

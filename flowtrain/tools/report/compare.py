@@ -10,6 +10,7 @@ from flowtrain.checkpoints import record
 from flowtrain.checkpoints.record import Record
 from flowtrain.config import differences
 from flowtrain.errors import cut
+from flowtrain.flow.sides import mixture
 from flowtrain.results import Evaluation, Row, Summary
 from flowtrain.tools.report import charts
 
@@ -27,7 +28,7 @@ TEST_FIGURES = (
     *("unit", "loss", "loss_stderr", "bits_per_dim", "bits_per_dim_stderr"),
     *("nats_per_image", "nats_per_image_stderr", "sigma"),
     *("bound", "draws", "num_images", "sampling", "split", "dataset", "edition"),
-    *("weights", "step", "given", "mirror"),
+    *("weights", "step", "given", "sides"),
 )
 
 
@@ -160,8 +161,8 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             if figure is None:
                 continue
             its = f"{own.run}: its {name} figure is"
-            if figure.mirror:
-                yield f"{its} of the mixture of each image and its mirror image"
+            if figure.sides > 1:
+                yield f"{its} {mixture(figure.sides)}"
             if figure.dataset != own.data:
                 yield f"{its} of other data than its own ({figure.dataset})"
             elif figure.step != evaluated:

@@ -23,8 +23,8 @@ from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
 from flowtrain.flow.flow import Flow
-from flowtrain.flow.mirror import MIXTURE
 from flowtrain.flow.passes import fitting_batch_size
+from flowtrain.flow.sides import mixture
 from flowtrain.latents.nearest import nearest_images
 from flowtrain.latents.paths import interpolate
 from flowtrain.pictures import conditional, draw, grid
@@ -180,7 +180,7 @@ def page(
         seed=seed,
         temperatures=temperatures,
         values=flow.kind.words,
-        mixture=MIXTURE,
+        mixture=mixture,
         never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
     )

@@ -202,7 +202,7 @@ def test_an_archive_of_a_causal_flow_is_little_larger_than_its_streams(causal, t
     assert path.stat().st_size - sum(map(len, found.parts)) < 180
     damaged = x.clone()
     damaged[149, 0, 0, 0] += 1
-    found._decode = lambda images, model, progress: images.copy_(damaged)
+    found._decode = lambda images, *others: images.copy_(damaged)
     with pytest.raises(UserError, match="22 of 150 images do not match their checksums"):
         found.images(causal)
 
@@ -213,13 +213,13 @@ def test_the_likelier_side_is_coded_with_a_bit_for_it(kind, model, digits, causa
     x[::2] = x[::2].flip(-1)
     x = torch.cat([x, images(7, x.shape[1:], used.flow.num_bins)])  # noise is stored
     both = dataclasses.replace(used, flow=copy.copy(used.flow))
-    both.flow.mirror = True
+    both.flow.sides = 2
     plain, result, prepared = made(used, x), made(both, x), compress.prepare(both, x)
     found, other = opened(tmp_path / "a", result.data), opened(tmp_path / "b", plain.data)
     assert torch.equal(found.images(used), x) and torch.equal(other.images(used), x)
     assert 0.2 * len(x) < prepared.sides.sum() < 0.8 * len(x)
     assert len(found.parts[0]) - len(other.parts[0]) == len(x) // 8 + 1
-    assert "mirror" not in other.description.model_fields_set
+    assert "sides" not in other.description.model_fields_set
     assert len(result.data) < len(plain.data)
     if kind == "causal":
         bits = [compress.prepare(used, side).bound for side in (x, x.flip(-1))]
@@ -229,7 +229,21 @@ def test_the_likelier_side_is_coded_with_a_bit_for_it(kind, model, digits, causa
         assert abs(result.net_bits - result.bound_bits) < 64 + 0.001 * result.bound_bits
     assert prepared.sides[-7:].any() and result.stored == 7
     stored = opened(tmp_path / "c", made(both, x[-7:]).data)
-    assert torch.equal(stored.images(None), x[-7:]) and not stored.description.mirror
+    assert torch.equal(stored.images(None), x[-7:]) and stored.description.sides == 1
+
+
+def test_each_image_is_coded_in_its_likeliest_order(tmp_path):
+    x = torch.cat([faint(100), images(9, (3, 4, 4))])  # noise is stored
+    used = loaded(causal_flow((3, 4, 4), scale=0.1, x=faint(64), orders=8))
+    alone = compress.prepare(used, x)
+    used.flow.sides = 8
+    prepared, result = compress.prepare(used, x), made(used, x)
+    found = opened(tmp_path / "a", result.data)
+    assert torch.equal(found.images(used), x) and result.stored == 9
+    assert len(found.parts[0]) == 4 + archive.IDENTITY.size + -(-3 * len(x) // 8)
+    assert prepared.sides.max() > 3 and prepared.sides.unique().numel() > 4
+    assert (prepared.bound < alone.bound + 3 + 1e-3).all()
+    assert abs(result.net_bits - result.bound_bits) < 64 + 0.001 * result.bound_bits
 
 
 @pytest.mark.parametrize("torch_version, most", [("2.13.0+cpu", 45), ("2.15.0+cu132", 60)])

@@ -139,7 +139,8 @@ def test_crafted_streams_are_one_error(coded, tmp_path):
         *({"streams": [{**first, "carriers": first["carriers"] + i}, *others]} for i in (-1, 1)),
         {"model": None},
         {"versions": {}},
-        {"mirror": True},
+        {"sides": 2},
+        {"sides": 3},
     ):
         with pytest.raises(UserError, match="not a valid archive"):
             opened(tmp_path / "a", repacked(data, **changes))

@@ -21,9 +21,12 @@ pytest.importorskip("constriction")
 
 def round_trip(coder: Coder, x: torch.Tensor, borrowed: int) -> EncodedStream:
     ticks: list[int] = []
-    stream = encode_stream(coder, x, list(range(len(x))), borrowed, ticks.append)
+    sides = torch.zeros(len(x), dtype=torch.long)
+    stream = encode_stream(coder, x, list(range(len(x))), borrowed, ticks.append, sides)
     assert len(set(stream.images)) == len(stream.images) and sum(ticks) >= len(x)
-    back = decode_stream(coder, stream.words, stream.described, lambda count: None)
+    back = decode_stream(
+        coder, stream.words, stream.described, lambda count: None, sides[stream.images]
+    )
     assert torch.equal(back, x[stream.images])
     return stream
 

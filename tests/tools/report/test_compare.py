@@ -47,7 +47,7 @@ def test_the_table_has_the_figures_of_the_files(here):
     expected |= {"images_per_second": 7.0, "validation": 3.125, "validation_step": 4}
     assert {key: value for key, value in a.items() if key in expected} == expected
     absent = ["nats_per_image_stderr", "sampling", "edition", "sigma", "given"]
-    assert a["test"].items() <= {**TEST, **dict.fromkeys(absent), "mirror": False}.items()
+    assert a["test"].items() <= {**TEST, **dict.fromkeys(absent), "sides": 1}.items()
     assert a["mirror"] is None
     assert a["test"]["bits_per_dim"] == 3.25
     assert b["test"] is None and b["validation"] is None
@@ -68,7 +68,7 @@ def test_the_table_fits_a_terminal_of_eighty_columns(here):
 
 @pytest.mark.run
 def test_figures_of_the_mirror_mixture_have_a_column(here):
-    both = {**TEST, "mirror": True, "loss": 3.125, "step": 2}
+    both = {**TEST, "sides": 2, "loss": 3.125, "step": 2}
     (a_run(here / "a") / "evaluate-mirror-test.json").write_text(json.dumps(both))
     a_run(here / "b")
     done = quick("compare", "a", "b", "--json", "table.json", cwd=here).ok()
@@ -76,10 +76,10 @@ def test_figures_of_the_mirror_mixture_have_a_column(here):
     titles = next(line for line in done.out.splitlines() if "validation" in line).split()
     assert titles.index("mirror") > titles.index("test")
     assert [("3.1250 +- 0.0125" in " ".join(line)) for line in lines] == [True, False]
-    mixture = "a: its mirror figure is of the mixture of each image and its mirror image"
+    mixture = "a: its mirror figure is the mean over the image and its mirror image"
     assert mixture in done.out and "flowtrain evaluate a --mirror brings it up" in done.out
     a, b = json.loads((here / "table.json").read_text())["runs"]
-    assert a["mirror"]["loss"] == 3.125 and a["mirror"]["mirror"] and not a["test"]["mirror"]
+    assert a["mirror"]["loss"] == 3.125 and a["mirror"]["sides"] == 2 and a["test"]["sides"] == 1
     assert b["mirror"] is None
 
 

@@ -1,4 +1,4 @@
-"""The mixture of an image and its mirror image: its likelihoods and samples, and who has it."""
+"""The mixture over the sides of an image: its likelihoods and samples, and who has it."""
 
 import math
 
@@ -7,9 +7,11 @@ import torch
 from helpers import a_config, images, seeded, tiny_flow
 
 import flowtrain
-from flowtrain.checkpoints.load import _require_flips
+from flowtrain.bijections.orders import turned
+from flowtrain.checkpoints.load import _sides
 from flowtrain.errors import UserError
 from flowtrain.pictures.sample import sample
+from flowtrain.training.loss import Loss
 
 SHAPE = (3, 4, 4)
 OF_SMALL = {"context": "downsample", "context_factor": 2}
@@ -36,7 +38,7 @@ def test_the_likelihood_is_the_mean_of_both_sides(model, options):
     plain = [flow(*side) for side in sides]
     given = [flow(*side, labels).total for side in sides]
     assert (plain[0].total - plain[1].total).abs().min() > 1e-3 and "mirror" not in repr(flow)
-    flow.mirror = True
+    flow.sides = 2
     assert "the mean over the image and its mirror image, in bits/dim" in repr(flow)
     for side in sides:
         found = flow(*side)
@@ -52,7 +54,7 @@ def test_samples_have_probabilities_that_add_up_to_one(options):
     """Of all images of two pixels with three levels."""
     flow = tiny_flow("causal", (1, 1, 2), 3, scale=1.0, **options)
     plain = flow.sample(100, generator=seeded())
-    flow.mirror = True
+    flow.sides = 2
     every = torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(9, 1, 1, 2).byte()
     probability = flow.log_prob(every).detach().exp()
     assert probability.sum().item() == pytest.approx(1, abs=1e-5)
@@ -61,6 +63,40 @@ def test_samples_have_probabilities_that_add_up_to_one(options):
     expected = len(x) * probability
     assert ((found - expected).abs() < 5 * expected.sqrt()).all()  # standard deviations
     assert torch.equal(x[:100].sum(dim=-1), plain.sum(dim=-1))  # the same ones, or turned
+
+
+def test_all_orders_of_a_model_are_one_distribution():
+    """Of all images of 2x2 pixels with two levels. Each order has its own distribution."""
+    flow = tiny_flow("causal", (1, 2, 2), 2, scale=0.5, orders=8)
+    every = torch.cartesian_prod(*[torch.arange(2)] * 4).view(16, 1, 2, 2).byte()
+    noise = torch.zeros(every.shape)
+    with torch.no_grad():
+        each = torch.stack([flow(turned(every, k), noise, side=k).total for k in range(8)])
+        torch.testing.assert_close(each[0], flow.log_prob(every))
+        assert (each.std(dim=0) > 1e-3).all() and "orders" not in repr(flow)
+        torch.testing.assert_close(each.exp().sum(dim=1), torch.ones(8))
+        flow.sides = flow.orders
+        assert "the mean over 8 orders of the image" in repr(flow)
+        probability = flow.log_prob(every).exp()
+        torch.testing.assert_close(probability, each.exp().mean(dim=0))
+    x = sample(flow, 4000, [1.0], 0)
+    found = (x == every[:, None]).flatten(2).all(dim=2).sum(dim=1)
+    expected = len(x) * probability
+    assert ((found - expected).abs() < 5 * expected.sqrt()).all()  # standard deviations
+
+
+def test_a_training_step_draws_an_order_for_each_image():
+    """The loss of each image is that of one of its sides, all equally often."""
+    flow = tiny_flow("causal", SHAPE, orders=4)
+    x = images(400, SHAPE)
+    noise = torch.rand(x.shape, generator=seeded())
+    each = torch.stack([flow(turned(x, k), turned(noise, k), side=k).total for k in range(4)])
+    total = flow(x, noise, executor=Loss(flow, a_config().train).executor).total
+    near = (total - each).abs() < 1e-3  # of sums of rounded logs, which differ by whole nats
+    assert (near.sum(dim=0) == 1).all()
+    assert (near.sum(dim=1) - 100).abs().max() < 5 * math.sqrt(400 * 0.25 * 0.75)
+    total.sum().backward()
+    assert flow.bijection.conditioner.of_orders.weight.grad.abs().min() > 0
 
 
 def by_seed(flow, count, contexts):
@@ -79,7 +115,7 @@ def test_samples_take_a_side_by_their_latents(drawn):
     contexts = images(2, (3, 2, 2))
     kept = contexts.clone()
     plain, other = drawn(flow, 20, contexts), drawn(flow, 20, contexts.flip(-1)).flip(-1)
-    flow.mirror = True
+    flow.sides = 2
     x = drawn(flow, 20, contexts)
     is_plain, is_other = (
         (x == each).flatten(-3).all(dim=-1).view(20, -1) for each in (plain, other)
@@ -93,12 +129,12 @@ def test_samples_take_a_side_by_their_latents(drawn):
 
 def test_a_model_trained_with_flips_has_it():
     flow = flowtrain.load("causal_cifar_small", "cpu", mirror=True)
-    assert flow.mirror and not flowtrain.load("causal_cifar_small", "cpu").mirror
+    assert flow.sides == 2 and flowtrain.load("causal_cifar_small", "cpu").sides == 1
     with pytest.raises(UserError, match="trained without mirror images .data.flip is null, data.n"):
         flowtrain.load("glow_digits", "cpu", mirror=True)
     with pytest.raises(UserError, match="--mirror: the model is of real values"):
         flowtrain.load("two_moons", "cpu", mirror=True)
     flow = tiny_flow("glow")
-    _require_flips(flow, a_config(data={"name": "cifar10", "root": "nowhere"}))
+    assert _sides(flow, a_config(data={"name": "cifar10", "root": "nowhere"})) == 2
     with pytest.raises(UserError, match="--mirror: data.flip is null, so it depends on the data"):
-        _require_flips(flow, a_config(data={"name": "npz", "path": "nowhere.npz"}))
+        _sides(flow, a_config(data={"name": "npz", "path": "nowhere.npz"}))
