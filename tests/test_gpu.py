@@ -40,7 +40,7 @@ SMALL = {
     # Every kind of block.
     "causal_digits.yaml": [
         *("model.blocks=2", "model.attention=1", "model.pixel_attention=true"),
-        *("model.downsample=1", *SHORT),
+        *("model.downsample=1", "model.orders=8", "data.flip=false", *SHORT),
     ],
 }
 OF_DIGITS = ["data.name=digits", "model.patch=2", *SHORT]

@@ -8,17 +8,17 @@ from torch.nn import functional as F
 def turned(x: Tensor, side: int) -> Tensor:
     """Images `(..., H, W)` from one of their sides 0 to 7, a view or a copy.
 
-    The bits of `side` are: mirrored, then transposed, then upside down.
+    The bits of `side` are: mirrored, then upside down, then transposed.
     """
     x = x.flip(-1) if side & 1 else x
-    x = x.transpose(-1, -2) if side & 2 else x
-    return x.flip(-2) if side & 4 else x
+    x = x.flip(-2) if side & 2 else x
+    return x.transpose(-1, -2) if side & 4 else x
 
 
 def turned_back(x: Tensor, side: int) -> Tensor:
     """The inverse of `turned`."""
-    x = x.flip(-2) if side & 4 else x
-    x = x.transpose(-1, -2) if side & 2 else x
+    x = x.transpose(-1, -2) if side & 4 else x
+    x = x.flip(-2) if side & 2 else x
     return x.flip(-1) if side & 1 else x
 
 

@@ -76,7 +76,7 @@ def build(
             mixture, and less room for the rounding of float32 between `encode` and `decode`.
         orders: Number of orders in which the model learns to read an image, by turned copies of it,
             each with a vector of its own (Jun et al. 2020, "distribution augmentation"). They are
-            raster order, then mirrored; 4 are also transposed, and 8 upside down. The model itself
+            raster order, then mirrored; 4 are also upside down, and 8 transposed. The model itself
             has raster order, and its mixture (`--mirror`) has all.
 
     Raises:
@@ -109,10 +109,10 @@ def build(
         raise UserError(
             f"model.orders: {orders}, but the networks see a class or a context: leave it at 1"
         )
-    if orders > 2 and shape[1] != shape[2]:
+    if orders > 4 and shape[1] != shape[2]:
         raise UserError(
             f"model.orders: {orders} has transposed images, and these are not square "
-            f"({shape[1]}x{shape[2]}): at most 2"
+            f"({shape[1]}x{shape[2]}): at most 4"
         )
     seen = Window(window, window, ahead=0)
     mixture = DiscretizedMixture(num_bins, components, uniform)

@@ -130,6 +130,12 @@ def test_the_order_of_blocks(blocks, attention, downsample, order):
         assert AttentionBlock(width).heads == heads
 
 
+def test_eight_orders_need_square_images():
+    causal.build((1, 4, 6), 17, orders=4)
+    with pytest.raises(UserError, match="model.orders: 8 has transposed images.*4x6.*at most 4"):
+        causal.build((1, 4, 6), 17, orders=8)
+
+
 def test_without_a_class_it_sees_the_mean_of_all_and_needs_three_rows_to_downsample():
     net = causal.build((1, 4, 4), 17, classes=4, width=6, blocks=1).conditioner
     torch.testing.assert_close(net.added(None), net.added(torch.full((1, 4), 0.25)))
