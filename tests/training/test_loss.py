@@ -44,7 +44,10 @@ MODELS = {
     "maf": ({"name": "maf", **TINY["maf"]}, 2, 256, {}, NO_INVERSE),
     "causal": ({**CAUSAL, "classes": 3}, 4, 16, {}, NO_INVERSE),
     "attention": ({**CAUSAL, **ATTENTION}, 6, 16, {}, NO_INVERSE),
-    "pixels": ({**CAUSAL, **ATTENTION, "pixel_attention": True}, 6, 16, {}, NO_INVERSE),
+    "pixels": (
+        {**CAUSAL, **ATTENTION, "pixel_attention": True, "orders": 8},
+        *(6, 16, {}, NO_INVERSE),
+    ),
     "tarflow": ({"name": "tarflow", **TINY["tarflow"], "classes": 3}, 4, 16, {}, NO_INVERSE),
     "jet": ({"name": "jet", **TINY["jet"]}, 4, 16, {}, BOTH),
     "sphere": (SPHERE, None, None, {}, BOTH),
@@ -68,7 +71,8 @@ def made(model, mode="store", precision="fp32", **train):
     section, side, levels, dequantization, _ = MODELS[model]
     shape = (1, side, side) if side else (3, 1, 1)
     train = {"memory": mode, "precision": precision, **train}
-    config = a_config(section, train=train, dequantization=dequantization)
+    data = {"flip": False}  # for the orders
+    config = a_config(section, data, train=train, dequantization=dequantization)
     flow = perturb(build_flow(config, shape, levels))
     x = flow.kind.random((16, *shape), seeded())
     initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
