@@ -1,9 +1,9 @@
 """The first ten minutes of a new user: runs commands of the README, and prints a timeline.
 
 `python benchmarks/newcomer.py` clones the repository, makes a virtual environment, and runs there
-the first commands of the README, and then the examples that need nothing but the demo. `--busy 2`
-keeps two processes busy meanwhile. `--packages-here` lets the new environment see the packages of
-this one, because a download of torch may take longer than all the rest.
+the examples of the README, from top to bottom. `--busy 2` keeps two processes busy meanwhile.
+`--packages-here` lets the new environment see the packages of this one, because a download of torch
+may take longer than all the rest.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 from common import busy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DEMO = "runs/glow_digits"
 SHOWN = 15  # lines of the output of a command that fails
 
 
@@ -47,23 +46,10 @@ def main() -> None:
 
 
 def commands(readme: str) -> list[str]:
-    """The commands of the first block of code, and the examples that need nothing but the demo, or
-    one of the trained models.
-    """
-    lines = [re.split(r"\s{2,}#", line)[0].strip() for line in readme.splitlines()]
-    indented = [line.startswith("    ") for line in readme.splitlines()]
-    first = indented.index(True)
-    found = [line for line in lines[first : first + indented[first:].index(False)] if line]
-    examples = lines[lines.index("## The commands, by example") :]
-    examples = examples[: examples.index("## Configurations")]
-    needs_more = re.compile(r"photos|hf:|\.png|runs/(?!glow_digits)|--config|browser")
-    for line in examples:
-        about_demo = DEMO in line or re.match(r"flowtrain (list|info|decompress)\b", line)
-        if line.startswith("flowtrain ") and about_demo and not needs_more.search(line):
-            if line.startswith("flowtrain compress"):
-                found.append("pip install constriction")
-            found.append(line)
-    return found
+    """The story of the README, after the installation with its extras. A browser is left out."""
+    story = readme.partition("## By example")[2].partition("## ")[0]
+    found = re.findall(r"^    (flowtrain .*?)(?:\s{2,}#.*)?$", story, re.MULTILINE)
+    return ["pip install .[compress]", *(line for line in found if " explore " not in line)]
 
 
 class Timeline:

@@ -23,17 +23,16 @@ from flowtrain.tools.explore.accounts import account
 MODEL = "glow_mnist_conditional"
 STEPS = 24
 OUT = Path(__file__).with_name("first_screen.gif")
-EDGE = 0.05  # bits/dim, beyond which the colours of the map do not change
+COLOURS = {"vmin": -2, "vmax": 12}  # bits of a pixel
 
 
 def frame(flow: Flow, image: Tensor, t: float) -> Image.Image:
     found = account(flow, image[None], torch.full((1, *flow.shape), 0.5))
-    bits = found.map / image[0].numel()  # the part of each pixel in the bits/dim of the image
     figure, axes = plt.subplots(1, 2, figsize=(3.6, 2.1), dpi=100)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.16, wspace=0.04)
     axes[0].imshow(image[0], cmap="gray")
-    axes[1].imshow(bits, cmap="inferno", vmin=-EDGE / 10, vmax=EDGE / 10)
-    for each, title in zip(axes, ("an image", "where its bits are"), strict=True):
+    axes[1].imshow(found.map, cmap="inferno", **COLOURS)
+    for each, title in zip(axes, ("an image", "bits of each pixel"), strict=True):
         each.set_title(title, fontsize=9, pad=3)
         each.axis("off")
     slider = figure.add_axes((0.1, 0.05, 0.55, 0.06))

@@ -16,6 +16,7 @@ from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.load import find, load_model, run_of
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
+from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 
 CPU = torch.device("cpu")
@@ -57,6 +58,17 @@ def test_a_card_is_true(name):
     first = data_of(model).split("test").at(np.arange(card.first))
     loss = mean_loss(model.flow, first, seed=0)
     assert loss == pytest.approx(card.loss_of_first, abs=2e-4)
+
+
+@every_model
+@pytest.mark.slow
+def test_a_figure_is_that_of_the_model(name):
+    """Of all test images. Processors differ in rounding, by less than the last digit."""
+    card, model = zoo.card_of(name), load_model(name, CPU)
+    found = evaluate(model, data_of(model), "test")[0]
+    assert (found.num_images, found.unit) == (card.images, card.unit)
+    assert found.loss == pytest.approx(card.loss, abs=5e-4)
+    assert found.loss_stderr == pytest.approx(card.error, abs=5e-4)
 
 
 @pytest.mark.run
