@@ -71,8 +71,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, _stop)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(hangup, _stop)
     # Operations that Apple's GPUs lack, such as the normal quantiles of variational dequantization,
     # run on the CPU. torch reads this variable when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
