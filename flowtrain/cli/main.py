@@ -26,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MEASURE, DRAW, FILES = "Train and measure", "Draw and edit", "Files"
+PANELS = ["Train and measure", "Draw and edit", "Check", "Files", "Share"]
+MEASURE, DRAW, _, FILES, _ = PANELS
 app.command(cls=train.Settings, epilog=train.EPILOG, rich_help_panel=MEASURE)(train.train)
 app.command(epilog=evaluate.EPILOG, rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("list", epilog=catalogue.EPILOG, rich_help_panel=MEASURE)(catalogue.catalogue)
@@ -38,6 +39,8 @@ app.command(epilog=decode.EPILOG, rich_help_panel=FILES)(decode.decode)
 # The folder of a tool has a module `command`.
 for path in sorted((Path(__file__).parents[1] / "tools").glob("*/command.py")):
     importlib.import_module(f"flowtrain.tools.{path.parent.name}.command").add_to(app)
+# `--help` shows the panels in the order of their first commands.
+app.registered_commands.sort(key=lambda each: PANELS.index(str(each.rich_help_panel)))
 
 
 def _print_version(value: bool) -> None:
