@@ -158,8 +158,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-# Windows locks bytes, and others cannot read them. No file that is locked here is that long.
-_LOCKED_BYTE = 2**30
+# Windows locks bytes, and others cannot read them. This one is the last of 2 GiB.
+_LOCKED_BYTE = 2**31 - 1
 _WAIT_SECONDS = 0.1  # between two attempts to lock
 
 
