@@ -1,6 +1,7 @@
 """A running server of the explorer, and requests to it that a browser would not send."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import socket
@@ -8,7 +9,6 @@ import threading
 import time
 
 import torch
-import uvicorn
 from helpers import a_config, seeded, tiny_flow
 
 from flowtrain.checkpoints.format import Checkpoint
@@ -29,6 +29,16 @@ def a_session(memory=MEMORY, name="glow_digits"):
     """The session of a trained model. Its data are not read yet."""
     model = load_model(name, torch.device("cpu"))
     return Session(model, name, lambda: DataSet(model.config.data), memory)
+
+
+def a_waiting_session():
+    """A session whose images would have to be downloaded first, and the folder for them."""
+    session = a_session()
+    data = DataSet(session.model.config.data)
+    data.test_images = dataclasses.replace(data.test_images, at_hand=lambda: False)
+    session._read_data = lambda: data
+    session.read_data()
+    return session, str(data.config.root)
 
 
 def class_session(folder, name="glow", options=()):
@@ -57,7 +67,8 @@ class Running:
         self.url = f"http://{self.host}/?token={TOKEN}"
         self.cookie = f"{guard.cookie_of(self.host)}={TOKEN}"
         application = server.app(session, self.worker, TOKEN)
-        self.server = uvicorn.Server(server.settings(application))
+        config = server.settings(application)
+        self.server = server.Server(config, lambda: None, self.worker.stop)
         self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
         self.thread.start()
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 
 import pytest
 from helpers import REPOSITORY
@@ -45,6 +46,16 @@ def test_it_reads_well_and_leads_to_pages_that_exist():
     links = re.findall(r"\]\(([^)#]+)", text)
     assert len(links) > 3 and [x for x in links if not (TOUR.parent / x).is_file()] == []
     assert "/home/" not in TOUR.read_text() and "http" not in "\n".join(code())
+
+
+def test_the_site_shows_it():
+    page_of = runpy.run_path(str(REPOSITORY / "docs" / "site.py"))["page_of"]
+    page = page_of(json.loads(TOUR.read_text(encoding="utf-8")))
+    outputs = [output for cell in cells("code") for output in cell["outputs"]]
+    assert all(f"```python\n{source}\n```" in page for source in code())
+    assert all("".join(output.get("text", "")) in page for output in outputs)
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert page.count("](data:image/png;base64,") == len(pictures)
 
 
 @pytest.mark.slow

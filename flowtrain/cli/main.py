@@ -26,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MEASURE, DRAW, FILES = "Train and measure", "Draw and edit", "Files"
+PANELS = ["Train and measure", "Draw and edit", "Check", "Files", "Share"]
+MEASURE, DRAW, _, FILES, _ = PANELS
 app.command(cls=train.Settings, epilog=train.EPILOG, rich_help_panel=MEASURE)(train.train)
 app.command(epilog=evaluate.EPILOG, rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("list", epilog=catalogue.EPILOG, rich_help_panel=MEASURE)(catalogue.catalogue)
@@ -38,6 +39,8 @@ app.command(epilog=decode.EPILOG, rich_help_panel=FILES)(decode.decode)
 # The folder of a tool has a module `command`.
 for path in sorted((Path(__file__).parents[1] / "tools").glob("*/command.py")):
     importlib.import_module(f"flowtrain.tools.{path.parent.name}.command").add_to(app)
+# `--help` shows the panels in the order of their first commands.
+app.registered_commands.sort(key=lambda each: PANELS.index(str(each.rich_help_panel)))
 
 
 def _print_version(value: bool) -> None:
@@ -71,8 +74,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, _stop)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(hangup, _stop)
     # Operations that Apple's GPUs lack, such as the normal quantiles of variational dequantization,
     # run on the CPU. torch reads this variable when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

@@ -198,16 +198,16 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
             (temporary / name).write_bytes(sealed(data))
         index = {"source": source.where, "count": count, "unreadable": unreadable}
         (temporary / "index.json").write_text(json.dumps(index, indent=1))
-        made = opened(temporary, source.names, shape)
-        assert made is not None
         try:
             temporary.rename(target)
         except OSError:  # it exists: another process was faster, or it is the damaged one
             if opened(target, source.names, shape) is None:
                 shutil.rmtree(target, ignore_errors=True)
-                # If yet another process was faster, the open map still holds our copy.
                 with contextlib.suppress(OSError):
                     temporary.rename(target)
+        # If yet another process was faster, the open map holds our copy, even without its name.
+        made = opened(target, source.names, shape) or opened(temporary, source.names, shape)
+        assert made is not None
         return made
     except OSError as error:
         if is_disk_full(error):

@@ -300,7 +300,9 @@ def _in_tar(path: Path) -> Iterator[tuple[list[Member], Encoded]]:
                     members.append((Path(info.name).name, info.offset_data, info.size))
 
         def encoded(member: Member) -> bytes:
-            return os.pread(file.fileno(), member[2], member[1])
+            with open_regular(path) as own:  # a position of its own, for threads
+                own.seek(member[1])
+                return own.read(member[2])
 
         yield sorted(members), encoded
 

@@ -1,6 +1,6 @@
 """Devices: what `--device` names, and how tensors get there."""
 
-import os
+import platform
 import shlex
 import shutil
 import sys
@@ -100,7 +100,7 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
         number = local_rank if local_rank < count else 0
         properties = getattr(torch, kind).get_device_properties(number)
         # Identifies a device, however a process numbers them.
-        own[1] = f"{os.uname().nodename} {getattr(properties, 'uuid', number)}"
+        own[1] = f"{platform.node()} {getattr(properties, 'uuid', number)}"
     before = distributed.all_gather_object(own)[: distributed.rank()]
     for rank, other in enumerate(before):
         if other[0] != kind:

@@ -4,16 +4,23 @@ are regular files. `tests/system/test_files.py` checks that no other module open
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from flowtrain.errors import RunError, UserError, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows, which opens no folders, and renames and removes no open files
+    import msvcrt
+
+    fcntl = None  # type: ignore[assignment]
 
 Piece = bytes | bytearray | memoryview
 
@@ -30,43 +37,51 @@ def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[P
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         return os.open(temporary, flags, 0o666 if replaced is None else replaced)
 
-    with _naming(path), _temporary(path, new) as (temporary, handle):
-        if replaced is not None:
+    with _naming(path), _temporary(path, new) as (temporary, handle, close):
+        assert handle is not None
+        if replaced is not None and hasattr(os, "fchmod"):
             os.fchmod(handle, replaced)  # the umask may have taken some
         with os.fdopen(handle, "wb", closefd=False) as file:
             for piece in [data] if isinstance(data, bytes) else data:
                 file.write(piece)
             file.flush()
             os.fsync(handle)
+        if fcntl is None:
+            close()
         for name in also:
             _link(temporary, name)
         temporary.replace(path)
         # A new name survives a power cut. The file is whole by now, so a folder that cannot be
         # read, or a file system that flushes no folders, is no error.
         with contextlib.suppress(OSError):
-            _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            _flush(path.parent, os.O_RDONLY)
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, new: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """A hidden name beside `path`, and the file or folder that `new` makes and opens there. It is
-    removed at the end if it still has that name. Those of earlier processes that died are removed
-    first. A lock protects this one.
+def _temporary(
+    path: Path, new: Callable[[Path], int | None]
+) -> Iterator[tuple[Path, int | None, Callable[[], None]]]:
+    """A hidden name beside `path`, the file or folder that `new` makes and opens there, and a
+    function that closes it early. It is removed at the end if it still has that name. Those of
+    earlier processes that died are removed first. A lock protects this one.
     """
     remove_left_overs(path.parent, path.name[:40])
     while True:
         temporary = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.tmp")
-        handle = new(temporary)
+        handle, held = new(temporary), contextlib.ExitStack()
+        if handle is not None:
+            held.callback(os.close, handle)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            if handle is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    lock(handle)
             if not temporary.exists():  # removed by another process, before the lock
                 continue
-            yield temporary, handle
+            yield temporary, handle, held.close
             return
         finally:
+            held.close()
             _remove(temporary)
-            os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -123,9 +138,12 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
     pattern = ".*.tmp" if name is None else f".{glob.escape(name)}.{'[0-9a-f]' * 8}.tmp"
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
+            if fcntl is None:
+                path.unlink()  # fails for open files, and for folders, which then stay
+                continue
             handle = _regular(os.fspath(path), os.O_RDONLY)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, wait=False)
                 _remove(path)
             finally:
                 os.close(handle)
@@ -136,8 +154,41 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Waits for others that are in this context for the same file, which has to exist."""
     with open_regular(path) as file:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file.fileno())
         yield
+
+
+# Windows locks bytes, and others cannot read them. This one is the last of 2 GiB.
+_LOCKED_BYTE = 2**31 - 1
+_WAIT_SECONDS = 0.1  # between two attempts to lock
+
+
+def lock(handle: int, wait: bool = True) -> None:
+    """Locks an open file or folder until it is closed, or the process ends in any way. Raises
+    `BlockingIOError` if another process has the lock and this one does not `wait`, and another
+    `OSError` on a file system without locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    before = os.lseek(handle, 0, os.SEEK_CUR)
+    os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        while True:
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+                return
+            except PermissionError as error:
+                if not wait:
+                    raise BlockingIOError(*error.args) from error
+                time.sleep(_WAIT_SECONDS)
+    finally:
+        os.lseek(handle, before, os.SEEK_SET)
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of a folder, or None on Windows."""
+    return None if fcntl is None else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 # Errors that mean that the path is wrong. Any other error of writing is the disk's.
@@ -190,7 +241,8 @@ def append_regular(path: Path) -> BinaryIO:
 
 def _regular(path: str, flags: int) -> int:
     # Otherwise opening a pipe would wait for a writer.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    unix = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    descriptor = os.open(path, flags | unix, 0o666)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
         return descriptor
@@ -287,7 +339,7 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     with _naming(out):
         home = out if there else out.parent
         home.mkdir(parents=True, exist_ok=True)
-        with _temporary(home / out.name, _new_folder) as (temporary, _):
+        with _temporary(home / out.name, _new_folder) as (temporary, _, _):
             for name, data in files:
                 names.append(name)
                 with _naming(out / name):
@@ -302,9 +354,9 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 (temporary / name).rename(out / name)
 
 
-def _new_folder(path: Path) -> int:
+def _new_folder(path: Path) -> int | None:
     path.mkdir()
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    return open_folder(path)
 
 
 class PerhapsUnread:

@@ -1,7 +1,6 @@
 """The directory of a running run: its files, its lock, and cutting back on resume."""
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
@@ -21,7 +20,14 @@ from flowtrain.pictures import grid
 from flowtrain.results import Row
 from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
-from flowtrain.system.files import append_regular, read_regular, remove_left_overs, write_atomically
+from flowtrain.system.files import (
+    append_regular,
+    lock,
+    open_folder,
+    read_regular,
+    remove_left_overs,
+    write_atomically,
+)
 from flowtrain.training import loggers
 from flowtrain.training.loggers import Logger
 
@@ -40,7 +46,7 @@ class RunDirectory:
         self.best = self.checkpoints / f"best{SUFFIX}"
         self.metrics = path / "metrics.jsonl"
         self.damaged = path / "metrics.damaged.jsonl"
-        self._folder = -1  # a descriptor of the directory while it is locked
+        self._locked: os.stat_result | None = None  # of the directory while it is locked
         self.saving = Background()
         self._loggers: list[Logger] = []
 
@@ -92,14 +98,16 @@ class RunDirectory:
         name, new = self.path / ".lock", not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            held.callback(os.close, self._folder)
-            try:
-                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise self._in_use(name) from error
-            except OSError:
-                pass
+            handle = open_folder(self.path)
+            self._locked = self.path.stat()
+            if handle is not None:
+                held.callback(os.close, handle)
+                try:
+                    lock(handle, wait=False)
+                except BlockingIOError as error:
+                    raise self._in_use(name) from error
+                except OSError:
+                    pass
             file = held.enter_context(append_regular(name))
         except OSError as error:
             kind = RunError if is_disk_full(error) else UserError
@@ -114,7 +122,7 @@ class RunDirectory:
                     f"removed there; let the run directory itself be the link"
                 )
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), wait=False)
         except OSError as error:
             raise self._in_use(name) from error
         if new:
@@ -143,7 +151,7 @@ class RunDirectory:
     def _require_there(self) -> None:
         """Raises `RunError` if the path no longer leads to the directory that is locked."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if os.path.samestat(self.path.stat(), os.fstat(self._folder)):
+            if self._locked and os.path.samestat(self.path.stat(), self._locked):
                 return
         raise RunError(
             f"{self.path}: the run directory was deleted or moved during training: stopped, and "

@@ -10,7 +10,8 @@ from types import FrameType
 from flowtrain.system import distributed
 from flowtrain.training.state import State
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP.
+STOPPING = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 class Stop:
@@ -44,7 +45,7 @@ def signals() -> Iterator[Stop]:
         signum: signal.signal(signum, stop)
         for signum in STOPPING
         # nohup ignores it, so that the run outlives the terminal
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
+        if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN
     }
     try:
         yield stop

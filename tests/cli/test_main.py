@@ -21,6 +21,11 @@ def test_every_command_is_documented(name):
     assert f"flowtrain {name} " in text, f"no page shows `flowtrain {name} ...`"
 
 
+def test_the_help_has_panels():
+    panels = [each.rich_help_panel for each in main.app.registered_commands]
+    assert list(dict.fromkeys(panels)) == main.PANELS
+
+
 @pytest.mark.run
 def test_files_are_written_although_nobody_reads_what_is_printed(tmp_path):
     read, write = os.pipe()

@@ -337,7 +337,7 @@ def test_an_error_is_printed_once():
     options = ["train", *ALL, "--run-dir", "r"]
     Path("r").mkdir()
     with (Path("r") / ".lock").open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         all_failed(together(2, *options), 2, "--run-dir r", "in use by another process")
     env = cli_helpers.torchrun_environment(2)[0]
     del env["MASTER_PORT"]

@@ -5,10 +5,13 @@ import fcntl
 import os
 import signal
 import socket
+import threading
+import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from like_windows import locking
 
 from flowtrain.errors import RunError, UserError
 from flowtrain.system import files
@@ -102,6 +105,31 @@ def test_temporary_files_of_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", late)
     write_atomically(tmp_path / "c", b"abc")
     assert removed and (tmp_path / "c").read_bytes() == b"abc" and names(tmp_path) == [*kept, "c"]
+
+
+def test_locks_and_folders_of_windows(tmp_path, monkeypatch):
+    """`test_a_run_without_what_windows_lacks` has the rest."""
+    monkeypatch.setattr(files, "fcntl", None)
+    own = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(files, "msvcrt", own, raising=False)
+    (tmp_path / ".dead.tmp").mkdir()  # stays, because it may be a living one
+    files.remove_left_overs(tmp_path)
+    write_folder(tmp_path / "out", [("a", b"1")])
+    write_folder(tmp_path / "out", [("b", b"2")])
+    assert names(tmp_path / "out") == ["a", "b"] and names(tmp_path) == [".dead.tmp", "out"]
+
+    entered = threading.Event()
+
+    def wait():
+        with files.one_at_a_time(tmp_path / "out" / "a"):
+            entered.set()
+
+    thread = threading.Thread(target=wait)
+    with files.one_at_a_time(tmp_path / "out" / "a"):
+        thread.start()
+        assert not entered.wait(3 * files._WAIT_SECONDS)
+    thread.join()
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -5,6 +5,7 @@ section 6).
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cli_helpers import (
     assert_same_run,
     copy_of,
     events,
+    flowtrain,
     last,
     left_overs,
     metrics,
@@ -101,6 +103,23 @@ VARIANTS = {
     + ["model.classes=10"],
     "jet": [*JET, "train.memory=reversible", "model.mixing=permutation"],
 }
+
+
+@pytest.mark.run
+def test_a_run_without_what_windows_lacks(tmp_path):
+    """It is the same, bit for bit, and its lock and left over files are seen."""
+    program = (sys.executable, Path(__file__).parents[1] / "like_windows.py")
+    run, command = tmp_path / "like_windows", ["train", *TINY_RUN, "--run-dir"]
+    with RunDirectory(run).locked():
+        refused = flowtrain(*command, run, cwd=tmp_path, command=program)
+        refused.failed(2, f"in use by another process (pid {os.getpid()})")
+    flowtrain(*command, run, cwd=tmp_path, command=program).ok()
+    put_back(run, 15)
+    (run / "checkpoints" / ".last.safetensors.abc.tmp").write_text("half a checkpoint")
+    done = flowtrain(*command, run, cwd=tmp_path, command=program).ok()
+    assert "at step 15" in done.out and left_overs(run) == []
+    quick(*command, "here", cwd=tmp_path).ok()
+    assert_same_run(run, tmp_path / "here")
 
 
 @pytest.mark.run

@@ -30,6 +30,7 @@ from flowtrain.tools.ood.scores import complexity_corrected, typicality
 Answer = dict[str, Any]  # becomes JSON
 
 NEAREST = 8  # training images
+FAR = 3.0  # standard deviations of a hint at what a direction does
 BYTES_OF_COMPARED = 32  # of a pixel of a training image, in float64 and twice in between
 
 
@@ -61,6 +62,7 @@ def describe(session: Session) -> Answer:
         "largest_count": session.largest_count,
         "largest_file": session.largest_file,
         "data": data if isinstance(data, str) else None,
+        "waits": session.waits,
         "test": 0 if known is None else len(known.test),
         "train": 0 if known is None else len(known.train),
         "progress": 0.0 if known is None else known.progress,
@@ -174,6 +176,19 @@ def neighbours(session: Session, request: requests.Neighbours, check: Check) -> 
         "indices": indices.tolist(),
         "compared": compared,
     }
+
+
+def ends(session: Session, request: requests.Ends, check: Check) -> Answer:
+    """The image at a place, moved back along each principal direction of a level, then forth."""
+    found = session.background().components
+    if request.level >= len(found):
+        raise Refused(f"level: {request.level} has no principal directions (yet)")
+    each, where = found[request.level], session.levels[request.level].where
+    steps = FAR * each.deviations[:, None] * each.directions
+    session.require_count(2 * len(steps))
+    z = session.latent(request.place, check).repeat(2 * len(steps), 1)
+    z[:, where] += torch.cat([-steps, steps]).to(z)
+    return {"images": [url(session, x) for x in session.decode(z, check)]}
 
 
 def png(session: Session, request: requests.Show, check: Check) -> bytes:

@@ -79,18 +79,14 @@ def explore(
     url = f"http://{shown}:{at.getsockname()[1]}/?token={token}"
     worker = Worker(session.idle)
 
-    def read() -> None:
-        session.read_data()
-        worker.wake()
-
     def ready() -> None:
         console.print(f"{word} is at {url}\nCtrl-C ends it")
-        threading.Thread(target=read, daemon=True).start()
+        server.read_data(session, worker, download=bool(options.words()))
         if browser and _has_a_screen():
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     try:
-        server.serve(server.app(session, worker, token), at, ready)
+        server.serve(server.app(session, worker, token), at, ready, worker.stop)
     finally:
         worker.end()
 

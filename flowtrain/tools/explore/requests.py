@@ -128,6 +128,12 @@ class Show(Request):
     place: Place
 
 
+class Ends(Show):
+    """The image at a place, moved far along each principal direction of a level."""
+
+    level: Index
+
+
 class Neighbours(Show):
     """The training images that are nearest to the image at a place."""
 

@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import logging
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from flowtrain.errors import RunError, UserError, cut, short
 from flowtrain.tools.explore import answers, requests
 from flowtrain.tools.explore.guard import ADMITTED, Guard, refusal
 from flowtrain.tools.explore.requests import Refused
-from flowtrain.tools.explore.session import Session
+from flowtrain.tools.explore.session import READING, Session
 from flowtrain.tools.explore.worker import Check, Worker
 
 LARGEST_JSON = 2**16  # bytes of a request
@@ -103,15 +104,27 @@ class _Topic(NamedTuple):
 
 
 TOPICS = {
-    "show": _Topic(requests.Show, answers.show, outdates=("facts", "neighbours")),
+    "show": _Topic(requests.Show, answers.show, outdates=("facts", "neighbours", "ends")),
     "samples": _Topic(requests.Samples, answers.samples, 1),
     "tests": _Topic(requests.Tests, answers.tests, 1),
     "facts": _Topic(requests.Show, answers.facts, 2),
     "neighbours": _Topic(requests.Neighbours, answers.neighbours, 3),
+    "ends": _Topic(requests.Ends, answers.ends, 4),
     "png": _Topic(requests.Show, answers.png, 1, "image/png"),
     "latent": _Topic(requests.Show, answers.latent_file, 1, "application/octet-stream"),
     "gif": _Topic(requests.Animation, answers.gif, 1, "image/gif"),
 }
+
+
+def read_data(session: Session, worker: Worker, download: bool) -> None:
+    """Reads the session's data in a thread, which keeps no process alive."""
+    session.data, session.waits = READING, False
+
+    def read() -> None:
+        session.read_data(download)
+        worker.wake()
+
+    threading.Thread(target=read, daemon=True).start()
 
 
 def app(session: Session, worker: Worker, token: str) -> ASGIApp:
@@ -120,6 +133,11 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
     one_large, one_decoded = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
     async def model(request: Request) -> Response:
+        return JSONResponse(answers.describe(session))
+
+    async def data(request: Request) -> Response:
+        if session.waits:
+            read_data(session, worker, download=True)
         return JSONResponse(answers.describe(session))
 
     async def upload(request: Request) -> Response:
@@ -140,6 +158,7 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
         return Response(answer, media_type=topic.media)
 
     routes = [Route("/api/model", model), Route("/api/upload", upload, methods=["POST"])]
+    routes.append(Route("/api/data", data, methods=["POST"]))
     for name in TOPICS:
         handler = functools.partial(compute, name=name)
         routes.append(Route(f"/api/{name}", handler, methods=["POST"]))
@@ -222,13 +241,29 @@ def settings(application: ASGIApp) -> uvicorn.Config:
     )
 
 
-def serve(application: ASGIApp, at: socket.socket, ready: Callable[[], None]) -> None:
-    """Serves until a signal comes. Calls `ready` once it does."""
+class Server(uvicorn.Server):
+    """Calls `ready` once it serves, and `stop` before it closes connections, so that requests get
+    an answer.
+    """
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            ready()
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], stop: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._ready, self._stop = ready, stop
 
-    Server(settings(application)).run([at])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop()
+        await super().shutdown(sockets)
+
+
+def serve(
+    application: ASGIApp, at: socket.socket, ready: Callable[[], None], stop: Callable[[], None]
+) -> None:
+    """Serves until a signal comes."""
+    Server(settings(application), ready, stop).run([at])
     raise RunError("the server has ended")

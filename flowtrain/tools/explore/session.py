@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from flowtrain.bijections.inverses import MatchingInverse
@@ -37,6 +38,8 @@ from flowtrain.tools.explore.worker import Check
 KEPT = 64  # latents of sources, and images at places, that are kept
 UPLOADS = 64  # images of the user that are kept
 LARGEST_FILE = 32 * 2**20  # bytes of an image file
+READING = "the data are being read"
+LONGEST_REASON = 1000  # characters of a message, which may have long paths
 BYTES_OF_PIXEL = 16  # of an image file, while it is decoded, converted and resized
 
 
@@ -90,23 +93,36 @@ class Session:
             self.attributes = {}
             console.print(f"{error}; the page is without them")
         self._read_data = data
-        self.data: Background | str = "the data are being read"
+        self.data: Background | str = READING
+        self.waits = False  # for `read_data` with `download`
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
         self._images: OrderedDict[str, Tensor] = OrderedDict()
         self._uploads: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # of `_uploads`
 
-    def read_data(self) -> None:
-        """Reads the data, or the reason why there are none. Any thread may call it."""
+    def read_data(self, download: bool = False) -> None:
+        """Reads the data, or the reason why there are none. Any thread may call it.
+
+        Data that have to be downloaded or decoded first wait for a call with `download`.
+        """
         try:
             data = self._read_data()
             data.require(self.flow.shape, self.flow.num_bins, self.model.checkpoint.path)
+            here = data.train_images.at_hand() and data.test_images.at_hand()
+            if not (here or download):
+                root = data.config.root.expanduser().resolve()
+                self.waits = True
+                self.data = (
+                    f"the images of {data.config.name} are not ready: they have to be downloaded "
+                    f"to {root}, or decoded once"
+                )
+                return
             self.data = Background(self.flow, self.levels, data, self.memory // 8, self.at_a_time)
         except Exception as error:
             self._without_data(error)
 
     def _without_data(self, error: Exception) -> None:
-        why = short(error)
+        why = short(error, LONGEST_REASON)
         if not isinstance(error, UserError | RunError | OSError):
             logging.getLogger("flowtrain").error("explore: %s", error, exc_info=error)
             why = f"flowtrain failed ({type(error).__name__})"
@@ -139,9 +155,13 @@ class Session:
         try:
             with picture(data) as image:
                 size, mode = image.size, image.mode
+                fits = size[0] * size[1] * BYTES_OF_PIXEL <= self.memory
+                # The orientation may come after the pixels, which are then decoded.
+                if fits and image.getexif().get(Base.Orientation, 1) > 4:  # a quarter turn
+                    size = size[1], size[0]
         except Exception as error:  # a damaged file makes Pillow raise almost anything
             raise Refused(f"the file cannot be read as an image ({short(error)})") from None
-        if size[0] * size[1] * BYTES_OF_PIXEL > self.memory:
+        if not fits:
             raise Refused(
                 f"the image has {size[0]:,} x {size[1]:,} pixels, too many for --max-memory"
             )

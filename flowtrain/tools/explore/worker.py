@@ -29,6 +29,15 @@ class Superseded(Refused):
     status = 409
 
 
+class Ended(Refused):
+    """The server ends."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("flowtrain explore was ended")
+
+
 class Busy(Refused):
     """Too many requests wait."""
 
@@ -100,14 +109,18 @@ class Worker:
         Raises:
             Superseded: if a newer request of this tab and topic came first.
             Busy: if too many wait.
+            Ended: after `stop`.
         """
         future: Future[T] = Future()
         with self._changed:
+            if self._ended:
+                raise Ended
             key = (tab, topic)
             if turn < self._newest.get(key, turn):
                 raise Superseded("there is a newer request")
             outdated = {(tab, each) for each in (topic, *outdates)}
-            self._fail(lambda job: job.key in outdated, "there is a newer request")
+            newer = Superseded("there is a newer request")
+            self._fail(lambda job: job.key in outdated, newer)
             if len(self._jobs) >= WAITING:
                 raise Busy("too many requests wait: try again in a moment")
             self._count += 1
@@ -119,10 +132,10 @@ class Worker:
             self._changed.notify()
         return future
 
-    def _fail(self, which: Callable[[_Job], bool], why: str) -> None:
+    def _fail(self, which: Callable[[_Job], bool], why: Refused) -> None:
         for job in [*self._jobs, self._computed]:
             if job and which(job):
-                job.fail(Superseded(why))
+                job.fail(why)
         self._jobs = [job for job in self._jobs if not job.future.done()]
 
     def wake(self) -> None:
@@ -131,12 +144,16 @@ class Worker:
             self._more = True
             self._changed.notify()
 
-    def end(self) -> None:
-        """Ends the thread after its current work. Waiting requests are dropped."""
+    def stop(self) -> None:
+        """Fails all requests, and lets the thread end after its current work."""
         with self._changed:
             self._ended = True
-            self._fail(lambda job: True, "the server ends")
+            self._fail(lambda job: True, Ended())
             self._changed.notify()
+
+    def end(self) -> None:
+        """Ends the thread, and waits for it."""
+        self.stop()
         self._thread.join()
 
     def _check_idle(self) -> None:

@@ -68,8 +68,7 @@ def push(
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Upload a model to the Hugging Face Hub: weights, configuration, pictures, and a page about
-    it.
+    """Upload a model to the Hugging Face Hub: weights, configuration, pictures, and a page.
 
     Everybody can then use it as the MODEL hf://USER/NAME. The files are written to a folder first.
     Uploading needs the package huggingface_hub and an account (`hf auth login`).

@@ -54,8 +54,7 @@ def report(
     *,
     options: DataOptions,
 ) -> None:
-    """Write one HTML file about a run: curves, samples, reconstructions, nearest training images,
-    evaluation, health.
+    """Write one HTML file about a run: curves, samples, nearest images, evaluation, health.
 
     If something is missing, such as the data set or an evaluation of the test split, the report
     gives the reason and has the rest.

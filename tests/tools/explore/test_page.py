@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from explore_helpers import Running, class_session
+from explore_helpers import Running, a_waiting_session, class_session
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -215,8 +215,53 @@ def choose_second(page, tab):
     return start, second.locator("img").get_attribute("src"), second
 
 
+def test_a_reload_keeps_the_image(page):
+    start, _, _ = choose_second(page, "path")
+    middle = changed(page, lambda: slide(page.locator("#way"), 0.5))
+    page.click("#tab-directions")
+    page.wait_for_selector("#principal input")
+    there = changed(page, lambda: slide(page.locator("#principal input").nth(1), 3))
+    page.reload()
+    playwright.expect(page.locator("#shown")).to_have_attribute("src", there)
+    page.wait_for_selector("#principal input")
+    assert page.locator("#principal input").nth(1).input_value() == "3"
+    assert changed(page, lambda: slide(page.locator("#principal input").nth(1), 0)) == middle
+    assert page.locator("#way").input_value() == "0.5"
+    assert page.locator("#path .end-source").get_attribute("src") == start
+    page.wait_for_selector("body[data-facts]")
+
+
+def test_the_ends_of_the_sliders(page):
+    low, high = (page.locator("#principal details[open] img").nth(i) for i in range(2))
+    playwright.expect(high).to_have_attribute("src", re.compile("data:image"))
+    before = low.get_attribute("src")
+    assert before != high.get_attribute("src")
+    open_sample(page, 3)
+    playwright.expect(low).not_to_have_attribute("src", before)
+
+
+def test_images_that_are_not_here_are_asked_for(browser):
+    session, folder = a_waiting_session()
+    running = Running(session)
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(running.url)
+        page.click("#tab-tests")
+        playwright.expect(page.locator("#tests .missing")).to_contain_text(folder)
+        page.click("#tests .get-data")
+        playwright.expect(images(page, "tests")).to_have_count(36)
+        playwright.expect(page.locator("#tests .get-data")).to_be_hidden()
+    finally:
+        page.close()
+        running.end()
+
+
 def test_a_path_to_a_second_image(page):
     assert page.locator("#way").is_disabled() and page.locator("#save-gif").is_disabled()
+    page.click("#tab-path")
+    assert page.locator("#path .none:visible").all_text_contents() == ["no second image"]
+    assert not page.locator("#path .end-other").is_visible()
     start, other, second = choose_second(page, "path")
     playwright.expect(page.locator("#way")).to_be_enabled()
     assert "second" in second.get_attribute("class")

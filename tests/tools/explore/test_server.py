@@ -10,14 +10,16 @@ import zlib
 
 import numpy as np
 import pytest
-from explore_helpers import TOKEN, a_session, until
+from explore_helpers import TOKEN, Running, a_session, a_waiting_session, until
 from PIL import Image
+from PIL.ExifTags import Base
 from starlette.requests import Request
 
 from flowtrain.tools.explore import answers, guard
 from flowtrain.tools.explore import server as serving
+from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.command import explore
-from flowtrain.tools.explore.session import UPLOADS, Session
+from flowtrain.tools.explore.session import READING, UPLOADS, Session
 from flowtrain.tools.explore.worker import Superseded
 
 pytestmark = pytest.mark.run
@@ -96,6 +98,45 @@ def test_an_image_that_is_dropped_in(running):
     assert running.ask("show", place={"source": source})["image"] == answer["image"]
 
 
+def test_the_size_of_a_turned_photograph(running):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[Base.Orientation] = 6
+    Image.new("L", (20, 10)).save(buffer, "JPEG", exif=exif)
+    said = running.post("upload", {}, raw=buffer.getvalue())[1]["said"]
+    assert said.startswith("10 x 20 pixels, ")
+
+
+def test_nothing_is_downloaded_unasked():
+    session, folder = a_waiting_session()
+    running = Running(session)
+    try:
+        described = json.loads(running.get("/api/model")[2])
+        assert described["waits"] and folder in described["data"]
+        status, described = running.post("data", {})
+        assert status == 200 and not described["waits"] and described["data"] == READING
+        until(lambda: isinstance(session.data, Background))
+        assert running.post("data", {})[1]["test"] == 180  # and nothing is read again
+    finally:
+        running.end()
+
+
+def test_a_request_ends_with_the_server(monkeypatch):
+    running = Running(a_session())
+    begun, answers = threading.Event(), []
+
+    def image(place, check):
+        begun.set()
+        until(check)
+
+    monkeypatch.setattr(running.session, "image", image)
+    ask = threading.Thread(target=lambda: answers.append(running.post("show", {"place": PLACE})))
+    ask.start()
+    assert begun.wait(20)
+    running.end()
+    ask.join()
+    assert answers == [(503, {"error": "flowtrain explore was ended"})]
+
+
 def test_another_name_needs_the_token_of_its_own(running):
     """A page whose name was made to mean this machine has no cookie (DNS rebinding). A tunnel has
     another port, and its cookie is set by the address with the token.
@@ -159,7 +200,7 @@ def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, caps
         sessions.append(Session(*args))
         return sessions[0]
 
-    def serve(application, at, ready):
+    def serve(application, at, ready, stop):
         tokens.append(application.token)
         at.close()
         ready()

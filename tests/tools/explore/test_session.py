@@ -236,7 +236,15 @@ def test_neighbours_of_a_training_image_begin_with_it(session):
         assert answer["compared"] == len(known)
 
 
+def fails_at_length():
+    raise UserError(f"data.root: {'long ' * 100}/the/place")
+
+
 def test_without_data_there_are_no_directions_and_ranks(of_classes):
+    of_classes._read_data, read = fails_at_length, of_classes._read_data
+    of_classes.read_data()
+    assert answers.describe(of_classes)["data"].endswith("/the/place")
+    of_classes._read_data = read
     of_classes.read_data()
     assert "no.npz" in answers.describe(of_classes)["data"]
     assert of_classes.idle(check) is False
@@ -247,6 +255,26 @@ def test_without_data_there_are_no_directions_and_ranks(of_classes):
     move = requests.Principal(level=0, component=0, amount=1.0)
     with pytest.raises(Refused, match="no test or training images"):
         latent(of_classes, OTHER, principal=[move])
+
+
+def test_the_ends_of_directions(session, monkeypatch):
+    decoded = []
+
+    def decode(z, check):
+        decoded.append(z)
+        return torch.zeros(len(z), *session.flow.shape, dtype=torch.uint8)
+
+    monkeypatch.setattr(session, "decode", decode)
+    for level, each in enumerate(session.data.components):
+        answer = ask(answers.ends, session, requests.Ends, place={"source": SAMPLE}, level=level)
+        count = len(each.deviations)
+        assert len(answer["images"]) == len(decoded[-1]) == 2 * count
+        for number, amount in ((0, -3.0), (count, 3.0), (2 * count - 1, 3.0)):
+            move = requests.Principal(level=level, component=number % count, amount=amount)
+            expected = latent(session, SAMPLE, principal=[move])[0]
+            torch.testing.assert_close(decoded[-1][number], expected)
+    with pytest.raises(Refused, match="level: 2 has no"):
+        ask(answers.ends, session, requests.Ends, place={"source": SAMPLE}, level=2)
 
 
 def test_stale_attributes_are_named_and_left_out(tmp_path, capsys):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from flowtrain.tools.explore.worker import WAITING, Busy, Superseded, Worker
+from flowtrain.tools.explore.worker import WAITING, Busy, Ended, Superseded, Worker
 
 SECONDS = 20  # a test that waits longer has failed
 
@@ -185,13 +185,17 @@ def test_idle_work_that_fails_is_not_tried_again(caplog):
     assert calls == [1] and "broken" in caplog.text
 
 
-def test_ending_drops_requests_that_wait():
+def test_ending_drops_requests():
     worker = Worker()
-    gate, _ = busy(worker)
+    gate, running = busy(worker)
     waiting = worker.submit(lambda check: 1, "tab", "show", 0)
     ender = threading.Thread(target=worker.end)
     ender.start()
-    superseded(waiting)
+    for future in (running, waiting):
+        with pytest.raises(Ended):
+            future.result(SECONDS)
+    with pytest.raises(Ended):
+        worker.submit(lambda check: 1, "tab", "show", 1)
     gate.go.set()
     ender.join(SECONDS)
     assert not ender.is_alive()

@@ -8,8 +8,9 @@ export class Superseded extends Error {}
 
 async function send(path, body, type) {
   let answer;
+  const posted = { method: "POST", body, headers: { "Content-Type": type } };
   try {
-    answer = await fetch(path, { method: "POST", body, headers: { "Content-Type": type } });
+    answer = await fetch(path, body === undefined ? {} : posted);
   } catch {
     throw new Error("flowtrain explore does not answer: was it ended?");
   }
@@ -38,10 +39,14 @@ export async function upload(blob) {
   return (await send("api/upload", blob, "application/octet-stream")).json();
 }
 
+/** What the server says of the model. */
 export async function model() {
-  const answer = await fetch("api/model");
-  if (!answer.ok) throw new Error((await answer.json()).error);
-  return answer.json();
+  return (await send("api/model")).json();
+}
+
+/** Lets the server download or decode the data. */
+export async function getData() {
+  return (await send("api/data", "", "application/json")).json();
 }
 
 const PATIENCE = 500; // ms after which a request makes way for a newer one

@@ -1,6 +1,6 @@
 // The page: images to choose from, the image that is open, and what is done to it.
 
-import { ask, file, Latest, model, Superseded, upload } from "./api.js";
+import { ask, file, getData, Latest, model, Superseded, upload } from "./api.js";
 import * as facts from "./facts.js";
 import { $, $$, command, element, Grid, save, say, setShape, slider, tabs } from "./page.js";
 
@@ -85,7 +85,18 @@ function described(wanted) {
 
 /** Shows the image at the place, and a little later what the model says about it. */
 function move() {
-  if (place.source) moves.push(asked());
+  if (!place.source) return;
+  sessionStorage.setItem("kept", JSON.stringify({ model: about.model, place, urls, words }));
+  moves.push(asked());
+}
+
+/** Opens the image from before a reload, with its edits. */
+function restore() {
+  const kept = JSON.parse(sessionStorage.getItem("kept"));
+  if (kept?.model !== about.model) return;
+  for (const [to, from] of [[place, kept.place], [urls, kept.urls], [words, kept.words]]) Object.assign(to, from);
+  for (const end of ["source", "other"]) showEnd(end);
+  reflect();
 }
 
 async function askFacts(wanted) {
@@ -96,6 +107,25 @@ async function askFacts(wanted) {
   for (const part of [$("#bits"), $("#maps"), $("#scores")]) part.classList.remove("waiting");
   document.body.dataset.facts = JSON.stringify(wanted); // for tests
   if (about.train) await askNearest(wanted);
+  await askEnds(wanted);
+}
+
+/** Shows beside each slider of the open levels how its direction changes the image. */
+async function askEnds(wanted) {
+  const start = { ...wanted, principal: [] };
+  const known = JSON.stringify(start);
+  for (const level of $$("#principal details[open]")) {
+    if (level.dataset.of === known) continue;
+    const answer = await ask("ends", { place: start, level: Number(level.dataset.level) }).catch(() => null);
+    if (!answer) return; // a newer image, or a place too far out
+    level.dataset.of = known;
+    const count = answer.images.length / 2;
+    $$(".slider", level).forEach((each, i) => {
+      const [back, forth] = $$("img", each);
+      back.src = answer.images[i];
+      forth.src = answer.images[count + i];
+    });
+  }
 }
 
 async function askNearest(wanted) {
@@ -110,14 +140,9 @@ function choose(source, url, text, byHand = true) {
   place[target] = source;
   urls[target] = url;
   words[target] = text;
-  for (const image of $$(`.end-${target}`)) {
-    image.src = url;
-    image.alt = text;
-  }
+  showEnd(target);
   for (const grid of Object.values(grids)) grid.mark(place.source, place.other);
   if (target === "source") {
-    $("#shown").src = url; // at once: the server sends the same
-    $("#shown").alt = text;
     reset();
     if (byHand && matchMedia("(max-width: 700px)").matches) $("#opened").scrollIntoView({ behavior: "smooth" });
   } else {
@@ -128,6 +153,15 @@ function choose(source, url, text, byHand = true) {
   }
 }
 
+/** Shows one of the two images that were chosen, at once: the server sends the same. */
+function showEnd(end) {
+  if (!urls[end]) return;
+  for (const image of $$(end === "source" ? "#shown, .end-source" : ".end-other")) {
+    image.src = urls[end];
+    image.alt = words[end];
+  }
+}
+
 /** Undoes all that was done to the image. */
 function reset() {
   place.principal = {};
@@ -135,10 +169,18 @@ function reset() {
   place.to_class = null;
   place.way = 0;
   place.from_other = about.levels.map(() => false);
-  for (const each of $$("#directions .slider")) each.set(0);
-  setOutput($("#way"), 0);
-  setOutput($("#class-amount"), 0);
-  for (const input of $$("#mix-levels input[value=source]")) input.checked = true;
+  reflect();
+}
+
+/** Sets the controls to the place, and shows it. */
+function reflect() {
+  for (const each of $$("#directions .slider")) each.set(each.amount());
+  setOutput($("#way"), place.way);
+  setOutput($("#class-amount"), place.to_class?.amount ?? 0);
+  if (place.to_class) $("#to-class").value = place.to_class.label;
+  place.from_other.forEach((other, i) => {
+    $(`[name=mix-${i}][value=${other ? "other" : "source"}]`).checked = true;
+  });
   enable();
   move();
 }
@@ -311,6 +353,7 @@ function buildAttributes() {
       place.attributes[name] = value;
       move();
     });
+    made.amount = () => place.attributes[name] ?? 0;
     made.title = `It separates ${Math.round(100 * accuracy)}% of held-out images`;
     box.append(made);
   }
@@ -327,16 +370,24 @@ function buildDirections() {
     const box = element("div", { class: "sliders" });
     for (let component = 0; component < about.principal[level]; component += 1) {
       const key = `${level}.${component}`;
-      box.append(
-        slider(`Direction ${component + 1}`, { min: -4, max: 4, step: 0.05, value: 0 }, (value) => {
-          place.principal[key] = value;
-          move();
-        }),
-      );
+      const made = slider(`Direction ${component + 1}`, { min: -4, max: 4, step: 0.05, value: 0 }, (value) => {
+        place.principal[key] = value;
+        move();
+      });
+      made.amount = () => place.principal[key] ?? 0;
+      made.set(made.amount());
+      made.classList.add("hinted");
+      const end = () => element("img", { alt: "", class: $("#shown").classList.contains("pixels") && "pixels" });
+      $("input", made).before(end());
+      $("input", made).after(end());
+      box.append(made);
     }
     const title = about.levels.length > 1 ? `Principal directions of level ${nameOf(level).slice(6)}` : "Principal directions";
-    box.prepend(element("p", { class: "faint" }, "in standard deviations of training images"));
-    $("#principal").append(element("details", { open: level === about.principal.length - 1 }, element("summary", {}, title), box));
+    const hint = "in standard deviations of training images; the small pictures are this image 3 back and 3 forth";
+    box.prepend(element("p", { class: "faint" }, hint));
+    const open = level === about.principal.length - 1;
+    const ontoggle = () => place.source && askEnds(asked());
+    $("#principal").append(element("details", { open, ontoggle, "data-level": level }, element("summary", {}, title), box));
   }
   enable();
 }
@@ -390,6 +441,9 @@ function listen() {
     sample();
   });
   $("#more-tests").addEventListener("click", moreTests);
+  for (const button of $$(".get-data")) {
+    button.addEventListener("click", async () => (await trying(getData)) && refresh());
+  }
   $("#files").addEventListener("change", (event) => take(event.target.files));
   $("#reset").addEventListener("click", reset);
   $("#way").addEventListener("input", (event) => {
@@ -444,6 +498,7 @@ async function refresh() {
   buildDirections();
   $("#tests .missing").hidden = !about.data;
   $("#tests .missing").textContent = about.data ? sentence(about.data) : "";
+  for (const button of $$(".get-data")) button.hidden = !about.waits;
   $("#more-tests").hidden = !about.test || grids.tests.items.length >= about.test;
   if (about.test && !grids.tests.items.length && !$("#tests").hidden) moreTests();
   const reading = about.data === "the data are being read";
@@ -474,6 +529,7 @@ async function start() {
   buildClasses();
   listen();
   reset();
+  restore();
   sample();
   await refresh();
 }
