@@ -121,7 +121,7 @@ TABLE = [
     ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
     ("train TINY --run-dir run --resume never", "--resume never: run holds a run"),
     ("train TINY --run-dir new --resume empty", "empty: has no checkpoint"),
-    ("train TINY --run-dir new --resume classes", "model.classes: classes/checkpoints"),
+    ("train TINY --run-dir new --resume classes", "classes/checkpoints", "model.classes=10"),
     ("train TINY --run-dir new --init-from text", "text: ", "not a flowtrain checkpoint"),
     ("train TINY --run-dir new --init-from points", "does not fit this model"),
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
