@@ -36,8 +36,10 @@ def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
 
 def test_a_sample_of_sorted_images_has_all_classes():
     pixels = np.repeat(np.arange(10, dtype="u1"), 30).reshape(-1, 1, 1, 1)
-    split = Split(pixels, np.arange(300), None, lambda: pixels[:, 0, 0, 0].astype(int))
+    labels, names = lambda: pixels[:, 0, 0, 0].astype(int), lambda: [*map(str, range(300))]
+    split = Split(pixels, np.arange(300), None, labels, names)
     found = split.sample(100, seed=1)
+    assert found.names == [*map(str, found.indices)]
     assert len(set(found.labels.tolist())) == 10 and np.all(np.diff(found.indices) > 0)
     assert set(split.sample(20, seed=1).indices) < set(found.indices)
     assert not np.array_equal(split.sample(100).indices, found.indices)
