@@ -92,11 +92,15 @@ def table(model: LoadedModel) -> dict[str, str]:
     if flow.kind.no_bits and flow.num_bins is not None:
         rows["likelihood"] = f"none: {flow.kind.no_bits} (sigma {flow.dequantizer.sigma})"
     if progress := meta.get("progress"):
-        state = "finished" if progress["finished"] else "not finished"
         rows["training"] = (
-            f"step {meta['step']:,}, {progress['images']:,} images, "
-            f"{duration(progress['seconds'])}, {state}"
+            f"step {meta['step']:,}, {progress['images']:,} images, {duration(progress['seconds'])}"
         )
+        # The best checkpoint of a finished run is from before its end.
+        summary = run_of(model.checkpoint.path) / "summary.json"
+        if summary.exists():
+            run = record.read_summary(summary)
+            state = "finished" if run.finished else "not finished"
+            rows["run"] = f"{state}: {run.step:,} steps, {duration(run.seconds)}"
         if progress["best"] is not None:
             best = f"{progress['best']:.3f} {unit_of(flow)}"
             rows["validation"] = f"{best} at step {progress['best_step']:,}"

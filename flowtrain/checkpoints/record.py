@@ -61,7 +61,7 @@ def read(path: Path) -> Record:
     return Record(
         path,
         config,
-        checked(Summary, _text(path / "summary.json"), str(path / "summary.json")),
+        read_summary(path / "summary.json"),
         read_rows(metrics) if metrics.exists() else [],
         *(read_evaluation(file) if file.exists() else None for file in evaluations),
     )
@@ -71,6 +71,11 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, without an unfinished last line."""
     *lines, _unfinished = _text(path, LONGEST_METRICS).split("\n")
     return [checked(Row, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_summary(path: Path) -> Summary:
+    """The `summary.json` of a run."""
+    return checked(Summary, _text(path), str(path))
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -394,7 +394,9 @@ def data_of(
     where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     config = configuration.parse(values, where, trust_code=True).data
-    return DataSet(config, None if dataset is None else undivided(config, loaded.config.data))
+    if dataset is None:
+        return DataSet(config)
+    return DataSet(config, undivided(config, loaded.config.data), loaded.flow.num_bins)
 
 
 def split_of(data: "DataSet", split: Split | None, dataset: str | None) -> Split | Literal["all"]:

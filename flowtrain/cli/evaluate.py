@@ -66,8 +66,9 @@ def evaluate(
     """Measure bits per dimension of a data set's split in float32, with the standard error.
 
     By default it is the test split of the data that the model was trained on; of a folder without
-    test/ or a file without x_test, it is all images. A model trained with
-    Gaussian noise has no bits/dim: its mean log-density of noisy images is in nats/dim.
+    test/ or a file without x_test, it is all images. Image files are brought to the model's size
+    and levels. A model trained with Gaussian noise has no bits/dim: its mean log-density of noisy
+    images is in nats/dim.
     """
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
@@ -88,6 +89,9 @@ def evaluate(
         f"evaluating {loaded.checkpoint.path} on {split_name}"
         + (f" of {dataset}" if dataset else "")
     )
+    if dataset is not None and (data.reduced_to or data.config.name == "folder"):
+        shape = "x".join(map(str, data.shape))
+        console.print(f"{dataset}: images are brought to {shape} with {data.kind.words}")
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
             loaded,
@@ -163,9 +167,10 @@ def _print(result: "Evaluation") -> None:
         table["given the class"] = f"{result.loss_given_class:.3f} {result.unit}"
     if result.accuracy is not None:
         table["accuracy"] = figure(result.accuracy, result.accuracy_stderr)
+    if equal := result.duplicates_of_training:
+        console.print(f"{equal:,} of {result.num_images:,} images are equal to a training image")
     for name, count in (
         ("equal to an earlier one", result.duplicates),
-        ("equal to a training image", result.duplicates_of_training),
         ("not finite", result.non_finite_images),
     ):
         if count:

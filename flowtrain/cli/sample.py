@@ -27,6 +27,8 @@ EPILOG = (
     "--out t.png[/cyan]"
 )
 
+LONGEST_ROW = 12  # samples at one of several temperatures, so that a latent has a column
+
 
 @command
 @on_one_process
@@ -45,7 +47,8 @@ def sample(
         typer.Option(
             min=0,
             metavar="T",
-            help="Sampling temperature; repeatable, one row each. 0 is the mode of the base.",
+            help="Sampling temperature; repeatable, one row or block each. 0 is the mode of the "
+            "base.",
             show_default="1.0",
         ),
     ] = None,
@@ -128,7 +131,8 @@ def sample(
     contexts = _contexts(options, loaded, image)
     num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
     drawing = draw.drawing(flow, lambda: options.data(loaded).split("test"))
-    columns = num if len(temperatures) > 1 or labels else _root(num)
+    in_a_row = labels or (len(temperatures) > 1 and num <= LONGEST_ROW)
+    columns = num if in_a_row else _root(num)
     groups = max(1, len(labels))
     if contexts is not None:
         groups, columns = len(contexts), num + 1  # with the context itself

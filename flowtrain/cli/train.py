@@ -97,7 +97,7 @@ def train(
         typer.Option(
             "--extend",
             help="Go on with the run in the run directory, finished or not, with the length and "
-            "the other settings of training that this command gives.",
+            "the other settings of training that this command gives. It prints the changes.",
         ),
     ] = False,
     init_from: Annotated[

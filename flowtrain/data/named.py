@@ -72,14 +72,13 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
         return dataclasses.replace(images, rows=None, labels=None)
     if config.name == "folder" and not (path / "test").is_dir():
         shape = (options["channels"], options["size"], options["size"])
-        files = [path]
-        if not path.is_file():
-            files = [path / file.name for file in folder.files_of(path, "")]
+        names = [path.name] if path.is_file() else [f.name for f in folder.files_of(path, "")]
+        files = [path] if path.is_file() else [path / name for name in names]
 
         def decode() -> np.ndarray:
             with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
                 images = pool.map(lambda f: open_image(f, shape, 256, options["resize"]), files)
                 return np.stack(list(images))
 
-        return Images(shape=shape, num_bins=256, read=decode)
+        return Images(shape=shape, num_bins=256, read=decode, names=lambda: names)
     return None

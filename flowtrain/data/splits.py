@@ -17,6 +17,7 @@ from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Images, Pixels
 from flowtrain.errors import UserError
+from flowtrain.flow.inputs import quantize
 from flowtrain.flow.kinds import kind_of
 
 SplitName = Literal["train", "validation", "test", "all"]
@@ -31,13 +32,14 @@ def sampled(count: int, most: int, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of an array: `pixels[indices]`, without their lowest `drop_bits` bits."""
+    """Some images of an array: `pixels[indices]`."""
 
     pixels: Pixels  # uint8 (N, C, H, W), or float32 for points; they may be mapped files
     indices: np.ndarray
-    drop_bits: int
-    # reads the labels of the whole array, int64 (N,); None if there are none
+    reduced_to: int | None = None  # levels, from 256; None: values as stored
+    # read labels, int64 (N,), and file names of the whole array; None if there are none
     read_labels: Callable[[], np.ndarray] | None = None
+    read_names: Callable[[], list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -56,7 +58,7 @@ class Split:
         0..Q-1, or float32 for points.
         """
         pixels = np.ascontiguousarray(self.pixels[self.indices[positions]])
-        return torch.from_numpy(pixels >> self.drop_bits if self.drop_bits else pixels)
+        return torch.from_numpy(quantize(pixels, self.reduced_to) if self.reduced_to else pixels)
 
     def at(self, positions: np.ndarray) -> "Split":
         """The images at some positions, as a split."""
@@ -72,15 +74,25 @@ class Split:
         labels = self.read_labels
         return None if labels is None else torch.from_numpy(labels()[self.indices])
 
+    @property
+    def names(self) -> list[str] | None:
+        """The file names of all images of this split, or None."""
+        if self.read_names is None:
+            return None
+        names = self.read_names()
+        return [names[index] for index in self.indices]
+
 
 class DataSet:
     """The images that a configuration names. Nothing is read or downloaded before `split`.
 
-    `undivided` are all images, whose only split is `all`. Raises `UserError` if options do not fit
-    together.
+    `undivided` are all images, whose only split is `all`. Images with 256 levels are reduced to
+    2**`data.n_bits` levels, or else to `levels`. Raises `UserError` if options do not fit together.
     """
 
-    def __init__(self, config: DataConfig, undivided: Images | None = None):
+    def __init__(
+        self, config: DataConfig, undivided: Images | None = None, levels: int | None = None
+    ):
         self.config = config
         self.undivided = undivided is not None
         if undivided is not None:
@@ -99,8 +111,9 @@ class DataSet:
         kind = kind_of(self.train_images.num_bins)
         if config.n_bits < 8 and self.train_images.num_bins != 256:
             raise UserError(f"data.n_bits: {config.name} has {kind.words}; only 256 can be reduced")
-        self.drop_bits = 8 - config.n_bits
-        self.kind = kind.reduced(self.drop_bits)
+        levels = 2**config.n_bits if config.n_bits < 8 else levels
+        self.reduced_to = levels if kind.num_bins == 256 and levels != 256 else None
+        self.kind = kind_of(self.reduced_to) if self.reduced_to else kind
         if config.flip or config.shift:
             kind.require_bins(
                 f"data.{'flip' if config.flip else 'shift'}: {config.name} has no images to augment"
@@ -145,11 +158,13 @@ class DataSet:
         """The images of one split, which are read, and downloaded on first use."""
         if name in ("test", "all"):
             part = _read(self.test_images, f"{self.config.name}, {name} images")
-            return Split(part.pixels, part.rows, self.drop_bits, self.test_images.labels)
-        kept, held = self._held_out
-        part = self._training
-        indices = part.rows[kept if name == "train" else held]
-        return Split(part.pixels, indices, self.drop_bits, self.train_images.labels)
+            indices = part.rows
+        else:
+            part = self._training
+            kept, held = self._held_out
+            indices = part.rows[kept if name == "train" else held]
+        images = part.images
+        return Split(part.pixels, indices, self.reduced_to, images.labels, images.names)
 
     def equal_to_training(self, split: Split) -> int | None:
         """How many images of a split are equal to a training image, as stored, with all bits. None

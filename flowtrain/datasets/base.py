@@ -56,6 +56,7 @@ class Images:
         fit into memory. Raises UserError or RunError.
     flip: Whether a mirrored image belongs to the same distribution. The default of `data.flip`.
     labels: Returns the classes of the same images, int64 (N,), from 0. None if there are none.
+    names: Returns the files of the same images, below their folder. None for other data.
     key: Identifies the content if hashing the pixels would be slow. None: the pixels are hashed.
     rows: Returns the indices of the images of this part among the N. None: all of them.
     digests: Returns the result of `digests` for the pixels, if reading them all would be slow.
@@ -69,6 +70,7 @@ class Images:
     flip: bool = False
     key: str | None = None
     labels: Callable[[], np.ndarray] | None = None
+    names: Callable[[], list[str]] | None = None
     rows: Callable[[], np.ndarray] | None = None
     digests: Callable[[], np.ndarray] | None = None
     at_hand: Callable[[], bool] = lambda: True

@@ -131,10 +131,15 @@ def build(
             )
         return images
 
+    def readable_names() -> list[str]:
+        unreadable = decoded()[1]
+        return [name for name in names if name not in unreadable]
+
     return Images(
         shape=shape,
         num_bins=256,
         read=read,
+        names=readable_names,
         key=content,
         rows=rows if divided else None,
         digests=digests,

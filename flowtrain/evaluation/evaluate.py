@@ -107,7 +107,7 @@ def evaluate(
         checkpoint=str(model.checkpoint.path),
         model=model_hash(model),
     )
-    return result, dataclasses.replace(scores, positions=positions)
+    return result, dataclasses.replace(scores, positions=positions, names=split.names)
 
 
 def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
@@ -227,7 +227,7 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
     """One row per image, whose `index` is its place in the split, in nats.
 
     `log_prob` is the bound, `log_prob_base + log_det` the first draw's. Class-conditional
-    models add the predicted class. A density has no bits.
+    models add the predicted class, and image files their names. A density has no bits.
     """
     bits = bits_per_dim(scores.log_prob, flow.dims).tolist()
     columns = {"bits_per_dim": [""] * len(bits) if flow.kind.no_bits else bits}
@@ -238,6 +238,8 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
         known = torch.isfinite(by_class).all(dim=0).tolist()
         labels = zip(by_class.argmax(dim=0).tolist(), known, strict=True)
         columns["predicted_class"] = [label if ok else "" for label, ok in labels]
+    if scores.names is not None:
+        columns["file"] = scores.names
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])

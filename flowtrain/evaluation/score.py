@@ -48,6 +48,7 @@ class Scores:
     over_draws: Callable[[Tensor], Tensor] = log_mean_exp
     # Where the images are in the split, (N,), if they are a sample of it.
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    names: list[str] | None = None  # of the images, if they are files
 
     @cached_property
     def log_prob(self) -> Tensor:

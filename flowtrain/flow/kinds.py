@@ -66,10 +66,6 @@ class QuantizedImages:
         """Q. For real values, raises `UserError` with the message."""
         return self.num_bins
 
-    def reduced(self, drop_bits: int) -> "QuantizedImages":
-        """The kind of the same images without their lowest bits."""
-        return QuantizedImages(self.num_bins >> drop_bits)
-
     def fault(self, values: np.ndarray) -> str | None:
         """The fault of stored values, for messages, or None."""
         if self.num_bins < 256 and int(values.max()) >= self.num_bins:
@@ -149,9 +145,6 @@ class Points:
 
     def require_bins(self, message: str) -> int:
         raise UserError(message)
-
-    def reduced(self, drop_bits: int) -> "Points":
-        return self
 
     def fault(self, values: np.ndarray) -> str | None:
         return None if np.isfinite(values).all() else "a value that is not finite"

@@ -154,7 +154,7 @@ def of_classes(
 
 def log_probs(flow: Flow, x: Tensor) -> Tensor:
     """Log-likelihoods of images `(N, C, H, W)`, float64 `(N,)` in nats, as in `evaluate`."""
-    return score(flow, Split(x.cpu().numpy(), np.arange(len(x)), 0)).log_prob
+    return score(flow, Split(x.cpu().numpy(), np.arange(len(x)))).log_prob
 
 
 def lowest_typical(

@@ -49,8 +49,13 @@ class ImageGrids:
     def samples(
         self, x: Tensor, columns: int, seed: int, temperatures: Sequence[float] = (1.0,)
     ) -> Tensor:
-        """A grid of the samples `x` `(N, C, H, W)` with so many columns: uint8 `(3, H', W')`."""
-        return grid.grid(x, self.num_bins, columns)
+        """A grid of the samples `x` `(T N, C, H, W)` with so many columns for each temperature:
+        uint8 `(3, H', W')`.
+        """
+        if len(temperatures) == 1:
+            return grid.grid(x, self.num_bins, columns)
+        titles = [f"temperature {temperature:g}" for temperature in temperatures]
+        return grid.blocks(x, self.num_bins, columns, titles)
 
     def paths(self, rows: Tensor) -> Tensor:
         """One row of images for each of the paths `(P, S, C, H, W)`: uint8 `(3, H', W')`."""

@@ -1,9 +1,10 @@
 """Starting a run, or resuming one from a checkpoint."""
 
 import contextlib
+import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flowtrain import config as configuration
 from flowtrain.bijections import Continuous
@@ -95,16 +96,15 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
     for base in (Data, Model):
         there, here = component_name(base, saved.meta["config"]), getattr(config, base.section).name
         if there != here:
-            raise _other_value(saved.path, f"{base.section}.name", there, here)
+            raise _other_values(saved.path, [(f"{base.section}.name", there, here)])
     earlier = _earlier(saved)
     before = _images_of_a_step(earlier.train, saved.meta.get("processes", 1))
     now = _images_of_a_step(config.train, distributed.world())
     free = FREE_KEYS | (SPLIT_KEYS if before == now else set())
-    for key, there, here in differences(earlier.resolved(), config.resolved()):
-        # With a checkpoint that the user names, the schedule may change.
-        schedule = key.startswith("train.") and key != "train.optimizer"
-        if key not in free and (resume == "auto" or not schedule):
-            raise _other_value(saved.path, key, there, here)
+    changed = [each for each in _changes(earlier, config) if each[0] not in free]
+    # With --extend, or with a checkpoint that the user names, the schedule may change.
+    if wrong := [each for each in changed if resume == "auto" or not _is_schedule(each[0])]:
+        raise _other_values(saved.path, wrong)
     if (earlier.train.ema > 0) != (config.train.ema > 0):
         raise UserError(f"train.ema: {saved.path} was trained with {earlier.train.ema}")
     return saved
@@ -142,12 +142,42 @@ def _sound_checkpoints(run: RunDirectory) -> str:
     )
 
 
-def _other_value(path: Path, key: str, there: object, here: object) -> UserError:
-    longer = "; to go on with this length, add --extend" if key in LENGTH_KEYS else ""
+Change = tuple[str, object, object]  # a key, its value in the checkpoint, and in this command
+
+
+def _changes(earlier: Config, config: Config) -> list[Change]:
+    return differences(earlier.resolved(), config.resolved())
+
+
+def _is_schedule(key: str) -> bool:
+    return key.startswith("train.") and key != "train.optimizer"
+
+
+def _other_values(path: Path, changes: list[Change]) -> UserError:
+    extend = all(_is_schedule(key) for key, _, _ in changes)
     return UserError(
-        f"{key}: {path} has {shown(there)}, this command {shown(here)}: to start anew choose "
-        f"another --run-dir; to go on, use the run's configuration{longer}"
+        f"{path} was trained with {_words(changes, 1)}, and this command has {_words(changes, 2)}\n"
+        f"to go on with this run, give its values"
+        + (", or add --extend for those of this command" if extend else "")
+        + "; to start anew, choose another --run-dir"
     )
+
+
+def _words(changes: list[Change], which: Literal[1, 2]) -> str:
+    """The values on one side as `KEY=VALUE` for a command line. Of the two keys for the length of a
+    run, only one has a value.
+    """
+    return " ".join(
+        f"{key}={_word(key, change[which])}"
+        for change in changes
+        if (key := change[0]) not in LENGTH_KEYS or change[which] is not None
+    )
+
+
+def _word(key: str, value: object) -> str:
+    if key == "train.budget":
+        return f"{value:g}s"
+    return shlex.quote(cut(value if isinstance(value, str) else json.dumps(value)))
 
 
 def _earlier(saved: Checkpoint) -> Config:
@@ -236,6 +266,9 @@ def announce(
     console.print(
         f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}"
     )
+    changes = _changes(_earlier(saved), state.config)
+    if changes := [each for each in changes if each[0] not in FREE_KEYS | SPLIT_KEYS]:
+        console.print(f"changed from {_words(changes, 1)} to {_words(changes, 2)}")
     for line in _new_division(state, saved):
         console.print(line)
 

@@ -40,6 +40,19 @@ def test_figures_are_those_of_the_weights(run):
 
 
 @pytest.mark.run
+def test_a_checkpoint_of_a_finished_run(run):
+    """The best one is from before the end."""
+    last = run / "checkpoints" / "last.safetensors"
+    last.with_name("step-00000015.safetensors").rename(last.with_name("best.safetensors"))
+    rows = about.table(load_model(str(run), CPU))
+    assert rows["training"].startswith("step 15, 480 images, ")
+    assert rows["run"].startswith("finished: 20 steps, ")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "finished": False}))
+    assert about.table(load_model(str(last), CPU))["run"].startswith("not finished: 20 steps, ")
+
+
+@pytest.mark.run
 def test_a_trained_model_has_the_figure_of_its_card(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = zoo.card_of("glow_digits")

@@ -6,12 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from cli_helpers import quick, tree
+from cli_helpers import quick, trained, tree
 from helpers import a_config, npz
 from PIL import Image
 
+from flowtrain.checkpoints.load import load_model
 from flowtrain.data.named import section_named, undivided
-from flowtrain.data.splits import DataSet
+from flowtrain.data.splits import DataSet, Split
+from flowtrain.evaluation.score import mean_loss
+from flowtrain.latents.encoding import read_images
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -88,6 +91,18 @@ def test_the_models_own_data_keep_their_splits(tmp_path):
 
 
 @pytest.mark.run
+def test_evaluate_on_files_for_a_model_of_fewer_levels(tmp_path):
+    """They are brought to its levels, as for `interpolate`."""
+    model = load_model(str(trained()["glow"]), torch.device("cpu"))
+    files = sorted(pictures(tmp_path / "p", 5).iterdir())
+    done = quick("evaluate", trained()["glow"], "--data", "p", "--json", "-", cwd=tmp_path).ok()
+    assert "p: images are brought to 1x8x8 with 17 levels" in done.err
+    x = read_images(files, model, "--images").numpy()
+    expected = mean_loss(model.flow, Split(x, np.arange(5)))
+    assert json.loads(done.out)["bits_per_dim"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.run
 def test_evaluate_on_other_data(tmp_path):
     """The result does not replace that on the model's own data, nor one on others of this name."""
     section = npz(tmp_path / "a.npz", shape=(8, 8, 3))
@@ -99,16 +114,22 @@ def test_evaluate_on_other_data(tmp_path):
 
     pictures(tmp_path / "p", 12)
     found = evaluate("--data", "p", "--scores", "s.csv", "--json", "r.json").ok()
-    assert "on all of p" in found.out
+    assert "on all of p\np: images are brought to 3x8x8 with 256 levels\n" in found.out
     outcome = json.loads((tmp_path / "r.json").read_text())
     assert (outcome["dataset"], outcome["split"], outcome["num_images"]) == ("p", "all", 12)
     rows = (tmp_path / "s.csv").read_text().splitlines()
     # The file as such scores as it does in the folder (its noise is that of the first image).
     one = json.loads(evaluate("--data", "p/0.png", "--json", "-").ok().out)
-    assert len(rows) == 13 and one["num_images"] == 1
+    names = sorted(f"{i}.png" for i in range(12))
+    assert [row.rpartition(",")[2] for row in rows] == ["file", *names] and one["num_images"] == 1
     assert one["bits_per_dim"] == pytest.approx(float(rows[1].split(",")[1]))
     reduced = evaluate("--data", "p", "--set", "data.size=6")  # keys of data still apply
     reduced.failed(2, "(3, 6, 6) with 256 levels cannot be evaluated", "(3, 8, 8)")
+
+    with np.load(tmp_path / "a.npz") as own:
+        np.savez(tmp_path / "again.npz", x_train=own["x_train"])
+    found = evaluate("--data", "again.npz").ok()
+    assert "\n18 of 20 images are equal to a training image\n" in found.out
 
     before = tree(run.path)
     for path in ("b.npz", "c/b.npz"):

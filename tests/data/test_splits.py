@@ -36,12 +36,24 @@ def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
 
 def test_a_sample_of_sorted_images_has_all_classes():
     pixels = np.repeat(np.arange(10, dtype="u1"), 30).reshape(-1, 1, 1, 1)
-    split = Split(pixels, np.arange(300), 0, lambda: pixels[:, 0, 0, 0].astype(int))
+    labels, names = lambda: pixels[:, 0, 0, 0].astype(int), lambda: [*map(str, range(300))]
+    split = Split(pixels, np.arange(300), None, labels, names)
     found = split.sample(100, seed=1)
+    assert found.names == [*map(str, found.indices)]
     assert len(set(found.labels.tolist())) == 10 and np.all(np.diff(found.indices) > 0)
     assert set(split.sample(20, seed=1).indices) < set(found.indices)
     assert not np.array_equal(split.sample(100).indices, found.indices)
     assert np.array_equal(split.sample(1000).indices, split.indices)
+
+
+def test_images_with_256_levels_are_reduced_to_those_of_a_model(tmp_path):
+    section = npz(tmp_path / "a.npz")
+    stored = data_set(section).split("test").take(slice(None))
+    data = DataSet(a_config("nice", data=section).data, levels=17)
+    x = data.split("test").take(slice(None))
+    assert data.num_bins == 17 and torch.equal(x, (stored.double() / 255 * 16).round().byte())
+    for other, levels in (({**section, "n_bits": 5}, 32), ({"name": "digits"}, 17)):
+        assert DataSet(a_config("nice", data=other).data, levels=9).num_bins == levels
 
 
 def test_validation_is_a_count_or_a_fraction(tmp_path):

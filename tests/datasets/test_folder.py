@@ -108,7 +108,10 @@ def test_a_stable_tenth_is_held_out(tmp_path):
     assert len(keys) == 4 and images_of(copy, "test").key == images_of(tree, "test").key
     (tree / "000.png").write_bytes(b"")  # an unreadable file keeps its place in the split
     (tree / f"{test[0]:03}.png").write_bytes(b"")
-    assert values(images_of(tree, "test")) == test[1:]
+    images = images_of(tree, "test")
+    assert values(images) == test[1:]
+    names = images.names()
+    assert [names[row] for row in images.rows()] == [f"{value:03}.png" for value in test[1:]]
 
 
 def test_equal_images_are_on_one_side(tree, monkeypatch):

@@ -163,7 +163,7 @@ def test_images_that_are_not_finite_are_counted_and_named(tmp_path, value, draws
     assert result.non_finite_indices == bad and result.non_finite_images == len(bad)
     assert result.bits_per_dim is None and result.nats_per_image is None
     assert result.num_images == len(scores.log_prob) == 30
-    assert not math.isfinite(mean_loss(flow, Split(pixels, np.arange(30), 0)))
+    assert not math.isfinite(mean_loss(flow, Split(pixels, np.arange(30))))
 
 
 def test_the_accuracy_is_that_of_the_most_probable_class(tmp_path):

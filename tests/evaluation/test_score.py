@@ -45,7 +45,7 @@ def flow():
 @pytest.fixture(scope="module")
 def split():
     pixels = np.random.default_rng(0).integers(0, LEVELS, (50, *SHAPE), "u1")
-    return Split(pixels, np.arange(50), 0)
+    return Split(pixels, np.arange(50))
 
 
 def elbo_bits(split):
@@ -100,7 +100,7 @@ def glow():
 
 def a_split(count=100):
     pixels = np.random.default_rng(0).integers(0, 256, (count, 1, 4, 4), "u1")
-    return Split(pixels, np.arange(count), 0)
+    return Split(pixels, np.arange(count))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
@@ -122,7 +122,7 @@ def test_noise_depends_on_the_seed_the_place_and_the_draw(glow):
     assert not torch.equal(score(glow, a_split(), seed=1).log_prob, every)
     ten = score(glow, a_split().at(np.arange(10))).log_prob
     torch.testing.assert_close(ten, every[:10], rtol=1e-6, atol=0)
-    a, b = score(glow, Split(np.zeros((2, 1, 4, 4), "u1"), np.arange(2), 0)).log_prob
+    a, b = score(glow, Split(np.zeros((2, 1, 4, 4), "u1"), np.arange(2))).log_prob
     assert a != b
     several = score(glow, a_split(), draws=4)
     torch.testing.assert_close(several.draws[0], every)

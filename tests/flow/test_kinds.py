@@ -46,9 +46,9 @@ def test_faults_and_levels():
     assert kind_of(17).fault(np.array([0, 17])) == "a value of 17, expected 0..16"
     assert POINTS.fault(np.array([1e9])) is None
     assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"
-    kind = kind_of(256).reduced(3)
+    kind = kind_of(32)
     assert (kind.words, kind.scale, kind.npz()) == ("32 levels", 32, {"levels": 32})
-    assert POINTS.reduced(0).words == "real values" and IMAGES.require_bins("unused") == 16
+    assert POINTS.words == "real values" and IMAGES.require_bins("unused") == 16
     with pytest.raises(UserError, match="no images"):
         POINTS.require_bins("no images")
 

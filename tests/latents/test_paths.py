@@ -80,7 +80,7 @@ def test_a_path_stops_before_the_first_image_that_is_not_typical(monkeypatch):
 
 def test_what_is_typical_is_what_all_but_one_in_a_hundred_have():
     flow, x = tiny_flow(shape=(1, 4, 4), q=17), images(300, (1, 4, 4), 17)
-    split = Split(x.numpy(), np.arange(300), 0)
+    split = Split(x.numpy(), np.arange(300))
     lowest = paths.lowest_typical(flow, split)
     found = score(flow, split).log_prob
     assert int((found < lowest).sum()) == math.ceil(0.01 * 299)
@@ -101,4 +101,4 @@ def test_paths_begin_at_the_first_test_images_of_a_class():
     with pytest.raises(UserError, match="--from-class 4: the split has .* of it, 999 are needed"):
         paths.of_classes(flow, data, 4, 9, 999, 2)
     with pytest.raises(UserError, match="--from-class 4: the data set has no labels"):
-        paths.of_class(Split(np.zeros((1, 1, 8, 8), "u1"), np.arange(1), 0), 4, 1, "--from-class")
+        paths.of_class(Split(np.zeros((1, 1, 8, 8), "u1"), np.arange(1)), 4, 1, "--from-class")

@@ -57,7 +57,7 @@ def test_files_that_are_no_context(tmp_path):
 
 def test_the_contexts_of_a_split_in_turn():
     flow, x = tiny_flow("glow", SHAPE, context="grey"), images(3, SHAPE)
-    split = Split(x.numpy(), np.arange(3), 0)
+    split = Split(x.numpy(), np.arange(3))
     assert torch.equal(of_split(flow, split, 5), flow.context_of(x)[[0, 1, 2, 0, 1]])
     assert of_split(tiny_flow("glow", SHAPE), split, 5) is None
 

@@ -38,6 +38,22 @@ def test_images_are_grids():
     assert len(frames) == 3 and torch.equal(frames[2], grid.grid(x[[2, 5]], 17, 2))
 
 
+def test_each_temperature_has_a_titled_block():
+    x, temperatures = images(15, (1, 4, 4), 17), [0.5, 0.7, 0.9, 1, 1.1]
+    found = draw.ImageGrids(17).samples(x, 2, 0, temperatures)
+    blocks = [grid.grid(part, 17, 2, beside=4) for part in x.split(3)]
+    _, height, width = blocks[0].shape
+    line, step = grid.LINE, (found.shape[2] + grid.LINE) // 4
+    assert found.shape == (3, 2 * (line + height), 4 * step - line) and found.shape[2] > 800
+    titles = []
+    for index, block in enumerate(blocks):
+        part = found[:, index // 4 * (line + height) :, index % 4 * step :]
+        assert torch.equal(part[:, line : line + height, :width], block)
+        titles.append(part[:, :line, :width].amin(dim=0))
+    assert all(title.min() < 64 for title in titles)  # black on white
+    assert not any(map(torch.equal, titles, titles[1:]))
+
+
 def test_points_are_drawn_beside_the_data(monkeypatch):
     monkeypatch.setattr(draw, "MESH", 8)
     split = DataSet(a_config("nice", **POINTS).data).split("test")

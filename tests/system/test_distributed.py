@@ -258,7 +258,7 @@ def test_resumed_by_two_processes_and_by_one_again(alone):
     last(run).unlink()
     checkpoint_format.write(last(run), old, saved.tensors)
     words = ["train", *ALL, *parts(16)]
-    single(*words, "--run-dir", "r").failed(2, "train.batch_size", "has 32")
+    single(*words, "--run-dir", "r").failed(2, "train.batch_size=32, and this")
     assert "saved by 1 process" in resumed(2, *words)
 
 
@@ -291,7 +291,7 @@ def test_resumed_with_more_images_a_step_and_with_fewer_again(alone):
 
     # A step of 2 * 20 images is neither the old one nor the same configuration.
     words = ["train", *ALL, *parts(20), "--run-dir", put_back(run)]
-    all_failed(together(2, *words), 2, "train.batch_size: ", "has 32, this command 20")
+    all_failed(together(2, *words), 2, "train.batch_size=32, and this command", "=20")
 
 
 @pytest.mark.run

@@ -49,14 +49,22 @@ def compress(
         typer.Argument(
             metavar="[MODEL] INPUT...",
             help="First a model, by default the newest run in runs/. Then "
-            "image files, and folders of them. They must have the model's shape, and are not "
-            "resized. With --split, there is no INPUT, and KEY=VALUE overrides keys of the data.",
+            "image files, and folders of them, of the model's size. With --split, there is no "
+            "INPUT, and KEY=VALUE overrides keys of the data.",
         ),
     ] = None,
     split: Annotated[
         Split | None, typer.Option("--split", help="Compress a split of the model's data set.")
     ] = None,
     num_images: FirstImagesOption = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            help="Pack copies of the image files, brought to the model's size, channels and "
+            "levels. The originals do not come back.",
+        ),
+    ] = False,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
     mirror: MirrorOption = False,
     weights: WeightsOption = None,
@@ -74,7 +82,7 @@ def compress(
     from flowtrain.system.files import save
     from flowtrain.tools.archive.codec import coder_of
     from flowtrain.tools.archive.compress import choose, prepare
-    from flowtrain.tools.archive.inputs import from_files, ordinary_sizes
+    from flowtrain.tools.archive.inputs import form_of, from_files, ordinary_sizes
     from flowtrain.tools.archive.stack import constriction
     from flowtrain.tools.archive.strips import strips
 
@@ -85,6 +93,8 @@ def compress(
         raise UserError(
             "INPUT: give image files or folders, or --split test" + (", not both" if files else "")
         )
+    if fit and split is not None:
+        raise UserError("--fit: only for image files; the images of --split are not converted")
     if settings and split is None:
         raise UserError("--set: only with --split, for the place of the data")
     require_file(out)
@@ -93,12 +103,17 @@ def compress(
     num_bins = coder_of(loaded.flow).num_bins
     names: list[str] | str
     if split is None:
-        names, x = from_files(files, loaded, num_bins, out, num_images)
+        names, x = from_files(files, loaded, num_bins, out, num_images, fit)
     else:
         names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
     sides = f", each from the likeliest of its {loaded.flow.sides} sides" if mirror else ""
     console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights){sides}")
+    if fit:
+        console.print(
+            f"packing copies of {form_of(loaded.flow.shape)} with {num_bins} levels (data.resize: "
+            f"{loaded.config.data.resize_policy}): these come back without loss, not the originals"
+        )
     with ProgressBar("scoring") as bar:
         prepared = prepare(loaded, x, bar)
     with ProgressBar("packing without the flow") as bar:

@@ -69,7 +69,7 @@ def prepare(model: LoadedModel, images: Tensor, progress: Progress = silent) -> 
     with one_thread():
         coder = coder_of(model.flow)
         probe = coder.probe()
-    split = Split(images.numpy(), np.arange(len(images)), 0)
+    split = Split(images.numpy(), np.arange(len(images)))
     scores = [
         score(model.flow, split, side=side, progress=progress) for side in range(model.flow.sides)
     ]

@@ -10,19 +10,29 @@ from torch import Tensor
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.datasets.base import picture
 from flowtrain.errors import UserError, short
-from flowtrain.latents.encoding import files_at
+from flowtrain.latents.encoding import files_at, read_images
 from flowtrain.pictures.grid import to_8bit
 from flowtrain.pictures.lossless import FORMATS, affordable, file_sizes, formats
-from flowtrain.system.console import silent
+from flowtrain.system.console import console, silent
 from flowtrain.system.files import check_names
 from flowtrain.tools.archive.strips import STRIP, tall_length
 from flowtrain.tools.archive.threads import Progress, Tick, in_threads
 
 
+class Unfit(UserError):
+    """An image file that would have to be converted."""
+
+
 def from_files(
-    paths: list[Path], model: LoadedModel, num_bins: int, out: Path, count: int | None
+    paths: list[Path],
+    model: LoadedModel,
+    num_bins: int,
+    out: Path,
+    count: int | None,
+    fit: bool = False,
 ) -> tuple[list[str], Tensor]:
-    """Names and pixels of the first `count` image files at these paths; None stands for all.
+    """Names and pixels of the first `count` image files at these paths; None stands for all. With
+    `fit` the pixels are those of `latents.encoding.read_images`, and otherwise of `read_files`.
 
     Raises `UserError`, also if one of them, or the model, is the output file `out`.
     """
@@ -31,7 +41,10 @@ def from_files(
         if out.exists() and file.exists() and out.samefile(file):
             raise UserError(f"--out {out}: is one of the files that are read; give another name")
     names = list(found)[:count]
-    return names, read_files([found[name] for name in names], model.flow.shape, num_bins)
+    files = [found[name] for name in names]
+    if fit:
+        return names, read_images(files, model, "INPUT")
+    return names, read_files(files, model.flow.shape, num_bins)
 
 
 def find_files(paths: list[Path]) -> dict[str, Path]:
@@ -66,19 +79,43 @@ def _check_names(names: list[str], where: str) -> None:
 def read_files(files: list[Path], shape: tuple[int, int, int], num_bins: int) -> Tensor:
     """Image files as they are: uint8 `(N, C, H, W)`, values 0..Q-1.
 
-    Raises `UserError` naming a file that is missing, or has another shape or other values.
+    Raises `UserError` naming a file that is missing or damaged. Files of another shape or with
+    other values are all printed first.
     """
-    return torch.stack([_pixels(file, shape, num_bins) for file in files])
+    images, unfit = [], []
+    for file in files:
+        try:
+            images.append(_pixels(file, shape, num_bins))
+        except Unfit as error:
+            unfit.append(str(error))
+    if not unfit:
+        return torch.stack(images)
+    others = ""
+    if len(unfit) > 1:
+        for line in unfit:
+            console.print(line)
+        others = f", nor do {len(unfit) - 1} more of {len(files)} images, listed above"
+    raise UserError(
+        f"{unfit[0]}: does not fit the model{others}\n"
+        f"the model is for {form_of(shape)} with {num_bins} levels, and nothing is converted, "
+        f"because that would not be lossless\n"
+        f"--fit packs copies of that size and these levels, and the originals do not come back"
+    )
+
+
+def form_of(shape: tuple[int, int, int]) -> str:
+    """Width, height and mode of images, in Pillow's words."""
+    channels, height, width = shape
+    return f"{width}x{height} {'L' if channels == 1 else 'RGB'}"
 
 
 def _pixels(path: Path, shape: tuple[int, int, int], num_bins: int) -> Tensor:
     channels, height, width = shape
-    mode = "L" if channels == 1 else "RGB"
     try:
         with picture(path) as image:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
-            fits = found == f"{width}x{height} {mode}" and frames == 1
+            fits = found == form_of(shape) and frames == 1
             pixels = np.array(image) if fits else np.empty(0)
             # PNG's tRNS: one colour or level is transparent.
             transparent = "transparency" in image.info
@@ -87,21 +124,15 @@ def _pixels(path: Path, shape: tuple[int, int, int], num_bins: int) -> Tensor:
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise UserError(f"{path}: cannot be read as an image ({short(error)})") from None
     if not fits:
-        raise UserError(
-            f"{path}: it has {frames} picture(s) of {found}, and the model is for "
-            f"{width}x{height} {mode}; nothing is converted, as that would not be lossless"
-        )
+        raise Unfit(f"{path}: {found}" if frames == 1 else f"{path}: {frames} pictures of {found}")
     if transparent:
-        raise UserError(f"{path}: a part of it is transparent, which would be lost")
+        raise Unfit(f"{path}: a part of it is transparent")
     values = to_8bit(torch.arange(num_bins), num_bins).long()  # as `decompress` writes them
     image_values = torch.from_numpy(pixels.reshape(height, width, channels)).long()
     image_levels = torch.searchsorted(values, image_values)
     if (values[image_levels] != image_values).any():
-        raise UserError(
-            f"{path}: its values are not the {num_bins} that images of this model have "
-            f"({', '.join(map(str, values[:4].tolist()))}, ..., 255): to keep fewer bits of it "
-            f"would not be lossless"
-        )
+        few = ", ".join(map(str, values[:4].tolist()))
+        raise Unfit(f"{path}: its values are not the {num_bins} levels {few}, ..., 255")
     return image_levels.to(torch.uint8).movedim(-1, 0)
 
 

@@ -27,6 +27,7 @@ class Collection:
     positions: np.ndarray  # of the images in the split, or 0..N-1
     split: str | None = None  # None for made images
     stored: tuple[Shape, int] | None = None  # shape and levels, if those are not the model's
+    names: list[str] | None = None  # of the images, if they are files
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,13 @@ def _sample(
 ) -> Collection:
     every = data.split(split)
     positions = sampled(len(every), count, seed)
-    images = every.take(positions).numpy()
+    chosen = every.at(positions)
+    images = chosen.take(slice(None)).numpy()
     shape, num_bins = model.flow.shape, num_bins_of(model)
     policy = data.config.resize_policy
     stored = None if (data.shape, own_bins) == (shape, num_bins) else (data.shape, own_bins)
     converted = convert(images, own_bins, shape, num_bins, policy)
-    return Collection(name, converted, positions, split, stored)
+    return Collection(name, converted, positions, split, stored, chosen.names)
 
 
 def num_bins_of(model: LoadedModel) -> int:

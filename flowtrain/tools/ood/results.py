@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 from typing import Any
 
@@ -74,16 +75,22 @@ def _described(scored: Scored) -> dict[str, Any]:
 
 
 def scores_csv(comparison: Comparison) -> bytes:
-    """One row per image, with the `in` data first. Losses are in the unit of `ood.json`."""
+    """One row per image, with the `in` data first. Losses are in the unit of `ood.json`. The names
+    of image files are in the last column.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    named = any(scored.collection.names for scored in comparison.compared)
     for scored in comparison.compared:
         columns = {"index": scored.collection.positions, "loss": scored.loss}
         columns |= {"log_prob": scored.log_prob, "typicality": scored.scores["typicality"]}
         columns |= {"complexity": scored.complexity}
         columns |= {"complexity_corrected": scored.scores["complexity_corrected"]}
         if scored is comparison.inside:
-            writer.writerow(["dataset", *columns])
-        for row in zip(*(column.tolist() for column in columns.values()), strict=True):
-            writer.writerow([scored.collection.name, *map(repr, row)])
+            writer.writerow(["dataset", *columns, *(["file"] if named else [])])
+        files = scored.collection.names or itertools.repeat("")
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        for row, file in zip(rows, files, strict=False):
+            also = [file] if named else []
+            writer.writerow([scored.collection.name, *map(repr, row), *also])
     return text.getvalue().encode()

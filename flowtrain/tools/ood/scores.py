@@ -146,7 +146,7 @@ def score_all(
         progress(sum(map(len, log_probs)) + done, sum(sizes))
 
     for collection in collections.all:
-        split = Split(collection.images, np.arange(len(collection.images)), drop_bits=0)
+        split = Split(collection.images, np.arange(len(collection.images)))
         scores = score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead)
         log_probs.append(scores.log_prob.numpy())
     entropy = float(model.flow.loss(torch.from_numpy(log_probs[0])).mean())

@@ -342,6 +342,15 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
         assert np.array_equal(found, expected)
 
 
+def test_copies_of_the_models_size_come_back(tmp_path):
+    picture(tmp_path / "in" / "wide.png", (20, 10), "RGB", 200)
+    said = quick("compress", run(), "in", "--fit", "--out", "a.fta", cwd=tmp_path).ok().out
+    assert "packing copies of 8x8 L with 17 levels (data.resize: crop): these come back" in said
+    quick("decompress", "a.fta", "--out", "out", cwd=tmp_path).ok()
+    found = np.asarray(Image.open(tmp_path / "out" / "in" / "wide.png"))
+    assert found.shape == (8, 8) and (found == 13 * 255 // 16).all()
+
+
 def test_an_embedded_model_decodes_in_a_process_with_other_threads(digits, tmp_path):
     (tmp_path / "a.fta").write_bytes(embedding())
     quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()

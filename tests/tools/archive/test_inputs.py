@@ -40,10 +40,23 @@ def test_a_picture_of_another_size_is_not_decoded(tmp_path):
     large = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
     (tmp_path / "a.png").write_bytes(large)
     tracemalloc.start()
-    with pytest.raises(UserError, match="picture.s. of 8x8388608 L, and the model is for 8x8 L"):
+    with pytest.raises(UserError, match="a.png: 8x8388608 L: .*\n.* is for 8x8 L"):
         read_files([tmp_path / "a.png"], (1, 8, 8), 256)
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
+
+
+def test_all_files_that_do_not_fit_are_named(tmp_path, capsys):
+    for name, size, mode in (("fits", (8, 8), "L"), ("wide", (9, 8), "L"), ("rgb", (8, 8), "RGB")):
+        picture(tmp_path / f"{name}.png", size, mode)
+    picture(tmp_path / "grey.png", value=128)
+    with pytest.raises(UserError, match="grey.png: its values .* 2 more of 4 .*\n.*\n--fit packs"):
+        read_files(sorted(tmp_path.iterdir()), (1, 8, 8), 17)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("/")[2] for line in lines] == [
+        "grey.png: its values are not the 17 levels 0, 15, 31, 47, ..., 255",
+        *("rgb.png: 8x8 RGB", "wide.png: 9x8 L"),
+    ]
 
 
 def test_folders_are_read_as_the_data_set_reads_them(tmp_path):

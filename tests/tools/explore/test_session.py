@@ -133,8 +133,9 @@ def test_two_classes_have_the_images_of_both(name, tmp_path):
     for number, each in ((0, a), (2, b)):
         frames.seek(number)
         x = session.image(Place(source=each), check)
-        expected = grid.grid(x, session.q, 1).movedim(0, -1).numpy()
+        expected = grid.grid(x, session.q, 1).movedim(0, -1).numpy().repeat(8, 0).repeat(8, 1)
         assert np.array_equal(np.asarray(frames.convert("RGB")), expected)
+        assert frames.size == (256, 256)
     # `flowtrain decode` is told no class.
     (tmp_path / "z.npz").write_bytes(ask(answers.latent_file, session, place={"source": b}))
     z = read(tmp_path / "z.npz", session.model).z
@@ -201,7 +202,7 @@ def test_several_temperatures_have_no_command(session):
 def test_ranks_are_those_of_an_evaluation(session):
     data = session.data
     x = data.test.take(slice(None)).numpy()
-    losses = session.flow.loss(score(session.flow, Split(x, np.arange(len(x)), 0)).log_prob).numpy()
+    losses = session.flow.loss(score(session.flow, Split(x, np.arange(len(x)))).log_prob).numpy()
     np.testing.assert_allclose(data.losses, losses, rtol=1e-4)
     facts = ask(answers.facts, session, place={"source": IMAGE})
     assert facts["loss"] == pytest.approx(losses[7], rel=1e-4)

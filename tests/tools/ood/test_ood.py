@@ -236,6 +236,17 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
 
 
+@pytest.mark.run  # takes long
+def test_scores_have_the_names_of_image_files(tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(10, 50):
+        Image.new("L", (5, 4)).save(tmp_path / "p" / f"{i}.png")
+    scores = results.scores_csv(compared(a_model(tmp_path), str(tmp_path / "p"))).decode()
+    rows = [*csv.DictReader(io.StringIO(scores))]
+    files = [f"{10 + int(row['index'])}.png" for row in rows[30:]]
+    assert [row["file"] for row in rows] == 30 * [""] + files and len(files) == 30
+
+
 def test_a_density_has_no_bits():
     collection = collecting.Collection("a", images(3, (1, 4, 4)).numpy(), np.arange(3))
     log_prob = np.array([16.0, 32, 48])
