@@ -1,7 +1,6 @@
 """Data that a command line names: a data set, a folder, an image file, or files of arrays."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import folder, npz
-from flowtrain.datasets.base import Images, open_image
-from flowtrain.errors import UserError
+from flowtrain.datasets.base import Images
+from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Shape
 
 
@@ -44,6 +43,7 @@ def section_named(
         raise UserError(
             f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
             f"nor an image file ({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
+            f"{did_you_mean(name, (*names, *also))}"
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
@@ -72,14 +72,12 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
         return dataclasses.replace(images, rows=None, labels=None)
     if config.name == "folder" and not (path / "test").is_dir():
         shape = (options["channels"], options["size"], options["size"])
-        files = [path]
+        files = named = [path]
         if not path.is_file():
-            files = [path / file.name for file in folder.files_of(path, "")]
+            files, named = [path / file.name for file in folder.files_of(path, "")], []
 
         def decode() -> np.ndarray:
-            with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-                images = pool.map(lambda f: open_image(f, shape, 256, options["resize"]), files)
-                return np.stack(list(images))
+            return folder.read_files(files, named, "--data", shape, 256, options["resize"])[1]
 
         return Images(shape=shape, num_bins=256, read=decode)
     return None
