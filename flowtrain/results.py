@@ -65,7 +65,8 @@ class Row(File):
 
 
 class Evaluation(File):
-    """`evaluate-<split>.json`. Figures that are not finite are None.
+    """`evaluate-<split>.json`, and files such as `evaluate-16-draws-<split>.json`. Figures that
+    are not finite are None.
 
     The keys without a default are in the files of all versions.
     """
@@ -111,3 +112,15 @@ class Evaluation(File):
     max_reconstruction_error: float | None = None
     checkpoint: str | None = None
     model: str | None = None  # `checkpoints.load.model_hash`; an earlier version has none
+
+    @property
+    def way(self) -> str:
+        """The measure without the split: nothing, or `mirror`, `16 draws`, `mirror, 16 draws`."""
+        mirror, draws = self.sides > 1, self.draws > 1
+        return ", ".join(["mirror"] * mirror + [f"{self.draws} draws"] * draws)
+
+    @property
+    def options(self) -> str:
+        """The options of `evaluate` for this measure, each behind a space."""
+        mirror, draws = self.sides > 1, self.draws > 1
+        return " --mirror" * mirror + f" --draws {self.draws}" * draws

@@ -6,6 +6,7 @@ whose threads would not survive the fork.
 
 import gc
 import importlib
+import logging
 import pkgutil
 
 from PIL import Image
@@ -28,5 +29,6 @@ for info in pkgutil.walk_packages(flowtrain.__path__, "flowtrain."):
         importlib.import_module(info.name)
 Image.init()  # the plugins of all formats
 CliRunner().invoke(app, ["train", "--set", "model.stepz=3"])  # the schemas of all components
+logging.getLogger("flowtrain").handlers.clear()  # its handler has a stream that is closed by now
 gc.collect()
 gc.freeze()  # otherwise each command copies the memory of what it collects

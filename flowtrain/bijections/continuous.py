@@ -30,7 +30,7 @@ def torchdiffeq() -> Any:
         with torch.device("cpu"):
             import torchdiffeq  # type: ignore[import-untyped]
     except ImportError:
-        raise packages.missing("model.name: cnf", "torchdiffeq") from None
+        raise packages.missing("model.name: cnf", "torchdiffeq", extra="cnf") from None
     return torchdiffeq
 
 

@@ -30,7 +30,7 @@ class Figure:
     unit: str
     images: int
     likelihood: str  # exact, or which bound
-    sides: int = 1  # it is of the mixture over so many sides of an image
+    way: str = ""  # `Evaluation.way`
 
     def __str__(self) -> str:
         value = figure(self.loss, self.error)
@@ -73,10 +73,10 @@ def figures(model: LoadedModel) -> list[Figure]:
             likelihood += "" if result.draws == 1 else f" of {result.draws} draws"
             likelihood += f", {mixture(result.sides)}" if result.sides > 1 else ""
             of = name, result.split, loss, error, unit, result.num_images, likelihood
-            found[name, result.split, result.sides] = Figure(*of, result.sides)
+            found[name, result.split, result.way] = Figure(*of, result.way)
     if card := card_of(model):
         name = model.config.data.name
-        found[name, "test", 1] = Figure(
+        found[name, "test", ""] = Figure(
             name, "test", card.loss, card.error, unit, card.images, card.likelihood
         )
     return list(found.values())
@@ -108,6 +108,6 @@ def table(model: LoadedModel) -> dict[str, str]:
         rows["trained"] = f"{card.command}, {card.time} on {card.machine}"
         rows["data from"] = f"{card.data} ({card.licence})"
     for each in figures(model):
-        rows[f"{each.dataset}, {each.split}" + (", mirror" if each.sides > 1 else "")] = str(each)
+        rows[", ".join(filter(None, (each.dataset, each.split, each.way)))] = str(each)
     rows["versions"] = ", ".join(f"{name} {v}" for name, v in meta["versions"].items())
     return rows

@@ -5,6 +5,7 @@ the address of the hub (`HF_ENDPOINT`), the token, and the cache folder.
 """
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from flowtrain.system import packages
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+log = logging.getLogger("flowtrain")
 
 PREFIX = "hf://"
 FILE = "model.safetensors"  # the name that the hub expects
@@ -52,7 +55,7 @@ def repository_of(path: Path) -> str | None:
 
 def require_package(model: str) -> None:
     """Raises `UserError` if huggingface_hub is missing or too old."""
-    packages.required(f"{cut(model)}: the hub", "huggingface_hub", OLDEST)
+    packages.required(f"{cut(model)}: the hub", "huggingface_hub", OLDEST, extra="hf")
 
 
 def download(model: str) -> Path:
@@ -68,6 +71,7 @@ def download(model: str) -> Path:
     require_package(model)
     with _explaining(model):
         hub = _client()
+        log.info("%s: contacting %s", model, hub.endpoint)
         about = hub.hf_hub_download(wanted.repository, FILE, revision=wanted.revision, dry_run=True)
         limit = checkpoint_format.largest()
         if (about.file_size or 0) > limit:
@@ -75,6 +79,8 @@ def download(model: str) -> Path:
                 f"{model}: its {FILE} has {about.file_size:,} bytes, more than the {limit:,} that "
                 f"fit into memory"
             )
+        if about.will_download:
+            log.info("downloading %.1f MiB", (about.file_size or 0) / 2**20)
         return Path(hub.hf_hub_download(wanted.repository, FILE, revision=wanted.revision))
 
 

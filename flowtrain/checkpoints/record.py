@@ -3,6 +3,7 @@
 It needs no torch, and runs no code that a configuration names.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,8 +41,8 @@ class Record:
     config: dict[str, Any]
     summary: Summary
     rows: list[Row]
-    test: Evaluation | None  # of the test split
-    mirror: Evaluation | None  # the same of `evaluate --mirror`
+    # Of the test split, by `Evaluation.way`: the plain one, with --mirror, with --draws.
+    tests: dict[str, Evaluation]
 
 
 def read(path: Path) -> Record:
@@ -57,13 +58,17 @@ def read(path: Path) -> Record:
     config = configuration.load_yaml(path / "config.yaml")
     checked(RunConfig, config, str(path / "config.yaml"))
     metrics = path / "metrics.jsonl"
-    evaluations = [path / f"evaluate-{name}.json" for name in ("test", "mirror-test")]
+    evaluations = [
+        read_evaluation(file)
+        for file in path.glob("evaluate-*test.json")
+        if re.fullmatch(r"evaluate-(mirror-)?(\d+-draws-)?test\.json", file.name)
+    ]
     return Record(
         path,
         config,
         read_summary(path / "summary.json"),
         read_rows(metrics) if metrics.exists() else [],
-        *(read_evaluation(file) if file.exists() else None for file in evaluations),
+        {test.way: test for test in sorted(evaluations, key=lambda test: (test.sides, test.draws))},
     )
 
 

@@ -319,7 +319,10 @@ def output(given: Path | str | None, loaded: "LoadedModel", name: str, option: s
     if given is not None:
         return Path(given)
     path = run_of(loaded.checkpoint.path) / name
-    require_file(path, option)
+    try:
+        require_file(path, option)
+    except UserError as error:
+        raise UserError(f"{error}: give {option} FILE") from None
     return path
 
 
@@ -355,16 +358,22 @@ def load(
 
 def device_of(name: str) -> "torch.device":
     """The device of `--device`, made ready."""
-    from flowtrain.system import allocator, threads
     from flowtrain.system import device as devices
-    from flowtrain.system.console import console
 
     device = devices.resolve(name)
     if device.type == "cpu":
-        allocator.keep_freed_memory()
-        if said := threads.use_free_cores():
-            console.print(said)
+        _prepare_cpu()
     return device
+
+
+@functools.cache
+def _prepare_cpu() -> None:
+    from flowtrain.system import allocator, threads
+    from flowtrain.system.console import console
+
+    allocator.keep_freed_memory()
+    if said := threads.use_free_cores():
+        console.print(said, style="dim")
 
 
 def mention_unused(name: str, device: "torch.device") -> None:

@@ -82,7 +82,7 @@ def evaluate(
     mention_unused(options.device, loaded.flow.device)
     data = options.data(loaded, dataset)
     split_name = split_of(data, split, dataset)
-    of = "mirror-" if mirror else ""
+    of = "mirror-" * mirror + f"{draws}-draws-" * (draws > 1)
     of += "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(

@@ -170,6 +170,8 @@ def _check(
     image: list[Path] | None,
 ) -> None:
     """Raises `UserError` for options that do not go together."""
+    if files is not None and str(files[1]).startswith("-"):  # the next option
+        raise UserError(f"--images {files[0]} {files[1]}: expected two image files, A B")
     if (from_class is None) != (to_class is None):
         raise UserError("--from-class and --to-class: one is of no use without the other")
     if from_class is not None and files is not None:

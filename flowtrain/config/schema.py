@@ -316,7 +316,7 @@ class Train(Section):
         ["tensorboard"],
         description="Loggers for charts and pictures besides `metrics.jsonl`, or none (`[]`). "
         "`tensorboard` writes to the run directory (`tensorboard --logdir runs`), and `wandb` "
-        "(`pip install wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the "
+        "(the extra `wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the "
         "printed address). A resumed run may change it.",
     )
 

@@ -1,7 +1,6 @@
 """Data that a command line names: a data set, a folder, an image file, or files of arrays."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
 from flowtrain.datasets import folder, npz
-from flowtrain.datasets.base import Images, open_image
-from flowtrain.errors import UserError
+from flowtrain.datasets.base import Images
+from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Shape
 
 
@@ -44,6 +43,7 @@ def section_named(
         raise UserError(
             f"{option} {name}: neither a data set ({', '.join((*names, *also))}), nor a folder, "
             f"nor an image file ({', '.join(folder.SUFFIXES)}), nor an .npz or .npy file"
+            f"{did_you_mean(name, (*names, *also))}"
         )
     if "path" in values and not path.exists():
         raise UserError(f"{option} {name}: there is no such file")
@@ -74,11 +74,15 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
         shape = (options["channels"], options["size"], options["size"])
         names = [path.name] if path.is_file() else [f.name for f in folder.files_of(path, "")]
         files = [path] if path.is_file() else [path / name for name in names]
+        named = files if path.is_file() else []
+        kept: list[int] = []
 
         def decode() -> np.ndarray:
-            with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-                images = pool.map(lambda f: open_image(f, shape, 256, options["resize"]), files)
-                return np.stack(list(images))
+            kept[:], x = folder.read_files(files, named, "--data", shape, 256, options["resize"])
+            return x
 
-        return Images(shape=shape, num_bins=256, read=decode, names=lambda: names)
+        def names_of_images() -> list[str]:
+            return [names[i] for i in kept]
+
+        return Images(shape=shape, num_bins=256, read=decode, names=names_of_images)
     return None

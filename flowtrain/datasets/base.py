@@ -192,6 +192,10 @@ class OtherSize(UserError):
     """An image does not have the size for the policy `exact`."""
 
 
+class Unreadable(UserError):
+    """A file is no image, or a damaged one."""
+
+
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     """An image as uint8 of `shape` (C, H, W), 0..255, where C is 1 (luma) or 3 (RGB).
 
@@ -301,7 +305,8 @@ def open_image(path: Path, shape: Shape, num_bins: int, policy: Policy = "crop")
     """Reads a user's image file as uint8 (C, H, W), with values 0..num_bins-1 from `quantize`.
 
     Raises:
-        UserError: that names the path.
+        Unreadable: that names the path.
+        OtherSize: that names the path.
         RunError: if the cause is the machine.
     """
     from flowtrain.flow.inputs import quantize  # imports torch
@@ -309,9 +314,11 @@ def open_image(path: Path, shape: Shape, num_bins: int, policy: Policy = "crop")
     try:
         pixels = decoded(path, shape, policy)
     except OtherSize as error:
-        raise UserError(f"{path}: {error}") from None
+        raise OtherSize(f"{path}: {error}") from None
     if not isinstance(pixels, str):
         return quantize(pixels, num_bins)
     if not os.path.exists(path):  # noqa: PTH110 (never raises)
-        raise UserError(f"{path}: there is no such image file")
-    raise UserError(f"{path} cannot be read as an image ({pixels})")
+        raise Unreadable(f"{path}: there is no such image file")
+    if path.is_dir():
+        raise Unreadable(f"{path} is a folder: give an image file")
+    raise Unreadable(f"{path} cannot be read as an image ({pixels})")

@@ -162,14 +162,17 @@ def opened(
 
 
 def warn_of_unreadable(
-    target: Path, unreadable: Mapping[str, str], count: int, option: str, what: str
+    target: Path | None, unreadable: Mapping[str, str], count: int, option: str, what: str
 ) -> None:
-    """Lists the images left out of `count`. `what` names all of them."""
+    """Lists the images left out of `count`. `what` names all of them. The cache at `target` has the
+    whole list.
+    """
     if not unreadable:
         return
     lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
     if len(unreadable) > LISTED:
-        lines.append(f"  and {len(unreadable) - LISTED} more, see {target / 'index.json'}")
+        where = "" if target is None else f", see {target / 'index.json'}"
+        lines.append(f"  and {len(unreadable) - LISTED} more{where}")
     log.warning(
         "%s: %d of %d %s cannot be read and are left out:\n%s",
         option, len(unreadable), count, what, "\n".join(lines),

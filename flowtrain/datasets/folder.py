@@ -5,13 +5,15 @@ import json
 import logging
 import os
 import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from flowtrain.datasets import base, cache
-from flowtrain.datasets.base import Images, Part, first_equal, part_of
+from flowtrain.datasets.base import Images, Part, Unreadable, first_equal, open_image, part_of
 from flowtrain.errors import UserError, short
 from flowtrain.types import Policy, Shape, Side
 
@@ -22,7 +24,7 @@ LONGEST_LIST = 2**31  # bytes; ten million files have fewer
 COMPARED = 1000  # files of a remembered list that are compared with the tree
 SETTLED = 2.0  # seconds after its last change, when the times of a folder can be relied on
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class File(NamedTuple):
@@ -42,7 +44,8 @@ def build(
     channels: Literal[1, 3] = 3,
     resize: Policy = "crop",
 ) -> Images:
-    """PNG, JPEG, WebP and BMP images in any tree, as `channels` x `size` x `size` with 256 levels.
+    """PNG, JPEG, WebP, BMP, GIF, TIFF and PPM images in any tree, as `channels` x `size` x `size`
+    with 256 levels. Of an animation the first frame is taken.
 
     Args:
         path: The folder. Its subfolder `test/` is the test split, and `train/` the training split,
@@ -150,7 +153,8 @@ def build(
 def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
     """The files of a part, and False. Without `test/`: all files to be divided, and True."""
     if not folder.is_dir():
-        raise UserError(f"data.path: {folder} is {'not a' if folder.exists() else 'no'} folder")
+        problem = f"{folder} is {'not a' if folder.exists() else 'no'} folder"
+        raise UserError(f"data.path: {problem}; add data.path=DIR, the folder of your images")
     train, test = (folder / "train").is_dir(), (folder / "test").is_dir()
     if test:
         part = split if split == "test" or train else ""
@@ -232,6 +236,45 @@ def _listed(known: Path, folder: Path, part: str, skip: str) -> list[File]:
     if len(files) >= LARGE and settled:
         cache.remember(known, json.dumps({"folders": folders, "files": files}).encode())
     return files
+
+
+def read_files(
+    files: Sequence[Path],
+    named: Collection[Path],
+    option: str,
+    shape: Shape,
+    num_bins: int,
+    policy: Policy,
+) -> tuple[list[int], np.ndarray]:
+    """Places in `files` and pixels of the image files that can be read: uint8 `(N, C, H, W)`.
+
+    The others are left out, and a warning that begins with `option` lists them. A file that the
+    user has `named` is never left out. Raises `UserError` as `open_image` does, or if none can be
+    read.
+    """
+    x = np.empty((len(files), *shape), np.uint8)
+    kept: list[int] = []
+    left_out: dict[str, str] = {}
+
+    def read(file: Path) -> np.ndarray | str:
+        try:
+            return open_image(file, shape, num_bins, policy)
+        except Unreadable as error:
+            if file in named:
+                raise
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
+        for i, image in enumerate(pool.map(read, files)):
+            if isinstance(image, str):
+                left_out[str(files[i])] = image.removeprefix(f"{files[i]} ")
+            else:
+                x[len(kept)] = image
+                kept.append(i)
+    if not kept:
+        raise UserError(f"{option}: no image can be read ({next(iter(left_out.items()))})")
+    cache.warn_of_unreadable(None, left_out, len(files), option, "images")
+    return kept, x[: len(kept)]
 
 
 def _file(path: Path, name: str) -> File:

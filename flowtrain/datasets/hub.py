@@ -127,7 +127,7 @@ def build(
 
 
 def _package() -> Any:
-    datasets = packages.required("data.name: hub", "datasets", (4,))
+    datasets = packages.required("data.name: hub", "datasets", (4,), extra="hub")
     import huggingface_hub  # which datasets depends on
 
     # What goes wrong is one message of flowtrain.

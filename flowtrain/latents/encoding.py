@@ -1,7 +1,8 @@
 """Images to latents and back, for any number of images, and images that a command line names."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, SplitName
-from flowtrain.datasets.base import open_image
-from flowtrain.datasets.folder import files_of
+from flowtrain.datasets.folder import files_of, read_files
 from flowtrain.errors import RunError, UserError, cut
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import sampling_batch_size
@@ -19,6 +19,8 @@ from flowtrain.system import capacity
 from flowtrain.system.arrays import ONLY, ArrayFile
 from flowtrain.system.console import silent
 from flowtrain.system.files import check_names
+
+log = logging.getLogger("flowtrain")
 
 
 def encode(flow: Flow, x: Tensor, progress: Callable[[float, float], None] = silent) -> Tensor:
@@ -83,7 +85,9 @@ def named_images(
         x = read_points(paths, model)[:count]
         return [f"{i:05}" for i in range(len(x))], x
     found = dict(itertools.islice(files_at(paths, "--images").items(), count))
-    return list(found), read_images(list(found.values()), model, "--images")
+    kept, x = readable_images(list(found.values()), paths, model, "--images")
+    names = list(found)
+    return [names[i] for i in kept], x
 
 
 def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
@@ -117,7 +121,9 @@ def picture_names(names: Sequence[str]) -> list[str]:
 def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
     """Image files, and those in folders at any depth, by name: the path below the folder.
 
-    Raises `UserError` that begins with `option` if a folder has no image, or two have one name.
+    A file in a folder that has the name of an earlier one is left out, with a warning. Raises
+    `UserError` that begins with `option` if a folder has no image, or if one of `paths` itself has
+    the name of an earlier file.
     """
     found: dict[str, Path] = {}
     for path in paths:
@@ -130,9 +136,13 @@ def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
                 raise UserError(f"{option} {path}: {why}") from None
             named = {name: path / name for name in names}
         for name, file in named.items():
-            if name in found:
-                raise UserError(f"{option} {file}: it has the same name as {found[name]}")
-            found[name] = file
+            if name not in found:
+                found[name] = file
+                continue
+            problem = f"{option} {file}: it has the same name as {found[name]}"
+            if not path.is_dir():
+                raise UserError(problem)
+            log.warning("%s, and is left out", problem)
     return found
 
 
@@ -140,10 +150,17 @@ def read_images(files: Sequence[Path], model: LoadedModel, option: str) -> Tenso
     """Image files as images of the model's shape, `(N, C, H, W)`, resized as its data are. Raises
     `UserError` that names a file that cannot be read, or `option` for a model of points.
     """
+    return readable_images(files, files, model, option)[1]
+
+
+def readable_images(
+    files: Sequence[Path], named: Collection[Path], model: LoadedModel, option: str
+) -> tuple[list[int], Tensor]:
+    """Places in `files`, and images as from `read_images`, of those that can be read. A file that
+    the user has `named` must be readable (`read_files`).
+    """
     flow, policy = model.flow, model.config.data.resize_policy
     num_bins = flow.kind.require_bins(f"{option}: the model is of real-valued data, not of images")
     capacity.require(len(files) * flow.dims, f"{option}: {len(files):,} images need")
-    x = torch.empty(len(files), *flow.shape, dtype=torch.uint8)
-    for image, file in zip(x, files, strict=True):
-        image.copy_(torch.from_numpy(open_image(file, flow.shape, num_bins, policy)))
-    return x
+    kept, x = read_files(files, named, option, flow.shape, num_bins, policy)
+    return kept, torch.from_numpy(x)

@@ -55,6 +55,7 @@ def silent(done: float, total: float) -> None:
     """Progress that nobody sees."""
 
 
+SECONDS_BETWEEN_LINES = 10.0  # of progress, if there is no live bar
 WIDE = 110  # columns of a terminal that has room for a long bar
 
 
@@ -62,13 +63,13 @@ class ProgressBar:
     """Progress of a long job: a live bar on a terminal, and elsewhere a line now and then.
 
     Call it with the amount done and the total. `text` is shown behind the bar, by default the time
-    that is left.
+    that is left. The first line comes after `first_line` seconds.
     """
 
-    def __init__(self, title: str, seconds_between_lines: float = 10.0):
+    def __init__(self, title: str, first_line: float = SECONDS_BETWEEN_LINES):
         self.title = title
-        self.seconds_between_lines = seconds_between_lines
-        self.started = self.last_line = time.monotonic()
+        self.started = time.monotonic()
+        self.next_line = self.started + first_line
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(40 if console.width >= WIDE else 8),
@@ -87,13 +88,16 @@ class ProgressBar:
         self.bar.stop()
 
     def __call__(self, done: float, total: float, text: str = "") -> None:
-        now = time.monotonic()
-        left = f"{duration((now - self.started) / max(done, 1e-9) * (total - done))} left"
-        self.bar.update(self.task, completed=done, total=total, text=text or (left if done else ""))
-        if (
-            not console.is_terminal
-            and done < total
-            and now - self.last_line > self.seconds_between_lines
-        ):
-            self.last_line = now
-            console.print(f"{self.title}: {done:g} of {total:g}, {left}")
+        now, left = time.monotonic(), ""
+        if done:
+            left = f"{duration((now - self.started) / done * (total - done))} left"
+        if console.is_terminal:
+            self.bar.update(self.task, completed=done, total=total, text=text or left)
+        elif done < total and now > self.next_line:
+            self.wait()
+            amount = ", ".join(filter(None, (f"{done:g} of {total:g}", left)))
+            console.print(f"{self.title}: {text or amount}")
+
+    def wait(self) -> None:
+        """Call it after a line of another kind, so the next one of this comes later."""
+        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES

@@ -12,37 +12,38 @@ from typing import Any
 from flowtrain.errors import UserError
 
 
-def install_command(package: str) -> str:
-    """The command that installs a package for the Python that runs this process. An extra of
-    flowtrain would need flowtrain on an index.
-    """
+def install_command(extra: str) -> str:
+    """The command that installs an extra of flowtrain for the Python that runs this process."""
     python = shlex.quote(sys.executable)
-    if importlib.util.find_spec("pip") is None:  # uv makes environments without it
-        return f"uv pip install --python {python} {package}"
+    command = f"{python} -m pip install"
     pip = shutil.which("pip")
-    if pip is not None and Path(pip).parent == Path(sys.executable).parent:
-        return f"pip install {package}"
-    return f"{python} -m pip install {package}"
+    if importlib.util.find_spec("pip") is None:  # uv makes environments without it
+        command = f"uv pip install --python {python}"
+    elif pip is not None and Path(pip).parent == Path(sys.executable).parent:
+        command = "pip install"
+    return f"{command} 'flowtrain[{extra}]', or from a checkout {command} '.[{extra}]'"
 
 
-def required(what: str, name: str, oldest: tuple[int, ...]) -> Any:
-    """The package `name`, for `what`, a key or a command. Raises `UserError` if it is missing, is a
-    mere folder of this name, or is older than the version `oldest`.
+def required(what: str, name: str, oldest: tuple[int, ...], extra: str) -> Any:
+    """The package `name` of an extra, for `what`, a key or a command. Raises `UserError` if it is
+    missing, is a mere folder of this name, or is older than the version `oldest`.
     """
     try:
         package = importlib.import_module(name)
         version: str = package.__version__
     except (ImportError, AttributeError):
-        raise missing(what, name) from None
+        raise missing(what, name, extra=extra) from None
     if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
         raise UserError(
             f"{what} needs version {'.'.join(map(str, oldest))} of the package {name}, and "
-            f"{version} is installed: {install_command(f'--upgrade {name}')}"
+            f"{version} is installed: {install_command(extra)}"
         )
     return package
 
 
-def missing(what: str, *packages: str) -> UserError:
-    """The error to raise where `what`, a key or a command, needs packages that are not there."""
+def missing(what: str, *packages: str, extra: str) -> UserError:
+    """The error to raise if `what`, a key or a command, needs packages of an extra that are not
+    there.
+    """
     named = f"package{'s' * (len(packages) > 1)} {' and '.join(packages)}"
-    return UserError(f"{what} needs the {named}: {install_command(' '.join(packages))}")
+    return UserError(f"{what} needs the {named}: {install_command(extra)}")

@@ -50,9 +50,14 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: Config, step: int):
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         self._writer.add_text("configuration", f"```yaml\n{config.yaml()}```", step)
+        # `add_hparams` would make a run of its own. The table shows the last point of a metric.
+        metrics = dict.fromkeys(("validation/loss", "train/loss"), 0.0)
+        for summary in hparams(flattened(config.resolved()), metrics):
+            self._writer._get_file_writer().add_summary(summary, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -66,6 +71,20 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """The keys of a configuration with their section, `train.lr`, and their values. Lists are text,
+    and keys without a value are left out.
+    """
+    values: dict[str, bool | int | float | str] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            values |= flattened(value, f"{prefix}{key}.")
+        elif value is not None:
+            plain = isinstance(value, bool | int | float)
+            values[f"{prefix}{key}"] = value if plain else str(value)
+    return values
 
 
 class WandB:
@@ -168,7 +187,7 @@ def require(names: Iterable[str]) -> None:
 
 
 def imported_wandb() -> Any:
-    return packages.required("train.logger: wandb", "wandb", OLDEST_WANDB)
+    return packages.required("train.logger: wandb", "wandb", OLDEST_WANDB, extra="wandb")
 
 
 def opened(names: Iterable[str], folder: Path, config: Config, step: int) -> list[Logger]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 
 import torch
 
@@ -29,6 +28,8 @@ from flowtrain.training.step import (
     train_step,
 )
 from flowtrain.training.stop import Clock, Stop, signals
+
+FIRST_LINE = 2.0  # seconds until the log shows that training goes on
 
 
 def fit(
@@ -90,7 +91,7 @@ def fit(
             with (
                 torchrun.losing_a_process(advice),
                 contextlib.closing(batches),
-                ProgressBar("training", seconds_between_lines=math.inf) as bar,
+                ProgressBar("training", FIRST_LINE) as bar,
             ):
                 _loop(state, run, batches, validation, stop, bar)
                 run.saving.finish()
@@ -158,6 +159,7 @@ def _loop(
         progress.finished = ends
         if logs:
             reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
+            bar.wait()
         best = validates and reporting.validate(state, run, validation)
         if samples:
             reporting.sample(state, run, validation if len(validation) else batches.source)

@@ -66,8 +66,9 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
     x = validation.sample(RANGES_BATCH).take(slice(None)).to(state.flow.device)
     noise = uniform(x.shape, state.config.seed, Stream.EVALUATION, device=x.device)
     ranges = log_scale_ranges(state.ema_flow, x, noise)
-    charts = {f"validation_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
-    charts |= {f"validation_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
+    # TensorBoard sorts groups by name, and these come last.
+    charts = {f"z_log_scale_min/{name}": low for name, (low, _) in ranges.items()}
+    charts |= {f"z_log_scale_max/{name}": high for name, (_, high) in ranges.items()}
     run.chart(charts, state.progress.step)
 
 
@@ -107,9 +108,7 @@ def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: C
 
 
 def show(state: State, loss: float, clock: Clock, bar: ProgressBar) -> None:
-    """Moves the bar on a terminal. `loss` belongs to the last known step."""
-    if not console.is_terminal:
-        return
+    """Moves the bar, or prints a line now and then. `loss` belongs to the last known step."""
     train, progress = state.config.train, state.progress
     text = (
         f"{duration(clock.seconds_left())} left  step {_steps(state)}  {loss:.3f} "

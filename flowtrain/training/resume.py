@@ -226,7 +226,12 @@ def start(
 @distributed.main_only
 def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
     if init_from is not None:
-        load_weights(flow, checkpoint_format.read(find(init_from)))
+        found = checkpoint_format.read(find(init_from))
+        weights = load_weights(flow, found)
+        console.print(
+            f"--init-from: starts from the {weights} weights of {found.path}, step "
+            f"{found.meta['step']:,}"
+        )
     x = batches.first_of_all(flow.initialization_images)
     initialize(flow, x, dequantization_noise(config, 0, x))
 

@@ -111,9 +111,10 @@ class RunDirectory:
             file = held.enter_context(append_regular(name))
         except OSError as error:
             kind = RunError if is_disk_full(error) else UserError
-            raise kind(
-                f"--run-dir {self.path}: cannot be used: {error.strerror or error}"
-            ) from error
+            why = error.strerror or error
+            if isinstance(error, FileExistsError):
+                why = "it is a file; give the name of a folder"
+            raise kind(f"--run-dir {self.path}: cannot be used: {why}") from error
         for folder in (self.checkpoints, self.samples):
             if folder.is_symlink():
                 # In a stranger's run it may lead to any folder of the user.

@@ -84,7 +84,7 @@ def test_a_model_goes_to_the_hub_and_back_by_commands(hub, tmp_path):
     assert "import" not in quick("info", "hf://me/digits", cwd=tmp_path, first=code, **env).ok().err
 
 
-def test_what_was_uploaded_is_downloaded(here, tmp_path, monkeypatch):
+def test_what_was_uploaded_is_downloaded(here, tmp_path, monkeypatch, caplog):
     url = hub_models.upload("me/digits", FILES, private=False)
     assert url == f"{here.url}/me/digits" and not here.repositories["me/digits"].private
     here.asked.clear()
@@ -93,11 +93,16 @@ def test_what_was_uploaded_is_downloaded(here, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"has {len(MODEL):,} bytes, more than the 1,000"):
             find("hf://me/digits")
     assert [asked for asked in here.asked if asked.startswith("GET /me")] == []
+    caplog.set_level("INFO", "flowtrain")
     path = find("hf://me/digits")
+    size = f"{len(MODEL) / 2**20:.1f}"
+    waits = [f"hf://me/digits: contacting {here.url}", f"downloading {size} MiB"]
+    assert caplog.messages == waits
     assert path.read_bytes() == MODEL and path.is_relative_to(tmp_path / "cache")
     assert hub_models.repository_of(path) == "me/digits"
     here.asked.clear()
     assert find("hf://me/digits") == path
+    assert caplog.messages == [*waits, waits[0]]
     assert {words.partition(" ")[0] for words in here.asked} == {"HEAD"}  # it is there already
 
 
@@ -197,7 +202,7 @@ def test_without_the_package(monkeypatch):
         find("hf://a/b")
     monkeypatch.setitem(hub_models.sys.modules, "huggingface_hub", None)
     for ask in (find, hub_models.require_login):
-        with pytest.raises(UserError, match=r"^hf://a/b: .*huggingface_hub: .*pip install hugging"):
+        with pytest.raises(UserError, match=r"^hf://a/b: .*huggingface_hub: .*'\.\[hf\]'"):
             ask("hf://a/b")
 
 

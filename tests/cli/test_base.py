@@ -9,10 +9,12 @@ import pytest
 import typer
 
 from flowtrain.checkpoints.load import find
+from flowtrain.cli import base
 from flowtrain.cli.base import check_suffix, command, require_file
 from flowtrain.cli.main import app
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
+from flowtrain.system import threads
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
@@ -86,4 +88,14 @@ def test_a_run_where_nothing_can_be_written_is_refused_first(
     with pytest.raises(typer.Exit) as ended:
         commands[name](model="glow_digits", **options)
     assert ended.value.exit_code == 2
-    assert "there is no permission to write into" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no permission to write into" in said
+    option = "--json" if name in ("evaluate", "ood", "doctor") else "--out"
+    assert (f": give {option} FILE\n" in said) == (name not in ("attributes", "push"))
+
+
+def test_the_number_of_threads_is_printed_once(monkeypatch, capsys):
+    monkeypatch.setattr(threads, "use_free_cores", lambda: "threads: 1")
+    base._prepare_cpu.cache_clear()
+    assert [base.device_of("cpu").type for _ in range(3)] == ["cpu"] * 3
+    assert capsys.readouterr().out == "threads: 1\n"

@@ -15,6 +15,7 @@ from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import copy_of, events, last, metrics, quick, result, start, summary, trained, tree
 from helpers import SHARED, npz, shared
 from PIL import Image
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import flowtrain as package
 from flowtrain.checkpoints import format as checkpoint_format
@@ -171,7 +172,17 @@ def test_tensorboard():
     tensors = [seen.Tensors(tag)[-1].tensor_proto for tag in seen.Tags()["tensors"]]
     config = (run / "config.yaml").read_text()
     assert any(config in each.string_val[0].decode() for each in tensors)
-    assert any(tag.startswith("validation_log_scale_min/") for tag in seen.Tags()["scalars"])
+    first, *others = dict.fromkeys(tag.split("/")[0] for tag in sorted(seen.Tags()["scalars"]))
+    assert [first, *others] == ["train", "validation", "z_log_scale_max", "z_log_scale_min"]
+    content = seen.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    session = HParamsPluginData.FromString(content).session_start_info
+    hparams = {key: value.number_value for key, value in session.hparams.items()}
+    assert hparams["train.num_steps"] == 20 and "data.name" in hparams and "train" not in hparams
+    content = seen.summary_metadata["_hparams_/experiment"].plugin_data.content
+    (name, _) = [
+        each.name for each in HParamsPluginData.FromString(content).experiment.metric_infos
+    ]
+    assert seen.Scalars(name.tag)[-1].value == pytest.approx(metrics(run)[-1]["loss"])
 
 
 def test_a_run_with_one_step_of_more_images_than_there_are(tmp_path):
@@ -193,9 +204,12 @@ def test_a_run_with_one_step_of_more_images_than_there_are(tmp_path):
 def test_init_from(run, tmp_path):
     """With the weights of the other model; step, optimizer and run are new."""
     options = [*TINY_RUN, *sets(train__num_steps=1, train__lr=1e-30, train__ema=0, seed=5)]
-    quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
+    done = quick("train", *options, "--run-dir", "tuned", "--init-from", run, cwd=tmp_path).ok()
+    best = run / "checkpoints" / "best.safetensors"
+    step = summary(run)["best_step"]
+    assert f"--init-from: starts from the ema weights of {best}, step {step}\n" in done.out
     tuned = checkpoint_format.read(last(tmp_path / "tuned"))
-    source = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    source = checkpoint_format.read(best)
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)
@@ -243,10 +257,14 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     rows = list(csv.DictReader((tmp_path / "new" / "scores.csv").open()))
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
     assert np.mean([float(row["bits_per_dim"]) for row in rows]) == pytest.approx(value, abs=1e-12)
+    done = quick("evaluate", "--draws", 2, cwd=tmp_path).ok()
+    assert "wrote runs/glow_digits/evaluate-2-draws-test.json" in done.out
+    assert json.loads((run / "evaluate-test.json").read_text()) == written
     out = " ".join(quick("info", cwd=tmp_path).ok().out.split())
     parameters = f"glow, {summary(run)['parameters']:,} parameters, sampling: one pass"
     version = f"flowtrain {package.__version__}"
-    for words in ("digits: 1x8x8, 17 levels", parameters, "digits, test", "(180 images", version):
+    figures = ("digits, test │", "digits, test, 2 draws │", "(180 images")
+    for words in ("digits: 1x8x8, 17 levels", parameters, *figures, version):
         assert words in out, words
 
 

@@ -113,8 +113,12 @@ def test_evaluate_on_other_data(tmp_path):
         return quick("evaluate", "r", *words, cwd=tmp_path)
 
     pictures(tmp_path / "p", 12)
+    (tmp_path / "p" / "bad.png").write_text("no picture")
     found = evaluate("--data", "p", "--scores", "s.csv", "--json", "r.json").ok()
     assert "on all of p\np: images are brought to 3x8x8 with 256 levels\n" in found.out
+    bad = f"--data: 1 of 13 images cannot be read and are left out:\n  {tmp_path}/p/bad.png: "
+    assert bad in found.err
+    evaluate("--data", "p/bad.png").failed(2, "p/bad.png cannot be read as an image")
     outcome = json.loads((tmp_path / "r.json").read_text())
     assert (outcome["dataset"], outcome["split"], outcome["num_images"]) == ("p", "all", 12)
     rows = (tmp_path / "s.csv").read_text().splitlines()

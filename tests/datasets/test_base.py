@@ -174,7 +174,8 @@ def test_open_image_errors(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in {
         **dict.fromkeys(["none.png", f"{'a' * 300}.png"], "there is no such image file"),
-        **dict.fromkeys(["empty.png", "text.png", "cut.png", "."], "cannot be read as an image"),
+        **dict.fromkeys(["empty.png", "text.png", "cut.png"], "cannot be read as an image"),
+        ".": "is a folder: give an image file",
         "float.tiff": "floating-point pixels",
         "pipe.png": "cannot be read as an image .*not a regular file",
         "eps.png": r"cannot be read as an image \(cannot identify",  # Ghostscript was not asked

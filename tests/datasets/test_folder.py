@@ -70,6 +70,9 @@ def test_mixed_images_in_any_tree(tmp_path):
     draw(tmp_path / "e.png", (8, 8), "P", 51)
     draw(tmp_path / "f.png", (8, 8), "RGBA", 60)
     draw(tmp_path / "Z.png", (3, 3), "LA", 70)
+    frames = [Image.new("L", (8, 8), seed) for seed in (80, 90)]
+    frames[0].save(tmp_path / "g.gif", save_all=True, append_images=frames[1:])
+    draw(tmp_path / "h.tif", (8, 8), "RGB", 100)
     draw(tmp_path / ".hidden.png")
     draw(tmp_path / ".thumbs" / "x.png")
     (tmp_path / "notes.txt").write_text("not an image")
@@ -77,8 +80,8 @@ def test_mixed_images_in_any_tree(tmp_path):
     for channels in (3, 1):
         images = images_of(tmp_path, size=8, channels=channels)
         assert images.shape == (channels, 8, 8) and images.num_bins == 256 and not images.flip
-        # by relative path, as bytes sort: Z, a, b/deep/one, c, d, e, f
-        assert np.allclose(values(images), [70, 20, 10, 30, 40, 51, 60], atol=1)
+        # by relative path, as bytes sort: Z, a, b/deep/one, c, d, e, f, g, h
+        assert np.allclose(values(images), [70, 20, 10, 30, 40, 51, 60, 80, 100], atol=1)
 
 
 def test_policies(tmp_path):

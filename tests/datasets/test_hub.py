@@ -113,10 +113,10 @@ def test_without_the_package(path, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             change(patch)
-            with pytest.raises(UserError, match="needs the package datasets: .*install datasets"):
+            with pytest.raises(UserError, match="needs the package datasets: .*'\\.\\[hub\\]'"):
                 hub(path=path).read()
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(UserError, match=r"needs version 4 .* 3.6.0 is .*pip install --upgrade"):
+    with pytest.raises(UserError, match=r"needs version 4 .* 3.6.0 is .*'\.\[hub\]'"):
         hub(path=path).read()
 
 

@@ -119,6 +119,28 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
         assert first["classes"].tolist() == digits().labels[:9].tolist()
 
 
+def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
+    """Those that are named themselves are errors."""
+    for name in ("a/x.png", "a/y.png", "b/x.png", "b/z.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 255).save(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    for bad in (a / "bad.png", b / "worse.png"):
+        bad.write_text("no picture")
+    names, x = encoding.named_images([a, b], model, None)
+    assert names == ["x.png", "y.png", "z.gif"] and (x == 16).all() and len(x) == 3
+    assert f"--images {b}/x.png: it has the same name as {a}/x.png, and is left" in caplog.text
+    assert "--images: 2 of 5 images cannot be read and are left out:" in caplog.text
+    assert f"  {a}/bad.png: cannot be read as an image (cannot identify" in caplog.text
+    for paths in ([a, b / "x.png"], [a, b / "worse.png"]):
+        with pytest.raises(UserError, match=str(paths[1])):
+            encoding.named_images(paths, model, None)
+    for good in (a / "x.png", a / "y.png"):
+        good.unlink()
+    with pytest.raises(UserError, match="--images: no image can be read .*bad.png"):
+        encoding.named_images([a], model, None)
+
+
 @pytest.mark.run
 def test_points_come_back_but_for_rounding(tmp_path):
     quick("train", *POINTS, *SHORT, "--run-dir", "r", cwd=tmp_path).ok()

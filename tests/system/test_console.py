@@ -1,7 +1,25 @@
-"""How numbers are said."""
+"""How numbers are said, and progress where there is no live bar."""
 
-from flowtrain.system.console import counted
+from types import SimpleNamespace
+
+from flowtrain.system import console
+from flowtrain.system.console import ProgressBar, counted
 
 
 def test_one_thing_and_many():
     assert [counted(n, "sample") for n in (0, 1, 12)] == ["0 samples", "1 sample", "12 samples"]
+
+
+def test_lines_of_progress_come_by_the_clock(monkeypatch, capsys):
+    now = iter([0, 1, 3, 3, 12, 14, 14, 15, 25.5, 25.5, 40])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with ProgressBar("training", first_line=2) as bar:
+        bar(1, 100)  # at 1 s: too early
+        bar(0, 100)  # at 3 s, and the next line from 13 s on
+        bar(12, 100)
+        bar(14, 100, "step 14")
+        bar.wait()  # at 15 s: a line of another kind
+        bar(25.5, 100)
+        bar(100, 100)  # the end has a message of its own
+    lines = ["training: 0 of 100", "training: step 14", "training: 25.5 of 100, 1:14 left"]
+    assert capsys.readouterr().out.splitlines() == lines

@@ -241,12 +241,12 @@ def test_a_logger_that_is_not_installed(tmp_path):
     hidden = "import sys; sys.modules['wandb'] = None"
     command = ["train", *TINY_RUN, "train.logger=[tensorboard,wandb]"]
     done = quick(*command, cwd=tmp_path, first=hidden)
-    done.failed(2, "train.logger: wandb needs the package wandb:", "pip install wandb")
+    done.failed(2, "train.logger: wandb needs the package wandb:", "'flowtrain[wandb]'")
     assert "reading" not in done.out and list(tmp_path.iterdir()) == []
 
 
 def test_an_old_version(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__version__="0.9.12"))
-    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .* --upgrade wandb"):
+    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .*'flowtrain\\[wandb\\]'"):
         loggers.require(["wandb"])
     loggers.require(["tensorboard"])

@@ -45,7 +45,7 @@ def constriction() -> ModuleType:
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError:
-        raise packages.missing("compression", "constriction") from None
+        raise packages.missing("compression", "constriction", extra="compress") from None
     module: ModuleType = constriction
     return module
 

@@ -1,5 +1,6 @@
 """`flowtrain attributes`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -176,7 +177,8 @@ def attributes(
     after = directions.add(loaded, found[method])
     _print(found, method)
     console.print(f"wrote {directions.file_of(loaded)}: {', '.join(after)}")
-    console.print(f"flowtrain interpolate {options.model or ''} --along '{found[method][0].name}'")
+    words = ["flowtrain", "interpolate", options.model, "--along", found[method][0].name]
+    console.print(shlex.join(filter(None, words)))
 
 
 def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:

@@ -14,7 +14,7 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet, SplitName, sampled
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.latents.directions import check_name
-from flowtrain.latents.encoding import files_at, read_images
+from flowtrain.latents.encoding import files_at, read_images, readable_images
 from flowtrain.system.files import read_regular
 
 LARGEST_TABLE = 2**25  # bytes; 200,000 lines of 40 attributes have 18 million
@@ -38,14 +38,14 @@ def from_folders(
     seed: int = 0,
 ) -> Labelled:
     """A sample of at most `most` images of each kind. Raises `UserError` as `files_at` and
-    `read_images` do.
+    `readable_images` do.
     """
     check_name(name)
     groups = []
     for option, paths in (("--positive", positive), ("--negative", negative)):
         files = list(files_at(paths, option).values())
         chosen = [files[i] for i in sampled(len(files), most, seed)]
-        groups.append(read_images(chosen, model, option))
+        groups.append(readable_images(chosen, paths, model, option)[1])
     return _labelled(name, *groups)
 
 

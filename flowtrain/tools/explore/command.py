@@ -58,7 +58,7 @@ def explore(
     try:
         from flowtrain.tools.explore import server
     except ImportError:
-        raise packages.missing("explore", "starlette", "uvicorn") from None
+        raise packages.missing("explore", "starlette", "uvicorn", extra="explore") from None
     from flowtrain.tools.explore.session import Session
     from flowtrain.tools.explore.worker import Worker
 

@@ -1,5 +1,6 @@
 """`flowtrain push`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -111,7 +112,8 @@ def push(
         save(folder / name, content)
         console.print(f"  {name:17}  {len(content) / KIB:10,.1f} KiB")
     if not any(each.split == "test" for each in about.figures(loaded)):
-        console.print(f"the page has no figure of the test split: flowtrain evaluate {model}")
+        command = f"flowtrain evaluate {shlex.quote(model)}"
+        console.print(f"the page has no figure of the test split: {command}")
     if dry_run:
         return
     console.print("uploading them, " + ("for you alone" if private else "for everybody to see"))

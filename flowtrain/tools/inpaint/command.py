@@ -73,7 +73,7 @@ def inpaint(
             min=8,
             help="Moves of each chain, of about 8 gradients each. Half of them find its start.",
         ),
-    ] = 200,
+    ] = 80,
     label: Annotated[
         int | None,
         typer.Option(
@@ -96,19 +96,18 @@ def inpaint(
     anew one by one.
     """
     from flowtrain.latents.paths import log_probs
-    from flowtrain.system.console import ProgressBar, console, counted
+    from flowtrain.system.console import ProgressBar, console, counted, duration
     from flowtrain.system.files import require_absent, save
-    from flowtrain.tools.inpaint import completion
-    from flowtrain.tools.inpaint.posterior import Effort, require_posterior, require_room, sample
+    from flowtrain.tools.inpaint import completion, posterior
 
     if (mask is None) == (factor is None):
         raise UserError("give one of --mask FILE, for missing pixels, and --factor F, to enlarge")
     one_file = out.suffix.lower() == ".npz"
     require_file(out) if one_file else require_folder(out, out)
     loaded = options.load_model()
-    require_posterior(loaded.flow, label)
-    effort = Effort(num_images, steps)
-    require_room(loaded.flow, effort)
+    posterior.require_posterior(loaded.flow, label)
+    effort = posterior.Effort(num_images, steps)
+    posterior.require_room(loaded.flow, effort)
     if mask is not None:
         given = completion.of_mask(image, mask, loaded)
     else:
@@ -117,8 +116,14 @@ def inpaint(
     if not one_file:
         require_absent(completion.names(num_images), out)
     console.print(f"{image}: {given.words}")
+    seconds = posterior.estimated_seconds(loaded.flow, given.constraint, effort, label)
+    if seconds is not None:
+        console.print(
+            f"about {duration(seconds)} for {counted(num_images, 'chain')} of {steps} moves; the "
+            f"time is proportional to --steps"
+        )
     with ProgressBar("sampling") as bar:
-        found = sample(loaded.flow, given.constraint, effort, seed, label, bar)
+        found = posterior.sample(loaded.flow, given.constraint, effort, seed, label, bar)
     losses = loaded.flow.loss(log_probs(loaded.flow, found.x)).tolist()  # as `evaluate`
     if one_file:
         save(out, completion.npz(loaded, given, found, losses, seed))

@@ -17,6 +17,7 @@ Between the moves, single entries are drawn anew (`_Redraws`), so a black pixel 
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,6 +99,24 @@ def sample(
         return sampler.moved(density, s)
     s = constraint.coordinates(sampler.start_from_latents())
     return sampler.moved(density, s, begun=True)
+
+
+def estimated_seconds(
+    flow: Flow, constraint: Constraint, effort: Effort, label: int | None = None
+) -> float | None:
+    """The time of `sample`, from one measured gradient. None if nothing moves."""
+    layer, gradients = discrete_model(flow.bijection), LEAPFROG
+    if layer is not None and isinstance(constraint, Pixels):
+        if not _early(layer, constraint).any():
+            return None
+        gradients *= 2  # `_Redraws` takes about as long
+    y = torch.full((effort.chains, *flow.shape), 0.5, device=flow.device)
+    labels = None if label is None else torch.full((len(y),), label, device=flow.device)
+    target = _in_parts(flow, _density(flow), y, labels)
+    target(y)  # the first is slower
+    started = time.perf_counter()
+    float(target(y)[0].sum())  # which waits for the device
+    return effort.moves * gradients * (time.perf_counter() - started)
 
 
 def require_room(flow: Flow, effort: Effort) -> None:
@@ -288,6 +307,12 @@ class _Sampler:
 # --- models of levels -----------------------------------------------------------------------------
 
 
+def _early(layer: OrdinalAutoregressive, constraint: Pixels) -> Tensor:
+    """The missing entries `(C, H, W)` before the last known one in the order of the model."""
+    order, known = layer.order(), constraint.known
+    return ~known & (order < order[known].max())
+
+
 def _in_order_and_moved(
     sampler: _Sampler, layer: OrdinalAutoregressive, constraint: Pixels
 ) -> Posterior:
@@ -295,9 +320,7 @@ def _in_order_and_moved(
     flow, effort, labels = sampler.flow, sampler.effort, sampler.labels
     randomness = sampler.randomness
     assert flow.num_bins is not None
-    order, known = layer.order(), constraint.known
-    last = order[known].max()
-    early = ~known & (order < last)
+    known, early = constraint.known, _early(layer, constraint)
     # If nothing moves, each sample is drawn anew.
     times = 1 if early.any() else effort.kept
     of_chain = None if labels is None else labels.repeat_interleave(times)
@@ -309,7 +332,7 @@ def _in_order_and_moved(
     moving = Pixels(constraint.x, ~early, flow.num_bins, within=False)
     uniform = torch.rand(x.shape, generator=randomness).to(x.device)
     s = moving.coordinates((x + uniform) / flow.num_bins)
-    counted = (order <= last).to(flow.device)  # the others do not affect the moving entries
+    counted = (known | early).to(flow.device)  # the others do not affect the moving entries
     redraws = _Redraws(layer, flow.conditioning(len(x), labels), moving, counted, randomness)
     chains = dataclasses.replace(sampler, constraint=moving)
     found = chains.moved(_density(flow, counted), s, redraws)

@@ -132,6 +132,7 @@ def _print_table(results: "list[Result]") -> None:
     from rich.console import Console
 
     from flowtrain.system.console import console, duration, figure
+    from flowtrain.tools.report import compare as comparison
 
     columns = {
         "run": [row.run for row in results],
@@ -141,13 +142,13 @@ def _print_table(results: "list[Result]") -> None:
         "images seen": [f"{row.images:,}" for row in results],
         "time": [duration(row.seconds) for row in results],
         "validation": [figure(row.validation, None, ".4f", "-") for row in results],
-        "test": [_test(row.test) for row in results],
-        "mirror": [_test(row.mirror) for row in results],
+        **{
+            title: [_test(row.tests.get(title)) for row in results]
+            for title in comparison.titles(results)
+        },
         "unit": [row.unit for row in results],
         "images/s": [figure(row.images_per_second, None, ".0f", "-") for row in results],
     }
-    if not any(row.mirror for row in results):
-        del columns["mirror"]
     if len(set(columns["unit"])) == 1:
         (unit, *_) = columns.pop("unit")
         columns = {

@@ -1,5 +1,6 @@
 """Several runs side by side: their losses, time and data, and why losses may not compare."""
 
+import shlex
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,7 @@ class Result:
     images_per_second: float | None  # of training alone: the median of the rows
     validation: float | None  # the best
     validation_step: int | None
-    test: Evaluation | None
-    mirror: Evaluation | None  # of the mixture of an image and its mirror image
+    tests: dict[str, Evaluation]  # by the title of their column: `test`, `mirror`, `16 draws`
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,12 @@ class Comparison:
     def content(self) -> dict[str, Any]:
         """The comparison as JSON."""
 
-        def figures(test: Evaluation | None) -> dict[str, Any] | None:
-            return None if test is None else {key: getattr(test, key) for key in TEST_FIGURES}
-
-        rows = [
-            vars(each) | {"test": figures(each.test), "mirror": figures(each.mirror)}
-            for each in self.results
-        ]
+        rows = []
+        for each in self.results:
+            row = vars(each) | {"test": None, "mirror": None}
+            for title, test in row.pop("tests").items():
+                row[title] = {key: getattr(test, key) for key in TEST_FIGURES}
+            rows.append(row)
         return {"runs": rows, "notes": self.notes}
 
 
@@ -127,9 +126,15 @@ def result(name: str, run: Record) -> Result:
         images_per_second=statistics.median(speeds) if speeds else None,
         validation=best[0],
         validation_step=best[1],
-        test=run.test,
-        mirror=run.mirror,
+        tests={way or "test": test for way, test in run.tests.items()},
     )
+
+
+def titles(results: Sequence[Result]) -> list[str]:
+    """The columns of test figures: `test`, and the others that a run has."""
+    tests = [each for own in results for each in own.tests.items()]
+    tests.sort(key=lambda pair: (pair[1].sides, pair[1].draws))
+    return [*dict.fromkeys(["test", *(title for title, _ in tests)])]
 
 
 def given(config: dict[str, Any]) -> str:
@@ -155,12 +160,12 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             yield f"{own.run} is not finished: it is at step {own.step}"
         if own.validation is None:
             yield f"{own.run} has no validation figure"
-        if own.test is None:
-            yield f"{own.run} has no test figure: flowtrain evaluate {run.path} fills it in"
-        for figure, name, option in ((own.test, "test", ""), (own.mirror, "mirror", " --mirror")):
-            if figure is None:
-                continue
-            its = f"{own.run}: its {name} figure is"
+        command = f"flowtrain evaluate {shlex.quote(str(run.path))}"
+        if "test" not in own.tests:
+            of = " of one draw" if own.tests else ""
+            yield f"{own.run} has no test figure{of}: {command} fills it in"
+        for title, figure in own.tests.items():
+            its = f"{own.run}: its {title} figure is"
             if figure.sides > 1:
                 yield f"{its} {mixture(figure.sides)}"
             if figure.dataset != own.data:
@@ -168,7 +173,7 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             elif figure.step != evaluated:
                 yield (
                     f"{its} of step {figure.step}, its best checkpoint of step {evaluated}: "
-                    f"flowtrain evaluate {run.path}{option} brings it up to date"
+                    f"{command}{figure.options} brings it up to date"
                 )
         if not run.rows:
             yield f"{own.run} has no metrics, so no curve"
@@ -189,14 +194,15 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             yield f"{both} hold out different images: their validation does not compare"
         if settings := changed.keys() - NO_SETTINGS:
             yield f"{own.run} differs from {first_name} in {_listed(changed, settings)}"
-    tests = [own.test for own in results if own.test is not None]
-    measured = sorted({(test.dataset, test.bound, test.draws, test.num_images) for test in tests})
-    if len(measured) > len({test.dataset for test in tests}):
-        ways = [f"{n} images of {data}: {bound}, draws: {k}" for data, bound, k, n in measured]
-        yield f"the test figures were not measured alike ({', '.join(ways)})"
-    ways_of_sampling = {test.sampling for test in tests}
-    for own in results:
-        if own.test and own.test.sampling == "sequential" and len(ways_of_sampling) > 1:
+    for title in titles(results):
+        tests = [own.tests[title] for own in results if title in own.tests]
+        measured = sorted({(test.dataset, test.bound, test.num_images) for test in tests})
+        if len(measured) > len({test.dataset for test in tests}):
+            unlike = [f"{count} images of {data}: {bound}" for data, bound, count in measured]
+            yield f"the {title} figures were not measured alike ({', '.join(unlike)})"
+    sampling = [{test.sampling for test in own.tests.values()} for own in results]
+    for own, ways in zip(results, sampling, strict=True):
+        if "sequential" in ways and set.union(*sampling) != {"sequential"}:
             yield f"{own.run} samples one entry after the other"
 
 

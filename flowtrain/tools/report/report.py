@@ -4,6 +4,7 @@ nearest training images and health.
 
 import base64
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {
+        "quoted": lambda path: shlex.quote(str(path)),
         "duration": duration,
         "grid": lambda x, columns=1: grid.grid(x, _num_bins(flow), columns),
         "png": _png,
@@ -197,7 +199,8 @@ def _curves(run: Path, unit: str) -> dict[str, str]:
 def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
     files = sorted(run.glob("evaluate-*.json"))
     if not files:
-        raise UserError(f"the model has not been evaluated; flowtrain evaluate {run} does it")
+        command = f"flowtrain evaluate {shlex.quote(str(run))}"
+        raise UserError(f"the model has not been evaluated; {command} does it")
     return [(file, record.read_evaluation(file)) for file in files]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers import a_config, agrees, images, tiny_flow
 from PIL import Image
 
 from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.data.splits import DataSet
 from flowtrain.tools.inpaint import completion
 from flowtrain.tools.inpaint.posterior import Posterior
 
@@ -64,6 +66,16 @@ def test_the_written_files(tmp_path):
     assert arrays["bits_per_dim"].tolist() == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.slow
+def test_the_default_steps_suffice_for_digits(tmp_path):
+    mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    x = DataSet(a_config().data).split("test").take(slice(1))[0] * 15
+    mask[:, 2:6, 2:6] = 255
+    line = ["--image", saved(tmp_path / "x.png", x), "--mask", saved(tmp_path / "m.png", mask)]
+    done = quick("inpaint", "glow_digits", *line, "--out", "a.npz", cwd=tmp_path).ok()
+    assert "accepted" in done.out and "may not have converged" not in done.out
+
+
 @pytest.mark.run
 def test_the_command():
     folder = FOLDER / "inpaint"
@@ -77,6 +89,7 @@ def test_the_command():
     line = ["inpaint", "run", "--image", "x.png", "--num-images", 2, "--steps", 8]
     done = quick(*line, "--mask", "m.png", "--out", "a", cwd=folder).ok()
     assert "32 of 64 pixels are missing" in done.out and "accepted" in done.out
+    assert re.search(r"\nabout \d+:\d\d for 2 chains of 8 moves; .*\n.* 2 samples", done.out)
     result = json.loads((folder / "a" / "inpaint.json").read_text())
     assert len(result["bits_per_dim"]) == 2 and 0 <= result["accepted"] <= 1
     assert np.isfinite(result["bits_per_dim"]).all()

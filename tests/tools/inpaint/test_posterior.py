@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.image_context import ImageContext
+from flowtrain.tools.inpaint import posterior
 from flowtrain.tools.inpaint.constraints import Averages, Pixels
 from flowtrain.tools.inpaint.posterior import Effort, in_order, sample
 
@@ -151,8 +153,10 @@ def distance(x, weights):
     ids=["before", "between", "after"],
 )
 @pytest.mark.run  # takes long
-def test_missing_entries_of_a_causal_model(mask, moves):
+def test_missing_entries_of_a_causal_model(mask, moves, monkeypatch):
     """If entries are known after missing ones, the moves make the difference."""
+    a_second_each = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(posterior, "time", a_second_each)
     (flow, probability), x = causal(), EVERYTHING[50]
     known = torch.tensor(mask, dtype=torch.bool).view(SQUARE)
     constraint = Pixels(x, known, LEVELS)
@@ -160,6 +164,8 @@ def test_missing_entries_of_a_causal_model(mask, moves):
     found = sample(flow, constraint, Effort(800, 6), seed=0)
     assert agrees(constraint, found.x).all()
     assert (found.accepted is not None) == moves
+    expected = 2 * 6 * posterior.LEAPFROG if moves else None
+    assert posterior.estimated_seconds(flow, constraint, Effort(5, 6)) == expected
     assert distance(found.x, probability) < 1.6
     if moves:
         layer, given = discrete_model(flow.bijection), x.expand(800, -1, -1, -1)

@@ -1,6 +1,7 @@
 """`flowtrain compare`: the table, and the notes below it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,20 +68,26 @@ def test_the_table_fits_a_terminal_of_eighty_columns(here):
 
 
 @pytest.mark.run
-def test_figures_of_the_mirror_mixture_have_a_column(here):
+def test_figures_of_the_mirror_mixture_and_of_several_draws_have_columns(here):
     both = {**TEST, "sides": 2, "loss": 3.125, "step": 2}
-    (a_run(here / "a") / "evaluate-mirror-test.json").write_text(json.dumps(both))
+    weighted = {**TEST, "bound": "iwbo", "draws": 16, "loss": 3.0, "step": 2}
+    (a_run(here / "a b") / "evaluate-mirror-test.json").write_text(json.dumps(both))
+    (here / "a b" / "evaluate-16-draws-test.json").write_text(json.dumps(weighted))
+    for other in ("mnist-test", "16-draws-mnist-test", "16-draws-validation"):
+        (here / "a b" / f"evaluate-{other}.json").write_text("no figure of its test images")
     a_run(here / "b")
-    done = quick("compare", "a", "b", "--json", "table.json", cwd=here).ok()
-    lines = [line.split() for line in done.out.splitlines() if " 3.2500 +- " in line]
-    titles = next(line for line in done.out.splitlines() if "validation" in line).split()
-    assert titles.index("mirror") > titles.index("test")
-    assert [("3.1250 +- 0.0125" in " ".join(line)) for line in lines] == [True, False]
-    mixture = "a: its mirror figure is the mean over the image and its mirror image"
-    assert mixture in done.out and "flowtrain evaluate a --mirror brings it up" in done.out
+    done = quick("compare", "a b", "b", "--json", "table.json", cwd=here).ok()
+    lines = [line for line in done.out.splitlines() if "│" in line or "┃" in line]
+    title, a, b = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines)
+    assert title[-4:-1] == ["test", "16 draws", "mirror"]
+    assert a[-4:-1] == [f"{loss} +- 0.0125" for loss in ("3.2500", "3.0000", "3.1250")]
+    assert b[-4:-1] == ["3.2500 +- 0.0125", "-", "-"]
+    mixture = "a b: its mirror figure is the mean over the image and its mirror image"
+    assert mixture in done.out and "flowtrain evaluate 'a b' --mirror brings it up" in done.out
+    assert "flowtrain evaluate 'a b' --draws 16 brings it up to date" in done.out
     a, b = json.loads((here / "table.json").read_text())["runs"]
     assert a["mirror"]["loss"] == 3.125 and a["mirror"]["sides"] == 2 and a["test"]["sides"] == 1
-    assert b["mirror"] is None
+    assert a["16 draws"]["loss"] == 3.0 and b["mirror"] is None
 
 
 @pytest.mark.run
@@ -149,7 +156,11 @@ def with_test(**changes):
         ({"train": {"lr": 0.5}}, "b differs from a in train.lr: 0.5 (0.001)"),
         (with_test(dataset="mnist"), "b: its test figure is of other data than its own (mnist)"),
         (with_test(step=2), "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
-        (with_test(bound="iwbo", draws=8), "iwbo, draws: 8"),
+        (with_test(bound="exact"), "test figures were not measured alike (180 images of digits: e"),
+        (
+            with_test(bound="iwbo", draws=8),
+            "b has no test figure of one draw: flowtrain evaluate b",
+        ),
         (with_test(num_images=10), "10 images of digits"),
         (with_test(sampling="sequential"), "b samples one entry after the other"),
     ],
