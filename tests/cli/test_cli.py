@@ -358,6 +358,14 @@ def test_grids_of_any_number(args, rows, columns, run, tmp_path):
         assert (images[0] == images[0, 0]).all() and (images[1] != images[1, 0]).any()
 
 
+def test_stages_are_a_row_for_each_image_and_each_sample(run, tmp_path):
+    done = quick("sample", "--stages", "--num-images", 3, cwd=tmp_path).ok()
+    assert "stages.png: 3 test images become noise" in done.out
+    images = cells(Image.open(run / "stages.png"), 6, 9)
+    samples = drawn("--num-images", 3, cwd=tmp_path)["images"][..., 0].astype(int)
+    assert np.array_equal(images[3:, 8], samples * 255 // 16)
+
+
 # --- interpolate ----------------------------------------------------------------------------------
 
 
