@@ -43,7 +43,7 @@ class Multiscale(Container):
             return self._to_data(executor, x, context)
         total = x.new_zeros(x.shape[0])
         latents = []
-        for (level, prior), (channels, _, _) in zip(self._steps(), self.latent_shapes, strict=True):
+        for (level, prior), (channels, _, _) in zip(self.steps(), self.latent_shapes, strict=True):
             x, log_det = level.run(executor, "forward", x, context)
             x, prior_log_det = prior.run(executor, "forward", x, context)
             total = total + log_det + prior_log_det
@@ -51,7 +51,8 @@ class Multiscale(Container):
             latents.append(latent.flatten(1))
         return torch.cat(latents, dim=1), total
 
-    def _steps(self) -> list[tuple[Bijection, Bijection]]:
+    def steps(self) -> list[tuple[Bijection, Bijection]]:
+        """Each level with its prior, finest first."""
         return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
 
     def _to_data(
@@ -60,7 +61,7 @@ class Multiscale(Container):
         total = z.new_zeros(z.shape[0])
         latents = self.split_latents(z)
         x = latents[-1][:, :0]
-        for (level, prior), latent in zip(reversed(self._steps()), reversed(latents), strict=True):
+        for (level, prior), latent in zip(reversed(self.steps()), reversed(latents), strict=True):
             x = torch.cat([x, latent], dim=1)
             x, prior_log_det = prior.run(executor, "inverse", x, context)
             x, log_det = level.run(executor, "inverse", x, context)

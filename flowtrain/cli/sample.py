@@ -39,7 +39,7 @@ def sample(
             "--num-images",
             min=1,
             help="Number of images per temperature, and per class or context.",
-            show_default="64; 2000 points; 8 per class or context",
+            show_default="64; 2000 points; 8 per class or context; 4 with --stages",
         ),
     ] = None,
     temperature: Annotated[
@@ -92,6 +92,14 @@ def sample(
             help="Take the noise away, in one step. Needs a model trained with Gaussian noise.",
         ),
     ] = False,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages",
+            help="Show how test images become noise, layer by layer, and how other noise becomes "
+            "samples, level by level.",
+        ),
+    ] = False,
     mirror: MirrorOption = False,
     seed: SeedOption = 0,
     out: Annotated[
@@ -99,7 +107,7 @@ def sample(
         typer.Option(
             metavar="FILE.png|.npz",
             help="A picture, or the images as arrays.",
-            show_default="sample.png in the run",
+            show_default="sample.png in the run, or stages.png",
         ),
     ] = None,
     *,
@@ -108,8 +116,15 @@ def sample(
     """Draw images from a trained flow. The same seed gives the same images, however many there are.
 
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
-    shows how the flow carries the base density to the data, layer by layer.
+    shows how the flow carries the base density to the data, layer by layer. --stages is such a
+    picture of images.
     """
+    if stages:
+        others = (temperature, classes, image, guidance, method == "jacobi", denoise, mirror)
+        if any(each not in (None, False) for each in others):
+            raise UserError("--stages: only --num-images, --seed and --out go with it")
+        _draw_stages(num or 4, seed, out, options)
+        return
     from flowtrain.pictures import conditional, draw, grid
     from flowtrain.pictures import sample as sampling
     from flowtrain.system.console import ProgressBar, console, counted
@@ -170,6 +185,24 @@ def sample(
         console.print(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
     elif sigma is not None:
         console.print(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
+
+
+def _draw_stages(num: int, seed: int, out: Path | None, options: DataOptions) -> None:
+    from flowtrain.latents.paths import random_images
+    from flowtrain.pictures import grid, stages
+    from flowtrain.system.console import console
+    from flowtrain.system.files import save
+
+    check_suffix(out, (".png",))
+    loaded = options.load_model(conditional=True)
+    path = output(out, loaded, "stages.png", "--out")
+    loaded.flow.kind.require_bins("--stages: pictures of points show them always")
+    x = random_images(loaded, options.data(loaded), num, seed, "--num-images", num)
+    save(path, grid.png(stages.picture(loaded.flow, x, seed)), named=out is not None)
+    console.print(
+        f"wrote {path}: {num} test images become noise, layer by layer, and below {num} samples "
+        f"of {loaded.checkpoint.path} grow from the coarsest level to the finest"
+    )
 
 
 def _contexts(options: DataOptions, loaded: "LoadedModel", image: Path | None) -> "Tensor | None":

@@ -7,19 +7,18 @@ projection, which preserves areas.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import Bijection, Continuous, Sequential
 from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Points, QuantizedImages
 from flowtrain.pictures import grid
+from flowtrain.pictures.stages import stages_of
 from flowtrain.system.random import Stream, generator
 from flowtrain.types import Shape
 
@@ -183,24 +182,6 @@ def _bounds(x: Tensor) -> Bounds:
     low, high = places.quantile(0.002, dim=0), places.quantile(0.998, dim=0)
     middle, half = (low + high) / 2, 0.65 * float((high - low).max())
     return tuple((middle[:, None] + torch.tensor([-half, half])).flatten().tolist())
-
-
-@singledispatch
-def stages_of(layer: Bijection, z: Tensor) -> list[Tensor]:
-    """`z`, then the result of each layer on the way to `layer.inverse(z)`, without gradients."""
-    with torch.no_grad():
-        return [z, layer.inverse(z)[0]]
-
-
-stages_of.register(Continuous, Continuous.stages)
-
-
-@stages_of.register
-def _(layer: Sequential, z: Tensor) -> list[Tensor]:
-    stages = [z]
-    for each in reversed(layer.opened()):
-        stages += stages_of(each, stages[-1])[1:]
-    return stages
 
 
 def _full_rows(stages: Sequence[Tensor], columns: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from flowtrain.datasets import sphere as data_set
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.pictures import draw
-from flowtrain.pictures.draw import stages_of
+from flowtrain.pictures.stages import stages_of
 from flowtrain.tools.doctor.examine import examine
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State

@@ -379,6 +379,14 @@ def test_each_temperature_has_a_row(run, tmp_path):
         assert np.array_equal(one, two) == equal
 
 
+def test_stages_are_a_row_for_each_image_and_each_sample(run, tmp_path):
+    done = quick("sample", "--stages", "--num-images", 3, cwd=tmp_path).ok()
+    assert "stages.png: 3 test images become noise" in done.out
+    images = cells(Image.open(run / "stages.png"), 6, 9)
+    samples = drawn("--num-images", 3, cwd=tmp_path)["images"][..., 0].astype(int)
+    assert np.array_equal(images[3:, 8], samples * 255 // 16)
+
+
 # --- interpolate ----------------------------------------------------------------------------------
 
 

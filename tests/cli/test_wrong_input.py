@@ -164,6 +164,9 @@ TABLE = [
     ("sample given --image good.png --set data.root=x", "--set: these samples need no data"),
     ("sample given --set data.path=no.npz", "no.npz"),
     ("sample given --image text.png", "text.png cannot be read as an image"),
+    ("sample run --stages --temperature 1", "--stages: only --num-images, --seed and --out"),
+    ("sample points --stages", "--stages: pictures of points show them always"),
+    (f"sample run --stages --num-images {HUGE}", f"--num-images {HUGE}: the test split has only"),
     # --- interpolate
     ("interpolate given", GIVEN, "the image at 4x4 pixels"),
     (f"interpolate run --steps {HUGE}", f"--steps {HUGE}: a picture of 4 paths of 10,00"),

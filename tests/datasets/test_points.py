@@ -19,7 +19,7 @@ from flowtrain.evaluation.evaluate import summarize
 from flowtrain.evaluation.score import score
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures import draw
-from flowtrain.pictures.draw import stages_of
+from flowtrain.pictures.stages import stages_of
 
 
 @pytest.mark.parametrize("name", [*POINTS, "sphere"])
