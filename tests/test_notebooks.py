@@ -71,11 +71,12 @@ def test_a_flow_from_scratch_is_150_lines_of_torch():
     assert "flowtrain" not in "\n".join(plain)
 
 
-def test_the_site_shows_it():
+@each_notebook
+def test_the_site_shows_it(name):
     page_of = runpy.run_path(str(REPOSITORY / "docs" / "site.py"))["page_of"]
-    page = page_of(json.loads(TOUR.read_text(encoding="utf-8")))
-    outputs = [output for cell in cells("code") for output in cell["outputs"]]
-    assert all(f"```python\n{source}\n```" in page for source in code())
+    page = page_of(json.loads(path_of(name).read_text(encoding="utf-8")))
+    outputs = [output for cell in cells(name, "code") for output in cell["outputs"]]
+    assert all(f"```python\n{source}\n```" in page for source in code(name))
     assert all("".join(output.get("text", "")) in page for output in outputs)
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert page.count("](data:image/png;base64,") == len(pictures)
