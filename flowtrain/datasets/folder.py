@@ -267,12 +267,13 @@ def read_files(
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
         for i, image in enumerate(pool.map(read, files)):
             if isinstance(image, str):
-                left_out[str(files[i])] = image.removeprefix(f"{files[i]} ")
+                left_out[str(files[i])] = image.removeprefix(str(files[i])).lstrip(": ")
             else:
                 x[len(kept)] = image
                 kept.append(i)
     if not kept:
-        raise UserError(f"{option}: no image can be read ({next(iter(left_out.items()))})")
+        name, why = next(iter(left_out.items()))
+        raise UserError(f"{option}: no image can be read ({name}: {why})")
     cache.warn_of_unreadable(None, left_out, len(files), option, "images")
     return kept, x[: len(kept)]
 

@@ -125,19 +125,20 @@ def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (8, 8), 255).save(tmp_path / name)
     a, b = tmp_path / "a", tmp_path / "b"
-    for bad in (a / "bad.png", b / "worse.png"):
-        bad.write_text("no picture")
+    (a / "bad.png").write_text("no picture")
+    (b / "worse.png").symlink_to("nowhere")
     names, x = encoding.named_images([a, b], model, None)
     assert names == ["x.png", "y.png", "z.gif"] and (x == 16).all() and len(x) == 3
     assert f"--images {b}/x.png: it has the same name as {a}/x.png, and is left" in caplog.text
     assert "--images: 2 of 5 images cannot be read and are left out:" in caplog.text
     assert f"  {a}/bad.png: cannot be read as an image (cannot identify" in caplog.text
+    assert f"  {b}/worse.png: there is no such image file" in caplog.text
     for paths in ([a, b / "x.png"], [a, b / "worse.png"]):
         with pytest.raises(UserError, match=str(paths[1])):
             encoding.named_images(paths, model, None)
     for good in (a / "x.png", a / "y.png"):
         good.unlink()
-    with pytest.raises(UserError, match="--images: no image can be read .*bad.png"):
+    with pytest.raises(UserError, match=rf"--images: no image can be read \({a}/bad.png: can"):
         encoding.named_images([a], model, None)
 
 
