@@ -15,10 +15,12 @@ TINY = {
     "tarflow": {"patch": 2, "width": 8, "blocks": 2, "layers": 1},
     "jet": {"patch": 2, "width": 8, "couplings": 5, "layers": 1},
 }
-# A model of points on a sphere. It fits no image.
+# Models of points on a sphere and of angles. They fit no image.
+TORUS = {"name": "torus", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}
 SPHERE = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}
 # The data sets of points in the plane.
 POINTS = ["two_moons", "eight_gaussians", "checkerboard", "pinwheel", "spiral", "rings"]
+POINTS += ["torus"]  # two angles
 
 
 def sets(**values) -> list[str]:

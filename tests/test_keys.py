@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
-from catalogue import POINTS, TINY
+from catalogue import POINTS, TINY, TORUS
 from catalogue import SPHERE as SPHERE_MODEL
 from helpers import PLAIN, batch_of, images, seeded
 from PIL import Image
@@ -57,6 +57,7 @@ SETTINGS = {
     "npz": NPZ,
     "folder": {"data": FOLDER},
     "sphere": SPHERE,
+    "torus": {"data": {"name": "torus", "count": 60}, "model": TORUS},
     "cnf": {"model": CNF},
 }
 # The same for a single key, if it has an effect only there.

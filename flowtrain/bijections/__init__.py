@@ -30,6 +30,8 @@ from flowtrain.bijections.reshape import Reverse as Reverse
 from flowtrain.bijections.reshape import Squeeze as Squeeze
 from flowtrain.bijections.sequential import Sequential as Sequential
 from flowtrain.bijections.sphere import AnglesToNormal as AnglesToNormal
+from flowtrain.bijections.sphere import CirclesToNormal as CirclesToNormal
+from flowtrain.bijections.sphere import FlattenAngles as FlattenAngles
 from flowtrain.bijections.sphere import SphereToAngles as SphereToAngles
 from flowtrain.bijections.spline import CircularSplineTransform as CircularSplineTransform
 from flowtrain.bijections.spline import SplineTransform as SplineTransform

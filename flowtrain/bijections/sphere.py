@@ -1,8 +1,11 @@
-"""The two ends of a flow on the sphere S^2.
+"""The two ends of a flow on the sphere S^2, and of one on a torus.
 
 `SphereToAngles` maps points to longitude and latitude. `AnglesToNormal` maps these to normal
 numbers. Between them are layers on longitude and latitude, `(B, 2)`, in radians. A longitude may
 include any number of whole turns, which layers of the circle keep (`CircularSplineTransform`).
+
+A torus has angles only, `(B, C)`. `FlattenAngles` takes the whole turns away on the way back to the
+data, and `CirclesToNormal` maps angles to normal numbers.
 """
 
 import math
@@ -10,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from flowtrain.bijections.base import Bijection
+from flowtrain.bijections.base import Bijection, sum_per_example
 from flowtrain.bijections.context import Context
+from flowtrain.bijections.reshape import Flatten
 from flowtrain.bijections.spline import whole_turns
 
 # At the poles the area of a cell of longitude and latitude vanishes. A data point that is nearer to
@@ -67,19 +71,17 @@ class AnglesToNormal(Bijection):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         longitude, latitude = x.unbind(1)
-        share = 0.5 + (longitude - whole_turns(longitude)) / (2 * math.pi)
-        share = share.clamp(EDGE, 1 - EDGE)
         latitude = _away_from_poles(latitude, NEAREST)
         north = latitude > 0
         southern = torch.where(north, -latitude, latitude)  # the point, or its mirror image
         quantile = torch.special.ndtri((math.pi / 4 + southern / 2).sin().square())
         z = torch.stack(
-            [torch.special.ndtri(share), torch.where(north, -quantile, quantile)], dim=1
+            [_circle_to_normal(longitude), torch.where(north, -quantile, quantile)], dim=1
         )
         return z, latitude.cos().log() - _log_uniform_to_normal(z)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        longitude = 2 * math.pi * (torch.special.ndtr(z[:, 0]) - 0.5)
+        longitude = _normal_to_circle(z[:, 0])
         north = z[:, 1] > 0
         # In logs, because ndtr is not precise in the tails.
         log_share = torch.special.log_ndtr(torch.where(north, -z[:, 1], z[:, 1]))
@@ -87,6 +89,43 @@ class AnglesToNormal(Bijection):
         latitude = _away_from_poles(torch.where(north, -southern, southern), NEAREST)
         log_det = _log_uniform_to_normal(z) - latitude.cos().log()
         return torch.stack([longitude, latitude], dim=1), log_det
+
+
+class FlattenAngles(Flatten):
+    """Angles `(B, C, 1, 1)` in radians to `(B, C)`. The inverse leaves no whole turns."""
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(z - whole_turns(z), context)
+
+
+class CirclesToNormal(Bijection):
+    """Angles `(B, C)` to C numbers, standard normal for uniform angles.
+
+    They are the normal quantiles of the shares of the circles up to each angle, from -pi.
+    """
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        z = _circle_to_normal(x)
+        return z, -_log_normal_to_circle(z)
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return _normal_to_circle(z), _log_normal_to_circle(z)
+
+
+def _circle_to_normal(angle: Tensor) -> Tensor:
+    share = 0.5 + (angle - whole_turns(angle)) / (2 * math.pi)
+    z: Tensor = torch.special.ndtri(share.clamp(EDGE, 1 - EDGE))
+    return z
+
+
+def _normal_to_circle(z: Tensor) -> Tensor:
+    angle: Tensor = 2 * math.pi * (torch.special.ndtr(z) - 0.5)
+    return angle
+
+
+def _log_normal_to_circle(z: Tensor) -> Tensor:
+    """The log-density of N(z; 0, I), `(B, C)` to `(B,)`, relative to the uniform 1 / 2 pi."""
+    return 0.5 * sum_per_example(math.log(2 * math.pi) - z.square())
 
 
 def _away_from_poles(latitude: Tensor, distance: float) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from flowtrain.datasets.base import Images, Part, frozen_random
 from flowtrain.types import Count, Positive
@@ -139,6 +139,43 @@ def _checkerboard(
     return real_valued(split, seed, count, test_count, generate)
 
 
+def _torus(
+    root: Path,
+    split: Part,
+    *,
+    seed: int = 0,
+    count: Count = 10_000,
+    test_count: Count = 10_000,
+    components: Positive = 6,
+    concentration: PositiveFloat = 8,
+) -> Images:
+    """A mixture of von Mises distributions on a torus: two angles in radians, in [-pi, pi].
+
+    In a component, the angles are independent, with the density `exp(kappa cos(angle - mean)) /
+    (2 pi I0(kappa))` each. The means are `torus_means(seed, components)`, and kappa is
+    `concentration`. `root` is not used.
+
+    Args:
+        count: Number of points to train on, of which `data.validation` are held out.
+        test_count: Number of points in the test split.
+        components: Number of components, all of equal weight.
+        concentration: Concentration of each angle in a component, kappa.
+    """
+
+    def generate(random: np.random.RandomState, n: int) -> np.ndarray:
+        mean = torus_means(seed, components)[random.randint(components, size=n)]
+        angles: np.ndarray = random.vonmises(mean, concentration)
+        return angles
+
+    return real_valued(split, seed, count, test_count, generate)
+
+
+def torus_means(seed: int, components: int) -> np.ndarray:
+    """The mean angles, uniform on the torus, `(components, 2)`."""
+    # 2, because 0 and 1 are the splits
+    return frozen_random(seed, 2).uniform(-np.pi, np.pi, size=(components, 2))
+
+
 BUILDS = {
     "two_moons": _noisy(_two_moons, 0.05),
     "rings": _noisy(_rings, 0.05),
@@ -146,4 +183,5 @@ BUILDS = {
     "eight_gaussians": _noisy(_eight_gaussians, 0.2),
     "pinwheel": _pinwheel,
     "checkerboard": _checkerboard,
+    "torus": _torus,
 }

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Literal
 
+from torch import nn
+
 from flowtrain.bijections import Bijection, Coupling, Squeeze, Transform
 from flowtrain.bijections.coupling import AdditiveTransform, AffineTransform
 from flowtrain.bijections.mixture import MixtureTransform
@@ -28,9 +30,14 @@ _TIMES = {0: "cannot be squeezed", 1: "can be squeezed once", 2: "can be squeeze
 
 
 def vector_coupling(
-    index: int, dims: int, width: int, hidden_layers: int, transform: Transform
+    index: int,
+    dims: int,
+    width: int,
+    hidden_layers: int,
+    transform: Transform,
+    net: Callable[..., nn.Module] = DenseNet,
 ) -> Coupling:
-    """Coupling number `index` of a chain on vectors `(B, dims)`, with a dense conditioner.
+    """Coupling number `index` of a chain on vectors `(B, dims)`, whose conditioner is a `net`.
 
     Even ones keep the first half, the larger one if `dims` is odd; odd ones keep the second. Raises
     `UserError` if there is only one entry.
@@ -42,8 +49,8 @@ def vector_coupling(
         )
     swap = index % 2 == 1
     kept = dims // 2 if swap else (dims + 1) // 2
-    net = DenseNet(kept, transform.parameters_per_entry * (dims - kept), width, hidden_layers)
-    return Coupling(kept, net, transform, swap=swap)
+    parameters = transform.parameters_per_entry * (dims - kept)
+    return Coupling(kept, net(kept, parameters, width, hidden_layers), transform, swap=swap)
 
 
 def check_squeezes(shape: Shape, squeezes: int, levels: int) -> None:

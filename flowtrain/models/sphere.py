@@ -27,7 +27,6 @@ from flowtrain.bijections import (
     AnglesToNormal,
     Bijection,
     CircularSplineTransform,
-    Coupling,
     Sequential,
     SphereToAngles,
     SplineTransform,
@@ -35,6 +34,7 @@ from flowtrain.bijections import (
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
+from flowtrain.models.base import vector_coupling
 from flowtrain.nets.dense import DenseNet
 from flowtrain.types import Positive, Shape
 
@@ -80,7 +80,7 @@ def build(
     for _ in range(layers):
         circular = CircularSplineTransform(bins)
         interval = SplineTransform(bins, math.pi / 2, free_ends=True)
-        for transform, swap in ((circular, True), (interval, False)):
-            net = CircularNet(1, transform.parameters_per_entry, width, hidden_layers)
-            bijections.append(Coupling(1, net, transform, swap=swap))
+        for index, transform in ((1, circular), (0, interval)):
+            coupling = vector_coupling(index, 2, width, hidden_layers, transform, CircularNet)
+            bijections.append(coupling)
     return Sequential(*bijections, AnglesToNormal())

@@ -95,6 +95,8 @@ LAYERS = {
     "conv1x1": (lambda: b.Conv1x1(4), (4, 2, 3)),
     "conv1x1-lu": (lambda: b.Conv1x1LU(5), (5, 1, 2)),
     "squeeze": (b.Squeeze, (3, 4, 2)),
+    "flatten-angles": (lambda: b.FlattenAngles((3, 1, 1)), (3, 1, 1)),
+    "circles": (b.CirclesToNormal, (3,)),
     "flatten": (lambda: b.Flatten((2, 3, 2)), (2, 3, 2)),
     "permute": (lambda: b.Permute(torch.randperm(6)), (6, 2, 2)),
     "reverse": (b.Reverse, (3, 2, 4)),

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch._dynamo
-from catalogue import SPHERE, TINY
+from catalogue import SPHERE, TINY, TORUS
 from helpers import a_config, compiles, images, perturb, seeded
 
 from flowtrain.checkpoints.build import build_flow
@@ -51,6 +51,7 @@ MODELS = {
     "tarflow": ({"name": "tarflow", **TINY["tarflow"], "classes": 3}, 4, 16, {}, NO_INVERSE),
     "jet": ({"name": "jet", **TINY["jet"]}, 4, 16, {}, BOTH),
     "sphere": (SPHERE, None, None, {}, BOTH),
+    "torus": (TORUS, None, None, {}, BOTH),
 }
 # Tracing takes seconds, so few of the combinations are tried each time.
 OFTEN = {("nice", "reversible", "bf16"), ("glow", "reversible", "bf16"), ("jet", "store", "fp32")}
@@ -112,8 +113,9 @@ def test_a_step_is_one_graph(model, mode, precision):
 @pytest.mark.run
 def test_every_model_is_traced_or_has_loops():
     traced = {section["name"] for section, *_ in MODELS.values()}
-    for name in [*TINY, "sphere"]:
-        whole = (name, (1, 4, 4), 256) if name in TINY else (SPHERE, (3, 1, 1), None)
+    others = {"sphere": SPHERE, "torus": TORUS}
+    for name in [*TINY, *others]:
+        whole = (name, (1, 4, 4), 256) if name in TINY else (others[name], (3, 1, 1), None)
         flow = build_flow(a_config(whole[0]), *whole[1:])
         assert (name in traced) == ("forward" not in flow.bijection.untraceable_directions())
     for model, (*_, modes) in MODELS.items():
