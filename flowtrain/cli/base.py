@@ -386,10 +386,13 @@ def mention_unused(name: str, device: "torch.device") -> None:
 def data_of(
     loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
 ) -> "DataSet":
-    """The data set of `--data`, or the one that the model was trained on, with other settings."""
+    """The data set of `--data`, or the one that the model was trained on, with other settings. It
+    prints how other data are converted to the model's.
+    """
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
+    from flowtrain.system.console import console
 
     for text in settings or []:
         if not text.startswith("data."):
@@ -405,7 +408,11 @@ def data_of(
     config = configuration.parse(values, where, trust_code=True).data
     if dataset is None:
         return DataSet(config)
-    return DataSet(config, undivided(config, loaded.config.data), loaded.flow.num_bins)
+    data = DataSet(config, undivided(config, loaded.config.data), loaded.flow.num_bins)
+    if data.reduced_to or config.name == "folder":
+        shape = "x".join(map(str, data.shape))
+        console.print(f"{dataset}: images are brought to {shape} with {data.kind.words}")
+    return data
 
 
 def split_of(data: "DataSet", split: Split | None, dataset: str | None) -> Split | Literal["all"]:

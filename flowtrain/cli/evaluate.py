@@ -89,9 +89,6 @@ def evaluate(
         f"evaluating {loaded.checkpoint.path} on {split_name}"
         + (f" of {dataset}" if dataset else "")
     )
-    if dataset is not None and (data.reduced_to or data.config.name == "folder"):
-        shape = "x".join(map(str, data.shape))
-        console.print(f"{dataset}: images are brought to {shape} with {data.kind.words}")
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
             loaded,

@@ -115,7 +115,7 @@ def test_evaluate_on_other_data(tmp_path):
     pictures(tmp_path / "p", 12)
     (tmp_path / "p" / "bad.png").write_text("no picture")
     found = evaluate("--data", "p", "--scores", "s.csv", "--json", "r.json").ok()
-    assert "on all of p\np: images are brought to 3x8x8 with 256 levels\n" in found.out
+    assert "p: images are brought to 3x8x8 with 256 levels\nevaluating" in found.out
     bad = f"--data: 1 of 13 images cannot be read and are left out:\n  {tmp_path}/p/bad.png: "
     assert bad in found.err
     evaluate("--data", "p/bad.png").failed(2, "p/bad.png cannot be read as an image")
