@@ -39,7 +39,7 @@ SMALL = {
     "glow_digits.yaml": ["model.steps=2", *SHORT],
     # Every kind of block.
     "causal_digits.yaml": [
-        *("model.blocks=2", "model.attention=1", "model.pixel_attention=true"),
+        *("model.blocks=2", "model.attention=1", "model.pixels=true"),
         *("model.downsample=1", "model.orders=8", "data.flip=false", *SHORT),
     ],
 }

@@ -68,7 +68,6 @@ SETTINGS |= {
     "model.context": {"data": {**FOLDER, "channels": 3}},
     **dict.fromkeys(("jet:model.patch", "tarflow:model.patch"), {"data": {**FOLDER, "size": 16}}),
     "model.context_factor": {"model": {"context": "downsample"}},
-    "causal:model.pixel_attention": {"model": {"name": "causal", **TINY["causal"], "attention": 1}},
     "causal:model.orders": {"data": {"name": "digits", "flip": False}},
     "glow:model.bins": {"model": {"coupling": "spline"}},
     "glow:model.components": {"model": {"coupling": "mixture"}},

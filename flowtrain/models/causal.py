@@ -43,7 +43,7 @@ def build(
     units: Positive = 16,
     window: Positive = 3,
     attention: NonNegative = 0,
-    pixel_attention: bool = False,
+    pixels: bool = False,
     downsample: NonNegative = 0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
@@ -66,8 +66,9 @@ def build(
             the first convolution see.
         attention: Number of blocks of causal self-attention over all tokens, at equal distances
             between the residual blocks.
-        pixel_attention: Whether attention sees the pixels of earlier tokens beside their features,
-            by relative positions and with a learned temperature for each head.
+        pixels: Whether all blocks see the pixels of earlier tokens beside their features:
+            convolutions those in their window, and attention those of all tokens, by relative
+            positions and with a learned temperature for each head.
         downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training. It
@@ -80,10 +81,9 @@ def build(
             has raster order, and its mixture (`--mirror`) has all.
 
     Raises:
-        UserError: if the data are real values, if there are too few tokens to downsample, if there
-            is no attention for `pixel_attention`, if the images of a model with a context are not
-            made of whole tokens, or if classes, a context or images that are not square do not suit
-            `orders`.
+        UserError: if the data are real values, if there are too few tokens to downsample, if the
+            images of a model with a context are not made of whole tokens, or if classes, a context
+            or images that are not square do not suit `orders`.
     """
     if num_bins is None:
         raise UserError(
@@ -95,10 +95,6 @@ def build(
         raise UserError(
             f"model.downsample: {downsample} needs at least 3 rows of tokens, and these images "
             f"have {size[0]}: set it to 0, or use a smaller model.token"
-        )
-    if pixel_attention and not attention:
-        raise UserError(
-            "model.pixel_attention: true, but there is no attention: set model.attention"
         )
     if context is not None and (shape[1] % token or shape[2] % token):
         raise UserError(
@@ -120,7 +116,7 @@ def build(
     net = CausalNet(
         *(entries, size, start, width, blocks, units, seen, classes, context),
         attention=attention,
-        pixel_attention=pixel_attention,
+        pixels=pixels,
         downsample=downsample,
         dropout=dropout,
         orders=orders,

@@ -16,6 +16,7 @@ from flowtrain.nets.causal_blocks import (
     Block,
     ConvolutionBlock,
     PixelAttentionBlock,
+    PixelConvolutionBlock,
     norm,
     norm_of_columns,
 )
@@ -36,8 +37,8 @@ class CausalNet(TokenNet):
     first, `(B, orders - 1)`: a unit vector, or zeros for the first one.
 
     The blocks are convolutions, and between them at equal distances `attention` blocks of
-    attention, to pixels too with `pixel_attention`. A coarse stream of `downsample` blocks is in
-    the middle. With `noise`, as in a training step, each block drops entries with the probability
+    attention. With `pixels` both see pixels, too. A coarse stream of `downsample` blocks is in the
+    middle. With `noise`, as in a training step, each block drops entries with the probability
     `dropout`, by the bits of `noise`.
     """
 
@@ -53,7 +54,7 @@ class CausalNet(TokenNet):
         classes: int = 0,
         image: Shape | None = None,
         attention: int = 0,
-        pixel_attention: bool = False,
+        pixels: bool = False,
         downsample: int = 0,
         dropout: float = 0.0,
         orders: int = 1,
@@ -63,7 +64,7 @@ class CausalNet(TokenNet):
         self.first = CausalConv(2 * entries, width, window)
         self.position = nn.Parameter(torch.zeros(*size, width))
         self.blocks = nn.ModuleList(
-            _blocks(width, blocks, attention, downsample, size, 2 * entries * pixel_attention)
+            _blocks(width, blocks, attention, downsample, size, 2 * entries * pixels)
         )
         self.dropout = dropout
         self.head = TokenHead(entries, width, units, start)
@@ -116,7 +117,7 @@ def _blocks(
     size: tuple[int, int],
     pixels: int,
 ) -> Iterator[Block]:
-    """The blocks of `CausalNet`, in their order. Attention is to so many `pixels` of each token."""
+    """The blocks of `CausalNet`, in their order. They see so many `pixels` of each token."""
     for n in range(convolutions + 1):
         if downsample and n == convolutions // 2:
             yield CoarseStream(width, downsample, size)
@@ -124,7 +125,12 @@ def _blocks(
         for _ in after:
             yield PixelAttentionBlock(width, pixels, size) if pixels else AttentionBlock(width)
         if n < convolutions:
-            yield ConvolutionBlock(width, Window(1, 1, ahead=1))
+            window = Window(1, 1, ahead=1)
+            yield (
+                PixelConvolutionBlock(width, window, pixels)
+                if pixels
+                else ConvolutionBlock(width, window)
+            )
 
 
 class _CausalNetByToken(HeadByEntry):

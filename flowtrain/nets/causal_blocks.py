@@ -56,7 +56,11 @@ class ConvolutionBlock(Block):
         self.last = zero_linear(width, width)
 
     def forward(self, x: Tensor, drop: Drop, pixels: Tensor) -> Tensor:
-        y: Tensor = x + self.last(drop(relu_(self.conv(norm(x)))))
+        y: Tensor = x + self.last(drop(relu_(self.hidden(norm(x), pixels))))
+        return y
+
+    def hidden(self, x: Tensor, pixels: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
         return y
 
     def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "ConvolutionByToken":
@@ -76,11 +80,50 @@ class ConvolutionByToken:
 
     def read(self, x: Tensor, j: int) -> Tensor:
         """The result in column j for the input `x`."""
-        return torch.addmm(x, self.weight, self.conv.column(j).relu_()).add_(self.bias)
+        return torch.addmm(x, self.weight, self.hidden(j).relu_()).add_(self.bias)
+
+    def hidden(self, j: int) -> Tensor:
+        return self.conv.column(j)
 
     def column(self, x: Tensor, i: int, j: int) -> Tensor:
         self.write(x, j)
         return self.read(x, j)
+
+
+class PixelConvolutionBlock(ConvolutionBlock):
+    """The same, with a convolution of the `pixels` of earlier tokens, which starts at zero, too.
+
+    Blocks far from the input need not carry pixels along in their features.
+    """
+
+    def __init__(self, width: int, window: Window, pixels: int):
+        super().__init__(width, window)
+        self.of_pixels = CausalConv(pixels, width, Window(window.above, window.beside, ahead=0))
+        nn.init.zeros_(self.of_pixels.weight)
+        nn.init.zeros_(self.of_pixels.bias)
+
+    def hidden(self, x: Tensor, pixels: Tensor) -> Tensor:
+        y: Tensor = super().hidden(x, pixels) + self.of_pixels(pixels)
+        return y
+
+    def by_token(self, pixels: Tensor, size: tuple[int, int]) -> "_PixelConvolutionByToken":
+        return _PixelConvolutionByToken(self, pixels, size[1])
+
+
+class _PixelConvolutionByToken(ConvolutionByToken):
+    def __init__(self, block: PixelConvolutionBlock, pixels: Tensor, width: int):
+        super().__init__(block, pixels.shape[1], width)
+        self.pixels, self.last_column = pixels, width - 1
+        self.of_pixels = block.of_pixels.by_token(pixels.shape[1], width)
+
+    def hidden(self, j: int) -> Tensor:
+        return super().hidden(j) + self.of_pixels.column(j)
+
+    def column(self, x: Tensor, i: int, j: int) -> Tensor:
+        # The token before it is in the row above if this one is the first of its row.
+        self.of_pixels.write(j - 1 if j else self.last_column, self.pixels)
+        self.of_pixels.start(j)
+        return super().column(x, i, j)
 
 
 class AttentionBlock(Block):

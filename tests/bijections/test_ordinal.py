@@ -30,7 +30,7 @@ GEOMETRIES = [
     ((1, 1, 7), 256, 1, {}),
     ((1, 6, 3), 17, 1, {"attention": 1, "downsample": 1, "dropout": 0.5}),
     ((2, 5, 3), 4, 1, {"attention": 2, "downsample": 2, "blocks": 2}),
-    ((2, 3, 5), 8, 2, {"attention": 2, "pixel_attention": True}),
+    ((2, 3, 5), 8, 2, {"attention": 2, "pixels": True}),
 ]
 
 
@@ -67,7 +67,7 @@ def trained():
         ((2, 2, 1), 4, 2, {}),
         ((2, 1, 2), 4, 4, {}),
         ((1, 3, 2), 3, 1, {"attention": 1, "downsample": 1}),
-        ((1, 3, 2), 3, 1, {"attention": 1, "pixel_attention": True}),
+        ((1, 3, 2), 3, 1, {"attention": 1, "pixels": True}),
     ],
 )
 def test_the_probabilities_of_all_images_add_up_to_one(shape, levels, token, options):

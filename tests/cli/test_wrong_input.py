@@ -129,7 +129,6 @@ TABLE = [
     ("train TINY --device gpu", "--device gpu", "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"),
     ("train TINY --device cuda:99", "--device cuda:99", "CUDA device"),
     ("train TINY --device cpu train.cuda_graph=true", "train.cuda_graph: needs a CUDA device"),
-    ("train --config causal_digits.yaml model.pixel_attention=true", "model.pixel_attention: true"),
     ("train --config causal_digits.yaml model.orders=2", "data.flip: the orders of model.orders"),
     ("train --config causal_digits.yaml model.orders=2 model.classes=10", "model.orders: 2"),
     ("train --config causal_digits.yaml model.orders=2 model.context=downsample", "model.orders"),

@@ -191,7 +191,7 @@ GOLDEN = {
     ("jet", "center", "mixing=permutation bounded=false couplings=11"): [5.422601],
     ("jet", "center", "couplings=31"): [4.87267],
     ("causal", "center", "token=4 attention=1 blocks=2"): [2.958334],
-    ("causal", "center", "token=1 attention=1 pixel_attention=true blocks=2"): [4.203003],
+    ("causal", "center", "token=1 attention=1 pixels=true blocks=2"): [4.110974],
 }
 
 

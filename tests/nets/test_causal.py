@@ -8,14 +8,19 @@ from helpers import perturb, seeded, tiny_flow
 
 from flowtrain.errors import UserError
 from flowtrain.models import causal
-from flowtrain.nets.causal_blocks import AttentionBlock, ConvolutionBlock, PixelAttentionBlock
+from flowtrain.nets.causal_blocks import (
+    AttentionBlock,
+    ConvolutionBlock,
+    PixelAttentionBlock,
+    PixelConvolutionBlock,
+)
 from flowtrain.nets.coarse import CoarseStream
 from flowtrain.nets.dropout import keep_all
 from flowtrain.nets.masked import MaskedLinear
 from flowtrain.nets.token_head import _layer
 from flowtrain.nets.window import Window
 
-KINDS = ["convolution", "attention", "pixel attention", "coarse"]
+KINDS = ["convolution", "pixel convolution", "attention", "pixel attention", "coarse"]
 SIZES = [(5, 6), (6, 3), (8, 5), (3, 1)]
 WIDTH, PIXELS = 6, 4
 
@@ -32,7 +37,7 @@ def within(token, other, above, beside):
 def seen_by(kind, token, other):
     """Whether a block of a kind may, and so does, look from a token at another."""
     (i, j), (k, n) = token, other
-    if kind == "convolution":
+    if kind in ("convolution", "pixel convolution"):
         return before(token, other) and within(token, other, 1, 1)
     if kind in ("attention", "pixel attention"):
         return before(token, other)
@@ -44,6 +49,7 @@ def seen_by(kind, token, other):
 def block_of(kind, size):
     block = {
         "convolution": lambda: ConvolutionBlock(WIDTH, Window(1, 1, ahead=1)),
+        "pixel convolution": lambda: PixelConvolutionBlock(WIDTH, Window(1, 1, ahead=1), PIXELS),
         "attention": lambda: AttentionBlock(WIDTH),
         "pixel attention": lambda: PixelAttentionBlock(WIDTH, PIXELS, size),
         "coarse": lambda: CoarseStream(WIDTH, 2, size),
@@ -73,9 +79,9 @@ def test_a_token_depends_on_earlier_tokens_only(kind, size):
     wanted = [[seen_by(kind, token, other) for other in places] for token in places]
     assert torch.equal(seen, torch.tensor(wanted))
     assert not seen.triu(1).any()
-    if kind == "pixel attention":
+    if kind.startswith("pixel"):
         seen = seen_tokens(lambda pixels: block(x, keep_all, pixels), pixels)
-        assert torch.equal(seen, torch.ones_like(seen).tril(-1))
+        assert torch.equal(seen, torch.tensor(wanted).tril(-1))
 
 
 @torch.no_grad()

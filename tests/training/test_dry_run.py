@@ -122,7 +122,7 @@ GROWING = {
     "tarflow": ("tarflow", "bf16", {"patch": 2, "width": 64, "blocks": 2, "layers": 1}),
     "attention": (
         *("causal", "bf16"),
-        {**TINY["causal"], "width": 32, "token": 1, "attention": 1, "pixel_attention": True},
+        {**TINY["causal"], "width": 32, "token": 1, "attention": 1, "pixels": True},
     ),
     "jet": ("jet", "fp32", {"patch": 2, "width": 32, "couplings": 5, "layers": 1}),
     "cnf": ("cnf", "fp32", {"blocks": 1, "width": 16, "hidden_layers": 1}),

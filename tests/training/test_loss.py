@@ -44,10 +44,7 @@ MODELS = {
     "maf": ({"name": "maf", **TINY["maf"]}, 2, 256, {}, NO_INVERSE),
     "causal": ({**CAUSAL, "classes": 3}, 4, 16, {}, NO_INVERSE),
     "attention": ({**CAUSAL, **ATTENTION}, 6, 16, {}, NO_INVERSE),
-    "pixels": (
-        {**CAUSAL, **ATTENTION, "pixel_attention": True, "orders": 8},
-        *(6, 16, {}, NO_INVERSE),
-    ),
+    "pixels": ({**CAUSAL, **ATTENTION, "pixels": True, "orders": 8}, *(6, 16, {}, NO_INVERSE)),
     "tarflow": ({"name": "tarflow", **TINY["tarflow"], "classes": 3}, 4, 16, {}, NO_INVERSE),
     "jet": ({"name": "jet", **TINY["jet"]}, 4, 16, {}, BOTH),
     "sphere": (SPHERE, None, None, {}, BOTH),

@@ -120,7 +120,7 @@ def test_a_scale_that_whole_numbers_do_not_have_is_named(scale):
 # --- direct coding --------------------------------------------------------------------------------
 
 EVERY_BLOCK = {"token": 1, "attention": 1, "downsample": 1, "dropout": 0.5}
-EVERY_BLOCK |= {"pixel_attention": True}
+EVERY_BLOCK |= {"pixels": True}
 
 
 @pytest.mark.parametrize(
