@@ -94,6 +94,8 @@ class AnglesToNormal(Bijection):
 class FlattenAngles(Flatten):
     """Angles `(B, C, 1, 1)` in radians to `(B, C)`. The inverse leaves no whole turns."""
 
+    of_angles = True
+
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return super().inverse(z - whole_turns(z), context)
 
@@ -103,6 +105,8 @@ class CirclesToNormal(Bijection):
 
     They are the normal quantiles of the shares of the circles up to each angle, from -pi.
     """
+
+    of_angles = True
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z = _circle_to_normal(x)

@@ -11,6 +11,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction, Executor
 from flowtrain.bijections.context import Context, unguided
 from flowtrain.bijections.execution import call, opposite
+from flowtrain.bijections.spline import whole_turns
 from flowtrain.evaluation.layers import (
     Watching,
     layers_of,
@@ -113,8 +114,9 @@ def _layer(
     # At the edge of a bin, rounding moves a level of a sequential inverse, and all that follow.
     # Whether images come back is measured at the middle of the bins.
     harmless = layer.is_discrete
-    notes.add(checks[0], _relative_error(back, given), name, inputs, harmless)
-    notes.add(checks[1], _relative_error(again, result), name, inputs, harmless)
+    largest = partial(_relative_error, of_angles=layer.of_angles)
+    notes.add(checks[0], largest(back, given), name, inputs, harmless)
+    notes.add(checks[1], largest(again, result), name, inputs, harmless)
     _log_scale(predicted, name, inputs, notes)
 
 
@@ -167,8 +169,10 @@ def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: N
         _layer(NOISE_MODEL, layer, direction, given, result, images, inputs, notes)
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
+def _relative_error(found: Tensor, expected: Tensor, of_angles: bool) -> Tensor:
     """The largest error, relative to its entry or to the root mean square, whichever is larger."""
     found, expected = found.double().cpu(), expected.double().cpu()
     size = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((found - expected).abs() / torch.maximum(expected.abs(), size)).max()
+    error = found - expected
+    error = error - whole_turns(error) if of_angles else error
+    return (error.abs() / torch.maximum(expected.abs(), size)).max()

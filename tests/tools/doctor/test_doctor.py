@@ -47,7 +47,7 @@ def a_model(
 ):
     """A tiny model with all parameters moved, and the data set on which it is initialized."""
     data = data or npz(tmp_path / "a.npz", shape=(*shape[1:], shape[0]))
-    options = {"name": name, **TINY[name], **options}
+    options = {"name": name, **TINY.get(name, {}), **options}
     config = a_config(options, data=data, dequantization=dequantization or {})
     data_set = DataSet(config.data)
     flow = perturb(build_flow(config, data_set.shape, data_set.num_bins), scale)
@@ -91,6 +91,7 @@ SOUND = [
     ),
     ("nice", {"shape": (3, 1, 1), "dequantization": {**VARIATIONAL, "steps": 2}}),
     ("realnvp", {"data": {"name": "two_moons"}}),
+    ("torus", {"data": {"name": "torus"}}),
 ]
 
 
