@@ -450,7 +450,8 @@ def test_torchrun_goes_on_after_the_death_of_one():
     os.kill(int(victim), signal.SIGKILL)
     done = cli_helpers.result(process)
     assert done.code == 0 and "Traceback" not in done.err, done
-    assert done.err.count("has lost another process of this run") == 1
+    # Not at all, if the launcher ends the other one before it notices.
+    assert done.err.count("has lost another process of this run") <= 1
     assert "going on from r/checkpoints/last.safetensors at step" in done.out
     rows = metrics(Path("r"))
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 101))
