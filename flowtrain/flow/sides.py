@@ -16,9 +16,10 @@ from flowtrain.flow.kinds import log_mean_exp
 
 
 def mixture(sides: int) -> str:
-    """What a likelihood is of, for messages: empty for one side."""
-    words = {1: "", 2: "the mean over the image and its mirror image"}
-    return words.get(sides, f"the mean over {sides} orders of the image")
+    """The words of messages for a likelihood over several sides."""
+    if sides == 2:
+        return "the mean over the image and its mirror image"
+    return f"the mean over {sides} orders of the image"
 
 
 def over_sides(sides: Sequence[LogProb]) -> LogProb:

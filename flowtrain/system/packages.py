@@ -12,16 +12,17 @@ from typing import Any
 from flowtrain.errors import UserError
 
 
-def install_command(extra: str) -> str:
-    """The command that installs an extra of flowtrain for the Python that runs this process."""
+def install_command(package: str) -> str:
+    """The command that installs a package for the Python that runs this process. An extra of
+    flowtrain would need flowtrain on an index.
+    """
     python = shlex.quote(sys.executable)
-    command = f"{python} -m pip install"
-    pip = shutil.which("pip")
     if importlib.util.find_spec("pip") is None:  # uv makes environments without it
-        command = f"uv pip install --python {python}"
-    elif pip is not None and Path(pip).parent == Path(sys.executable).parent:
-        command = "pip install"
-    return f"{command} 'flowtrain[{extra}]', or from a checkout {command} '.[{extra}]'"
+        return f"uv pip install --python {python} {package}"
+    pip = shutil.which("pip")
+    if pip is not None and Path(pip).parent == Path(sys.executable).parent:
+        return f"pip install {package}"
+    return f"{python} -m pip install {package}"
 
 
 def required(what: str, name: str, oldest: tuple[int, ...], extra: str) -> Any:
@@ -36,7 +37,7 @@ def required(what: str, name: str, oldest: tuple[int, ...], extra: str) -> Any:
     if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
         raise UserError(
             f"{what} needs version {'.'.join(map(str, oldest))} of the package {name}, and "
-            f"{version} is installed: {install_command(extra)}"
+            f"{version} is installed: {install_command(f'--upgrade {name}')}"
         )
     return package
 
@@ -46,4 +47,5 @@ def missing(what: str, *packages: str, extra: str) -> UserError:
     there.
     """
     named = f"package{'s' * (len(packages) > 1)} {' and '.join(packages)}"
-    return UserError(f"{what} needs the {named}: {install_command(extra)}")
+    command = install_command(" ".join(packages))
+    return UserError(f"{what} needs the {named} (the extra {extra}): {command}")

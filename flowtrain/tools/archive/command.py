@@ -197,10 +197,10 @@ def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], e
         console.print(f"not tried, as it takes long for so many images: {', '.join(untried)}")
     missing = [name for name in FORMATS if name not in sizes]
     if missing:
-        jxl = install_command(extra="jxl")
+        jxl = install_command("pillow-jxl-plugin")
         console.print(
             f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
-            + (f"; JPEG XL: {jxl}" if "JXL" in missing else "")
+            + (f"; {jxl} adds JPEG XL" if "JXL" in missing else "")
         )
 
 
