@@ -247,6 +247,6 @@ def test_a_logger_that_is_not_installed(tmp_path):
 
 def test_an_old_version(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__version__="0.9.12"))
-    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .*'flowtrain\\[wandb\\]'"):
+    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .* --upgrade wandb"):
         loggers.require(["wandb"])
     loggers.require(["tensorboard"])

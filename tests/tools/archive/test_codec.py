@@ -174,5 +174,5 @@ def test_a_model_without_a_code_is_named(monkeypatch):
         with pytest.raises(UserError, match=words):
             coder_of(each)
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(UserError, match="package constriction: .*'\\.\\[compress\\]'"):
+    with pytest.raises(UserError, match="package constriction .the extra compress.: .*"):
         constriction()
