@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from flowtrain.config import Config
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system.allocator import keep_freed_memory
+from flowtrain.system.device import machine
 from flowtrain.system.packages import install_command
 from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
@@ -77,19 +77,8 @@ def heading(title: str, threads: int) -> None:
     names = [name for name in ("torch", "flowtrain", "normflows", "nflows") if name in installed]
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {metadata.version(name)}" for name in names]
-    machine = f"{processor()}, {os.cpu_count()} cores, {threads} threads"
-    print(f"### {title}\n\n{machine}; {', '.join(versions)}\n", flush=True)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
+    where = f"{machine(torch.device('cpu'))}, {os.cpu_count()} cores, {threads} threads"
+    print(f"### {title}\n\n{where}; {', '.join(versions)}\n", flush=True)
 
 
 @contextlib.contextmanager

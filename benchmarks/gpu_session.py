@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -636,15 +635,6 @@ def waits_in_words(waits: Mapping[str, float] | None) -> str:
     return ", ".join(f"{where}: {shown(count)}" for where, count in waits.items()) or "none"
 
 
-def described(device: torch.device) -> str:
-    """The machine, in words."""
-    if device.type in devices.NUMBERED:
-        name = torch.get_device_module(device).get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-
-
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -704,7 +694,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def write_report(session: Session) -> None:
-    heading_of = f"# A session on {described(session.device)}\n\n"
+    where = f"{devices.machine(session.device)}, torch {torch.__version__}"
+    heading_of = f"# A session on {where}, CUDA {torch.version.cuda}\n\n"
     (session.out / "report.md").write_text(heading_of + report(session))
 
 

@@ -45,6 +45,7 @@ class Summary(File):
     edition: str | None = None  # which of several data sets of one name this is
     versions: dict[str, str]
     device: str
+    machine: str = UNKNOWN  # the processor, or the GPU
 
 
 class Row(File):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
+from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline
 from flowtrain.config import load_config
@@ -57,6 +58,15 @@ def test_figures_of_the_readme():
     for name, figure in rows:
         row = rf"^\| `{name}\.yaml` \|.*\| {figure}\b"
         assert re.search(row, MEASURED, re.MULTILINE), f"{name}: {figure} is not in docs/results.md"
+
+
+def test_a_name_has_the_figure_of_its_trained_model():
+    for name in zoo.names():
+        card = zoo.card_of(name)
+        config = card.command.removeprefix("flowtrain train --config ")
+        row = re.search(rf"^\| `{config}\.yaml` \|.*?\| ({NUMBER}) \+-", MEASURED, re.MULTILINE)
+        if card.unit == "bits/dim":  # others are not in the table
+            assert row and is_rounded(card.loss, row[1]), f"{config}: {row and row[1]}, {card.loss}"
 
 
 def test_figures_of_configurations():

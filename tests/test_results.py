@@ -12,7 +12,15 @@ from flowtrain.results import Evaluation, Row, Summary
 SHORT = sets(train__num_steps=4, train__log_every=4, train__validate_every=4)
 AT = ["step", "images", "seconds"]
 TRAINING = ["grad_norm", "lr", "images_per_second"]
-REST = ["best_step", "parameters", "non_finite_steps", "duplicates", "versions", "device"]
+REST = [
+    "best_step",
+    "parameters",
+    "non_finite_steps",
+    "duplicates",
+    "versions",
+    "device",
+    "machine",
+]
 BITS, STDERR = "bits_per_dim", "bits_per_dim_stderr"
 NATS = ["nats_per_image", "nats_per_image_stderr"]
 DESCRIPTION = ["num_images", "duplicates", "duplicates_of_training", "dims", "levels"]

@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -119,6 +120,20 @@ def _of_this_process(asked: str, kind: str, index: str) -> torch.device:
     device = torch.device(kind, number)
     getattr(torch, kind).set_device(device)
     return device
+
+
+def machine(device: torch.device) -> str:
+    """The name of a GPU, or of the processor with its vector instructions."""
+    if device.type in NUMBERED:
+        return str(getattr(torch, device.type).get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
 
 
 def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ def fit(
     with run.locked():
         saved = checkpoint_to_resume(config, run, resume)
         if saved is not None and resume == "auto" and saved.meta["progress"]["finished"]:
-            reporting.bring_up_to_date(run, saved, config, flow, str(device))
+            reporting.bring_up_to_date(run, saved, config, flow, device)
             reporting.require_finite_end(run, saved.meta["step"])
             console.print(f"{run.path} is finished (step {saved.meta['step']}): nothing to do")
             return
@@ -83,7 +83,7 @@ def fit(
                     state.progress.best = state.progress.best_step = None  # of another run
                 reporting.save(state, run, numbered=False, wait=True)
             else:
-                reporting.bring_up_to_date(run, saved, config, state.flow, str(device))
+                reporting.bring_up_to_date(run, saved, config, state.flow, device)
             distributed.barrier()  # an error in writing has been raised by now
             advice = (
                 f"{run.last} is the last checkpoint, and good: the same command goes on from there"

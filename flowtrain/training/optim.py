@@ -84,15 +84,18 @@ ADAM_AND_KIN = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices, scaled to suit Adam's learning rate (Liu et al. 2025,
-    eq. 4).
+    """Muon (Jordan et al. 2024) for matrices.
 
-    The steps equal `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`. Matrices of one
-    shape are orthogonalized together, in a third of the time on a CPU, and in a few kernels on a
-    GPU.
+    The steps equal those of `torch.optim.Muon` with its default scale and `UNIT` times the rate.
+    The change of a layer's outputs depends on the rate, but not on the layer's width. Matrices of
+    one shape are orthogonalized together, in a third of the time on a CPU, and in a few kernels
+    on a GPU.
     """
 
     MOMENTUM = 0.95
+    # The root mean square of a step equals Adam's for square matrices of width 160 (Liu et al.
+    # 2025, eq. 4). So one rate suits both.
+    UNIT = 2.5
     # Numbers that are orthogonalized together. It bounds the memory of a step beside the weights.
     # A CPU is fastest if they fit into its caches, a GPU with few kernels.
     TOGETHER = 2**20
@@ -128,7 +131,8 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
         update = orthogonalized(torch.stack(nesterov))
         update = update.to(weights[0].dtype, memory_format=torch.contiguous_format)
-        size = 0.2 * math.sqrt(max(update.shape[1:]))
+        rows, columns = update.shape[1:]
+        size = self.UNIT * math.sqrt(max(1, rows / columns))
         descend(weights, update.unbind(), lr * size, weight_decay / size, self.found_inf)
 
 

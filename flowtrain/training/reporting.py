@@ -5,6 +5,7 @@ import shlex
 from functools import singledispatch
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from flowtrain.bijections import Continuous
@@ -23,6 +24,7 @@ from flowtrain.pictures.sample import decode
 from flowtrain.results import Row, Summary
 from flowtrain.system import distributed
 from flowtrain.system.console import ProgressBar, console, duration
+from flowtrain.system.device import machine
 from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
@@ -152,8 +154,10 @@ def save(
     state: State, run: RunDirectory, *, numbered: bool, best: bool = False, wait: bool = False
 ) -> None:
     """Writes the last checkpoint and `summary.json`. See `RunDirectory.save_last`."""
-    versions, device = checkpoint_format.versions(), str(state.flow.device)
-    summary = _summary(state.flow, state.progress, state.data, versions, device)
+    device = state.flow.device
+    where = {"device": str(device), "machine": machine(device)}
+    versions = checkpoint_format.versions()
+    summary = _summary(state.flow, state.progress, state.data, versions, where)
     run.save_last(
         state.meta(),
         state.tensors(),
@@ -167,7 +171,7 @@ def save(
 
 @distributed.main_only
 def bring_up_to_date(
-    run: RunDirectory, saved: Checkpoint, config: Config, flow: Flow, device: str
+    run: RunDirectory, saved: Checkpoint, config: Config, flow: Flow, device: torch.device
 ) -> None:
     """Makes all files of the run directory follow from its last checkpoint, `saved`. A kill just
     after it was written leaves the rest as it was before.
@@ -176,14 +180,19 @@ def bring_up_to_date(
     run.tidy_metrics(progress.step)
     run.prune(progress.step, config.train.keep_checkpoints)
     found = run.summary()
-    where = str(found.get("device", device))
+    here = {"device": str(device), "machine": machine(device)}
+    where = {key: str(found.get(key, value)) for key, value in here.items()}
     wanted = _summary(flow, progress, saved.meta["data"], saved.meta["versions"], where)
     if found != wanted:
         run.write_json("summary.json", wanted)
 
 
 def _summary(
-    flow: Flow, progress: Progress, data: dict[str, Any], versions: dict[str, str], device: str
+    flow: Flow,
+    progress: Progress,
+    data: dict[str, Any],
+    versions: dict[str, str],
+    where: dict[str, str],
 ) -> dict[str, Any]:
     equal, edition = data.get("duplicates", 0), data.get("edition")
     losses = _losses(flow, progress.best)
@@ -200,7 +209,7 @@ def _summary(
         non_finite_steps=progress.non_finite,
         duplicates=equal if isinstance(equal, int) else 0,
         versions=versions,
-        device=device,
+        **where,
         **others,
     ).content()
 

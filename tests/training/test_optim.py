@@ -115,7 +115,7 @@ def test_muon_takes_the_steps_of_torchs(together, monkeypatch):
     ours = [torch.randn(shape).requires_grad_() for shape in shapes]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     muon = Muon(ours, 0.02, 0.1)
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(theirs, lr=0.02 * Muon.UNIT, weight_decay=0.1 / Muon.UNIT)
     for step in range(5):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             p.grad = None if (step, i) == (0, 2) else torch.randn_like(p)

@@ -251,7 +251,7 @@ def test_an_image_alone_takes_few_bytes_more(torch_version, most, causal, tmp_pa
     """Its likelihood and 64 bytes, with a short path of the model, and with versions of which the
     archive's dictionary knows the words. Others take some bytes more.
     """
-    versions = {"flowtrain": "0.1.0", "torch": torch_version, "python": "3.11.7"}
+    versions = {"flowtrain": "1.0.0", "torch": torch_version, "python": "3.11.7"}
     monkeypatch.setattr(archive, "versions", lambda: {**versions, "constriction": "0.5.0"})
     path = tmp_path / "a"
     found = opened(path, made(causal, faint(1), "test").data)

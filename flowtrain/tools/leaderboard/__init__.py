@@ -1,0 +1,1 @@
+"""Verified rows for the leaderboard, `docs/leaderboard.md`."""

@@ -1,0 +1,176 @@
+"""Verifies a run: its data, its log, and its figures, which are measured again."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowtrain.checkpoints import record
+from flowtrain.checkpoints.load import LoadedModel, run_of
+from flowtrain.checkpoints.record import Record
+from flowtrain.data.splits import DataSet, SplitName
+from flowtrain.datasets import base
+from flowtrain.errors import UserError
+from flowtrain.evaluation.evaluate import evaluate
+from flowtrain.evaluation.score import mean_loss
+from flowtrain.results import Evaluation
+from flowtrain.system.console import duration, figure, silent
+
+# The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
+# by about 1e-5, and the rows of the leaderboard have three digits.
+TOLERANCE = 5e-4
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set of the leaderboard, whose images are known by `identity`."""
+
+    title: str
+    train: str  # of all training images, with those held out for validation
+    test: str
+    targets: tuple[float, ...]  # bits/dim that a run takes some time to reach, the largest first
+
+
+BENCHMARKS = (
+    Benchmark(
+        "CIFAR-10",
+        "f1a8ba0c962c6129f8b882f3f15f9a11cf3d18cdd4a74d2b0428a0660c710fc3",
+        "c763797a5a940ba040a1b9ca5c66521ee20832c02755c3c17239acff72cef1d1",
+        (3.5, 3.3, 3.2),
+    ),
+    Benchmark(
+        "MNIST",
+        "cd0f88556bb8ef13f0361a753a18c7fa7575da3e59d4c9f4abeea1083cff6ffa",
+        "52c069f245e41849a9bb6bf53a7b34e17b746ac923f1cad4aad42b3e28773827",
+        (1.0,),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A row of the leaderboard."""
+
+    run: str
+    model: str
+    data: str
+    test: Evaluation
+    images: int  # seen in training
+    seconds: float  # wall-clock, with validation and samples
+    parameters: int
+    machine: str
+    # Seconds until the validation figure was at most so many bits/dim; None if it never was.
+    reached: dict[float, float | None]
+
+    @property
+    def row(self) -> str:
+        """The row, as Markdown."""
+        times = (
+            f"{bits:g}: {'-' if seconds is None else duration(seconds)}"
+            for bits, seconds in self.reached.items()
+        )
+        mirrored = ", mirrored" * (self.test.sides > 1)
+        cells = (
+            *(f"`{self.run}`", self.model, self.data),
+            f"{figure(self.test.loss, self.test.loss_stderr)}, {self.test.bound}{mirrored}",
+            *(duration(self.seconds), "; ".join(times)),
+            *(f"{self.images:,}", f"{self.parameters:,}", self.machine),
+        )
+        return f"| {' | '.join(cells)} |"
+
+
+def verify(
+    model: LoadedModel, data: DataSet, progress: Callable[[int, int], None] = silent
+) -> Verified:
+    """Verifies the run of a loaded model on the data that it was trained on.
+
+    The log must agree with the checkpoints, the data with a benchmark and with the training's
+    fingerprint, and the figures in the run with those measured here. The fingerprint and the log
+    are what the run directory claims: a forged run is found only where its parts disagree.
+
+    Raises `UserError` with the first reason against the run.
+    """
+    run = run_of(model.checkpoint.path)
+    found = record.read(run)
+    summary, meta = found.summary, model.checkpoint.meta
+    _require_log(found, model)
+    benchmark = _benchmark(run, model, data)
+    best = summary.best_validation_loss
+    validation = mean_loss(model.flow, data.split("validation"), seed=model.config.seed, side=0)
+    _require_equal(run, "best validation figure", best, validation)
+    test, _ = evaluate(model, data, "test", progress=progress)
+    if test.duplicates_of_training:
+        raise UserError(
+            f"{run}: {test.duplicates_of_training} test images are equal to a training image"
+        )
+    if (known := found.tests.get(test.way)) is not None and known.num_images == test.num_images:
+        _require_equal(run, "test figure", known.loss, test.loss)
+    validations = [row for row in found.rows if row.split == "validation"]
+    reached = {
+        bits: next((r.seconds for r in validations if r.loss is not None and r.loss <= bits), None)
+        for bits in benchmark.targets
+    }
+    return Verified(
+        run=run.name,
+        model=model.config.model.name,
+        data=benchmark.title,
+        test=test,
+        images=summary.images,
+        seconds=summary.seconds,
+        parameters=summary.parameters,
+        machine=f"{summary.machine}, {meta['threads']} threads, {meta['processes']} processes",
+        reached=reached,
+    )
+
+
+def identity(data: DataSet, *names: SplitName) -> str:
+    """SHA-256 of all images of some splits, as stored, in any order."""
+    splits = [data.split(name) for name in names]
+    rows = [row for each in splits for row in base.digests(each.pixels, each.indices)]
+    return hashlib.sha256(b"".join(sorted(row.tobytes() for row in rows))).hexdigest()
+
+
+def _benchmark(run: Path, model: LoadedModel, data: DataSet) -> Benchmark:
+    test = identity(data, "test")
+    found = next((each for each in BENCHMARKS if each.test == test), None)
+    if found is None or data.reduced_to is not None:
+        titles = " or ".join(each.title for each in BENCHMARKS)
+        raise UserError(f"{run}: not evaluated on the test split of {titles} with 256 levels")
+    if identity(data, "train", "validation") != found.train:
+        raise UserError(
+            f"{run}: not trained on the training split of {found.title}, but on other images"
+        )
+    if not data.matches(model.checkpoint.meta.get("data") or {"content": None}):
+        raise UserError(f"{run}: the checkpoint was trained on other images than its data here")
+    return found
+
+
+def _require_log(found: Record, model: LoadedModel) -> None:
+    """Raises `UserError` unless summary, metrics and checkpoint agree on a finished run."""
+    run, summary, progress = found.path, found.summary, model.checkpoint.meta.get("progress")
+    if not summary.finished or progress is None:
+        raise UserError(f"{run}: not a finished run")
+    if model.flow.image_context is not None or summary.best_validation_bits_per_dim is None:
+        raise UserError(f"{run}: no bits/dim of whole images")
+    config = model.config.train
+    batch = config.batch_size * config.accumulate * model.checkpoint.meta["processes"]
+    validations = {row.step: row for row in found.rows if row.split == "validation"}
+    losses = [row.loss for row in validations.values() if row.loss is not None]
+    own = validations.get(model.checkpoint.meta["step"])
+    times = [row.seconds for row in found.rows]
+    agreement = {
+        "number of images": summary.images == summary.step * batch,
+        "best validation figure": min(losses, default=None) == summary.best_validation_loss,
+        "best step": model.checkpoint.meta["step"] == summary.best_step,
+        "time of the best step": own is not None and own.seconds <= summary.seconds,
+        "last step": max((row.step for row in found.rows), default=0) == summary.step,
+        "times": times == sorted(times),
+    }
+    for name, agrees in agreement.items():
+        if not agrees:
+            raise UserError(f"{run}: its files disagree on the {name}")
+
+
+def _require_equal(run: Path, name: str, claimed: float | None, measured: float | None) -> None:
+    if claimed is None or measured is None or abs(claimed - measured) > TOLERANCE:
+        raise UserError(f"{run}: its {name} is {claimed}, but its best checkpoint has {measured}")

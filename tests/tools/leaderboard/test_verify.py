@@ -1,0 +1,160 @@
+"""`flowtrain verify-record`: a sound run has a row, and a changed one is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from catalogue import TINY_RUN, sets
+from cli_helpers import quick
+from helpers import SHARED, npz
+
+from flowtrain.checkpoints.load import load_model
+from flowtrain.config import parse
+from flowtrain.data.splits import DataSet
+from flowtrain.errors import UserError
+from flowtrain.tools.leaderboard import verify as verifying
+from flowtrain.tools.leaderboard.verify import Benchmark, identity, verify
+
+CPU = torch.device("cpu")
+
+
+def dataset(section):
+    return DataSet(parse({"data": section}).data)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run on a small benchmark, with its evaluation, and the benchmark."""
+    folder = tmp_path_factory.mktemp("record")
+    section = npz(folder / "data.npz", train=200, test=40, flip=True, validation=50)
+    words = sets(data__name="npz", data__path=section["path"], data__validation=50, data__flip=True)
+    run = folder / "run"
+    quick("train", *TINY_RUN, *words, "--run-dir", run, cwd=folder).ok()
+    quick("evaluate", run, cwd=folder).ok()
+    data = dataset(section)
+    whole = Benchmark(
+        "noise", identity(data, "train", "validation"), identity(data, "test"), (9, 1)
+    )
+    return run, whole
+
+
+@pytest.fixture
+def run(original, tmp_path, monkeypatch):
+    """A copy, to be changed, with its own data beside it."""
+    path, benchmark = original
+    monkeypatch.setattr(verifying, "BENCHMARKS", (benchmark,))
+    return shutil.copytree(path, tmp_path / "run")
+
+
+def verified(run, mirror=False, **data):
+    model = load_model(str(run), CPU, mirror=mirror)
+    section = {**model.checkpoint.meta["config"]["data"], **data}
+    return verify(model, dataset(section))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.run
+def test_a_sound_run(run):
+    found, mirrored = verified(run), verified(run, mirror=True)
+    evaluated = json.loads((run / "evaluate-test.json").read_text())
+    assert found.test.loss == evaluated["loss"] != mirrored.test.loss
+    assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
+    assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
+    assert "elbo, mirrored" in mirrored.row and " threads" in found.row
+    edit(run / "summary.json", machine="A processor")
+    assert "A processor, " in verified(run).row
+
+
+def rows_changed(run, **changes):
+    file = run / "metrics.jsonl"
+    *rows, last = map(json.loads, file.read_text().splitlines())
+    rows.append({**last, **changes})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def better(run):
+    """A figure that no checkpoint has, the same in all files."""
+    best = json.loads((run / "summary.json").read_text())["best_validation_loss"] - 0.01
+    values = {"loss": best, "bits_per_dim": best}
+    rows_changed(run, **values)
+    edit(run / "summary.json", **{f"best_validation_{key}": value for key, value in values.items()})
+
+
+CHANGES = {
+    "its files disagree on the number of images": lambda run: edit(run / "summary.json", images=10),
+    "its files disagree on the best validation figure": lambda run: edit(
+        run / "summary.json", best_validation_loss=1.0
+    ),
+    "its files disagree on the best step": lambda run: edit(run / "summary.json", best_step=10),
+    "its files disagree on the time of the best step": lambda run: edit(
+        run / "summary.json", seconds=0.0
+    ),
+    "its files disagree on the last step": lambda run: edit(
+        run / "summary.json", step=40, images=40 * 32
+    ),
+    "its files disagree on the times": lambda run: rows_changed(run, seconds=0.0),
+    "not a finished run": lambda run: edit(run / "summary.json", finished=False),
+    "its best validation figure is .*, but its best checkpoint has": better,
+    "its test figure is 1.0, but its best checkpoint has": lambda run: edit(
+        run / "evaluate-test.json", loss=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+@pytest.mark.run
+def test_changed_files(message, run):
+    CHANGES[message](run)
+    with pytest.raises(UserError, match=f"run: {message}"):
+        verified(run)
+
+
+@pytest.mark.run
+def test_other_data(run, tmp_path, monkeypatch):
+    arrays = dict(np.load(load_model(str(run), CPU).config.data.path))
+
+    def moved(name, **changes):
+        np.savez(tmp_path / name, **{**arrays, **changes})
+        return str(tmp_path / name)
+
+    half = moved("half.npz", x_test=arrays["x_test"][:20])
+    with pytest.raises(UserError, match="not evaluated on the test split of noise"):
+        verified(run, path=half)
+    both = np.concatenate([arrays["x_train"][40:], arrays["x_test"]])
+    cheating = moved("cheating.npz", x_train=both)
+    with pytest.raises(UserError, match="not trained on the training split of noise, but on other"):
+        verified(run, path=cheating)
+    # The same images, divided in another way: the fingerprint in the checkpoint differs.
+    with pytest.raises(UserError, match="the checkpoint was trained on other images"):
+        verified(run, split_seed=1)
+    # A benchmark whose test images are among those of training cannot be won.
+    overlapping = moved("overlap.npz", x_test=arrays["x_train"][:40])
+    data = dataset({"name": "npz", "path": overlapping, "validation": 50, "flip": True})
+    parts = identity(data, "train", "validation"), identity(data, "test")
+    monkeypatch.setattr(verifying, "BENCHMARKS", (Benchmark("noise", *parts, (9,)),))
+    with pytest.raises(UserError, match="test images are equal to a training image"):
+        verified(run, path=overlapping)
+
+
+@pytest.mark.run
+def test_the_command(tmp_path):
+    """Only runs of the benchmarks have a row."""
+    message = "not evaluated on the test split of CIFAR-10 or MNIST with 256 levels"
+    quick("train", *TINY_RUN, "--run-dir", "r", cwd=tmp_path).ok()
+    quick("verify-record", "r", cwd=tmp_path).failed(2, f"r: {message}")
+    quick("verify-record", "glow_digits", cwd=tmp_path).failed(2, "no such run directory")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_the_benchmarks(name):
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data in {SHARED}")
+    npz_of = {"name": "npz", "path": str(SHARED / "cifar10.npz")}
+    data = dataset(npz_of if name == "cifar10" else {"name": "mnist", "root": str(SHARED)})
+    found = next(each for each in verifying.BENCHMARKS if each.test == identity(data, "test"))
+    assert found.train == identity(data, "train", "validation")
