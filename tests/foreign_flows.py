@@ -16,11 +16,11 @@ SHAPE, BINS = (1, 8, 8), 256
 SCALE = 1 / BINS
 
 
-def pictures(count=24, seed=0):
-    """Smooth images with some noise, uint8 `(count, 1, 8, 8)`."""
-    generator = seeded(seed)
+def pictures(count=24, side=8):
+    """Smooth images with some noise, uint8 `(count, 1, side, side)`."""
+    generator = seeded()
     corners = torch.rand(count, 1, 2, 2, generator=generator)
-    smooth = nn.functional.interpolate(corners, SHAPE[1:], mode="bilinear")
+    smooth = nn.functional.interpolate(corners, (side, side), mode="bilinear")
     noisy = 200 * smooth + 40 * torch.rand(smooth.shape, generator=generator)
     return noisy.to(torch.uint8)
 
@@ -96,18 +96,18 @@ def nflows_glow(logit=False):
     return trained(flow, flow.log_prob, 0.25 + 0.5 * pictures() * SCALE)
 
 
-def freia_glow(logit=False):
+def freia_glow(logit=False, side=8):
     freia = library("FrEIA")
     from FrEIA import modules
 
-    flow = freia.framework.SequenceINN(*SHAPE)
+    flow = freia.framework.SequenceINN(1, side, side)
     if logit:
         flow.append(_freia_logit(modules.InvertibleModule))
     flow.append(modules.IRevNetDownsampling)
     flow.append(modules.ActNorm)
     flow.append(modules.Fixed1x1Conv, M=torch.randn(4, 4, generator=seeded()) + torch.eye(4))
     flow.append(modules.GLOWCouplingBlock, subnet_constructor=Convolutions)
-    return trained(flow, flow, 0.25 + 0.5 * pictures() * SCALE)
+    return trained(flow, flow, 0.25 + 0.5 * pictures(side=side) * SCALE)
 
 
 def _freia_logit(base):

@@ -12,6 +12,7 @@ from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
 
+import flowtrain
 from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.datasets import sphere as data_set
@@ -253,6 +254,18 @@ def test_other_data():
     ):
         with pytest.raises(UserError, match=f"model.name: sphere {message}"):
             build_flow(a_config(SPHERE), shape, levels)
+
+
+@pytest.mark.run
+def test_a_wrong_volume_is_found(monkeypatch):
+    """By the Jacobian of the surface, and by the integral of the density over it."""
+    assert not {f.check for f in flowtrain.check(a_flow(0.05), uniform(8)) if f.verdict == "bad"}
+    forward = SphereToAngles.forward
+    wrong = lambda *args: (forward(*args)[0], forward(*args)[1] + 0.1)  # noqa: E731
+    monkeypatch.setattr(SphereToAngles, "forward", wrong)
+    findings = flowtrain.check(a_flow(0.05), uniform(8))
+    found = {(f.check, f.layer) for f in findings if f.verdict == "bad"}
+    assert found == {("log-det", "layers.0"), ("log-det", ""), ("integral", "")}
 
 
 GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]

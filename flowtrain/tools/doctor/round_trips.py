@@ -58,10 +58,10 @@ def round_trip(
         data, latents = pairs if z is None else reversed(pairs)
         # As for a layer: at the edge of a bin, rounding moves a level.
         harmless = z is not None and one is flow and flow.bijection.is_discrete
-        error = _distance(one, *data) * levels
-        wrong = one is precise and error > BOUNDS[checks[0]][1]
+        distance = _distance(one, *data) * levels
+        wrong = one is precise and distance > BOUNDS[checks[0]][1]
         reason = "more than rounding: a wrong inverse, or one that stops too early" if wrong else ""
-        notes.add(checks[0], error, inputs=inputs, harmless=harmless, reason=reason)
+        notes.add(checks[0], distance, inputs=inputs, harmless=harmless, reason=reason)
         notes.add(checks[1], _bits(*latents), inputs=inputs, harmless=harmless)
         if z is None and one is flow:
             finite = are_finite(back)

@@ -13,6 +13,7 @@ from foreign_flows import BINS, CONVOLUTION, COUPLING, GLOWS, LOG_PROBS, SCALE, 
 from helpers import REPOSITORY
 
 import flowtrain
+from flowtrain.errors import UserError
 from flowtrain.foreign.contract import Foreign
 from flowtrain.tools.doctor.findings import IMAGES
 
@@ -28,7 +29,7 @@ NAMES = {"distribution": "affine", "own": "scale"}  # of the flow, if it is not 
 def checked(contract, count=8):
     """The findings as `{(check, layer, inputs): finding}`."""
     images = contract.num_bins is not None
-    x = flows.pictures(count) if images else flows.reals(count)
+    x = flows.pictures(count, contract.shape[-1]) if images else flows.reals(count)
     return {(f.check, f.layer, f.inputs): f for f in flowtrain.check(contract, x)}
 
 
@@ -198,6 +199,60 @@ def test_a_fault_is_named(fault, library):
         assert {key[0] for key in found} == {check}
     else:
         assert all(key[0] != "the project's bits/dim" for key in found)
+
+
+def test_layers_of_large_images_are_checked_on_a_part():
+    """The ActNorm of FrEIA holds its size, so the part shows nothing about it."""
+    flow = flows.freia_glow(side=32)
+    found = checked(Foreign(flow, (1, 32, 32), BINS), 4)
+    assert bad(found) == {} and ("log-det", "module_list/1 ActNorm", IMAGES) in found
+    wrong_sign("FrEIA", flow)
+    found = checked(Foreign(flow, (1, 32, 32), BINS), 4)
+    wrong = {f.layer: f.reason for f in bad(found).values()}
+    assert wrong == {"module_list/2 Fixed1x1Conv": "it has the wrong sign"}
+
+
+def more(amount):
+    return lambda own, self, *args: own(*args) + amount
+
+
+def of_inverse(own, self, z):
+    x, log_det = own(z)
+    return x, -log_det
+
+
+class Likely(flows.Scaled):
+    """Probabilities that add up to more than 1."""
+
+    def forward(self, x):
+        return x, 0 * x.flatten(1).sum(1) + 200
+
+    def inverse(self, z):
+        return z, 0 * z.flatten(1).sum(1) - 200
+
+
+@pytest.mark.parametrize(
+    "build, contract, check, words",
+    [
+        (flows.normflows_points, ("log_prob", more(1)), "log_prob", "it is not the base"),
+        (flows.Mixture, ("log_prob", more(0.5)), "integral", ""),
+        (flows.Scaled, ("inverse", of_inverse), "log-det of the inverse", "it has the sign of the"),
+        (Likely, None, "noise below its entropy", "impossible: their entropy is 8 bits/dim"),
+    ],
+)
+def test_other_faults(build, contract, check, words):
+    flow = build()
+    if contract is not None:
+        flows.altered(flow, *contract)
+    of_images = isinstance(flow, Likely)
+    found = bad(checked(Foreign(flow, *((SHAPE, BINS) if of_images else ((2,),)))))
+    assert any(key[0] == check and words in f.reason for key, f in found.items()), found
+
+
+def test_a_figure_that_raises():
+    contract = Foreign(flows.Mixture(), (1, 8, 8), BINS, flat=True, bits_per_dim=lambda x: x.gone)
+    with pytest.raises(UserError, match="bits_per_dim: AttributeError"):
+        checked(contract)
 
 
 @pytest.mark.parametrize("library", GLOWS)
