@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flowtrain.flow.flow import Flow as Flow
+    from flowtrain.flow.inputs import Batch
+    from flowtrain.foreign.contract import Foreign as Foreign
+    from flowtrain.tools.doctor.findings import Finding
 
 __version__ = "1.0.0"
 
@@ -14,6 +17,10 @@ def __getattr__(name: str) -> object:
         from flowtrain.flow.flow import Flow  # torch is imported only when it is needed
 
         return Flow
+    if name == "Foreign":
+        from flowtrain.foreign.contract import Foreign
+
+        return Foreign
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -46,3 +53,20 @@ def load(
 
     loaded = load_model(os.fspath(model), devices.resolve(device), weights, trust_code, mirror)
     return loaded.flow
+
+
+def check(flow: "Flow | Foreign", x: "Batch", seed: int = 0) -> "list[Finding]":
+    """The findings of `flowtrain doctor` about any flow.
+
+    Args:
+        flow: a flow of flowtrain, or one of another library with its contract.
+        x: images or points that the flow was not trained on, as for `Flow.log_prob`.
+        seed: of the noise images, the samples and the dequantization noise.
+
+    Raises:
+        flowtrain.errors.UserError: for a flow that has none of the known forms.
+        ValueError: for images of another shape, or with values outside 0..Q-1.
+    """
+    from flowtrain.tools.doctor.examine import check
+
+    return check(flow, x, seed)

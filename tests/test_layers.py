@@ -20,6 +20,7 @@ ROWS = [
     ["bijections"],
     ["nets"],
     ["flow", "models"],
+    ["foreign"],
     ["config", "datasets"],
     ["data"],
     ["checkpoints"],

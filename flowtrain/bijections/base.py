@@ -48,7 +48,7 @@ class Bijection(nn.Module):
     # Whether it maps centred images x + u with levels x by the distributions of the levels. The
     # likelihood is then the same for all u.
     is_discrete: bool = False
-    of_angles: bool = False  # whether its inputs are angles, and whole turns make no difference
+    of_angles: bool = False  # whether it maps angles, to which whole turns make no difference
     initialization_images: int = 64  # for `initialize`; fewer determine the coarsest level badly
 
     if TYPE_CHECKING:  # torch declares that a call returns Any

@@ -42,6 +42,8 @@ class SphereToAngles(Bijection):
     pole have the height of the pole, so the coordinate here is the latitude.
     """
 
+    of_angles = True
+
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         first, second, height = x.flatten(1).unbind(1)
         latitude = _away_from_poles(torch.atan2(height, torch.hypot(first, second)), POLE)
@@ -68,6 +70,8 @@ class AnglesToNormal(Bijection):
     The smaller of it and its complement is computed, `sin((pi/2 - |latitude|) / 2)^2`, which is
     exact to float precision at both poles.
     """
+
+    of_angles = True
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         longitude, latitude = x.unbind(1)

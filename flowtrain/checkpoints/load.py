@@ -18,6 +18,7 @@ from flowtrain.config import Config
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, cut, did_you_mean
 from flowtrain.flow.flow import Flow
+from flowtrain.foreign import file as foreign
 
 NAMED = 3  # tensors in a message
 
@@ -84,12 +85,14 @@ def _is_there(path: Path) -> bool:
 def run_of(path: Path) -> Path:
     """The folder for results about a checkpoint: its run directory, or else its own folder. For a
     trained model of flowtrain it is `runs/zoo/NAME`, because `runs/NAME` may be a run of the user,
-    and for one of the hub `runs/hf/USER/NAME`.
+    for one of the hub `runs/hf/USER/NAME`, and for FILE.py:NAME `runs/foreign/FILE-NAME`.
     """
     if path.parent == zoo.FOLDER:
         return Path("runs") / "zoo" / path.stem
     if repository := hub.repository_of(path):
         return Path("runs") / "hf" / repository
+    if foreign.is_foreign(path.name):
+        return Path("runs") / "foreign" / path.name.replace(".py:", "-")
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
@@ -104,8 +107,11 @@ class LoadedModel:
 
     def alone(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Description and tensors of a checkpoint of these weights alone, as they are stored,
-        without the rest of the run and the folders of this machine.
+        without the rest of the run and the folders of this machine. Raises `UserError` for a flow
+        of other code.
         """
+        if not self.checkpoint.tensors:
+            raise UserError(f"{self.checkpoint.path}: a flow of other code, without a checkpoint")
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
         data = {**_named(meta["config"]["data"]), "root": "data"}
         meta["config"] = {**meta["config"], "data": data}
@@ -193,6 +199,8 @@ def load_model(
     """The flow of a `MODEL`, on `device`, in evaluation mode. See `flowtrain.load`."""
     if weights not in (None, "ema", "raw"):
         raise UserError(f"--weights {weights}: expected ema or raw")
+    if model is not None and foreign.is_foreign(model):
+        return _foreign(model, device, weights, mirror)
     checkpoint = read_by_main(lambda: find(model))
     assert checkpoint is not None
     meta = checkpoint.meta
@@ -207,6 +215,18 @@ def load_model(
     flow.sides = _sides(flow, config) if mirror else 1
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)
+
+
+def _foreign(model: str, device: torch.device, weights: str | None, mirror: bool) -> LoadedModel:
+    """The flow that `FILE.py:NAME` names. Its data are the default, until settings name others."""
+    if weights == "ema" or mirror:
+        option = "--mirror" if mirror else "--weights ema"
+        raise UserError(f"{option}: not possible for {model}, which is a flow of other code")
+    flow = foreign.load(model).to(device).eval().requires_grad_(False)
+    config = configuration.parse({}, model)
+    meta = {"config": config.resolved(), "shape": list(flow.shape), "levels": flow.num_bins}
+    described = Checkpoint(Path(model), {**meta, "step": 0}, {})
+    return LoadedModel(flow, config, "raw", described)
 
 
 def _sides(flow: Flow, config: Config) -> int:

@@ -139,8 +139,8 @@ ModelArgument = Annotated[
         metavar="MODEL",
         autocompletion=complete_model,
         help="A checkpoint, a run directory (its best checkpoint, else its last), a trained model "
-        "of `flowtrain list`, or hf://user/name on the Hugging Face Hub. By default, the newest "
-        "run in runs/.",
+        "of `flowtrain list`, hf://user/name on the Hugging Face Hub, or FILE.py:NAME, a flow of "
+        "other code, which is then run. By default, the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[

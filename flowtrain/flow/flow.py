@@ -212,7 +212,11 @@ class Flow(nn.Module):
         log_det = log_det + flow_log_det
         if isinstance(self.class_prior, ClassPrior):
             return self.class_prior.with_base(z, log_det, labels)
-        return LogProb(normal_log_prob(z), log_det)
+        return LogProb(self.base_log_prob(z), log_det)
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        """The log-density of latents `(B, D)` without a class, `(B,)` in nats: log N(z; 0, I)."""
+        return normal_log_prob(z)
 
     def log_prob(
         self,

@@ -170,6 +170,9 @@ class SurfacePoints(Points):
         x = super().random(shape, randomness)
         return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
+    def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
+        return self.random(tuple(x.shape), randomness)
+
 
 Kind = QuantizedImages | Points
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +12,14 @@ from helpers import a_config, perturb, seeded
 from PIL import Image
 from torch.nn.functional import normalize
 
+import flowtrain
 from flowtrain.bijections import AnglesToNormal, CircularSplineTransform, SphereToAngles
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
-from flowtrain.data.splits import DataSet
 from flowtrain.datasets import sphere as data_set
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.pictures import draw
 from flowtrain.pictures.stages import stages_of
-from flowtrain.tools.doctor.examine import examine
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
@@ -251,18 +247,25 @@ def test_latents_have_two_dimensions():
     assert with_classes.sample(6).shape == (6, 3, 1, 1)
 
 
-def test_other_data_and_no_diagnosis():
+def test_other_data():
     for shape, levels, message in (
         ((2, 1, 1), None, "is for points of the unit sphere, 3x1x1; got 2x1x1"),
         ((3, 1, 1), 256, "is for real-valued data, these have 256 levels"),
     ):
         with pytest.raises(UserError, match=f"model.name: sphere {message}"):
             build_flow(a_config(SPHERE), shape, levels)
-    config = a_config(SPHERE, data={"name": "sphere"})
-    checkpoint = Checkpoint(Path("m.safetensors"), {}, {})
-    model = LoadedModel(build_flow(config, (3, 1, 1), None), config, "raw", checkpoint)
-    with pytest.raises(UserError, match="m.safetensors: the data are points of a surface"):
-        examine(model, DataSet(config.data))
+
+
+@pytest.mark.run
+def test_a_wrong_volume_is_found(monkeypatch):
+    """By the Jacobian of the surface, and by the integral of the density over it."""
+    assert not {f.check for f in flowtrain.check(a_flow(0.05), uniform(8)) if f.verdict == "bad"}
+    forward = SphereToAngles.forward
+    wrong = lambda *args: (forward(*args)[0], forward(*args)[1] + 0.1)  # noqa: E731
+    monkeypatch.setattr(SphereToAngles, "forward", wrong)
+    findings = flowtrain.check(a_flow(0.05), uniform(8))
+    found = {(f.check, f.layer) for f in findings if f.verdict == "bad"}
+    assert found == {("log-det", "layers.0"), ("log-det", ""), ("integral", "")}
 
 
 GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]

@@ -97,6 +97,7 @@ def _print(check: str, findings: "list[Finding]") -> None:
             layer = "the whole model" if whole else finding.layer
             if i == 0 and len(group) > 1:
                 layer += f" (of {_counts(group)})"
+            layer += f": {finding.reason}" if finding.reason else ""
             table.add_row(finding.verdict, inputs, figure(finding.value, form=".3g"), layer)
     if groups:
         console.print(table)

@@ -6,7 +6,7 @@
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,10 @@ IMAGES, NOISE, SAMPLES = "test images", "uniform noise", "prior samples"
 BOUNDS = {
     # The number of entries of parameters and buffers, or of images, that are not finite.
     "parameters": (0, 0),
+    "parameters that change": (0, 0),
+    # The change of a latent, or of a log-det in nats, with the other examples of a batch.
+    "other examples, evaluation": (1e-5, 1e-4),
+    "other examples, training": (1e-5, 1e-4),
     "forward pass": (0, 0),
     "inverse pass": (0, 0),
     # The factor by which a layer enlarges a rounding error, in a pixel or in a likelihood.
@@ -49,14 +53,24 @@ BOUNDS = {
     # Errors of one layer, relative to the entry or to the root mean square, whichever is larger.
     "inverse of forward": (SHARE / 4, SHARE),
     "forward of inverse": (SHARE / 4, SHARE),
+    # Binary digits of a log-det that are fewer than in float32.
+    "digits of the log-det": (0, 0),
     # Errors in bits per dimension of the whole image.
     "log-det": (1e-4, 1e-3),
+    "log-det of the inverse": (1e-4, 1e-3),
+    "log_prob": (1e-5, 1e-4),
     "float32 likelihood": (1e-4, 1e-3),
     # Errors of the whole model, in levels (data) and in bits per dimension (latents).
     "data round trip, float32": (0.05, 0.5),
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
     "latent round trip, float64": (1e-5, 1e-4),
+    # The distance of a density's integral from 1.
+    "integral": (0.01, 0.05),
+    # Nats by which the likeliest image of uniform noise is below the entropy, D log Q.
+    "noise below its entropy": (20, 40),
+    # The distance from the project's own figure, beyond five standard errors over draws.
+    "the project's bits/dim": (1e-3, 1e-2),
     # Bits of the test images, relative to a uniform coder with log2(Q) for each entry.
     "likelihood": (1, 1),
     # A fraction. If fewer than one image in 1,000 changes, a value lies at the edge of its bin, but
@@ -75,6 +89,7 @@ class Finding:
     value: the worst over all inputs; None if it is not finite or could not be computed.
     watch, bad: the bounds, as in `BOUNDS`. The verdict is ok up to `watch` (inclusive). If `bad` is
         the largest float, or minus it, only a value that is not finite is bad.
+    reason: the cause, if the value shows one.
     """
 
     check: str
@@ -84,6 +99,7 @@ class Finding:
     watch: float
     bad: float
     verdict: Verdict
+    reason: str = ""
 
     @property
     def severity(self) -> float:
@@ -107,8 +123,9 @@ class Notes:
         layer: str = "",
         inputs: str = "",
         harmless: bool = False,
+        reason: str = "",
     ) -> None:
-        new = judge(check, float(value), layer, inputs, harmless)
+        new = replace(judge(check, float(value), layer, inputs, harmless), reason=reason)
         old = self.findings.setdefault((check, layer, inputs), new)
         if new.severity > old.severity:
             self.findings[check, layer, inputs] = new

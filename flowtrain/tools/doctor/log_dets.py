@@ -15,7 +15,8 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.flow import Flow
-from flowtrain.tools.doctor.findings import IMAGES, Notes
+from flowtrain.foreign.model import ForeignLayer, ForeignModel
+from flowtrain.tools.doctor.findings import IMAGES, Notes, Verdict, judge
 from flowtrain.tools.doctor.layers import NOISE_MODEL, LearnedNoise, are_finite, learns_noise
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -23,6 +24,8 @@ Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 PROBES = 4  # draws of signs that show whether a Jacobian is diagonal
 JACOBIAN_ROWS = 32  # computed at once, as copies of the image with their activations in float64
 LARGEST_JACOBIAN = 4096  # entries of an image, whose Jacobian takes 128 MiB in float64
+LARGEST_PART = 256  # entries of an image with whose middle a layer of other code is checked
+DIGITS = 24  # of a float32
 SIDES = (4, 8, 16, 32, 64)  # of reduced images; below 4 a 3x3 convolution sees mostly padding
 
 
@@ -45,6 +48,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     precise = copy.deepcopy(flow).double()
     bits = 1 / (flow.dims * math.log(2))
     reporting = layers_of(flow)
+    of_layers: dict[str, float] = {}
 
     where = ""
 
@@ -60,11 +64,35 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
                 same = None if own is None else own.expand(len(copies), *own.shape[1:])
                 return call(layer, direction, copies, same)
 
-            low = None if own is None else own.float()
-            reported = call(reporting[name], direction, given.float(), low)[1]
-            exact = diagonal_log_det if layer.is_discrete else jacobian_log_det
-            error = abs(reported.double() - exact(with_copies, given)).max() * bits
-            notes.add("log-det", error, name, IMAGES)
+            def compare(given: Tensor, factor: float = 1, harmless: bool = False) -> Verdict:
+                """Adds the error of the log-det at an input, and returns its verdict."""
+                low = None if own is None else own.float()
+                z, reported = call(reporting[name], direction, given.float(), low)
+                if layer.latent_dims(given.numel()) < given.numel():
+                    exact = surface_log_det(lambda z: call(layer, "inverse", z), result[0])
+                else:
+                    of = diagonal_log_det if layer.is_discrete else jacobian_log_det
+                    exact = of(with_copies, given)
+                error = abs(reported.double() - exact).max() * bits * factor
+                reason = _reason(float(reported), float(exact), z[0, 0].numel())
+                lost = DIGITS - significant_digits(reported.dtype)
+                words = f"they are {reported.dtype}" if lost > 0 else ""
+                found = judge("log-det", float(error))
+                if factor == 1 or harmless or found.verdict != "bad":
+                    notes.add("log-det", error, name, IMAGES, harmless, reason)
+                    notes.add("digits of the log-det", lost, name, IMAGES, reason=words)
+                return found.verdict
+
+            of_layers[name] = float(result[1])
+            part = given
+            if isinstance(layer, ForeignLayer):
+                _check_inverse(layer, *result, bits, name, notes)
+                part = _middle(layer, given)
+            factor = given.numel() / part.numel()
+            # A layer may hold its size in its log-det. Then only its own size shows the error.
+            if compare(part, factor) == "bad" and factor > 1:
+                small = given.numel() <= LARGEST_JACOBIAN
+                compare(given if small else part, 1 if small else factor, harmless=not small)
         return result
 
     def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
@@ -86,13 +114,90 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
             reported = LearnedNoise(flow)(start, x)[1].double()
             notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
-        log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
-        exact = log_det(lambda copies: whole(precise, copies), start.double())
-        notes.add(
-            "log-det", abs(whole(flow, start)[1].double() - exact).max() * bits, inputs=IMAGES
-        )
+        reported = whole(flow, start)[1].double()
+        if _is_large(flow):
+            exact = precise.dequantizer(x, start.double())[1] + sum(of_layers.values())
+        elif flow.kind.on_surface:
+            z = whole(precise, start.double())[0]
+            exact = surface_log_det(precise.bijection.inverse, z)
+        else:
+            log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
+            exact = log_det(lambda copies: whole(precise, copies), start.double())
+        reason = _reason_of_whole(float(reported - exact), of_layers)
+        notes.add("log-det", abs(reported - exact).max() * bits, inputs=IMAGES, reason=reason)
     except Exception as error:
         notes.failed(("log-det",), error, where, IMAGES)
+
+
+def _is_large(flow: Flow) -> bool:
+    """Whether the Jacobian of the whole flow takes too long: of a foreign one for large images,
+    whose layers are checked on the middle of their inputs.
+    """
+    return isinstance(flow, ForeignModel) and flow.shape[1] > 1 and flow.dims > LARGEST_PART
+
+
+def _middle(layer: Bijection, x: Tensor) -> Tensor:
+    """The middle of images `(1, C, H, W)`, if they have more than `LARGEST_PART` entries and the
+    layer takes a part of them.
+    """
+    if x.ndim != 4 or x.numel() <= LARGEST_PART:
+        return x
+    side = max(2, 1 << int(math.log2(LARGEST_PART / x.shape[1])) // 2)
+    top, left = ((size - min(side, size)) // 2 for size in x.shape[2:])
+    middle = x[:, :, top : top + side, left : left + side].contiguous()
+    try:
+        layer(middle)
+    except Exception:  # a layer of this one size
+        return x
+    return middle
+
+
+def _check_inverse(
+    layer: Bijection, z: Tensor, log_det: Tensor, bits: float, name: str, notes: Notes
+) -> None:
+    """Checks that the log-det of the inverse is the negative of `log_det`, at `z`."""
+    back = call(layer, "inverse", z)[1].double()
+    error = abs(back + log_det).max() * bits
+    same = abs(back - log_det).max() * bits < error
+    reason = "it has the sign of the forward direction" if same else ""
+    notes.add("log-det of the inverse", error, name, IMAGES, reason=reason)
+
+
+def significant_digits(dtype: torch.dtype) -> int:
+    """Binary digits of a number: 24 of float32."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def _reason(reported: float, exact: float, places: int) -> str:
+    """The mistake by which `exact` becomes `reported`, or an empty string. `places` is the number
+    of entries of a channel.
+    """
+    mistakes = {
+        "it is missing": 0.0,
+        "it has the wrong sign": -exact,
+        "it counts twice": 2 * exact,
+        "it counts half": exact / 2,
+        "it is in bits, not in nats": exact / math.log(2),
+    }
+    if places > 1:
+        mistakes[f"it is of one pixel, not of {places}"] = exact / places
+    return nearest(reported, mistakes, abs(exact) / 100)
+
+
+def _reason_of_whole(error: float, of_layers: dict[str, float]) -> str:
+    """The layer whose log-det explains the error of the sum, or an empty string."""
+    mistakes = {}
+    for name, log_det in of_layers.items():
+        mistakes[f"the log-det of {name} counts twice"] = log_det
+        mistakes[f"the log-det of {name} is missing"] = -log_det
+        mistakes[f"the log-det of {name} has the wrong sign"] = -2 * log_det
+    return nearest(error, mistakes, abs(error) / 1000)
+
+
+def nearest(value: float, mistakes: dict[str, float], within: float) -> str:
+    """The mistake nearest to a value, or an empty string if none is `within` this distance."""
+    words = min(mistakes, key=lambda each: abs(mistakes[each] - value), default="")
+    return words if words and abs(mistakes[words] - value) < within else ""
 
 
 def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
@@ -109,6 +214,21 @@ def jacobian_log_det(function: Map, x: Tensor) -> Tensor:
             z = function(copies)[0]
         rows.append(torch.autograd.grad(z, copies, part.view_as(z))[0].flatten(1))
     log_det: Tensor = torch.linalg.slogdet(torch.cat(rows)).logabsdet
+    return log_det
+
+
+def surface_log_det(inverse: Map, z: Tensor) -> Tensor:
+    """The log-det of a map from a surface in D dimensions to latents, at one latent `(1, d)`.
+
+    It is `-1/2 log det(J^T J)`, with J the D by d Jacobian of the inverse.
+    """
+    entries = inverse(z)[0].numel()
+    copies = z.detach().expand(entries, *z.shape[1:]).clone().requires_grad_()
+    with torch.enable_grad():
+        x = inverse(copies)[0]
+    rows = torch.eye(entries, dtype=z.dtype, device=z.device).view_as(x)
+    jacobian = torch.autograd.grad(x, copies, rows)[0].flatten(1)
+    log_det: Tensor = torch.linalg.slogdet(jacobian.mT @ jacobian).logabsdet / -2
     return log_det
 
 
@@ -136,10 +256,10 @@ def reduced(model: LoadedModel) -> Flow | None:
     A model that is not convolutional fits only its own size. The result is None if that has more
     than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.
     """
-    if model.flow.bijection.is_discrete:
+    if model.flow.bijection.is_discrete or _is_large(model.flow):
         return copy.deepcopy(model.flow).cpu()
     channels, height, width = model.flow.shape
-    for side in SIDES:
+    for side in () if isinstance(model.flow, ForeignModel) else SIDES:
         if side < min(height, width):
             try:
                 flow = build_flow(model.config, (channels, side, side), model.flow.num_bins)

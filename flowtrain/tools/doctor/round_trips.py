@@ -8,7 +8,7 @@ from torch import Tensor
 from flowtrain.bijections.base import Direction
 from flowtrain.bijections.execution import call, opposite
 from flowtrain.flow.flow import Flow
-from flowtrain.tools.doctor.findings import IMAGES, Notes
+from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, Notes
 from flowtrain.tools.doctor.layers import are_finite
 
 
@@ -58,7 +58,10 @@ def round_trip(
         data, latents = pairs if z is None else reversed(pairs)
         # As for a layer: at the edge of a bin, rounding moves a level.
         harmless = z is not None and one is flow and flow.bijection.is_discrete
-        notes.add(checks[0], _distance(one, *data) * levels, inputs=inputs, harmless=harmless)
+        distance = _distance(one, *data) * levels
+        wrong = one is precise and distance > BOUNDS[checks[0]][1]
+        reason = "more than rounding: a wrong inverse, or one that stops too early" if wrong else ""
+        notes.add(checks[0], distance, inputs=inputs, harmless=harmless, reason=reason)
         notes.add(checks[1], _bits(*latents), inputs=inputs, harmless=harmless)
         if z is None and one is flow:
             finite = are_finite(back)

@@ -1,0 +1,301 @@
+"""A foreign flow as a `Flow`: its layers are watched and checked like flowtrain's own."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowtrain.bijections.base import Bijection, Direction, Executor
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.execution import Container, Fused
+from flowtrain.errors import UserError, short
+from flowtrain.flow.dequantize import Dequantizer, RealValued
+from flowtrain.flow.flow import Flow
+from flowtrain.foreign.adapters import Adapted, Step, adapt
+from flowtrain.foreign.contract import Foreign
+from flowtrain.types import Shape
+
+TRIED = 2  # examples of the trial that reads the shapes of latents
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Source:
+    """The foreign flow, shared by its bijection and the layers of that."""
+
+    def __init__(self, flow: Any):
+        self.flow = flow
+        self.running: Adapted | None = None  # while layers are diverted, their own functions
+
+    @property
+    def adapted(self) -> Adapted:
+        return self.running or adapt(self.flow)
+
+    def step(self, index: int) -> Step:
+        return self.adapted.layers[index]
+
+
+def _per_example(log_det: Any, like: Tensor) -> Tensor:
+    """A log-det as `(B,)` in its own type. Raises `ValueError` for another shape."""
+    if not isinstance(log_det, Tensor):
+        return like.new_full((len(like),), float(log_det))
+    if log_det.shape not in ((), (1,), (len(like),)):
+        raise ValueError(f"log_det has shape {tuple(log_det.shape)}, expected ({len(like)},)")
+    return log_det.expand(len(like))
+
+
+class ForeignLayer(Bijection):
+    """One layer of a foreign flow."""
+
+    def __init__(self, source: Source, index: int):
+        super().__init__()
+        self.source, self.index = source, index
+
+    def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        with _default_dtype(x.dtype):
+            z, log_det = self.source.step(self.index).forward(x)
+        return z, _per_example(log_det, x)
+
+    def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        with _default_dtype(z.dtype):
+            x, log_det = self.source.step(self.index).inverse(z)
+        return x, _per_example(log_det, z)
+
+
+class ForeignBijection(Container):
+    """A foreign flow from data `(B, C, H, W)` to latents `(B, D)`, in float32 or float64.
+
+    Its layers are those of the library. The flow itself calls them. If an executor is to call them,
+    they are diverted to it for this one call.
+
+    Args:
+        flow: The flow of the contract. It is not copied.
+        shape: The shape of one image.
+        input_shape: The shape of one example for the flow.
+    """
+
+    def __init__(self, flow: Any, shape: Shape, input_shape: tuple[int, ...]):
+        super().__init__()
+        self.source = Source(flow)
+        self.shape, self.input_shape = shape, input_shape
+        # `Flow` reads device and type from the first parameter, and a flow need not have one.
+        self.marker = nn.Parameter(torch.zeros(0), requires_grad=False)
+        if isinstance(flow, nn.Module):
+            self.own = flow
+        else:
+            _map_tensors(flow, Tensor.detach)  # others cannot be copied
+        self.float().eval()
+        for index, step in enumerate(self.source.adapted.layers):
+            self.add_module(step.name, ForeignLayer(self.source, index))
+        self.latent_shapes: list[tuple[int, ...]] = []
+
+    def inner_layers(self) -> Iterable[Bijection]:
+        return [layer for layer in self.children() if isinstance(layer, ForeignLayer)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ForeignBijection":
+        if not isinstance(self.source.flow, nn.Module):
+            _map_tensors(self.source.flow, fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def run(
+        self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        source = self.source
+        adapted = adapt(source.flow)
+        layers = list(self.inner_layers())
+        divert = not isinstance(executor, Fused) and bool(layers)
+        with _default_dtype(x.dtype):
+            if divert and adapted.layers[0].diverted is None:
+                given = self._given(direction, x)
+                result, log_det = executor.chain(
+                    layers, direction, given if direction == "forward" else given[0], context
+                )
+                z = [result]
+            else:
+                source.running = adapted if divert else None
+                with _diverted(layers, adapted, executor if divert else None):
+                    given = self._given(direction, x)
+                    result, log_det = getattr(adapted, direction)(given)
+                z = list(result) if direction == "forward" else [result]
+        if direction == "inverse":
+            return z[0].reshape(len(x), *self.shape), _per_example(log_det, x)
+        return torch.cat([part.flatten(1) for part in z], dim=1), _per_example(log_det, x)
+
+    def _given(self, direction: Direction, x: Tensor) -> Any:
+        """The input of a direction as the foreign flow takes it."""
+        return x.reshape(len(x), *self.input_shape) if direction == "forward" else self.parts(x)
+
+    def parts(self, z: Tensor) -> list[Tensor]:
+        """Latents `(B, D)` as the tensors of the foreign flow."""
+        sizes = [math.prod(shape) for shape in self.latent_shapes]
+        return [
+            part.reshape(len(z), *shape)
+            for part, shape in zip(z.split(sizes, dim=1), self.latent_shapes, strict=True)
+        ]
+
+    def split_latents(self, z: Tensor) -> list[Tensor]:
+        return self.parts(z)
+
+
+@contextmanager
+def _diverted(
+    layers: Sequence[Bijection], adapted: Adapted, executor: Executor | None
+) -> Iterator[None]:
+    """The modules of the layers call the executor instead of themselves."""
+    changed: list[tuple[nn.Module, str, Any]] = []
+    absent = object()
+    source = layers[0].source if layers else None
+    assert source is None or isinstance(source, Source)
+    try:
+        for layer, step in zip(layers, adapted.layers, strict=True):
+            if executor is None or step.diverted is None or step.module is None:
+                continue
+
+            def call(direction: Direction, x: Tensor, own: Bijection = layer) -> Any:
+                assert executor is not None
+                return executor.call(own, direction, x, None)
+
+            for name, function in step.diverted(call).items():
+                changed.append((step.module, name, step.module.__dict__.get(name, absent)))
+                step.module.__dict__[name] = function
+        yield
+    finally:
+        for module, name, before in reversed(changed):
+            if before is absent:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+        if source is not None:
+            source.running = None
+
+
+def _map_tensors(thing: Any, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> Any:
+    """Replaces the tensors in an object that is no module, such as a distribution."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        return fn(thing)
+    if id(thing) in seen:
+        return thing
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        return thing._apply(fn)
+    if isinstance(thing, list):
+        thing[:] = [_map_tensors(each, fn, seen) for each in thing]
+    elif isinstance(thing, tuple) and type(thing) is tuple:
+        return tuple(_map_tensors(each, fn, seen) for each in thing)
+    elif isinstance(thing, dict):
+        thing.update({key: _map_tensors(each, fn, seen) for key, each in thing.items()})
+    elif not isinstance(thing, type | ModuleType) and hasattr(thing, "__dict__"):
+        for key, each in list(vars(thing).items()):
+            vars(thing)[key] = _map_tensors(each, fn, seen)
+    return thing
+
+
+class LinearDequantizer(Dequantizer):
+    """`v = offset + scale (x + u)` for integers x and uniform noise u."""
+
+    def __init__(self, num_bins: int, scale: float | None, offset: float):
+        super().__init__(num_bins)
+        self.scale = 1 / num_bins if scale is None else scale
+        self.offset = offset
+
+    def from_unit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        constant = y[0].numel() * math.log(self.scale)
+        return self.offset + self.scale * self.num_bins * y, y.new_full((len(y),), constant)
+
+    def to_unit(self, v: Tensor) -> Tensor:
+        return (v - self.offset) / (self.scale * self.num_bins)
+
+
+def _dequantizer(contract: Foreign) -> Dequantizer | RealValued:
+    if contract.num_bins is None:
+        return RealValued()
+    if contract.alpha is not None:
+        return Dequantizer(contract.num_bins, "logit", contract.alpha)
+    return LinearDequantizer(contract.num_bins, contract.scale, contract.offset)
+
+
+class ForeignModel(Flow):
+    """A foreign flow, with the base density of its library instead of N(0, I).
+
+    Raises `UserError` if the flow has none of the known forms, raises an error, or has results of
+    wrong shapes.
+    """
+
+    bijection: ForeignBijection
+
+    def __init__(self, contract: Foreign):
+        bijection = ForeignBijection(contract.flow, contract.image_shape, contract.input_shape)
+        super().__init__(bijection, _dequantizer(contract), contract.image_shape)
+        self.contract = contract
+        bijection.latent_shapes = _tried(self)
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        with _default_dtype(z.dtype):
+            return self.bijection.source.adapted.base(self.bijection.parts(z))
+
+    def own_log_prob(self, v: Tensor) -> Tensor | None:
+        """The library's own log-density of inputs `v` of the bijection, `(B,)`, if it has one."""
+        own = self.bijection.source.adapted.log_prob
+        with _default_dtype(v.dtype):
+            return None if own is None else own(v.reshape(len(v), *self.contract.input_shape))
+
+    def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`n` latents of the library's base density. They are a function of `n`."""
+        draw = self.bijection.source.adapted.draw
+        if draw is None:
+            return super().draw_latents(n, generator)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _default_dtype(self.dtype):
+            if generator is not None:
+                seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+                torch.manual_seed(int(seed))
+            drawn = draw(n)
+        z = torch.cat([part.flatten(1) for part in drawn], dim=1)
+        return z.to(self.device, self.dtype)
+
+
+@torch.no_grad()
+def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
+    """The shapes of the latents, from a trial of both directions on a copy of the flow: layers that
+    set themselves on their first batch must not see this one.
+    """
+    contract = model.contract
+    name = f"{type(contract.flow).__module__}.{type(contract.flow).__qualname__}"
+    levels = contract.num_bins or 2
+    x = torch.arange(TRIED * model.dims).reshape(TRIED, *model.shape) % levels
+    v = model.dequantizer.middle(x, torch.float32)
+    where = "a copy"
+    try:
+        adapted = adapt(copy.deepcopy(contract.flow))
+        where = "forward"
+        z, log_det = adapted.forward(v.reshape(TRIED, *contract.input_shape))
+        shapes = [tuple(part.shape[1:]) for part in z]
+        _per_example(log_det, v)
+        if any(len(part) != TRIED for part in z) or sum(map(math.prod, shapes)) != model.dims:
+            raise ValueError(f"latents of shapes {shapes} for examples of {contract.shape}")
+        where = "inverse"
+        back, log_det = adapted.inverse(z)
+        _per_example(log_det, v)
+        if back.numel() != v.numel():
+            raise ValueError(f"shape {tuple(back.shape)}, expected {tuple(v.shape)}")
+        where = "log_prob of the base"
+        if (found := adapted.base(z).shape) != (TRIED,):
+            raise ValueError(f"shape {tuple(found)}, expected ({TRIED},)")
+    except Exception as error:  # foreign code may raise anything
+        raise UserError(f"{name}: {where}: {type(error).__name__}: {short(error)}") from error
+    return shapes

@@ -1,0 +1,233 @@
+"""Checks of a flow of other code that flowtrain's own layers pass by construction: an evaluation
+changes nothing, examples do not affect each other, and the figures are those of the density.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowtrain.bijections import Bijection
+from flowtrain.bijections.base import Direction
+from flowtrain.bijections.context import Context
+from flowtrain.bijections.execution import call
+from flowtrain.errors import UserError, short
+from flowtrain.evaluation.layers import Watching
+from flowtrain.flow.dequantize import Dequantizer
+from flowtrain.foreign.model import ForeignModel
+from flowtrain.system.random import Stream, uniform
+from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, Notes
+from flowtrain.tools.doctor.log_dets import nearest
+
+DRAWS = 8  # of the noise, for the standard error of a figure
+BATCH = 8  # images that are evaluated together
+SAME = 1e-9  # largest change that is rounding in float64
+
+
+def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
+    """Checks that an evaluation does not change the parameters, before anything else runs.
+
+    A layer that sets itself from its first batch does so again if it has forgotten that it is set.
+    """
+    used = copy.deepcopy(flow)
+    try:
+        used.to_latents(x[:BATCH].to(flow.device), noise[:BATCH].to(flow.device))
+    except Exception:  # the passes note it
+        return
+    before = dict(flow.named_parameters())
+    changed: dict[str, list[str]] = {}
+    for name, after in used.named_parameters():
+        if not torch.equal(after, before[name]):
+            module, _, own = name.removeprefix("bijection.own.").rpartition(".")
+            changed.setdefault(module, []).append(own)
+    for module, names in changed.items():
+        reason = f"the first batch sets {' and '.join(names)}"
+        notes.add("parameters that change", len(names), module, reason=reason)
+    if not changed:
+        notes.add("parameters that change", 0)
+
+
+def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
+    """Checks that the latent and the log-det of an image do not depend on the rest of its batch.
+
+    The check is in float64, where the first image is the same in both batches. In training mode a
+    dependence is harmless: batch normalization has it by design. Dropout is the
+    same for both batches.
+    """
+    if len(x) < 3:
+        return
+    v = flow.dequantizer(x[:BATCH], noise[:BATCH].to(flow.dtype))[0]
+    for mode, training in (("evaluation", False), ("training", True)):
+        check = f"other examples, {mode}"
+        used = copy.deepcopy(flow).train(training)
+        first = ""
+
+        def around(
+            name: str,
+            layer: Bijection,
+            direction: Direction,
+            given: Tensor,
+            context: Context | None,
+        ) -> tuple[Tensor, Tensor]:
+            nonlocal first
+            if not first and _change(lambda y: call(layer, direction, y), given) > SAME:
+                first = name
+            return call(layer, direction, given, context)
+
+        try:
+            change = _change(used.bijection, v)
+            if change > SAME:
+                used.bijection.run(Watching(used, around), "forward", v)
+        except Exception as error:
+            if not training:
+                notes.failed((check,), error, inputs=IMAGES)
+        else:
+            reason = "the first layer that reads them" if first else ""
+            notes.add(check, change, first, IMAGES, harmless=training, reason=reason)
+
+
+def _change(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
+    """The largest change of the first example's latent or log-det with other examples. Both calls
+    draw the same random numbers.
+    """
+    others = torch.cat([x[:1], (x[1:].flip(0) + x[:1]) / 2])
+    results = []
+    for batch in (x, others):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            results.append(function(batch))
+    return max(float((a[0] - b[0]).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def check_log_prob(precise: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
+    """Checks the library's log-density against its two directions and its base density."""
+    v, _ = precise.dequantizer(x, noise.to(precise.dtype))
+    try:
+        own = precise.own_log_prob(v)
+        if own is None:
+            return
+        z, log_det = precise.bijection(v)
+        error = (own - log_det - precise.base_log_prob(z)).abs().max()
+    except Exception as failure:
+        notes.failed(("log_prob",), failure, inputs=IMAGES)
+    else:
+        bits = float(error) / (precise.dims * math.log(2))
+        words = "it is not the base density of the latent plus the log-det"
+        reason = words if bits > BOUNDS["log_prob"][0] else ""
+        notes.add("log_prob", bits, inputs=IMAGES, reason=reason)
+
+
+def check_noise_bits(flow: ForeignModel, images: Tensor, noise: Tensor, notes: Notes) -> None:
+    """Checks that uniform noise needs at least its entropy, D log Q.
+
+    For images x of N uniform draws, the probability that one of them has `-log P(x)` below the
+    entropy by t nats is at most N exp(-t), if the probabilities of all images add up to at most 1
+    (Markov's inequality).
+    """
+    assert flow.num_bins is not None
+    try:
+        nats = -flow(images.to(flow.device), noise.to(flow.device)).total.cpu().double()
+    except Exception:
+        return
+    below = (flow.dims * math.log(flow.num_bins) - nats).max().clamp_min(0)
+    impossible = f"impossible: their entropy is {math.log2(flow.num_bins):.3g} bits/dim"
+    reason = impossible if below > BOUNDS["noise below its entropy"][0] else ""
+    notes.add("noise below its entropy", below, inputs=IMAGES, reason=reason)
+
+
+def figures(flow: ForeignModel, x: Tensor, seed: int) -> tuple[float, float]:
+    """The bits/dim of images, the mean over `DRAWS` draws of the noise, and its standard error over
+    draws.
+    """
+    each = []
+    for draw in range(DRAWS):
+        noise = uniform(x.shape, seed, Stream.EVALUATION, 0, draw)
+        each.append(float(flow.loss(flow(x.to(flow.device), noise.to(flow.device)).total).mean()))
+    values = torch.tensor(each, dtype=torch.float64)
+    return float(values.mean()), float(values.std() / math.sqrt(DRAWS))
+
+
+def check_figure(flow: ForeignModel, x: Tensor, random: Tensor, seed: int, notes: Notes) -> None:
+    """Compares the project's own bits/dim with those of its density, and names the reason."""
+    if flow.contract.bits_per_dim is None:
+        return
+    found, random_bits = (_own_figure(flow, images) for images in (x, random))
+    true, error = figures(flow, x, seed)
+    # The project draws its noise once. Student's t with 7 degrees of freedom is beyond 5.6 once in
+    # 1,000 times.
+    sure = 6 * error * math.sqrt(DRAWS) + 1e-4
+    words = f"the project gives {found:.4f}, its density {true:.4f}"
+    # A single mistake is likelier than two of them.
+    found_by = (nearest(found, each, sure + 1e-3) for each in _mistakes(flow, x, true, seed))
+    reason = next(filter(None, found_by), "")
+    entropy = math.log2(flow.num_bins or 1)
+    if random_bits < entropy - 40 / (flow.dims * math.log(2)):
+        words += f", and {random_bits:.4f} for noise of {entropy:.4g} bits/dim, which is impossible"
+    reason = f"{words}: {reason}" if reason else words
+    distance = max(0.0, abs(found - true) - sure)
+    notes.add("the project's bits/dim", distance, inputs=IMAGES, reason=reason)
+
+
+def _own_figure(flow: ForeignModel, images: Tensor) -> float:
+    assert flow.contract.bits_per_dim is not None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return float(torch.as_tensor(flow.contract.bits_per_dim(images.clone())).mean())
+    except Exception as error:
+        raise UserError(f"bits_per_dim: {type(error).__name__}: {short(error)}") from error
+
+
+def _mistakes(
+    flow: ForeignModel, x: Tensor, true: float, seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures that common mistakes, and then pairs of them, give in place of the `true` one, in
+    bits/dim.
+    """
+    bins, dequantizer = flow.num_bins, flow.dequantizer
+    assert bins is not None and isinstance(dequantizer, Dequantizer)
+    terms = {f"log {bins} is missing": -math.log2(bins)}
+    for other in (2**n for n in range(1, 9)):
+        if other != bins:
+            terms[f"{other} bins in place of {bins}"] = math.log2(other / bins)
+    middle = dequantizer.to_unit(dequantizer.middle(x))
+    of_map = float(dequantizer.from_unit(middle)[1].mean()) / (flow.dims * math.log(2))
+    if flow.contract.alpha is not None:
+        terms["the log-determinant of the logit is missing"] = of_map + math.log2(bins)
+        terms["the log-determinants of logit and bins are missing"] = of_map
+    elif abs(of_map + math.log2(bins)) > 1e-3:
+        terms["the log-determinant of the scale is missing"] = of_map
+        terms[f"log {bins} in place of the scale's log-determinant"] = of_map + math.log2(bins)
+    units = {
+        "nats are called bits": math.log(2),
+        "it is the sum over an image in nats": flow.dims * math.log(2),
+        "it is the sum over an image in bits": flow.dims,
+    }
+    single = {words: true + term for words, term in terms.items()}
+    single |= {words: true * factor for words, factor in units.items()}
+    pairs = {
+        f"{unit}, and {words}": (true + term) * factor
+        for unit, factor in units.items()
+        for words, term in terms.items()
+    }
+    for words, of_noise in NOISES.items():
+        noise = of_noise(uniform(x.shape, seed, Stream.EVALUATION))
+        v, given = dequantizer.from_unit((x + noise) / bins)
+        z, own = flow.bijection(v.to(flow.device))
+        figure = float(flow.loss(flow.base_log_prob(z) + own + given).mean())
+        if math.isfinite(figure):
+            single[words] = figure
+    return single, pairs
+
+
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "no noise is added": torch.zeros_like,
+    "the middle of each bin in place of noise": lambda u: torch.full_like(u, 0.5),
+    "the noise is outside of the bin, in [-1/2, 1/2)": lambda u: u - 0.5,
+    "the noise fills two bins": lambda u: 2 * u,
+    "the noise has a standard deviation of one bin": lambda u: torch.special.ndtri(
+        u.clamp(1e-6, 1 - 1e-6)
+    ),
+}

@@ -1,0 +1,195 @@
+"""Flows of other libraries as a `Flow`, and `FILE.py:NAME` on a command line."""
+
+import copy
+
+import foreign_flows as flows
+import pytest
+import torch
+from cli_helpers import quick
+from foreign_flows import BINS, GLOWS, LOG_PROBS, POINTS, SCALE, SHAPE
+from torch import nn
+
+from flowtrain.bijections.execution import call
+from flowtrain.checkpoints.load import load_model
+from flowtrain.errors import UserError
+from flowtrain.evaluation.layers import Watching, layers_of
+from flowtrain.foreign.contract import Foreign
+from flowtrain.foreign.file import is_foreign
+from flowtrain.foreign.model import ForeignModel
+
+OWN = {"normflows": "log_prob", "nflows": "log_prob", "torch": "log_prob", "density": "log_prob"}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_the_density_is_that_of_the_library(name):
+    flow = POINTS[name]()
+    model = ForeignModel(Foreign(copy.deepcopy(flow), (2,))).eval().requires_grad_(False)
+    x = flows.reals()
+    found = model.log_prob(x)
+    if name.startswith("zuko"):
+        expected = flow().log_prob(x)
+    elif name in OWN:
+        expected = flow.log_prob(x)
+    else:
+        z, log_det = flow(x) if isinstance(flow, nn.Module) else flow.forward(x)
+        expected = torch.distributions.Normal(0, 1).log_prob(z).sum(1) + log_det
+    torch.testing.assert_close(found, expected.reshape(len(x), -1).sum(1).detach())
+    z = model.encode(x)
+    torch.testing.assert_close(model.decode(z)[:, :, 0, 0], x, rtol=1e-3, atol=1e-3)
+    double = copy.deepcopy(model).double()
+    torch.testing.assert_close(double.log_prob(x).float(), found, rtol=1e-4, atol=1e-4)
+    assert double.log_prob(x).dtype == torch.float64
+    assert model.sample(3).shape == (3, 2, 1, 1)
+
+
+@pytest.mark.parametrize("library", GLOWS)
+def test_the_bits_are_those_of_the_map_of_the_levels(library):
+    """With integers, log P(x) has the log-determinant of the map to the flow's input."""
+    flow = GLOWS[library]()
+    for scale, offset in ((None, 0.0), (2 * SCALE, -1.0)):
+        model = ForeignModel(Foreign(flow, SHAPE, BINS, scale, offset)).eval()
+        x = flows.pictures()
+        noise = torch.rand(x.shape)
+        v = offset + (x + noise) * (scale or SCALE)
+        expected = LOG_PROBS[library](flow, v) + 64 * torch.tensor(scale or SCALE).log()
+        torch.testing.assert_close(model(x, noise).total, expected, rtol=1e-5, atol=1e-3)
+        assert torch.equal(model.decode(model.encode(x)), x)
+
+
+@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
+def test_layers_are_called_in_place(name):
+    """A watched pass gives the same numbers, calls each layer once, and leaves no trace."""
+    model = ForeignModel(Foreign(GLOWS[name](), SHAPE, BINS)).eval().requires_grad_(False)
+    before = {id(m): dict(vars(m)) for m in model.modules()}
+    x, calls = flows.pictures(), []
+
+    def around(layer, own, direction, given, context):
+        calls.append(layer)
+        return call(own, direction, given, context)
+
+    noise = torch.rand(x.shape)
+    watched = model.to_latents(x, noise, Watching(model, around))
+    for found, expected in zip(watched, model.to_latents(x, noise), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert sorted(calls) == sorted(layers_of(model)) and len(calls) > 3
+    assert {id(m): set(vars(m)) for m in model.modules()} == {k: set(v) for k, v in before.items()}
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise KeyError("no such thing")
+
+    def inverse(self, z):
+        return z, 0
+
+
+class Wrong(Raises):
+    def __init__(self, z, log_det, x):
+        super().__init__()
+        self.values = z, log_det, x
+
+    def forward(self, x):
+        return self.values[0](x), self.values[1](x)
+
+    def inverse(self, z):
+        return self.values[2](z), 0
+
+
+def same(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    "flow, words",
+    [
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear: no inverse"),
+        (object(), r"no forward\(x\) -> z, log_det"),
+        (Raises(), "forward: KeyError: 'no such thing'"),
+        (Wrong(lambda x: x[:, :1], len, same), r"latents of shapes \[\(1,\)\]"),
+        (Wrong(same, lambda x: x, same), r"log_det has shape \(2, 2\), expected \(2,\)"),
+        (Wrong(same, len, lambda z: z[:, :1]), "inverse: ValueError: shape"),
+    ],
+)
+def test_what_is_no_flow(flow, words):
+    with pytest.raises(UserError, match=words):
+        ForeignModel(Foreign(flow, (2,)))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"shape": (8, 8)}, "shape"),
+        ({"num_bins": 1}, "num_bins"),
+        ({"num_bins": None, "offset": 1.0}, "give num_bins"),
+        ({"alpha": 0.6}, "alpha"),
+        ({"alpha": 0.05, "scale": 1.0}, "alpha"),
+        ({"scale": -1.0}, "scale"),
+    ],
+)
+def test_contracts_that_do_not_fit(options, words):
+    with pytest.raises(UserError, match=words):
+        Foreign(**{"flow": flows.Scaled(), "shape": SHAPE, "num_bins": BINS, **options})
+
+
+FILE = """
+import torch
+from flowtrain import Foreign
+
+class Scale:
+    def forward(self, x):
+        return 2 * x, x[0].numel() * torch.tensor(2.0).log()
+    def inverse(self, z):
+        return z / 2, -z[0].numel() * torch.tensor(2.0).log()
+
+bare = Scale()
+flow = Foreign(bare, (1, 8, 8), 17, offset=-0.5)
+
+def made():
+    return flow
+
+def fails():
+    raise OSError("no weights")
+"""
+
+
+@pytest.mark.run
+def test_commands_take_a_flow_of_a_file(tmp_path):
+    (tmp_path / "own.py").write_text(FILE)
+    for words in (
+        ("evaluate", "own.py:flow", "--num-images", 8),
+        ("evaluate", "own.py:made", "--num-images", 8),
+        ("ood", "own.py:flow", "--data", "noise", "--num-images", 8),
+        ("sample", "own.py:flow", "--num-images", 2),
+    ):
+        done = quick(*words, cwd=tmp_path).ok()
+        assert "running the code of own.py" in done.err
+    assert (tmp_path / "runs/foreign/own-flow/evaluate-test.json").exists()
+
+
+@pytest.mark.run
+def test_files_that_give_no_flow(tmp_path):
+    (tmp_path / "own.py").write_text(FILE)
+    (tmp_path / "raises.py").write_text("x = 1\nimport no_such_package\n")
+    (tmp_path / "wrong.py").write_text("def f(:\n")
+    for name, words in {
+        "gone.py:flow": "gone.py: no such file",
+        "own.py": "own.py: give the name of a flow in it: own.py:NAME",
+        "own.py:flw": "own.py has no flw; did you mean flow?",
+        "own.py:bare": "is a Scale; expected flowtrain.Foreign(",
+        "own.py:fails": "line 18: OSError: no weights",
+        "raises.py:flow": "raises.py: line 2: ModuleNotFoundError",
+        "wrong.py:flow": "wrong.py: line 1: SyntaxError",
+    }.items():
+        quick("doctor", name, cwd=tmp_path).failed(2, words)
+    quick("doctor", "own.py:flow", "--weights", "ema", cwd=tmp_path).failed(2, "--weights ema")
+    wrong = ("doctor", "own.py:flow", "data.name=two_moons")
+    quick(*wrong, cwd=tmp_path).failed(2, "data of shape (2, 1, 1)")
+    loaded = load_model(str(tmp_path / "own.py:flow"), torch.device("cpu"))
+    with pytest.raises(UserError, match="without a checkpoint"):
+        loaded.alone()
+
+
+def test_an_archive_cannot_name_code(tmp_path):
+    """A path that exists is a checkpoint, whatever its name."""
+    (tmp_path / "own.py:flow").touch()
+    assert not is_foreign(str(tmp_path / "own.py:flow")) and is_foreign("own.py:flow")

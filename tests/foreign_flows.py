@@ -1,0 +1,301 @@
+"""Sound flows of other libraries, small, with every parameter moved, and faults to put into them.
+
+The image flows are of 1x8x8 images with 256 levels, and have a 1x1 convolution and an ActNorm.
+"""
+
+import math
+
+import pytest
+import torch
+from helpers import seeded
+from torch import distributions, nn
+
+from flowtrain.foreign.contract import Foreign
+
+SHAPE, BINS = (1, 8, 8), 256
+SCALE = 1 / BINS
+
+
+def pictures(count=24, side=8):
+    """Smooth images with some noise, uint8 `(count, 1, side, side)`."""
+    generator = seeded()
+    corners = torch.rand(count, 1, 2, 2, generator=generator)
+    smooth = nn.functional.interpolate(corners, (side, side), mode="bilinear")
+    noisy = 200 * smooth + 40 * torch.rand(smooth.shape, generator=generator)
+    return noisy.to(torch.uint8)
+
+
+def reals(count=50):
+    return torch.randn(count, 2, generator=seeded()).clamp(-3, 3)  # a flow may be of angles
+
+
+def network(inputs, outputs):
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+class Convolutions(nn.Sequential):
+    """A network, which nflows calls with a context."""
+
+    def __init__(self, inputs, outputs):
+        first, last = nn.Conv2d(inputs, 6, 3, padding=1), nn.Conv2d(6, outputs, 3, padding=1)
+        super().__init__(first, nn.ReLU(), last)
+
+    def forward(self, x, context=None):
+        return super().forward(x)
+
+
+def library(name):
+    """The package, after the seed of the weights."""
+    torch.manual_seed(0)
+    return pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def moved(flow, scale=0.03):
+    """The flow with its parameters moved, except for those that are no parameters."""
+    generator = seeded()
+    with torch.no_grad():
+        for parameter in (p for p in flow.parameters() if p.requires_grad):
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return flow.eval()
+
+
+def trained(flow, log_prob, example, scale=0.03):
+    """The flow after its first batch, with parameters moved."""
+    flow.train()
+    log_prob(example)
+    return moved(flow, scale)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def normflows_glow(logit=False, classes=0):
+    nf = library("normflows")
+    flows = [[nf.flows.GlowBlock(c, 6), nf.flows.Squeeze()] for c in (8, 4)]
+    of_classes = (classes,) if classes else ()
+    base = [nf.distributions.GlowBase(shape, *of_classes) for shape in ((8, 2, 2), (2, 4, 4))]
+    transform = nf.transforms.Logit() if logit else None
+    flow = nf.MultiscaleFlow(base, flows, [nf.flows.Merge()], transform, bool(classes))
+    y = torch.arange(24) % classes if classes else None
+    return trained(flow, lambda x: flow.log_prob(x, y), pictures() * SCALE)
+
+
+def nflows_glow(logit=False):
+    library("nflows")
+    from nflows import distributions, flows, transforms
+
+    mask = torch.tensor([1.0, 1, 0, 0])
+    steps = [
+        *([transforms.Logit()] if logit else []),
+        transforms.SqueezeTransform(),
+        transforms.ActNorm(4),
+        transforms.OneByOneConvolution(4),
+        transforms.AffineCouplingTransform(mask, Convolutions),
+    ]
+    flow = flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([4, 4, 4]))
+    return trained(flow, flow.log_prob, 0.25 + 0.5 * pictures() * SCALE)
+
+
+def freia_glow(logit=False, side=8):
+    freia = library("FrEIA")
+    from FrEIA import modules
+
+    flow = freia.framework.SequenceINN(1, side, side)
+    if logit:
+        flow.append(_freia_logit(modules.InvertibleModule))
+    flow.append(modules.IRevNetDownsampling)
+    flow.append(modules.ActNorm)
+    flow.append(modules.Fixed1x1Conv, M=torch.randn(4, 4, generator=seeded()) + torch.eye(4))
+    flow.append(modules.GLOWCouplingBlock, subnet_constructor=Convolutions)
+    return trained(flow, flow, 0.25 + 0.5 * pictures(side=side) * SCALE)
+
+
+def _freia_logit(base):
+    class Logit(base):
+        def forward(self, x, c=(), rev=False, jac=True):
+            y = torch.sigmoid(x[0]) if rev else x[0]
+            log_det = -(y.log() + torch.log1p(-y)).flatten(1).sum(1)
+            return ((y,), -log_det) if rev else ((torch.logit(y),), log_det)
+
+        def output_dims(self, dims):
+            return dims
+
+    return Logit
+
+
+GLOWS = {"normflows": normflows_glow, "nflows": nflows_glow, "FrEIA": freia_glow}
+# The log-density of inputs of the flow by the means of the library alone.
+LOG_PROBS = {
+    "normflows": lambda flow, v: flow.log_prob(v, None),
+    "nflows": lambda flow, v: flow.log_prob(v),
+    "FrEIA": lambda flow, v: _of_latent(*flow(v)),
+}
+
+
+def _of_latent(z, log_det):
+    return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) + log_det
+
+
+# --- real values ----------------------------------------------------------------------------------
+
+
+def normflows_points():
+    nf = library("normflows")
+    layers = []
+    for _ in range(2):
+        layers += [nf.flows.AffineCouplingBlock(network(1, 2)), nf.flows.Permute(2, mode="swap")]
+        layers += [nf.flows.ActNorm(2), nf.flows.AutoregressiveRationalQuadraticSpline(2, 1, 6)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(2), layers)
+    return trained(flow, flow.log_prob, reals(), 0.1)
+
+
+def nflows_points():
+    library("nflows")
+    from nflows import distributions, flows, transforms
+
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    steps = [spline(2, 8, tails="linear"), transforms.RandomPermutation(2), transforms.LULinear(2)]
+    steps += [transforms.BatchNorm(2), transforms.MaskedAffineAutoregressiveTransform(2, 8)]
+    flow = flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([2]))
+    return trained(flow, flow.log_prob, reals(), 0.1)
+
+
+def freia_points():
+    freia = library("FrEIA")
+    from FrEIA import modules
+
+    flow = freia.framework.SequenceINN(2)
+    for _ in range(2):
+        flow.append(modules.AllInOneBlock, subnet_constructor=network, permute_soft=True)
+    return trained(flow, flow, reals(), 0.1)
+
+
+def freia_graph():
+    freia = library("FrEIA")
+    from FrEIA import framework, modules
+
+    nodes = [framework.InputNode(2, name="input")]
+    nodes.append(
+        freia.framework.Node(nodes[-1], modules.RNVPCouplingBlock, {"subnet_constructor": network})
+    )
+    nodes.append(framework.Node(nodes[-1], modules.PermuteRandom, {"seed": 1}))
+    nodes.append(framework.OutputNode(nodes[-1]))
+    return moved(framework.GraphINN(nodes), 0.1)
+
+
+def zuko_of(name, **options):
+    zuko = library("zuko")
+    return getattr(zuko.flows, name)(2, **options).eval()
+
+
+def transformed_normal():
+    base = distributions.Normal(torch.zeros(2), torch.ones(2))
+    steps = [distributions.AffineTransform(torch.tensor([0.1, 0.2]), torch.tensor([2.0, 0.5]))]
+    steps += [distributions.SigmoidTransform(), distributions.AffineTransform(-4.0, 8.0)]
+    return distributions.TransformedDistribution(base, steps)
+
+
+class Scaled:
+    """The plain contract, by an object that is no module."""
+
+    def __init__(self):
+        self.log_scale = torch.tensor([0.3, -0.2])
+
+    def forward(self, x):
+        return x * self.log_scale.exp(), self.log_scale.sum()
+
+    def inverse(self, z):
+        return z * (-self.log_scale).exp(), -self.log_scale.sum()
+
+
+class Mixture(nn.Module):
+    """A density without latents: `log_prob` and `sample`."""
+
+    def __init__(self):
+        super().__init__()
+        self.means = nn.Parameter(torch.tensor([-1.0, 2.0]))
+
+    def log_prob(self, x):
+        each = -0.5 * (x[:, None] - self.means[:, None]).square() - 0.5 * math.log(2 * math.pi)
+        return each.sum(2).logsumexp(1) - math.log(2)
+
+    def sample(self, n):
+        return self.means[torch.arange(n) % 2, None] + torch.randn(n, 2)
+
+
+HIDDEN = {"hidden_features": [8]}
+POINTS = {
+    "normflows": normflows_points,
+    "nflows": nflows_points,
+    "FrEIA, sequence": freia_points,
+    "FrEIA, graph": freia_graph,
+    "zuko, MAF": lambda: zuko_of("MAF", transforms=2, **HIDDEN),
+    "zuko, NSF": lambda: zuko_of("NSF", transforms=2, **HIDDEN),
+    "zuko, RealNVP": lambda: zuko_of("RealNVP", transforms=2, **HIDDEN),
+    "zuko, NCSF": lambda: zuko_of("NCSF", transforms=2, **HIDDEN),
+    "zuko, GMM": lambda: zuko_of("GMM"),
+    "torch": transformed_normal,
+    "plain": Scaled,
+    "density": Mixture,
+}
+IMAGES = {
+    "normflows": lambda: Foreign(normflows_glow(), SHAPE, BINS),
+    "normflows, logit": lambda: Foreign(normflows_glow(logit=True), SHAPE, BINS),
+    "normflows, classes": lambda: Foreign(normflows_glow(classes=3), SHAPE, BINS),
+    "nflows": lambda: Foreign(nflows_glow(), SHAPE, BINS, offset=-0.5),
+    "FrEIA": lambda: Foreign(freia_glow(), SHAPE, BINS, scale=1 / 128, offset=-1),
+    "zuko, flat, logit": lambda: Foreign(zuko_images(), SHAPE, BINS, alpha=0.05, flat=True),
+}
+
+
+def zuko_images():
+    zuko = library("zuko")
+    return zuko.flows.NICE(64, transforms=2, hidden_features=[8]).eval()
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def find(flow, name):
+    """The first module of the flow whose class has this name."""
+    return next(m for m in flow.modules() if type(m).__name__ == name)
+
+
+def altered(module, method, change):
+    """Replaces the results of a method: `change(own, self, *args)`, where own is the method. It is
+    in a subclass, because a copy of the module must have it too.
+    """
+    cls = type(module)
+    own = getattr(cls, method)
+
+    def changed(self, *args, **kwargs):
+        return change(lambda *a, **k: own(self, *a, **k), self, *args, **kwargs)
+
+    module.__class__ = type(cls.__name__, (cls,), {method: changed})
+
+
+FORWARD = {"normflows": "inverse", "nflows": "forward", "FrEIA": "forward"}  # data to latents
+INVERSE = {"normflows": "forward", "nflows": "inverse", "FrEIA": "forward"}
+
+
+def altered_log_det(library, module, change):
+    """Replaces the log-det of a layer in both directions."""
+    for method in {FORWARD[library], INVERSE[library]}:
+
+        def both(own, self, *args, **kwargs):
+            z, log_det = own(*args, **kwargs)
+            return z, change(log_det)
+
+        altered(module, method, both)
+
+
+CONVOLUTION = {
+    "normflows": "Invertible1x1Conv",
+    "nflows": "OneByOneConvolution",
+    "FrEIA": "Fixed1x1Conv",
+}
+COUPLING = {
+    "normflows": "AffineCouplingBlock",
+    "nflows": "AffineCouplingTransform",
+    "FrEIA": "GLOWCouplingBlock",
+}
