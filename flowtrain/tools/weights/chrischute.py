@@ -32,8 +32,7 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
         level = [_step(tensors, f"{name}steps.{i}.", channels) for i in numbers]
         steps.append(_exchanged(level))
         channels, name = channels // 2, f"{name}next."
-    zero = torch.zeros(2 * channels, 1, 1, dtype=torch.float64)
-    return Glow(tensors.where, steps, None, (zero, zero), "tanh", conditioner="preactivated")
+    return Glow(tensors.where, steps, None, None, "tanh", conditioner="preactivated")
 
 
 def _step(tensors: Tensors, name: str, channels: int) -> Step:
@@ -43,7 +42,7 @@ def _step(tensors: Tensors, name: str, channels: int) -> Step:
     )
     weight = tensors.take(f"{name}conv.weight", channels, channels) * log_scale.exp()
     half, net = channels // 2, f"{name}coup.nn."
-    hidden = tensors.rows(f"{net}in_conv.weight")
+    hidden = tensors.side(f"{net}in_conv.weight")
     gain, bias = _batch_norm(tensors, f"{net}in_norm.", half)
     filters: list[Filters] = [(gain.diag()[:, :, None, None], bias)]
     for conv, norm, inputs, size in (("in", "mid", half, 3), ("mid", "out", hidden, 1)):

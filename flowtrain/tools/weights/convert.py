@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowtrain import config as configuration
-from flowtrain.bijections import Bijection
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config, Dequantization
@@ -23,7 +22,7 @@ class Foreign(Protocol):
     @property
     def options(self) -> dict[str, Any]: ...
 
-    def fill(self, model: Bijection) -> None: ...
+    def fill(self, flow: Flow) -> None: ...
 
 
 # From its tensors, the shape of an image, and the preprocessing.
@@ -59,7 +58,7 @@ def convert(tensors: Tensors, project: str, settings: Sequence[str]) -> tuple[Co
     tensors.finish()
     config = configuration.parse({**values, "model": foreign.options}, "--set", trust_code=True)
     flow = build_flow(config, data.shape, data.num_bins).double()
-    foreign.fill(flow.bijection)
+    foreign.fill(flow)
     return config, flow
 
 

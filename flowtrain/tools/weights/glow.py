@@ -17,6 +17,8 @@ from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import unbounded
 from flowtrain.bijections.multiscale import Multiscale
 from flowtrain.errors import UserError
+from flowtrain.flow.class_prior import ClassPrior
+from flowtrain.flow.flow import Flow
 from flowtrain.nets.convolution import Conv2d
 
 Filters = tuple[Tensor, Tensor]  # of a convolution: (O, I, k, k) and biases (O,)
@@ -43,17 +45,23 @@ class Glow:
     In a squeezed image, entry `(i, j)` of the 2x2 patch of channel c is channel `4 c + 2 i + j`.
     The second half of the channels leaves. It is `(x + s) exp(r)` that is N(0, I). Each of the
     `priors` predicts all s, then all r. `top` are s and r of the last level, `(C, 1, 1)` or
-    `(C, H, W)`. The model sees `v + offset`, where v is the input of flowtrain's.
+    `(C, H, W)`. None stands for zeros. The model sees `v + offset`, where v is the input of
+    flowtrain's.
+
+    A class-conditional model has means and log-scales of all latents, or of the coarsest ones, for
+    each class, `(K, D)`, as flowtrain orders them.
     """
 
     where: str  # begins messages
     levels: list[list[Step]]
-    priors: list[Filters] | None  # None: N(0, I)
-    top: tuple[Tensor, Tensor]
+    priors: list[Filters] | None
+    top: tuple[Tensor, Tensor] | None
     coupling: str  # sigmoid, additive or tanh
     conditioner: str = "glow"
     padding: str = "zeros"
     offset: float = 0.0
+    classes: tuple[Tensor, Tensor] | None = None
+    class_prior: str = "coarsest"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,16 +75,19 @@ class Glow:
             "conditioner": self.conditioner,
             "permutation": "conv1x1",
             "prior": "exp",
-            "top_prior": "channel" if self.top[0].shape[1:] == (1, 1) else "entry",
+            "top_prior": "entry" if self.top and self.top[0].shape[1:] != (1, 1) else "channel",
             "padding": self.padding,
+            "classes": len(self.classes[0]) if self.classes else 0,
+            "class_prior": self.class_prior,
         }
 
     @torch.no_grad()
-    def fill(self, model: Bijection) -> None:
+    def fill(self, flow: Flow) -> None:
         """Sets the weights of a new model with these `options`, in its precision.
 
-        Raises `UserError` for a scale of the coarsest latents beyond the limit.
+        Raises `UserError` for a scale of latents beyond the limit.
         """
+        model = flow.bijection
         assert isinstance(model, Multiscale)
         for number, (steps, (level, _)) in enumerate(zip(self.levels, model.steps(), strict=True)):
             self._fill_level(steps, level, self.offset if number == 0 else 0.0)
@@ -91,19 +102,33 @@ class Glow:
             bias[half:] -= log_double
             assert isinstance(prior, Coupling)
             _fill_convolutions(prior, [(weight, bias)])
-        top = model.steps()[-1][1]
-        assert isinstance(top, DiagonalAffine)
-        shift, log_scale = self.top
-        top.shift.copy_(shift * log_scale.exp())
-        log_scale = log_scale.clone()
-        log_scale[len(log_scale) // 2 :] -= log_double
+        of_latents = torch.full((sum(model.sizes),), double, dtype=torch.float64)
+        coarsest = model.sizes[-1]
+        of_latents[-coarsest : -coarsest // 2] = 1.0
+        if self.top is not None:
+            top = model.steps()[-1][1]
+            assert isinstance(top, DiagonalAffine)
+            shift, log_scale = self.top
+            top.shift.copy_(shift * log_scale.exp())
+            halves = torch.ones_like(log_scale)
+            halves[len(halves) // 2 :] = double
+            top.log_scale.copy_(self._unbounded(log_scale - halves.log()))
+        if self.classes is not None:
+            assert isinstance(flow.class_prior, ClassPrior)
+            mean, log_scale = self.classes
+            of_latents = of_latents[-mean.shape[1] :]
+            flow.class_prior.mean.copy_(mean * of_latents)
+            flow.class_prior.log_scale.copy_(self._unbounded(log_scale + of_latents.log()))
+
+    def _unbounded(self, log_scale: Tensor) -> Tensor:
+        """The parameters of log-scales."""
         limit = 0.99 * LOG_SCALE_LIMIT  # of `unbounded`
         if log_scale.abs().max() > limit:
             raise UserError(
-                f"{self.where}: a log-scale of its coarsest latents is "
-                f"{log_scale.abs().max():.3g}, and flowtrain's are at most {limit:g}"
+                f"{self.where}: a log-scale of its latents is {log_scale.abs().max():.3g}, and "
+                f"flowtrain's are at most {limit:g}"
             )
-        top.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT))
+        return unbounded(log_scale, LOG_SCALE_LIMIT)
 
     def _fill_level(self, steps: list[Step], level: Bijection, offset: float) -> None:
         channels = len(steps[0].shift)

@@ -30,33 +30,43 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
     channels, height, width = shape
     finest = f"flows.{levels - 1}.0.flows.0.flows.1.param_map.net."
     in_net = f"{finest}1.actNorm.s" in tensors
-    affine = tensors.rows(f"{finest}{6 if in_net else 4}.weight") == 4 * channels
-    steps, priors = [], []
+    affine = tensors.side(f"{finest}{6 if in_net else 4}.weight") == 4 * channels
+    # The last side of a base that depends on the class is the number of classes.
+    classes = tensors.side("q0.0.loc", -1) if tensors.side("q0.0.loc") != 1 else 0
+    steps, priors, of_classes = [], [], []
     for level in reversed(range(levels)):
         channels, height, width = 4 * channels, height // 2, width // 2
         names = [f"flows.{level}.{i}.flows." for i in range(tensors.count(f"flows.{level}."))]
         steps.append([_step(tensors, name, channels, affine, in_net) for name in reversed(names)])
         if level > 0:
             channels //= 2
-            mean, log_scale = _base(tensors, f"q0.{level}.", (channels, height, width))
-            if mean.shape[1:] != (1, 1):
-                raise UserError(
-                    f"{tensors.where}: q0.{level} has a mean and a scale for each entry; only the "
-                    f"coarsest level may have them, others one for each channel"
-                )
-            bias = torch.cat([mean, log_scale]).flatten()
-            filters = bias.new_zeros(2 * channels, channels, 3, 3), bias
-            priors.append(gaussian_parameters(filters, slice(channels), slice(channels, None)))
-    mean, log_scale = _base(tensors, "q0.0.", (channels, height, width))
+        latents = channels, height, width
+        if classes:
+            of_classes.append(_base_of_classes(tensors, f"q0.{level}.", latents, classes))
+        elif level > 0:
+            priors.append(_prior(tensors, f"q0.{level}.", latents))
     coupling = "sigmoid" if affine else "additive"
     offset = 0.0 if dequantization.transform == "logit" else 0.5
+    if classes:
+        mean, log_scale = (torch.cat(each, dim=1) for each in zip(*of_classes, strict=True))
+        return Glow(
+            tensors.where,
+            steps,
+            None,
+            None,
+            coupling,
+            offset=offset,
+            classes=(mean, log_scale),
+            class_prior="all",
+        )
+    mean, log_scale = _base(tensors, "q0.0.", latents)
     return Glow(tensors.where, steps, priors, (-mean, -log_scale), coupling, offset=offset)
 
 
 def _step(tensors: Tensors, name: str, channels: int, affine: bool, in_net: bool) -> Step:
     shift, log_scale = _actnorm(tensors, f"{name}2.", channels)
     half, net = channels // 2, f"{name}0.flows.1.param_map.net."
-    hidden = tensors.rows(f"{net}0.weight")
+    hidden = tensors.side(f"{net}0.weight")
     outputs = channels if affine else half
     sizes = [(half, hidden, 3), (hidden, hidden, 1), (hidden, outputs, 3)]
     filters: list[Filters] = []
@@ -102,8 +112,11 @@ def _mixing(tensors: Tensors, name: str, channels: int) -> Tensor:
 def _base(tensors: Tensors, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
     """Mean and log-scale of a base, `(C, 1, 1)`, or `(C, H, W)` of a trained `DiagGaussian`."""
     channels = shape[0]
-    if f"{name}loc_cc" in tensors or tensors.rows(f"{name}loc") != 1:
-        raise UserError(f"{tensors.where}: its bases depend on the class; only others are imported")
+    if f"{name}loc_cc" in tensors:
+        raise UserError(
+            f"{tensors.where}: {name}loc_cc is of a GlowBase that depends on the class; only "
+            f"ClassCondDiagGaussian may"
+        )
     if f"{name}loc_logs" in tensors:
         mean, log_scale = (
             tensors.take(f"{name}{each}", 1, channels, 1, 1)[0]
@@ -116,3 +129,28 @@ def _base(tensors: Tensors, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
     if (mean == first[0]).all() and (log_scale == first[1]).all():
         return first  # not trainable, for example
     return mean, log_scale
+
+
+def _base_of_classes(
+    tensors: Tensors, name: str, shape: Shape, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Means and log-scales of a `ClassCondDiagGaussian`, `(K, C H W)`."""
+    mean, log_scale = (
+        tensors.take(f"{name}{each}", *shape, classes).movedim(-1, 0).flatten(1)
+        for each in ("loc", "log_scale")
+    )
+    return mean, log_scale
+
+
+def _prior(tensors: Tensors, name: str, shape: Shape) -> Filters:
+    """The prior of a half that leaves, which does not depend on the other half."""
+    mean, log_scale = _base(tensors, name, shape)
+    if mean.shape[1:] != (1, 1):
+        raise UserError(
+            f"{tensors.where}: {name}loc is a mean for each entry; only the coarsest level may "
+            f"have it, others one for each channel"
+        )
+    channels = shape[0]
+    bias = torch.cat([mean, log_scale]).flatten()
+    filters = bias.new_zeros(2 * channels, channels, 3, 3), bias
+    return gaussian_parameters(filters, slice(channels), slice(channels, None))

@@ -23,13 +23,13 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
     levels = tensors.count("blocks.")
     check_squeezes(shape, levels, levels)
     channels, height, width = shape
-    last = tensors.rows("blocks.0.flows.0.coupling.net.4.conv.weight")
+    last = tensors.side("blocks.0.flows.0.coupling.net.4.conv.weight")
     affine = last == 4 * channels
     steps, priors = [], []
     for level in range(levels):
         channels, height, width = 4 * channels, height // 2, width // 2
         block = f"blocks.{level}."
-        hidden = tensors.rows(f"{block}flows.0.coupling.net.0.weight")
+        hidden = tensors.side(f"{block}flows.0.coupling.net.0.weight")
         numbers = range(tensors.count(f"{block}flows."))
         steps.append(
             [_step(tensors, f"{block}flows.{i}.", channels, hidden, affine) for i in numbers]

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.bijections import ActNorm, Bijection, Conv1x1LU, Sequential, TokenAutoregressive
+from flowtrain.bijections import ActNorm, Conv1x1LU, Sequential, TokenAutoregressive
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
 from flowtrain.bijections.base import unbounded
 from flowtrain.config import Dequantization
 from flowtrain.errors import UserError
+from flowtrain.flow.flow import Flow
 from flowtrain.models.base import patches, tokens_of
 from flowtrain.nets.transformer import EXPANSION
 from flowtrain.tools.weights.tensors import Tensors
@@ -33,13 +34,13 @@ class TarFlow:
     scale: float
 
     @torch.no_grad()
-    def fill(self, model: Bijection) -> None:
+    def fill(self, flow: Flow) -> None:
         """Sets the weights of a new model with these `options`, in its precision."""
-        assert isinstance(model, Sequential)
-        layers = list(model.layers)
+        assert isinstance(flow.bijection, Sequential)
+        layers = list(flow.bijection.layers)
         actnorms = [each for each in layers if isinstance(each, ActNorm)]
         convolutions = [each for each in layers if isinstance(each, Conv1x1LU)]
-        flows = [each for each in layers if isinstance(each, TokenAutoregressive)]
+        blocks = [each for each in layers if isinstance(each, TokenAutoregressive)]
         log_scale = torch.tensor(self.scale, dtype=torch.float64).log()
         actnorms[0].log_scale.fill_(unbounded(log_scale, LOG_SCALE_LIMIT))
         entries, patch = len(actnorms[0].shift), self.options["patch"]
@@ -52,8 +53,8 @@ class TarFlow:
             actnorm.initialized.fill_(True)
             convolution.set_weight(identity[:, order.flatten().long()] if number == 0 else identity)
             convolution.initialized.fill_(True)
-        for flow, state in zip(flows, self.blocks, strict=True):
-            flow.conditioner.load_state_dict(state)
+        for block, state in zip(blocks, self.blocks, strict=True):
+            block.conditioner.load_state_dict(state)
 
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> TarFlow:
@@ -61,8 +62,8 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> TarF
     Gaussian noise 512/255 times (x / 255 instead of (x + 1/2) / 256).
     """
     blocks, layers = tensors.count("blocks."), tensors.count("blocks.0.attn_blocks.")
-    width = tensors.rows("blocks.0.proj_in.bias")
-    outputs = tensors.rows("blocks.0.proj_out.bias")
+    width = tensors.side("blocks.0.proj_in.bias")
+    outputs = tensors.side("blocks.0.proj_out.bias")
     patch = math.isqrt(max(1, outputs // (2 * shape[0])))
     if outputs != 2 * shape[0] * patch**2 or patch not in PATCHES:
         raise UserError(
@@ -73,7 +74,7 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> TarF
     tokens = math.prod(size)
     classes = 0
     if "blocks.0.class_embed" in tensors:
-        classes = tensors.rows("blocks.0.class_embed")
+        classes = tensors.side("blocks.0.class_embed")
     if not (tensors.take("var", tokens, entries) == 1).all():
         raise UserError(f"{tensors.where}: var is not 1: its latents have learned variances")
     options = {"name": "tarflow", "patch": patch, "width": width, "blocks": blocks}

@@ -33,10 +33,10 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
-    def rows(self, name: str) -> int:
-        """The first side of a tensor, such as the output channels of a convolution."""
+    def side(self, name: str, dim: int = 0) -> int:
+        """A side of a tensor: the first one is the number of output channels of a convolution."""
         shape = self._get(name).shape
-        return shape[0] if shape else 0
+        return shape[dim] if shape else 0
 
     def count(self, prefix: str) -> int:
         """The number of parts `PREFIX0.*`, `PREFIX1.*`, ..., at least 1."""

@@ -1,5 +1,6 @@
 """y0ast/Glow-PyTorch: the `Glow` of its `model.py`, saved by its `train.py`."""
 
+import torch
 from torch import Tensor
 
 from flowtrain.config import Dequantization
@@ -23,10 +24,8 @@ CROSS = slice(0, None, 2), slice(1, None, 2)
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow:
     """Its images are those of flowtrain, centred."""
-    if "project_ycond.linear.weight" in tensors:
-        raise UserError(f"{tensors.where}: it was trained with y_condition, which is not imported")
     channels, height, width = shape
-    affine = tensors.rows("flow.layers.1.block.4.conv.weight") == 4 * channels
+    affine = tensors.side("flow.layers.1.block.4.conv.weight") == 4 * channels
     number = 0
     steps: list[list[Step]] = []
     priors: list[Filters] = []
@@ -52,8 +51,20 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
     if "learn_top_fn.conv.weight" in tensors:  # a convolution of zeros, padded with zeros
         _, bias = _zero_convolution(tensors, "learn_top_fn.", 2 * channels, 2 * channels)
         mean, log_scale = bias.chunk(2)
+    coupling = "sigmoid" if affine else "additive"
+    if "project_ycond.logs" in tensors:  # one mean and log-scale for each class and channel
+        classes = tensors.side("project_class.logs")
+        tensors.drop(
+            *(f"project_class.{each}" for each in ("linear.weight", "linear.bias", "logs"))
+        )
+        weight = tensors.take("project_ycond.linear.weight", 2 * channels, classes)
+        bias = tensors.take("project_ycond.linear.bias", 2 * channels)
+        gain = (3 * tensors.take("project_ycond.logs", 2 * channels)).exp()
+        prior = (weight.T + bias) * gain + torch.cat([mean, log_scale])
+        of_entries = prior.repeat_interleave(height * width, dim=1).chunk(2, dim=1)
+        return Glow(tensors.where, steps, priors, None, coupling, classes=of_entries)
     top = -mean[:, None, None], -log_scale[:, None, None]
-    return Glow(tensors.where, steps, priors, top, "sigmoid" if affine else "additive")
+    return Glow(tensors.where, steps, priors, top, coupling)
 
 
 def _step(tensors: Tensors, name: str, channels: int, affine: bool) -> Step:
@@ -62,7 +73,7 @@ def _step(tensors: Tensors, name: str, channels: int, affine: bool) -> Step:
         for each in ("bias", "logs")
     )
     half, net = channels // 2, f"{name}block."
-    hidden = tensors.rows(f"{net}0.conv.weight")
+    hidden = tensors.side(f"{net}0.conv.weight")
     first = _convolution(tensors, f"{net}0.", half, hidden, 3)
     second = _convolution(tensors, f"{net}2.", hidden, hidden, 1)
     last = _zero_convolution(tensors, f"{net}4.", hidden, channels if affine else half)

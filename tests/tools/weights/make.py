@@ -128,7 +128,7 @@ def rosinality(code: Path) -> Iterator:
 
 
 def y0ast(code: Path) -> Iterator:
-    """Both parametrizations of 1x1 convolutions, with and without a prior at the top."""
+    """Both parametrizations of 1x1 convolutions, and all priors of the top."""
     theirs = importlib.import_module("model")
     modules = importlib.import_module("modules")
     given: list[Tensor] = []  # what their code would draw
@@ -140,28 +140,34 @@ def y0ast(code: Path) -> Iterator:
     theirs.uniform_binning_correction = dequantized
     modules.gaussian_sample = lambda mean, logs, temperature: mean + logs.exp() * given.pop()
     cases = {
-        "random": ((8, 8, 1), "affine", True, True),
-        "trained": ((8, 8, 3), "affine", False, True),
-        "additive": ((8, 8, 1), "additive", True, False),
+        "random": ((8, 8, 1), "affine", True, True, 0),
+        "trained": ((8, 8, 3), "affine", False, True, 0),
+        "additive": ((8, 8, 1), "additive", True, False, 0),
+        "classes": ((8, 8, 1), "affine", True, True, 3),
     }
-    for name, (size, coupling, lu, top) in cases.items():
-        args = (size, 6, 2, 2, 1.0, "invconv", coupling, lu, 10, top, False)
+    for name, (size, coupling, lu, top, classes) in cases.items():
+        args = (size, 6, 2, 2, 1.0, "invconv", coupling, lu, classes, top, classes > 0)
         model = theirs.Glow(*args)
         h, w, c = size
         x = images(4, (c, h, w), 256)
 
-        def log_prob(x, u, model=model, dims=h * w * c):
+        def one_hot(count, dtype, classes=classes):
+            return (
+                torch.eye(classes, dtype=dtype)[torch.arange(count) % classes] if classes else None
+            )
+
+        def log_prob(x, u, model=model, dims=h * w * c, one_hot=one_hot):
             given[:] = [u]
             # As `preprocess` in datasets.py.
-            return -model(x / 256 - 0.5)[1] * math.log(2) * dims
+            return -model(x / 256 - 0.5, one_hot(len(x), u.dtype))[1] * math.log(2) * dims
 
         def loss(log_prob=log_prob, shape=(c, h, w)):
             x = images(16, shape, 256)
             return -log_prob(x, torch.rand(x.shape)).mean() / math.prod(shape)
 
-        def inverse(z, model=model, c=c):
+        def inverse(z, model=model, c=c, one_hot=one_hot):
             fine, coarse = split(z, [(2 * c, 4, 4), (8 * c, 2, 2)])
-            mean, logs = model.prior(coarse)
+            mean, logs = model.prior(coarse, one_hot(len(z), z.dtype))
             given[:] = [fine]
             return model(z=mean + logs.exp() * coarse, reverse=True)
 
@@ -176,10 +182,12 @@ def normflows(code: Path) -> Iterator:
     """Bases by channel and by entry, and ActNorm inside the networks."""
     nf = importlib.import_module("normflows")
     glow, gaussian = nf.distributions.GlowBase, nf.distributions.DiagGaussian
+    of_class = partial(nf.distributions.ClassCondDiagGaussian, num_classes=3)
     cases = {
         "random": ((1, 8, 8), glow, glow, {"use_lu": True, "net_actnorm": True}),
         "trained": ((3, 8, 8), gaussian, glow, {"use_lu": False}),
         "additive": ((1, 8, 8), glow, partial(gaussian, trainable=False), {"scale": False}),
+        "classes": ((1, 8, 8), of_class, of_class, {}),
     }
     for name, (shape, top, base, options) in cases.items():
         c, h, w = shape
@@ -190,12 +198,15 @@ def normflows(code: Path) -> Iterator:
         ]
         bases = [top(shapes[0]), base(shapes[1])]
         logit = nf.transforms.Logit(0.05) if name == "additive" else None
-        model = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], logit, class_cond=False)
+        by_class = name == "classes"
+        model = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], logit, class_cond=by_class)
         x = images(4, shape, 256)
 
         def log_prob(x, u, model=model):
             # As in the example: images in [0, 1], and 8 bits for each entry.
-            return model.log_prob((x + u) / 256, None) - x[0].numel() * math.log(256)
+            return model.log_prob((x + u) / 256, torch.arange(len(x)) % 3) - x[
+                0
+            ].numel() * math.log(256)
 
         def loss(log_prob=log_prob, shape=shape):
             x = images(16, shape, 256)
@@ -206,6 +217,8 @@ def normflows(code: Path) -> Iterator:
             means = []
             for base, part in zip(model.q0, parts, strict=True):
                 loc, log_scale = base.loc, base.log_scale
+                if model.class_cond:
+                    loc, log_scale = (each.movedim(-1, 0)[: len(z)] for each in (loc, log_scale))
                 if hasattr(base, "loc_logs"):
                     loc = loc * (3 * base.loc_logs).exp()
                     log_scale = log_scale * (3 * base.log_scale_logs).exp()
