@@ -60,9 +60,11 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
         weight = tensors.take("project_ycond.linear.weight", 2 * channels, classes)
         bias = tensors.take("project_ycond.linear.bias", 2 * channels)
         gain = (3 * tensors.take("project_ycond.logs", 2 * channels)).exp()
-        prior = (weight.T + bias) * gain + torch.cat([mean, log_scale])
-        of_entries = prior.repeat_interleave(height * width, dim=1).chunk(2, dim=1)
-        return Glow(tensors.where, steps, priors, None, coupling, classes=of_entries)
+        of_channels = (weight.T + bias) * gain + torch.cat([mean, log_scale])
+        of_entries = of_channels.repeat_interleave(height * width, dim=1)
+        means, log_scales = of_entries.chunk(2, dim=1)
+        of_classes = means, log_scales
+        return Glow(tensors.where, steps, priors, None, coupling, classes=of_classes)
     top = -mean[:, None, None], -log_scale[:, None, None]
     return Glow(tensors.where, steps, priors, top, coupling)
 
