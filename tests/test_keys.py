@@ -64,6 +64,7 @@ SETTINGS = {
 SETTINGS |= {
     "data.n_bits": NPZ,
     "npz:data.layout": {"data": {"name": "npz", "path": "layout.npz"}, **NICE},
+    "model.class_prior": {"model": {"levels": 2, "classes": 10}},
     "model.label_dropout": {"model": {"name": "causal", **TINY["causal"], "classes": 10}},
     "model.context": {"data": {**FOLDER, "channels": 3}},
     **dict.fromkeys(("jet:model.patch", "tarflow:model.patch"), {"data": {**FOLDER, "size": 16}}),

@@ -7,6 +7,7 @@ from flowtrain.bijections.actnorm import ActNorm as ActNorm
 from flowtrain.bijections.actnorm import DiagonalAffine as DiagonalAffine
 from flowtrain.bijections.affine import ExponentialTransform as ExponentialTransform
 from flowtrain.bijections.affine import SigmoidTransform as SigmoidTransform
+from flowtrain.bijections.affine import TanhTransform as TanhTransform
 from flowtrain.bijections.autoregressive import Inverse as Inverse
 from flowtrain.bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
 from flowtrain.bijections.base import Bijection as Bijection

@@ -1,8 +1,9 @@
-"""Affine transforms of entries as in the papers of TarFlow and Jet, without two-sided bounds."""
+"""Affine transforms of entries whose scales are those of other papers and programs."""
 
 import math
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowtrain.bijections.base import Transform
@@ -39,3 +40,16 @@ class SigmoidTransform(UnboundedAffine):
 
     def log_scale(self, raw: Tensor) -> Tensor:
         return F.logsigmoid(raw) + math.log(2)
+
+
+class TanhTransform(UnboundedAffine):
+    """A scale of `exp(limit * tanh(raw))`, with a learned limit for each of the `entries` along
+    dimension 1 (as in the released code of RealNVP, Dinh et al. 2017). It starts at 1.
+    """
+
+    def __init__(self, entries: int):
+        super().__init__()
+        self.limit = nn.Parameter(torch.ones(entries))
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        return self.limit.view(-1, *[1] * (raw.ndim - 2)) * raw.tanh()

@@ -134,8 +134,10 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
                 why = f"the networks of {config.model.name} do not see the class: leave it at 0"
             raise UserError(f"model.label_dropout: {config.model.label_dropout:g}, but {why}")
         elif config.model.classes:
-            coarsest = bijection.split_latents(torch.zeros(1, latent_dims))[-1]
-            class_prior = ClassPrior(config.model.classes, tuple(coarsest.shape[1:]))
+            latents = torch.zeros(1, latent_dims)
+            if config.model.class_prior == "coarsest":
+                latents = bijection.split_latents(latents)[-1]
+            class_prior = ClassPrior(config.model.classes, tuple(latents.shape[1:]))
         if (model := discrete_model(bijection)) is not None:
             _require_centred(config)
             if model.conditioner.orders > 1 and config.data.flip is not False:

@@ -134,9 +134,14 @@ class Model(Component):
     )
     classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
-        description="Number of classes. Each has its own prior at the coarsest level, or the "
+        description="Number of classes. Each has its own prior (`class_prior`), or the "
         "networks of a causal flow see it. 0 trains without labels. The training loss is that of "
         "an image given its class. Validation and evaluation report the image alone.",
+    )
+    class_prior: Literal["coarsest", "all"] = Field(
+        "coarsest",
+        description="The levels whose latents have a prior for each class, if the networks do not "
+        "see it.",
     )
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,

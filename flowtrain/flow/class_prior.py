@@ -1,4 +1,4 @@
-"""The part of a class-conditional model that depends on the class: the prior of the coarsest latent
+"""The part of a class-conditional model that depends on the class: the prior of latents
 (`ClassPrior`), or the networks of the bijection (`ClassContext`).
 
 Both have `latents_of_classes`, `log_prob_by_entry`, the `context` of the bijection, and `unguided`:
@@ -61,15 +61,16 @@ def over_classes(each: Sequence[LogProb]) -> LogProb:
 
 
 class ClassPrior(nn.Module):
-    """One diagonal Gaussian per class for the latents of the coarsest level.
+    """One diagonal Gaussian per class for the latents of the coarsest level, or of all levels.
 
     The released code of Glow calls this `ycond`, and has one mean and one log-scale per class and
-    channel, here per class and entry. Tanh bounds the log-scales to +-8. The finer levels are
+    channel, here per class and entry. Tanh bounds the log-scales to +-8. Other levels are
     N(0, I). Before training, so is the coarsest.
 
     Args:
         classes: Number of classes, K.
-        shape: Shape of the coarsest level's latent, which is the end of a latent `(B, D)`.
+        shape: Shape of the coarsest level's latent, which is the end of a latent `(B, D)`. For all
+            levels it is `(D,)`.
     """
 
     def __init__(self, classes: int, shape: tuple[int, ...]):

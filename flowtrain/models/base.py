@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from flowtrain.bijections import Bijection, Coupling, Squeeze, Transform
+from flowtrain.bijections.affine import ExponentialTransform, SigmoidTransform, TanhTransform
 from flowtrain.bijections.coupling import AdditiveTransform, AffineTransform
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.spline import SplineTransform
@@ -13,17 +14,22 @@ from flowtrain.errors import UserError
 from flowtrain.nets.dense import DenseNet
 from flowtrain.types import Shape
 
-# The names of the elementwise transforms, for options: of all, and of those that change the volume.
-AnyTransform = Literal["affine", "additive", "spline", "mixture"]
-Elementwise = Literal["affine", "spline", "mixture"]
+# The names of the elementwise transforms, for options: of all, and of those that change the volume
+# and have no parameters of their own.
+AnyTransform = Literal["affine", "additive", "spline", "mixture", "exp", "sigmoid", "tanh"]
+Elementwise = Literal["affine", "spline", "mixture", "exp", "sigmoid"]
 
 # Affine, volume preserving, rational-quadratic spline (Durkan et al. 2019), mixture of logistics
-# (Ho et al. 2019).
+# (Ho et al. 2019), and affine with scales of exp(h), 2 sigmoid(h), and
+# exp(a tanh(h)) with learned a.
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": AffineTransform,
     "additive": AdditiveTransform,
     "spline": SplineTransform,
     "mixture": MixtureTransform,
+    "exp": ExponentialTransform,
+    "sigmoid": SigmoidTransform,
+    "tanh": TanhTransform,  # takes the number of entries
 }
 
 _TIMES = {0: "cannot be squeezed", 1: "can be squeezed once", 2: "can be squeezed twice"}

@@ -6,6 +6,8 @@ Deliberate differences from the paper and its release:
 - The log-scale of an affine coupling is `2 tanh(h / 2)`, where the release has `log sigmoid(h +
   2)`. It is bounded both ways, and zero at the start. The log-scales of ActNorm and of the 1x1
   convolution are bounded by tanh to +-8.
+- The convolutions see zeros outside of the image, where the release adds a channel that is one
+  there.
 - `initialization: whitening` sets each 1x1 convolution from the first batch by PCA. `rotation` is
   the paper's.
 - The learned priors scale the latents instead of the base density. The likelihood is the same.
@@ -34,7 +36,7 @@ from flowtrain.bijections import (
 from flowtrain.bijections.spline import MAX_BINS
 from flowtrain.errors import UserError
 from flowtrain.models.base import TRANSFORMS, AnyTransform, Elementwise, check_squeezes
-from flowtrain.nets.convolution import GlowNet, ZeroNet, channels_of
+from flowtrain.nets.convolution import GlowNet, PreactivatedNet, ZeroNet, channels_of
 from flowtrain.nets.residual import GatedNet
 from flowtrain.types import Positive, Shape
 
@@ -52,11 +54,13 @@ def build(
     bins: Annotated[int, Field(ge=2, le=MAX_BINS)] = 8,
     components: Positive = 4,
     split: Literal["channel", "checkerboard", "mixed"] = "channel",
-    conditioner: Literal["glow", "gated"] = "glow",
+    conditioner: Literal["glow", "preactivated", "gated"] = "glow",
     blocks: Positive = 1,
     permutation: Literal["conv1x1_lu", "conv1x1", "shuffle", "reverse"] = "conv1x1_lu",
     initialization: Literal["rotation", "whitening"] = "rotation",
     prior: Elementwise = "affine",
+    top_prior: Literal["channel", "entry"] = "channel",
+    padding: Literal["zeros", "ones"] = "zeros",
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
@@ -70,14 +74,16 @@ def build(
         width: Channels of the conditioners' hidden layers; or a list with one number per level,
             finest first. Coarser levels cost less.
         coupling: Transform of the couplings: affine, additive (volume preserving), spline
-            (rational-quadratic, Durkan et al. 2019), or mixture (of logistics, Ho et al. 2019).
+            (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
+            affine with other scales: exp, which is not bounded, sigmoid (2 sigmoid(h)), and tanh
+            (exp(a tanh(h)) with a learned a for each channel).
         bins: Number of bins per spline.
         components: Number of logistics per mixture.
         split: How a coupling splits its input: by channel, by a checkerboard whose colours
             alternate, or mixed, which takes turns. A single pixel has no second colour, so it is
             split by channel.
-        conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), or gated (residual
-            blocks with gates).
+        conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), preactivated (the
+            same behind a 1x1 convolution and ReLU), or gated (residual blocks with gates).
         blocks: Number of residual blocks in a gated conditioner.
         permutation: What mixes the channels before each coupling: a 1x1 convolution (conv1x1_lu by
             its LU factors, or conv1x1), a random shuffle, or a reversal.
@@ -85,6 +91,9 @@ def build(
             of the first batch.
         prior: Transform that takes the half that leaves at a split to the standard normal, given
             the other half. The names are as in `coupling`.
+        top_prior: Whether the coarsest latents have a mean and a scale for each channel, as in the
+            paper, or for each entry.
+        padding: What the last convolution of a network sees outside of the image: zeros or ones.
 
     Raises:
         UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`
@@ -93,16 +102,19 @@ def build(
     check_squeezes(shape, levels, levels)
     steps_of, width_of = _per_level("steps", steps, levels), _per_level("width", width, levels)
     options = {"spline": (bins,), "mixture": (components,)}
+    outside = float(padding == "ones")
     nets: dict[str, Callable[..., torch.nn.Module]] = {
-        "glow": GlowNet,
-        "gated": partial(GatedNet, blocks=blocks),
+        "glow": partial(GlowNet, outside=outside),
+        "preactivated": partial(PreactivatedNet, outside=outside),
+        "gated": partial(GatedNet, blocks=blocks, outside=outside),
     }
 
     def couple(level: int, step: int, channels: int, size: tuple[int, int]) -> Bijection:
-        transform = TRANSFORMS[coupling](*options.get(coupling, ()))
         by_channel = split == "channel" or size == (1, 1) or (split == "mixed" and step % 2 == 0)
         kept = channels // 2 if by_channel else channels
         changed = channels - kept if by_channel else channels
+        arguments = (changed,) if coupling == "tanh" else options.get(coupling, ())
+        transform = TRANSFORMS[coupling](*arguments)
         parameters = transform.parameters_per_entry * changed
         seen = channels_of(context, size)
         net = nets[conditioner](kept, parameters, width_of[level], context_channels=seen)
@@ -129,12 +141,13 @@ def build(
             kept = channels // 2
             transform = TRANSFORMS[prior](*options.get(prior, ()))
             parameters = transform.parameters_per_entry * (channels - kept)
-            net = ZeroNet(kept, parameters, channels_of(context, (height, side)))
+            net = ZeroNet(kept, parameters, channels_of(context, (height, side)), outside)
             priors.append(Coupling(kept, net, transform))
             latent_shapes.append((channels - kept, height, side))
             channels = kept
         else:
-            priors.append(DiagonalAffine((channels, 1, 1)))
+            size = (1, 1) if top_prior == "channel" else (height, side)
+            priors.append(DiagonalAffine((channels, *size)))
             latent_shapes.append((channels, height, side))
     return Multiscale(level_bijections, priors, latent_shapes)
 

@@ -53,7 +53,8 @@ def build(
         hidden_layers: Number of hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
         transform: Transform of an entry, given those before it: affine, spline
-            (rational-quadratic, Durkan et al. 2019), or mixture (of logistics, Ho et al. 2019).
+            (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
+            affine with other scales: exp, as in the paper, and sigmoid (2 sigmoid(h)).
     """
     return chain(shape, layers, width, hidden_layers, order, transform, lambda layer: layer)
 

@@ -17,13 +17,18 @@ class Conv2d(nn.Linear):
     channels last in memory, like the activations of conditioners.
     """
 
+    outside = 0.0  # the input outside of the image
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True):
         super().__init__(kernel_size**2 * in_channels, out_channels, bias)
         self.kernel_size = kernel_size
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         filters = weight.unflatten(1, (self.kernel_size, self.kernel_size, -1)).movedim(-1, 1)
-        return F.conv2d(x, filters, bias, padding=self.kernel_size // 2)
+        padding = self.kernel_size // 2
+        if self.outside:
+            x, padding = F.pad(x, 4 * [padding], value=self.outside), 0
+        return F.conv2d(x, filters, bias, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, self.bias)
@@ -32,11 +37,13 @@ class Conv2d(nn.Linear):
 class ZeroConv2d(Conv2d):
     """A convolution that starts at zero, with a learned gain `exp(3 * log_gain)` per channel.
 
-    As in the Glow release, it lets the outputs grow faster than Adam's steps would.
+    As in the Glow release, it lets the outputs grow faster than Adam's steps would. The input is
+    `outside` beyond the edges of the image.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, outside: float = 0.0):
         super().__init__(in_channels, out_channels, kernel_size)
+        self.outside = outside
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
         self.log_gain = nn.Parameter(torch.zeros(out_channels))
@@ -118,14 +125,21 @@ class ReLU(nn.Module):
 class GlowNet(nn.Module):
     """Glow's conditioner (section 3.3, appendix B): 3x3 - ReLU - 1x1 - ReLU - zero 3x3."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, context_channels: int = 0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        context_channels: int = 0,
+        outside: float = 0.0,
+    ):
         super().__init__()
         self.layers = nn.Sequential(
             Conv2d(in_channels + context_channels, width, 3),
             ReLU(),
             Conv2d(width, width, 1),
             ReLU(),
-            ZeroConv2d(width, out_channels, 3),
+            ZeroConv2d(width, out_channels, 3, outside),
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -133,12 +147,30 @@ class GlowNet(nn.Module):
         return parameters
 
 
+class PreactivatedNet(GlowNet):
+    """Glow's conditioner behind a 1x1 convolution and ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        context_channels: int = 0,
+        outside: float = 0.0,
+    ):
+        super().__init__(in_channels, out_channels, width, context_channels, outside)
+        inputs = in_channels + context_channels
+        self.layers = nn.Sequential(Conv2d(inputs, inputs, 1), ReLU(), *self.layers)
+
+
 class ZeroNet(nn.Module):
     """One zero convolution: Glow's learned prior of a half, `split2d_prior` in the release."""
 
-    def __init__(self, in_channels: int, out_channels: int, context_channels: int = 0):
+    def __init__(
+        self, in_channels: int, out_channels: int, context_channels: int = 0, outside: float = 0.0
+    ):
         super().__init__()
-        self.layer = ZeroConv2d(in_channels + context_channels, out_channels, 3)
+        self.layer = ZeroConv2d(in_channels + context_channels, out_channels, 3, outside)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters: Tensor = self.layer(with_context(x, context))

@@ -87,13 +87,14 @@ class GatedNet(nn.Module):
         width: int,
         blocks: int,
         context_channels: int = 0,
+        outside: float = 0.0,
     ):
         super().__init__()
         self.layers = nn.Sequential(
             Conv2d(in_channels + context_channels, width, 3),
             *(_GatedBlock(width) for _ in range(blocks)),
             ReLU(),
-            ZeroConv2d(width, out_channels, 3),
+            ZeroConv2d(width, out_channels, 3, outside),
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

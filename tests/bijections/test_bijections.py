@@ -23,7 +23,7 @@ from flowtrain.bijections.execution import FUSED, Container
 from flowtrain.bijections.fused import FusedLinear
 from flowtrain.bijections.inverses import inverse_by_iteration
 from flowtrain.bijections.memory import executor_of
-from flowtrain.nets.convolution import GlowNet, ZeroNet
+from flowtrain.nets.convolution import GlowNet, PreactivatedNet, ZeroNet
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import GatedNet, ResidualNet
@@ -105,6 +105,11 @@ LAYERS = {
     "coupling-residual": (lambda: couple(5, ResidualNet, 4, 1, swap=True), (5, 2, 2)),
     "coupling-zero": (lambda: couple(3, ZeroNet, by=b.AffineTransform(1.0)), (3, 2, 2)),
     "additive": (lambda: couple(7, DenseNet, 6, 2, by=b.AdditiveTransform(), swap=True), (7,)),
+    "coupling-preactivated": (
+        lambda: couple(4, PreactivatedNet, 5, 3, 1.0, by=b.TanhTransform(2)),
+        (4, 3, 2),
+        (3, 3, 2),
+    ),
     "coupling-context": (lambda: couple(4, GlowNet, 5, 3), (4, 2, 2), (3, 2, 2)),
     "coupling-larger-context": (lambda: couple(4, GlowNet, 5, 12), (4, 2, 2), (3, 4, 4)),
     "coupling-smaller-context": (lambda: couple(4, ZeroNet, 3), (4, 4, 2), (3, 2, 1)),
@@ -148,6 +153,16 @@ MODELS = dict.fromkeys(TINY, ((1, 4, 4), {})) | {
     "nice": ((1, 3, 3), {"couplings": 3}),
     "glow-rgb": ((3, 4, 2), {"levels": 1, "permutation": "conv1x1", "split": "checkerboard"}),
     "glow-mixed": ((1, 4, 4), {"steps": 2, "levels": 1, "split": "mixed", "coupling": "spline"}),
+    "glow-imported": (
+        (1, 4, 4),
+        {
+            "steps": 1,
+            "coupling": "sigmoid",
+            "prior": "exp",
+            "top_prior": "entry",
+            "padding": "ones",
+        },
+    ),
     "glow-context": ((1, 4, 4), {"context": (1, 1, 1), "prior": "mixture"}),
     "realnvp-context": ((1, 4, 4), {"context": (1, 2, 2)}),
     "iaf-random": ((2, 2, 2), {"order": "random", "hidden_layers": 2, "transform": "spline"}),

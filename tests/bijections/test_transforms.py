@@ -122,12 +122,15 @@ def test_nan_stays_nan(name):
 
 def test_the_scales_of_the_papers():
     x, shift = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    with_limit = b.TanhTransform(2)
+    torch.nn.init.constant_(with_limit.limit, 1.5)
     for raw in (-3.0, 0.0, 2.0):
         parameters = torch.cat([shift, torch.full((1, 2), raw)], dim=1)
         for transform, scale in (
             (b.ExponentialTransform(), math.exp(raw)),
             (b.SigmoidTransform(), 2 / (1 + math.exp(-raw))),
             (b.AffineTransform(), math.exp(2 * math.tanh(raw / 2))),
+            (with_limit, math.exp(1.5 * math.tanh(raw))),
         ):
             z, log_scale = transform(x, parameters)
             torch.testing.assert_close(z, (x + shift) * scale)

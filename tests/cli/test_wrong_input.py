@@ -241,6 +241,10 @@ TABLE = [
     ("push run name --dry-run", "name: no name on the hub: expected hf://user/name"),
     ("push run a/b@v1 --dry-run", "a/b@v1: a revision cannot be uploaded to"),
     ("push run a/b --dry-run --out sub", "sub: holds", "which push has not written"),
+    # --- import
+    ("import text --from y0ast --out x.safetensors", "text: not a file of torch.save with tensors"),
+    ("import gone.pt --from y0ast", "gone.pt: cannot be read: No such file"),
+    ("import text --from glow", "--from", "rosinality"),
     # --- compress and decompress
     ("compress run --out x", "INPUT", "--split"),
     ("compress run empty --out x", "empty", "no image"),

@@ -32,6 +32,14 @@ def test_zero_convolution_has_a_gain():
     torch.testing.assert_close(layer(x), before * torch.tensor(0.3).exp())
 
 
+def test_ones_outside_of_the_image():
+    layer = ZeroConv2d(2, 3, 3, outside=1.0)
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 2, 4, 5)
+    inside = layer(torch.nn.functional.pad(x, 4 * [1], value=1.0))[:, :, 1:-1, 1:-1]
+    torch.testing.assert_close(layer(x), inside)
+
+
 def test_a_context_stays_in_place():
     x, context = torch.randn(2, 3, 2, 4), torch.randn(2, 1, 2, 4)
     assert torch.equal(with_context(x, context), torch.cat([x, context], dim=1))

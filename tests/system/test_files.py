@@ -293,7 +293,8 @@ OPENING = {
     "datasets/imagenet cli/configs pictures/lossless training/run_directory",
     "fdopen": "system/files",
     "memmap": "datasets/cache",
-    "load": "system/distributed checkpoints/format config/files tools/archive/command",
+    "load": "system/distributed checkpoints/format config/files tools/archive/command "
+    "tools/weights/tensors",
     "read_text": "system/capacity tools/hub/page tools/report/report",
     "read_bytes": "checkpoints/zoo tools/explore/server",
     "fromfile": "",

@@ -1,0 +1,1 @@
+"""Models that other projects trained, as checkpoints of flowtrain."""

@@ -1,0 +1,51 @@
+"""`flowtrain import`."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flowtrain.cli.base import SettingOptions, check_suffix, command, on_one_process
+
+EPILOG = (
+    "Example: [cyan]flowtrain import model_100000.pt --from rosinality data.name=folder "
+    "data.path=faces data.size=64 data.n_bits=5[/cyan]"
+)
+Project = Literal["rosinality", "y0ast", "normflows", "chrischute", "tarflow"]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("import", epilog=EPILOG, rich_help_panel="Share")(import_)
+
+
+@command
+@on_one_process
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of torch.save.")],
+    project: Annotated[Project, typer.Option("--from", help="The project that trained it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE.safetensors",
+            help="The checkpoint.",
+            show_default="FILE with the suffix .safetensors",
+        ),
+    ] = None,
+    *,
+    options: SettingOptions,
+) -> None:
+    """Make a checkpoint from the weights of another project's model.
+
+    The model computes the same function. All commands take its checkpoint. KEY=VALUE are the data
+    that it was trained on, which give the size and the levels of images: data.name=cifar10. Nothing
+    in FILE is run.
+    """
+    from flowtrain.system.console import console
+    from flowtrain.tools.weights.convert import import_file
+
+    check_suffix(out, (".safetensors",))
+    target = out or file.with_suffix(".safetensors")
+    import_file(file, project, options.words(), target)
+    console.print(f"wrote {target}: flowtrain evaluate {shlex.quote(str(target))}")

@@ -1,0 +1,205 @@
+"""Models of other projects: the same log-probabilities and images as by the project's own code.
+
+`make.py` made the fixtures.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import quick
+from dataset_helpers import Evil
+from helpers import npz
+
+from flowtrain import load
+from flowtrain.errors import UserError
+from flowtrain.tools.weights.command import Project
+from flowtrain.tools.weights.convert import PROJECTS, convert
+from flowtrain.tools.weights.tensors import Tensors, read
+
+HERE = Path(__file__).parent
+MODELS = [
+    (p, m) for p in ("rosinality", "y0ast", "normflows") for m in ("random", "trained", "additive")
+]
+MODELS += [("y0ast", "classes"), ("normflows", "classes")]
+MODELS += [(p, m) for p in ("chrischute", "tarflow") for m in ("random", "trained")]
+SETTINGS = {
+    ("rosinality", "random"): ["data.n_bits=5"],
+    ("normflows", "additive"): ["dequantization.transform=logit"],
+}
+
+
+def fixture(project, name):
+    """The arrays of a model in a fixture, and its weights."""
+    with np.load(HERE / f"{project}.npz") as file:
+        index = json.loads(str(file[f"{name}/index"]))
+        arrays = {
+            key: torch.from_numpy(file[f"{name}/{key}"])
+            for key in ("weights", "x", "u", "z", "log_prob", "samples")
+        }
+    rest, weights = arrays["weights"].float(), {}
+    for key, shape, dtype, value in index:
+        if value is None:
+            values, rest = rest.tensor_split([math.prod(shape)])
+        else:
+            values = torch.tensor(value)
+        weights[key] = values.view(shape).to(getattr(torch, dtype))
+    return arrays, weights
+
+
+def settings_of(project, name, x, folder):
+    """Settings for images like `x`."""
+    data = npz(folder / "data.npz", shape=(*x.shape[2:], x.shape[1]))
+    own = SETTINGS.get((project, name), [])
+    return ["data.name=npz", f"data.path={data['path']}", *own]
+
+
+@pytest.mark.parametrize("project, name", MODELS)
+def test_log_probabilities_and_samples(project, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowtrain.nets.transformer.HEAD", 8)
+    arrays, weights = fixture(project, name)
+    settings = settings_of(project, name, arrays["x"], tmp_path)
+    _, flow = convert(Tensors("file", weights), project, settings)
+    labels = torch.arange(4) % flow.classes if flow.classes else None
+    with torch.no_grad():
+        log_prob = flow(arrays["x"], arrays["u"].double() / 256, labels).total
+        z, of_two = arrays["z"].double(), None if labels is None else labels[:2]
+        latents = z if labels is None else flow.latents_of_classes(z, of_two)
+        samples = flow.bijection.inverse(latents, flow.conditioning(2, of_two))[0]
+    # Both are float64, but rosinality rounds log-determinants to float32, and chrischute 0.9.
+    torch.testing.assert_close(log_prob, arrays["log_prob"], rtol=1e-8, atol=0)
+    torch.testing.assert_close(samples, arrays["samples"], rtol=0, atol=1e-10)
+
+
+def test_gaussian_noise_is_added_to_images_of_another_scale(tmp_path):
+    """`x / 255` with Gaussian noise, and `(x + u) / 256` without, both from [0, 1] to [-1, 1]."""
+    arrays, weights = fixture("tarflow", "random")
+    settings = settings_of("tarflow", "random", arrays["x"], tmp_path)
+    noise = ["dequantization.name=gaussian"]
+    (_, uniform), (_, gaussian) = (
+        convert(Tensors("file", weights), "tarflow", [*settings, *more]) for more in ([], noise)
+    )
+    x = arrays["x"].double()
+    with torch.no_grad():
+        z, _ = gaussian.bijection(gaussian.dequantizer.middle(x, torch.float64))
+        expected, _ = uniform.bijection(x / 255 - 0.5)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-12)
+
+
+def changed(name, change):
+    """A change of one tensor, or its removal if `change` gives None."""
+
+    def apply(weights):
+        value = change(weights.pop(name))
+        return weights if value is None else {**weights, name: value}
+
+    return apply
+
+
+def filled(value):
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+ACTNORM = "blocks.0.flows.0.actnorm."
+REFUSALS = [
+    (
+        "rosinality",
+        "random",
+        changed(f"{ACTNORM}loc", lambda t: None),
+        "no tensor blocks.0.flows.0",
+    ),
+    (
+        "rosinality",
+        "random",
+        changed(f"{ACTNORM}loc", lambda t: t[:, :3]),
+        "1x3x1x1, expected 1x4x1x1",
+    ),
+    ("rosinality", "random", changed(f"{ACTNORM}loc", filled(math.nan)), "no finite real numbers"),
+    ("rosinality", "random", changed(f"{ACTNORM}loc", torch.Tensor.int), "no finite real numbers"),
+    ("rosinality", "random", changed(f"{ACTNORM}initialized", filled(0)), "never trained"),
+    ("rosinality", "random", lambda w: {**w, "a.b": torch.ones(1)}, "has no tensor a.b"),
+    ("rosinality", "random", changed("blocks.1.prior.conv.bias", filled(9.0)), "at most 7.92"),
+    ("y0ast", "random", lambda w: {"a": torch.ones(1)}, "it has no tensor flow.layers.1.block.4"),
+    ("rosinality", "random", lambda w: {"a": torch.ones(1)}, "it has no tensors blocks.0."),
+    (
+        "y0ast",
+        "random",
+        lambda w: {k: v for k, v in w.items() if ".invconv." not in k},
+        "flow_permutation shuffle or reverse",
+    ),
+    ("normflows", "random", lambda w: {**w, "q0.0.loc_cc": torch.ones(1)}, "depends on the class"),
+    (
+        "normflows",
+        "random",
+        lambda w: {
+            **{k: v for k, v in w.items() if not k.startswith("q0.1.")},
+            "q0.1.loc": torch.arange(32.0).view(1, 2, 4, 4),
+            "q0.1.log_scale": torch.zeros(1, 2, 4, 4),
+        },
+        "q0.1.loc is a mean for each entry",
+    ),
+    ("tarflow", "random", changed("var", filled(2.0)), "var is not 1"),
+    ("tarflow", "random", changed("blocks.0.proj_out.bias", lambda t: t[:4]), "volume-preserving"),
+]
+
+
+@pytest.mark.parametrize("project, name, change, said", REFUSALS)
+def test_other_architectures_are_refused(project, name, change, said, tmp_path):
+    arrays, weights = fixture(project, name)
+    settings = settings_of(project, name, arrays["x"], tmp_path)
+    with pytest.raises(UserError, match=f"^file: .*{re.escape(said)}"):
+        convert(Tensors("file", change(weights)), project, settings)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (lambda path: path.write_bytes(b"PK\x03\x04 damaged"), "not a file of torch.save"),
+        (lambda path: torch.save({"model": Evil()}, path), "not a file of torch.save"),
+        (lambda path: torch.save([torch.ones(1)], path), "holds no state_dict"),
+        (lambda path: torch.save({"a": 1}, path), "holds no state_dict"),
+        (lambda path: torch.save({"a": torch.ones(1).expand(10**9)}, path), "larger than the file"),
+    ],
+)
+def test_other_files_are_refused(content, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pt"
+    content(path)
+    with pytest.raises(UserError, match=f"{path}: .*{said}"):
+        read(path, "a")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.run
+def test_an_imported_model_is_an_ordinary_checkpoint(tmp_path):
+    """It has the likelihood of the project, and is evaluated, sampled and archived."""
+    arrays, weights = fixture("rosinality", "trained")
+    # As `train.py` saves it, from DataParallel, and others beside an optimizer.
+    named = {f"module.{name}": tensor.float() for name, tensor in weights.items()}
+    torch.save({"model": named, "optimizer": {"step": 3}}, tmp_path / "a.pt")
+    words = settings_of("rosinality", "trained", arrays["x"], tmp_path)
+    quick("import", "a.pt", "--from", "rosinality", *words, cwd=tmp_path).ok()
+    model = load(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        log_prob = model(arrays["x"], arrays["u"].float() / 256).total
+    torch.testing.assert_close(log_prob.double(), arrays["log_prob"], rtol=1e-5, atol=0)
+    for words in (
+        ["evaluate", "a.safetensors"],
+        ["sample", "a.safetensors", "--num-images", "2"],
+        ["compress", "a.safetensors", "--split", "test", "--out", "a.fta"],
+        ["decompress", "a.fta", "--out", "back"],
+    ):
+        quick(*words, cwd=tmp_path).ok()
+    wrong = ["import", "a.pt", "--from", "rosinality", "model.width=3"]
+    quick(*wrong, cwd=tmp_path).failed(2, "--set model.width=3: only keys of data and deq")
+    points = ["import", "a.pt", "--from", "rosinality", "data.name=two_moons"]
+    quick(*points, cwd=tmp_path).failed(2, "models are of images")
+
+
+def test_the_command_offers_every_project():
+    assert set(get_args(Project)) == set(PROJECTS)
