@@ -14,7 +14,7 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.results import Evaluation
-from flowtrain.system.console import duration, figure, silent
+from flowtrain.system.console import counted, duration, figure, silent
 
 # The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
 # by about 1e-5, and the rows of the leaderboard have three digits.
@@ -118,7 +118,7 @@ def verify(
         images=summary.images,
         seconds=summary.seconds,
         parameters=summary.parameters,
-        machine=f"{summary.machine}, {meta['threads']} threads, {meta['processes']} processes",
+        machine=f"{summary.machine}, {counted(meta['threads'] * meta['processes'], 'thread')}",
         reached=reached,
     )
 
