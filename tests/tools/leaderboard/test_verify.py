@@ -65,7 +65,7 @@ def test_a_sound_run(run):
     assert found.test.loss == evaluated["loss"] != mirrored.test.loss
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
-    assert "elbo, mirrored" in mirrored.row and " threads" in found.row
+    assert "elbo, mirrored" in mirrored.row and " thread" in found.row
     edit(run / "summary.json", machine="A processor")
     assert "A processor, " in verified(run).row
 
