@@ -31,6 +31,7 @@ from flowtrain.training.dial_rules import (
     SIDES,
     VALIDATED,
     VALIDATIONS,
+    Colours,
     Purpose,
     Size,
 )
@@ -64,7 +65,7 @@ def configured(
     if not distributed.from_main(path.exists):
         return choose(name, length, purpose, settings, device)
     values = configuration.load_yaml(path)
-    there, here = values["model"]["name"], FAMILIES[purpose].colour[0].model["name"]
+    there, here = values["model"]["name"], FAMILIES[purpose].sizes["colour"][0].model["name"]
     if there != here:
         raise UserError(f"--for {purpose}: {path} has the model {there}; give another --run-dir")
     if values["train"].get("budget") is not None:
@@ -93,12 +94,15 @@ def choose(
     with distributed.main_process_first():  # it may download
         train = data.split("train")
     (channels, height, width), count = data.shape, len(train) + len(data.split("validation"))
-    colours, few = "grey" if channels == 1 else "colour", count * math.prod(data.shape) < FEW
+    colours: Colours = "grey" if channels == 1 else "colour"
+    few = count * math.prod(data.shape) < FEW
     console.print(f"data: {count:,} {colours} images of {height}x{width} pixels")
     console.print(f"model: {family.description}")
     values["data"] |= _data_keys(data, train, count)
-    values["train"] = (family.few if few else family.train) | {"budget": budget}
-    values["train"]["batch_size"] = min(values["train"]["batch_size"], len(train))
+    sizes = family.sizes[colours]
+    own_train = family.few if few else family.train[colours]
+    batch = min(own_train["batch_size"], len(train))
+    values["train"] = own_train | {"batch_size": batch, "budget": budget}
     if family is GLOW and not few:
         values["dequantization"] = _dequantization(train, levels)
 
@@ -110,14 +114,13 @@ def choose(
     def step(size: Size, precision: str) -> Step | None:
         return _measured(config(size, precision=precision), data, device)
 
-    sizes = (family.grey if channels == 1 else family.colour)[: 1 if few else None]
     size, found = sizes[0], step(sizes[0], "fp32")
     if found is None:
         raise UserError(f"{where}: a step of one image does not fit into the memory")
     if not few and (fast := step(size, "bf16")) and found.seconds > FASTER * fast.seconds:
         found = fast
     console.print(f"precision: {found.precision}")
-    for larger in sizes[1:]:
+    for larger in () if few else sizes[1:]:
         after = step(larger, found.precision)
         steps = budget / after.seconds if after else 0
         if after is None or steps < larger.steps:
@@ -135,7 +138,7 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    enough = max(LEAST_STEPS, PASSES * count // values["train"]["batch_size"])
+    enough = max(LEAST_STEPS, PASSES * count // batch)
     if few and enough < steps:
         console.print(f"length: {enough:,} steps, {PASSES} passes, because the images are few")
         keys["num_steps"] = steps = enough
