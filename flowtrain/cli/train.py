@@ -41,6 +41,9 @@ EPILOG = "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=
 class Settings(TyperCommand):
     """Its help lists the configurations. An option that is a key gets a hint."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", "[DATA]", "[KEY=VALUE]..."]
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         rows = [f"[bold]{name}[/bold]  {headline}" for name, headline in _complete_config("")]
         title = "[bold]Configurations that come with flowtrain:[/bold]"

@@ -125,7 +125,6 @@ TABLE = [
     ("train --sett seed=1", "No such option", "--set"),
     ("train TINY --extend --resume run", "--extend: goes on from the last checkpoint"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
-    ("train --config folder", "data/images is no folder; add data.path=DIR"),
     ("train TINY data.name=npz", "data.path: missing; add data.path=VALUE"),
     ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
     ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
