@@ -55,13 +55,16 @@ def load(
     return loaded.flow
 
 
-def check(flow: "Flow | Foreign", x: "Batch", seed: int = 0) -> "list[Finding]":
+def check(
+    flow: "Flow | Foreign", x: "Batch", seed: int = 0, train: "Batch | None" = None
+) -> "list[Finding]":
     """The findings of `flowtrain doctor` about any flow.
 
     Args:
         flow: a flow of flowtrain, or one of another library with its contract.
         x: images or points that the flow was not trained on, as for `Flow.log_prob`.
         seed: of the noise images, the samples and the dequantization noise.
+        train: images that it was trained on, whose bits/dim a project may have printed.
 
     Raises:
         flowtrain.errors.UserError: for a flow that has none of the known forms.
@@ -69,4 +72,4 @@ def check(flow: "Flow | Foreign", x: "Batch", seed: int = 0) -> "list[Finding]":
     """
     from flowtrain.tools.doctor.examine import check
 
-    return check(flow, x, seed)
+    return check(flow, x, seed, train)

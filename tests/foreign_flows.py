@@ -129,6 +129,7 @@ LOG_PROBS = {
     "normflows": lambda flow, v: flow.log_prob(v, None),
     "nflows": lambda flow, v: flow.log_prob(v),
     "FrEIA": lambda flow, v: _of_latent(*flow(v)),
+    "zuko": lambda flow, v: flow().log_prob(v.flatten(1)),
 }
 
 
@@ -223,6 +224,54 @@ class Mixture(nn.Module):
         return self.means[torch.arange(n) % 2, None] + torch.randn(n, 2)
 
 
+class Dequantized(nn.Module):
+    """A flow of 1x8x8 images that adds the noise itself. It takes integers, as in SurVAE flows
+    (Nielsen et al. 2020), or images in [0, 1), as in y0ast/Glow-PyTorch.
+    """
+
+    def __init__(self, of_integers, bins=BINS):
+        super().__init__()
+        self.of_integers, self.bins = of_integers, bins
+        self.log_scale = nn.Parameter(0.1 * torch.randn(SHAPE, generator=seeded()))
+
+    def forward(self, v):
+        y = v + torch.rand_like(v) * (1 if self.of_integers else SCALE)
+        y = y * SCALE if self.of_integers else y
+        log_det = self.log_scale.sum() - 64 * math.log(self.bins)
+        return (y - 0.5) * self.log_scale.exp(), log_det.expand(len(v))
+
+    def inverse(self, z):
+        y = z * (-self.log_scale).exp() + 0.5
+        log_det = 64 * math.log(self.bins) - self.log_scale.sum()
+        return (y * BINS).floor() if self.of_integers else y, log_det.expand(len(z))
+
+
+class Estimated(Scaled):
+    """A log-det with an unbiased estimate of its error, or a biased one."""
+
+    def __init__(self, bias=0.0):
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return z, log_det + self.bias + 0.3 * torch.randn_like(x[:, 0])
+
+    def inverse(self, z):
+        x, log_det = super().inverse(z)
+        return x, log_det - self.bias - 0.3 * torch.randn_like(z[:, 0])
+
+
+def normflows_residual():
+    nf = library("normflows")
+    layers = []
+    for _ in range(2):
+        net = nf.nets.LipschitzMLP([4, 16, 4], init_zeros=False, lipschitz_const=0.9)
+        layers += [nf.flows.Residual(net), nf.flows.ActNorm(4)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), layers)
+    return trained(flow, flow.log_prob, torch.randn(50, 4, generator=seeded()))
+
+
 HIDDEN = {"hidden_features": [8]}
 POINTS = {
     "normflows": normflows_points,
@@ -245,12 +294,51 @@ IMAGES = {
     "nflows": lambda: Foreign(nflows_glow(), SHAPE, BINS, offset=-0.5),
     "FrEIA": lambda: Foreign(freia_glow(), SHAPE, BINS, scale=1 / 128, offset=-1),
     "zuko, flat, logit": lambda: Foreign(zuko_images(), SHAPE, BINS, alpha=0.05, flat=True),
+    "noise of a flow of integers": lambda: Foreign(
+        Dequantized(True), SHAPE, BINS, scale=1.0, adds_noise=True
+    ),
+    "noise of a flow": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
 }
+ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}
 
 
 def zuko_images():
     zuko = library("zuko")
     return zuko.flows.NICE(64, transforms=2, hidden_features=[8]).eval()
+
+
+def zuko_glow(logit=False):
+    """On vectors, with a linear map in place of a 1x1 convolution."""
+    zuko = library("zuko")
+    from torch.distributions import SigmoidTransform
+    from zuko import distributions, lazy, transforms
+
+    mixing = torch.eye(64) + 0.05 * torch.randn(64, 64, generator=seeded())
+    flow = lazy.Flow(
+        [
+            *([lazy.UnconditionalTransform(SigmoidTransform).inv] if logit else []),
+            lazy.UnconditionalTransform(transforms.LULinearTransform, mixing),
+            zuko.flows.coupling.GeneralCouplingTransform(64, hidden_features=[8]),
+        ],
+        lazy.UnconditionalDistribution(
+            distributions.DiagNormal, torch.zeros(64), torch.ones(64), buffer=True
+        ),
+    )
+    return moved(flow)
+
+
+def altered_part(flow, name, method, change):
+    """Replaces the results of a method in the distribution that a zuko flow makes in each call, or
+    in a transform of it.
+    """
+
+    def forward(own, self, *args):
+        distribution = own(*args)
+        parts = [distribution, *distribution.transform.transforms]
+        altered(next(part for part in parts if type(part).__name__ == name), method, change)
+        return distribution
+
+    altered(flow, "forward", forward)
 
 
 # --- faults ---------------------------------------------------------------------------------------

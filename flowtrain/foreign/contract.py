@@ -30,8 +30,12 @@ class Foreign:
         offset: Such as -0.5 to centre.
         alpha: For the logit, which has neither `scale` nor `offset`.
         flat: The flow takes an image as a vector `(D,)`.
+        adds_noise: The flow draws the noise itself. It takes `v = offset + scale x`, its log-det or
+            log-density has all terms of the bound on log P(x), and its inverse gives a value in the
+            bin of x.
         bits_per_dim: The project's own figure for integers x, uint8 `(B, C, H, W)`: a number or
-            `(B,)`. `flowtrain doctor` compares it with its own.
+            `(B,)`. Or the number that it prints for its test images. `flowtrain doctor` compares it
+            with its own.
 
     Raises:
         UserError: The values do not fit together.
@@ -44,7 +48,8 @@ class Foreign:
     offset: float = 0.0
     alpha: float | None = None
     flat: bool = False
-    bits_per_dim: Callable[[Tensor], Any] | None = None
+    adds_noise: bool = False
+    bits_per_dim: Callable[[Tensor], Any] | float | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (1, 3) or min(self.shape) < 1:
@@ -52,10 +57,15 @@ class Foreign:
         if self.num_bins is not None and not 2 <= self.num_bins <= 256:
             raise UserError(f"num_bins: {self.num_bins}, expected 2..256, or None for real values")
         mapped = self.scale is not None or self.offset != 0
-        if self.num_bins is None and (mapped or self.alpha is not None or self.bits_per_dim):
-            raise UserError("scale, offset, alpha and bits_per_dim are for images: give num_bins")
-        if self.alpha is not None and (mapped or not 0 < self.alpha < 0.5):
-            raise UserError(f"alpha: {self.alpha}, expected 0..1/2, without scale and offset")
+        of_images = mapped or self.alpha is not None or self.adds_noise
+        if self.num_bins is None and (of_images or self.bits_per_dim is not None):
+            raise UserError(
+                "scale, offset, alpha, adds_noise and bits_per_dim are for images: give num_bins"
+            )
+        if self.alpha is not None and (mapped or self.adds_noise or not 0 < self.alpha < 0.5):
+            raise UserError(
+                f"alpha: {self.alpha}, expected 0..1/2, without scale, offset and adds_noise"
+            )
         if self.scale is not None and self.scale <= 0:
             raise UserError(f"scale: {self.scale}, expected a positive number")
 
@@ -77,6 +87,7 @@ class Foreign:
             return "real values"
         if self.alpha is not None:
             return f"logit({self.alpha:g} + {1 - 2 * self.alpha:g} (x + u) / {self.num_bins})"
-        scaled = f"(x + u) / {self.num_bins}" if self.scale is None else f"{self.scale:g} (x + u)"
+        x = "x" if self.adds_noise else "(x + u)"
+        scaled = f"{x} / {self.num_bins}" if self.scale is None else f"{self.scale:g} {x}"
         sign = "-" if self.offset < 0 else "+"
         return f"{scaled} {sign} {abs(self.offset):g}" if self.offset else scaled

@@ -12,34 +12,39 @@ from torch import Tensor, nn
 
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
-from flowtrain.bijections.execution import Container, Fused
+from flowtrain.bijections.execution import FUSED, Container, Fused
 from flowtrain.errors import UserError, short
-from flowtrain.flow.dequantize import Dequantizer, RealValued
+from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.adapters import Adapted, Step, adapt
 from flowtrain.foreign.contract import Foreign
+from flowtrain.system.random import seeded
 from flowtrain.types import Shape
 
 TRIED = 2  # examples of the trial that reads the shapes of latents
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 class Source:
-    """The foreign flow, shared by its bijection and the layers of that."""
+    """The foreign flow, shared by its bijection and the layers of that.
+
+    seed: If it is not None, each call of the foreign code draws the same random numbers, by it.
+    """
 
     def __init__(self, flow: Any):
         self.flow = flow
         self.running: Adapted | None = None  # while layers are diverted, their own functions
+        self.seed: int | None = None
+
+    @contextmanager
+    def called(self, dtype: torch.dtype) -> Iterator[None]:
+        """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with seeded(self.seed):
+                yield
+        finally:
+            torch.set_default_dtype(before)
 
     @property
     def adapted(self) -> Adapted:
@@ -61,17 +66,20 @@ def _per_example(log_det: Any, like: Tensor) -> Tensor:
 class ForeignLayer(Bijection):
     """One layer of a foreign flow."""
 
+    random_latents = False  # whether the layer adds noise
+    random_log_dets = False  # whether its log-det is an estimate, but its latents are not random
+
     def __init__(self, source: Source, index: int):
         super().__init__()
         self.source, self.index = source, index
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        with _default_dtype(x.dtype):
+        with self.source.called(x.dtype):
             z, log_det = self.source.step(self.index).forward(x)
         return z, _per_example(log_det, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        with _default_dtype(z.dtype):
+        with self.source.called(z.dtype):
             x, log_det = self.source.step(self.index).inverse(z)
         return x, _per_example(log_det, z)
 
@@ -119,7 +127,7 @@ class ForeignBijection(Container):
         adapted = adapt(source.flow)
         layers = list(self.inner_layers())
         divert = not isinstance(executor, Fused) and bool(layers)
-        with _default_dtype(x.dtype):
+        with source.called(x.dtype):
             if divert and adapted.layers[0].diverted is None:
                 given = self._given(direction, x)
                 result, log_det = executor.chain(
@@ -222,12 +230,37 @@ class LinearDequantizer(Dequantizer):
         return (v - self.offset) / (self.scale * self.num_bins)
 
 
+class NoNoise(LinearDequantizer):
+    """`v = offset + scale x` for a flow that adds noise itself, and has the terms for the bins.
+
+    `noise` has no effect, but a derivative: that of `v` with respect to x.
+    """
+
+    of_entry = 0.0
+
+    def forward(
+        self, x: Tensor, noise: Tensor, executor: Executor = FUSED
+    ) -> tuple[Tensor, Tensor]:
+        return self.from_unit((x + (noise - noise.detach())) / self.num_bins)
+
+    def middle(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.from_unit(x.to(dtype) / self.num_bins)[0]
+
+    def from_unit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return super().from_unit(y)[0], y.new_zeros(len(y))
+
+    def to_unit(self, v: Tensor) -> Tensor:
+        # The inverse may give the lower end of a bin, which rounding must not move to the next one.
+        return super().to_unit(v) + EDGE / self.num_bins
+
+
 def _dequantizer(contract: Foreign) -> Dequantizer | RealValued:
     if contract.num_bins is None:
         return RealValued()
     if contract.alpha is not None:
         return Dequantizer(contract.num_bins, "logit", contract.alpha)
-    return LinearDequantizer(contract.num_bins, contract.scale, contract.offset)
+    linear = NoNoise if contract.adds_noise else LinearDequantizer
+    return linear(contract.num_bins, contract.scale, contract.offset)
 
 
 class ForeignModel(Flow):
@@ -244,28 +277,32 @@ class ForeignModel(Flow):
         super().__init__(bijection, _dequantizer(contract), contract.image_shape)
         self.contract = contract
         bijection.latent_shapes = _tried(self)
+        self.source = bijection.source
+        self.is_random = False  # whether the log-density depends on the seed
 
     def base_log_prob(self, z: Tensor) -> Tensor:
-        with _default_dtype(z.dtype):
-            return self.bijection.source.adapted.base(self.bijection.parts(z))
+        with self.source.called(z.dtype):
+            return self.source.adapted.base(self.bijection.parts(z))
 
-    def own_log_prob(self, v: Tensor) -> Tensor | None:
-        """The library's own log-density of inputs `v` of the bijection, `(B,)`, if it has one."""
-        own = self.bijection.source.adapted.log_prob
-        with _default_dtype(v.dtype):
-            return None if own is None else own(v.reshape(len(v), *self.contract.input_shape))
+    def own_log_prob(self, v: Tensor) -> Tensor:
+        """The library's own log-density of inputs `v` of the bijection, `(B,)`."""
+        own = self.source.adapted.log_prob
+        assert own is not None
+        with self.source.called(v.dtype):
+            return own(v.reshape(len(v), *self.contract.input_shape))
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` latents of the library's base density. They are a function of `n`."""
-        draw = self.bijection.source.adapted.draw
+        draw = self.source.adapted.draw
         if draw is None:
             return super().draw_latents(n, generator)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _default_dtype(self.dtype):
-            if generator is not None:
-                seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-                torch.manual_seed(int(seed))
-            drawn = draw(n)
-        z = torch.cat([part.flatten(1) for part in drawn], dim=1)
+        seed = None
+        if generator is not None:
+            drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+            seed = int(drawn)
+        with torch.no_grad(), self.source.called(self.dtype), seeded(seed):
+            parts = draw(n)
+        z = torch.cat([part.flatten(1) for part in parts], dim=1)
         return z.to(self.device, self.dtype)
 
 

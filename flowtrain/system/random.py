@@ -2,6 +2,8 @@
 
 import enum
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,6 +32,24 @@ def generator(
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Code of others draws from the global generators of torch and numpy, which get this seed, and
+    afterwards their state from before. With None, nothing changes.
+    """
+    if seed is None:
+        yield
+        return
+    before = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
 
 
 CPU = torch.device("cpu")

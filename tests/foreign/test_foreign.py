@@ -123,6 +123,8 @@ def test_what_is_no_flow(flow, words):
         ({"num_bins": None, "offset": 1.0}, "give num_bins"),
         ({"alpha": 0.6}, "alpha"),
         ({"alpha": 0.05, "scale": 1.0}, "alpha"),
+        ({"alpha": 0.05, "adds_noise": True}, "alpha"),
+        ({"num_bins": None, "adds_noise": True}, "give num_bins"),
         ({"scale": -1.0}, "scale"),
     ],
 )

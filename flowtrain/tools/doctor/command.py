@@ -72,12 +72,13 @@ def doctor(
 def _print(check: str, findings: "list[Finding]") -> None:
     """A table of one check, eighty columns wide.
 
-    Per kind of input, it has a row for the worst layer, and for layers to be watched or bad.
+    Per kind of input, it has a row for the worst layer, and for layers to be watched or bad. Noise
+    and extreme images have none if all is ok.
     """
     from rich.table import Table
 
     from flowtrain.system.console import console, figure
-    from flowtrain.tools.doctor.findings import BOUNDS
+    from flowtrain.tools.doctor.findings import BOUNDS, UNLIKELY
 
     watch, bad = BOUNDS[check]
     beyond = "below" if bad < watch else "above"
@@ -92,6 +93,8 @@ def _print(check: str, findings: "list[Finding]") -> None:
         groups.setdefault((finding.layer == "", finding.inputs), []).append(finding)
     for (whole, inputs), group in groups.items():
         group.sort(key=lambda finding: -finding.severity)
+        if inputs in UNLIKELY and group[0].verdict == "ok":
+            continue
         shown = max(1, sum(finding.verdict != "ok" for finding in group[:SHOWN]))
         for i, finding in enumerate(group[:shown]):
             layer = "the whole model" if whole else finding.layer

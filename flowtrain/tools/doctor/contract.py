@@ -2,9 +2,12 @@
 changes nothing, examples do not affect each other, and the figures are those of the density.
 """
 
+import contextlib
 import copy
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +17,16 @@ from flowtrain.bijections.base import Direction
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import call
 from flowtrain.errors import UserError, short
-from flowtrain.evaluation.layers import Watching
+from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.foreign.model import ForeignModel
-from flowtrain.system.random import Stream, uniform
+from flowtrain.system.random import Stream, seeded, uniform
+from flowtrain.tools.doctor.draws import ERRORS, TOGETHER, averaged, beyond
 from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, Notes
 from flowtrain.tools.doctor.log_dets import nearest
 
 DRAWS = 8  # of the noise, for the standard error of a figure
-BATCH = 8  # images that are evaluated together
+PRINTED = 0.005  # rounding of a figure with two digits after the point
 SAME = 1e-9  # largest change that is rounding in float64
 
 
@@ -33,7 +37,7 @@ def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) 
     """
     used = copy.deepcopy(flow)
     try:
-        used.to_latents(x[:BATCH].to(flow.device), noise[:BATCH].to(flow.device))
+        used.to_latents(x[:TOGETHER].to(flow.device), noise[:TOGETHER].to(flow.device))
     except Exception:  # the passes note it
         return
     before = dict(flow.named_parameters())
@@ -58,7 +62,7 @@ def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> N
     """
     if len(x) < 3:
         return
-    v = flow.dequantizer(x[:BATCH], noise[:BATCH].to(flow.dtype))[0]
+    v = flow.dequantizer(x[:TOGETHER], noise[:TOGETHER].to(flow.dtype))[0]
     for mode, training in (("evaluation", False), ("training", True)):
         check = f"other examples, {mode}"
         used = copy.deepcopy(flow).train(training)
@@ -89,27 +93,46 @@ def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> N
 
 
 def _change(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """The largest change of the first example's latent or log-det with other examples. Both calls
-    draw the same random numbers.
-    """
+    """The largest change of the first example's latent or log-det with other examples."""
     others = torch.cat([x[:1], (x[1:].flip(0) + x[:1]) / 2])
-    results = []
-    for batch in (x, others):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            results.append(function(batch))
+    results = [function(batch) for batch in (x, others)]
     return max(float((a[0] - b[0]).abs().max()) for a, b in zip(*results, strict=True))
+
+
+def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
+    """Checks that a layer makes no tensors on the CPU for an input on another device.
+
+    That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
+    """
+    elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+
+    def around(
+        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            call(elsewhere[name], direction, given.to("meta"))
+        except Exception as error:
+            if re.search("same device|expected device", str(error)):
+                notes.add("device", 1, name, IMAGES, reason="it makes tensors on the CPU")
+        return call(layer, direction, given, context)
+
+    notes.add("device", 0, "", IMAGES)
+    with contextlib.suppress(Exception):  # the passes note it
+        flow.to_latents(x[:TOGETHER], noise[:TOGETHER], Watching(flow, around))
 
 
 def check_log_prob(precise: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
     """Checks the library's log-density against its two directions and its base density."""
+    if precise.source.adapted.log_prob is None:
+        return
     v, _ = precise.dequantizer(x, noise.to(precise.dtype))
-    try:
-        own = precise.own_log_prob(v)
-        if own is None:
-            return
+
+    def difference() -> Tensor:
         z, log_det = precise.bijection(v)
-        error = (own - log_det - precise.base_log_prob(z)).abs().max()
+        return precise.own_log_prob(v) - log_det - precise.base_log_prob(z)
+
+    try:
+        error = beyond(*averaged(precise, difference)).max()
     except Exception as failure:
         notes.failed(("log_prob",), failure, inputs=IMAGES)
     else:
@@ -119,63 +142,79 @@ def check_log_prob(precise: ForeignModel, x: Tensor, noise: Tensor, notes: Notes
         notes.add("log_prob", bits, inputs=IMAGES, reason=reason)
 
 
-def check_noise_bits(flow: ForeignModel, images: Tensor, noise: Tensor, notes: Notes) -> None:
-    """Checks that uniform noise needs at least its entropy, D log Q.
+def check_noise_bits(flow: ForeignModel, log_prob: Tensor, sure: Tensor, notes: Notes) -> None:
+    """Checks that uniform noise with these likelihoods needs at least its entropy, D log Q.
 
     For images x of N uniform draws, the probability that one of them has `-log P(x)` below the
     entropy by t nats is at most N exp(-t), if the probabilities of all images add up to at most 1
     (Markov's inequality).
     """
     assert flow.num_bins is not None
-    try:
-        nats = -flow(images.to(flow.device), noise.to(flow.device)).total.cpu().double()
-    except Exception:
-        return
-    below = (flow.dims * math.log(flow.num_bins) - nats).max().clamp_min(0)
+    below = (flow.dims * math.log(flow.num_bins) + log_prob - sure).max().clamp_min(0)
     impossible = f"impossible: their entropy is {math.log2(flow.num_bins):.3g} bits/dim"
     reason = impossible if below > BOUNDS["noise below its entropy"][0] else ""
     notes.add("noise below its entropy", below, inputs=IMAGES, reason=reason)
 
 
-def figures(flow: ForeignModel, x: Tensor, seed: int) -> tuple[float, float]:
-    """The bits/dim of images, the mean over `DRAWS` draws of the noise, and its standard error over
-    draws.
-    """
+def figures(flow: ForeignModel, x: Tensor, seed: int) -> Tensor:
+    """The bits/dim of each image by each draw of the noise, `(DRAWS, B)`."""
     each = []
     for draw in range(DRAWS):
+        flow.source.seed = draw
         noise = uniform(x.shape, seed, Stream.EVALUATION, 0, draw)
-        each.append(float(flow.loss(flow(x.to(flow.device), noise.to(flow.device)).total).mean()))
-    values = torch.tensor(each, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / math.sqrt(DRAWS))
+        each.append(flow.loss(flow(x.to(flow.device), noise.to(flow.device)).total).cpu().double())
+    flow.source.seed = 0
+    return torch.stack(each)
 
 
-def check_figure(flow: ForeignModel, x: Tensor, random: Tensor, seed: int, notes: Notes) -> None:
-    """Compares the project's own bits/dim with those of its density, and names the reason."""
-    if flow.contract.bits_per_dim is None:
+def _error_of_images(figures: Tensor) -> float:
+    """Six standard errors of the mean for other images of the distribution, and rounding."""
+    images = figures.mean(dim=0)
+    return ERRORS * float(images.std()) / math.sqrt(len(images)) + PRINTED
+
+
+def check_figure(
+    flow: ForeignModel, x: Tensor, random: Tensor, train: Tensor | None, seed: int, notes: Notes
+) -> None:
+    """Compares the project's own bits/dim with those of its density for images `x`, and names the
+    reason. `train` are images on which the flow was trained.
+    """
+    own = flow.contract.bits_per_dim
+    if own is None:
         return
-    found, random_bits = (_own_figure(flow, images) for images in (x, random))
-    true, error = figures(flow, x, seed)
-    # The project draws its noise once. Student's t with 7 degrees of freedom is beyond 5.6 once in
-    # 1,000 times.
-    sure = 6 * error * math.sqrt(DRAWS) + 1e-4
-    words = f"the project gives {found:.4f}, its density {true:.4f}"
-    # A single mistake is likelier than two of them.
-    found_by = (nearest(found, each, sure + 1e-3) for each in _mistakes(flow, x, true, seed))
-    reason = next(filter(None, found_by), "")
-    entropy = math.log2(flow.num_bins or 1)
-    if random_bits < entropy - 40 / (flow.dims * math.log(2)):
-        words += f", and {random_bits:.4f} for noise of {entropy:.4g} bits/dim, which is impossible"
-    reason = f"{words}: {reason}" if reason else words
+    each = figures(flow, x, seed)
+    true = float(each.mean())
+    words, reason = "", ""
+    if callable(own):
+        found, random_bits = (_own_figure(own, images) for images in (x, random))
+        # The project draws its noise once. Student's t with 7 degrees of freedom is beyond 5.6 once
+        # in 1,000 times.
+        sure = ERRORS * float(each.mean(dim=1).std()) + 1e-4
+        entropy = math.log2(flow.num_bins or 1)
+        if random_bits < entropy - 40 / (flow.dims * math.log(2)):
+            words = f", and {random_bits:.4f} for noise of {entropy:.4g} bits/dim, which is "
+            words += "impossible"
+    else:
+        found, sure = float(own), _error_of_images(each)
+    words = f"the project gives {found:.4f}, its density {true:.4f}{words}"
     distance = max(0.0, abs(found - true) - sure)
+    if train is not None:
+        seen = figures(flow, train, seed)
+        words += f", and {seen.mean():.4f} for training images"
+        if distance and abs(found - float(seen.mean())) < _error_of_images(seen):
+            reason = "it is that of data seen in training"
+    if distance and not reason:
+        # A single mistake is likelier than two of them.
+        mistakes = _mistakes(flow, x, true, seed)
+        reason = next(filter(None, (nearest(found, each, sure + 1e-3) for each in mistakes)), "")
+    reason = f"{words}: {reason}" if reason else words
     notes.add("the project's bits/dim", distance, inputs=IMAGES, reason=reason)
 
 
-def _own_figure(flow: ForeignModel, images: Tensor) -> float:
-    assert flow.contract.bits_per_dim is not None
+def _own_figure(own: Callable[[Tensor], Any], images: Tensor) -> float:
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return float(torch.as_tensor(flow.contract.bits_per_dim(images.clone())).mean())
+        with seeded(0):
+            return float(torch.as_tensor(own(images.clone())).mean())
     except Exception as error:
         raise UserError(f"bits_per_dim: {type(error).__name__}: {short(error)}") from error
 
@@ -194,10 +233,11 @@ def _mistakes(
             terms[f"{other} bins in place of {bins}"] = math.log2(other / bins)
     middle = dequantizer.to_unit(dequantizer.middle(x))
     of_map = float(dequantizer.from_unit(middle)[1].mean()) / (flow.dims * math.log(2))
+    by_flow = flow.contract.adds_noise  # with all terms of the bins
     if flow.contract.alpha is not None:
         terms["the log-determinant of the logit is missing"] = of_map + math.log2(bins)
         terms["the log-determinants of logit and bins are missing"] = of_map
-    elif abs(of_map + math.log2(bins)) > 1e-3:
+    elif abs(of_map + math.log2(bins)) > 1e-3 and not by_flow:
         terms["the log-determinant of the scale is missing"] = of_map
         terms[f"log {bins} in place of the scale's log-determinant"] = of_map + math.log2(bins)
     units = {
@@ -212,7 +252,7 @@ def _mistakes(
         for unit, factor in units.items()
         for words, term in terms.items()
     }
-    for words, of_noise in NOISES.items():
+    for words, of_noise in ({} if by_flow else NOISES).items():
         noise = of_noise(uniform(x.shape, seed, Stream.EVALUATION))
         v, given = dequantizer.from_unit((x + noise) / bins)
         z, own = flow.bijection(v.to(flow.device))

@@ -23,15 +23,18 @@ from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.tools.doctor.contract import (
     check_batch,
     check_constancy,
+    check_device,
     check_figure,
     check_log_prob,
     check_noise_bits,
 )
-from flowtrain.tools.doctor.findings import IMAGES, NOISE, SAMPLES, Finding, Notes
+from flowtrain.tools.doctor.draws import ERRORS, adds_noise, check_randomness
+from flowtrain.tools.doctor.findings import EXTREME, IMAGES, NOISE, SAMPLES, Finding, Notes
 from flowtrain.tools.doctor.integral import check_integral
 from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights, learns_noise
 from flowtrain.tools.doctor.log_dets import check_log_dets
 from flowtrain.tools.doctor.round_trips import check_likelihood, round_trip
+from flowtrain.types import Shape
 
 BATCH_SIZE = 64
 
@@ -56,28 +59,43 @@ def examine(
     if len(split) == 0:
         raise UserError("data: the test split is empty")
     x = split.sample(num_images, seed).take(slice(None))
-    return examine_on(x, model, seed=seed, progress=progress)
+    own = model.flow.contract.bits_per_dim if isinstance(model.flow, ForeignModel) else None
+    printed = own is not None and not callable(own)
+    train = data.split("train").sample(num_images, seed).take(slice(None)) if printed else None
+    return examine_on(x, model, train=train, seed=seed, progress=progress)
 
 
 @torch.no_grad()
 def examine_on(
-    x: Tensor, model: LoadedModel, *, seed: int = 0, progress: Callable[[int, int], None] = silent
+    x: Tensor,
+    model: LoadedModel,
+    *,
+    train: Tensor | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = silent,
 ) -> list[Finding]:
     """All findings about a model on images `x` `(B, C, H, W)`, as many noise images, and samples.
+    The figure of a project is also compared with that of the images `train`.
 
     A model that raises, or whose values are not finite, has findings like any other.
     """
     flow = model.flow
-    noise = uniform(x.shape, seed, Stream.EVALUATION, device=x.device)
-    random_images = flow.kind.uniform_like(x, generator(seed, Stream.EVALUATION))
-    levels = flow.kind.levels_per_unit(x)
+    kinds = {IMAGES: x, NOISE: flow.kind.uniform_like(x, generator(seed, Stream.EVALUATION))}
+    if flow.num_bins is not None:
+        kinds[EXTREME] = extreme_images(flow.shape, flow.num_bins)
+    levels, of_images = flow.kind.levels_per_unit(x), EXTREME in kinds
     z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
+    passed = {**kinds, SAMPLES: x}
+    noises = {kind: uniform(each.shape, seed, Stream.EVALUATION) for kind, each in passed.items()}
+    noise = noises[IMAGES].to(x.device)
 
     notes = Notes()
     if isinstance(flow, ForeignModel):
         check_constancy(flow, x, noise, notes)
+        check_randomness(flow, x, noise, notes)
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
-    done, total = 0, (10 if learns_noise(flow) else 7) * -(-len(x) // BATCH_SIZE) + 1
+    passes, of_extremes = (11, 4) if learns_noise(flow) else (8, 3) if of_images else (7, 0)
+    done, total = 0, passes * -(-len(x) // BATCH_SIZE) + of_extremes + 1
 
     def in_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         nonlocal done
@@ -87,8 +105,8 @@ def examine_on(
             progress(done, total)
 
     check_weights(flow, notes)
-    for kind, images in ((IMAGES, x), (NOISE, random_images)):
-        for part, u in in_batches(images, noise):
+    for kind, images in kinds.items():
+        for part, u in in_batches(images, noises[kind]):
             run = partial(flow.to_latents, part.to(flow.device), u.to(flow.device))
             check_layers(flow, run, "forward pass", kind, notes)
     for part, images in in_batches(z, x):
@@ -98,47 +116,69 @@ def examine_on(
         )
         check_layers(flow, run, "inverse pass", SAMPLES, notes)
     if learns_noise(flow):
-        for kind, images in ((IMAGES, x), (NOISE, random_images), (SAMPLES, x)):
-            for part, u in in_batches(images, noise):
+        for kind, images in passed.items():
+            for part, u in in_batches(images, noises[kind]):
                 check_noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)
-    for kind, images in ((IMAGES, x), (NOISE, random_images)):
+    for kind, images in kinds.items():
         exact = sum(
             round_trip(flow, precise, part, None, levels, kind, notes)
             for (part,) in in_batches(images)
         )
-        if not flow.kind.exact:
-            notes.add("images that come back exactly", exact / len(x), inputs=kind)
+        if not flow.kind.exact and not adds_noise(flow):
+            notes.add("images that come back exactly", exact / len(images), inputs=kind)
     for part, images in in_batches(z, x):
         round_trip(flow, precise, images, part, levels, SAMPLES, notes)
-    reported = [check_likelihood(flow, precise, part, u, notes) for part, u in in_batches(x, noise)]
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind, images in kinds.items() if of_images else [(IMAGES, x)]:
+        each = [
+            check_likelihood(flow, precise, part, u, kind, notes)
+            for part, u in in_batches(images, noises[kind])
+        ]
+        log_probs, errors = zip(*each, strict=True)
+        found[kind] = torch.cat(log_probs), torch.cat(errors)
     if flow.num_bins is not None and not flow.kind.no_bits:
-        bits = flow.loss(torch.cat(reported)).mean()
-        words = ""
+        bits, words = float(flow.loss(found[IMAGES][0]).mean()), ""
         if isinstance(flow, ForeignModel):
-            words = f"{bits:.4f} bits/dim, where the flow takes {flow.contract.words}"
+            error = float(flow.loss(found[IMAGES][1].norm()).abs()) / len(x) / ERRORS
+            words = f" +- {error:.2g}" if flow.is_random else ""
+            words = f"{bits:.4f}{words} bits/dim, where the flow takes {flow.contract.words}"
+            check_noise_bits(flow, *found[NOISE], notes)
+            check_figure(flow, x, kinds[NOISE], train, seed, notes)
         notes.add("likelihood", bits / math.log2(flow.num_bins), inputs=IMAGES, reason=words)
     check_integral(flow, x, z, notes)
     if isinstance(flow, ForeignModel):
         assert isinstance(precise, ForeignModel)
         check_batch(precise, x, noise, notes)
+        check_device(precise, x, noise, notes)
         check_log_prob(precise, x, noise, notes)
-        if flow.num_bins is not None:
-            check_noise_bits(flow, random_images, noise, notes)
-            check_figure(flow, x, random_images, seed, notes)
     check_log_dets(model, x[:1], noise[:1], notes)
     progress(total, total)
     return list(notes.findings.values())
 
 
-def check(flow: Flow | Foreign, x: Batch, seed: int = 0) -> list[Finding]:
+def extreme_images(shape: Shape, num_bins: int) -> Tensor:
+    """Images of the lowest level, of the highest, and of both as the two checkerboards: uint8."""
+    channels, rows, columns = (torch.arange(size) for size in shape)
+    board = (channels[:, None, None] + rows[:, None] + columns) % 2
+    white = torch.ones_like(board)
+    images = torch.stack([0 * white, white, board, 1 - board])
+    return (images * (num_bins - 1)).to(torch.uint8)
+
+
+def check(
+    flow: Flow | Foreign, x: Batch, seed: int = 0, train: Batch | None = None
+) -> list[Finding]:
     """All findings about a copy of a flow on images `x`. See `flowtrain.check`."""
     flow = copy.deepcopy(flow)
     if isinstance(flow, Foreign):
         flow = ForeignModel(flow)
     images = as_tensor(x, flow.shape, flow.num_bins)
-    flow.dequantizer.check(images)
+    seen = None if train is None else as_tensor(train, flow.shape, flow.num_bins)
+    for given in (images, seen):
+        if given is not None:
+            flow.dequantizer.check(given)
     described = Checkpoint(Path("the flow"), {}, {})
     model = LoadedModel(
         flow.eval().requires_grad_(False), configuration.parse({}), "raw", described
     )
-    return examine_on(images, model, seed=seed)
+    return examine_on(images, model, train=seen, seed=seed)

@@ -1,4 +1,6 @@
-"""The integral of a density in the plane, on a torus or on the sphere, by quadrature."""
+"""The integral of a density in the plane, on a torus or on the sphere, by quadrature, and the sum
+of the probabilities of images.
+"""
 
 import math
 
@@ -7,11 +9,19 @@ from torch import Tensor
 
 from flowtrain.evaluation.layers import layers_of
 from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import log_mean_exp
+from flowtrain.foreign.model import ForeignModel
 from flowtrain.pictures.draw import mesh
+from flowtrain.system.random import Stream, generator
+from flowtrain.tools.doctor.draws import ERRORS, adds_noise
 from flowtrain.tools.doctor.findings import Notes
 
 SIDE = 128  # cells of the mesh in each direction
 BATCH = 4096
+AT_A_TIME = 256  # images
+ALL_IMAGES = 4096  # the most possible images of which all are evaluated
+DRAWS = 16  # of the noise, for each of them
+CERTAIN = 20  # nats; a sum of probabilities exceeds exp(20) by chance in exp(-20) of cases
 
 
 def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
@@ -22,7 +32,12 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
     the error of the rule: if it is as large as the excess, the excess is harmless.
     """
     surface = flow.kind.on_surface
-    if flow.num_bins is not None or not (surface or flow.shape == (2, 1, 1)):
+    if flow.num_bins is not None:
+        # The probabilities of images given different contexts need not add up to 1.
+        if flow.kind.no_bits is None and flow.image_context is None:
+            _check_sum(flow, x, z, notes)
+        return
+    if not (surface or flow.shape == (2, 1, 1)):
         return
     torus = any(layer.of_angles for layer in layers_of(flow).values()) and not surface
     try:
@@ -37,7 +52,55 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
         notes.failed(("integral",), error)
         return
     excess = abs(fine - 1) if torus or surface else max(0.0, fine - 1)
-    notes.add("integral", excess, harmless=abs(fine - coarse) > excess / 2)
+    estimated = isinstance(flow, ForeignModel) and flow.is_random  # exp of it is too large
+    notes.add("integral", excess, harmless=estimated or abs(fine - coarse) > excess / 2)
+
+
+def _check_sum(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
+    """Checks that the probabilities of different images add up to at most 1.
+
+    With few possible images, it takes all of them. Each draw of the noise gives an unbiased
+    estimate of the sum, which may be six standard errors above 1. Otherwise it takes images `x` and
+    the samples of latents `z`, and a bound instead of an error: an unbiased estimate above exp(t)
+    has probability exp(-t) (Markov's inequality).
+    """
+    assert flow.num_bins is not None
+    every = flow.dims * math.log2(flow.num_bins) <= math.log2(ALL_IMAGES)
+    draws = DRAWS if every and not flow.exact else 1
+    try:
+        if every:
+            levels = torch.arange(flow.num_bins, dtype=torch.uint8)
+            images = torch.cartesian_prod(*[levels] * flow.dims).view(-1, *flow.shape)
+        else:
+            images = torch.cat([x.cpu(), flow.decode(z).cpu()]).unique(dim=0)
+        sums = torch.stack([_log_sum(flow, images, draw) for draw in range(draws)])
+    except Exception as error:
+        notes.failed(("integral",), error)
+        return
+    log_total = float(log_mean_exp(sums))
+    total = math.exp(min(log_total, 700))
+    if every:
+        sure = ERRORS * float(sums.exp().std()) / math.sqrt(draws) if draws > 1 else 0.0
+        words = f"all {len(images)} images together have {total:.4g} +- {sure / ERRORS:.2g}"
+    else:
+        sure = math.exp(CERTAIN)
+        words = f"{len(images)} images together have exp({log_total:.4g})"
+    excess = max(0.0, total - 1 - sure)
+    # The exponential function of an unbiased estimate is too large.
+    estimated = isinstance(flow, ForeignModel) and flow.is_random and not adds_noise(flow)
+    notes.add("integral", excess, harmless=estimated, reason=words if excess else "")
+
+
+def _log_sum(flow: Flow, images: Tensor, draw: int) -> Tensor:
+    """The log of the sum of the images' probabilities, by one draw of the noise."""
+    randomness = generator(0, Stream.EVALUATION, draw)
+    if isinstance(flow, ForeignModel):
+        flow.source.seed = draw
+    parts = [
+        flow.log_prob(part.to(flow.device), randomness).double().cpu()
+        for part in images.split(AT_A_TIME)
+    ]
+    return torch.cat(parts).logsumexp(dim=0)
 
 
 def _integral(flow: Flow, bounds: tuple[float, float, float, float], side: int) -> float:

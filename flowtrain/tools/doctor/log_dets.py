@@ -16,6 +16,7 @@ from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.model import ForeignLayer, ForeignModel
+from flowtrain.tools.doctor.draws import adds_noise, averaged, beyond
 from flowtrain.tools.doctor.findings import IMAGES, Notes, Verdict, judge
 from flowtrain.tools.doctor.layers import NOISE_MODEL, LearnedNoise, are_finite, learns_noise
 
@@ -25,7 +26,6 @@ PROBES = 4  # draws of signs that show whether a Jacobian is diagonal
 JACOBIAN_ROWS = 32  # computed at once, as copies of the image with their activations in float64
 LARGEST_JACOBIAN = 4096  # entries of an image, whose Jacobian takes 128 MiB in float64
 LARGEST_PART = 256  # entries of an image with whose middle a layer of other code is checked
-DIGITS = 24  # of a float32
 SIDES = (4, 8, 16, 32, 64)  # of reduced images; below 4 a 3x3 convolution sees mostly padding
 
 
@@ -49,6 +49,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     bits = 1 / (flow.dims * math.log(2))
     reporting = layers_of(flow)
     of_layers: dict[str, float] = {}
+    errors: dict[str, float] = {}
 
     where = ""
 
@@ -68,25 +69,31 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
                 """Adds the error of the log-det at an input, and returns its verdict."""
                 low = None if own is None else own.float()
                 z, reported = call(reporting[name], direction, given.float(), low)
+                lost, words = _lost_digits((z, reported), result)
+                reported, sure = averaged(
+                    reporting[name], lambda: call(reporting[name], direction, given.float(), low)[1]
+                )
                 if layer.latent_dims(given.numel()) < given.numel():
                     exact = surface_log_det(lambda z: call(layer, "inverse", z), result[0])
                 else:
                     of = diagonal_log_det if layer.is_discrete else jacobian_log_det
                     exact = of(with_copies, given)
-                error = abs(reported.double() - exact).max() * bits * factor
+                error = beyond(reported - exact, sure).max() * bits * factor
                 reason = _reason(float(reported), float(exact), z[0, 0].numel())
-                lost = DIGITS - significant_digits(reported.dtype)
-                words = f"they are {reported.dtype}" if lost > 0 else ""
                 found = judge("log-det", float(error))
                 if factor == 1 or harmless or found.verdict != "bad":
                     notes.add("log-det", error, name, IMAGES, harmless, reason)
-                    notes.add("digits of the log-det", lost, name, IMAGES, reason=words)
+                    notes.add("digits of the result", lost, name, IMAGES, reason=words)
                 return found.verdict
 
-            of_layers[name] = float(result[1])
+            log_det, sure = averaged(layer, lambda: call(layer, direction, given, context)[1])
+            of_layers[name], errors[name] = float(log_det), float(sure)
             part = given
             if isinstance(layer, ForeignLayer):
-                _check_inverse(layer, *result, bits, name, notes)
+                if layer.random_latents:
+                    return result  # its log-det is not that of a map from its input
+                back, own_sure = averaged(layer, lambda: call(layer, "inverse", result[0])[1])
+                _check_inverse(back, log_det, sure + own_sure, bits, name, notes)
                 part = _middle(layer, given)
             factor = given.numel() / part.numel()
             # A layer may hold its size in its log-det. Then only its own size shows the error.
@@ -114,17 +121,26 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
             reported = LearnedNoise(flow)(start, x)[1].double()
             notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
-        reported = whole(flow, start)[1].double()
+        # In float32, random numbers would be others than those of the Jacobian.
+        one = precise if isinstance(flow, ForeignModel) and flow.is_random else flow
+        given = start.to(one.dtype)
+        if adds_noise(flow):
+            reported, sure = whole(one, given)[1], torch.zeros(1)
+        else:
+            reported, sure = averaged(one, lambda: whole(one, given)[1])
         if _is_large(flow):
             exact = precise.dequantizer(x, start.double())[1] + sum(of_layers.values())
+            sure = sure + math.hypot(*errors.values())
         elif flow.kind.on_surface:
             z = whole(precise, start.double())[0]
             exact = surface_log_det(precise.bijection.inverse, z)
         else:
             log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
             exact = log_det(lambda copies: whole(precise, copies), start.double())
-        reason = _reason_of_whole(float(reported - exact), of_layers)
-        notes.add("log-det", abs(reported - exact).max() * bits, inputs=IMAGES, reason=reason)
+        of_bins = flow.dims * math.log(flow.num_bins or 1)
+        reason = _reason_of_whole(float(reported - exact), of_layers, of_bins)
+        error = beyond(reported - exact, sure).max() * bits
+        notes.add("log-det", error, inputs=IMAGES, reason=reason)
     except Exception as error:
         notes.failed(("log-det",), error, where, IMAGES)
 
@@ -153,14 +169,23 @@ def _middle(layer: Bijection, x: Tensor) -> Tensor:
 
 
 def _check_inverse(
-    layer: Bijection, z: Tensor, log_det: Tensor, bits: float, name: str, notes: Notes
+    back: Tensor, log_det: Tensor, sure: Tensor, bits: float, name: str, notes: Notes
 ) -> None:
-    """Checks that the log-det of the inverse is the negative of `log_det`, at `z`."""
-    back = call(layer, "inverse", z)[1].double()
-    error = abs(back + log_det).max() * bits
+    """Checks that the log-det of the inverse, `back`, is the negative of `log_det`."""
+    error = beyond(back + log_det, sure).max() * bits
     same = abs(back - log_det).max() * bits < error
     reason = "it has the sign of the forward direction" if same else ""
     notes.add("log-det of the inverse", error, name, IMAGES, reason=reason)
+
+
+def _lost_digits(single: tuple[Tensor, ...], double: tuple[Tensor, ...]) -> tuple[int, str]:
+    """The binary digits that results lack in float32, or in float64, and the reason."""
+    for results, words in ((single, "they are"), (double, "in float64, they are")):
+        expected = torch.float32 if results is single else torch.float64
+        dtype = min((result.dtype for result in results), key=significant_digits)
+        if (lost := significant_digits(expected) - significant_digits(dtype)) > 0:
+            return lost, f"{words} {dtype}"
+    return 0, ""
 
 
 def significant_digits(dtype: torch.dtype) -> int:
@@ -184,9 +209,11 @@ def _reason(reported: float, exact: float, places: int) -> str:
     return nearest(reported, mistakes, abs(exact) / 100)
 
 
-def _reason_of_whole(error: float, of_layers: dict[str, float]) -> str:
-    """The layer whose log-det explains the error of the sum, or an empty string."""
-    mistakes = {}
+def _reason_of_whole(error: float, of_layers: dict[str, float], of_bins: float) -> str:
+    """The layer whose log-det explains the error of the sum, or the missing D log Q `of_bins`, or
+    an empty string.
+    """
+    mistakes = {"D log Q is missing": of_bins}
     for name, log_det in of_layers.items():
         mistakes[f"the log-det of {name} counts twice"] = log_det
         mistakes[f"the log-det of {name} is missing"] = -log_det

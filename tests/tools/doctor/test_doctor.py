@@ -29,7 +29,16 @@ from flowtrain.tools.doctor import examine as examining
 from flowtrain.tools.doctor import findings as finding
 from flowtrain.tools.doctor import log_dets
 from flowtrain.tools.doctor.examine import examine
-from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, NOISE, SAMPLES, judge, overall, worst
+from flowtrain.tools.doctor.findings import (
+    BOUNDS,
+    EXTREME,
+    IMAGES,
+    NOISE,
+    SAMPLES,
+    judge,
+    overall,
+    worst,
+)
 from flowtrain.tools.doctor.log_dets import diagonal_log_det, jacobian_log_det, reduced
 
 pytestmark = pytest.mark.run  # many seconds in all
@@ -117,18 +126,20 @@ def test_a_sound_model(name, options, tmp_path):
     assert all(modules[layer] is module for layer, module in layers.items() if layer in modules)
     in_noise = any(layer.startswith("dequantizer.") for layer in layers)
     named = {*layers, *([NOISE_MODEL] if in_noise else [])}
+    likely = {IMAGES, SAMPLES, NOISE}
+    kinds = likely if data.num_bins is None else {*likely, EXTREME}
     for check in BOTH:
-        for inputs in (IMAGES, NOISE, SAMPLES):
+        for inputs in kinds:
             assert {layer for c, layer, i in found if (c, i) == (check, inputs)} == named
     assert {layer for check, layer, _ in found if check == "log-det"} == {*named, ""}
     linear = {name for name, layer in layers.items() if isinstance(layer, Conv1x1 | Conv1x1LU)}
     assert {layer for check, layer, _ in found if check == "condition number"} == linear
     for check in BOUNDS:
         if "round trip" in check:
-            assert {inputs for c, _, inputs in found if c == check} == {IMAGES, NOISE, SAMPLES}
-    exact = [found.get((EXACT, "", inputs)) for inputs in (IMAGES, NOISE)]
-    assert exact == [None, None] if data.num_bins is None else [f.value for f in exact] == [1, 1]
-    last = 11 if in_noise else 8
+            assert {inputs for c, _, inputs in found if c == check} == kinds
+    exact = {inputs: f.value for (check, _, inputs), f in found.items() if check == EXACT}
+    assert exact == ({} if data.num_bins is None else dict.fromkeys(kinds - {SAMPLES}, 1))
+    last = 8 if data.num_bins is None else 16 if in_noise else 12
     assert steps == [(i, last) for i in range(1, last + 1)]
 
 

@@ -1,5 +1,6 @@
 """`flowtrain doctor` on flows of other libraries: sound ones, and faults in three libraries."""
 
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,12 @@ import torch
 from cli_helpers import quick
 from foreign_flows import BINS, CONVOLUTION, COUPLING, GLOWS, LOG_PROBS, SCALE, SHAPE
 from helpers import REPOSITORY
+from torch import nn
 
 import flowtrain
 from flowtrain.errors import UserError
 from flowtrain.foreign.contract import Foreign
-from flowtrain.tools.doctor.findings import IMAGES
+from flowtrain.tools.doctor.findings import EXTREME, IMAGES
 
 pytestmark = pytest.mark.run
 
@@ -26,11 +28,13 @@ EXAMPLES = {name: textwrap.dedent(text) for name, text in BLOCKS}
 NAMES = {"distribution": "affine", "own": "scale"}  # of the flow, if it is not the file's
 
 
-def checked(contract, count=8):
+def checked(contract, count=8, **options):
     """The findings as `{(check, layer, inputs): finding}`."""
-    images = contract.num_bins is not None
-    x = flows.pictures(count, contract.shape[-1]) if images else flows.reals(count)
-    return {(f.check, f.layer, f.inputs): f for f in flowtrain.check(contract, x)}
+    if contract.num_bins is None:
+        x = torch.cat([flows.reals(count)] * (contract.shape[0] // 2), dim=1)
+    else:
+        x = flows.pictures(count, contract.shape[-1]).clamp(max=contract.num_bins - 1)
+    return {(f.check, f.layer, f.inputs): f for f in flowtrain.check(contract, x, **options)}
 
 
 def bad(found):
@@ -38,18 +42,23 @@ def bad(found):
     return {key: f for key, f in found.items() if f.verdict == "bad" and f.check != "likelihood"}
 
 
-@pytest.mark.parametrize("name", [*flows.IMAGES, *flows.POINTS])
+@pytest.mark.parametrize("name", [*flows.IMAGES, *flows.POINTS, *flows.ESTIMATES])
 def test_a_sound_flow(name):
     """Nothing is bad, and every layer of the library is checked."""
     images = name in flows.IMAGES
-    contract = flows.IMAGES[name]() if images else Foreign(flows.POINTS[name](), (2,))
+    if images:
+        contract = flows.IMAGES[name]()
+    else:
+        build = {**flows.POINTS, **flows.ESTIMATES}[name]
+        contract = Foreign(build(), (4 if name == "residual" else 2,))
     found = checked(contract)
     assert bad(found) == {}
     checks = {check for check, _, _ in found}
     assert {"log-det", "other examples, evaluation", "parameters that change"} <= checks
     assert ("noise below its entropy" in checks) == images
+    assert [f.value for f in found.values() if f.check in ("device", "random latents")] == [0, 0]
     layers = {layer for check, layer, _ in found if check == "log-det"}
-    assert len(layers) > 1 or name in ("density", "zuko, GMM")
+    assert len(layers) > 1 or name in ("density", "zuko, GMM") or contract.adds_noise
 
 
 def bits_of(library, flow, nats=0.0, unit=1.0):
@@ -64,8 +73,9 @@ def bits_of(library, flow, nats=0.0, unit=1.0):
 
 def of_figure(**options):
     def build(library):
-        flow = GLOWS[library]()
-        return Foreign(flow, SHAPE, BINS, bits_per_dim=bits_of(library, flow, **options))
+        flow = flows.zuko_glow() if library == "zuko" else GLOWS[library]()
+        own = bits_of(library, flow, **options)
+        return Foreign(flow, SHAPE, BINS, flat=library == "zuko", bits_per_dim=own)
 
     return build
 
@@ -181,24 +191,76 @@ FAULTS = {
     ),
     "truncated inverse": (*(with_fault(truncated), "inverse of forward"), "{coupling}"),
     "float16 log-det": (
-        *(with_fault(half_precision), "digits of the log-det"),
+        *(with_fault(half_precision), "digits of the result"),
         "{coupling}: they are torch.float16",
     ),
 }
 
 
-@pytest.mark.parametrize("library", GLOWS)
-@pytest.mark.parametrize("fault", FAULTS)
+OF_FIGURES = [fault for fault, (_, check, _) in FAULTS.items() if check == "the project's bits/dim"]
+
+
+@pytest.mark.parametrize(
+    "fault, library", [*itertools.product(FAULTS, GLOWS), *itertools.product(OF_FIGURES, ["zuko"])]
+)
 def test_a_fault_is_named(fault, library):
     build, check, words = FAULTS[fault]
     found = bad(checked(build(library)))
     sentences = [f"{f.layer}: {f.reason}" for f in found.values() if f.check == check]
-    words = words.format(convolution=CONVOLUTION[library], coupling=COUPLING[library])
+    if library != "zuko":
+        words = words.format(convolution=CONVOLUTION[library], coupling=COUPLING[library])
     assert any(words in sentence for sentence in sentences), found
     if "bits/dim" in check:
         assert {key[0] for key in found} == {check}
     else:
         assert all(key[0] != "the project's bits/dim" for key in found)
+
+
+LINEAR, LOG_DET = "LULinearTransform", "log_abs_det_jacobian"
+# The part of zuko's distribution, its method and the change, the check, and its words.
+ZUKO = {
+    "sign of a linear map": (
+        *(LINEAR, LOG_DET, lambda own, self, x, y: -own(x, y), "log-det"),
+        f"{LINEAR}: it has the wrong sign",
+    ),
+    "logit without Jacobian": (
+        *("Inverse", LOG_DET, lambda own, self, x, y: 0 * own(x, y), "log-det"),
+        "Inverse: it is missing",
+    ),
+    "linear map counted twice": (
+        *("NormalizingFlow", "log_prob"),
+        lambda own, self, x: own(x) + self.transform.transforms[1].call_and_ladj(x)[1],
+        *("log_prob", "it is not the base density of the latent plus the log-det"),
+    ),
+    "batch statistics": (
+        *("CouplingTransform", "call_and_ladj"),
+        lambda own, self, x: (own(x)[0] - own(x)[0].mean(0), own(x)[1]),
+        *("other examples, evaluation", "CouplingTransform: the first layer that reads them"),
+    ),
+    "truncated inverse": (
+        *("CouplingTransform", "_inverse", lambda own, self, z: 1.01 * own(z)),
+        *("inverse of forward", "CouplingTransform"),
+    ),
+    "float16 log-det": (
+        *("CouplingTransform", "call_and_ladj", lambda own, self, x: (own(x)[0], own(x)[1].half())),
+        *("digits of the result", "CouplingTransform: they are torch.float16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ["", *ZUKO])
+def test_a_fault_in_zuko_is_named(fault):
+    flow = flows.zuko_glow(logit=True)
+    if fault:
+        name, method, change, check, words = ZUKO[fault]
+        flows.altered_part(flow, name, method, change)
+    found = bad(checked(Foreign(flow, SHAPE, BINS, flat=True)))
+    if fault:
+        assert any(
+            key[0] == check and words in f"{f.layer}: {f.reason}" for key, f in found.items()
+        )
+    else:
+        assert found == {}
 
 
 def test_layers_of_large_images_are_checked_on_a_part():
@@ -221,32 +283,110 @@ def of_inverse(own, self, z):
     return x, -log_det
 
 
-class Likely(flows.Scaled):
-    """Probabilities that add up to more than 1."""
+class Likely(nn.Module):
+    """Probabilities that add up to more than 1, if `nats` is not 0."""
+
+    def __init__(self, nats):
+        super().__init__()
+        self.nats = nats
 
     def forward(self, x):
-        return x, 0 * x.flatten(1).sum(1) + 200
+        return x, self.nats
 
     def inverse(self, z):
-        return z, 0 * z.flatten(1).sum(1) - 200
+        return z, -self.nats
+
+
+class Contrast(Likely):
+    """NaN for constant images."""
+
+    def forward(self, x):
+        contrast = x.flatten(1).amax(1) - x.flatten(1).amin(1)
+        return x, 0 * (BINS * contrast - 1).log()
+
+
+class Elsewhere(flows.Scaled):
+    """It computes with a tensor on the CPU, and in float32."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return (z + torch.zeros(2)).float(), log_det
+
+
+def of_images(flow, **options):
+    return lambda: Foreign(flow, SHAPE, BINS, **options)
+
+
+def of_points(build, *change):
+    def contract():
+        flow = build()
+        if change:
+            flows.altered(flow, *change)
+        return Foreign(flow, (2,))
+
+    return contract
+
+
+def of_few(nats, scale=1.0):
+    """All 256 images, with the part of a normal distribution within 2 `scale` of 0."""
+    return lambda: Foreign(Likely(nats), (1, 2, 2), 4, scale=scale, offset=-2 * scale)
 
 
 @pytest.mark.parametrize(
-    "build, contract, check, words",
+    "build, check, words",
     [
-        (flows.normflows_points, ("log_prob", more(1)), "log_prob", "it is not the base"),
-        (flows.Mixture, ("log_prob", more(0.5)), "integral", ""),
-        (flows.Scaled, ("inverse", of_inverse), "log-det of the inverse", "it has the sign of the"),
-        (Likely, None, "noise below its entropy", "impossible: their entropy is 8 bits/dim"),
+        (of_points(flows.normflows_points, "log_prob", more(1)), "log_prob", "it is not the base"),
+        (of_points(flows.Mixture, "log_prob", more(0.5)), "integral", ""),
+        (
+            of_points(flows.Scaled, "inverse", of_inverse),
+            *("log-det of the inverse", "it has the sign of the"),
+        ),
+        (of_points(lambda: flows.Estimated(bias=1.0)), "log-det", ""),
+        (of_points(Elsewhere), "digits of the result", "in float64, they are torch.float32"),
+        (of_images(Likely(200)), "noise below its entropy", "their entropy is 8 bits/dim"),
+        (of_images(Likely(450)), "integral", "16 images together have exp("),
+        (of_few(0.5), "integral", "all 256 images together have 1.3"),
+        (of_images(Contrast(0)), "forward pass", ""),
+        (of_images(flows.Dequantized(False)), "random latents", "without adds_noise in its"),
+        (of_images(Likely(0), adds_noise=True), "random latents", "the flow draws no random"),
+        (of_images(flows.Dequantized(False, 1), adds_noise=True), "log-det", "D log Q is missing"),
     ],
 )
-def test_other_faults(build, contract, check, words):
-    flow = build()
-    if contract is not None:
-        flows.altered(flow, *contract)
-    of_images = isinstance(flow, Likely)
-    found = bad(checked(Foreign(flow, *((SHAPE, BINS) if of_images else ((2,),)))))
+def test_other_faults(build, check, words):
+    found = bad(checked(build()))
     assert any(key[0] == check and words in f.reason for key, f in found.items()), found
+
+
+def test_what_is_no_fault():
+    """Of the flows above."""
+    for scale in (1.0, 2.0):  # where the estimate may exceed 1
+        found = checked(of_few(0, scale)())
+        assert found["integral", "", ""].value == 0 and bad(found) == {}
+    found = checked(of_images(Contrast(0))())
+    assert found["forward pass", "flow", EXTREME].value == 2  # black and white
+    assert found["forward pass", "", IMAGES].value == 0
+    found = checked(of_points(Elsewhere)())
+    assert found["device", "flow", IMAGES].verdict == "watch"
+
+
+def test_the_figure_that_a_project_prints():
+    """It agrees with the images, or with those of training, or with neither."""
+    flow = GLOWS["normflows"]()
+    dark = flows.pictures(24)[8:] // 8
+
+    def finding(figure, **options):
+        found = checked(Foreign(flow, SHAPE, BINS, bits_per_dim=figure), **options)
+        return found["the project's bits/dim", "", IMAGES]
+
+    words = finding(0.0, train=dark).reason
+    own, of_dark = (float(re.search(f"([0-9.]+){after}", words)[1]) for after in (", and", " for"))
+    assert abs(own - of_dark) > 0.1
+    assert finding(own).verdict == finding(own, train=dark).verdict == "ok"
+    seen = finding(of_dark, train=dark)
+    assert seen.verdict == "bad" and seen.reason.endswith("that of data seen in training")
+    assert "training" not in finding(of_dark).reason
+    assert "seen" not in finding(own, train=flows.pictures(8)).reason
+    assert finding(own - 8).reason.endswith("log 256 is missing")
 
 
 def test_a_figure_that_raises():
