@@ -23,13 +23,13 @@ from flowtrain.bijections.execution import FUSED, Container
 from flowtrain.bijections.fused import FusedLinear
 from flowtrain.bijections.inverses import inverse_by_iteration
 from flowtrain.bijections.memory import executor_of
+from flowtrain.evaluation.places import ByPlace
 from flowtrain.nets.convolution import GlowNet, PreactivatedNet, ZeroNet
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import GatedNet, ResidualNet
 from flowtrain.nets.transformer import CausalTransformer, VisionTransformer
 from flowtrain.system.capacity import peak
-from flowtrain.tools.explore.accounts import ByPlace
 
 B = 3
 

@@ -233,6 +233,12 @@ TABLE = [
     ("ood run --data noise --in noise", "--data noise: it is named twice"),
     ("ood run --data constant --in noise", "--in noise: neither a data set"),
     ("ood points --data noise", "a model of real values"),
+    ("ood run", "IMAGES: give a folder, an image file or a name"),
+    ("ood run phots", "--data phots: neither a data set"),
+    ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
+    ("ood run noise --false-positives 100%", "'--false-positives': 100%", "such as 1% or 0.01"),
+    ("ood run noise --false-positives 0.5%", "0.005: 199 held-out images are needed", "are 162"),
+    ("ood run noise --maps text", "--maps text: ", "text is not a folder"),
     # --- report, compare, push
     ("report run --set data.name=npz --set data.path=gone.npz", "gone.npz: there is no such file"),
     ("compare empty", "empty/config.yaml", "No such file"),
