@@ -90,6 +90,7 @@ def multiscale():
 LAYERS = {
     "actnorm": (lambda: b.ActNorm((3, 1, 1)), (3, 2, 4)),
     "actnorm-vector": (lambda: b.ActNorm((5,)), (5,)),
+    "standardize": (lambda: b.Standardize((3, 1, 1)), (3, 1, 1)),
     "diagonal": (lambda: b.DiagonalAffine((3, 1, 1)), (3, 2, 2)),
     "logistic": (b.LogisticToNormal, (3, 2, 2)),
     "conv1x1": (lambda: b.Conv1x1(4), (4, 2, 3)),

@@ -216,7 +216,8 @@ def moved(tmp_path_factory):
 
 def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     page, done = page_of("run", cwd=moved)
-    for part in ("evaluations", "reconstructions", "unusual places", "health"):
+    parts = ("evaluations", "reconstructions", "unusual places", "nearest training images", "health")
+    for part in parts:
         assert f"not in it: {part}: " in done.out
     assert page.text.count("data.npz") >= 3 and "--set data.KEY=VALUE" in page.text
     assert "flowtrain evaluate run" in page.text
