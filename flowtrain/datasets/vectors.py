@@ -4,24 +4,24 @@ Likelihoods are densities in nats, in the units of the file: the flow standardiz
 counts the Jacobian (`Standardize` in `bijections/actnorm.py`).
 """
 
-import array
+import contextlib
 import csv
 import functools
-import io
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from flowtrain.datasets.base import Images, Part, digests, first_equal, part_of, reading
-from flowtrain.errors import UserError, cut, shown
+from flowtrain.errors import UserError, cut
 from flowtrain.system.arrays import ONLY, ArrayFile
 from flowtrain.system.files import open_regular
 
 KEY = "data.path: "  # before messages
 SUFFIXES = (".npz", ".npy", ".csv")
-MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}  # values of a CSV file, in lower case
 STEPS = 1000
 NAMED = 5  # columns in a message
 
@@ -33,7 +33,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
 
     Args:
         path: The file. An .npz file has x_train, and x_test for the test split. An .npy file has
-            one array. A CSV file may begin with the names of the columns. Without x_test, a seeded
+            one array. A CSV file may begin with a line of names. Without x_test, a seeded
             tenth of the rows is the test split.
     """
     path = Path(path).expanduser()
@@ -41,8 +41,8 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
     part: Part = "train"
     read_values: Callable[[], np.ndarray]
     if path.suffix.lower() == ".csv":
-        names = _columns(path)
-        read_values = functools.partial(_values, path, len(names))
+        names, named = _columns(path)
+        read_values = functools.partial(_values, path, len(names), named)
     else:
         file = ArrayFile(path, KEY)
         own_test = "x_test" in file.names
@@ -78,8 +78,8 @@ def _require_values(x: np.ndarray, names: list[str], path: Path, part: Part) -> 
     found = [f"{names[i]} ({bad[:, i].sum():,})" for i in np.flatnonzero(bad.any(axis=0))]
     if found:
         raise UserError(
-            f"{KEY}{path}: missing values, or infinite ones, in {_listed(found)}, the first in row "
-            f"{bad.any(axis=1).argmax() + 1:,}: leave out these rows, or fill the values in"
+            f"{KEY}{path}: missing values, texts or infinite values in {_listed(found)}, the first "
+            f"in row {bad.any(axis=1).argmax() + 1:,}: leave out these rows, or fill the values in"
         )
     low, high = x.min(axis=0), x.max(axis=0)
     constant = high - low < STEPS * np.spacing(np.maximum(abs(low), abs(high)))
@@ -96,53 +96,30 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(cut, names[:NAMED])) + more
 
 
-# --- CSV files ------------------------------------------------------------------------------------
+def _columns(path: Path) -> tuple[list[str], bool]:
+    """The columns of a CSV file, and whether its first line has their names: it has no number."""
+    with _reading(path) as file:
+        first = file.readline().decode("utf-8-sig")
+        texts = next(csv.reader([first]), [])
+        named = bool(texts) and bool(np.isnan(np.genfromtxt([first], delimiter=",")).all())
+    return texts if named else [f"column {i}" for i in range(len(texts))], named
 
 
-def _columns(path: Path) -> list[str]:
-    """The names of the columns, or their numbers."""
-    first = next(_lines(path), (0, []))[1]
-    if not first:
+def _values(path: Path, columns: int, named: bool) -> np.ndarray:
+    """The numbers of a CSV file, float64 `(N, D)`. What is no number is NaN."""
+    with _reading(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for a file without rows
+        x: np.ndarray = np.genfromtxt(
+            file, delimiter=",", skip_header=named, encoding="utf-8-sig", comments="\0"
+        )
+    if not x.size:
         raise UserError(f"{KEY}{path}: it has no rows")
-    return first if _is_header(first) else [f"column {i}" for i in range(len(first))]
+    return x.reshape(-1, columns)
 
 
-def _is_header(row: list[str]) -> bool:
-    return any(_number(text) is None for text in row)
-
-
-def _values(path: Path, columns: int) -> np.ndarray:
-    """The numbers of a file, float64 `(N, D)`. Missing ones are NaN."""
-    found = array.array("d")
-    for order, (line, row) in enumerate(_lines(path)):
-        if order == 0 and _is_header(row):
-            continue
-        if len(row) != columns:
-            raise UserError(f"{KEY}{path}: line {line} has {len(row)} values, expected {columns}")
-        for text in row:
-            number = _number(text)
-            if number is None:
-                raise UserError(f"{KEY}{path}: line {line}: {shown(text)} is no number")
-            found.append(number)
-    if not found:
-        raise UserError(f"{KEY}{path}: it has no rows")
-    return np.array(found).reshape(-1, columns)
-
-
-def _number(text: str) -> float | None:
-    """The number, NaN for a missing value, or None."""
-    text = text.strip()
-    try:
-        return math.nan if text.lower() in MISSING else float(text)
-    except ValueError:
-        return None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line that is not empty, and its texts."""
-    advice = "expected .npz, .npy or CSV"
-    with reading(f"{KEY}{path} cannot be read as CSV", advice), open_regular(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-        for row in reader:
-            if row:
-                yield reader.line_num, row
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """A CSV file. Any error from its content becomes a message."""
+    advice = "expected a CSV file with as many values in each line"
+    with reading(f"{KEY}{path} cannot be read", advice), open_regular(path) as file:
+        yield file

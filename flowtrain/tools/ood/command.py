@@ -267,38 +267,30 @@ SHOWN = 20  # images of a data set whose verdicts are printed
 
 def _print_verdicts(comparison: "Comparison") -> None:
     """The measured rate of false positives, and the verdicts, the smallest p-values first."""
-    from rich import box
-    from rich.table import Table
-
     from flowtrain.system.console import console
     from flowtrain.tools.ood.results import names_of
     from flowtrain.tools.ood.verdict import rate
 
-    reference, inside = comparison.reference, comparison.inside
+    reference = comparison.reference
     console.print(
-        f"Outliers have a p-value of at most {comparison.false_positives:g} by the score "
-        f"{comparison.decides}: above {comparison.threshold:.4g}, from "
-        f"{len(reference.log_prob):,} {reference.collection.split} images."
+        f"Outliers have a p-value of at most {comparison.false_positives:g}: {comparison.decides} "
+        f"above {comparison.threshold:.4g}, by {len(reference.log_prob):,} "
+        f"{reference.collection.split} images."
     )
     for scored in comparison.compared:
-        outliers, p = comparison.outliers(scored), comparison.p_values(scored)
-        found = rate(outliers)
-        what = "false positives" if scored is inside else "outliers"
+        outliers, p, names = comparison.outliers(scored), comparison.p_values(scored), []
+        share, low, high = rate(outliers)
+        what = "false positives" if scored is comparison.inside else "outliers"
         console.print(
             f"{scored.collection.name}: {outliers.sum():,} of {len(p):,} images are {what}, "
-            f"{found.rate:.2%} ({found.low:.2%} to {found.high:.2%} with 95% confidence)"
+            f"{share:.2%} ({low:.2%} to {high:.2%} with 95% confidence)"
         )
-        if scored is inside:
-            continue
-        table = Table(box=box.SIMPLE)
-        for column in ("image", "p-value", "verdict"):
-            table.add_column(column, overflow="fold")
-        names = names_of(scored)
-        for i in p.argsort(kind="stable")[:SHOWN]:
-            table.add_row(names[i], f"{p[i]:.4f}", "outlier" if outliers[i] else "usual")
-        console.print(table)
-        if len(p) > SHOWN:
-            console.print(f"and {len(p) - SHOWN:,} more (--json, --scores)")
+        if scored is not comparison.inside:
+            names = names_of(scored)
+        for i in p.argsort(kind="stable")[: min(SHOWN, len(names))]:
+            console.print(f"  {'outlier' if outliers[i] else 'usual  '}  p {p[i]:.4f}  {names[i]}")
+        if len(names) > SHOWN:
+            console.print(f"  and {len(names) - SHOWN:,} more (--json, --scores)")
 
 
 def _figure(value: float | None, error: float | None) -> str:

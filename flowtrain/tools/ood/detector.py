@@ -7,7 +7,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.tools.ood.images import Collection
 from flowtrain.tools.ood.scores import Scored, scored
-from flowtrain.tools.ood.verdict import p_values, threshold
+from flowtrain.tools.ood.verdict import p_values
 
 
 class Detector:
@@ -41,10 +41,6 @@ class Detector:
         """The p-value of each example of `(B, C, H, W)`: `(B,)`."""
         found = self._scored(x, self._reference.entropy)
         return p_values(self._reference.scores[self.score], found.scores[self.score])
-
-    def threshold(self, false_positives: float) -> float:
-        """The score above which a p-value is at most `false_positives`."""
-        return threshold(self._reference.scores[self.score], false_positives)
 
     def heat(self, x: Batch) -> np.ndarray:
         """The heat maps of images, `(B, H, W)`, in standard deviations."""

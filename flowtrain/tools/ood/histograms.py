@@ -45,8 +45,6 @@ def draw(comparison: Comparison) -> bytes:
                 style = {"histtype": "step", "color": "black"}
             label = label.replace("$", r"\$")  # a path is no formula
             axes.hist(of_set, edges, weights=share, label=label, **style)
-        if comparison.false_positives is not None and name == comparison.decides:
-            axes.axvline(min(comparison.threshold, furthest), color="red", label="threshold")
         axes.set_title(titles[name])
         axes.set(
             xlabel=f"{unit} (the last bar has all above {furthest:.3g})",

@@ -216,7 +216,13 @@ def moved(tmp_path_factory):
 
 def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     page, done = page_of("run", cwd=moved)
-    parts = ("evaluations", "reconstructions", "unusual places", "nearest training images", "health")
+    parts = (
+        "evaluations",
+        "reconstructions",
+        "unusual places",
+        "nearest training images",
+        "health",
+    )
     for part in parts:
         assert f"not in it: {part}: " in done.out
     assert page.text.count("data.npz") >= 3 and "--set data.KEY=VALUE" in page.text
