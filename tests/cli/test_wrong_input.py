@@ -117,6 +117,8 @@ TABLE = [
     ("train --sett seed=1", "No such option", "--set"),
     ("train TINY --extend --resume run", "--extend: goes on from the last checkpoint"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
+    ("train --config maf_checkerboard data.name=vectors data.path=gone.csv", "gone.csv", "file"),
+    ("train --config maf_checkerboard data.name=vectors data.path=cut.npy", "data.path: ", "cut.n"),
     ("train --config folder", "data/images is no folder; add data.path=DIR"),
     ("train TINY data.name=npz", "data.path: missing; add data.path=VALUE"),
     ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
@@ -279,6 +281,8 @@ NEVER = {
     **dict.fromkeys(("--from-class", "--to-class"), "-1"),
     **dict.fromkeys(("--weights", "--split", "--method"), "best"),
     "--steps": "1",
+    "--score": "best",
+    "--false-positives": "2",
     "--device": "abacus",
 }
 
