@@ -57,6 +57,7 @@ SETTINGS = {
     "npz": NPZ,
     "folder": {"data": FOLDER},
     "sphere": SPHERE,
+    "vectors": {"data": {"name": "vectors", "path": "v.npy"}, **NICE},
     "torus": {"data": {"name": "torus", "count": 60}, "model": TORUS},
     "cnf": {"model": CNF},
 }
@@ -87,6 +88,7 @@ SETTINGS |= {
 VALUES = {
     "npz:data.path": ["other.npz"],
     "folder:data.path": ["more_pictures"],
+    "vectors:data.path": ["w.npy"],
     "model.classes": [10],  # as the digits have
     "glow:model.steps": [3, [1, 2]],
     "glow:model.width": [7, [8, 9]],
@@ -225,6 +227,8 @@ def here(tmp_path_factory):
     random = np.random.default_rng(0)
     for name, shape in {"square": (8, 8, 1), "other": (8, 8, 1), "layout": (3, 8, 3)}.items():
         np.savez(f"{name}.npz", x_train=random.integers(0, 256, (60, *shape), dtype=np.uint8))
+    for name in "vw":
+        np.save(f"{name}.npy", random.normal(size=(60, 3)).astype(np.float32))
     for name, count in {"pictures": 40, "more_pictures": 50}.items():
         Path(name).mkdir()
         for index in range(count):

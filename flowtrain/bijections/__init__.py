@@ -5,6 +5,7 @@
 
 from flowtrain.bijections.actnorm import ActNorm as ActNorm
 from flowtrain.bijections.actnorm import DiagonalAffine as DiagonalAffine
+from flowtrain.bijections.actnorm import Standardize as Standardize
 from flowtrain.bijections.affine import ExponentialTransform as ExponentialTransform
 from flowtrain.bijections.affine import SigmoidTransform as SigmoidTransform
 from flowtrain.bijections.affine import TanhTransform as TanhTransform

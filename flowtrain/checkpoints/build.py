@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flowtrain import config as configuration
-from flowtrain.bijections import Bijection
+from flowtrain.bijections import Bijection, Sequential, Standardize
 from flowtrain.bijections.ordinal import discrete_model
 from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
@@ -124,6 +124,8 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
             )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = build(shape, **arguments, **config.model.options())
+        if config.data.name == "vectors":  # each column has a unit of its own
+            bijection = Sequential(Standardize(shape), bijection)
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
         if config.model.classes and "classes" in wanted:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
-from flowtrain.datasets import folder, npz
+from flowtrain.datasets import folder, npz, vectors
 from flowtrain.datasets.base import Images
 from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Shape
@@ -20,7 +20,8 @@ def section_named(
     """The `data` section for a NAME on the command line.
 
     NAME is a data set that needs no path, the model's own data set, a folder of image files, an
-    image file, or what `flowtrain.datasets.npz` reads. All keys that fit are taken from `own`, the
+    image file, or what `flowtrain.datasets.npz` reads, for a model of vectors what
+    `flowtrain.datasets.vectors` reads. All keys that fit are taken from `own`, the
     section of the model. Image files get the size and channels of `shape`, the model's.
 
     Raises `UserError` that names `option` if NAME is none of these. The message also lists `also`.
@@ -35,6 +36,8 @@ def section_named(
     values: dict[str, Any]
     if name in names:
         values = {"name": name}
+    elif own.name == "vectors" and path.suffix.lower() in vectors.SUFFIXES:
+        values = {"name": "vectors", "path": name}
     elif path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy")):
         values = {"name": "npz", "path": name}
     elif path.is_dir() or path.suffix.lower() in folder.SUFFIXES:
@@ -58,15 +61,16 @@ def section_named(
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data without a test split: an image file, a folder without `test/`,
-    or arrays without x_test. None for all other data, and for the model's `own`. Training holds out
-    a tenth as the test split. Evaluation of a model on other data uses them all.
+    arrays or vectors without x_test. None for all other data, and for the model's `own`. Training
+    holds out a tenth as the test split. Evaluation of a model on other data uses them all.
     """
     options = config.options()
     path = options.get("path", Path())
     if (config.name, path) == (own.name, own.options().get("path", Path())):
         return None
-    if config.name == "npz":
-        images = npz.build(config.root, "train", **options)
+    if config.name in ("npz", "vectors"):
+        build = npz.build if config.name == "npz" else vectors.build
+        images: Images = build(config.root, "train", **options)
         if images.rows is None:  # it has x_test
             return None
         return dataclasses.replace(images, rows=None, labels=None)

@@ -23,13 +23,13 @@ from flowtrain.bijections.execution import FUSED, Container
 from flowtrain.bijections.fused import FusedLinear
 from flowtrain.bijections.inverses import inverse_by_iteration
 from flowtrain.bijections.memory import executor_of
+from flowtrain.evaluation.places import ByPlace
 from flowtrain.nets.convolution import GlowNet, PreactivatedNet, ZeroNet
 from flowtrain.nets.dense import DenseNet
 from flowtrain.nets.masked import MaskedDenseNet
 from flowtrain.nets.residual import GatedNet, ResidualNet
 from flowtrain.nets.transformer import CausalTransformer, VisionTransformer
 from flowtrain.system.capacity import peak
-from flowtrain.tools.explore.accounts import ByPlace
 
 B = 3
 
@@ -86,10 +86,17 @@ def multiscale():
     )
 
 
+def standardized():
+    layer = b.Standardize((3, 1, 1))
+    layer.initialize(3 + 2 * torch.randn(9, 3, 1, 1, generator=seeded()))
+    return layer
+
+
 # How to build a layer, the shape of an example, and of its context.
 LAYERS = {
     "actnorm": (lambda: b.ActNorm((3, 1, 1)), (3, 2, 4)),
     "actnorm-vector": (lambda: b.ActNorm((5,)), (5,)),
+    "standardize": (standardized, (3, 1, 1)),
     "diagonal": (lambda: b.DiagonalAffine((3, 1, 1)), (3, 2, 2)),
     "logistic": (b.LogisticToNormal, (3, 2, 2)),
     "conv1x1": (lambda: b.Conv1x1(4), (4, 2, 3)),
@@ -659,3 +666,11 @@ def test_split_latents_are_the_levels():
         bijection.levels[1].layers[0].shift += 1
     changed = bijection.split_latents(bijection(x, context)[0])
     assert torch.equal(changed[0], parts[0]) and not torch.allclose(changed[1], parts[1])
+
+
+def test_a_constant_of_the_first_batch_keeps_its_scale():
+    """Rare values of vectors are often missing there."""
+    layer = b.Standardize((2, 1, 1))
+    layer.initialize(torch.ones(4, 2, 1, 1))
+    z, log_det = layer(torch.full((1, 2, 1, 1), 3.0))
+    assert z.flatten().tolist() == [2, 2] and log_det.tolist() == [0]

@@ -125,6 +125,8 @@ TABLE = [
     ("train --sett seed=1", "No such option", "--set"),
     ("train TINY --extend --resume run", "--extend: goes on from the last checkpoint"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
+    ("train --config maf_checkerboard data.name=vectors data.path=gone.csv", "gone.csv", "file"),
+    ("train --config maf_checkerboard data.name=vectors data.path=cut.npy", "data.path: ", "cut.n"),
     ("train TINY data.name=npz", "data.path: missing; add data.path=VALUE"),
     ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
     ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
@@ -240,6 +242,12 @@ TABLE = [
     ("ood run --data noise --in noise", "--data noise: it is named twice"),
     ("ood run --data constant --in noise", "--in noise: neither a data set"),
     ("ood points --data noise", "a model of real values"),
+    ("ood run", "IMAGES: give a folder, an image file or a name"),
+    ("ood run phots", "--data phots: neither a data set"),
+    ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
+    ("ood run noise --false-positives 100%", "'--false-positives': 100%", "such as 1% or 0.01"),
+    ("ood run noise --false-positives 0.5%", "0.005: 199 held-out images are needed", "are 162"),
+    ("ood run noise --maps text", "--maps text: ", "text is not a folder"),
     # --- report, compare, push
     ("report run --set data.name=npz --set data.path=gone.npz", "gone.npz: there is no such file"),
     ("compare empty", "empty/config.yaml", "No such file"),
@@ -280,6 +288,8 @@ NEVER = {
     **dict.fromkeys(("--from-class", "--to-class"), "-1"),
     **dict.fromkeys(("--weights", "--split", "--method"), "best"),
     "--steps": "1",
+    "--score": "best",
+    "--false-positives": "2",
     "--device": "abacus",
 }
 

@@ -23,7 +23,7 @@ from flowtrain.errors import UserError
 DOWNLOADED = dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), False))  # shape, flip
 DOWNLOADED |= dict.fromkeys(("cifar10", "cifar100"), ((3, 32, 32), True))
 DOWNLOADED["svhn"] = (3, 32, 32), False
-OTHERS = {"digits", "folder", "hub", "imagenet32", "imagenet64", "npz", "sphere"}
+OTHERS = {"digits", "folder", "hub", "imagenet32", "imagenet64", "npz", "sphere", "vectors"}
 DIGESTS = {part: base.digests(pixels) for part, pixels in PIXELS.items()}
 FORMS = {  # of the images of `dataset_helpers`, and the type of the pixels
     "npz": (made.an_npz, np.ndarray),

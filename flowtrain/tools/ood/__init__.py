@@ -1,1 +1,1 @@
-"""Out-of-distribution scores of images."""
+"""Out-of-distribution scores of images, and verdicts by them."""

@@ -1,8 +1,9 @@
 """`flowtrain ood`."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,11 +17,14 @@ from flowtrain.cli.base import (
     SeedOption,
     check_suffix,
     command,
+    is_setting,
     on_one_process,
     output,
     require_file,
+    require_folder,
     write_json,
 )
+from flowtrain.errors import UserError, cut
 
 if TYPE_CHECKING:
     from flowtrain.tools.ood.scores import Comparison, Scored
@@ -31,6 +35,40 @@ EPILOG = (
 )
 
 
+Score = Literal["likelihood", "typicality", "complexity_corrected", "local"]
+
+
+def percentage(text: str) -> float:
+    """A share between 0 and 1, as `1%` or `0.01`. Raises `typer.BadParameter`."""
+    number, percent, rest = text.partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = 0.0
+    if rest or not 0 < value < 1:
+        raise typer.BadParameter(f"{cut(text)}: expected a share such as 1% or 0.01")
+    return value
+
+
+@dataclass(eq=False, repr=False)
+class ImagesOptions(DataOptions):
+    """The model of a command line, images to compare, and settings of its data."""
+
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGES|KEY=VALUE",
+            help="Images to compare, as for --data. KEY=VALUE overrides keys of the model's data.",
+        ),
+    ] = None
+
+    def images(self) -> list[str]:
+        """The words that are no settings, which it removes."""
+        words = self.settings or []
+        self.settings = [word for word in words if is_setting(word)]
+        return [word for word in words if not is_setting(word)]
+
+
 def add_to(app: typer.Typer) -> None:
     app.command(epilog=EPILOG, rich_help_panel="Check")(ood)
 
@@ -39,14 +77,15 @@ def add_to(app: typer.Typer) -> None:
 @on_one_process
 def ood(
     outside: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             metavar="NAME|PATH",
             help="Images to compare; repeatable. A name as for --in, or noise (uniform levels), "
             "constant (one colour per image) or shuffled (the --in images, pixels reordered).",
+            show_default=False,
         ),
-    ],
+    ] = None,
     inside: Annotated[
         str | None,
         typer.Option(
@@ -62,6 +101,30 @@ def ood(
             "--num-images", min=1, metavar="N", help="A sample of N images of each data set."
         ),
     ] = 1000,
+    false_positives: Annotated[
+        float | None,
+        typer.Option(
+            "--false-positives",
+            metavar="P",
+            parser=percentage,
+            help="Call images outliers that are further out than all but this share of held-out "
+            "images: 1% or 0.01.",
+            show_default="no verdicts",
+        ),
+    ] = None,
+    decides: Annotated[
+        Score, typer.Option("--score", help="The score of the p-values and verdicts.")
+    ] = "complexity_corrected",
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            "--maps",
+            metavar="FOLDER",
+            help="Also compute heat maps and the local score, and write a picture of each compared "
+            "image here.",
+            show_default="none",
+        ),
+    ] = None,
     mirror: MirrorOption = False,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = None,
@@ -77,38 +140,48 @@ def ood(
         ),
     ] = None,
     *,
-    options: DataOptions,
+    options: ImagesOptions,
 ) -> None:
-    """Can the model detect out-of-distribution images? AUROC and histograms of three scores.
+    """Can the model detect out-of-distribution images? AUROC and histograms of scores.
+
+    IMAGES are the same as --data IMAGES. With --false-positives, each of them gets a p-value and a
+    verdict, and the rate of false positives is measured on the --in images.
 
     Likelihood, -log p(x), is known to fail (Nalisnick et al. 2019): a Glow trained on CIFAR-10
     gives MNIST digits 1.2 bits/dim and CIFAR-10 itself 3.5, an AUROC of 0.00, where 0.5 is chance
-    (docs/ood.md). So there are two more scores:
+    (docs/ood.md). So there are more scores:
 
     Typicality, |-log p(x) - H|: how far an image's likelihood is from the usual one.
 
     Complexity-corrected, -log p(x) - L(x): how many more bits it needs than with a lossless coder
     (Serra et al. 2020).
 
+    Local: how unusual the most unusual place of the image is, by --maps or --score local.
+
     Images of another size, or with other channels or levels, are converted to the model's.
     """
+    from flowtrain.evaluation.heat import HeatMaps
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
     from flowtrain.tools.ood import results
     from flowtrain.tools.ood.histograms import draw
-    from flowtrain.tools.ood.images import collect
+    from flowtrain.tools.ood.images import collect, own_split
     from flowtrain.tools.ood.scores import score_all
 
     check_suffix(picture_out, (".png",), "--out")
     require_file(json_out, "--json")
     require_file(scores_out, "--scores")
+    if maps is not None:
+        require_folder(maps, maps, "--maps")
+    names = [*(outside or []), *options.images()]
+    if not names:
+        raise UserError("IMAGES: give a folder, an image file or a name, such as mnist or noise")
     console.stderr = json_out == "-"
     loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
-    collections = collect(
-        loaded, options.data(loaded), inside, outside, num_images=num_images, seed=seed
-    )
+    data = options.data(loaded)
+    collections = collect(loaded, data, inside, names, num_images=num_images, seed=seed)
     for collection in collections.all:
         if collection.stored:
             (channels, height, width), num_bins = collection.stored
@@ -116,15 +189,34 @@ def ood(
                 f"{collection.name}: {channels}x{height}x{width} with {num_bins} levels, brought "
                 f"to the model's"
             )
+    heat_maps = None
+    if maps is not None or decides == "local":
+        training = own_split("train", loaded, data, num_images, seed).images
+        heat_maps = HeatMaps(loaded.flow, training, seed, batch_size)
     with ProgressBar("scoring") as bar:
-        comparison = score_all(loaded, collections, seed=seed, batch_size=batch_size, progress=bar)
+        comparison = score_all(
+            loaded,
+            collections,
+            decides=decides,
+            false_positives=false_positives,
+            heat_maps=heat_maps,
+            seed=seed,
+            batch_size=batch_size,
+            progress=bar,
+        )
     write_json(results.as_json(comparison), json_out, path)
     if scores_out is not None:
         save(scores_out, results.scores_csv(comparison))
         console.print(f"wrote {scores_out}")
     save(picture, draw(comparison), named=picture_out is not None)
     console.print(f"wrote {picture}")
+    if maps is not None:
+        for name, png in results.pictures(comparison):
+            save(maps / name, png)
+        console.print(f"wrote heat maps to {maps}")
     _print(comparison)
+    if false_positives is not None:
+        _print_verdicts(comparison)
     comparison.check_finite()
 
 
@@ -147,7 +239,8 @@ def _print(comparison: "Comparison") -> None:
     unit = kind.unit
     table = Table(box=box.SIMPLE)
     titles = ("\ndata", f"\n{unit}", "AUROC by\nlikelihood", "\ntypicality")
-    for column in (*titles, "complexity-\ncorrected"):
+    local = () if comparison.inside.heat is None else ("\nlocal",)
+    for column in (*titles, "complexity-\ncorrected", *local):
         table.add_column(column, overflow="fold")
     table.add_row(*of(comparison.inside))
     for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
@@ -167,6 +260,37 @@ def _print(comparison: "Comparison") -> None:
         console.print(
             f"No bits/dim: {kind.no_bits}. Complexity-corrected scores are known up to a constant."
         )
+
+
+SHOWN = 20  # images of a data set whose verdicts are printed
+
+
+def _print_verdicts(comparison: "Comparison") -> None:
+    """The measured rate of false positives, and the verdicts, the smallest p-values first."""
+    from flowtrain.system.console import console
+    from flowtrain.tools.ood.results import names_of
+    from flowtrain.tools.ood.verdict import rate
+
+    reference = comparison.reference
+    console.print(
+        f"Outliers have a p-value of at most {comparison.false_positives:g}: {comparison.decides} "
+        f"above {comparison.threshold:.4g}, by {len(reference.log_prob):,} "
+        f"{reference.collection.split} images."
+    )
+    for scored in comparison.compared:
+        outliers, p, names = comparison.outliers(scored), comparison.p_values(scored), []
+        share, low, high = rate(outliers)
+        what = "false positives" if scored is comparison.inside else "outliers"
+        console.print(
+            f"{scored.collection.name}: {outliers.sum():,} of {len(p):,} images are {what}, "
+            f"{share:.2%} ({low:.2%} to {high:.2%} with 95% confidence)"
+        )
+        if scored is not comparison.inside:
+            names = names_of(scored)
+        for i in p.argsort(kind="stable")[: min(SHOWN, len(names))]:
+            console.print(f"  {'outlier' if outliers[i] else 'usual  '}  p {p[i]:.4f}  {names[i]}")
+        if len(names) > SHOWN:
+            console.print(f"  and {len(names) - SHOWN:,} more (--json, --scores)")
 
 
 def _figure(value: float | None, error: float | None) -> str:

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from flowtrain.evaluation.heat import HOTTEST
+from flowtrain.flow.kinds import QuantizedImages
 from flowtrain.pictures.lossless import coders
-from flowtrain.tools.ood.scores import SCORES, Comparison
+from flowtrain.tools.ood.scores import Comparison
 
 
 def draw(comparison: Comparison) -> bytes:
@@ -14,17 +16,21 @@ def draw(comparison: Comparison) -> bytes:
     from matplotlib.figure import Figure
 
     kind = comparison.reference.kind
+    assert isinstance(kind, QuantizedImages)  # `collect` refuses others
     log = "log" if kind.no_bits else "log2"
     titles = {
         "likelihood": f"likelihood: -{log} p(x)",
         "typicality": f"typicality: |-{log} p(x) - {comparison.reference.entropy:.2f}|",
         "complexity_corrected": f"complexity-corrected: -{log} p(x) - L(x) ({', '.join(coders())})",
+        "local": "local: largest heat of a place",
     }
     # Noise and shuffled pixels may cost millions of bits. The last bar has all scores above twice
     # the log2 Q bits of a uniform coder.
-    furthest = kind.uniform_loss + float(kind.in_unit(np.log2(kind.num_bins)))
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(SCORES)), SCORES, strict=True):
+    bits = kind.uniform_loss + float(kind.in_unit(np.log2(kind.num_bins)))
+    names = list(comparison.inside.scores)
+    figure = Figure(figsize=(16 * len(names) / 3, 5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        unit, furthest = (kind.unit, bits) if name != "local" else ("spreads", 2 * HOTTEST)
         values = [scored.scores[name] for scored in comparison.compared]
         values = [of_set[np.isfinite(of_set)].clip(max=furthest) for of_set in values]
         edges = np.histogram_bin_edges(np.concatenate(values), bins=100)
@@ -41,7 +47,7 @@ def draw(comparison: Comparison) -> bytes:
             axes.hist(of_set, edges, weights=share, label=label, **style)
         axes.set_title(titles[name])
         axes.set(
-            xlabel=f"{kind.unit} (the last bar has all above {furthest:.3g})",
+            xlabel=f"{unit} (the last bar has all above {furthest:.3g})",
             ylabel="share of the images",
         )
         axes.legend()

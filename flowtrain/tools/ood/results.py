@@ -4,12 +4,18 @@ import csv
 import io
 import itertools
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
+from flowtrain.evaluation.heat import picture
+from flowtrain.pictures.grid import png
 from flowtrain.pictures.lossless import coders
 from flowtrain.tools.ood.scores import Comparison, Scored
+from flowtrain.tools.ood.verdict import rate
 
 
 def mean_of(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
@@ -32,10 +38,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "unit": reference.kind.unit,
         **({"sides": model.flow.sides} if model.flow.sides > 1 else {}),
-        "in": _described(comparison.inside),
+        **({} if comparison.false_positives is None else {"verdict": _verdict(comparison)}),
+        "in": _described(comparison.inside) | _flagged(comparison, comparison.inside),
         "out": [
             {
                 **_described(scored),
+                **_flagged(comparison, scored),
                 "auroc": {name: area.auroc for name, area in areas.items()},
                 "auroc_stderr": {name: area.stderr for name, area in areas.items()},
             }
@@ -52,6 +60,40 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "seed": comparison.seed,
         "checkpoint": str(model.checkpoint.path),
     }
+
+
+def _verdict(comparison: Comparison) -> dict[str, Any]:
+    reference = comparison.reference
+    return {
+        "score": comparison.decides,
+        "false_positives": comparison.false_positives,
+        "threshold": _finite(comparison.threshold),
+        "held_out_split": reference.collection.split,
+        "held_out_images": len(reference.log_prob),
+    }
+
+
+def _flagged(comparison: Comparison, scored: Scored) -> dict[str, Any]:
+    """The rate of outliers, and the verdict on each image; nothing without verdicts."""
+    if comparison.false_positives is None:
+        return {}
+    outliers = comparison.outliers(scored)
+    found = rate(outliers)
+    rows = zip(names_of(scored), comparison.p_values(scored), outliers, strict=True)
+    return {
+        "outliers": int(outliers.sum()),
+        "outlier_rate": found.rate,
+        "outlier_rate_interval": [found.low, found.high],
+        "images": [
+            {"image": name, "p_value": float(p), "outlier": bool(outlier)}
+            for name, p, outlier in rows
+        ],
+    }
+
+
+def names_of(scored: Scored) -> list[str]:
+    """The file of each image, or its place in the split."""
+    return scored.collection.names or list(map(str, scored.collection.positions))
 
 
 def _described(scored: Scored) -> dict[str, Any]:
@@ -86,6 +128,9 @@ def scores_csv(comparison: Comparison) -> bytes:
         columns |= {"log_prob": scored.log_prob, "typicality": scored.scores["typicality"]}
         columns |= {"complexity": scored.complexity}
         columns |= {"complexity_corrected": scored.scores["complexity_corrected"]}
+        if scored.heat is not None:
+            columns["local"] = scored.scores["local"]
+        columns["p_value"] = comparison.p_values(scored)
         if scored is comparison.inside:
             writer.writerow(["dataset", *columns, *(["file"] if named else [])])
         files = scored.collection.names or itertools.repeat("")
@@ -94,3 +139,16 @@ def scores_csv(comparison: Comparison) -> bytes:
             also = [file] if named else []
             writer.writerow([scored.collection.name, *map(repr, row), *also])
     return text.getvalue().encode()
+
+
+def pictures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
+    """Each image of `outside` beside its heat map, as a name and a PNG file."""
+    flow = comparison.model.flow
+    num_bins = flow.kind.require_bins("heat maps are of images")
+    for scored in comparison.outside:
+        assert scored.heat is not None
+        images = torch.from_numpy(scored.collection.images).split(1)
+        for x, heat, name in zip(images, scored.heat, names_of(scored), strict=True):
+            stem = f"{scored.collection.name}-{name.removesuffix('.png')}"
+            file = re.sub(r"[^\w.-]+", "_", stem).lstrip("._")
+            yield f"{file}.png", png(picture(x, heat[None], num_bins, 2))

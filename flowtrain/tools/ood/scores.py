@@ -1,16 +1,18 @@
 """Out-of-distribution detection: can a model tell other images from its training images?
 
-Three scores of an image are computed side by side. The first, the likelihood, is known to fail:
-flows trained on CIFAR-10 find house numbers likelier than CIFAR-10 (Nalisnick et al. 2019a, "Do
-Deep Generative Models Know What They Don't Know?"). The other two are the usual repairs. For each
-score, a larger value means further out. All are in bits per dimension, or for a density of noisy
-images in nats per dimension, where the complexity is in nats too.
+Scores of an image are computed side by side. The first, the likelihood, is known to fail: flows
+trained on CIFAR-10 find house numbers likelier than CIFAR-10 (Nalisnick et al. 2019a, "Do Deep
+Generative Models Know What They Don't Know?"). Typicality and complexity are the usual repairs.
+The local score is the largest heat of a place (`evaluation/heat.py`), in standard deviations. For
+each score, a larger value means further out. The others are in bits per dimension, or for a density
+of noisy images in nats per dimension, where the complexity is in nats too.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +20,17 @@ import torch
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import Split
 from flowtrain.errors import RunError
+from flowtrain.evaluation.heat import HeatMaps
 from flowtrain.evaluation.score import require_memory, score
-from flowtrain.flow.kinds import QuantizedImages
+from flowtrain.flow.flow import Flow
+from flowtrain.flow.kinds import Kind, QuantizedImages
 from flowtrain.pictures.lossless import complexity
 from flowtrain.system.console import silent
 from flowtrain.tools.ood.auroc import Area, auroc
 from flowtrain.tools.ood.images import Collection, Collections
+from flowtrain.tools.ood.verdict import p_values, threshold
 
-SCORES = ("likelihood", "typicality", "complexity_corrected")
+SCORES = ("likelihood", "typicality", "complexity_corrected", "local")
 
 
 def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
@@ -53,13 +58,15 @@ def complexity_corrected(loss: np.ndarray, complexity: np.ndarray) -> np.ndarray
 class Scored:
     """The figures of a collection, each `(N,)` float64, in the unit of the kind.
 
-    `log_prob` is in nats, and `entropy` is the H of `typicality`.
+    `log_prob` is in nats, and `entropy` is the H of `typicality`. `heat` are the heat maps
+    `(N, H, W)`, if they were computed.
     """
 
     collection: Collection
     log_prob: np.ndarray
     entropy: float
-    kind: QuantizedImages
+    kind: Kind
+    heat: np.ndarray | None = None
 
     @cached_property
     def loss(self) -> np.ndarray:
@@ -68,17 +75,18 @@ class Scored:
 
     @cached_property
     def complexity(self) -> np.ndarray:
+        assert isinstance(self.kind, QuantizedImages)
         return self.kind.in_unit(complexity(self.collection.images))
 
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
-        """The scores by their names, `SCORES`."""
-        values = (
-            self.loss,
-            typicality(self.loss, self.entropy),
-            complexity_corrected(self.loss, self.complexity),
-        )
-        return dict(zip(SCORES, values, strict=True))
+        """The scores by their names, `SCORES`: of real values two, and the local one if there are
+        heat maps.
+        """
+        found = {"likelihood": self.loss, "typicality": typicality(self.loss, self.entropy)}
+        if isinstance(self.kind, QuantizedImages):
+            found["complexity_corrected"] = complexity_corrected(self.loss, self.complexity)
+        return found if self.heat is None else {**found, "local": self.heat.max(axis=(1, 2))}
 
     @property
     def non_finite(self) -> list[int]:
@@ -88,13 +96,18 @@ class Scored:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The scores of a model's images and of others."""
+    """The scores of a model's images and of others, and verdicts by the score `decides`.
+
+    An image is an outlier if its p-value is at most `false_positives`.
+    """
 
     model: LoadedModel
     seed: int
-    reference: Scored  # the images whose mean loss is H
+    reference: Scored  # the images whose mean loss is H, and whose scores give the p-values
     inside: Scored
     outside: list[Scored]
+    decides: str = "complexity_corrected"
+    false_positives: float | None = None
 
     @property
     def compared(self) -> list[Scored]:
@@ -105,9 +118,24 @@ class Comparison:
         """The AUROC of each score, for each of `outside`."""
         inside = self.inside.scores
         return [
-            {name: auroc(inside[name], scored.scores[name]) for name in SCORES}
+            {name: auroc(values, scored.scores[name]) for name, values in inside.items()}
             for scored in self.outside
         ]
+
+    def p_values(self, scored: Scored) -> np.ndarray:
+        """The p-value of each image, `(N,)`."""
+        return p_values(self.reference.scores[self.decides], scored.scores[self.decides])
+
+    def outliers(self, scored: Scored) -> np.ndarray:
+        """Whether each image is an outlier, bool `(N,)`."""
+        assert self.false_positives is not None
+        return np.asarray(self.p_values(scored) <= self.false_positives)
+
+    @cached_property
+    def threshold(self) -> float:
+        """The score above which an image is an outlier."""
+        assert self.false_positives is not None
+        return threshold(self.reference.scores[self.decides], self.false_positives)
 
     def check_finite(self) -> None:
         """Raises `RunError` naming the images whose likelihood is not finite."""
@@ -125,35 +153,59 @@ class Comparison:
             raise RunError("; ".join(found))
 
 
+def scored(
+    flow: Flow,
+    collection: Collection,
+    entropy: float | None = None,
+    *,
+    heat_maps: HeatMaps | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = silent,
+) -> Scored:
+    """The scores of a collection. Without an `entropy`, H is the mean of its own losses.
+
+    The likelihood is the single-draw bound of `flowtrain evaluate`, with the weights that were
+    loaded.
+    """
+    split = Split(collection.images, np.arange(len(collection.images)))
+    log_prob = score(
+        flow, split, seed=seed, batch_size=batch_size, progress=progress
+    ).log_prob.numpy()
+    if entropy is None:
+        entropy = float(flow.loss(torch.from_numpy(log_prob)).mean())
+    heat = None if heat_maps is None else heat_maps(collection.images)
+    return Scored(collection, log_prob, entropy, flow.kind, heat)
+
+
 def score_all(
     model: LoadedModel,
     collections: Collections,
     *,
+    decides: str = "complexity_corrected",
+    false_positives: float | None = None,
+    heat_maps: HeatMaps | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Comparison:
-    """Scores every image.
+    """Scores every image (`scored`), for verdicts by the score `decides`.
 
-    The likelihood is the single-draw bound of `flowtrain evaluate`, with the weights that were
-    loaded. Raises `UserError` for a `batch_size` that cannot fit into memory.
+    Raises `UserError` for a `batch_size` that cannot fit into memory, and if there are too few
+    held-out images for `false_positives`.
     """
     sizes = [len(collection.images) for collection in collections.all]
     require_memory(model.flow, max(sizes), batch_size)
-    log_probs: list[np.ndarray] = []
+    if false_positives is not None:  # before the work
+        threshold(np.zeros(sizes[0]), false_positives)
+    found: list[Scored] = []
 
     def ahead(done: int, of: int) -> None:
-        progress(sum(map(len, log_probs)) + done, sum(sizes))
+        progress(sum(sizes[: len(found)]) + done, sum(sizes))
 
+    options: dict[str, Any] = {"heat_maps": heat_maps, "seed": seed, "batch_size": batch_size}
     for collection in collections.all:
-        split = Split(collection.images, np.arange(len(collection.images)))
-        scores = score(model.flow, split, seed=seed, batch_size=batch_size, progress=ahead)
-        log_probs.append(scores.log_prob.numpy())
-    entropy = float(model.flow.loss(torch.from_numpy(log_probs[0])).mean())
-    kind = model.flow.kind
-    assert isinstance(kind, QuantizedImages)  # `collect` refuses others
-    first, second, *rest = (
-        Scored(collection, log_prob, entropy, kind)
-        for collection, log_prob in zip(collections.all, log_probs, strict=True)
-    )
-    return Comparison(model, seed, first, second, rest)
+        entropy = found[0].entropy if found else None
+        found.append(scored(model.flow, collection, entropy, progress=ahead, **options))
+    first, second, *rest = found
+    return Comparison(model, seed, first, second, rest, decides, false_positives)

@@ -1,5 +1,5 @@
 """One HTML file about a model: configuration, curves, evaluation, samples, paths, reconstructions,
-nearest training images and health.
+unusual places, nearest training images and health.
 """
 
 import base64
@@ -23,6 +23,8 @@ from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import picture
 from flowtrain.errors import RunError, UserError, short
+from flowtrain.evaluation.heat import HOTTEST, HeatMaps
+from flowtrain.evaluation.heat import picture as heat_picture
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.passes import fitting_batch_size
 from flowtrain.flow.sides import mixture
@@ -38,6 +40,7 @@ from flowtrain.tools.report import charts
 
 SHOWN = 8  # reconstructions, and samples with their nearest training images
 NEAREST = 3
+USUAL = 256  # training images whose bits are the usual ones of a place
 COMPARED = 16  # test images that are compared with the training images, like the samples
 ROWS = 4  # and columns of a picture of samples
 PATHS, STEPS = 4, 8  # paths between test images, and the images of each
@@ -148,6 +151,7 @@ def page(
             flow, test().sample(num_images, seed).take(slice(None))
         ),
         "paths": lambda: _paths(flow, test()),
+        "unusual places": lambda: _unusual(flow, there(), num_images, seed),
         "samples over training": lambda: _over_training(run),
         "nearest training images": lambda: _neighbours(flow, there(), seed),
         "health": health,
@@ -185,6 +189,7 @@ def page(
         mixture=mixture,
         never=sys.float_info.max,  # the bound of a check that is never bad
         shown=SHOWN,
+        hottest=HOTTEST,
     )
     return html, [f"{name}: {each.problem}" for name, each in parts.items() if each.problem]
 
@@ -202,6 +207,16 @@ def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
         command = f"flowtrain evaluate {shlex.quote(str(run))}"
         raise UserError(f"the model has not been evaluated; {command} does it")
     return [(file, record.read_evaluation(file)) for file in files]
+
+
+def _unusual(flow: Flow, data: DataSet, num_images: int, seed: int) -> Tensor:
+    """The test images with the most unusual place, of `num_images`, above their heat maps."""
+    num_bins, training = _num_bins(flow), data.split("train").sample(USUAL, seed)
+    heat_maps = HeatMaps(flow, training.take(slice(None)).numpy(), seed)
+    x = data.split("test").sample(num_images, seed).take(slice(None))
+    heat = heat_maps(x.numpy())
+    worst = (-heat.max(axis=(1, 2))).argsort()[:SHOWN]
+    return heat_picture(x[worst], heat[worst], num_bins, SHOWN)
 
 
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> dict[str, Any]:

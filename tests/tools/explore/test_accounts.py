@@ -8,10 +8,11 @@ from helpers import a_config, images, perturb, seeded, tiny_flow
 
 from flowtrain.bijections import AffineTransform, Coupling
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.evaluation.places import forward_by_place
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.nets.convolution import GlowNet
-from flowtrain.tools.explore.accounts import account, forward_by_place
+from flowtrain.tools.explore.accounts import account
 from flowtrain.tools.explore.worker import Superseded
 
 MODELS = {

@@ -20,13 +20,16 @@ from PIL import Image
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
+from flowtrain.evaluation.heat import HeatMaps
+from flowtrain.evaluation.heat import picture as heat_picture
 from flowtrain.pictures import grid as pictures
 from flowtrain.pictures.sample import sample
 from flowtrain.tools.doctor.examine import examine
 from flowtrain.tools.doctor.findings import Finding
 from flowtrain.tools.report import report
 
-SECTIONS = ["evaluation", "curves", "samples", "paths", "reconstructions", "nearest", "health"]
+SECTIONS = ["evaluation", "curves", "samples", "paths", "reconstructions", "places"]
+SECTIONS += ["nearest", "health"]
 EMPTY = {"meta", "img", "path", "use", "link", "br", "hr"}
 OF_RUN = "run <i>&amp;"  # a name that has to be escaped
 
@@ -152,6 +155,19 @@ def test_the_pictures_are_those_of_the_seed(digits):
         assert torch.equal(page.picture(f"8 {text}"), pictures.grid(shown[:8], 17, 8))
 
 
+def test_the_most_unusual_places_come_first(digits):
+    _, model, page = digits
+    data = DataSet(model.config.data)
+    training, x = (
+        data.split(name).sample(count, 3).take(slice(None))
+        for name, count in (("train", 256), ("test", 10))
+    )
+    heat = HeatMaps(model.flow, training.numpy(), 3)(x.numpy())
+    worst = np.argsort(-heat.max(axis=(1, 2)))[:8]
+    expected = heat_picture(x[worst], heat[worst], 17, 8)
+    assert torch.equal(page.picture("Test images above their heat maps"), expected)
+
+
 def test_the_nearest_training_images_are_nearest(digits):
     _, model, page = digits
     data = DataSet(model.config.data)
@@ -200,7 +216,14 @@ def moved(tmp_path_factory):
 
 def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     page, done = page_of("run", cwd=moved)
-    for part in ("evaluations", "reconstructions", "nearest training images", "health"):
+    parts = (
+        "evaluations",
+        "reconstructions",
+        "unusual places",
+        "nearest training images",
+        "health",
+    )
+    for part in parts:
         assert f"not in it: {part}: " in done.out
     assert page.text.count("data.npz") >= 3 and "--set data.KEY=VALUE" in page.text
     assert "flowtrain evaluate run" in page.text
@@ -271,7 +294,7 @@ def test_points_have_a_page(tmp_path):
     assert "2 x 1 x 1, real values" in page.text and "Best validation" not in page.text
     shown = [image["alt"] for image in page.all("img")]
     assert shown == ["Samples at temperature 1.0", "Paths between test images"]
-    assert page.text.count("real-valued data are no images") == 2
+    assert page.text.count("real-valued data are no images") == 3
 
 
 def test_differences_are_counted_sorted_and_amplified(monkeypatch):

@@ -1,0 +1,131 @@
+"""Verdicts: p-values, thresholds, the measured rate of false positives, and the command."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from cli_helpers import copy_of, quick, trained, tree
+from helpers import images, perturb, ready, tiny_flow
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn.datasets import load_digits
+
+from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import parse
+from flowtrain.data.splits import Split
+from flowtrain.errors import UserError
+from flowtrain.evaluation.heat import HeatMaps
+from flowtrain.evaluation.score import score
+from flowtrain.tools.ood.detector import Detector
+from flowtrain.tools.ood.verdict import p_values, rate, threshold
+
+
+def test_p_values():
+    held_out = np.array([3.0, 1, 2, 2])
+    found = p_values(held_out, np.array([0.5, 2, 2.5, 3, 4, np.inf, np.nan]))
+    assert (5 * found).tolist() == [5, 4, 2, 2, 1, 1, 1]
+    # A held-out score that is not finite is as far out as any.
+    assert (3 * p_values(np.array([1, np.nan]), np.array([2, np.inf]))).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_false_positives_are_no_more_frequent_than_promised(ties):
+    """Each of 100 exchangeable scores in turn is the new one."""
+    scores = np.random.default_rng(0).normal(size=100).round(1 if ties else 9)
+    found = np.array([p_values(np.delete(scores, i), scores[i : i + 1])[0] for i in range(100)])
+    if not ties:
+        assert sorted(found) == [k / 100 for k in range(1, 101)]
+    for alpha in (0.01, 0.05, 0.29, 0.5):
+        assert (found <= alpha).mean() <= alpha
+        held_out = np.delete(scores, 7)
+        above = scores > threshold(held_out, alpha)
+        assert above.tolist() == (p_values(held_out, scores) <= alpha).tolist()
+
+
+def test_a_threshold_needs_enough_images():
+    threshold(np.arange(99.0), 0.01)
+    with pytest.raises(UserError, match="0.01: 99 held-out images are needed, there are 98"):
+        threshold(np.arange(98.0), 0.01)
+
+
+@pytest.mark.parametrize("count, of", [(0, 40), (3, 500), (7, 7), (1, 1)])
+def test_the_interval_of_a_rate(count, of):
+    found = rate(np.arange(of) < count)
+    expected = binomtest(count, of).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx((count / of, expected.low, expected.high), abs=1e-6)
+
+
+def test_the_detector():
+    flow, x = tiny_flow("glow", (1, 4, 4)), images(60, (1, 4, 4))
+    held_out, training = x[:19], x[20:40].numpy()
+    detector = Detector(flow, held_out, training, score="local", seed=3)
+    maps = HeatMaps(flow, training, 3)
+    assert np.array_equal(detector.heat(x[40:]), maps(x[40:].numpy()))
+    largest = [maps(part.numpy()).max(axis=(1, 2)) for part in (held_out, x[40:])]
+    assert np.array_equal(detector.p_values(x[40:]), p_values(*largest))
+    typical = Detector(flow, held_out, score="typicality")
+    loss = [
+        -score(flow, Split(part.numpy(), np.arange(len(part)))).log_prob
+        for part in (held_out, x[40:])
+    ]
+    distances = [abs(each - loss[0].mean()).numpy() for each in loss]
+    assert np.array_equal(typical.p_values(x[40:]), p_values(*distances))
+    with pytest.raises(ValueError, match="training: heat maps need training images"):
+        typical.heat(x)
+    with pytest.raises(ValueError, match="score: local, expected likelihood, typicality, complex"):
+        Detector(flow, held_out, score="local")
+
+
+def test_a_detector_of_real_values():
+    config = parse({"data": {"name": "two_moons"}, "model": {"name": "maf", "width": 8}})
+    flow = ready(perturb(build_flow(config, (2, 1, 1), None))).requires_grad_(False)
+    x = flow.sample(40)
+    detector = Detector(flow, x, score="likelihood")
+    expected = p_values(-flow.log_prob(x).numpy(), -flow.log_prob(x / 2).numpy())
+    assert np.array_equal(detector.p_values(x / 2), expected)
+    with pytest.raises(ValueError, match="expected likelihood, typicality$"):
+        Detector(flow, x)
+
+
+@pytest.mark.run
+def test_the_command(tmp_path):
+    """Digits with a noisy corner: verdicts on the screen, in JSON and CSV, and pictures."""
+    run = copy_of(trained()["glow"], tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(load_digits().images[:25].astype(int)):
+        if i % 5 == 0:
+            image[:4, :4] = np.random.default_rng(i).integers(17, size=(4, 4))
+        Image.fromarray((image * 255 // 16).astype(np.uint8)).save(
+            tmp_path / "photos" / f"{i:02}.png"
+        )
+    before = set(tree(tmp_path))
+    words = ["ood", "run", "photos", "--false-positives", "5%", "--score", "local"]
+    done = quick(*words, "--maps", "heat", "--scores", "s.csv", cwd=tmp_path).ok()
+    new = {"run/ood.json", "run/ood.png", "s.csv", "heat"}
+    pictures = {f"heat/photos-{i:02}.png" for i in range(25)}
+    assert set(tree(tmp_path)) - before == new | pictures
+    assert Image.open(tmp_path / "heat" / "photos-07.png").width > 500
+    outcome = json.loads((run / "ood.json").read_text())
+    verdict, (out,) = outcome["verdict"], outcome["out"]
+    expected = {"score": "local", "false_positives": 0.05, "held_out_split": "validation"}
+    assert expected.items() <= verdict.items() and verdict["held_out_images"] == 162
+    rows = [*csv.DictReader((tmp_path / "s.csv").open())]
+    assert len(rows) == 180 + 25
+    for row, image in zip(rows, outcome["in"]["images"] + out["images"], strict=True):
+        assert image["image"] == (row["file"] or row["index"])
+        assert image["p_value"] == float(row["p_value"])
+        assert image["outlier"] == (float(row["local"]) > verdict["threshold"])
+        assert image["outlier"] == (image["p_value"] <= 0.05)
+    flagged = {image["image"] for image in out["images"] if image["outlier"]}
+    assert out["outliers"] == len(flagged) and out["auroc"]["local"] is not None
+    inside = outcome["in"]
+    low, high = inside["outlier_rate_interval"]
+    assert low <= inside["outlier_rate"] == inside["outliers"] / 180 <= high
+    line = f"{inside['outliers']} of 180 images are false positives, {inside['outlier_rate']:.2%}"
+    assert line in done.out and "and 5 more (--json, --scores)" in done.out
+    for image in flagged:
+        assert f"{image}" in done.out
+    # The same in another order of words, without pictures or verdicts.
+    quick("ood", "run", "data.split_seed=0", "photos", "--json", "o.json", cwd=tmp_path).ok()
+    assert "verdict" not in json.loads((tmp_path / "o.json").read_text())
