@@ -110,6 +110,16 @@ def train(
             "--dry-run", help="Print parameters, operations, memory and estimated time, and stop."
         ),
     ] = False,
+    until: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Pause after this share of the run's length, with a validation. The same command "
+            "with a larger share goes on as if it had not paused.",
+        ),
+    ] = 1.0,
     device: DeviceOption = "auto",
     *,
     settings: SettingOptions,
@@ -136,7 +146,7 @@ def train(
     from flowtrain.training.run_directory import RunDirectory
 
     run = RunDirectory(run_dir or Path("runs") / path.stem)
-    fit(loaded, run, target, EXTEND if extend else resume, init_from)
+    fit(loaded, run, target, EXTEND if extend else resume, init_from, until)
 
 
 def _print_cost(cost: "Cost", train: "Train", device: "torch.device") -> None:

@@ -95,7 +95,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def test_the_time_left_follows_from_the_speed_of_this_part():
     """An earlier part of the run took 4 s for a step, this one takes half a second."""
     progress = Progress(step=1000, seconds=4000.0)
-    train = SimpleNamespace(budget=None, num_steps=1100)
+    train = SimpleNamespace(budget=None, num_steps=1100, clock="wall")
     clock = Clock(SimpleNamespace(progress=progress, config=SimpleNamespace(train=train)))
     progress.step, progress.seconds = 1010, 4005.0
     assert clock.seconds_left() == pytest.approx(45)
