@@ -28,8 +28,8 @@ COMMAND = ["sweep", "sweep.yaml", "--workers", "1", "--out", "s", "--device", "c
 PLAN = """
 config: glow_digits
 set: [model.steps=1, train.batch_size=16, train.checkpoint_every=3, train.validate_every=4,
-      train.sample_every=100, train.log_every=1, train.ema=0.9, data.validation=20]
-rows: [none]
+      train.sample_every=100, "train.logger=[]", train.ema=0.9, data.validation=20]
+rows: [none, model.levels=9]
 ranges: {model.width: {low: 4, high: 9}, train.lr: {low: 1e-4, high: 1e-2, log: true}}
 trials: 2
 images: 128
@@ -105,11 +105,12 @@ def main(folder: Path, count: int) -> dict[str, object]:
     done, operations = run(folder / "whole")
     assert done.code == 0, done
     draw, killed = random.Random(0), 0
-    while killed < count:
-        done, _ = run(folder / "killed", draw.randint(1, operations // (count // 2)))
+    # Not before the end after so many operations in all. The last two may come after it.
+    points = [draw.randint(1, operations // count) for _ in range(count)]
+    for fatal in (*points, operations // 3, operations // 3, None):
+        done, _ = run(folder / "killed", fatal)
         assert done.code in (0, -signal.SIGKILL), done
-        killed += 1
-    done, _ = run(folder / "killed")
+        killed += done.code != 0
     assert done.code == 0, done
     both = {name: results(folder / name) for name in ("whole", "killed")}
     return {"operations": operations, "kills": killed, **both}
