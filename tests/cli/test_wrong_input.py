@@ -148,7 +148,7 @@ TABLE = [
     ("sweep --images 9 --out new", "sweep: no rows: give --try SETTINGS"),
     ("sweep --try none --out new", "sweep: give either --seconds or --images"),
     ("sweep --try model.widht=3 --images 9 --out new", "row model.widht=3", "model.width?"),
-    ("sweep --try 'a=\"b' --images 9 --out new", "row a=\"b: No closing quotation"),
+    ("sweep --try 'a=\"b' --images 9 --out new", 'row a="b: No closing quotation'),
     ("sweep --try data.n_bits=3 --images 9 --out new", "data.n_bits changes the meaning"),
     ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
     ("sweep --try none --images 9 --out sub", "--out sub: holds other files than a sweep's"),

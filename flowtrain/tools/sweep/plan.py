@@ -49,11 +49,11 @@ class Plan(Section):
         return shares[::-1]
 
     def settings(self, row: str, seed: int, processor: bool) -> list[str]:
-        """The settings of a trial, beside those of `base`. `processor`: seconds are of that."""
-        words = [*_words(row), f"seed={seed}"]
+        """The settings of a trial, beside those of `base`. `processor`: its clock is that."""
+        clock = "processor" if processor else "wall"
+        words = [*_words(row), f"seed={seed}", f"train.clock={clock}"]
         if self.images is None:
-            clock = "processor" if processor else "wall"
-            return [*words, f"train.budget={self.seconds}s", f"train.clock={clock}"]
+            return [*words, f"train.budget={self.seconds}s"]
         train = self.config(row).train
         steps = math.ceil(self.images / (train.batch_size * train.accumulate))
         return [*words, f"train.num_steps={steps}"]
