@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtrain.errors import UserError
-from flowtrain.system.files import one_at_a_time
+from flowtrain.system.files import append_regular, lock
 from flowtrain.system.packages import required
 from flowtrain.tools.sweep.plan import Plan, row_of
 
@@ -41,7 +41,8 @@ class Proposals:
     @contextlib.contextmanager
     def _study(self) -> Iterator[Any]:
         storage = f"sqlite:///{self.folder / 'optuna.sqlite3'}"
-        with one_at_a_time(self.folder / "sweep.yaml"):
+        with append_regular(self.folder / ".lock") as file:
+            lock(file.fileno())
             yield self.optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
 
     def rows(self) -> list[str]:
@@ -66,9 +67,6 @@ class Proposals:
             # Proposed in memory, and then stored with all its values in one transaction.
             memory = self.optuna.create_study(sampler=self.optuna.samplers.TPESampler(seed=number))
             memory.add_trials(study.trials)
-            new = {
-                "params": memory.ask(self.distributions).params,
-                "distributions": self.distributions,
-            }
-            study.add_trial(of.create_trial(state=of.TrialState.RUNNING, **new))
+            new = {"params": memory.ask(self.distributions).params, "state": of.TrialState.RUNNING}
+            study.add_trial(of.create_trial(distributions=self.distributions, **new))
             return True

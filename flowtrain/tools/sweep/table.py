@@ -119,9 +119,8 @@ def _picture(sweep: Sweep, lines: Sequence[dict[str, Any]], unit: str) -> bytes:
     left.set(xlabel=key, ylabel=f"validation, {unit}")
     right.axvline(0, color="#888888", lw=1)
     right.set(xlabel=f"difference to the first row, {unit}", ylim=(len(lines) - 0.5, -0.5))
-    right.set_yticks(range(len(lines)), [each["settings"][-60:] for each in lines], fontsize=8)
-    for label in right.get_yticklabels():  # a dollar is no mathematics
-        label.set_parse_math(False)
+    names = [each["settings"][-60:].replace("$", r"\$") for each in lines]  # no mathematics
+    right.set_yticks(range(len(lines)), names, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     buffer = io.BytesIO()

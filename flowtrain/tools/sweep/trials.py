@@ -25,6 +25,7 @@ from flowtrain.errors import Interrupted, cut
 from flowtrain.results import File
 from flowtrain.system import files
 
+Call = Callable[[Sequence[str], BinaryIO], int]  # words of a command, its output, its exit code
 LONGEST_FILE = 2**28  # bytes of a log, or of numbers for each validation image
 # By the exit code of a command: the signal that stopped it, after it had saved or at once.
 STOPPED = {code: s for s in (signal.SIGINT, signal.SIGTERM) for code in (128 + s, -s)}
@@ -84,23 +85,21 @@ class Trial:
                 return
             yield file.fileno()
 
-    def run(
-        self, rung: int, train: Sequence[str], call: Callable[[Sequence[str], BinaryIO], int]
-    ) -> Result:
+    def run(self, rung: int, train: Sequence[str], call: Call) -> Result:
         """Trains to the end of a rung, evaluates, and writes the result.
 
         Args:
             train: the words of `flowtrain train`, without the run directory.
-            call: runs a command, with its output in a file, and returns its exit code.
+            call: runs a command.
 
         Raises `Interrupted` if a signal stopped a command.
         """
-        result = self._run(train, call)
-        text = json.dumps(result.content()) + "\n"
-        files.write_atomically(self.path / f"rung-{rung}.json", text.encode())
+        result = self._measured(train, call)
+        data = json.dumps(result.content()).encode()
+        files.write_atomically(self.path / f"rung-{rung}.json", data + b"\n")
         return result
 
-    def _run(self, train: Sequence[str], call: Callable[[Sequence[str], BinaryIO], int]) -> Result:
+    def _measured(self, train: Sequence[str], call: Call) -> Result:
         last = self.path / "checkpoints" / f"last{SUFFIX}"
         evaluation, scores = (self.path / f"validation.{kind}" for kind in ("json", "csv"))
         outputs = ["--json", str(evaluation), "--scores", str(scores)]

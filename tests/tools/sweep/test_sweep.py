@@ -1,5 +1,6 @@
 """`flowtrain sweep`: plans, halving, proposals, errors of the table, kills, and early ends."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from catalogue import sets
 from cli_helpers import Forked, metrics, quick, report_of, summary, wait_for_step
 from helpers import a_config
 
-from flowtrain.errors import UserError
+from flowtrain.errors import Interrupted, UserError
 from flowtrain.tools.sweep import table
 from flowtrain.tools.sweep.plan import planned
 from flowtrain.tools.sweep.trials import Result
@@ -30,7 +31,6 @@ def a_plan(**values):
 
 def a_sweep(folder, **values):
     folder.mkdir(exist_ok=True)
-    (folder / "sweep.yaml").touch()
     return Sweep(folder, a_plan(**values), CPU, [{}])
 
 
@@ -101,6 +101,24 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     os.waitpid(child, 0)
     with trial.claimed() as claim, trial.claimed() as other:
         assert claim is not None and other is None
+
+
+@pytest.mark.parametrize(
+    "code, output, message",
+    [
+        (2, "step 1\nflowtrain: a: wrong\nb: wrong\n", "a: wrong b: wrong"),
+        (1, "Traceback\nValueError: wrong\n", "ValueError: wrong"),
+        (-signal.SIGKILL, "step 1\n", "ended by SIGKILL, perhaps for lack of memory"),
+        (143, "stopped", None),
+        (-signal.SIGINT, "", None),
+    ],
+)
+def test_a_command_that_fails_or_is_stopped(code, output, message, tmp_path):
+    """A failure is the result of the trial. After a signal it has none, and is tried again."""
+    (trial, *_) = a_sweep(tmp_path).trials(0)
+    with trial.claimed(), contextlib.suppress(Interrupted):
+        trial.run(1, [], lambda words, log: [code, log.write(output.encode())][0])
+    assert (trial.result(1) and trial.result(1).message) == message
 
 
 def test_errors_over_seeds_and_images():
