@@ -17,7 +17,7 @@ class Proposals:
     2011) from the losses at the end of the first rung.
 
     One process at a time opens the storage, so it may lie on a shared file system. A proposal is a
-    function of its number and the losses so far, so a kill changes nothing.
+    function of its number and the losses so far, so it is the same after a kill.
 
     Raises `UserError` if Optuna is missing, or refuses a range.
     """

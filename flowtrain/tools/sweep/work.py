@@ -87,10 +87,9 @@ class Sweep:
         """
         with futures.ThreadPoolExecutor(len(self.workers)) as pool:
             try:
-                for each in futures.as_completed(
-                    [pool.submit(self._work, x) for x in self.workers]
-                ):
-                    each.result()
+                jobs = [pool.submit(self._work, each) for each in self.workers]
+                for job in futures.as_completed(jobs):
+                    job.result()
             except BaseException:
                 self.stopping.set()
                 for process in list(self.running):
