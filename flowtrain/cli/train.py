@@ -1,7 +1,8 @@
 """`flowtrain train`."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -40,6 +41,9 @@ EPILOG = "Example: [cyan]flowtrain train --config glow_mnist_small train.budget=
 class Settings(TyperCommand):
     """Its help lists the configurations. An option that is a key gets a hint."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", "[DATA]", "[KEY=VALUE]..."]
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         rows = [f"[bold]{name}[/bold]  {headline}" for name, headline in _complete_config("")]
         title = "[bold]Configurations that come with flowtrain:[/bold]"
@@ -69,19 +73,37 @@ class Settings(TyperCommand):
 @on_all_processes
 def train(
     config: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME|FILE",
             autocompletion=_complete_config,
             help="A YAML file: as given, in configs/, or one that comes with flowtrain (below).",
+            show_default=f"{configfiles.DEMO}, without DATA",
         ),
-    ] = configfiles.DEMO,
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="With DATA: the time of training, such as 90s, 30min or 1.5h.",
+            show_default="30min",
+        ),
+    ] = None,
+    purpose: Annotated[
+        Literal["likelihood", "pictures", "latents"] | None,
+        typer.Option(
+            "--for",
+            help="With DATA: the best bits/dim, the best samples, or latents to edit and to walk "
+            "through.",
+            show_default="likelihood",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="Write everything to this directory.",
-            show_default="runs/<config name>",
+            show_default="runs/<name of the configuration or data>",
         ),
     ] = None,
     resume: Annotated[
@@ -124,18 +146,36 @@ def train(
     *,
     settings: SettingOptions,
 ) -> None:
-    """Train a flow. If the run was stopped, the same command goes on from there."""
+    """Train a flow. If the run was stopped, the same command goes on from there.
+
+    DATA (a folder of images, a data set, or an .npz file) in place of --config chooses a
+    configuration for it, for the time in --budget and the purpose in --for.
+    """
     from flowtrain import config as configuration
 
-    path = configfiles.find_config(config)
-    words = settings.words("; a configuration is named by --config")
     if extend and resume != "auto":
         raise UserError(
             f"--extend: goes on from the last checkpoint, so not with --resume {resume}"
         )
-    loaded = configuration.load_config(path, words)
+    data, settings.settings = _data_and_settings(settings.settings or [], config)
+    words = settings.words("; a configuration is named by --config")
     target = device_of(device)
     mention_unused(device, target)
+    if data is not None:
+        from flowtrain.training import dial
+
+        purpose, budget = purpose or "likelihood", budget or "30min"
+        run_dir = run_dir or Path("runs") / f"{Path(data).resolve().stem}-{purpose}-{budget}"
+        loaded = dial.configured(data, budget, purpose, words, run_dir, target)
+    elif budget or purpose:
+        raise UserError(
+            f"{'--for' if purpose else '--budget'}: is for DATA, such as a folder of images; with "
+            "a configuration, set train.budget=TIME"
+        )
+    else:
+        path = configfiles.find_config(config or configfiles.DEMO)
+        run_dir = run_dir or Path("runs") / path.stem
+        loaded = configuration.load_config(path, words)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 
@@ -145,8 +185,17 @@ def train(
     from flowtrain.training.resume import EXTEND
     from flowtrain.training.run_directory import RunDirectory
 
-    run = RunDirectory(run_dir or Path("runs") / path.stem)
-    fit(loaded, run, target, EXTEND if extend else resume, init_from, until)
+    fit(loaded, RunDirectory(run_dir), target, EXTEND if extend else resume, init_from, until)
+
+
+def _data_and_settings(words: list[str], config: str | None) -> tuple[str | None, list[str]]:
+    """DATA, if there is no `--config` and exactly one word is no setting, and the other words."""
+    data = [word for word in words if "=" not in word or os.path.lexists(word)]
+    if config is not None or len(data) != 1:
+        return None, words
+    if data[0] in configfiles.shipped_configs() and not os.path.lexists(data[0]):
+        raise UserError(f"{data[0]}: a configuration is named by --config {data[0]}")
+    return data[0], [word for word in words if word != data[0]]
 
 
 def _print_cost(cost: "Cost", train: "Train", device: "torch.device") -> None:

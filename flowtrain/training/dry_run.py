@@ -136,6 +136,23 @@ def dry_run(config: Config, device: torch.device) -> Cost:
         train = config.train.model_copy(update={"compile": "off", "cuda_graph": False})
         config = config.model_copy(update={"train": train})
     data, train = DataSet(config.data), config.train
+    batch = train.batch_size * train.accumulate
+    state = prepared(config, data, device)
+
+    plain = _changed(state, compile="off", cuda_graph=False)
+    compute = _compute(plain, batch)
+    memory = _memory(plain, train.batch_size, device)
+    chosen = next(each for each in memory.modes if each.mode == train.memory)
+    fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
+    seconds = seconds_of_a_step(state, batch) if fits and not elsewhere else None
+    images = batch * distributed.world()
+    compiling = state.compile_seconds or None
+    return Cost(_parameters(state.flow), compute, memory, seconds, images, compiling)
+
+
+def prepared(config: Config, data: DataSet, device: torch.device) -> State:
+    """A new run, initialized with random images. Raises `UserError` if it could not start."""
+    train = config.train
     flow = build_flow(config, data.shape, data.num_bins, copies_of_weights(train, device)).to(
         device
     )
@@ -146,17 +163,7 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     some, _ = _batch(flow, min(batch, flow.initialization_images, INITIALIZED_IMAGES))
     initialize(flow, some, dequantization_noise(config, 0, some))
     ema = EMA(flow, train.ema) if train.ema else None
-    state = State(config, flow, build_optimizers(flow, train), ema, {})
-
-    plain = _changed(state, compile="off", cuda_graph=False)
-    compute = _compute(plain, batch)
-    memory = _memory(plain, train.batch_size, device)
-    chosen = next(each for each in memory.modes if each.mode == train.memory)
-    fits = all(distributed.all_gather_object(chosen.largest_batch >= train.batch_size))
-    seconds = _seconds_of_a_step(state, batch) if fits and not elsewhere else None
-    images = batch * distributed.world()
-    compiling = state.compile_seconds or None
-    return Cost(_parameters(flow), compute, memory, seconds, images, compiling)
+    return State(config, flow, build_optimizers(flow, train), ema, {})
 
 
 def _require_labels(data: DataSet, classes: int) -> None:
@@ -271,7 +278,7 @@ def _moments_of_a_step(state: State, mode: Mode, count: int, device: torch.devic
     return moments(step, device)
 
 
-def _seconds_of_a_step(state: State, batch: int) -> float:
+def seconds_of_a_step(state: State, batch: int) -> float:
     """The median of `TIMED_STEPS` steps."""
     x, labels = _batch(state.flow, batch)
     seconds = []

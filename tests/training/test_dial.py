@@ -1,0 +1,191 @@
+"""The dial: configurations chosen for data, a budget and a purpose."""
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import quick
+from helpers import npz
+from PIL import Image
+
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.errors import UserError
+from flowtrain.training import dial
+from flowtrain.training.dial_rules import FAMILIES, FEW
+
+CPU = torch.device("cpu")
+PERIODS = ("log_every", "validate_every", "checkpoint_every", "sample_every")
+
+
+@pytest.fixture
+def pace(monkeypatch):
+    """Sets the seconds of a step, and the largest batch that fits."""
+
+    def steps_take(seconds, largest=2**20, precision="bf16"):
+        def measured(config, data, device):
+            train, slow = config.train, config.train.precision != precision
+            batch = min(train.batch_size, largest)
+            parts = -(-train.batch_size // batch) if batch else 0
+            time = seconds * (1 + slow)
+            return dial.Step(train.precision, batch, parts, time) if batch else None
+
+        monkeypatch.setattr(dial, "_measured", measured)
+
+    return steps_take
+
+
+def choose(data, budget=1800.0, purpose="likelihood", settings=()):
+    return dial.choose(str(data), budget, purpose, settings, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "purpose", "shape"),
+    [
+        ("causal_cifar_small", "likelihood", (32, 32, 3)),
+        ("glow_cifar_small", "latents", (32, 32, 3)),
+        ("causal_mnist_small", "likelihood", (28, 28)),
+        ("glow_mnist_small", "latents", (28, 28)),
+    ],
+)
+def test_half_an_hour_has_the_configuration_tuned_by_hand(tmp_path, pace, name, purpose, shape):
+    npz(tmp_path / "x.npz", 2 * FEW // int(np.prod(shape)), shape=shape)
+    pixels = dict(np.load(tmp_path / "x.npz"))
+    if shape == (28, 28):  # MNIST is mostly black
+        pixels["x_train"][:, 4:] = 0
+        np.savez(tmp_path / "x.npz", **pixels)
+    pace(0.25)
+    found = choose(tmp_path / "x.npz", 1800.0, purpose)
+    expected = load_config(find_config(name), ["train.budget=30min"])
+    given = expected.model.options()
+    if "steps" in given and isinstance(given["steps"], int):
+        given["steps"] = [given["steps"]] * given["levels"]
+    assert found.model.options() == given
+    assert found.dequantization == expected.dequantization
+    left_out = dict.fromkeys(PERIODS, 1)
+    assert found.train.model_copy(update=left_out) == expected.train.model_copy(update=left_out)
+
+
+def test_a_size_needs_its_steps(tmp_path, pace):
+    data = tmp_path / "x.npz"
+    npz(data, 400, shape=(32, 32, 3))
+    widths = []
+    for size in FAMILIES["likelihood"].sizes["colour"]:
+        pace(0.1)
+        for steps in (size.steps - 1, size.steps):
+            if steps > 0:
+                widths.append(choose(data, 0.1 * steps + 0.01).model.options()["width"])
+    assert widths == [48, 96, 96, 160, 160, 192]
+
+
+def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace):
+    data = tmp_path / "x.npz"
+    npz(data, 20, shape=(8, 8, 3))
+    pace(0.001)
+    train = choose(data).train
+    assert (train.num_steps, train.budget, train.batch_size) == (1000, None, 18)
+    assert (train.schedule, train.weight_decay) == ("constant", 1.0)
+    pace(10)
+    assert choose(data).train.budget == 1800
+
+
+def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
+    data = tmp_path / "x.npz"
+    npz(data, 400, shape=(32, 32, 3))
+    pace(0.25, largest=8)
+    train = choose(data).train
+    assert (train.batch_size, train.accumulate) == (8, 4)
+    pace(0.25, largest=0)
+    with pytest.raises(UserError, match="a step of one image does not fit"):
+        choose(data)
+
+
+def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
+    npz(tmp_path / "x.npz", 20)
+    config = load_config(
+        find_config("causal_digits"), ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
+    )
+    data = dial.DataSet(config.data)
+    flow = dial.build_flow(config, data.shape, data.num_bins)
+    image = dial.activations_of_an_image(flow, config)
+    monkeypatch.setattr(dial, "left", lambda device: dial.ROOM * 20 * image)
+    step = dial._measured(config, data, CPU)
+    assert (step.batch_size, step.accumulate) == (16, 4)
+    assert step.seconds > 0
+    monkeypatch.setattr(dial, "left", lambda device: dial.ROOM * image - 1)
+    assert dial._measured(config, data, CPU) is None
+
+
+def test_the_faster_precision_is_chosen(tmp_path, pace):
+    npz(tmp_path / "x.npz", 400, shape=(32, 32, 3))
+    for precision in ("bf16", "fp32"):
+        pace(0.25, precision=precision)
+        assert choose(tmp_path / "x.npz").train.precision == precision
+
+
+def photos(folder, sizes, mode):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 256, (height, width, 3), "u1")
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_folder_decides_size_and_colour(tmp_path, pace):
+    pace(1)
+    mixed = [(70, 40), (33, 90), (20, 50), (400, 300)]
+    colour = choose(photos(tmp_path / "a", mixed, "RGB")).data
+    assert (colour.size, colour.channels, colour.flip) == (32, 3, True)
+    (tmp_path / "a" / "broken.png").write_bytes(b"no picture")
+    small = choose(photos(tmp_path / "b", [(12, 9), (9, 30), (9, 9), (9, 9)], "L")).data
+    assert (small.size, small.channels, small.flip) == (8, 1, None)
+    given = ("data.size=4", "data.flip=false")
+    assert choose(tmp_path / "a", settings=given).data.options()["size"] == 4
+    assert choose(tmp_path / "a", settings=given).data.flip is False
+    tiny = choose(photos(tmp_path / "c", [(5, 5)] * 4, "RGB")).data
+    assert tiny.size == 5
+
+
+def test_black_and_white_images_have_one_bit(tmp_path, pace):
+    pace(1)
+    x = np.random.default_rng(0).integers(0, 2, (300, 8, 8), "u1") * np.uint8(255)
+    np.savez(tmp_path / "x.npz", x_train=x)
+    assert choose(tmp_path / "x.npz").data.n_bits == 1
+    x[-1, 0, 0] = 7
+    np.savez(tmp_path / "x.npz", x_train=x)
+    assert choose(tmp_path / "x.npz").data.n_bits == 8
+
+
+def test_a_glow_has_the_levels_that_the_sides_allow(tmp_path, pace):
+    pace(1)
+    for sides, levels in (((32, 32), 3), ((28, 28), 2), ((8, 8), 2), ((6, 4), 1)):
+        npz(tmp_path / "x.npz", shape=sides)
+        model = choose(tmp_path / "x.npz", purpose="latents").model.options()
+        assert (model["levels"], len(model["steps"])) == (levels, levels)
+    npz(tmp_path / "x.npz", shape=(25, 32))
+    with pytest.raises(UserError, match="even sides of 4 pixels or more, not 25x32"):
+        choose(tmp_path / "x.npz", purpose="latents")
+
+
+@pytest.mark.run
+def test_the_same_command_goes_on_with_its_choice(tmp_path):
+    photos(tmp_path / "photos", [(10, 10)] * 30, "RGB")
+    tiny = ["model.width=8", "model.blocks=1"]
+    command = ["train", "photos", "--budget", "1h", *tiny, "train.num_steps=3"]
+    assert "27 colour images of 8x8" in quick(*command, cwd=tmp_path).ok().out
+    run = tmp_path / "runs" / "photos-likelihood-1h"
+    chosen = (run / "config.yaml").read_text()
+    second = quick(*command, cwd=tmp_path).ok().out
+    assert "as chosen before" in second
+    assert "is finished" in second
+    assert (run / "config.yaml").read_text() == chosen
+    quick(*command[:-1], "train.num_steps=5", "--extend", cwd=tmp_path).ok()
+    quick("evaluate", run, cwd=tmp_path).ok()
+    other = quick("train", "photos", "--for", "latents", "--run-dir", run, cwd=tmp_path)
+    other.failed(2, "--for latents", "has the model causal", "--run-dir")
+
+
+def test_a_longer_budget_extends_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("{model: {name: causal}, train: {budget: 60}}")
+    found = dial.configured("digits", "2h", "likelihood", ["seed=3"], tmp_path, CPU)
+    assert (found.train.budget, found.seed) == (7200, 3)
