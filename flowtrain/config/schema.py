@@ -253,7 +253,7 @@ class Train(Section):
         "wall",
         description="The time of a run, which `budget` limits: `wall` is wall-clock time with "
         "validation and samples. `processor` is the processor time of the steps alone, summed over "
-        "threads. It compares runs on a busy machine, and needs a CPU.",
+        "threads, without the time that other processes take. It needs a CPU.",
     )
     batch_size: Positive = Field(
         64, description="Number of images per forward pass, in each process."

@@ -109,7 +109,7 @@ def _picture(sweep: Sweep, lines: Sequence[dict[str, Any]], unit: str) -> bytes:
     left, right = figure.subplots(1, 2)
     key = "images" if sweep.plan.seconds is None else "seconds"
     for row, line in enumerate(lines):
-        x, y, error = _curve(sweep, row, key)
+        x, y, error = curve(sweep, row, key)
         left.errorbar(x, y, yerr=error, fmt=".-", color=f"C{row}", lw=1.2)
         if each := line.get("difference to the first row"):
             for name, width in (("over_images", 4), ("over_seeds", 1)):
@@ -128,16 +128,18 @@ def _picture(sweep: Sweep, lines: Sequence[dict[str, Any]], unit: str) -> bytes:
     return buffer.getvalue()
 
 
-def _curve(sweep: Sweep, row: int, key: str) -> np.ndarray:
+def curve(sweep: Sweep, row: int, key: str) -> np.ndarray:
     """Mean of `key`, mean loss, and its standard error over seeds, `(3, K)`, for the K steps at
-    which all seeds were validated.
+    which all seeds were validated, and the end.
     """
-    points: dict[int, list[tuple[float, float]]] = {}
+    points: dict[float, list[tuple[float, float]]] = {}
     for trial in sweep.trials(row):
         file = trial.path / "metrics.jsonl"
-        for each in record.read_rows(file) if file.exists() else []:
-            if each.split == "validation" and each.loss is not None:
-                points.setdefault(each.step, []).append((getattr(each, key), each.loss))
+        rows = record.read_rows(file) if file.exists() else []
+        rows = [each for each in rows if each.split == "validation" and each.loss is not None]
+        for each in rows:
+            step = math.inf if each is rows[-1] else each.step  # a time ends at any step
+            points.setdefault(step, []).append((getattr(each, key), each.loss or 0.0))
     complete = [points[step] for step in sorted(points) if len(points[step]) == sweep.plan.seeds]
     x, y = np.array(complete).reshape(-1, sweep.plan.seeds, 2).transpose(2, 0, 1)
     error = y.std(axis=1, ddof=1) / math.sqrt(y.shape[1]) if y.shape[1] > 1 else np.zeros(len(y))

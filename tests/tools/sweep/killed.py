@@ -33,7 +33,7 @@ rows: [none, model.levels=9]
 ranges: {model.width: {low: 4, high: 9}, train.lr: {low: 1e-4, high: 1e-2, log: true}}
 trials: 2
 images: 128
-halving: 2
+halving: 4
 """
 
 

@@ -13,6 +13,7 @@ import torch
 from catalogue import sets
 from cli_helpers import Forked, metrics, quick, report_of, summary, wait_for_step
 from helpers import a_config
+from run_files import a_run, validation_row
 
 from flowtrain.errors import Interrupted, UserError
 from flowtrain.tools.sweep import table
@@ -148,6 +149,14 @@ def test_differences_are_in_pairs(tmp_path):
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_curve_has_the_end_of_each_seed(tmp_path):
+    """With a budget of time, seeds end at different steps, which run_files counts as ten images."""
+    sweep = a_sweep(tmp_path, seeds=2)
+    for seed, trial in enumerate(sweep.trials(0)):
+        a_run(trial.path, rows=[validation_row(2, 4.2), validation_row(4 + seed, 3 + seed)])
+    assert table.curve(sweep, 0, "images").tolist() == [[20, 45], [4.2, 3.5], [0, 0.5]]
+
+
 def test_proposals_follow_from_the_losses(tmp_path, monkeypatch):
     """Whoever asks for them: each time by a new process, or by one."""
     optuna = pytest.importorskip("optuna")
@@ -197,7 +206,7 @@ def test_ten_kills_change_nothing(tmp_path):
     found = report_of(KILLED, tmp_path / "k", "10")
     assert found["kills"] >= 10 and found["killed"] == found["whole"]
     ends = sorted(row["end"][:15] for row in found["whole"]["table"])
-    assert ends == ["finished", "model.levels: 8", "stopped at 0.25", "stopped at 0.5 "]
+    assert ends == ["finished", "model.levels: 8", "stopped at 0.25", "stopped at 0.25"]
 
 
 SWEEP = ["sweep", "--try", "none", *sets(model__steps=1, model__width=8, train__log_every=1)]
