@@ -30,7 +30,7 @@ class Summary(File):
 
     step: int
     images: int  # seen in training
-    seconds: float  # wall-clock, with validation and samples
+    seconds: float  # by `train.clock`: wall-clock, with validation and samples, or of the processor
     finished: bool
     unit: str = UNKNOWN  # of the losses: bits/dim, nats for real values, nats/dim for noisy images
     best_validation_loss: float | None = earlier(

@@ -109,11 +109,12 @@ PARTS |= dict.fromkeys(("checkpoint_every", "keep_checkpoints", "sample_every"),
 PARTS = {f"train.{key}": part for key, part in PARTS.items()} | {"train.logger": "events"}
 # Choices without an effect here: refused for these images, and equal to one of the others.
 LEFT_OUT = {("folder:data.resize", "exact"), ("cnf:model.trace", "auto")}
-# Keys with a test of their own: below, in training/test_resume.py, training/test_non_finite.py,
-# training/test_loss.py, and datasets/test_hub.py, which needs a package.
+# Keys with a test of their own: below, in training/ (test_resume.py, test_stop.py,
+# test_non_finite.py, test_loss.py), and in datasets/test_hub.py, which needs a package.
 SPECIAL = {"data.name", "model.name", "data.root", "data.max_in_memory", "data.workers"}
 SPECIAL |= {f"train.{key}" for key in ("budget", "memory", "max_non_finite", "compile")}
-SPECIAL |= {"train.cuda_graph", "imagenet32:data.version", "imagenet64:data.version"}
+SPECIAL |= {"train.cuda_graph", "train.clock"}
+SPECIAL |= {"imagenet32:data.version", "imagenet64:data.version"}
 SPECIAL |= {f"hub:data.{key}" for key in component_schema(Data, "hub").option_names}
 
 

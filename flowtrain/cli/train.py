@@ -132,6 +132,16 @@ def train(
             "--dry-run", help="Print parameters, operations, memory and estimated time, and stop."
         ),
     ] = False,
+    until: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Pause after this share of the run's length, with a validation. The same command "
+            "with a larger share goes on as if it had not paused.",
+        ),
+    ] = 1.0,
     device: DeviceOption = "auto",
     *,
     settings: SettingOptions,
@@ -175,7 +185,7 @@ def train(
     from flowtrain.training.resume import EXTEND
     from flowtrain.training.run_directory import RunDirectory
 
-    fit(loaded, RunDirectory(run_dir), target, EXTEND if extend else resume, init_from)
+    fit(loaded, RunDirectory(run_dir), target, EXTEND if extend else resume, init_from, until)
 
 
 def _data_and_settings(words: list[str], config: str | None) -> tuple[str | None, list[str]]:

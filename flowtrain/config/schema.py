@@ -246,8 +246,14 @@ class Train(Section):
     )
     budget: Duration | None = Field(
         1800.0,
-        description="Wall-clock time: seconds, or with a unit, such as 90s, 30min or 1.5h. The "
-        "default holds unless `num_steps` is given.",
+        description="Time: seconds, or with a unit, such as 90s, 30min or 1.5h. The default holds "
+        "unless `num_steps` is given.",
+    )
+    clock: Literal["wall", "processor"] = Field(
+        "wall",
+        description="The time of a run, which `budget` limits: `wall` is wall-clock time with "
+        "validation and samples. `processor` is the processor time of the steps alone, summed over "
+        "threads, without the time that other processes take. It needs a CPU.",
     )
     batch_size: Positive = Field(
         64, description="Number of images per forward pass, in each process."

@@ -38,9 +38,10 @@ def fit(
     device: torch.device,
     resume: str = "auto",
     init_from: str | None = None,
+    until: float = 1.0,
 ) -> None:
-    """Trains to the end, or until a signal. Either way everything is saved in `run`, also after the
-    terminal is closed.
+    """Trains to the end, to the share `until` of its length, or until a signal. In each case
+    everything is saved in `run`, also after the terminal is closed.
 
     Raises:
         Interrupted: after a signal.
@@ -93,8 +94,11 @@ def fit(
                 contextlib.closing(batches),
                 ProgressBar("training", FIRST_LINE) as bar,
             ):
-                _loop(state, run, batches, validation, stop, bar)
+                _loop(state, run, batches, validation, stop, bar, until)
                 run.saving.finish()
+        if not (state.progress.finished or stop.signum):
+            console.print(f"paused at step {state.progress.step}: --until {until:g}")
+            return
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
             console.print("the same command goes on from there")
@@ -110,11 +114,12 @@ def _loop(
     validation: Split,
     stop: Stop,
     bar: ProgressBar,
+    until: float,
 ) -> None:
     config = state.config.train
     clock = Clock(state)
     metrics = DelayedMetrics(state, clock, stop)
-    stopped = bool(stop.signum)
+    stopped = bool(stop.signum) or state.reached_end(metrics.seconds, until)
     while not (state.progress.finished or stopped):
         run.saving.raise_error()
         progress = state.progress  # another object after a rollback
@@ -128,11 +133,13 @@ def _loop(
         progress.images += batches.all_processes
         metrics.receive(leaving=1)  # while the device works on this step
 
-        ends = state.reached_end(metrics.seconds)  # by the clock that all processes share
-        periods = config.log_every, config.validate_every, config.sample_every
-        logs, validates, samples, periodic = (
-            ends or progress.step % every == 0 for every in (*periods, config.checkpoint_every)
+        # By the clock that all processes share.
+        pauses, ends = (state.reached_end(metrics.seconds, share) for share in (until, 1.0))
+        logs, validates, periodic = (
+            pauses or progress.step % every == 0
+            for every in (config.log_every, config.validate_every, config.checkpoint_every)
         )
+        samples = ends or progress.step % config.sample_every == 0
         due = logs or validates or samples or periodic or stop.signum or metrics.failed
         if due:
             metrics.receive(leaving=0)
@@ -152,7 +159,7 @@ def _loop(
             metrics.failed = None
             stopped = bool(stop.signum)
             continue
-        if stop.signum and validates and not ends:
+        if stop.signum and validates and not pauses:
             # The user may not wait for the validation.
             reporting.save(state, run, numbered=False, wait=True)
 
@@ -163,10 +170,10 @@ def _loop(
         best = validates and reporting.validate(state, run, validation)
         if samples:
             reporting.sample(state, run, validation if len(validation) else batches.source)
-        stopped = bool(stop.signum)
+        stopped = bool(stop.signum) or pauses
         clock.skip()
         if periodic or stopped:
-            reporting.save(state, run, numbered=periodic, best=best, wait=ends or stopped)
+            reporting.save(state, run, numbered=periodic, best=best, wait=stopped)
         elif best:
             run.save_best(state.meta(), state.tensors())
         if validates or samples or periodic:

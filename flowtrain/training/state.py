@@ -53,13 +53,13 @@ class State:
         """The flow to validate and sample: with averaged weights if they are kept."""
         return self.flow if self.ema is None else self.ema.flow
 
-    def reached_end(self, seconds: float) -> bool:
-        """Whether the steps are done, or `seconds` use up the time budget."""
+    def reached_end(self, seconds: float, share: float = 1.0) -> bool:
+        """Whether the steps are done, or `seconds` use up the time budget, or this share of it."""
         train = self.config.train
         if train.num_steps is not None:
-            return self.progress.step >= train.num_steps
+            return self.progress.step >= share * train.num_steps
         assert train.budget is not None
-        return seconds >= train.budget
+        return seconds >= share * train.budget
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

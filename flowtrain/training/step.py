@@ -170,6 +170,8 @@ def require_trainable(flow: Flow, config: Config, device: torch.device) -> None:
     """Raises `UserError` if the keys of `train` do not suit this flow or device."""
     if reason := reason_against(flow, config.train.memory, config.train.precision):
         raise UserError(f"train.memory: {reason}")
+    if config.train.clock == "processor" and device.type != "cpu":
+        raise UserError(f"train.clock: processor time does not measure steps on {device}; use wall")
     require_possible(flow, config.train, device)
 
 

@@ -55,14 +55,16 @@ def signals() -> Iterator[Stop]:
 
 
 class Clock:
-    """Adds the wall-clock time to the progress, and measures the speed of training.
+    """Adds the time of `train.clock` to the progress, and measures the speed of training.
 
-    The speed does not count validation, samples and checkpoints.
+    The speed does not count validation, samples and checkpoints, nor does processor time.
     """
 
     def __init__(self, state: State):
         self.state = state
-        self.last = time.perf_counter()
+        self.wall = state.config.train.clock == "wall"
+        self.now = time.perf_counter if self.wall else time.process_time
+        self.last = self.now()
         self.window_images = 0
         self.window_seconds = 0.0
         # Where this part of the run began. An earlier part may have had another speed.
@@ -70,16 +72,21 @@ class Clock:
 
     def tick(self, images: int = 0) -> None:
         """Call it after each part of a step, after the last part with its images."""
-        self.window_seconds += self.skip()
+        elapsed = self._elapsed()
+        self.state.progress.seconds += elapsed
+        self.window_seconds += elapsed
         self.window_images += images
 
-    def skip(self) -> float:
-        """Call it after anything else, such as validation. It counts as time of the run. Returns
-        the seconds since the last call of this or `tick`.
-        """
-        now = time.perf_counter()
+    def skip(self) -> None:
+        """Call it after anything else, such as validation. It counts as wall-clock time."""
+        elapsed = self._elapsed()
+        if self.wall:
+            self.state.progress.seconds += elapsed
+
+    def _elapsed(self) -> float:
+        """The seconds since the last call."""
+        now = self.now()
         elapsed, self.last = now - self.last, now
-        self.state.progress.seconds += elapsed
         return elapsed
 
     def images_per_second(self, begin_anew: bool) -> float:

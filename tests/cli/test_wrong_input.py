@@ -26,6 +26,7 @@ from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
 from flowtrain.errors import UserError
 from flowtrain.latents import files
+from flowtrain.tools.sweep.plan import begin, planned
 
 pytestmark = pytest.mark.run
 
@@ -53,12 +54,15 @@ def make(here: Path) -> None:
         quick("train", *options, cwd=here).ok()
     texts = {
         "both.yaml": "train: {num_steps: 1, budget: 1min}\n",
+        "sweep.yaml": "imagse: 3\nrows: [none]\n",
         "text": "a file, not a folder\n",
         "text.png": "no picture\n",
         "gone.csv": "file,x\ngone.png,1\n",
     }
     for name, text in texts.items():
         (here / name).write_text(text)
+    plan = planned({"rows": ["none"], "images": 8}, load_config(find_config("glow_digits")), "")
+    begin(here / "a_sweep", plan)
     make_pictures(here)
     archives = {
         "good": stored(),
@@ -149,6 +153,17 @@ TABLE = [
     ("train TINY --set data.name=imagenet64 --set data.version=oord2016", "train_64x64.tar"),
     ("train TINY LARGE --set train.batch_size=1048576", "a step of 1,048,576 x 1", "at most"),
     ("train --dry-run train.accumulate=1048576 train.batch_size=1048576", "1,048,576 x"),
+    # --- sweep
+    ("sweep --images 9 --out new", "sweep: no rows: give --try SETTINGS"),
+    ("sweep --try none --out new", "sweep: give either --seconds or --images"),
+    ("sweep --try model.widht=3 --images 9 --out new", "row model.widht=3", "model.width?"),
+    ("sweep --try 'a=\"b' --images 9 --out new", 'row a="b: No closing quotation'),
+    ("sweep --try data.n_bits=3 --images 9 --out new", "data.n_bits changes the meaning"),
+    ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
+    ("sweep --try none --images 9 --out sub", "--out sub: holds other files than a sweep's"),
+    ("sweep --try none --images 9 --out a_sweep", "--out a_sweep: another sweep, whose data.root"),
+    ("sweep sweep.yaml --images 9 --out new", "sweep.yaml: imagse: unknown key; did you mean"),
+    ("sweep both.yaml --images 9 --out new", "both.yaml: train: unknown key"),
     # --- evaluate
     ("evaluate run --data sub --split test", "--split test: sub has no splits"),
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),
@@ -291,6 +306,7 @@ NEVER = {
     "--score": "best",
     "--false-positives": "2",
     "--device": "abacus",
+    "--until": "2",
 }
 
 

@@ -405,6 +405,31 @@ def test_changed_images_are_noticed(tmp_path):
 
 
 @pytest.mark.run
+def test_a_run_that_pauses(tmp_path):
+    """Each command goes on to its share, with a validation, and no further. The end is the same."""
+    command = ["train", *TINY_RUN, "train.validate_every=1000", "--run-dir"]
+    for share, step in ((0.26, 6), (0.2, 6), (0.5, 10), (1, 20)):
+        done = quick(*command, "paused", "--until", share, cwd=tmp_path).ok()
+        found, rows = summary(tmp_path / "paused"), metrics(tmp_path / "paused")
+        assert (found["step"], found["finished"]) == (step, step == 20)
+        assert rows[-1]["split"] == "validation" and rows[-1]["step"] == step
+        assert step == 20 or f"paused at step {step}: --until {share}" in done.out
+    quick(*command, "whole", cwd=tmp_path).ok()
+    one, other = (checkpoint_format.read(last(tmp_path / name)) for name in ("paused", "whole"))
+    assert [
+        name for name in one.tensors if not torch.equal(one.tensors[name], other.tensors[name])
+    ] == []
+
+
+def test_the_share_of_a_budget_of_time():
+    state = State(
+        a_config(train={"num_steps": None, "budget": "1h"}), tiny_flow("glow"), [], None, {}
+    )
+    ends = [state.reached_end(seconds, 0.25) for seconds in (899.0, 900.0)]
+    assert ends == [False, True] and not state.reached_end(900.0)
+
+
+@pytest.mark.run
 @pytest.mark.parametrize("used", [3599.9, 3601.0])
 def test_a_budget_includes_the_time_that_was_used(used, tmp_path, monkeypatch):
     """Even if it ran out in a validation before a kill: a step follows, and the end of the run."""

@@ -10,18 +10,21 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from catalogue import SMALL
 from cli_helpers import environment, summary, within
-from helpers import a_config
+from helpers import a_config, tiny_flow
 
 from flowtrain.checkpoints.description import Progress
+from flowtrain.errors import UserError
 from flowtrain.system.console import console
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
+from flowtrain.training.step import require_trainable
 from flowtrain.training.stop import Clock, signals
 
 ENDLESS = ["train", *SMALL, "train.num_steps=100_000", "train.log_every=1", "--run-dir", "r"]
@@ -95,12 +98,35 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def test_the_time_left_follows_from_the_speed_of_this_part():
     """An earlier part of the run took 4 s for a step, this one takes half a second."""
     progress = Progress(step=1000, seconds=4000.0)
-    train = SimpleNamespace(budget=None, num_steps=1100)
+    train = SimpleNamespace(budget=None, num_steps=1100, clock="wall")
     clock = Clock(SimpleNamespace(progress=progress, config=SimpleNamespace(train=train)))
     progress.step, progress.seconds = 1010, 4005.0
     assert clock.seconds_left() == pytest.approx(45)
     train.budget, train.num_steps = 5000, None
     assert clock.seconds_left() == pytest.approx(995)
+
+
+@pytest.mark.parametrize("clock, seconds, speed", [("wall", 17.0, 1.0), ("processor", 4.0, 2.0)])
+def test_processor_time_is_that_of_steps(clock, seconds, speed, monkeypatch):
+    """A step takes 4 s of the processor and 8 s by the wall clock, a validation 4 s and 9 s."""
+    now = [0.0, 0.0]
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[1])
+    state = SimpleNamespace(progress=Progress(), config=a_config(train={"clock": clock}))
+    measured = Clock(state)
+    now[:] = 4.0, 9.0
+    measured.skip()
+    now[:] = 8.0, 17.0
+    measured.tick(images=8)
+    assert state.progress.seconds == seconds
+    assert measured.images_per_second(begin_anew=True) == speed
+
+
+def test_processor_time_needs_a_cpu():
+    config = a_config(train={"clock": "processor"})
+    require_trainable(tiny_flow("glow"), config, torch.device("cpu"))
+    with pytest.raises(UserError, match="train.clock: processor time does not measure"):
+        require_trainable(tiny_flow("glow"), config, torch.device("cuda"))
 
 
 @pytest.mark.run

@@ -151,6 +151,8 @@ def _require_log(found: Record, model: LoadedModel) -> None:
     run, summary = found.path, found.summary
     if not summary.finished:
         raise UserError(f"{run}: not a finished run")
+    if model.config.train.clock != "wall":
+        raise UserError(f"{run}: no wall-clock time (train.clock is {model.config.train.clock})")
     if model.flow.image_context is not None or summary.best_validation_bits_per_dim is None:
         raise UserError(f"{run}: no bits/dim of whole images")
     losses = [row.loss for row in found.rows if row.split == "validation" and row.loss is not None]

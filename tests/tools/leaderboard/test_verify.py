@@ -1,5 +1,6 @@
 """`flowtrain verify-record`: a sound run has a row, and a changed one is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -68,6 +69,11 @@ def test_a_sound_run(run):
     assert "elbo, mirrored" in mirrored.row and " thread" in found.row
     edit(run / "summary.json", machine="A processor")
     assert "A processor, " in verified(run).row
+    model = load_model(str(run), CPU)
+    train = model.config.train.model_copy(update={"clock": "processor"})
+    model = dataclasses.replace(model, config=model.config.model_copy(update={"train": train}))
+    with pytest.raises(UserError, match="run: no wall-clock time"):
+        verify(model, dataset(model.checkpoint.meta["config"]["data"]))
 
 
 def rows_changed(run, **changes):

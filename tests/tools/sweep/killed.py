@@ -1,0 +1,122 @@
+"""Kills a sweep and its commands at once, at file operations chosen at random, gives the same
+command again, and compares its results with an undisturbed sweep: `python killed.py FOLDER KILLS`.
+
+Prints one JSON object: the number of file operations of the undisturbed sweep, the number of kills,
+and the results of both.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "adversarial"))
+
+import children
+import kills
+
+from flowtrain.cli.main import main as flowtrain
+from flowtrain.tools.sweep import table
+from flowtrain.tools.sweep.work import Sweep
+
+assert table  # imported before the fork
+COMMAND = ["sweep", "sweep.yaml", "--workers", "1", "--out", "s", "--device", "cpu"]
+PLAN = """
+config: glow_digits
+set: [model.steps=1, train.batch_size=16, train.checkpoint_every=3, train.validate_every=4,
+      train.sample_every=100, "train.logger=[]", train.ema=0.9, data.validation=20]
+rows: [none, model.levels=9]
+ranges: {model.width: {low: 4, high: 9}, train.lr: {low: 1e-4, high: 1e-2, log: true}}
+trials: 2
+images: 128
+halving: 4
+"""
+
+
+class Operations(kills.Operations):
+    """Counts the file operations of the sweep and of its commands. All of them end at `fatal`."""
+
+    def __init__(self, fatal: int | None, log: Path):
+        self.shared = multiprocessing.Value("q")
+        super().__init__(fatal, log)
+
+    @property
+    def count(self) -> int:
+        return self.shared.value
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self.shared.value = value
+
+    def before(self, what: str) -> None:
+        with self.shared.get_lock():
+            self.count += 1
+            self.log.write(f"{what}\n")
+            if self.count == self.fatal:
+                os.killpg(0, signal.SIGKILL)
+
+
+def forked(self, words, log, environment, claim) -> int:
+    """In place of `Sweep._call`: a fork, which has imported everything."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            sys.argv = ["flowtrain", *words]
+            flowtrain()
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(folder: Path, fatal: int | None = None) -> tuple[children.Outcome, int]:
+    def before() -> None:
+        os.setpgid(0, 0)
+        Sweep._call = forked
+        Operations(fatal, folder / "operations")
+
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.yaml").write_text(PLAN)
+    done = children.run(COMMAND, folder, seconds=120, before=before)
+    return done, len((folder / "operations").read_text().splitlines())
+
+
+def results(folder: Path) -> dict[str, object]:
+    """The table and the result of each rung, without times."""
+    found = {"table": json.loads((folder / "s" / "table.json").read_text())}
+    for file in sorted((folder / "s").glob("*/rung-*.json")):
+        found[f"{file.parent.name}/{file.name}"] = [json.loads(file.read_text())]
+    return {name: [{**row, "seconds": 0} for row in rows] for name, rows in found.items()}
+
+
+def main(folder: Path, count: int) -> dict[str, object]:
+    children.prepare()
+    folder.mkdir()
+    done, operations = run(folder / "whole")
+    assert done.code == 0, done
+    draw, killed = random.Random(0), 0
+    # Not before the end after so many operations in all. The last two may come after it.
+    points = [draw.randint(1, operations // count) for _ in range(count)]
+    for fatal in (*points, operations // 3, operations // 3, None):
+        done, _ = run(folder / "killed", fatal)
+        assert done.code in (0, -signal.SIGKILL), done
+        killed += done.code != 0
+    assert done.code == 0, done
+    both = {name: results(folder / name) for name in ("whole", "killed")}
+    return {"operations": operations, "kills": killed, **both}
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = main(Path(sys.argv[1]), int(sys.argv[2]))
+    print(json.dumps(result))
