@@ -135,10 +135,12 @@ def quality(
             x = _read(loaded, images, "--images", options, num_images)
         network = load(name, flow.shape, flow.device)
         with ProgressBar("features") as bar:
-            y = known or features_of(reference, network, flow.device, bar)
-        figures.require_enough(num_images if images is None else len(x), y, name)
-    folder = samples.folder_of(loaded, seed, **drawn_with)
+            y = known or figures.statistics_of(
+                features_of(reference, network, flow.device, bar), name
+            )
+        figures.require_enough(num_images if images is None else len(x), len(y.mu), name)
     if images is None:
+        folder = samples.folder_of(loaded, seed, **drawn_with)
         with ProgressBar("sampling") as bar:
             x = samples.draw(loaded, num_images, folder, seed, bar, **drawn_with)
     if not distributed.is_main():
@@ -149,13 +151,15 @@ def quality(
         np.savez_compressed(buffer, x.movedim(1, -1).numpy())
         save(out, buffer.getvalue())
         console.print(f"wrote {out}")
-    result = figures.compare(features_of(x, network, flow.device), y, name)
+    x = features_of(x, network, flow.device)
+    result = figures.compare(figures.statistics_of(x, name), y, name)
     of = {"images": images} if images is not None else {**drawn_with, "seed": seed}
     content = vars(result) | {"against": against, **of, "weights": loaded.weights}
     content |= {"checkpoint": str(loaded.checkpoint.path), "step": loaded.checkpoint.meta["step"]}
     write_json(content, json_out, path)
     how = "".join(f", {key} {value:g}" for key, value in drawn_with.items())
-    shutil.rmtree(folder, ignore_errors=True)
+    if images is None:
+        shutil.rmtree(folder)
     _print(result, images or f"samples of {loaded.checkpoint.path}{how}", against)
 
 
@@ -173,13 +177,12 @@ def _read(
 def _print(result: "Quality", what: str, against: str) -> None:
     from flowtrain.system.console import console, figure
 
-    of, forms = f"of features {result.features}", {"fid": ".3f", "kid": ".5f"}
-    table = {}
-    for key in ("fid", "kid", "precision", "recall", "density", "coverage"):
-        value, error = getattr(result, key), result.kid_stderr if key == "kid" else None
-        if value is not None:
-            title = key.upper() if key in forms else key
-            table[f"{title} {of}"] = figure(value, error, forms.get(key, ".3f"))
+    of = f"of features {result.features}"
+    table: dict[str, object] = {f"FID {of}": result.fid}
+    if result.kid is not None:
+        table[f"KID {of}"] = figure(result.kid, result.kid_stderr, ".5f")
+        for key in ("precision", "recall", "density", "coverage"):
+            table[f"{key} {of}"] = getattr(result, key)
     of_reference = "statistics" if result.num_reference is None else f"{result.num_reference:,}"
     table |= {"images": f"{result.num_images:,}: {what}", "against": f"{of_reference}: {against}"}
     print_table(table)

@@ -5,6 +5,7 @@ Each network maps uint8 images `(B, C, H, W)` with 256 levels to float32 feature
 trained by `benchmarks/features.py`, whose figures are comparable with each other alone.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from flowtrain.datasets.base import reading
 from flowtrain.errors import UserError, short
 from flowtrain.system.console import silent
+from flowtrain.system.files import read_regular
 from flowtrain.system.packages import required
 from flowtrain.types import Shape
 
@@ -99,8 +101,10 @@ def _inception(fidelity: Any, device: torch.device) -> Network:
                 f"the file {URL} at {file} (TORCH_HOME sets the folder)"
             ) from None
     with reading(f"{file} cannot be read", "remove it, and it is downloaded again"):
-        torch.load(file, weights_only=True)  # torch-fidelity would unpickle anything
-        net = fidelity.FeatureExtractorInceptionV3(INCEPTION, ["2048"], str(file)).to(device)
+        data = read_regular(file, 2**28)
+        torch.load(io.BytesIO(data), weights_only=True)  # torch-fidelity would unpickle anything
+        net = fidelity.FeatureExtractorInceptionV3(INCEPTION, ["2048"], io.BytesIO(data))
+        net.to(device)
 
     def features(x: Tensor) -> Tensor:
         of_layer: Tensor = net(x.expand(-1, 3, -1, -1))[0]

@@ -22,15 +22,18 @@ ROWS = 1000  # of a matrix of distances at a time
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean `(F,)` and covariance `(F, F)` of the features of a set of images, float64."""
+    """Mean `(F,)` and covariance `(F, F)` of the features of a set of images, float64, and the
+    features themselves `(N, F)` if they are there.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How similar images are to reference images. All but FID are None against `Statistics`.
+    """How similar images are to reference images. All but FID are None against bare statistics.
 
     features: the network. Figures of different networks are never comparable.
     fid: Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6). Few images enlarge it.
@@ -69,6 +72,28 @@ def statistics_in(path: Path) -> Statistics | None:
     return Statistics(mu, sigma)
 
 
+def statistics_of(features: Tensor, name: str) -> Statistics:
+    """Statistics of features `(N, F)`, float64, of the network `name`. Raises `UserError` if one is
+    not finite, and as `require_enough`.
+    """
+    require_enough(len(features), features.shape[1], name)
+    if not features.isfinite().all():
+        raise UserError(f"the features {name} of an image are not finite")
+    sigma = np.atleast_2d(np.cov(features.numpy(), rowvar=False))
+    return Statistics(features.mean(dim=0).numpy(), sigma, features)
+
+
+def require_enough(count: int, size: int, name: str) -> None:
+    """Raises `UserError` if there are too few images for FID: a covariance has full rank only if
+    there are more images than features.
+    """
+    if count <= size:
+        raise UserError(
+            f"FID of features {name} needs more images than the {size} features, and there are "
+            f"{count}"
+        )
+
+
 def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
@@ -79,43 +104,43 @@ def quality(
     shape = (size[0], size[1], size[2])
     name = features or name_for(shape)
     network = load(name, shape, device)
-    x = features_of(as_tensor(images, shape, 256), network, device)
-    if isinstance(reference, Statistics):
-        return compare(x, reference, name)
-    return compare(x, features_of(as_tensor(reference, shape, 256), network, device), name)
+
+    def described(batch: Batch) -> Statistics:
+        return statistics_of(features_of(as_tensor(batch, shape, 256), network, device), name)
+
+    known = reference if isinstance(reference, Statistics) else described(reference)
+    return compare(described(images), known, name)
 
 
-def compare(x: Tensor, reference: Tensor | Statistics, name: str) -> Quality:
-    """The figures of features `(N, F)` against those of a reference `(M, F)`, both float64, or
-    against its statistics. `name` is the network's.
-
-    Raises `UserError` for features that are not finite, and as `require_enough`.
+def compare(images: Statistics, reference: Statistics, name: str) -> Quality:
+    """The figures of images whose features are known. Raises `UserError` if the reference has
+    another number of them.
     """
-    fidelity = torch_fidelity()
-    require_enough(len(x), reference, name)
-    own = _statistics(x, name)
-    known = reference if isinstance(reference, Statistics) else _statistics(reference, name)
-    if len(known.mu) != len(own.mu):
+    fidelity, x, y = torch_fidelity(), images.features, reference.features
+    assert x is not None
+    if reference.mu.shape != images.mu.shape:
         raise UserError(
-            f"the reference has {len(known.mu)} features, and those of {name} are {len(own.mu)}"
+            f"the reference has {len(reference.mu)} features, and {name} has {x.shape[1]}"
         )
-    (fid,) = fidelity.metric_fid.fid_statistics_to_metric(vars(own), vars(known), False).values()
-    if isinstance(reference, Statistics):
+    both = ({"mu": each.mu, "sigma": each.sigma} for each in (images, reference))
+    (fid,) = fidelity.metric_fid.fid_statistics_to_metric(*both, verbose=False).values()
+    if y is None:
         return Quality(name, len(x), None, fid)
-    x, y = (each[frozen_random(0, len(each)).permutation(len(each))] for each in (x, reference))
-    block = min(len(x), len(y)) // BLOCKS
+    counts = len(x), len(y)
+    x, y = (each[frozen_random(0, len(each)).permutation(len(each))] for each in (x, y))
+    block = min(counts) // BLOCKS
     kids = [
         fidelity.metric_kid.kid_features_to_metric(
             a, b, kid_subsets=1, kid_subset_size=block, verbose=False
         )[fidelity.KEY_METRIC_KID_MEAN]
         for a, b in itertools.islice(zip(x.split(block), y.split(block), strict=False), BLOCKS)
     ]
-    count, few = len(x), min(len(x), len(y), MOST)  # of both, because recall depends on the number
+    few = min(*counts, MOST)  # of both, because recall depends on the number
     x, y = x[:few], y[:few]
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": ROWS, "save_cpu_ram": True}
     near = fidelity.metric_prc.prc_features_to_metric(x, y, **options, verbose=False)
     return Quality(
-        *(name, count, len(reference), fid),
+        *(name, *counts, fid),
         *(float(np.mean(kids)), float(np.std(kids, ddof=1) / BLOCKS**0.5)),
         *(near["precision"], near["recall"]),
         *density_and_coverage(x, y),
@@ -138,22 +163,3 @@ def density_and_coverage(
         balls += inside.sum().item()
         covered += inside.any(dim=1).sum().item()
     return balls / (neighbours * len(x)), covered / len(y)
-
-
-def require_enough(count: int, reference: Tensor | Statistics, name: str) -> None:
-    """Raises `UserError` if there are too few images for FID: a covariance has full rank only if
-    there are more images than features.
-    """
-    size = len(reference.mu) if isinstance(reference, Statistics) else reference.shape[1]
-    fewest = count if isinstance(reference, Statistics) else min(count, len(reference))
-    if fewest <= size:
-        raise UserError(
-            f"FID of features {name} needs more images than the {size} features, and there are "
-            f"{fewest}"
-        )
-
-
-def _statistics(x: Tensor, name: str) -> Statistics:
-    if not x.isfinite().all():
-        raise UserError(f"the features {name} of an image are not finite")
-    return Statistics(x.mean(dim=0).numpy(), np.atleast_2d(np.cov(x.numpy(), rowvar=False)))

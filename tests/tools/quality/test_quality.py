@@ -22,7 +22,7 @@ from flowtrain.errors import UserError
 from flowtrain.pictures.sample import sample
 from flowtrain.tools.quality import features as networks
 from flowtrain.tools.quality import figures, samples
-from flowtrain.tools.quality.figures import Statistics, compare, density_and_coverage
+from flowtrain.tools.quality.figures import Statistics, density_and_coverage, statistics_of
 
 CPU = torch.device("cpu")
 
@@ -42,16 +42,20 @@ def with_moments(mean, covariance, count=200):
     return torch.from_numpy(x @ np.linalg.cholesky(covariance).T + mean)
 
 
+def compare(x, y):
+    return figures.compare(statistics_of(x, "x"), statistics_of(y, "x"), "x")
+
+
 def test_fid_of_gaussians_is_the_closed_form():
     """In one basis, |m|^2 + sum (s - t)^2 for standard deviations s and t; the basis is turned."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     one, other = (turn @ np.diag(each) @ turn.T for each in ([1.0, 4.0, 9.0], [4.0, 4.0, 1.0]))
     x, y = with_moments([0, 0, 0], one), with_moments([1, 2, 0], other, 300)
-    assert compare(x, y, "x").fid == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
+    assert compare(x, y).fid == pytest.approx(5 + 1 + 0 + 4, rel=1e-9)
     # Two covariances that do not commute: tr sqrt(A B) is the root of tr(AB) + 2 sqrt(det(AB)).
     a, b = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 5.0]])
     root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
-    fid = compare(with_moments([0, 0], a), with_moments([0, 0], b), "x").fid
+    fid = compare(with_moments([0, 0], a), with_moments([0, 0], b)).fid
     assert fid == pytest.approx(4 + 6 - 2 * root, rel=1e-9)
 
 
@@ -64,7 +68,7 @@ def test_kid_of_gaussians_is_the_closed_form_within_its_error():
     expected = 4 + within - 2 * (4 + 3 * m**2)
     for seed in range(40):
         x, y = torch.randn(2, 500, 1, generator=seeded(seed), dtype=torch.float64)
-        result = compare(x, y + m, "x")
+        result = compare(x, y + m)
         found.append((result.kid, result.kid_stderr))
     values, errors = np.transpose(found)
     spread = values.std(ddof=1)
@@ -174,7 +178,7 @@ def test_images_in_any_form_and_statistics():
             flowtrain.quality(*wrong, device="cpu")
     features[3, 5] = torch.nan
     with pytest.raises(UserError, match="the features x of an image are not finite"):
-        compare(features, features, "x")
+        statistics_of(features, "x")
 
 
 def test_statistics_in_a_file(tmp_path):
