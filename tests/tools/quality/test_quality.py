@@ -19,7 +19,8 @@ import flowtrain
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
-from flowtrain.pictures.sample import sample
+from flowtrain.pictures.sample import decode, sample
+from flowtrain.system.random import Stream, generator
 from flowtrain.tools.quality import features as networks
 from flowtrain.tools.quality import figures, samples
 from flowtrain.tools.quality.figures import Statistics, density_and_coverage, statistics_of
@@ -124,7 +125,7 @@ def test_figures_are_those_of_torch_fidelity():
         input2=Listed(y),
         feature_extractor="ours",
         **{"fid": True, "kid": True, "prc": True, "kid_subset_size": 448},
-        **{"cuda": False, "verbose": False, "cache": False},
+        **{"cuda": False, "verbose": False, "cache": False, "save_cpu_ram": True},
     )
     ours = flowtrain.quality(x[:897], y, device="cpu")
     assert ours.features == "mnist-cnn"
@@ -239,6 +240,9 @@ def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
     model = a_model(tmp_path, classes=3)
     whole = samples.draw(model, 10, tmp_path / "whole", 7)
     assert torch.equal(whole[:4], sample(model.flow, 4, [1.0], 7))
+    z = model.flow.draw_latents(4, generator(7, Stream.LATENTS, 4))
+    labels = torch.tensor([1, 2, 0, 1])  # the classes go on in turn
+    assert torch.equal(whole[4:8], decode(model.flow, model.flow.latents_of_classes(z, labels)))
     assert len({image.numpy().tobytes() for image in whole}) == 10
     assert torch.equal(samples.draw(model, 7, tmp_path / "less", 7), whole[:7])
     drawn = []
