@@ -120,9 +120,8 @@ def quality(
     bins = flow.kind.require_bins(
         f"{loaded.checkpoint.path}: real values; the figures are of images"
     )
-    drawn_with: dict[str, Any] = {"temperature": temperature}
-    drawn_with |= {} if guidance is None else {"guidance": guidance}
-    drawn_with |= {"denoise": True} if denoise else {}
+    given = {"temperature": temperature, "guidance": guidance, "denoise": denoise or None}
+    drawn_with: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
     if not all(map(math.isfinite, drawn_with.values())):
         raise UserError("--temperature, --guidance: expected finite numbers")
     if images is not None and drawn_with != {"temperature": 1.0}:

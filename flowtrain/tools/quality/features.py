@@ -105,12 +105,7 @@ def _inception(fidelity: Any, device: torch.device) -> Network:
         torch.load(io.BytesIO(data), weights_only=True)  # torch-fidelity would unpickle anything
         net = fidelity.FeatureExtractorInceptionV3(INCEPTION, ["2048"], io.BytesIO(data))
         net.to(device)
-
-    def features(x: Tensor) -> Tensor:
-        of_layer: Tensor = net(x.expand(-1, 3, -1, -1))[0]
-        return of_layer
-
-    return features
+    return lambda x: net(x.expand(-1, 3, -1, -1))[0]  # grey images as RGB
 
 
 @torch.no_grad()

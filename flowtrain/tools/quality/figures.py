@@ -98,10 +98,8 @@ def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
     """See `flowtrain.quality`."""
-    first = np.asarray(images[0])
-    first = first[None] if first.ndim == 2 else first
-    size = first.shape if first.shape[0] in (1, 3) else np.moveaxis(first, -1, 0).shape
-    shape = (size[0], size[1], size[2])
+    a, b, c = np.atleast_3d(np.asarray(images[0])).shape
+    shape = (a, b, c) if a in (1, 3) else (c, a, b)
     name = features or name_for(shape)
     network = load(name, shape, device)
 
