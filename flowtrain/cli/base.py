@@ -384,13 +384,10 @@ def mention_unused(name: str, device: "torch.device") -> None:
 
 
 def data_of(
-    loaded: "LoadedModel",
-    settings: list[str] | None = None,
-    dataset: str | None = None,
-    option: str = "--data",
+    loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
 ) -> "DataSet":
-    """The data set of an `option`, or the one that the model was trained on, with other settings.
-    It prints how other data are converted to the model's.
+    """The data set of `--data`, or the one that the model was trained on, with other settings. It
+    prints how other data are converted to the model's.
     """
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
@@ -404,9 +401,9 @@ def data_of(
             )
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
-        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, option)
+        values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
     values = configuration.override(values, settings or [])
-    where = f"{option} {dataset}" if dataset else "--set"
+    where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     config = configuration.parse(values, where, trust_code=True).data
     if dataset is None:

@@ -16,12 +16,10 @@ from flowtrain.cli.base import (
     Split,
     check_suffix,
     command,
-    data_of,
     on_all_processes,
     output,
     print_table,
     require_file,
-    split_of,
     write_json,
 )
 from flowtrain.errors import UserError
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowtrain.checkpoints.load import LoadedModel
+    from flowtrain.data.splits import SplitName
     from flowtrain.tools.quality.figures import Quality
 
 EPILOG = (
@@ -166,10 +165,19 @@ def _read(
     loaded: "LoadedModel", name: str, option: str, options: DataOptions, most: int | None = None
 ) -> "Tensor":
     """The images that an option names, or a sample of them: uint8 `(N, C, H, W)`, 0..Q-1."""
-    own = cast(Split, name) if name in get_args(Split) else None
-    data = data_of(loaded, options.words(), None if own else name, option)
+    from flowtrain import config as configuration
+    from flowtrain.data.named import section_named, undivided
+    from flowtrain.data.splits import DataSet
+
+    data, split_name = options.data(loaded), name  # settings are of the model's own data
+    if name not in get_args(Split):
+        own, levels = data.config, loaded.flow.num_bins
+        section = section_named(name, own, loaded.flow.shape, option)
+        config = configuration.parse({"data": section}, f"{option} {name}", trust_code=True).data
+        data = DataSet(config, undivided(config, own), levels)
+        split_name = "all" if data.undivided else "test"
     data.require(loaded.flow.shape, loaded.flow.num_bins, loaded.checkpoint.path)
-    split = data.split(split_of(data, own, name))
+    split = data.split(cast("SplitName", split_name))
     return split.sample(most or len(split)).take(slice(None))
 
 

@@ -295,6 +295,7 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
         quick("quality", "run", *more, cwd=tmp_path).failed(2, *said)
     assert not list(tmp_path.glob("run/quality-*"))
     words = ["quality", "run", "--images", "a.npz", "--num-images", 100, "--against", "train"]
+    words += sets(data__path=tmp_path / "x.npz")  # of the model's own data
     quick(*words, "--json", "b.json", cwd=tmp_path).ok()
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["images"], result["num_images"], result["num_reference"]) == ("a.npz", 100, 81)
