@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from flowtrain.flow.inputs import Batch
     from flowtrain.foreign.contract import Foreign as Foreign
     from flowtrain.tools.doctor.findings import Finding
+    from flowtrain.tools.quality.figures import Quality, Statistics
 
 __version__ = "1.0.0"
 
@@ -73,3 +74,29 @@ def check(
     from flowtrain.tools.doctor.examine import check
 
     return check(flow, x, seed, train)
+
+
+def quality(
+    images: "Batch",
+    reference: "Batch | Statistics",
+    features: str | None = None,
+    device: str = "auto",
+) -> "Quality":
+    """The figures of `flowtrain quality`: FID, KID, precision, recall, density and coverage.
+
+    Args:
+        images: uint8 with values 0..255, in the forms of `Flow.log_prob`.
+        reference: images of the same shape, or `flowtrain.tools.quality.figures.Statistics`.
+        features: `inception`, `mnist-cnn` or `cifar-cnn`; by default the classifier for images of
+            this shape, else Inception.
+        device: as for `load`.
+
+    Raises:
+        flowtrain.errors.UserError: for too few images, other types than uint8, or a network that
+        does not take them or has no weights.
+        ValueError: for images of different shapes.
+    """
+    from flowtrain.system import device as devices
+    from flowtrain.tools.quality import figures
+
+    return figures.quality(images, reference, features, devices.resolve(device))

@@ -1,5 +1,6 @@
 """A user's own arrays, with the names of Keras: x_train, x_test, y_train, y_test. They are in one
-.npz file, or in a folder of .npy files. All but x_train are optional.
+.npz file, or in a folder of .npy files. All but x_train are optional. An array without a name,
+`arr_0` in an .npz file, is x_train.
 """
 
 import functools
@@ -21,6 +22,7 @@ from flowtrain.types import Shape
 log = logging.getLogger("flowtrain")
 
 KEYS = ("x_train", "x_test", "y_train", "y_test")
+UNNAMED = "arr_0"  # by `np.savez(path, images)`, as in the files of samples of the ADM suite
 MAPPED = 2**26  # bytes; arrays that are at least as large are mapped
 KEY = "data.path: "  # before messages
 
@@ -116,6 +118,8 @@ def _arrays(path: Path) -> dict[str, list[Stored]]:
     if file.names == [ONLY]:
         return {"x_train": [file.header(ONLY)]}
     known = {key: [file.header(key)] for key in KEYS if key in file.names}
+    if not known and UNNAMED in file.names:
+        return {"x_train": [file.header(UNNAMED)]}
     return known or {name: [] for name in file.names}
 
 

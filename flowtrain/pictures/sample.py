@@ -29,6 +29,7 @@ def sample(
     guidance: float | None = None,
     denoise: bool = False,
     contexts: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """`num` images for each temperature, uint8 `(len(temperatures) * num, C, H, W)`.
 
@@ -36,7 +37,8 @@ def sample(
     `flow.sides` the same side. From these come also `num` images for each of the `classes` or of
     the `contexts` `(K, C', H', W')`, which a model with an `image_context` needs. With `iterate`,
     sequential layers compute all entries at once, until they do not change any more. `guidance` and
-    `denoise` as in `Flow.decode`.
+    `denoise` as in `Flow.decode`. A long job draws parts: their latents and classes in turn are a
+    function of the seed and of `first`, the number of images before.
 
     Raises `UserError` for options that do not fit the model, and for samples without room.
     """
@@ -57,7 +59,7 @@ def sample(
         2 * 4 * num * flow.latent_dims + 2 * count * pixels,
         f"--num-images {num}: {count:,} samples need",
     )
-    z = flow.draw_latents(num, generator(seed, Stream.LATENTS))
+    z = flow.draw_latents(num, generator(seed, Stream.LATENTS, first))
     for label in classes:
         if not flow.classes:
             raise UserError(
@@ -65,7 +67,11 @@ def sample(
             )
         if not 0 <= label < flow.classes:
             raise UserError(f"--classes {label}: the model has the classes 0..{flow.classes - 1}")
-    labels = torch.tensor(classes).repeat_interleave(num) if classes else flow.classes_in_turn(num)
+    labels = flow.classes_in_turn(first + num)
+    if classes:
+        labels = torch.tensor(classes).repeat_interleave(num)
+    elif labels is not None:
+        labels = labels[first:]
     sides = sides_of(z, flow.sides).repeat(groups)
     given = None if contexts is None else contexts.repeat_interleave(num, dim=0)
     images = []

@@ -91,6 +91,7 @@ def make_pictures(here: Path) -> None:
         picture(here / f"{name}.png")
     picture(here / "wide.png", (9, 8))
     picture(here / "rgb.png", mode="RGB")
+    np.savez(here / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     np.save(here / "cut.npy", np.zeros((20, 8, 8), np.uint8))
     Image.new("L", (8, 8), 127).save(here / "grey.png")
     Image.new("L", (8, 8), 255).save(here / "white.png")
@@ -263,6 +264,16 @@ TABLE = [
     ("ood run noise --false-positives 100%", "'--false-positives': 100%", "such as 1% or 0.01"),
     ("ood run noise --false-positives 0.5%", "0.005: 199 held-out images are needed", "are 162"),
     ("ood run noise --maps text", "--maps text: ", "text is not a folder"),
+    # --- quality
+    ("quality points", "real values; the figures are of images"),
+    ("quality given", GIVEN),
+    ("quality run --features mnist-cnn --num-images 70", "mnist-cnn are of images of shape (1, 28"),
+    ("quality run --features vgg", "--features", "inception"),
+    ("quality run --images sub --temperature 0.5", "--images: no samples are drawn"),
+    ("quality run --images nope", "--images nope: neither a data set"),
+    ("quality run --against large.npz", "shape (1, 16, 16)", "of shape (1, 8, 8)"),
+    ("quality run --against nan.npz", "nan.npz: the statistics are not finite"),
+    ("quality run --temperature 1e400", "--temperature, --guidance: expected finite numbers"),
     # --- report, compare, push
     ("report run --set data.name=npz --set data.path=gone.npz", "gone.npz: there is no such file"),
     ("compare empty", "empty/config.yaml", "No such file"),

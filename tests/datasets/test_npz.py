@@ -66,6 +66,8 @@ def test_a_tenth_is_held_out_and_equal_images_stay_together(tmp_path, monkeypatc
     assert build("test", seed=1, path=path).rows().tolist() != rows["test"]
     np.savez(path, x_train=array[:1], x_test=array)
     assert len(build("train", path=path).read()) == 1
+    np.savez(path, array)  # without a name
+    assert len(build("train", path=path).read()) == 50
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""`flowtrain quality`: figures of sample quality, from features of images."""
