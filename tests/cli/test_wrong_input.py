@@ -241,6 +241,11 @@ TABLE = [
     ("push run name --dry-run", "name: no name on the hub: expected hf://user/name"),
     ("push run a/b@v1 --dry-run", "a/b@v1: a revision cannot be uploaded to"),
     ("push run a/b --dry-run --out sub", "sub: holds", "which push has not written"),
+    # --- export
+    ("export run --to tflite", "--to", "'onnx', 'torch'"),
+    ("export run --opset 17", "--opset", "18<=x<=23"),
+    ("export run --to torch --opset 18", "--opset 18: it is for --to onnx"),
+    ("export given --to torch", GIVEN, "4x4 pixels (model.context)"),
     # --- compress and decompress
     ("compress run --out x", "INPUT", "--split"),
     ("compress run empty --out x", "empty", "no image"),
