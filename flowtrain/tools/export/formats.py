@@ -57,17 +57,31 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return value
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """`x.sigmoid()`. That of onnxruntime is constant below -18, which likelihoods of tails show."""
+    return 1 / (1 + (-x).exp())
+
+
+# torch has no translation of the normal quantile.
+DECOMPOSED = {
+    torch.ops.aten.special_ndtri.default: normal_quantile,
+    torch.ops.aten.sigmoid.default: sigmoid,
+}
+
+
 def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
     """The file of a graph, with `facts` about its model. Raises `RunError` if this version of torch
     cannot translate it.
     """
     program = graph.program()
     if to == "torch":
+        for part in program.graph_module.modules():  # with the bodies of loops
+            for node in getattr(part, "graph", torch.fx.Graph()).nodes:
+                node.meta.pop("stack_trace", None)
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
         return file.getvalue()
-    # torch has no translation of this function.
-    program = program.run_decompositions({torch.ops.aten.special_ndtri.default: normal_quantile})
+    program = program.run_decompositions(DECOMPOSED)
     try:
         made = torch.onnx.export(
             program,
@@ -91,9 +105,7 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
 
 
 def _forget_sources(graph: Any) -> None:
-    """Removes the places in the code that torch notes at each operation, with folders of this
-    machine.
-    """
+    """Removes torch's notes on the origin of each operation, with folders of this machine."""
     for node in graph.node:
         del node.metadata_props[:]
         for attribute in node.attribute:
