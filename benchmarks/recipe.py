@@ -168,7 +168,7 @@ def _draw_scaling(runs: dict[str, Path], path: str) -> None:
         axes.plot(*zip(*names.values(), strict=True), marker, linestyle="none")
         for name, point in names.items():
             axes.annotate(name, point, xytext=(6, 4), textcoords="offset points")
-    axes.margins(0.2)
+    axes.margins(0.35, 0.2)
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="test bits/dim", title="CIFAR-10")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

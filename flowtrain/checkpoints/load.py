@@ -110,7 +110,7 @@ class LoadedModel:
         without the rest of the run and the folders of this machine. Raises `UserError` for a flow
         of other code.
         """
-        if not self.checkpoint.tensors:
+        if foreign.is_foreign(str(self.checkpoint.path)):
             raise UserError(f"{self.checkpoint.path}: a flow of other code, without a checkpoint")
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
         data = {**_named(meta["config"]["data"]), "root": "data"}
@@ -222,7 +222,7 @@ def _foreign(model: str, device: torch.device, weights: str | None, mirror: bool
     if weights == "ema" or mirror:
         option = "--mirror" if mirror else "--weights ema"
         raise UserError(f"{option}: not possible for {model}, which is a flow of other code")
-    flow = foreign.load(model).to(device).eval().requires_grad_(False)
+    flow = foreign.flow_named(model).to(device).eval().requires_grad_(False)
     config = configuration.parse({}, model)
     meta = {"config": config.resolved(), "shape": list(flow.shape), "levels": flow.num_bins}
     described = Checkpoint(Path(model), {**meta, "step": 0}, {})

@@ -8,6 +8,7 @@ import typer
 
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import TrustOption, command, on_one_process, print_table
+from flowtrain.errors import UserError
 
 EPILOG = (
     "Examples: [cyan]flowtrain info runs/glow_digits[/cyan], [cyan]flowtrain info "
@@ -45,7 +46,10 @@ def info(
 
     from flowtrain.checkpoints import about
     from flowtrain.checkpoints.load import load_model
+    from flowtrain.foreign.file import is_foreign
 
+    if is_foreign(name):
+        raise UserError(f"{name}: a flow of other code, which has no checkpoint; see doctor")
     loaded = load_model(what, torch.device("cpu"), None, trust_code)
     path = loaded.checkpoint.path
     size = f"{path.stat().st_size / MIB:,.1f} MiB, {loaded.weights} weights"

@@ -27,7 +27,7 @@ def is_foreign(model: str) -> bool:
     return match is not None and not (match["name"] and os.path.lexists(model))
 
 
-def load(model: str) -> Flow:
+def flow_named(model: str) -> Flow:
     """The flow that `FILE.py:NAME` names, by running the file. NAME is a `Foreign`, a `Flow`, or a
     function without arguments that returns one. Raises `UserError`.
     """

@@ -209,7 +209,8 @@ def _summary(
         non_finite_steps=progress.non_finite,
         duplicates=equal if isinstance(equal, int) else 0,
         versions=versions,
-        **where,
+        device=where["device"],
+        machine=where["machine"],
         **others,
     ).content()
 

@@ -199,6 +199,7 @@ TABLE = [
     ("list run", "unexpected extra argument"),
     ("info", "no MODEL given", "no run under runs/"),
     ("info both.yaml", "train.num_steps and train.budget: both are given"),
+    ("info own.py:flow", "own.py:flow: a flow of other code, which has no checkpoint"),
     # --- attributes
     ("attributes run", "one of three ways", "--positive", "--csv", "--to-class"),
     ("attributes run --positive sub", "--positive and --negative: one is of no use"),

@@ -295,7 +295,7 @@ OPENING = {
     "memmap": "datasets/cache",
     "load": "system/distributed checkpoints/format config/files tools/archive/command "
     "tools/weights/tensors",
-    "read_text": "system/capacity tools/hub/page tools/report/report",
+    "read_text": "system/capacity system/device tools/hub/page tools/report/report",
     "read_bytes": "checkpoints/zoo tools/explore/server",
     "fromfile": "",
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowtrain.checkpoints import record
+from flowtrain.checkpoints.format import SUFFIX, read
 from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.checkpoints.record import Record
 from flowtrain.data.splits import DataSet, SplitName
@@ -14,7 +15,7 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.results import Evaluation
-from flowtrain.system.console import duration, figure, silent
+from flowtrain.system.console import counted, duration, figure, silent
 
 # The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
 # by about 1e-5, and the rows of the leaderboard have three digits.
@@ -118,7 +119,7 @@ def verify(
         images=summary.images,
         seconds=summary.seconds,
         parameters=summary.parameters,
-        machine=f"{summary.machine}, {meta['threads']} threads, {meta['processes']} processes",
+        machine=f"{summary.machine}, {counted(meta['threads'] * meta['processes'], 'thread')}",
         reached=reached,
     )
 
@@ -146,25 +147,21 @@ def _benchmark(run: Path, model: LoadedModel, data: DataSet) -> Benchmark:
 
 
 def _require_log(found: Record, model: LoadedModel) -> None:
-    """Raises `UserError` unless summary, metrics and checkpoint agree on a finished run."""
-    run, summary, progress = found.path, found.summary, model.checkpoint.meta.get("progress")
-    if not summary.finished or progress is None:
+    """Raises `UserError` unless summary, metrics and last checkpoint agree on a finished run."""
+    run, summary = found.path, found.summary
+    if not summary.finished:
         raise UserError(f"{run}: not a finished run")
     if model.flow.image_context is not None or summary.best_validation_bits_per_dim is None:
         raise UserError(f"{run}: no bits/dim of whole images")
-    config = model.config.train
-    batch = config.batch_size * config.accumulate * model.checkpoint.meta["processes"]
-    validations = {row.step: row for row in found.rows if row.split == "validation"}
-    losses = [row.loss for row in validations.values() if row.loss is not None]
-    own = validations.get(model.checkpoint.meta["step"])
+    losses = [row.loss for row in found.rows if row.split == "validation" and row.loss is not None]
     times = [row.seconds for row in found.rows]
+    last = read(run / "checkpoints" / f"last{SUFFIX}").meta["progress"]
+    keys = ("step", "images", "seconds", "finished", "best_step")
     agreement = {
-        "number of images": summary.images == summary.step * batch,
+        "last checkpoint": all(last[key] == getattr(summary, key) for key in keys),
         "best validation figure": min(losses, default=None) == summary.best_validation_loss,
-        "best step": model.checkpoint.meta["step"] == summary.best_step,
-        "time of the best step": own is not None and own.seconds <= summary.seconds,
         "last step": max((row.step for row in found.rows), default=0) == summary.step,
-        "times": times == sorted(times),
+        "times": times == sorted(times) and max(times, default=0) <= summary.seconds,
     }
     for name, agrees in agreement.items():
         if not agrees:

@@ -65,7 +65,7 @@ def test_a_sound_run(run):
     assert found.test.loss == evaluated["loss"] != mirrored.test.loss
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
-    assert "elbo, mirrored" in mirrored.row and " threads" in found.row
+    assert "elbo, mirrored" in mirrored.row and " thread" in found.row
     edit(run / "summary.json", machine="A processor")
     assert "A processor, " in verified(run).row
 
@@ -85,19 +85,23 @@ def better(run):
     edit(run / "summary.json", **{f"best_validation_{key}": value for key, value in values.items()})
 
 
+def faster(run):
+    """All times are half of the true ones, but in the checkpoints."""
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [{**row, "seconds": row["seconds"] / 2} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((run / "summary.json").read_text())
+    edit(run / "summary.json", seconds=summary["seconds"] / 2)
+
+
 CHANGES = {
-    "its files disagree on the number of images": lambda run: edit(run / "summary.json", images=10),
+    "its files disagree on the last checkpoint": faster,
     "its files disagree on the best validation figure": lambda run: edit(
         run / "summary.json", best_validation_loss=1.0
     ),
-    "its files disagree on the best step": lambda run: edit(run / "summary.json", best_step=10),
-    "its files disagree on the time of the best step": lambda run: edit(
-        run / "summary.json", seconds=0.0
-    ),
-    "its files disagree on the last step": lambda run: edit(
-        run / "summary.json", step=40, images=40 * 32
-    ),
     "its files disagree on the times": lambda run: rows_changed(run, seconds=0.0),
+    "its files disagree on the last step": lambda run: rows_changed(run, step=100),
     "not a finished run": lambda run: edit(run / "summary.json", finished=False),
     "its best validation figure is .*, but its best checkpoint has": better,
     "its test figure is 1.0, but its best checkpoint has": lambda run: edit(
