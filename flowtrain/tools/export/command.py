@@ -81,7 +81,9 @@ def export(
     names = [f"{name}{SUFFIX[to]}" for name in ("log_prob", "encode", "decode")]
     require_absent([exporting.FACTS, *names], folder)
     images = _test_images(loaded, overrides, exporting.IMAGES)
-    files = exporting.export(loaded, to, images, opset or OLDEST, console.print)
+    files = exporting.export(
+        loaded, to, images, opset or OLDEST, lambda said: console.print(str(said))
+    )
     write_folder(folder, files.items())
     for name, content in files.items():
         console.print(f"wrote {folder / name}, {len(content) / 2**20:,.1f} MiB")

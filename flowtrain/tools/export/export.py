@@ -63,7 +63,7 @@ def export(
             note(check)
             check.require()
     if "decode" in runs:
-        check = round_trip(flow, graphs, runs, images, kind)
+        check = round_trip(flow, runs, images, kind)
         note(check)
         check.require()
     files = {f"{name}{SUFFIX[to]}": content for name, content in contents.items()}

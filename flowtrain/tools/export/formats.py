@@ -3,12 +3,12 @@
 import importlib.util
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowtrain.errors import RunError, short
 from flowtrain.system import packages
@@ -36,43 +36,45 @@ def require_packages(what: str) -> None:
         raise packages.missing(what, *names, extra="onnx")
 
 
-def normal_quantile(p: Tensor) -> Tensor:
-    """`torch.special.ndtri` to about 1e-7, by operations that ONNX has."""
-    q = p - 0.5
-    r = 0.180625 - q.square()
-    middle = q * _ratio(r, MIDDLE, MIDDLE_BELOW)
-    r = (-torch.minimum(p, 1 - p).log()).sqrt()
-    tail = torch.where(r <= 5, _ratio(r - 1.6, TAIL, TAIL_BELOW), _ratio(r - 5, FAR, FAR_BELOW))
-    return torch.where(q.abs() <= 0.425, middle, tail * q.sign())
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operations of torch in those of ONNX, if torch has no translation, or a coarse one."""
+    from onnxscript import opset18 as op
 
+    def polynomial(x: Any, coefficients: tuple[float, ...]) -> Any:
+        value: Any = coefficients[-1]
+        for each in reversed(coefficients[:-1]):
+            value = op.Add(op.Mul(x, value), each)
+        return value
 
-def _ratio(x: Tensor, above: tuple[float, ...], below: tuple[float, ...]) -> Tensor:
-    return _polynomial(x, above) / _polynomial(x, below)
+    def ratio(x: Any, above: tuple[float, ...], below: tuple[float, ...]) -> Any:
+        return op.Div(polynomial(x, above), polynomial(x, below))
 
+    def normal_quantile(self: Any) -> Any:
+        q = op.Sub(self, 0.5)
+        middle = op.Mul(q, ratio(op.Sub(0.180625, op.Mul(q, q)), MIDDLE, MIDDLE_BELOW))
+        r = op.Sqrt(op.Neg(op.Log(op.Min(self, op.Sub(1.0, self)))))
+        near, far = op.Sub(r, 1.6), op.Sub(r, 5.0)
+        tail = op.Where(
+            op.LessOrEqual(r, 5.0), ratio(near, TAIL, TAIL_BELOW), ratio(far, FAR, FAR_BELOW)
+        )
+        return op.Where(op.LessOrEqual(op.Abs(q), 0.425), middle, op.Mul(tail, op.Sign(q)))
 
-def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    value = torch.full_like(x, coefficients[-1])
-    for each in reversed(coefficients[:-1]):
-        value = value * x + each
-    return value
+    def sigmoid(self: Any) -> Any:  # that of onnxruntime is constant below -18
+        return op.Reciprocal(op.Add(op.Exp(op.Neg(self)), 1.0))
 
-
-def sigmoid(x: Tensor) -> Tensor:
-    """`x.sigmoid()`. That of onnxruntime is constant below -18, which likelihoods of tails show."""
-    return 1 / (1 + (-x).exp())
-
-
-# torch has no translation of the normal quantile.
-DECOMPOSED = {
-    torch.ops.aten.special_ndtri.default: normal_quantile,
-    torch.ops.aten.sigmoid.default: sigmoid,
-}
+    aten = torch.ops.aten
+    return {aten.special_ndtri.default: normal_quantile, aten.sigmoid.default: sigmoid}
 
 
 def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
     """The file of a graph, with `facts` about its model. Raises `RunError` if this version of torch
     cannot translate it.
     """
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own
+        return _encoded(graph, to, facts, opset)
+
+
+def _encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
     program = graph.program()
     if to == "torch":
         for part in program.graph_module.modules():  # with the bodies of loops
@@ -81,13 +83,13 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
         return file.getvalue()
-    program = program.run_decompositions(DECOMPOSED)
     try:
         made = torch.onnx.export(
             program,
             input_names=list(graph.inputs),
             output_names=graph.outputs,
             opset_version=opset,
+            custom_translation_table=translations(),
             dynamo=True,
             verbose=False,
         )
@@ -96,6 +98,8 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
     assert made is not None
     model = made.model_proto
     _forget_sources(model.graph)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
     for key, value in facts.items():
         model.metadata_props.add(
             key=key, value=value if isinstance(value, str) else json.dumps(value)
@@ -106,6 +110,7 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
 
 def _forget_sources(graph: Any) -> None:
     """Removes torch's notes on the origin of each operation, with folders of this machine."""
+    del graph.value_info[:]  # shapes, which onnxruntime derives itself
     for node in graph.node:
         del node.metadata_props[:]
         for attribute in node.attribute:
