@@ -248,7 +248,7 @@ TABLE = [
     ("import text --from glow", "--from", "rosinality"),
     # --- export
     ("export run --to tflite", "--to", "'onnx', 'torch'"),
-    ("export run --opset 17", "--opset", "18<=x<=23"),
+    ("export run --opset 17", "--opset", "greater than or equal to 18"),
     ("export run --to torch --opset 18", "--opset 18: it is for --to onnx"),
     ("export given --to torch", GIVEN, "4x4 pixels (model.context)"),
     # --- compress and decompress

@@ -1,6 +1,7 @@
 """Exports a model: its graphs as files, compared with torch before anything is written."""
 
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,10 +50,12 @@ def export(
     flow, kind = model.flow, "test images"
     graphs, left_out = graphs_of(flow, str(model.checkpoint.path))
     facts = metadata(model)
-    contents = {
-        graph.name: encoded(graph, to, {"graph": graph.name, **facts}, opset) for graph in graphs
-    }
-    runs = {name: runner(content, to) for name, content in contents.items()}
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own
+        contents = {
+            graph.name: encoded(graph, to, {"graph": graph.name, **facts}, opset)
+            for graph in graphs
+        }
+        runs = {name: runner(content, to) for name, content in contents.items()}
     for name, why in left_out.items():
         note(f"there is no {name}: {why}")
     if images is None:

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -70,11 +69,6 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
     """The file of a graph, with `facts` about its model. Raises `RunError` if this version of torch
     cannot translate it.
     """
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own
-        return _encoded(graph, to, facts, opset)
-
-
-def _encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
     program = graph.program()
     if to == "torch":
         for part in program.graph_module.modules():  # with the bodies of loops
