@@ -108,7 +108,8 @@ def _forget_sources(graph: Any) -> None:
     for node in graph.node:
         del node.metadata_props[:]
         for attribute in node.attribute:
-            _forget_sources(attribute.g)
+            if attribute.HasField("g"):
+                _forget_sources(attribute.g)
 
 
 def runner(content: bytes, to: Format) -> Run:
