@@ -189,9 +189,11 @@ class _LogProb(torch.autograd.Function):
         gradients = [torch.empty_like(each) for each in (center, half, parameters) if wanted]
         # A CPU is fastest if they fit into its cache.
         in_parts = center.device.type == "cpu" and not torch.compiler.is_compiling()
-        images = max(1, TOGETHER // parameters[0].numel()) if in_parts else len(x)
-        for start in range(0, len(x), images):
-            part = slice(start, start + images)
+        images = max(1, TOGETHER // parameters[0].numel())
+        parts = (
+            [slice(i, i + images) for i in range(0, len(x), images)] if in_parts else [slice(None)]
+        )
+        for part in parts:
             log_prob[part], *results = _log_prob(
                 *(x[part], center[part], half[part], parameters[part]),
                 *(components, num_bins, uniform, wanted),

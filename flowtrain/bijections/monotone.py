@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ def solve_monotone(
     info = torch.finfo(target.dtype)
     eps, tiny = info.eps, info.tiny
     first_width = upper - lower
-    x = lower + first_width / 2
-    active = torch.ones_like(x, dtype=torch.bool)
-    steps = STEPS_OF_A_LOOK.get(x.device.type, STEPS_OF_A_LOOK_ELSEWHERE)
-    for step in range(FREE_STEPS + 2 * math.ceil(math.log2(info.max) - math.log2(eps))):
+
+    def step(
+        k: Any, x: Tensor, lower: Tensor, upper: Tensor, active: Tensor
+    ) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
         value, derivative = function(x)
         error = value - target
         lower = torch.where(error <= 0, x, lower)
@@ -50,15 +51,32 @@ def solve_monotone(
         bisect = (
             (newton < lower)
             | (newton > upper)
-            | (width > first_width * 2 ** ((FREE_STEPS - step) / 2))
+            | (width > first_width * 2 ** ((FREE_STEPS - k) / 2))
         )
         # NaN does not count as outside the bracket. It stays, and counts as converged.
         moved = torch.where(bisect, lower + width / 2, newton)
         scale = moved.abs().clamp(min=1)
         enough = torch.where(bisect, 2 * eps * scale, (eps * scale).sqrt() / 4)
         moved = torch.where(active, moved, x)
-        active = (moved - x).abs() > enough
-        x = moved
-        if (step + 1) % steps == 0 and not active.any():
+        return k + 1, moved, lower, upper, (moved - x).abs() > enough
+
+    most = FREE_STEPS + 2 * math.ceil(math.log2(info.max) - math.log2(eps))
+    x = lower + first_width / 2
+    active = torch.ones_like(x, dtype=torch.bool)
+    if torch.compiler.is_exporting():  # a graph has a loop of its own
+
+        def goes_on(k: Tensor, *state: Tensor) -> Tensor:
+            return (k < most) & state[-1].any()
+
+        def copied(*state: Tensor) -> list[Tensor]:  # in one order in memory, as torch wants them
+            return [each.clone(memory_format=torch.contiguous_format) for each in state]
+
+        state = copied(torch.zeros((), dtype=torch.int64), x, lower, upper, active)
+        result: Tensor = torch.while_loop(goes_on, lambda *state: copied(*step(*state)), state)[1]
+        return result
+    steps = STEPS_OF_A_LOOK.get(x.device.type, STEPS_OF_A_LOOK_ELSEWHERE)
+    for k in range(most):
+        _, x, lower, upper, active = step(k, x, lower, upper, active)
+        if (k + 1) % steps == 0 and not active.any():
             break
     return x

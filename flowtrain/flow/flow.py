@@ -203,11 +203,11 @@ class Flow(nn.Module):
                 parts.append(self._log_prob_of(turned(v, k), log_det, labels, of_side, executor, k))
             return over_sides(parts)
         if labels is None and isinstance(self.class_prior, ClassContext):
-            classes = (torch.full((len(v),), label) for label in range(self.classes))
+            classes = (torch.full((v.shape[0],), label) for label in range(self.classes))
             each = (self._log_prob_of(v, log_det, k, context, executor, side) for k in classes)
             return over_classes(list(each))
         sides = torch.full((len(v),), side) if side else None
-        conditioning = self.conditioning(len(v), labels, context, sides=sides)
+        conditioning = self.conditioning(v.shape[0], labels, context, sides=sides)
         z, flow_log_det = self.bijection.run(executor, "forward", v, conditioning)
         log_det = log_det + flow_log_det
         if isinstance(self.class_prior, ClassPrior):

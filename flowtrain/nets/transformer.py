@@ -114,7 +114,7 @@ class CausalTransformer(_Transformer, TokenConditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters: Tensor = self.last(self.features(x, context))
         moved = F.pad(parameters[:, :-1], (0, 0, 1, 0))
-        return moved.mT.reshape(len(x), -1, *x.shape[2:])
+        return moved.mT.reshape(x.shape[0], -1, *x.shape[2:])
 
     def by_token(self, batch: int, context: Tensor | None = None) -> NextParameters:
         return _ByToken(self, batch, context)
@@ -163,4 +163,4 @@ class VisionTransformer(_Transformer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         parameters: Tensor = self.last(self.norm(self.features(x, context)))
-        return parameters.mT.reshape(len(x), -1, *x.shape[2:])
+        return parameters.mT.reshape(x.shape[0], -1, *x.shape[2:])

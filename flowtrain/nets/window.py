@@ -27,7 +27,7 @@ class Window:
         weight = weight.unflatten(1, (self.taps, -1))
         weight = F.pad(weight, (0, 0, 0, math.prod(self.rectangle) - self.taps))
         filters = weight.unflatten(1, self.rectangle).movedim(-1, 1)
-        rows = torch.cat([x.new_zeros(len(x), self.above, *x.shape[2:]), x], dim=1)
+        rows = torch.cat([x.new_zeros(x.shape[0], self.above, *x.shape[2:]), x], dim=1)
         y = F.conv2d(rows.movedim(-1, 1), filters, bias, padding=(0, self.beside))
         return y.movedim(1, -1)
 

@@ -287,6 +287,11 @@ TABLE = [
     ("import text --from y0ast --out x.safetensors", "text: not a file of torch.save with tensors"),
     ("import gone.pt --from y0ast", "gone.pt: cannot be read: No such file"),
     ("import text --from glow", "--from", "rosinality"),
+    # --- export
+    ("export run --to tflite", "--to", "'onnx', 'torch'"),
+    ("export run --opset 17", "--opset", "greater than or equal to 18"),
+    ("export run --to torch --opset 18", "--opset 18: it is for --to onnx"),
+    ("export given --to torch", GIVEN, "4x4 pixels (model.context)"),
     # --- compress and decompress
     ("compress run --out x", "INPUT", "--split"),
     ("compress run empty --out x", "empty", "no image"),

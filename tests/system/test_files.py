@@ -294,7 +294,7 @@ OPENING = {
     "fdopen": "system/files",
     "memmap": "datasets/cache",
     "load": "system/distributed checkpoints/format config/files tools/archive/command "
-    "tools/quality/features tools/weights/tensors",
+    "tools/export/formats tools/quality/features tools/weights/tensors",
     "read_text": "system/capacity system/device tools/hub/page tools/report/report",
     "read_bytes": "checkpoints/zoo tools/explore/server",
     "fromfile": "",
