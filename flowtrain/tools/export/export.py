@@ -42,8 +42,8 @@ def export(
         note: Called with each check, and each graph that is left out.
 
     Raises:
-        UserError: A package is missing, or the likelihood is no graph.
-        RunError: torch cannot translate the model, or a file differs from torch.
+        UserError: A package is missing, the likelihood is no graph, or torch cannot translate it.
+        RunError: A file differs from torch.
     """
     if to == "onnx":
         require_packages("--to onnx")

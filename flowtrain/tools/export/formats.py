@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flowtrain.errors import RunError, short
+from flowtrain.errors import UserError, short
 from flowtrain.system import packages
 from flowtrain.tools.export.graphs import Graph
 
@@ -66,9 +66,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
-    """The file of a graph, with `facts` about its model. Raises `RunError` if this version of torch
-    cannot translate it.
+    """The file of a graph, with `facts` about its model. Raises `UserError` if this version of
+    torch cannot translate it.
     """
+    try:
+        return _encoded(graph, to, facts, opset)
+    except RuntimeError as error:  # all of torch's are
+        raise UserError(
+            f"{graph.name}: torch {torch.__version__} cannot translate this model: {short(error)}"
+        ) from error
+
+
+def _encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> bytes:
     program = graph.program()
     if to == "torch":
         for part in program.graph_module.modules():  # with the bodies of loops
@@ -77,18 +86,15 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
         return file.getvalue()
-    try:
-        made = torch.onnx.export(
-            program,
-            input_names=list(graph.inputs),
-            output_names=graph.outputs,
-            opset_version=opset,
-            custom_translation_table=translations(),
-            dynamo=True,
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise RunError(f"torch {torch.__version__}, {graph.name}: {short(error)}") from error
+    made = torch.onnx.export(
+        program,
+        input_names=list(graph.inputs),
+        output_names=graph.outputs,
+        opset_version=opset,
+        custom_translation_table=translations(),
+        dynamo=True,
+        verbose=False,
+    )
     assert made is not None
     model = made.model_proto
     _forget_sources(model.graph)

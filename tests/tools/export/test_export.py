@@ -179,6 +179,17 @@ def test_a_likelihood_that_is_no_graph(name, monkeypatch):
         exporting.export(a_model(name, points=True))
 
 
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_a_layer_that_torch_cannot_translate(to):
+    class Branch(torch.nn.Module):
+        def forward(self, x):
+            return x.exp() if x.sum() > 0 else x
+
+    graph = Graph("encode", Branch(), {"x": torch.ones(2)}, ("z",))
+    with pytest.raises(UserError, match="encode: torch .* cannot translate this model: "):
+        formats.encoded(graph, to, {}, 18)
+
+
 def test_a_missing_package(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--to onnx needs the packages onnx and .*extra onnx\)"):
