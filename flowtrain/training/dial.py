@@ -28,6 +28,7 @@ from flowtrain.training.dial_rules import (
     GLOW,
     LEAST_STEPS,
     PASSES,
+    PASSES_OF_FEW,
     SIDES,
     VALIDATED,
     VALIDATIONS,
@@ -138,9 +139,10 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    enough = max(LEAST_STEPS, PASSES * count // batch)
-    if few and enough < steps:
-        console.print(f"length: {enough:,} steps, {PASSES} passes, because the images are few")
+    passes = PASSES_OF_FEW if few else PASSES
+    enough = max(LEAST_STEPS, passes * count // batch)
+    if enough < steps:
+        console.print(f"length: {enough:,} steps, or {passes} passes, as more would not help")
         keys["num_steps"] = steps = enough
         del values["train"]["budget"]
     every = _round(steps / VALIDATIONS)

@@ -11,7 +11,7 @@ from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
 from flowtrain.errors import UserError
 from flowtrain.training import dial
-from flowtrain.training.dial_rules import FAMILIES, FEW
+from flowtrain.training.dial_rules import FAMILIES
 
 CPU = torch.device("cpu")
 PERIODS = ("log_every", "validate_every", "checkpoint_every", "sample_every")
@@ -48,12 +48,12 @@ def choose(data, budget=1800.0, purpose="likelihood", settings=()):
     ],
 )
 def test_half_an_hour_has_the_configuration_tuned_by_hand(tmp_path, pace, name, purpose, shape):
-    npz(tmp_path / "x.npz", 2 * FEW // int(np.prod(shape)), shape=shape)
+    npz(tmp_path / "x.npz", 8200, shape=shape)
     pixels = dict(np.load(tmp_path / "x.npz"))
     if shape == (28, 28):  # MNIST is mostly black
         pixels["x_train"][:, 4:] = 0
         np.savez(tmp_path / "x.npz", **pixels)
-    pace(0.25)
+    pace(0.5)
     found = choose(tmp_path / "x.npz", 1800.0, purpose)
     expected = load_config(find_config(name), ["train.budget=30min"])
     given = expected.model.options()
@@ -75,6 +75,13 @@ def test_a_size_needs_its_steps(tmp_path, pace):
             if steps > 0:
                 widths.append(choose(data, 0.1 * steps + 0.01).model.options()["width"])
     assert widths == [48, 96, 96, 160, 160, 192]
+
+
+def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
+    npz(tmp_path / "x.npz", 2000, shape=(32, 32, 3))
+    pace(0.1)
+    assert choose(tmp_path / "x.npz", 3600).train.num_steps == 30 * 2000 // 32
+    assert choose(tmp_path / "x.npz", 180).train.budget == 180
 
 
 def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace):
