@@ -39,13 +39,13 @@ CAUSAL = Family(
         "colour": (
             _SMALL,
             Size(200, _CAUSAL | {"width": 96, "units": 16, "components": 5}),
-            Size(800, _CAUSAL | {"width": 160, "units": 32, "components": 8}),
+            Size(1500, _CAUSAL | {"width": 160, "units": 32, "components": 8}),
             Size(9000, _CAUSAL | {"width": 192, "units": 48, "components": 10}),
         ),
         "grey": (
             _SMALL,
             Size(200, _CAUSAL | {"width": 64, "units": 32, "components": 10}),
-            Size(800, _CAUSAL | {"width": 128, "units": 48, "components": 20}),
+            Size(3500, _CAUSAL | {"width": 128, "units": 48, "components": 20}),
         ),
     },
     train={"colour": _CAUSAL_TRAIN, "grey": _CAUSAL_TRAIN},
