@@ -52,8 +52,8 @@ def with_defects(x: np.ndarray, kind: str, digits: np.ndarray) -> tuple[np.ndarr
             rows, columns = places.round().astype(int).clip(0, height - 1)
             image[:, rows, columns] = 255
         else:
-            digit = Image.fromarray(digits[random.integers(len(digits)), 4:24, 4:24])
-            digit = np.asarray(digit.resize((side, side)))
+            crop = Image.fromarray(digits[random.integers(len(digits)), 4:24, 4:24])
+            digit = np.asarray(crop.resize((side, side)))
             image[:, rows, columns] = np.maximum(image[:, rows, columns], digit)
             masks[i] = (image != x[i]).any(axis=0)
             continue
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     flow, count = flowtrain.load(args.model), args.num_images
+    levels = flow.kind.require_bins(f"{args.model}: the defects are of images")
     digits = MNIST(args.root, train=False).data.numpy()
     if flow.shape[0] == 3:
         arrays = np.load(args.root / "cifar10.npz")
@@ -115,7 +116,7 @@ def main() -> None:
         print(f"{kind:14s} " + "  ".join(f"{each:.3f}" for each in (*by_pixel, *by_image)))
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-            shown = picture(torch.from_numpy(x[:SHOWN]), bad.heat[:SHOWN], flow.num_bins, SHOWN)
+            shown = picture(torch.from_numpy(x[:SHOWN]), bad.heat[:SHOWN], levels, SHOWN)
             (args.out / f"{kind.replace(' ', '_')}.png").write_bytes(png(shown))
 
 
