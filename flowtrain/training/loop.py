@@ -119,7 +119,9 @@ def _loop(
     config = state.config.train
     clock = Clock(state)
     metrics = DelayedMetrics(state, clock, stop)
-    stopped = bool(stop.signum) or state.reached_end(metrics.seconds, until)
+    # A run whose budget is used up still takes the step that ends it.
+    paused = until < 1 and state.reached_end(metrics.seconds, until)
+    stopped = bool(stop.signum) or paused
     while not (state.progress.finished or stopped):
         run.saving.raise_error()
         progress = state.progress  # another object after a rollback
