@@ -23,7 +23,7 @@ class HeatMaps:
     """The heat of each pixel: `|b - mean| / spread`, smoothed by two box filters of 3x3 pixels.
 
     `b` are the exact bits of a place (`places.py`), with mean and spread over training images
-    there. The map is that of an image as it stands, without its mirror image (`--mirror`).
+    there. The map belongs to the image as it stands, without its mirror image (`--mirror`).
 
     Args:
         flow: A model of images.

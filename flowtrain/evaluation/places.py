@@ -112,7 +112,7 @@ def by_place(
     labels: Tensor | None = None,
     executor: Callable[[LayerByLayer], Executor] = lambda sums: sums,
 ) -> tuple[dict[Size, Tensor], Tensor]:
-    """The terms of the bound on log P(x), in nats: those of each place by size, then the rest.
+    """The terms of the bound on log P(x), in nats: first each place by size, then the rest.
 
     For images `(B, C, H, W)`, uniform noise of that shape, and classes `(B,)` if the model has any,
     there is a float64 tensor `(B, h, w)` on the CPU for each size `(h, w)`, the largest first.

@@ -233,7 +233,7 @@ class LinearDequantizer(Dequantizer):
 class NoNoise(LinearDequantizer):
     """`v = offset + scale x` for a flow that adds noise itself, and has the terms for the bins.
 
-    `noise` has no effect, but a derivative: that of `v` with respect to x.
+    `noise` has no effect, but a derivative, of `v` with respect to x.
     """
 
     of_entry = 0.0

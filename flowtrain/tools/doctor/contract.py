@@ -202,7 +202,7 @@ def check_figure(
         seen = figures(flow, train, seed)
         words += f", and {seen.mean():.4f} for training images"
         if distance and abs(found - float(seen.mean())) < _error_of_images(seen):
-            reason = "it is that of data seen in training"
+            reason = "it is the figure of data seen in training"
     if distance and not reason:
         # A single mistake is likelier than two of them.
         mistakes = _mistakes(flow, x, true, seed)

@@ -121,7 +121,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
             reported = LearnedNoise(flow)(start, x)[1].double()
             notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
         where = ""
-        # In float32, random numbers would be others than those of the Jacobian.
+        # In float32, random numbers would differ from the Jacobian's.
         one = precise if isinstance(flow, ForeignModel) and flow.is_random else flow
         given = start.to(one.dtype)
         if adds_noise(flow):

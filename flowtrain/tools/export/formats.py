@@ -58,7 +58,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
         return op.Where(op.LessOrEqual(op.Abs(q), 0.425), middle, op.Mul(tail, op.Sign(q)))
 
-    def sigmoid(self: Any) -> Any:  # that of onnxruntime is constant below -18
+    def sigmoid(self: Any) -> Any:  # onnxruntime's is constant below -18
         return op.Reciprocal(op.Add(op.Exp(op.Neg(self)), 1.0))
 
     aten = torch.ops.aten

@@ -148,7 +148,7 @@ def compare(images: Statistics, reference: Statistics, name: str) -> Quality:
 def density_and_coverage(
     x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS_OF_COVERAGE
 ) -> tuple[float, float]:
-    """Naeem et al. 2020, eqs. 3 and 4, of features `(N, F)` against those of a reference `(M, F)`.
+    """Naeem et al. 2020, eqs. 3 and 4, of features `(N, F)` against a reference `(M, F)`.
 
     The ball of a reference image reaches to its nearest `neighbours` in the reference. Density is
     the number of balls that hold an image of x, as a multiple of the expected one, and coverage

@@ -49,7 +49,7 @@ class Plan(Section):
         return shares[::-1]
 
     def settings(self, row: str, seed: int, processor: bool) -> list[str]:
-        """The settings of a trial, beside those of `base`. `processor`: its clock is that."""
+        """The settings of a trial, beside `base`. `processor`: seconds are processor time."""
         clock = "processor" if processor else "wall"
         words = [*_words(row), f"seed={seed}", f"train.clock={clock}"]
         if self.images is None:

@@ -51,7 +51,7 @@ class Sweep:
         self.running: set[subprocess.Popen[bytes]] = set()
 
     def rows(self) -> list[str]:
-        """The settings of each row so far: those of the plan, and then those proposed."""
+        """The settings of each row so far: first the plan's, then the proposed ones."""
         return [*self.plan.rows, *(self.proposals.rows() if self.proposals else [])]
 
     def trials(self, row: int) -> list[Trial]:

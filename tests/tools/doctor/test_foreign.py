@@ -370,7 +370,7 @@ def test_what_is_no_fault():
 
 
 def test_the_figure_that_a_project_prints():
-    """It agrees with the images, or with those of training, or with neither."""
+    """It agrees with the images, with the training images, or with neither."""
     flow = GLOWS["normflows"]()
     dark = flows.pictures(24)[8:] // 8
 
@@ -383,7 +383,7 @@ def test_the_figure_that_a_project_prints():
     assert abs(own - of_dark) > 0.1
     assert finding(own).verdict == finding(own, train=dark).verdict == "ok"
     seen = finding(of_dark, train=dark)
-    assert seen.verdict == "bad" and seen.reason.endswith("that of data seen in training")
+    assert seen.verdict == "bad" and seen.reason.endswith("the figure of data seen in training")
     assert "training" not in finding(of_dark).reason
     assert "seen" not in finding(own, train=flows.pictures(8)).reason
     assert finding(own - 8).reason.endswith("log 256 is missing")
